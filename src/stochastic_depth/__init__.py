@@ -1,0 +1,58 @@
+"""Deep networks with stochastic depth: residual blocks that are really skipped while training.
+
+    import stochastic_depth as sd
+
+    depth = sd.apply(model, sd.LinearDecay(0.5))
+
+Huang, Sun, Liu, Sedra and Weinberger, ECCV 2016, arXiv:1603.09382.
+"""
+
+from importlib.metadata import version
+
+from stochastic_depth.depth import SkippedPolicy, StochasticDepth
+from stochastic_depth.errors import (
+    ApplyError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    GateError,
+    MissingExtraError,
+    RunError,
+    StateError,
+    StochasticDepthError,
+    SurvivalError,
+)
+from stochastic_depth.gates import Gate, GateKind, Scale
+from stochastic_depth.residual import Residual, residual_step
+from stochastic_depth.surgery import apply, remove
+from stochastic_depth.survival import LinearDecay, Ramp, SurvivalRule, Uniform
+
+__version__ = version("stochastic-depth")
+
+__all__ = [
+    "ApplyError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "Gate",
+    "GateError",
+    "GateKind",
+    "LinearDecay",
+    "MissingExtraError",
+    "Ramp",
+    "Residual",
+    "RunError",
+    "Scale",
+    "SkippedPolicy",
+    "StateError",
+    "StochasticDepth",
+    "StochasticDepthError",
+    "SurvivalError",
+    "SurvivalRule",
+    "Uniform",
+    "apply",
+    "remove",
+    "residual_step",
+]

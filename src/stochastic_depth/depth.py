@@ -1,0 +1,186 @@
+"""The stochastic depth of one model: draws the gates, and minds the blocks that are skipped."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from stochastic_depth.errors import GateError, StateError
+from stochastic_depth.gates import (
+    BlockGates,
+    Gate,
+    GateKind,
+    Scale,
+    draw,
+    evaluation_gates,
+    training_gates,
+)
+from stochastic_depth.residual import Residual
+from stochastic_depth.survival import Ramp, SurvivalRule, ramped, survival_probabilities
+
+SkippedPolicy = Literal["paper", "freeze"]
+"""A skipped block's parameters: gradient zero, so the optimizer still moves them, or None."""
+
+
+class StochasticDepth:
+    """What `sd.apply` returns: the survival probabilities, the gates and their state.
+
+    Gates are drawn when the model's forward pass begins in training mode, all at once, as a
+    function of (seed, step). When the backward pass of that forward pass begins they are put back,
+    so that activation checkpointing recomputes every block as it was.
+
+    Attributes:
+        seed: chooses the sequence of gates.
+        step: how many training forward passes have drawn gates; the next draw is for this step.
+    """
+
+    def __init__(
+        self,
+        units: Iterable[Residual],
+        rule: SurvivalRule,
+        gate: GateKind,
+        scale: Scale,
+        skipped: SkippedPolicy,
+        seed: int,
+    ) -> None:
+        self.units = list(units)
+        self._final = survival_probabilities(rule, len(self.units))
+        self._ramp_steps = rule.steps if isinstance(rule, Ramp) else 0
+        self.gate: GateKind = gate
+        self.scale: Scale = scale
+        self.skipped: SkippedPolicy = skipped
+        self.seed = seed
+        self.step = 0
+        self._coins: Tensor | None = None
+        self._set_survival(0)
+
+    @property
+    def survival(self) -> tuple[float, ...]:
+        """(p_1, ..., p_L), as of the last draw where they follow a ramp."""
+        return self._survival
+
+    @property
+    def expected_depth(self) -> float:
+        """The expected number of active blocks, sum of p_l (the paper, section 3)."""
+        return math.fsum(self._survival)
+
+    @property
+    def gates(self) -> Tensor:
+        """The gates of the current step: bool [L], or [L, batch] with gates for single samples.
+
+        Raises:
+            GateError: before the first draw.
+        """
+        if self._coins is None:
+            raise GateError("no gates yet: they are drawn by the first training forward pass")
+        return self._coins.clone()
+
+    def draw(self, batch: int | None = None) -> None:
+        """Draw the gates of the next step. The model's forward pass does this by itself.
+
+        Args:
+            batch: number of samples; needed by the "sample" and "subset" gates.
+        """
+        if self.gate != "batch" and batch is None:
+            raise GateError(f'gate="{self.gate}" draws a gate for each sample: depth.draw(batch)')
+        self._set_survival(self.step)
+        self._coins = draw(
+            self.seed, self.step, self._survival, None if self.gate == "batch" else batch
+        )
+        self.step += 1
+        self._open(training_gates(self._coins, self._survival, self.gate, self.scale))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint needs for the same gates after a resume."""
+        return {"seed": self.seed, "step": self.step, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            StateError: when it belongs to other survival probabilities, gates or scaling.
+        """
+        for name, mine in self._identity().items():
+            if name not in state or state[name] != mine:
+                raise StateError(
+                    f"the saved state has {name}={state.get(name)!r}, this model {mine!r}: "
+                    "apply stochastic depth with the settings of the run that is resumed"
+                )
+        self.seed, self.step = int(state["seed"]), int(state["step"])
+        self._coins = None
+        self._open([None] * len(self.units))
+        self._set_survival(max(0, self.step - 1))
+
+    def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hook on the model: draw, unless this is evaluation or a recomputation."""
+        if not model.training:
+            self._open([None] * len(self.units))
+        elif not _in_backward():
+            self.draw(None if self.gate == "batch" else _batch_size(args, kwargs))
+
+    def after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """Hook on the model: be there when the backward pass of this forward pass begins."""
+        if not model.training or _in_backward() or not torch.is_grad_enabled():
+            return
+        gates = [unit.gates.training for unit in self.units if unit.gates is not None]
+
+        def backward_begins(_: Tensor) -> None:
+            self._open(gates)
+            if self.skipped == "paper":
+                self._zero_gradients_of_closed(gates)
+
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(backward_begins)
+
+    def _set_survival(self, step: int) -> None:
+        self._survival = ramped(self._final, self._ramp_steps, step)
+        for unit, gate in zip(
+            self.units, evaluation_gates(self._survival, self.scale), strict=True
+        ):
+            if unit.gates is None:
+                unit.gates = BlockGates()
+            unit.gates.evaluation = gate
+
+    def _open(self, gates: Iterable[Gate | None]) -> None:
+        for unit, gate in zip(self.units, gates, strict=True):
+            assert unit.gates is not None
+            unit.gates.training = gate
+
+    def _zero_gradients_of_closed(self, gates: Iterable[Gate | None]) -> None:
+        for unit, gate in zip(self.units, gates, strict=True):
+            if gate is not None and not gate.open:
+                for parameter in unit.branch.parameters():
+                    if parameter.requires_grad and parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "survival": list(self._final),
+            "ramp_steps": self._ramp_steps,
+            "gate": self.gate,
+            "scale": self.scale,
+            "skipped": self.skipped,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"StochasticDepth({len(self.units)} blocks, p from {self._survival[0]:.4g} to "
+            f"{self._survival[-1]:.4g}, expected depth {self.expected_depth:.4g}, "
+            f"gate={self.gate!r}, scale={self.scale!r}, skipped={self.skipped!r}, seed={self.seed}, step={self.step})"
+        )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work, so that a forward pass is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _batch_size(args: tuple, kwargs: dict[str, Any]) -> int:
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return len(leaf)
+    raise GateError("gates for single samples need a tensor [batch, ...] among the model's inputs")

@@ -1,0 +1,45 @@
+"""Every error this library raises on purpose, in one tree."""
+
+
+class StochasticDepthError(Exception):
+    """The root: `except sd.StochasticDepthError` catches all that follows."""
+
+
+class SurvivalError(StochasticDepthError, ValueError):
+    """A survival probability outside (0, 1], or a rule that cannot give one."""
+
+
+class GateError(StochasticDepthError, ValueError):
+    """Gates that do not fit the model: never drawn, or drawn for another batch."""
+
+
+class ApplyError(StochasticDepthError, ValueError):
+    """A model in which nothing can be skipped, or that is skippable already."""
+
+
+class StateError(StochasticDepthError, ValueError):
+    """A `state_dict` of the gates that belongs to another model or setting."""
+
+
+class MissingExtraError(StochasticDepthError, ImportError):
+    """An optional dependency that is not installed."""
+
+
+class ConfigError(StochasticDepthError, ValueError):
+    """A configuration that cannot be trained; names the field, its value and the remedy."""
+
+
+class DataError(StochasticDepthError, ValueError):
+    """A data file that is missing, truncated, mislabelled or foreign."""
+
+
+class RunError(StochasticDepthError):
+    """A run folder that is missing, taken, in use, or not of this run."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint that could not be written, or cannot be trusted."""
+
+
+class DivergedError(RunError):
+    """A loss or a weight that is not finite."""

@@ -1,0 +1,73 @@
+"""Which blocks run in a step: a pure function of (seed, step)."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.randomness import uniforms
+
+GateKind = Literal["batch", "sample", "subset"]
+"""One coin a block and mini-batch (the paper), or one a block and sample: masked or selected."""
+
+Scale = Literal["inference", "training"]
+"""Where p_l is made up for: times p_l in evaluation (the paper), or over p_l in training."""
+
+
+class Gate(NamedTuple):
+    """What one block does in one forward pass."""
+
+    open: bool = True
+    """b_l: whether the branch runs at all."""
+    factor: float = 1.0
+    """What the branch is multiplied by."""
+    keep: Tensor | None = None
+    """bool [batch]: the branch runs on every sample, and counts for these only."""
+    samples: Tensor | None = None
+    """int64 [k]: the branch runs on these samples only."""
+
+
+OPEN = Gate()
+
+
+@dataclass(slots=True)
+class BlockGates:
+    """The gates of one block: of the training step under way (none yet: None) and of evaluation."""
+
+    training: Gate | None = None
+    evaluation: Gate = OPEN
+
+
+def draw(seed: int, step: int, survival: tuple[float, ...], batch: int | None = None) -> Tensor:
+    """All coins of one step: bool [L], or [L, batch] with one for each sample.
+
+    Block l is open with probability `survival[l - 1]`, independently of every other block, sample
+    and step. The same arguments give the same gates everywhere; a larger p only opens more.
+    """
+    blocks = len(survival)
+    p = torch.tensor(survival, dtype=torch.float64)
+    if batch is None:
+        return uniforms(blocks, "gates", seed, step) < p
+    return uniforms(blocks * batch, "gates", seed, step).view(blocks, batch) < p[:, None]
+
+
+def training_gates(
+    coins: Tensor, survival: tuple[float, ...], kind: GateKind, scale: Scale
+) -> list[Gate]:
+    """What each block does in a training step under `coins` (from `draw`)."""
+    factors = [1 / p for p in survival] if scale == "training" else [1.0] * len(survival)
+    if kind == "batch":
+        return [Gate(b, factor) for b, factor in zip(coins.tolist(), factors, strict=True)]
+    if kind == "sample":
+        return [Gate(True, factor, keep=b) for b, factor in zip(coins, factors, strict=True)]
+    subsets = [b.nonzero().flatten() for b in coins]
+    return [
+        Gate(len(samples) > 0, factor, samples=samples)
+        for samples, factor in zip(subsets, factors, strict=True)
+    ]
+
+
+def evaluation_gates(survival: tuple[float, ...], scale: Scale) -> list[Gate]:
+    """What each block does in evaluation: all open, times p_l where training did not make up."""
+    return [Gate(True, p if scale == "inference" else 1.0) for p in survival]

@@ -1,0 +1,28 @@
+"""Random numbers as pure functions of a key, never of the global random state.
+
+A key is any sequence of integers and words, `("gates", seed, step)` say. The same key gives the
+same numbers in every process, on every machine and in every version: the source is SHAKE-128.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def digest(count: int, *key: int | str) -> bytes:
+    """`count` bytes that depend on `key` alone."""
+    return hashlib.shake_128(repr(key).encode()).digest(count)
+
+
+def uniforms(count: int, *key: int | str) -> Tensor:
+    """`count` independent numbers, uniform in [0, 1): float64, [count], on the CPU."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.float64)
+    words = torch.frombuffer(bytearray(digest(8 * count, *key)), dtype=torch.int64)
+    return (words & (2**53 - 1)).to(torch.float64) * 2.0**-53
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU, seeded by `key`: for permutations, crops and initial weights."""
+    return torch.Generator().manual_seed(int.from_bytes(digest(8, *key), "little") >> 1)

@@ -1,0 +1,127 @@
+"""One residual step under a gate: a pure function, then a thin module."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.errors import GateError
+from stochastic_depth.gates import OPEN, BlockGates, Gate
+
+
+def residual_step(
+    x: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    shortcut: Callable[[Tensor], Tensor] | None = None,
+    activation: Callable[[Tensor], Tensor] | None = None,
+    gate: Gate = OPEN,
+) -> Tensor:
+    """H_l = act(shortcut(H) + b_l * branch(H)), with the branch not called when b_l = 0.
+
+    Args:
+        x: H_{l-1}, [batch, ...].
+        branch: f_l. Under `gate.samples` it is called on those samples only, [k, ...].
+        shortcut: the path around the branch; None is the identity.
+        activation: what follows the addition; None is nothing.
+        gate: what this block does in this pass.
+
+    Returns:
+        H_l, [batch, ...].
+
+    Raises:
+        GateError: when gates for single samples were drawn for another batch size.
+
+    The paper, section 3, equations 2 and 5.
+    """
+    out = x if shortcut is None else shortcut(x)
+    if gate.open:
+        if gate.keep is not None:
+            out = out + branch(x) * (_mask(gate.keep, x) * gate.factor)
+        elif gate.samples is not None:
+            out = _add_to_samples(out, x, branch, gate.samples, gate.factor)
+        elif gate.factor != 1.0:
+            out = out + branch(x) * gate.factor
+        else:
+            out = out + branch(x)
+    return out if activation is None else activation(out)
+
+
+def _mask(keep: Tensor, x: Tensor) -> Tensor:
+    if len(keep) != len(x):
+        raise GateError(
+            f"this block got {len(x)} samples, the gates were drawn for {len(keep)}: "
+            "gates for single samples need the batch as the first dimension of every block; "
+            'use gate="batch" for this model'
+        )
+    return keep.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def _add_to_samples(
+    out: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], samples: Tensor, factor: float
+) -> Tensor:
+    if int(samples[-1]) >= len(x):
+        raise GateError(
+            f"this block got {len(x)} samples, the gates were drawn for more: gates for single "
+            'samples need the batch as the first dimension of every block; use gate="batch"'
+        )
+    samples = samples.to(x.device)
+    f = branch(x.index_select(0, samples))
+    dtype = torch.promote_types(out.dtype, f.dtype)
+    f = (f if factor == 1.0 else f * factor).to(dtype)
+    return out.to(dtype).index_add(0, samples, f)
+
+
+class Residual(nn.Module):
+    """A residual unit whose branch can be skipped: act(shortcut(x) + branch(x)).
+
+    On its own it is the plain unit of constant depth. `sd.apply` on the model that holds it gives
+    it gates. Parameters are found under `branch.`, `shortcut.` and `activation.`.
+
+    Args:
+        branch: f_l, from [batch, ...] to the shape of the shortcut's output.
+        shortcut: None for the identity, or a downsampling or projection path.
+        activation: what follows the addition; None for pre-norm and pre-activation blocks.
+    """
+
+    gates: BlockGates | None
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None = None,
+        activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+        self.activation = activation
+        self.gates = None
+        self._overwrites = activation is not None and any(
+            getattr(module, "inplace", False) for module in activation.modules()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate()
+        if self._overwrites and not gate.open and self.shortcut is None:
+            x = x.clone()  # the activation works in place, and x is not this block's to change
+        return residual_step(x, self.branch, self.shortcut, self.activation, gate)
+
+    def gate(self) -> Gate:
+        """What this block does now.
+
+        Raises:
+            GateError: in training, when the model that was applied has not drawn gates.
+        """
+        if self.gates is None:
+            return OPEN
+        if not self.training:
+            return self.gates.evaluation
+        if self.gates.training is None:
+            raise GateError(
+                "a residual block was called in training mode before gates were drawn: call the "
+                "model given to sd.apply in training mode, not a part of it, or depth.draw() first"
+            )
+        return self.gates.training
+
+    def extra_repr(self) -> str:
+        return "" if self.gates is None else f"p={self.gates.evaluation.factor:.4g} in evaluation"

@@ -1,0 +1,13 @@
+import os
+
+import torch
+
+# torchvision's wheels bring compiled operators only for CUDA builds of torch; with a CPU build
+# it imports once the two operators it refers to are declared.
+if torch.version.cuda is None:
+    _operators = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+torch.set_num_threads(min(2, os.cpu_count() or 1))
