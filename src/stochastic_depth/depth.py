@@ -103,13 +103,19 @@ class StochasticDepth:
         Raises:
             StateError: when it belongs to other survival probabilities, gates or scaling.
         """
+        for name in ("seed", "step"):
+            if not isinstance(state.get(name), int):
+                raise StateError(
+                    f"the saved state has {name}={state.get(name)!r}, which must be an integer: "
+                    "give what depth.state_dict() returned"
+                )
         for name, mine in self._identity().items():
             if name not in state or state[name] != mine:
                 raise StateError(
                     f"the saved state has {name}={state.get(name)!r}, this model {mine!r}: "
                     "apply stochastic depth with the settings of the run that is resumed"
                 )
-        self.seed, self.step = int(state["seed"]), int(state["step"])
+        self.seed, self.step = state["seed"], state["step"]
         self._coins = None
         self._open([None] * len(self.units))
         self._set_survival(max(0, self.step - 1))
@@ -123,7 +129,7 @@ class StochasticDepth:
 
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         """Hook on the model: be there when the backward pass of this forward pass begins."""
-        if not model.training or _in_backward() or not torch.is_grad_enabled():
+        if not model.training or not torch.is_grad_enabled():
             return
         gates = [unit.gates.training for unit in self.units if unit.gates is not None]
 
@@ -170,7 +176,8 @@ class StochasticDepth:
         return (
             f"StochasticDepth({len(self.units)} blocks, p from {self._survival[0]:.4g} to "
             f"{self._survival[-1]:.4g}, expected depth {self.expected_depth:.4g}, "
-            f"gate={self.gate!r}, scale={self.scale!r}, skipped={self.skipped!r}, seed={self.seed}, step={self.step})"
+            f"gate={self.gate!r}, scale={self.scale!r}, skipped={self.skipped!r}, "
+            f"seed={self.seed}, step={self.step})"
         )
 
 

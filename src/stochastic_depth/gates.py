@@ -26,6 +26,8 @@ class Gate(NamedTuple):
     """bool [batch]: the branch runs on every sample, and counts for these only."""
     samples: Tensor | None = None
     """int64 [k]: the branch runs on these samples only."""
+    batch: int | None = None
+    """The number of samples that `keep` or `samples` were drawn for."""
 
 
 OPEN = Gate()
@@ -60,10 +62,13 @@ def training_gates(
     if kind == "batch":
         return [Gate(b, factor) for b, factor in zip(coins.tolist(), factors, strict=True)]
     if kind == "sample":
-        return [Gate(True, factor, keep=b) for b, factor in zip(coins, factors, strict=True)]
-    subsets = [b.nonzero().flatten() for b in coins]
+        return [
+            Gate(True, factor, keep=keep, batch=len(keep))
+            for keep, factor in zip(coins, factors, strict=True)
+        ]
+    subsets = [keep.nonzero().flatten() for keep in coins]
     return [
-        Gate(len(samples) > 0, factor, samples=samples)
+        Gate(len(samples) > 0, factor, samples=samples, batch=coins.shape[1])
         for samples, factor in zip(subsets, factors, strict=True)
     ]
 

@@ -33,6 +33,12 @@ def residual_step(
 
     The paper, section 3, equations 2 and 5.
     """
+    if gate.batch is not None and gate.batch != len(x):
+        raise GateError(
+            f"this block got {len(x)} samples, the gates were drawn for {gate.batch}: "
+            "gates for single samples need the batch as the first dimension of every block; "
+            'use gate="batch" for this model'
+        )
     out = x if shortcut is None else shortcut(x)
     if gate.open:
         if gate.keep is not None:
@@ -47,23 +53,12 @@ def residual_step(
 
 
 def _mask(keep: Tensor, x: Tensor) -> Tensor:
-    if len(keep) != len(x):
-        raise GateError(
-            f"this block got {len(x)} samples, the gates were drawn for {len(keep)}: "
-            "gates for single samples need the batch as the first dimension of every block; "
-            'use gate="batch" for this model'
-        )
     return keep.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def _add_to_samples(
     out: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], samples: Tensor, factor: float
 ) -> Tensor:
-    if int(samples[-1]) >= len(x):
-        raise GateError(
-            f"this block got {len(x)} samples, the gates were drawn for more: gates for single "
-            'samples need the batch as the first dimension of every block; use gate="batch"'
-        )
     samples = samples.to(x.device)
     f = branch(x.index_select(0, samples))
     dtype = torch.promote_types(out.dtype, f.dtype)
@@ -102,7 +97,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate()
-        if self._overwrites and not gate.open and self.shortcut is None:
+        if self._overwrites and not gate.open:
             x = x.clone()  # the activation works in place, and x is not this block's to change
         return residual_step(x, self.branch, self.shortcut, self.activation, gate)
 

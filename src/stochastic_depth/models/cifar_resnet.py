@@ -7,6 +7,7 @@ a parameter and the transition blocks can be dropped too.
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,15 +73,16 @@ class CifarResNet(nn.Module):
             raise ConfigError(f"depth={depth}: a CIFAR ResNet has 6n + 2 layers: 20, 32, 56, 110")
         n = (depth - 2) // 6
         widths = [WIDTHS[0], *(width for width in WIDTHS for _ in range(n))]
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, WIDTHS[0], 3, padding=1, bias=False),
-            nn.BatchNorm2d(WIDTHS[0]),
-            nn.ReLU(inplace=True),
-        )
-        self.blocks = nn.Sequential(
-            *(basic_block(before, after) for before, after in pairwise(widths))
-        )
-        self.head = nn.Linear(WIDTHS[-1], classes)
+        with torch.device("meta"):
+            self.stem = nn.Sequential(
+                nn.Conv2d(channels, WIDTHS[0], 3, padding=1, bias=False),
+                nn.BatchNorm2d(WIDTHS[0]),
+                nn.ReLU(inplace=True),
+            )
+            self.blocks = nn.Sequential(
+                *(basic_block(before, after) for before, after in pairwise(widths))
+            )
+            self.head = nn.Linear(WIDTHS[-1], classes)
         initialise(self, init, seed)
 
     def forward(self, x: Tensor) -> Tensor:

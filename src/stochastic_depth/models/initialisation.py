@@ -1,4 +1,8 @@
-"""Initial weights, drawn from a key so that building a model leaves the random state alone."""
+"""Initial weights, drawn from a key so that building a model leaves the random state alone.
+
+A model is built under `with torch.device("meta")`, which keeps PyTorch's own initialisation from
+drawing random numbers; `initialise` then gives its modules memory on the CPU, and their weights.
+"""
 
 import math
 from typing import Literal
@@ -15,18 +19,23 @@ Initialisation = Literal["zero-gain", "he"]
 
 @torch.no_grad()
 def initialise(model: nn.Module, init: Initialisation, seed: int) -> None:
-    """Set every weight of `model`, in place, as a function of (`init`, `seed`).
+    """Set every weight and statistic of `model`, in place, as a function of (`init`, `seed`).
 
     Convolutions: normal with variance 2 / fan_out (He et al. 2015, arXiv:1502.01852). Linear
     layers: uniform in +-1 / sqrt(fan_in). Normalisation: gain 1, bias 0; under "zero-gain" the
     last gain of each residual branch starts at 0 (Goyal et al. 2017, arXiv:1706.02677), without
-    which networks of 110 layers and more do not leave chance level in their first epochs.
+    which networks of 110 layers and more do not leave chance level in their first epochs. Modules
+    of any other kind are left as they are: on the meta device, where using them is an error.
     """
     rng = generator("weights", seed)
     for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            module.to_empty(device="cpu")
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
             module.weight.normal_(0, math.sqrt(2 / fan_out), generator=rng)
+            if module.bias is not None:
+                module.bias.zero_()
         elif isinstance(module, nn.Linear):
             bound = 1 / math.sqrt(module.in_features)
             module.weight.uniform_(-bound, bound, generator=rng)
@@ -34,6 +43,7 @@ def initialise(model: nn.Module, init: Initialisation, seed: int) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             module.weight.fill_(1)
             module.bias.zero_()
+            module.reset_running_stats()
     if init == "zero-gain":
         for module in model.modules():
             if isinstance(module, Residual):

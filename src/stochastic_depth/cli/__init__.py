@@ -1,0 +1,65 @@
+"""The command line: parse, call, print.
+
+Exit codes: 0 done; 1 an error, told in one line; 2 a command line that cannot be understood;
+128 + n stopped by signal n, with a checkpoint where a run was under way.
+"""
+
+import difflib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+
+from stochastic_depth import __version__
+from stochastic_depth.errors import StochasticDepthError
+from stochastic_depth.extras import require
+
+COMMANDS = {
+    "train": "train a recipe, or go on with a run",
+    "eval": "test error of a run's network",
+    "compare": "a recipe against its constant-depth twin, over seeds",
+    "recipes": "the published results that can be reproduced",
+}
+HELP = """usage: stochastic-depth COMMAND [OPTIONS]
+
+Deep networks with stochastic depth (Huang et al. 2016).
+
+{commands}
+
+stochastic-depth COMMAND --help tells the options of a command.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(HELP.format(commands="\n".join(f"  {k:{width}}  {v}" for k, v in COMMANDS.items())))
+        return 0
+    if command == "--version":
+        print(f"stochastic-depth {__version__}")
+        return 0
+    if command not in COMMANDS:
+        return usage_error("command", command, COMMANDS)
+    try:
+        for module in ("tyro", "rich", "safetensors"):
+            require(module, "train")
+        return importlib.import_module(f"stochastic_depth.cli.{command}").main(rest)
+    except StochasticDepthError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def usage_error(what: str, given: str, known: Iterable[str]) -> int:
+    """Say that `given` is no `what`, and which one may have been meant."""
+    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
+    print(f"error: there is no {what} {given!r}; {hint}", file=sys.stderr)
+    return 2

@@ -1,0 +1,61 @@
+"""stochastic-depth compare [RECIPE] [OPTIONS]."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from stochastic_depth.analysis import (
+    compare,
+    comparison_table,
+    plot_comparison,
+    train_pairs,
+    write_comparison,
+)
+from stochastic_depth.cli.recipe import parse
+from stochastic_depth.cli.train import stopped
+from stochastic_depth.train import Config, Interrupted
+from stochastic_depth.train.display import Display
+from stochastic_depth.train.signals import StopSignals
+
+TEXT = """Train a recipe and its constant-depth twin, taking turns by the epoch, and show both.
+
+Started again it goes on where it stopped, and trains nothing twice.
+"""
+
+
+@dataclass(frozen=True)
+class Compare:
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    seeds: int = 3
+    """How many seeds, from `seed` on."""
+    out: Path | None = None
+    """Folder for the runs, the table, the picture and the JSON (none: runs/compare-RECIPE)."""
+    quiet: bool = False
+    """Print only the table."""
+
+
+def main(arguments: list[str]) -> int:
+    asked = parse("compare", TEXT, arguments, Compare)
+    if isinstance(asked, int):
+        return asked
+    config = asked.config
+    folder = asked.out or Path("runs") / f"compare-{config.recipe}"
+    seeds = range(config.seed, config.seed + asked.seeds)
+    console = Console()
+    with StopSignals() as stop, Display(console, asked.quiet) as display:
+        try:
+            runs = train_pairs(config, seeds, folder, display, stop)
+        except Interrupted as interrupted:
+            return stopped(console, interrupted, shlex.join(["compare", *arguments]))
+    comparison = compare(runs)
+    title = f"{config.recipe}: {config.model.kind} {config.model.depth}, {config.epochs} epochs"
+    write_comparison(folder / "comparison.json", comparison, runs)
+    plot_comparison(folder / "comparison.png", title, comparison, runs)
+    console.print(comparison_table(title, comparison, len(seeds)))
+    for name in ("comparison.png", "comparison.json"):
+        console.print(str(folder / name), markup=False, highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,44 @@
+"""stochastic-depth eval RUN."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from stochastic_depth.train import reopen, trained_model
+from stochastic_depth.train.step import evaluate
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    checkpoint: Literal["best", "last"] = "best"
+    """The checkpoint of the lowest validation error, or the newest."""
+    data_root: Path | None = None
+    """Where its data is now (none: where it was)."""
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        asked = tyro.cli(
+            Evaluate,
+            prog="stochastic-depth eval",
+            description="Loss and error of a trained network at full depth.",
+            args=arguments,
+        )
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    run, images = reopen(asked.run, asked.data_root)
+    model, step = trained_model(run, images, asked.checkpoint)
+    table = Table(title=f"{run.path}, {asked.checkpoint} checkpoint (step {step})")
+    for name in ("part", "images", "loss", "error"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for part in ("validation", "test"):
+        loss, error = evaluate(model, images.evaluate(part), run.execution)
+        table.add_row(part, f"{images.sizes[part]:,}", f"{loss:.4f}", f"{error:.2f} %")
+    Console().print(table)
+    return 0

@@ -1,0 +1,86 @@
+"""stochastic-depth train [RECIPE] [OPTIONS], or train --resume RUN."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from stochastic_depth.analysis import run_table
+from stochastic_depth.cli.recipe import parse
+from stochastic_depth.data import Batches
+from stochastic_depth.train import Config, Interrupted, Run, begin, fit, reopen
+from stochastic_depth.train.display import Display
+from stochastic_depth.train.run import free_path
+from stochastic_depth.train.signals import StopSignals
+
+TEXT = """Train one network; everything is written to one run folder.
+
+  --resume RUN        go on with a run from its newest checkpoint
+  --data-root DIR     with --resume: where its data is now
+  --quiet             print nothing
+"""
+
+
+@dataclass(frozen=True)
+class Begin:
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run: Path | None = None
+    """The run folder (none: runs/RECIPE, or the first of runs/RECIPE-2, ... that is free)."""
+    quiet: bool = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    resume: Path
+    """The run folder to go on with."""
+    data_root: Path | None = None
+    """Where its data is now (none: where it was)."""
+    quiet: bool = False
+    """Print nothing."""
+
+
+def main(arguments: list[str]) -> int:
+    if any(argument.split("=")[0] == "--resume" for argument in arguments):
+        try:
+            resume = tyro.cli(Resume, prog="stochastic-depth train", args=arguments)
+        except SystemExit as exit:
+            return int(exit.code or 0)
+        return _train(*reopen(resume.resume, resume.data_root), resume.quiet)
+    begun = parse("train", TEXT, arguments, Begin)
+    if isinstance(begun, int):
+        return begun
+    path = begun.run or free_path(Path("runs"), begun.config.recipe)
+    return _train(*begin(begun.config, path), begun.quiet)
+
+
+def _train(run: Run, images: Batches, quiet: bool) -> int:
+    console = Console(quiet=quiet)
+    config, execution = run.config, run.execution
+    console.print(
+        f"{config.recipe}: {config.model.kind} {config.model.depth}, {images.sizes['train']:,} "
+        f"images, {execution.device} {execution.precision} → {run.path}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    with StopSignals() as stop, Display(console, quiet) as display:
+        try:
+            for _ in fit(run, images, display.watch(), stop):
+                pass
+        except Interrupted as interrupted:
+            return stopped(console, interrupted, f"train --resume {shlex.quote(str(run.path))}")
+    console.print(run_table(run))
+    return 0
+
+
+def stopped(console: Console, interrupted: Interrupted, again: str) -> int:
+    """Say how to go on; returns the exit code."""
+    console.print(f"{interrupted}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"go on:  stochastic-depth {again}", markup=False, highlight=False, soft_wrap=True
+    )
+    return 128 + interrupted.signal

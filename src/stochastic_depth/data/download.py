@@ -1,0 +1,37 @@
+"""Fetch a data set from where it is published: the only code that touches the network."""
+
+from pathlib import Path
+
+from stochastic_depth.errors import DataError
+from stochastic_depth.extras import require
+
+BY_HAND = {
+    "cifar10": "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz/cifar.html",
+    "cifar100": "cifar-100-python.tar.gz from www.cs.toronto.edu/~kriz/cifar.html",
+    "svhn": "train_32x32.mat, extra_32x32.mat and test_32x32.mat from "
+    "ufldl.stanford.edu/housenumbers",
+}
+
+
+def fetch(name: str, folder: Path) -> None:
+    """Put the files of `name` into `folder`, through torchvision, which checks their sums.
+
+    Raises:
+        DataError: no way to the files.
+        MissingExtraError: torchvision is not installed.
+    """
+    datasets = require("torchvision.datasets", "data")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == "svhn":
+            for url, file, md5 in datasets.SVHN.split_list.values():
+                datasets.utils.download_url(url, str(folder), file, md5)
+        else:
+            cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+            cifar(str(folder), download=True)
+    except Exception as error:
+        # Whatever goes wrong between here and the server, the remedy is the same.
+        raise DataError(
+            f"{name} could not be fetched into {folder} ({type(error).__name__}: {error}): "
+            f"fetch {BY_HAND[name]} by hand, put it there and unpack it"
+        ) from error

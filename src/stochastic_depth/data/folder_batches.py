@@ -1,0 +1,154 @@
+"""Batches of a tree of pictures that is too large for memory, as ImageNet is published."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from stochastic_depth.data.augmentation import normalise
+from stochastic_depth.data.folder_images import (
+    FolderImages,
+    collate,
+    evaluation_view,
+    training_view,
+)
+from stochastic_depth.data.protocol import Batch, Part, epoch_order, steps
+from stochastic_depth.data.split import check_count, stratified
+from stochastic_depth.errors import DataError
+from stochastic_depth.extras import require
+from stochastic_depth.randomness import generator
+
+# Of ImageNet's training images, as every published network uses them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+Samples = list[tuple[str, int]]
+
+
+class FolderBatches:
+    """`Batches` over `root/train/<class>/*.JPEG` and `root/val/<class>/*.JPEG`.
+
+    The test part is the `val` folder, because the paper reports ImageNet's validation error.
+    validation: how many training images to hold out, in proportion to the classes; with 0 the
+    `val` folder is the validation part too. train: keep this many of the others, by default all.
+    augment: random crops and flips in training, otherwise the view that evaluation uses. workers:
+    processes that decode; their number does not change the batches. image_size: in pixels.
+
+    Raises:
+        DataError: folders, classes or pictures that are missing, or a count that does not fit.
+        MissingExtraError: torchvision is not installed.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        batch: int,
+        seed: int,
+        device: torch.device | str,
+        workers: int,
+        image_size: int = 224,
+        channels_last: bool = False,
+        validation: int = 0,
+        train: int | None = None,
+        augment: bool = True,
+        evaluation_batch: int = 250,
+        name: str = "imagenet",
+    ):
+        self.root = Path(root).expanduser()
+        self.classes, training = scan(self.root / "train")
+        classes, test = scan(self.root / "val")
+        if classes != self.classes:
+            missing = sorted(set(self.classes) ^ set(classes))[:5]
+            raise DataError(
+                f"{self.root}: train has {len(self.classes)} classes and val {len(classes)}, "
+                f"expected the same; only in one of them: {', '.join(missing)}"
+            )
+        self._samples = {"train": training, "validation": test, "test": test}
+        if validation:
+            check_count("validation", validation, len(training) - 1)
+            held, training = choose(training, validation, name, "validation")
+            self._samples |= {"train": training, "validation": held}
+        if train is not None:
+            check_count("train", train, len(training))
+            self._samples["train"], _ = choose(training, train, name, "train")
+        self.name = name
+        self.shape = (3, image_size, image_size)
+        self.sizes = {part: len(samples) for part, samples in self._samples.items()}
+        self.steps_per_epoch = steps(self.sizes["train"], batch)
+        self.batch, self.evaluation_batch = batch, evaluation_batch
+        self.seed = seed
+        self.workers = workers
+        self.device = torch.device(device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean, self.std = (torch.tensor(v, device=self.device) for v in (MEAN, STD))
+        self._evaluation_view = evaluation_view(image_size)
+        self._training_view = training_view(image_size) if augment else self._evaluation_view
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the paths and sizes in bytes of each part: 64 hexadecimal digits."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for part, samples in self._samples.items():
+            for path, _ in samples:
+                relative = Path(path).relative_to(self.root).as_posix()
+                digest.update(repr((part, relative, Path(path).stat().st_size)).encode())
+        return digest.hexdigest()
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        order = epoch_order(self.sizes["train"], self.seed, epoch).split(self.batch)
+        key = ("augment", self.seed, epoch)
+        images = FolderImages(self._samples["train"], self._training_view, key)
+        yield from self._load(images, order[start : self.steps_per_epoch])
+
+    def evaluate(self, part: Part) -> Iterator[Batch]:
+        images = FolderImages(self._samples[part], self._evaluation_view, ("evaluate",))
+        yield from self._load(images, torch.arange(len(images)).split(self.evaluation_batch))
+
+    def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
+        loader = DataLoader(
+            images,
+            batch_sampler=[batch.tolist() for batch in batches],
+            collate_fn=collate,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            # Without its own, the loader draws from the global random state.
+            generator=generator("workers", self.seed),
+        )
+        for loaded in loader:
+            if isinstance(loaded, DataError):
+                break
+            pictures, labels = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
+            batch = normalise(pictures, self.mean, self.std)
+            yield batch.contiguous(memory_format=self.memory_format), labels
+        else:
+            return
+        # Here, not in the loop: leaving it stops the workers.
+        raise loaded
+
+
+def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
+    """The classes, sorted, and the path and label of every picture, sorted."""
+    datasets = require("torchvision.datasets", "data")
+    try:
+        found = datasets.ImageFolder(str(folder))
+    except OSError as error:
+        raise DataError(
+            f"{folder}: expected one folder of pictures for each class, as in train/n01440764/ "
+            f"and val/n01440764/ ({error})"
+        ) from error
+    return tuple(found.classes), found.samples
+
+
+def choose(samples: Samples, count: int, *key: str) -> tuple[Samples, Samples]:
+    """`count` samples, in proportion to the classes, and the others."""
+    labels = torch.tensor([label for _, label in samples])
+    taken, rest = (index.tolist() for index in stratified(labels, count, *key))
+    return [samples[i] for i in taken], [samples[i] for i in rest]

@@ -1,0 +1,97 @@
+"""Pictures that stay on the disk until they are needed: decode one, cut one view of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.data.pictures import FORMATS
+from stochastic_depth.errors import DataError
+from stochastic_depth.extras import require
+from stochastic_depth.randomness import generator
+
+# Below the size from which Pillow itself suspects an attack; ImageNet's largest has 25 million.
+MAX_PIXELS = 80_000_000
+
+View = Callable[[Any], Tensor]
+
+
+class FolderImages(torch.utils.data.Dataset[tuple[Tensor, int] | DataError]):
+    """One part of a tree of pictures: uint8 [3, size, size] and a label for each index.
+
+    A picture that cannot be read gives its error as a value: one raised in a worker process
+    would reach the user wrapped in that process's traceback.
+
+    samples: path and label of each picture. view: from a Pillow image to a tensor. key: random
+    views are a pure function of the key and the index, whichever process cuts them, and the
+    global random state is left as it was.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], view: View, key: tuple[int | str, ...]):
+        self.samples = samples
+        self.view = view
+        self.key = key
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
+        path, label = self.samples[index]
+        try:
+            picture = open_picture(Path(path))
+        except DataError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which seeds the accelerators too.
+            torch.default_generator.manual_seed(generator(*self.key, index).initial_seed())
+            return self.view(picture), label
+
+
+def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
+    """A batch, or the first of the errors in it."""
+    images, labels = [], []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        images.append(item[0])
+        labels.append(item[1])
+    return torch.stack(images), torch.tensor(labels)
+
+
+def open_picture(path: Path) -> Any:
+    """A decoded Pillow image in RGB.
+
+    Raises:
+        DataError: no picture, a truncated one, or one that claims to be huge.
+        MissingExtraError: Pillow is not installed.
+    """
+    image = require("PIL.Image", "data")
+    try:
+        with image.open(path, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path}: an image of {picture.width}x{picture.height} pixels, expected at "
+                    f"most {MAX_PIXELS:,}: replace it"
+                )
+            return picture.convert("RGB")
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path}: no readable {'/'.join(FORMATS)} image ({type(error).__name__}: {error}): "
+            "fetch it again"
+        ) from error
+
+
+def training_view(size: int) -> View:
+    """A random part of 8% to 100% of the area, scaled to `size`, mirrored half of the time."""
+    v2 = require("torchvision.transforms.v2", "data")
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+def evaluation_view(size: int) -> View:
+    """The shorter side scaled to 256/224 of `size`, then the middle."""
+    v2 = require("torchvision.transforms.v2", "data")
+    return v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size), v2.PILToTensor()])

@@ -1,0 +1,67 @@
+"""What training needs from a data set, wherever its images live."""
+
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.errors import DataError
+from stochastic_depth.randomness import generator
+
+Batch = tuple[Tensor, Tensor]
+Part = Literal["validation", "test"]
+
+
+class Batches(Protocol):
+    """A data set as training sees it, wherever the images live.
+
+    shape: (channels, height, width) of one image as the network sees it. sizes: the number of
+    images in `train`, `validation` and `test`. fingerprint: changes with the data.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def sizes(self) -> dict[str, int]: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from step `start` on.
+
+        Images, float32 [batch, channels, height, width], normalised; labels, int64 [batch]. A pure
+        function of the seed, the epoch and the step, so an epoch can be resumed in its middle.
+        """
+        ...
+
+    def evaluate(self, part: Part) -> Iterator[Batch]:
+        """Every image of a part once, in a fixed order, without augmentation."""
+        ...
+
+
+def steps(images: int, batch: int) -> int:
+    """Batches in an epoch; a last batch of one image is left out, BatchNorm cannot train on it.
+
+    Raises:
+        DataError: no batch remains, or `batch` is not positive.
+    """
+    if batch < 1:
+        raise DataError(f"batch={batch}: a batch has at least one image")
+    count = -(-images // batch)
+    if batch > 1 and images % batch == 1:
+        count -= 1
+    if count < 1:
+        raise DataError(f"{images} training images make no batch of {batch}: take more of them")
+    return count
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
+    """The order of the training images in an epoch: int64 [images]."""
+    return torch.randperm(images, generator=generator("order", seed, epoch))

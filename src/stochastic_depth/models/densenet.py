@@ -1,0 +1,102 @@
+"""The densely connected network for 32x32 images, which the stochastic depth paper led to.
+
+Huang, Liu, van der Maaten and Weinberger 2017 (arXiv:1608.06993, section 3). Every layer reads the
+feature maps of all layers before it at its resolution, so nothing bypasses a layer: there is no
+residual unit, and `sd.apply` says so.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.models.initialisation import Initialisation, initialise
+
+
+def composite(channels_in: int, channels: int, kernel: int) -> nn.Sequential:
+    """H_l of the paper: batch normalisation, ReLU, convolution; the resolution stays."""
+    return nn.Sequential(
+        nn.BatchNorm2d(channels_in),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels_in, channels, kernel, padding=kernel // 2, bias=False),
+    )
+
+
+class DenseLayer(nn.Module):
+    """Append `growth` new channels: [b, channels, h, w] -> [b, channels + growth, h, w]."""
+
+    def __init__(self, channels: int, growth: int, bottleneck: bool) -> None:
+        super().__init__()
+        self.new = (
+            nn.Sequential(
+                composite(channels, 4 * growth, kernel=1), composite(4 * growth, growth, kernel=3)
+            )
+            if bottleneck
+            else composite(channels, growth, kernel=3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x, self.new(x)), dim=1)
+
+
+class DenseNet(nn.Module):
+    """[batch, channels, height, width] -> logits [batch, classes].
+
+    Three dense blocks of equally many layers. The paper's: depth 40 and 100 with growth 12 and
+    `bottleneck=False, compression=1` (1.0 and 7.0 M parameters), and the DenseNet-BC of the
+    defaults with depth 100 and growth 12 (0.8 M), 250 and 24 (15.3 M), 190 and 40 (25.6 M).
+
+    Args:
+        depth: number of weighted layers: 3n + 4, or 6n + 4 with bottlenecks.
+        growth: k, the channels each layer adds.
+        bottleneck: put a 1x1 convolution to 4k channels before each 3x3.
+        compression: theta, the part of the channels that a transition keeps.
+        classes: number of classes.
+        channels: of the input image.
+        init: as for the residual networks; both are the same here, where no branch is residual.
+        seed: chooses the initial weights.
+
+    Raises:
+        ConfigError: when depth is not of that form, or compression not in (0, 1].
+    """
+
+    def __init__(
+        self,
+        depth: int = 100,
+        growth: int = 12,
+        bottleneck: bool = True,
+        compression: float = 0.5,
+        classes: int = 10,
+        channels: int = 3,
+        init: Initialisation = "zero-gain",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        divisor = 6 if bottleneck else 3
+        if depth <= 4 or (depth - 4) % divisor:
+            kind = "with" if bottleneck else "without"
+            fitting = ", ".join(str(divisor * n + 4) for n in (6, 16, 31))
+            raise ConfigError(
+                f"depth={depth}: a DenseNet {kind} bottlenecks has {divisor}n + 4 layers: {fitting}"
+            )
+        if not 0 < compression <= 1:
+            raise ConfigError(f"compression={compression}: it must be above 0 and at most 1")
+        layers = (depth - 4) // divisor
+        width = 2 * growth if bottleneck and compression < 1 else 16
+        features: list[nn.Module] = []
+        with torch.device("meta"):
+            features.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
+            for block in range(3):
+                if block > 0:
+                    kept = int(width * compression)
+                    features += composite(width, kept, kernel=1), nn.AvgPool2d(2)
+                    width = kept
+                for _ in range(layers):
+                    features.append(DenseLayer(width, growth, bottleneck))
+                    width += growth
+            features += nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+            self.features = nn.Sequential(*features)
+            self.head = nn.Linear(width, classes)
+        initialise(self, init, seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))

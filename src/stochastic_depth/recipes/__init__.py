@@ -1,0 +1,49 @@
+"""One function for each published number; each returns a complete configuration."""
+
+from collections.abc import Callable
+
+from stochastic_depth.recipes.cifar import (
+    cifar10_densenet_bc100,
+    cifar10_densenet_bc190,
+    cifar10_resnet110,
+    cifar10_resnet110_constant,
+    cifar10_resnet1202,
+    cifar10_resnet1202_constant,
+    cifar100_densenet_bc100,
+    cifar100_resnet110,
+    cifar100_resnet110_constant,
+)
+from stochastic_depth.recipes.digits import digits, digits_constant
+from stochastic_depth.recipes.imagenet import (
+    imagenet_resnet50,
+    imagenet_resnet152,
+    imagenet_resnet152_constant,
+)
+from stochastic_depth.recipes.svhn import svhn_resnet152, svhn_resnet152_constant
+from stochastic_depth.recipes.variant import constant_depth
+from stochastic_depth.train.config import Config
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    recipe().recipe: recipe
+    for recipe in (
+        digits,
+        digits_constant,
+        cifar10_resnet110,
+        cifar10_resnet110_constant,
+        cifar100_resnet110,
+        cifar100_resnet110_constant,
+        svhn_resnet152,
+        svhn_resnet152_constant,
+        cifar10_resnet1202,
+        cifar10_resnet1202_constant,
+        imagenet_resnet152,
+        imagenet_resnet152_constant,
+        imagenet_resnet50,
+        cifar10_densenet_bc100,
+        cifar100_densenet_bc100,
+        cifar10_densenet_bc190,
+    )
+}
+"""By the name on the command line."""
+
+__all__ = ["RECIPES", "constant_depth"]

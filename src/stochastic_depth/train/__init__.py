@@ -1,0 +1,30 @@
+"""Training runs: a configuration, a folder, and an iterator over what is measured."""
+
+from stochastic_depth.train.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SurvivalConfig,
+)
+from stochastic_depth.train.fit import Interrupted, fit
+from stochastic_depth.train.journal import Record, best_record
+from stochastic_depth.train.launch import begin, reopen, trained_model
+from stochastic_depth.train.run import Run, open_run
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "Interrupted",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Record",
+    "Run",
+    "SurvivalConfig",
+    "begin",
+    "best_record",
+    "fit",
+    "open_run",
+    "reopen",
+    "trained_model",
+]

@@ -1,0 +1,68 @@
+"""The network, its stochastic depth and its optimizer, as a configuration names them."""
+
+import torch
+from torch import nn
+
+from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
+from stochastic_depth.surgery import apply
+from stochastic_depth.survival import LinearDecay, Ramp, SurvivalRule, Uniform
+from stochastic_depth.train.config import ModelConfig, OptimizerConfig, SurvivalConfig
+
+
+def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> nn.Module:
+    """The network for images of `channels` channels, its weights a function of `seed`."""
+    if config.kind == "cifar-resnet":
+        return CifarResNet(config.depth, classes, channels, config.init, seed)
+    if config.kind == "imagenet-resnet":
+        return ImageNetResNet(config.depth, classes, init=config.init, seed=seed)
+    return DenseNet(
+        config.depth,
+        config.growth,
+        bottleneck=config.bottleneck,
+        compression=0.5 if config.bottleneck else 1.0,
+        classes=classes,
+        channels=channels,
+        init=config.init,
+        seed=seed,
+    )
+
+
+def build_depth(
+    model: nn.Module, config: SurvivalConfig, seed: int, steps_per_epoch: int
+) -> StochasticDepth | None:
+    """Give `model` stochastic depth, unless the rule is constant depth."""
+    if config.rule == "constant":
+        return None
+    rule: SurvivalRule = LinearDecay(config.final)
+    if config.rule == "uniform":
+        rule = Uniform(config.final)
+    ramp_steps = round(config.ramp_epochs * steps_per_epoch)
+    if ramp_steps > 0:
+        rule = Ramp(rule, ramp_steps)
+    return apply(
+        model,
+        rule,
+        gate=config.gate,
+        scale=config.scale,
+        skipped=config.skipped,
+        seed=seed,
+    )
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; weight decay on every parameter, as in the authors' code."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=True,
+        weight_decay=config.weight_decay,
+    )
+
+
+def first_convolution(model: nn.Module) -> nn.Parameter:
+    """The weight of the first convolution: in no block, so it gets a gradient at every step."""
+    weight = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert isinstance(weight, nn.Parameter)
+    return weight

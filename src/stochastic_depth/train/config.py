@@ -1,0 +1,191 @@
+"""The configuration of a run: frozen, nested, and the same on the command line and in JSON."""
+
+import dataclasses
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from stochastic_depth.depth import SkippedPolicy
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.gates import GateKind, Scale
+from stochastic_depth.models.initialisation import Initialisation
+
+DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images."""
+
+    name: DataName = "digits"
+    """Data set; digits is embedded, the others are read from `root`."""
+    root: Path | None = None
+    """Folder of the data set, in any of its public layouts."""
+    validation: int | None = None
+    """Training images held out for validation (none: as in the paper)."""
+    train: int | None = None
+    """Train on a fixed random subset of this many images (none: on all)."""
+    augment: bool | None = None
+    """Random crop and flip (none: where the paper does so)."""
+    download: bool = False
+    """Fetch the data set into `root` if it is not there."""
+    workers: int = 4
+    """Processes that decode images of a folder tree; the result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        for name in ("validation", "train"):
+            _positive(f"data.{name}", getattr(self, name))
+        _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    kind: Literal["cifar-resnet", "imagenet-resnet", "densenet"] = "cifar-resnet"
+    """Family of networks."""
+    depth: int = 110
+    """Weighted layers: 6n + 2 for a CIFAR ResNet; 50, 101 or 152 for an ImageNet ResNet."""
+    init: Initialisation = "zero-gain"
+    """Blocks start as their shortcut, or as in the original papers (he)."""
+    growth: int = 12
+    """DenseNet only: channels that each layer adds."""
+    bottleneck: bool = True
+    """DenseNet only: the BC variant, with bottlenecks and compression by half."""
+
+
+@dataclass(frozen=True)
+class SurvivalConfig:
+    """Which blocks are dropped while training."""
+
+    rule: Literal["linear", "uniform", "constant"] = "linear"
+    """Linear decay from 1 to `final`, `final` for all blocks, or constant depth."""
+    final: float = 0.5
+    """p_L, the survival probability of the last block."""
+    gate: GateKind = "batch"
+    """One coin a mini-batch (skips), or a sample (sample masks, subset selects)."""
+    scale: Scale = "inference"
+    """Multiply by p_l in evaluation, or divide by it in training."""
+    skipped: SkippedPolicy = "paper"
+    """Gradient of a skipped block: zero (paper), or none (freeze)."""
+    ramp_epochs: float = 0.0
+    """Epochs over which the drop rates grow from 0."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.final <= 1, "survival.final", self.final, "above 0 and at most 1")
+        _require(self.ramp_epochs >= 0, "survival.ramp-epochs", self.ramp_epochs, "at least 0")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Stochastic gradient descent, and its learning rate over time."""
+
+    learning_rate: float = 0.1
+    """Learning rate at the start."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Fractions of the run at which the learning rate is divided by `divisor`."""
+    divisor: float = 10.0
+    """What the learning rate is divided by at each milestone."""
+    warmup_epochs: float = 0.0
+    """Epochs at `warmup_rate` before `learning_rate`."""
+    warmup_rate: float = 0.01
+    """Learning rate of the warm-up."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 1e-4
+    """L2 penalty on every parameter."""
+    batch: int = 128
+    """Images a step."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning-rate", self.learning_rate, "above 0")
+        _require(self.divisor > 0, "optimizer.divisor", self.divisor, "above 0")
+        _require(0 < self.momentum < 1, "optimizer.momentum", self.momentum, "between 0 and 1")
+        _require(self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "at least 0")
+        _require(self.batch >= 2, "optimizer.batch", self.batch, "at least 2 (BatchNorm)")
+        for milestone in self.milestones:
+            _require(0 < milestone < 1, "optimizer.milestones", milestone, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    recipe: str = "custom"
+    """Name of the recipe this began as."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    survival: SurvivalConfig = field(default_factory=SurvivalConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: int = 500
+    """Passes over the training images."""
+    seed: int = 0
+    """Chooses the initial weights, the gates, the order and the augmentation."""
+    evaluate_every: int | None = None
+    """Steps between evaluations and checkpoints (none: once an epoch)."""
+    keep: int = 2
+    """Checkpoints kept besides the one of the best validation error."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... (auto: a GPU if there is one)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of convolutions and products (auto: bfloat16 where the processor has it)."""
+
+    def __post_init__(self) -> None:
+        _positive("epochs", self.epochs)
+        _positive("evaluate-every", self.evaluate_every)
+        _positive("keep", self.keep)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same configuration as plain JSON values."""
+        return _plain(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(values: Any) -> "Config":
+        """The configuration that `to_json` gave.
+
+        Raises:
+            ConfigError: when a field is missing, unknown or of another type.
+        """
+        return _restore(Config, values, "config")
+
+
+def _require(holds: bool, name: str, value: object, right: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value}: it must be {right}")
+
+
+def _positive(name: str, value: int | None) -> None:
+    _require(value is None or value >= 1, name, value, "at least 1")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _restore(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict) or set(value) != set(hints):
+            found = sorted(value) if isinstance(value, dict) else value
+            raise ConfigError(f"{where} must have the fields {sorted(hints)}, it has {found}")
+        return kind(**{k: _restore(hints[k], item, f"{where}.{k}") for k, item in value.items()})
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    for option in options:
+        if option is types.NoneType and value is None:
+            return None
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if get_origin(option) is tuple and isinstance(value, list):
+            return tuple(_restore(get_args(option)[0], item, where) for item in value)
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if type(value) is option:
+            return value
+    raise ConfigError(f"{where} is {value!r}: expected {kind}")

@@ -1,0 +1,161 @@
+"""What a person sees of a run: a live picture on a terminal, plain lines in a pipe, or nothing."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from stochastic_depth.train.journal import Record
+from stochastic_depth.train.run import Run
+from stochastic_depth.train.training import Training
+
+
+def picture(gates: Tensor, width: int) -> str:
+    """The gates of one step, first block first: full where open, a dot where closed.
+
+    Args:
+        gates: bool [L], or [L, batch], drawn in four shades.
+        width: characters; where there are more blocks, each character stands for two.
+    """
+    shares = gates.view(len(gates), -1).double().mean(1).tolist()
+    if gates.ndim == 2:
+        return "".join(" ░▒▓█"[round(4 * share)] for share in shares)
+    if len(shares) <= width:
+        return "".join("█" if share else "·" for share in shares)
+    pairs = zip(shares[::2], [*shares[1::2], 0.0][: (len(shares) + 1) // 2], strict=True)
+    return "".join("·▐▌█"[2 * bool(left) + bool(right)] for left, right in pairs)
+
+
+@dataclass
+class RunView:
+    """The `Watch` of one run: remembers what is to be shown, and shows nothing by itself."""
+
+    label: str
+    say_line: Callable[[str], None]
+    epochs: int = 0
+    steps: int = 1
+    step_done: int = 0
+    blocks: int = 0
+    gates: Tensor | None = None
+    loss: Tensor | None = None
+    latest: Record | None = None
+    doing: str = "training"
+    began: float = field(default_factory=time.monotonic)
+    began_at_step: int = 0
+
+    def begin(self, run: Run, training: Training) -> None:
+        self.epochs, self.steps = run.config.epochs, training.steps
+        self.blocks = training.blocks
+        self.step_done = self.began_at_step = training.step
+        self.began = time.monotonic()
+        if training.step:
+            self.say(f"going on at step {training.step} of {training.steps}")
+
+    def step(self, training: Training, loss: Tensor) -> None:
+        self.step_done, self.loss, self.gates = training.step, loss, training.gates
+        self.doing = "training"
+
+    def evaluating(self) -> None:
+        self.doing = "evaluating"
+
+    def record(self, record: Record) -> None:
+        self.latest = record
+        self.say(self.line(record))
+
+    def say(self, text: str) -> None:
+        self.say_line(f"{self.label}  {text}" if self.label else text)
+
+    def line(self, record: Record) -> str:
+        return (
+            f"epoch {record.epoch:g}/{self.epochs} loss {record.train_loss:.3f} "
+            f"val {record.validation_error:.2f}% test {record.test_error:.2f}% "
+            f"blocks {record.active_blocks:.1f}/{self.blocks} "
+            f"{record.images_per_second:,.0f} img/s left {self.left()}"
+        )
+
+    def left(self) -> str:
+        """Estimated time to the end, evaluation included, as h:mm:ss."""
+        done = self.step_done - self.began_at_step
+        if done == 0:
+            return "-:--:--"
+        a_step = (time.monotonic() - self.began) / done
+        return str(timedelta(seconds=round(a_step * (self.steps - self.step_done))))
+
+    def render(self, width: int) -> Group:
+        """Three lines or a few more: progress, the gates, the figures."""
+        epoch = self.step_done * self.epochs / self.steps
+        head = Table.grid(expand=True, padding=(0, 1))
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(justify="right", no_wrap=True)
+        head.add_row(
+            Text(self.label or self.doing),
+            ProgressBar(total=self.steps, completed=self.step_done),
+            Text(f"epoch {epoch:.1f}/{self.epochs}  left {self.left()}"),
+        )
+        lines: list[Table | Text] = [head]
+        if self.gates is not None and self.loss is not None:
+            open_blocks = self.gates.view(len(self.gates), -1).double().mean(1).sum().item()
+            lines.append(Text(picture(self.gates, width), style="green"))
+            figures = (
+                f"step {self.step_done}  loss {self.loss.item():.3f}  "
+                f"active {open_blocks:.4g}/{self.blocks}"
+            )
+            if self.latest is not None:
+                figures += (
+                    f"  val {self.latest.validation_error:.2f}%"
+                    f"  test {self.latest.test_error:.2f}%"
+                    f"  {self.latest.images_per_second:,.0f} img/s"
+                )
+            lines.append(Text(figures, style="dim"))
+        return Group(*lines)
+
+
+class Display:
+    """Shows the runs under way on a console; entered while they train.
+
+    Args:
+        console: where to; a terminal gets a live picture, anything else a line for each record.
+        quiet: show nothing.
+    """
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self.views: list[RunView] = []
+        self._live: Live | None = None
+        if console.is_terminal and not quiet:
+            self._live = Live(get_renderable=self._render, console=console, transient=True)
+
+    def watch(self, label: str = "") -> RunView:
+        """A new run to show, by `label` where several are shown."""
+        view = RunView(label, self._say)
+        self.views.append(view)
+        return view
+
+    def finish(self, view: RunView) -> None:
+        """A run to show no more."""
+        self.views.remove(view)
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _render(self) -> Group:
+        return Group(*(view.render(self.console.width) for view in self.views))
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()

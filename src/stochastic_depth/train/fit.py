@@ -1,0 +1,209 @@
+"""The training loop: an iterator over the records of a run, resumable at any step."""
+
+import dataclasses
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from stochastic_depth.data import Batches
+from stochastic_depth.errors import DivergedError, RunError, StochasticDepthError
+from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.files import write_whole
+from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
+from stochastic_depth.train.run import Run
+from stochastic_depth.train.step import evaluate
+from stochastic_depth.train.tally import Tally
+from stochastic_depth.train.training import Training
+
+_STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 50}
+"""Looking at a loss makes the host wait for the device."""
+
+
+class Interrupted(StochasticDepthError):
+    """A run that was asked to stop by a signal, and has written a checkpoint."""
+
+    def __init__(self, run: Path, step: int, signal: int) -> None:
+        super().__init__(f"{run} stopped at step {step}, with a checkpoint")
+        self.run, self.signal = run, signal
+
+
+class Watch(Protocol):
+    """Looks on while a run trains."""
+
+    def begin(self, run: Run, training: Training) -> None: ...
+    def step(self, training: Training, loss: Tensor) -> None: ...
+    def evaluating(self) -> None: ...
+    def record(self, record: Record) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+def fit(
+    run: Run,
+    batches: Batches,
+    watch: Watch,
+    stop: Callable[[], int | None] = lambda: None,
+) -> Iterator[Record]:
+    """Train `run` from its newest checkpoint to its end, giving each record as it is written.
+
+    Killed at any instant, it loses at most the work since the last checkpoint; called again, it
+    ends, on a CPU, bit for bit where it would have ended.
+
+    Args:
+        run: the folder to write.
+        batches: the data the run was created on.
+        watch: is told of every step and record.
+        stop: asked after every step; a signal number makes the run write a checkpoint and stop.
+
+    Raises:
+        RunError: when another process writes the folder, or the data is not that of the run.
+        CheckpointError: when no checkpoint can be trusted, or one cannot be written.
+        DivergedError: when a loss or a weight is not finite.
+        Interrupted: when `stop` said so.
+    """
+    if batches.fingerprint != run.fingerprint:
+        raise RunError(
+            f"{run.path} was started on data with fingerprint {run.fingerprint[:12]}, this data "
+            f"has {batches.fingerprint[:12]}: give the folder and settings of the data it began on"
+        )
+    with run.writing():
+        training = Training(run.config, run.execution, batches)
+        _restore(run, training, watch)
+        watch.begin(run, training)
+        interval = run.config.evaluate_every or training.steps_per_epoch
+        stream = _stream(batches, training.step)
+        while training.step < training.steps:
+            end = min(training.steps, (training.step // interval + 1) * interval)
+            signal = _train_until(end, training, stream, run, watch, stop)
+            if signal is not None and training.step < end:
+                _save(run, training)
+                raise Interrupted(run.path, training.step, signal)
+            watch.evaluating()
+            record = _measure(training, batches)
+            if not all(map(math.isfinite, dataclasses.astuple(record))):
+                raise _diverged(run, training.step, "an evaluation")
+            append_record(run.journal, record)
+            training.tally = Tally()
+            _save(run, training)
+            watch.record(record)
+            yield record
+            if signal is not None:
+                raise Interrupted(run.path, training.step, signal)
+        if not run.weights.exists():
+            _write_weights(run, training)
+
+
+def _restore(run: Run, training: Training, watch: Watch) -> None:
+    state, refused = run.checkpoints.newest(run.execution.device)
+    for reason in refused:
+        watch.say(f"{reason}; using the one before it")
+    if state is not None:
+        training.load_state_dict(state)
+        truncate_journal(run.journal, state["journal_bytes"])
+    elif run.journal.exists():
+        truncate_journal(run.journal, 0)
+
+
+def _stream(batches: Batches, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    epoch, start = divmod(step, batches.steps_per_epoch)
+    while True:
+        yield from batches.train(epoch, start)
+        epoch, start = epoch + 1, 0
+
+
+def _train_until(
+    end: int,
+    training: Training,
+    stream: Iterator[tuple[Tensor, Tensor]],
+    run: Run,
+    watch: Watch,
+    stop: Callable[[], int | None],
+) -> int | None:
+    """Train up to step `end`, or to where `stop` gives a signal; returns the signal."""
+    look = _STEPS_BETWEEN_LOOKS.get(torch.device(training.execution.device).type, 1)
+    signal = None
+    began = time.perf_counter()
+    while training.step < end and signal is None:
+        measured = training.advance(*next(stream))
+        signal = stop()
+        if training.step % look == 0 or training.step == end or signal is not None:
+            diverged = training.tally.first_diverged(look)
+            if diverged is not None:
+                step = training.step - len(training.tally.measured) + diverged
+                raise _diverged(run, step, "the loss")
+        watch.step(training, measured.loss)
+    training.execution.synchronise()
+    training.tally.seconds += time.perf_counter() - began
+    return signal
+
+
+def _measure(training: Training, batches: Batches) -> Record:
+    """The record of the interval that ends here."""
+    tally = training.tally
+    means, steps = tally.means(), len(tally.images)
+    peak = peak_memory(training.execution)
+    validation, test = (
+        evaluate(training.model, batches.evaluate(part), training.execution)
+        for part in ("validation", "test")
+    )
+    return Record(
+        step=training.step,
+        epoch=training.epoch,
+        learning_rate=training.optimizer.param_groups[0]["lr"],
+        train_loss=means.loss.item(),
+        validation_loss=validation.loss,
+        validation_error=validation.error,
+        test_loss=test.loss,
+        test_error=test.error,
+        active_blocks=tally.active_blocks / steps,
+        expected_active_blocks=tally.expected_active_blocks / steps,
+        gradient_norm=means.gradient_norm.item(),
+        gradient_mean=means.gradient_mean.item(),
+        seconds=tally.seconds,
+        images_per_second=sum(tally.images) / tally.seconds,
+        peak_memory=peak,
+    )
+
+
+def peak_memory(execution: Execution) -> int:
+    """Bytes: the most the device has held, or the process, on a CPU."""
+    if torch.device(execution.device).type == "cuda":
+        return torch.cuda.max_memory_allocated(execution.device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _save(run: Run, training: Training) -> None:
+    if not training.weights_are_finite():
+        raise _diverged(run, training.step, "a weight")
+    records = run.records()
+    run.checkpoints.save(
+        training.step,
+        best_record(records).step if records else None,
+        {**training.state_dict(), "journal_bytes": run.journal_length()},
+    )
+
+
+def _write_weights(run: Run, training: Training) -> None:
+    weights = {k: v.cpu().contiguous() for k, v in training.model.state_dict().items()}
+    write_whole(run.weights, save(weights, metadata={"run": run.id, "recipe": run.config.recipe}))
+
+
+def _diverged(run: Run, step: int, what: str) -> DivergedError:
+    good = run.checkpoints.steps()
+    kept = (
+        f"the last good checkpoint is {run.checkpoints.path(good[0])}"
+        if good
+        else ("there is no checkpoint before it")
+    )
+    return DivergedError(
+        f"{what} is not finite at step {step} of {run.path}; {kept}. Try a lower "
+        "--optimizer.learning-rate, a --optimizer.warmup-epochs or a --survival.ramp-epochs"
+    )

@@ -1,0 +1,104 @@
+"""The journal of a run: one line of JSON for each evaluation, append-only, readable at any time."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from stochastic_depth.errors import RunError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One interval of training (an epoch, unless `evaluate_every` is set) and its evaluation.
+
+    Losses are mean cross-entropies in nats, errors are percent. What is measured by the clock or
+    of the machine is in `seconds`, `images_per_second` and `peak_memory`; all else is the same
+    whenever the run is repeated.
+    """
+
+    step: int
+    """Steps done since the start of the run."""
+    epoch: float
+    """Passes over the training images done since the start of the run."""
+    learning_rate: float
+    """Of the interval's last step."""
+    train_loss: float
+    validation_loss: float
+    validation_error: float
+    test_loss: float
+    test_error: float
+    active_blocks: float
+    """Blocks that ran, mean over the interval's steps."""
+    expected_active_blocks: float
+    """Sum of p_l, mean over the interval's steps."""
+    gradient_norm: float
+    """L2 norm of the gradient at the first convolution, mean over the interval's steps."""
+    gradient_mean: float
+    """Mean absolute gradient at the first convolution, mean over the interval's steps."""
+    seconds: float
+    """Of training, without evaluation."""
+    images_per_second: float
+    peak_memory: int
+    """Bytes: of the device, or the resident set of the process on a CPU."""
+
+
+def best_record(records: list[Record]) -> Record:
+    """The record of the lowest validation error, the earliest of equals."""
+    return min(records, key=lambda record: (record.validation_error, record.step))
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add a line, on disk when this returns.
+
+    Raises:
+        RunError: when it cannot be written; the journal is as it was.
+    """
+    line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
+    try:
+        with path.open("ab") as file:
+            before = file.tell()
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, before)
+                raise
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {error.strerror}") from error
+
+
+def truncate_journal(path: Path, length: int) -> None:
+    """Drop the lines after a checkpoint, of work that is about to be repeated.
+
+    Raises:
+        RunError: when the journal is shorter than it was at the checkpoint.
+    """
+    found = path.stat().st_size if path.exists() else 0
+    if found < length:
+        raise RunError(
+            f"{path} has {found} bytes, the checkpoint has seen {length}: lines are lost"
+        )
+    if found > length:
+        os.truncate(path, length)
+
+
+def read_journal(path: Path) -> list[Record]:
+    """All whole lines; one that is still being written is left out.
+
+    Raises:
+        RunError: naming the line that is not a record.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{path}, line {number} is not a record: {error}") from error
+    return records

@@ -1,0 +1,168 @@
+"""A run folder: what was asked for, on what, by whom it is being written."""
+
+import json
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.train.checkpoint import Checkpoints
+from stochastic_depth.train.config import Config
+from stochastic_depth.train.execution import Execution, machine
+from stochastic_depth.train.files import remove_unfinished, write_whole
+from stochastic_depth.train.journal import Record, read_journal
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: `config.json`, `metrics.jsonl`, `checkpoints/`, `model.safetensors`."""
+
+    path: Path
+    id: str
+    config: Config
+    execution: Execution
+    fingerprint: str
+    """SHA-256 of the data it trains on."""
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    """Of one image: channels, height, width."""
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path / "checkpoints", self.id, self.config.keep)
+
+    def journal_length(self) -> int:
+        """In bytes."""
+        return self.journal.stat().st_size if self.journal.exists() else 0
+
+    def records(self) -> list[Record]:
+        """What was measured so far."""
+        return read_journal(self.journal) if self.journal.exists() else []
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only process that writes this folder.
+
+        Raises:
+            RunError: when another one does.
+        """
+        lock = FileLock(self.path / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"{self.path} is being written by another process") from None
+        try:
+            remove_unfinished(self.path)
+            remove_unfinished(self.checkpoints.folder)
+            yield
+        finally:
+            lock.release()
+
+
+def create_run(
+    path: Path,
+    config: Config,
+    execution: Execution,
+    fingerprint: str,
+    classes: tuple[str, ...],
+    shape: tuple[int, int, int],
+) -> Run:
+    """Make the folder and write `config.json`.
+
+    Raises:
+        RunError: when `path` exists or cannot be made.
+    """
+    run = Run(path, uuid.uuid4().hex, config, execution, fingerprint, classes, shape)
+    try:
+        path.mkdir(parents=True)
+        run.checkpoints.folder.mkdir()
+    except FileExistsError:
+        raise RunError(
+            f"{path} exists already: go on with it by --resume {path}, or choose another --run"
+        ) from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be made: {error.strerror}") from error
+    description = {
+        "format": FORMAT,
+        "id": run.id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.to_json(),
+        "execution": asdict(execution),
+        "data": {"fingerprint": fingerprint, "classes": list(classes), "shape": list(shape)},
+        "versions": {name: version(name) for name in ("stochastic-depth", "torch")},
+        "git_commit": _git_commit(),
+        "machine": machine(execution),
+    }
+    write_whole(path / "config.json", json.dumps(description, indent=2).encode() + b"\n")
+    return run
+
+
+def open_run(path: Path) -> Run:
+    """An existing run folder.
+
+    Raises:
+        RunError: when there is none at `path`, or its `config.json` cannot be understood.
+    """
+    described = path / "config.json"
+    try:
+        text = described.read_text()
+    except OSError:
+        raise RunError(f"{path} is not a run folder: {described} cannot be read") from None
+    try:
+        values = json.loads(text)
+        if values["format"] != FORMAT:
+            raise RunError(
+                f"{described} has format {values['format']}, this version reads {FORMAT}"
+            )
+        return Run(
+            path,
+            values["id"],
+            Config.from_json(values["config"]),
+            Execution(**values["execution"]),
+            values["data"]["fingerprint"],
+            tuple(values["data"]["classes"]),
+            tuple(values["data"]["shape"]),
+        )
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"{described} cannot be understood: {error}") from error
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """`folder/name`, or the first of `folder/name-2`, `folder/name-3`, ... that does not exist."""
+    path, number = folder / name, 2
+    while path.exists():
+        path, number = folder / f"{name}-{number}", number + 1
+    return path
+
+
+def _git_commit() -> str | None:
+    """The commit of the source checkout this runs from, if it is one."""
+    source = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=source,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,75 @@
+"""One training step, and one evaluation."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stochastic_depth.train.execution import Execution
+
+
+class Measured(NamedTuple):
+    """What one training step tells: scalars on the device, so that nothing waits for them."""
+
+    loss: Tensor
+    gradient_norm: Tensor
+    """L2 norm of the gradient at the first convolution."""
+    gradient_mean: Tensor
+    """Mean absolute gradient at the first convolution (the paper, figure 6)."""
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    first: nn.Parameter,
+    execution: Execution,
+) -> Measured:
+    """Forward, backward, update. Gates are drawn by `model` itself.
+
+    Args:
+        images: [batch, channels, height, width], normalised.
+        labels: int64 [batch].
+        first: the weight of the first convolution, which no gate can skip.
+    """
+    optimizer.zero_grad()
+    with execution.autocast():
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    assert first.grad is not None
+    gradient = first.grad.flatten()
+    return Measured(loss.detach(), gradient.norm(), gradient.abs().mean())
+
+
+class Evaluation(NamedTuple):
+    """Mean cross-entropy and error in percent over one part of the data."""
+
+    loss: float
+    error: float
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], execution: Execution
+) -> Evaluation:
+    """The full network in evaluation mode, every branch scaled by p_l. Counts are exact."""
+    was_training = model.training
+    model.eval()
+    losses: list[Tensor] = []
+    wrong: list[Tensor] = []
+    images_seen = 0
+    for images, labels in batches:
+        with execution.autocast():
+            logits = model(images)
+        losses.append(F.cross_entropy(logits.double(), labels, reduction="sum"))
+        wrong.append((logits.argmax(1) != labels).sum())
+        images_seen += len(labels)
+    model.train(was_training)
+    return Evaluation(
+        loss=torch.stack(losses).sum().item() / images_seen,
+        error=100 * torch.stack(wrong).sum().item() / images_seen,
+    )

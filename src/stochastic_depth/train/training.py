@@ -1,0 +1,88 @@
+"""All that changes while a run trains, which is also what a checkpoint holds."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.data import Batches
+from stochastic_depth.residual import Residual
+from stochastic_depth.train.build import (
+    build_depth,
+    build_model,
+    build_optimizer,
+    first_convolution,
+)
+from stochastic_depth.train.config import Config
+from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.schedule import learning_rate
+from stochastic_depth.train.step import Measured, train_step
+from stochastic_depth.train.tally import Tally
+
+
+class Training:
+    """A network in training: weights, optimizer, gates, step, and the tally of the interval.
+
+    Everything random in it is a function of (seed, step), so that nothing else needs to be saved.
+    """
+
+    def __init__(self, config: Config, execution: Execution, batches: Batches) -> None:
+        self.config, self.execution = config, execution
+        self.steps_per_epoch = batches.steps_per_epoch
+        self.steps = config.epochs * batches.steps_per_epoch
+        model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
+        self.model = model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.model.train()
+        self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
+        self.depth = build_depth(self.model, config.survival, config.seed, batches.steps_per_epoch)
+        self.optimizer = build_optimizer(config.optimizer, self.model)
+        self.first = first_convolution(self.model)
+        self.step = 0
+        self.tally = Tally()
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return learning_rate(self.config.optimizer, self.step, self.steps, self.steps_per_epoch)
+
+    @property
+    def gates(self) -> Tensor:
+        """Of the step just done: bool [L], or [L, batch]."""
+        return self.depth.gates if self.depth else torch.ones(self.blocks, dtype=torch.bool)
+
+    def advance(self, images: Tensor, labels: Tensor) -> Measured:
+        """Do one step, and tally it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        measured = train_step(
+            self.model, self.optimizer, images, labels, self.first, self.execution
+        )
+        self.step += 1
+        active = self.gates.view(self.blocks, -1).double().mean(1).sum().item()
+        expected = self.depth.expected_depth if self.depth else float(self.blocks)
+        self.tally.add(measured, len(labels), active, expected)
+        return measured
+
+    def weights_are_finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.model.state_dict().values())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "depth": self.depth.state_dict() if self.depth else None,
+            "tally": self.tally.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; `state["step"]` says where that was."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.depth is not None:
+            self.depth.load_state_dict(state["depth"])
+        self.tally.load_state_dict(state["tally"], self.execution.device)
+        self.step = state["step"]

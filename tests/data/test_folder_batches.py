@@ -1,0 +1,174 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stochastic_depth.data import Batches, FolderBatches
+from stochastic_depth.errors import DataError
+
+CLASSES = ("n01", "n02", "n03")
+SIZE = 28
+
+
+def picture(seed, width, height):
+    """Smooth, so that JPEG and scaling change it little."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+
+
+@pytest.fixture
+def root(tmp_path):
+    for part, each in (("train", 7), ("val", 3)):
+        for label, name in enumerate(CLASSES):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for i in range(each):
+                image = picture(100 * label + 10 * i + len(part), 40 + 5 * i, 60 - 4 * i)
+                image.save(folder / f"{name}_{i}.JPEG", "JPEG")
+    return tmp_path
+
+
+def made(root, **options) -> FolderBatches:
+    settings = {"batch": 4, "seed": 3, "device": "cpu", "workers": 0, "image_size": SIZE}
+    return FolderBatches(root, **(settings | options))
+
+
+def same(one, other):
+    pairs = list(zip(one, other, strict=True))
+    return all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
+
+
+def test_it_is_what_training_needs(root):
+    batches: Batches = made(root)
+    assert batches.name == "imagenet"
+    assert batches.classes == CLASSES
+    assert batches.shape == (3, SIZE, SIZE)
+    assert batches.sizes == {"train": 21, "validation": 9, "test": 9}
+    # 21 = 5 * 4 + 1: the last batch of one image is left out.
+    assert batches.steps_per_epoch == 5
+    shapes = [(tuple(images.shape), images.dtype, len(y)) for images, y in batches.train(0)]
+    assert shapes == [((4, 3, SIZE, SIZE), torch.float32, 4)] * 5
+
+
+def test_evaluation_scales_the_shorter_side_and_cuts_the_middle(root):
+    found = torch.cat([images for images, _ in made(root, evaluation_batch=4).evaluate("test")])
+    labels = torch.cat([labels for _, labels in made(root).evaluate("test")])
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for image, path in zip(found, sorted((root / "val").rglob("*.JPEG")), strict=True):
+        original = Image.open(path)
+        short = min(original.size)
+        size = [int(side * 32 / short) for side in original.size]
+        left, top = (round((side - SIZE) / 2) for side in size)
+        scaled = original.resize(size, Image.Resampling.BILINEAR)
+        middle = np.asarray(scaled.crop((left, top, left + SIZE, top + SIZE))) / 255
+        expected = (middle - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        np.testing.assert_allclose(image, expected.transpose(2, 0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_number_of_workers_does_not_change_the_batches(root):
+    alone = list(made(root).train(1))
+    assert same(made(root, workers=2).train(1), alone)
+    assert same(made(root, workers=2).evaluate("test"), made(root).evaluate("test"))
+
+
+def test_an_epoch_resumed_at_any_step_is_the_tail_of_the_whole(root):
+    whole = list(made(root).train(2))
+    for start in range(6):
+        assert same(made(root).train(2, start), whole[start:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_random_state_has_no_part_in_it_and_is_left_alone(root, workers):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    batches = made(root, workers=workers)
+    first = list(batches.train(0)) + list(batches.evaluate("test"))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert same([*batches.train(0), *batches.evaluate("test")], first)
+
+
+def test_epochs_and_seeds_have_their_own_order_and_views(root):
+    first = list(made(root).train(0))
+    assert not same(made(root).train(1), first)
+    assert not same(made(root, seed=4).train(0), first)
+
+
+def test_every_training_image_comes_once_with_its_label_and_without_augmentation_unchanged(root):
+    batches = made(root, batch=7, augment=False)
+    seen = torch.cat([images for images, _ in batches.train(0)])
+    labels = torch.cat([labels for _, labels in batches.train(0)])
+    assert labels.bincount().tolist() == [7, 7, 7]
+    assert len({image.numpy().tobytes() for image in seen}) == 21
+    again = torch.cat([images for images, _ in batches.train(1)])
+    assert {image.numpy().tobytes() for image in again} == {
+        image.numpy().tobytes() for image in seen
+    }
+
+
+def test_channels_last_changes_the_strides_alone(root):
+    last = list(made(root, channels_last=True).train(0))
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in last)
+    assert same(last, made(root).train(0))
+
+
+def test_validation_images_can_be_held_out_of_the_training_images(root):
+    batches = made(root, validation=6, train=9)
+    assert batches.sizes == {"train": 9, "validation": 6, "test": 9}
+    labels = torch.cat([labels for _, labels in batches.evaluate("validation")])
+    assert labels.bincount().tolist() == [2, 2, 2]
+    held = {path for path, _ in batches._samples["validation"]}
+    assert not held & {path for path, _ in batches._samples["train"]}
+    assert held == {path for path, _ in made(root, validation=6)._samples["validation"]}
+
+
+@pytest.mark.parametrize("counts", [{"validation": 21}, {"validation": -1}, {"train": 22}])
+def test_counts_that_do_not_fit_are_refused(root, counts):
+    with pytest.raises(DataError, match="choose from 1 to 2"):
+        made(root, **counts)
+
+
+def test_the_fingerprint_sees_another_split_another_name_and_another_size(root):
+    prints = {made(root).fingerprint, made(root).fingerprint}
+    assert len(prints) == 1
+    prints.add(made(root, validation=6).fingerprint)
+    path = root / "train" / "n01" / "n01_0.JPEG"
+    path.write_bytes(path.read_bytes() + b"\0")
+    prints.add(made(root).fingerprint)
+    path.rename(path.with_name("other.JPEG"))
+    prints.add(made(root).fingerprint)
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_missing_folder_or_an_empty_class_is_named(root, part):
+    (root / part / "n09").mkdir()
+    with pytest.raises(DataError, match=f"{part}: .*n09"):
+        made(root)
+    (root / part).rename(root / "elsewhere")
+    with pytest.raises(DataError, match=f"{part}: expected one folder of pictures"):
+        made(root)
+
+
+def test_classes_that_differ_between_train_and_val_are_named(root):
+    (root / "val" / "n02").rename(root / "val" / "n08")
+    with pytest.raises(DataError, match="only in one of them: n02, n08"):
+        made(root)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_named(root, workers):
+    path = root / "val" / "n02" / "n02_1.JPEG"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(DataError, match=r"n02_1.JPEG: no readable"):
+        list(made(root, workers=workers).evaluate("test"))
+
+
+def test_a_picture_that_claims_to_be_huge_is_not_decoded(root):
+    file = io.BytesIO()
+    Image.new("1", (9_000, 9_000)).save(file, "PNG")
+    (root / "val" / "n02" / "n02_1.JPEG").write_bytes(file.getvalue())
+    with pytest.raises(DataError, match=r"n02_1.JPEG: an image of 9000x9000 pixels"):
+        list(made(root).evaluate("test"))

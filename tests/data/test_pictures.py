@@ -1,0 +1,83 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from stochastic_depth.data.pictures import decode, decode_one
+from stochastic_depth.errors import DataError
+
+SIZE = (32, 32)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
+def test_many_pictures_come_out_in_order(pictures, encode, kind):
+    pixels = pictures(2100)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    encoded = [encode(image, kind, **options) for image in pixels]
+    found = decode(len(encoded), encoded.__getitem__, str, SIZE)
+    np.testing.assert_array_equal(found, pixels.transpose(0, 3, 1, 2))
+    assert found.is_contiguous()
+
+
+def test_grey_and_palette_pictures_become_rgb(pictures):
+    grey = pictures(1)[0, :, :, 0]
+    for picture in (Image.fromarray(grey), Image.fromarray(grey).convert("P")):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        found = np.frombuffer(decode_one(file.getvalue(), "here", SIZE), np.uint8)
+        np.testing.assert_array_equal(found.reshape(32, 32, 3), np.stack([grey] * 3, -1))
+
+
+@pytest.mark.parametrize("encoded", [b"", None])
+def test_no_bytes_are_no_picture(encoded):
+    with pytest.raises(DataError, match="row 3: holds no bytes"):
+        decode_one(encoded, "row 3", SIZE)
+
+
+def test_the_first_bad_picture_is_named(pictures, encode):
+    encoded = [encode(image) for image in pictures(1500)]
+    encoded[1203] = b"GIF89a, but not really"
+    with pytest.raises(DataError, match="row 1203: 22 bytes that are no readable"):
+        decode(len(encoded), encoded.__getitem__, lambda i: f"row {i}", SIZE)
+
+
+def test_another_size_is_refused(pictures, encode):
+    with pytest.raises(DataError, match="32x31 pixels, expected 32x32"):
+        decode_one(encode(pictures(1)[0, :31]), "here", SIZE)
+
+
+def test_another_mode_is_refused():
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(file, "PNG")
+    with pytest.raises(DataError, match="mode I;16, expected RGB"):
+        decode_one(file.getvalue(), "here", SIZE)
+
+
+@pytest.mark.parametrize("side", [5_000, 11_000, 2**31 - 1])
+def test_a_picture_that_claims_to_be_huge_is_not_decoded(side, monkeypatch):
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+    monkeypatch.setattr(Image.Image, "tobytes", lambda _: pytest.fail("decoded"))
+    with pytest.raises(DataError, match="here: "):
+        decode_one(bomb + chunk(b"IEND", b""), "here", SIZE)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "BMP"])
+@settings(max_examples=30)
+@given(share=st.floats(0.01, 0.9))
+def test_a_truncated_picture_is_refused(kind, share):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    encoded = file.getvalue()[: int(share * len(file.getvalue()))]
+    with pytest.raises(DataError, match="here: "):
+        decode_one(encoded, "here", SIZE)

@@ -1,0 +1,136 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stochastic_depth.data import Batches, DataSet, Images, TensorBatches, crop_and_flip, draw_crops
+from stochastic_depth.errors import DataError
+
+
+def numbered(n, start=0):
+    """Images that tell their own number: the red channel holds it, the label too (mod 10)."""
+    number = torch.arange(start, start + n)
+    images = torch.randint(256, (n, 3, 6, 5), generator=torch.Generator().manual_seed(n))
+    images[:, 0] = number[:, None, None]
+    return Images(images.byte(), number % 10)
+
+
+def data(train=53):
+    return DataSet(
+        "mine", tuple("abcdefghij"), numbered(train), numbered(12, 100), numbered(23, 200)
+    )
+
+
+def made(train=53, **options) -> TensorBatches:
+    settings = {"batch": 8, "augment": True, "seed": 3, "device": "cpu"}
+    return TensorBatches(data(train), **(settings | options))
+
+
+def numbers(images, of):
+    """The number of each image, from its normalised red channel."""
+    return (images[:, 0, 3, 2] * of.std[0] + of.mean[0]).mul(255).round().int().tolist()
+
+
+def same(one, other):
+    pairs = list(zip(one, other, strict=True))
+    return all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
+
+
+def test_it_is_what_training_needs():
+    batches: Batches = made()
+    assert batches.shape == (3, 6, 5)
+    assert batches.sizes == {"train": 53, "validation": 12, "test": 23}
+    assert batches.steps_per_epoch == 7
+    assert batches.fingerprint == data().fingerprint
+    assert (batches.name, batches.classes) == ("mine", tuple("abcdefghij"))
+
+
+def test_every_image_comes_once_per_epoch_with_its_label():
+    batches = made(augment=False)
+    for epoch in range(3):
+        seen = []
+        for images, labels in batches.train(epoch):
+            assert images.dtype == torch.float32
+            assert labels.dtype == torch.int64
+            found = numbers(images, data())
+            assert [number % 10 for number in found] == labels.tolist()
+            seen.append(found)
+        assert [len(batch) for batch in seen] == [8] * 6 + [5]
+        assert sorted(chain(*seen)) == list(range(53))
+
+
+def test_a_last_batch_of_one_image_is_left_out():
+    batches = made(train=49)
+    assert batches.steps_per_epoch == 6
+    assert [len(labels) for _, labels in batches.train(0)] == [8] * 6
+
+
+def test_batches_of_one_image_are_allowed_where_they_are_asked_for():
+    assert made(train=3, batch=1).steps_per_epoch == 3
+
+
+@pytest.mark.parametrize(("train", "batch"), [(2, 0), (2, -1)])
+def test_a_batch_without_images_is_refused(train, batch):
+    with pytest.raises(DataError, match=f"batch={batch}"):
+        made(train, batch=batch)
+
+
+def test_one_training_image_is_too_few():
+    with pytest.raises(DataError, match="1 training images make no batch of 8"):
+        made(train=1)
+
+
+def test_images_are_normalised_then_cropped_and_flipped():
+    batches, plain = made(), made(augment=False)
+    steps = list(zip(batches.train(2), plain.train(2), strict=True))
+    for step, ((images, labels), (before, same_labels)) in enumerate(steps):
+        assert torch.equal(labels, same_labels)
+        draw = draw_crops(len(labels), 4, "augment", 3, 2, step)
+        assert torch.equal(images, crop_and_flip(before, *draw, 4))
+
+
+def test_normalised_training_images_have_mean_zero_and_deviation_one():
+    images = torch.cat([images for images, _ in made(augment=False).train(0)]).double()
+    np.testing.assert_allclose(images.mean((0, 2, 3)), np.zeros(3), atol=1e-6)
+    np.testing.assert_allclose(images.std((0, 2, 3), correction=0), np.ones(3), atol=1e-6)
+
+
+@given(epoch=st.integers(0, 5), start=st.integers(0, 8), augment=st.booleans())
+def test_an_epoch_resumed_at_any_step_is_the_tail_of_the_whole(epoch, start, augment):
+    whole = list(made(augment=augment).train(epoch))
+    assert same(made(augment=augment).train(epoch, start), whole[start:])
+
+
+def test_epochs_and_seeds_have_their_own_order_and_the_global_state_has_no_part():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = list(made().train(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert same(made().train(0), first)
+    assert not same(made().train(1), first)
+    assert not same(made(seed=4).train(0), first)
+
+
+def test_evaluation_keeps_the_order_and_every_image():
+    batches = made(evaluation_batch=10)
+    for part, start, n in (("validation", 100, 12), ("test", 200, 23)):
+        seen = [(numbers(images, data()), labels) for images, labels in batches.evaluate(part)]
+        assert list(chain(*(found for found, _ in seen))) == list(range(start, start + n))
+        assert torch.cat([labels for _, labels in seen]).tolist() == [
+            number % 10 for number in range(start, start + n)
+        ]
+        assert max(len(labels) for _, labels in seen) == 10
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_memory_format_changes_the_strides_alone(augment):
+    last, first = made(augment=augment, channels_last=True), made(augment=augment)
+    for images, _ in [*last.train(0), *last.evaluate("test")]:
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    for images, _ in [*first.train(0), *first.evaluate("test")]:
+        assert images.is_contiguous()
+    assert same(last.train(0), first.train(0))

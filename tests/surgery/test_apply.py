@@ -1,0 +1,175 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from stochastic_depth.models import CifarResNet
+
+
+def small() -> CifarResNet:
+    return CifarResNet(8, classes=3, init="he", seed=1)
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def is_untouched(model: nn.Module) -> bool:
+    """Whether `model` has no hook, and its blocks no gates."""
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or getattr(module, "gates", None)
+        for module in model.modules()
+    )
+
+
+def test_names_and_state_dict_keys_stay() -> None:
+    model = small()
+    parameters = [name for name, _ in model.named_parameters()]
+    buffers = [name for name, _ in model.named_buffers()]
+    keys = list(model.state_dict())
+    sd.apply(model)
+    model(images())
+    assert [name for name, _ in model.named_parameters()] == parameters
+    assert [name for name, _ in model.named_buffers()] == buffers
+    assert list(model.state_dict()) == keys
+    small().load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+@pytest.mark.parametrize("scale", ["inference", "training"])
+def test_with_survival_probability_1_nothing_changes(gate, scale) -> None:
+    model, plain = small(), small()
+    sd.apply(model, sd.Uniform(1.0), gate=gate, scale=scale)
+    for training in (True, False):
+        out = model.train(training)(images())
+        if gate == "batch" or not training:
+            assert torch.equal(out, plain.train(training)(images()))
+        else:
+            torch.testing.assert_close(out, plain.train(training)(images()))
+
+
+def test_linear_decay_to_a_half_is_the_default() -> None:
+    depth = sd.apply(small())
+    assert depth.survival == pytest.approx((1 - 0.5 / 3, 1 - 1 / 3, 0.5))
+    assert (depth.gate, depth.scale, depth.skipped, depth.seed) == (
+        "batch",
+        "inference",
+        "paper",
+        0,
+    )
+
+
+def test_blocks_are_numbered_from_input_to_output() -> None:
+    model = small()
+    depth = sd.apply(model)
+    order: list[nn.Module] = []
+    for unit in model.blocks:
+        unit.register_forward_hook(lambda unit, *_: order.append(unit))
+    model.eval()(images())
+    assert order == depth.units == list(model.blocks)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_remove_gives_the_original_model_back(copied: bool) -> None:
+    model, plain = small(), small()
+    sd.apply(model, sd.Uniform(0.3))
+    if copied:
+        original, model = model, copy.deepcopy(model)
+        assert not is_untouched(model)
+    sd.remove(model)
+    assert is_untouched(model)
+    assert vars(model).keys() == vars(plain).keys()
+    for training in (True, False):
+        assert torch.equal(model.train(training)(images()), plain.train(training)(images()))
+    if copied:
+        assert not is_untouched(original)
+        original(images())
+        sd.remove(original)
+        assert is_untouched(original)
+
+
+def test_remove_keeps_what_was_learned() -> None:
+    model = small()
+    sd.apply(model)
+    with torch.no_grad():
+        model.head.weight.fill_(7)
+    sd.remove(model)
+    assert bool((model.head.weight == 7).all())
+
+
+def test_a_model_can_be_applied_again_after_remove() -> None:
+    model = small()
+    sd.apply(model, sd.Uniform(0.3))
+    sd.remove(model)
+    depth = sd.apply(model, sd.Uniform(0.8))
+    model(images())
+    assert depth.survival == (0.8,) * 3
+
+
+def test_applying_twice_names_the_block_and_the_remedy() -> None:
+    model = small()
+    depth = sd.apply(model)
+    with pytest.raises(sd.ApplyError, match=r"block 'blocks\.0' .*already: sd\.remove\(model\)"):
+        sd.apply(model)
+    model(images())
+    assert depth.step == 1
+
+
+def test_applying_around_or_inside_an_applied_model_is_an_error() -> None:
+    inside = small()
+    sd.apply(inside)
+    around = nn.Sequential(sd.Residual(nn.Identity()), inside)
+    with pytest.raises(sd.ApplyError, match=r"block '1\.blocks\.0' "):
+        sd.apply(around)
+    assert around[0].gates is None
+    assert not around._forward_hooks
+    with pytest.raises(sd.ApplyError, match="block '0' "):
+        sd.apply(inside.blocks)
+    with pytest.raises(sd.ApplyError, match="block 'Residual' "):
+        sd.apply(inside.blocks[0])
+
+
+def test_a_model_without_residual_units_is_an_error_not_a_silent_no_op() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(sd.ApplyError, match=r"Sequential.*nothing can be skipped.*sd\.Residual"):
+        sd.apply(model)
+    assert is_untouched(model)
+
+
+@pytest.mark.parametrize(
+    ("setting", "known"),
+    [
+        ("gate", "'batch', 'sample', 'subset'"),
+        ("scale", "'inference', 'training'"),
+        ("skipped", "'paper', 'freeze'"),
+    ],
+)
+def test_an_unknown_setting_lists_the_known_ones(setting: str, known: str) -> None:
+    model = small()
+    with pytest.raises(sd.ApplyError) as error:
+        sd.apply(model, **{setting: "row"})  # pyright: ignore[reportArgumentType]
+    assert str(error.value) == f"{setting}='row': choose one of {known}"
+    assert is_untouched(model)
+
+
+@pytest.mark.parametrize("rule", [sd.Uniform(0.0), sd.LinearDecay(-0.1), sd.Uniform(1.5), 0.5])
+def test_a_bad_probability_leaves_the_model_untouched(rule) -> None:
+    model = small()
+    with pytest.raises(sd.SurvivalError):
+        sd.apply(model, rule)
+    assert is_untouched(model)
+    sd.apply(model)
+
+
+def test_removing_what_was_not_applied_is_an_error() -> None:
+    model = small()
+    with pytest.raises(sd.ApplyError, match="CifarResNet has no stochastic depth to remove"):
+        sd.remove(model)
+    sd.apply(model)
+    with pytest.raises(sd.ApplyError, match="Sequential has no stochastic depth to remove"):
+        sd.remove(model.blocks)
+    sd.remove(model)
+    with pytest.raises(sd.ApplyError):
+        sd.remove(model)

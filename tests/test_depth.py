@@ -1,0 +1,484 @@
+import copy
+import json
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import stochastic_depth as sd
+from stochastic_depth.gates import draw
+
+BLOCKS = 6
+HALF = sd.LinearDecay(0.5)
+
+
+class Net(nn.Module):
+    """Six residual blocks of a linear layer and a normalisation, in float64.
+
+    `recompute` names what is wrapped in activation checkpointing: nothing, each block, or the
+    first four blocks as one segment.
+    """
+
+    def __init__(self, recompute: str = "nothing", reentrant: bool = False) -> None:
+        super().__init__()
+        self.recompute, self.reentrant = recompute, reentrant
+        torch.manual_seed(0)
+        self.stem = nn.Linear(3, 4)
+        self.blocks = nn.Sequential(
+            *(
+                sd.Residual(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh()))
+                for _ in range(BLOCKS)
+            )
+        )
+        self.head = nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        parts = {
+            "nothing": list(self.blocks),
+            "blocks": list(self.blocks),
+            "segment": [self.blocks[:4], *self.blocks[4:]],
+        }[self.recompute]
+        for part in parts:
+            if self.recompute == "blocks" or (part is parts[0] and self.recompute == "segment"):
+                h = checkpoint(part, h, use_reentrant=self.reentrant)
+            else:
+                h = part(h)
+        return self.head(h)
+
+
+def batch(step: int) -> Tensor:
+    rng = torch.Generator().manual_seed(step)
+    return torch.randn(5, 3, dtype=torch.float64, generator=rng)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {
+        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
+
+
+def same(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:
+    return one.keys() == other.keys() and all(
+        (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def test_the_forward_pass_draws_the_gates_of_its_seed_and_step() -> None:
+    model = Net()
+    depth = sd.apply(model, HALF, seed=3)
+    ran: list[int] = []
+    for block, unit in enumerate(model.blocks):
+        unit.branch.register_forward_hook(lambda *_, block=block: ran.append(block))
+    for step in range(30):
+        ran.clear()
+        model(batch(step))
+        expected = draw(3, step, depth.survival)
+        assert torch.equal(depth.gates, expected)
+        assert ran == expected.nonzero().flatten().tolist()
+        assert depth.step == step + 1
+
+
+@pytest.mark.parametrize("gate", ["sample", "subset"])
+def test_gates_for_single_samples_are_drawn_for_the_batch(gate) -> None:
+    model = Net()
+    depth = sd.apply(model, HALF, gate=gate, seed=3)
+    for samples in (5, 2):
+        model(batch(0)[:samples])
+        assert torch.equal(depth.gates, draw(3, depth.step - 1, depth.survival, samples))
+
+
+@pytest.mark.parametrize("gate", ["sample", "subset"])
+def test_a_model_may_be_called_with_keywords_only(gate) -> None:
+    model = Net()
+    depth = sd.apply(model, HALF, gate=gate)
+    model(x=batch(0))
+    assert depth.gates.shape == (BLOCKS, 5)
+
+
+def test_gates_for_single_samples_need_a_tensor_among_the_inputs() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unit = sd.Residual(nn.Linear(2, 2))
+
+        def forward(self) -> Tensor:
+            return self.unit(torch.ones(1, 2))
+
+    model = Constant()
+    depth = sd.apply(model, HALF, gate="sample")
+    with pytest.raises(sd.GateError, match="tensor"):
+        model()
+    with pytest.raises(sd.GateError, match=r"depth\.draw\(batch\)"):
+        depth.draw()
+
+
+def test_evaluation_draws_nothing_and_advances_nothing() -> None:
+    model = Net()
+    depth = sd.apply(model, HALF)
+    model(batch(0))
+    gates = depth.gates
+    model.eval()
+    assert torch.equal(model(batch(1)), model(batch(1)))
+    assert depth.step == 1
+    assert torch.equal(depth.gates, gates)
+    model.train()(batch(2))
+    assert torch.equal(depth.gates, draw(0, 1, depth.survival))
+
+
+def test_the_handle_tells_survival_expected_depth_and_gates() -> None:
+    model = Net()
+    depth = sd.apply(model, HALF)
+    assert depth.survival == pytest.approx([11 / 12, 10 / 12, 9 / 12, 8 / 12, 7 / 12, 1 / 2])
+    assert depth.expected_depth == pytest.approx((3 * BLOCKS - 1) / 4)
+    with pytest.raises(sd.GateError, match="first training forward"):
+        _ = depth.gates
+    model(batch(0))
+    depth.gates.zero_()
+    assert torch.equal(depth.gates, draw(0, 0, depth.survival)), "the caller got a copy"
+    assert "6 blocks" in repr(depth)
+
+
+def test_the_global_random_state_is_untouched() -> None:
+    model = Net()
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    sd.apply(model, HALF)
+    for step in range(3):
+        model(batch(step)).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+
+
+def test_a_block_called_before_any_draw_is_an_error() -> None:
+    model = Net()
+    depth = sd.apply(model, HALF)
+    h = torch.randn(5, 4, dtype=torch.float64)
+    with pytest.raises(sd.GateError, match="before gates were drawn"):
+        model.blocks[0](h)
+    depth.draw()
+    model.blocks(h)
+    model.eval()
+    model(batch(0))
+    with pytest.raises(sd.GateError, match="before gates were drawn"):
+        model.blocks[0].train()(h)
+
+
+@pytest.mark.parametrize("rule", [HALF, sd.Ramp(HALF, steps=10)])
+def test_a_resumed_run_draws_the_same_gates(rule) -> None:
+    model = Net()
+    depth = sd.apply(model, rule, seed=9)
+    for step in range(4):
+        model(batch(step))
+    state = json.loads(json.dumps(depth.state_dict()))
+    evaluation = copy.deepcopy(model).eval()(batch(0))
+    resumed = Net()
+    resumed.load_state_dict(model.state_dict())
+    again = sd.apply(resumed, rule, seed=0)
+    again.load_state_dict(state)
+    assert torch.equal(copy.deepcopy(resumed).eval()(batch(0)), evaluation)
+    for step in range(4, 20):
+        assert torch.equal(resumed(batch(step)), model(batch(step)))
+        assert torch.equal(again.gates, depth.gates)
+    assert again.state_dict() == depth.state_dict()
+
+
+def test_no_gates_are_open_between_a_load_and_the_next_forward_pass() -> None:
+    model = Net()
+    depth = sd.apply(model, HALF)
+    model(batch(0))
+    depth.load_state_dict(depth.state_dict())
+    with pytest.raises(sd.GateError):
+        _ = depth.gates
+    with pytest.raises(sd.GateError):
+        model.blocks[0](torch.randn(5, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("survival", {"survival": sd.LinearDecay(0.6)}),
+        ("ramp_steps", {"survival": sd.Ramp(HALF, steps=5)}),
+        ("gate", {"gate": "sample"}),
+        ("scale", {"scale": "training"}),
+        ("skipped", {"skipped": "freeze"}),
+    ],
+)
+def test_a_foreign_state_is_an_error_that_names_the_field(field: str, settings: dict) -> None:
+    foreign = sd.apply(Net(), **{"survival": HALF, **settings}).state_dict()
+    depth = sd.apply(Net(), HALF, seed=4)
+    before = depth.state_dict()
+    with pytest.raises(sd.StateError, match=rf"saved state has {field}="):
+        depth.load_state_dict(foreign)
+    assert depth.state_dict() == before
+
+
+@pytest.mark.parametrize("field", ["seed", "step", "survival", "gate"])
+def test_a_state_without_a_field_is_an_error_that_names_it(field: str) -> None:
+    depth = sd.apply(Net(), HALF)
+    state = depth.state_dict()
+    del state[field]
+    with pytest.raises(sd.StateError, match=rf"saved state has {field}=None"):
+        depth.load_state_dict(state)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_of_the_model_draws_the_same_sequence_by_itself(copied) -> None:
+    model = Net()
+    depth = sd.apply(model, HALF, seed=2)
+    model(batch(0))
+    other, other_depth = copied((model, depth))
+    for step in range(1, 12):
+        other(batch(step)).sum().backward()
+    assert (depth.step, other_depth.step) == (1, 12)
+    assert torch.equal(depth.gates, draw(2, 0, depth.survival))
+    assert all(p.grad is None for p in model.parameters())
+    assert {id(unit) for unit in other_depth.units} == {id(unit) for unit in other.blocks}
+    for step in range(1, 12):
+        model(batch(step))
+    assert torch.equal(depth.gates, other_depth.gates)
+    sd.remove(other)
+    model(batch(0))
+    assert depth.step == 13
+    assert other_depth.step == 12
+
+
+@pytest.mark.parametrize("clear", ["before", "between", "never"])
+def test_paper_gives_the_parameters_of_closed_blocks_zero_gradients(clear: str) -> None:
+    model = Net()
+    depth = sd.apply(model, HALF, skipped="paper")
+    closed_once = False
+    for step in range(12):
+        if clear == "before":
+            model.zero_grad(set_to_none=True)
+        loss = model(batch(step)).square().sum()
+        if clear == "between":
+            model.zero_grad(set_to_none=True)
+        if clear == "never":
+            before = gradients(model)
+        loss.backward()
+        for block, unit in enumerate(model.blocks):
+            for name, parameter in unit.named_parameters():
+                if depth.gates[block]:
+                    assert parameter.grad is not None
+                elif clear == "never":
+                    earlier = before[f"blocks.{block}.{name}"]
+                    earlier = torch.zeros_like(parameter) if earlier is None else earlier
+                    assert torch.equal(parameter.grad, earlier)
+                else:
+                    closed_once = True
+                    assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    assert closed_once or clear == "never"
+
+
+def test_paper_lets_momentum_and_weight_decay_move_closed_blocks_by_the_closed_formula() -> None:
+    lr, momentum, decay = 0.01, 0.9, 0.1
+    model = Net()
+    depth = sd.apply(model, HALF, skipped="paper")
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay)
+    moved = 0
+    for step in range(25):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        weights = {p: p.detach().clone() for p in model.parameters()}
+        velocity = {p: optimizer.state[p].get("momentum_buffer", torch.zeros(())) for p in weights}
+        velocity = {p: v.clone() for p, v in velocity.items()}
+        optimizer.step()
+        for is_open, unit in zip(depth.gates.tolist(), model.blocks, strict=True):
+            for p in unit.parameters() if not is_open else ():
+                expected = weights[p] - lr * (momentum * velocity[p] + decay * weights[p])
+                torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-15)
+                moved += not torch.equal(p, weights[p])
+    assert moved > 50
+
+
+def test_freeze_leaves_closed_blocks_without_gradient_and_unmoved() -> None:
+    model = Net()
+    depth = sd.apply(model, HALF, skipped="freeze")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=0.1)
+    frozen = 0
+    for step in range(12):
+        optimizer.zero_grad(set_to_none=True)
+        model(batch(step)).square().mean().backward()
+        before = copy.deepcopy(model.blocks)
+        optimizer.step()
+        for is_open, unit, old in zip(depth.gates, model.blocks, before, strict=True):
+            for p, q in zip(unit.parameters(), old.parameters(), strict=True):
+                assert (p.grad is None) != bool(is_open)
+                assert torch.equal(p, q) != bool(is_open)
+                frozen += not is_open
+    assert frozen > 0
+
+
+def test_parameters_that_need_no_gradient_get_none() -> None:
+    model = Net()
+    model.blocks.requires_grad_(False)
+    sd.apply(model, sd.Uniform(0.01))
+    model(batch(0)).sum().backward()
+    assert all(p.grad is None for p in model.blocks.parameters())
+
+
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+def test_gradients_accumulate_over_micro_batches(skipped) -> None:
+    def one(step: int) -> dict[str, Tensor | None]:
+        model = Net()
+        sd.apply(model, HALF, skipped=skipped).step = step
+        model(batch(step)).square().sum().backward()
+        return gradients(model)
+
+    model = Net()
+    depth = sd.apply(model, HALF, skipped=skipped)
+    patterns = []
+    for step in (0, 1, 2, 3):
+        if step % 2 == 0:
+            model.zero_grad()
+            patterns = []
+        model(batch(step)).square().sum().backward()
+        patterns.append(depth.gates)
+        if step % 2 == 0:
+            continue
+        first, second = one(step - 1), one(step)
+        for name, parameter in model.named_parameters():
+            parts = [part for part in (first[name], second[name]) if part is not None]
+            if not parts:
+                assert parameter.grad is None
+            else:
+                torch.testing.assert_close(parameter.grad, sum(parts), rtol=1e-12, atol=1e-15)
+    assert not torch.equal(*patterns)
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "nested"])
+def test_outputs_may_be_structures(kind: str) -> None:
+    class Structured(Net):
+        def forward(self, x: Tensor):
+            out = super().forward(x)
+            return {
+                "dict": {"logits": out, "size": 5},
+                "tuple": (None, out, out.detach()),
+                "nested": [{"logits": (out,)}],
+            }[kind]
+
+    model = Structured()
+    depth = sd.apply(model, sd.Uniform(0.3))
+    out = model(batch(0))
+    logits = {
+        "dict": lambda: out["logits"],
+        "tuple": lambda: out[1],
+        "nested": lambda: out[0]["logits"][0],
+    }[kind]()
+    logits.sum().backward()
+    closed = [unit for unit, b in zip(model.blocks, depth.gates, strict=True) if not b]
+    assert closed
+    for unit in closed:
+        for parameter in unit.parameters():
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+reentrant_or_not = pytest.mark.parametrize("reentrant", [False, True])
+recomputed = pytest.mark.parametrize("recompute", ["blocks", "segment"])
+
+
+@reentrant_or_not
+@recomputed
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+def test_checkpointing_gives_the_same_gradients(recompute, reentrant, gate, skipped) -> None:
+    plain, model = Net(), Net(recompute, reentrant)
+    depths = [sd.apply(m, HALF, gate=gate, skipped=skipped) for m in (plain, model)]
+    optimizers = [torch.optim.SGD(m.parameters(), 0.01, 0.9) for m in (plain, model)]
+    for step in range(15):
+        for m, optimizer in zip((plain, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(batch(step)).square().sum().backward()
+        assert same(gradients(plain), gradients(model)), step
+        for optimizer in optimizers:
+            optimizer.step()
+    assert [depth.step for depth in depths] == [15, 15]
+
+
+@reentrant_or_not
+@recomputed
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+def test_two_forward_passes_are_recomputed_each_under_its_own_gates(
+    recompute, reentrant, skipped
+) -> None:
+    plain, model = Net(), Net(recompute, reentrant)
+    for m in (plain, model):
+        sd.apply(m, HALF, skipped=skipped)
+    for step in range(0, 20, 2):
+        for m in (plain, model):
+            m.zero_grad()
+            losses = [m(batch(s)).square().sum() for s in (step, step + 1)]
+            sum(losses).backward()
+        assert same(gradients(plain), gradients(model)), step
+
+
+@reentrant_or_not
+@recomputed
+def test_evaluation_between_forward_and_backward_changes_nothing(recompute, reentrant) -> None:
+    plain, model = Net(), Net(recompute, reentrant)
+    for m in (plain, model):
+        sd.apply(m, HALF)
+    for step in range(10):
+        for m in (plain, model):
+            m.zero_grad()
+            loss = m(batch(step)).square().sum()
+            if m is model:
+                m.eval()(batch(99))
+                m.train()
+            loss.backward()
+        assert same(gradients(plain), gradients(model)), step
+
+
+@reentrant_or_not
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+def test_a_recomputed_model_does_not_draw_again(reentrant, skipped) -> None:
+    class Larger(nn.Module):
+        def __init__(self, recompute: bool) -> None:
+            super().__init__()
+            self.body = Net()
+            self.first = nn.Linear(3, 3).double()
+            self.recompute = recompute
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            if self.recompute:
+                return checkpoint(self.body, h, use_reentrant=reentrant)
+            return self.body(h)
+
+    plain, model = Larger(False), Larger(True)
+    model.load_state_dict(plain.state_dict())
+    depths = [sd.apply(m.body, HALF, skipped=skipped) for m in (plain, model)]
+    for step in range(10):
+        for m in (plain, model):
+            m.zero_grad()
+            m(batch(step)).square().sum().backward()
+        assert same(gradients(plain), gradients(model)), step
+        assert [depth.step for depth in depths] == [step + 1] * 2
+
+
+@pytest.mark.parametrize("scale", ["inference", "training"])
+def test_a_ramp_is_followed_step_by_step_in_training_and_evaluation(scale) -> None:
+    model = Net()
+    depth = sd.apply(model, sd.Ramp(HALF, steps=4), scale=scale)
+    final = torch.tensor([11, 10, 9, 8, 7, 6], dtype=torch.float64) / 12
+    for step in range(6):
+        model.train()(batch(step))
+        p = 1 - min(step, 4) / 4 * (1 - final)
+        assert depth.survival == pytest.approx(p.tolist())
+        assert depth.expected_depth == pytest.approx(p.sum().item())
+        assert torch.equal(depth.gates, draw(0, step, depth.survival))
+        if step == 0:
+            assert depth.gates.all()
+        model.eval()
+        h = model.stem(batch(7))
+        for unit, p_l in zip(model.blocks, p, strict=True):
+            h = h + (p_l if scale == "inference" else 1) * unit.branch(h)
+        torch.testing.assert_close(model(batch(7)), model.head(h), rtol=1e-12, atol=1e-12)

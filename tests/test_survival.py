@@ -1,0 +1,132 @@
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import stochastic_depth as sd
+from stochastic_depth.survival import ramped, survival_probabilities
+
+probabilities = st.floats(min_value=0, max_value=1, exclude_min=True)
+
+
+@settings(deadline=None)
+@given(final=probabilities, blocks=st.integers(1, 600))
+def test_linear_decay_is_the_papers_closed_form(final: float, blocks: int) -> None:
+    survival = survival_probabilities(sd.LinearDecay(final), blocks)
+    exact = [1 - Fraction(block, blocks) * (1 - Fraction(final)) for block in range(1, blocks + 1)]
+    assert survival == pytest.approx([float(p) for p in exact], rel=1e-12, abs=1e-15)
+
+
+@settings(deadline=None)
+@given(final=probabilities, blocks=st.integers(1, 2000))
+def test_linear_decay_reaches_its_final_probability_exactly(final: float, blocks: int) -> None:
+    assert survival_probabilities(sd.LinearDecay(final), blocks)[-1] == final
+
+
+@settings(deadline=None)
+@given(final=st.floats(min_value=0.001, max_value=0.999), blocks=st.integers(2, 600))
+def test_linear_decay_can_skip_the_first_block_too_and_only_decreases(
+    final: float, blocks: int
+) -> None:
+    survival = survival_probabilities(sd.LinearDecay(final), blocks)
+    assert survival[0] < 1
+    assert all(before > after for before, after in pairwise(survival))
+
+
+def test_linear_decay_of_four_blocks() -> None:
+    assert survival_probabilities(sd.LinearDecay(), 4) == (0.875, 0.75, 0.625, 0.5)
+
+
+@settings(deadline=None)
+@given(blocks=st.integers(1, 2000))
+def test_expected_depth_under_linear_decay_to_a_half(blocks: int) -> None:
+    expected = math.fsum(survival_probabilities(sd.LinearDecay(0.5), blocks))
+    assert expected == pytest.approx((3 * blocks - 1) / 4, rel=1e-12)
+
+
+def test_expected_depth_of_the_papers_network_is_a_little_over_40_of_54() -> None:
+    assert math.fsum(survival_probabilities(sd.LinearDecay(0.5), 54)) == pytest.approx(40.25)
+
+
+def test_uniform_gives_every_block_the_same_probability() -> None:
+    assert survival_probabilities(sd.Uniform(0.8), 5) == (0.8,) * 5
+
+
+def test_any_function_of_block_and_blocks_is_a_rule() -> None:
+    asked = []
+
+    def rule(block: int, blocks: int) -> float:
+        asked.append((block, blocks))
+        return 1 / block
+
+    assert survival_probabilities(rule, 3) == (1.0, 1 / 2, 1 / 3)
+    assert asked == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_rule_may_return_any_kind_of_number() -> None:
+    assert survival_probabilities(lambda block, blocks: torch.tensor(0.25), 2) == (0.25, 0.25)
+    assert survival_probabilities(lambda block, blocks: 1, 1) == (1.0,)
+
+
+def test_a_ramp_starts_without_dropping_and_ends_at_its_rule() -> None:
+    final = survival_probabilities(sd.Ramp(sd.LinearDecay(0.5), steps=4), 2)
+    assert final == (0.75, 0.5)
+    assert [ramped(final, 4, step) for step in (0, 1, 2, 3, 4, 5, 10**6)] == [
+        (1.0, 1.0),
+        (0.9375, 0.875),
+        (0.875, 0.75),
+        (0.8125, 0.625),
+        (0.75, 0.5),
+        (0.75, 0.5),
+        (0.75, 0.5),
+    ]
+
+
+def test_a_ramp_takes_at_least_one_step() -> None:
+    with pytest.raises(sd.SurvivalError, match=r"steps=0"):
+        sd.Ramp(sd.LinearDecay(), steps=0)
+
+
+@pytest.mark.parametrize("p", [0.0, -0.1, 1.0000001, math.inf, -math.inf, math.nan])
+def test_a_probability_outside_of_0_to_1_names_rule_block_and_value(p: float) -> None:
+    class Third:
+        def __call__(self, block: int, blocks: int) -> float:
+            return p if block == 3 else 0.5
+
+        def __repr__(self) -> str:
+            return "Third()"
+
+    with pytest.raises(sd.SurvivalError) as error:
+        survival_probabilities(Third(), 7)
+    assert f"Third() gives block 3 of 7 the survival probability {p}" in str(error.value)
+    assert "above 0 and at most 1" in str(error.value)
+
+
+@pytest.mark.parametrize("answer", [None, "often", [0.5], 1j])
+def test_a_rule_that_gives_no_number_names_rule_and_block(answer: object) -> None:
+    def odd(block: int, blocks: int) -> object:
+        return answer
+
+    with pytest.raises(sd.SurvivalError, match=r"odd.* gives no number for block 1"):
+        survival_probabilities(odd, 2)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("rule", [0.5, "linear", (0.9, 0.5)])
+def test_what_is_no_rule_is_told_what_one_is(rule: object) -> None:
+    with pytest.raises(sd.SurvivalError, match=r"is not a rule: give sd\.LinearDecay") as error:
+        survival_probabilities(rule, 2)  # pyright: ignore[reportArgumentType]
+    assert repr(rule) in str(error.value)
+
+
+def test_a_bad_rule_in_a_ramp_is_found_too() -> None:
+    with pytest.raises(sd.SurvivalError, match="block 1 of 2"):
+        survival_probabilities(sd.Ramp(sd.Uniform(0.0), steps=10), 2)
+
+
+def test_rules_are_values() -> None:
+    assert sd.LinearDecay(0.5) == sd.LinearDecay()
+    assert len({sd.Uniform(0.5), sd.Uniform(0.5), sd.Uniform(0.6)}) == 2
