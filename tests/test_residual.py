@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,15 @@ from stochastic_depth.gates import BlockGates, Gate, evaluation_gates, training_
 from stochastic_depth.models.cifar_resnet import PoolAndPad
 
 PATTERNS = list(itertools.product((False, True), repeat=6))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On tensors this small a second thread is only waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class MustNotRun(nn.Module):

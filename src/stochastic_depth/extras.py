@@ -14,7 +14,7 @@ def require(module: str, extra: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         raise MissingExtraError(
             f"{module} cannot be imported ({error}): pip install 'stochastic-depth[{extra}]'"
         ) from error

@@ -1,6 +1,6 @@
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stochastic_depth.data import crop_and_flip, draw_crops, normalise
@@ -31,6 +31,7 @@ def one_by_one(images, rows, columns, flips, padding):
     return result
 
 
+@settings(deadline=None)
 @given(
     batch=st.integers(1, 4),
     channels=st.integers(1, 3),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torchvision
-from test_cifar import write_binary, write_pickles
+from written import write_binary, write_pickles
 
 from stochastic_depth.data import load
 from stochastic_depth.data.cifar import CIFAR10

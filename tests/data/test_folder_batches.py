@@ -4,29 +4,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from written import IMAGENET_CLASSES, write_imagenet
 
 from stochastic_depth.data import Batches, FolderBatches
 from stochastic_depth.errors import DataError
 
-CLASSES = ("n01", "n02", "n03")
 SIZE = 28
-
-
-def picture(seed, width, height):
-    """Smooth, so that JPEG and scaling change it little."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
 
 
 @pytest.fixture
 def root(tmp_path):
-    for part, each in (("train", 7), ("val", 3)):
-        for label, name in enumerate(CLASSES):
-            folder = tmp_path / part / name
-            folder.mkdir(parents=True)
-            for i in range(each):
-                image = picture(100 * label + 10 * i + len(part), 40 + 5 * i, 60 - 4 * i)
-                image.save(folder / f"{name}_{i}.JPEG", "JPEG")
+    write_imagenet(tmp_path)
     return tmp_path
 
 
@@ -43,7 +31,7 @@ def same(one, other):
 def test_it_is_what_training_needs(root):
     batches: Batches = made(root)
     assert batches.name == "imagenet"
-    assert batches.classes == CLASSES
+    assert batches.classes == IMAGENET_CLASSES
     assert batches.shape == (3, SIZE, SIZE)
     assert batches.sizes == {"train": 21, "validation": 9, "test": 9}
     # 21 = 5 * 4 + 1: the last batch of one image is left out.
@@ -67,6 +55,7 @@ def test_evaluation_scales_the_shorter_side_and_cuts_the_middle(root):
         np.testing.assert_allclose(image, expected.transpose(2, 0, 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_number_of_workers_does_not_change_the_batches(root):
     alone = list(made(root).train(1))
     assert same(made(root, workers=2).train(1), alone)

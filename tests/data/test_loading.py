@@ -1,12 +1,16 @@
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from written import write_parquet
 
 import stochastic_depth.data
 from stochastic_depth.data import load
-from stochastic_depth.errors import DataError
+from stochastic_depth.data.cifar import CIFAR10
+from stochastic_depth.errors import DataError, MissingExtraError
 
 
 def as_set(part):
@@ -83,6 +87,24 @@ def test_the_package_imports_no_optional_library_by_itself():
             }, path  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [
+        ("digits", "sklearn.datasets", "train"),
+        ("cifar10", "pyarrow.parquet", "data"),
+        ("cifar10", "PIL.Image", "data"),
+    ],
+)
+def test_a_missing_library_is_one_sentence_with_the_command(
+    name, module, extra, tmp_path, pictures, encode, monkeypatch
+):
+    labels = np.arange(20) % 10
+    write_parquet(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10], encode)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"{module} .*\[{extra}\]"):
+        load(name, None if name == "digits" else tmp_path)
+
+
 def test_the_real_cifar_10_is_what_its_authors_published(real_cifar10_root, no_network):
     data = load("cifar10", real_cifar10_root)
     assert (len(data.train), len(data.validation), len(data.test)) == (45_000, 5_000, 10_000)
@@ -91,7 +113,11 @@ def test_the_real_cifar_10_is_what_its_authors_published(real_cifar10_root, no_n
     images = torch.cat([data.train.images, data.validation.images])
     labels = torch.cat([data.train.labels, data.validation.labels])
     assert labels.bincount().tolist() == [5_000] * 10
-    channels = [images[:, channel].double() / 255 for channel in range(3)]
-    mean, std = zip(*((x.mean().item(), x.std().item()) for x in channels), strict=True)
+    counts = np.stack([np.bincount(images[:, i].numpy().ravel(), minlength=256) for i in range(3)])
+    values, pixels = np.arange(256) / 255, 50_000 * 32 * 32
+    mean = counts @ values / pixels
+    std = np.sqrt(counts @ values**2 / pixels - mean**2)
     assert mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=6e-5)
     assert std == pytest.approx((0.2470, 0.2435, 0.2616), abs=6e-5)
+    # Decoding and the choice of the validation images never change between versions.
+    assert data.fingerprint.startswith("e81f4617ce9095bc78a963f74afd2a97")

@@ -1,9 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_cifar import write_binary
-from test_folder_batches import root as imagenet_root  # noqa: F401
-from test_svhn import write as write_svhn
+from written import write_binary, write_imagenet, write_svhn
 
 from stochastic_depth.data import FolderBatches, TensorBatches, batches
 from stochastic_depth.data.cifar import CIFAR10
@@ -43,8 +41,9 @@ def test_every_option_arrives(cifar):
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_imagenet_is_read_from_its_folders(imagenet_root):  # noqa: F811
-    found = batches("imagenet", imagenet_root, validation=3, train=9, workers=1, **SETTINGS)
+def test_imagenet_is_read_from_its_folders(tmp_path):
+    write_imagenet(tmp_path)
+    found = batches("imagenet", tmp_path, validation=3, train=9, workers=1, **SETTINGS)
     assert isinstance(found, FolderBatches)
     assert found.sizes == {"train": 9, "validation": 3, "test": 9}
     assert (found.shape, found.workers) == ((3, 224, 224), 1)

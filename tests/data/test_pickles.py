@@ -215,7 +215,7 @@ def test_tuples_that_would_crash_or_hang_their_reader_are_refused(content, tmp_p
         read(content, tmp_path)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(protocol=st.sampled_from(PROTOCOLS), data=st.data())
 def test_a_truncated_or_altered_pickle_gives_data_or_a_data_error(protocol, data, tmp_path_factory):
     content = bytearray(pickle.dumps({"data": ARRAY, "labels": list(range(7))}, protocol))

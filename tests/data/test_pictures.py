@@ -16,8 +16,8 @@ SIZE = (32, 32)
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
 def test_many_pictures_come_out_in_order(pictures, encode, kind):
-    pixels = pictures(2100)
-    options = {"lossless": True} if kind == "WEBP" else {}
+    pixels = pictures(1100)
+    options = {"lossless": True, "quality": 0} if kind == "WEBP" else {}
     encoded = [encode(image, kind, **options) for image in pixels]
     found = decode(len(encoded), encoded.__getitem__, str, SIZE)
     np.testing.assert_array_equal(found, pixels.transpose(0, 3, 1, 2))
@@ -72,7 +72,7 @@ def test_a_picture_that_claims_to_be_huge_is_not_decoded(side, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "BMP"])
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(share=st.floats(0.01, 0.9))
 def test_a_truncated_picture_is_refused(kind, share):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

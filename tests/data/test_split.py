@@ -1,12 +1,13 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stochastic_depth.data.split import check_count, per_class, stratified
 from stochastic_depth.errors import DataError
 
 
+@settings(deadline=None)
 @given(
     labels=st.lists(st.integers(0, 6), min_size=1, max_size=200), share=st.floats(0, 1), data=...
 )

@@ -3,7 +3,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stochastic_depth.data import Batches, DataSet, Images, TensorBatches, crop_and_flip, draw_crops
@@ -98,6 +98,7 @@ def test_normalised_training_images_have_mean_zero_and_deviation_one():
     np.testing.assert_allclose(images.std((0, 2, 3), correction=0), np.ones(3), atol=1e-6)
 
 
+@settings(deadline=None)
 @given(epoch=st.integers(0, 5), start=st.integers(0, 8), augment=st.booleans())
 def test_an_epoch_resumed_at_any_step_is_the_tail_of_the_whole(epoch, start, augment):
     whole = list(made(augment=augment).train(epoch))

@@ -25,7 +25,7 @@ def test_parameters_and_blocks_are_the_published_ones(
     )
 
 
-@pytest.mark.parametrize("depth", [-4, 0, 2, 7, 50, 109, 111])
+@pytest.mark.parametrize("depth", [-4, 0, 2, 7, 109, 111])
 def test_a_depth_that_is_not_6n_plus_2_is_an_error(depth: int) -> None:
     with pytest.raises(sd.ConfigError, match=rf"depth={depth}: .*6n \+ 2 layers: 20, 32, 56, 110"):
         CifarResNet(depth)
@@ -71,7 +71,7 @@ def test_every_block_can_be_dropped_the_transitions_too() -> None:
 
 def test_a_training_step_learns_in_every_open_block() -> None:
     model = CifarResNet(20, init="he")
-    depth = sd.apply(model, skipped="freeze")
+    depth = sd.apply(model, sd.Uniform(0.5), skipped="freeze")
     model(torch.randn(4, 3, 32, 32)).square().sum().backward()
     for is_open, block in zip(depth.gates.tolist(), model.blocks, strict=True):
         assert all((p.grad is not None) == is_open for p in block.parameters())

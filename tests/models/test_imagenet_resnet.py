@@ -34,7 +34,7 @@ def test_it_computes_what_torchvisions_resnet_computes() -> None:
             value.uniform_(0.5, 2)
     assert [v.shape for v in state.values()] == [v.shape for v in ours.state_dict().values()]
     ours.load_state_dict(dict(zip(ours.state_dict(), state.values(), strict=True)))
-    x = torch.randn(2, 3, 64, 96)
+    x = torch.randn(2, 3, 32, 64)
     for training in (False, True):
         with torch.no_grad():
             expected = theirs.train(training)(x)
@@ -45,12 +45,17 @@ def test_blocks_are_numbered_over_the_whole_network_in_order_of_execution() -> N
     model = ImageNetResNet(50, classes=3)
     depth = sd.apply(model)
     order, shapes = [], []
+
+    def note(block: torch.nn.Module, _: tuple, out: torch.Tensor) -> None:
+        order.append(block)
+        shapes.append(tuple(out.shape[1:3]))
+
     for block in model.blocks:
-        block.register_forward_hook(lambda block, _, out: (order.append(block), shapes.append(out)))
+        block.register_forward_hook(note)
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)
     assert order == depth.units
-    assert [tuple(out.shape[1:3]) for out in shapes] == [
+    assert shapes == [
         *[(256, 16)] * 3,
         *[(512, 8)] * 4,
         *[(1024, 4)] * 6,

@@ -21,7 +21,8 @@ from stochastic_depth.train import Config, Interrupted
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.signals import StopSignals
 
-TEXT = """Train a recipe and its constant-depth twin, taking turns by the epoch, and show both.
+TEXT = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
+as a table and a picture: errors, seconds, the saving measured and expected.
 
 Started again it goes on where it stopped, and trains nothing twice.
 """

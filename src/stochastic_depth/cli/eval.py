@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -14,11 +14,11 @@ from stochastic_depth.train.step import evaluate
 
 @dataclass(frozen=True)
 class Evaluate:
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run folder."""
     checkpoint: Literal["best", "last"] = "best"
     """The checkpoint of the lowest validation error, or the newest."""
-    data_root: Path | None = None
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where its data is now (none: where it was)."""
 
 
@@ -32,9 +32,11 @@ def main(arguments: list[str]) -> int:
         )
     except SystemExit as exit:
         return int(exit.code or 0)
-    run, images = reopen(asked.run, asked.data_root)
+    run, images = reopen(asked.run, asked.data)
     model, step = trained_model(run, images, asked.checkpoint)
-    table = Table(title=f"{run.path}, {asked.checkpoint} checkpoint (step {step})")
+    table = Table(
+        title=f"{run.path}, {asked.checkpoint} checkpoint (step {step})", title_justify="left"
+    )
     for name in ("part", "images", "loss", "error"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for part in ("validation", "test"):

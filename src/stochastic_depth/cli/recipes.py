@@ -11,7 +11,8 @@ from stochastic_depth.recipes import RECIPES
 
 HELP = """usage: stochastic-depth recipes [RECIPE]
 
-List the recipes, or tell one: source, command, published result, cost, configuration.
+List the recipes, or tell one: source, command, published result, cost and
+configuration.
 """
 
 

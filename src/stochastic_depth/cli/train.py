@@ -19,7 +19,7 @@ from stochastic_depth.train.signals import StopSignals
 TEXT = """Train one network; everything is written to one run folder.
 
   --resume RUN        go on with a run from its newest checkpoint
-  --data-root DIR     with --resume: where its data is now
+  --data DIR          with --resume: where its data is now
   --quiet             print nothing
 """
 
@@ -35,9 +35,9 @@ class Begin:
 
 @dataclass(frozen=True)
 class Resume:
-    resume: Path
+    resume: Annotated[Path, tyro.conf.arg(metavar="RUN")]
     """The run folder to go on with."""
-    data_root: Path | None = None
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where its data is now (none: where it was)."""
     quiet: bool = False
     """Print nothing."""
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
             resume = tyro.cli(Resume, prog="stochastic-depth train", args=arguments)
         except SystemExit as exit:
             return int(exit.code or 0)
-        return _train(*reopen(resume.resume, resume.data_root), resume.quiet)
+        return _train(*reopen(resume.resume, resume.data), resume.quiet)
     begun = parse("train", TEXT, arguments, Begin)
     if isinstance(begun, int):
         return begun

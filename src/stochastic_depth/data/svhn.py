@@ -1,5 +1,6 @@
 """Street View House Numbers, cropped digits (Netzer et al., 2011), as MATLAB files."""
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,13 +9,12 @@ from torch import Tensor
 
 from stochastic_depth.data.dataset import Images
 from stochastic_depth.data.folders import contents
+from stochastic_depth.data.mat5 import read_arrays
 from stochastic_depth.data.split import check_count, per_class, stratified
 from stochastic_depth.errors import DataError
-from stochastic_depth.extras import require
 
 VALIDATION = 6_000
 FILES = ("train_32x32.mat", "extra_32x32.mat", "test_32x32.mat")
-LABEL_KINDS = ("uint8", "double")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ def read_svhn(root: Path) -> SvhnFiles:
 
     Raises:
         DataError: names the file that is missing or not as expected.
-        MissingExtraError: SciPy is not installed.
     """
     for name in FILES:
         if not (root / name).is_file():
@@ -49,37 +48,37 @@ def read_svhn(root: Path) -> SvhnFiles:
 
 def read_mat(path: Path) -> Images:
     """One file: X, uint8 [32, 32, 3, n], and y, [n, 1], in which 10 is the digit 0."""
-    mat = require("scipy.io", "data")
     try:
-        headers = {name: (shape, kind) for name, shape, kind in mat.whosmat(path)}
-        shape, kind = headers.get("X", ((), "nothing"))
-        if shape[:3] != (32, 32, 3) or len(shape) != 4 or kind != "uint8":
-            raise DataError(f"{path}: X is {kind} {list(shape)}, expected uint8 [32, 32, 3, n]")
-        label_shape, label_kind = headers.get("y", ((), "nothing"))
-        if label_shape not in ((shape[3], 1), (1, shape[3])) or label_kind not in LABEL_KINDS:
+        arrays = read_arrays(path)
+    except (OSError, ValueError, zlib.error) as error:
+        raise DataError(f"{path}: no readable MATLAB 5 file ({error}): fetch it again") from error
+    for name in ("X", "y"):
+        if name not in arrays:
             raise DataError(
-                f"{path}: y is {label_kind} {list(label_shape)}, expected "
-                f"{' or '.join(LABEL_KINDS)} [{shape[3]}, 1], one label for each image"
+                f"{path}: arrays {', '.join(arrays) or 'none'}, expected X and y: fetch it again"
             )
-        content = mat.loadmat(path, variable_names=["X", "y"])
-        pixels = torch.from_numpy(content["X"]).permute(3, 2, 0, 1).contiguous()
-        labels = digits(path, torch.from_numpy(content["y"]).flatten())
-        return Images(pixels, labels)
-    except DataError:
-        raise
-    except Exception as error:
-        # SciPy's reader raises a dozen types on damaged files.
+    pixels, labels = arrays["X"], arrays["y"]
+    if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, 32, 32):
         raise DataError(
-            f"{path}: no readable MATLAB 5 file ({type(error).__name__}: {error}): fetch it again"
-        ) from error
+            f"{path}: X is {pixels.dtype} {list(reversed(pixels.shape))}, expected uint8 "
+            "[32, 32, 3, n]: fetch the cropped digits, format 2"
+        )
+    if len(pixels) == 0 or labels.numel() != len(pixels):
+        raise DataError(
+            f"{path}: {len(pixels)} images and {labels.numel()} labels, expected one label for "
+            "each image: fetch it again"
+        )
+    # MATLAB stores an image column by column.
+    return Images(pixels.transpose(2, 3).contiguous(), digits(path, labels.flatten()))
 
 
-def digits(path: Path, labels: Tensor) -> Tensor:
-    right = (labels >= 1) & (labels <= 10) & (labels == labels.long())
+def digits(path: Path, stored: Tensor) -> Tensor:
+    labels = stored.double()
+    right = (labels >= 1) & (labels <= 10) & (labels == labels.round())
     if not bool(right.all()):
         row = int((~right).nonzero()[0])
         raise DataError(
-            f"{path}, image {row}: label {labels[row].item()}, expected 1 to 10, where 10 is "
+            f"{path}, image {row}: label {labels[row].item():g}, expected 1 to 10, where 10 is "
             "digit 0: fetch it again"
         )
     return labels.long() % 10

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -77,16 +78,14 @@ def fit(
         training = Training(run.config, run.execution, batches)
         _restore(run, training, watch)
         watch.begin(run, training)
-        interval = run.config.evaluate_every or training.steps_per_epoch
         stream = _stream(batches, training.step)
-        while training.step < training.steps:
-            end = min(training.steps, (training.step // interval + 1) * interval)
-            signal = _train_until(end, training, stream, run, watch, stop)
-            if signal is not None and training.step < end:
+        while training.step < training.steps or training.tally.images:
+            if not (
+                _finish_interval(run, training, stream, watch, stop)
+                and (record := _measure(training, batches, watch, stop))
+            ):
                 _save(run, training)
-                raise Interrupted(run.path, training.step, signal)
-            watch.evaluating()
-            record = _measure(training, batches)
+                raise Interrupted(run.path, training.step, stop() or 0)
             if not all(map(math.isfinite, dataclasses.astuple(record))):
                 raise _diverged(run, training.step, "an evaluation")
             append_record(run.journal, record)
@@ -94,8 +93,6 @@ def fit(
             _save(run, training)
             watch.record(record)
             yield record
-            if signal is not None:
-                raise Interrupted(run.path, training.step, signal)
         if not run.weights.exists():
             _write_weights(run, training)
 
@@ -118,22 +115,22 @@ def _stream(batches: Batches, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, start = epoch + 1, 0
 
 
-def _train_until(
-    end: int,
+def _finish_interval(
+    run: Run,
     training: Training,
     stream: Iterator[tuple[Tensor, Tensor]],
-    run: Run,
     watch: Watch,
     stop: Callable[[], int | None],
-) -> int | None:
-    """Train up to step `end`, or to where `stop` gives a signal; returns the signal."""
+) -> bool:
+    """Train up to the next evaluation; False when `stop` comes before."""
+    interval = run.config.evaluate_every or training.steps_per_epoch
+    intervals_begun = -(-training.step // interval) + (not training.tally.images)
+    end = min(training.steps, intervals_begun * interval)
     look = _STEPS_BETWEEN_LOOKS.get(torch.device(training.execution.device).type, 1)
-    signal = None
     began = time.perf_counter()
-    while training.step < end and signal is None:
+    while training.step < end and not stop():
         measured = training.advance(*next(stream))
-        signal = stop()
-        if training.step % look == 0 or training.step == end or signal is not None:
+        if training.step % look == 0 or training.step == end or stop():
             diverged = training.tally.first_diverged(look)
             if diverged is not None:
                 step = training.step - len(training.tally.measured) + diverged
@@ -141,18 +138,26 @@ def _train_until(
         watch.step(training, measured.loss)
     training.execution.synchronise()
     training.tally.seconds += time.perf_counter() - began
-    return signal
+    return training.step == end and not stop()
 
 
-def _measure(training: Training, batches: Batches) -> Record:
-    """The record of the interval that ends here."""
-    tally = training.tally
+def _measure(
+    training: Training, batches: Batches, watch: Watch, stop: Callable[[], int | None]
+) -> Record | None:
+    """The record of the interval that ends here; None when `stop` comes before it is complete."""
+    watch.evaluating()
+    tally, peak = training.tally, peak_memory(training.execution)
     means, steps = tally.means(), len(tally.images)
-    peak = peak_memory(training.execution)
     validation, test = (
-        evaluate(training.model, batches.evaluate(part), training.execution)
+        evaluate(
+            training.model,
+            takewhile(lambda _: not stop(), batches.evaluate(part)),
+            training.execution,
+        )
         for part in ("validation", "test")
     )
+    if stop():
+        return None
     return Record(
         step=training.step,
         epoch=training.epoch,

@@ -1,5 +1,6 @@
 """One training step, and one evaluation."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -56,7 +57,10 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], execution: Execution
 ) -> Evaluation:
-    """The full network in evaluation mode, every branch scaled by p_l. Counts are exact."""
+    """The full network in evaluation mode, every branch scaled by p_l. Counts are exact.
+
+    Without any batch there is nothing to tell, and both figures are nan.
+    """
     was_training = model.training
     model.eval()
     losses: list[Tensor] = []
@@ -69,6 +73,8 @@ def evaluate(
         wrong.append((logits.argmax(1) != labels).sum())
         images_seen += len(labels)
     model.train(was_training)
+    if not images_seen:
+        return Evaluation(math.nan, math.nan)
     return Evaluation(
         loss=torch.stack(losses).sum().item() / images_seen,
         error=100 * torch.stack(wrong).sum().item() / images_seen,

@@ -87,5 +87,6 @@ def column(path: Path, names: list[str], wanted: tuple[str, ...]) -> str:
         if name in names:
             return name
     raise DataError(
-        f"{path}: columns {', '.join(names)}, expected {' or '.join(wanted)} among them"
+        f"{path}: columns {', '.join(names)}, expected one named {' or '.join(wanted)}: "
+        "is it another data set?"
     )

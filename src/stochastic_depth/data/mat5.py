@@ -1,0 +1,127 @@
+"""Read numeric arrays from a MATLAB 5 file, and trust nothing that the file says of itself.
+
+scipy.io.loadmat reads the same files, but a damaged type code makes it crash the process.
+Format: "MAT-File Level 5 File Format", MathWorks.
+"""
+
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HEADER = 128
+MATRIX, COMPRESSED = 14, 15
+INT8, INT32, UINT32 = 1, 5, 6
+STORAGE = {
+    1: torch.int8,
+    2: torch.uint8,
+    3: torch.int16,
+    4: torch.uint16,
+    5: torch.int32,
+    6: torch.uint32,
+    7: torch.float32,
+    9: torch.float64,
+    12: torch.int64,
+}
+NUMERIC_CLASSES = range(6, 16)
+COMPLEX = 0x0800
+
+
+def read_arrays(path: Path) -> dict[str, Tensor]:
+    """The real numeric arrays in the file, by name, in the type in which they are stored.
+
+    Arrays are stored column by column: a matrix [rows, columns] comes as [columns, rows], and so
+    on for more dimensions, without a copy. Arrays of other kinds are left out.
+
+    Raises:
+        ValueError: truncated, damaged, or of another version.
+        zlib.error: a compressed part is damaged.
+    """
+    arrays = {}
+    with path.open("rb") as file:
+        for kind, content in elements_of_file(file, path.stat().st_size):
+            if kind == COMPRESSED:
+                content = inflate(content)
+            elif kind != MATRIX:
+                raise ValueError(f"an element of kind {kind}")
+            name, array = matrix(memoryview(content))
+            if array is not None:
+                arrays[name] = array
+    return arrays
+
+
+def elements_of_file(file: BufferedReader, size: int) -> Iterator[tuple[int, bytearray]]:
+    if file.read(HEADER)[124:] != b"\0\x01IM":
+        raise ValueError("no header of a little-endian MATLAB 5 file")
+    while tag := file.read(8):
+        if len(tag) < 8:
+            raise ValueError("truncated")
+        kind, length = struct.unpack("<II", tag)
+        if length > size - file.tell():
+            raise ValueError(f"truncated: {length} bytes expected")
+        content = bytearray(length)
+        file.readinto(content)
+        yield kind, content
+
+
+def inflate(content: bytearray, chunk: int = 2**24) -> bytearray:
+    """The content of the one matrix in a compressed element, which states its size."""
+    stream = zlib.decompressobj()
+    tag = stream.decompress(content, 8)
+    kind, length = struct.unpack("<II", tag) if len(tag) == 8 else (0, 0)
+    if kind != MATRIX:
+        raise ValueError(f"an element of kind {kind} in a compressed one")
+    body = bytearray()
+    while not stream.eof and len(body) <= length:
+        before = len(body), len(stream.unconsumed_tail)
+        body += stream.decompress(stream.unconsumed_tail, chunk)
+        if (len(body), len(stream.unconsumed_tail)) == before:
+            break
+    if len(body) != length or not stream.eof:
+        raise ValueError(f"{len(body)} bytes decompressed, {length} expected")
+    return body
+
+
+def elements(content: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The parts of a matrix; up to four bytes are stored within the tag."""
+    position = 0
+    while position + 8 <= len(content):
+        kind, length = struct.unpack_from("<II", content, position)
+        start, following = position + 8, position + 8 + -(-length // 8) * 8
+        if kind >> 16:
+            kind, length, start, following = kind & 0xFFFF, kind >> 16, position + 4, position + 8
+        if start + length > len(content) or following < start + length:
+            raise ValueError(f"truncated: {length} bytes expected")
+        yield kind, content[start : start + length]
+        position = following
+
+
+def matrix(content: memoryview) -> tuple[str, Tensor | None]:
+    """Name and array: [last dimension, ..., first dimension], or None if it is not numeric."""
+    parts = [part for part, _ in zip(elements(content), range(4), strict=False)]
+    if [kind for kind, _ in parts[:3]] != [UINT32, INT32, INT8]:
+        raise ValueError("a matrix without its flags, dimensions and name")
+    flags, dimensions, name = (part for _, part in parts[:3])
+    if len(flags) != 8 or len(dimensions) % 4:
+        raise ValueError("a matrix with damaged flags or dimensions")
+    (flag,) = struct.unpack_from("<I", flags)
+    title = bytes(name).decode("latin1")
+    if flag & 0xFF not in NUMERIC_CLASSES or flag & COMPLEX:
+        return title, None
+    shape = struct.unpack(f"<{len(dimensions) // 4}i", dimensions)
+    kind, stored = parts[3] if len(parts) > 3 else (0, memoryview(b""))
+    if kind not in STORAGE:
+        raise ValueError(f"{title} stored as numbers of kind {kind}")
+    dtype = STORAGE[kind]
+    if min(shape, default=-1) < 0 or len(stored) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{title} of shape {list(shape)} in {len(stored)} bytes")
+    if not stored:
+        return title, torch.empty(shape[::-1], dtype=dtype)
+    # Bytes need no alignment, and they are the ones that are too large to copy.
+    buffer = stored if dtype.itemsize == 1 else bytearray(stored)
+    return title, torch.frombuffer(buffer, dtype=dtype).view(shape[::-1])

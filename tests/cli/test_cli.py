@@ -1,0 +1,159 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from stochastic_depth import __version__
+from stochastic_depth.cli import COMMANDS, main
+from stochastic_depth.recipes import RECIPES
+
+SMALL = ["--model.depth", "8", "--epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_without_a_command_the_commands_are_told(capsys):
+    assert main([]) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {command}" in told for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"stochastic-depth {command}" in told
+    assert max(map(len, told.splitlines())) <= 80
+
+
+def test_the_help_of_a_recipe_tells_defaults_and_units(capsys):
+    assert main(["train", "svhn-resnet152", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "test error 1.75 %" in told
+    assert "--survival.final FLOAT" in told
+    assert "(default: 0.5)" in told
+    assert "Passes over the training images" in told
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"stochastic-depth {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", "cifar10-resnet10"], "cifar10-resnet110"),
+        (["recipes", "digit"], "did you mean digits"),
+        (["train", "digits", "--epoch", "3"], "--epochs"),
+        (["train", "digits", "--survival.finale", "0.2"], "--survival.final"),
+        (["train", "digits", "--model.kind", "vgg"], "cifar-resnet"),
+        (["train", "digits", "--epochs", "many"], "many"),
+        (["train", "digits", "--survival.final", "1.5"], "survival.final is 1.5"),
+        (["eval"], "RUN"),
+    ],
+)
+def test_a_typo_is_met_with_a_suggestion_and_exit_code_2(arguments, hint, capsys):
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert hint in told.err + told.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "cifar10-resnet110"], "root"),
+        (["train", "digits", "--model.depth", "9"], "depth=9"),
+        (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
+        (["eval", "nowhere"], "nowhere is not a run folder"),
+        (["compare", "digits-constant"], "constant depth already"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(arguments, told, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_train_prints_a_line_for_each_epoch_and_then_the_errors(tmp_path, capsys):
+    assert main(["train", "digits", *SMALL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("digits: cifar-resnet 8, 1,197 images, cpu float32")
+    assert lines[1].startswith("epoch 1/2 loss ")
+    assert lines[2].startswith("epoch 2/2 loss ")
+    assert "best validation" in "".join(lines[3:])
+    assert not any("\x1b" in line for line in lines)
+    assert (tmp_path / "runs" / "digits" / "model.safetensors").exists()
+
+
+def test_a_second_run_of_the_same_recipe_gets_a_folder_of_its_own(tmp_path):
+    for _ in range(2):
+        assert main(["train", "digits", *SMALL, "--epochs", "1", "--quiet"]) == 0
+    assert (tmp_path / "runs" / "digits-2" / "model.safetensors").exists()
+
+
+def test_quiet_is_quiet(capsys):
+    assert main(["train", "digits", *SMALL, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_recipe_varies_by_command_line(tmp_path):
+    assert (
+        main(["train", "digits", *SMALL, "--survival.final", "0.2", "--run", "mine", "--quiet"])
+        == 0
+    )
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())["config"]
+    assert config["survival"]["final"] == 0.2
+    assert config["model"]["depth"] == 8
+
+
+def test_eval_gives_the_errors_of_the_journal(tmp_path, capsys):
+    main(["train", "digits", *SMALL, "--run", "mine", "--quiet"])
+    assert main(["eval", "mine", "--checkpoint", "last"]) == 0
+    last = json.loads((tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{last['test_error']:.2f} %" in capsys.readouterr().out
+
+
+def test_recipes_lists_all_and_tells_one(capsys):
+    assert main(["recipes"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in RECIPES)
+    assert main(["recipes", "cifar10-resnet110"]) == 0
+    told = capsys.readouterr().out
+    assert "Published: test error 5.23 %" in told
+    assert json.loads(told[told.index("{") :])["epochs"] == 500
+
+
+def test_compare_shows_both_depths_and_trains_nothing_twice(tmp_path, capsys):
+    arguments = ["compare", "digits", *SMALL, "--seeds", "2", "--out", "both"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "training time saved, measured" in told
+    assert (tmp_path / "both" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((tmp_path / "both" / "comparison.json").read_text())
+    assert len(content["curves"]["stochastic"]) == 2
+    journal = tmp_path / "both" / "constant-seed0" / "metrics.jsonl"
+    before = journal.read_bytes()
+    assert main(arguments) == 0
+    assert journal.read_bytes() == before
+    assert main([*arguments, "--epochs", "3"]) == 1
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m stochastic_depth recipes digits | head -1; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,44 @@
+"""Runs of a second: an eight-layer network on the embedded digits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.train import Config, ModelConfig, SurvivalConfig
+
+
+class Silent:
+    """A `Watch` that remembers what it was told."""
+
+    def __init__(self):
+        self.said = []
+
+    def begin(self, run, training): ...
+    def step(self, training, loss): ...
+    def evaluating(self): ...
+    def record(self, record): ...
+    def say(self, text):
+        self.said.append(text)
+
+
+@pytest.fixture
+def silent():
+    return Silent()
+
+
+@pytest.fixture
+def small() -> Config:
+    return replace(
+        RECIPES["digits"](),
+        model=ModelConfig(depth=14),
+        survival=SurvivalConfig(final=0.3),
+        epochs=2,
+        evaluate_every=4,
+    )
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "run"

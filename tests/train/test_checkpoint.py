@@ -1,0 +1,117 @@
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stochastic_depth.errors import CheckpointError
+from stochastic_depth.train.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+
+STATE = {"run": "a", "step": 7, "weights": torch.arange(50.0), "nested": [1, {"x": None}]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_checkpoint(tmp_path / "c.ckpt", STATE)
+    return tmp_path / "c.ckpt"
+
+
+def test_what_was_saved_comes_back(path):
+    state = load_checkpoint(path, "a")
+    assert torch.equal(state["weights"], STATE["weights"])
+    assert state["nested"] == STATE["nested"]
+
+
+def test_a_checkpoint_cut_short_anywhere_is_refused(path):
+    whole = path.read_bytes()
+    for length in [*range(200), *range(200, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"c\.ckpt"):
+            load_checkpoint(path, "a")
+
+
+def test_any_flipped_bit_is_noticed(path):
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 11):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path, "a")
+
+
+def test_a_checkpoint_of_another_run_is_refused(path):
+    with pytest.raises(CheckpointError, match="another run"):
+        load_checkpoint(path, "b")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_foreign_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "evil.ckpt", {"run": "a", "evil": Malicious()})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(tmp_path / "evil.ckpt", "a")
+    (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_checkpoint(tmp_path / "bare.ckpt", "a")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, "a", keep=2)
+    for step in range(1, 8):
+        checkpoints.save(step, best=3 if step >= 3 else step, state={})
+    assert checkpoints.steps() == [7, 6, 3]
+
+
+def test_the_newest_that_can_be_trusted_is_used_and_the_others_are_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path, "a", keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, best=None, state={})
+    checkpoints.path(3).write_bytes(b"")
+    checkpoints.path(2).write_bytes(checkpoints.path(2).read_bytes()[:-1])
+    state, refused = checkpoints.newest("cpu")
+    assert state["step"] == 1
+    assert len(refused) == 2
+    assert str(checkpoints.path(3)) in refused[0]
+
+
+def test_no_trusted_checkpoint_at_all_is_an_error_and_not_a_fresh_start(tmp_path):
+    checkpoints = Checkpoints(tmp_path, "a", keep=1)
+    checkpoints.save(1, best=None, state={})
+    checkpoints.path(1).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint can be trusted"):
+        checkpoints.newest("cpu")
+
+
+FULL_DISK = """
+import resource, sys, torch
+from pathlib import Path
+from stochastic_depth.errors import CheckpointError
+from stochastic_depth.train.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]), "a", keep=1)
+checkpoints.save(1, None, {"x": torch.zeros(100)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    checkpoints.save(2, None, {"x": torch.zeros(100_000)})
+except CheckpointError as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 3, done.stderr
+    assert "step-000000002.ckpt could not be written" in done.stdout
+    assert "step-000000001.ckpt is intact" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000001.ckpt"]
+    assert load_checkpoint(tmp_path / "step-000000001.ckpt", "a")["step"] == 1

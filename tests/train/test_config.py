@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.train import Config, DataConfig, OptimizerConfig, SurvivalConfig
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_configuration_survives_json(name):
+    config = RECIPES[name]()
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_paths_and_optional_values_survive_json():
+    config = Config(data=DataConfig(root=Path("/a/b"), train=10, augment=False), evaluate_every=3)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: Config(epochs=0), "epochs is 0"),
+        (lambda: Config(evaluate_every=0), "evaluate-every is 0"),
+        (lambda: Config(keep=0), "keep is 0"),
+        (lambda: DataConfig(train=0), "data.train is 0"),
+        (lambda: DataConfig(workers=-1), "data.workers is -1"),
+        (lambda: SurvivalConfig(final=0.0), "survival.final is 0.0"),
+        (lambda: SurvivalConfig(final=1.5), "survival.final is 1.5"),
+        (lambda: SurvivalConfig(ramp_epochs=-1), "survival.ramp-epochs is -1"),
+        (lambda: OptimizerConfig(learning_rate=0), "optimizer.learning-rate is 0"),
+        (lambda: OptimizerConfig(momentum=1), "optimizer.momentum is 1"),
+        (lambda: OptimizerConfig(batch=1), "optimizer.batch is 1"),
+        (lambda: OptimizerConfig(milestones=(0.5, 1.5)), "optimizer.milestones is 1.5"),
+        (lambda: OptimizerConfig(divisor=0), "optimizer.divisor is 0"),
+        (lambda: OptimizerConfig(weight_decay=-1), "optimizer.weight-decay is -1"),
+        (lambda: SurvivalConfig(final=float("nan")), "survival.final is nan"),
+    ],
+)
+def test_a_value_that_cannot_be_trained_is_named(make, named):
+    with pytest.raises(ConfigError, match=named):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "named"),
+    [
+        (("epochs",), "many", "config.epochs is 'many'"),
+        (("epochs",), True, "config.epochs is True"),
+        (("model", "kind"), "vgg", "config.model.kind is 'vgg'"),
+        (("survival",), None, "config.survival must have the fields"),
+        (("surprise",), 1, "config must have the fields"),
+    ],
+)
+def test_foreign_json_is_refused_by_the_field(where, value, named):
+    values = Config().to_json()
+    inner = values
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    with pytest.raises(ConfigError, match=named):
+        Config.from_json(values)

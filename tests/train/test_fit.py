@@ -1,0 +1,278 @@
+import dataclasses
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import stochastic_depth as sd
+from stochastic_depth.errors import CheckpointError, ConfigError, DivergedError, RunError
+from stochastic_depth.gates import draw
+from stochastic_depth.train import (
+    DataConfig,
+    Interrupted,
+    ModelConfig,
+    OptimizerConfig,
+    SurvivalConfig,
+    begin,
+    fit,
+    open_run,
+    reopen,
+    trained_model,
+)
+from stochastic_depth.train.checkpoint import load_checkpoint
+from stochastic_depth.train.step import evaluate
+
+CLOCK = {"seconds", "images_per_second", "peak_memory"}
+
+
+def finish(path, config, watch):
+    run, images = begin(config, path)
+    return run, list(fit(run, images, watch))
+
+
+def without_clock(records):
+    return [
+        {k: v for k, v in dataclasses.asdict(record).items() if k not in CLOCK}
+        for record in records
+    ]
+
+
+def end_state(run):
+    """All that a run ends with and the clock does not touch."""
+    state = load_checkpoint(run.checkpoints.path(run.checkpoints.steps()[0]), run.id)
+    tensors = {f"model.{k}": v for k, v in state["model"].items()}
+    for number, values in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items()}
+    tensors |= {f"weights.{k}": v for k, v in load_file(run.weights).items()}
+    return tensors, state["depth"], state["optimizer"]["param_groups"]
+
+
+def assert_same_end(run, other):
+    (tensors, depth, groups), (tensors2, depth2, groups2) = end_state(run), end_state(other)
+    assert tensors.keys() == tensors2.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, tensors2[name]), name
+    assert depth == depth2
+    assert groups == groups2
+    assert without_clock(run.records()) == without_clock(other.records())
+
+
+def test_a_run_writes_its_folder(small, path, silent):
+    run, records = finish(path, small, silent)
+    assert sorted(p.name for p in path.iterdir() if p.name != "lock") == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+    ]
+    assert open_run(path) == run
+    assert run.records() == records
+    assert [r.step for r in records] == [4, 8, 12, 16, 20]
+    assert records[-1].epoch == 2
+
+
+def test_losses_and_errors_are_the_golden_ones(small, path, silent):
+    config = replace(small, survival=SurvivalConfig(final=0.8), epochs=8, evaluate_every=10)
+    _, records = finish(path, config, silent)
+    losses = [2.3018, 2.2793, 2.2036, 1.899, 1.3408, 1.2006, 1.0022, 1.1768]
+    errors = [89.0, 73.6, 65.2, 29.6, 18.0, 11.0, 8.6, 7.6]
+    assert [r.train_loss for r in records] == pytest.approx(losses, abs=2e-3)
+    assert [r.test_error for r in records] == pytest.approx(errors, abs=1)
+
+
+def test_blocks_are_counted_as_they_were_drawn(small, path, silent):
+    _, records = finish(path, small, silent)
+    survival = tuple(sd.LinearDecay(0.3)(block, 6) for block in range(1, 7))
+    drawn = [draw(small.seed, step, survival).sum().item() for step in range(20)]
+    assert [r.active_blocks for r in records] == [
+        sum(drawn[i : i + 4]) / 4 for i in range(0, 20, 4)
+    ]
+    assert [r.expected_active_blocks for r in records] == pytest.approx([sum(survival)] * 5)
+
+
+def test_constant_depth_runs_every_block(small, path, silent):
+    run, records = finish(path, replace(small, survival=SurvivalConfig(rule="constant")), silent)
+    assert {r.active_blocks for r in records} == {6.0}
+    assert end_state(run)[1] is None
+
+
+@pytest.mark.parametrize("gate", ["sample", "subset"])
+def test_gates_for_single_samples_train_and_resume(small, path, silent, gate, tmp_path):
+    config = replace(small, survival=SurvivalConfig(final=0.3, gate=gate))
+    run, records = finish(path, config, silent)
+    assert 0 < records[0].active_blocks < 6
+    other = interrupted_and_resumed(tmp_path / "other", config, silent, stops=[3, 9])
+    assert_same_end(run, other)
+
+
+def interrupted_and_resumed(path, config, watch, stops):
+    """The run at `path`, stopped by a signal after each of `stops` steps and gone on with."""
+    run, images = begin(config, path)
+    for stop_at in stops:
+        asked = iter(range(10**9))
+        steps = []
+
+        class Counting(type(watch)):
+            def step(self, training, loss, steps=steps):
+                steps.append(training.step)
+
+        def stop(steps=steps, stop_at=stop_at, asked=asked):
+            next(asked)
+            return 15 if steps and steps[-1] >= stop_at else None
+
+        with pytest.raises(Interrupted) as interrupted:
+            list(fit(run, images, Counting(), stop))
+        assert interrupted.value.signal == 15
+        assert run.checkpoints.steps()[0] == stop_at
+        run, images = reopen(path)
+    list(fit(run, images, watch))
+    return run
+
+
+@pytest.mark.parametrize("stops", [[1], [4], [10], [2, 3, 19], [20]])
+def test_a_run_stopped_anywhere_ends_where_it_would_have(small, path, silent, stops, tmp_path):
+    run, _ = finish(path, small, silent)
+    other = interrupted_and_resumed(tmp_path / "other", small, silent, stops)
+    assert_same_end(run, other)
+
+
+def test_a_ramp_is_resumed_where_it_was(small, path, silent, tmp_path):
+    config = replace(small, survival=SurvivalConfig(final=0.3, ramp_epochs=1.5))
+    run, records = finish(path, config, silent)
+    assert records[0].expected_active_blocks > records[-1].expected_active_blocks
+    assert_same_end(run, interrupted_and_resumed(tmp_path / "other", config, silent, [7]))
+
+
+def test_the_same_run_twice_is_the_same(small, path, silent, tmp_path):
+    run, _ = finish(path, small, silent)
+    other, _ = finish(tmp_path / "other", small, silent)
+    assert_same_end(run, other)
+
+
+def test_another_seed_is_another_run(small, path, silent, tmp_path):
+    _, records = finish(path, small, silent)
+    _, others = finish(tmp_path / "other", replace(small, seed=1), silent)
+    assert records[0].train_loss != others[0].train_loss
+
+
+def test_the_global_random_state_plays_no_part_and_is_left_alone(small, path, silent, tmp_path):
+    run, _ = finish(path, small, silent)
+    torch.manual_seed(12345)
+    state = torch.get_rng_state()
+    other, _ = finish(tmp_path / "other", small, silent)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_end(run, other)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(small, path, silent, tmp_path):
+    run, _ = finish(path, small, silent)
+    other, images = begin(small, tmp_path / "other")
+    records = fit(other, images, silent)
+    for _ in range(3):
+        next(records)
+    records.close()
+    newest = other.checkpoints.path(other.checkpoints.steps()[0])
+    newest.write_bytes(newest.read_bytes()[:-100])
+    list(fit(other, images, silent))
+    assert "is damaged" in silent.said[0]
+    assert_same_end(run, other)
+
+
+def test_a_finished_run_is_left_as_it_is(small, path, silent):
+    finish(path, small, silent)
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    assert list(fit(*reopen(path), silent)) == []
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(small, path, silent):
+    config = replace(small, optimizer=OptimizerConfig(learning_rate=1e30))
+    run, images = begin(config, path)
+    with pytest.raises(DivergedError, match=r"not finite at step \d+ .*there is no checkpoint"):
+        list(fit(run, images, silent))
+    assert run.checkpoints.steps() == []
+
+
+def test_the_last_good_checkpoint_is_named_when_weights_diverge(small, path, silent, monkeypatch):
+    run, images = begin(small, path)
+    records = fit(run, images, silent)
+    next(records)
+    normal = images.train
+
+    def poisoned(epoch, start=0):
+        for pixels, labels in normal(epoch, start):
+            yield pixels * math.nan, labels
+
+    records.close()
+    monkeypatch.setattr(images, "train", poisoned)
+    with pytest.raises(DivergedError, match=r"step 4 .*step-000000004\.ckpt"):
+        list(fit(run, images, silent))
+    assert run.checkpoints.steps() == [4]
+
+
+def test_two_cannot_write_one_folder(small, path, silent):
+    run, images = begin(small, path)
+    first = fit(run, images, silent)
+    next(first)
+    with pytest.raises(RunError, match="being written by another process"):
+        next(fit(run, images, silent))
+    first.close()
+    assert len(list(fit(run, images, silent))) == 4
+
+
+def test_other_data_than_the_run_began_on_is_refused(small, path, silent):
+    run, _ = begin(small, path)
+    _, other = begin(replace(small, data=DataConfig(train=500)), path.parent / "other")
+    with pytest.raises(RunError, match="fingerprint"):
+        next(fit(run, other, silent))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"model": ModelConfig(depth=15)}, ConfigError),
+        ({"model": ModelConfig(kind="densenet", depth=10)}, sd.ApplyError),
+        ({"device": "cuda:99"}, ConfigError),
+        ({"data": DataConfig(name="cifar10")}, sd.DataError),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_folder(small, path, change, error):
+    with pytest.raises(error):
+        begin(replace(small, **change), path)
+    assert not path.exists()
+
+
+def test_an_existing_folder_is_not_written_over(small, path):
+    path.mkdir()
+    with pytest.raises(RunError, match="exists already"):
+        begin(small, path)
+
+
+def test_a_folder_that_is_no_run_is_refused(path):
+    path.mkdir()
+    with pytest.raises(RunError, match="not a run folder"):
+        open_run(path)
+    (path / "config.json").write_text('{"format": 1, "id": "x"}')
+    with pytest.raises(RunError, match="cannot be understood"):
+        open_run(path)
+
+
+def test_the_trained_model_has_the_errors_of_the_journal(small, path, silent):
+    run, records = finish(path, small, silent)
+    _, images = reopen(path)
+    for which, record in (
+        ("last", records[-1]),
+        ("best", min(records, key=lambda r: r.validation_error)),
+    ):
+        model, step = trained_model(run, images, which)
+        assert step == record.step
+        loss, error = evaluate(model, images.evaluate("test"), run.execution)
+        assert (loss, error) == (record.test_loss, record.test_error)
+
+
+def test_a_run_without_a_checkpoint_cannot_be_evaluated(small, path):
+    run, images = begin(small, path)
+    with pytest.raises(CheckpointError, match="no evaluated checkpoint"):
+        trained_model(run, images)
