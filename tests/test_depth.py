@@ -447,31 +447,54 @@ def test_evaluation_between_forward_and_backward_changes_nothing(recompute, reen
         assert same(gradients(plain), gradients(model)), step
 
 
+class Larger(nn.Module):
+    """A network that recomputes the whole of the applied one."""
+
+    def __init__(self, recompute: bool, reentrant: bool) -> None:
+        super().__init__()
+        self.body = Net()
+        self.first = nn.Linear(3, 3).double()
+        self.recompute, self.reentrant = recompute, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.recompute:
+            return checkpoint(self.body, h, use_reentrant=self.reentrant)
+        return self.body(h)
+
+
+def larger_twins(reentrant: bool, skipped: str) -> tuple[list[Larger], list[sd.StochasticDepth]]:
+    twins = [Larger(False, reentrant), Larger(True, reentrant)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    return twins, [sd.apply(m.body, HALF, skipped=skipped) for m in twins]
+
+
 @reentrant_or_not
 @pytest.mark.parametrize("skipped", ["paper", "freeze"])
 def test_a_recomputed_model_does_not_draw_again(reentrant, skipped) -> None:
-    class Larger(nn.Module):
-        def __init__(self, recompute: bool) -> None:
-            super().__init__()
-            self.body = Net()
-            self.first = nn.Linear(3, 3).double()
-            self.recompute = recompute
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x)
-            if self.recompute:
-                return checkpoint(self.body, h, use_reentrant=reentrant)
-            return self.body(h)
-
-    plain, model = Larger(False), Larger(True)
-    model.load_state_dict(plain.state_dict())
-    depths = [sd.apply(m.body, HALF, skipped=skipped) for m in (plain, model)]
+    twins, depths = larger_twins(reentrant, skipped)
     for step in range(10):
-        for m in (plain, model):
+        for m in twins:
             m.zero_grad()
             m(batch(step)).square().sum().backward()
-        assert same(gradients(plain), gradients(model)), step
+        assert same(gradients(twins[0]), gradients(twins[1])), step
         assert [depth.step for depth in depths] == [step + 1] * 2
+
+
+def test_a_model_recomputed_after_two_forward_passes_is_right() -> None:
+    twins, _ = larger_twins(False, "freeze")
+    for step in range(10):
+        for m in twins:
+            m.zero_grad()
+            (m(batch(step)).square().sum() + m(batch(step + 50)).sum()).backward()
+        assert same(gradients(twins[0]), gradients(twins[1])), step
+
+
+def test_where_reentrant_checkpointing_cannot_tell_which_it_is_refused() -> None:
+    model = larger_twins(True, "freeze")[0][1]
+    loss = model(batch(0)).sum() + model(batch(1)).sum()
+    with pytest.raises(sd.GateError, match="use_reentrant=False"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("scale", ["inference", "training"])

@@ -55,6 +55,7 @@ class StochasticDepth:
         self.seed = seed
         self.step = 0
         self._coins: Tensor | None = None
+        self._draws_since_backward = 0
         self._set_survival(0)
 
     @property
@@ -91,6 +92,7 @@ class StochasticDepth:
             self.seed, self.step, self._survival, None if self.gate == "batch" else batch
         )
         self.step += 1
+        self._draws_since_backward += 1
         self._open(training_gates(self._coins, self._survival, self.gate, self.scale))
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,6 +128,11 @@ class StochasticDepth:
             self._open([None] * len(self.units))
         elif not _in_backward():
             self.draw(None if self.gate == "batch" else _batch_size(args, kwargs))
+        elif self._draws_since_backward > 1:
+            raise GateError(
+                "the whole model is recomputed after several forward passes, and reentrant "
+                "checkpointing does not tell which: use checkpoint(..., use_reentrant=False)"
+            )
 
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         """Hook on the model: be there when the backward pass of this forward pass begins."""
@@ -134,6 +141,7 @@ class StochasticDepth:
         gates = [unit.gates.training for unit in self.units if unit.gates is not None]
 
         def backward_begins(_: Tensor) -> None:
+            self._draws_since_backward = 0
             self._open(gates)
             if self.skipped == "paper":
                 self._zero_gradients_of_closed(gates)

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a recipe, or go on with a run",
     "eval": "test error of a run's network",
     "compare": "a recipe against its constant-depth twin, over seeds",
+    "bench": "what the library costs in time",
     "recipes": "the published results that can be reproduced",
 }
 HELP = """usage: stochastic-depth COMMAND [OPTIONS]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.models.initialisation import Initialisation, initialise
+from stochastic_depth.models.initialisation import initialise
 
 
 def composite(channels_in: int, channels: int, kernel: int) -> nn.Sequential:
@@ -52,7 +52,6 @@ class DenseNet(nn.Module):
         compression: theta, the part of the channels that a transition keeps.
         classes: number of classes.
         channels: of the input image.
-        init: as for the residual networks; both are the same here, where no branch is residual.
         seed: chooses the initial weights.
 
     Raises:
@@ -67,7 +66,6 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         classes: int = 10,
         channels: int = 3,
-        init: Initialisation = "zero-gain",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -96,7 +94,7 @@ class DenseNet(nn.Module):
             features += nn.BatchNorm2d(width), nn.ReLU(inplace=True)
             self.features = nn.Sequential(*features)
             self.head = nn.Linear(width, classes)
-        initialise(self, init, seed)
+        initialise(self, "he", seed)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).mean((2, 3)))

@@ -112,7 +112,7 @@ def cifar10_densenet_bc100() -> Config:
     return Config(
         recipe="cifar10-densenet-bc100",
         data=DataConfig(name="cifar10"),
-        model=ModelConfig(kind="densenet", depth=100, growth=12, init="he"),
+        model=ModelConfig(kind="densenet", depth=100, growth=12),
         survival=SurvivalConfig(rule="constant"),
         optimizer=OptimizerConfig(batch=64),
         epochs=300,
@@ -143,5 +143,5 @@ def cifar10_densenet_bc190() -> Config:
     return replace(
         cifar10_densenet_bc100(),
         recipe="cifar10-densenet-bc190",
-        model=ModelConfig(kind="densenet", depth=190, growth=40, init="he"),
+        model=ModelConfig(kind="densenet", depth=190, growth=40),
     )

@@ -23,7 +23,6 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
         compression=0.5 if config.bottleneck else 1.0,
         classes=classes,
         channels=channels,
-        init=config.init,
         seed=seed,
     )
 

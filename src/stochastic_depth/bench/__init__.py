@@ -1,0 +1,1 @@
+"""What things cost in time, each measured against an alternative in turns within one process."""

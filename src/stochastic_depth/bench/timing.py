@@ -1,0 +1,46 @@
+"""Timing alternatives fairly on a noisy machine: in turns, in one process, after a warm-up."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each call of one alternative."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return low, high
+
+
+def take_turns(
+    alternatives: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 3
+) -> Iterator[dict[str, float]]:
+    """Call every alternative once in each of `repeats` rounds; gives the seconds of each round.
+
+    The order is reversed from round to round, so that none always follows the same other one.
+    """
+    order = list(alternatives)
+    for number in range(-warmup, repeats):
+        order.reverse()
+        seconds = {}
+        for name in order:
+            began = time.perf_counter()
+            alternatives[name]()
+            seconds[name] = time.perf_counter() - began
+        if number >= 0:
+            yield seconds
+
+
+def paired_ratio(rounds: list[dict[str, float]], a: str, b: str) -> Timing:
+    """a / b, round by round."""
+    return Timing(tuple(seconds[a] / seconds[b] for seconds in rounds))

@@ -1,0 +1,33 @@
+import re
+from pathlib import Path
+
+from stochastic_depth.cli import COMMANDS
+from stochastic_depth.recipes import RECIPES
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_python_blocks_run_one_after_the_other(capsys):
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    told = re.fullmatch(r"(\d+) of 54 blocks ran; 40.25 expected\n", capsys.readouterr().out)
+    assert told
+    assert 20 < int(told[1]) <= 54
+    assert len(names["depth"].survival) == 24
+
+
+def test_every_recipe_and_no_other_is_in_the_table():
+    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`([^`]+)`", row)} == set(RECIPES)
+
+
+def test_the_commands_it_shows_exist():
+    shown = re.findall(r"^stochastic-depth (\w+)", README, re.MULTILINE)
+    assert set(shown) <= set(COMMANDS)
+    assert len(shown) == 6
+
+
+def test_the_files_it_points_to_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
