@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import stochastic_depth as sd
-from stochastic_depth.gates import Gate, draw, evaluation_gates, training_gates
+from stochastic_depth.gates import Gate, draw, evaluation_gates, open_shares, training_gates
 from stochastic_depth.survival import survival_probabilities
 
 SURVIVAL = survival_probabilities(sd.LinearDecay(0.5), 10)
@@ -150,3 +150,10 @@ def test_the_factor_makes_up_for_skipping_once(kind, scale, in_training, in_eval
     assert [gate.factor for gate in training_gates(coins, survival, kind, scale)] == in_training
     assert [gate.factor for gate in evaluation_gates(survival, scale)] == in_evaluation
     assert all(gate.open for gate in evaluation_gates(survival, scale))
+
+
+def test_open_shares_are_counted_by_block() -> None:
+    coins = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    assert open_shares(coins).tolist() == [0.5, 1.0]
+    assert open_shares(coins[:, 0]).tolist() == [1.0, 1.0]
+    assert open_shares(torch.empty(0, dtype=torch.bool)).tolist() == []

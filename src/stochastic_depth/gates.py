@@ -54,6 +54,11 @@ def draw(seed: int, step: int, survival: tuple[float, ...], batch: int | None = 
     return uniforms(blocks * batch, "gates", seed, step).view(blocks, batch) < p[:, None]
 
 
+def open_shares(coins: Tensor) -> Tensor:
+    """The share of samples for which each block is open: float64 [L], from [L] or [L, batch]."""
+    return coins.double() if coins.ndim == 1 else coins.double().mean(1)
+
+
 def training_gates(
     coins: Tensor, survival: tuple[float, ...], kind: GateKind, scale: Scale
 ) -> list[Gate]:

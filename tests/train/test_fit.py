@@ -98,6 +98,14 @@ def test_constant_depth_runs_every_block(small, path, silent):
     assert end_state(run)[1] is None
 
 
+def test_a_network_without_blocks_trains_at_constant_depth(small, path, silent):
+    model = ModelConfig(kind="densenet", depth=10, growth=4)
+    config = replace(small, model=model, survival=SurvivalConfig(rule="constant"))
+    _, records = finish(path, config, silent)
+    assert {r.active_blocks for r in records} == {0.0}
+    assert records[-1].train_loss < records[0].train_loss
+
+
 @pytest.mark.parametrize("gate", ["sample", "subset"])
 def test_gates_for_single_samples_train_and_resume(small, path, silent, gate, tmp_path):
     config = replace(small, survival=SurvivalConfig(final=0.3, gate=gate))
@@ -178,6 +186,17 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(small, path, si
     list(fit(other, images, silent))
     assert "is damaged" in silent.said[0]
     assert_same_end(run, other)
+
+
+def test_going_on_with_other_threads_is_told(small, path, silent):
+    run, images = begin(small, path)
+    records = fit(run, images, silent)
+    next(records)
+    records.close()
+    threads = run.execution.threads + 1
+    run = replace(run, execution=replace(run.execution, threads=threads))
+    next(fit(run, images, silent))
+    assert f"begun with {threads} threads" in silent.said[0]
 
 
 def test_a_finished_run_is_left_as_it_is(small, path, silent):

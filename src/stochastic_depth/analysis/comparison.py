@@ -156,7 +156,8 @@ def write_comparison(path: Path, comparison: Comparison, runs: dict[str, list[Ru
     described = json.loads((runs["stochastic"][0].path / "config.json").read_text())
     content = {
         "comparison": dataclasses.asdict(comparison),
-        **{k: described[k] for k in ("config", "execution", "versions", "machine", "created")},
+        "config": _what_matters(runs["stochastic"][0].config).to_json(),
+        **{k: described[k] for k in ("execution", "versions", "git_commit", "machine", "created")},
         "curves": {
             kind: [[dataclasses.asdict(record) for record in run.records()] for run in runs[kind]]
             for kind in KINDS

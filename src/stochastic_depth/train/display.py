@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from stochastic_depth.gates import open_shares
 from stochastic_depth.train.journal import Record
 from stochastic_depth.train.run import Run
 from stochastic_depth.train.training import Training
@@ -25,7 +26,7 @@ def picture(gates: Tensor, width: int) -> str:
         gates: bool [L], or [L, batch], drawn in four shades.
         width: characters; where there are more blocks, each character stands for two.
     """
-    shares = gates.view(len(gates), -1).double().mean(1).tolist()
+    shares = open_shares(gates).tolist()
     if gates.ndim == 2:
         return "".join(" ░▒▓█"[round(4 * share)] for share in shares)
     if len(shares) <= width:
@@ -40,6 +41,8 @@ class RunView:
 
     label: str
     say_line: Callable[[str], None]
+    live: bool = False
+    """Whether it is rendered as well, so that lines need not tell speed and time left."""
     epochs: int = 0
     steps: int = 1
     step_done: int = 0
@@ -71,15 +74,17 @@ class RunView:
         self.say(self.line(record))
 
     def say(self, text: str) -> None:
-        self.say_line(f"{self.label}  {text}" if self.label else text)
+        self.say_line(f"{self.label} {text}" if self.label else text)
 
     def line(self, record: Record) -> str:
-        return (
+        line = (
             f"epoch {record.epoch:g}/{self.epochs} loss {record.train_loss:.3f} "
             f"val {record.validation_error:.2f}% test {record.test_error:.2f}% "
-            f"blocks {record.active_blocks:.1f}/{self.blocks} "
-            f"{record.images_per_second:,.0f} img/s left {self.left()}"
+            f"blocks {record.active_blocks:.1f}/{self.blocks}"
         )
+        if self.live:
+            return line
+        return f"{line} {record.images_per_second:,.0f} img/s left {self.left()}"
 
     def left(self) -> str:
         """Estimated time to the end, evaluation included, as h:mm:ss."""
@@ -103,7 +108,7 @@ class RunView:
         )
         lines: list[Table | Text] = [head]
         if self.gates is not None and self.loss is not None:
-            open_blocks = self.gates.view(len(self.gates), -1).double().mean(1).sum().item()
+            open_blocks = open_shares(self.gates).sum().item()
             lines.append(Text(picture(self.gates, width), style="green"))
             figures = (
                 f"step {self.step_done}  loss {self.loss.item():.3f}  "
@@ -136,7 +141,7 @@ class Display:
 
     def watch(self, label: str = "") -> RunView:
         """A new run to show, by `label` where several are shown."""
-        view = RunView(label, self._say)
+        view = RunView(label, self._say, live=self._live is not None)
         self.views.append(view)
         return view
 

@@ -102,6 +102,12 @@ def _restore(run: Run, training: Training, watch: Watch) -> None:
     for reason in refused:
         watch.say(f"{reason}; using the one before it")
     if state is not None:
+        threads = torch.get_num_threads()
+        if run.execution.device == "cpu" and threads != run.execution.threads:
+            watch.say(
+                f"begun with {run.execution.threads} threads, going on with {threads}: sums are "
+                "rounded differently (set OMP_NUM_THREADS for the same end bit by bit)"
+            )
         training.load_state_dict(state)
         truncate_journal(run.journal, state["journal_bytes"])
     elif run.journal.exists():

@@ -154,15 +154,16 @@ def free_path(folder: Path, name: str) -> Path:
 
 def _git_commit() -> str | None:
     """The commit of the source checkout this runs from, if it is one."""
-    source = Path(__file__).parent
+    source = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(source.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=source,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        # Installed somewhere below another project's checkout, its commit is not ours.
+        if not git("ls-files", source.name):
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip() or None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.data import Batches
+from stochastic_depth.gates import open_shares
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
     build_depth,
@@ -62,7 +63,7 @@ class Training:
             self.model, self.optimizer, images, labels, self.first, self.execution
         )
         self.step += 1
-        active = self.gates.view(self.blocks, -1).double().mean(1).sum().item()
+        active = open_shares(self.gates).sum().item()
         expected = self.depth.expected_depth if self.depth else float(self.blocks)
         self.tally.add(measured, len(labels), active, expected)
         return measured

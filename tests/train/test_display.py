@@ -1,0 +1,72 @@
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from stochastic_depth.train import begin, fit
+from stochastic_depth.train.display import Display, picture
+
+
+def gates(text: str) -> torch.Tensor:
+    return torch.tensor([character == "1" for character in text])
+
+
+@pytest.mark.parametrize(
+    ("drawn", "width", "shown"),
+    [
+        ("1101", 4, "██·█"),
+        ("110100", 3, "█▐·"),
+        ("1001", 2, "▌▐"),
+        ("100", 2, "▌·"),
+        ("", 4, ""),
+    ],
+)
+def test_gates_are_drawn_from_the_first_block_on(drawn, width, shown):
+    assert picture(gates(drawn), width) == shown
+
+
+def test_gates_for_single_samples_are_drawn_in_shades():
+    drawn = torch.stack([gates(text) for text in ("0000", "1000", "1100", "1110", "1111")])
+    assert picture(drawn, 80) == " ░▒▓█"
+
+
+def shown(small, path, console, quiet=False):
+    run, images = begin(replace(small, epochs=1), path)
+    with Display(console, quiet) as display:
+        view = display.watch("mine")
+        list(fit(run, images, view))
+        pages = Console(width=80, file=io.StringIO())
+        pages.print(view.render(80))
+    return console.file.getvalue(), pages.file.getvalue()
+
+
+def test_a_pipe_gets_plain_lines(small, path):
+    text, _ = shown(small, path, Console(file=io.StringIO()))
+    lines = text.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("mine epoch 0.4/1 loss 2.")
+    assert all(" img/s left 0:" in line and "\x1b" not in line for line in lines)
+
+
+def test_quiet_shows_nothing(small, path):
+    assert shown(small, path, Console(file=io.StringIO()), quiet=True)[0] == ""
+
+
+def test_a_terminal_gets_a_live_picture_and_short_lines(small, path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    text, _ = shown(small, path, console)
+    assert "\x1b" in text
+    assert "img/s left" not in text
+
+
+def test_the_live_picture_fits_80_columns_and_shows_gates_and_figures(small, path):
+    _, page = shown(small, path, Console(file=io.StringIO()))
+    head, blocks, figures = page.splitlines()
+    assert "epoch 1.0/1" in head
+    assert len(blocks.strip()) == 6
+    assert set(blocks.strip()) <= set("█·")
+    assert figures.startswith("step 10  loss ")
+    assert f"active {blocks.count('█')}/6" in figures
+    assert max(map(len, page.splitlines())) <= 80

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.train import Config
+from stochastic_depth.train.execution import has_bfloat16, machine, resolve_execution
+
+
+def test_auto_takes_a_gpu_if_there_is_one():
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    assert resolve_execution(Config()).device == kind
+
+
+def test_auto_takes_bfloat16_where_the_processor_has_it():
+    chosen = resolve_execution(Config(device="cpu")).precision
+    assert chosen == ("bfloat16" if has_bfloat16("cpu") else "float32")
+
+
+def test_what_is_asked_for_is_taken():
+    assert resolve_execution(Config(device="cpu", precision="float32")).precision == "float32"
+    assert resolve_execution(Config(device="cpu", precision="bfloat16")).precision == "bfloat16"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ConfigError, match=device):
+        resolve_execution(Config(device=device))
+
+
+def test_the_machine_is_described():
+    described = machine(resolve_execution(Config(device="cpu")))
+    assert described["processor"]
+    assert described["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a run on CUDA")
+def test_a_gpu_trains(tmp_path):
+    from stochastic_depth.cli import main
+
+    arguments = ["--model.depth", "20", "--epochs", "2", "--device", "cuda", "--quiet"]
+    assert main(["train", "digits", *arguments, "--run", str(tmp_path / "run")]) == 0
