@@ -1,9 +1,10 @@
 """Where and how a run computes: device, precision and memory format."""
 
 import platform
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -60,15 +61,20 @@ def has_bfloat16(device: str) -> bool:
     """Whether the processor multiplies bfloat16 in hardware, and so gains from it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    processor = _processor()
+    return bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
+
+
+def _processor() -> Mapping[str, Any]:
+    """What PyTorch knows of the processor; versions that cannot tell know nothing."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def machine(execution: Execution) -> dict[str, str | int]:
     """What figures of this run were measured on."""
     described: dict[str, str | int] = {
         "system": platform.platform(),
-        "processor": str(torch.cpu.get_capabilities().get("cpu_name", platform.processor())),
+        "processor": str(_processor().get("cpu_name", platform.processor())),
         "threads": execution.threads,
     }
     if torch.device(execution.device).type == "cuda":

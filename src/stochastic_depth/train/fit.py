@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stochastic_depth.data import Batches
-from stochastic_depth.errors import DivergedError, RunError, StochasticDepthError
+from stochastic_depth.errors import DivergedError, StochasticDepthError
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.files import write_whole
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
@@ -69,21 +69,17 @@ def fit(
         DivergedError: when a loss or a weight is not finite.
         Interrupted: when `stop` said so.
     """
-    if batches.fingerprint != run.fingerprint:
-        raise RunError(
-            f"{run.path} was started on data with fingerprint {run.fingerprint[:12]}, this data "
-            f"has {batches.fingerprint[:12]}: give the folder and settings of the data it began on"
-        )
+    run.require_data(batches.fingerprint)
     with run.writing():
         training = Training(run.config, run.execution, batches)
         _restore(run, training, watch)
         watch.begin(run, training)
         stream = _stream(batches, training.step)
         while training.step < training.steps or training.tally.images:
-            if not (
-                _finish_interval(run, training, stream, watch, stop)
-                and (record := _measure(training, batches, watch, stop))
-            ):
+            record = None
+            if _finish_interval(run, training, stream, watch, stop):
+                record = _measure(training, batches, watch, stop)
+            if record is None:
                 _save(run, training)
                 raise Interrupted(run.path, training.step, stop() or 0)
             if not all(map(math.isfinite, dataclasses.astuple(record))):

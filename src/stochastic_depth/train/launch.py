@@ -35,14 +35,17 @@ def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
     """An existing run and its data, found under `data_root` where it has moved.
 
     Raises:
-        ConfigError, DataError, RunError: as for `begin`; or the device of the run is not there.
+        ConfigError, DataError, RunError: as for `begin`; or the device of the run is not there, or
+            the data is not what it began on.
     """
     run = open_run(path)
     config = run.config
     if data_root is not None:
         config = replace(config, data=replace(config.data, root=data_root))
     resolve_execution(replace(config, device=run.execution.device))
-    return run, open_batches(config, run.execution)
+    images = open_batches(config, run.execution)
+    run.require_data(images.fingerprint)
+    return run, images
 
 
 def open_batches(config: Config, execution: Execution) -> Batches:

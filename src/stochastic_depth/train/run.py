@@ -56,6 +56,18 @@ class Run:
         """What was measured so far."""
         return read_journal(self.journal) if self.journal.exists() else []
 
+    def require_data(self, fingerprint: str) -> None:
+        """Refuse other data than the run began on.
+
+        Raises:
+            RunError: naming both.
+        """
+        if fingerprint != self.fingerprint:
+            raise RunError(
+                f"{self.path} began on data with fingerprint {self.fingerprint[:12]}, this data "
+                f"has {fingerprint[:12]}: give the data it began on"
+            )
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Be the only process that writes this folder.

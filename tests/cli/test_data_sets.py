@@ -1,0 +1,96 @@
+"""Every data set in every layout, from files to a test error, as a user would."""
+
+import json
+
+import numpy as np
+import pytest
+from written import (
+    write_binary,
+    write_folders,
+    write_imagenet,
+    write_parquet,
+    write_pickles,
+    write_svhn,
+)
+
+from stochastic_depth.cli import main
+from stochastic_depth.data.cifar import CIFAR10, CIFAR100
+
+SMALL = ["--model.depth", "8", "--epochs", "1", "--data.validation", "20", "--quiet"]
+
+
+def png(pixels, kind="PNG", **options):
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def images(count, classes, seed):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % classes
+
+
+LAYOUTS = {
+    "pickles": lambda root, variant, *parts: write_pickles(
+        root / variant.pickle_folder, variant, *parts
+    ),
+    "binary": lambda root, variant, *parts: write_binary(
+        root / variant.binary_folder, variant, *parts
+    ),
+    "parquet": lambda root, variant, *parts: write_parquet(root, variant, *parts, png),
+    "folders": lambda root, variant, *parts: write_folders(root, variant, *parts, png),
+}
+
+
+@pytest.mark.parametrize("variant", [CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cifar_trains_from_every_layout(tmp_path, variant, layout):
+    classes = len(variant.classes)
+    root = tmp_path / "data"
+    LAYOUTS[layout](root, variant, *images(3 * classes, classes, 0), *images(classes, classes, 1))
+    name = "cifar10" if variant is CIFAR10 else "cifar100"
+    arguments = ["train", f"{name}-resnet110", *SMALL, "--data.root", str(root)]
+    assert main([*arguments, "--run", str(tmp_path / "run")]) == 0
+    assert main(["eval", str(tmp_path / "run")]) == 0
+
+
+def test_svhn_is_evaluated_every_so_many_steps(tmp_path):
+    write_svhn(tmp_path)
+    arguments = ["train", "svhn-resnet152", *SMALL, "--data.root", str(tmp_path)]
+    options = ["--optimizer.batch", "10", "--evaluate-every", "5", "--run", str(tmp_path / "run")]
+    assert main([*arguments, *options]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 13]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_imagenet_trains_from_a_folder_tree_with_workers(tmp_path):
+    write_imagenet(tmp_path / "data")
+    arguments = ["train", "imagenet-resnet50", "--epochs", "1", "--data.root"]
+    options = ["--optimizer.batch", "7", "--data.workers", "2", "--quiet"]
+    run = tmp_path / "run"
+    assert main([*arguments, str(tmp_path / "data"), *options, "--run", str(run)]) == 0
+    record = json.loads((run / "metrics.jsonl").read_text())
+    assert record["step"] == 3
+    assert 0 < record["active_blocks"] <= 16
+    assert json.loads((run / "config.json").read_text())["data"]["shape"] == [3, 224, 224]
+
+
+def test_a_data_set_that_has_moved_is_found_by_its_content(tmp_path, capsys):
+    parts = (*images(40, 10, 0), *images(10, 10, 1))
+    LAYOUTS["binary"](tmp_path / "here", CIFAR10, *parts)
+    run = str(tmp_path / "run")
+    arguments = ["train", "cifar10-resnet110", *SMALL, "--data.root", str(tmp_path / "here")]
+    assert main([*arguments, "--run", run]) == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert main(["eval", run]) == 1
+    assert "here" in capsys.readouterr().err
+    assert main(["eval", run, "--data", str(tmp_path / "there")]) == 0
+    LAYOUTS["binary"](tmp_path / "other", CIFAR10, *images(40, 10, 7), *images(10, 10, 8))
+    for command in (["train", "--resume", run], ["eval", run]):
+        assert main([*command, "--data", str(tmp_path / "other")]) == 1
+        assert "fingerprint" in capsys.readouterr().err
