@@ -2,7 +2,6 @@ import copy
 import json
 import pickle
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,15 +14,7 @@ from stochastic_depth.gates import draw
 
 BLOCKS = 6
 HALF = sd.LinearDecay(0.5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tensors this small a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

@@ -1,7 +1,6 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,15 +12,7 @@ from stochastic_depth.gates import BlockGates, Gate, evaluation_gates, training_
 from stochastic_depth.models.cifar_resnet import PoolAndPad
 
 PATTERNS = list(itertools.product((False, True), repeat=6))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tensors this small a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class MustNotRun(nn.Module):

@@ -12,7 +12,7 @@ from test_fit import assert_same_end
 from stochastic_depth.train import open_run
 
 KILLS = int(os.environ.get("STOCHASTIC_DEPTH_KILLS", "5"))
-OPTIONS = ["--model.depth", "20", "--epochs", "6", "--evaluate-every", "3"]
+OPTIONS = ["--model.depth", "20", "--epochs", "12", "--evaluate-every", "3"]
 
 
 def command(*arguments: object) -> list[str]:

@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for module in ("tyro", "rich", "safetensors"):
             require(module, "train")
         return importlib.import_module(f"stochastic_depth.cli.{command}").main(rest)
+    except SystemExit as usage:  # the parser has said what is wrong, or printed help
+        return int(usage.code or 0)
     except StochasticDepthError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -39,15 +39,12 @@ class Overhead:
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        asked = tyro.cli(
-            Overhead,
-            prog="stochastic-depth bench",
-            description="Time alternatives in turns, in one process.",
-            args=arguments,
-        )
-    except SystemExit as exit:
-        return int(exit.code or 0)
+    asked = tyro.cli(
+        Overhead,
+        prog="stochastic-depth bench",
+        description="Time alternatives in turns, in one process.",
+        args=arguments,
+    )
     console = Console()
     execution = resolve_execution(Config(device=asked.device, precision=asked.precision))
     steps = training_steps(asked.depth, asked.batch, asked.size, 3, execution)

@@ -41,8 +41,6 @@ class Compare:
 
 def main(arguments: list[str]) -> int:
     asked = parse("compare", TEXT, arguments, Compare)
-    if isinstance(asked, int):
-        return asked
     config = asked.config
     folder = asked.out or Path("runs") / f"compare-{config.recipe}"
     seeds = range(config.seed, config.seed + asked.seeds)

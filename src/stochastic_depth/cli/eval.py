@@ -23,15 +23,12 @@ class Evaluate:
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        asked = tyro.cli(
-            Evaluate,
-            prog="stochastic-depth eval",
-            description="Loss and error of a trained network at full depth.",
-            args=arguments,
-        )
-    except SystemExit as exit:
-        return int(exit.code or 0)
+    asked = tyro.cli(
+        Evaluate,
+        prog="stochastic-depth eval",
+        description="Loss and error of a trained network at full depth.",
+        args=arguments,
+    )
     run, images = reopen(asked.run, asked.data)
     model, step = trained_model(run, images, asked.checkpoint)
     table = Table(

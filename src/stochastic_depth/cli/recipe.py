@@ -1,6 +1,5 @@
 """A recipe's name and the options that change it, as `train` and `compare` take them."""
 
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,31 +24,30 @@ stochastic-depth {command} RECIPE --help tells its options and their defaults.
 
 def parse(
     command: str, text: str, arguments: list[str], defaults: Callable[[Config], Arguments]
-) -> Arguments | int:
-    """The arguments of `command`, or an exit code when there is nothing to do.
+) -> Arguments:
+    """The arguments of `command`.
 
     Args:
         text: for the help: what the command does, and options that need no recipe.
         defaults: the arguments of the command for the configuration of a recipe.
+
+    Raises:
+        SystemExit: after printing help or what is wrong.
     """
     if arguments and arguments[0] in ("-h", "--help"):
         recipes = "\n".join(f"  {name}" for name in RECIPES)
         print(HELP.format(command=command, text=text, recipes=recipes))
-        return 0
+        raise SystemExit(0)
     name = "digits"
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
     if name not in RECIPES:
-        return usage_error("recipe", name, RECIPES)
+        raise SystemExit(usage_error("recipe", name, RECIPES))
     default = defaults(RECIPES[name]())
-    try:
-        return tyro.cli(
-            type(default),
-            prog=f"stochastic-depth {command} {name}",
-            description=RECIPES[name].__doc__,
-            default=default,
-            args=arguments,
-        )
-    except SystemExit as exit:
-        sys.stdout.flush()
-        return int(exit.code or 0)
+    return tyro.cli(
+        type(default),
+        prog=f"stochastic-depth {command} {name}",
+        description=RECIPES[name].__doc__,
+        default=default,
+        args=arguments,
+    )

@@ -45,14 +45,9 @@ class Resume:
 
 def main(arguments: list[str]) -> int:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
-        try:
-            resume = tyro.cli(Resume, prog="stochastic-depth train", args=arguments)
-        except SystemExit as exit:
-            return int(exit.code or 0)
+        resume = tyro.cli(Resume, prog="stochastic-depth train", args=arguments)
         return _train(*reopen(resume.resume, resume.data), resume.quiet)
     begun = parse("train", TEXT, arguments, Begin)
-    if isinstance(begun, int):
-        return begun
     path = begun.run or free_path(Path("runs"), begun.config.recipe)
     return _train(*begin(begun.config, path), begun.quiet)
 

@@ -22,7 +22,7 @@ def cifar10_resnet110() -> Config:
 
     Source: the paper, table 1 (CIFAR10+) and table 2 (15 h 7 min).
     Command: stochastic-depth train cifar10-resnet110 --data.root DIR
-    Published: test error 5.23 % (5.25 % at the best validation epoch in the first version).
+    Published: test error 5.23 %.
     Cost: 500 epochs of 45,000 images; the authors' GPU took 15 h 7 min.
     """
     return Config(
