@@ -241,7 +241,9 @@ def test_a_copy_of_the_model_draws_the_same_sequence_by_itself(copied) -> None:
     assert (depth.step, other_depth.step) == (1, 12)
     assert torch.equal(depth.gates, draw(2, 0, depth.survival))
     assert all(p.grad is None for p in model.parameters())
-    assert {id(unit) for unit in other_depth.units} == {id(unit) for unit in other.blocks}
+    assert {id(block.gates[0]) for block in other_depth.blocks} == {
+        id(unit.gates) for unit in other.blocks
+    }
     for step in range(1, 12):
         model(batch(step))
     assert torch.equal(depth.gates, other_depth.gates)

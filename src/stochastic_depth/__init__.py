@@ -22,6 +22,7 @@ from stochastic_depth.errors import (
     StateError,
     StochasticDepthError,
     SurvivalError,
+    UnsupportedBlockError,
 )
 from stochastic_depth.gates import Gate, GateKind, Scale
 from stochastic_depth.residual import Residual, residual_step
@@ -52,6 +53,7 @@ __all__ = [
     "SurvivalError",
     "SurvivalRule",
     "Uniform",
+    "UnsupportedBlockError",
     "apply",
     "remove",
     "residual_step",

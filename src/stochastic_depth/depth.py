@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,11 +19,26 @@ from stochastic_depth.gates import (
     evaluation_gates,
     training_gates,
 )
-from stochastic_depth.residual import Residual
 from stochastic_depth.survival import Ramp, SurvivalRule, ramped, survival_probabilities
 
 SkippedPolicy = Literal["paper", "freeze"]
 """A skipped block's parameters: gradient zero, so the optimizer still moves them, or None."""
+
+
+@dataclass
+class Block:
+    """One residual block of a model: open or closed as a whole."""
+
+    name: str
+    gates: tuple[BlockGates, ...]
+    """One for each of its additions."""
+    parameters: tuple[str, ...]
+    """Names, in the model, of the parameters of its branch."""
+
+    def open_in_training(self, gate: Gate | None) -> None:
+        """Set what the block does in the training step under way."""
+        for addition in self.gates:
+            addition.training = gate
 
 
 class StochasticDepth:
@@ -39,15 +55,15 @@ class StochasticDepth:
 
     def __init__(
         self,
-        units: Iterable[Residual],
+        blocks: Iterable[Block],
         rule: SurvivalRule,
         gate: GateKind,
         scale: Scale,
         skipped: SkippedPolicy,
         seed: int,
     ) -> None:
-        self.units = list(units)
-        self._final = survival_probabilities(rule, len(self.units))
+        self.blocks = list(blocks)
+        self._final = survival_probabilities(rule, len(self.blocks))
         self._ramp_steps = rule.steps if isinstance(rule, Ramp) else 0
         self.gate: GateKind = gate
         self.scale: Scale = scale
@@ -119,13 +135,13 @@ class StochasticDepth:
                 )
         self.seed, self.step = state["seed"], state["step"]
         self._coins = None
-        self._open([None] * len(self.units))
+        self._open([None] * len(self.blocks))
         self._set_survival(max(0, self.step - 1))
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw, unless this is evaluation or a recomputation."""
         if not model.training:
-            self._open([None] * len(self.units))
+            self._open([None] * len(self.blocks))
         elif not _in_backward():
             self.draw(None if self.gate == "batch" else _batch_size(args, kwargs))
         elif self._draws_since_backward > 1:
@@ -138,13 +154,13 @@ class StochasticDepth:
         """Hook on the model: be there when the backward pass of this forward pass begins."""
         if not model.training or not torch.is_grad_enabled():
             return
-        gates = [unit.gates.training for unit in self.units if unit.gates is not None]
+        gates = [block.gates[0].training for block in self.blocks]
 
         def backward_begins(_: Tensor) -> None:
             self._draws_since_backward = 0
             self._open(gates)
             if self.skipped == "paper":
-                self._zero_gradients_of_closed(gates)
+                self._zero_gradients_of_closed(model, gates)
 
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -152,22 +168,20 @@ class StochasticDepth:
 
     def _set_survival(self, step: int) -> None:
         self._survival = ramped(self._final, self._ramp_steps, step)
-        for unit, gate in zip(
-            self.units, evaluation_gates(self._survival, self.scale), strict=True
-        ):
-            if unit.gates is None:
-                unit.gates = BlockGates()
-            unit.gates.evaluation = gate
+        gates = evaluation_gates(self._survival, self.scale)
+        for block, gate in zip(self.blocks, gates, strict=True):
+            for addition in block.gates:
+                addition.evaluation = gate
 
     def _open(self, gates: Iterable[Gate | None]) -> None:
-        for unit, gate in zip(self.units, gates, strict=True):
-            assert unit.gates is not None
-            unit.gates.training = gate
+        for block, gate in zip(self.blocks, gates, strict=True):
+            for addition in block.gates:
+                addition.training = gate
 
-    def _zero_gradients_of_closed(self, gates: Iterable[Gate | None]) -> None:
-        for unit, gate in zip(self.units, gates, strict=True):
+    def _zero_gradients_of_closed(self, model: nn.Module, gates: Iterable[Gate | None]) -> None:
+        for block, gate in zip(self.blocks, gates, strict=True):
             if gate is not None and not gate.open:
-                for parameter in unit.branch.parameters():
+                for parameter in map(model.get_parameter, block.parameters):
                     if parameter.requires_grad and parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
 
@@ -182,7 +196,7 @@ class StochasticDepth:
 
     def __repr__(self) -> str:
         return (
-            f"StochasticDepth({len(self.units)} blocks, p from {self._survival[0]:.4g} to "
+            f"StochasticDepth({len(self.blocks)} blocks, p from {self._survival[0]:.4g} to "
             f"{self._survival[-1]:.4g}, expected depth {self.expected_depth:.4g}, "
             f"gate={self.gate!r}, scale={self.scale!r}, skipped={self.skipped!r}, "
             f"seed={self.seed}, step={self.step})"

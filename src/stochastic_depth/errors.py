@@ -17,6 +17,10 @@ class ApplyError(StochasticDepthError, ValueError):
     """A model in which nothing can be skipped, or that is skippable already."""
 
 
+class UnsupportedBlockError(ApplyError):
+    """A residual unit that cannot be made skippable; names it, why, and the remedies."""
+
+
 class StateError(StochasticDepthError, ValueError):
     """A `state_dict` of the gates that belongs to another model or setting."""
 

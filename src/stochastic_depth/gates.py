@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stochastic_depth.errors import GateError
 from stochastic_depth.randomness import uniforms
 
 GateKind = Literal["batch", "sample", "subset"]
@@ -39,6 +40,21 @@ class BlockGates:
 
     training: Gate | None = None
     evaluation: Gate = OPEN
+
+    def now(self, training: bool) -> Gate:
+        """What the block does in the forward pass under way.
+
+        Raises:
+            GateError: in training, when no gates were drawn.
+        """
+        if not training:
+            return self.evaluation
+        if self.training is None:
+            raise GateError(
+                "a residual block was called in training mode before gates were drawn: call the "
+                "model given to sd.apply in training mode, not a part of it, or depth.draw() first"
+            )
+        return self.training
 
 
 def draw(seed: int, step: int, survival: tuple[float, ...], batch: int | None = None) -> Tensor:

@@ -33,37 +33,41 @@ def residual_step(
 
     The paper, section 3, equations 2 and 5.
     """
+    _check_batch(gate, x)
+    out = x if shortcut is None else shortcut(x)
+    if gate.open:
+        if gate.samples is None:
+            out = out + scaled(branch(x), gate)
+        else:
+            out = _add_to_samples(out, x, branch, gate, gate.samples)
+    return out if activation is None else activation(out)
+
+
+def scaled(f: Tensor, gate: Gate) -> Tensor:
+    """What is added of a branch's output `f`, [batch, ...], under an open gate."""
+    if gate.keep is not None:
+        _check_batch(gate, f)
+        mask = gate.keep.to(f.device, f.dtype) * gate.factor
+        return f * mask.view(-1, *[1] * (f.ndim - 1))
+    return f if gate.factor == 1.0 else f * gate.factor
+
+
+def _check_batch(gate: Gate, x: Tensor) -> None:
     if gate.batch is not None and gate.batch != len(x):
         raise GateError(
             f"this block got {len(x)} samples, the gates were drawn for {gate.batch}: "
             "gates for single samples need the batch as the first dimension of every block; "
             'use gate="batch" for this model'
         )
-    out = x if shortcut is None else shortcut(x)
-    if gate.open:
-        if gate.keep is not None:
-            out = out + branch(x) * (_mask(gate.keep, x) * gate.factor)
-        elif gate.samples is not None:
-            out = _add_to_samples(out, x, branch, gate.samples, gate.factor)
-        elif gate.factor != 1.0:
-            out = out + branch(x) * gate.factor
-        else:
-            out = out + branch(x)
-    return out if activation is None else activation(out)
-
-
-def _mask(keep: Tensor, x: Tensor) -> Tensor:
-    return keep.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def _add_to_samples(
-    out: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], samples: Tensor, factor: float
+    out: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], gate: Gate, samples: Tensor
 ) -> Tensor:
     samples = samples.to(x.device)
-    f = branch(x.index_select(0, samples))
+    f = scaled(branch(x.index_select(0, samples)), gate)
     dtype = torch.promote_types(out.dtype, f.dtype)
-    f = (f if factor == 1.0 else f * factor).to(dtype)
-    return out.to(dtype).index_add(0, samples, f)
+    return out.to(dtype).index_add(0, samples, f.to(dtype))
 
 
 class Residual(nn.Module):
@@ -107,16 +111,7 @@ class Residual(nn.Module):
         Raises:
             GateError: in training, when the model that was applied has not drawn gates.
         """
-        if self.gates is None:
-            return OPEN
-        if not self.training:
-            return self.gates.evaluation
-        if self.gates.training is None:
-            raise GateError(
-                "a residual block was called in training mode before gates were drawn: call the "
-                "model given to sd.apply in training mode, not a part of it, or depth.draw() first"
-            )
-        return self.gates.training
+        return OPEN if self.gates is None else self.gates.now(self.training)
 
     def extra_repr(self) -> str:
         return "" if self.gates is None else f"p={self.gates.evaluation.factor:.4g} in evaluation"

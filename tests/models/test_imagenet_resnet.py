@@ -54,7 +54,7 @@ def test_blocks_are_numbered_over_the_whole_network_in_order_of_execution() -> N
         block.register_forward_hook(note)
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)
-    assert order == depth.units
+    assert order == [model.get_submodule(block.name) for block in depth.blocks]
     assert shapes == [
         *[(256, 16)] * 3,
         *[(512, 8)] * 4,

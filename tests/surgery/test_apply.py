@@ -68,7 +68,8 @@ def test_blocks_are_numbered_from_input_to_output() -> None:
     for unit in model.blocks:
         unit.register_forward_hook(lambda unit, *_: order.append(unit))
     model.eval()(images())
-    assert order == depth.units == list(model.blocks)
+    assert order == list(model.blocks)
+    assert [model.get_submodule(block.name) for block in depth.blocks] == order
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -133,7 +134,7 @@ def test_applying_around_or_inside_an_applied_model_is_an_error() -> None:
 
 def test_a_model_without_residual_units_is_an_error_not_a_silent_no_op() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(sd.ApplyError, match=r"Sequential.*nothing can be skipped.*sd\.Residual"):
+    with pytest.raises(sd.ApplyError, match=r"Sequential.*nothing can be skipped.*example="):
         sd.apply(model)
     assert is_untouched(model)
 

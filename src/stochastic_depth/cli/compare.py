@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         except Interrupted as interrupted:
             return stopped(console, interrupted, shlex.join(["compare", *arguments]))
     comparison = compare(runs)
-    title = f"{config.recipe}: {config.model.kind} {config.model.depth}, {config.epochs} epochs"
+    title = f"{config.data.name}, {config.model.kind} {config.model.depth}, {config.epochs} epochs"
     write_comparison(folder / "comparison.json", comparison, runs)
     plot_comparison(folder / "comparison.png", title, comparison, runs)
     console.print(comparison_table(title, comparison, len(seeds)))

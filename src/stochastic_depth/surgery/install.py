@@ -1,0 +1,94 @@
+"""Give a module of somebody else's class gates: swap its class for one with sliced methods."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.gates import BlockGates, Gate
+from stochastic_depth.surgery.discover import Site
+from stochastic_depth.surgery.slicing import slice_method
+
+GATES = "_stochastic_depth_gates"
+"""The attribute of a module that holds its `BlockGates`, one for each site."""
+
+
+def install(module: nn.Module, sites: tuple[Site, ...]) -> tuple[BlockGates, ...]:
+    """Make the additions at `sites` of `module` skippable, in place.
+
+    The module keeps its parameters, its attributes and, for `isinstance`, its class.
+
+    Returns:
+        The gates, one for each site.
+
+    Raises:
+        UnsupportedBlockError: when a method cannot be sliced; `module` is as it was.
+    """
+    copy_shortcut = any(getattr(m, "inplace", False) for m in module.modules())
+    kind = gated_class(type(module), sites, copy_shortcut)
+    module.__dict__[GATES] = gates = tuple(BlockGates() for _ in sites)
+    module.__class__ = kind
+    return gates
+
+
+def uninstall(module: nn.Module) -> None:
+    """Undo `install`."""
+    module.__class__ = type(module).__mro__[1]
+    del module.__dict__[GATES]
+
+
+def is_installed(module: nn.Module) -> bool:
+    return GATES in module.__dict__
+
+
+@functools.cache
+def gated_class(kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: bool) -> Any:
+    """A subclass of `kind`, of the same name, whose additions at `sites` have gates."""
+    methods: dict[str, Any] = {}
+    parents: list[type[nn.Module]] = []
+    for defined, name in dict.fromkeys((site.kind, site.method) for site in sites):
+        mine = [site for site in sites if (site.kind, site.method) == (defined, name)]
+        numbers = [sites.index(site) for site in mine]
+        gates = functools.partial(_gates_now, numbers)
+        method = slice_method(vars(defined)[name], mine, gates, copy_shortcut)
+        if getattr(kind, name) is vars(defined)[name]:
+            methods[name] = method
+        else:  # reached by super(): a class between `defined` and its children
+            parents.append(type(defined.__name__, (defined,), {name: method}))
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
+        return _build, (build, kind, sites, copy_shortcut, *arguments[1:]), *rest
+
+    made: type[nn.Module] = type(
+        kind.__name__,
+        (kind, *parents),
+        {
+            **methods,
+            "__reduce_ex__": reduce,
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__doc__": kind.__doc__,
+        },
+    )
+    return made
+
+
+def _gates_now(numbers: Sequence[int], module: nn.Module) -> list[Gate]:
+    gates: tuple[BlockGates, ...] = module.__dict__[GATES]
+    return [gates[number].now(module.training) for number in numbers]
+
+
+def _build(
+    build: Any, kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: bool, *rest: Any
+) -> Any:
+    """What unpickling and copying call; raises where the source has changed since."""
+    try:
+        return build(gated_class(kind, sites, copy_shortcut), *rest)
+    except UnsupportedBlockError as error:
+        raise UnsupportedBlockError(
+            f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "
+            f"now ({error}): save its state_dict, and apply after loading"
+        ) from error

@@ -1,0 +1,473 @@
+"""`sd.apply` on models that know nothing of this library: every form an addition comes in."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from stochastic_depth.gates import Gate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WIDTH = 6
+
+
+class Base(nn.Module):
+    """A block: `norm`, `one`, `two` and their composition `f`."""
+
+    def __init__(self, flag: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.act = nn.ReLU(inplace=True)
+        self.project = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.gamma = nn.Parameter(torch.full((WIDTH,), 0.5))
+        self.flag = flag
+
+    def f(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(self.norm(x))))
+
+
+class Left(Base):
+    def forward(self, x):
+        return x + self.f(x)
+
+
+class Right(Base):
+    def forward(self, x):
+        return self.f(x) + x
+
+
+class InPlace(Base):
+    def forward(self, x):
+        identity = x
+        out = self.one(x)
+        out = torch.tanh(out)
+        out = self.two(out)
+        out += identity
+        return self.act(out)
+
+
+class ShortcutInPlace(Base):
+    def forward(self, x):
+        x = x * 1.0
+        x += self.two(torch.tanh(self.one(x * 2)))
+        return x
+
+
+class Projection(Base):
+    def forward(self, x):
+        shortcut = x
+        x = self.one(x)
+        x = self.two(torch.tanh(x))
+        if self.flag is not None:
+            shortcut = self.project(shortcut)
+        return F.relu(shortcut + x, inplace=True)
+
+
+class TorchAdd(Base):
+    def forward(self, x):
+        return torch.add(x, self.f(x))
+
+
+class MethodAdd(Base):
+    def forward(self, x):
+        return self.f(x).add(x)
+
+
+class Scaled(Base):
+    def forward(self, x):
+        return x + self.gamma * self.f(x)
+
+
+class Conditional(Base):
+    def forward(self, x):
+        y = self.one(x)
+        y = self.two(y)
+        if self.flag:
+            y += x
+        return y
+
+
+class EarlyReturn(Base):
+    def forward(self, x):
+        if self.flag:
+            return x + self.f(x)
+        return self.f(x)
+
+
+class OtherSelf(Base):
+    def forward(this, x):  # noqa: N805
+        return x + this.f(x)
+
+
+class WithSuper(Left):
+    def forward(self, x, scale=1.0, *, shift=0.0):
+        return super().forward(x) * scale + shift
+
+
+class Helper(Base):
+    def forward(self, x):
+        return self.inner(x)
+
+    def inner(self, x):
+        y = self.f(x)
+        return y + x
+
+
+class Annotated(Base):
+    def forward(self, x: "Tensor") -> "Tensor":
+        y: Tensor = self.f(x)
+        z, _unused = y * 2, 0
+        return x + z
+
+
+ONE_ADDITION = [
+    Left, Right, InPlace, ShortcutInPlace, Projection, TorchAdd, MethodAdd, Scaled, Conditional,
+    EarlyReturn, OtherSelf, WithSuper, Helper, Annotated,
+]  # fmt: skip
+
+
+def closed(block: nn.Module, x: Tensor) -> Tensor:
+    """What a closed block must do, written by hand."""
+    if isinstance(block, InPlace):
+        return F.relu(x)
+    if isinstance(block, Projection):
+        return F.relu(block.project(x))
+    return x
+
+
+def network(kind: type[nn.Module], blocks: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, WIDTH), *(kind() for _ in range(blocks))).double()
+
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def close(depth: sd.StochasticDepth, pattern) -> None:
+    """Open and close the blocks by hand, in training mode."""
+    for block, is_open in zip(depth.blocks, pattern, strict=True):
+        block.open_in_training(Gate(is_open))
+
+
+@pytest.mark.parametrize("kind", ONE_ADDITION)
+def test_every_pattern_of_gates_gives_outputs_and_gradients_of_the_surviving_network(kind):
+    original, model = network(kind), network(kind)
+    depth = sd.apply(model, sd.LinearDecay(0.5), example=X)
+    assert len(depth.survival) == 3
+    stem, *blocks = original
+    sliced = list(model)[1:]
+    for pattern in itertools.product((False, True), repeat=3):
+        close(depth, pattern)
+        h, expected = model[0](X), stem(X)
+        for mine, block, is_open in zip(sliced, blocks, pattern, strict=True):
+            h = mine(h)
+            expected = block(expected) if is_open else closed(block, expected)
+        torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-12)
+        for network_, out in ((model, h), (original, expected)):
+            network_.zero_grad()
+            out.square().sum().backward()
+        for (name, p), q in zip(model.named_parameters(), original.parameters(), strict=True):
+            if q.grad is None:
+                assert p.grad is None, (name, pattern)
+            else:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ONE_ADDITION)
+def test_a_closed_block_calls_nothing_of_its_branch(kind):
+    model = network(kind)
+    depth = sd.apply(model, sd.LinearDecay(0.5), example=X)
+    called = []
+    for block in list(model)[1:]:
+        for part in (block.norm, block.one, block.two):
+            part.register_forward_hook(lambda *_: called.append(1))
+    close(depth, [False] * 3)
+    h = X
+    for block in model:
+        h = block(h)
+    assert called == []
+
+
+@pytest.mark.parametrize("kind", ONE_ADDITION)
+@pytest.mark.parametrize("scale", ["inference", "training"])
+def test_evaluation_multiplies_the_branch_by_p(kind, scale):
+    original, model = network(kind).eval(), network(kind)
+    sd.apply(model, sd.Uniform(0.25), example=X, scale=scale)
+    factor = 0.25 if scale == "inference" else 1.0
+    h = original[0](X)
+    for block in list(original)[1:]:
+        if kind is InPlace:
+            h = F.relu(h + factor * block.two(torch.tanh(block.one(h))))
+        elif kind is Projection:
+            h = F.relu(block.project(h) + factor * block.two(torch.tanh(block.one(h))))
+        else:
+            h = h + factor * (block(h) - h)
+    torch.testing.assert_close(model.eval()(X), h, rtol=1e-10, atol=1e-12)
+
+
+def test_gates_for_single_samples_mask_each_sample():
+    original, model = network(Left), network(Left)
+    depth = sd.apply(model, sd.Uniform(0.5), example=X, gate="sample")
+    out = model.train()(X)
+    for sample in range(len(X)):
+        h = original[0](X[sample])
+        for block, is_open in zip(list(original)[1:], depth.gates[:, sample], strict=True):
+            h = block(h) if is_open else h
+        torch.testing.assert_close(out[sample], h, rtol=1e-10, atol=1e-12)
+
+
+class PreNorm(nn.Module):
+    """Two additions, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Base(), Base()
+
+    def forward(self, x):
+        x = x + self.a.f(x)
+        return x + self.b.f(x)
+
+
+class Parallel(PreNorm):
+    def forward(self, x):
+        return x + self.a.f(x) + self.b.f(x)
+
+
+@pytest.mark.parametrize("kind", [PreNorm, Parallel])
+def test_two_additions_share_a_coin_or_have_one_each(kind):
+    assert len(sd.apply(network(kind), example=X).survival) == 3
+    original, model = network(kind), network(kind)
+    depth = sd.apply(model, example=X, granularity="unit")
+    assert len(depth.survival) == 6
+    for pattern in itertools.product((False, True), repeat=6):
+        close(depth, pattern)
+        h = original[0](X)
+        for n, block in enumerate(list(original)[1:]):
+            first, second = pattern[2 * n : 2 * n + 2]
+            a = block.a.f(h) if first else 0
+            after = h + a
+            h = after + (block.b.f(after if kind is PreNorm else h) if second else 0)
+        out = X
+        for part in model:
+            out = part(out)
+        torch.testing.assert_close(out, h, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Left, InPlace, WithSuper])
+def test_class_keys_copy_and_pickle_stay(kind):
+    model = network(kind)
+    keys, names = list(model.state_dict()), [n for n, _ in model.named_parameters()]
+    expected = network(kind).eval()(X)
+    sd.apply(model, sd.Uniform(1.0), example=X)
+    assert list(model.state_dict()) == keys
+    assert [n for n, _ in model.named_parameters()] == names
+    assert all(
+        isinstance(block, kind) and type(block).__name__ == kind.__name__
+        for block in list(model)[1:]
+    )
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.eval()(X), expected)
+        other.train()(X).sum().backward()
+
+
+def test_remove_gives_the_original_back_with_its_new_weights():
+    model = network(InPlace)
+    types = [type(m) for m in model.modules()]
+    sd.apply(model, example=X)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    sd.remove(model)
+    assert [type(m) for m in model.modules()] == types
+    original = network(InPlace)
+    original.load_state_dict(model.state_dict())
+    assert torch.equal(model.train()(X), original.train()(X))
+    assert not any("stochastic" in key for m in model.modules() for key in vars(m))
+
+
+def test_skipped_parameters_get_zero_gradients_or_none():
+    for skipped in ("paper", "freeze"):
+        model = network(Scaled)
+        depth = sd.apply(model, sd.Uniform(0.3), example=X, skipped=skipped)
+        for step in range(6):
+            model.zero_grad()
+            model(X).sum().backward()
+            for block, is_open in zip(list(model)[1:], depth.gates.tolist(), strict=True):
+                for p in (block.gamma, block.one.weight, block.norm.bias, block.two.bias):
+                    if is_open:
+                        assert p.grad.abs().sum() > 0
+                    elif skipped == "paper":
+                        assert torch.equal(p.grad, torch.zeros_like(p)), step
+                    else:
+                        assert p.grad is None
+                assert block.project.weight.grad is None
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        if self.training and self.drop_prob > 0:
+            raise AssertionError("both at once")
+        return x
+
+
+class WithDropPath(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_path = DropPath(0.3)
+
+    def forward(self, x):
+        return x + self.drop_path(self.f(x))
+
+
+def test_a_models_own_drop_path_is_taken_over_until_removed():
+    model = network(WithDropPath)
+    sd.apply(model, sd.Uniform(1.0), example=X)
+    model.train()(X)
+    sd.remove(model)
+    assert {block.drop_path.drop_prob for block in list(model)[1:]} == {0.3}
+    with pytest.raises(AssertionError, match="both at once"):
+        model.train()(X)
+
+
+class Subtracts(Base):
+    def forward(self, x):
+        return x - self.f(x)
+
+
+class Concatenates(Base):
+    def forward(self, x):
+        return torch.cat([x, self.f(x)], dim=-1)[..., :WIDTH]
+
+
+class Highway(Base):
+    def forward(self, x):
+        t = torch.sigmoid(self.project(x))
+        return t * self.f(x) + (1 - t) * x
+
+
+class Bends(Base):
+    def forward(self, x):
+        x = self.one(x)
+        return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3)))
+
+
+@pytest.mark.parametrize("kind", [Subtracts, Concatenates, Highway, Bends])
+def test_what_is_not_residual_is_said_to_be_none(kind):
+    with pytest.raises(sd.ApplyError, match="no residual block found in Sequential"):
+        sd.apply(network(kind), example=X)
+
+
+class Loop(Base):
+    def forward(self, x):
+        for _ in range(2):
+            x = x + self.f(x)
+        return x
+
+
+class SideOutput(Base):
+    def forward(self, x):
+        y = self.f(x)
+        self.seen = y.sum() * 0
+        return x + y + self.seen
+
+
+class Elsewhere(nn.Module):
+    """As BERT: the addition is in a child, its branch begins in the parent."""
+
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, h, x):
+            return self.dense(h) + x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.output = Base(), self.Output()
+
+    def forward(self, x):
+        return self.output(self.inner.f(x), x)
+
+
+class Lambda(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = lambda x: x + self.f(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Loop, "inside a For"),
+        (SideOutput, "not computed in this method alone|must run even when"),
+        (Elsewhere, "begins outside"),
+    ],
+)
+def test_a_block_that_cannot_be_cut_is_named_and_the_model_left_as_it_was(kind, why):
+    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), kind()).double()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    types, before = [type(m) for m in model.modules()], model(X)
+    with pytest.raises(sd.UnsupportedBlockError, match=why) as error:
+        sd.apply(model, example=X)
+    assert "exclude=" in str(error.value)
+    assert [type(m) for m in model.modules()] == types
+    assert torch.equal(model(X), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    depth = sd.apply(model, example=X, exclude=["2"])
+    assert len(depth.survival) == 1
+
+
+def test_exclude_by_name_class_and_a_name_that_matches_nothing():
+    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Right(), Left()).double()
+    assert len(sd.apply(model, example=X, exclude=["1"]).survival) == 2
+    sd.remove(model)
+    assert [block.name for block in sd.apply(model, example=X, exclude=[Left]).blocks] == ["2"]
+    sd.remove(model)
+    with pytest.raises(sd.ApplyError, match="exclude='9' matches no module"):
+        sd.apply(model, example=X, exclude=["9"])
+
+
+def test_applying_disturbs_nothing():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, WIDTH), nn.BatchNorm1d(WIDTH), Left(), nn.Dropout(0.5))
+    model.double()[3].eval()
+    model(X).sum().backward()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    modes, random = [m.training for m in model.modules()], torch.get_rng_state()
+    sd.apply(model, example=X)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    after = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(map(torch.equal, gradients, after))
+
+
+def test_examples_are_a_tensor_a_tuple_or_a_mapping():
+    for example in (X, (X,), {"input": X}):
+        assert len(sd.apply(network(Left), example=example).survival) == 3
+
+
+def test_residual_units_and_foreign_blocks_are_numbered_as_they_run():
+    torch.manual_seed(0)
+    unit = sd.Residual(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), unit, Left()).double()
+    depth = sd.apply(model, sd.Uniform(0.5), example=X)
+    assert [block.name for block in depth.blocks] == ["1", "2", "3"]
+    model(X).sum().backward()
+
+
+def test_the_subset_gate_is_for_residual_units_alone():
+    with pytest.raises(sd.ApplyError, match="subset"):
+        sd.apply(network(Left), example=X, gate="subset")
