@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install format clean
+.PHONY: demo test check install format coverage-models clean
 
 demo: install
 	$(BIN)/stochastic-depth compare digits --seeds 3 --out runs/demo
@@ -18,6 +18,10 @@ check: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+coverage-models: install
+	$(BIN)/pip install --quiet --constraint constraints.txt timm transformers
+	$(BIN)/python tools/coverage_models.py --out results/coverage-models.json
 
 install: .venv/installed
 

@@ -1,4 +1,5 @@
 import re
+import runpy
 from pathlib import Path
 
 from stochastic_depth.cli import COMMANDS
@@ -7,10 +8,11 @@ from stochastic_depth.recipes import RECIPES
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_python_blocks_run_one_after_the_other(capsys):
-    names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(block, names)
+def test_the_python_blocks_run_one_after_the_other(capsys, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    (tmp_path / "example.py").write_text("".join(blocks))
+    names = runpy.run_path(str(tmp_path / "example.py"))
     told = re.fullmatch(r"(\d+) of 54 blocks ran; 40.25 expected\n", capsys.readouterr().out)
     assert told
     assert 20 < int(told[1]) <= 54

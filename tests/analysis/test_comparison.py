@@ -25,7 +25,7 @@ def test_spread_is_mean_and_sample_deviation():
     values = [1.0, 4.0, 2.5]
     assert Spread.of(values).mean == pytest.approx(np.mean(values))
     assert Spread.of(values).deviation == pytest.approx(np.std(values, ddof=1))
-    assert Spread.of([2.0]) == Spread(2.0, 0.0)
+    assert Spread.of([2.0]) == Spread(2.0, None)
 
 
 def test_the_twins_differ_in_the_survival_rule_alone(runs):

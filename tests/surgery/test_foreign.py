@@ -1,6 +1,7 @@
 """`sd.apply` on models that know nothing of this library: every form an addition comes in."""
 
 import copy
+import functools
 import itertools
 import pickle
 
@@ -126,9 +127,48 @@ class Annotated(Base):
         return x + z
 
 
+class PreActivation(Base):
+    def forward(self, x):
+        pre = self.norm(x)
+        shortcut = x
+        if self.flag == "project":
+            shortcut = self.project(pre)
+        return self.two(torch.tanh(self.one(pre))) + shortcut
+
+
+def logged(function):
+    @functools.wraps(function)
+    def wrapper(self, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Base):
+    @logged
+    def forward(self, x):
+        return x + self.f(x)
+
+
+class WrapsItsChildren(Base):
+    """As the layers of transformers, whose parent wraps `forward` for activation checkpointing."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.forward = logged(cls.forward)
+
+
+class Wrapped(WrapsItsChildren):
+    def forward(self, x):
+        residual = x
+        x = self.f(x)
+        return residual + x
+
+
 ONE_ADDITION = [
     Left, Right, InPlace, ShortcutInPlace, Projection, TorchAdd, MethodAdd, Scaled, Conditional,
-    EarlyReturn, OtherSelf, WithSuper, Helper, Annotated,
+    EarlyReturn, OtherSelf, WithSuper, Helper, Annotated, PreActivation, Decorated, Wrapped,
 ]  # fmt: skip
 
 
@@ -307,6 +347,22 @@ def test_skipped_parameters_get_zero_gradients_or_none():
                     else:
                         assert p.grad is None
                 assert block.project.weight.grad is None
+
+
+def test_what_a_projection_shares_with_the_branch_still_runs():
+    block = PreActivation("project").double()
+    model = nn.Sequential(nn.Linear(4, WIDTH), block).double()
+    depth = sd.apply(model, example=X)
+    close(depth, [False])
+    torch.testing.assert_close(model[1](model[0](X)), block.project(block.norm(model[0](X))))
+
+
+def test_decorators_are_kept():
+    model = network(Decorated)
+    sd.apply(model, example=X)
+    before = [block.calls for block in list(model)[1:]]
+    model(X)
+    assert [block.calls for block in list(model)[1:]] == [n + 1 for n in before]
 
 
 class DropPath(nn.Module):

@@ -24,14 +24,14 @@ KINDS = ("constant", "stochastic")
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds (None: there is one)."""
 
     mean: float
-    deviation: float
+    deviation: float | None
 
     @staticmethod
     def of(values: Sequence[float]) -> "Spread":
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        deviation = statistics.stdev(values) if len(values) > 1 else None
         return Spread(statistics.fmean(values), deviation)
 
 

@@ -10,7 +10,7 @@ def comparison_table(title: str, comparison: Comparison, seeds: int) -> Table:
     """Constant and stochastic depth, a column each."""
     constant, stochastic = comparison.constant, comparison.stochastic
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column(f"mean ± deviation, {seeds} seed{'s' * (seeds != 1)}")
+    table.add_column("1 seed" if seeds == 1 else f"mean ± deviation, {seeds} seeds")
     table.add_column("constant", justify="right")
     table.add_column("stochastic", justify="right")
     for name, unit, a, b in (
@@ -49,4 +49,5 @@ def run_table(run: Run) -> Table:
 
 
 def _spread(spread: Spread, unit: str) -> str:
-    return f"{spread.mean:.2f} ± {spread.deviation:.2f} {unit}".rstrip()
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.2f}"
+    return f"{spread.mean:.2f}{deviation} {unit}".rstrip()

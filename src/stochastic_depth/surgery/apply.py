@@ -100,7 +100,7 @@ def apply(
         found = find_blocks(model, example, granularity, exclude)
     if not found:
         raise ApplyError(_nothing_found(model, example))
-    foreign = [block.name for block in found if block.additions]
+    foreign = [block.name for block in found if block.sites]
     if gate == "subset" and foreign:
         raise ApplyError(
             f'gate="subset" runs a branch on a part of the samples, which {foreign[0]!r} cannot be '
@@ -147,13 +147,13 @@ def remove(model: nn.Module) -> None:
 
 def _open_up(model: nn.Module, found: Sequence[Found], example: Example | None) -> list[Block]:
     """Give every block its gates, and verify those that were cut."""
-    if example is None or not any(block.additions for block in found):
+    if example is None or not any(block.sites for block in found):
         return [_block(block, {}) for block in found]
     run = caller(model, example)
     truth = establish(model, run, found)
     gates: dict[tuple[nn.Module, object], BlockGates] = {}
-    for module, name in {block.module: block.name for block in found if block.additions}.items():
-        sites = tuple(a.site for block in found if block.module is module for a in block.additions)
+    for module, name in {block.module: block.name for block in found if block.sites}.items():
+        sites = tuple(s for block in found if block.module is module for s in block.sites)
         try:
             gates |= {(module, s): g for s, g in zip(sites, install(module, sites), strict=True)}
         except UnsupportedBlockError as error:
@@ -168,7 +168,7 @@ def _block(found: Found, gates: dict[tuple[nn.Module, object], BlockGates]) -> B
     if isinstance(found.module, Residual):
         found.module.gates = BlockGates()
         return Block(found.name, (found.module.gates,), found.parameters)
-    mine = tuple(gates[found.module, addition.site] for addition in found.additions)
+    mine = tuple(gates[found.module, site] for site in found.sites)
     return Block(found.name, mine, found.parameters)
 
 

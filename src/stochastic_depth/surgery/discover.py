@@ -4,6 +4,7 @@ A residual addition joins a value and something computed from it (an identity sh
 values computed from the same input of one module (a projection shortcut).
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,8 @@ class Addition:
 
     owner: str
     """Name of the module whose method adds."""
-    site: Site
+    site: Site | None
+    """None where it is not in a method of its module, but in a function that a method calls."""
     identity: bool
     """Whether the shortcut is the very value that the branch was computed from."""
     elsewhere: bool
@@ -80,7 +82,7 @@ class _Recorder(TorchFunctionMode):
     parameters: dict[int, str] = field(default_factory=dict)
     calls: list[_Call] = field(default_factory=list)
     finished: list[tuple[_Call, set[int]]] = field(default_factory=list)
-    found: dict[tuple[str, Site], Addition] = field(default_factory=dict)
+    found: dict[tuple[str, Site | None], Addition] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -174,8 +176,6 @@ class _Recorder(TorchFunctionMode):
         if not self.mixing(branch):
             return False
         site = find_site(call.module, frame, shortcut)
-        if site is None:
-            return False
         kept = left if shortcut == "left" else right
         modules = tuple(
             done.name
@@ -248,7 +248,8 @@ def find_site(module: nn.Module, frame: FrameType | None, shortcut: Side) -> Sit
             position = list(code.co_positions())[frame.f_lasti // 2]
             for kind in type(module).__mro__:
                 method = vars(kind).get(code.co_name)
-                if getattr(method, "__code__", None) is code and None not in position:
+                inner = inspect.unwrap(method) if callable(method) else None
+                if getattr(inner, "__code__", None) is code and None not in position:
                     first, last, start, end = position
                     return Site(kind, code.co_name, (first, last, start, end), shortcut)  # type: ignore[arg-type]
             return None

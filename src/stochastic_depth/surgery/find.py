@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.discover import Addition, discover
+from stochastic_depth.surgery.discover import Addition, Site, discover
 from stochastic_depth.surgery.undisturbed import undisturbed
 
 Granularity = Literal["block", "unit"]
@@ -27,8 +27,10 @@ class Found:
 
     name: str
     module: nn.Module
-    additions: tuple[Addition, ...]
-    """Empty for a `Residual`."""
+    sites: tuple[Site, ...]
+    """Of its additions; empty for a `Residual`, whose addition has a gate already."""
+    modules: tuple[str, ...]
+    """Names of the modules that run for its branch, one for each call."""
     parameters: tuple[str, ...]
     """Names, in the model, of the parameters of its branch."""
 
@@ -45,7 +47,9 @@ def caller(model: nn.Module, example: Example) -> Callable[[], Any]:
 def find_residuals(model: nn.Module) -> list[Found]:
     """The `Residual` units of `model`, in order of registration."""
     return [
-        Found(name, module, (), _parameters(f"{name}.branch" if name else "branch", module.branch))
+        Found(
+            name, module, (), (), _parameters(f"{name}.branch" if name else "branch", module.branch)
+        )
         for name, module in model.named_modules()
         if isinstance(module, Residual)
     ]
@@ -74,6 +78,12 @@ def find_blocks(
                 modules[addition.owner],
                 f"its branch begins outside of the module that adds ({addition.site})",
             )
+        if addition.site is None:
+            raise unsupported(
+                addition.owner,
+                modules[addition.owner],
+                "its addition is not in a method of the module, but in a function that one calls",
+            )
         key = addition.owner if granularity == "block" else (addition.owner, addition.site)
         groups.setdefault(key, []).append(addition)
     return [_found(modules[group[0].owner], group) for group in groups.values()]
@@ -81,8 +91,11 @@ def find_blocks(
 
 def _found(module: nn.Module, additions: list[Addition]) -> Found:
     name = additions[0].owner
+    sites = tuple(a.site for a in additions if a.site is not None)
     parameters = tuple(sorted(frozenset[str]().union(*(a.parameters for a in additions))))
-    return Found(name, module, () if isinstance(module, Residual) else tuple(additions), parameters)
+    if isinstance(module, Residual):
+        return Found(name, module, (), (), parameters)
+    return Found(name, module, sites, tuple(m for a in additions for m in a.modules), parameters)
 
 
 def unsupported(name: str, module: nn.Module, why: object) -> UnsupportedBlockError:

@@ -1,7 +1,9 @@
 """Give a module of somebody else's class gates: swap its class for one with sliced methods."""
 
 import functools
+import inspect
 from collections.abc import Sequence
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -52,7 +54,9 @@ def gated_class(kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: b
         mine = [site for site in sites if (site.kind, site.method) == (defined, name)]
         numbers = [sites.index(site) for site in mine]
         gates = functools.partial(_gates_now, numbers)
-        method = slice_method(vars(defined)[name], mine, gates, copy_shortcut)
+        outer = vars(defined)[name]
+        inner = inspect.unwrap(outer)
+        method = _wrapped_as(outer, inner, slice_method(inner, mine, gates, copy_shortcut))
         if getattr(kind, name) is vars(defined)[name]:
             methods[name] = method
         else:  # reached by super(): a class between `defined` and its children
@@ -73,6 +77,30 @@ def gated_class(kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: b
             "__doc__": kind.__doc__,
         },
     )
+    return made
+
+
+def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> FunctionType:
+    """`new` in the decorators that make `inner` into `outer`.
+
+    Raises:
+        UnsupportedBlockError: when a decorator does not keep what it wraps in its closure.
+    """
+    if outer is inner:
+        return new
+    wrapped = outer.__wrapped__  # type: ignore[attr-defined]
+    cells = list(outer.__closure__ or ())
+    held = [i for i, cell in enumerate(cells) if cell.cell_contents is wrapped]
+    if not held:
+        raise UnsupportedBlockError(f"{outer.__qualname__} has a decorator that cannot be redone")
+    replacement = _wrapped_as(wrapped, inner, new)
+    for i in held:
+        cells[i] = CellType(replacement)
+    made = FunctionType(
+        outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__ = outer.__kwdefaults__
+    made.__dict__.update(outer.__dict__, __wrapped__=replacement)
     return made
 
 

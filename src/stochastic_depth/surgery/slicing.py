@@ -11,7 +11,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
@@ -136,22 +136,51 @@ def _skip_before(
     Returns:
         What may be skipped, and the names needed before the block.
     """
-    fixed = frozenset[str]().union(*map(_uses, guards))
     runs = _is_open(gate)
     if guards:
         reached = ast.BoolOp(ast.And(), guards) if len(guards) > 1 else guards[0]
         runs = ast.BoolOp(ast.Or(), [runs, ast.UnaryOp(ast.Not(), reached)])
+    tests = list(guards)
+    maybe: dict[str, list[ast.expr]] = {}  # names that are needed only if one of these holds
     skipped = []
     for i in range(index - 1, -1, -1):
         statement = block[i]
-        if _defines(statement) & fixed:
+        defined = _defines(statement)
+        if any(defined & _uses(test) for test in tests):
+            live |= frozenset(maybe)
             break
-        if _only_assigns(statement) and not _defines(statement) & live:
+        if _only_assigns(statement) and not defined & live:
             skipped.append(statement)
-            block[i] = ast.If(copy.deepcopy(runs), [statement], [])
+            conditions = [test for name in defined for test in maybe.pop(name, [])]
+            if conditions:
+                _note(maybe, _uses(statement) - live, conditions)
+            needed = ast.BoolOp(ast.Or(), [runs, *conditions]) if conditions else runs
+            block[i] = ast.If(copy.deepcopy(needed), [statement], [])
+        elif _is_optional(statement):
+            live |= _uses(statement.test)
+            inside = frozenset[str]().union(*map(_uses, statement.body))
+            _note(maybe, inside - live, [statement.test])
+            tests.append(statement.test)
         else:
+            for name in _surely_defines(statement):
+                maybe.pop(name, None)
             live = _uses(statement) | (live - _surely_defines(statement))
-    return skipped, live
+    return skipped, live | frozenset(maybe)
+
+
+def _note(maybe: dict[str, list[ast.expr]], names: frozenset[str], tests: list[ast.expr]) -> None:
+    for name in names:
+        maybe.setdefault(name, []).extend(tests)
+
+
+def _is_optional(statement: ast.stmt) -> TypeGuard[ast.If]:
+    """Whether it assigns under a condition that can be evaluated earlier, or does nothing."""
+    return (
+        isinstance(statement, ast.If)
+        and not statement.orelse
+        and _is_steady(statement.test)
+        and _only_assigns(statement)
+    )
 
 
 def _cut_statement(

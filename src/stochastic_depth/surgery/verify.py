@@ -36,7 +36,7 @@ class Truth:
 
 def establish(model: nn.Module, run: Callable[[], Any], found: Sequence[Found]) -> Truth:
     """Run the original model in evaluation mode, its additions bypassed set by set."""
-    foreign = [number for number, block in enumerate(found) if block.additions]
+    foreign = [number for number, block in enumerate(found) if block.sites]
     sets = [frozenset([number]) for number in foreign]
     choose = random.Random(0)
     for _ in range(SUBSETS):
@@ -45,7 +45,7 @@ def establish(model: nn.Module, run: Callable[[], Any], found: Sequence[Found]) 
         model.eval()
         outputs = []
         for closed in sets:
-            sites = [(found[n].module, a.site) for n in closed for a in found[n].additions]
+            sites = [(found[n].module, site) for n in closed for site in found[n].sites]
             with torch.no_grad(), Bypass(sites):
                 outputs.append(_outputs(run()))
         with torch.no_grad():
@@ -73,9 +73,7 @@ def check(
             with _closed([blocks[n] for n in closed]), _calls(model) as called:
                 _compare(run, expected, f"block {what} closed", exact=False)
             for n in closed:
-                for name, calls in Counter(
-                    m for a in found[n].additions for m in a.modules
-                ).items():
+                for name, calls in Counter(found[n].modules).items():
                     if called[name] > usual[name] - calls:
                         raise unsupported(
                             found[n].name,
@@ -99,10 +97,11 @@ def check_training(model: nn.Module, run: Callable[[], Any], blocks: Sequence[Bl
             differentiable = [out for out in _outputs(run()) if out.requires_grad]
             if differentiable:
                 torch.stack([out.float().sum() for out in differentiable]).sum().backward()
-        except RuntimeError as error:
+        except Exception as error:
             raise UnsupportedBlockError(
                 f"a training step of {type(model).__name__} with every other block closed fails: "
-                f"{error}; exclude= leaves blocks as they are"
+                f"{error} (if the original fails so too, the example is not one to train on); "
+                "exclude= leaves blocks as they are"
             ) from error
         finally:
             for block in blocks:
