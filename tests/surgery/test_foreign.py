@@ -136,6 +136,51 @@ class PreActivation(Base):
         return self.two(torch.tanh(self.one(pre))) + shortcut
 
 
+class ScalesInPlace(Base):
+    def forward(self, x):
+        out = self.f(x)
+        if self.gamma is not None:
+            out.mul_(self.gamma)
+        return out * 0.5 + x
+
+
+class GathersParts(Base):
+    """As Res2Net: the sums over the parts are no residual additions, the last one is."""
+
+    def forward(self, x):
+        parts = self.one(self.norm(x)).chunk(3, dim=-1)
+        out = [parts[0]]
+        for part in parts[1:]:
+            mixed = self.two.weight[:2, :2] @ out[-1][..., None]
+            out.append(torch.tanh(mixed[..., 0]) + part)
+        return self.two(torch.cat(out, -1)) + x
+
+
+class Comprehends(Base):
+    def forward(self, x):
+        i = 1.0
+        parts = [self.f(x) * i for i in (0.25, 0.75)]
+        y = parts[0] + parts[1]
+        return x * i + y
+
+
+class Deletes(Base):
+    def forward(self, x):
+        y = self.f(x)
+        out = x + y
+        del y
+        return out
+
+
+class ChangesItsMind(Base):
+    def forward(self, x):
+        y = self.f(x)
+        self.flag = True
+        if self.flag:
+            y = x + y
+        return y
+
+
 def logged(function):
     @functools.wraps(function)
     def wrapper(self, *args, **kwargs):
@@ -169,6 +214,7 @@ class Wrapped(WrapsItsChildren):
 ONE_ADDITION = [
     Left, Right, InPlace, ShortcutInPlace, Projection, TorchAdd, MethodAdd, Scaled, Conditional,
     EarlyReturn, OtherSelf, WithSuper, Helper, Annotated, PreActivation, Decorated, Wrapped,
+    Comprehends, ScalesInPlace, GathersParts,
 ]  # fmt: skip
 
 
@@ -465,6 +511,8 @@ class Lambda(Base):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
+        (Deletes, "the model fails"),
+        (ChangesItsMind, "not computed in this method alone|must run even when"),
         (Loop, "inside a For"),
         (SideOutput, "not computed in this method alone|must run even when"),
         (Elsewhere, "begins outside"),

@@ -77,6 +77,7 @@ class _Recorder(TorchFunctionMode):
     parents: list[tuple[int, ...]] = field(default_factory=list)
     made_by: list[str] = field(default_factory=list)
     sums: set[int] = field(default_factory=set)
+    seen: dict[tuple[str, "Site | None"], _Call] = field(default_factory=dict)
     node_of: dict[int, int] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
     parameters: dict[int, str] = field(default_factory=dict)
@@ -196,6 +197,10 @@ class _Recorder(TorchFunctionMode):
             modules += before.modules
             parameters |= before.parameters
             elsewhere |= before.elsewhere
+        if not identity and self.seen.get((call.name, site)) is call:
+            del self.found[call.name, site]  # a projection is added once: this gathers parts
+            return False
+        self.seen[call.name, site] = call
         self.found[call.name, site] = Addition(
             call.name, site, identity, elsewhere, modules, frozenset(parameters)
         )

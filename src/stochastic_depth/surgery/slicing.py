@@ -146,8 +146,9 @@ def _skip_before(
     for i in range(index - 1, -1, -1):
         statement = block[i]
         defined = _defines(statement)
-        if any(defined & _uses(test) for test in tests):
-            live |= frozenset(maybe)
+        if tests and (_stores_elsewhere(statement) or any(defined & _uses(t) for t in tests)):
+            # Before this statement the conditions may be others: all of it is kept.
+            live = live.union(*map(_uses, block[: i + 1]))
             break
         if _only_assigns(statement) and not defined & live:
             skipped.append(statement)
@@ -276,11 +277,25 @@ def _is_at(node: ast.AST, site: Site) -> bool:
 
 def _only_assigns(statement: ast.stmt) -> bool:
     """Whether all it does is to compute values of variables."""
-    if isinstance(statement, ast.If):
+    if isinstance(statement, ast.If | ast.For | ast.While):
         return all(map(_only_assigns, [*statement.body, *statement.orelse]))
+    if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
+        return True
     if isinstance(statement, ast.Assign):
         return all(_are_names(target) for target in statement.targets)
+    if isinstance(statement, ast.Expr):
+        return _changed_in_place(statement) is not None
     return isinstance(statement, ast.AugAssign | ast.AnnAssign) and _are_names(statement.target)
+
+
+def _changed_in_place(node: ast.AST) -> str | None:
+    """The variable that `x.mul_(...)` or `x.append(...)`, as a statement, changes."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        function = node.value.func
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+            changes = function.attr.endswith("_") or function.attr in ("append", "extend")
+            return function.value.id if changes else None
+    return None
 
 
 def _are_names(target: ast.expr) -> bool:
@@ -296,7 +311,11 @@ def _uses(node: ast.AST) -> frozenset[str]:
 
 
 def _defines(node: ast.AST) -> frozenset[str]:
-    return frozenset(n.id for n in _names(node) if isinstance(n.ctx, ast.Store))
+    loops = (n.target for n in ast.walk(node) if isinstance(n, ast.comprehension))
+    of_comprehensions = {id(name) for target in loops for name in _names(target)}
+    stored = (n for n in _names(node) if isinstance(n.ctx, ast.Store))
+    changed = (name for n in ast.walk(node) if (name := _changed_in_place(n)) is not None)
+    return frozenset([*(n.id for n in stored if id(n) not in of_comprehensions), *changed])
 
 
 def _surely_defines(statement: ast.stmt) -> frozenset[str]:
@@ -306,7 +325,19 @@ def _surely_defines(statement: ast.stmt) -> frozenset[str]:
             for part in (statement.body, statement.orelse)
         ]
         return both[0] & both[1]
-    return _defines(statement) if isinstance(statement, SIMPLE) else frozenset()
+    if isinstance(statement, ast.Assign):
+        return frozenset[str]().union(*map(_defines, statement.targets))
+    if isinstance(statement, ast.AnnAssign | ast.AugAssign) and statement.value is not None:
+        return _defines(statement.target)
+    return frozenset()
+
+
+def _stores_elsewhere(statement: ast.stmt) -> bool:
+    """Whether it changes something besides variables."""
+    return any(
+        isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)
+        for node in ast.walk(statement)
+    )
 
 
 def _names(node: ast.AST) -> Iterator[ast.Name]:

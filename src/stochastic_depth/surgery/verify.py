@@ -137,8 +137,14 @@ def _calls(model: nn.Module) -> Iterator[Counter[str]]:
 
 
 def _compare(run: Callable[[], Any], expected: Outputs, when: str, exact: bool) -> None:
-    with torch.no_grad():
-        outputs = _outputs(run())
+    try:
+        with torch.no_grad():
+            outputs = _outputs(run())
+    except Exception as error:
+        raise UnsupportedBlockError(
+            f"with {when} the model fails: {type(error).__name__}: {error}; exclude= leaves blocks "
+            "as they are"
+        ) from error
     for mine, true in zip(outputs, expected, strict=True):
         if exact and torch.equal(mine, true):
             continue
