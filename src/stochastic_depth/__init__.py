@@ -26,13 +26,14 @@ from stochastic_depth.errors import (
 )
 from stochastic_depth.gates import Gate, GateKind, Scale
 from stochastic_depth.residual import Residual, residual_step
-from stochastic_depth.surgery import apply, remove
+from stochastic_depth.surgery import BlockSummary, Summary, apply, depth_of, remove, summary
 from stochastic_depth.survival import LinearDecay, Ramp, SurvivalRule, Uniform
 
 __version__ = version("stochastic-depth")
 
 __all__ = [
     "ApplyError",
+    "BlockSummary",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -50,11 +51,14 @@ __all__ = [
     "StateError",
     "StochasticDepth",
     "StochasticDepthError",
+    "Summary",
     "SurvivalError",
     "SurvivalRule",
     "Uniform",
     "UnsupportedBlockError",
     "apply",
+    "depth_of",
     "remove",
     "residual_step",
+    "summary",
 ]

@@ -166,10 +166,10 @@ def test_a_bad_probability_leaves_the_model_untouched(rule) -> None:
 
 def test_removing_what_was_not_applied_is_an_error() -> None:
     model = small()
-    with pytest.raises(sd.ApplyError, match="CifarResNet has no stochastic depth to remove"):
+    with pytest.raises(sd.ApplyError, match="CifarResNet has no stochastic depth"):
         sd.remove(model)
     sd.apply(model)
-    with pytest.raises(sd.ApplyError, match="Sequential has no stochastic depth to remove"):
+    with pytest.raises(sd.ApplyError, match="Sequential has no stochastic depth"):
         sd.remove(model.blocks)
     sd.remove(model)
     with pytest.raises(sd.ApplyError):

@@ -6,18 +6,15 @@ from stochastic_depth.analysis.comparison import (
     train_pairs,
     write_comparison,
 )
-from stochastic_depth.analysis.cost import TrainingCost, training_cost
 from stochastic_depth.analysis.plots import plot_comparison
 from stochastic_depth.analysis.tables import comparison_table, run_table
 
 __all__ = [
     "Comparison",
-    "TrainingCost",
     "compare",
     "comparison_table",
     "plot_comparison",
     "run_table",
     "train_pairs",
-    "training_cost",
     "write_comparison",
 ]

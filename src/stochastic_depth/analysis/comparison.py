@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from stochastic_depth.analysis.cost import training_cost
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.recipes import constant_depth
+from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Run, begin, best_record, fit, open_run, reopen
 from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.display import Display
@@ -124,7 +124,6 @@ def compare(runs: dict[str, list[Run]]) -> Comparison:
     """Read the journals of finished runs."""
     run = runs["stochastic"][0]
     model = build_model(run.config.model, run.shape[0], len(run.classes), 0)
-    cost = training_cost(model, torch.zeros(2, *run.shape))
     depth = build_depth(model, replace(run.config.survival, ramp_epochs=0.0), 0, 1)
     assert depth is not None
     epoch_seconds = {
@@ -137,7 +136,7 @@ def compare(runs: dict[str, list[Run]]) -> Comparison:
         blocks=len(depth.survival),
         expected_active_blocks=depth.expected_depth,
         saving_measured=1 - epoch_seconds["stochastic"] / epoch_seconds["constant"],
-        saving_expected=cost.expected_saving(depth.survival),
+        saving_expected=summary(model, torch.zeros(2, *run.shape)).expected_saving,
     )
 
 

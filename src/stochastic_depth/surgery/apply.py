@@ -32,6 +32,7 @@ _APPLIED = "_stochastic_depth_applied"
 
 @dataclass(frozen=True)
 class _Applied:
+    depth: StochasticDepth
     hooks: tuple[RemovableHandle, ...]
     silenced: list[Silenced]
 
@@ -121,7 +122,7 @@ def apply(
         model.register_forward_pre_hook(depth.before_forward, with_kwargs=True),
         model.register_forward_hook(depth.after_forward),
     )
-    setattr(model, _APPLIED, _Applied(hooks, silenced))
+    setattr(model, _APPLIED, _Applied(depth, hooks, silenced))
     return depth
 
 
@@ -131,18 +132,32 @@ def remove(model: nn.Module) -> None:
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
     """
-    applied: _Applied | None = getattr(model, _APPLIED, None)
-    if applied is None:
-        raise ApplyError(
-            f"{type(model).__name__} has no stochastic depth to remove: give the model that "
-            "sd.apply was given"
-        )
+    applied = _applied(model)
     for hook in applied.hooks:
         hook.remove()
     for drop_path in applied.silenced:
         drop_path.restore()
     delattr(model, _APPLIED)
     _close_up(model)
+
+
+def depth_of(model: nn.Module) -> StochasticDepth:
+    """The handle that `sd.apply` returned for `model`, or for the model that it is a copy of.
+
+    Raises:
+        ApplyError: when `model` is not one that `sd.apply` was given.
+    """
+    return _applied(model).depth
+
+
+def _applied(model: nn.Module) -> _Applied:
+    applied: _Applied | None = getattr(model, _APPLIED, None)
+    if applied is None:
+        raise ApplyError(
+            f"{type(model).__name__} has no stochastic depth: give the model that sd.apply was "
+            "given"
+        )
+    return applied
 
 
 def _open_up(model: nn.Module, found: Sequence[Found], example: Example | None) -> list[Block]:

@@ -1,0 +1,99 @@
+import itertools
+
+import pytest
+import torch
+from test_foreign import InPlace, X, network
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import stochastic_depth as sd
+from stochastic_depth.gates import Gate
+from stochastic_depth.models import CifarResNet
+
+IMAGES = torch.zeros(2, 3, 16, 16)
+
+
+def flops(model, depth, pattern):
+    """Of one training step under a pattern of gates."""
+    parts = list(model.children())
+    for block, is_open in zip(depth.blocks, pattern, strict=True):
+        block.open_in_training(Gate(is_open))
+    with FlopCounterMode(display=False) as counter:
+        h = IMAGES
+        for part in parts[:-1]:
+            h = part(h)
+        parts[-1](h.mean((2, 3))).sum().backward()
+    return counter.get_total_flops()
+
+
+def test_a_convolution_counts_two_per_multiply_add():
+    model = CifarResNet(8)
+    sd.apply(model)
+    first = sd.summary(model, IMAGES).blocks[0]
+    one_convolution = 2 * 2 * 16 * 16 * 16 * 16 * 9
+    assert first.forward == 2 * one_convolution
+    assert first.backward == 2 * first.forward
+    assert first.parameters == 2 * 16 * 16 * 9 + 4 * 16
+    assert (first.name, first.kind) == ("blocks.0", "Residual")
+
+
+def test_the_expected_saving_is_the_mean_over_all_patterns_of_gates():
+    model = CifarResNet(8)
+    depth = sd.apply(model, sd.LinearDecay(0.3))
+    full, mean = flops(model, depth, (True,) * 3), 0.0
+    for pattern in itertools.product((False, True), repeat=3):
+        weight = 1.0
+        for p, is_open in zip(depth.survival, pattern, strict=True):
+            weight *= p if is_open else 1 - p
+        mean += weight * flops(model, depth, pattern)
+    summary = sd.summary(model, IMAGES)
+    assert summary.forward + summary.backward == full
+    assert summary.expected_saving == pytest.approx(1 - mean / full, abs=1e-12)
+
+
+def test_linear_decay_saves_a_quarter_of_resnet_110():
+    model = CifarResNet(110)
+    sd.apply(model)
+    summary = sd.summary(model, torch.zeros(1, 3, 32, 32))
+    assert summary.expected_depth == pytest.approx(40.25)
+    assert summary.expected_saving == pytest.approx(0.25, abs=0.01)
+
+
+def test_blocks_of_other_models_are_counted_too():
+    model = network(InPlace).float()
+    sd.apply(model, sd.Uniform(0.5), example=X.float())
+    summary = sd.summary(model, X.float())
+    for block in summary.blocks:
+        assert block.kind == "InPlace"
+        assert block.forward == 2 * 2 * 5 * 6 * 6
+        assert block.parameters == 2 * (6 * 6 + 6)
+
+
+def test_a_summary_changes_nothing():
+    model = CifarResNet(8)
+    depth = sd.apply(model)
+    model(IMAGES).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model.eval()(IMAGES)
+    model.train()
+    sd.summary(model, IMAGES)
+    assert depth.step == 1
+    assert all(map(torch.equal, gradients, [p.grad for p in model.parameters()]))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.eval()(IMAGES), expected)
+
+
+def test_it_prints_as_a_table():
+    model = CifarResNet(8)
+    sd.apply(model)
+    lines = str(sd.summary(model, IMAGES)).splitlines()
+    assert lines[0].split() == ["block", "class", "p", "parameters", "forward", "backward"]
+    assert len(lines) == 5
+    assert lines[-1].startswith("expected depth 2 of 3 blocks")
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_model_without_stochastic_depth_is_refused():
+    with pytest.raises(sd.ApplyError, match="has no stochastic depth"):
+        sd.summary(nn.Linear(2, 2), torch.zeros(1, 2))
