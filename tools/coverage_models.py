@@ -39,7 +39,7 @@ TIMM = (
     "levit_128s pit_ti_224 twins_svt_small pvt_v2_b0 davit_tiny focalnet_tiny_srf fastvit_t8 "
     "edgenext_xx_small mobilevit_xxs repvit_m0_9 hiera_tiny_224 tiny_vit_5m_224 visformer_tiny "
     "crossvit_tiny_240 inception_resnet_v2 darknet53 cspresnet50 hrnet_w18_small sequencer2d_s "
-    "densenet121 googlenet dpn48b vgg11"
+    "densenet121 googlenet dpn68 vgg11"
 ).split()
 
 
@@ -68,7 +68,8 @@ def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module], object]]:
     import timm
 
     for name in TIMM:
-        size = timm.models.get_pretrained_cfg(name).input_size[-1]
+        published = timm.models.get_pretrained_cfg(name)
+        size = published.input_size[-1] if published else 224
         yield name, lambda name=name: timm.create_model(name), torch.randn(2, 3, size, size)
 
 

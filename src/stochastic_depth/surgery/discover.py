@@ -77,7 +77,6 @@ class _Recorder(TorchFunctionMode):
     parents: list[tuple[int, ...]] = field(default_factory=list)
     made_by: list[str] = field(default_factory=list)
     sums: set[int] = field(default_factory=set)
-    seen: dict[tuple[str, "Site | None"], _Call] = field(default_factory=dict)
     node_of: dict[int, int] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
     parameters: dict[int, str] = field(default_factory=dict)
@@ -135,16 +134,21 @@ class _Recorder(TorchFunctionMode):
         """The functions among those that made `nodes` of which a branch has at least one."""
         return [self.made_by[n] for n in nodes if any(part in self.made_by[n] for part in MIXES)]
 
+    def convolving(self, nodes: set[int]) -> int:
+        """How many of `nodes` were made by a function with weights."""
+        return sum("pool" not in name for name in self.mixing(nodes))
+
     def is_projection(self, shortcut: set[int], branch: set[int]) -> bool:
         """Whether one operand is a projection of a single value from which the other starts too.
 
-        A highway's carry, (1 - t(x)) * x, is computed from two values; of two parallel branches
-        neither is as small as a projection, which convolves once at most.
+        A highway's carry, (1 - t(x)) * x, is computed from two values. A projection convolves once
+        at most, and less often than the branch: parallel branches are none of each other.
         """
         shared = shortcut & branch
         own = shortcut - shared
         starts = {p for node in own for p in self.parents[node] if p in shared}
-        return len(starts) == 1 and sum("pool" not in f for f in self.mixing(own)) <= 1
+        convolutions = self.convolving(own)
+        return len(starts) == 1 and convolutions <= 1 and convolutions < self.convolving(branch)
 
     def side_of_shortcut(self, left: int, right: int, of: list[set[int]]) -> Side | None:
         """Which operand is the shortcut, if the addition is residual."""
@@ -197,10 +201,6 @@ class _Recorder(TorchFunctionMode):
             modules += before.modules
             parameters |= before.parameters
             elsewhere |= before.elsewhere
-        if not identity and self.seen.get((call.name, site)) is call:
-            del self.found[call.name, site]  # a projection is added once: this gathers parts
-            return False
-        self.seen[call.name, site] = call
         self.found[call.name, site] = Addition(
             call.name, site, identity, elsewhere, modules, frozenset(parameters)
         )

@@ -1,5 +1,8 @@
 """The residual blocks of a model, whoever wrote it."""
 
+import functools
+import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.discover import Addition, Site, discover
+from stochastic_depth.surgery.slicing import in_loop
 from stochastic_depth.surgery.undisturbed import undisturbed
 
 Granularity = Literal["block", "unit"]
@@ -29,8 +33,8 @@ class Found:
     module: nn.Module
     sites: tuple[Site, ...]
     """Of its additions; empty for a `Residual`, whose addition has a gate already."""
-    modules: tuple[str, ...]
-    """Names of the modules that run for its branch, one for each call."""
+    modules: Counter[str]
+    """How often each module runs for its branch, by name."""
     parameters: tuple[str, ...]
     """Names, in the model, of the parameters of its branch."""
 
@@ -48,7 +52,11 @@ def find_residuals(model: nn.Module) -> list[Found]:
     """The `Residual` units of `model`, in order of registration."""
     return [
         Found(
-            name, module, (), (), _parameters(f"{name}.branch" if name else "branch", module.branch)
+            name,
+            module,
+            (),
+            Counter(),
+            _parameters(f"{name}.branch" if name else "branch", module.branch),
         )
         for name, module in model.named_modules()
         if isinstance(module, Residual)
@@ -78,6 +86,8 @@ def find_blocks(
                 modules[addition.owner],
                 f"its branch begins outside of the module that adds ({addition.site})",
             )
+        if addition.site and not addition.identity and in_loop(addition.site):
+            continue  # it gathers parts
         if addition.site is None:
             raise unsupported(
                 addition.owner,
@@ -94,8 +104,9 @@ def _found(module: nn.Module, additions: list[Addition]) -> Found:
     sites = tuple(a.site for a in additions if a.site is not None)
     parameters = tuple(sorted(frozenset[str]().union(*(a.parameters for a in additions))))
     if isinstance(module, Residual):
-        return Found(name, module, (), (), parameters)
-    return Found(name, module, sites, tuple(m for a in additions for m in a.modules), parameters)
+        return Found(name, module, (), Counter(), parameters)
+    modules = functools.reduce(operator.or_, (Counter(a.modules) for a in additions))
+    return Found(name, module, sites, modules, parameters)
 
 
 def unsupported(name: str, module: nn.Module, why: object) -> UnsupportedBlockError:

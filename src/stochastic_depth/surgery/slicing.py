@@ -49,6 +49,14 @@ def slice_method(
     return _compiled(function, tree, {**NAMES, "_gates": gates})
 
 
+def in_loop(site: Site) -> bool:
+    """Whether the addition at `site` stands in a loop of its method."""
+    loops = ast.For | ast.While
+    tree = _definition(inspect.unwrap(vars(site.kind)[site.method]))
+    inside = (n for loop in ast.walk(tree) if isinstance(loop, loops) for n in ast.walk(loop))
+    return any(_is_at(node, site) for node in inside)
+
+
 def _definition(function: FunctionType) -> ast.FunctionDef:
     """The syntax tree of `function`, its positions those in the file."""
     try:

@@ -73,7 +73,7 @@ def check(
             with _closed([blocks[n] for n in closed]), _calls(model) as called:
                 _compare(run, expected, f"block {what} closed", exact=False)
             for n in closed:
-                for name, calls in Counter(found[n].modules).items():
+                for name, calls in found[n].modules.items():
                     if called[name] > usual[name] - calls:
                         raise unsupported(
                             found[n].name,
