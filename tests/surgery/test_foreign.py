@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.gates import Gate
@@ -530,6 +531,37 @@ def test_a_block_that_cannot_be_cut_is_named_and_the_model_left_as_it_was(kind, 
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     depth = sd.apply(model, example=X, exclude=["2"])
     assert len(depth.survival) == 1
+
+
+class Recomputing(nn.Module):
+    """Wraps each of its blocks in activation checkpointing."""
+
+    def __init__(self, reentrant: bool, recompute: bool) -> None:
+        super().__init__()
+        self.body = network(InPlace, 5)
+        self.reentrant, self.recompute = reentrant, recompute
+
+    def forward(self, x):
+        for block in self.body:
+            if self.recompute and x.requires_grad:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+            else:
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_recomputes_under_the_same_gates(reentrant):
+    plain, model = Recomputing(reentrant, False), Recomputing(reentrant, True)
+    depths = [sd.apply(m, sd.LinearDecay(0.3), example=X) for m in (plain, model)]
+    for step in range(8):
+        for m in (plain, model):
+            m.zero_grad()
+            m(X * (step + 1)).square().sum().backward()
+        assert torch.equal(depths[0].gates, depths[1].gates)
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            assert p.grad is None or torch.equal(p.grad, q.grad)
 
 
 def test_exclude_by_name_class_and_a_name_that_matches_nothing():
