@@ -39,7 +39,7 @@ TIMM = (
     "levit_128s pit_ti_224 twins_svt_small pvt_v2_b0 davit_tiny focalnet_tiny_srf fastvit_t8 "
     "edgenext_xx_small mobilevit_xxs repvit_m0_9 hiera_tiny_224 tiny_vit_5m_224 visformer_tiny "
     "crossvit_tiny_240 inception_resnet_v2 darknet53 cspresnet50 hrnet_w18_small sequencer2d_s "
-    "densenet121 googlenet dpn68 vgg11"
+    "densenet121 dpn68 vgg11"
 ).split()
 
 
