@@ -174,3 +174,13 @@ def test_removing_what_was_not_applied_is_an_error() -> None:
     sd.remove(model)
     with pytest.raises(sd.ApplyError):
         sd.remove(model)
+
+
+def test_residual_units_can_be_left_as_they_are() -> None:
+    model = small()
+    blocks = len(sd.apply(model).survival)
+    sd.remove(model)
+    depth = sd.apply(model, exclude=["blocks.1"])
+    assert len(depth.survival) == blocks - 1
+    assert model.blocks[1].gates is None
+    model(images()).sum().backward()

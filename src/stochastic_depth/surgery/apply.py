@@ -96,8 +96,9 @@ def apply(
         if value not in known:
             raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
     _refuse_applied(model)
-    found = find_residuals(model)
-    if example is not None:
+    if example is None:
+        found = find_residuals(model, exclude)
+    else:
         found = find_blocks(model, example, granularity, exclude)
     if not found:
         raise ApplyError(_nothing_found(model, example))

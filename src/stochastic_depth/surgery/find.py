@@ -48,8 +48,9 @@ def caller(model: nn.Module, example: Example) -> Callable[[], Any]:
     return lambda: model(example)
 
 
-def find_residuals(model: nn.Module) -> list[Found]:
+def find_residuals(model: nn.Module, exclude: Exclude) -> list[Found]:
     """The `Residual` units of `model`, in order of registration."""
+    excluded = _excluded(model, exclude)
     return [
         Found(
             name,
@@ -59,7 +60,7 @@ def find_residuals(model: nn.Module) -> list[Found]:
             _parameters(f"{name}.branch" if name else "branch", module.branch),
         )
         for name, module in model.named_modules()
-        if isinstance(module, Residual)
+        if isinstance(module, Residual) and name not in excluded
     ]
 
 

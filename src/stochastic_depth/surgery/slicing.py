@@ -9,14 +9,23 @@ import ast
 import copy
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any, TypeGuard
+from typing import Any
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.residual import scaled
 from stochastic_depth.surgery.discover import Site
+from stochastic_depth.surgery.liveness import (
+    defines,
+    is_optional,
+    is_steady,
+    only_assigns,
+    stores_elsewhere,
+    surely_defines,
+    uses,
+)
 
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
 NAMES = {"_scaled": scaled}
@@ -88,7 +97,7 @@ def _cut(tree: ast.FunctionDef, site: Site, gate: str, copy_shortcut: bool) -> N
         replace = _ReplaceExpression(site, gate, copy_shortcut)
         block[index] = replace.visit(statement)
         branch = replace.branch
-    live = _uses(closed) | (live - _defines(closed))
+    live = uses(closed) | (live - defines(closed))
     skipped, live = _skip_before(block, index, live, gate, [])
     guards: list[ast.expr] = []
     while path:
@@ -96,11 +105,11 @@ def _cut(tree: ast.FunctionDef, site: Site, gate: str, copy_shortcut: bool) -> N
         block, index = path.pop()
         statement = block[index]
         if isinstance(statement, ast.If):
-            if not _is_steady(statement.test):
+            if not is_steady(statement.test):
                 break
             taken = inner is statement.body
             guards.append(statement.test if taken else ast.UnaryOp(ast.Not(), statement.test))
-            live |= _uses(statement.test)
+            live |= uses(statement.test)
         more, live = _skip_before(block, index, live, gate, guards)
         skipped += more
     if not any(isinstance(n, ast.Call) for node in (branch, *skipped) for n in ast.walk(node)):
@@ -117,7 +126,7 @@ def _find(
             continue
         live = live_after
         for later in reversed(block[index + 1 :]):
-            live = _uses(later) | (live - _surely_defines(later))
+            live = uses(later) | (live - surely_defines(later))
         if isinstance(statement, SIMPLE):
             return [(block, index)], live
         if isinstance(statement, ast.If | ast.With):
@@ -153,43 +162,33 @@ def _skip_before(
     skipped = []
     for i in range(index - 1, -1, -1):
         statement = block[i]
-        defined = _defines(statement)
-        if tests and (_stores_elsewhere(statement) or any(defined & _uses(t) for t in tests)):
+        defined = defines(statement)
+        if tests and (stores_elsewhere(statement) or any(defined & uses(t) for t in tests)):
             # Before this statement the conditions may be others: all of it is kept.
-            live = live.union(*map(_uses, block[: i + 1]))
+            live = live.union(*map(uses, block[: i + 1]))
             break
-        if _only_assigns(statement) and not defined & live:
+        if only_assigns(statement) and not defined & live:
             skipped.append(statement)
             conditions = [test for name in defined for test in maybe.pop(name, [])]
             if conditions:
-                _note(maybe, _uses(statement) - live, conditions)
+                _note(maybe, uses(statement) - live, conditions)
             needed = ast.BoolOp(ast.Or(), [runs, *conditions]) if conditions else runs
             block[i] = ast.If(copy.deepcopy(needed), [statement], [])
-        elif _is_optional(statement):
-            live |= _uses(statement.test)
-            inside = frozenset[str]().union(*map(_uses, statement.body))
+        elif is_optional(statement):
+            live |= uses(statement.test)
+            inside = frozenset[str]().union(*map(uses, statement.body))
             _note(maybe, inside - live, [statement.test])
             tests.append(statement.test)
         else:
-            for name in _surely_defines(statement):
+            for name in surely_defines(statement):
                 maybe.pop(name, None)
-            live = _uses(statement) | (live - _surely_defines(statement))
+            live = uses(statement) | (live - surely_defines(statement))
     return skipped, live | frozenset(maybe)
 
 
 def _note(maybe: dict[str, list[ast.expr]], names: frozenset[str], tests: list[ast.expr]) -> None:
     for name in names:
         maybe.setdefault(name, []).extend(tests)
-
-
-def _is_optional(statement: ast.stmt) -> TypeGuard[ast.If]:
-    """Whether it assigns under a condition that can be evaluated earlier, or does nothing."""
-    return (
-        isinstance(statement, ast.If)
-        and not statement.orelse
-        and _is_steady(statement.test)
-        and _only_assigns(statement)
-    )
 
 
 def _cut_statement(
@@ -281,82 +280,6 @@ def _is_at(node: ast.AST, site: Site) -> bool:
         )
         and isinstance(node, ast.BinOp | ast.Call | ast.AugAssign)
     )
-
-
-def _only_assigns(statement: ast.stmt) -> bool:
-    """Whether all it does is to compute values of variables."""
-    if isinstance(statement, ast.If | ast.For | ast.While):
-        return all(map(_only_assigns, [*statement.body, *statement.orelse]))
-    if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
-        return True
-    if isinstance(statement, ast.Assign):
-        return all(_are_names(target) for target in statement.targets)
-    if isinstance(statement, ast.Expr):
-        return _changed_in_place(statement) is not None
-    return isinstance(statement, ast.AugAssign | ast.AnnAssign) and _are_names(statement.target)
-
-
-def _changed_in_place(node: ast.AST) -> str | None:
-    """The variable that `x.mul_(...)` or `x.append(...)`, as a statement, changes."""
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        function = node.value.func
-        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
-            changes = function.attr.endswith("_") or function.attr in ("append", "extend")
-            return function.value.id if changes else None
-    return None
-
-
-def _are_names(target: ast.expr) -> bool:
-    if isinstance(target, ast.Tuple | ast.List):
-        return all(map(_are_names, target.elts))
-    return isinstance(target, ast.Name)
-
-
-def _uses(node: ast.AST) -> frozenset[str]:
-    names = {n.id for n in _names(node) if isinstance(n.ctx, ast.Load)}
-    changed = (n.target for n in ast.walk(node) if isinstance(n, ast.AugAssign))
-    return frozenset(names | {target.id for target in changed if isinstance(target, ast.Name)})
-
-
-def _defines(node: ast.AST) -> frozenset[str]:
-    loops = (n.target for n in ast.walk(node) if isinstance(n, ast.comprehension))
-    of_comprehensions = {id(name) for target in loops for name in _names(target)}
-    stored = (n for n in _names(node) if isinstance(n.ctx, ast.Store))
-    changed = (name for n in ast.walk(node) if (name := _changed_in_place(n)) is not None)
-    return frozenset([*(n.id for n in stored if id(n) not in of_comprehensions), *changed])
-
-
-def _surely_defines(statement: ast.stmt) -> frozenset[str]:
-    if isinstance(statement, ast.If):
-        both = [
-            frozenset[str]().union(*map(_surely_defines, part))
-            for part in (statement.body, statement.orelse)
-        ]
-        return both[0] & both[1]
-    if isinstance(statement, ast.Assign):
-        return frozenset[str]().union(*map(_defines, statement.targets))
-    if isinstance(statement, ast.AnnAssign | ast.AugAssign) and statement.value is not None:
-        return _defines(statement.target)
-    return frozenset()
-
-
-def _stores_elsewhere(statement: ast.stmt) -> bool:
-    """Whether it changes something besides variables."""
-    return any(
-        isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)
-        for node in ast.walk(statement)
-    )
-
-
-def _names(node: ast.AST) -> Iterator[ast.Name]:
-    return (n for n in ast.walk(node) if isinstance(n, ast.Name))
-
-
-def _is_steady(test: ast.expr) -> bool:
-    """Whether a condition can be evaluated earlier than where it stands: it calls nothing."""
-    kinds = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp)
-    others = (ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop)
-    return all(isinstance(node, kinds + others) for node in ast.walk(test))
 
 
 def _maybe_copy(shortcut: ast.expr, copied: bool) -> ast.expr:

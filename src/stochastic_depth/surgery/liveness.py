@@ -1,0 +1,94 @@
+"""What a statement uses, defines and changes: enough to know which statements others need."""
+
+import ast
+from collections.abc import Iterator
+from typing import TypeGuard
+
+
+def is_optional(statement: ast.stmt) -> TypeGuard[ast.If]:
+    """Whether it assigns under a condition that can be evaluated earlier, or does nothing."""
+    return (
+        isinstance(statement, ast.If)
+        and not statement.orelse
+        and is_steady(statement.test)
+        and only_assigns(statement)
+    )
+
+
+def only_assigns(statement: ast.stmt) -> bool:
+    """Whether all it does is to compute values of variables."""
+    if isinstance(statement, ast.If | ast.For | ast.While):
+        return all(map(only_assigns, [*statement.body, *statement.orelse]))
+    if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
+        return True
+    if isinstance(statement, ast.Assign):
+        return all(_are_names(target) for target in statement.targets)
+    if isinstance(statement, ast.Expr):
+        return _changed_in_place(statement) is not None
+    return isinstance(statement, ast.AugAssign | ast.AnnAssign) and _are_names(statement.target)
+
+
+def _changed_in_place(node: ast.AST) -> str | None:
+    """The variable that `x.mul_(...)` or `x.append(...)`, as a statement, changes."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        function = node.value.func
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+            changes = function.attr.endswith("_") or function.attr in ("append", "extend")
+            return function.value.id if changes else None
+    return None
+
+
+def _are_names(target: ast.expr) -> bool:
+    if isinstance(target, ast.Tuple | ast.List):
+        return all(map(_are_names, target.elts))
+    return isinstance(target, ast.Name)
+
+
+def uses(node: ast.AST) -> frozenset[str]:
+    """The variables whose values it may need."""
+    names = {n.id for n in _names(node) if isinstance(n.ctx, ast.Load)}
+    changed = (n.target for n in ast.walk(node) if isinstance(n, ast.AugAssign))
+    return frozenset(names | {target.id for target in changed if isinstance(target, ast.Name)})
+
+
+def defines(node: ast.AST) -> frozenset[str]:
+    """The variables that it may set or change."""
+    loops = (n.target for n in ast.walk(node) if isinstance(n, ast.comprehension))
+    of_comprehensions = {id(name) for target in loops for name in _names(target)}
+    stored = (n for n in _names(node) if isinstance(n.ctx, ast.Store))
+    changed = (name for n in ast.walk(node) if (name := _changed_in_place(n)) is not None)
+    return frozenset([*(n.id for n in stored if id(n) not in of_comprehensions), *changed])
+
+
+def surely_defines(statement: ast.stmt) -> frozenset[str]:
+    """The variables that have a new value after it, whatever it does."""
+    if isinstance(statement, ast.If):
+        both = [
+            frozenset[str]().union(*map(surely_defines, part))
+            for part in (statement.body, statement.orelse)
+        ]
+        return both[0] & both[1]
+    if isinstance(statement, ast.Assign):
+        return frozenset[str]().union(*map(defines, statement.targets))
+    if isinstance(statement, ast.AnnAssign | ast.AugAssign) and statement.value is not None:
+        return defines(statement.target)
+    return frozenset()
+
+
+def stores_elsewhere(statement: ast.stmt) -> bool:
+    """Whether it changes something besides variables."""
+    return any(
+        isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)
+        for node in ast.walk(statement)
+    )
+
+
+def _names(node: ast.AST) -> Iterator[ast.Name]:
+    return (n for n in ast.walk(node) if isinstance(n, ast.Name))
+
+
+def is_steady(test: ast.expr) -> bool:
+    """Whether a condition can be evaluated earlier than where it stands: it calls nothing."""
+    kinds = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp)
+    others = (ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop)
+    return all(isinstance(node, kinds + others) for node in ast.walk(test))
