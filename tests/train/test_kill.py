@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from test_fit import assert_same_end
 
 from stochastic_depth.train import open_run
@@ -67,26 +68,18 @@ def test_a_run_killed_at_random_moments_ends_where_it_would_have(tmp_path):
     assert not list(killed.rglob(".unfinished-*"))
 
 
-def test_sigterm_writes_a_checkpoint_and_tells_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_tells_how_to_go_on(tmp_path, number):
     process = train("digits", *OPTIONS, "--run", tmp_path / "run", "--epochs", "100")
     has_begun(process)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     code, output = finish(process)
-    assert code == 128 + signal.SIGTERM
-    assert f"stochastic-depth train --resume {tmp_path / 'run'}" in output
-    assert open_run(tmp_path / "run").checkpoints.steps()
-
-
-def test_sigint_does_the_same(tmp_path):
-    process = train("digits", *OPTIONS, "--run", tmp_path / "run", "--epochs", "100")
-    has_begun(process)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    code, output = finish(process)
-    assert code == 128 + signal.SIGINT
+    assert code == 128 + number
     assert "with a checkpoint" in output
+    assert f"stochastic-depth train --resume {tmp_path / 'run'}" in output
     assert "Traceback" not in output
+    assert open_run(tmp_path / "run").checkpoints.steps()
 
 
 def test_a_second_process_is_told_that_the_folder_is_being_written(tmp_path):

@@ -35,6 +35,25 @@ stochastic-depth COMMAND --help tells the options of a command.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = _run(command, rest)
+        sys.stdout.flush()
+        return code
+    except StochasticDepthError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except SystemExit as exit:  # the parser has said what is wrong, or printed help
+        if isinstance(exit.__context__, BrokenPipeError):  # how rich ends when nobody reads
+            return 128 + signal.SIGPIPE
+        return int(exit.code or 0)
+
+
+def _run(command: str, rest: list[str]) -> int:
     if command in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         print(HELP.format(commands="\n".join(f"  {k:{width}}  {v}" for k, v in COMMANDS.items())))
@@ -44,20 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         return usage_error("command", command, COMMANDS)
-    try:
-        for module in ("tyro", "rich", "safetensors"):
-            require(module, "train")
-        return importlib.import_module(f"stochastic_depth.cli.{command}").main(rest)
-    except SystemExit as usage:  # the parser has said what is wrong, or printed help
-        return int(usage.code or 0)
-    except StochasticDepthError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    for module in ("tyro", "rich", "safetensors"):
+        require(module, "train")
+    return importlib.import_module(f"stochastic_depth.cli.{command}").main(rest)
 
 
 def usage_error(what: str, given: str, known: Iterable[str]) -> int:

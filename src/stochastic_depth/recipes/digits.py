@@ -12,7 +12,7 @@ def digits() -> Config:
     Source: ours; the network and optimisation of the paper on 1,197 training images.
     Command: stochastic-depth train digits
     Published: none. Expected: a test error of about 1 %.
-    Cost: 20 seconds on two cores.
+    Cost: 15 to 20 seconds of training on two cores.
     """
     return Config(
         recipe="digits",
@@ -29,6 +29,6 @@ def digits_constant() -> Config:
     Source: ours; the network and optimisation of the paper on 1,197 training images.
     Command: stochastic-depth train digits-constant
     Published: none. Expected: a test error of about 1 %.
-    Cost: 26 seconds on two cores.
+    Cost: 19 to 26 seconds of training on two cores.
     """
     return replace(constant_depth(digits()), recipe="digits-constant")

@@ -210,7 +210,7 @@ class _Recorder(TorchFunctionMode):
 def discover(model: nn.Module, run: Callable[[], object]) -> list[Addition]:
     """The residual additions of `model` in the order in which `run`, a forward pass, meets them.
 
-    Every parameter, buffer and mode is left as it was; nothing is computed for backward.
+    In training mode the pass updates statistics as any other: see `undisturbed`.
     """
     recorder = _Recorder(parameters={id(p): name for name, p in model.named_parameters()})
     with _calls_noted(model, recorder), torch.no_grad(), recorder:

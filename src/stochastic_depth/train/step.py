@@ -18,7 +18,7 @@ class Measured(NamedTuple):
     gradient_norm: Tensor
     """L2 norm of the gradient at the first convolution."""
     gradient_mean: Tensor
-    """Mean absolute gradient at the first convolution (the paper, figure 6)."""
+    """Mean absolute gradient at the first convolution (the paper, section 5)."""
 
 
 def train_step(
