@@ -21,8 +21,8 @@ if torch.version.cuda is None:  # torchvision's wheels miss two operators on a C
 import timm
 
 import stochastic_depth as sd
-from stochastic_depth.bench.timing import take_turns
 from stochastic_depth.gates import Gate
+from stochastic_depth.timing import take_turns
 
 MODELS = {
     "resnet50": (16, 128),

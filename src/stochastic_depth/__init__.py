@@ -25,8 +25,21 @@ from stochastic_depth.errors import (
     UnsupportedBlockError,
 )
 from stochastic_depth.gates import Gate, GateKind, Scale
-from stochastic_depth.residual import Residual, residual_step
-from stochastic_depth.surgery import BlockSummary, Summary, apply, depth_of, remove, summary
+from stochastic_depth.residual import Residual, part, residual_step, scaled
+from stochastic_depth.surgery import (
+    BlockSummary,
+    Plan,
+    PlannedBlock,
+    Summary,
+    Verification,
+    apply,
+    depth_of,
+    plan,
+    register_unit,
+    remove,
+    summary,
+    verify,
+)
 from stochastic_depth.survival import LinearDecay, Ramp, SurvivalRule, Uniform
 
 __version__ = version("stochastic-depth")
@@ -43,6 +56,8 @@ __all__ = [
     "GateKind",
     "LinearDecay",
     "MissingExtraError",
+    "Plan",
+    "PlannedBlock",
     "Ramp",
     "Residual",
     "RunError",
@@ -56,9 +71,15 @@ __all__ = [
     "SurvivalRule",
     "Uniform",
     "UnsupportedBlockError",
+    "Verification",
     "apply",
     "depth_of",
+    "part",
+    "plan",
+    "register_unit",
     "remove",
     "residual_step",
+    "scaled",
     "summary",
+    "verify",
 ]

@@ -143,7 +143,7 @@ class StochasticDepth:
         if not model.training:
             self._open([None] * len(self.blocks))
         elif not _in_backward():
-            self.draw(None if self.gate == "batch" else _batch_size(args, kwargs))
+            self.draw(None if self.gate == "batch" else batch_size((args, kwargs)))
         elif self._draws_since_backward > 1:
             raise GateError(
                 "the whole model is recomputed after several forward passes, and reentrant "
@@ -208,8 +208,13 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _batch_size(args: tuple, kwargs: dict[str, Any]) -> int:
-    for leaf in tree_leaves((args, kwargs)):
+def batch_size(inputs: object) -> int:
+    """The number of samples in the inputs of a model: that of the first tensor among them.
+
+    Raises:
+        GateError: when there is none.
+    """
+    for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)
     raise GateError("gates for single samples need a tensor [batch, ...] among the model's inputs")

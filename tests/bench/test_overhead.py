@@ -2,8 +2,8 @@ import torch
 
 from stochastic_depth.bench.overhead import NETWORKS, training_steps
 from stochastic_depth.bench.plain import PlainResNet
-from stochastic_depth.bench.timing import Timing, paired_ratio, take_turns
 from stochastic_depth.models import CifarResNet
+from stochastic_depth.timing import Timing, paired_ratio, take_turns
 from stochastic_depth.train.execution import Execution
 
 

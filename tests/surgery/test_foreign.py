@@ -513,10 +513,8 @@ class Lambda(Base):
     ("kind", "why"),
     [
         (Deletes, "the model fails"),
-        (ChangesItsMind, "not computed in this method alone|must run even when"),
         (Loop, "inside a For"),
         (SideOutput, "not computed in this method alone|must run even when"),
-        (Elsewhere, "begins outside"),
     ],
 )
 def test_a_block_that_cannot_be_cut_is_named_and_the_model_left_as_it_was(kind, why):

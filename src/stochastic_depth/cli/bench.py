@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from stochastic_depth.bench.overhead import NETWORKS, training_steps
-from stochastic_depth.bench.timing import Timing, paired_ratio, take_turns
+from stochastic_depth.timing import Timing, paired_ratio, take_turns
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.execution import machine, resolve_execution
 from stochastic_depth.train.files import write_whole

@@ -1,6 +1,22 @@
 """Make the residual units of an existing model skippable, undo it, prove it."""
 
 from stochastic_depth.surgery.apply import apply, depth_of, remove
+from stochastic_depth.surgery.plan import Plan, PlannedBlock, plan
+from stochastic_depth.surgery.registry import register_unit
 from stochastic_depth.surgery.summary import BlockSummary, Summary, summary
+from stochastic_depth.surgery.verify import Verification, verify
 
-__all__ = ["BlockSummary", "Summary", "apply", "depth_of", "remove", "summary"]
+__all__ = [
+    "BlockSummary",
+    "Plan",
+    "PlannedBlock",
+    "Summary",
+    "Verification",
+    "apply",
+    "depth_of",
+    "plan",
+    "register_unit",
+    "remove",
+    "summary",
+    "verify",
+]

@@ -7,23 +7,25 @@ from typing import get_args
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth.depth import Block, SkippedPolicy, StochasticDepth
+from stochastic_depth.depth import Block, SkippedPolicy, StochasticDepth, batch_size
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, GateKind, Scale
 from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.cuts import Cut
 from stochastic_depth.surgery.droppath import Silenced, silence
 from stochastic_depth.surgery.find import (
+    Choice,
     Example,
-    Exclude,
     Found,
     Granularity,
     caller,
     find_blocks,
     find_residuals,
+    nothing_found,
     unsupported,
 )
 from stochastic_depth.surgery.install import install, is_installed, uninstall
-from stochastic_depth.surgery.verify import check, check_training, establish
+from stochastic_depth.surgery.proof import check, check_training, establish
 from stochastic_depth.survival import LinearDecay, SurvivalRule, survival_probabilities
 
 _APPLIED = "_stochastic_depth_applied"
@@ -31,8 +33,11 @@ _APPLIED = "_stochastic_depth_applied"
 
 
 @dataclass(frozen=True)
-class _Applied:
+class Applied:
+    """What there is to know about a model that `apply` was given."""
+
     depth: StochasticDepth
+    found: Sequence[Found]
     hooks: tuple[RemovableHandle, ...]
     silenced: list[Silenced]
 
@@ -42,7 +47,8 @@ def apply(
     survival: SurvivalRule | None = None,
     *,
     example: Example | None = None,
-    exclude: Exclude = (),
+    include: Choice | None = None,
+    exclude: Choice = (),
     granularity: Granularity = "block",
     gate: GateKind = "batch",
     scale: Scale = "inference",
@@ -66,12 +72,15 @@ def apply(
         survival: p_l; `sd.LinearDecay(0.5)` when not given.
         example: inputs of one forward call: a tensor, a tuple of arguments, or a mapping of
             keyword arguments. A small batch will do.
-        exclude: modules to leave as they are, by name or class.
-        granularity: "block", one coin for all residual additions of a module; or "unit", one each.
+        include: modules in which to look for blocks, by name, by class, or by a function of name
+            and module that returns a bool; all when not given.
+        exclude: modules to leave as they are, with all that is inside of them.
+        granularity: "block", one coin for all residual additions of a repeated block; or "unit",
+            one each.
         gate: "batch", one coin a block and mini-batch (the paper): a closed block costs nothing;
             "sample", one coin a sample, masked: the DropPath of timm and torchvision, saves
-            nothing; "subset", one coin a sample, and the branch runs on the drawn samples only
-            (`sd.Residual` units alone).
+            nothing; "subset", one coin a sample, and the branch runs on the drawn samples only:
+            it saves in proportion, and its BatchNorm sees no others.
         scale: "inference" multiplies by p_l in evaluation (the paper), "training" divides by p_l
             in training.
         skipped: the gradient of a skipped block's parameters: "paper" makes it zero, so that
@@ -95,35 +104,32 @@ def apply(
     ):
         if value not in known:
             raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
-    _refuse_applied(model)
+    refuse_applied(model)
     if example is None:
-        found = find_residuals(model, exclude)
+        found = find_residuals(model, include, exclude)
     else:
-        found = find_blocks(model, example, granularity, exclude)
+        found = find_blocks(model, example, granularity, include, exclude)
     if not found:
-        raise ApplyError(_nothing_found(model, example))
-    foreign = [block.name for block in found if block.sites]
-    if gate == "subset" and foreign:
-        raise ApplyError(
-            f'gate="subset" runs a branch on a part of the samples, which {foreign[0]!r} cannot be '
-            'cut for: use gate="batch" or "sample", or build the block from sd.Residual'
-        )
+        raise nothing_found(model, example)
+    for block in found:
+        if block.refusal:
+            raise unsupported(block.name, block.module, block.refusal)
     rule = survival or LinearDecay()
     survival_probabilities(rule, len(found))
     silenced = silence(found)
     try:
-        blocks = _open_up(model, found, example)
+        blocks = _open_up(model, found, example, gate == "subset")
     except BaseException:
         for drop_path in silenced:
             drop_path.restore()
-        _close_up(model)
+        take_gates(model)
         raise
     depth = StochasticDepth(blocks, rule, gate, scale, skipped, seed)
     hooks = (
         model.register_forward_pre_hook(depth.before_forward, with_kwargs=True),
         model.register_forward_hook(depth.after_forward),
     )
-    setattr(model, _APPLIED, _Applied(depth, hooks, silenced))
+    setattr(model, _APPLIED, Applied(depth, found, hooks, silenced))
     return depth
 
 
@@ -133,13 +139,13 @@ def remove(model: nn.Module) -> None:
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
     """
-    applied = _applied(model)
+    applied = applied_to(model)
     for hook in applied.hooks:
         hook.remove()
     for drop_path in applied.silenced:
         drop_path.restore()
     delattr(model, _APPLIED)
-    _close_up(model)
+    take_gates(model)
 
 
 def depth_of(model: nn.Module) -> StochasticDepth:
@@ -148,11 +154,16 @@ def depth_of(model: nn.Module) -> StochasticDepth:
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
     """
-    return _applied(model).depth
+    return applied_to(model).depth
 
 
-def _applied(model: nn.Module) -> _Applied:
-    applied: _Applied | None = getattr(model, _APPLIED, None)
+def applied_to(model: nn.Module) -> Applied:
+    """What `apply` noted about `model`.
+
+    Raises:
+        ApplyError: when `model` is not one that it was given.
+    """
+    applied: Applied | None = getattr(model, _APPLIED, None)
     if applied is None:
         raise ApplyError(
             f"{type(model).__name__} has no stochastic depth: give the model that sd.apply was "
@@ -161,34 +172,46 @@ def _applied(model: nn.Module) -> _Applied:
     return applied
 
 
-def _open_up(model: nn.Module, found: Sequence[Found], example: Example | None) -> list[Block]:
+def _open_up(
+    model: nn.Module, found: Sequence[Found], example: Example | None, select: bool
+) -> list[Block]:
     """Give every block its gates, and verify those that were cut."""
-    if example is None or not any(block.sites for block in found):
-        return [_block(block, {}) for block in found]
+    if example is None or not any(block.units for block in found):
+        return put_gates(found, select)
     run = caller(model, example)
-    truth = establish(model, run, found)
-    gates: dict[tuple[nn.Module, object], BlockGates] = {}
-    for module, name in {block.module: block.name for block in found if block.sites}.items():
-        sites = tuple(s for block in found if block.module is module for s in block.sites)
-        try:
-            gates |= {(module, s): g for s, g in zip(sites, install(module, sites), strict=True)}
-        except UnsupportedBlockError as error:
-            raise unsupported(name, module, error) from error
-    blocks = [_block(block, gates) for block in found]
-    check(model, run, found, blocks, truth)
+    batch = batch_size(example) if select else None
+    truth = establish(model, run, found, batch)
+    blocks = put_gates(found, select)
+    check(model, run, found, blocks, truth, batch)
     check_training(model, run, blocks)
     return blocks
 
 
-def _block(found: Found, gates: dict[tuple[nn.Module, object], BlockGates]) -> Block:
-    if isinstance(found.module, Residual):
-        found.module.gates = BlockGates()
-        return Block(found.name, (found.module.gates,), found.parameters)
-    mine = tuple(gates[found.module, site] for site in found.sites)
-    return Block(found.name, mine, found.parameters)
+def put_gates(found: Sequence[Found], select: bool) -> list[Block]:
+    """Install gates in all modules of all blocks: one for each unit."""
+    cuts: dict[nn.Module, dict[Cut, BlockGates]] = {}
+    blocks: list[Block] = []
+    for block in found:
+        if isinstance(block.module, Residual):
+            block.module.gates = BlockGates()
+            blocks.append(Block(block.name, (block.module.gates,), block.parameters))
+            continue
+        gates = tuple(BlockGates() for _ in block.units)
+        for unit, of_unit in zip(block.units, gates, strict=True):
+            for module, cut in unit.cuts:
+                cuts.setdefault(module, {})[cut] = of_unit
+        blocks.append(Block(block.name, gates, block.parameters))
+    names = {block.module: block.name for block in found}
+    for module, of_module in cuts.items():
+        try:
+            install(module, of_module, select)
+        except UnsupportedBlockError as error:
+            raise unsupported(names.get(module, "?"), module, error) from error
+    return blocks
 
 
-def _close_up(model: nn.Module) -> None:
+def take_gates(model: nn.Module) -> None:
+    """Undo `put_gates`, whole or in part."""
     for module in model.modules():
         if isinstance(module, Residual):
             module.gates = None
@@ -196,20 +219,11 @@ def _close_up(model: nn.Module) -> None:
             uninstall(module)
 
 
-def _refuse_applied(model: nn.Module) -> None:
+def refuse_applied(model: nn.Module) -> None:
+    """Raise `ApplyError` when a block of `model` has stochastic depth already."""
     for name, module in model.named_modules():
         if is_installed(module) or (isinstance(module, Residual) and module.gates is not None):
             raise ApplyError(
                 f"block {name or type(model).__name__!r} has stochastic depth already: "
                 "sd.remove(model) first"
             )
-
-
-def _nothing_found(model: nn.Module, example: Example | None) -> str:
-    found = f"no residual block found in {type(model).__name__}, so nothing can be skipped"
-    if example is None:
-        return f"{found}: give example=, the inputs of one forward call, to find those of any model"
-    return (
-        f"{found}: a block must add what it computes to its input, or to a projection of it; "
-        "concatenation (DenseNet), gating and subtraction are not residual"
-    )

@@ -4,18 +4,21 @@ A residual addition joins a value and something computed from it (an identity sh
 values computed from the same input of one module (a projection shortcut).
 """
 
-import inspect
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from stochastic_depth.surgery.cuts import Argument, Place, Position, Side, Sliced, Sum, find_place
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
@@ -23,41 +26,27 @@ MIXES = ("linear", "conv", "mm", "matmul", "einsum", "attention", "pool", "fft")
 """Parts of the names of functions of which a branch has at least one: what only adds to, scales or
 bends a value (an activation written out, a rotary embedding, a normalisation) is no branch."""
 
-Side = Literal["left", "right"]
-Position = tuple[int, int, int, int]
-"""First and last line of an expression in its file, first and last column."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a residual addition stands in the source, and which operand is its shortcut."""
-
-    kind: type[nn.Module]
-    """The class that defines the method: that of the module that adds, or a parent."""
-    method: str
-    position: Position
-    shortcut: Side
-
-    def __str__(self) -> str:
-        return f"{self.kind.__qualname__}.{self.method}, line {self.position[0]}"
-
 
 @dataclass(frozen=True)
 class Addition:
-    """A residual addition of one module."""
+    """A residual addition, and the computation of its branch."""
 
     owner: str
-    """Name of the module whose method adds."""
-    site: Site | None
-    """None where it is not in a method of its module, but in a function that a method calls."""
+    """Name of the module in which its branch begins: the one that adds, or one that calls it."""
+    cuts: tuple[tuple[str, Sliced | None], ...]
+    """Where to cut which modules, the one that adds first; None where that is in no method."""
     identity: bool
     """Whether the shortcut is the very value that the branch was computed from."""
-    elsewhere: bool
-    """Whether a part of the branch was computed outside of the module."""
+    begins_elsewhere: bool
+    """Whether not even the owner computes all of the branch."""
     modules: tuple[str, ...]
     """Names of the modules that ran for the branch, inside of the owner; one for each call."""
     parameters: frozenset[str]
     """Names of the parameters that the branch uses, inside of the owner."""
+    flops: int
+    """Of the branch, in one forward pass; 0 where they were not asked for."""
+    whole: bool = False
+    """Whether the owner returns this sum, and was given its shortcut as first argument."""
 
 
 @dataclass
@@ -66,8 +55,14 @@ class _Call:
 
     name: str
     module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     inputs: set[int]
     began: int
+
+
+_Key = tuple[str, tuple[tuple[str, Sliced | None], ...]]
+"""What tells additions apart: `owner` and `cuts`."""
 
 
 @dataclass
@@ -76,13 +71,20 @@ class _Recorder(TorchFunctionMode):
 
     parents: list[tuple[int, ...]] = field(default_factory=list)
     made_by: list[str] = field(default_factory=list)
-    sums: set[int] = field(default_factory=set)
+    flops: list[int] = field(default_factory=list)
+    sums: dict[int, tuple[_Key, int]] = field(default_factory=dict)
+    """Results of residual additions, and their shortcuts."""
     node_of: dict[int, int] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
     parameters: dict[int, str] = field(default_factory=dict)
     calls: list[_Call] = field(default_factory=list)
     finished: list[tuple[_Call, set[int]]] = field(default_factory=list)
-    found: dict[tuple[str, Site | None], Addition] = field(default_factory=dict)
+    nothing: defaultdict[tuple[str, type, str], set[tuple[Position, int]]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
+    """Outputs that were None, by the method that called."""
+    found: dict[_Key, Addition] = field(default_factory=dict)
+    counter: FlopCounterMode | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -94,10 +96,12 @@ class _Recorder(TorchFunctionMode):
         before = [args[i] if i < len(args) else None for i in range(2)]
         nodes = [self.node(x) if isinstance(x, Tensor) else None for x in before]
         shapes = [x.shape if isinstance(x, Tensor) else None for x in before]
+        spent = self.spent()
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         for leaf in _tensors(out):
-            self.new(leaf, operands, name)
+            self.new(leaf, operands, name, self.spent() - spent)
+            spent = self.spent()
         left, right = nodes
         if (
             name in ADDITIONS
@@ -106,15 +110,21 @@ class _Recorder(TorchFunctionMode):
             and right is not None
             and left != right
             and shapes[0] == shapes[1]
-        ) and self.consider(left, right, sys._getframe(1)):
-            self.sums.add(self.node(out))
+        ):
+            self.consider(left, right, self.node(out), sys._getframe(1))
         return out
+
+    def spent(self) -> int:
+        return 0 if self.counter is None else self.counter.get_total_flops()
 
     def node(self, tensor: Tensor) -> int:
         return self.node_of[id(tensor)] if id(tensor) in self.node_of else self.new(tensor, ())
 
-    def new(self, tensor: Tensor, parents: tuple[int, ...], made_by: str = "") -> int:
+    def new(
+        self, tensor: Tensor, parents: tuple[int, ...], made_by: str = "", flops: int = 0
+    ) -> int:
         self.parents.append(parents)
+        self.flops.append(flops)
         self.made_by.append(made_by)
         self.kept.append(tensor)
         self.node_of[id(tensor)] = len(self.parents) - 1
@@ -168,52 +178,108 @@ class _Recorder(TorchFunctionMode):
             return "right"
         return None
 
-    def consider(self, left: int, right: int, frame: FrameType | None) -> bool:
+    def consider(self, left: int, right: int, total: int, frame: FrameType | None) -> None:
         """Note the addition if it is residual."""
         call = self.calls[-1]
-        earliest = min([call.began, *call.inputs])
-        of = [self.reach(left, earliest), self.reach(right, earliest)]
-        shortcut = self.side_of_shortcut(left, right, of)
-        if shortcut is None:
-            return False
-        branch = of[1] - of[0] if shortcut == "left" else of[0] - of[1]
+        of = self.reaches(left, right, call)
+        side = self.side_of_shortcut(left, right, of)
+        if side is None:
+            return
+        kept = left if side == "left" else right
         identity = (left in of[1]) or (right in of[0])
+        branch = of[1] - of[0] if side == "left" else of[0] - of[1]
         if not self.mixing(branch):
-            return False
-        site = find_site(call.module, frame, shortcut)
-        kept = left if shortcut == "left" else right
+            return
+        place = find_place(call.module, frame)
+        cuts: list[tuple[str, Sliced | None]] = [
+            (call.name, place and Sum(place, side, self.nothing_in(call, place)))
+        ]
+        handed = self.handed(call, branch, kept)
+        for caller in reversed(self.calls[:-1]):
+            if not handed:
+                break
+            place = find_place(caller.module, frame)
+            nothing = self.nothing_in(caller, place)
+            cuts.append((caller.name, place and Argument(place, handed, nothing)))
+            call, of = caller, self.reaches(left, right, caller)
+            branch = of[1] - of[0] if side == "left" else of[0] - of[1]
+            handed = self.handed(call, branch, kept)
         modules = tuple(
             done.name
             for done, outputs in self.finished
             if done.began >= call.began and outputs and outputs <= branch
         )
-        parameters = {
+        parameters = frozenset(
             self.parameters[id(self.kept[node])]
             for node in branch
             if id(self.kept[node]) in self.parameters
-        }
-        elsewhere = any(
-            node in branch and node < call.began and kept in self.reach(node, kept)
-            for node in call.inputs
         )
-        before = self.found.get((call.name, site))
+        flops = sum(self.flops[node] for node in branch)
+        key = (call.name, tuple(cuts))
+        begins_elsewhere = bool(handed)
+        before = self.found.get(key)
         if before is not None:
             modules += before.modules
             parameters |= before.parameters
-            elsewhere |= before.elsewhere
-        self.found[call.name, site] = Addition(
-            call.name, site, identity, elsewhere, modules, frozenset(parameters)
+            begins_elsewhere |= before.begins_elsewhere
+            flops += before.flops
+        self.found[key] = Addition(*key, identity, begins_elsewhere, modules, parameters, flops)
+        self.sums[total] = key, kept
+
+    def reaches(self, left: int, right: int, call: _Call) -> list[set[int]]:
+        """What the two were computed from, no further back than what `call` was given."""
+        earliest = min([call.began, *call.inputs])
+        return [self.reach(left, earliest), self.reach(right, earliest)]
+
+    def handed(self, call: _Call, branch: set[int], kept: int) -> tuple[int | str, ...]:
+        """The arguments of `call` that hold a part of the branch, computed before."""
+        arguments = [*enumerate(call.args), *call.kwargs.items()]
+        return tuple(
+            name
+            for name, value in arguments
+            if any(
+                node in branch and node < call.began and kept in self.reach(node, kept)
+                for node in map(self.node, _tensors(value))
+            )
         )
-        return True
+
+    def nothing_in(self, call: _Call, place: Place | None) -> frozenset[tuple[Position, int]]:
+        return frozenset((place and self.nothing.get((call.name, place.kind, place.method))) or ())
+
+    def returned(self, call: _Call, output: Any, frame: FrameType | None) -> None:
+        """Note what a module gave back to the one that called it."""
+        outputs = {self.node(leaf) for leaf in _tensors(output)}
+        self.finished.append((call, outputs))
+        for node in outputs & self.sums.keys():
+            key, kept = self.sums[node]
+            given = call.args[0] if call.args else None
+            if key[0] == call.name and isinstance(output, Tensor) and isinstance(given, Tensor):
+                whole = self.node(given) == kept
+                self.found[key] = replace(self.found[key], whole=whole)
+        missing = [n for n, x in enumerate(output) if x is None] if type(output) is tuple else []
+        if missing and self.calls:
+            caller = self.calls[-1]
+            place = find_place(caller.module, frame)
+            if place is not None:
+                self.nothing[caller.name, place.kind, place.method] |= {
+                    (place.position, n) for n in missing
+                }
 
 
-def discover(model: nn.Module, run: Callable[[], object]) -> list[Addition]:
+def discover(
+    model: nn.Module, run: Callable[[], object], count_flops: bool = False
+) -> list[Addition]:
     """The residual additions of `model` in the order in which `run`, a forward pass, meets them.
 
     In training mode the pass updates statistics as any other: see `undisturbed`.
     """
     recorder = _Recorder(parameters={id(p): name for name, p in model.named_parameters()})
-    with _calls_noted(model, recorder), torch.no_grad(), recorder:
+    with ExitStack() as entered:
+        entered.enter_context(_calls_noted(model, recorder))
+        entered.enter_context(torch.no_grad())
+        if count_flops:
+            recorder.counter = entered.enter_context(FlopCounterMode(display=False))
+        entered.enter_context(recorder)
         run()
     return list(recorder.found.values())
 
@@ -226,11 +292,11 @@ def _calls_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
         def begin(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
             inputs = {recorder.node(leaf) for leaf in _tensors((args, kwargs))}
-            recorder.calls.append(_Call(name, module, inputs, len(recorder.parents)))
+            call = _Call(name, module, args, kwargs, inputs, len(recorder.parents))
+            recorder.calls.append(call)
 
         def end(module: nn.Module, args: tuple, output: object) -> None:
-            outputs = {recorder.node(leaf) for leaf in _tensors(output)}
-            recorder.finished.append((recorder.calls.pop(), outputs))
+            recorder.returned(recorder.calls.pop(), output, sys._getframe(1))
 
         handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(module.register_forward_hook(end))
@@ -243,20 +309,3 @@ def _calls_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 def _tensors(values: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def find_site(module: nn.Module, frame: FrameType | None, shortcut: Side) -> Site | None:
-    """The expression in a method of `module` that is being evaluated."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
-            position = list(code.co_positions())[frame.f_lasti // 2]
-            for kind in type(module).__mro__:
-                method = vars(kind).get(code.co_name)
-                inner = inspect.unwrap(method) if callable(method) else None
-                if getattr(inner, "__code__", None) is code and None not in position:
-                    first, last, start, end = position
-                    return Site(kind, code.co_name, (first, last, start, end), shortcut)  # type: ignore[arg-type]
-            return None
-        frame = frame.f_back
-    return None

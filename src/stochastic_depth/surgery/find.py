@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.discover import Addition, Site, discover
+from stochastic_depth.surgery.cuts import Argument, Cut, Opaque, Registered, Sum
+from stochastic_depth.surgery.discover import Addition, discover
+from stochastic_depth.surgery.mechanism import cuts_of
+from stochastic_depth.surgery.registry import registered
 from stochastic_depth.surgery.slicing import in_loop
 from stochastic_depth.surgery.undisturbed import undisturbed
 
@@ -21,25 +24,54 @@ Granularity = Literal["block", "unit"]
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """The inputs of one forward call: one tensor, positional arguments, or keyword arguments."""
 
-Exclude = Iterable[str | type[nn.Module]]
-"""Modules to leave as they are: by name, with all that is inside of them, or by class."""
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+Named = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Choice = Named | Iterable[Named]
+"""Modules, with all that is inside of them: by name, by class, or by a function of both."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What gets one gate: a residual addition, or a registered module."""
+
+    cuts: tuple[tuple[nn.Module, Cut], ...]
+    additions: tuple[tuple[nn.Module, Sum], ...]
+    """The modules that add, and where."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One residual block: a `Residual` unit, or the additions of another module."""
+    """One residual block: a `Residual` unit, or additions of other modules that share a coin."""
 
     name: str
     module: nn.Module
-    sites: tuple[Site, ...]
-    """Of its additions; empty for a `Residual`, whose addition has a gate already."""
+    shortcut: str
+    """"identity" or "projection"; both, with a comma, where its additions differ."""
+    units: tuple[Unit, ...]
+    """Empty for a `Residual`, whose addition has a gate already."""
     modules: Counter[str]
-    """How often each module runs for its branch, by name."""
+    """How often each module runs for its branches, by name."""
     parameters: tuple[str, ...]
-    """Names, in the model, of the parameters of its branch."""
+    """Names, in the model, of the parameters of its branches."""
+    flops: int
+    """Of its branches in one forward pass; 0 where they were not asked for."""
+    refusal: str = ""
+    """Why it cannot be made skippable."""
+
+    @property
+    def mechanism(self) -> str:
+        """How it is made skippable."""
+        if self.refusal:
+            return "none"
+        names = {NAME_OF[type(cut)] for unit in self.units for _, cut in unit.cuts}
+        return "call" if "call" in names else ", ".join(sorted(names)) or "Residual"
 
 
-def caller(model: nn.Module, example: Example) -> Callable[[], Any]:
+NAME_OF = {Sum: "slice", Argument: "call", Opaque: "opaque", Registered: "registered"}
+
+
+def caller(model: Callable[..., Any], example: Example) -> Callable[[], Any]:
     """A function that calls `model` on `example`."""
     if isinstance(example, Mapping):
         return lambda: model(**example)
@@ -48,93 +80,169 @@ def caller(model: nn.Module, example: Example) -> Callable[[], Any]:
     return lambda: model(example)
 
 
-def find_residuals(model: nn.Module, exclude: Exclude) -> list[Found]:
+def find_residuals(model: nn.Module, include: Choice | None, exclude: Choice) -> list[Found]:
     """The `Residual` units of `model`, in order of registration."""
-    excluded = _excluded(model, exclude)
+    chosen = _chosen(model, include, exclude)
     return [
-        Found(
-            name,
-            module,
-            (),
-            Counter(),
-            _parameters(f"{name}.branch" if name else "branch", module.branch),
-        )
+        _residual(name, module, 0)
         for name, module in model.named_modules()
-        if isinstance(module, Residual) and name not in excluded
+        if isinstance(module, Residual) and name in chosen
     ]
 
 
 def find_blocks(
-    model: nn.Module, example: Example, granularity: Granularity, exclude: Exclude
+    model: nn.Module,
+    example: Example,
+    granularity: Granularity,
+    include: Choice | None,
+    exclude: Choice,
+    count_flops: bool = False,
 ) -> list[Found]:
-    """The residual blocks of `model`, in the order in which they run on `example`.
-
-    Raises:
-        UnsupportedBlockError: when a branch is computed in several modules.
-    """
-    excluded = _excluded(model, exclude)
+    """The residual blocks of `model`, in the order in which they run on `example`."""
+    chosen = _chosen(model, include, exclude)
     modules = dict(model.named_modules())
     with undisturbed(model):
         model.eval()
-        additions = discover(model, caller(model, example))
-    groups: dict[Any, list[Addition]] = {}
+        additions = discover(model, caller(model, example), count_flops)
+    blocks: dict[tuple[str, Any], list[Addition]] = {}
     for addition in additions:
-        if addition.owner in excluded:
-            continue
-        if addition.elsewhere:
-            raise unsupported(
-                addition.owner,
-                modules[addition.owner],
-                f"its branch begins outside of the module that adds ({addition.site})",
-            )
-        if addition.site and not addition.identity and in_loop(addition.site):
-            continue  # it gathers parts
-        if addition.site is None:
-            raise unsupported(
-                addition.owner,
-                modules[addition.owner],
-                "its addition is not in a method of the module, but in a function that one calls",
-            )
-        key = addition.owner if granularity == "block" else (addition.owner, addition.site)
-        groups.setdefault(key, []).append(addition)
-    return [_found(modules[group[0].owner], group) for group in groups.values()]
+        if addition.owner in chosen and not _gathers(addition):
+            key = _block_of(addition, modules, granularity)
+            blocks.setdefault(key, []).append(addition)
+    return [_found(name, group, modules) for (name, _), group in blocks.items()]
 
 
-def _found(module: nn.Module, additions: list[Addition]) -> Found:
-    name = additions[0].owner
-    sites = tuple(a.site for a in additions if a.site is not None)
-    parameters = tuple(sorted(frozenset[str]().union(*(a.parameters for a in additions))))
-    if isinstance(module, Residual):
-        return Found(name, module, (), Counter(), parameters)
-    modules = functools.reduce(operator.or_, (Counter(a.modules) for a in additions))
-    return Found(name, module, sites, modules, parameters)
+def _gathers(addition: Addition) -> bool:
+    """Whether it sums parts up in a loop, which is no residual unit."""
+    _, cut = addition.cuts[0]
+    return cut is not None and not addition.identity and in_loop(cut.place)
+
+
+def _block_of(
+    addition: Addition, modules: Mapping[str, nn.Module], granularity: Granularity
+) -> tuple[str, Any]:
+    """The name of the block that an addition belongs to, and which coin there is its own."""
+    whole = registered_around(addition.owner, modules)
+    if whole is not None:
+        return whole, None
+    if isinstance(modules[addition.owner], Residual):
+        return addition.owner, None
+    if granularity == "unit":
+        return addition.owner, addition.cuts
+    return repeated_block(addition.owner, modules), None
+
+
+def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The nearest module, from `owner` outwards, of a registered class."""
+    name = owner
+    while name and registered(type(modules[name])) is None:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
+    """The block that a residual module belongs to: the nearest element of a list of its like."""
+    name = owner
+    while name:
+        container = name.rpartition(".")[0]
+        siblings = list(modules[container].children())
+        alike = sum(type(sibling) is type(modules[name]) for sibling in siblings)
+        if isinstance(modules[container], CONTAINERS) and (alike > 1 or len(siblings) == 1):
+            return name
+        name = container
+    return owner
+
+
+def nothing_found(model: nn.Module, example: Example | None) -> ApplyError:
+    """The error for a model in which nothing can be skipped."""
+    found = f"no residual block found in {type(model).__name__}, so nothing can be skipped"
+    if example is None:
+        return ApplyError(
+            f"{found}: give example=, the inputs of one forward call, to find those of any model"
+        )
+    return ApplyError(
+        f"{found}: a block must add what it computes to its input, or to a projection of it; "
+        "concatenation (DenseNet), gating and subtraction are not residual"
+    )
 
 
 def unsupported(name: str, module: nn.Module, why: object) -> UnsupportedBlockError:
     """The error that names a block, its class, the reason and the remedies."""
     return UnsupportedBlockError(
         f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}; "
-        f"exclude=[{name!r}] leaves it as it is, or build it from sd.Residual"
+        f"exclude=[{name!r}] leaves it as it is, sd.register_unit says how it is skipped, or "
+        "build it from sd.Residual"
     )
 
 
-def _excluded(model: nn.Module, exclude: Exclude) -> set[str]:
-    excluded: set[str] = set()
-    for what in exclude:
-        matched = {
+def _found(name: str, additions: list[Addition], modules: Mapping[str, nn.Module]) -> Found:
+    module = modules[name]
+    if isinstance(module, Residual):
+        return _residual(name, module, sum(a.flops for a in additions))
+    units, refusal = [], ""
+    forward = registered(type(module))
+    if forward is not None:
+        inside = tuple(place for addition in additions for place in _stands(addition, modules))
+        units.append(Unit(((module, Registered(forward)),), inside))
+    else:
+        of_owner = Counter(addition.owner for addition in additions)
+        for addition in additions:
+            try:
+                cuts = cuts_of(addition, modules, of_owner[addition.owner] == 1)
+                units.append(Unit(cuts, _stands(addition, modules)))
+            except UnsupportedBlockError as error:
+                refusal = refusal or str(error)
+    return Found(
+        name,
+        module,
+        ", ".join(dict.fromkeys("identity" if a.identity else "projection" for a in additions)),
+        tuple(units),
+        functools.reduce(operator.or_, (Counter(a.modules) for a in additions)),
+        tuple(sorted(frozenset[str]().union(*(a.parameters for a in additions)))),
+        sum(a.flops for a in additions),
+        refusal,
+    )
+
+
+def _stands(
+    addition: Addition, modules: Mapping[str, nn.Module]
+) -> tuple[tuple[nn.Module, Sum], ...]:
+    name, cut = addition.cuts[0]
+    return ((modules[name], cut),) if isinstance(cut, Sum) else ()
+
+
+def _residual(name: str, module: Residual, flops: int) -> Found:
+    branch = f"{name}.branch" if name else "branch"
+    parameters = tuple(f"{branch}.{inner}" for inner, _ in module.branch.named_parameters())
+    shortcut = "identity" if module.shortcut is None else "projection"
+    return Found(name, module, shortcut, (), Counter(), parameters, flops)
+
+
+def _chosen(model: nn.Module, include: Choice | None, exclude: Choice) -> set[str]:
+    """Names of the modules in `include`, or of all, without those in `exclude`."""
+    chosen = (
+        {name for name, _ in model.named_modules()}
+        if include is None
+        else _matching(model, include, "include")
+    )
+    return chosen - _matching(model, exclude, "exclude")
+
+
+def _matching(model: nn.Module, choice: Choice, option: str) -> set[str]:
+    matching: set[str] = set()
+    for what in [choice] if isinstance(choice, str | type) or callable(choice) else choice:
+        roots = [name for name, module in model.named_modules() if _is_meant(what, name, module)]
+        if not roots:
+            raise ApplyError(f"{option}={what!r} matches no module of {type(model).__name__}")
+        matching |= {
             name
-            for name, module in model.named_modules()
-            if (
-                name == what or name.startswith(f"{what}.")
-                if isinstance(what, str)
-                else isinstance(module, what)
-            )
+            for name, _ in model.named_modules()
+            if any(not root or name == root or name.startswith(f"{root}.") for root in roots)
         }
-        if not matched:
-            raise ApplyError(f"exclude={what!r} matches no module of {type(model).__name__}")
-        excluded |= matched
-    return excluded
+    return matching
 
 
-def _parameters(prefix: str, module: nn.Module) -> tuple[str, ...]:
-    return tuple(f"{prefix}.{name}" for name, _ in module.named_parameters())
+def _is_meant(what: Any, name: str, module: nn.Module) -> bool:
+    if isinstance(what, str):
+        return name == what
+    return isinstance(module, what) if isinstance(what, type) else what(name, module)

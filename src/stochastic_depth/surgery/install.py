@@ -2,37 +2,37 @@
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CellType, FunctionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Gate
-from stochastic_depth.surgery.discover import Site
+from stochastic_depth.residual import part, scaled
+from stochastic_depth.surgery.cuts import Cut, Opaque, Registered, Sliced
 from stochastic_depth.surgery.slicing import slice_method
 
 GATES = "_stochastic_depth_gates"
-"""The attribute of a module that holds its `BlockGates`, one for each site."""
+"""The attribute of a module that holds its `BlockGates`, one for each cut."""
 
 
-def install(module: nn.Module, sites: tuple[Site, ...]) -> tuple[BlockGates, ...]:
-    """Make the additions at `sites` of `module` skippable, in place.
+def install(module: nn.Module, gates: Mapping[Cut, BlockGates], select: bool = False) -> None:
+    """Put `gates` at their cuts of `module`, in place, in order of execution.
 
     The module keeps its parameters, its attributes and, for `isinstance`, its class.
 
-    Returns:
-        The gates, one for each site.
+    Args:
+        select: whether a gate may ask for some of the samples only.
 
     Raises:
-        UnsupportedBlockError: when a method cannot be sliced; `module` is as it was.
+        UnsupportedBlockError: when a method cannot be cut; `module` is as it was.
     """
     copy_shortcut = any(getattr(m, "inplace", False) for m in module.modules())
-    kind = gated_class(type(module), sites, copy_shortcut)
-    module.__dict__[GATES] = gates = tuple(BlockGates() for _ in sites)
+    kind = gated_class(type(module), tuple(gates), copy_shortcut, select)
+    module.__dict__[GATES] = tuple(gates.values())
     module.__class__ = kind
-    return gates
 
 
 def uninstall(module: nn.Module) -> None:
@@ -46,25 +46,38 @@ def is_installed(module: nn.Module) -> bool:
 
 
 @functools.cache
-def gated_class(kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: bool) -> Any:
-    """A subclass of `kind`, of the same name, whose additions at `sites` have gates."""
+def gated_class(
+    kind: type[nn.Module], cuts: tuple[Cut, ...], copy_shortcut: bool, select: bool
+) -> Any:
+    """A subclass of `kind`, of the same name, which has gates at `cuts`.
+
+    Raises:
+        UnsupportedBlockError: when a method cannot be cut.
+    """
     methods: dict[str, Any] = {}
     parents: list[type[nn.Module]] = []
-    for defined, name in dict.fromkeys((site.kind, site.method) for site in sites):
-        mine = [site for site in sites if (site.kind, site.method) == (defined, name)]
-        numbers = [sites.index(site) for site in mine]
-        gates = functools.partial(_gates_now, numbers)
+    sliced = [cut for cut in cuts if isinstance(cut, Sliced)]
+    for defined, name in dict.fromkeys((cut.place.kind, cut.place.method) for cut in sliced):
+        mine = [cut for cut in sliced if (cut.place.kind, cut.place.method) == (defined, name)]
+        gates = functools.partial(_gates_now, [cuts.index(cut) for cut in mine])
         outer = vars(defined)[name]
         inner = inspect.unwrap(outer)
-        method = _wrapped_as(outer, inner, slice_method(inner, mine, gates, copy_shortcut))
+        new = slice_method(inner, mine, gates, copy_shortcut, select)
+        method = _wrapped_as(outer, inner, new)
         if getattr(kind, name) is vars(defined)[name]:
             methods[name] = method
         else:  # reached by super(): a class between `defined` and its children
             parents.append(type(defined.__name__, (defined,), {name: method}))
 
+    for number, cut in enumerate(cuts):
+        if isinstance(cut, Opaque):
+            methods["forward"] = functools.partialmethod(_opaque_forward, number)
+        elif isinstance(cut, Registered):
+            methods["forward"] = functools.partialmethod(_registered_forward, number, cut.forward)
+
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        return _build, (build, kind, sites, copy_shortcut, *arguments[1:]), *rest
+        return _build, (build, kind, cuts, copy_shortcut, select, *arguments[1:]), *rest
 
     made: type[nn.Module] = type(
         kind.__name__,
@@ -109,12 +122,36 @@ def _gates_now(numbers: Sequence[int], module: nn.Module) -> list[Gate]:
     return [gates[number].now(module.training) for number in numbers]
 
 
+def _opaque_forward(module: Any, number: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The original forward under a gate, of a module that returns its input plus a branch."""
+    gate: Gate = module.__dict__[GATES][number].now(module.training)
+    if not gate.open:
+        return x
+    original = super(type(module), module).forward  # pyright: ignore[reportAttributeAccessIssue]
+    if gate.factor == 1.0 and gate.batch is None:
+        return original(x, *args, **kwargs)
+    some = part(x, gate)
+    return x + scaled(original(some, *part(args, gate), **part(kwargs, gate)) - some, gate)
+
+
+def _registered_forward(
+    module: Any, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    gate: Gate = module.__dict__[GATES][number].now(module.training)
+    return forward(module, gate, *args, **kwargs)
+
+
 def _build(
-    build: Any, kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: bool, *rest: Any
+    build: Any,
+    kind: type[nn.Module],
+    cuts: tuple[Cut, ...],
+    copy_shortcut: bool,
+    select: bool,
+    *rest: Any,
 ) -> Any:
     """What unpickling and copying call; raises where the source has changed since."""
     try:
-        return build(gated_class(kind, sites, copy_shortcut), *rest)
+        return build(gated_class(kind, cuts, copy_shortcut, select), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
             f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "

@@ -2,7 +2,7 @@
 
 For each addition the method is cut into what only the branch needs and all the rest. The first is
 put under `if gate.open:`, so that a closed gate runs none of it, and the addition becomes its
-shortcut.
+shortcut. Where a method only computes what a module that it calls will add, it is cut at that call.
 """
 
 import ast
@@ -15,8 +15,8 @@ from typing import Any
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
-from stochastic_depth.residual import scaled
-from stochastic_depth.surgery.discover import Site
+from stochastic_depth.residual import part, scaled
+from stochastic_depth.surgery.cuts import Argument, Place, Position, Sliced, Sum
 from stochastic_depth.surgery.liveness import (
     defines,
     is_optional,
@@ -28,42 +28,49 @@ from stochastic_depth.surgery.liveness import (
 )
 
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
-NAMES = {"_scaled": scaled}
+NAMES = {"_scaled": scaled, "_part": part}
 """What generated code calls, besides `_gates`."""
 
 
 def slice_method(
     function: FunctionType,
-    sites: Sequence[Site],
+    cuts: Sequence[Sliced],
     gates: Callable[[Any], Sequence[Gate]],
     copy_shortcut: bool,
+    select: bool,
 ) -> FunctionType:
-    """`function`, with a gate for each of the additions at `sites`, in order of execution.
+    """`function`, with a gate at each of `cuts`, in order of execution.
 
     Args:
-        gates: called with the module in every call of the method; gives the gates of the sites.
+        gates: called with the module in every call of the method; gives the gates of the cuts.
         copy_shortcut: whether to clone the shortcut under a closed gate, because what follows the
             addition may overwrite it.
+        select: whether a gate may ask for some of the samples only.
 
     Raises:
         UnsupportedBlockError: when the source is not there or not of a form that can be cut.
     """
     tree = _definition(function)
-    for number, site in enumerate(sites):
-        _cut(tree, site, f"_gate_{number}", copy_shortcut)
-    names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(sites))]
-    module = ast.Name(tree.args.args[0].arg, ast.Load())
-    assign = ast.Assign([ast.Tuple(names, ast.Store())], _call("_gates", module))
-    tree.body.insert(0, assign)
+    module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
+    for number, cut in enumerate(cuts):
+        branch = _cut(tree, cut, f"_gate_{number}", copy_shortcut)
+        if select:
+            select_samples = _SelectSamples(set(others), f"_gate_{number}")
+            for node in branch:
+                select_samples.generic_visit(node)
+            ast.fix_missing_locations(tree)
+    names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(cuts))]
+    drawn = _call("_gates", ast.Name(module, ast.Load()))
+    tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
     return _compiled(function, tree, {**NAMES, "_gates": gates})
 
 
-def in_loop(site: Site) -> bool:
-    """Whether the addition at `site` stands in a loop of its method."""
+def in_loop(place: Place) -> bool:
+    """Whether the expression at `place` stands in a loop of its method."""
     loops = ast.For | ast.While
-    tree = _definition(inspect.unwrap(vars(site.kind)[site.method]))
+    tree = _definition(inspect.unwrap(vars(place.kind)[place.method]))
     inside = (n for loop in ast.walk(tree) if isinstance(loop, loops) for n in ast.walk(loop))
-    return any(_is_at(node, site) for node in inside)
+    return any(_is_at(node, place) for node in inside)
 
 
 def _definition(function: FunctionType) -> ast.FunctionDef:
@@ -84,21 +91,28 @@ def _definition(function: FunctionType) -> ast.FunctionDef:
     return tree
 
 
-def _cut(tree: ast.FunctionDef, site: Site, gate: str, copy_shortcut: bool) -> None:
-    """Put the addition at `site`, and all that only its branch needs, under `gate`, in place."""
-    path, live = _find(tree.body, site, frozenset())
+def _cut(tree: ast.FunctionDef, cut: Sliced, gate: str, copy_shortcut: bool) -> list[ast.AST]:
+    """Put what only the branch at `cut` needs under `gate`, in place.
+
+    Returns:
+        The expressions and statements that run under an open gate only.
+    """
+    path, live = _find(tree.body, cut.place, frozenset())
     block, index = path.pop()
     statement = block[index]
-    if isinstance(statement, ast.AugAssign) and _is_at(statement, site):
-        opened, closed, branch = _cut_statement(statement, site, gate, copy_shortcut)
+    branch: list[ast.AST]
+    if isinstance(cut, Argument):
+        closed, branch = _cut_arguments(statement, cut, gate)
+    elif isinstance(statement, ast.AugAssign) and _is_at(statement, cut.place):
+        opened, closed, branch = _cut_statement(statement, cut, gate, copy_shortcut)
         block[index] = ast.If(_is_open(gate), opened, [closed])
     else:
-        closed = _Shortcut(site).visit(copy.deepcopy(statement))
-        replace = _ReplaceExpression(site, gate, copy_shortcut)
+        closed = _Shortcut(cut).visit(copy.deepcopy(statement))
+        replace = _ReplaceSum(cut, gate, copy_shortcut)
         block[index] = replace.visit(statement)
-        branch = replace.branch
+        branch = [replace.branch]
     live = uses(closed) | (live - defines(closed))
-    skipped, live = _skip_before(block, index, live, gate, [])
+    skipped, live = _skip_before(block, index, live, gate, [], cut.nothing)
     guards: list[ast.expr] = []
     while path:
         inner = block
@@ -110,19 +124,21 @@ def _cut(tree: ast.FunctionDef, site: Site, gate: str, copy_shortcut: bool) -> N
             taken = inner is statement.body
             guards.append(statement.test if taken else ast.UnaryOp(ast.Not(), statement.test))
             live |= uses(statement.test)
-        more, live = _skip_before(block, index, live, gate, guards)
+        more, live = _skip_before(block, index, live, gate, guards, cut.nothing)
         skipped += more
-    if not any(isinstance(n, ast.Call) for node in (branch, *skipped) for n in ast.walk(node)):
-        raise UnsupportedBlockError(f"{site}: its branch is not computed in this method alone")
+    branch += skipped
+    if not any(isinstance(n, ast.Call) for node in branch for n in ast.walk(node)):
+        raise UnsupportedBlockError(f"{cut.place}: its branch is not computed in this method alone")
     ast.fix_missing_locations(tree)
+    return branch
 
 
 def _find(
-    block: list[ast.stmt], site: Site, live_after: frozenset[str]
+    block: list[ast.stmt], place: Place, live_after: frozenset[str]
 ) -> tuple[list[tuple[list[ast.stmt], int]], frozenset[str]]:
-    """Blocks and indices from the outermost to the statement at `site`; names needed after it."""
+    """Blocks and indices from the outermost to the statement at `place`; names needed after it."""
     for index, statement in enumerate(block):
-        if not any(_is_at(node, site) for node in ast.walk(statement)):
+        if not any(_is_at(node, place) for node in ast.walk(statement)):
             continue
         live = live_after
         for later in reversed(block[index + 1 :]):
@@ -131,11 +147,11 @@ def _find(
             return [(block, index)], live
         if isinstance(statement, ast.If | ast.With):
             for inner in (statement.body, getattr(statement, "orelse", [])):
-                if any(_is_at(node, site) for part in inner for node in ast.walk(part)):
-                    path, live = _find(inner, site, live)
+                if any(_is_at(node, place) for part in inner for node in ast.walk(part)):
+                    path, live = _find(inner, place, live)
                     return [(block, index), *path], live
-        raise UnsupportedBlockError(f"{site}: an addition inside a {type(statement).__name__}")
-    raise UnsupportedBlockError(f"{site}: the source has changed since it was imported")
+        raise UnsupportedBlockError(f"{place}: an addition inside a {type(statement).__name__}")
+    raise UnsupportedBlockError(f"{place}: the source has changed since it was imported")
 
 
 def _skip_before(
@@ -144,6 +160,7 @@ def _skip_before(
     live: frozenset[str],
     gate: str,
     guards: list[ast.expr],
+    nothing: frozenset[tuple[Position, int]],
 ) -> tuple[list[ast.stmt], frozenset[str]]:
     """Put the statements before `index` that nothing in `live` needs under `gate`, in place.
 
@@ -167,13 +184,16 @@ def _skip_before(
             # Before this statement the conditions may be others: all of it is kept.
             live = live.union(*map(uses, block[: i + 1]))
             break
-        if only_assigns(statement) and not defined & live:
+        idle = defined & live & _set_to_nothing(statement, nothing)
+        if only_assigns(statement) and defined & live == idle:
             skipped.append(statement)
+            live -= idle
             conditions = [test for name in defined for test in maybe.pop(name, [])]
             if conditions:
                 _note(maybe, uses(statement) - live, conditions)
             needed = ast.BoolOp(ast.Or(), [runs, *conditions]) if conditions else runs
-            block[i] = ast.If(copy.deepcopy(needed), [statement], [])
+            closed: list[ast.stmt] = [_assign(name, ast.Constant(None)) for name in sorted(idle)]
+            block[i] = ast.If(copy.deepcopy(needed), [statement], closed)
         elif is_optional(statement):
             live |= uses(statement.test)
             inside = frozenset[str]().union(*map(uses, statement.body))
@@ -191,41 +211,82 @@ def _note(maybe: dict[str, list[ast.expr]], names: frozenset[str], tests: list[a
         maybe.setdefault(name, []).extend(tests)
 
 
+def _set_to_nothing(
+    statement: ast.stmt, nothing: frozenset[tuple[Position, int]]
+) -> frozenset[str]:
+    """The variables in `out, weights = self.attention(x)` that were None."""
+    if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Tuple):
+        return frozenset()
+    names = enumerate(statement.targets[0].elts)
+    position = _position(statement.value)
+    return frozenset(
+        name.id for n, name in names if isinstance(name, ast.Name) and (position, n) in nothing
+    )
+
+
 def _cut_statement(
-    statement: ast.AugAssign, site: Site, gate: str, copy_shortcut: bool
-) -> tuple[list[ast.stmt], ast.stmt, ast.expr]:
+    statement: ast.AugAssign, cut: Sum, gate: str, copy_shortcut: bool
+) -> tuple[list[ast.stmt], ast.stmt, list[ast.AST]]:
     """`x += f` under an open and under a closed gate, and its branch."""
     if not isinstance(statement.target, ast.Name) or not isinstance(statement.op, ast.Add):
-        raise UnsupportedBlockError(f"{site}: not an addition to a variable")
+        raise UnsupportedBlockError(f"{cut.place}: not an addition to a variable")
     name = statement.target.id
     opened = copy.deepcopy(statement)
-    if site.shortcut == "left":
-        opened.value = _call("_scaled", opened.value, gate)
+    if cut.shortcut == "left":
+        branch: ast.expr = opened.value
+        opened.value = _call("_scaled", branch, gate)
         shortcut: ast.expr = ast.Name(name, ast.Load())
         before: list[ast.stmt] = []
-        branch = statement.value
     else:
-        scaling = _call("_scaled", ast.Name(name, ast.Load()), gate)
-        before = [ast.Assign([ast.Name(name, ast.Store())], scaling)]
-        shortcut, branch = statement.value, statement.target
-    closed = ast.Assign([ast.Name(name, ast.Store())], _maybe_copy(shortcut, copy_shortcut))
-    return [*before, opened], closed, branch
+        branch, shortcut = ast.Name(name, ast.Load()), statement.value
+        before = [_assign(name, _call("_scaled", branch, gate))]
+    return [*before, opened], _assign(name, _maybe_copy(shortcut, copy_shortcut)), [branch]
 
 
-class _ReplaceExpression(ast.NodeTransformer):
+class _ReplaceSum(ast.NodeTransformer):
     """`a + b` -> `a + _scaled(b, gate) if gate.open else a`."""
 
-    def __init__(self, site: Site, gate: str, copy_shortcut: bool) -> None:
-        self.site, self.gate, self.copy_shortcut = site, gate, copy_shortcut
+    def __init__(self, cut: Sum, gate: str, copy_shortcut: bool) -> None:
+        self.cut, self.gate, self.copy_shortcut = cut, gate, copy_shortcut
         self.branch: ast.expr = ast.Constant(None)
 
     def visit(self, node: ast.AST) -> Any:
-        if not _is_at(node, self.site):
+        if not _is_at(node, self.cut.place):
             return self.generic_visit(node)
-        shortcut, self.branch = _operands(node, self.site)
+        shortcut, self.branch = _operands(node, self.cut)
         opened = _Scale(self.branch, self.gate).visit(node)
         closed = _maybe_copy(copy.deepcopy(shortcut), self.copy_shortcut)
         return ast.IfExp(_is_open(self.gate), opened, closed)
+
+
+def _cut_arguments(statement: ast.stmt, cut: Argument, gate: str) -> tuple[ast.stmt, list[ast.AST]]:
+    """`f(a, b)` -> `f(a if gate.open else None, b)`, in place; the closed form, and the branch."""
+    closed = copy.deepcopy(statement)
+    _exchange_arguments(closed, cut, lambda _: ast.Constant(None))
+    branch = _exchange_arguments(
+        statement, cut, lambda value: ast.IfExp(_is_open(gate), value, ast.Constant(None))
+    )
+    return closed, branch
+
+
+def _exchange_arguments(
+    statement: ast.stmt, cut: Argument, exchange: Callable[[ast.expr], ast.expr]
+) -> list[ast.AST]:
+    """Put something else in place of the arguments of a call; returns what they were."""
+    call = next(node for node in ast.walk(statement) if _is_at(node, cut.place))
+    before: list[ast.AST] = []
+    if isinstance(call, ast.Call) and not any(isinstance(a, ast.Starred) for a in call.args):
+        for n, value in enumerate(call.args):
+            if n in cut.arguments:
+                before.append(value)
+                call.args[n] = exchange(value)
+        for keyword in call.keywords:
+            if keyword.arg in cut.arguments:
+                before.append(keyword.value)
+                keyword.value = exchange(keyword.value)
+    if len(before) != len(cut.arguments):
+        raise UnsupportedBlockError(f"{cut.place}: not a plain call of the module that adds")
+    return before
 
 
 class _Scale(ast.NodeTransformer):
@@ -241,18 +302,30 @@ class _Scale(ast.NodeTransformer):
 
 
 class _Shortcut(ast.NodeTransformer):
-    """Replace the addition at a site by its shortcut."""
+    """Replace an addition by its shortcut."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, cut: Sum) -> None:
+        self.cut = cut
 
     def visit(self, node: ast.AST) -> Any:
-        return (
-            _operands(node, self.site)[0] if _is_at(node, self.site) else self.generic_visit(node)
-        )
+        if _is_at(node, self.cut.place):
+            return _operands(node, self.cut)[0]
+        return self.generic_visit(node)
 
 
-def _operands(node: ast.AST, site: Site) -> tuple[ast.expr, ast.expr]:
+class _SelectSamples(ast.NodeTransformer):
+    """`x` -> `_part(x, gate)` for local variables: the samples that a branch runs on."""
+
+    def __init__(self, variables: set[str], gate: str) -> None:
+        self.variables, self.gate = variables, gate
+
+    def visit_Name(self, node: ast.Name) -> Any:
+        if node.id in self.variables and isinstance(node.ctx, ast.Load):
+            return ast.copy_location(_call("_part", node, self.gate), node)
+        return node
+
+
+def _operands(node: ast.AST, cut: Sum) -> tuple[ast.expr, ast.expr]:
     """Shortcut and branch of an addition: `a + b`, `torch.add(a, b)`, `a.add(b)`."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         pair = node.left, node.right
@@ -262,24 +335,24 @@ def _operands(node: ast.AST, site: Site) -> tuple[ast.expr, ast.expr]:
         elif len(node.args) == 1 and node.func.attr in ("add", "add_"):
             pair = node.func.value, node.args[0]
         else:
-            raise UnsupportedBlockError(f"{site}: a call that is not a plain addition")
+            raise UnsupportedBlockError(f"{cut.place}: a call that is not a plain addition")
     else:
-        raise UnsupportedBlockError(f"{site}: an addition inside another function")
-    return pair if site.shortcut == "left" else (pair[1], pair[0])
+        raise UnsupportedBlockError(f"{cut.place}: an addition inside another function")
+    return pair if cut.shortcut == "left" else (pair[1], pair[0])
 
 
-def _is_at(node: ast.AST, site: Site) -> bool:
+def _is_at(node: ast.AST, place: Place) -> bool:
     return (
-        isinstance(node, ast.stmt | ast.expr)
-        and site.position
-        == (
-            node.lineno,
-            node.end_lineno,
-            node.col_offset,
-            node.end_col_offset,
-        )
-        and isinstance(node, ast.BinOp | ast.Call | ast.AugAssign)
+        isinstance(node, ast.BinOp | ast.Call | ast.AugAssign) and _position(node) == place.position
     )
+
+
+def _position(node: ast.stmt | ast.expr) -> tuple[int, int | None, int, int | None]:
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+
+
+def _assign(name: str, value: ast.expr) -> ast.Assign:
+    return ast.Assign([ast.Name(name, ast.Store())], value)
 
 
 def _maybe_copy(shortcut: ast.expr, copied: bool) -> ast.expr:

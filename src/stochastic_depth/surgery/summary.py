@@ -13,6 +13,7 @@ from stochastic_depth.depth import Block
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.apply import depth_of
 from stochastic_depth.surgery.find import Example, caller
+from stochastic_depth.surgery.plain_table import plain_table, si
 from stochastic_depth.surgery.undisturbed import undisturbed
 
 
@@ -54,19 +55,15 @@ class Summary:
         return saved / (self.forward + self.backward)
 
     def __str__(self) -> str:
-        width = max(len("block"), *(len(block.name) for block in self.blocks))
-        kinds = max(len("class"), *(len(block.kind) for block in self.blocks))
-        head = f"{'block':{width}}  {'class':{kinds}}  {'p':>6}  {'parameters':>10}  "
-        lines = [f"{head}{'forward':>9}  {'backward':>9}"]
-        lines += [
-            f"{b.name:{width}}  {b.kind:{kinds}}  {b.survival:6.3f}  {b.parameters:10,}  "
-            f"{_flops(b.forward):>9}  {_flops(b.backward):>9}"
+        head = ("block", "class", "p", "parameters", "forward", "backward")
+        rows = [
+            (b.name, b.kind, f"{b.survival:.3f}", si(b.parameters), si(b.forward), si(b.backward))
             for b in self.blocks
         ]
-        total = f"{_flops(self.forward)} forward, {_flops(self.backward)} backward at full depth"
+        total = f"{si(self.forward)} forward, {si(self.backward)} backward at full depth"
         return "\n".join(
             [
-                *lines,
+                plain_table(head, rows, left=2),
                 f"expected depth {self.expected_depth:.4g} of {len(self.blocks)} blocks; FLOPs "
                 f"{total}; {100 * self.expected_saving:.1f} % saved",
             ]
@@ -152,13 +149,3 @@ def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any])
         for handle in handles:
             handle.remove()
     return shapes
-
-
-def _flops(count: int) -> str:
-    """With three figures and a unit: 1.23 G."""
-    value = float(count)
-    for unit in ("", "k", "M", "G", "T"):
-        if value < 1000:
-            return f"{value:.3g} {unit}".rstrip()
-        value /= 1000
-    return f"{value:.3g} P"

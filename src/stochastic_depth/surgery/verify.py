@@ -1,161 +1,142 @@
-"""Prove on a model and an example that its sliced blocks do what they should."""
+"""Prove what stochastic depth does to a model, and time what it saves."""
 
-import random
-from collections import Counter
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from stochastic_depth.depth import Block
-from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.depth import Block, batch_size
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.bypass import Bypass
-from stochastic_depth.surgery.find import Found, unsupported
+from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.find import Example, caller
+from stochastic_depth.surgery.install import is_installed
+from stochastic_depth.surgery.plain_table import plain_table
+from stochastic_depth.surgery.proof import check, check_training, establish, train_once
+from stochastic_depth.surgery.summary import summary
 from stochastic_depth.surgery.undisturbed import undisturbed
-
-CLOSED, OPEN = Gate(open=False), Gate()
-SUBSETS = 3
-"""Random sets of closed blocks that are tried besides each block alone."""
-
-Outputs = list[Tensor]
+from stochastic_depth.timing import take_turns
 
 
 @dataclass(frozen=True)
-class Truth:
-    """Outputs of the original model, with no block closed and with each of `closed`."""
+class Verification:
+    """What was seen to hold; printed, it is a table of what skipping saves."""
 
-    open: Outputs
-    closed: tuple[frozenset[int], ...]
-    outputs: tuple[Outputs, ...]
+    blocks: int
+    sets: int
+    """How many sets of closed blocks were held against the original model."""
+    difference: float
+    """The largest one there, relative to the largest output; with all gates open it is 0."""
+    flops: tuple[float, float, float]
+    """Of a training step with all blocks open, every other one, and none, relative to the first."""
+    seconds: tuple[float, float, float]
+    """Of these steps, medians."""
 
+    @property
+    def efficiency(self) -> float:
+        """Time saved over FLOPs saved, with every other block closed."""
+        return (1 - self.seconds[1] / self.seconds[0]) / (1 - self.flops[1])
 
-def establish(model: nn.Module, run: Callable[[], Any], found: Sequence[Found]) -> Truth:
-    """Run the original model in evaluation mode, its additions bypassed set by set."""
-    foreign = [number for number, block in enumerate(found) if block.sites]
-    sets = [frozenset([number]) for number in foreign]
-    choose = random.Random(0)
-    for _ in range(SUBSETS):
-        sets.append(frozenset(number for number in foreign if choose.random() < 0.5))
-    with undisturbed(model):
-        model.eval()
-        outputs = []
-        for closed in sets:
-            sites = [(found[n].module, site) for n in closed for site in found[n].sites]
-            with torch.no_grad(), Bypass(sites):
-                outputs.append(_outputs(run()))
-        with torch.no_grad():
-            return Truth(_outputs(run()), tuple(sets), tuple(outputs))
-
-
-def check(
-    model: nn.Module,
-    run: Callable[[], Any],
-    found: Sequence[Found],
-    blocks: Sequence[Block],
-    truth: Truth,
-) -> None:
-    """Hold the sliced model, whose gates are in `blocks`, against the truth.
-
-    Raises:
-        UnsupportedBlockError: naming the block that differs, or whose branch still runs.
-    """
-    with undisturbed(model):
-        model.eval()
-        with _calls(model) as usual:
-            _compare(run, truth.open, "every gate open", exact=True)
-        for closed, expected in zip(truth.closed, truth.outputs, strict=True):
-            what = " and ".join(repr(found[n].name) for n in sorted(closed)[:3]) or "none"
-            with _closed([blocks[n] for n in closed]), _calls(model) as called:
-                _compare(run, expected, f"block {what} closed", exact=False)
-            for n in closed:
-                for name, calls in found[n].modules.items():
-                    if called[name] > usual[name] - calls:
-                        raise unsupported(
-                            found[n].name,
-                            found[n].module,
-                            f"{name!r} of its branch must run even when the block is closed, "
-                            "because the model needs more of it than what is added",
-                        )
+    def __str__(self) -> str:
+        rows = [
+            (name, f"{flops:.3f}", f"{1000 * seconds:.4g} ms", f"{seconds / self.seconds[0]:.3f}")
+            for name, flops, seconds in zip(
+                ("all", "every other", "none"), self.flops, self.seconds, strict=True
+            )
+        ]
+        return "\n".join(
+            [
+                plain_table(("blocks open", "FLOPs", "training step", "time"), rows, left=1),
+                f"{self.blocks} blocks verified in {self.sets} sets, largest difference "
+                f"{self.difference:.1g}; time saved over FLOPs saved: {self.efficiency:.2f}",
+            ]
+        )
 
 
-def check_training(model: nn.Module, run: Callable[[], Any], blocks: Sequence[Block]) -> None:
-    """One forward and backward pass in training mode, every other block closed.
+def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verification:
+    """Prove, on this very model and example, that closed blocks are skipped and nothing else is.
+
+    With every gate open the outputs are those of the original model, bit for bit; with each block
+    closed, and random sets of them, those of the original model whose additions return their
+    shortcut; no module of a closed branch is called; a training step works. `sd.apply` does the
+    same. Then forward and backward passes are timed, in turns. The model is left as it was.
+
+    Args:
+        model: one that `sd.apply` was given.
+        example: inputs of one forward call; for the times a batch as in training.
+        repeats: rounds of timing.
 
     Raises:
-        UnsupportedBlockError: when backward fails, say because something works in place.
+        ApplyError: when `model` is not one that `sd.apply` was given.
+        UnsupportedBlockError: naming the block for which something does not hold.
     """
-    with undisturbed(model), torch.enable_grad():
+    applied = applied_to(model)
+    blocks = applied.depth.blocks
+    run = caller(model, example)
+    batch = batch_size(example) if applied.depth.gate == "subset" else None
+    with _ungated(model):
+        truth = establish(model, run, applied.found, batch)
+    difference = check(model, run, applied.found, blocks, truth, batch)
+    step = caller(model.forward, example)  # not through the model's hooks, which would draw gates
+    check_training(model, step, blocks)
+    costs = summary(model, example)
+    every_other = [n % 2 == 0 for n in range(len(blocks))]
+    patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}
+    with undisturbed(model):
         model.train()
-        try:
-            for number, block in enumerate(blocks):
-                block.open_in_training(CLOSED if number % 2 else OPEN)
-            differentiable = [out for out in _outputs(run()) if out.requires_grad]
-            if differentiable:
-                torch.stack([out.float().sum() for out in differentiable]).sum().backward()
-        except Exception as error:
-            raise UnsupportedBlockError(
-                f"a training step of {type(model).__name__} with every other block closed fails: "
-                f"{error} (if the original fails so too, the example is not one to train on); "
-                "exclude= leaves blocks as they are"
-            ) from error
-        finally:
-            for block in blocks:
-                block.open_in_training(None)
+        steps = {name: _step(step, blocks, pattern) for name, pattern in patterns.items()}
+        rounds = list(take_turns(steps, repeats, warmup=1))
+        for block in blocks:
+            block.open_in_training(None)
+    full = costs.forward + costs.backward
+    closed = [
+        sum(
+            b.forward + b.backward
+            for b, is_open in zip(costs.blocks, p, strict=True)
+            if not is_open
+        )
+        for p in patterns.values()
+    ]
+    all_open, half, none = (1 - flops / full for flops in closed)
+    seconds = {name: statistics.median(r[name] for r in rounds) for name in steps}
+    return Verification(
+        len(blocks),
+        len(truth.closed),
+        difference,
+        (all_open, half, none),
+        (seconds["all"], seconds["half"], seconds["none"]),
+    )
+
+
+def _step(
+    run: Callable[[], Any], blocks: Sequence[Block], pattern: Sequence[bool]
+) -> Callable[[], None]:
+    def step() -> None:
+        for block, is_open in zip(blocks, pattern, strict=True):
+            block.open_in_training(Gate(is_open))
+        with torch.enable_grad():
+            train_once(run)
+
+    return step
 
 
 @contextmanager
-def _closed(blocks: Sequence[Block]) -> Iterator[None]:
-    gates = [gate for block in blocks for gate in block.gates]
-    before = [gate.evaluation for gate in gates]
-    for gate in gates:
-        gate.evaluation = CLOSED
+def _ungated(model: nn.Module) -> Iterator[None]:
+    """While entered, `model` is the original one."""
+    installed = [(module, type(module)) for module in model.modules() if is_installed(module)]
+    residuals = [(m, m.gates) for m in model.modules() if isinstance(m, Residual)]
+    for module, kind in installed:
+        module.__class__ = kind.__mro__[1]
+    for residual, _ in residuals:
+        residual.gates = None
     try:
         yield
     finally:
-        for gate, value in zip(gates, before, strict=True):
-            gate.evaluation = value
-
-
-@contextmanager
-def _calls(model: nn.Module) -> Iterator[Counter[str]]:
-    """How often each module is called, by name."""
-    called: Counter[str] = Counter()
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.update([name]))
-        for name, module in model.named_modules()
-    ]
-    try:
-        yield called
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _compare(run: Callable[[], Any], expected: Outputs, when: str, exact: bool) -> None:
-    try:
-        with torch.no_grad():
-            outputs = _outputs(run())
-    except Exception as error:
-        raise UnsupportedBlockError(
-            f"with {when} the model fails: {type(error).__name__}: {error}; exclude= leaves blocks "
-            "as they are"
-        ) from error
-    for mine, true in zip(outputs, expected, strict=True):
-        if exact and torch.equal(mine, true):
-            continue
-        scale = true.abs().max().item() if true.numel() else 0.0
-        difference = (mine.double() - true.double()).abs().max().item() if true.numel() else 0.0
-        if exact or not difference <= 1e-5 * max(scale, 1e-30):
-            raise UnsupportedBlockError(
-                f"with {when} the output differs from the original's by {difference:.2g} where "
-                f"it should not (largest value {scale:.2g}); exclude= leaves blocks as they are"
-            )
-
-
-def _outputs(value: Any) -> Outputs:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        for module, kind in installed:
+            module.__class__ = kind
+        for residual, gates in residuals:
+            residual.gates = gates

@@ -1,0 +1,50 @@
+"""How one residual addition is made skippable: as registered, cut in the source, or as a whole."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.surgery.cuts import Cut, Opaque
+from stochastic_depth.surgery.discover import Addition
+from stochastic_depth.surgery.install import gated_class
+
+
+def cuts_of(
+    addition: Addition, modules: Mapping[str, nn.Module], alone: bool
+) -> tuple[tuple[nn.Module, Cut], ...]:
+    """Where the modules get the gate of `addition`, the one that adds first.
+
+    Args:
+        modules: by name.
+        alone: whether it is the only addition of its owner.
+
+    Raises:
+        UnsupportedBlockError: when there is no way; says what was tried.
+    """
+    try:
+        return _sliced(addition, modules)
+    except UnsupportedBlockError as error:
+        if addition.whole and alone:
+            return ((modules[addition.owner], Opaque()),)
+        raise UnsupportedBlockError(
+            f"{error}; nor can it be skipped as a whole, because it is more than its input plus "
+            "one branch"
+        ) from error
+
+
+def _sliced(
+    addition: Addition, modules: Mapping[str, nn.Module]
+) -> tuple[tuple[nn.Module, Cut], ...]:
+    if addition.begins_elsewhere:
+        raise UnsupportedBlockError("its branch begins outside of the model's modules")
+    cuts: list[tuple[nn.Module, Cut]] = []
+    for name, cut in addition.cuts:
+        if cut is None:
+            raise UnsupportedBlockError(
+                f"its addition is not in a method of {type(modules[name]).__name__}, but in a "
+                "function that one calls"
+            )
+        gated_class(type(modules[name]), (cut,), False, False)
+        cuts.append((modules[name], cut))
+    return tuple(cuts)

@@ -1,0 +1,223 @@
+"""Prove on a model and an example that its blocks do what they should under their gates."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from stochastic_depth.depth import Block
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.gates import Gate
+from stochastic_depth.surgery.bypass import bypassed
+from stochastic_depth.surgery.find import Found, unsupported
+from stochastic_depth.surgery.undisturbed import undisturbed
+
+CLOSED, OPEN = Gate(open=False), Gate()
+SUBSETS = 3
+"""Random sets of closed blocks that are tried besides each block alone."""
+
+TOLERANCE = 1e-5
+"""Of closed blocks, relative to the largest output: other sums may be reordered."""
+
+Outputs = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Outputs of the original model, with no block closed and with each of `closed`."""
+
+    open: Outputs
+    closed: tuple[frozenset[int], ...]
+    outputs: tuple[Outputs, ...]
+    selected: tuple[Outputs, ...]
+    """With each block open for every other sample."""
+
+
+def establish(
+    model: nn.Module, run: Callable[[], Any], found: Sequence[Found], batch: int | None = None
+) -> Truth:
+    """Run the original model in evaluation mode, its additions bypassed set by set.
+
+    Args:
+        batch: the number of samples in the example, for gates that select some of them.
+    """
+    sets = [frozenset([number]) for number in range(len(found))]
+    choose = random.Random(0)
+    for _ in range(SUBSETS):
+        sets.append(frozenset(number for number in range(len(found)) if choose.random() < 0.5))
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        outputs, selected = [], []
+        for closed in sets:
+            with bypassed([found[n] for n in closed]):
+                outputs.append(_outputs(run()))
+        if batch is not None:
+            keep = torch.arange(batch) % 2 == 0
+            for block in found:
+                with bypassed([block], keep):
+                    selected.append(_outputs(run()))
+        return Truth(_outputs(run()), tuple(sets), tuple(outputs), tuple(selected))
+
+
+def check(
+    model: nn.Module,
+    run: Callable[[], Any],
+    found: Sequence[Found],
+    blocks: Sequence[Block],
+    truth: Truth,
+    batch: int | None = None,
+) -> float:
+    """Hold the model with gates, which are in `blocks`, against the truth.
+
+    Returns:
+        The largest difference with a block closed, relative to the largest output.
+
+    Raises:
+        UnsupportedBlockError: naming the block that differs, or whose branch still runs.
+    """
+    difference = 0.0
+    with undisturbed(model):
+        model.eval()
+        with _gates(blocks, OPEN), _calls(model) as usual:
+            _compare(run, truth.open, "every gate open", tolerance=0.0)
+        for closed, expected in zip(truth.closed, truth.outputs, strict=True):
+            what = f"block {' and '.join(repr(found[n].name) for n in sorted(closed)[:3])} closed"
+            gates = _gates([blocks[n] for n in closed], CLOSED)
+            with _gates(blocks, OPEN), gates, _calls(model) as called:
+                difference = max(difference, _compare(run, expected, what, TOLERANCE))
+            for n in closed:
+                why = _still_called(found[n], usual, called)
+                if why:
+                    raise unsupported(found[n].name, found[n].module, why)
+        for block, expected in zip(blocks, truth.selected, strict=batch is not None):
+            gate = Gate(samples=torch.arange(0, batch or 0, 2), batch=batch)
+            with _gates(blocks, OPEN), _gates([block], gate):
+                what = f"half of the samples in the branch of block {block.name!r}"
+                difference = max(difference, _compare(run, expected, what, 10 * TOLERANCE))
+    return difference
+
+
+def still_running(
+    model: nn.Module, run: Callable[[], Any], found: Sequence[Found], blocks: Sequence[Block]
+) -> list[str]:
+    """For each block why its branch runs even when it is closed; empty where it does not.
+
+    Looks at which modules are called, not at values: works on the meta device too.
+    """
+    reasons = []
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        with _calls(model) as usual:
+            run()
+        for block, gated in zip(found, blocks, strict=True):
+            with _gates([gated], CLOSED), _calls(model) as called:
+                try:
+                    run()
+                    reasons.append(_still_called(block, usual, called))
+                except Exception as error:
+                    reasons.append(f"with it closed the model fails: {error}")
+    return reasons
+
+
+def _still_called(block: Found, usual: Counter[str], called: Counter[str]) -> str:
+    for name, calls in block.modules.items():
+        if called[name] > usual[name] - calls:
+            return (
+                f"{name!r} of its branch must run even when the block is closed, because the "
+                "model needs more of it than what is added"
+            )
+    return ""
+
+
+def check_training(model: nn.Module, run: Callable[[], Any], blocks: Sequence[Block]) -> None:
+    """One forward and backward pass in training mode, every other block closed.
+
+    Raises:
+        UnsupportedBlockError: when backward fails, say because something works in place.
+    """
+    with undisturbed(model), torch.enable_grad():
+        model.train()
+        try:
+            for number, block in enumerate(blocks):
+                block.open_in_training(CLOSED if number % 2 else OPEN)
+            train_once(run)
+        except Exception as error:
+            raise UnsupportedBlockError(
+                f"a training step of {type(model).__name__} with every other block closed fails: "
+                f"{error} (if the original fails so too, the example is not one to train on); "
+                "exclude= leaves blocks as they are"
+            ) from error
+        finally:
+            for block in blocks:
+                block.open_in_training(None)
+
+
+def train_once(run: Callable[[], Any]) -> None:
+    """A forward pass, and the backward pass of the sum of all that it gives."""
+    differentiable = [out for out in _outputs(run()) if out.requires_grad]
+    if differentiable:
+        torch.stack([out.float().sum() for out in differentiable]).sum().backward()
+
+
+@contextmanager
+def _gates(blocks: Sequence[Block], gate: Gate) -> Iterator[None]:
+    """While entered, what `blocks` do in evaluation."""
+    gates = [addition for block in blocks for addition in block.gates]
+    before = [addition.evaluation for addition in gates]
+    for addition in gates:
+        addition.evaluation = gate
+    try:
+        yield
+    finally:
+        for addition, value in zip(gates, before, strict=True):
+            addition.evaluation = value
+
+
+@contextmanager
+def _calls(model: nn.Module) -> Iterator[Counter[str]]:
+    """How often each module is called, by name."""
+    called: Counter[str] = Counter()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.update([name]))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare(run: Callable[[], Any], expected: Outputs, when: str, tolerance: float) -> float:
+    """The largest relative difference of the outputs, which must not be above `tolerance`."""
+    try:
+        with torch.no_grad():
+            outputs = _outputs(run())
+    except Exception as error:
+        raise UnsupportedBlockError(
+            f"with {when} the model fails: {type(error).__name__}: {error}; exclude= leaves blocks "
+            "as they are"
+        ) from error
+    largest = 0.0
+    for mine, true in zip(outputs, expected, strict=True):
+        if torch.equal(mine, true) or not true.numel():
+            continue
+        scale = max(true.abs().max().item(), 1e-30)
+        difference = (mine.double() - true.double()).abs().max().item() / scale
+        if not difference <= tolerance:
+            raise UnsupportedBlockError(
+                f"with {when} the output differs from the original's by {difference:.2g} of its "
+                "largest value where it should not; exclude= leaves blocks as they are"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _outputs(value: Any) -> Outputs:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
