@@ -68,7 +68,9 @@ def part(value: Any, gate: Gate) -> Any:
             return value
         return value.index_select(0, gate.samples.to(value.device))
     if type(value) in (tuple, list):
-        return type(value)(part(v, gate) for v in value)
+        parts = [part(v, gate) for v in value]
+        changed = any(new is not old for new, old in zip(parts, value, strict=True))
+        return type(value)(parts) if changed else value  # which the branch may append to
     if type(value) is dict:
         return {key: part(v, gate) for key, v in value.items()}
     return value

@@ -165,14 +165,6 @@ class Comprehends(Base):
         return x * i + y
 
 
-class Deletes(Base):
-    def forward(self, x):
-        y = self.f(x)
-        out = x + y
-        del y
-        return out
-
-
 class ChangesItsMind(Base):
     def forward(self, x):
         y = self.f(x)
@@ -212,10 +204,88 @@ class Wrapped(WrapsItsChildren):
         return residual + x
 
 
+def joined(x, y):
+    return x + y
+
+
+class InFunction(Base):
+    """The addition is in no method, so the block is skipped as a whole."""
+
+    def forward(self, x):
+        return joined(x, self.f(x))
+
+
+NoSource: type = type(
+    "NoSource",
+    (Base,),
+    {"forward": eval(compile("lambda self, x: x + self.f(x)", "<none>", "eval"))},
+)
+"""The interpreter knows where the addition is, but there is nothing to read."""
+
+
+class Add(nn.Module):
+    def forward(self, h, x):
+        h = torch.tanh(h)
+        return h + x
+
+
+class Weighted(nn.Module):
+    def forward(self, h):
+        return h * 2, None
+
+
+class InChild(Base):
+    """As BERT: the branch begins in the parent and ends in a child, and there is a side output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weighted, self.output = Weighted(), Add()
+
+    def forward(self, x):
+        y = self.f(x)
+        y, weights = self.weighted(y)
+        out = self.output(y, x)
+        return out if weights is None else (out, weights)
+
+
+class Between(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = Add()
+
+    def forward(self, x, *, h):
+        h = h * 0.5
+        return self.output(h, x=x)
+
+
+class InGrandchild(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = Between()
+
+    def forward(self, x):
+        return self.between(x, h=self.f(x))
+
+
+class SaysHow(Base):
+    """Its sum is taken apart again, which only a registered forward method can skip."""
+
+    def forward(self, x):
+        y = self.f(x)
+        out = torch.stack([x + y, y])
+        return out[0]
+
+
+@sd.register_unit(SaysHow)
+def skip_or_sum(block, gate, x):
+    return x + sd.scaled(block.f(sd.part(x, gate)), gate) if gate.open else x
+
+
 ONE_ADDITION = [
     Left, Right, InPlace, ShortcutInPlace, Projection, TorchAdd, MethodAdd, Scaled, Conditional,
     EarlyReturn, OtherSelf, WithSuper, Helper, Annotated, PreActivation, Decorated, Wrapped,
-    Comprehends, ScalesInPlace, GathersParts,
+    Comprehends, ScalesInPlace, GathersParts, ChangesItsMind, InFunction, NoSource, InChild,
+    InGrandchild, SaysHow,
 ]  # fmt: skip
 
 
@@ -307,6 +377,36 @@ def test_gates_for_single_samples_mask_each_sample():
         for block, is_open in zip(list(original)[1:], depth.gates[:, sample], strict=True):
             h = block(h) if is_open else h
         torch.testing.assert_close(out[sample], h, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["inference", "training"])
+@pytest.mark.parametrize("kind", ONE_ADDITION)
+def test_the_subset_gate_runs_branches_on_the_drawn_samples_only(kind, scale):
+    original, model = network(kind), network(kind)
+    depth = sd.apply(model, sd.Uniform(0.5), example=X, gate="subset", scale=scale)
+    seen = []
+    for block in list(model)[1:]:
+        block.one.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    out = model.train()(X)
+    drawn = depth.gates
+    assert 0 < drawn.sum() < drawn.numel()
+    assert set(seen) == {n for n in drawn.sum(1).tolist() if n}
+    h, factor = original[0](X), 1.0 if scale == "inference" else 2.0
+    for block, keep in zip(list(original)[1:], drawn, strict=True):
+        post = F.relu if kind in (InPlace, Projection) else lambda x: x
+        if kind in (InPlace, Projection):
+            short = block.project(h) if kind is Projection else h
+            summed = short + factor * block.two(torch.tanh(block.one(h)))
+        else:
+            short, summed = h, h + factor * (block(h) - h)
+        h = post(torch.where(keep[:, None], summed, short))
+    torch.testing.assert_close(out, h, rtol=1e-10, atol=1e-12)
+    for result in (out, h):
+        result.square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), original.parameters(), strict=True):
+        expected = torch.zeros_like(p) if q.grad is None else q.grad
+        mine = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
 class PreNorm(nn.Module):
@@ -484,23 +584,12 @@ class SideOutput(Base):
         return x + y + self.seen
 
 
-class Elsewhere(nn.Module):
-    """As BERT: the addition is in a child, its branch begins in the parent."""
-
-    class Output(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.dense = nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, h, x):
-            return self.dense(h) + x
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.output = Base(), self.Output()
-
+class Deletes(Base):
     def forward(self, x):
-        return self.output(self.inner.f(x), x)
+        y = self.f(x)
+        out = x + y
+        del y
+        return out
 
 
 class Lambda(Base):
@@ -602,6 +691,77 @@ def test_residual_units_and_foreign_blocks_are_numbered_as_they_run():
     model(X).sum().backward()
 
 
-def test_the_subset_gate_is_for_residual_units_alone():
-    with pytest.raises(sd.ApplyError, match="subset"):
-        sd.apply(network(Left), example=X, gate="subset")
+def test_a_predicate_or_classes_choose_the_blocks():
+    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Right(), Left()).double()
+
+    def names(**choice):
+        depth = sd.apply(model, example=X, **choice)
+        sd.remove(model)
+        return [block.name for block in depth.blocks]
+
+    assert names(include=Left) == ["1", "3"]
+    assert names(include=["2", "3"]) == ["2", "3"]
+    assert names(include=[Left], exclude="3") == ["1"]
+    assert names(exclude=lambda name, module: name == "1") == ["2", "3"]
+    with pytest.raises(sd.ApplyError, match=r"include=.* matches no module"):
+        sd.apply(model, example=X, include=[InPlace])
+
+
+class Layer(nn.Module):
+    """Its additions are in two modules, as in T5 and BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Left(), Right()
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_the_units_of_a_repeated_block_share_a_coin():
+    model = network(Layer)
+    depth = sd.apply(model, example=X)
+    assert [block.name for block in depth.blocks] == ["1", "2", "3"]
+    close(depth, [False] * 3)
+    assert torch.equal(nn.Sequential(*list(model)[1:])(model[0](X)), model[0](X))
+    sd.remove(model)
+    names = [block.name for block in sd.apply(model, example=X, granularity="unit").blocks]
+    assert names == ["1.first", "1.second", "2.first", "2.second", "3.first", "3.second"]
+
+
+def test_two_calls_of_one_shared_module_have_one_coin():
+    torch.manual_seed(0)
+    shared = Left()
+    original = nn.Sequential(nn.Linear(4, WIDTH), shared, nn.Tanh(), shared).double()
+    model = copy.deepcopy(original)
+    depth = sd.apply(model, example=X)
+    assert len(depth.survival) == 1
+    model.train()
+    for _ in range(6):
+        out = model(X)
+        expected = original(X) if depth.gates.all() else torch.tanh(original[0](X))
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_forward_method_set_on_the_instance_is_named():
+    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Lambda()).double()
+    with pytest.raises(sd.UnsupportedBlockError, match=r"'2'.*forward.*set on the instance"):
+        sd.apply(model, example=X)
+
+
+def test_a_class_is_registered_once():
+    with pytest.raises(sd.ApplyError, match=r"SaysHow.*registered already"):
+        sd.register_unit(SaysHow)(skip_or_sum)
+
+
+class Batchless(Base):
+    """Samples mix in its branch, and are not its first dimension."""
+
+    def forward(self, x):
+        return (x.T + torch.tanh(self.two.weight[:, :1] @ x.T[:1])).T
+
+
+def test_a_block_whose_samples_are_not_first_is_no_block_for_a_subset():
+    assert len(sd.apply(network(Batchless), example=X).survival) == 3
+    with pytest.raises(sd.UnsupportedBlockError, match="does not have the 5 samples first"):
+        sd.apply(network(Batchless), example=X, gate="subset")

@@ -1,5 +1,6 @@
 """Make the residual units of an existing model skippable, undo it, prove it."""
 
+from stochastic_depth.surgery import adapters as adapters
 from stochastic_depth.surgery.apply import apply, depth_of, remove
 from stochastic_depth.surgery.plan import Plan, PlannedBlock, plan
 from stochastic_depth.surgery.registry import register_unit

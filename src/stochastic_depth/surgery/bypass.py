@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.cuts import Sum, find_place
 from stochastic_depth.surgery.discover import ADDITIONS
@@ -81,4 +82,9 @@ def _around(module: Residual, x: Tensor) -> Tensor:
 def _mixed(output: Tensor, shortcut: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return shortcut
+    if len(output) != len(keep):
+        raise UnsupportedBlockError(
+            f"a residual addition is of a tensor {list(output.shape)}, which does not have the "
+            f'{len(keep)} samples first: use gate="batch" for this model, or exclude='
+        )
     return torch.where(keep.view(-1, *[1] * (output.ndim - 1)), output, shortcut)

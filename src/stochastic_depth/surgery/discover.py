@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from stochastic_depth.surgery.cuts import Argument, Place, Position, Side, Sliced, Sum, find_place
+from stochastic_depth.surgery.flops import CountFlops
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
@@ -84,7 +84,7 @@ class _Recorder(TorchFunctionMode):
     )
     """Outputs that were None, by the method that called."""
     found: dict[_Key, Addition] = field(default_factory=dict)
-    counter: FlopCounterMode | None = None
+    counter: CountFlops | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def spent(self) -> int:
-        return 0 if self.counter is None else self.counter.get_total_flops()
+        return 0 if self.counter is None else self.counter.total
 
     def node(self, tensor: Tensor) -> int:
         return self.node_of[id(tensor)] if id(tensor) in self.node_of else self.new(tensor, ())
@@ -278,7 +278,7 @@ def discover(
         entered.enter_context(_calls_noted(model, recorder))
         entered.enter_context(torch.no_grad())
         if count_flops:
-            recorder.counter = entered.enter_context(FlopCounterMode(display=False))
+            recorder.counter = entered.enter_context(CountFlops())
         entered.enter_context(recorder)
         run()
     return list(recorder.found.values())

@@ -13,8 +13,7 @@ from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.cuts import Argument, Cut, Opaque, Registered, Sum
 from stochastic_depth.surgery.discover import Addition, discover
-from stochastic_depth.surgery.mechanism import cuts_of
-from stochastic_depth.surgery.registry import registered
+from stochastic_depth.surgery.mechanism import cuts_of, registered_around
 from stochastic_depth.surgery.slicing import in_loop
 from stochastic_depth.surgery.undisturbed import undisturbed
 
@@ -64,11 +63,12 @@ class Found:
         """How it is made skippable."""
         if self.refusal:
             return "none"
-        names = {NAME_OF[type(cut)] for unit in self.units for _, cut in unit.cuts}
-        return "call" if "call" in names else ", ".join(sorted(names)) or "Residual"
+        kinds = {type(cut) for unit in self.units for _, cut in unit.cuts}
+        return next((name for kind, name in NAME_OF.items() if kind in kinds), "Residual")
 
 
-NAME_OF = {Sum: "slice", Argument: "call", Opaque: "opaque", Registered: "registered"}
+NAME_OF = {Registered: "registered", Opaque: "opaque", Argument: "call", Sum: "slice"}
+"""The mechanism of a block is the first of these that one of its units needs."""
 
 
 def caller(model: Callable[..., Any], example: Example) -> Callable[[], Any]:
@@ -122,22 +122,12 @@ def _block_of(
     addition: Addition, modules: Mapping[str, nn.Module], granularity: Granularity
 ) -> tuple[str, Any]:
     """The name of the block that an addition belongs to, and which coin there is its own."""
-    whole = registered_around(addition.owner, modules)
-    if whole is not None:
-        return whole, None
     if isinstance(modules[addition.owner], Residual):
         return addition.owner, None
+    whole = registered_around(addition.owner, modules)
     if granularity == "unit":
-        return addition.owner, addition.cuts
-    return repeated_block(addition.owner, modules), None
-
-
-def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The nearest module, from `owner` outwards, of a registered class."""
-    name = owner
-    while name and registered(type(modules[name])) is None:
-        name = name.rpartition(".")[0]
-    return name or None
+        return (addition.owner, addition.cuts) if whole is None else (whole, None)
+    return repeated_block(whole or addition.owner, modules), None
 
 
 def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
@@ -179,24 +169,22 @@ def _found(name: str, additions: list[Addition], modules: Mapping[str, nn.Module
     module = modules[name]
     if isinstance(module, Residual):
         return _residual(name, module, sum(a.flops for a in additions))
-    units, refusal = [], ""
-    forward = registered(type(module))
-    if forward is not None:
-        inside = tuple(place for addition in additions for place in _stands(addition, modules))
-        units.append(Unit(((module, Registered(forward)),), inside))
-    else:
-        of_owner = Counter(addition.owner for addition in additions)
-        for addition in additions:
-            try:
-                cuts = cuts_of(addition, modules, of_owner[addition.owner] == 1)
-                units.append(Unit(cuts, _stands(addition, modules)))
-            except UnsupportedBlockError as error:
-                refusal = refusal or str(error)
+    units: dict[Any, Unit] = {}
+    refusal = ""
+    of_owner = Counter(addition.owner for addition in additions)
+    for addition in additions:
+        try:
+            cuts = cuts_of(addition, modules, of_owner[addition.owner] == 1)
+        except UnsupportedBlockError as error:
+            refusal = refusal or str(error)
+            continue
+        before = units[cuts].additions if cuts in units else ()
+        units[cuts] = Unit(cuts, before + _stands(addition, modules))
     return Found(
         name,
         module,
         ", ".join(dict.fromkeys("identity" if a.identity else "projection" for a in additions)),
-        tuple(units),
+        tuple(units.values()),
         functools.reduce(operator.or_, (Counter(a.modules) for a in additions)),
         tuple(sorted(frozenset[str]().union(*(a.parameters for a in additions)))),
         sum(a.flops for a in additions),

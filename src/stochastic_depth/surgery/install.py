@@ -29,6 +29,8 @@ def install(module: nn.Module, gates: Mapping[Cut, BlockGates], select: bool = F
     Raises:
         UnsupportedBlockError: when a method cannot be cut; `module` is as it was.
     """
+    if "forward" in vars(module):
+        raise UnsupportedBlockError("its forward method is set on the instance, not in the class")
     copy_shortcut = any(getattr(m, "inplace", False) for m in module.modules())
     kind = gated_class(type(module), tuple(gates), copy_shortcut, select)
     module.__dict__[GATES] = tuple(gates.values())

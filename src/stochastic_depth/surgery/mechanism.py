@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.cuts import Cut, Opaque
+from stochastic_depth.surgery.cuts import Cut, Opaque, Registered
 from stochastic_depth.surgery.discover import Addition
 from stochastic_depth.surgery.install import gated_class
+from stochastic_depth.surgery.registry import registered
 
 
 def cuts_of(
@@ -22,6 +23,11 @@ def cuts_of(
     Raises:
         UnsupportedBlockError: when there is no way; says what was tried.
     """
+    whole = registered_around(addition.owner, modules)
+    if whole is not None:
+        forward = registered(type(modules[whole]))
+        assert forward is not None
+        return ((modules[whole], Registered(forward)),)
     try:
         return _sliced(addition, modules)
     except UnsupportedBlockError as error:
@@ -48,3 +54,11 @@ def _sliced(
         gated_class(type(modules[name]), (cut,), False, False)
         cuts.append((modules[name], cut))
     return tuple(cuts)
+
+
+def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The nearest module, from `owner` outwards, of a registered class."""
+    name = owner
+    while name and registered(type(modules[name])) is None:
+        name = name.rpartition(".")[0]
+    return name or None

@@ -126,12 +126,12 @@ def still_running(
 
 
 def _still_called(block: Found, usual: Counter[str], called: Counter[str]) -> str:
-    for name, calls in block.modules.items():
-        if called[name] > usual[name] - calls:
-            return (
-                f"{name!r} of its branch must run even when the block is closed, because the "
-                "model needs more of it than what is added"
-            )
+    running = [name for name, calls in block.modules.items() if called[name] > usual[name] - calls]
+    if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
+        return (
+            f"{running[0]!r} of its branch must run even when the block is closed, because the "
+            "model needs more of it than what is added"
+        )
     return ""
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from stochastic_depth.depth import Block
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.apply import depth_of
 from stochastic_depth.surgery.find import Example, caller
+from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.plain_table import plain_table, si
 from stochastic_depth.surgery.undisturbed import undisturbed
 
@@ -118,12 +118,12 @@ def _set(blocks: list[Block], gate: Gate) -> None:
 
 def _count(run: Callable[[], Any]) -> tuple[int, int]:
     """FLOPs of forward and backward."""
-    with FlopCounterMode(display=False) as forward:
+    with CountFlops() as forward:
         outputs = [leaf for leaf in tree_leaves(run()) if isinstance(leaf, Tensor)]
     total = torch.stack([out.float().sum() for out in outputs if out.requires_grad]).sum()
-    with FlopCounterMode(display=False) as backward:
+    with CountFlops() as backward:
         total.backward()
-    return forward.get_total_flops(), backward.get_total_flops()
+    return forward.total, backward.total
 
 
 def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> dict[str, str]:

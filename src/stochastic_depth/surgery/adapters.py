@@ -1,0 +1,100 @@
+"""Gated forward methods of published blocks whose branch also gives what other blocks need."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.gates import Gate
+from stochastic_depth.residual import part, scaled
+from stochastic_depth.surgery.registry import register_unit
+
+
+@register_unit("transformers.models.mt5.modeling_mt5.MT5LayerSelfAttention")
+@register_unit("transformers.models.t5.modeling_t5.T5LayerSelfAttention")
+def t5_self_attention(
+    layer: Any,
+    gate: Gate,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """The first layer computes the position bias for all others, so a closed one does too."""
+    if not gate.open:
+        return (
+            hidden_states,
+            _bias(layer.SelfAttention, hidden_states, hidden_states, position_bias),
+            None,
+        )
+    out, position_bias, weights = layer.SelfAttention(
+        layer.layer_norm(part(hidden_states, gate)),
+        mask=part(attention_mask, gate),
+        position_bias=position_bias,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
+    return hidden_states + scaled(layer.dropout(out), gate), position_bias, weights
+
+
+@register_unit("transformers.models.mt5.modeling_mt5.MT5LayerCrossAttention")
+@register_unit("transformers.models.t5.modeling_t5.T5LayerCrossAttention")
+def t5_cross_attention(
+    layer: Any,
+    gate: Gate,
+    hidden_states: Tensor,
+    key_value_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """As self-attention."""
+    if not gate.open:
+        bias = _bias(layer.EncDecAttention, hidden_states, key_value_states, position_bias)
+        return hidden_states, bias, None
+    out, position_bias, weights = layer.EncDecAttention(
+        layer.layer_norm(part(hidden_states, gate)),
+        mask=part(attention_mask, gate),
+        key_value_states=part(key_value_states, gate),
+        position_bias=position_bias,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
+    return hidden_states + scaled(layer.dropout(out), gate), position_bias, weights
+
+
+def _bias(attention: Any, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """What an attention layer of T5 gives as position bias: [1, heads, queries, keys]."""
+    if bias is not None:
+        return bias
+    lengths = queries.shape[1], keys.shape[1]
+    if attention.has_relative_attention_bias:
+        return attention.compute_bias(*lengths, device=queries.device)
+    return queries.new_zeros(1, attention.n_heads, *lengths)
+
+
+@register_unit("timm.models.mvitv2.MultiScaleBlock")
+def mvitv2_block(
+    block: Any, gate: Gate, x: Tensor, feat_size: list[int]
+) -> tuple[Tensor, list[int]]:
+    """Attention gives the size of its pooled output, which the next block must know."""
+    norm = block.norm1(x) if gate.open or block.shortcut_proj_attn is not None else x
+    shortcut = x if block.shortcut_proj_attn is None else block.shortcut_proj_attn(norm)
+    x = block._shortcut_pool(shortcut, feat_size)
+    if gate.open:
+        out, _ = block.attn(part(norm, gate), feat_size)
+        x = x + scaled(block.drop_path1(out), gate)
+    norm = block.norm2(x) if gate.open or block.shortcut_proj_mlp is not None else x
+    shortcut = x if block.shortcut_proj_mlp is None else block.shortcut_proj_mlp(norm)
+    if gate.open:
+        shortcut = shortcut + scaled(block.drop_path2(block.mlp(part(norm, gate))), gate)
+    return shortcut, _pooled(block.shortcut_pool_attn, feat_size)
+
+
+def _pooled(pool: nn.MaxPool2d | None, feat_size: list[int]) -> list[int]:
+    if pool is None:
+        return feat_size
+    size: Tensor = pool(torch.empty(1, *feat_size, device="meta"))
+    return list(size.shape[1:])
