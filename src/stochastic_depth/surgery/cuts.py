@@ -1,7 +1,8 @@
 """What of a module is put under a gate, and where it stands in the source."""
 
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, Literal
@@ -34,19 +35,25 @@ class Sum:
     shortcut: Side
     nothing: frozenset[tuple[Position, int]] = frozenset()
     """Calls in the method, and which of their outputs are None: a closed branch has them too."""
+    callers: tuple[Place, ...] = ()
+    """Where other methods of the module call this one, from the inside out."""
+
+    def __str__(self) -> str:
+        return str(self.place)
 
 
 @dataclass(frozen=True)
 class Argument:
     """A call in a method that is handed what a branch has computed: closed, it is handed None.
 
-    The addition is in the module that is called.
+    The addition is in the module or method that is called.
     """
 
     place: Place
-    arguments: tuple[int | str, ...]
-    """Positions or names."""
+    arguments: tuple[tuple[int | None, str | None], ...]
+    """The position of each, if it has one, and its name."""
     nothing: frozenset[tuple[Position, int]] = frozenset()
+    callers: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,12 +74,21 @@ Cut = Sum | Argument | Opaque | Registered
 
 def find_place(module: nn.Module, frame: FrameType | None) -> Place | None:
     """The expression in a method of `module` that is being evaluated, seen from `frame`."""
+    return next(_places(module, frame), None)
+
+
+def find_callers(module: nn.Module, frame: FrameType | None) -> tuple[Place, ...]:
+    """Where other methods of `module` call the one that `find_place` finds, from the inside out."""
+    others = itertools.islice(_places(module, frame), 1, None)
+    return tuple(itertools.takewhile(lambda place: place is not None, others))  # type: ignore[arg-type]
+
+
+def _places(module: nn.Module, frame: FrameType | None) -> Iterator[Place | None]:
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
-            return _in_method(module, code, frame.f_lasti // 2)
+            yield _in_method(module, code, frame.f_lasti // 2)
         frame = frame.f_back
-    return None
 
 
 def _in_method(module: nn.Module, code: CodeType, instruction: int) -> Place | None:
@@ -82,6 +98,6 @@ def _in_method(module: nn.Module, code: CodeType, instruction: int) -> Place | N
     for kind in type(module).__mro__:
         method = vars(kind).get(code.co_name)
         inner = inspect.unwrap(method) if callable(method) else None
-        if getattr(inner, "__code__", None) is code:
+        if kind is not nn.Module and getattr(inner, "__code__", None) is code:
             return Place(kind, code.co_name, (first, last, start, end))
     return None

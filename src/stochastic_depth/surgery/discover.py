@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from stochastic_depth.surgery.cuts import Argument, Place, Position, Side, Sliced, Sum, find_place
+from stochastic_depth.surgery.cuts import (
+    Argument,
+    Place,
+    Position,
+    Side,
+    Sliced,
+    Sum,
+    find_callers,
+    find_place,
+)
 from stochastic_depth.surgery.flops import CountFlops
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -192,7 +201,13 @@ class _Recorder(TorchFunctionMode):
             return
         place = find_place(call.module, frame)
         cuts: list[tuple[str, Sliced | None]] = [
-            (call.name, place and Sum(place, side, self.nothing_in(call, place)))
+            (
+                call.name,
+                place
+                and Sum(
+                    place, side, self.nothing_in(call, place), find_callers(call.module, frame)
+                ),
+            )
         ]
         handed = self.handed(call, branch, kept)
         for caller in reversed(self.calls[:-1]):
@@ -200,7 +215,8 @@ class _Recorder(TorchFunctionMode):
                 break
             place = find_place(caller.module, frame)
             nothing = self.nothing_in(caller, place)
-            cuts.append((caller.name, place and Argument(place, handed, nothing)))
+            callers = find_callers(caller.module, frame)
+            cuts.append((caller.name, place and Argument(place, handed, nothing, callers)))
             call, of = caller, self.reaches(left, right, caller)
             branch = of[1] - of[0] if side == "left" else of[0] - of[1]
             handed = self.handed(call, branch, kept)
@@ -231,12 +247,15 @@ class _Recorder(TorchFunctionMode):
         earliest = min([call.began, *call.inputs])
         return [self.reach(left, earliest), self.reach(right, earliest)]
 
-    def handed(self, call: _Call, branch: set[int], kept: int) -> tuple[int | str, ...]:
+    def handed(
+        self, call: _Call, branch: set[int], kept: int
+    ) -> tuple[tuple[int | None, str | None], ...]:
         """The arguments of `call` that hold a part of the branch, computed before."""
-        arguments = [*enumerate(call.args), *call.kwargs.items()]
+        positional = [((n, None), value) for n, value in enumerate(call.args)]
+        named = [((None, name), value) for name, value in call.kwargs.items()]
         return tuple(
-            name
-            for name, value in arguments
+            argument
+            for argument, value in [*positional, *named]
             if any(
                 node in branch and node < call.began and kept in self.reach(node, kept)
                 for node in map(self.node, _tensors(value))

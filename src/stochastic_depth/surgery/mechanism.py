@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from torch import nn
 
 from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.cuts import Cut, Opaque, Registered
+from stochastic_depth.surgery.cuts import Argument, Cut, Opaque, Registered, Sliced
 from stochastic_depth.surgery.discover import Addition
 from stochastic_depth.surgery.install import gated_class
 from stochastic_depth.surgery.registry import registered
+from stochastic_depth.surgery.slicing import skipped_when_closed
 
 
 def cuts_of(
@@ -45,14 +46,29 @@ def _sliced(
     if addition.begins_elsewhere:
         raise UnsupportedBlockError("its branch begins outside of the model's modules")
     cuts: list[tuple[nn.Module, Cut]] = []
+    skips = False
     for name, cut in addition.cuts:
+        mine: list[Sliced]
         if cut is None:
             raise UnsupportedBlockError(
                 f"its addition is not in a method of {type(modules[name]).__name__}, but in a "
                 "function that one calls"
             )
-        gated_class(type(modules[name]), (cut,), False, False)
-        cuts.append((modules[name], cut))
+        mine = [cut]
+        calls, unused = skipped_when_closed(cut)
+        skips |= calls
+        for place in cut.callers:  # which may compute the branch for the method they call
+            if not unused:
+                break
+            mine.append(Argument(place, unused))
+            calls, unused = skipped_when_closed(mine[-1])
+            skips |= calls
+        gated_class(type(modules[name]), tuple(mine), False, False)
+        cuts += [(modules[name], each) for each in mine]
+    if not skips:
+        raise UnsupportedBlockError(
+            f"{cuts[0][1]}: the model needs all of its branch for other things too"
+        )
     return tuple(cuts)
 
 

@@ -110,19 +110,25 @@ def still_running(
 
     Looks at which modules are called, not at values: works on the meta device too.
     """
-    reasons = []
     with undisturbed(model), torch.no_grad():
         model.eval()
         with _calls(model) as usual:
             run()
-        for block, gated in zip(found, blocks, strict=True):
-            with _gates([gated], CLOSED), _calls(model) as called:
-                try:
-                    run()
-                    reasons.append(_still_called(block, usual, called))
-                except Exception as error:
-                    reasons.append(f"with it closed the model fails: {error}")
-    return reasons
+        try:
+            with _gates(blocks, CLOSED), _calls(model) as called:
+                run()
+            return [_still_called(block, usual, called) for block in found]
+        except Exception:  # one at a time, to see which
+            return [_fails(run, block) for block in blocks]
+
+
+def _fails(run: Callable[[], Any], block: Block) -> str:
+    try:
+        with _gates([block], CLOSED):
+            run()
+    except Exception as error:
+        return f"with it closed the model fails: {type(error).__name__}: {error}"
+    return ""
 
 
 def _still_called(block: Found, usual: Counter[str], called: Counter[str]) -> str:

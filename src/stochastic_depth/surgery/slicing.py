@@ -53,7 +53,7 @@ def slice_method(
     tree = _definition(function)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
     for number, cut in enumerate(cuts):
-        branch = _cut(tree, cut, f"_gate_{number}", copy_shortcut)
+        branch, _ = _cut(tree, cut, f"_gate_{number}", copy_shortcut)
         if select:
             select_samples = _SelectSamples(set(others), f"_gate_{number}")
             for node in branch:
@@ -63,6 +63,22 @@ def slice_method(
     drawn = _call("_gates", ast.Name(module, ast.Load()))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
     return _compiled(function, tree, {**NAMES, "_gates": gates})
+
+
+def skipped_when_closed(cut: Sliced) -> tuple[bool, tuple[tuple[int | None, str | None], ...]]:
+    """Whether a closed gate at `cut` skips any call, and parameters that only the branch needs.
+
+    Returns:
+        The parameters with their positions in a call, if they have one, and names.
+    """
+    tree = _definition(inspect.unwrap(vars(cut.place.kind)[cut.place.method]))
+    used = uses(tree)
+    branch, needed = _cut(tree, cut, "_gate", False)
+    calls = any(isinstance(node, ast.Call) for part in branch for node in ast.walk(part))
+    positional = [argument.arg for argument in [*tree.args.posonlyargs, *tree.args.args][1:]]
+    named = [(None, argument.arg) for argument in tree.args.kwonlyargs]
+    parameters = [*enumerate(positional), *named]
+    return calls, tuple((n, name) for n, name in parameters if name in used - needed)
 
 
 def in_loop(place: Place) -> bool:
@@ -91,11 +107,14 @@ def _definition(function: FunctionType) -> ast.FunctionDef:
     return tree
 
 
-def _cut(tree: ast.FunctionDef, cut: Sliced, gate: str, copy_shortcut: bool) -> list[ast.AST]:
+def _cut(
+    tree: ast.FunctionDef, cut: Sliced, gate: str, copy_shortcut: bool
+) -> tuple[list[ast.AST], frozenset[str]]:
     """Put what only the branch at `cut` needs under `gate`, in place.
 
     Returns:
-        The expressions and statements that run under an open gate only.
+        The expressions and statements that run under an open gate only, and the variables that the
+        method needs from outside under a closed one.
     """
     path, live = _find(tree.body, cut.place, frozenset())
     block, index = path.pop()
@@ -127,10 +146,8 @@ def _cut(tree: ast.FunctionDef, cut: Sliced, gate: str, copy_shortcut: bool) -> 
         more, live = _skip_before(block, index, live, gate, guards, cut.nothing)
         skipped += more
     branch += skipped
-    if not any(isinstance(n, ast.Call) for node in branch for n in ast.walk(node)):
-        raise UnsupportedBlockError(f"{cut.place}: its branch is not computed in this method alone")
     ast.fix_missing_locations(tree)
-    return branch
+    return branch, live
 
 
 def _find(
@@ -276,12 +293,14 @@ def _exchange_arguments(
     call = next(node for node in ast.walk(statement) if _is_at(node, cut.place))
     before: list[ast.AST] = []
     if isinstance(call, ast.Call) and not any(isinstance(a, ast.Starred) for a in call.args):
+        positions = {n for n, _ in cut.arguments if n is not None}
+        names = {name for _, name in cut.arguments if name is not None}
         for n, value in enumerate(call.args):
-            if n in cut.arguments:
+            if n in positions:
                 before.append(value)
                 call.args[n] = exchange(value)
         for keyword in call.keywords:
-            if keyword.arg in cut.arguments:
+            if keyword.arg in names:
                 before.append(keyword.value)
                 keyword.value = exchange(keyword.value)
     if len(before) != len(cut.arguments):
