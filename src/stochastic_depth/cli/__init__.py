@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "test error of a run's network",
     "compare": "a recipe against its constant-depth twin, over seeds",
     "bench": "what the library costs in time",
+    "inspect": "what can be skipped in a model, and what that saves",
     "recipes": "the published results that can be reproduced",
 }
 HELP = """usage: stochastic-depth COMMAND [OPTIONS]

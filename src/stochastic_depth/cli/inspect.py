@@ -1,0 +1,127 @@
+"""stochastic-depth inspect MODEL."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from stochastic_depth.errors import ApplyError
+from stochastic_depth.models.published import published
+from stochastic_depth.surgery import Plan, Verification, apply, plan, summary, verify
+from stochastic_depth.surgery.plain_table import si
+from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
+from stochastic_depth.train.files import write_whole
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What can be skipped in a model, proved on it, and what that saves in time."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """timm/NAME, torchvision/NAME, transformers/TYPE (or a config.json), or package.module:factory,
+    which returns a model, or a model and an example of its input. Built without weights."""
+    survival: Literal["linear", "uniform"] = "linear"
+    """Linear decay to --final, or --final for every block."""
+    final: float = 0.5
+    """The survival probability of the last block."""
+    batch: int = 2
+    """Samples in the example."""
+    shape: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N ...")] = None
+    """Of one sample; the published one if not given."""
+    granularity: Literal["block", "unit"] = "block"
+    """One coin for all residual additions of a block, or one for each."""
+    exclude: tuple[str, ...] = ()
+    """Modules to leave as they are, by name."""
+    repeats: int = 5
+    """Rounds of timing."""
+    plan_only: bool = False
+    """Build the structure alone, without storage: print the blocks, run nothing."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write what is printed as JSON here."""
+
+
+def main(arguments: list[str]) -> int:
+    asked = tyro.cli(Inspect, prog="stochastic-depth inspect", args=arguments)
+    console = Console()
+    device = "meta" if asked.plan_only else "cpu"
+    with console.status(f"building {asked.model}"):
+        model, example = published(asked.model, batch=asked.batch, shape=asked.shape, device=device)
+    rule: SurvivalRule = (
+        LinearDecay(asked.final) if asked.survival == "linear" else Uniform(asked.final)
+    )
+    with console.status("finding the residual blocks"):
+        planned = plan(model, example, rule, exclude=asked.exclude, granularity=asked.granularity)
+    console.print(plan_table(asked.model, planned))
+    result = {"model": asked.model, **asdict(planned)}
+    if not planned.complete:
+        refused = [block for block in planned.blocks if block.refusal]
+        _write(asked.out, result)
+        names = list(dict.fromkeys(block.name for block in refused))
+        few = f"; --exclude {' '.join(names)} leaves them as they are" if len(names) < 6 else ""
+        raise ApplyError(
+            f"{len(refused)} of {len(planned.blocks)} blocks cannot be made skippable: "
+            f"{refused[0].name!r} ({refused[0].kind}): {refused[0].refusal}{few}"
+        )
+    if not asked.plan_only:
+        with console.status("verifying every block"):
+            apply(
+                model, rule, example=example, exclude=asked.exclude, granularity=asked.granularity
+            )
+        with console.status("timing training steps"):
+            verification = verify(model, example, repeats=asked.repeats)
+            costs = summary(model, example)
+        console.print(verification_table(verification))
+        console.print(
+            f"{verification.blocks} blocks verified in {verification.sets} sets, largest "
+            f"difference {verification.difference:.1g}\n"
+            f"time saved over FLOPs saved, every other block open: {verification.efficiency:.2f}\n"
+            f"expected depth {costs.expected_depth:.4g} of {len(costs.blocks)} blocks; "
+            f"{100 * costs.expected_saving:.1f} % of FLOPs saved",
+            highlight=False,
+        )
+        result |= {"verification": asdict(verification), "expected_saving": costs.expected_saving}
+    _write(asked.out, result)
+    return 0
+
+
+def plan_table(name: str, planned: Plan) -> Table:
+    """The blocks of a model, and how each is skipped."""
+    table = Table(title=name, title_justify="left", box=None, pad_edge=False)
+    for column in ("block", "class", "shortcut", "mechanism"):
+        table.add_column(column, overflow="fold")
+    for column in ("p", "params", "FLOPs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for block in planned.blocks:
+        table.add_row(
+            block.name,
+            block.kind,
+            block.shortcut,
+            block.mechanism,
+            f"{block.survival:.3f}",
+            si(block.parameters),
+            si(block.flops),
+        )
+    return table
+
+
+def verification_table(verification: Verification) -> Table:
+    """Training steps with all, half and none of the blocks."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("blocks open")
+    for column in ("FLOPs", "training step", "time"):
+        table.add_column(column, justify="right")
+    for name, flops, seconds in zip(
+        ("all", "every other", "none"), verification.flops, verification.seconds, strict=True
+    ):
+        share = seconds / verification.seconds[0]
+        table.add_row(name, f"{flops:.3f}", f"{1000 * seconds:.4g} ms", f"{share:.3f}")
+    return table
+
+
+def _write(out: Path | None, result: dict[str, object]) -> None:
+    if out is not None:
+        write_whole(out, (json.dumps(result, indent=1) + "\n").encode())

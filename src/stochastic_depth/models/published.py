@@ -1,0 +1,191 @@
+"""Architectures as others publish them, built without weights, with an example of their input."""
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.errors import ConfigError, MissingExtraError
+from stochastic_depth.randomness import generator
+
+Example = Tensor | tuple[Any, ...] | dict[str, Any]
+Shape = Sequence[int]
+"""Of one sample, without the batch."""
+
+TOKENS, SAMPLES = 16, 8000
+"""Length of example texts, and of recorded speech."""
+
+
+def published(
+    name: str,
+    *,
+    batch: int = 2,
+    shape: Shape | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> tuple[nn.Module, Example]:
+    """A model by name, and a batch of random inputs that it takes.
+
+    Args:
+        name: "timm/resnet50", "torchvision/swin_t", "transformers/gpt2" (the type of a model),
+            "transformers/path/to/config.json", or "package.module:factory": a function without
+            arguments that returns a model, or a model and an example.
+        batch: number of samples in the example.
+        shape: of one sample, where it is not the published one.
+        device: "meta" builds the structure alone.
+        options: for what builds the model: arguments of timm's and torchvision's functions, or
+            fields of a configuration of transformers.
+
+    Raises:
+        ConfigError: when there is no such model, or it needs a shape.
+        MissingExtraError: when its library is not installed.
+    """
+    library, _, rest = name.partition("/")
+    with torch.device(device) as on_device:
+        if library in LIBRARIES and rest:
+            return LIBRARIES[library](rest, batch, shape, on_device, options)
+        if ":" in name:
+            return _of_factory(name, batch, shape)
+    raise ConfigError(
+        f"{name!r} is no model: give timm/NAME, torchvision/NAME, transformers/TYPE or "
+        "package.module:factory"
+    )
+
+
+def _timm(
+    name: str, batch: int, shape: Shape | None, device: Any, options: dict[str, Any]
+) -> tuple[nn.Module, Example]:
+    timm = _library("timm")
+    if not timm.is_model(name):
+        raise _unknown("timm", name, timm.list_models())
+    model = timm.create_model(name, **options)
+    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    return model, _floats(batch, shape or size, device)
+
+
+def _torchvision(
+    name: str, batch: int, shape: Shape | None, device: Any, options: dict[str, Any]
+) -> tuple[nn.Module, Example]:
+    models = _library("torchvision.models")
+    names = models.list_models()
+    if name not in names:
+        raise _unknown("torchvision", name, names)
+    model = models.get_model(name, **options)
+    video = name in models.list_models(module=models.video)
+    size = (3, 16, 112, 112) if video else (3, 224, 224)
+    return model, _floats(batch, shape or size, device)
+
+
+def _transformers(
+    name: str, batch: int, shape: Shape | None, device: Any, options: dict[str, Any]
+) -> tuple[nn.Module, Example]:
+    transformers = _library("transformers")
+    types: list[str] = list(transformers.CONFIG_MAPPING.keys())
+    if Path(name).suffix == ".json":
+        if not Path(name).is_file():
+            raise ConfigError(f"there is no configuration {name}")
+        fields = transformers.PretrainedConfig.get_config_dict(name)[0] | options
+        config = transformers.AutoConfig.for_model(**fields)
+    elif name in types:
+        config = transformers.AutoConfig.for_model(name, **options)
+    else:
+        raise _unknown("transformers", name, types)
+    try:
+        model = transformers.AutoModel.from_config(config)
+    except ValueError as error:
+        raise ConfigError(f"transformers has no plain model of type {name}: {error}") from error
+    return model, _inputs(model, batch, shape, device)
+
+
+LIBRARIES: dict[str, Callable[..., tuple[nn.Module, Example]]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+}
+
+
+def _inputs(model: Any, batch: int, shape: Shape | None, device: Any) -> dict[str, Any]:
+    """What a model of transformers takes, by the name of its main input and its configuration."""
+    config, main = model.config, model.main_input_name
+    inputs: dict[str, Any] = {}
+    texts = getattr(config, "text_config", None) or config
+    if main == "input_ids":
+        length = shape or (TOKENS,)
+        inputs[main] = _integers(batch, length, texts.vocab_size, device)
+    elif main == "pixel_values":
+        inputs[main] = _floats(batch, shape or _image(config), device)
+    elif main == "input_features":
+        length = 2 * getattr(config, "max_source_positions", 1500)
+        inputs[main] = _floats(batch, shape or (config.num_mel_bins, length), device)
+    elif main == "input_values":
+        inputs[main] = _floats(batch, shape or (SAMPLES,), device)
+    else:
+        raise ConfigError(f"{type(model).__name__} takes {main}, of which no example can be made")
+    if main == "input_ids" and getattr(config, "vision_config", None) is not None:
+        inputs["pixel_values"] = _floats(batch, _image(config.vision_config), device)
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _integers(batch, (TOKENS,), config.vocab_size, device)
+    if hasattr(texts, "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _image(config: Any) -> Shape:
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return getattr(config, "num_channels", 3), height, width
+
+
+def _of_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, Example]:
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{name!r} cannot be called without arguments: {error}") from error
+    model, example = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name!r} returns {type(model).__name__}, not a module")
+    if shape is not None:
+        example = _floats(batch, shape, torch.get_default_device())
+    if example is None:
+        raise ConfigError(
+            f"{name!r} gives no example of its input: return (model, example), or give --shape"
+        )
+    return model, example
+
+
+def _floats(batch: int, shape: Shape, device: Any) -> Tensor:
+    if str(device) == "meta":
+        return torch.empty(batch, *shape, device=device)
+    return torch.randn(batch, *shape, generator=generator("example"), device="cpu").to(device)
+
+
+def _integers(batch: int, shape: Shape, below: int, device: Any) -> Tensor:
+    if str(device) == "meta":
+        return torch.zeros(batch, *shape, dtype=torch.int64, device=device)
+    numbers = torch.randint(below, (batch, *shape), generator=generator("example"), device="cpu")
+    return numbers.to(device)
+
+
+def _library(name: str) -> ModuleType:
+    package = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"{error}: pip install {package}") from error
+    except (ImportError, RuntimeError) as error:
+        raise MissingExtraError(
+            f"{package} is installed, but cannot be imported with torch {torch.__version__} "
+            f"({error}): install versions that fit each other"
+        ) from error
+
+
+def _unknown(library: str, name: str, known: Sequence[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return ConfigError(f"{library} has no model {name!r}{hint}")

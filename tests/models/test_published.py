@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import nn
+
+import stochastic_depth as sd
+from stochastic_depth.models.published import published
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def linear():
+    return nn.Linear(4, 2)
+
+
+def with_example():
+    return nn.Linear(4, 2), torch.zeros(3, 4)
+
+
+def not_a_module():
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        ("timm/resnet18", (3, 64, 64), {"num_classes": 5}),
+        ("torchvision/resnet18", (3, 64, 64), {}),
+        ("transformers/gpt2", None, {"n_layer": 1, "n_embd": 16, "n_head": 2}),
+        ("transformers/vit", None, {"num_hidden_layers": 1, "image_size": 32}),
+        ("transformers/t5", None, {"num_layers": 1, "d_model": 16, "d_ff": 16}),
+        ("transformers/wav2vec2", None, {"num_hidden_layers": 1}),
+        ("transformers/clip", None, {}),
+    ],
+)
+def test_a_model_takes_its_example(name, shape, options):
+    pytest.importorskip(name.partition("/")[0], reason=f"needs {name.partition('/')[0]}")
+    model, example = published(name, shape=shape, **options)
+    with torch.no_grad():
+        model.eval()(**example) if isinstance(example, dict) else model.eval()(example)
+
+
+@pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "transformers/vit"])
+def test_the_structure_alone_has_no_storage(name):
+    pytest.importorskip(name.partition("/")[0], reason=f"needs {name.partition('/')[0]}")
+    model, example = published(name, device="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert sd.plan(model, example).complete
+
+
+def test_a_factory_gives_a_model_with_or_without_example():
+    model, example = published(f"{__name__}:with_example")
+    assert example.shape == (3, 4)
+    model, example = published(f"{__name__}:linear", shape=(4,), batch=5)
+    assert model(example).shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50", r"'resnet50' is no model: give timm/NAME, torchvision/NAME"),
+        ("timm/resnet5000", r"timm has no model 'resnet5000'; did you mean resnet50"),
+        ("torchvision/swin_x", r"torchvision has no model 'swin_x'; did you mean swin_"),
+        ("transformers/gpt22", r"transformers has no model 'gpt22'; did you mean gpt2"),
+        ("transformers/nowhere.json", r"no configuration nowhere\.json"),
+        ("nowhere:model", r"'nowhere:model' cannot be called.*nowhere"),
+        (f"{__name__}:nothing", r"has no attribute 'nothing'"),
+        (f"{__name__}:linear", r"no example of its input.*--shape"),
+        (f"{__name__}:not_a_module", r"returns int, not a module"),
+    ],
+)
+def test_what_is_no_model_is_named(name, message):
+    library = name.partition("/")[0]
+    if library in ("timm", "torchvision", "transformers"):
+        pytest.importorskip(library, reason=f"needs {library}")
+    with pytest.raises(sd.ConfigError, match=message):
+        published(name)
