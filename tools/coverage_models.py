@@ -1,46 +1,103 @@
-"""Which architectures `sd.apply(model, example=x)` makes skippable: make coverage-models.
+"""Which published architectures `sd.apply` makes skippable: make coverage-models.
 
-Every architecture is built without trained weights, applied with verification on a small input, and
-removed again. One that cannot be made skippable must raise the clear error and be left untouched.
+Verified: architectures of all three libraries are built without trained weights, applied, which
+holds every block against the original, and removed again.
+Structure: every entry point of timm is built on the meta device; of those that consist of the same
+classes the smallest is planned: every block found, cut, and seen to skip its branch.
+
+An architecture that cannot be made skippable must raise the clear error and be left untouched.
 """
 
 import argparse
+import collections
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import nn
-
-import stochastic_depth as sd
 
 if torch.version.cuda is None:  # torchvision's wheels miss two operators on a CPU build of torch
     _operators = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+import stochastic_depth as sd
+from stochastic_depth.models.published import published
+from stochastic_depth.surgery.apply import applied_to
+
 TORCHVISION = (
     "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 regnet_y_400mf regnet_x_400mf mnasnet0_5 "
     "mobilenet_v2 mobilenet_v3_small efficientnet_b0 efficientnet_v2_s convnext_tiny swin_t "
-    "swin_v2_t vit_b_32"
+    "swin_v2_t r3d_18 mc3_18 r2plus1d_18 fcn_resnet50 googlenet squeezenet1_1 vgg11 "
+    "shufflenet_v2_x0_5"
 ).split()
+SIZES = {"r3d_18": (3, 4, 32, 32), "mc3_18": (3, 4, 32, 32), "r2plus1d_18": (3, 4, 32, 32)}
 TIMM = (
     "resnet18 resnet26d resnet50d seresnet50 resnetv2_50 ecaresnet26t skresnet18 resnest14d "
     "res2net50_26w_4s nf_resnet26 nfnet_f0 regnety_002 convnext_atto convnextv2_atto "
     "vit_tiny_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224 "
     "cait_xxs24_224 xcit_nano_12_p16_224 swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 "
     "mixer_s16_224 resmlp_12_224 gmlp_s16_224 poolformer_s12 caformer_s18 mobilenetv2_050 "
-    "mobilenetv3_small_050 efficientnet_b0 efficientvit_b0 maxvit_tiny_rw_224 coatnet_nano_rw_224 "
-    "levit_128s pit_ti_224 twins_svt_small pvt_v2_b0 davit_tiny focalnet_tiny_srf fastvit_t8 "
-    "edgenext_xx_small mobilevit_xxs repvit_m0_9 hiera_tiny_224 tiny_vit_5m_224 visformer_tiny "
-    "crossvit_tiny_240 inception_resnet_v2 darknet53 cspresnet50 hrnet_w18_small sequencer2d_s "
-    "densenet121 dpn68 vgg11"
+    "mobilenetv3_small_050 mobilenetv4_conv_small efficientnet_b0 efficientvit_b0 "
+    "maxvit_tiny_rw_224 coatnet_nano_rw_224 levit_128s pit_ti_224 twins_svt_small pvt_v2_b0 "
+    "davit_tiny focalnet_tiny_srf fastvit_t8 edgenext_xx_small mobilevit_xxs repvit_m0_9 "
+    "hiera_tiny_224 tiny_vit_5m_224 visformer_tiny crossvit_tiny_240 inception_resnet_v2 darknet53 "
+    "cspresnet50 hrnet_w18_small sequencer2d_s mvitv2_tiny starnet_s1 mambaout_femto ghostnet_050 "
+    "densenet121 dpn68 rexnet_100 vgg11"
 ).split()
+TRANSFORMERS = (
+    "gpt2 gpt_neo gpt_neox gptj opt bloom falcon llama mistral qwen2 qwen3 gemma gemma2 phi phi3 "
+    "olmo2 cohere starcoder2 granite mixtral bert roberta electra distilbert albert deberta-v2 "
+    "mpnet t5 mt5 bart pegasus whisper wav2vec2 hubert vit deit dinov2 beit swin swinv2 convnext "
+    "convnextv2 resnet segformer clip_vision_model siglip_vision_model"
+).split()
+SMALL: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+"""Fields of configurations of transformers; those that a configuration does not know do nothing."""
+OWN: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 3},
+    "falcon": {"num_kv_heads": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "gptj": {"rotary_dim": 4},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4},
+    "albert": {"embedding_size": 16},
+    "electra": {"embedding_size": 16},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "mt5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64},
+    "pegasus": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64},
+    "whisper": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "max_source_positions": 40,
+    },
+    "wav2vec2": {"apply_spec_augment": False},
+    "hubert": {"apply_spec_augment": False},
+    "swin": {"image_size": 64},
+    "swinv2": {"image_size": 64},
+}
 
 
 @dataclass(frozen=True)
@@ -51,127 +108,145 @@ class Verdict:
     architecture: str
     verdict: str
     """skippable, refused, not residual, or broken."""
-    blocks: int
-    seconds: float
+    blocks: int = 0
+    mechanisms: str = ""
+    difference: float = 0.0
+    """The largest one of verification, relative to the largest output."""
+    seconds: float = 0.0
     reason: str = ""
+    models: int = 1
+    """How many entry points consist of the same classes."""
 
 
-def torchvision_models() -> Iterator[tuple[str, Callable[[], nn.Module], object]]:
-    from torchvision import models
-
+def architectures() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Library, name, and how to build it."""
     for name in TORCHVISION:
-        size = 224 if name.startswith("vit") else 64
-        yield name, lambda name=name: models.get_model(name), torch.randn(2, 3, size, size)
+        yield "torchvision", name, {"shape": SIZES.get(name, (3, 64, 64))}
+    for name in TIMM:
+        yield "timm", name, {}
+    for name in TRANSFORMERS:
+        small = {"image_size": 32, "patch_size": 8, **SMALL, **OWN.get(name, {})}
+        yield "transformers", name, small
 
 
-def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module], object]]:
+def judge(library: str, name: str, **options: Any) -> Verdict:
+    """Apply, remove, and see that a refusal leaves the model as it was."""
+    torch.manual_seed(0)
+    try:
+        model, example = published(f"{library}/{name}", **options)
+    except Exception as error:
+        return Verdict(library, name, "broken", reason=f"cannot be built: {_line(error)}")
+    before = _look(model)
+    began = time.perf_counter()
+    blocks, mechanisms, difference, reason = 0, "", 0.0, ""
+    try:
+        blocks = len(sd.apply(model, example=example).blocks)
+        applied = applied_to(model)
+        mechanisms = ", ".join(sorted({block.mechanism for block in applied.found}))
+        difference = applied.difference
+        verdict = "skippable"
+        sd.remove(model)
+    except sd.ApplyError as error:
+        refused = isinstance(error, sd.UnsupportedBlockError)
+        verdict, reason = "refused" if refused else "not residual", _line(error)
+    except Exception as error:
+        verdict, reason = "broken", _line(error)
+    seconds = round(time.perf_counter() - began, 2)
+    if _look(model) != before:
+        verdict, reason = "broken", f"left changed; {reason}"
+    return Verdict(library, name, verdict, blocks, mechanisms, difference, seconds, reason)
+
+
+def structure() -> Iterator[Verdict]:
+    """All of timm, a representative for each set of classes."""
     import timm
 
-    for name in TIMM:
-        published = timm.models.get_pretrained_cfg(name)
-        size = published.input_size[-1] if published else 224
-        yield name, lambda name=name: timm.create_model(name), torch.randn(2, 3, size, size)
+    groups: dict[frozenset[type], list[tuple[int, str]]] = collections.defaultdict(list)
+    for name in track(timm.list_models(), "building all of timm"):
+        model, _ = published(f"timm/{name}", device="meta")
+        size = sum(p.numel() for p in model.parameters())
+        groups[frozenset(map(type, model.modules()))].append((size, name))
+    for group in track(groups.values(), "planning"):
+        name = min(group)[1]
+        model, example = published(f"timm/{name}", device="meta")
+        before = _look(model)
+        blocks, mechanisms, reason = 0, "", ""
+        try:
+            plan = sd.plan(model, example)
+            blocks = len(plan.blocks)
+            mechanisms = ", ".join(sorted({block.mechanism for block in plan.blocks}))
+            refused = [block for block in plan.blocks if block.refusal]
+            verdict = "refused" if refused else "skippable"
+            if refused:
+                reason = f"{len(refused)} blocks, {refused[0].name!r}: {refused[0].refusal}"
+        except sd.ApplyError as error:
+            verdict, reason = "not residual", _line(error)
+        except Exception as error:
+            verdict, reason = "broken", _line(error)
+        if _look(model) != before:
+            verdict, reason = "broken", f"left changed; {reason}"
+        yield Verdict("timm", name, verdict, blocks, mechanisms, reason=reason, models=len(group))
 
 
-def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module], object]]:
-    import transformers as t
-
-    text = {"input_ids": torch.arange(24).view(2, 12) % 90, "use_cache": False}
-    plain = {"input_ids": torch.arange(24).view(2, 12) % 90}
-    image = {"pixel_values": torch.randn(2, 3, 32, 32)}
-    small = {
-        "vocab_size": 99,
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-    }
-    vision = {k: v for k, v in small.items() if k != "vocab_size"}
-    vision |= {"image_size": 32, "patch_size": 8}
-    llama = {**small, "num_key_value_heads": 2}
-    configurations = {
-        "gpt2": (t.GPT2Config(vocab_size=99, n_embd=32, n_layer=3, n_head=4), text),
-        "llama": (t.LlamaConfig(**llama), text),
-        "mistral": (t.MistralConfig(**llama), text),
-        "qwen2": (t.Qwen2Config(**llama), text),
-        "gpt_neox": (t.GPTNeoXConfig(**small), text),
-        "opt": (
-            t.OPTConfig(
-                vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-                ffn_dim=64, word_embed_proj_dim=32,
-            ),
-            text,
-        ),
-        "vit": (t.ViTConfig(**vision), image),
-        "deit": (t.DeiTConfig(**vision), image),
-        "dinov2": (t.Dinov2Config(**vision), image),
-        "beit": (t.BeitConfig(**vision), image),
-        "convnext": (t.ConvNextConfig(hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 2, 1]), image),
-        "resnet": (
-            t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2]), image,
-        ),
-        "bert": (t.BertConfig(**small), plain),
-        "t5": (
-            t.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
-            {**plain, "decoder_input_ids": plain["input_ids"], "use_cache": False},
-        ),
-    }  # fmt: skip
-    for name, (config, example) in configurations.items():
-        yield name, lambda config=config: t.AutoModel.from_config(config), example
+def _look(model: nn.Module) -> list[Any]:
+    """What must be as before where a model is refused."""
+    weights = [(name, id(value)) for name, value in model.state_dict(keep_vars=True).items()]
+    modules = [(type(module), module.training, len(vars(module))) for module in model.modules()]
+    return [modules, weights]
 
 
-LIBRARIES = {
-    "torchvision": torchvision_models,
-    "timm": timm_models,
-    "transformers": transformers_models,
-}
+def _line(error: Exception) -> str:
+    name = "" if isinstance(error, sd.StochasticDepthError) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())
 
 
-def judge(library: str, name: str, build: Callable[[], nn.Module], example: object) -> Verdict:
-    """Apply, remove, and see that a refusal leaves the model as it was."""
-    model = build()
-    types = [type(module) for module in model.modules()]
-    began = time.perf_counter()
-    blocks, verdict, reason = 0, "skippable", ""
-    try:
-        blocks = len(sd.apply(model, example=example).survival)
-        sd.remove(model)
-    except sd.UnsupportedBlockError as error:
-        verdict, reason = "refused", str(error)
-    except sd.ApplyError as error:
-        verdict, reason = "not residual", str(error)
-    except Exception as error:
-        verdict, reason = "broken", f"{type(error).__name__}: {error}"
-    if [type(module) for module in model.modules()] != types:
-        verdict, reason = "broken", f"left changed; {reason}"
-    seconds = round(time.perf_counter() - began, 2)
-    return Verdict(library, name, verdict, blocks, seconds, " ".join(reason.split()))
+def report(title: str, verdicts: list[Verdict]) -> None:
+    """How many, by library; and why not, one by one."""
+    columns = ("skippable", "refused", "not residual", "broken")
+    table = Table(title=title, title_justify="left")
+    for column in ("library", *columns, "of the residual ones"):
+        table.add_column(column, justify="left" if column == "library" else "right")
+    for library in dict.fromkeys(verdict.library for verdict in verdicts):
+        counts = collections.Counter[str]()
+        for v in verdicts:
+            counts[v.verdict] += v.models if v.library == library else 0
+        residual = counts["skippable"] + counts["refused"]
+        share = f"{100 * counts['skippable'] / max(1, residual):.1f} %"
+        table.add_row(library, *(str(counts[column]) for column in columns), share)
+    console = Console()
+    console.print(table)
+    for v in verdicts:
+        if v.verdict in ("refused", "broken"):
+            console.print(f"{v.library}/{v.architecture} ({v.models}): {v.reason}", markup=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--library", choices=LIBRARIES, action="append")
-    parser.add_argument("--only", action="append", help="architectures, by name")
+    parser.add_argument("--only", action="append", help="library/architecture, to be verified")
+    parser.add_argument("--part", choices=("verified", "structure"), help="one of the two")
     parser.add_argument("--out", type=Path, help="write the verdicts as JSON")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    verdicts: list[Verdict] = []
-    for library in asked.library or LIBRARIES:
-        for name, build, example in LIBRARIES[library]():
-            if asked.only and name not in asked.only:
+    results: dict[str, list[Verdict]] = {}
+    if asked.part != "structure":
+        results["verified"] = []
+        for library, name, options in architectures():
+            if asked.only and f"{library}/{name}" not in asked.only:
                 continue
-            verdicts.append(judge(library, name, build, example))
-            last = verdicts[-1]
-            print(f"{library:12} {name:32} {last.verdict:12} {last.blocks:4} {last.reason[:300]}")
-    table = Table(title="Architectures")
-    for column in ("library", "skippable", "refused", "not residual", "broken"):
-        table.add_column(column)
-    for library in asked.library or LIBRARIES:
-        mine = [v.verdict for v in verdicts if v.library == library]
-        table.add_row(library, *(str(mine.count(column.header)) for column in table.columns[1:]))
-    Console().print(table)
+            last = judge(library, name, **options)
+            results["verified"].append(last)
+            print(
+                f"{library:12} {name:32} {last.verdict:12} {last.blocks:4} {last.mechanisms:12} "
+                f"{last.difference:7.1g} {last.seconds:6.1f} s  {last.reason[:200]}",
+                flush=True,
+            )
+    if asked.part != "verified" and not asked.only:
+        results["structure"] = list(structure())
+    for title, verdicts in results.items():
+        report(title, verdicts)
     if asked.out:
-        asked.out.write_text(json.dumps([asdict(v) for v in verdicts], indent=1) + "\n")
+        contents = {title: [asdict(v) for v in each] for title, each in results.items()}
+        asked.out.write_text(json.dumps(contents, indent=1) + "\n")
 
 
 if __name__ == "__main__":

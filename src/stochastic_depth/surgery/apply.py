@@ -38,6 +38,8 @@ class Applied:
 
     depth: StochasticDepth
     found: Sequence[Found]
+    difference: float
+    """The largest one that verification found, relative to the largest output."""
     hooks: tuple[RemovableHandle, ...]
     silenced: list[Silenced]
 
@@ -118,7 +120,7 @@ def apply(
     survival_probabilities(rule, len(found))
     silenced = silence(found)
     try:
-        blocks = _open_up(model, found, example, gate == "subset")
+        blocks, difference = _open_up(model, found, example, gate == "subset")
     except BaseException:
         for drop_path in silenced:
             drop_path.restore()
@@ -129,7 +131,7 @@ def apply(
         model.register_forward_pre_hook(depth.before_forward, with_kwargs=True),
         model.register_forward_hook(depth.after_forward),
     )
-    setattr(model, _APPLIED, Applied(depth, found, hooks, silenced))
+    setattr(model, _APPLIED, Applied(depth, found, difference, hooks, silenced))
     return depth
 
 
@@ -174,17 +176,17 @@ def applied_to(model: nn.Module) -> Applied:
 
 def _open_up(
     model: nn.Module, found: Sequence[Found], example: Example | None, select: bool
-) -> list[Block]:
+) -> tuple[list[Block], float]:
     """Give every block its gates, and verify those that were cut."""
     if example is None or not any(block.units for block in found):
-        return put_gates(found, select)
+        return put_gates(found, select), 0.0
     run = caller(model, example)
     batch = batch_size(example) if select else None
     truth = establish(model, run, found, batch)
     blocks = put_gates(found, select)
-    check(model, run, found, blocks, truth, batch)
+    difference = check(model, run, found, blocks, truth, batch)
     check_training(model, run, blocks)
-    return blocks
+    return blocks, difference
 
 
 def put_gates(found: Sequence[Found], select: bool) -> list[Block]:
