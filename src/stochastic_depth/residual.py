@@ -47,9 +47,11 @@ def scaled(f: Tensor, gate: Gate) -> Tensor:
     """What is added of a branch's output `f`, [batch, ...], under an open gate."""
     if gate.keep is not None:
         _check_batch(gate, f)
-        mask = gate.keep.to(f.device, f.dtype) * gate.factor
+        mask = gate.keep.to(f.device, f.dtype)
+        if gate.factor is not None:
+            mask = mask * gate.factor
         return f * mask.view(-1, *[1] * (f.ndim - 1))
-    return f if gate.factor == 1.0 else f * gate.factor
+    return f if gate.factor is None else f * gate.factor
 
 
 def _check_batch(gate: Gate, x: Tensor) -> None:
@@ -114,4 +116,6 @@ class Residual(nn.Module):
         return OPEN if self.gates is None else self.gates.now(self.training)
 
     def extra_repr(self) -> str:
-        return "" if self.gates is None else f"p={self.gates.evaluation.factor:.4g} in evaluation"
+        if self.gates is None or self.gates.evaluation.factor is None:
+            return ""
+        return f"p={self.gates.evaluation.factor.item():.4g} in evaluation"

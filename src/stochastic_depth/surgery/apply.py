@@ -182,6 +182,7 @@ def _open_up(model: nn.Module, found: Sequence[Found], example: Example | None) 
 
 def _block(found: Found, gates: dict[tuple[nn.Module, object], BlockGates]) -> Block:
     if isinstance(found.module, Residual):
+        install(found.module, ())
         found.module.gates = BlockGates()
         return Block(found.name, (found.module.gates,), found.parameters)
     mine = tuple(gates[found.module, site] for site in found.sites)
@@ -192,7 +193,7 @@ def _close_up(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Residual):
             module.gates = None
-        elif is_installed(module):
+        if is_installed(module):
             uninstall(module)
 
 

@@ -1,6 +1,7 @@
 """Give a module of somebody else's class gates: swap its class for one with sliced methods."""
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Sequence
 from types import CellType, FunctionType
@@ -15,6 +16,7 @@ from stochastic_depth.surgery.slicing import slice_method
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each site."""
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def install(module: nn.Module, sites: tuple[Site, ...]) -> tuple[BlockGates, ...]:
@@ -29,7 +31,7 @@ def install(module: nn.Module, sites: tuple[Site, ...]) -> tuple[BlockGates, ...
         UnsupportedBlockError: when a method cannot be sliced; `module` is as it was.
     """
     copy_shortcut = any(getattr(m, "inplace", False) for m in module.modules())
-    kind = gated_class(type(module), sites, copy_shortcut)
+    kind = gated_class(type(module), sites, copy_shortcut, _look(module))
     module.__dict__[GATES] = gates = tuple(BlockGates() for _ in sites)
     module.__class__ = kind
     return gates
@@ -46,8 +48,14 @@ def is_installed(module: nn.Module) -> bool:
 
 
 @functools.cache
-def gated_class(kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: bool) -> Any:
-    """A subclass of `kind`, of the same name, whose additions at `sites` have gates."""
+def gated_class(
+    kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: bool, look: str
+) -> Any:
+    """A subclass of `kind`, of the same name, whose additions at `sites` have gates.
+
+    torch.compile keeps the graphs of a method with its code object, a few at most, and what it
+    knows of changing sizes with the code's name. So each `look` gets both of its own.
+    """
     methods: dict[str, Any] = {}
     parents: list[type[nn.Module]] = []
     for defined, name in dict.fromkeys((site.kind, site.method) for site in sites):
@@ -61,10 +69,12 @@ def gated_class(kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: b
             methods[name] = method
         else:  # reached by super(): a class between `defined` and its children
             parents.append(type(defined.__name__, (defined,), {name: method}))
+    if "forward" not in methods and isinstance(kind.forward, FunctionType):
+        methods["forward"] = _remade(kind.forward, kind.forward.__closure__)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        return _build, (build, kind, sites, copy_shortcut, *arguments[1:]), *rest
+        return _build, (build, kind, sites, copy_shortcut, look, *arguments[1:]), *rest
 
     made: type[nn.Module] = type(
         kind.__name__,
@@ -77,6 +87,9 @@ def gated_class(kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: b
             "__doc__": kind.__doc__,
         },
     )
+    forward = vars(made).get("forward")  # transformers wraps it as the class is made
+    if isinstance(forward, FunctionType):
+        forward.__code__ = forward.__code__.replace(co_name=f"forward_{look}")
     return made
 
 
@@ -96,12 +109,40 @@ def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> 
     replacement = _wrapped_as(wrapped, inner, new)
     for i in held:
         cells[i] = CellType(replacement)
-    made = FunctionType(
-        outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells)
-    )
-    made.__kwdefaults__ = outer.__kwdefaults__
-    made.__dict__.update(outer.__dict__, __wrapped__=replacement)
+    made = _remade(outer, tuple(cells))
+    made.__dict__["__wrapped__"] = replacement
     return made
+
+
+def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> FunctionType:
+    """A copy of `function` with another closure."""
+    made = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        closure,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__qualname__, made.__doc__ = function.__qualname__, function.__doc__
+    made.__annotations__ = function.__annotations__
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _look(module: nn.Module) -> str:
+    """Equal for modules that a compiler may give the same graphs, as far as attributes tell."""
+    parts = [
+        (
+            name,
+            type(part).__qualname__,
+            [(k, v) for k, v in vars(part).items() if k != "training" and isinstance(v, _PLAIN)],
+            [(k, v.shape, v.dtype) for k, v in part.named_parameters(recurse=False)],
+            [(k, v.shape, v.dtype) for k, v in part.named_buffers(recurse=False)],
+        )
+        for name, part in module.named_modules()
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def _gates_now(numbers: Sequence[int], module: nn.Module) -> list[Gate]:
@@ -110,11 +151,16 @@ def _gates_now(numbers: Sequence[int], module: nn.Module) -> list[Gate]:
 
 
 def _build(
-    build: Any, kind: type[nn.Module], sites: tuple[Site, ...], copy_shortcut: bool, *rest: Any
+    build: Any,
+    kind: type[nn.Module],
+    sites: tuple[Site, ...],
+    copy_shortcut: bool,
+    look: str,
+    *rest: Any,
 ) -> Any:
     """What unpickling and copying call; raises where the source has changed since."""
     try:
-        return build(gated_class(kind, sites, copy_shortcut), *rest)
+        return build(gated_class(kind, sites, copy_shortcut, look), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
             f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "
