@@ -122,7 +122,7 @@ def test_gates_for_single_samples_follow_the_probabilities_and_are_independent()
 
 def test_a_batch_gate_is_open_or_closed_for_all_samples() -> None:
     gates = training_gates(torch.tensor([True, False]), (0.8, 0.5), "batch", "inference")
-    assert gates == [Gate(open=True, factor=1.0), Gate(open=False, factor=1.0)]
+    assert gates == [Gate(open=True), Gate(open=False)]
 
 
 def test_a_sample_gate_keeps_the_drawn_samples_and_is_always_open() -> None:
@@ -142,7 +142,7 @@ def test_a_subset_gate_lists_the_drawn_samples_and_is_closed_without_any() -> No
 @pytest.mark.parametrize("kind", ["batch", "sample", "subset"])
 @pytest.mark.parametrize(
     ("scale", "in_training", "in_evaluation"),
-    [("inference", [1.0, 1.0], [0.8, 0.5]), ("training", [1.25, 2.0], [1.0, 1.0])],
+    [("inference", [None, None], [0.8, 0.5]), ("training", [1.25, 2.0], [None, None])],
 )
 def test_the_factor_makes_up_for_skipping_once(kind, scale, in_training, in_evaluation) -> None:
     survival = (0.8, 0.5)

@@ -179,7 +179,8 @@ def test_a_closed_block_is_activation_of_shortcut(
 
 def test_the_residual_step_takes_plain_functions() -> None:
     x = torch.tensor([[1.0, -3.0]])
-    out = sd.residual_step(x, lambda h: 2 * h, lambda h: h + 1, torch.abs, Gate(factor=0.5))
+    gate = Gate(factor=torch.tensor(0.5))
+    out = sd.residual_step(x, lambda h: 2 * h, lambda h: h + 1, torch.abs, gate)
     assert out.tolist() == [[3.0, 5.0]]
 
 

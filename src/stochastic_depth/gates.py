@@ -1,5 +1,6 @@
 """Which blocks run in a step: a pure function of (seed, step)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,8 +22,11 @@ class Gate(NamedTuple):
 
     open: bool = True
     """b_l: whether the branch runs at all."""
-    factor: float = 1.0
-    """What the branch is multiplied by."""
+    factor: Tensor | None = None
+    """float64 [], on the CPU: what the branch is multiplied by, if by anything.
+
+    A tensor, because a compiler takes a float for a constant and compiles again for each other one.
+    """
     keep: Tensor | None = None
     """bool [batch]: the branch runs on every sample, and counts for these only."""
     samples: Tensor | None = None
@@ -79,7 +83,7 @@ def training_gates(
     coins: Tensor, survival: tuple[float, ...], kind: GateKind, scale: Scale
 ) -> list[Gate]:
     """What each block does in a training step under `coins` (from `draw`)."""
-    factors = [1 / p for p in survival] if scale == "training" else [1.0] * len(survival)
+    factors = _each([1 / p for p in survival]) if scale == "training" else [None] * len(survival)
     if kind == "batch":
         return [Gate(b, factor) for b, factor in zip(coins.tolist(), factors, strict=True)]
     if kind == "sample":
@@ -96,4 +100,9 @@ def training_gates(
 
 def evaluation_gates(survival: tuple[float, ...], scale: Scale) -> list[Gate]:
     """What each block does in evaluation: all open, times p_l where training did not make up."""
-    return [Gate(True, p if scale == "inference" else 1.0) for p in survival]
+    factors = _each(survival) if scale == "inference" else [None] * len(survival)
+    return [Gate(True, factor) for factor in factors]
+
+
+def _each(factors: Sequence[float]) -> Sequence[Tensor]:
+    return torch.tensor(factors, dtype=torch.float64, device="cpu").unbind()

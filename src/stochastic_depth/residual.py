@@ -47,12 +47,14 @@ def scaled(f: Tensor, gate: Gate) -> Tensor:
         f: [batch, ...]; under `gate.samples` [k, ...], what other samples get is 0.
     """
     if gate.samples is not None:
-        return _spread(f if gate.factor == 1.0 else f * gate.factor, gate, gate.samples)
+        return _spread(f if gate.factor is None else f * gate.factor, gate, gate.samples)
     if gate.keep is not None:
         _check_batch(gate.batch, len(f))
-        mask = gate.keep.to(f.device, f.dtype) * gate.factor
+        mask = gate.keep.to(f.device, f.dtype)
+        if gate.factor is not None:
+            mask = mask * gate.factor
         return f * mask.view(-1, *[1] * (f.ndim - 1))
-    return f if gate.factor == 1.0 else f * gate.factor
+    return f if gate.factor is None else f * gate.factor
 
 
 def part(value: Any, gate: Gate) -> Any:
@@ -139,4 +141,6 @@ class Residual(nn.Module):
         return OPEN if self.gates is None else self.gates.now(self.training)
 
     def extra_repr(self) -> str:
-        return "" if self.gates is None else f"p={self.gates.evaluation.factor:.4g} in evaluation"
+        if self.gates is None or self.gates.evaluation.factor is None:
+            return ""
+        return f"p={self.gates.evaluation.factor.item():.4g} in evaluation"

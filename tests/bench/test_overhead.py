@@ -1,6 +1,6 @@
 import torch
 
-from stochastic_depth.bench.overhead import NETWORKS, training_steps
+from stochastic_depth.bench.overhead import NETWORKS, closed_unit_seconds, training_steps
 from stochastic_depth.bench.plain import PlainResNet
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.timing import Timing, paired_ratio, take_turns
@@ -20,6 +20,10 @@ def test_both_take_the_same_training_steps():
     steps = training_steps(8, 4, 8, 3, Execution("cpu", "float32", 1))
     losses = {name: [step().item() for _ in range(3)] for name, step in steps.items()}
     assert losses[NETWORKS[0]] == losses[NETWORKS[1]]
+
+
+def test_a_closed_unit_costs_a_few_microseconds(one_thread):
+    assert 0 < closed_unit_seconds() < 5e-6
 
 
 def test_alternatives_take_turns_in_alternating_order():

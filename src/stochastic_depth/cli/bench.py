@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from stochastic_depth.bench.overhead import NETWORKS, training_steps
+from stochastic_depth.bench.overhead import NETWORKS, closed_unit_seconds, training_steps
 from stochastic_depth.timing import Timing, paired_ratio, take_turns
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.execution import machine, resolve_execution
@@ -80,6 +80,12 @@ def main(arguments: list[str]) -> int:
         f"{100 * (paired.median - 1):+.2f} % ({100 * (low - 1):+.2f} to {100 * (high - 1):+.2f})",
         highlight=False,
     )
+    closed = closed_unit_seconds()
+    console.print(
+        f"a closed unit of a foreign model: {1e6 * closed:.2f} microseconds a forward pass, gates "
+        "drawn and handed out",
+        highlight=False,
+    )
     if asked.out is not None:
         settings = {k: v for k, v in asdict(asked).items() if k != "out"}
         content = {
@@ -88,6 +94,7 @@ def main(arguments: list[str]) -> int:
             "machine": machine(execution),
             "ratio_of_medians": ratio,
             "median_of_ratios": statistics.median(paired.seconds),
+            "closed_unit_seconds": closed,
             "seconds": {name: list(timing.seconds) for name, timing in timings.items()},
         }
         write_whole(asked.out, json.dumps(content, indent=1).encode() + b"\n")

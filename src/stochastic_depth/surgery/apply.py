@@ -195,6 +195,7 @@ def put_gates(found: Sequence[Found], select: bool) -> list[Block]:
     blocks: list[Block] = []
     for block in found:
         if isinstance(block.module, Residual):
+            install(block.module, {})
             block.module.gates = BlockGates()
             blocks.append(Block(block.name, (block.module.gates,), block.parameters))
             continue
@@ -217,7 +218,7 @@ def take_gates(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Residual):
             module.gates = None
-        elif is_installed(module):
+        if is_installed(module):
             uninstall(module)
 
 

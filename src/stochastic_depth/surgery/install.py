@@ -1,6 +1,7 @@
 """Give a module of somebody else's class gates: swap its class for one with sliced methods."""
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import CellType, FunctionType
@@ -16,6 +17,7 @@ from stochastic_depth.surgery.slicing import slice_method
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each cut."""
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def install(module: nn.Module, gates: Mapping[Cut, BlockGates], select: bool = False) -> None:
@@ -32,7 +34,7 @@ def install(module: nn.Module, gates: Mapping[Cut, BlockGates], select: bool = F
     if "forward" in vars(module):
         raise UnsupportedBlockError("its forward method is set on the instance, not in the class")
     copy_shortcut = any(getattr(m, "inplace", False) for m in module.modules())
-    kind = gated_class(type(module), tuple(gates), copy_shortcut, select)
+    kind = gated_class(type(module), tuple(gates), copy_shortcut, select, _look(module))
     module.__dict__[GATES] = tuple(gates.values())
     module.__class__ = kind
 
@@ -49,9 +51,16 @@ def is_installed(module: nn.Module) -> bool:
 
 @functools.cache
 def gated_class(
-    kind: type[nn.Module], cuts: tuple[Cut, ...], copy_shortcut: bool, select: bool
+    kind: type[nn.Module],
+    cuts: tuple[Cut, ...],
+    copy_shortcut: bool,
+    select: bool,
+    look: str,
 ) -> Any:
     """A subclass of `kind`, of the same name, which has gates at `cuts`.
+
+    torch.compile keeps the graphs of a method with its code object, a few at most, and what it
+    knows of changing sizes with the code's name. So each `look` gets both of its own.
 
     Raises:
         UnsupportedBlockError: when a method cannot be cut.
@@ -70,16 +79,17 @@ def gated_class(
             methods[name] = method
         else:  # reached by super(): a class between `defined` and its children
             parents.append(type(defined.__name__, (defined,), {name: method}))
-
     for number, cut in enumerate(cuts):
         if isinstance(cut, Opaque):
-            methods["forward"] = functools.partialmethod(_opaque_forward, number)
+            methods["forward"] = _opaque_forward(kind, number)
         elif isinstance(cut, Registered):
-            methods["forward"] = functools.partialmethod(_registered_forward, number, cut.forward)
+            methods["forward"] = _registered_forward(cut.forward, number)
+    if "forward" not in methods and isinstance(kind.forward, FunctionType):
+        methods["forward"] = _remade(kind.forward, kind.forward.__closure__)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        return _build, (build, kind, cuts, copy_shortcut, select, *arguments[1:]), *rest
+        return _build, (build, kind, cuts, copy_shortcut, select, look, *arguments[1:]), *rest
 
     made: type[nn.Module] = type(
         kind.__name__,
@@ -92,6 +102,9 @@ def gated_class(
             "__doc__": kind.__doc__,
         },
     )
+    forward = vars(made).get("forward")  # transformers wraps it as the class is made
+    if isinstance(forward, FunctionType):
+        forward.__code__ = forward.__code__.replace(co_name=f"forward_{look}")
     return made
 
 
@@ -111,12 +124,40 @@ def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> 
     replacement = _wrapped_as(wrapped, inner, new)
     for i in held:
         cells[i] = CellType(replacement)
-    made = FunctionType(
-        outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells)
-    )
-    made.__kwdefaults__ = outer.__kwdefaults__
-    made.__dict__.update(outer.__dict__, __wrapped__=replacement)
+    made = _remade(outer, tuple(cells))
+    made.__dict__["__wrapped__"] = replacement
     return made
+
+
+def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> FunctionType:
+    """A copy of `function` with another closure."""
+    made = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        closure,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__qualname__, made.__doc__ = function.__qualname__, function.__doc__
+    made.__annotations__ = function.__annotations__
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _look(module: nn.Module) -> str:
+    """Equal for modules that a compiler may give the same graphs, as far as attributes tell."""
+    parts = [
+        (
+            name,
+            type(part).__qualname__,
+            [(k, v) for k, v in vars(part).items() if k != "training" and isinstance(v, _PLAIN)],
+            [(k, v.shape, v.dtype) for k, v in part.named_parameters(recurse=False)],
+            [(k, v.shape, v.dtype) for k, v in part.named_buffers(recurse=False)],
+        )
+        for name, part in module.named_modules()
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def _gates_now(numbers: Sequence[int], module: nn.Module) -> list[Gate]:
@@ -124,23 +165,30 @@ def _gates_now(numbers: Sequence[int], module: nn.Module) -> list[Gate]:
     return [gates[number].now(module.training) for number in numbers]
 
 
-def _opaque_forward(module: Any, number: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The original forward under a gate, of a module that returns its input plus a branch."""
-    gate: Gate = module.__dict__[GATES][number].now(module.training)
-    if not gate.open:
-        return x
-    original = super(type(module), module).forward  # pyright: ignore[reportAttributeAccessIssue]
-    if gate.factor == 1.0 and gate.batch is None:
-        return original(x, *args, **kwargs)
-    some = part(x, gate)
-    return x + scaled(original(some, *part(args, gate), **part(kwargs, gate)) - some, gate)
+def _opaque_forward(kind: Any, number: int) -> FunctionType:
+    """The forward method of `kind`, which returns its input plus a branch, under a gate."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        gate: Gate = self.__dict__[GATES][number].now(self.training)
+        if not gate.open:
+            return x
+        if gate.factor is None and gate.batch is None:
+            return kind.forward(self, x, *args, **kwargs)
+        some = part(x, gate)
+        out = kind.forward(self, some, *part(args, gate), **part(kwargs, gate))
+        return x + scaled(out - some, gate)
+
+    return forward  # type: ignore[return-value]
 
 
-def _registered_forward(
-    module: Any, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    gate: Gate = module.__dict__[GATES][number].now(module.training)
-    return forward(module, gate, *args, **kwargs)
+def _registered_forward(gated: Callable[..., Any], number: int) -> FunctionType:
+    """A forward method that is written with a gate."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gate: Gate = self.__dict__[GATES][number].now(self.training)
+        return gated(self, gate, *args, **kwargs)
+
+    return forward  # type: ignore[return-value]
 
 
 def _build(
@@ -149,11 +197,12 @@ def _build(
     cuts: tuple[Cut, ...],
     copy_shortcut: bool,
     select: bool,
+    look: str,
     *rest: Any,
 ) -> Any:
     """What unpickling and copying call; raises where the source has changed since."""
     try:
-        return build(gated_class(kind, cuts, copy_shortcut, select), *rest)
+        return build(gated_class(kind, cuts, copy_shortcut, select, look), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
             f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "

@@ -63,7 +63,7 @@ def _sliced(
             mine.append(Argument(place, unused))
             calls, unused = skipped_when_closed(mine[-1])
             skips |= calls
-        gated_class(type(modules[name]), tuple(mine), False, False)
+        gated_class(type(modules[name]), tuple(mine), False, False, "")
         cuts += [(modules[name], each) for each in mine]
     if not skips:
         raise UnsupportedBlockError(

@@ -1,0 +1,284 @@
+"""torch.compile on the blocks of a model: at most two graphs each, whatever the gates."""
+
+import functools
+import itertools
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+from torch._guards import CompileContext
+from torch.utils.checkpoint import checkpoint
+
+import stochastic_depth as sd
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.surgery import install
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch's own
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+PATTERNS = 300
+EQUAL, DIFFERENT = [4] * 12, list(range(3, 15))
+"""Widths of blocks. The compiler keeps 8 graphs of a code object: five different blocks' are 10."""
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+class Inherited(Block):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Called(Block):
+    def forward(self, x):
+        return self.run(x)
+
+    def run(self, x):
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+class Checkpointing(nn.Module):
+    """Wraps `forward` of each class derived from it, as transformers does."""
+
+    checkpointing = False
+
+    def __init_subclass__(cls):
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def wrapped(self, x):
+            if self.checkpointing and type(self).forward is wrapped:
+                return checkpoint(functools.partial(forward, self), x, use_reentrant=False)
+            return forward(self, x)
+
+        cls.forward = wrapped
+
+
+class Wrapped(Checkpointing):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+def unit(width):
+    return sd.Residual(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Tanh()))
+
+
+def stack(block, widths):
+    """Blocks of the given widths, what goes from one to the next padded or cut."""
+    parts = [block(widths[0])]
+    for before, width in itertools.pairwise(widths):
+        if before != width:
+            parts.append(nn.ConstantPad1d((0, width - before), 0.0))
+        parts.append(block(width))
+    return nn.Sequential(*parts)
+
+
+def inputs(widths):
+    """They need gradients, as what a stem makes does: with and without are two graphs."""
+    return torch.randn(2, widths[0], requires_grad=True)
+
+
+@dataclass(eq=False)
+class Graphs:
+    """A backend that compiles nothing, and what it was asked for."""
+
+    of: Counter[int | None] = field(default_factory=Counter)
+    """Number of graphs of each code object."""
+    last: int = -1
+    """The training step of the last one."""
+    symbolic: int = 0
+    """How many were for changing sizes."""
+    depth: sd.StochasticDepth | None = None
+
+    def __call__(self, graph, inputs):
+        compiling = CompileContext.current_compile_id()
+        assert compiling is not None
+        assert self.depth is not None
+        self.of[compiling.frame_id] += 1
+        self.last = self.depth.step
+        self.symbolic += any(isinstance(given, torch.SymInt) for given in inputs)
+        return graph.forward
+
+    def count(self):
+        return self.of.total()
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """The compiler forgets other tests, and fails where it would go on without compiling."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(model, example=None, backend=None, **options):
+    """`model` with stochastic depth, each block compiled; the graphs, the handle."""
+    graphs = Graphs()
+    depth = graphs.depth = sd.apply(
+        model, options.pop("survival", sd.Uniform(0.5)), example=example, **options
+    )
+    for name in dict.fromkeys(block.name for block in depth.blocks):
+        model.get_submodule(name).compile(backend=backend or graphs, fullgraph=True)
+    return graphs, depth
+
+
+def train(model, depth, x, steps):
+    """Training steps; the number of those after which each block was open and closed."""
+    seen = torch.zeros(2, len(depth.blocks), dtype=torch.bool)
+    settled = steps
+    for step in range(steps):
+        out = model(x)
+        getattr(out, "logits", out).sum().backward()
+        seen |= torch.stack([depth.gates, ~depth.gates])
+        if seen.all() and settled == steps:
+            settled = step + 1
+    assert settled < steps, "too few steps to see every gate open and closed"
+    return settled
+
+
+@pytest.mark.parametrize("block", [Block, Inherited, Called, Wrapped, unit])
+def test_each_block_has_two_graphs_and_none_later(block):
+    model, x = stack(block, DIFFERENT), inputs(DIFFERENT)
+    graphs, depth = compiled(model, None if block is unit else x)
+    settled = train(model, depth, x, PATTERNS)
+    assert set(graphs.of.values()) == {2}
+    assert graphs.count() == 2 * len(DIFFERENT)
+    assert graphs.last <= settled
+
+
+@pytest.mark.parametrize("block", [Block, unit])
+def test_equal_blocks_share_their_graphs(block):
+    model, x = stack(block, EQUAL), inputs(EQUAL)
+    graphs, depth = compiled(model, None if block is unit else x)
+    train(model, depth, x, 40)
+    assert graphs.count() == 2
+
+
+def test_different_blocks_are_not_taken_for_one_of_changing_size():
+    model, x = stack(Block, DIFFERENT), inputs(DIFFERENT)
+    graphs, depth = compiled(model, x)
+    train(model, depth, x, 40)
+    assert graphs.symbolic == 0
+
+
+@pytest.mark.parametrize("gate", ["batch", "sample"])
+def test_probabilities_that_change_every_step_are_not_compiled_in(gate):
+    model, x = stack(Block, EQUAL), inputs(EQUAL)
+    ramp = sd.Ramp(sd.LinearDecay(0.5), 100)
+    graphs, depth = compiled(model, x, survival=ramp, scale="training", gate=gate)
+    for _ in range(PATTERNS):
+        model(x).sum().backward()
+    assert depth.survival[-1] == 0.5
+    assert graphs.count() == {"batch": 2, "sample": 1}[gate]
+
+
+def test_evaluation_has_one_graph_more_for_all_probabilities():
+    model, x = stack(Block, EQUAL), inputs(EQUAL)
+    graphs, depth = compiled(model, x, survival=sd.LinearDecay(0.5))
+    train(model, depth, x, 60)
+    model.eval()
+    model(x)
+    assert graphs.count() == 3
+
+
+def test_several_additions_have_two_graphs_for_each():
+    class Two(Block):
+        def forward(self, x):
+            x = x + self.linear(x)
+            return x + torch.tanh(self.linear(self.norm(x)))
+
+    model, x = stack(Two, [3, 4, 5]), inputs([3])
+    graphs, depth = compiled(model, x, granularity="unit")
+    train(model, depth, x, 60)
+    assert len(depth.blocks) == 6
+    assert graphs.count() == 12
+
+
+def test_a_class_that_wraps_forward_in_its_children_still_knows_the_outermost():
+    model, x = stack(Wrapped, EQUAL), inputs(EQUAL)
+    depth = sd.apply(model, sd.Uniform(1.0), example=x)
+    calls = []
+    for block in depth.blocks:
+        module = model.get_submodule(block.name)
+        module.checkpointing = True
+        module.norm.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(x).sum().backward()
+    assert len(calls) == 2 * len(EQUAL)
+
+
+def test_removed_blocks_have_their_own_code_again():
+    model = stack(unit, EQUAL)
+    sd.apply(model)
+    assert type(model[0]) is not sd.Residual
+    sd.remove(model)
+    assert type(model[0]) is sd.Residual
+    assert install.GATES not in vars(model[0])
+
+
+def test_the_reference_network():
+    model, x = CifarResNet(20), torch.randn(2, 3, 8, 8)
+    graphs, depth = compiled(model)
+    settled = train(model, depth, x, 30)
+    assert max(graphs.of.values()) == 2
+    assert graphs.last <= settled
+
+
+def published(name):
+    if name == "resnet18":
+        models = pytest.importorskip("torchvision.models", reason="needs torchvision")
+        return models.resnet18(num_classes=10), torch.randn(2, 3, 32, 32)
+    if name == "vit":
+        timm = pytest.importorskip("timm", reason="needs timm")
+        return timm.create_model("vit_tiny_patch16_224", img_size=32), torch.randn(2, 3, 32, 32)
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.GPT2Config(
+        n_layer=6, n_embd=8, n_head=2, vocab_size=9, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config), torch.arange(8).view(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    # Two blocks of layer1 are equal; those of a ViT all are; those of GPT-2 know their index.
+    [("resnet18", 14), ("vit", 2), ("gpt2", 12)],
+)
+def test_published_models(name, expected):
+    model, x = published(name)
+    graphs, depth = compiled(model, x)
+    settled = train(model.train(), depth, x, 15)
+    assert max(graphs.of.values()) == 2
+    assert graphs.count() == expected
+    assert graphs.last <= settled
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_training_is_that_of_the_interpreter(backend):
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("needs g++")
+    outcomes = []
+    for compiling in (False, True):
+        torch.manual_seed(0)
+        model, x = stack(Block, [4, 4, 4]), inputs([4])
+        if compiling:
+            _, depth = compiled(model, x, backend=backend, scale="training")
+        else:
+            depth = sd.apply(model, sd.Uniform(0.5), example=x, scale="training")
+        train(model, depth, x, 12)
+        outcomes.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*outcomes)
