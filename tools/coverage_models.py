@@ -73,7 +73,7 @@ SMALL: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 3},
     "falcon": {"num_kv_heads": 2},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "gpt_neo": {"attention_types": [[["global"], 3]]},
     "gptj": {"rotary_dim": 4},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8},
@@ -95,9 +95,28 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "wav2vec2": {"apply_spec_augment": False},
     "hubert": {"apply_spec_augment": False},
-    "swin": {"image_size": 64},
-    "swinv2": {"image_size": 64},
 }
+STAGED: dict[str, dict[str, Any]] = {
+    "swin": {
+        "image_size": 64,
+        "patch_size": 2,
+        "embed_dim": 12,
+        "depths": [2, 2],
+        "window_size": 4,
+    },
+    "swinv2": {
+        "image_size": 64,
+        "patch_size": 2,
+        "embed_dim": 12,
+        "depths": [2, 2],
+        "window_size": 4,
+    },
+    "convnext": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 2, 1], "image_size": 32},
+    "convnextv2": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 2, 1], "image_size": 32},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "image_size": 32},
+    "segformer": {"hidden_sizes": [8, 16, 32, 64], "image_size": 64},
+}
+"""Of networks in stages, which have no single size."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +144,12 @@ def architectures() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name in TIMM:
         yield "timm", name, {}
     for name in TRANSFORMERS:
-        small = {"image_size": 32, "patch_size": 8, **SMALL, **OWN.get(name, {})}
+        small = STAGED.get(name) or {
+            "image_size": 32,
+            "patch_size": 8,
+            **SMALL,
+            **OWN.get(name, {}),
+        }
         yield "transformers", name, small
 
 

@@ -155,6 +155,7 @@ class StochasticDepth:
         """Hook on the model: be there when the backward pass of this forward pass begins."""
         if not model.training or not torch.is_grad_enabled():
             return
+        refuse_cache(output)
         gates = [block.gates[0].training for block in self.blocks]
 
         def backward_begins(_: Tensor) -> None:
@@ -219,6 +220,15 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
     for part in path:
         model = model._modules[part]  # type: ignore[assignment]
     return model._parameters[last]  # type: ignore[return-value]
+
+
+def refuse_cache(output: object) -> None:
+    """Raise `GateError` when a model in training returns a cache of keys and values."""
+    if getattr(output, "past_key_values", None) is not None:
+        raise GateError(
+            "the model returns past_key_values in training, which closed blocks put nothing into: "
+            "call it with use_cache=False, or set model.config.use_cache = False"
+        )
 
 
 def batch_size(inputs: object) -> int:

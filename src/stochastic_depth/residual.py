@@ -57,6 +57,18 @@ def scaled(f: Tensor, gate: Gate) -> Tensor:
     return f if gate.factor is None else f * gate.factor
 
 
+def rescaled(out: Tensor, shortcut: Tensor, gate: Gate) -> Tensor:
+    """`out`, which is `shortcut` plus a branch, with the branch counted as `gate` says.
+
+    Args:
+        out: [batch, ...]; under `gate.samples` [k, ...].
+        shortcut: [batch, ...].
+    """
+    if gate.factor is None and gate.batch is None:
+        return out
+    return shortcut + scaled(out - part(shortcut, gate), gate)
+
+
 def part(value: Any, gate: Gate) -> Any:
     """Of tensors [batch, ...] the samples that the branch runs on; all else as it is.
 

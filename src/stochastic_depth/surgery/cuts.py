@@ -1,7 +1,6 @@
 """What of a module is put under a gate, and where it stands in the source."""
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType
@@ -27,15 +26,31 @@ class Place:
         return f"{self.kind.__qualname__}.{self.method}, line {self.position[0]}"
 
 
+Parameter = tuple[int | None, str | None]
+"""Of a function: its position, if it has one, and its name, if it is known."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A call in a method."""
+
+    place: Place
+    idle: frozenset[str] = frozenset()
+    """Variables of the method that were None, or that nobody used later: a closed branch, which
+    does not compute them, makes them None."""
+
+
 @dataclass(frozen=True)
 class Sum:
     """An addition in a method: closed, it is its shortcut, and nothing of its branch runs."""
 
     place: Place
     shortcut: Side
-    nothing: frozenset[tuple[Position, int]] = frozenset()
-    """Calls in the method, and which of their outputs are None: a closed branch has them too."""
-    callers: tuple[Place, ...] = ()
+    within: Parameter | None = None
+    """Where a function that is called there adds: which of its parameters is the shortcut."""
+    idle: frozenset[str] = frozenset()
+    """As a caller's."""
+    callers: tuple[Caller, ...] = ()
     """Where other methods of the module call this one, from the inside out."""
 
     def __str__(self) -> str:
@@ -50,10 +65,9 @@ class Argument:
     """
 
     place: Place
-    arguments: tuple[tuple[int | None, str | None], ...]
-    """The position of each, if it has one, and its name."""
-    nothing: frozenset[tuple[Position, int]] = frozenset()
-    callers: tuple[Place, ...] = ()
+    arguments: tuple[Parameter, ...]
+    idle: frozenset[str] = frozenset()
+    callers: tuple[Caller, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,21 +88,24 @@ Cut = Sum | Argument | Opaque | Registered
 
 def find_place(module: nn.Module, frame: FrameType | None) -> Place | None:
     """The expression in a method of `module` that is being evaluated, seen from `frame`."""
-    return next(_places(module, frame), None)
+    place, *_ = next(methods_of(module, frame), (None,))
+    return place
 
 
-def find_callers(module: nn.Module, frame: FrameType | None) -> tuple[Place, ...]:
-    """Where other methods of `module` call the one that `find_place` finds, from the inside out."""
-    others = itertools.islice(_places(module, frame), 1, None)
-    return tuple(itertools.takewhile(lambda place: place is not None, others))  # type: ignore[arg-type]
+def methods_of(
+    module: nn.Module, frame: FrameType | None
+) -> Iterator[tuple[Place | None, FrameType, FrameType | None]]:
+    """The methods of `module` that are at work, seen from `frame`, from the inside out.
 
-
-def _places(module: nn.Module, frame: FrameType | None) -> Iterator[Place | None]:
+    Yields:
+        The expression being evaluated, the frame, and that of what is being called, if it is one.
+    """
+    called = None
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
-            yield _in_method(module, code, frame.f_lasti // 2)
-        frame = frame.f_back
+            yield _in_method(module, code, frame.f_lasti // 2), frame, called
+        called, frame = frame, frame.f_back
 
 
 def _in_method(module: nn.Module, code: CodeType, instruction: int) -> Place | None:

@@ -4,12 +4,13 @@ A residual addition joins a value and something computed from it (an identity sh
 values computed from the same input of one module (a projection shortcut).
 """
 
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.surgery.cuts import (
     Argument,
+    Caller,
+    Parameter,
     Place,
-    Position,
     Side,
     Sliced,
     Sum,
-    find_callers,
-    find_place,
+    methods_of,
 )
 from stochastic_depth.surgery.flops import CountFlops
 
@@ -71,7 +72,13 @@ class _Call:
 
 
 _Key = tuple[str, tuple[tuple[str, Sliced | None], ...]]
-"""What tells additions apart: `owner` and `cuts`."""
+"""What tells additions apart: `owner` and `cuts`, before it is known what was idle."""
+
+_Locals = dict[str, int | None]
+"""Variables of a method: None, or the value of a tensor."""
+
+
+_Method = tuple[Place | None, FrameType, FrameType | None]
 
 
 @dataclass
@@ -88,10 +95,14 @@ class _Recorder(TorchFunctionMode):
     parameters: dict[int, str] = field(default_factory=dict)
     calls: list[_Call] = field(default_factory=list)
     finished: list[tuple[_Call, set[int]]] = field(default_factory=list)
-    nothing: defaultdict[tuple[str, type, str], set[tuple[Position, int]]] = field(
-        default_factory=lambda: defaultdict(set)
+    children: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """The values that were computed from each."""
+    seen: defaultdict[_Key, list[tuple[int, list[list[_Locals]]]]] = field(
+        default_factory=lambda: defaultdict(list)
     )
-    """Outputs that were None, by the method that called."""
+    """The result of each addition, and variables of all methods at work, cut by cut."""
+    added: set[tuple[CodeType, int, int]] = field(default_factory=set)
+    """Which expressions have added which values."""
     found: dict[_Key, Addition] = field(default_factory=dict)
     counter: CountFlops | None = None
 
@@ -136,8 +147,10 @@ class _Recorder(TorchFunctionMode):
         self.flops.append(flops)
         self.made_by.append(made_by)
         self.kept.append(tensor)
-        self.node_of[id(tensor)] = len(self.parents) - 1
-        return len(self.parents) - 1
+        self.node_of[id(tensor)] = node = len(self.parents) - 1
+        for parent in parents:
+            self.children[parent].append(node)
+        return node
 
     def reach(self, node: int, until: int) -> set[int]:
         """What `node` was computed from, itself included, no further back than value `until`."""
@@ -190,6 +203,7 @@ class _Recorder(TorchFunctionMode):
     def consider(self, left: int, right: int, total: int, frame: FrameType | None) -> None:
         """Note the addition if it is residual."""
         call = self.calls[-1]
+        again = self.added_again(left, right, frame)
         of = self.reaches(left, right, call)
         side = self.side_of_shortcut(left, right, of)
         if side is None:
@@ -197,26 +211,19 @@ class _Recorder(TorchFunctionMode):
         kept = left if side == "left" else right
         identity = (left in of[1]) or (right in of[0])
         branch = of[1] - of[0] if side == "left" else of[0] - of[1]
-        if not self.mixing(branch):
+        if not self.mixing(branch) or kept in again:
             return
-        place = find_place(call.module, frame)
-        cuts: list[tuple[str, Sliced | None]] = [
-            (
-                call.name,
-                place
-                and Sum(
-                    place, side, self.nothing_in(call, place), find_callers(call.module, frame)
-                ),
-            )
-        ]
+        methods = list(methods_of(call.module, frame))
+        cuts: list[tuple[str, Sliced | None]] = [(call.name, self.sum_of(methods, side, kept))]
+        seen = [methods]
         handed = self.handed(call, branch, kept)
         for caller in reversed(self.calls[:-1]):
             if not handed:
                 break
-            place = find_place(caller.module, frame)
-            nothing = self.nothing_in(caller, place)
-            callers = find_callers(caller.module, frame)
-            cuts.append((caller.name, place and Argument(place, handed, nothing, callers)))
+            methods = list(methods_of(caller.module, frame))
+            place, callers = _places(methods)
+            cuts.append((caller.name, place and Argument(place, handed, callers=callers)))
+            seen.append(methods)
             call, of = caller, self.reaches(left, right, caller)
             branch = of[1] - of[0] if side == "left" else of[0] - of[1]
             handed = self.handed(call, branch, kept)
@@ -241,15 +248,87 @@ class _Recorder(TorchFunctionMode):
             flops += before.flops
         self.found[key] = Addition(*key, identity, begins_elsewhere, modules, parameters, flops)
         self.sums[total] = key, kept
+        self.seen[key].append((total, [self.idle_in(methods, branch) for methods in seen]))
+
+    def added_again(self, left: int, right: int, frame: FrameType | None) -> set[int]:
+        """Which of the two the same expression has added before: a bias that layers share."""
+        assert frame is not None
+        added = {(frame.f_code, frame.f_lasti, node) for node in (left, right)}
+        again = added & self.added
+        self.added |= added
+        return {node for _, _, node in again}
+
+    def sum_of(self, methods: list[_Method], side: Side, kept: int) -> Sum | None:
+        """Where the innermost of `methods` adds, or calls a function that does."""
+        place, callers = _places(methods)
+        if place is None:
+            return None
+        function = methods[0][2]
+        if function is None:
+            return Sum(place, side, callers=callers)
+        code = function.f_code
+        for n, name in enumerate(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
+            value = function.f_locals.get(name)
+            if isinstance(value, Tensor) and self.node(value) == kept:
+                position = n if n < code.co_argcount else None
+                return Sum(place, side, (position, name), callers=callers)
+        return None
+
+    def idle_in(self, methods: list[_Method], branch: set[int]) -> list[_Locals]:
+        """The variables of `methods` that are None, or that only the branch has used by now."""
+        return [
+            {
+                name: None if value is None else self.node(value)
+                for name, value in frame.f_locals.items()
+                if value is None
+                or (
+                    isinstance(value, Tensor) and branch.issuperset(self.children[self.node(value)])
+                )
+            }
+            for _, frame, _ in methods
+        ]
+
+    def additions(self, outputs: set[int]) -> list[Addition]:
+        """What was found, with the variables that turned out to be idle.
+
+        Args:
+            outputs: of the model.
+        """
+        return [
+            replace(addition, cuts=self.with_idle(key, outputs))
+            for key, addition in self.found.items()
+        ]
+
+    def with_idle(self, key: _Key, outputs: set[int]) -> tuple[tuple[str, Sliced | None], ...]:
+        def idle(cut: int, method: int) -> frozenset[str]:
+            names: list[set[str]] = []
+            for total, seen in self.seen[key]:
+                variables = seen[cut][method] if method < len(seen[cut]) else {}
+                unused = {
+                    name
+                    for name, node in variables.items()
+                    if node is None
+                    or (node not in outputs and max(self.children[node], default=0) < total)
+                }
+                names.append(unused)
+            return frozenset(set.intersection(*names))
+
+        def known(number: int, cut: Sliced | None) -> Sliced | None:
+            if cut is None:
+                return None
+            callers = tuple(
+                Caller(caller.place, idle(number, n)) for n, caller in enumerate(cut.callers, 1)
+            )
+            return replace(cut, idle=idle(number, 0), callers=callers)
+
+        return tuple((name, known(n, cut)) for n, (name, cut) in enumerate(key[1]))
 
     def reaches(self, left: int, right: int, call: _Call) -> list[set[int]]:
         """What the two were computed from, no further back than what `call` was given."""
         earliest = min([call.began, *call.inputs])
         return [self.reach(left, earliest), self.reach(right, earliest)]
 
-    def handed(
-        self, call: _Call, branch: set[int], kept: int
-    ) -> tuple[tuple[int | None, str | None], ...]:
+    def handed(self, call: _Call, branch: set[int], kept: int) -> tuple[Parameter, ...]:
         """The arguments of `call` that hold a part of the branch, computed before."""
         positional = [((n, None), value) for n, value in enumerate(call.args)]
         named = [((None, name), value) for name, value in call.kwargs.items()]
@@ -262,11 +341,8 @@ class _Recorder(TorchFunctionMode):
             )
         )
 
-    def nothing_in(self, call: _Call, place: Place | None) -> frozenset[tuple[Position, int]]:
-        return frozenset((place and self.nothing.get((call.name, place.kind, place.method))) or ())
-
-    def returned(self, call: _Call, output: Any, frame: FrameType | None) -> None:
-        """Note what a module gave back to the one that called it."""
+    def returned(self, call: _Call, output: Any) -> None:
+        """Note what a module gave back."""
         outputs = {self.node(leaf) for leaf in _tensors(output)}
         self.finished.append((call, outputs))
         for node in outputs & self.sums.keys():
@@ -275,14 +351,13 @@ class _Recorder(TorchFunctionMode):
             if key[0] == call.name and isinstance(output, Tensor) and isinstance(given, Tensor):
                 whole = self.node(given) == kept
                 self.found[key] = replace(self.found[key], whole=whole)
-        missing = [n for n, x in enumerate(output) if x is None] if type(output) is tuple else []
-        if missing and self.calls:
-            caller = self.calls[-1]
-            place = find_place(caller.module, frame)
-            if place is not None:
-                self.nothing[caller.name, place.kind, place.method] |= {
-                    (place.position, n) for n in missing
-                }
+
+
+def _places(methods: list[_Method]) -> tuple[Place | None, tuple[Caller, ...]]:
+    """Where the innermost method stands, and where the others call it."""
+    places = [place for place, _, _ in methods]
+    known = list(itertools.takewhile(lambda place: place is not None, places))
+    return (known[0] if known else None), tuple(Caller(place) for place in known[1:] if place)
 
 
 def discover(
@@ -299,8 +374,8 @@ def discover(
         if count_flops:
             recorder.counter = entered.enter_context(CountFlops())
         entered.enter_context(recorder)
-        run()
-    return list(recorder.found.values())
+        output = run()
+    return recorder.additions({recorder.node(leaf) for leaf in _tensors(output)})
 
 
 @contextmanager
@@ -315,7 +390,7 @@ def _calls_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             recorder.calls.append(call)
 
         def end(module: nn.Module, args: tuple, output: object) -> None:
-            recorder.returned(recorder.calls.pop(), output, sys._getframe(1))
+            recorder.returned(recorder.calls.pop(), output)
 
         handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(module.register_forward_hook(end))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Gate
-from stochastic_depth.residual import part, scaled
+from stochastic_depth.residual import part, rescaled
 from stochastic_depth.surgery.cuts import Cut, Opaque, Registered, Sliced
 from stochastic_depth.surgery.slicing import slice_method
 
@@ -172,11 +172,8 @@ def _opaque_forward(kind: Any, number: int) -> FunctionType:
         gate: Gate = self.__dict__[GATES][number].now(self.training)
         if not gate.open:
             return x
-        if gate.factor is None and gate.batch is None:
-            return kind.forward(self, x, *args, **kwargs)
-        some = part(x, gate)
-        out = kind.forward(self, some, *part(args, gate), **part(kwargs, gate))
-        return x + scaled(out - some, gate)
+        out = kind.forward(self, part(x, gate), *part(args, gate), **part(kwargs, gate))
+        return rescaled(out, x, gate)
 
     return forward  # type: ignore[return-value]
 

@@ -2,17 +2,6 @@
 
 import ast
 from collections.abc import Iterator
-from typing import TypeGuard
-
-
-def is_optional(statement: ast.stmt) -> TypeGuard[ast.If]:
-    """Whether it assigns under a condition that can be evaluated earlier, or does nothing."""
-    return (
-        isinstance(statement, ast.If)
-        and not statement.orelse
-        and is_steady(statement.test)
-        and only_assigns(statement)
-    )
 
 
 def only_assigns(statement: ast.stmt) -> bool:
@@ -49,6 +38,32 @@ def uses(node: ast.AST) -> frozenset[str]:
     names = {n.id for n in _names(node) if isinstance(n.ctx, ast.Load)}
     changed = (n.target for n in ast.walk(node) if isinstance(n, ast.AugAssign))
     return frozenset(names | {target.id for target in changed if isinstance(target, ast.Name)})
+
+
+def conditional_uses(node: ast.AST) -> tuple[frozenset[str], dict[str, list[ast.expr]]]:
+    """The variables that it needs, and those that it needs if one of some conditions holds."""
+    found: dict[str, list[list[ast.expr]]] = {}
+
+    def visit(node: ast.AST, tests: list[ast.expr]) -> None:
+        if isinstance(node, ast.IfExp) and is_steady(node.test):
+            visit(node.test, tests)
+            for name in uses(node.body) & uses(node.orelse):
+                found.setdefault(name, []).append(tests)
+            visit(node.body, [*tests, node.test])
+            visit(node.orelse, [*tests, ast.UnaryOp(ast.Not(), node.test)])
+            return
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found.setdefault(node.id, []).append(tests)
+        for child in ast.iter_child_nodes(node):
+            visit(child, tests)
+
+    visit(node, [])
+    always = (uses(node) - found.keys()) | {name for name, each in found.items() if [] in each}
+    return frozenset(always), {
+        name: [tests[0] if len(tests) == 1 else ast.BoolOp(ast.And(), tests) for tests in each]
+        for name, each in found.items()
+        if name not in always
+    }
 
 
 def defines(node: ast.AST) -> frozenset[str]:

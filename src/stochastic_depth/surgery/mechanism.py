@@ -57,10 +57,10 @@ def _sliced(
         mine = [cut]
         calls, unused = skipped_when_closed(cut)
         skips |= calls
-        for place in cut.callers:  # which may compute the branch for the method they call
+        for caller in cut.callers:  # which may compute the branch for the method they call
             if not unused:
                 break
-            mine.append(Argument(place, unused))
+            mine.append(Argument(caller.place, unused, caller.idle))
             calls, unused = skipped_when_closed(mine[-1])
             skips |= calls
         gated_class(type(modules[name]), tuple(mine), False, False, "")

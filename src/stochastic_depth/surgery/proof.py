@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stochastic_depth.depth import Block
-from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.depth import Block, refuse_cache
+from stochastic_depth.errors import GateError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.bypass import bypassed
 from stochastic_depth.surgery.find import Found, unsupported
@@ -153,6 +153,8 @@ def check_training(model: nn.Module, run: Callable[[], Any], blocks: Sequence[Bl
             for number, block in enumerate(blocks):
                 block.open_in_training(CLOSED if number % 2 else OPEN)
             train_once(run)
+        except GateError:
+            raise
         except Exception as error:
             raise UnsupportedBlockError(
                 f"a training step of {type(model).__name__} with every other block closed fails: "
@@ -166,7 +168,9 @@ def check_training(model: nn.Module, run: Callable[[], Any], blocks: Sequence[Bl
 
 def train_once(run: Callable[[], Any]) -> None:
     """A forward pass, and the backward pass of the sum of all that it gives."""
-    differentiable = [out for out in _outputs(run()) if out.requires_grad]
+    output = run()
+    refuse_cache(output)
+    differentiable = [out for out in _outputs(output) if out.requires_grad]
     if differentiable:
         torch.stack([out.float().sum() for out in differentiable]).sum().backward()
 

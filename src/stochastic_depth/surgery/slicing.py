@@ -15,20 +15,13 @@ from typing import Any
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
-from stochastic_depth.residual import part, scaled
-from stochastic_depth.surgery.cuts import Argument, Place, Position, Sliced, Sum
-from stochastic_depth.surgery.liveness import (
-    defines,
-    is_optional,
-    is_steady,
-    only_assigns,
-    stores_elsewhere,
-    surely_defines,
-    uses,
-)
+from stochastic_depth.residual import part, rescaled, scaled
+from stochastic_depth.surgery.backward import Backward, Needed, assign, negated
+from stochastic_depth.surgery.cuts import Argument, Parameter, Place, Sliced, Sum
+from stochastic_depth.surgery.liveness import defines, is_steady, surely_defines, uses
 
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
-NAMES = {"_scaled": scaled, "_part": part}
+NAMES = {"_scaled": scaled, "_rescaled": rescaled, "_part": part}
 """What generated code calls, besides `_gates`."""
 
 
@@ -53,7 +46,7 @@ def slice_method(
     tree = _definition(function)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
     for number, cut in enumerate(cuts):
-        branch, _ = _cut(tree, cut, f"_gate_{number}", copy_shortcut)
+        branch, *_ = _cut(tree, cut, f"_gate_{number}", copy_shortcut)
         if select:
             select_samples = _SelectSamples(set(others), f"_gate_{number}")
             for node in branch:
@@ -65,7 +58,7 @@ def slice_method(
     return _compiled(function, tree, {**NAMES, "_gates": gates})
 
 
-def skipped_when_closed(cut: Sliced) -> tuple[bool, tuple[tuple[int | None, str | None], ...]]:
+def skipped_when_closed(cut: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
     """Whether a closed gate at `cut` skips any call, and parameters that only the branch needs.
 
     Returns:
@@ -73,8 +66,9 @@ def skipped_when_closed(cut: Sliced) -> tuple[bool, tuple[tuple[int | None, str 
     """
     tree = _definition(inspect.unwrap(vars(cut.place.kind)[cut.place.method]))
     used = uses(tree)
-    branch, needed = _cut(tree, cut, "_gate", False)
-    calls = any(isinstance(node, ast.Call) for part in branch for node in ast.walk(part))
+    branch, shared, needed = _cut(tree, cut, "_gate", False)
+    both = [*branch, *shared]
+    calls = any(isinstance(node, ast.Call) for part in both for node in ast.walk(part))
     positional = [argument.arg for argument in [*tree.args.posonlyargs, *tree.args.args][1:]]
     named = [(None, argument.arg) for argument in tree.args.kwonlyargs]
     parameters = [*enumerate(positional), *named]
@@ -109,14 +103,14 @@ def _definition(function: FunctionType) -> ast.FunctionDef:
 
 def _cut(
     tree: ast.FunctionDef, cut: Sliced, gate: str, copy_shortcut: bool
-) -> tuple[list[ast.AST], frozenset[str]]:
+) -> tuple[list[ast.AST], list[ast.AST], frozenset[str]]:
     """Put what only the branch at `cut` needs under `gate`, in place.
 
     Returns:
-        The expressions and statements that run under an open gate only, and the variables that the
-        method needs from outside under a closed one.
+        The expressions and statements of the branch alone, the statements that others may need
+        too, and the variables that the method needs from outside under a closed gate.
     """
-    path, live = _find(tree.body, cut.place, frozenset())
+    path, needed = _find(tree.body, cut.place, Needed())
     block, index = path.pop()
     statement = block[index]
     branch: list[ast.AST]
@@ -130,9 +124,9 @@ def _cut(
         replace = _ReplaceSum(cut, gate, copy_shortcut)
         block[index] = replace.visit(statement)
         branch = [replace.branch]
-    live = uses(closed) | (live - defines(closed))
-    skipped, live = _skip_before(block, index, live, gate, [], cut.nothing)
-    guards: list[ast.expr] = []
+    needed.before(closed, defines(closed))
+    back = Backward(_is_open(gate), cut.idle, branch)
+    back.through(block, index, needed)
     while path:
         inner = block
         block, index = path.pop()
@@ -140,105 +134,31 @@ def _cut(
         if isinstance(statement, ast.If):
             if not is_steady(statement.test):
                 break
-            taken = inner is statement.body
-            guards.append(statement.test if taken else ast.UnaryOp(ast.Not(), statement.test))
-            live |= uses(statement.test)
-        more, live = _skip_before(block, index, live, gate, guards, cut.nothing)
-        skipped += more
-    branch += skipped
+            back.reached_if(statement.test if inner is statement.body else negated(statement.test))
+            needed.live |= uses(statement.test)
+        back.through(block, index, needed)
     ast.fix_missing_locations(tree)
-    return branch, live
+    return back.branch, back.shared, needed.live | frozenset(needed.maybe)
 
 
 def _find(
-    block: list[ast.stmt], place: Place, live_after: frozenset[str]
-) -> tuple[list[tuple[list[ast.stmt], int]], frozenset[str]]:
-    """Blocks and indices from the outermost to the statement at `place`; names needed after it."""
+    block: list[ast.stmt], place: Place, needed: Needed
+) -> tuple[list[tuple[list[ast.stmt], int]], Needed]:
+    """Blocks and indices from the outermost to the statement at `place`; what it must leave."""
     for index, statement in enumerate(block):
         if not any(_is_at(node, place) for node in ast.walk(statement)):
             continue
-        live = live_after
         for later in reversed(block[index + 1 :]):
-            live = uses(later) | (live - surely_defines(later))
+            needed.before(later, surely_defines(later))
         if isinstance(statement, SIMPLE):
-            return [(block, index)], live
+            return [(block, index)], needed
         if isinstance(statement, ast.If | ast.With):
             for inner in (statement.body, getattr(statement, "orelse", [])):
                 if any(_is_at(node, place) for part in inner for node in ast.walk(part)):
-                    path, live = _find(inner, place, live)
-                    return [(block, index), *path], live
+                    path, needed = _find(inner, place, needed)
+                    return [(block, index), *path], needed
         raise UnsupportedBlockError(f"{place}: an addition inside a {type(statement).__name__}")
     raise UnsupportedBlockError(f"{place}: the source has changed since it was imported")
-
-
-def _skip_before(
-    block: list[ast.stmt],
-    index: int,
-    live: frozenset[str],
-    gate: str,
-    guards: list[ast.expr],
-    nothing: frozenset[tuple[Position, int]],
-) -> tuple[list[ast.stmt], frozenset[str]]:
-    """Put the statements before `index` that nothing in `live` needs under `gate`, in place.
-
-    Under a closed gate they are skipped if `guards`, the conditions under which the addition is
-    reached at all, hold.
-
-    Returns:
-        What may be skipped, and the names needed before the block.
-    """
-    runs = _is_open(gate)
-    if guards:
-        reached = ast.BoolOp(ast.And(), guards) if len(guards) > 1 else guards[0]
-        runs = ast.BoolOp(ast.Or(), [runs, ast.UnaryOp(ast.Not(), reached)])
-    tests = list(guards)
-    maybe: dict[str, list[ast.expr]] = {}  # names that are needed only if one of these holds
-    skipped = []
-    for i in range(index - 1, -1, -1):
-        statement = block[i]
-        defined = defines(statement)
-        if tests and (stores_elsewhere(statement) or any(defined & uses(t) for t in tests)):
-            # Before this statement the conditions may be others: all of it is kept.
-            live = live.union(*map(uses, block[: i + 1]))
-            break
-        idle = defined & live & _set_to_nothing(statement, nothing)
-        if only_assigns(statement) and defined & live == idle:
-            skipped.append(statement)
-            live -= idle
-            conditions = [test for name in defined for test in maybe.pop(name, [])]
-            if conditions:
-                _note(maybe, uses(statement) - live, conditions)
-            needed = ast.BoolOp(ast.Or(), [runs, *conditions]) if conditions else runs
-            closed: list[ast.stmt] = [_assign(name, ast.Constant(None)) for name in sorted(idle)]
-            block[i] = ast.If(copy.deepcopy(needed), [statement], closed)
-        elif is_optional(statement):
-            live |= uses(statement.test)
-            inside = frozenset[str]().union(*map(uses, statement.body))
-            _note(maybe, inside - live, [statement.test])
-            tests.append(statement.test)
-        else:
-            for name in surely_defines(statement):
-                maybe.pop(name, None)
-            live = uses(statement) | (live - surely_defines(statement))
-    return skipped, live | frozenset(maybe)
-
-
-def _note(maybe: dict[str, list[ast.expr]], names: frozenset[str], tests: list[ast.expr]) -> None:
-    for name in names:
-        maybe.setdefault(name, []).extend(tests)
-
-
-def _set_to_nothing(
-    statement: ast.stmt, nothing: frozenset[tuple[Position, int]]
-) -> frozenset[str]:
-    """The variables in `out, weights = self.attention(x)` that were None."""
-    if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Tuple):
-        return frozenset()
-    names = enumerate(statement.targets[0].elts)
-    position = _position(statement.value)
-    return frozenset(
-        name.id for n, name in names if isinstance(name, ast.Name) and (position, n) in nothing
-    )
 
 
 def _cut_statement(
@@ -256,8 +176,8 @@ def _cut_statement(
         before: list[ast.stmt] = []
     else:
         branch, shortcut = ast.Name(name, ast.Load()), statement.value
-        before = [_assign(name, _call("_scaled", branch, gate))]
-    return [*before, opened], _assign(name, _maybe_copy(shortcut, copy_shortcut)), [branch]
+        before = [assign(name, _call("_scaled", branch, gate))]
+    return [*before, opened], assign(name, _maybe_copy(shortcut, copy_shortcut)), [branch]
 
 
 class _ReplaceSum(ast.NodeTransformer):
@@ -271,7 +191,10 @@ class _ReplaceSum(ast.NodeTransformer):
         if not _is_at(node, self.cut.place):
             return self.generic_visit(node)
         shortcut, self.branch = _operands(node, self.cut)
-        opened = _Scale(self.branch, self.gate).visit(node)
+        if self.cut.within is None:
+            opened = _Scale(self.branch, self.gate).visit(node)
+        else:
+            opened = _call("_rescaled", self.branch, copy.deepcopy(shortcut), self.gate)
         closed = _maybe_copy(copy.deepcopy(shortcut), self.copy_shortcut)
         return ast.IfExp(_is_open(self.gate), opened, closed)
 
@@ -345,7 +268,14 @@ class _SelectSamples(ast.NodeTransformer):
 
 
 def _operands(node: ast.AST, cut: Sum) -> tuple[ast.expr, ast.expr]:
-    """Shortcut and branch of an addition: `a + b`, `torch.add(a, b)`, `a.add(b)`."""
+    """Shortcut and branch of an addition: `a + b`, `torch.add(a, b)`, `a.add(b)`, or `f(a, b)`."""
+    if cut.within is not None and isinstance(node, ast.Call):
+        position, name = cut.within
+        named = [keyword.value for keyword in node.keywords if keyword.arg == name]
+        shortcut = (node.args[position : position + 1] if position is not None else []) + named
+        if len(shortcut) != 1 or not isinstance(shortcut[0], ast.Name):
+            raise UnsupportedBlockError(f"{cut}: a function adds something that is no variable")
+        return shortcut[0], node
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         pair = node.left, node.right
     elif isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Attribute):
@@ -368,10 +298,6 @@ def _is_at(node: ast.AST, place: Place) -> bool:
 
 def _position(node: ast.stmt | ast.expr) -> tuple[int, int | None, int, int | None]:
     return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
-
-
-def _assign(name: str, value: ast.expr) -> ast.Assign:
-    return ast.Assign([ast.Name(name, ast.Store())], value)
 
 
 def _maybe_copy(shortcut: ast.expr, copied: bool) -> ast.expr:

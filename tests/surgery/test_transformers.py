@@ -1,0 +1,103 @@
+"""Models of transformers: side outputs, caches, and their own activation checkpointing."""
+
+import pytest
+import torch
+
+import stochastic_depth as sd
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 3, "num_heads": 2}
+IDS = torch.arange(24).view(2, 12) % 50
+TEXT = {"input_ids": IDS, "use_cache": False}
+EXAMPLES = {
+    "gpt2": TEXT,
+    "gptj": TEXT,
+    "llama": TEXT,
+    "bloom": TEXT,
+    "falcon": TEXT,
+    "bert": {"input_ids": IDS},
+    "albert": {"input_ids": IDS},
+    "t5": {**TEXT, "decoder_input_ids": IDS},
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    small = T5 if name == "t5" else {**SMALL, "rotary_dim": 4} if name == "gptj" else SMALL
+    small = {**small, "n_layer": 4} if name == "bloom" else small
+    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **small))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_block_is_found_and_verified(name):
+    model, example = build(name), EXAMPLES[name]
+    keys, expected = list(model.state_dict()), model.eval()(**example)[0]
+    depth = sd.apply(model, sd.Uniform(1.0), example=example)
+    assert len(depth.blocks) == {"t5": 6, "albert": 1}.get(name, 4)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(**example)[0], expected)
+    sd.remove(model)
+    assert torch.equal(model(**example)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+def test_training_steps_skip(name, gate):
+    model = build(name)
+    depth = sd.apply(model, sd.Uniform(0.5), example=EXAMPLES[name], gate=gate, skipped="freeze")
+    parameters = dict(model.named_parameters())
+    for _ in range(4):
+        model.zero_grad()
+        model.train()(**EXAMPLES[name])[0].sum().backward()
+        for block, gates in zip(depth.blocks, depth.gates, strict=True):
+            if gate == "batch" and not gates:
+                assert all(parameters[p].grad is None for p in block.parameters if "bias" not in p)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_librarys_own_checkpointing_recomputes_under_the_same_gates(use_reentrant):
+    plain, model = build("llama"), build("llama")
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+    depths = [sd.apply(m, sd.Uniform(0.5), example=TEXT, skipped="freeze") for m in (plain, model)]
+    for _ in range(6):
+        for m in (plain, model):
+            m.zero_grad()
+            m.train()(**TEXT)[0].square().sum().backward()
+        assert torch.equal(depths[0].gates, depths[1].gates)
+        for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
+            if "embed_tokens" in name and use_reentrant:
+                continue  # its output is made a leaf, for reentrant checkpointing's sake
+            assert (p.grad is None) == (q.grad is None), name
+            assert p.grad is None or torch.equal(p.grad, q.grad), name
+
+
+def test_a_cache_in_training_is_refused_with_the_remedy():
+    with pytest.raises(sd.GateError, match="use_cache=False"):
+        sd.apply(build("gpt2"), example={"input_ids": IDS})
+    model = build("gpt2")
+    sd.apply(model, example=TEXT)
+    with pytest.raises(sd.GateError, match="use_cache=False"):
+        model.train()(IDS)
+    model.config.use_cache = False
+    model.train()(IDS)[0].sum().backward()
+    model.config.use_cache = True
+    assert model.eval()(IDS).past_key_values is not None
+
+
+def test_attention_weights_are_handed_on_where_they_are_computed():
+    model = build("bert")
+    model.set_attn_implementation("eager")
+    sd.apply(model, sd.Uniform(0.5), example={"input_ids": IDS})
+    assert len(model.eval()(IDS, output_attentions=True).attentions) == 4
