@@ -157,3 +157,14 @@ def test_open_shares_are_counted_by_block() -> None:
     assert open_shares(coins).tolist() == [0.5, 1.0]
     assert open_shares(coins[:, 0]).tolist() == [1.0, 1.0]
     assert open_shares(torch.empty(0, dtype=torch.bool)).tolist() == []
+
+
+def test_a_subset_is_of_at_least_so_many_samples_and_only_where_the_coins_say_fewer() -> None:
+    survival = (0.05, 0.5, 0.95)
+    for step in range(200):
+        coins = draw(1, step, survival, batch=6)
+        for least in (1, 2, 9):
+            more = draw(1, step, survival, batch=6, least=least)
+            assert (more >= coins).all()
+            counts = coins.sum(1).clamp(min=min(least, 6))
+            assert torch.equal(more.sum(1), counts)

@@ -61,6 +61,7 @@ class StochasticDepth:
         scale: Scale,
         skipped: SkippedPolicy,
         seed: int,
+        least: int = 0,
     ) -> None:
         self.blocks = list(blocks)
         self._final = survival_probabilities(rule, len(self.blocks))
@@ -69,6 +70,7 @@ class StochasticDepth:
         self.scale: Scale = scale
         self.skipped: SkippedPolicy = skipped
         self.seed = seed
+        self.least = least
         self.step = 0
         self._coins: Tensor | None = None
         self._draws_since_backward = 0
@@ -106,7 +108,11 @@ class StochasticDepth:
             raise GateError(f'gate="{self.gate}" draws a gate for each sample: depth.draw(batch)')
         self._set_survival(self.step)
         self._coins = draw(
-            self.seed, self.step, self._survival, None if self.gate == "batch" else batch
+            self.seed,
+            self.step,
+            self._survival,
+            None if self.gate == "batch" else batch,
+            self.least,
         )
         self.step += 1
         self._draws_since_backward += 1
@@ -128,6 +134,7 @@ class StochasticDepth:
                     f"the saved state has {name}={state.get(name)!r}, which must be an integer: "
                     "give what depth.state_dict() returned"
                 )
+        state = {"least": 0, **state}  # which states did not always have
         for name, mine in self._identity().items():
             if name not in state or state[name] != mine:
                 raise StateError(
@@ -196,6 +203,7 @@ class StochasticDepth:
             "survival": list(self._final),
             "ramp_steps": self._ramp_steps,
             "gate": self.gate,
+            "least": self.least,
             "scale": self.scale,
             "skipped": self.skipped,
         }

@@ -61,17 +61,27 @@ class BlockGates:
         return self.training
 
 
-def draw(seed: int, step: int, survival: tuple[float, ...], batch: int | None = None) -> Tensor:
+def draw(
+    seed: int, step: int, survival: tuple[float, ...], batch: int | None = None, least: int = 0
+) -> Tensor:
     """All coins of one step: bool [L], or [L, batch] with one for each sample.
 
     Block l is open with probability `survival[l - 1]`, independently of every other block, sample
     and step. The same arguments give the same gates everywhere; a larger p only opens more.
+
+    Args:
+        least: of the samples, how many are open in each block at least: where the coins say fewer,
+            those that came closest.
     """
     blocks = len(survival)
     p = torch.tensor(survival, dtype=torch.float64)
     if batch is None:
         return uniforms(blocks, "gates", seed, step) < p
-    return uniforms(blocks * batch, "gates", seed, step).view(blocks, batch) < p[:, None]
+    u = uniforms(blocks * batch, "gates", seed, step).view(blocks, batch)
+    coins = u < p[:, None]
+    if least > 0:
+        coins |= u <= u.kthvalue(min(least, batch), dim=1, keepdim=True).values
+    return coins
 
 
 def open_shares(coins: Tensor) -> Tensor:

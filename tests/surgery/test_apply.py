@@ -184,3 +184,15 @@ def test_residual_units_can_be_left_as_they_are() -> None:
     assert len(depth.survival) == blocks - 1
     assert model.blocks[1].gates is None
     model(images()).sum().backward()
+
+
+def test_a_lower_bound_is_for_subsets_alone() -> None:
+    with pytest.raises(sd.ApplyError, match=r"least=2.*subset"):
+        sd.apply(CifarResNet(8), least=2)
+    with pytest.raises(sd.ApplyError, match=r"least=-1"):
+        sd.apply(CifarResNet(8), gate="subset", least=-1)
+    model = CifarResNet(8)
+    depth = sd.apply(model, sd.Uniform(0.05), gate="subset", least=2)
+    for _ in range(5):
+        model.train()(torch.randn(4, 3, 32, 32))
+        assert depth.gates.sum(1).min() >= 2

@@ -777,3 +777,47 @@ def test_a_block_whose_samples_are_not_first_is_no_block_for_a_subset():
     assert len(sd.apply(network(Batchless), example=X).survival) == 3
     with pytest.raises(sd.UnsupportedBlockError, match="does not have the 5 samples first"):
         sd.apply(network(Batchless), example=X, gate="subset")
+
+
+class HidesItsInput(Base):
+    """What the branch runs on is not handed to it as a variable."""
+
+    def forward(self, x):
+        self.held = x
+        return x + self.f(self.held)
+
+
+def test_a_branch_that_would_run_on_all_samples_is_no_silent_no_op():
+    assert len(sd.apply(network(HidesItsInput), example=X).survival) == 3
+    with pytest.raises(sd.UnsupportedBlockError, match=r"'1'.*runs on all samples"):
+        sd.apply(network(HidesItsInput), example=X, gate="subset")
+
+
+def test_a_checkpoint_of_the_original_fits_the_applied_model_and_the_reverse():
+    original, model = network(Left), network(Left)
+    trained = {name: value + 1 for name, value in original.state_dict().items()}
+    sd.apply(model, sd.Uniform(1.0), example=X)
+    model.load_state_dict(trained)
+    original.load_state_dict(model.state_dict())
+    assert torch.equal(original.eval()(X), model.eval()(X))
+
+
+class SharedDropPath(Base):
+    """As in Swin: one drop path for two units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_path = DropPath(0.3)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.one(x))
+        return x + self.drop_path(self.two(x))
+
+
+def test_a_drop_path_that_two_units_share_is_taken_over_once():
+    model = network(SharedDropPath)
+    sd.apply(model, sd.Uniform(0.5), example=X)
+    assert {block.drop_path.drop_prob for block in list(model)[1:]} == {0.0}
+    model.train()(X)
+    sd.remove(model)
+    assert {block.drop_path.drop_prob for block in list(model)[1:]} == {0.3}

@@ -53,6 +53,7 @@ def apply(
     exclude: Choice = (),
     granularity: Granularity = "block",
     gate: GateKind = "batch",
+    least: int = 0,
     scale: Scale = "inference",
     skipped: SkippedPolicy = "paper",
     seed: int = 0,
@@ -83,6 +84,8 @@ def apply(
             "sample", one coin a sample, masked: the DropPath of timm and torchvision, saves
             nothing; "subset", one coin a sample, and the branch runs on the drawn samples only:
             it saves in proportion, and its BatchNorm sees no others.
+        least: with the "subset" gate, of how many samples every subset is at least (BatchNorm needs
+            two); p_l is a little larger then.
         scale: "inference" multiplies by p_l in evaluation (the paper), "training" divides by p_l
             in training.
         skipped: the gradient of a skipped block's parameters: "paper" makes it zero, so that
@@ -106,6 +109,8 @@ def apply(
     ):
         if value not in known:
             raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
+    if least < 0 or (least > 0 and gate != "subset"):
+        raise ApplyError(f'least={least}: a number of samples, with gate="subset"')
     refuse_applied(model)
     if example is None:
         found = find_residuals(model, include, exclude)
@@ -126,7 +131,7 @@ def apply(
             drop_path.restore()
         take_gates(model)
         raise
-    depth = StochasticDepth(blocks, rule, gate, scale, skipped, seed)
+    depth = StochasticDepth(blocks, rule, gate, scale, skipped, seed, least)
     hooks = (
         model.register_forward_pre_hook(depth.before_forward, with_kwargs=True),
         model.register_forward_hook(depth.after_forward),

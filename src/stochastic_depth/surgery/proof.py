@@ -39,6 +39,14 @@ class Truth:
     """With each block open for every other sample."""
 
 
+@dataclass(frozen=True)
+class _Calls:
+    """How often each module is called, by name, and the sum of the sizes that it is given."""
+
+    number: Counter[str]
+    given: Counter[str]
+
+
 def establish(
     model: nn.Module, run: Callable[[], Any], found: Sequence[Found], batch: int | None = None
 ) -> Truth:
@@ -95,11 +103,15 @@ def check(
                 why = _still_called(found[n], usual, called)
                 if why:
                     raise unsupported(found[n].name, found[n].module, why)
-        for block, expected in zip(blocks, truth.selected, strict=batch is not None):
+        for block, gated, expected in zip(
+            found if batch else (), blocks, truth.selected, strict=batch is not None
+        ):
             gate = Gate(samples=torch.arange(0, batch or 0, 2), batch=batch)
-            with _gates(blocks, OPEN), _gates([block], gate):
+            with _gates(blocks, OPEN), _gates([gated], gate), _calls(model) as called:
                 what = f"half of the samples in the branch of block {block.name!r}"
                 difference = max(difference, _compare(run, expected, what, 10 * TOLERANCE))
+            if block.modules and all(called.given[n] == usual.given[n] for n in block.modules):
+                raise unsupported(block.name, block.module, "its branch runs on all samples")
     return difference
 
 
@@ -131,8 +143,12 @@ def _fails(run: Callable[[], Any], block: Block) -> str:
     return ""
 
 
-def _still_called(block: Found, usual: Counter[str], called: Counter[str]) -> str:
-    running = [name for name, calls in block.modules.items() if called[name] > usual[name] - calls]
+def _still_called(block: Found, usual: _Calls, called: _Calls) -> str:
+    running = [
+        name
+        for name, calls in block.modules.items()
+        if called.number[name] > usual.number[name] - calls
+    ]
     if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
         return (
             f"{running[0]!r} of its branch must run even when the block is closed, because the "
@@ -190,15 +206,22 @@ def _gates(blocks: Sequence[Block], gate: Gate) -> Iterator[None]:
 
 
 @contextmanager
-def _calls(model: nn.Module) -> Iterator[Counter[str]]:
-    """How often each module is called, by name."""
-    called: Counter[str] = Counter()
+def _calls(model: nn.Module) -> Iterator[_Calls]:
+    calls = _Calls(Counter(), Counter())
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls.number[name] += 1
+            calls.given[name] += sum(tensor.numel() for tensor in _outputs((args, kwargs)))
+
+        return hook
+
     handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.update([name]))
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
         for name, module in model.named_modules()
     ]
     try:
-        yield called
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
