@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stochastic_depth as sd
-from stochastic_depth.survival import ramped, survival_probabilities
+from stochastic_depth.survival import ramped, survival_of, survival_probabilities
 
 probabilities = st.floats(min_value=0, max_value=1, exclude_min=True)
 
@@ -130,3 +130,36 @@ def test_a_bad_rule_in_a_ramp_is_found_too() -> None:
 def test_rules_are_values() -> None:
     assert sd.LinearDecay(0.5) == sd.LinearDecay()
     assert len({sd.Uniform(0.5), sd.Uniform(0.5), sd.Uniform(0.6)}) == 2
+
+
+NAMES = ["encoder.0", "encoder.1", "decoder.0", "decoder.1", "decoder.2", "head"]
+
+
+def test_probabilities_are_given_by_rule_by_number_or_by_name() -> None:
+    assert survival_of(sd.Uniform(0.5), NAMES) == (0.5,) * 6
+    given = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    assert survival_of(given, NAMES) == given
+    assert survival_of({"decoder.1": 0.25, "head": 0.5}, NAMES) == (1, 1, 1, 0.25, 1, 0.5)
+    assert survival_of(sd.Ramp({"head": 0.5}, steps=3), NAMES) == (1, 1, 1, 1, 1, 0.5)
+
+
+def test_a_rule_counts_blocks_anew_in_each_stack() -> None:
+    p = survival_of(sd.LinearDecay(0.4), NAMES, stacks=["encoder", "decoder"])
+    assert p == pytest.approx((0.7, 0.4, 0.8, 0.6, 0.4, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("survival", "stacks", "message"),
+    [
+        ([0.5] * 5, (), r"gives 5 probabilities, the model has 6 blocks"),
+        ({"decoder.7": 0.5}, (), r"'decoder\.7', which is no block; near it .*'decoder\.1'"),
+        ([0.5, 0, 1, 1, 1, 1], (), r"block 2 of 6 the survival probability 0"),
+        ({"head": 2.0}, (), r"block 6 of 6 the survival probability 2"),
+        (sd.Uniform(0.5), ["body"], r"stacks names 'body'"),
+        ([0.5] * 6, ["decoder"], r"stacks=\['decoder'\] are for rules"),
+        ("linear", (), r"survival='linear' is not a rule"),
+    ],
+)
+def test_what_does_not_fit_the_blocks_is_named(survival, stacks, message) -> None:
+    with pytest.raises(sd.SurvivalError, match=message):
+        survival_of(survival, NAMES, stacks)

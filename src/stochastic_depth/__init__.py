@@ -25,6 +25,7 @@ from stochastic_depth.errors import (
     UnsupportedBlockError,
 )
 from stochastic_depth.gates import Gate, GateKind, Scale
+from stochastic_depth.migration import survival_rule
 from stochastic_depth.residual import Residual, part, residual_step, scaled
 from stochastic_depth.surgery import (
     BlockSummary,
@@ -40,7 +41,7 @@ from stochastic_depth.surgery import (
     summary,
     verify,
 )
-from stochastic_depth.survival import LinearDecay, Ramp, SurvivalRule, Uniform
+from stochastic_depth.survival import LinearDecay, Ramp, Survival, SurvivalRule, Uniform
 
 __version__ = version("stochastic-depth")
 
@@ -67,6 +68,7 @@ __all__ = [
     "StochasticDepth",
     "StochasticDepthError",
     "Summary",
+    "Survival",
     "SurvivalError",
     "SurvivalRule",
     "Uniform",
@@ -81,5 +83,6 @@ __all__ = [
     "residual_step",
     "scaled",
     "summary",
+    "survival_rule",
     "verify",
 ]

@@ -19,7 +19,7 @@ from stochastic_depth.gates import (
     evaluation_gates,
     training_gates,
 )
-from stochastic_depth.survival import Ramp, SurvivalRule, ramped, survival_probabilities
+from stochastic_depth.survival import ramped
 
 SkippedPolicy = Literal["paper", "freeze"]
 """A skipped block's parameters: gradient zero, so the optimizer still moves them, or None."""
@@ -56,7 +56,8 @@ class StochasticDepth:
     def __init__(
         self,
         blocks: Iterable[Block],
-        rule: SurvivalRule,
+        survival: tuple[float, ...],
+        ramp_steps: int,
         gate: GateKind,
         scale: Scale,
         skipped: SkippedPolicy,
@@ -64,8 +65,8 @@ class StochasticDepth:
         least: int = 0,
     ) -> None:
         self.blocks = list(blocks)
-        self._final = survival_probabilities(rule, len(self.blocks))
-        self._ramp_steps = rule.steps if isinstance(rule, Ramp) else 0
+        self._final = survival
+        self._ramp_steps = ramp_steps
         self.gate: GateKind = gate
         self.scale: Scale = scale
         self.skipped: SkippedPolicy = skipped

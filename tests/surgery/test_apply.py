@@ -196,3 +196,17 @@ def test_a_lower_bound_is_for_subsets_alone() -> None:
     for _ in range(5):
         model.train()(torch.randn(4, 3, 32, 32))
         assert depth.gates.sum(1).min() >= 2
+
+
+def test_survival_by_name_and_stack_by_stack() -> None:
+    model = CifarResNet(20)
+    names = [block.name for block in sd.apply(model).blocks]
+    sd.remove(model)
+    assert sd.apply(model, {names[3]: 0.25}).survival == (1, 1, 1, 0.25, 1, 1, 1, 1, 1)
+    sd.remove(model)
+    both = nn.ModuleDict({"encoder": CifarResNet(8), "decoder": CifarResNet(8)})
+    depth = sd.apply(both, sd.LinearDecay(0.4), stacks=["encoder", "decoder"])
+    assert depth.survival == pytest.approx((0.8, 0.6, 0.4) * 2)
+    sd.remove(model)
+    with pytest.raises(sd.SurvivalError, match=r"no drop path"):
+        sd.apply(model, "own")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -12,7 +12,7 @@ from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, GateKind, Scale
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.cuts import Cut
-from stochastic_depth.surgery.droppath import Silenced, silence
+from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
 from stochastic_depth.surgery.find import (
     Choice,
     Example,
@@ -26,7 +26,7 @@ from stochastic_depth.surgery.find import (
 )
 from stochastic_depth.surgery.install import install, is_installed, uninstall
 from stochastic_depth.surgery.proof import check, check_training, establish
-from stochastic_depth.survival import LinearDecay, SurvivalRule, survival_probabilities
+from stochastic_depth.survival import LinearDecay, Ramp, Survival, survival_of
 
 _APPLIED = "_stochastic_depth_applied"
 """The attribute of a model that holds what `remove` needs."""
@@ -46,12 +46,13 @@ class Applied:
 
 def apply(
     model: nn.Module,
-    survival: SurvivalRule | None = None,
+    survival: Survival | Literal["own"] | None = None,
     *,
     example: Example | None = None,
     include: Choice | None = None,
     exclude: Choice = (),
     granularity: Granularity = "block",
+    stacks: Sequence[str] = (),
     gate: GateKind = "batch",
     least: int = 0,
     scale: Scale = "inference",
@@ -72,7 +73,9 @@ def apply(
 
     Args:
         model: holds residual blocks.
-        survival: p_l; `sd.LinearDecay(0.5)` when not given.
+        survival: p_l: a rule, `sd.LinearDecay(0.5)` when not given; a sequence of L numbers; a
+            mapping from names of blocks, in which those that are not named have 1; or "own", 1 less
+            the rate of each block's own drop path.
         example: inputs of one forward call: a tensor, a tuple of arguments, or a mapping of
             keyword arguments. A small batch will do.
         include: modules in which to look for blocks, by name, by class, or by a function of name
@@ -80,6 +83,8 @@ def apply(
         exclude: modules to leave as they are, with all that is inside of them.
         granularity: "block", one coin for all residual additions of a repeated block; or "unit",
             one each.
+        stacks: names of modules, say ("encoder", "decoder"), in each of which the rule counts l and
+            L anew; the whole model is one stack when not given.
         gate: "batch", one coin a block and mini-batch (the paper): a closed block costs nothing;
             "sample", one coin a sample, masked: the DropPath of timm and torchvision, saves
             nothing; "subset", one coin a sample, and the branch runs on the drawn samples only:
@@ -121,8 +126,7 @@ def apply(
     for block in found:
         if block.refusal:
             raise unsupported(block.name, block.module, block.refusal)
-    rule = survival or LinearDecay()
-    survival_probabilities(rule, len(found))
+    probabilities = chosen_survival(survival, found, stacks)
     silenced = silence(found)
     try:
         blocks, difference = _open_up(model, found, example, gate == "subset")
@@ -131,13 +135,24 @@ def apply(
             drop_path.restore()
         take_gates(model)
         raise
-    depth = StochasticDepth(blocks, rule, gate, scale, skipped, seed, least)
+    ramp_steps = survival.steps if isinstance(survival, Ramp) else 0
+    depth = StochasticDepth(blocks, probabilities, ramp_steps, gate, scale, skipped, seed, least)
     hooks = (
         model.register_forward_pre_hook(depth.before_forward, with_kwargs=True),
         model.register_forward_hook(depth.after_forward),
     )
     setattr(model, _APPLIED, Applied(depth, found, difference, hooks, silenced))
     return depth
+
+
+def chosen_survival(
+    survival: Survival | Literal["own"] | None, found: Sequence[Found], stacks: Sequence[str]
+) -> tuple[float, ...]:
+    """(p_1, ..., p_L), whichever way they are given."""
+    names = [block.name for block in found]
+    if survival == "own":
+        return survival_of([1 - rate for rate in own_rates(found)], names, stacks)
+    return survival_of(LinearDecay() if survival is None else survival, names, stacks)
 
 
 def remove(model: nn.Module) -> None:

@@ -1,10 +1,12 @@
 """What `sd.apply` would do to a model, without doing it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
-from stochastic_depth.surgery.apply import put_gates, refuse_applied, take_gates
+from stochastic_depth.surgery.apply import chosen_survival, put_gates, refuse_applied, take_gates
 from stochastic_depth.surgery.find import (
     Choice,
     Example,
@@ -16,7 +18,7 @@ from stochastic_depth.surgery.find import (
 )
 from stochastic_depth.surgery.plain_table import plain_table, si
 from stochastic_depth.surgery.proof import still_running
-from stochastic_depth.survival import LinearDecay, SurvivalRule, survival_probabilities
+from stochastic_depth.survival import Survival
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ class Plan:
 def plan(
     model: nn.Module,
     example: Example,
-    survival: SurvivalRule | None = None,
+    survival: Survival | Literal["own"] | None = None,
     *,
     include: Choice | None = None,
     exclude: Choice = (),
     granularity: Granularity = "block",
+    stacks: Sequence[str] = (),
 ) -> Plan:
     """A dry run of `sd.apply`, with the same arguments: `model` is not changed.
 
@@ -94,7 +97,7 @@ def plan(
     if not found:
         raise nothing_found(model, example)
     found = _tried(model, example, found)
-    p = survival_probabilities(survival or LinearDecay(), len(found))
+    p = chosen_survival(survival, found, stacks)
     return Plan(
         tuple(
             PlannedBlock(
