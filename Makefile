@@ -20,7 +20,6 @@ format: install
 	$(BIN)/ruff check --fix .
 
 coverage-models: install
-	$(BIN)/pip install --quiet --constraint constraints.txt timm transformers
 	$(BIN)/python tools/coverage_models.py --out results/coverage-models.json
 
 install: .venv/installed

@@ -207,6 +207,5 @@ def test_survival_by_name_and_stack_by_stack() -> None:
     both = nn.ModuleDict({"encoder": CifarResNet(8), "decoder": CifarResNet(8)})
     depth = sd.apply(both, sd.LinearDecay(0.4), stacks=["encoder", "decoder"])
     assert depth.survival == pytest.approx((0.8, 0.6, 0.4) * 2)
-    sd.remove(model)
     with pytest.raises(sd.SurvivalError, match=r"no drop path"):
         sd.apply(model, "own")
