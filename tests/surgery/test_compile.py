@@ -248,7 +248,14 @@ def published(name):
         return timm.create_model("vit_tiny_patch16_224", img_size=32), torch.randn(2, 3, 32, 32)
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     config = transformers.GPT2Config(
-        n_layer=6, n_embd=8, n_head=2, vocab_size=9, n_positions=8, bos_token_id=0, eos_token_id=0
+        n_layer=6,
+        n_embd=8,
+        n_head=2,
+        vocab_size=9,
+        n_positions=8,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
     )
     return transformers.GPT2LMHeadModel(config), torch.arange(8).view(2, 4)
 
