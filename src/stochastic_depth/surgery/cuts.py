@@ -86,25 +86,29 @@ Sliced = Sum | Argument
 Cut = Sum | Argument | Opaque | Registered
 
 
+@dataclass(frozen=True)
+class Method:
+    """A method of a module at work."""
+
+    place: Place | None
+    """The expression that is being evaluated; None where its source is not known."""
+    frame: FrameType
+    called: FrameType | None
+    """Of the function or method that the expression calls, if it is a call."""
+
+
 def find_place(module: nn.Module, frame: FrameType | None) -> Place | None:
     """The expression in a method of `module` that is being evaluated, seen from `frame`."""
-    place, *_ = next(methods_of(module, frame), (None,))
-    return place
+    return next((method.place for method in methods_of(module, frame)), None)
 
 
-def methods_of(
-    module: nn.Module, frame: FrameType | None
-) -> Iterator[tuple[Place | None, FrameType, FrameType | None]]:
-    """The methods of `module` that are at work, seen from `frame`, from the inside out.
-
-    Yields:
-        The expression being evaluated, the frame, and that of what is being called, if it is one.
-    """
+def methods_of(module: nn.Module, frame: FrameType | None) -> Iterator[Method]:
+    """The methods of `module` that are at work, seen from `frame`, from the inside out."""
     called = None
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
-            yield _in_method(module, code, frame.f_lasti // 2), frame, called
+            yield Method(_in_method(module, code, frame.f_lasti // 2), frame, called)
         called, frame = frame, frame.f_back
 
 

@@ -1,0 +1,168 @@
+"""Watch one forward pass: which value is computed from which, and in which module."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from stochastic_depth.surgery.flops import CountFlops
+
+
+@dataclass
+class Call:
+    """A module at work: the values it was given, and the first value made since it began."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: set[int]
+    began: int
+
+
+@dataclass
+class Value:
+    """A tensor, and what made it."""
+
+    tensor: Tensor
+    """Kept, so that no other one can get its identity."""
+    parents: tuple[int, ...]
+    made_by: str
+    """The name of the function."""
+    flops: int
+    children: list[int] = field(default_factory=list)
+
+
+class Recording:
+    """All values of a forward pass, numbered as they are made, and all calls of modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values: list[Value] = []
+        self.calls: list[Call] = []
+        """Those at work, the innermost last."""
+        self.finished: list[tuple[Call, set[int]]] = []
+        """Those that are done, and what they returned."""
+        self._number: dict[int, int] = {}
+        self._parameters = {id(p): name for name, p in model.named_parameters()}
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of a value; one that no function has made is new."""
+        known = self._number.get(id(tensor))
+        return self.add(tensor, ()) if known is None else known
+
+    def numbers(self, values: object) -> set[int]:
+        """Those of all tensors in `values`."""
+        return {self.number(tensor) for tensor in tensors_in(values)}
+
+    def add(
+        self, tensor: Tensor, parents: tuple[int, ...], made_by: str = "", flops: int = 0
+    ) -> int:
+        """Note a new value."""
+        number = self._number[id(tensor)] = len(self.values)
+        self.values.append(Value(tensor, parents, made_by, flops))
+        for parent in parents:
+            self.values[parent].children.append(number)
+        return number
+
+    def reach(self, value: int, until: int = 0) -> set[int]:
+        """What `value` was computed from, itself included, no further back than value `until`."""
+        seen, ahead = {value}, [value]
+        while ahead:
+            for parent in self.values[ahead.pop()].parents:
+                if parent >= until and parent not in seen:
+                    seen.add(parent)
+                    ahead.append(parent)
+        return seen
+
+    def functions(self, values: set[int]) -> list[str]:
+        """The names of the functions that made them."""
+        return [self.values[value].made_by for value in values]
+
+    def parameters(self, values: set[int]) -> frozenset[str]:
+        """The names of the parameters among them."""
+        held = (id(self.values[value].tensor) for value in values)
+        return frozenset(self._parameters[one] for one in held if one in self._parameters)
+
+    def modules(self, values: set[int], since: int) -> tuple[str, ...]:
+        """Names of the modules that have returned nothing but `values`, one for each call."""
+        return tuple(
+            call.name
+            for call, outputs in self.finished
+            if call.began >= since and outputs and outputs <= values
+        )
+
+
+@contextmanager
+def recorded(
+    model: nn.Module,
+    recording: Recording,
+    made: Callable[[Callable[..., Any], tuple[int | None, ...], Any], None],
+    returned: Callable[[Call, Any], None],
+    count_flops: bool,
+) -> Iterator[None]:
+    """While entered, what `model` computes goes into `recording`.
+
+    Args:
+        made: told of every function called, the numbers of its positional arguments (None of what
+            is no tensor), and its result.
+        returned: told of every module that is done, and its output.
+    """
+    with ExitStack() as entered:
+        for name, module in model.named_modules():
+            for handle in _hooks(name, module, recording, returned):
+                entered.callback(handle.remove)
+        entered.enter_context(torch.no_grad())
+        counter = entered.enter_context(CountFlops()) if count_flops else None
+        entered.enter_context(_Functions(recording, made, counter))
+        yield
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(
+        self, recording: Recording, made: Callable[..., None], counter: CountFlops | None
+    ) -> None:
+        super().__init__()
+        self.recording, self.made, self.counter = recording, made, counter
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        parents = tuple(map(self.recording.number, tensors_in((args, kwargs))))
+        operands = tuple(self.recording.number(x) if isinstance(x, Tensor) else None for x in args)
+        before = 0 if self.counter is None else self.counter.total
+        out = func(*args, **(kwargs or {}))
+        flops = 0 if self.counter is None else self.counter.total - before
+        for tensor in tensors_in(out):
+            self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)
+            flops = 0
+        self.made(func, operands, out)
+        return out
+
+
+def _hooks(
+    name: str, module: nn.Module, recording: Recording, returned: Callable[[Call, Any], None]
+) -> tuple[Any, Any]:
+    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = recording.numbers((args, kwargs))
+        began = len(recording.values)
+        recording.calls.append(Call(name, module, args, kwargs, inputs, began))
+
+    def end(module: nn.Module, args: tuple, output: Any) -> None:
+        call = recording.calls.pop()
+        recording.finished.append((call, recording.numbers(output)))
+        returned(call, output)
+
+    return (
+        module.register_forward_pre_hook(begin, with_kwargs=True),
+        module.register_forward_hook(end),
+    )
+
+
+def tensors_in(values: object) -> list[Tensor]:
+    """All tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
