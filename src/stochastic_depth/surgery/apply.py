@@ -11,7 +11,7 @@ from stochastic_depth.depth import Block, SkippedPolicy, StochasticDepth, batch_
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, GateKind, Scale
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.cuts import Cut
+from stochastic_depth.surgery.discovery.cuts import Cut
 from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
 from stochastic_depth.surgery.find import (
     Choice,

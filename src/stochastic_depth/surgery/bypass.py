@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.cuts import Sum, find_place
-from stochastic_depth.surgery.discover import ADDITIONS
+from stochastic_depth.surgery.discovery.cuts import Sum, find_place
+from stochastic_depth.surgery.discovery.discover import ADDITIONS
 from stochastic_depth.surgery.find import Found
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.cuts import Argument, Cut, Opaque, Registered, Sum
-from stochastic_depth.surgery.discover import Addition, discover
+from stochastic_depth.surgery.cutting.slicing import in_loop
+from stochastic_depth.surgery.discovery.cuts import Argument, Cut, Opaque, Registered, Sum
+from stochastic_depth.surgery.discovery.discover import Addition, discover
 from stochastic_depth.surgery.mechanism import cuts_of, registered_around
-from stochastic_depth.surgery.slicing import in_loop
 from stochastic_depth.surgery.undisturbed import undisturbed
 
 Granularity = Literal["block", "unit"]

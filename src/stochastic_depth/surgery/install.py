@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.residual import part, rescaled
-from stochastic_depth.surgery.cuts import Cut, Opaque, Registered, Sliced
-from stochastic_depth.surgery.slicing import slice_method
+from stochastic_depth.surgery.cutting.slicing import slice_method
+from stochastic_depth.surgery.discovery.cuts import Cut, Opaque, Registered, Sliced
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each cut."""

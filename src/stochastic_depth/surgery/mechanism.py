@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from torch import nn
 
 from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.cuts import Argument, Cut, Opaque, Registered, Sliced
-from stochastic_depth.surgery.discover import Addition
+from stochastic_depth.surgery.cutting.slicing import skipped_when_closed
+from stochastic_depth.surgery.discovery.cuts import Argument, Cut, Opaque, Registered, Sliced
+from stochastic_depth.surgery.discovery.discover import Addition
 from stochastic_depth.surgery.install import gated_class
 from stochastic_depth.surgery.registry import registered
-from stochastic_depth.surgery.slicing import skipped_when_closed
 
 
 def cuts_of(

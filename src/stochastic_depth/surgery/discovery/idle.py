@@ -9,8 +9,8 @@ from types import FrameType
 
 from torch import Tensor
 
-from stochastic_depth.surgery.cuts import Caller, Sliced
-from stochastic_depth.surgery.recording import Recording
+from stochastic_depth.surgery.discovery.cuts import Caller, Sliced
+from stochastic_depth.surgery.discovery.recording import Recording
 
 
 @dataclass(frozen=True)

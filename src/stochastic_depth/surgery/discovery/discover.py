@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stochastic_depth.surgery.cuts import (
+from stochastic_depth.surgery.discovery.cuts import (
     Argument,
     Caller,
     Method,
@@ -25,8 +25,8 @@ from stochastic_depth.surgery.cuts import (
     Sum,
     methods_of,
 )
-from stochastic_depth.surgery.idle import Snapshot, take_snapshot, with_idle
-from stochastic_depth.surgery.recording import Call, Recording, recorded, tensors_in
+from stochastic_depth.surgery.discovery.idle import Snapshot, take_snapshot, with_idle
+from stochastic_depth.surgery.discovery.recording import Call, Recording, recorded, tensors_in
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from stochastic_depth.surgery.liveness import (
+from stochastic_depth.surgery.cutting.liveness import (
     conditional_uses,
     defines,
     is_steady,
