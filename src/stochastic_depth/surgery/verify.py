@@ -1,5 +1,6 @@
 """Prove what stochastic depth does to a model, and time what it saves."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,8 +39,9 @@ class Verification:
 
     @property
     def efficiency(self) -> float:
-        """Time saved over FLOPs saved, with every other block closed."""
-        return (1 - self.seconds[1] / self.seconds[0]) / (1 - self.flops[1])
+        """Time saved over FLOPs saved, with every other block closed; nan where there are none."""
+        saved = 1 - self.flops[1]
+        return (1 - self.seconds[1] / self.seconds[0]) / saved if saved else math.nan
 
     def __str__(self) -> str:
         rows = [
@@ -84,7 +86,7 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     step = caller(model.forward, example)  # not through the model's hooks, which would draw gates
     check_training(model, step, blocks)
     costs = summary(model, example)
-    every_other = [n % 2 == 0 for n in range(len(blocks))]
+    every_other = [n % 2 == 0 and len(blocks) > 1 for n in range(len(blocks))]
     patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}
     with undisturbed(model):
         model.train()

@@ -1,0 +1,67 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from stochastic_depth.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+class UsesItTwice(Block):
+    def forward(self, x):
+        y = self.f(x)
+        return x + y + 0 * torch.cat([y, y], -1)[..., :8]
+
+
+def mine():
+    return nn.Sequential(*(Block() for _ in range(4)))
+
+
+def refused():
+    return nn.Sequential(Block(), UsesItTwice()), torch.randn(2, 8)
+
+
+def test_a_model_is_planned_verified_and_timed(capsys, tmp_path):
+    out = tmp_path / "inspected.json"
+    command = ["inspect", f"{__name__}:mine", "--shape", "8", "--repeats", "2", "--out", str(out)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "Block" in printed
+    assert "4 blocks verified in 7 sets" in printed
+    assert "expected depth 2.75 of 4 blocks" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    result = json.loads(out.read_text())
+    assert [block["survival"] for block in result["blocks"]] == [0.875, 0.75, 0.625, 0.5]
+    assert result["verification"]["blocks"] == 4
+
+
+def test_the_plan_alone_needs_no_storage(capsys):
+    pytest.importorskip("torchvision", reason="needs torchvision")
+    assert main(["inspect", "torchvision/vit_l_16", "--plan-only", "--survival", "uniform"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("EncoderBlock") == 24
+    assert "verified" not in printed
+
+
+def test_what_cannot_be_skipped_is_an_error_that_names_the_remedy(capsys):
+    assert main(["inspect", f"{__name__}:refused"]) == 1
+    printed = capsys.readouterr()
+    assert "'1' (UsesItTwice)" in printed.err
+    assert "--exclude 1 leaves" in printed.err
+    assert main(["inspect", f"{__name__}:refused", "--exclude", "1", "--repeats", "2"]) == 0
+
+
+def test_no_such_model(capsys):
+    assert main(["inspect", "resnet50"]) == 1
+    assert "timm/NAME" in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""`sd.plan`: what would be done to a model, without doing it."""
+
+import pytest
+import torch
+from test_foreign import WIDTH, Left, Projection, SideOutput, X, network
+from torch import nn
+
+import stochastic_depth as sd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_each_block_with_its_mechanism_and_cost_and_the_model_is_left_as_it_was():
+    model = network(Projection)
+    types, before = [type(m) for m in model.modules()], model(X)
+    plan = sd.plan(model, X, sd.Uniform(0.25))
+    assert [type(m) for m in model.modules()] == types
+    assert torch.equal(model(X), before)
+    sd.apply(model, example=X)
+    costs = sd.summary(model, X)
+    for block, cost in zip(plan.blocks, costs.blocks, strict=True):
+        assert (block.name, block.kind, block.parameters) == (cost.name, cost.kind, cost.parameters)
+        assert block.flops == cost.forward == 2 * 2 * len(X) * WIDTH * WIDTH
+        assert (block.shortcut, block.mechanism, block.survival) == ("projection", "slice", 0.25)
+    assert plan.complete
+    assert "3 of 3 blocks skippable" in str(plan)
+
+
+def test_a_block_that_cannot_be_skipped_is_named_with_the_reason():
+    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), SideOutput()).double()
+    plan = sd.plan(model, X)
+    assert [bool(block.refusal) for block in plan.blocks] == [False, True]
+    assert not plan.complete
+    assert "1 of 2 blocks skippable" in str(plan)
+    assert "'2' (SideOutput): " in str(plan)
+    with pytest.raises(sd.UnsupportedBlockError, match="SideOutput"):
+        sd.apply(model, example=X)
+
+
+def test_the_structure_alone_is_enough():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Projection())
+        plan = sd.plan(model, torch.randn(3, 4))
+    assert [block.mechanism for block in plan.blocks] == ["slice", "slice"]
+
+
+def test_an_applied_model_and_one_without_blocks_are_errors():
+    model = network(Left)
+    sd.apply(model, example=X)
+    with pytest.raises(sd.ApplyError, match="already"):
+        sd.plan(model, X)
+    with pytest.raises(sd.ApplyError, match="no residual block"):
+        sd.plan(nn.Linear(4, 4), torch.randn(2, 4))

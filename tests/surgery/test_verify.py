@@ -1,0 +1,70 @@
+"""`sd.verify`: proof on a model that has stochastic depth, and what skipping saves."""
+
+import pytest
+import torch
+from test_foreign import WIDTH, InPlace, Left, X, network
+from torch import nn
+
+import stochastic_depth as sd
+from stochastic_depth.models import CifarResNet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+def test_a_sound_model_is_verified_and_left_as_it_was(gate):
+    model = network(InPlace)
+    depth = sd.apply(model, sd.LinearDecay(0.5), example=X, gate=gate)
+    model.train()(X).sum().backward()
+    state, survival = depth.state_dict(), depth.survival
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    result = sd.verify(model, X, repeats=2)
+    assert (result.blocks, result.difference) == (3, 0)
+    assert result.sets == 3 + 3
+    assert result.flops[0] == 1 > result.flops[1] > result.flops[2]
+    assert depth.state_dict() == state
+    assert depth.survival == survival
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert (p.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(p.grad, gradient)
+    assert "3 blocks verified in 6 sets" in str(result)
+
+
+def test_time_is_saved():
+    model = nn.Sequential(nn.Linear(4, 256), *(Wide() for _ in range(4)))
+    x = torch.randn(256, 4)
+    sd.apply(model, sd.Uniform(0.5), example=x[:2])
+    result = sd.verify(model, x, repeats=5)
+    assert result.seconds[0] > 1.2 * result.seconds[1] > 1.2 * result.seconds[2]
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(256, 1024), nn.Linear(1024, 256)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_residual_units_are_held_against_themselves_without_gates():
+    model = CifarResNet(14)
+    sd.apply(model)
+    assert sd.verify(model, torch.randn(2, 3, 32, 32), repeats=2).blocks == 6
+
+
+def test_what_does_not_hold_is_named():
+    model = network(Left)
+    depth = sd.apply(model, example=X)
+    type(model[2]).forward, right = Left.forward, type(model[2]).forward
+    try:
+        with pytest.raises(sd.UnsupportedBlockError, match="'1' closed"):
+            sd.verify(model, X)
+    finally:
+        type(model[2]).forward = right
+    assert sd.verify(model, X, repeats=2).blocks == len(depth.blocks)
+
+
+def test_a_model_without_stochastic_depth_is_an_error():
+    with pytest.raises(sd.ApplyError, match="no stochastic depth"):
+        sd.verify(nn.Linear(WIDTH, WIDTH), X)
