@@ -1,7 +1,8 @@
 import torch
 
 from stochastic_depth.bench.overhead import NETWORKS, closed_unit_seconds, training_steps
-from stochastic_depth.bench.plain import PlainResNet
+from stochastic_depth.bench.plain import PlainResNet, copy_weights
+from stochastic_depth.bench.workload import Workload
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.timing import Timing, paired_ratio, take_turns
 from stochastic_depth.train.execution import Execution
@@ -9,15 +10,13 @@ from stochastic_depth.train.execution import Execution
 
 def test_the_plain_network_computes_the_same():
     plain, model = PlainResNet(20).double(), CifarResNet(20, init="he").double()
-    with torch.no_grad():
-        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-            p.copy_(q)
+    copy_weights(model, plain)
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(plain(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 def test_both_take_the_same_training_steps():
-    steps = training_steps(8, 4, 8, 3, Execution("cpu", "float32", 1))
+    steps = training_steps(8, Workload(4, 8, 3, Execution("cpu", "float32", 1)))
     losses = {name: [step().item() for _ in range(3)] for name, step in steps.items()}
     assert losses[NETWORKS[0]] == losses[NETWORKS[1]]
 

@@ -45,10 +45,10 @@ def published(
         ConfigError: when there is no such model, or it needs a shape.
         MissingExtraError: when its library is not installed.
     """
-    library, _, rest = name.partition("/")
+    origin, _, rest = name.partition("/")
     with torch.device(device) as on_device:
-        if library in LIBRARIES and rest:
-            return LIBRARIES[library](rest, batch, shape, on_device, options)
+        if origin in LIBRARIES and rest:
+            return LIBRARIES[origin](rest, batch, shape, on_device, options)
         if ":" in name:
             return _of_factory(name, batch, shape)
     raise ConfigError(
@@ -60,7 +60,7 @@ def published(
 def _timm(
     name: str, batch: int, shape: Shape | None, device: Any, options: dict[str, Any]
 ) -> tuple[nn.Module, Example]:
-    timm = _library("timm")
+    timm = library("timm")
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
     model = timm.create_model(name, **options)
@@ -71,7 +71,7 @@ def _timm(
 def _torchvision(
     name: str, batch: int, shape: Shape | None, device: Any, options: dict[str, Any]
 ) -> tuple[nn.Module, Example]:
-    models = _library("torchvision.models")
+    models = library("torchvision.models")
     names = models.list_models()
     if name not in names:
         raise _unknown("torchvision", name, names)
@@ -84,7 +84,7 @@ def _torchvision(
 def _transformers(
     name: str, batch: int, shape: Shape | None, device: Any, options: dict[str, Any]
 ) -> tuple[nn.Module, Example]:
-    transformers = _library("transformers")
+    transformers = library("transformers")
     types: list[str] = list(transformers.CONFIG_MAPPING.keys())
     if Path(name).suffix == ".json":
         if not Path(name).is_file():
@@ -172,7 +172,12 @@ def _integers(batch: int, shape: Shape, below: int, device: Any) -> Tensor:
     return numbers.to(device)
 
 
-def _library(name: str) -> ModuleType:
+def library(name: str) -> ModuleType:
+    """Import a module of another library.
+
+    Raises:
+        MissingExtraError: when it is not installed, or does not go with this PyTorch.
+    """
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
@@ -185,7 +190,7 @@ def _library(name: str) -> ModuleType:
         ) from error
 
 
-def _unknown(library: str, name: str, known: Sequence[str]) -> ConfigError:
+def _unknown(origin: str, name: str, known: Sequence[str]) -> ConfigError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return ConfigError(f"{library} has no model {name!r}{hint}")
+    return ConfigError(f"{origin} has no model {name!r}{hint}")

@@ -1,0 +1,51 @@
+"""The same network as others train it: their stochastic depth computes a branch, then masks it."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from stochastic_depth.bench.plain import PlainResNet, copy_weights
+from stochastic_depth.bench.workload import Step, Workload
+from stochastic_depth.errors import MissingExtraError
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.models.published import library
+from stochastic_depth.surgery import apply
+from stochastic_depth.survival import LinearDecay, survival_probabilities
+
+OURS = "stochastic-depth"
+CONSTANT = "constant depth"
+TUTORIAL = "constant depth, float32, default layout"
+
+
+def peers(depth: int, final: float, workload: Workload) -> tuple[dict[str, Step], dict[str, str]]:
+    """A training step of each peer, all from the same weights, and why others are missing.
+
+    Args:
+        depth: of the CIFAR ResNet.
+        final: p_L of linear decay, for all of them.
+    """
+    ours = CifarResNet(depth, channels=workload.channels)
+    rates = [1 - p for p in survival_probabilities(LinearDecay(final), (depth - 2) // 2)]
+    steps: dict[str, Step] = {}
+    missing: dict[str, str] = {}
+    masks: dict[str, Callable[[], list[nn.Module]]] = {
+        "timm DropPath": lambda: [library("timm.layers").DropPath(rate) for rate in rates],
+        "torchvision StochasticDepth": lambda: [
+            library("torchvision.ops").StochasticDepth(rate, "row") for rate in rates
+        ],
+    }
+    for name, tutorial in ((CONSTANT, False), (TUTORIAL, True)):
+        plain = PlainResNet(depth, workload.channels)
+        copy_weights(ours, plain)
+        steps[name] = workload.step(plain, tutorial)
+    for name, drops in masks.items():
+        try:
+            masked = PlainResNet(depth, workload.channels, drops())
+        except MissingExtraError as error:
+            missing[name] = str(error)
+            continue
+        copy_weights(ours, masked)
+        steps[name] = workload.step(masked)
+    apply(ours, LinearDecay(final))
+    steps[OURS] = workload.step(ours)
+    return steps, missing

@@ -1,0 +1,132 @@
+"""Does all of the saving arrive? Time against the share of FLOPs that was active."""
+
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.bench.workload import Step, Workload
+from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.surgery import apply, summary
+from stochastic_depth.survival import LinearDecay, Survival, Uniform
+from stochastic_depth.timing import take_turns
+
+CONSTANT = "constant depth"
+CLOSED = 1e-12
+"""The survival probability of a block that is closed in every step."""
+
+
+def alternatives(blocks: int) -> dict[str, Survival]:
+    """The survival probabilities that are timed: linear decay, and fixed shares of the blocks."""
+    fixed: dict[str, Survival] = {
+        f"{100 * share:.0f} % of blocks": _spread(blocks, share) for share in (0.75, 0.5, 0.25)
+    }
+    return {
+        CONSTANT: Uniform(1.0),
+        "p_L = 0.5": LinearDecay(0.5),
+        "p_L = 0.2": LinearDecay(0.2),
+        **fixed,
+    }
+
+
+def _spread(blocks: int, share: float) -> list[float]:
+    """`share` of the blocks open, evenly over the depth."""
+    count = [int(share * n) for n in range(blocks + 1)]
+    return [1.0 if after > before else CLOSED for before, after in itertools.pairwise(count)]
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """Training steps of one alternative, round by round."""
+
+    seconds: tuple[float, ...]
+    relative: tuple[float, ...]
+    """To constant depth in the same round."""
+    active: tuple[float, ...]
+    """The share of the FLOPs of constant depth that was spent."""
+
+    @property
+    def efficiencies(self) -> list[float]:
+        """Time saved over FLOPs saved, round by round; none where no FLOPs are saved."""
+        return [
+            (1 - time) / (1 - flops)
+            for time, flops in zip(self.relative, self.active, strict=True)
+            if flops < 1
+        ]
+
+
+Round = dict[str, tuple[float, float]]
+
+
+def skippings(rounds: Sequence[Round]) -> dict[str, Skipping]:
+    """What came of `rounds`, by alternative."""
+    return {
+        name: Skipping(
+            tuple(r[name][0] for r in rounds),
+            tuple(r[name][0] / r[CONSTANT][0] for r in rounds),
+            tuple(r[name][1] for r in rounds),
+        )
+        for name in rounds[0]
+    }
+
+
+class Skip:
+    """The alternatives, each a network of its own."""
+
+    def __init__(self, depth: int, workload: Workload) -> None:
+        self._depths: dict[str, StochasticDepth] = {}
+        self._costs: list[float] = []
+        self.steps: dict[str, Step] = {}
+        for name, survival in alternatives((depth - 2) // 2).items():
+            model = CifarResNet(depth, channels=workload.channels)
+            self._depths[name] = apply(model, survival)
+            self._costs = self._costs or _costs(model, workload)
+            self.steps[name] = workload.step(model)
+
+    def rounds(self, repeats: int) -> Iterator[Round]:
+        """Take turns: seconds, and the share of FLOPs that was active, by alternative."""
+        for seconds in take_turns(self.steps, repeats):
+            yield {name: (seconds[name], self.active_flops(name)) for name in self.steps}
+
+    def active_flops(self, name: str) -> float:
+        """The share of the FLOPs of constant depth that the last step has spent."""
+        gates = self._depths[name].gates.tolist()
+        return 1 - sum(c for c, is_open in zip(self._costs, gates, strict=True) if not is_open)
+
+    def memory(self, name: str, steps: int) -> tuple[float, float]:
+        """What is kept for backward, and the share of active blocks, relative to constant depth.
+
+        Means of `steps` steps.
+        """
+        full = saved_for_backward(self.steps[CONSTANT])
+        saved, active = [], []
+        for _ in range(steps):
+            saved.append(saved_for_backward(self.steps[name]) / full)
+            active.append(self._depths[name].gates.double().mean().item())
+        return statistics.mean(saved), statistics.mean(active)
+
+
+def _costs(model: nn.Module, workload: Workload) -> list[float]:
+    """The share of the FLOPs of a training step that is in each block."""
+    costs = summary(model, torch.randn(1, workload.channels, workload.size, workload.size))
+    full = costs.forward + costs.backward
+    return [(block.forward + block.backward) / full for block in costs.blocks]
+
+
+def saved_for_backward(step: Step) -> int:
+    """Bytes of all tensors that a training step keeps for its backward pass, parameters aside."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(storages.values())

@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from stochastic_depth.bench.skip import CONSTANT, Skip, alternatives, skippings
+from stochastic_depth.bench.workload import Workload
+from stochastic_depth.train.execution import Execution
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORKLOAD = Workload(4, 16, 3, Execution("cpu", "float32", 1))
+
+
+def test_shares_are_spread_over_the_depth():
+    half = alternatives(6)["50 % of blocks"]
+    assert [p == 1 for p in half] == [False, True] * 3
+    assert sum(p == 1 for p in alternatives(54)["75 % of blocks"]) == 40
+
+
+def test_flops_and_memory_are_those_of_the_blocks_that_ran():
+    bench = Skip(20, WORKLOAD)
+    results = skippings(list(bench.rounds(2)))
+    assert results[CONSTANT].relative == (1.0, 1.0)
+    assert results[CONSTANT].active == pytest.approx((1.0, 1.0))
+    assert results[CONSTANT].efficiencies == []
+    quarter, half = results["25 % of blocks"], results["50 % of blocks"]
+    assert 0 < quarter.active[0] < half.active[0] < 1
+    kept, active = bench.memory("50 % of blocks", 1)
+    assert active == pytest.approx(4 / 9)
+    assert active < kept < 1
+    assert bench.memory(CONSTANT, 1) == (1, 1)
+
+
+def test_efficiency_is_time_saved_over_flops_saved():
+    rounds = [{CONSTANT: (2.0, 1.0), "a": (1.0, 0.5)}, {CONSTANT: (2.0, 1.0), "a": (1.2, 0.5)}]
+    assert skippings(rounds)["a"].efficiencies == pytest.approx([1.0, 0.8])
+
+
+def test_what_is_kept_for_backward_is_counted_once():
+    from stochastic_depth.bench.skip import saved_for_backward
+
+    x = torch.ones(10, requires_grad=True) * 1
+
+    def step():
+        return (x * x * x).sum()
+
+    assert saved_for_backward(step) == 2 * 10 * 4
