@@ -248,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", help="library/architecture, to be verified")
     parser.add_argument("--part", choices=("verified", "structure"), help="one of the two")
-    parser.add_argument("--out", type=Path, help="write the verdicts as JSON")
+    parser.add_argument("--out", type=Path, help="write the verdicts as JSON; with --part into it")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     results: dict[str, list[Verdict]] = {}
@@ -269,7 +269,8 @@ def main() -> None:
     for title, verdicts in results.items():
         report(title, verdicts)
     if asked.out:
-        contents = {title: [asdict(v) for v in each] for title, each in results.items()}
+        before = json.loads(asked.out.read_text()) if asked.part and asked.out.exists() else {}
+        contents = before | {title: [asdict(v) for v in each] for title, each in results.items()}
         asked.out.write_text(json.dumps(contents, indent=1) + "\n")
 
 

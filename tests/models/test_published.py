@@ -25,6 +25,7 @@ def not_a_module():
     [
         ("timm/resnet18", (3, 64, 64), {"num_classes": 5}),
         ("torchvision/resnet18", (3, 64, 64), {}),
+        ("torchvision/fcn_resnet50", (3, 64, 64), {}),
         ("transformers/gpt2", None, {"n_layer": 1, "n_embd": 16, "n_head": 2}),
         ("transformers/vit", None, {"num_hidden_layers": 1, "image_size": 32}),
         ("transformers/t5", None, {"num_layers": 1, "d_model": 16, "d_ff": 16}),
@@ -61,6 +62,7 @@ def test_a_factory_gives_a_model_with_or_without_example():
         ("timm/resnet5000", r"timm has no model 'resnet5000'; did you mean resnet50"),
         ("torchvision/swin_x", r"torchvision has no model 'swin_x'; did you mean swin_"),
         ("transformers/gpt22", r"transformers has no model 'gpt22'; did you mean gpt2"),
+        ("torchvision/fasterrcnn_resnet50_fpn", r"takes lists of images.*factory"),
         ("transformers/nowhere.json", r"no configuration nowhere\.json"),
         ("nowhere:model", r"'nowhere:model' cannot be called.*nowhere"),
         (f"{__name__}:nothing", r"has no attribute 'nothing'"),

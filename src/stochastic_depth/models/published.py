@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +76,15 @@ def _torchvision(
     names = models.list_models()
     if name not in names:
         raise _unknown("torchvision", name, names)
-    model = models.get_model(name, **options)
+    if name in models.list_models(module=models.detection):
+        raise ConfigError(
+            f"torchvision/{name} takes lists of images and targets: give package.module:factory, "
+            "which returns the model and an example"
+        )
+    builder = models.get_model_builder(name)
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options = {"weights_backbone": None, **options}
+    model = builder(**options)
     video = name in models.list_models(module=models.video)
     size = (3, 16, 112, 112) if video else (3, 224, 224)
     return model, _floats(batch, shape or size, device)
@@ -98,7 +107,8 @@ def _transformers(
     try:
         model = transformers.AutoModel.from_config(config)
     except ValueError as error:
-        raise ConfigError(f"transformers has no plain model of type {name}: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"transformers has no plain model of type {name}: {reason}") from error
     return model, _inputs(model, batch, shape, device)
 
 
