@@ -248,7 +248,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", help="library/architecture, to be verified")
     parser.add_argument("--part", choices=("verified", "structure"), help="one of the two")
-    parser.add_argument("--out", type=Path, help="write the verdicts as JSON; with --part into it")
+    parser.add_argument(
+        "--out", type=Path, help="write the verdicts as JSON; with --part or --only into it"
+    )
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     results: dict[str, list[Verdict]] = {}
@@ -269,8 +271,14 @@ def main() -> None:
     for title, verdicts in results.items():
         report(title, verdicts)
     if asked.out:
-        before = json.loads(asked.out.read_text()) if asked.part and asked.out.exists() else {}
-        contents = before | {title: [asdict(v) for v in each] for title, each in results.items()}
+        part = (asked.part or asked.only) and asked.out.exists()
+        before = json.loads(asked.out.read_text()) if part else {}
+        contents = {**before}
+        for title, verdicts in results.items():
+            new = {(v.library, v.architecture): asdict(v) for v in verdicts}
+            kept = before.get(title, []) if asked.only else []
+            old = {(v["library"], v["architecture"]): v for v in kept}
+            contents[title] = list({**old, **new}.values())
         asked.out.write_text(json.dumps(contents, indent=1) + "\n")
 
 
