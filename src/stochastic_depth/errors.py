@@ -33,6 +33,10 @@ class ConfigError(StochasticDepthError, ValueError):
     """A configuration that cannot be trained; names the field, its value and the remedy."""
 
 
+class EngineError(StochasticDepthError, ValueError):
+    """A training step that an engine cannot take; names what is in the way and another engine."""
+
+
 class DataError(StochasticDepthError, ValueError):
     """A data file that is missing, truncated, mislabelled or foreign."""
 

@@ -1,0 +1,97 @@
+"""All parameters of a network in one piece of memory; gradients and momentum in others like it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 32
+"""Elements: every parameter begins on a cache line, in bfloat16 too."""
+
+
+class FlatParameters:
+    """Makes the parameters of a network views of one tensor.
+
+    One operation then casts, clears or updates all of them. Names, shapes and values stay, so that
+    the network works on as before. Weights of convolutions are laid out as channels_last.
+
+    Args:
+        parts: modules that between them hold the parameters, each once; each becomes one segment.
+        dtype: what the parameters are computed with.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        self._places: dict[nn.Parameter, int] = {}
+        self.segments: list[slice] = []
+        end = 0
+        for part in parts:
+            start = end
+            for parameter in part.parameters():
+                self._places[parameter] = end
+                end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            self.segments.append(slice(start, end))
+        first = next(iter(self._places))
+        self.values = torch.zeros(end, dtype=first.dtype, device=first.device)
+        self.gradients = torch.zeros_like(self.values)
+        self.momentum = torch.zeros_like(self.values)
+        self.working = (
+            self.values if dtype == first.dtype else torch.zeros_like(self.values).to(dtype)
+        )
+        for parameter in self._places:
+            view = self.of(parameter, self.values)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = None
+
+    def __iter__(self):
+        return iter(self._places)
+
+    def of(self, parameter: nn.Parameter, buffer: Tensor) -> Tensor:
+        """The part of `buffer` that is `parameter`'s, in its shape."""
+        start = self._places[parameter]
+        flat = buffer[start : start + parameter.numel()]
+        if parameter.ndim != 4:
+            return flat.view(parameter.shape)
+        out, into, height, width = parameter.shape
+        return flat.view(out, height, width, into).permute(0, 3, 1, 2)
+
+    def cast(self) -> None:
+        """Bring the working copy up to date: one cast for all layers."""
+        if self.working is not self.values:
+            self.working.copy_(self.values)
+
+
+class FlatSGD:
+    """SGD on the segments of `flat`: the same arithmetic as `optimizer` on single parameters.
+
+    Momentum and hyperparameters stay `optimizer`'s, so that a checkpoint of it is as ever.
+    """
+
+    def __init__(self, flat: FlatParameters, optimizer: torch.optim.SGD) -> None:
+        self._flat, self._outer = flat, optimizer
+        self._segments = [nn.Parameter(flat.values[segment]) for segment in flat.segments]
+        group = optimizer.param_groups[0]
+        self._inner = torch.optim.SGD(
+            self._segments,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+            fused=True,
+        )
+        for parameter in flat:
+            view = flat.of(parameter, flat.momentum)
+            known = optimizer.state[parameter].get("momentum_buffer")
+            if known is not None:
+                view.copy_(known)
+            optimizer.state[parameter]["momentum_buffer"] = view
+        for segment, values in zip(flat.segments, self._segments, strict=True):
+            self._inner.state[values]["momentum_buffer"] = flat.momentum[segment]
+
+    def step(self, moved: Sequence[bool]) -> None:
+        """Update the segments that are `moved`; the others stay as they are."""
+        self._inner.param_groups[0]["lr"] = self._outer.param_groups[0]["lr"]
+        gradients = (self._flat.gradients[segment] for segment in self._flat.segments)
+        for values, gradient, is_moved in zip(self._segments, gradients, moved, strict=True):
+            values.grad = gradient if is_moved else None
+        self._inner.step()

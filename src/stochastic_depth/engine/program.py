@@ -1,0 +1,362 @@
+"""One training step of a CIFAR ResNet, written out: no autograd between blocks, nothing allocated.
+
+    stem -> x[0] -> block 0 -> x[1] -> ... -> block L-1 -> x[L] -> head
+
+`x` are static buffers. A skipped block does nothing: whoever needs its output where it belongs gets
+a copy, one for a whole run of skipped blocks. The gradient flows back through one buffer for each
+resolution, in which a skipped block leaves it as it is. So each piece works on fixed addresses,
+whatever the gates, and can be captured as a CUDA graph of its own.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.engine.flat import FlatParameters, FlatSGD
+from stochastic_depth.engine.kernels import BatchNorm, Kernels, ReferenceKernels
+from stochastic_depth.engine.replay import Replay, eagerly
+from stochastic_depth.errors import EngineError
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.models.cifar_resnet import PoolAndPad
+from stochastic_depth.residual import Residual
+
+
+class Layer:
+    """A convolution of 3x3 and its batch normalisation, as `kernels` want them."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> None:
+        self.stride = conv.stride[0]
+        self.weight = flat.of(conv.weight, flat.working)
+        self.weight_gradient = flat.of(conv.weight, flat.gradients)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        assert norm.momentum is not None
+        self.norm = BatchNorm(
+            norm.weight.detach(),
+            norm.bias.detach(),
+            flat.of(norm.weight, flat.gradients),
+            flat.of(norm.bias, flat.gradients),
+            norm.running_mean,
+            norm.running_var,
+            norm.momentum,
+            norm.eps,
+        )
+        self.steps = norm.num_batches_tracked
+
+
+class Stem:
+    """images -> x"""
+
+    def __init__(
+        self, layer: Layer, images: Tensor, x: Tensor, gradient: Tensor, kernels: Kernels
+    ) -> None:
+        self.layer, self.images, self.x, self.gradient = layer, images, x, gradient
+        self.kernels = kernels
+        self.saved: Tensor | None = None
+
+    def forward(self) -> None:
+        layer = self.layer
+        self.saved = self.kernels.convolve(self.images, layer.weight, layer.stride)
+        self.kernels.normalise(self.saved, layer.norm, out=self.x)
+        layer.steps.add_(1)
+
+    def backward(self) -> None:
+        layer = self.layer
+        assert self.saved is not None
+        gradient = self.kernels.normalise_backward(
+            self.gradient, self.x, self.saved, layer.norm, has_shortcut=False
+        )
+        self.kernels.convolve_backward(
+            gradient,
+            self.images,
+            layer.weight,
+            layer.stride,
+            layer.weight_gradient,
+            needs_input=False,
+        )
+
+
+class Block:
+    """x -> ReLU(shortcut(x) + BN(conv(ReLU(BN(conv(x))))))"""
+
+    def __init__(
+        self,
+        first: Layer,
+        second: Layer,
+        x: Tensor,
+        out: Tensor,
+        gradient: Tensor,
+        gradient_out: Tensor,
+        kernels: Kernels,
+        keeps: bool,
+    ) -> None:
+        self.first, self.second = first, second
+        self.x, self.out = x, out
+        self.gradient, self.gradient_out = gradient, gradient_out
+        self.is_transition = x.shape != out.shape
+        self.kernels, self._keeps = kernels, keeps
+        self.saved: tuple[Tensor, ...] = ()
+
+    def forward(self) -> None:
+        kernels, first, second = self.kernels, self.first, self.second
+        a = kernels.convolve(self.x, first.weight, first.stride)
+        b = kernels.normalise(a, first.norm)
+        c = kernels.convolve(b, second.weight, 1)
+        kernels.normalise(c, second.norm, self._shortcut(), self.out)
+        first.steps.add_(1)
+        second.steps.add_(1)
+        self.saved = a, b, c
+
+    def backward(self) -> None:
+        kernels, first, second = self.kernels, self.first, self.second
+        a, b, c = self.saved
+        of_c = kernels.normalise_backward(self.gradient_out, self.out, c, second.norm, True)
+        of_b = kernels.convolve_backward(of_c, b, second.weight, 1, second.weight_gradient)
+        assert of_b is not None
+        of_a = kernels.normalise_backward(of_b, b, a, first.norm, False)
+        of_x = kernels.convolve_backward(
+            of_a, self.x, first.weight, first.stride, first.weight_gradient
+        )
+        if self.is_transition:
+            self.skip_backward()
+        self.gradient.add_(of_x)
+        if not self._keeps:
+            self.saved = ()
+
+    def skip_forward(self) -> None:
+        """Of a transition: the shortcut. Its ReLU is the identity, as x has come from one."""
+        self.out.copy_(self._shortcut())
+
+    def skip_backward(self) -> None:
+        """Of a transition: back through average pooling and padding."""
+        channels = self.x.shape[1]
+        spread = F.interpolate(self.gradient_out[:, :channels], scale_factor=2, mode="nearest")
+        torch.mul(spread, 0.25, out=self.gradient)
+
+    def _shortcut(self) -> Tensor:
+        if not self.is_transition:
+            return self.x
+        added = self.out.shape[1] - self.x.shape[1]
+        return F.pad(F.avg_pool2d(self.x, 2), (0, 0, 0, 0, 0, added))
+
+
+class Head:
+    """x -> loss, by autograd."""
+
+    def __init__(
+        self,
+        module: nn.Linear,
+        labels: Tensor,
+        x: Tensor,
+        gradient: Tensor,
+        flat: FlatParameters,
+        autocasts: bool,
+    ) -> None:
+        self.module, self.labels, self.x, self.gradient = module, labels, x, gradient
+        self.parameters = list(module.parameters())
+        self.gradients = [flat.of(p, flat.gradients) for p in self.parameters]
+        self.loss = torch.zeros((), dtype=flat.values.dtype, device=x.device)
+        self._autocasts = autocasts
+
+    def forward_and_backward(self) -> None:
+        x = self.x.detach().requires_grad_()
+        autocast = torch.autocast(
+            x.device.type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False
+        )
+        with torch.enable_grad(), autocast:
+            loss = F.cross_entropy(self.module(x.mean((2, 3))), self.labels)
+        gradients = torch.autograd.grad(loss, [x, *self.parameters])
+        self.loss.copy_(loss.detach())
+        for place, gradient in zip([self.gradient, *self.gradients], gradients, strict=True):
+            place.copy_(gradient)
+
+
+class Program:
+    """The training step of `model` on mini-batches of one shape.
+
+    The parameters of `model` and the momentum of `optimizer` become views of flat buffers; both go
+    on working as before, and may be used between steps: for evaluation, checkpoints, or a step of
+    autograd on a mini-batch of another size.
+
+    Args:
+        model: in training mode, with `depth` applied or none.
+        optimizer: of all parameters, in one group.
+        shape: of the images, [batch, channels, height, width].
+        dtype: of images and activations; other than the parameters' it means autocast.
+        kernels: the arithmetic; PyTorch's operators if not given.
+        replay: how pieces are run again; eagerly if not given.
+
+    Raises:
+        EngineError: when the model, its gates or the optimizer are others than it was written for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        depth: StochasticDepth | None,
+        optimizer: torch.optim.SGD,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        kernels: Kernels | None = None,
+        replay: Replay = eagerly,
+    ) -> None:
+        model = supported(model, depth, optimizer)
+        self.depth = depth
+        kernels = kernels or ReferenceKernels()
+        units = [unit for unit in model.blocks if isinstance(unit, Residual)]
+        self.flat = flat = FlatParameters([model.stem, *units, model.head], dtype)
+        self.update = FlatSGD(flat, optimizer)
+        self.stem_gradient = flat.of(model.stem[0].weight, flat.gradients)  # type: ignore[arg-type]
+        device = flat.values.device
+        self.factors = torch.ones(len(units), dtype=flat.values.dtype, device=device)
+
+        def images(channels: int, size: Sequence[int]) -> Tensor:
+            empty = torch.zeros(shape[0], channels, *size, dtype=dtype, device=device)
+            return empty.contiguous(memory_format=torch.channels_last)
+
+        size = list(shape[2:])
+        self.images, self.labels = (
+            images(shape[1], size),
+            torch.zeros(shape[0], dtype=torch.int64, device=device),
+        )
+        self.x = [images(model.stem[0].out_channels, size)]  # type: ignore[arg-type]
+        self.gradients = [torch.zeros_like(self.x[0])]
+        for unit in units:
+            added = unit.shortcut.added if isinstance(unit.shortcut, PoolAndPad) else 0
+            size = [side // 2 for side in size] if added else size
+            self.x.append(images(self.x[-1].shape[1] + added, size))
+            last = self.gradients[-1]
+            self.gradients.append(torch.zeros_like(self.x[-1]) if added else last)
+
+        stem = Layer(model.stem[0], model.stem[1], flat)  # type: ignore[arg-type]
+        self.stem = Stem(stem, self.images, self.x[0], self.gradients[0], kernels)
+        self.blocks: list[Block] = []
+        streams = zip(pairwise(self.x), pairwise(self.gradients), strict=True)
+        for unit, (x, gradients) in zip(units, streams, strict=True):
+            conv1, norm1, _, conv2, norm2 = unit.branch  # type: ignore[misc]
+            layers = Layer(conv1, norm1, flat), Layer(conv2, norm2, flat)
+            if depth is not None and depth.scale == "training":
+                layers[1].norm.factor = self.factors[len(self.blocks)]
+            self.blocks.append(Block(*layers, *x, *gradients, kernels, replay.keeps))
+        self.head = Head(
+            model.head,
+            self.labels,
+            self.x[-1],
+            self.gradients[-1],
+            flat,
+            autocasts=dtype != flat.values.dtype,
+        )
+        self._record(replay)
+
+    @torch.no_grad()
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Forward, backward, update under the next gates; gives the loss, []."""
+        is_open = self._draw()
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.flat.cast()
+        keeps_moving = self.depth is None or self.depth.skipped == "paper"
+        if keeps_moving and not all(is_open):
+            self.flat.gradients.zero_()
+        self._forward(is_open)
+        self._head()
+        self._backward(is_open)
+        self.update.step([True, *(keeps_moving or b for b in is_open), True])
+        return self.head.loss.clone()
+
+    def _draw(self) -> list[bool]:
+        if self.depth is None:
+            return [True] * len(self.blocks)
+        self.depth.draw()
+        if self.depth.scale == "training":
+            self.factors.copy_(1 / torch.tensor(self.depth.survival, dtype=torch.float64))
+        return self.depth.gates.tolist()
+
+    def _forward(self, is_open: Sequence[bool]) -> None:
+        self._stem_forward()
+        at = 0  # the buffer that holds what has been computed so far
+        for i, block in enumerate(self.blocks):
+            if not is_open[i] and not block.is_transition:
+                continue
+            if at != i:
+                self.x[i].copy_(self.x[at])
+            (self._forwards if is_open[i] else self._skip_forwards)[i]()
+            at = i + 1
+        if at != len(self.blocks):
+            self.x[-1].copy_(self.x[at])
+
+    def _backward(self, is_open: Sequence[bool]) -> None:
+        for i in reversed(range(len(self.blocks))):
+            if is_open[i]:
+                self._backwards[i]()
+            elif self.blocks[i].is_transition:
+                self._skip_backwards[i]()
+        self._stem_backward()
+
+    def _record(self, replay: Replay) -> None:
+        """In the order in which the pieces run, as graphs that share memory must be captured."""
+        blocks = self.blocks
+        transitions = [(i, block) for i, block in enumerate(blocks) if block.is_transition]
+        with torch.no_grad():
+            if replay.keeps:
+                self._warm_up()
+            self._stem_forward = replay(self.stem.forward)
+            self._forwards = [replay(block.forward) for block in blocks]
+            self._skip_forwards = {i: replay(block.skip_forward) for i, block in transitions}
+            self._head = replay(self.head.forward_and_backward)
+            self._backwards = [replay(block.backward) for block in reversed(blocks)][::-1]
+            self._skip_backwards = {i: replay(block.skip_backward) for i, block in transitions}
+            self._stem_backward = replay(self.stem.backward)
+
+    def _warm_up(self, rounds: int = 3) -> None:
+        """Let libraries choose their algorithms before a capture; statistics are put back."""
+        layers = [self.stem.layer, *(x for b in self.blocks for x in (b.first, b.second))]
+        changed = [t for y in layers for t in (y.norm.running_mean, y.norm.running_var, y.steps)]
+        before = [tensor.clone() for tensor in changed]
+        self.flat.cast()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(rounds):
+                self.stem.forward()
+                for block in self.blocks:
+                    block.forward()
+                    block.skip_forward()
+                self.head.forward_and_backward()
+                for block in reversed(self.blocks):
+                    block.backward()
+                self.stem.backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+        self.flat.gradients.zero_()
+
+
+def supported(
+    model: nn.Module, depth: StochasticDepth | None, optimizer: torch.optim.Optimizer
+) -> CifarResNet:
+    """`model`, if a program can be written for it.
+
+    Raises:
+        EngineError: when not, naming what is in the way.
+    """
+    if not isinstance(model, CifarResNet):
+        raise EngineError(
+            f"a block program is written for CifarResNet, this is {type(model).__name__}: "
+            "use --engine eager or compiled"
+        )
+    if depth is not None and depth.gate != "batch":
+        raise EngineError(
+            f'a block program needs gate="batch", this is "{depth.gate}": use --engine eager'
+        )
+    if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
+        raise EngineError(
+            f"a block program updates by torch.optim.SGD with one group of parameters, this is "
+            f"{type(optimizer).__name__} with {len(optimizer.param_groups)}: use --engine eager"
+        )
+    return model

@@ -1,0 +1,214 @@
+"""The block program against autograd: the same network, gates, mini-batches and optimizer."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import stochastic_depth as sd
+from stochastic_depth.engine import Program
+from stochastic_depth.engine.kernels import ReferenceKernels
+from stochastic_depth.models import CifarResNet, DenseNet
+from stochastic_depth.train.build import build_optimizer, first_convolution
+from stochastic_depth.train.config import OptimizerConfig
+from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.step import train_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = Execution("cpu", "float32", 1)
+
+
+class Counting(ReferenceKernels):
+    """Counts what is convolved forward, and how often it goes backward."""
+
+    def __init__(self):
+        self.forward = self.backward = 0
+
+    def convolve(self, *args):
+        self.forward += 1
+        return super().convolve(*args)
+
+    def convolve_backward(self, *args, **options):
+        self.backward += 1
+        return super().convolve_backward(*args, **options)
+
+
+def mini_batch(step, images=4, size=8, dtype=torch.float64):
+    rng = torch.Generator().manual_seed(step)
+    x = torch.randn(images, 3, size, size, generator=rng, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last), torch.arange(images) % 10
+
+
+def network(blocks, survival=None, dtype=torch.float64, init="he", **options):
+    model = CifarResNet(2 * blocks + 2, init=init).to(dtype, memory_format=torch.channels_last)
+    depth = None if survival is None else sd.apply(model, survival, **options)
+    return model.train(), depth, build_optimizer(OptimizerConfig(), model)
+
+
+def programmed(blocks, survival=None, dtype=torch.float64, kernels=None, size=8, **options):
+    model, depth, optimizer = network(blocks, survival, dtype, **options)
+    shape = mini_batch(0, size=size)[0].shape
+    return model, optimizer, Program(model, depth, optimizer, shape, dtype, kernels)
+
+
+def poison(program):
+    """NaN in all that a step must write before it reads."""
+    written = [*program.x, *program.gradients, program.images, program.flat.gradients]
+    written += [tensor for block in program.blocks for tensor in block.saved]
+    for tensor in written:
+        tensor.fill_(math.nan)
+
+
+def force(depth, pattern):
+    """Gates of the next steps, as if drawn."""
+    depth._set_survival(0)
+    draw = type(depth).draw
+
+    def forced(batch=None):
+        draw(depth, batch)
+        depth._coins = torch.tensor(pattern)
+        for block, is_open in zip(depth.blocks, pattern, strict=True):
+            block.open_in_training(block.gates[0].training._replace(open=is_open))
+
+    depth.draw = forced
+
+
+def autograd_step(model, optimizer, images, labels):
+    return train_step(model, optimizer, images, labels, first_convolution(model), CPU).loss
+
+
+def assert_same_state(mine, theirs, **tolerance):
+    for name, expected in theirs[0].state_dict().items():
+        torch.testing.assert_close(
+            mine[0].state_dict()[name], expected, msg=lambda m, n=name: f"{n}: {m}", **tolerance
+        )
+    momenta = (
+        [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+        for model, optimizer in (mine, theirs)
+    )
+    for a, b in zip(*momenta, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("pattern", list(itertools.product([True, False], repeat=6)))
+def test_every_pattern_of_six_blocks_is_autograds(pattern):
+    counting = Counting()
+    model, optimizer, program = programmed(6, sd.Uniform(0.5), kernels=counting)
+    twin, depth, twins_optimizer = network(6, sd.Uniform(0.5))
+    force(program.depth, pattern)
+    force(depth, pattern)
+    for step in range(2):
+        images, labels = mini_batch(step)
+        poison(program)
+        loss = program.step(images, labels)
+        torch.testing.assert_close(loss, autograd_step(twin, twins_optimizer, images, labels))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(program.flat.of(p, program.flat.gradients), q.grad)
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)
+    assert counting.forward == counting.backward == 2 * (1 + 2 * sum(pattern))
+
+
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+@pytest.mark.parametrize("scale", ["inference", "training"])
+def test_random_patterns_of_54_blocks_are_autograds(scale, skipped):
+    options = {"scale": scale, "skipped": skipped, "seed": 3, "init": "zero-gain"}
+    rule = sd.Ramp(sd.LinearDecay(0.5), 4)
+    model, optimizer, program = programmed(54, rule, **options)
+    twin, depth, twins_optimizer = network(54, rule, **options)
+    for step in range(6):
+        images, labels = mini_batch(step)
+        poison(program)
+        loss = program.step(images, labels)
+        torch.testing.assert_close(loss, autograd_step(twin, twins_optimizer, images, labels))
+        assert program.depth.gates.equal(depth.gates)
+    assert not depth.gates.all()
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-9, atol=1e-12)
+
+
+def test_without_stochastic_depth_all_blocks_run():
+    counting = Counting()
+    model, optimizer, program = programmed(9, kernels=counting)
+    twin, _, twins_optimizer = network(9)
+    images, labels = mini_batch(0)
+    program.step(images, labels)
+    autograd_step(twin, twins_optimizer, images, labels)
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)
+    assert counting.forward == 19
+
+
+def test_autograd_and_the_program_take_turns_on_one_network():
+    model, optimizer, program = programmed(6, sd.Uniform(0.5), seed=1)
+    twin, depth, twins_optimizer = network(6, sd.Uniform(0.5), seed=1)
+    for step in range(6):
+        images, labels = mini_batch(step, images=4 if step % 2 else 2)
+        if step % 2:
+            program.step(images, labels)
+        else:
+            autograd_step(model, optimizer, images, labels)
+        autograd_step(twin, twins_optimizer, images, labels)
+        with torch.no_grad():
+            model.eval()(images), twin.eval()(images)
+        model.train(), twin.train()
+    assert program.depth.step == depth.step == 6
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-10, atol=1e-12)
+
+
+def test_momentum_of_earlier_steps_is_taken_over():
+    (model, depth, optimizer), (twin, _, twins_optimizer) = network(3), network(3)
+    batches = [mini_batch(step) for step in range(3)]
+    autograd_step(model, optimizer, *batches[0])
+    program = Program(model, depth, optimizer, batches[0][0].shape, torch.float64)
+    for images, labels in batches[1:]:
+        program.step(images, labels)
+    for images, labels in batches:
+        autograd_step(twin, twins_optimizer, images, labels)
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)
+
+
+def test_a_changed_learning_rate_counts():
+    (model, depth, optimizer), (twin, _, twins_optimizer) = network(3), network(3)
+    program = Program(model, depth, optimizer, mini_batch(0)[0].shape, torch.float64)
+    for step, rate in enumerate((0.1, 0.01)):
+        optimizer.param_groups[0]["lr"] = twins_optimizer.param_groups[0]["lr"] = rate
+        program.step(*mini_batch(step))
+        autograd_step(twin, twins_optimizer, *mini_batch(step))
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)
+
+
+def test_bfloat16_is_that_of_autocast():
+    model, depth, optimizer = network(9, sd.Uniform(0.7), torch.float32, init="zero-gain")
+    twin, _, twins_optimizer = network(9, sd.Uniform(0.7), torch.float32, init="zero-gain")
+    images, labels = mini_batch(0, images=16, dtype=torch.float32)
+    program = Program(model, depth, optimizer, images.shape, torch.bfloat16)
+    execution = Execution("cpu", "bfloat16", 1)
+    for _ in range(3):
+        mine = program.step(images, labels)
+        theirs = train_step(
+            twin, twins_optimizer, images, labels, first_convolution(twin), execution
+        ).loss
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (lambda: (DenseNet(10, 4), None), "DenseNet"),
+        (lambda: network(3, sd.Uniform(0.5), gate="sample")[:2], 'gate="batch"'),
+    ],
+)
+def test_what_it_was_not_written_for_is_refused(build, named):
+    model, depth = build()
+    optimizer = build_optimizer(OptimizerConfig(), model)
+    before = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(sd.EngineError, match=named):
+        Program(model, depth, optimizer, (4, 3, 8, 8), torch.float32)
+    assert [p.data_ptr() for p in model.parameters()] == before
+
+
+def test_other_optimizers_are_refused():
+    model, depth, _ = network(3)
+    with pytest.raises(sd.EngineError, match="AdamW"):
+        Program(model, depth, torch.optim.AdamW(model.parameters()), (4, 3, 8, 8), torch.float64)
