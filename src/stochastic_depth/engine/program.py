@@ -119,12 +119,11 @@ class Block:
         of_b = kernels.convolve_backward(of_c, b, second.weight, 1, second.weight_gradient)
         assert of_b is not None
         of_a = kernels.normalise_backward(of_b, b, a, first.norm, False)
-        of_x = kernels.convolve_backward(
-            of_a, self.x, first.weight, first.stride, first.weight_gradient
-        )
         if self.is_transition:
             self.skip_backward()
-        self.gradient.add_(of_x)
+        kernels.convolve_backward(
+            of_a, self.x, first.weight, first.stride, first.weight_gradient, self.gradient
+        )
         if not self._keeps:
             self.saved = ()
 

@@ -42,9 +42,13 @@ class Kernels(Protocol):
         weight: Tensor,
         stride: int,
         weight_gradient: Tensor,
+        add_to: Tensor | None = None,
         needs_input: bool = True,
     ) -> Tensor | None:
-        """The gradient of `x`, if it is needed; that of the weight goes to `weight_gradient`."""
+        """The gradient of `x`, if it is needed, added to `add_to` in place if given.
+
+        That of the weight goes to `weight_gradient`.
+        """
         ...
 
     def normalise(

@@ -21,6 +21,7 @@ class ReferenceKernels:
         weight: Tensor,
         stride: int,
         weight_gradient: Tensor,
+        add_to: Tensor | None = None,
         needs_input: bool = True,
     ) -> Tensor | None:
         geometry = [stride, stride], [1, 1], [1, 1], False, [0, 0], 1
@@ -29,7 +30,7 @@ class ReferenceKernels:
             gradient, x, weight, None, *geometry, asked
         )
         weight_gradient.copy_(of_weight)
-        return of_input
+        return of_input if add_to is None else add_to.add_(of_input)
 
     def normalise(
         self, x: Tensor, norm: BatchNorm, shortcut: Tensor | None = None, out: Tensor | None = None
