@@ -133,8 +133,7 @@ def compiled(model, example=None, backend=None, **options):
     depth = graphs.depth = sd.apply(
         model, options.pop("survival", sd.Uniform(0.5)), example=example, **options
     )
-    for name in dict.fromkeys(block.name for block in depth.blocks):
-        model.get_submodule(name).compile(backend=backend or graphs, fullgraph=True)
+    assert sd.compile(model, backend=backend or graphs) is model
     return graphs, depth
 
 

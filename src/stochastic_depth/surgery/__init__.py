@@ -2,6 +2,7 @@
 
 from stochastic_depth.surgery import adapters as adapters
 from stochastic_depth.surgery.apply import apply, depth_of, remove
+from stochastic_depth.surgery.compilation import compile
 from stochastic_depth.surgery.plan import Plan, PlannedBlock, plan
 from stochastic_depth.surgery.registry import register_unit
 from stochastic_depth.surgery.summary import BlockSummary, Summary, summary
@@ -14,6 +15,7 @@ __all__ = [
     "Summary",
     "Verification",
     "apply",
+    "compile",
     "depth_of",
     "plan",
     "register_unit",

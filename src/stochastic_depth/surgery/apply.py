@@ -158,6 +158,8 @@ def chosen_survival(
 def remove(model: nn.Module) -> None:
     """Undo `sd.apply`: the original model of constant depth, with the weights it has now.
 
+    Blocks that were compiled are no longer.
+
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
     """
@@ -166,6 +168,8 @@ def remove(model: nn.Module) -> None:
         hook.remove()
     for drop_path in applied.silenced:
         drop_path.restore()
+    for block in applied.found:
+        vars(block.module).pop("_compiled_call_impl", None)
     delattr(model, _APPLIED)
     take_gates(model)
 
