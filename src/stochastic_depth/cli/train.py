@@ -62,6 +62,13 @@ def _train(run: Run, images: Batches, quiet: bool) -> int:
         markup=False,
         soft_wrap=True,
     )
+    kernels = " (native kernels)" if execution.kernels == "native" else ""
+    console.print(
+        f"engine: {execution.engine}{kernels}, {execution.engine_because}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     with StopSignals() as stop, Display(console, quiet) as display:
         try:
             for _ in fit(run, images, display.watch(), stop):

@@ -130,6 +130,9 @@ class Config:
     """cpu, cuda, cuda:1, ... (auto: a GPU if there is one)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and products (auto: bfloat16 where the processor has it)."""
+    engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
+    """Of the training step: autograd, autograd with compiled blocks, or a block program
+    (graphs: captured as CUDA graphs on a GPU, run piece by piece on a CPU)."""
 
     def __post_init__(self) -> None:
         _positive("epochs", self.epochs)

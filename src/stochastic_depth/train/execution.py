@@ -10,6 +10,7 @@ import torch
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train.config import Config
+from stochastic_depth.train.engine_choice import EngineName, KernelsName, choose_engine
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Execution:
     device: str
     precision: Literal["float32", "bfloat16"]
     threads: int
+    engine: EngineName = "eager"
+    """How a training step is taken."""
+    kernels: KernelsName = "reference"
+    """Of a block program."""
+    engine_because: str = "as asked"
 
     def autocast(self) -> AbstractContextManager:
         """Convolutions and products in `precision`; the weights stay in float32."""
@@ -35,10 +41,10 @@ class Execution:
 
 
 def resolve_execution(config: Config) -> Execution:
-    """Choose the device and the precision.
+    """Choose the device, the precision and the engine.
 
     Raises:
-        ConfigError: when the device named is not there.
+        ConfigError: when the device named is not there, or the engine is not for this network.
     """
     device = config.device
     if device == "auto":
@@ -53,7 +59,8 @@ def resolve_execution(config: Config) -> Execution:
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16(device) else "float32"
-    return Execution(device, precision, torch.get_num_threads())
+    choice = choose_engine(config, device, precision)
+    return Execution(device, precision, torch.get_num_threads(), *choice)
 
 
 def has_bfloat16(device: str) -> bool:

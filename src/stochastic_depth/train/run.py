@@ -143,6 +143,7 @@ def open_run(path: Path) -> Run:
             raise RunError(
                 f"{described} has format {values['format']}, this version reads {FORMAT}"
             )
+        values["config"].setdefault("engine", "eager")  # which runs did not always have
         return Run(
             path,
             values["id"],

@@ -42,8 +42,13 @@ def train_step(
     loss.backward()
     optimizer.step()
     assert first.grad is not None
-    gradient = first.grad.flatten()
-    return Measured(loss.detach(), gradient.norm(), gradient.abs().mean())
+    return measured(loss.detach(), first.grad)
+
+
+def measured(loss: Tensor, gradient: Tensor) -> Measured:
+    """What a step tells, given the gradient at the first convolution."""
+    gradient = gradient.flatten()
+    return Measured(loss, gradient.norm(), gradient.abs().mean())
 
 
 class Evaluation(NamedTuple):

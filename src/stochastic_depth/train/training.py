@@ -1,5 +1,6 @@
 """All that changes while a run trains, which is also what a checkpoint holds."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from stochastic_depth.train.build import (
     first_convolution,
 )
 from stochastic_depth.train.config import Config
+from stochastic_depth.train.engines import Engine, build_engine
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.schedule import learning_rate
-from stochastic_depth.train.step import Measured, train_step
+from stochastic_depth.train.step import Measured
 from stochastic_depth.train.tally import Tally
 
 
@@ -29,6 +31,7 @@ class Training:
 
     def __init__(self, config: Config, execution: Execution, batches: Batches) -> None:
         self.config, self.execution = config, execution
+        self._image = batches.shape
         self.steps_per_epoch = batches.steps_per_epoch
         self.steps = config.epochs * batches.steps_per_epoch
         model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
@@ -40,6 +43,14 @@ class Training:
         self.first = first_convolution(self.model)
         self.step = 0
         self.tally = Tally()
+
+    @cached_property
+    def _engine(self) -> Engine:
+        """Built with the first step: of buffers, graphs or compiled blocks, it has many."""
+        shape = (self.config.optimizer.batch, *self._image)
+        return build_engine(
+            self.model, self.depth, self.optimizer, self.first, self.execution, shape
+        )
 
     @property
     def epoch(self) -> float:
@@ -59,9 +70,7 @@ class Training:
         """Do one step, and tally it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        measured = train_step(
-            self.model, self.optimizer, images, labels, self.first, self.execution
-        )
+        measured = self._engine.step(images, labels)
         self.step += 1
         active = open_shares(self.gates).sum().item()
         expected = self.depth.expected_depth if self.depth else float(self.blocks)
@@ -87,3 +96,4 @@ class Training:
             self.depth.load_state_dict(state["depth"])
         self.tally.load_state_dict(state["tally"], self.execution.device)
         self.step = state["step"]
+        self.__dict__.pop("_engine", None)  # which holds the momentum of before

@@ -126,35 +126,30 @@ void convolve(const bf16* x, const bf16* weight, bool transposed, const bf16* ad
   }
 }
 
-// The gradient of the weight sums over pixels, so pairs are of neighbouring pixels: the gradient's
-// rows are interleaved as [side/2][C][2], the inputs transposed to [C][side + 2]. A tile of T inputs
-// by B x 16 outputs stays in registers over a whole image.
+// The gradient of the weight sums over pixels, so pairs are of neighbouring pixels: rows are
+// interleaved as [pairs][C][2], those of the padded input twice, in pairs that begin at even and at
+// odd pixels, because taps shift them. A tile of T inputs by B x 16 outputs stays in registers over
+// a whole image.
 
-template <int C>
-void transpose(const bf16* x, bf16* transposed, int side) {
-  const int width = side + 2;
-  for (int y = 0; y < side; y++)
-    for (int c = 0; c < C; c += 16)
-      for (int p = 0; p < side; p++) {
-        bf16* column = transposed + (size_t)((y + 1) * C + c) * width + 1 + p;
-        for (int k = 0; k < 16; k++) column[k * width] = x[((size_t)y * side + p) * C + c + k];
-      }
+// Sixteen channels each of two pixels.
+inline void interleave(const bf16* first, const bf16* second, bf16* pairs) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
+  _mm512_storeu_si512(pairs, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
 template <int C>
-void interleave(const bf16* gradient, bf16* pairs, int side) {
-  for (int pixel = 0; pixel < side * side; pixel += 2)
+void interleave_rows(const bf16* pixels, bf16* pairs, long count) {
+  for (long pixel = 0; pixel + 1 < count; pixel += 2)
     for (int c = 0; c < C; c += 16) {
-      const bf16* g = gradient + (size_t)pixel * C + c;
-      const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)g));
-      const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(g + C)));
-      _mm512_storeu_si512(pairs + (size_t)pixel * C + 2 * c,
-                          _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      const bf16* first = pixels + pixel * C + c;
+      interleave(first, first + C, pairs + pixel * C + 2 * c);
     }
 }
 
 template <int C>
-void weight_gradient_of_image(const bf16* transposed, const bf16* pairs, float* result, int side) {
+void weight_gradient_of_image(const bf16* even, const bf16* odd, const bf16* pairs, float* result,
+                              int side) {
   constexpr int T = TILE<C>, B = OUTPUTS<C>;
   const int width = side + 2;
   for (int tap = 0; tap < 9; tap++)
@@ -164,8 +159,10 @@ void weight_gradient_of_image(const bf16* transposed, const bf16* pairs, float* 
         float* r = result + (tap * C + in) * C + out;
         for (int t = 0; t < T; t++)
           for (int b = 0; b < B; b++) sum[t][b] = _mm512_loadu_ps(r + t * C + b * 16);
+        const int right = tap % 3;
         for (int y = 0; y < side; y++) {
-          const bf16* row = transposed + ((size_t)(y + tap / 3) * C + in) * width + tap % 3;
+          const bf16* row = (right == 1 ? odd : even + right * C) +
+                            (size_t)(y + tap / 3) * width * C + in * 2;
           const bf16* g = pairs + (size_t)y * side * C + out * 2;
           for (int x = 0; x < side; x += 2) {
             __m512bh k[B];
@@ -173,7 +170,7 @@ void weight_gradient_of_image(const bf16* transposed, const bf16* pairs, float* 
               k[b] = (__m512bh)_mm512_loadu_si512(g + (size_t)x * C + b * 32);
 #pragma GCC unroll 16
             for (int t = 0; t < T; t++) {
-              const __m512bh v = pair(row + t * width + x);
+              const __m512bh v = pair(row + (size_t)x * C + 2 * t);
 #pragma GCC unroll 2
               for (int b = 0; b < B; b++) sum[t][b] = _mm512_dpbf16_ps(sum[t][b], k[b], v);
             }
@@ -192,13 +189,16 @@ void weight_gradient(const bf16* x, const bf16* gradient, float* result, int n, 
   std::vector<std::vector<float>> sums(threads, std::vector<float>(size, 0.f));
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<bf16> transposed((size_t)(side + 2) * (side + 2) * C, 0), pairs(image);
+    const long size_padded = (long)(side + 2) * (side + 2) * C;
+    std::vector<bf16> padded(size_padded), even(size_padded), odd(size_padded), pairs(image);
     std::vector<float>& sum = sums[omp_get_thread_num()];
 #pragma omp for schedule(static)
     for (int i = 0; i < n; i++) {
-      transpose<C>(x + i * image, transposed.data(), side);
-      interleave<C>(gradient + i * image, pairs.data(), side);
-      weight_gradient_of_image<C>(transposed.data(), pairs.data(), sum.data(), side);
+      pad<C>(x + i * image, padded.data(), side);
+      interleave_rows<C>(padded.data(), even.data(), size_padded / C);
+      interleave_rows<C>(padded.data() + C, odd.data(), size_padded / C - 1);
+      interleave_rows<C>(gradient + i * image, pairs.data(), (long)side * side);
+      weight_gradient_of_image<C>(even.data(), odd.data(), pairs.data(), sum.data(), side);
     }
   }
   for (int tap = 0; tap < 9; tap++)

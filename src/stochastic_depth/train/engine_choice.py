@@ -1,0 +1,56 @@
+"""Which engine takes the training steps of a configuration, and why."""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from stochastic_depth.engine.kernels.native import missing
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.train.config import Config
+
+EngineName = Literal["eager", "compiled", "graphs"]
+KernelsName = Literal["reference", "native"]
+
+
+class Choice(NamedTuple):
+    """What `engine="auto"` comes to."""
+
+    engine: EngineName
+    kernels: KernelsName
+    because: str
+
+
+def choose_engine(config: Config, device: str, precision: str) -> Choice:
+    """The engine of a configuration.
+
+    Raises:
+        ConfigError: when the engine asked for cannot train this network.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    obstacle = _obstacle(config)
+    no_kernels = missing() if precision == "bfloat16" else f"the precision is {precision}"
+    kernels: KernelsName = "native" if on_cpu and no_kernels is None else "reference"
+    if config.engine == "graphs":
+        if obstacle is not None:
+            raise ConfigError(f"engine is graphs: {obstacle}; use --engine eager or compiled")
+        return Choice("graphs", kernels, "as asked")
+    if config.engine != "auto":
+        return Choice(config.engine, "reference", "as asked")
+    if obstacle is not None:
+        return Choice("eager", "reference", obstacle)
+    if not on_cpu:
+        return Choice("eager", "reference", "graphs have not been measured on a GPU yet")
+    if no_kernels is not None:
+        return Choice(
+            "eager", "reference", f"without native kernels graphs gain little: {no_kernels}"
+        )
+    return Choice("graphs", "native", "there are native kernels for this processor")
+
+
+def _obstacle(config: Config) -> str | None:
+    """Why there is no block program for a configuration, if there is none."""
+    if config.model.kind != "cifar-resnet":
+        return f"there is no block program for a {config.model.kind}"
+    if config.survival.rule != "constant" and config.survival.gate != "batch":
+        return f"a block program has no gates for single samples ({config.survival.gate})"
+    return None

@@ -1,0 +1,95 @@
+"""How a training step is taken: by autograd, by compiled blocks, or by the block program."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.engine import CudaGraphs, Program, eagerly
+from stochastic_depth.engine.kernels import NativeKernels, ReferenceKernels
+from stochastic_depth.surgery import apply, compile
+from stochastic_depth.survival import Uniform
+from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.step import Measured, measured, train_step
+
+
+class Engine(Protocol):
+    """Takes training steps of one network."""
+
+    def step(self, images: Tensor, labels: Tensor) -> Measured: ...
+
+
+class Autograd:
+    """PyTorch's own way, with the branch of a closed block left out; compiled or not."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        depth: StochasticDepth | None,
+        optimizer: torch.optim.Optimizer,
+        first: nn.Parameter,
+        execution: Execution,
+        compiled: bool = False,
+    ) -> None:
+        self._given = model, optimizer
+        self._first, self._execution = first, execution
+        if compiled:
+            if depth is None:
+                apply(model, Uniform(1.0))  # compiling goes by blocks, and these are always open
+            compile(model)
+
+    def step(self, images: Tensor, labels: Tensor) -> Measured:
+        return train_step(*self._given, images, labels, self._first, self._execution)
+
+
+class Blocks:
+    """The block program for whole mini-batches, autograd for the rest of an epoch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        depth: StochasticDepth | None,
+        optimizer: torch.optim.SGD,
+        first: nn.Parameter,
+        execution: Execution,
+        shape: tuple[int, ...],
+    ) -> None:
+        device = torch.device(execution.device)
+        bfloat16 = execution.precision == "bfloat16"
+        self._shape = torch.Size(shape)
+        self._program = Program(
+            model,
+            depth,
+            optimizer,
+            shape,
+            torch.bfloat16 if bfloat16 else first.dtype,
+            NativeKernels() if execution.kernels == "native" else ReferenceKernels(),
+            CudaGraphs(device) if device.type == "cuda" else eagerly,
+        )
+        self._autograd = Autograd(model, depth, optimizer, first, execution)
+
+    def step(self, images: Tensor, labels: Tensor) -> Measured:
+        if images.shape != self._shape:
+            return self._autograd.step(images, labels)
+        loss = self._program.step(images, labels)
+        return measured(loss, self._program.stem_gradient)
+
+
+def build_engine(
+    model: nn.Module,
+    depth: StochasticDepth | None,
+    optimizer: torch.optim.SGD,
+    first: nn.Parameter,
+    execution: Execution,
+    shape: tuple[int, ...],
+) -> Engine:
+    """The engine that `execution` names.
+
+    Args:
+        shape: of a whole mini-batch, [batch, channels, height, width].
+    """
+    if execution.engine == "graphs":
+        return Blocks(model, depth, optimizer, first, execution, shape)
+    compiled = execution.engine == "compiled"
+    return Autograd(model, depth, optimizer, first, execution, compiled)
