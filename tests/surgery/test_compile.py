@@ -1,5 +1,6 @@
 """torch.compile on the blocks of a model: at most two graphs each, whatever the gates."""
 
+import copy
 import functools
 import itertools
 import shutil
@@ -230,15 +231,9 @@ def test_removed_blocks_have_their_own_code_again():
     assert install.GATES not in vars(model[0])
 
 
-def test_the_reference_network():
-    model, x = CifarResNet(20), torch.randn(2, 3, 8, 8)
-    graphs, depth = compiled(model)
-    settled = train(model, depth, x, 30)
-    assert max(graphs.of.values()) == 2
-    assert graphs.last <= settled
-
-
 def published(name):
+    if name.startswith("cifar-resnet"):
+        return CifarResNet(int(name.removeprefix("cifar-resnet"))), torch.randn(2, 3, 8, 8)
     if name == "resnet18":
         models = pytest.importorskip("torchvision.models", reason="needs torchvision")
         return models.resnet18(num_classes=10), torch.randn(2, 3, 32, 32)
@@ -271,6 +266,121 @@ def test_published_models(name, expected):
     assert max(graphs.of.values()) == 2
     assert graphs.count() == expected
     assert graphs.last <= settled
+
+
+@pytest.mark.parametrize("name", ["cifar-resnet20", "vit"])
+def test_no_gates_compile_again_in_training_or_evaluation(name):
+    model, x = published(name)
+    graphs, depth = compiled(model, x)
+    seen = set()
+    for step in range(PATTERNS):
+        out = model.train()(x)
+        seen.add(tuple(depth.gates.tolist()))
+        if step < 20:
+            getattr(out, "logits", out).sum().backward()
+        with torch.no_grad():
+            model.eval()(x)
+    assert len(seen) > PATTERNS / 5
+    assert set(graphs.of.values()) == {3}
+    assert graphs.last < 20
+
+
+@pytest.mark.parametrize("name", ["cifar-resnet8", "vit"])
+def test_compiled_outputs_and_gradients_are_the_interpreters(name):
+    model, x = published(name)
+    twin = copy.deepcopy(model)
+    keys = list(model.state_dict())
+    compiled(model, x, backend="aot_eager")
+    sd.apply(twin, sd.Uniform(0.5), example=x)
+    for training in (True, False, True, True):
+        for each in (model, twin):
+            each.train(training).zero_grad()
+        outs = [getattr(out, "logits", out) for out in (model(x), twin(x))]
+        torch.testing.assert_close(*outs)
+        for out in outs:
+            out.square().mean().backward()
+        gradients = [[p.grad for p in each.parameters()] for each in (model, twin)]
+        torch.testing.assert_close(*gradients)
+    assert list(model.state_dict()) == keys
+
+
+def test_samples_drawn_for_subset_gates_end_in_few_graphs():
+    model, x = stack(Block, EQUAL), torch.randn(6, 4, requires_grad=True)
+    graphs, _ = compiled(model, x, gate="subset")
+    for step in range(200):
+        model(x[: 6 - 2 * (step % 2)]).sum().backward()
+    assert graphs.count() <= 12
+    assert graphs.last < 100
+
+
+def test_a_block_that_holds_what_is_cut_has_graphs_of_its_own():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.T5Config(
+        vocab_size=9,
+        d_model=8,
+        d_kv=4,
+        d_ff=16,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        use_cache=False,
+    )
+    ids = torch.arange(8).view(2, 4)
+    model = transformers.T5ForConditionalGeneration(config)
+    graphs, depth = compiled(model, {"input_ids": ids, "decoder_input_ids": ids})
+    assert len(depth.blocks) == 4
+    for _ in range(12):
+        model.train()(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
+    assert max(graphs.of.values()) == 2
+    sd.remove(model)
+    assert not any(install.is_installed(module) for module in model.modules())
+
+
+def test_a_look_at_a_compiled_model_runs_it_uncompiled():
+    model, x = stack(Block, EQUAL), inputs(EQUAL)
+    sd.apply(model, example=x)
+    before = sd.summary(model, x)
+    graphs = Graphs(depth=sd.depth_of(model))
+    sd.compile(model, backend=graphs)
+    assert sd.summary(model, x) == before
+    assert sd.verify(model, x).blocks == len(EQUAL)
+    assert graphs.count() == 0
+    model(x)
+    assert graphs.count() > 0
+
+
+def test_copies_and_what_remove_leaves_are_not_compiled():
+    model, x = stack(Block, EQUAL), inputs(EQUAL)
+    expected = model(x)
+    graphs, _ = compiled(model, x)
+    copied = copy.deepcopy(model)
+    copied(x).sum().backward()
+    sd.remove(model)
+    assert torch.equal(model(x), expected)
+    assert all(type(block) is Block for block in model)
+    assert all(m._compiled_call_impl is None for m in (*model.modules(), *copied.modules()))
+    assert graphs.count() == 0
+    again = Graphs(depth=sd.depth_of(copied))
+    sd.compile(copied, backend=again)(x)
+    assert again.count() > 0
+
+
+def test_what_cannot_be_compiled_is_an_error():
+    class Breaking(Block):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model, x = stack(Breaking, EQUAL), inputs(EQUAL)
+    with pytest.raises(sd.ApplyError, match="Sequential has no stochastic depth: give the model"):
+        sd.compile(model)
+    compiled(model, x)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(x)
+    alone = Block(4)
+    sd.apply(alone, example=x)
+    with pytest.raises(sd.ApplyError, match=r"Block is itself a block.*nn\.Sequential"):
+        sd.compile(alone)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
