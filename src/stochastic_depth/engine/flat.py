@@ -1,6 +1,6 @@
 """All parameters of a network in one piece of memory; gradients and momentum in others like it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class FlatParameters:
     """
 
     def __init__(self, parts: Sequence[nn.Module], dtype: torch.dtype) -> None:
-        self._places: dict[nn.Parameter, int] = {}
+        self._places: dict[Tensor, int] = {}
         self.segments: list[slice] = []
         end = 0
         for part in parts:
@@ -43,10 +43,10 @@ class FlatParameters:
             parameter.data = view
             parameter.grad = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Tensor]:
         return iter(self._places)
 
-    def of(self, parameter: nn.Parameter, buffer: Tensor) -> Tensor:
+    def of(self, parameter: Tensor, buffer: Tensor) -> Tensor:
         """The part of `buffer` that is `parameter`'s, in its shape."""
         start = self._places[parameter]
         flat = buffer[start : start + parameter.numel()]

@@ -1,0 +1,141 @@
+"""Every engine trains alike, and `auto` takes the best there is and says why."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from stochastic_depth.engine.kernels import native
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.train import Config, ModelConfig, SurvivalConfig, begin, fit, reopen
+from stochastic_depth.train.engine_choice import choose_engine
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch's own
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+NO_KERNELS = "the processor has no AVX512-BF16"
+
+
+def losses(config, path, watch):
+    return [record.train_loss for record in fit(*begin(config, path), watch)]
+
+
+@pytest.fixture
+def float32(small):
+    survival, model = SurvivalConfig(final=0.8), ModelConfig(depth=8)
+    return replace(small, precision="float32", survival=survival, model=model, epochs=1)
+
+
+@pytest.mark.parametrize("rule", ["linear", "constant"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "graphs",
+        pytest.param(
+            "compiled",
+            marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs g++: the compiler's"),
+        ),
+    ],
+)
+def test_every_engine_has_the_curve_of_autograd(engine, rule, float32, tmp_path, silent):
+    config = replace(float32, survival=SurvivalConfig(rule=rule, final=0.8), epochs=4)
+    config = replace(config, evaluate_every=10)
+    curves = [
+        losses(replace(config, engine=name), tmp_path / name, silent) for name in ("eager", engine)
+    ]
+    assert curves[1] == pytest.approx(curves[0], abs=2e-3)
+    assert curves[0][-1] < curves[0][0]
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=f"needs kernels: {native.missing()}")
+def test_native_kernels_have_the_curve_of_autocast(small, tmp_path, silent):
+    config = replace(small, precision="bfloat16", survival=SurvivalConfig(final=0.8))
+    curves = [
+        losses(replace(config, engine=name), tmp_path / name, silent) for name in ("eager", "auto")
+    ]
+    assert curves[1] == pytest.approx(curves[0], abs=3e-2)
+
+
+def test_a_block_program_resumes_where_it_was(float32, tmp_path, silent):
+    config = replace(float32, engine="graphs", evaluate_every=3)
+    whole = losses(config, tmp_path / "whole", silent)
+    run, images = begin(config, tmp_path / "halved")
+    first = next(records := fit(run, images, silent)).train_loss
+    records.close()
+    rest = [record.train_loss for record in fit(*reopen(run.path), silent)]
+    assert [first, *rest] == whole
+    weights = [(tmp_path / name / "model.safetensors") for name in ("whole", "halved")]
+    tensors = [load_file(path) for path in weights]
+    assert all(tensors[0][name].equal(tensor) for name, tensor in tensors[1].items())
+
+
+def test_a_mini_batch_that_is_not_whole_goes_by_autograd(float32, tmp_path, silent):
+    few = replace(float32, data=replace(float32.data, train=40))
+    curves = [
+        losses(replace(few, engine=name), tmp_path / name, silent) for name in ("eager", "graphs")
+    ]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine", "because"),
+    [
+        ({}, "graphs", "native kernels"),
+        ({"model": ModelConfig(kind="densenet", depth=10)}, "eager", "no block program"),
+        ({"survival": SurvivalConfig(gate="sample")}, "eager", "single samples"),
+        ({"engine": "eager"}, "eager", "as asked"),
+        ({"engine": "compiled"}, "compiled", "as asked"),
+        ({"engine": "graphs"}, "graphs", "as asked"),
+    ],
+)
+def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
+    monkeypatch.setattr("stochastic_depth.train.engine_choice.missing", lambda: None)
+    choice = choose_engine(replace(RECIPES["digits"](), **changes), "cpu", "bfloat16")
+    assert choice.engine == engine
+    assert because in choice.because
+    assert choice.kernels == ("native" if engine == "graphs" else "reference")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "absent", "because"),
+    [
+        ("cpu", "float32", None, "the precision is float32"),
+        ("cpu", "bfloat16", NO_KERNELS, NO_KERNELS),
+        ("cuda", "bfloat16", None, "not been measured"),
+    ],
+)
+def test_auto_falls_back_to_autograd(device, precision, absent, because, monkeypatch):
+    monkeypatch.setattr("stochastic_depth.train.engine_choice.missing", lambda: absent)
+    choice = choose_engine(Config(), device, precision)
+    assert (choice.engine, choice.kernels) == ("eager", "reference")
+    assert because in choice.because
+
+
+def test_an_engine_that_cannot_train_the_network_leaves_no_folder(small, tmp_path):
+    config = replace(small, engine="graphs", survival=SurvivalConfig(gate="subset"))
+    with pytest.raises(ConfigError, match="--engine eager"):
+        begin(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_of_before_engines_were_by_autograd(small, tmp_path):
+    run, _ = begin(replace(small, engine="eager"), tmp_path / "run")
+    described = json.loads((run.path / "config.json").read_text())
+    del described["config"]["engine"]
+    for name in ("engine", "kernels", "engine_because"):
+        del described["execution"][name]
+    (run.path / "config.json").write_text(json.dumps(described))
+    reopened, _ = reopen(run.path)
+    assert reopened.config.engine == reopened.execution.engine == "eager"
+
+
+def test_without_a_compiler_native_kernels_say_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    if native.missing() == NO_KERNELS:
+        pytest.skip("needs AVX512-BF16")
+    assert "no C++ compiler" in native.missing()
