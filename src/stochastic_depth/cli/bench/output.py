@@ -1,0 +1,91 @@
+"""How benchmarks show their figures: a progress bar, one form of table, one form of JSON."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from stochastic_depth.cli.bench.options import Options
+from stochastic_depth.timing import Timing
+from stochastic_depth.train.execution import Execution, machine, versions
+from stochastic_depth.train.files import write_whole
+
+T = TypeVar("T")
+
+
+def shown(rounds: Iterable[T], total: int, console: Console, doing: str = "timing") -> Iterable[T]:
+    """`rounds`, with a progress bar on a terminal."""
+    return track(
+        rounds,
+        doing,
+        total=total,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def timings(rounds: list[dict[str, float]]) -> dict[str, Timing]:
+    """Of each alternative, from the seconds of each round."""
+    return {name: Timing(tuple(seconds[name] for seconds in rounds)) for name in rounds[0]}
+
+
+def table_of(
+    title: str,
+    timings: Mapping[str, Timing],
+    count: int,
+    unit: str = "images",
+    memory: Mapping[str, float] | None = None,
+    relative_to: str | None = None,
+) -> Table:
+    """Medians, quartiles, `count` units a step as units a second, memory, and how much faster
+    `relative_to` is.
+    """
+    table = Table(title=title)
+    table.add_column("")
+    more = ["memory"] * (memory is not None) + ["ours is\nfaster by"] * (relative_to is not None)
+    for name in ("median", "quartiles", f"{unit}/s", *more):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, timing in timings.items():
+        low, high = timing.quartiles
+        mean = statistics.fmean(timing.seconds)
+        row = [
+            name,
+            f"{1e3 * timing.median:.1f} ms",
+            f"{1e3 * low:.1f} to {1e3 * high:.1f}",
+            f"{count / mean:,.0f}",
+        ]
+        if memory is not None:
+            row.append(mebibytes(memory[name]))
+        if relative_to is not None:
+            ours = statistics.fmean(timings[relative_to].seconds)
+            row.append("" if name == relative_to else f"{mean / ours:.2f} x")
+        table.add_row(*row)
+    return table
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def write_json(out: Path, asked: Options, execution: Execution, result: dict[str, Any]) -> None:
+    """The settings, what they were measured on and with, and the result."""
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(asked).items()
+        if name != "out"
+    }
+    content = {
+        "settings": settings,
+        "execution": asdict(execution),
+        "machine": machine(execution),
+        "versions": versions(),
+        **result,
+    }
+    write_whole(out, json.dumps(content, indent=1).encode() + b"\n")
