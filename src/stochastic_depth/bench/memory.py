@@ -24,7 +24,7 @@ def saved_for_backward(step: Step) -> int:
     return sum(storages.values())
 
 
-def step_memory(step: Step, device: str, steps: int = 3) -> float:
+def step_memory(step: Step, device: str, steps: int = 5) -> float:
     """Bytes that a training step takes beyond what is there before it: the mean of a few.
 
     On a GPU the peak of all that was allocated. Elsewhere `saved_for_backward`, which is most of

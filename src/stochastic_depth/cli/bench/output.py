@@ -18,6 +18,8 @@ from stochastic_depth.train.files import write_whole
 
 T = TypeVar("T")
 
+MEMORY = "of a step: on a GPU its peak, else what is kept for backward; mean of 5"
+
 
 def shown(rounds: Iterable[T], total: int, console: Console, doing: str = "timing") -> Iterable[T]:
     """`rounds`, with a progress bar on a terminal."""
@@ -44,34 +46,38 @@ def table_of(
     memory: Mapping[str, float] | None = None,
     relative_to: str | None = None,
 ) -> Table:
-    """Medians, quartiles, `count` units a step as units a second, memory, and how much faster
-    `relative_to` is.
+    """Medians, quartiles, units a second, memory, and how much faster one of them is.
+
+    Args:
+        count: units a step.
+        memory: of each alternative, bytes.
+        relative_to: the one whose speed is compared.
     """
     table = Table(title=title)
     table.add_column("")
-    more = ["memory"] * (memory is not None) + ["ours is\nfaster by"] * (relative_to is not None)
-    for name in ("median", "quartiles", f"{unit}/s", *more):
+    more = ["memory\nMiB"] * (memory is not None) + ["ours is\nfaster by"] * bool(relative_to)
+    for name in ("median\nms", "quartiles\nms", f"\n{unit}/s", *more):
         table.add_column(name, justify="right", no_wrap=True)
     for name, timing in timings.items():
         low, high = timing.quartiles
         mean = statistics.fmean(timing.seconds)
         row = [
             name,
-            f"{1e3 * timing.median:.1f} ms",
-            f"{1e3 * low:.1f} to {1e3 * high:.1f}",
+            milliseconds(timing.median),
+            f"{milliseconds(low)}-{milliseconds(high)}",
             f"{count / mean:,.0f}",
         ]
         if memory is not None:
-            row.append(mebibytes(memory[name]))
-        if relative_to is not None:
+            row.append(f"{memory[name] / 2**20:,.1f}")
+        if relative_to:
             ours = statistics.fmean(timings[relative_to].seconds)
             row.append("" if name == relative_to else f"{mean / ours:.2f} x")
         table.add_row(*row)
     return table
 
 
-def mebibytes(count: float) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.{1 if seconds < 1 else 0}f}"
 
 
 def write_json(out: Path, asked: Options, execution: Execution, result: dict[str, Any]) -> None:
