@@ -69,3 +69,17 @@ def test_a_library_that_is_not_there_is_one_line(monkeypatch, capsys):
     told = capsys.readouterr().err
     assert "pip install timm" in told
     assert told.count("\n") == 1
+
+
+def test_depth(bench, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    picture = tmp_path / "depth.png"
+    printed, result = bench(
+        "depth", "--deepest", "32", "--size", "16", "--plot", str(picture), repeats=2
+    )
+    assert "R²" in printed
+    assert result["depths"] == [20, 32]
+    assert result["lines"]["seconds"].keys() == {"constant", "stochastic"}
+    assert result["lines"]["memory"]["constant"].keys() == {"slope", "intercept", "r_squared"}
+    assert all(count > 0 for of_kind in result["bytes_per_image"].values() for count in of_kind)
+    assert picture.read_bytes().startswith(b"\x89PNG")
