@@ -83,3 +83,13 @@ def test_depth(bench, tmp_path):
     assert result["lines"]["memory"]["constant"].keys() == {"slope", "intercept", "r_squared"}
     assert all(count > 0 for of_kind in result["bytes_per_image"].values() for count in of_kind)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_data(bench, monkeypatch):
+    monkeypatch.setattr("stochastic_depth.bench.data.IMAGES", 40)
+    printed, result = bench("data", "--depth", "8")
+    assert result["images"] == "generated"
+    assert result["steps_per_epoch"] == 10
+    for name, share in result["data_share"].items():
+        assert 0 < share < 1
+        assert f"data are {100 * share:.2f} % of a {name}" in printed

@@ -81,12 +81,9 @@ def milliseconds(seconds: float) -> str:
 
 
 def write_json(out: Path, asked: Options, execution: Execution, result: dict[str, Any]) -> None:
-    """The settings, what they were measured on and with, and the result."""
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(asked).items()
-        if name != "out"
-    }
+    """The settings but for files, what they were measured on and with, and the result."""
+    files = ("out", "plot", "root")
+    settings = {name: value for name, value in asdict(asked).items() if name not in files}
     content = {
         "settings": settings,
         "execution": asdict(execution),
