@@ -71,6 +71,11 @@ def test_a_library_that_is_not_there_is_one_line(monkeypatch, capsys):
     assert told.count("\n") == 1
 
 
+def test_one_round_has_no_quartiles(capsys):
+    assert main(["bench", "overhead", "--repeats", "1"]) == 2
+    assert "repeats=1" in "".join(capsys.readouterr())
+
+
 def test_depth(bench, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     picture = tmp_path / "depth.png"

@@ -31,8 +31,8 @@ class Depth(Options):
     """Time and memory against depth, constant and stochastic (p_L = 0.5)."""
 
     deepest: int = 1202
-    """The last of the CIFAR ResNets of depths 20, 56, 110, 218, 434, 866 and 1202, or another
-    depth 6n + 2."""
+    """The last of the CIFAR ResNets: those of 20, 56, 110, 218, 434, 866 and 1202 layers come
+    before it."""
     batch: int = 128
     """Images a step."""
     size: int = 32

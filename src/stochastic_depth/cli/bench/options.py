@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from stochastic_depth.errors import ConfigError
 from stochastic_depth.train.execution import Execution
 
 
@@ -23,6 +24,10 @@ class Options(ABC):
     """Of convolutions and products."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result as JSON here."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 2:
+            raise ConfigError(f"repeats={self.repeats}: quartiles need at least 2 rounds")
 
     @abstractmethod
     def run(self, execution: Execution, console: Console) -> dict[str, Any]:

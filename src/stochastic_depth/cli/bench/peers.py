@@ -60,6 +60,7 @@ class Peers(Options):
             "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
             f"{network.unit}_per_second": {name: count / mean for name, mean in means.items()},
             "memory_bytes": memory,
+            "memory": MEMORY,
             "ours_is_faster_by": {
                 name: mean / means[ours] for name, mean in means.items() if ours and name != ours
             },
