@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from stochastic_depth.bench.skip import CONSTANT, Skip, alternatives, skippings
 from stochastic_depth.bench.workload import Workload
@@ -33,14 +32,3 @@ def test_flops_and_memory_are_those_of_the_blocks_that_ran():
 def test_efficiency_is_time_saved_over_flops_saved():
     rounds = [{CONSTANT: (2.0, 1.0), "a": (1.0, 0.5)}, {CONSTANT: (2.0, 1.0), "a": (1.2, 0.5)}]
     assert skippings(rounds)["a"].efficiencies == pytest.approx([1.0, 0.8])
-
-
-def test_what_is_kept_for_backward_is_counted_once():
-    from stochastic_depth.bench.skip import saved_for_backward
-
-    x = torch.ones(10, requires_grad=True) * 1
-
-    def step():
-        return (x * x * x).sum()
-
-    assert saved_for_backward(step) == 2 * 10 * 4

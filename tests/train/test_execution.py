@@ -1,9 +1,12 @@
+import sys
+
 import pytest
 import torch
 
+import stochastic_depth
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train import Config
-from stochastic_depth.train.execution import has_bfloat16, machine, resolve_execution
+from stochastic_depth.train.execution import has_bfloat16, machine, resolve_execution, versions
 
 
 def test_auto_takes_a_gpu_if_there_is_one():
@@ -31,6 +34,15 @@ def test_the_machine_is_described():
     described = machine(resolve_execution(Config(device="cpu")))
     assert described["processor"]
     assert described["threads"] == torch.get_num_threads()
+
+
+def test_the_versions_are_those_of_what_runs():
+    told = versions()
+    assert told == {
+        "stochastic-depth": stochastic_depth.__version__,
+        "torch": torch.__version__,
+        "python": "{}.{}.{}".format(*sys.version_info),
+    }
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a run on CUDA")

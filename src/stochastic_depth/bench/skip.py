@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from stochastic_depth.bench.memory import saved_for_backward
 from stochastic_depth.bench.workload import Step, Workload
 from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.models import CifarResNet
@@ -115,18 +116,3 @@ def _costs(model: nn.Module, workload: Workload) -> list[float]:
     costs = summary(model, torch.randn(1, workload.channels, workload.size, workload.size))
     full = costs.forward + costs.backward
     return [(block.forward + block.backward) / full for block in costs.blocks]
-
-
-def saved_for_backward(step: Step) -> int:
-    """Bytes of all tensors that a training step keeps for its backward pass, parameters aside."""
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step()
-    return sum(storages.values())

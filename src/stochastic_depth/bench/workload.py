@@ -1,4 +1,4 @@
-"""What is timed: training steps of CIFAR ResNets on random images."""
+"""What is timed: training steps on random inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,20 +36,40 @@ class Workload:
         if tutorial:
             execution = Execution(execution.device, "float32", execution.threads)
         layout = torch.contiguous_format if tutorial else torch.channels_last
-        model.to(device=execution.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+        labels = torch.arange(self.batch) % 10
+        return training_step(model, self.images(), labels, execution, layout)
+
+    def images(self) -> Tensor:
+        """Random ones: float32 [batch, channels, size, size], always the same."""
         shape = self.batch, self.channels, self.size, self.size
-        images = torch.randn(shape, generator=generator("bench")).to(execution.device)
-        images = images.contiguous(memory_format=layout)
-        labels = torch.arange(self.batch, device=execution.device) % 10
-        optimizer = build_optimizer(OptimizerConfig(), model)
+        return torch.randn(shape, generator=generator("bench"))
 
-        def step() -> Tensor:
-            optimizer.zero_grad()
-            with execution.autocast():
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            execution.synchronise()
-            return loss.detach()
 
-        return step
+def training_step(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    execution: Execution,
+    layout: torch.memory_format = torch.channels_last,
+) -> Step:
+    """Forward, backward, SGD with the cross-entropy of logits [..., classes] and labels [...].
+
+    Args:
+        layout: the memory format of the weights, and of inputs that are images.
+    """
+    model.to(device=execution.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+    inputs, labels = inputs.to(execution.device), labels.to(execution.device).flatten()
+    if inputs.ndim == 4:
+        inputs = inputs.contiguous(memory_format=layout)
+    optimizer = build_optimizer(OptimizerConfig(), model)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with execution.autocast():
+            loss = F.cross_entropy(model(inputs).flatten(0, -2), labels)
+        loss.backward()
+        optimizer.step()
+        execution.synchronise()
+        return loss.detach()
+
+    return step

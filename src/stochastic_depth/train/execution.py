@@ -4,6 +4,7 @@ import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -86,3 +87,9 @@ def machine(execution: Execution) -> dict[str, str | int]:
     if torch.device(execution.device).type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(execution.device)
     return described
+
+
+def versions() -> dict[str, str]:
+    """Of this package, of PyTorch and of Python."""
+    of_packages = {name: version(name) for name in ("stochastic-depth", "torch")}
+    return {**of_packages, "python": platform.python_version()}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,7 +14,7 @@ from filelock import FileLock, Timeout
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.train.checkpoint import Checkpoints
 from stochastic_depth.train.config import Config
-from stochastic_depth.train.execution import Execution, machine
+from stochastic_depth.train.execution import Execution, machine, versions
 from stochastic_depth.train.files import remove_unfinished, write_whole
 from stochastic_depth.train.journal import Record, read_journal
 
@@ -118,7 +117,7 @@ def create_run(
         "config": config.to_json(),
         "execution": asdict(execution),
         "data": {"fingerprint": fingerprint, "classes": list(classes), "shape": list(shape)},
-        "versions": {name: version(name) for name in ("stochastic-depth", "torch")},
+        "versions": versions(),
         "git_commit": _git_commit(),
         "machine": machine(execution),
     }

@@ -1,9 +1,10 @@
-"""The same network as others train it: their stochastic depth computes a branch, then masks it."""
+"""CIFAR ResNets with the masks of timm and torchvision, which compute a branch, then mask it."""
 
 from collections.abc import Callable
 
 from torch import nn
 
+from stochastic_depth.bench.peers.names import CONSTANT, OURS
 from stochastic_depth.bench.plain import PlainResNet, copy_weights
 from stochastic_depth.bench.workload import Step, Workload
 from stochastic_depth.errors import MissingExtraError
@@ -12,20 +13,21 @@ from stochastic_depth.models.published import library
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, survival_probabilities
 
-OURS = "stochastic-depth"
-CONSTANT = "constant depth"
 TUTORIAL = "constant depth, float32, default layout"
 
 
-def peers(depth: int, final: float, workload: Workload) -> tuple[dict[str, Step], dict[str, str]]:
+def cifar_resnet_peers(
+    depth: int, rate: float, workload: Workload
+) -> tuple[dict[str, Step], dict[str, str]]:
     """A training step of each peer, all from the same weights, and why others are missing.
 
     Args:
         depth: of the CIFAR ResNet.
-        final: p_L of linear decay, for all of them.
+        rate: 1 - p_L of linear decay, for all of them.
     """
+    linear_decay = LinearDecay(1 - rate)
     ours = CifarResNet(depth, channels=workload.channels)
-    rates = [1 - p for p in survival_probabilities(LinearDecay(final), (depth - 2) // 2)]
+    rates = [1 - p for p in survival_probabilities(linear_decay, (depth - 2) // 2)]
     steps: dict[str, Step] = {}
     missing: dict[str, str] = {}
     masks: dict[str, Callable[[], list[nn.Module]]] = {
@@ -46,6 +48,6 @@ def peers(depth: int, final: float, workload: Workload) -> tuple[dict[str, Step]
             continue
         copy_weights(ours, masked)
         steps[name] = workload.step(masked)
-    apply(ours, LinearDecay(final))
+    apply(ours, linear_decay)
     steps[OURS] = workload.step(ours)
     return steps, missing

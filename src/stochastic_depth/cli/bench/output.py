@@ -1,0 +1,94 @@
+"""How benchmarks show their figures: a progress bar, one form of table, one form of JSON."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from stochastic_depth.cli.bench.options import Options
+from stochastic_depth.timing import Timing
+from stochastic_depth.train.execution import Execution, machine, versions
+from stochastic_depth.train.files import write_whole
+
+T = TypeVar("T")
+
+MEMORY = "of a step: on a GPU its peak, else what is kept for backward; mean of 5"
+
+
+def shown(rounds: Iterable[T], total: int, console: Console, doing: str = "timing") -> Iterable[T]:
+    """`rounds`, with a progress bar on a terminal."""
+    return track(
+        rounds,
+        doing,
+        total=total,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def timings(rounds: list[dict[str, float]]) -> dict[str, Timing]:
+    """Of each alternative, from the seconds of each round."""
+    return {name: Timing(tuple(seconds[name] for seconds in rounds)) for name in rounds[0]}
+
+
+def table_of(
+    title: str,
+    timings: Mapping[str, Timing],
+    count: int,
+    unit: str = "images",
+    memory: Mapping[str, float] | None = None,
+    relative_to: str | None = None,
+) -> Table:
+    """Medians, quartiles, units a second, memory, and how much faster one of them is.
+
+    Args:
+        count: units a step.
+        memory: of each alternative, bytes.
+        relative_to: the one whose speed is compared.
+    """
+    table = Table(title=title)
+    table.add_column("")
+    more = ["memory\nMiB"] * (memory is not None) + ["ours is\nfaster by"] * bool(relative_to)
+    for name in ("median\nms", "quartiles\nms", f"\n{unit}/s", *more):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, timing in timings.items():
+        low, high = timing.quartiles
+        mean = statistics.fmean(timing.seconds)
+        row = [
+            name,
+            milliseconds(timing.median),
+            f"{milliseconds(low)}-{milliseconds(high)}",
+            f"{count / mean:,.0f}",
+        ]
+        if memory is not None:
+            row.append(f"{memory[name] / 2**20:,.1f}")
+        if relative_to:
+            ours = statistics.fmean(timings[relative_to].seconds)
+            row.append("" if name == relative_to else f"{mean / ours:.2f} x")
+        table.add_row(*row)
+    return table
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.{1 if seconds < 1 else 0}f}"
+
+
+def write_json(out: Path, asked: Options, execution: Execution, result: dict[str, Any]) -> None:
+    """The settings but for files, what they were measured on and with, and the result."""
+    files = ("out", "plot", "root")
+    settings = {name: value for name, value in asdict(asked).items() if name not in files}
+    content = {
+        "settings": settings,
+        "execution": asdict(execution),
+        "machine": machine(execution),
+        "versions": versions(),
+        **result,
+    }
+    write_whole(out, json.dumps(content, indent=1).encode() + b"\n")

@@ -1,0 +1,100 @@
+import json
+import sys
+
+import pytest
+
+from stochastic_depth import __version__
+from stochastic_depth.cli import main
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
+
+SMALL = ["--batch", "4", "--device", "cpu", "--precision", "float32"]
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, capsys):
+    """Run a benchmark at small size; gives what it printed and what it wrote."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments, repeats=3):
+        out = tmp_path / "result.json"
+        command = ["bench", *arguments, *SMALL, "--repeats", str(repeats), "--out", str(out)]
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= 80
+        result = json.loads(out.read_text())
+        assert result["versions"].keys() == {"stochastic-depth", "torch", "python"}
+        assert result["versions"]["stochastic-depth"] == __version__
+        assert result["machine"]["threads"] == 1
+        assert result["settings"]["repeats"] == repeats
+        return printed, result
+
+    return run
+
+
+def test_overhead(bench):
+    printed, result = bench("overhead", "--depth", "8", "--size", "16")
+    assert "cost of the library" in printed
+    assert all(len(seconds) == 3 for seconds in result["seconds"].values())
+
+
+def test_skip(bench):
+    printed, result = bench("skip", "--depth", "8", "--size", "16")
+    assert "efficiency: time saved over FLOPs saved" in printed
+    assert result["alternatives"]["constant depth"]["kept_for_backward"] == 1
+
+
+@pytest.mark.parametrize(
+    ("network", "unit"), [("cifar-resnet", "images"), ("x-transformer", "tokens")]
+)
+def test_peers(network, unit, bench):
+    if network == "x-transformer":
+        pytest.importorskip("x_transformers", reason="needs x-transformers")
+    printed, result = bench("peers", "--network", network, "--depth", "8", "--size", "16")
+    assert f"{unit}/s" in printed
+    assert result["seconds"].keys() == result["memory_bytes"].keys()
+    for reason in result["missing"].values():
+        assert reason.split()[0] in printed
+    count = 4 if unit == "images" else 4 * 16
+    seconds = result["seconds"]["constant depth"]
+    assert result[f"{unit}_per_second"]["constant depth"] == pytest.approx(3 * count / sum(seconds))
+
+
+def test_a_library_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["bench", "peers", "--network", "vit-small"]) == 1
+    told = capsys.readouterr().err
+    assert "pip install timm" in told
+    assert told.count("\n") == 1
+
+
+def test_one_round_has_no_quartiles(capsys):
+    assert main(["bench", "overhead", "--repeats", "1"]) == 2
+    assert "repeats=1" in "".join(capsys.readouterr())
+
+
+def test_depth(bench, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    picture = tmp_path / "depth.png"
+    printed, result = bench(
+        "depth", "--deepest", "32", "--size", "16", "--plot", str(picture), repeats=2
+    )
+    assert "R²" in printed
+    assert result["depths"] == [20, 32]
+    assert result["lines"]["seconds"].keys() == {"constant", "stochastic"}
+    assert result["lines"]["memory"]["constant"].keys() == {"slope", "intercept", "r_squared"}
+    assert all(count > 0 for of_kind in result["bytes_per_image"].values() for count in of_kind)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_data(bench, monkeypatch):
+    monkeypatch.setattr("stochastic_depth.bench.data.IMAGES", 40)
+    printed, result = bench("data", "--depth", "8")
+    assert result["images"] == "generated"
+    assert result["steps_per_epoch"] == 10
+    for name, share in result["data_share"].items():
+        assert 0 < share < 1
+        assert f"data are {100 * share:.2f} % of a {name}" in printed
