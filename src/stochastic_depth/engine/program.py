@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.engine.flat import FlatParameters, FlatSGD
-from stochastic_depth.engine.kernels import BatchNorm, Kernels, ReferenceKernels
+from stochastic_depth.engine.kernels import BatchNorm, Kernels, Layer, ReferenceKernels
 from stochastic_depth.engine.replay import Replay, eagerly
 from stochastic_depth.errors import EngineError
 from stochastic_depth.models import CifarResNet
@@ -25,18 +25,16 @@ from stochastic_depth.models.cifar_resnet import PoolAndPad
 from stochastic_depth.residual import Residual
 
 
-class Layer:
-    """A convolution of 3x3 and its batch normalisation, as `kernels` want them."""
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> None:
-        self.stride = conv.stride[0]
-        self.weight = flat.of(conv.weight, flat.working)
-        self.weight_gradient = flat.of(conv.weight, flat.gradients)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        assert norm.momentum is not None
-        self.norm = BatchNorm(
+def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> Layer:
+    """What kernels need of a convolution and its batch normalisation."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.momentum is not None
+    return Layer(
+        flat.of(conv.weight, flat.working),
+        flat.of(conv.weight, flat.gradients),
+        conv.stride[0],
+        BatchNorm(
             norm.weight.detach(),
             norm.bias.detach(),
             flat.of(norm.weight, flat.gradients),
@@ -45,8 +43,8 @@ class Layer:
             norm.running_var,
             norm.momentum,
             norm.eps,
-        )
-        self.steps = norm.num_batches_tracked
+        ),
+    )
 
 
 class Stem:
@@ -57,32 +55,17 @@ class Stem:
     ) -> None:
         self.layer, self.images, self.x, self.gradient = layer, images, x, gradient
         self.kernels = kernels
-        self.saved: Tensor | None = None
+        self.saved: tuple[Tensor, ...] = ()
 
     def forward(self) -> None:
-        layer = self.layer
-        self.saved = self.kernels.convolve(self.images, layer.weight, layer.stride)
-        self.kernels.normalise(self.saved, layer.norm, out=self.x)
-        layer.steps.add_(1)
+        self.saved = self.kernels.stem(self.images, self.layer, self.x)
 
     def backward(self) -> None:
-        layer = self.layer
-        assert self.saved is not None
-        gradient = self.kernels.normalise_backward(
-            self.gradient, self.x, self.saved, layer.norm, has_shortcut=False
-        )
-        self.kernels.convolve_backward(
-            gradient,
-            self.images,
-            layer.weight,
-            layer.stride,
-            layer.weight_gradient,
-            needs_input=False,
-        )
+        self.kernels.stem_backward(self.saved, self.images, self.layer, self.x, self.gradient)
 
 
 class Block:
-    """x -> ReLU(shortcut(x) + BN(conv(ReLU(BN(conv(x))))))"""
+    """x -> ReLU(shortcut(x) + branch(x)): two layers around an identity, or pooling and padding."""
 
     def __init__(
         self,
@@ -95,7 +78,7 @@ class Block:
         kernels: Kernels,
         keeps: bool,
     ) -> None:
-        self.first, self.second = first, second
+        self.layers = first, second
         self.x, self.out = x, out
         self.gradient, self.gradient_out = gradient, gradient_out
         self.is_transition = x.shape != out.shape
@@ -103,26 +86,11 @@ class Block:
         self.saved: tuple[Tensor, ...] = ()
 
     def forward(self) -> None:
-        kernels, first, second = self.kernels, self.first, self.second
-        a = kernels.convolve(self.x, first.weight, first.stride)
-        b = kernels.normalise(a, first.norm)
-        c = kernels.convolve(b, second.weight, 1)
-        kernels.normalise(c, second.norm, self._shortcut(), self.out)
-        first.steps.add_(1)
-        second.steps.add_(1)
-        self.saved = a, b, c
+        self.saved = self.kernels.branch(self.x, *self.layers, self._shortcut(), self.out)
 
     def backward(self) -> None:
-        kernels, first, second = self.kernels, self.first, self.second
-        a, b, c = self.saved
-        of_c = kernels.normalise_backward(self.gradient_out, self.out, c, second.norm, True)
-        of_b = kernels.convolve_backward(of_c, b, second.weight, 1, second.weight_gradient)
-        assert of_b is not None
-        of_a = kernels.normalise_backward(of_b, b, a, first.norm, False)
-        if self.is_transition:
-            self.skip_backward()
-        kernels.convolve_backward(
-            of_a, self.x, first.weight, first.stride, first.weight_gradient, self.gradient
+        self.kernels.branch_backward(
+            self.saved, self.x, *self.layers, self.out, self.gradient_out, self._of_shortcut
         )
         if not self._keeps:
             self.saved = ()
@@ -133,15 +101,20 @@ class Block:
 
     def skip_backward(self) -> None:
         """Of a transition: back through average pooling and padding."""
-        channels = self.x.shape[1]
-        spread = F.interpolate(self.gradient_out[:, :channels], scale_factor=2, mode="nearest")
-        torch.mul(spread, 0.25, out=self.gradient)
+        self._of_shortcut()
 
     def _shortcut(self) -> Tensor:
         if not self.is_transition:
             return self.x
         added = self.out.shape[1] - self.x.shape[1]
         return F.pad(F.avg_pool2d(self.x, 2), (0, 0, 0, 0, 0, added))
+
+    def _of_shortcut(self) -> Tensor:
+        if self.is_transition:
+            channels = self.x.shape[1]
+            spread = F.interpolate(self.gradient_out[:, :channels], scale_factor=2, mode="nearest")
+            torch.mul(spread, 0.25, out=self.gradient)
+        return self.gradient
 
 
 class Head:
@@ -232,13 +205,13 @@ class Program:
             last = self.gradients[-1]
             self.gradients.append(torch.zeros_like(self.x[-1]) if added else last)
 
-        stem = Layer(model.stem[0], model.stem[1], flat)  # type: ignore[arg-type]
+        stem = layer_of(model.stem[0], model.stem[1], flat)  # type: ignore[arg-type]
         self.stem = Stem(stem, self.images, self.x[0], self.gradients[0], kernels)
         self.blocks: list[Block] = []
         streams = zip(pairwise(self.x), pairwise(self.gradients), strict=True)
         for unit, (x, gradients) in zip(units, streams, strict=True):
             conv1, norm1, _, conv2, norm2 = unit.branch  # type: ignore[misc]
-            layers = Layer(conv1, norm1, flat), Layer(conv2, norm2, flat)
+            layers = layer_of(conv1, norm1, flat), layer_of(conv2, norm2, flat)
             if depth is not None and depth.scale == "training":
                 layers[1].norm.factor = self.factors[len(self.blocks)]
             self.blocks.append(Block(*layers, *x, *gradients, kernels, replay.keeps))
@@ -250,6 +223,7 @@ class Program:
             flat,
             autocasts=dtype != flat.values.dtype,
         )
+        self.counters = self._join_counters(model)
         self._record(replay)
 
     @torch.no_grad()
@@ -265,8 +239,18 @@ class Program:
         self._forward(is_open)
         self._head()
         self._backward(is_open)
+        counted = torch.tensor([True, *(b for b in is_open for _ in range(2))])
+        self.counters.add_(counted.to(self.counters.device))
         self.update.step([True, *(keeps_moving or b for b in is_open), True])
         return self.head.loss.clone()
+
+    def _join_counters(self, model: nn.Module) -> Tensor:
+        """Make the batch counters of all normalisations parts of one tensor: [1 + 2 blocks]."""
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        counters = torch.stack([n.num_batches_tracked for n in norms])  # type: ignore[arg-type]
+        for norm, counter in zip(norms, counters, strict=True):
+            norm.num_batches_tracked = counter
+        return counters
 
     def _draw(self) -> list[bool]:
         if self.depth is None:
@@ -314,8 +298,8 @@ class Program:
 
     def _warm_up(self, rounds: int = 3) -> None:
         """Let libraries choose their algorithms before a capture; statistics are put back."""
-        layers = [self.stem.layer, *(x for b in self.blocks for x in (b.first, b.second))]
-        changed = [t for y in layers for t in (y.norm.running_mean, y.norm.running_var, y.steps)]
+        layers = [self.stem.layer, *(layer for block in self.blocks for layer in block.layers)]
+        changed = [t for y in layers for t in (y.norm.running_mean, y.norm.running_var)]
         before = [tensor.clone() for tensor in changed]
         self.flat.cast()
         stream = torch.cuda.Stream()

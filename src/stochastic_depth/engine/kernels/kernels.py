@@ -1,5 +1,6 @@
-"""What a set of kernels must offer."""
+"""What a set of kernels must offer: the arithmetic of a residual network's pieces."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,50 +25,58 @@ class BatchNorm:
     rstd: Tensor | None = None
 
 
-class Kernels(Protocol):
-    """Convolutions of 3x3 without bias, padding 1, and batch normalisation with what follows it.
+@dataclass
+class Layer:
+    """A convolution of 3x3 without bias, padding 1, and its batch normalisation."""
 
-    Images are [batch, channels, height, width], channels_last. Gradients of parameters are written
-    where they belong.
+    weight: Tensor
+    """In the type that is computed with, channels_last."""
+    weight_gradient: Tensor
+    stride: int
+    norm: BatchNorm
+
+
+class Kernels(Protocol):
+    """Images are [batch, channels, height, width], channels_last.
+
+    Statistics of a mini-batch are noted in the layers' norms and added to the running ones.
+    Gradients of parameters are written where they belong.
     """
 
-    def convolve(self, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        """The convolution of `x`."""
+    def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
+        """out = ReLU(BN(conv(images))); gives what the backward pass needs."""
         ...
 
-    def convolve_backward(
+    def stem_backward(
+        self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
+    ) -> None:
+        """Gradients of the stem's parameters from that of `out`."""
+        ...
+
+    def branch(
+        self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
+    ) -> tuple[Tensor, ...]:
+        """out = ReLU(shortcut + factor * BN(conv(ReLU(BN(conv(x)))))).
+
+        Gives what the backward pass needs, besides x and out.
+        """
+        ...
+
+    def branch_backward(
         self,
-        gradient: Tensor,
+        saved: tuple[Tensor, ...],
         x: Tensor,
-        weight: Tensor,
-        stride: int,
-        weight_gradient: Tensor,
-        add_to: Tensor | None = None,
-        needs_input: bool = True,
-    ) -> Tensor | None:
-        """The gradient of `x`, if it is needed, added to `add_to` in place if given.
-
-        That of the weight goes to `weight_gradient`.
-        """
-        ...
-
-    def normalise(
-        self, x: Tensor, norm: BatchNorm, shortcut: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """ReLU(BN(x) * factor + shortcut), in `out` if given.
-
-        Notes the statistics of the mini-batch in `norm`, and updates the running ones.
-        """
-        ...
-
-    def normalise_backward(
-        self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm, has_shortcut: bool
-    ) -> Tensor:
-        """The gradient of `x`.
-
-        With a shortcut `gradient` itself becomes that of the sum, which is the shortcut's.
+        first: Layer,
+        second: Layer,
+        out: Tensor,
+        gradient: Tensor,
+        of_shortcut: Callable[[], Tensor],
+    ) -> None:
+        """Gradients of the parameters, and of x.
 
         Args:
-            gradient: of `out`, the result of `normalise` of `x`.
+            gradient: of `out`; becomes that of the sum under the ReLU, in place.
+            of_shortcut: called after that, it gives the gradient of x that comes by the shortcut,
+                to which the branch's is added in place.
         """
         ...

@@ -5,9 +5,11 @@
 #include <immintrin.h>
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 using bf16 = uint16_t;
@@ -22,6 +24,14 @@ inline __m512 load(const bf16* p) {
 
 inline void store(bf16* p, __m512 v) {
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+inline __m512 affine(__m512 x, const float* scale, const float* shift) {
+  return _mm512_fmadd_ps(x, _mm512_loadu_ps(scale), _mm512_loadu_ps(shift));
+}
+
+inline __m512 where_positive(__m512 condition, __m512 v) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition, _mm512_setzero_ps(), _CMP_GT_OQ), v);
 }
 
 inline float value(bf16 b) {
@@ -48,15 +58,58 @@ inline __m512bh pair(const bf16* p) {
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-template <int C>
-void pad(const bf16* x, bf16* padded, int side) {
-  const size_t width = (size_t)(side + 2) * C, inner = (size_t)side * C;
+// What a convolution reads, sixteen channels of one pixel at a time: an image as it is, or computed
+// from others on the way, so that it need not be stored.
+
+struct Image {
+  const bf16* x;
+  template <int C>
+  __m256i at(size_t pixel, int c) const {
+    return _mm256_loadu_si256((const __m256i*)(x + pixel * C + c));
+  }
+};
+
+// ReLU(x * scale + shift)
+struct Activated {
+  const bf16* x;
+  const float *scale, *shift;
+  template <int C>
+  __m256i at(size_t pixel, int c) const {
+    const __m512 y = affine(load(x + pixel * C + c), scale + c, shift + c);
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_max_ps(y, _mm512_setzero_ps()));
+  }
+};
+
+// The gradient of x, from that of BN(x), or of ReLU(BN(x)) if there are scale and shift.
+struct Gradient {
+  const bf16 *gradient, *x;
+  const float *by_gradient, *by_x, *constant, *scale, *shift;
+  template <int C>
+  __m256i at(size_t pixel, int c) const {
+    return element(pixel * C + c, c);
+  }
+  __m256i element(size_t at, int c) const {
+    const __m512 v = load(x + at);
+    __m512 d = load(gradient + at);
+    if (scale) d = where_positive(affine(v, scale + c, shift + c), d);
+    const __m512 rest = affine(v, by_x + c, constant + c);
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_fmadd_ps(d, _mm512_loadu_ps(by_gradient + c), rest));
+  }
+};
+
+// With a border of zeros: [side + 2][side + 2][C].
+template <int C, class Source>
+void pad(const Source& source, size_t first, bf16* padded, int side) {
+  const size_t width = (size_t)(side + 2) * C;
   memset(padded, 0, 2 * width);
   for (int y = 0; y < side; y++) {
     bf16* row = padded + (y + 1) * width;
     memset(row, 0, 2 * C);
-    memcpy(row + C, x + y * inner, 2 * inner);
-    memset(row + C + inner, 0, 2 * C);
+    for (int x = 0; x < side; x++)
+      for (int c = 0; c < C; c += 16)
+        _mm256_storeu_si256((__m256i*)(row + (x + 1) * C + c),
+                            source.template at<C>(first + (size_t)y * side + x, c));
+    memset(row + (side + 1) * C, 0, 2 * C);
   }
   memset(padded + (side + 1) * width, 0, 2 * width);
 }
@@ -109,19 +162,17 @@ std::vector<bf16> pack(const bf16* weight, bool transposed) {
   return packed;
 }
 
-template <int C>
-void convolve(const bf16* x, const bf16* weight, bool transposed, const bf16* added, bf16* out,
-              int n, int side, int threads) {
-  const std::vector<bf16> packed = pack<C>(weight, transposed);
-  const size_t image = (size_t)side * side * C;
+template <int C, class Source>
+void convolve(const Source& source, const bf16* weight, bf16* out, int n, int side, int threads) {
+  const std::vector<bf16> packed = pack<C>(weight, false);
+  const size_t pixels = (size_t)side * side;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<bf16> padded((size_t)(side + 2) * (side + 2) * C);
 #pragma omp for schedule(static)
     for (int i = 0; i < n; i++) {
-      pad<C>(x + i * image, padded.data(), side);
-      convolve_image<C>(padded.data(), packed.data(), added ? added + i * image : nullptr,
-                        out + i * image, side);
+      pad<C>(source, i * pixels, padded.data(), side);
+      convolve_image<C>(padded.data(), packed.data(), nullptr, out + i * pixels * C, side);
     }
   }
 }
@@ -181,24 +232,34 @@ void weight_gradient_of_image(const bf16* even, const bf16* odd, const bf16* pai
       }
 }
 
-// result: [C outputs][9][C inputs], float32.
-template <int C>
-void weight_gradient(const bf16* x, const bf16* gradient, float* result, int n, int side,
-                     int threads) {
-  const size_t image = (size_t)side * side * C, size = 9 * C * C;
+// Both gradients of a convolution of `input`: of_weight [C outputs][9][C inputs] in float32, and
+// of_input, if it is not null, with `added` if that is not null.
+template <int C, class Input, class Output>
+void convolve_backward(const Input& input, const Output& gradient, const bf16* weight,
+                       float* of_weight, const bf16* added, bf16* of_input, int n, int side,
+                       int threads) {
+  const std::vector<bf16> packed = pack<C>(weight, true);
+  const size_t pixels = (size_t)side * side, size = 9 * C * C;
+  const long padded_pixels = (long)(side + 2) * (side + 2);
   std::vector<std::vector<float>> sums(threads, std::vector<float>(size, 0.f));
 #pragma omp parallel num_threads(threads)
   {
-    const long size_padded = (long)(side + 2) * (side + 2) * C;
-    std::vector<bf16> padded(size_padded), even(size_padded), odd(size_padded), pairs(image);
+    std::vector<bf16> padded(padded_pixels * C), even(padded_pixels * C), odd(padded_pixels * C);
+    std::vector<bf16> pairs(pixels * C);
     std::vector<float>& sum = sums[omp_get_thread_num()];
 #pragma omp for schedule(static)
     for (int i = 0; i < n; i++) {
-      pad<C>(x + i * image, padded.data(), side);
-      interleave_rows<C>(padded.data(), even.data(), size_padded / C);
-      interleave_rows<C>(padded.data() + C, odd.data(), size_padded / C - 1);
-      interleave_rows<C>(gradient + i * image, pairs.data(), (long)side * side);
+      pad<C>(input, i * pixels, padded.data(), side);
+      interleave_rows<C>(padded.data(), even.data(), padded_pixels);
+      interleave_rows<C>(padded.data() + C, odd.data(), padded_pixels - 1);
+      pad<C>(gradient, i * pixels, padded.data(), side);
+      for (int y = 0; y < side; y++)
+        interleave_rows<C>(padded.data() + ((size_t)(y + 1) * (side + 2) + 1) * C,
+                           pairs.data() + (size_t)y * side * C, side);
       weight_gradient_of_image<C>(even.data(), odd.data(), pairs.data(), sum.data(), side);
+      if (of_input)
+        convolve_image<C>(padded.data(), packed.data(), added ? added + i * pixels * C : nullptr,
+                          of_input + i * pixels * C, side);
     }
   }
   for (int tap = 0; tap < 9; tap++)
@@ -206,7 +267,7 @@ void weight_gradient(const bf16* x, const bf16* gradient, float* result, int n, 
       for (int out = 0; out < C; out++) {
         float total = 0;
         for (int t = 0; t < threads; t++) total += sums[t][(tap * C + in) * C + out];
-        result[(out * 9 + tap) * C + in] = total;
+        of_weight[(out * 9 + tap) * C + in] = total;
       }
 }
 
@@ -221,145 +282,174 @@ Rows mine(long rows) {
   return {rows * me / threads, rows * (me + 1) / threads};
 }
 
+constexpr long CHUNK = 1024;  // rows that are summed in float32 before float64
+
+void add_to(double* sums, __m512 v) {
+  alignas(64) float each[16];
+  _mm512_store_ps(each, v);
+  for (int k = 0; k < 16; k++) sums[k] += each[k];
+}
+
+// Of one channel, over threads.
+double total(const std::vector<double>& sums, int channel, int channels) {
+  double sum = 0;
+  for (size_t at = channel; at < sums.size(); at += channels) sum += sums[at];
+  return sum;
+}
+
+template <class Work>
+void with_channels(int channels, const Work& work) {
+  if (channels == 16) work(std::integral_constant<int, 16>());
+  if (channels == 32) work(std::integral_constant<int, 32>());
+  if (channels == 64) work(std::integral_constant<int, 64>());
+}
+
 }  // namespace
 
 extern "C" {
 
-// ReLU(BN(x) * factor + shortcut). Returns nothing; writes out, mean, rstd and running statistics.
-// Variances are of differences to the first row, so that a large mean costs no digits.
-void normalise(const bf16* x, const bf16* shortcut, bf16* out, const float* weight,
-               const float* bias, float* running_mean, float* running_var, float* mean, float* rstd,
-               float momentum, float eps, float factor, long rows, int channels, int threads) {
+// Statistics of the mini-batch: BN(x) * factor is x * scale + shift. Variances are of differences to
+// the first row, so that a large mean costs no digits.
+void observe(const bf16* x, const float* weight, const float* bias, float* running_mean,
+             float* running_var, float* mean, float* rstd, float* scale, float* shift,
+             float momentum, float eps, float factor, long rows, int channels, int threads) {
   const int C = channels;
   std::vector<double> sums((size_t)threads * C), squares((size_t)threads * C);
-  std::vector<float> scale(C), shift(C), pivot(C);
+  std::vector<float> pivot(C);
   for (int c = 0; c < C; c++) pivot[c] = value(x[c]);
 #pragma omp parallel num_threads(threads)
   {
     const Rows part = mine(rows);
-    const int me = omp_get_thread_num();
-    for (int c = 0; c < C; c += 16) {
-      const __m512 p = _mm512_loadu_ps(&pivot[c]);
-      double* s = &sums[(size_t)me * C + c];
-      double* q = &squares[(size_t)me * C + c];
-      for (long start = part.begin; start < part.end; start += 1024) {
-        const long end = start + 1024 < part.end ? start + 1024 : part.end;
-        __m512 sum[4] = {}, square[4] = {};
-        long row = start;
-        for (; row + 4 <= end; row += 4)
-#pragma GCC unroll 4
-          for (int k = 0; k < 4; k++) {
-            const __m512 d = _mm512_sub_ps(load(x + (row + k) * C + c), p);
-            sum[k] = _mm512_add_ps(sum[k], d);
-            square[k] = _mm512_fmadd_ps(d, d, square[k]);
-          }
-        for (; row < end; row++) {
-          const __m512 d = _mm512_sub_ps(load(x + row * C + c), p);
-          sum[0] = _mm512_add_ps(sum[0], d);
-          square[0] = _mm512_fmadd_ps(d, d, square[0]);
-        }
-        alignas(64) float a[16], b[16];
-        _mm512_store_ps(a, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-        _mm512_store_ps(b, (square[0] + square[1]) + (square[2] + square[3]));
-        for (int k = 0; k < 16; k++) s[k] += a[k], q[k] += b[k];
-      }
-    }
-#pragma omp barrier
-#pragma omp single
-    for (int c = 0; c < C; c++) {
-      double s = 0, q = 0;
-      for (int t = 0; t < threads; t++) s += sums[(size_t)t * C + c], q += squares[(size_t)t * C + c];
-      const double m = s / rows, variance = std::fmax(0., q / rows - m * m);
-      mean[c] = (float)(m + pivot[c]);
-      rstd[c] = (float)(1 / std::sqrt(variance + eps));
-      running_mean[c] += momentum * (mean[c] - running_mean[c]);
-      running_var[c] += momentum * ((float)(variance * rows / (rows - 1)) - running_var[c]);
-      scale[c] = weight[c] * rstd[c] * factor;
-      shift[c] = (bias[c] - weight[c] * rstd[c] * mean[c]) * factor;
-    }
-    const __m512 zero = _mm512_setzero_ps();
-    for (long row = part.begin; row < part.end; row++)
+    const size_t me = omp_get_thread_num();
+    for (long start = part.begin; start < part.end; start += CHUNK)
       for (int c = 0; c < C; c += 16) {
-        const size_t at = row * C + c;
-        __m512 y = _mm512_fmadd_ps(load(x + at), _mm512_loadu_ps(&scale[c]), _mm512_loadu_ps(&shift[c]));
-        if (shortcut) y = _mm512_add_ps(y, load(shortcut + at));
-        store(out + at, _mm512_max_ps(y, zero));
+        const long end = std::min(start + CHUNK, part.end);
+        const __m512 p = _mm512_loadu_ps(&pivot[c]);
+        __m512 sum[4] = {}, square[4] = {};
+        for (long row = start; row < end; row++) {
+          const __m512 d = _mm512_sub_ps(load(x + row * C + c), p);
+          sum[row % 4] = _mm512_add_ps(sum[row % 4], d);
+          square[row % 4] = _mm512_fmadd_ps(d, d, square[row % 4]);
+        }
+        add_to(&sums[me * C + c], (sum[0] + sum[1]) + (sum[2] + sum[3]));
+        add_to(&squares[me * C + c], (square[0] + square[1]) + (square[2] + square[3]));
       }
+  }
+  for (int c = 0; c < C; c++) {
+    const double m = total(sums, c, C) / rows;
+    const double variance = std::fmax(0., total(squares, c, C) / rows - m * m);
+    mean[c] = (float)(m + pivot[c]);
+    rstd[c] = (float)(1 / std::sqrt(variance + eps));
+    running_mean[c] += momentum * (mean[c] - running_mean[c]);
+    running_var[c] += momentum * ((float)(variance * rows / (rows - 1)) - running_var[c]);
+    scale[c] = weight[c] * rstd[c] * factor;
+    shift[c] = (bias[c] - weight[c] * rstd[c] * mean[c]) * factor;
   }
 }
 
-// of_sum: where the gradient of the sum under the ReLU goes, or null. It may be `gradient` itself.
-void normalise_backward(const bf16* gradient, const bf16* out, const bf16* x, bf16* of_sum, bf16* of_x,
-                        const float* weight, const float* mean, const float* rstd, float* of_weight,
-                        float* of_bias, float factor, long rows, int channels, int threads) {
+// out = ReLU(x * scale + shift + shortcut); shortcut may be null.
+void activate(const bf16* x, const float* scale, const float* shift, const bf16* shortcut, bf16* out,
+              long rows, int channels, int threads) {
+  const int C = channels;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long row = 0; row < rows; row++)
+    for (int c = 0; c < C; c += 16) {
+      const size_t at = row * C + c;
+      __m512 y = affine(load(x + at), scale + c, shift + c);
+      if (shortcut) y = _mm512_add_ps(y, load(shortcut + at));
+      store(out + at, _mm512_max_ps(y, _mm512_setzero_ps()));
+    }
+}
+
+// Gradients of weight and bias, and what `Gradient` needs: coefficients [3][channels].
+// With `out`, the result of the ReLU, `gradient` becomes that of what is under the ReLU. Without,
+// the ReLU is that of x * scale + shift, and `gradient` stays.
+void reduce(bf16* gradient, const bf16* out, const bf16* x, const float* weight, const float* mean,
+            const float* rstd, const float* scale, const float* shift, float* of_weight,
+            float* of_bias, float* coefficients, float factor, long rows, int channels,
+            int threads) {
   const int C = channels;
   std::vector<double> sums((size_t)threads * C), products((size_t)threads * C);
-  std::vector<float> by_gradient(C), by_x(C), constant(C);
 #pragma omp parallel num_threads(threads)
   {
     const Rows part = mine(rows);
-    const int me = omp_get_thread_num();
-    const __m512 zero = _mm512_setzero_ps();
-    const auto masked = [&](size_t at) {
-      const __mmask16 positive = _mm512_cmp_ps_mask(load(out + at), zero, _CMP_GT_OQ);
-      return _mm512_maskz_mov_ps(positive, load(gradient + at));
-    };
-    for (int c = 0; c < C; c += 16) {
-      const __m512 m = _mm512_loadu_ps(mean + c);
-      double* s = &sums[(size_t)me * C + c];
-      double* q = &products[(size_t)me * C + c];
-      for (long start = part.begin; start < part.end; start += 1024) {
-        const long end = start + 1024 < part.end ? start + 1024 : part.end;
-        __m512 sum[2] = {}, product[2] = {};
+    const size_t me = omp_get_thread_num();
+    for (long start = part.begin; start < part.end; start += CHUNK)
+      for (int c = 0; c < C; c += 16) {
+        const long end = std::min(start + CHUNK, part.end);
+        const __m512 m = _mm512_loadu_ps(mean + c);
+        __m512 sum[4] = {}, product[4] = {};
         for (long row = start; row < end; row++) {
           const size_t at = row * C + c;
-          const __m512 d = masked(at);
-          sum[row % 2] = _mm512_add_ps(sum[row % 2], d);
-          product[row % 2] =
-              _mm512_fmadd_ps(d, _mm512_sub_ps(load(x + at), m), product[row % 2]);
+          const __m512 v = load(x + at);
+          const __m512 under = out ? load(out + at) : affine(v, scale + c, shift + c);
+          const __m512 d = where_positive(under, load(gradient + at));
+          if (out) store(gradient + at, d);
+          sum[row % 4] = _mm512_add_ps(sum[row % 4], d);
+          product[row % 4] = _mm512_fmadd_ps(d, _mm512_sub_ps(v, m), product[row % 4]);
         }
-        alignas(64) float a[16], b[16];
-        _mm512_store_ps(a, sum[0] + sum[1]);
-        _mm512_store_ps(b, product[0] + product[1]);
-        for (int k = 0; k < 16; k++) s[k] += a[k], q[k] += b[k];
+        add_to(&sums[me * C + c], (sum[0] + sum[1]) + (sum[2] + sum[3]));
+        add_to(&products[me * C + c], (product[0] + product[1]) + (product[2] + product[3]));
       }
-    }
-#pragma omp barrier
-#pragma omp single
-    for (int c = 0; c < C; c++) {
-      double s = 0, q = 0;
-      for (int t = 0; t < threads; t++) s += sums[(size_t)t * C + c], q += products[(size_t)t * C + c];
-      s *= factor, q *= factor;
-      of_bias[c] = (float)s;
-      of_weight[c] = (float)(q * rstd[c]);
-      const double scale = (double)weight[c] * rstd[c], slope = q / rows * rstd[c] * rstd[c];
-      by_gradient[c] = (float)(scale * factor);
-      by_x[c] = (float)(-scale * slope);
-      constant[c] = (float)(scale * (slope * mean[c] - s / rows));
-    }
-    for (long row = part.begin; row < part.end; row++)
-      for (int c = 0; c < C; c += 16) {
-        const size_t at = row * C + c;
-        const __m512 d = masked(at);
-        const __m512 rest = _mm512_fmadd_ps(load(x + at), _mm512_loadu_ps(&by_x[c]), _mm512_loadu_ps(&constant[c]));
-        store(of_x + at, _mm512_fmadd_ps(d, _mm512_loadu_ps(&by_gradient[c]), rest));
-        if (of_sum) store(of_sum + at, d);
-      }
+  }
+  for (int c = 0; c < C; c++) {
+    const double s = total(sums, c, C) * factor, q = total(products, c, C) * factor;
+    const double by_weight = (double)weight[c] * rstd[c], slope = q / rows * rstd[c] * rstd[c];
+    of_bias[c] = (float)s;
+    of_weight[c] = (float)(q * rstd[c]);
+    coefficients[c] = (float)(by_weight * factor);
+    coefficients[C + c] = (float)(-by_weight * slope);
+    coefficients[2 * C + c] = (float)(by_weight * (slope * mean[c] - s / rows));
   }
 }
 
-// x, out, added: [n, side, side, channels]; added may be null, or `out` itself.
-void convolve3x3(const bf16* x, const bf16* weight, int transposed, const bf16* added, bf16* out,
-                 int n, int side, int channels, int threads) {
-  const auto run = channels == 16 ? convolve<16> : channels == 32 ? convolve<32> : convolve<64>;
-  run(x, weight, transposed, added, out, n, side, threads);
+// The gradient of x, after `reduce`. With scale and shift, the ReLU is that of x * scale + shift.
+void spread(const bf16* gradient, const bf16* x, const float* coefficients, const float* scale,
+            const float* shift, bf16* of_x, long rows, int channels, int threads) {
+  const int C = channels;
+  const Gradient source{gradient, x, coefficients, coefficients + C, coefficients + 2 * C, scale, shift};
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long row = 0; row < rows; row++)
+    for (int c = 0; c < C; c += 16)
+      _mm256_storeu_si256((__m256i*)(of_x + row * C + c), source.element(row * C + c, c));
 }
 
-void weight_gradient3x3(const bf16* x, const bf16* gradient, float* result, int n, int side,
-                        int channels, int threads) {
-  const auto run = channels == 16   ? weight_gradient<16>
-                   : channels == 32 ? weight_gradient<32>
-                                    : weight_gradient<64>;
-  run(x, gradient, result, n, side, threads);
+// x, out: [n, side, side, channels]; with scale and shift the convolution is of ReLU(x * scale +
+// shift).
+void convolve3x3(const bf16* x, const float* scale, const float* shift, const bf16* weight, bf16* out,
+                 int n, int side, int channels, int threads) {
+  with_channels(channels, [&](auto count) {
+    constexpr int C = decltype(count)::value;
+    if (scale)
+      convolve<C>(Activated{x, scale, shift}, weight, out, n, side, threads);
+    else
+      convolve<C>(Image{x}, weight, out, n, side, threads);
+  });
+}
+
+// Gradients of `convolve3x3`. The gradient of its result is given, or with coefficients (of `reduce`)
+// that of a batch normalisation of its result `y`, followed by a ReLU if there are y_scale, y_shift.
+void convolve3x3_backward(const bf16* x, const float* scale, const float* shift, const bf16* gradient,
+                          const bf16* y, const float* coefficients, const float* y_scale,
+                          const float* y_shift, const bf16* weight, float* of_weight,
+                          const bf16* added, bf16* of_x, int n, int side, int channels,
+                          int threads) {
+  with_channels(channels, [&](auto count) {
+    constexpr int C = decltype(count)::value;
+    const auto run = [&](const auto& input, const auto& output) {
+      convolve_backward<C>(input, output, weight, of_weight, added, of_x, n, side, threads);
+    };
+    const auto with_gradient = [&](const auto& input) {
+      if (coefficients)
+        run(input, Gradient{gradient, y, coefficients, coefficients + C, coefficients + 2 * C,
+                            y_scale, y_shift});
+      else
+        run(input, Image{gradient});
+    };
+    if (scale)
+      with_gradient(Activated{x, scale, shift});
+    else
+      with_gradient(Image{x});
+  });
 }
 }

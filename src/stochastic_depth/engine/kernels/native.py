@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stochastic_depth.engine.kernels.kernels import BatchNorm
+from stochastic_depth.engine.kernels.kernels import BatchNorm, Layer
 from stochastic_depth.engine.kernels.reference import ReferenceKernels
 from stochastic_depth.errors import EngineError
 
@@ -31,12 +32,12 @@ def missing() -> str | None:
 
 
 class NativeKernels(ReferenceKernels):
-    """bfloat16 on a CPU: each convolution close to the processor's peak, and each normalisation
-    with the ReLU and the addition that follow it in two passes over the data.
+    """bfloat16 on a CPU: convolutions close to the processor's peak, which compute on the way what
+    normalisation and ReLU make of their input, so that it is neither stored nor read again.
 
-    Weight gradients are float32 from the start, and sums are rounded once, so results differ from
-    the reference's in the last bits of bfloat16. What is of no form for it (strides, other numbers
-    of channels, other types) is computed by the reference.
+    A branch keeps the results of its two convolutions, nothing else. Sums are in float32 and
+    rounded once, so results differ from the reference's in the last bits of bfloat16. What is not
+    of a form for it (strides, other numbers of channels, other types) the reference computes.
 
     Raises:
         EngineError: where it cannot be compiled, saying why.
@@ -46,100 +47,47 @@ class NativeKernels(ReferenceKernels):
         self._library = _library()
         self._threads = torch.get_num_threads()
 
-    def convolve(self, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        if not self._fits(x, weight, stride):
-            return super().convolve(x, weight, stride)
-        return self._convolved(x, weight, torch.empty_like(x), transposed=False)
+    def branch(
+        self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
+    ) -> tuple[Tensor, ...]:
+        if not self._fits(x, first) or not self._fits(out, second):
+            return super().branch(x, first, second, shortcut, out)
+        a = self._convolve(x, first)
+        affine = self._observe(a, first.norm)
+        c = self._convolve(a, second, affine)
+        last = self._observe(c, second.norm)
+        self._library.activate(_at(c), *_two(last), _at(shortcut), _at(out), *self._rows(c))
+        return a, c, affine
 
-    def convolve_backward(
+    def branch_backward(
         self,
-        gradient: Tensor,
+        saved: tuple[Tensor, ...],
         x: Tensor,
-        weight: Tensor,
-        stride: int,
-        weight_gradient: Tensor,
-        add_to: Tensor | None = None,
-        needs_input: bool = True,
-    ) -> Tensor | None:
-        if not self._fits(x, weight, stride):
-            return super().convolve_backward(
-                gradient, x, weight, stride, weight_gradient, add_to, needs_input
-            )
-        n, channels, side, _ = x.shape
-        self._library.weight_gradient3x3(
-            _at(x), _at(gradient), _at(weight_gradient), n, side, channels, self._threads
-        )
-        if not needs_input:
-            return None
-        out = torch.empty_like(x) if add_to is None else add_to
-        return self._convolved(gradient, weight, out, transposed=True, added=add_to)
-
-    def normalise(
-        self, x: Tensor, norm: BatchNorm, shortcut: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        if not _is_image(x):
-            return super().normalise(x, norm, shortcut, out)
-        out = torch.empty_like(x) if out is None else out
-        norm.mean, norm.rstd = torch.empty_like(norm.weight), torch.empty_like(norm.weight)
-        channels = x.shape[1]
-        self._library.normalise(
-            _at(x),
-            _at(shortcut),
-            _at(out),
-            _at(norm.weight),
-            _at(norm.bias),
-            _at(norm.running_mean),
-            _at(norm.running_var),
-            _at(norm.mean),
-            _at(norm.rstd),
-            ctypes.c_float(norm.momentum),
-            ctypes.c_float(norm.eps),
-            _factor(norm),
-            ctypes.c_long(x.numel() // channels),
-            channels,
-            self._threads,
-        )
-        return out
-
-    def normalise_backward(
-        self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm, has_shortcut: bool
-    ) -> Tensor:
-        if not _is_image(x):
-            return super().normalise_backward(gradient, out, x, norm, has_shortcut)
-        of_x = torch.empty_like(x)
-        channels = x.shape[1]
-        self._library.normalise_backward(
-            _at(gradient),
-            _at(out),
-            _at(x),
-            _at(gradient if has_shortcut else None),
-            _at(of_x),
-            _at(norm.weight),
-            _at(norm.mean),
-            _at(norm.rstd),
-            _at(norm.weight_gradient),
-            _at(norm.bias_gradient),
-            _factor(norm),
-            ctypes.c_long(x.numel() // channels),
-            channels,
-            self._threads,
-        )
-        return of_x
-
-    def _convolved(
-        self,
-        x: Tensor,
-        weight: Tensor,
+        first: Layer,
+        second: Layer,
         out: Tensor,
-        transposed: bool,
-        added: Tensor | None = None,
-    ) -> Tensor:
+        gradient: Tensor,
+        of_shortcut: Callable[[], Tensor],
+    ) -> None:
+        if len(saved) != 3 or saved[2].ndim != 2:
+            super().branch_backward(saved, x, first, second, out, gradient, of_shortcut)
+            return
+        a, c, affine = saved
+        of_b = torch.empty_like(a)
+        by = self._reduce(gradient, c, second.norm, out=out)
+        self._convolve_backward(a, affine, second, gradient, c, by, None, None, of_b)
+        by = self._reduce(of_b, a, first.norm, affine=affine)
+        of_x = of_shortcut()
+        self._convolve_backward(x, None, first, of_b, a, by, affine, of_x, of_x)
+
+    def _convolve(self, x: Tensor, layer: Layer, affine: Tensor | None = None) -> Tensor:
+        """The convolution of x, or of ReLU(x * scale + shift)."""
+        out = torch.empty_like(x)
         n, channels, side, _ = x.shape
         self._library.convolve3x3(
             _at(x),
-            _at(weight),
-            int(transposed),
-            _at(added),
+            *_two(affine),
+            _at(layer.weight),
             _at(out),
             n,
             side,
@@ -148,31 +96,109 @@ class NativeKernels(ReferenceKernels):
         )
         return out
 
-    @staticmethod
-    def _fits(x: Tensor, weight: Tensor, stride: int) -> bool:
-        out, into, height, width = *weight.shape[:2], *x.shape[2:]
-        tile = 16 if out == 16 else 8
-        return (
-            _is_image(x)
-            and stride == 1
-            and out == into
-            and out in (16, 32, 64)
-            and height == width
-            and width % tile == 0
+    def _convolve_backward(
+        self,
+        x: Tensor,
+        affine: Tensor | None,
+        layer: Layer,
+        gradient: Tensor,
+        y: Tensor,
+        by: Tensor,
+        y_affine: Tensor | None,
+        added: Tensor | None,
+        of_x: Tensor,
+    ) -> None:
+        """Both gradients of the convolution y of x, from that of y's normalisation."""
+        n, channels, side, _ = x.shape
+        self._library.convolve3x3_backward(
+            _at(x),
+            *_two(affine),
+            _at(gradient),
+            _at(y),
+            _at(by),
+            *_two(y_affine),
+            _at(layer.weight),
+            _at(layer.weight_gradient),
+            _at(added),
+            _at(of_x),
+            n,
+            side,
+            channels,
+            self._threads,
         )
 
+    def _observe(self, x: Tensor, norm: BatchNorm) -> Tensor:
+        """Note the statistics of x; gives scale and shift, float32 [2, channels]."""
+        channels = x.shape[1]
+        norm.mean, norm.rstd = torch.empty(2, channels).unbind()
+        affine = torch.empty(2, channels)
+        self._library.observe(
+            _at(x),
+            _at(norm.weight),
+            _at(norm.bias),
+            _at(norm.running_mean),
+            _at(norm.running_var),
+            _at(norm.mean),
+            _at(norm.rstd),
+            *_two(affine),
+            ctypes.c_float(norm.momentum),
+            ctypes.c_float(norm.eps),
+            _factor(norm),
+            *self._rows(x),
+        )
+        return affine
 
-def _is_image(x: Tensor) -> bool:
-    """Whether it is bfloat16, channels_last, and in sixteens of channels."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.shape[1] % 16 == 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
+    def _reduce(
+        self,
+        gradient: Tensor,
+        x: Tensor,
+        norm: BatchNorm,
+        out: Tensor | None = None,
+        affine: Tensor | None = None,
+    ) -> Tensor:
+        """Gradients of weight and bias; gives the coefficients of that of x, [3, channels]."""
+        by = torch.empty(3, x.shape[1])
+        self._library.reduce(
+            _at(gradient),
+            _at(out),
+            _at(x),
+            _at(norm.weight),
+            _at(norm.mean),
+            _at(norm.rstd),
+            *_two(affine),
+            _at(norm.weight_gradient),
+            _at(norm.bias_gradient),
+            _at(by),
+            _factor(norm),
+            *self._rows(x),
+        )
+        return by
+
+    def _rows(self, x: Tensor) -> tuple[ctypes.c_long, int, int]:
+        """Number of pixels, channels, threads."""
+        return ctypes.c_long(x.numel() // x.shape[1]), x.shape[1], self._threads
+
+    @staticmethod
+    def _fits(x: Tensor, layer: Layer) -> bool:
+        (out, into), (height, width) = layer.weight.shape[:2], x.shape[2:]
+        return (
+            x.dtype == torch.bfloat16
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and layer.stride == 1
+            and x.shape[1] == out == into
+            and out in (16, 32, 64)
+            and height == width
+            and width % (16 if out == 16 else 8) == 0
+        )
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _two(pair: Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    """The rows of [2, channels], or nothing."""
+    return (_at(None), _at(None)) if pair is None else (_at(pair[0]), _at(pair[1]))
 
 
 def _factor(norm: BatchNorm) -> ctypes.c_float:

@@ -1,9 +1,11 @@
 """PyTorch's own operators, one after the other: on every device, in every precision."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from stochastic_depth.engine.kernels.kernels import BatchNorm
+from stochastic_depth.engine.kernels.kernels import BatchNorm, Layer
 
 aten = torch.ops.aten
 
@@ -11,30 +13,62 @@ aten = torch.ops.aten
 class ReferenceKernels:
     """The same operators as autograd calls, so that the results are the same."""
 
-    def convolve(self, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        return torch.conv2d(x, weight, None, stride, 1)
+    def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
+        a = self.convolve(images, layer)
+        self.normalise(a, layer.norm, out=out)
+        return (a,)
+
+    def stem_backward(
+        self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
+    ) -> None:
+        (a,) = saved
+        of_a = self.normalise_backward(gradient, out, a, layer.norm)
+        self.convolve_backward(of_a, images, layer, needs_input=False)
+
+    def branch(
+        self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
+    ) -> tuple[Tensor, ...]:
+        a = self.convolve(x, first)
+        b = self.normalise(a, first.norm)
+        c = self.convolve(b, second)
+        self.normalise(c, second.norm, shortcut, out)
+        return a, b, c
+
+    def branch_backward(
+        self,
+        saved: tuple[Tensor, ...],
+        x: Tensor,
+        first: Layer,
+        second: Layer,
+        out: Tensor,
+        gradient: Tensor,
+        of_shortcut: Callable[[], Tensor],
+    ) -> None:
+        a, b, c = saved
+        of_c = self.normalise_backward(gradient, out, c, second.norm)
+        of_b = self.convolve_backward(of_c, b, second)
+        of_a = self.normalise_backward(of_b, b, a, first.norm)
+        of_shortcut().add_(self.convolve_backward(of_a, x, first))
+
+    def convolve(self, x: Tensor, layer: Layer) -> Tensor:
+        """The convolution of `x`."""
+        return torch.conv2d(x, layer.weight, None, layer.stride, 1)
 
     def convolve_backward(
-        self,
-        gradient: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        stride: int,
-        weight_gradient: Tensor,
-        add_to: Tensor | None = None,
-        needs_input: bool = True,
-    ) -> Tensor | None:
-        geometry = [stride, stride], [1, 1], [1, 1], False, [0, 0], 1
-        asked = [needs_input, True, False]
+        self, gradient: Tensor, x: Tensor, layer: Layer, needs_input: bool = True
+    ) -> Tensor:
+        """The gradient of `x`, if it is needed; that of the weight is written."""
+        geometry = [layer.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1
         of_input, of_weight, _ = aten.convolution_backward(
-            gradient, x, weight, None, *geometry, asked
+            gradient, x, layer.weight, None, *geometry, [needs_input, True, False]
         )
-        weight_gradient.copy_(of_weight)
-        return of_input if add_to is None else add_to.add_(of_input)
+        layer.weight_gradient.copy_(of_weight)
+        return of_input
 
     def normalise(
         self, x: Tensor, norm: BatchNorm, shortcut: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
+        """ReLU(BN(x) * factor + shortcut), in `out` if given."""
         y, norm.mean, norm.rstd = aten.native_batch_norm(
             x,
             norm.weight,
@@ -54,12 +88,10 @@ class ReferenceKernels:
         return torch.relu_(y)
 
     def normalise_backward(
-        self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm, has_shortcut: bool
+        self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm
     ) -> Tensor:
-        if has_shortcut:
-            aten.threshold_backward.grad_input(gradient, out, 0, grad_input=gradient)
-        else:
-            gradient = aten.threshold_backward(gradient, out, 0)
+        """The gradient of `x`; `gradient`, of `out`, becomes that under the ReLU in place."""
+        aten.threshold_backward.grad_input(gradient, out, 0, grad_input=gradient)
         of_x, of_weight, of_bias = aten.native_batch_norm_backward(
             gradient if norm.factor is None else gradient * norm.factor,
             x,
