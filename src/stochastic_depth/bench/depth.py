@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from stochastic_depth.bench.workload import Step, Workload
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay
 
 KINDS = ("constant", "stochastic")
@@ -36,20 +34,16 @@ def depths_up_to(deepest: int) -> list[int]:
     return sorted({deepest, *(depth for depth in DEPTHS if depth < deepest)})
 
 
-def network(depth: int, kind: str, workload: Workload) -> nn.Module:
-    """A CIFAR ResNet of one of `KINDS`."""
+def training_step(depth: int, kind: str, workload: Workload) -> Step:
+    """Of a CIFAR ResNet of one of `KINDS`."""
     model = CifarResNet(depth, channels=workload.channels)
-    if kind == "stochastic":
-        apply(model, LinearDecay(FINAL))
-    return model
+    return workload.engine_step(model, LinearDecay(FINAL) if kind == "stochastic" else None)
 
 
 def training_steps(depths: Sequence[int], workload: Workload) -> dict[tuple[str, int], Step]:
     """A training step of every kind and depth."""
     return {
-        (kind, depth): workload.step(network(depth, kind, workload))
-        for depth in depths
-        for kind in KINDS
+        (kind, depth): training_step(depth, kind, workload) for depth in depths for kind in KINDS
     }
 
 
@@ -101,13 +95,13 @@ def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> in
 def _peak_memory(depth: int, kind: str, workload: Workload, steps: int) -> int:
     torch.set_num_threads(workload.execution.threads)
     first = Workload(2, workload.size, workload.channels, workload.execution)
-    first.step(network(8, kind, first))()
+    training_step(8, kind, first)()
     device = workload.execution.device
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if on_gpu else _resident()
-    step = workload.step(network(depth, kind, workload))
+    step = training_step(depth, kind, workload)
     for _ in range(steps):
         step()
     return (torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident()) - before

@@ -12,7 +12,7 @@ from stochastic_depth.bench.memory import saved_for_backward
 from stochastic_depth.bench.workload import Step, Workload
 from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.surgery import apply, summary
+from stochastic_depth.surgery import summary
 from stochastic_depth.survival import LinearDecay, Survival, Uniform
 from stochastic_depth.timing import take_turns
 
@@ -84,9 +84,10 @@ class Skip:
         self.steps: dict[str, Step] = {}
         for name, survival in alternatives((depth - 2) // 2).items():
             model = CifarResNet(depth, channels=workload.channels)
-            self._depths[name] = apply(model, survival)
+            step = self.steps[name] = workload.engine_step(model, survival)
+            assert step.depth is not None
+            self._depths[name] = step.depth
             self._costs = self._costs or _costs(model, workload)
-            self.steps[name] = workload.step(model)
 
     def rounds(self, repeats: int) -> Iterator[Round]:
         """Take turns: seconds, and the share of FLOPs that was active, by alternative."""

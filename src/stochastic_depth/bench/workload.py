@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.models import CifarResNet
 from stochastic_depth.randomness import generator
-from stochastic_depth.train.build import build_optimizer
+from stochastic_depth.surgery import apply
+from stochastic_depth.survival import Survival
+from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
+from stochastic_depth.train.engines import build_engine
 from stochastic_depth.train.execution import Execution
 
 Step = Callable[[], Tensor]
@@ -39,10 +44,51 @@ class Workload:
         labels = torch.arange(self.batch) % 10
         return training_step(model, self.images(), labels, execution, layout)
 
+    def engine_step(self, model: CifarResNet, survival: Survival | None = None) -> "EngineStep":
+        """A training step of `model` as `train` takes it: by the engine of `execution`.
+
+        Args:
+            survival: of its blocks; constant depth if not given.
+        """
+        depth = None if survival is None else apply(model, survival)
+        labels = torch.arange(self.batch) % 10
+        return EngineStep(model, depth, self.images(), labels, self.execution)
+
     def images(self) -> Tensor:
         """Random ones: float32 [batch, channels, size, size], always the same."""
         shape = self.batch, self.channels, self.size, self.size
         return torch.randn(shape, generator=generator("bench"))
+
+
+class EngineStep:
+    """The training step that `train` takes."""
+
+    def __init__(
+        self,
+        model: CifarResNet,
+        depth: StochasticDepth | None,
+        images: Tensor,
+        labels: Tensor,
+        execution: Execution,
+    ) -> None:
+        self.model, self.depth = model, depth
+        model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        images = images.contiguous(memory_format=torch.channels_last).to(execution.device)
+        self._batch = images, labels.to(execution.device)
+        self._execution = execution
+        self.engine = build_engine(
+            model,
+            depth,
+            build_optimizer(OptimizerConfig(), model),
+            first_convolution(model),
+            execution,
+            tuple(images.shape),
+        )
+
+    def __call__(self) -> Tensor:
+        loss = self.engine.step(*self._batch).loss
+        self._execution.synchronise()
+        return loss
 
 
 def training_step(

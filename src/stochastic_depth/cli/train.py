@@ -57,14 +57,7 @@ def _train(run: Run, images: Batches, quiet: bool) -> int:
     config, execution = run.config, run.execution
     console.print(
         f"{config.recipe}: {config.model.kind} {config.model.depth}, {images.sizes['train']:,} "
-        f"images, {execution.device} {execution.precision} → {run.path}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    kernels = " (native kernels)" if execution.kernels == "native" else ""
-    console.print(
-        f"engine: {execution.engine}{kernels}, {execution.engine_because}",
+        f"images → {run.path}\n{execution.described()}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -84,9 +84,12 @@ class Block:
         self.is_transition = x.shape != out.shape
         self.kernels, self._keeps = kernels, keeps
         self.saved: tuple[Tensor, ...] = ()
+        self.kept = 0
+        """Bytes of what an open block keeps for its backward pass, besides x and out."""
 
     def forward(self) -> None:
         self.saved = self.kernels.branch(self.x, *self.layers, self._shortcut(), self.out)
+        self.kept = self.kept or sum(tensor.nbytes for tensor in self.saved)
 
     def backward(self) -> None:
         self.kernels.branch_backward(
@@ -224,6 +227,8 @@ class Program:
             autocasts=dtype != flat.values.dtype,
         )
         self.counters = self._join_counters(model)
+        self.kept = 0
+        """Bytes that waited for the backward pass in the last step."""
         self._record(replay)
 
     @torch.no_grad()
@@ -237,6 +242,8 @@ class Program:
         if keeps_moving and not all(is_open):
             self.flat.gradients.zero_()
         self._forward(is_open)
+        self.kept = sum(x.nbytes for x in self.x)
+        self.kept += sum(block.kept for block, b in zip(self.blocks, is_open, strict=True) if b)
         self._head()
         self._backward(is_open)
         counted = torch.tensor([True, *(b for b in is_open for _ in range(2))])

@@ -69,6 +69,11 @@ class Blocks:
         )
         self._autograd = Autograd(model, depth, optimizer, first, execution)
 
+    @property
+    def kept(self) -> int:
+        """Bytes that waited for the backward pass in the last step."""
+        return self._program.kept
+
     def step(self, images: Tensor, labels: Tensor) -> Measured:
         if images.shape != self._shape:
             return self._autograd.step(images, labels)

@@ -30,6 +30,13 @@ class Execution:
     """Of a block program."""
     engine_because: str = "as asked"
 
+    def described(self) -> str:
+        """Device, precision and engine, and why this engine."""
+        kernels = ", native kernels" if self.kernels == "native" else ""
+        return (
+            f"{self.device} {self.precision}, engine {self.engine}{kernels}: {self.engine_because}"
+        )
+
     def autocast(self) -> AbstractContextManager:
         """Convolutions and products in `precision`; the weights stay in float32."""
         kind = torch.device(self.device).type

@@ -36,6 +36,10 @@ def cifar_resnet_peers(
             library("torchvision.ops").StochasticDepth(rate, "row") for rate in rates
         ],
     }
+    if workload.execution.engine != "eager":
+        constant = CifarResNet(depth, channels=workload.channels)
+        copy_weights(ours, constant)
+        steps[f"{CONSTANT}, {workload.execution.engine} engine"] = workload.engine_step(constant)
     for name, tutorial in ((CONSTANT, False), (TUTORIAL, True)):
         plain = PlainResNet(depth, workload.channels)
         copy_weights(ours, plain)
@@ -48,6 +52,10 @@ def cifar_resnet_peers(
             continue
         copy_weights(ours, masked)
         steps[name] = workload.step(masked)
-    apply(ours, linear_decay)
-    steps[OURS] = workload.step(ours)
+    if workload.execution.engine != "eager":
+        by_autograd = CifarResNet(depth, channels=workload.channels)
+        copy_weights(ours, by_autograd)
+        apply(by_autograd, linear_decay)
+        steps[f"{OURS}, eager engine"] = workload.step(by_autograd)
+    steps[OURS] = workload.engine_step(ours, linear_decay)
     return steps, missing

@@ -32,8 +32,12 @@ def main(arguments: list[str]) -> int:
         args=arguments,
     )
     assert isinstance(asked, Options)
-    execution = resolve_execution(Config(device=asked.device, precision=asked.precision))
-    result = asked.run(execution, Console())
+    execution = resolve_execution(
+        Config(device=asked.device, precision=asked.precision, engine=asked.engine)
+    )
+    console = Console()
+    console.print(execution.described(), highlight=False, markup=False)
+    result = asked.run(execution, console)
     if asked.out is not None:
         write_json(asked.out, asked, execution, result)
     return 0

@@ -22,6 +22,8 @@ class Options(ABC):
     """cpu or cuda (auto: a GPU if there is one)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and products."""
+    engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
+    """Of our own training steps, as for train; all others are by autograd."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result as JSON here."""
 
