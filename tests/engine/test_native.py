@@ -36,7 +36,7 @@ class Exact:
     """conv and BN in float64, rounded to bfloat16 where a network in bfloat16 stores."""
 
     def __init__(self, layer):
-        norm = layer.norm
+        norm, self.layer = layer.norm, layer
         self.weight, self.gain, self.bias = (
             v.double().requires_grad_() for v in (layer.weight, norm.weight, norm.bias)
         )
@@ -44,7 +44,7 @@ class Exact:
         self.factor = 1.0 if norm.factor is None else norm.factor.item()
 
     def __call__(self, x):
-        a = rounded(F.conv2d(x, self.weight, padding=1))
+        a = rounded(F.conv2d(x, self.weight, stride=self.layer.stride, padding=1))
         return self.factor * F.batch_norm(a, *self.running, self.gain, self.bias, True, 0.1, 1e-5)
 
     def check(self, layer):
@@ -100,26 +100,47 @@ def test_a_large_mean_costs_no_digits():
     close(layer.norm.rstd, (exact.var((0, 2, 3), correction=0) + 1e-5).rsqrt(), 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("into", "side", "stride", "dtype"),
-    [
-        (8, 8, 1, torch.bfloat16),
-        (16, 16, 2, torch.bfloat16),
-        (16, 12, 1, torch.bfloat16),
-        (16, 16, 1, torch.float32),
-    ],
-)
-def test_other_forms_are_the_references(into, side, stride, dtype):
+@pytest.mark.parametrize(("into", "side", "stride"), [(8, 16, 1), (16, 32, 2)])
+def test_a_first_convolution_of_another_form_is_the_references(into, side, stride):
+    first, second = layer_of(16, into), layer_of(16)
+    first.stride = stride
+    exact_first, exact_second = Exact(first), Exact(second)
+    x, shortcut = image(5, into, side, 0), image(5, 16, side // stride, 1)
+    gradient, out, of_x = image(5, 16, side // stride, 2), torch.empty_like(shortcut), x * 0
+    exact_x = x.double().requires_grad_()
+    exact = F.relu(exact_second(rounded(F.relu(exact_first(exact_x)))) + shortcut.double())
+    exact.backward(gradient.double())
+    kernels = NativeKernels()
+    saved = kernels.branch(x, first, second, shortcut, out)
+    close(out, exact.detach())
+    kernels.branch_backward(saved, x, first, second, out, gradient, lambda: of_x)
+    close(of_x, exact_x.grad)
+    exact_first.check(first)
+    exact_second.check(second)
+
+
+@pytest.mark.parametrize(("side", "dtype"), [(12, torch.bfloat16), (16, torch.float32)])
+def test_a_branch_of_another_form_is_the_references(side, dtype):
     outcomes = []
     for kernels in (NativeKernels(), ReferenceKernels()):
-        first, second = layer_of(16, into), layer_of(16)
-        first.stride = stride
-        for layer in (first, second):
+        layers = layer_of(16), layer_of(16)
+        for layer in layers:
             layer.weight = layer.weight.to(dtype)
-        x = image(2, into, side, 0).to(dtype)
-        shortcut = image(2, 16, side // stride, 1).to(dtype)
-        out, gradient, of_x = torch.empty_like(shortcut), shortcut.clone(), torch.zeros_like(x)
-        saved = kernels.branch(x, first, second, shortcut, out)
-        kernels.branch_backward(saved, x, first, second, out, gradient, lambda of_x=of_x: of_x)
-        outcomes.append((out, of_x, first.weight_gradient, second.weight_gradient))
+        x, gradient = (image(3, 16, side, seed).to(dtype) for seed in (0, 1))
+        out, of_x = torch.empty_like(x), torch.zeros_like(x)
+        saved = kernels.branch(x, *layers, x, out)
+        kernels.branch_backward(saved, x, *layers, out, gradient, lambda of_x=of_x: of_x)
+        outcomes.append((out, of_x, *(layer.weight_gradient for layer in layers)))
     torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+
+def test_the_stem_and_its_gradients():
+    layer, gradient = layer_of(16, 3), image(4, 16, 10, 1)
+    exact, images, out = Exact(layer), image(4, 3, 10, 0), torch.empty_like(gradient)
+    truth = F.relu(exact(images.double()))
+    truth.backward(gradient.double())
+    kernels = NativeKernels()
+    saved = kernels.stem(images, layer, out)
+    close(out, truth.detach())
+    kernels.stem_backward(saved, images, layer, out, gradient)
+    exact.check(layer)

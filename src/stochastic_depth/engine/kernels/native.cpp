@@ -198,20 +198,23 @@ void interleave_rows(const bf16* pixels, bf16* pairs, long count) {
     }
 }
 
+constexpr int ROWS = 8;  // of an image at a time, so that they stay in the first cache
+
 template <int C>
 void weight_gradient_of_image(const bf16* even, const bf16* odd, const bf16* pairs, float* result,
                               int side) {
   constexpr int T = TILE<C>, B = OUTPUTS<C>;
   const int width = side + 2;
-  for (int tap = 0; tap < 9; tap++)
+  for (int step = 0; step < 9 * ((side + ROWS - 1) / ROWS); step++)
     for (int out = 0; out < C; out += 16 * B)
       for (int in = 0; in < C; in += T) {
+        const int top = step / 9 * ROWS, tap = step % 9;
         __m512 sum[T][B];
         float* r = result + (tap * C + in) * C + out;
         for (int t = 0; t < T; t++)
           for (int b = 0; b < B; b++) sum[t][b] = _mm512_loadu_ps(r + t * C + b * 16);
         const int right = tap % 3;
-        for (int y = 0; y < side; y++) {
+        for (int y = top; y < std::min(top + ROWS, side); y++) {
           const bf16* row = (right == 1 ? odd : even + right * C) +
                             (size_t)(y + tap / 3) * width * C + in * 2;
           const bf16* g = pairs + (size_t)y * side * C + out * 2;

@@ -47,16 +47,32 @@ class NativeKernels(ReferenceKernels):
         self._library = _library()
         self._threads = torch.get_num_threads()
 
+    def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
+        a = self.convolve(images, layer)
+        if not _is_image(a):
+            return super().stem(images, layer, out)
+        self._activate(a, self._observe(a, layer.norm), None, out)
+        return (a,)
+
+    def stem_backward(
+        self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
+    ) -> None:
+        (a,) = saved
+        if not _is_image(a):
+            super().stem_backward(saved, images, layer, out, gradient)
+            return
+        by = self._reduce(gradient, a, layer.norm, out=out)
+        self.convolve_backward(self._spread(gradient, a, by), images, layer, needs_input=False)
+
     def branch(
         self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
     ) -> tuple[Tensor, ...]:
-        if not self._fits(x, first) or not self._fits(out, second):
+        if not _fits(out, second):
             return super().branch(x, first, second, shortcut, out)
-        a = self._convolve(x, first)
+        a = self._convolve(x, first) if _fits(x, first) else self.convolve(x, first)
         affine = self._observe(a, first.norm)
         c = self._convolve(a, second, affine)
-        last = self._observe(c, second.norm)
-        self._library.activate(_at(c), *_two(last), _at(shortcut), _at(out), *self._rows(c))
+        self._activate(c, self._observe(c, second.norm), shortcut, out)
         return a, c, affine
 
     def branch_backward(
@@ -69,7 +85,7 @@ class NativeKernels(ReferenceKernels):
         gradient: Tensor,
         of_shortcut: Callable[[], Tensor],
     ) -> None:
-        if len(saved) != 3 or saved[2].ndim != 2:
+        if not _fits(out, second):
             super().branch_backward(saved, x, first, second, out, gradient, of_shortcut)
             return
         a, c, affine = saved
@@ -78,7 +94,10 @@ class NativeKernels(ReferenceKernels):
         self._convolve_backward(a, affine, second, gradient, c, by, None, None, of_b)
         by = self._reduce(of_b, a, first.norm, affine=affine)
         of_x = of_shortcut()
-        self._convolve_backward(x, None, first, of_b, a, by, affine, of_x, of_x)
+        if _fits(x, first):
+            self._convolve_backward(x, None, first, of_b, a, by, affine, of_x, of_x)
+        else:
+            of_x.add_(self.convolve_backward(self._spread(of_b, a, by, affine), x, first))
 
     def _convolve(self, x: Tensor, layer: Layer, affine: Tensor | None = None) -> Tensor:
         """The convolution of x, or of ReLU(x * scale + shift)."""
@@ -174,22 +193,42 @@ class NativeKernels(ReferenceKernels):
         )
         return by
 
+    def _activate(self, x: Tensor, affine: Tensor, shortcut: Tensor | None, out: Tensor) -> None:
+        """out = ReLU(x * scale + shift + shortcut)."""
+        self._library.activate(_at(x), *_two(affine), _at(shortcut), _at(out), *self._rows(x))
+
+    def _spread(
+        self, gradient: Tensor, x: Tensor, by: Tensor, affine: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of x, after `_reduce`."""
+        of_x = torch.empty_like(x)
+        self._library.spread(
+            _at(gradient), _at(x), _at(by), *_two(affine), _at(of_x), *self._rows(x)
+        )
+        return of_x
+
     def _rows(self, x: Tensor) -> tuple[ctypes.c_long, int, int]:
         """Number of pixels, channels, threads."""
         return ctypes.c_long(x.numel() // x.shape[1]), x.shape[1], self._threads
 
-    @staticmethod
-    def _fits(x: Tensor, layer: Layer) -> bool:
-        (out, into), (height, width) = layer.weight.shape[:2], x.shape[2:]
-        return (
-            x.dtype == torch.bfloat16
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and layer.stride == 1
-            and x.shape[1] == out == into
-            and out in (16, 32, 64)
-            and height == width
-            and width % (16 if out == 16 else 8) == 0
-        )
+
+def _is_image(x: Tensor) -> bool:
+    """Whether it is bfloat16, channels_last, in sixteens of channels."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return x.dtype == torch.bfloat16 and last and x.shape[1] % 16 == 0
+
+
+def _fits(x: Tensor, layer: Layer) -> bool:
+    """Whether there is a kernel for this convolution of x."""
+    (out, into), (height, width) = layer.weight.shape[:2], x.shape[2:]
+    return (
+        _is_image(x)
+        and layer.stride == 1
+        and x.shape[1] == out == into
+        and out in (16, 32, 64)
+        and height == width
+        and width % (16 if out == 16 else 8) == 0
+    )
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
