@@ -53,6 +53,18 @@ def programmed(blocks, survival=None, dtype=torch.float64, kernels=None, size=8,
     return model, optimizer, Program(model, depth, optimizer, shape, dtype, kernels)
 
 
+class Statically:
+    """As CUDA graphs are: warmed up, and with memory that is never given back."""
+
+    keeps = True
+
+    def warm_up(self, work):
+        work()
+
+    def __call__(self, work):
+        return work
+
+
 def poison(program):
     """NaN in all that a step must write before it reads."""
     written = [*program.x, *program.gradients, program.images, program.flat.gradients]
@@ -79,11 +91,15 @@ def autograd_step(model, optimizer, images, labels):
     return train_step(model, optimizer, images, labels, first_convolution(model), CPU).loss
 
 
-def assert_same_state(mine, theirs, **tolerance):
-    for name, expected in theirs[0].state_dict().items():
+def assert_same_values(mine, theirs, **tolerance):
+    for name, expected in theirs.items():
         torch.testing.assert_close(
-            mine[0].state_dict()[name], expected, msg=lambda m, n=name: f"{n}: {m}", **tolerance
+            mine[name], expected, msg=lambda m, n=name: f"{n}: {m}", **tolerance
         )
+
+
+def assert_same_state(mine, theirs, **tolerance):
+    assert_same_values(mine[0].state_dict(), theirs[0].state_dict(), **tolerance)
     momenta = (
         [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
         for model, optimizer in (mine, theirs)
@@ -125,6 +141,22 @@ def test_random_patterns_of_54_blocks_are_autograds(scale, skipped):
         assert program.depth.gates.equal(depth.gates)
     assert not depth.gates.all()
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-9, atol=1e-12)
+
+
+def test_with_memory_of_its_own_nothing_is_left_from_warming_up():
+    model, depth, optimizer = network(6, sd.Uniform(0.5))
+    twin, _, twins_optimizer = network(6, sd.Uniform(0.5))
+    shape = mini_batch(0)[0].shape
+    state = torch.random.get_rng_state()
+    program = Program(model, depth, optimizer, shape, torch.float64, replay=Statically())
+    assert torch.random.get_rng_state().equal(state)
+    assert_same_values(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    for step in range(4):
+        images, labels = mini_batch(step)
+        poison(program)
+        program.step(images, labels)
+        autograd_step(twin, twins_optimizer, images, labels)
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-10, atol=1e-12)
 
 
 def test_without_stochastic_depth_all_blocks_run():

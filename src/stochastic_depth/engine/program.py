@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.engine.flat import FlatParameters, FlatSGD
 from stochastic_depth.engine.kernels import BatchNorm, Kernels, Layer, ReferenceKernels
-from stochastic_depth.engine.replay import Replay, eagerly
+from stochastic_depth.engine.replay import Eagerly, Replay
 from stochastic_depth.errors import EngineError
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.cifar_resnet import PoolAndPad
@@ -178,11 +178,11 @@ class Program:
         shape: Sequence[int],
         dtype: torch.dtype,
         kernels: Kernels | None = None,
-        replay: Replay = eagerly,
+        replay: Replay | None = None,
     ) -> None:
         model = supported(model, depth, optimizer)
         self.depth = depth
-        kernels = kernels or ReferenceKernels()
+        kernels, replay = kernels or ReferenceKernels(), replay or Eagerly()
         units = [unit for unit in model.blocks if isinstance(unit, Residual)]
         self.flat = flat = FlatParameters([model.stem, *units, model.head], dtype)
         self.update = FlatSGD(flat, optimizer)
@@ -293,8 +293,7 @@ class Program:
         blocks = self.blocks
         transitions = [(i, block) for i, block in enumerate(blocks) if block.is_transition]
         with torch.no_grad():
-            if replay.keeps:
-                self._warm_up()
+            self._warm_up(replay)
             self._stem_forward = replay(self.stem.forward)
             self._forwards = [replay(block.forward) for block in blocks]
             self._skip_forwards = {i: replay(block.skip_forward) for i, block in transitions}
@@ -303,25 +302,25 @@ class Program:
             self._skip_backwards = {i: replay(block.skip_backward) for i, block in transitions}
             self._stem_backward = replay(self.stem.backward)
 
-    def _warm_up(self, rounds: int = 3) -> None:
-        """Let libraries choose their algorithms before a capture; statistics are put back."""
+    def _warm_up(self, replay: Replay) -> None:
+        """Let `replay` run every piece once or more; statistics are put back."""
         layers = [self.stem.layer, *(layer for block in self.blocks for layer in block.layers)]
         changed = [t for y in layers for t in (y.norm.running_mean, y.norm.running_var)]
         before = [tensor.clone() for tensor in changed]
+
+        def everything() -> None:
+            self.stem.forward()
+            for block in self.blocks:
+                block.skip_forward()
+                block.forward()
+            self.head.forward_and_backward()
+            for block in reversed(self.blocks):
+                block.skip_backward()
+                block.backward()
+            self.stem.backward()
+
         self.flat.cast()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(rounds):
-                self.stem.forward()
-                for block in self.blocks:
-                    block.forward()
-                    block.skip_forward()
-                self.head.forward_and_backward()
-                for block in reversed(self.blocks):
-                    block.backward()
-                self.stem.backward()
-        torch.cuda.current_stream().wait_stream(stream)
+        replay.warm_up(everything)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         self.flat.gradients.zero_()

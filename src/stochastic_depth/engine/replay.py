@@ -16,19 +16,23 @@ class Replay(Protocol):
 
     keeps: bool
 
+    def warm_up(self, work: Work) -> None:
+        """Do all the work, if it must have been done before it can be recorded."""
+        ...
+
     def __call__(self, work: Work) -> Work: ...
 
 
-class _Eagerly:
+class Eagerly:
     """The work itself."""
 
     keeps = False
 
+    def warm_up(self, work: Work) -> None:
+        pass
+
     def __call__(self, work: Work) -> Work:
         return work
-
-
-eagerly = _Eagerly()
 
 
 class CudaGraphs:
@@ -41,9 +45,19 @@ class CudaGraphs:
 
     keeps = True
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, rounds: int = 3) -> None:
+        self._device, self._rounds = device, rounds
         self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Work) -> None:
+        """Libraries choose their algorithms, and compilers compile, before anything is captured."""
+        current = torch.cuda.current_stream(self._device)
+        aside = torch.cuda.Stream(self._device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(self._rounds):
+                work()
+        current.wait_stream(aside)
 
     def __call__(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()

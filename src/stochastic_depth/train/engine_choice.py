@@ -9,7 +9,7 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.train.config import Config
 
 EngineName = Literal["eager", "compiled", "graphs"]
-KernelsName = Literal["reference", "native"]
+KernelsName = Literal["reference", "native", "compiled"]
 
 
 class Choice(NamedTuple):

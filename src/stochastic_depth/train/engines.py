@@ -1,17 +1,30 @@
 """How a training step is taken: by autograd, by compiled blocks, or by the block program."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stochastic_depth.depth import StochasticDepth
-from stochastic_depth.engine import CudaGraphs, Program, eagerly
-from stochastic_depth.engine.kernels import NativeKernels, ReferenceKernels
+from stochastic_depth.engine import CudaGraphs, Eagerly, Program
+from stochastic_depth.engine.kernels import (
+    CompiledKernels,
+    Kernels,
+    NativeKernels,
+    ReferenceKernels,
+)
 from stochastic_depth.surgery import apply, compile
 from stochastic_depth.survival import Uniform
+from stochastic_depth.train.engine_choice import KernelsName
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.step import Measured, measured, train_step
+
+KERNELS: dict[KernelsName, Callable[[], Kernels]] = {
+    "reference": ReferenceKernels,
+    "native": NativeKernels,
+    "compiled": CompiledKernels,
+}
 
 
 class Engine(Protocol):
@@ -64,8 +77,8 @@ class Blocks:
             optimizer,
             shape,
             torch.bfloat16 if bfloat16 else first.dtype,
-            NativeKernels() if execution.kernels == "native" else ReferenceKernels(),
-            CudaGraphs(device) if device.type == "cuda" else eagerly,
+            KERNELS[execution.kernels](),
+            CudaGraphs(device) if device.type == "cuda" else Eagerly(),
         )
         self._autograd = Autograd(model, depth, optimizer, first, execution)
 

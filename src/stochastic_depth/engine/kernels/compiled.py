@@ -1,0 +1,107 @@
+"""Normalisation with the ReLU and the addition that follow it, fused by PyTorch's compiler."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.engine.kernels.kernels import BatchNorm
+from stochastic_depth.engine.kernels.reference import ReferenceKernels
+
+PIXELS = (0, 2, 3)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the precision of sums: float32, or x's own where that is more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _of_channels(v: Tensor) -> Tensor:
+    return v[:, None, None]
+
+
+def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and reciprocal deviation of each channel of a mini-batch, [channels]."""
+    variance, mean = torch.var_mean(_wide(x), PIXELS, correction=0)
+    return mean, variance, torch.rsqrt(variance + eps)
+
+
+def activate(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None, out: Tensor) -> None:
+    """out = ReLU(x * scale + shift + shortcut)."""
+    y = _wide(x) * _of_channels(scale) + _of_channels(shift)
+    out.copy_(torch.relu(y if shortcut is None else y + shortcut))
+
+
+def reduce(
+    gradient: Tensor, out: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of bias and gain; `gradient` becomes that of what is under the ReLU, in place."""
+    masked = torch.where(out > 0, gradient, 0)
+    gradient.copy_(masked)
+    d = _wide(masked)
+    centred = (_wide(x) - _of_channels(mean)) * _of_channels(rstd)
+    return d.sum(PIXELS), (d * centred).sum(PIXELS)
+
+
+def spread(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    of_bias: Tensor,
+    of_weight: Tensor,
+) -> Tensor:
+    """The gradient of x."""
+    count = x.numel() // x.shape[1]
+    centred = (_wide(x) - _of_channels(mean)) * _of_channels(rstd)
+    through_statistics = _of_channels(of_bias) + centred * _of_channels(of_weight)
+    of_x = (_wide(gradient) - through_statistics / count) * _of_channels(scale)
+    return of_x.to(x.dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With one graph for each shape: a network has six."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+class CompiledKernels(ReferenceKernels):
+    """Convolutions by PyTorch's operators; all that is between them in one pass, or two where sums
+    are needed first. On a GPU the compiler writes Triton, on a CPU C++.
+
+    Sums are rounded once, so results differ from the reference's in the last bits.
+    """
+
+    def normalise(
+        self, x: Tensor, norm: BatchNorm, shortcut: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        mean, variance, rstd = _compiled(statistics)(x, norm.eps)
+        count = x.numel() // x.shape[1]
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+        norm.mean, norm.rstd = mean, rstd
+        scale = norm.weight * rstd
+        shift = norm.bias - scale * mean
+        if norm.factor is not None:
+            scale, shift = scale * norm.factor, shift * norm.factor
+        out = torch.empty_like(x) if out is None else out
+        _compiled(activate)(x, scale, shift, shortcut, out)
+        return out
+
+    def normalise_backward(
+        self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm
+    ) -> Tensor:
+        assert norm.mean is not None
+        assert norm.rstd is not None
+        statistics = norm.mean, norm.rstd
+        sums = of_bias, of_weight = _compiled(reduce)(gradient, out, x, *statistics)
+        scale = norm.weight * norm.rstd
+        if norm.factor is not None:
+            scale = scale * norm.factor
+            of_bias, of_weight = of_bias * norm.factor, of_weight * norm.factor
+        norm.bias_gradient.copy_(of_bias)
+        norm.weight_gradient.copy_(of_weight)
+        return _compiled(spread)(gradient, x, *statistics, scale, *sums)
