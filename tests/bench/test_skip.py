@@ -1,18 +1,12 @@
 import pytest
 
-from stochastic_depth.bench.skip import CONSTANT, Skip, alternatives, skippings
+from stochastic_depth.bench.skip import CONSTANT, Skip, skippings
 from stochastic_depth.bench.workload import Workload
 from stochastic_depth.train.execution import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORKLOAD = Workload(4, 16, 3, Execution("cpu", "float32", 1))
-
-
-def test_shares_are_spread_over_the_depth():
-    half = alternatives(6)["50 % of blocks"]
-    assert [p == 1 for p in half] == [False, True] * 3
-    assert sum(p == 1 for p in alternatives(54)["75 % of blocks"]) == 40
 
 
 def test_flops_and_memory_are_those_of_the_blocks_that_ran():

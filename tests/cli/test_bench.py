@@ -98,3 +98,13 @@ def test_data(bench, monkeypatch):
     for name, share in result["data_share"].items():
         assert 0 < share < 1
         assert f"data are {100 * share:.2f} % of a {name}" in printed
+
+
+def test_engines(bench, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    printed, result = bench("engines", "--depth", "8", "--size", "16")
+    assert "graphs, PyTorch's kernels" in printed
+    assert result["seconds"].keys() >= {"eager 100 %", "eager 50 %"}
+    for name, reason in result["missing"].items():
+        assert name in printed
+        assert reason

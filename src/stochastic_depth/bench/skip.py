@@ -1,6 +1,5 @@
 """Does all of the saving arrive? Time against the share of FLOPs that was active."""
 
-import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from stochastic_depth.bench.engines import active_share
 from stochastic_depth.bench.memory import saved_for_backward
 from stochastic_depth.bench.workload import Step, Workload
 from stochastic_depth.depth import StochasticDepth
@@ -17,14 +17,12 @@ from stochastic_depth.survival import LinearDecay, Survival, Uniform
 from stochastic_depth.timing import take_turns
 
 CONSTANT = "constant depth"
-CLOSED = 1e-12
-"""The survival probability of a block that is closed in every step."""
 
 
 def alternatives(blocks: int) -> dict[str, Survival]:
     """The survival probabilities that are timed: linear decay, and fixed shares of the blocks."""
-    fixed: dict[str, Survival] = {
-        f"{100 * share:.0f} % of blocks": _spread(blocks, share) for share in (0.75, 0.5, 0.25)
+    fixed = {
+        f"{100 * share:.0f} % of blocks": active_share(blocks, share) for share in (0.75, 0.5, 0.25)
     }
     return {
         CONSTANT: Uniform(1.0),
@@ -32,12 +30,6 @@ def alternatives(blocks: int) -> dict[str, Survival]:
         "p_L = 0.2": LinearDecay(0.2),
         **fixed,
     }
-
-
-def _spread(blocks: int, share: float) -> list[float]:
-    """`share` of the blocks open, evenly over the depth."""
-    count = [int(share * n) for n in range(blocks + 1)]
-    return [1.0 if after > before else CLOSED for before, after in itertools.pairwise(count)]
 
 
 @dataclass(frozen=True)

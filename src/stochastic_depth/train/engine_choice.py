@@ -29,7 +29,9 @@ def choose_engine(config: Config, device: str, precision: str) -> Choice:
     on_cpu = torch.device(device).type == "cpu"
     obstacle = _obstacle(config)
     no_kernels = missing() if precision == "bfloat16" else f"the precision is {precision}"
-    kernels: KernelsName = "native" if on_cpu and no_kernels is None else "reference"
+    kernels: KernelsName = "compiled"
+    if on_cpu:
+        kernels = "native" if no_kernels is None else "reference"
     if config.engine == "graphs":
         if obstacle is not None:
             raise ConfigError(f"engine is graphs: {obstacle}; use --engine eager or compiled")

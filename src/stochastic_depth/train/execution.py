@@ -32,7 +32,7 @@ class Execution:
 
     def described(self) -> str:
         """Device, precision and engine, and why this engine."""
-        kernels = ", native kernels" if self.kernels == "native" else ""
+        kernels = "" if self.kernels == "reference" else f", {self.kernels} kernels"
         return (
             f"{self.device} {self.precision}, engine {self.engine}{kernels}: {self.engine_because}"
         )
