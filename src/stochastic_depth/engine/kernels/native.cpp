@@ -44,8 +44,8 @@ inline float value(bf16 b) {
 // ------------------------------------------------------------------------------ convolution
 //
 // A tile of T pixels by B x 16 output channels stays in registers. The instruction multiplies pairs
-// of inputs: weights are packed as [C/16][9][C/2][16 outputs][2 inputs], and a pair of inputs of one
-// pixel is broadcast from memory. Each image is copied between borders of zeros first.
+// of inputs: weights are packed as [C/16][9][C/2][16 outputs][2 inputs], and a pair of inputs of
+// one pixel is broadcast from memory. Each image is copied between borders of zeros first.
 
 template <int C>
 constexpr int TILE = C == 16 ? 16 : 8;
@@ -115,7 +115,8 @@ void pad(const Source& source, size_t first, bf16* padded, int side) {
 }
 
 template <int C>
-void convolve_image(const bf16* padded, const bf16* weight, const bf16* added, bf16* out, int side) {
+void convolve_image(const bf16* padded, const bf16* weight, const bf16* added, bf16* out,
+                    int side) {
   constexpr int T = TILE<C>, B = OUTPUTS<C>;
   const int width = side + 2;
   for (int block = 0; block < C / 16; block += B)
@@ -311,8 +312,8 @@ void with_channels(int channels, const Work& work) {
 
 extern "C" {
 
-// Statistics of the mini-batch: BN(x) * factor is x * scale + shift. Variances are of differences to
-// the first row, so that a large mean costs no digits.
+// Statistics of the mini-batch: BN(x) * factor is x * scale + shift. Variances are of differences
+// to the first row, so that a large mean costs no digits.
 void observe(const bf16* x, const float* weight, const float* bias, float* running_mean,
              float* running_var, float* mean, float* rstd, float* scale, float* shift,
              float momentum, float eps, float factor, long rows, int channels, int threads) {
@@ -351,8 +352,8 @@ void observe(const bf16* x, const float* weight, const float* bias, float* runni
 }
 
 // out = ReLU(x * scale + shift + shortcut); shortcut may be null.
-void activate(const bf16* x, const float* scale, const float* shift, const bf16* shortcut, bf16* out,
-              long rows, int channels, int threads) {
+void activate(const bf16* x, const float* scale, const float* shift, const bf16* shortcut,
+              bf16* out, long rows, int channels, int threads) {
   const int C = channels;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (long row = 0; row < rows; row++)
@@ -410,7 +411,8 @@ void reduce(bf16* gradient, const bf16* out, const bf16* x, const float* weight,
 void spread(const bf16* gradient, const bf16* x, const float* coefficients, const float* scale,
             const float* shift, bf16* of_x, long rows, int channels, int threads) {
   const int C = channels;
-  const Gradient source{gradient, x, coefficients, coefficients + C, coefficients + 2 * C, scale, shift};
+  const float *by_x = coefficients + C, *constant = coefficients + 2 * C;
+  const Gradient source{gradient, x, coefficients, by_x, constant, scale, shift};
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (long row = 0; row < rows; row++)
     for (int c = 0; c < C; c += 16)
@@ -419,8 +421,8 @@ void spread(const bf16* gradient, const bf16* x, const float* coefficients, cons
 
 // x, out: [n, side, side, channels]; with scale and shift the convolution is of ReLU(x * scale +
 // shift).
-void convolve3x3(const bf16* x, const float* scale, const float* shift, const bf16* weight, bf16* out,
-                 int n, int side, int channels, int threads) {
+void convolve3x3(const bf16* x, const float* scale, const float* shift, const bf16* weight,
+                 bf16* out, int n, int side, int channels, int threads) {
   with_channels(channels, [&](auto count) {
     constexpr int C = decltype(count)::value;
     if (scale)
@@ -430,13 +432,14 @@ void convolve3x3(const bf16* x, const float* scale, const float* shift, const bf
   });
 }
 
-// Gradients of `convolve3x3`. The gradient of its result is given, or with coefficients (of `reduce`)
-// that of a batch normalisation of its result `y`, followed by a ReLU if there are y_scale, y_shift.
-void convolve3x3_backward(const bf16* x, const float* scale, const float* shift, const bf16* gradient,
-                          const bf16* y, const float* coefficients, const float* y_scale,
-                          const float* y_shift, const bf16* weight, float* of_weight,
-                          const bf16* added, bf16* of_x, int n, int side, int channels,
-                          int threads) {
+// Gradients of `convolve3x3`. The gradient of its result is given, or with coefficients (of
+// `reduce`) that of a batch normalisation of its result `y`, followed by a ReLU if there are
+// y_scale, y_shift.
+void convolve3x3_backward(const bf16* x, const float* scale, const float* shift,
+                          const bf16* gradient, const bf16* y, const float* coefficients,
+                          const float* y_scale, const float* y_shift, const bf16* weight,
+                          float* of_weight, const bf16* added, bf16* of_x, int n, int side,
+                          int channels, int threads) {
   with_channels(channels, [&](auto count) {
     constexpr int C = decltype(count)::value;
     const auto run = [&](const auto& input, const auto& output) {
