@@ -222,6 +222,7 @@ class StochasticDepth:
         self._survival = survival
         self._set_evaluation()
 
+    @torch.inference_mode(False)  # in which a factor would be one that no gradient can pass
     def _set_evaluation(self) -> None:
         gates = evaluation_gates(self._survival, self.scale)
         if self._subnetwork is not None:
