@@ -23,13 +23,17 @@ class Predictor:
 
     name: Literal["scaled", "single", "mean", "unscaled"]
     """The full network times p_l; one subnetwork, drawn as in training; the mean of the
-    probabilities of several; the full network without p_l, each branch as in a training step."""
+    probabilities of several; the full network without p_l, each branch as in a training step.
+
+    Of "single" and "mean" all figures are means: over the subnetworks drawn, and over the disjoint
+    groups of `members` that they make.
+    """
     members: int
     """How many networks predict together."""
     error: float
     """Percent."""
     error_deviation: float | None
-    """Of "single", over the subnetworks drawn."""
+    """Of "single" over the subnetworks, of "mean" over the groups of subnetworks; None of one."""
     nll: float
     """Mean negative log-likelihood, nats."""
     nll_deviation: float | None
@@ -78,8 +82,9 @@ def ensemble(network: Trained, subnetworks: int, seed: int, progress: Progress) 
     refuse_constant(network.run)
     members = [drawn(seed, member, depth.survival) for member in range(subnetworks)]
     scaled, unscaled = Score(), Score()
-    singles = [Score() for _ in members]
-    means = {size: Score() for size in sizes_up_to(subnetworks)}
+    groups = {
+        size: [Score() for _ in range(subnetworks // size)] for size in sizes_up_to(subnetworks)
+    }
     total = network.images.sizes["test"] * (subnetworks + 2)
     done = 0
 
@@ -94,18 +99,20 @@ def ensemble(network: Trained, subnetworks: int, seed: int, progress: Progress) 
         scaled.add(predict(images), labels)
         with depth.subnetwork([True] * len(depth.blocks)):
             unscaled.add(predict(images), labels)
-        together: Tensor | None = None
-        for number, (gates, single) in enumerate(zip(members, singles, strict=True), start=1):
+        together: dict[int, Tensor] = {}
+        for number, gates in enumerate(members, start=1):
             with depth.subnetwork(gates):
                 alone = predict(images)
-            single.add(alone, labels)
-            together = alone if together is None else torch.logaddexp(together, alone)
-            if number in means:
-                means[number].add(together - math.log(number), labels)
+            for size, scores in groups.items():
+                before = together.pop(size, None)
+                together[size] = alone if before is None else torch.logaddexp(before, alone)
+                if number % size == 0:
+                    mean = together.pop(size) - math.log(size)
+                    scores[number // size - 1].add(mean, labels)
     return [
         _predictor("scaled", 1, [scaled]),
-        _predictor("single", 1, singles),
-        *(_predictor("mean", size, [score]) for size, score in means.items()),
+        _predictor("single", 1, groups[1]),
+        *(_predictor("mean", size, scores) for size, scores in groups.items()),
         _predictor("unscaled", 1, [unscaled]),
     ]
 

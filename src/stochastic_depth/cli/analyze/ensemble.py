@@ -17,7 +17,7 @@ from stochastic_depth.errors import ConfigError
 NAMES = {
     "scaled": "full network times p_l",
     "single": "one subnetwork",
-    "mean": "mean of {} subnetworks",
+    "mean": "mean of {} subnetwork{}",
     "unscaled": "full network without p_l",
 }
 
@@ -69,7 +69,8 @@ def ensemble_table(title: str, of_runs: list[list[Predictor]]) -> Table:
                 2,
             ),
         )
-        table.add_row(NAMES[first.name].format(first.members), *figures)
+        name = NAMES[first.name].format(first.members, "s" if first.members > 1 else "")
+        table.add_row(name, *figures)
     return table
 
 
