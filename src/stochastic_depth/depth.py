@@ -1,7 +1,8 @@
 """The stochastic depth of one model: draws the gates, and minds the blocks that are skipped."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,6 +77,7 @@ class StochasticDepth:
         self._coins: Tensor | None = None
         self._draws_since_backward = 0
         self._survival: tuple[float, ...] = ()
+        self._subnetwork: tuple[Tensor, bool] | None = None
         self._set_survival(0)
 
     @property
@@ -119,6 +121,41 @@ class StochasticDepth:
         self._draws_since_backward += 1
         self._open(training_gates(self._coins, self._survival, self.gate, self.scale))
 
+    @contextmanager
+    def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
+        """While entered, the model in evaluation mode is one of its 2^L subnetworks.
+
+            with depth.subnetwork(depth.gates):
+                logits = model(images)
+
+        The branch of a closed block is not executed. Training steps are not concerned, and what
+        was before comes back at the end. Subnetworks may be entered inside of one another: the
+        innermost counts.
+
+        Args:
+            gates: which blocks are open, bool [L]. All open gives the full network unscaled.
+            scaled: whether an open branch is multiplied as in the full network in evaluation (by
+                p_l under scale="inference"). If not, it counts as it does in a training step:
+                fully (the paper), or over p_l under scale="training".
+
+        Raises:
+            GateError: when `gates` is not one bool for each block; or a model gives back a cache
+                of keys and values, into which closed blocks put nothing.
+        """
+        chosen = torch.as_tensor(gates, device="cpu").clone()
+        if chosen.dtype != torch.bool or chosen.shape != (len(self.blocks),):
+            raise GateError(
+                f"a subnetwork is given by bool [{len(self.blocks)}], one gate for each block, not "
+                f"by {chosen.dtype} {list(chosen.shape)}"
+            )
+        before, self._subnetwork = self._subnetwork, (chosen, scaled)
+        self._set_evaluation()
+        try:
+            yield
+        finally:
+            self._subnetwork = before
+            self._set_evaluation()
+
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs for the same gates after a resume."""
         return {"seed": self.seed, "step": self.step, **self._identity()}
@@ -161,6 +198,8 @@ class StochasticDepth:
 
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         """Hook on the model: be there when the backward pass of this forward pass begins."""
+        if not model.training and self._subnetwork is not None:
+            refuse_cache(output)
         if not model.training or not torch.is_grad_enabled():
             return
         refuse_cache(output)
@@ -181,7 +220,16 @@ class StochasticDepth:
         if survival == self._survival:
             return
         self._survival = survival
+        self._set_evaluation()
+
+    @torch.inference_mode(False)  # in which a factor would be one that no gradient can pass
+    def _set_evaluation(self) -> None:
         gates = evaluation_gates(self._survival, self.scale)
+        if self._subnetwork is not None:
+            coins, scaled = self._subnetwork
+            if not scaled:
+                gates = training_gates(coins, self._survival, "batch", self.scale)
+            gates = [g._replace(open=b) for g, b in zip(gates, coins.tolist(), strict=True)]
         for block, gate in zip(self.blocks, gates, strict=True):
             for addition in block.gates:
                 addition.evaluation = gate
@@ -232,10 +280,10 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def refuse_cache(output: object) -> None:
-    """Raise `GateError` when a model in training returns a cache of keys and values."""
+    """Raise `GateError` when a model with closed blocks returns a cache of keys and values."""
     if getattr(output, "past_key_values", None) is not None:
         raise GateError(
-            "the model returns past_key_values in training, which closed blocks put nothing into: "
+            "the model returns past_key_values, which closed blocks put nothing into: "
             "call it with use_cache=False, or set model.config.use_cache = False"
         )
 

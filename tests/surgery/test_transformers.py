@@ -96,6 +96,15 @@ def test_a_cache_in_training_is_refused_with_the_remedy():
     assert model.eval()(IDS).past_key_values is not None
 
 
+def test_a_cache_of_a_subnetwork_is_refused_with_the_remedy():
+    model = build("gpt2")
+    depth = sd.apply(model, example=TEXT)
+    with depth.subnetwork([True, False, True, True]):
+        with pytest.raises(sd.GateError, match="use_cache=False"):
+            model.eval()(IDS)
+        model(**TEXT)
+
+
 def test_attention_weights_are_handed_on_where_they_are_computed():
     model = build("bert")
     model.set_attn_implementation("eager")

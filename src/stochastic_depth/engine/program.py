@@ -251,6 +251,11 @@ class Program:
         self.update.step([True, *(keeps_moving or b for b in is_open), True])
         return self.head.loss.clone()
 
+    @property
+    def block_gradients(self) -> list[Tensor]:
+        """Of the first convolution of each block, as the last step left them."""
+        return [block.layers[0].weight_gradient for block in self.blocks]
+
     def _join_counters(self, model: nn.Module) -> Tensor:
         """Make the batch counters of all normalisations parts of one tensor: [1 + 2 blocks]."""
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

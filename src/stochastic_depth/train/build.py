@@ -5,6 +5,7 @@ from torch import nn
 
 from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
+from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Ramp, SurvivalRule, Uniform
 from stochastic_depth.train.config import ModelConfig, OptimizerConfig, SurvivalConfig
@@ -61,7 +62,16 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.SG
 
 
 def first_convolution(model: nn.Module) -> nn.Parameter:
-    """The weight of the first convolution: in no block, so it gets a gradient at every step."""
+    """The weight of the first convolution: of a network, in no block, so never skipped."""
     weight = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+def block_convolutions(model: nn.Module) -> list[nn.Parameter]:
+    """The weight of the first convolution in the branch of each residual block."""
+    return [
+        first_convolution(module.branch)
+        for module in model.modules()
+        if isinstance(module, Residual)
+    ]

@@ -1,6 +1,6 @@
 """How a training step is taken: by autograd, by compiled blocks, or by the block program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from stochastic_depth.engine.kernels import (
 )
 from stochastic_depth.surgery import apply, compile
 from stochastic_depth.survival import Uniform
+from stochastic_depth.train.build import block_convolutions
 from stochastic_depth.train.engine_choice import KernelsName
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.step import Measured, measured, train_step
@@ -32,6 +33,11 @@ class Engine(Protocol):
 
     def step(self, images: Tensor, labels: Tensor) -> Measured: ...
 
+    @property
+    def block_gradients(self) -> Sequence[Tensor | None]:
+        """Of the first convolution of each block, as the last step left them."""
+        ...
+
 
 class Autograd:
     """PyTorch's own way, with the branch of a closed block left out; compiled or not."""
@@ -47,6 +53,7 @@ class Autograd:
     ) -> None:
         self._given = model, optimizer
         self._first, self._execution = first, execution
+        self._convolutions = block_convolutions(model)
         if compiled:
             if depth is None:
                 apply(model, Uniform(1.0))  # compiling goes by blocks, and these are always open
@@ -54,6 +61,10 @@ class Autograd:
 
     def step(self, images: Tensor, labels: Tensor) -> Measured:
         return train_step(*self._given, images, labels, self._first, self._execution)
+
+    @property
+    def block_gradients(self) -> Sequence[Tensor | None]:
+        return [weight.grad for weight in self._convolutions]
 
 
 class Blocks:
@@ -81,6 +92,7 @@ class Blocks:
             CudaGraphs(device) if device.type == "cuda" else Eagerly(),
         )
         self._autograd = Autograd(model, depth, optimizer, first, execution)
+        self._was_whole = True
 
     @property
     def kept(self) -> int:
@@ -88,10 +100,16 @@ class Blocks:
         return self._program.kept
 
     def step(self, images: Tensor, labels: Tensor) -> Measured:
-        if images.shape != self._shape:
+        self._was_whole = images.shape == self._shape
+        if not self._was_whole:
             return self._autograd.step(images, labels)
         loss = self._program.step(images, labels)
         return measured(loss, self._program.stem_gradient)
+
+    @property
+    def block_gradients(self) -> Sequence[Tensor | None]:
+        of = self._program if self._was_whole else self._autograd
+        return of.block_gradients
 
 
 def build_engine(

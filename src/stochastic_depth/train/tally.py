@@ -1,12 +1,18 @@
 """What the steps of one interval have measured, gathered on the device."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stochastic_depth.gates import open_shares
 from stochastic_depth.train.step import Measured
+
+_ROWS = ("measured", "block_gradients")
+"""What lies on the device."""
 
 
 @dataclass
@@ -16,15 +22,46 @@ class Tally:
     measured: list[Tensor] = field(default_factory=list)
     """One `Measured` a step, as a tensor [3] on the device."""
     images: list[int] = field(default_factory=list)
+    block_gradients: list[Tensor] = field(default_factory=list)
+    """Of each sampled step, the mean absolute gradient at the first convolution of each block, nan
+    where it was closed: [L] on the device."""
+    active_counts: dict[int, int] = field(default_factory=dict)
+    """Steps, or samples where each has gates of its own, by the number of active blocks."""
     active_blocks: float = 0.0
     expected_active_blocks: float = 0.0
     seconds: float = 0.0
 
-    def add(self, measured: Measured, images: int, active: float, expected: float) -> None:
+    def add(self, measured: Measured, images: int, gates: Tensor, expected: float) -> None:
+        """Count one step.
+
+        Args:
+            gates: bool [L], or [L, batch].
+            expected: the number of active blocks, by their probabilities.
+        """
         self.measured.append(torch.stack(measured))
         self.images.append(images)
-        self.active_blocks += active
+        self.active_blocks += open_shares(gates).sum().item()
         self.expected_active_blocks += expected
+        for active in gates.sum(0).reshape(-1).tolist():
+            self.active_counts[active] = self.active_counts.get(active, 0) + 1
+
+    def add_block_gradients(self, gradients: Sequence[Tensor | None], gates: Tensor) -> None:
+        """Sample one step.
+
+        Args:
+            gradients: of the weight of each block's first convolution; where the block was closed
+                they are not looked at.
+            gates: bool [L], or [L, batch].
+        """
+        opened = open_shares(gates) > 0
+        pairs = zip(gradients, opened.tolist(), strict=True)
+        of_open = [gradient for gradient, b in pairs if b and gradient is not None]
+        means = self.measured[-1].new_full(opened.shape, math.nan)
+        if of_open:
+            sums = torch.stack(torch._foreach_norm(of_open, 1))  # pyright: ignore[reportPrivateImportUsage]
+            sizes = torch.tensor([gradient.numel() for gradient in of_open])
+            means[opened] = (sums / sizes.to(sums.device)).to(means.dtype)
+        self.block_gradients.append(means)
 
     def first_diverged(self, last: int) -> int | None:
         """The position of the first loss that is not finite among the `last` ones, if any."""
@@ -40,9 +77,20 @@ class Tally:
         loss = (values[:, 0] * images).sum() / images.sum()
         return Measured(loss, *values[:, 1:].mean(0))
 
+    def block_means(self, blocks: int) -> list[float | None]:
+        """Of each of `blocks` over the sampled steps in which it was open; None without any."""
+        if not self.block_gradients:
+            return [None] * blocks
+        means = torch.stack(self.block_gradients).double().nanmean(0)
+        return [None if math.isnan(mean) else mean for mean in means.tolist()]
+
     def state_dict(self) -> dict[str, Any]:
-        return {**vars(self), "measured": [row.cpu() for row in self.measured]}
+        return {
+            **vars(self),
+            **{name: [row.cpu() for row in getattr(self, name)] for name in _ROWS},
+        }
 
     def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        vars(self).update(state)
-        self.measured = [row.to(device) for row in state["measured"]]
+        vars(self).update(state)  # which did not always have all of them
+        for name in _ROWS:
+            setattr(self, name, [row.to(device) for row in getattr(self, name)])

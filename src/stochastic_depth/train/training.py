@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.data import Batches
-from stochastic_depth.gates import open_shares
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
     build_depth,
@@ -43,6 +42,8 @@ class Training:
         self.first = first_convolution(self.model)
         self.step = 0
         self.tally = Tally()
+        interval = config.evaluate_every or batches.steps_per_epoch
+        self._sampled_every = max(1, min(10, interval // 5))
 
     @cached_property
     def _engine(self) -> Engine:
@@ -71,10 +72,12 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         measured = self._engine.step(images, labels)
-        self.step += 1
-        active = open_shares(self.gates).sum().item()
+        gates = self.gates
         expected = self.depth.expected_depth if self.depth else float(self.blocks)
-        self.tally.add(measured, len(labels), active, expected)
+        self.tally.add(measured, len(labels), gates, expected)
+        if self.step % self._sampled_every == 0:
+            self.tally.add_block_gradients(self._engine.block_gradients, gates)
+        self.step += 1
         return measured
 
     def weights_are_finite(self) -> bool:

@@ -1,0 +1,127 @@
+"""stochastic-depth analyze, on run folders as train and compare write them."""
+
+import json
+import shutil
+
+import pytest
+
+from stochastic_depth.cli import main
+
+SMALL = ["--model.depth", "8", "--epochs", "2", "--quiet"]
+QUICK = ["--points", "3", "--choose-on", "20", "--recalibrate-on", "100", "--repeats", "2"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """constant-seed0, constant-seed1, stochastic-seed0, stochastic-seed1."""
+    folder = tmp_path_factory.mktemp("analyze")
+    assert main(["compare", "digits", *SMALL, "--seeds", "2", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+
+
+def told(capsys, *arguments):
+    code = main(["analyze", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert max(len(line) for line in captured.out.splitlines() if "/" not in line) <= 80
+    return captured.out
+
+
+def refused(capsys, *arguments):
+    assert main(["analyze", *map(str, arguments)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def kinds(runs, kind):
+    return sorted(runs.glob(f"{kind}-seed*"))
+
+
+@pytest.mark.parametrize("question", ["gradients", "active", "ensemble", "depth"])
+def test_every_question_has_help_and_needs_a_run(question, capsys):
+    assert main(["analyze", question, "--help"]) == 0
+    assert "RUN..." in capsys.readouterr().out
+    assert main(["analyze", question]) == 2
+
+
+def test_gradients_are_shown_by_kind_epoch_and_block(runs, capsys):
+    out = told(capsys, "gradients", *kinds(runs, "*"), "--epochs", 2, "--blocks", 2)
+    assert "constant" in out
+    assert "linear 0.5" in out
+    assert "ratio" in out
+    rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert rows == ["2", "1", "3", "1", "3"]  # one epoch; then two of three blocks, twice
+    assert "no run folder" not in refused(
+        capsys, "gradients", runs / "constant-seed0", "--epochs", 3
+    )
+
+
+def test_journals_are_enough_for_gradients_and_active_blocks(runs, capsys, tmp_path):
+    shutil.copytree(runs / "stochastic-seed0", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    told(capsys, "gradients", "run")
+    out = told(capsys, "active", "run")
+    assert "exact 2.00" in out
+    assert "has no evaluated checkpoint" in refused(capsys, "ensemble", "run")
+
+
+def test_the_ensemble_of_several_seeds_is_one_table(runs, capsys):
+    out = told(capsys, "ensemble", *kinds(runs, "stochastic"), "--subnetworks", 4)
+    assert "mean ± deviation, 2 runs" in out
+    assert "mean of 4 subnetworks" in out
+    for run in kinds(runs, "stochastic"):
+        assert str(run / "analysis" / "ensemble.json") in out
+        content = json.loads((run / "analysis" / "ensemble.json").read_text())
+        assert content["subnetworks"] == 4
+
+
+def test_constant_depth_is_refused_before_anything_is_measured(runs, capsys, tmp_path):
+    unmeasured = shutil.ignore_patterns("analysis")
+    shutil.copytree(runs / "stochastic-seed0", tmp_path / "run", ignore=unmeasured)
+    error = refused(capsys, "ensemble", "run", runs / "constant-seed0")
+    assert "constant-seed0 has constant depth" in error
+    assert not (tmp_path / "run" / "analysis" / "ensemble.json").exists()
+    assert "subnetworks=0" in refused(capsys, "ensemble", "run", "--subnetworks", 0)
+
+
+def test_depth_of_one_run_tells_parameters_and_time(runs, capsys):
+    run = runs / "constant-seed0"
+    out = told(capsys, "depth", run, *QUICK)
+    assert "parameters" in out
+    assert "ms an" in out
+    assert "without the least needed blocks" in out
+    assert "constant-seed0: choosing" in out
+    assert "choosing" not in told(capsys, "depth", run, *QUICK)
+    assert "choosing" in told(capsys, "depth", run, *QUICK, "--again")
+    assert "choosing" in told(capsys, "depth", run, *QUICK, "--batch", 7)
+
+
+def test_depth_of_two_kinds_is_side_by_side(runs, capsys):
+    out = told(capsys, "depth", *kinds(runs, "*"), *QUICK)
+    assert "parameters" not in out
+    assert out.count("±") > 20
+
+
+def test_names_are_data(runs, capsys, tmp_path):
+    shutil.copytree(runs / "stochastic-seed0", tmp_path / "[red]x")
+    assert "[red]x" in told(capsys, "active", "[red]x")
+    assert "[red]x" in told(capsys, "ensemble", "[red]x", "--subnetworks", 1)
+
+
+def test_data_that_is_not_there_is_named(runs, capsys, tmp_path):
+    shutil.copytree(runs / "stochastic-seed0", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["config"]["data"].update(name="cifar10", root="/nowhere")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert "/nowhere" in refused(capsys, "depth", "run", *QUICK)
+    assert "elsewhere" in refused(capsys, "depth", "run", *QUICK, "--data", "elsewhere")
+    assert "not a run folder" in refused(capsys, "depth", "nothing", *QUICK)
