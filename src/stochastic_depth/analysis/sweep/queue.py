@@ -17,7 +17,7 @@ from stochastic_depth.analysis.sweep.grid import Point
 from stochastic_depth.analysis.sweep.storage import (
     drop_unfinished_line,
     open_storage,
-    unreachable_told,
+    storage_told,
 )
 from stochastic_depth.extras import require
 from stochastic_depth.train import best_record
@@ -93,14 +93,14 @@ class Queue:
         Raises:
             RunError: when the storage cannot be used.
         """
-        with unreachable_told():
+        with storage_told(self._journal):
             trials = self._trials(self._optuna.trial.TrialState.RUNNING)
         points = [self._points[trial.user_attrs["run"]] for trial in trials]
         return [point for point in points if not self._sweep.ended(point)]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with self._lock, unreachable_told():
+        with self._lock, storage_told(self._journal):
             drop_unfinished_line(self._journal)
             yield
 

@@ -35,25 +35,30 @@ def open_storage(journal: Path, lock: FileLock, url: str | None) -> Any:
     if not url.startswith(SERVER):
         raise ConfigError(f"the queue's storage is {url!r}: it must begin with {SERVER}")
     require("psycopg", "sweep")
-    with unreachable_told():
+    # A connection for each look: between two of them, a server may be started anew.
+    unpooled = {"poolclass": require("sqlalchemy", "sweep").NullPool}
+    with storage_told(journal):
         return optuna.storages.RDBStorage(
-            url.replace(SERVER, "postgresql+psycopg://", 1), engine_kwargs={"pool_pre_ping": True}
+            url.replace(SERVER, "postgresql+psycopg://", 1), engine_kwargs=unpooled
         )
 
 
 @contextmanager
-def unreachable_told() -> Iterator[None]:
+def storage_told(journal: Path) -> Iterator[None]:
     """Errors of the storage as one sentence, without the password in the URL."""
     optuna, sqlalchemy = require("optuna", "sweep"), require("sqlalchemy", "sweep")
     try:
         yield
     except StochasticDepthError:
         raise
+    except (ValueError, KeyError) as error:  # from a journal that is none
+        raise RunError(
+            f"{journal} is damaged ({error}): delete it, it is made anew from the run folders"
+        ) from error
     except (
         optuna.exceptions.StorageInternalError,
         sqlalchemy.exc.SQLAlchemyError,
         OSError,
-        ValueError,
     ) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise RunError(f"the queue of the sweep cannot be used: {reason}") from error
