@@ -101,7 +101,7 @@ def _start(
         run, images = begin(config, path)
     else:
         run = open_run(path)
-        if _what_matters(run.config) != _what_matters(config):
+        if what_matters(run.config) != what_matters(config):
             raise RunError(f"{path} has another configuration: choose another --out")
         if run.weights.exists():
             return run, iter(())
@@ -115,7 +115,7 @@ def _start(
     return run, records()
 
 
-def _what_matters(config: Config) -> Config:
+def what_matters(config: Config) -> Config:
     """`config` without what does not change its result."""
     return replace(config, keep=1, data=replace(config.data, root=None, workers=0, download=False))
 
@@ -155,7 +155,7 @@ def write_comparison(path: Path, comparison: Comparison, runs: dict[str, list[Ru
     described = json.loads((runs["stochastic"][0].path / "config.json").read_text())
     content = {
         "comparison": dataclasses.asdict(comparison),
-        "config": _what_matters(runs["stochastic"][0].config).to_json(),
+        "config": what_matters(runs["stochastic"][0].config).to_json(),
         **{k: described[k] for k in ("execution", "versions", "git_commit", "machine", "created")},
         "curves": {
             kind: [[dataclasses.asdict(record) for record in run.records()] for run in runs[kind]]

@@ -19,7 +19,7 @@ def comparison_table(title: str, comparison: Comparison, seeds: int) -> Table:
         ("seconds of training", "s", constant.seconds, stochastic.seconds),
         ("active blocks", "", constant.active_blocks, stochastic.active_blocks),
     ):
-        table.add_row(name, _spread(a, unit), _spread(b, unit))
+        table.add_row(name, spread_text(a, unit), spread_text(b, unit))
     table.add_row(
         "active blocks, expected", f"{comparison.blocks}", f"{comparison.expected_active_blocks:g}"
     )
@@ -48,6 +48,7 @@ def run_table(run: Run) -> Table:
     return table
 
 
-def _spread(spread: Spread, unit: str) -> str:
+def spread_text(spread: Spread, unit: str = "") -> str:
+    """Mean ± deviation."""
     deviation = "" if spread.deviation is None else f" ± {spread.deviation:.2f}"
     return f"{spread.mean:.2f}{deviation} {unit}".rstrip()

@@ -9,6 +9,7 @@ from stochastic_depth.data.digits import CLASSES as DIGITS
 from stochastic_depth.data.digits import read_digits
 from stochastic_depth.data.download import fetch
 from stochastic_depth.data.folders import data_folder
+from stochastic_depth.data.reduction import reduced
 from stochastic_depth.data.split import check_count, stratified
 from stochastic_depth.data.svhn import has_svhn, hold_out_svhn, read_svhn
 from stochastic_depth.errors import DataError
@@ -23,6 +24,7 @@ def load(
     *,
     validation: int | None = None,
     train: int | None = None,
+    size: int | None = None,
     download: bool = False,
 ) -> DataSet:
     """Read and split a data set.
@@ -30,11 +32,13 @@ def load(
     name: `digits` (comes with scikit-learn, needs no root), `cifar10`, `cifar100` or `svhn`.
     root: the folder with the files. validation: how many training images to hold out, by default
     100, 5,000, 5,000 and 6,000. train: keep this many of the others, by default all. Both choices
-    are random, in proportion to the classes, and the same in every run. download: fetch the files
-    into root if they are not there; otherwise the network is never touched.
+    are random, in proportion to the classes, and the same in every run. size: reduce every image to
+    this many pixels a side, by default none is reduced. download: fetch the files into root if they
+    are not there; otherwise the network is never touched.
 
     Raises:
-        DataError: an unknown name, a file that is missing or damaged, a count that does not fit.
+        DataError: an unknown name, a file that is missing or damaged, a count or a size that does
+            not fit.
         MissingExtraError: a library that this data set needs is not installed.
     """
     if name not in VALIDATION:
@@ -61,6 +65,8 @@ def load(
         kept, held = hold_out(name, training, validation)
     if train is not None:
         kept = subset(name, kept, train)
+    if size is not None:
+        kept, held, test = (reduced(name, part, size) for part in (kept, held, test))
     return DataSet(name, classes, kept, held, test)
 
 

@@ -26,12 +26,14 @@ def batches(
     channels_last: bool = False,
     validation: int | None = None,
     train: int | None = None,
+    size: int | None = None,
     download: bool = False,
     workers: int = 0,
 ) -> Batches:
     """Read a data set and cut it into batches on `device`.
 
-    name: `imagenet`, or a name that `load` knows; root, validation, train, download: as in `load`.
+    name: `imagenet`, or a name that `load` knows; root, validation, train, size, download: as in
+    `load`.
     augment: by default for CIFAR and ImageNet, not for SVHN and digits. workers: processes that
     decode ImageNet's pictures; the other data sets lie in memory and need none.
 
@@ -42,7 +44,7 @@ def batches(
     if augment is None:
         augment = name in AUGMENTED
     if name != "imagenet":
-        data = load(name, root, validation=validation, train=train, download=download)
+        data = load(name, root, validation=validation, train=train, size=size, download=download)
         return TensorBatches(
             data,
             batch=batch,
@@ -51,6 +53,8 @@ def batches(
             device=device,
             channels_last=channels_last,
         )
+    if size is not None:
+        raise DataError(f"size={size}: imagenet is trained at 224 pixels a side, leave size out")
     if download:
         raise DataError(
             "imagenet cannot be downloaded without an account: fetch it from image-net.org and "

@@ -26,6 +26,8 @@ class DataConfig:
     """Training images held out for validation (none: as in the paper)."""
     train: int | None = None
     """Train on a fixed random subset of this many images (none: on all)."""
+    size: int | None = None
+    """Reduce the images to this many pixels a side (none: as they are)."""
     augment: bool | None = None
     """Random crop and flip (none: where the paper does so)."""
     download: bool = False
@@ -34,7 +36,7 @@ class DataConfig:
     """Processes that decode images of a folder tree; the result does not depend on it."""
 
     def __post_init__(self) -> None:
-        for name in ("validation", "train"):
+        for name in ("validation", "train", "size"):
             _positive(f"data.{name}", getattr(self, name))
         _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
 

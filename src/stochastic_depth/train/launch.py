@@ -60,6 +60,7 @@ def open_batches(config: Config, execution: Execution) -> Batches:
         channels_last=True,
         validation=config.data.validation,
         train=config.data.train,
+        size=config.data.size,
         download=config.data.download,
         workers=config.data.workers,
     )

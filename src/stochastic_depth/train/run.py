@@ -142,7 +142,8 @@ def open_run(path: Path) -> Run:
             raise RunError(
                 f"{described} has format {values['format']}, this version reads {FORMAT}"
             )
-        values["config"].setdefault("engine", "eager")  # which runs did not always have
+        values["config"].setdefault("engine", "eager")  # runs did not always have these
+        values["config"]["data"].setdefault("size", None)
         return Run(
             path,
             values["id"],

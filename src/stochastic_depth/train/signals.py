@@ -1,6 +1,7 @@
 """Ctrl-C and `kill` as a request to stop at the next step."""
 
 import signal
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -11,9 +12,13 @@ class StopSignals:
     """While entered, SIGINT and SIGTERM are remembered; called, it tells which came, if any.
 
     A second signal acts at once, as it would have without this.
+
+    Args:
+        numbers: the signals, where others are meant.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[int] = STOPPING) -> None:
+        self._numbers = numbers
         self._came: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -21,7 +26,7 @@ class StopSignals:
         return self._came
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._remember) for number in STOPPING}
+        self._before = {number: signal.signal(number, self._remember) for number in self._numbers}
         return self
 
     def __exit__(

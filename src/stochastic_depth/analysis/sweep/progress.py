@@ -1,0 +1,116 @@
+"""What a person sees of a sweep: live on a terminal, plain lines in a pipe, or nothing."""
+
+import statistics
+import time
+from datetime import timedelta
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from stochastic_depth.analysis.sweep.folder import Sweep
+from stochastic_depth.analysis.sweep.grid import Point
+from stochastic_depth.train import best_record
+
+
+class Progress:
+    """Shows a sweep on a console; entered while it is under way.
+
+    Args:
+        console: where to; a terminal gets a live picture, anything else a line for each run.
+        quiet: show nothing.
+    """
+
+    def __init__(self, sweep: Sweep, console: Console, quiet: bool = False) -> None:
+        self._sweep, self._console, self._quiet = sweep, console, quiet
+        self._points = sweep.grid.points()
+        self._running: list[Point] = []
+        self._shares = dict.fromkeys(self._points, 0.0)
+        self._ended = {point for point in self._points if sweep.ended(point)}
+        self._began, self._work_before = time.monotonic(), 0.0
+        self.look([])
+        self._work_before = self._work()
+        self._live: Live | None = None
+        if console.is_terminal and not quiet:
+            self._live = Live(get_renderable=self._render, console=console, transient=True)
+
+    def look(self, running: list[Point]) -> None:
+        """Read how far the runs are, and tell of those that have ended."""
+        self._running = running
+        for point in self._points:
+            if point not in self._ended and self._sweep.ended(point):
+                self._ended.add(point)
+                self._say(point)
+        for point in running:
+            records = self._sweep.records(point)
+            self._shares[point] = records[-1].epoch / self._sweep.config.epochs if records else 0.0
+
+    def counts(self) -> str:
+        """Runs done, running and failed, and the time left."""
+        failed = sum(self._sweep.failure(point) is not None for point in self._ended)
+        return (
+            f"{len(self._ended) - failed}/{len(self._points)} done, {len(self._running)} running, "
+            f"{failed} failed, left {self._left()}"
+        )
+
+    def _say(self, point: Point) -> None:
+        if self._quiet:
+            return
+        failure = self._sweep.failure(point)
+        what = f"failed: {failure}"
+        if failure is None:
+            records = self._sweep.records(point)
+            seconds = sum(record.seconds for record in records)
+            what = f"test {best_record(records).test_error:.2f}% in {seconds:.1f} s"
+        line = f"{point.name} {what}"
+        if self._live is None:
+            line = f"{self.counts()}  {line}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _work(self) -> float:
+        """What is done, in trained layers."""
+        return sum(
+            _cost(point) * (1.0 if point in self._ended else share)
+            for point, share in self._shares.items()
+        )
+
+    def _left(self) -> str:
+        """Estimated time to the end, as h:mm:ss."""
+        work = self._work()
+        if work <= self._work_before:
+            return "-:--:--"
+        seconds = (time.monotonic() - self._began) / (work - self._work_before)
+        return str(timedelta(seconds=round(seconds * (sum(map(_cost, self._points)) - work))))
+
+    def _render(self) -> Group:
+        head = Table.grid(expand=True, padding=(0, 1))
+        head.add_column(ratio=1)
+        head.add_column(justify="right", no_wrap=True)
+        bar = ProgressBar(total=sum(map(_cost, self._points)), completed=self._work())
+        head.add_row(bar, Text(self.counts()))
+        runs = Table.grid(expand=True, padding=(0, 1))
+        for width in (None, 20):
+            runs.add_column(no_wrap=True, width=width)
+        for point in self._running:
+            bar = ProgressBar(total=1.0, completed=self._shares[point])
+            runs.add_row(Text(point.name, style="dim"), bar)
+        return Group(head, runs)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def _cost(point: Point) -> float:
+    """Of a run, in expected layers."""
+    survival = 1.0 if point.survival is None else point.survival
+    mean = statistics.fmean((1.0, survival)) if point.rule == "linear" else survival
+    return mean * point.depth
