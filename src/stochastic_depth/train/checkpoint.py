@@ -55,7 +55,7 @@ def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, A
     if not content.startswith(MAGIC) or len(content) < start:
         raise CheckpointError(f"{path} is not a checkpoint of this library, or is cut short")
     payload = memoryview(content)[start:]
-    if hashlib.sha256(payload).hexdigest().encode() != content[len(MAGIC) : start - 1]:
+    if hashlib.sha256(payload).hexdigest().encode() + b"\n" != content[len(MAGIC) : start]:
         raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
     try:
         file = io.BytesIO(payload)

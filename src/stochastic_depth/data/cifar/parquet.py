@@ -16,6 +16,7 @@ from stochastic_depth.extras import require
 IMAGE_COLUMNS = ("img", "image")
 MOST_BYTES = 2**15
 """Of one picture; without compression its pixels have 3,072."""
+MOST_PACKING = 100
 ROWS = 8
 """Read at a time: a few bytes can stand for one large value, a million times over."""
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
@@ -69,11 +70,18 @@ def read_shard(path: Path, variant: Variant) -> Images:
                 raise DataError(
                     f"{path}: claims {claimed:,} images in {size:,} bytes: fetch it again"
                 )
+            room = max(2**26, MOST_PACKING * size)
             names = file.schema_arrow.names
             image = column(path, names, IMAGE_COLUMNS)
             label = column(path, names, variant.label_columns)
             for batch in file.iter_batches(ROWS, columns=[image, label]):
-                encoded += pictures(path, image, batch.column(image), len(encoded))
+                read = pictures(path, image, batch.column(image), len(encoded))
+                room -= sum(len(content or b"") for content in read)
+                if room < 0:
+                    raise DataError(
+                        f"{path}: its images unpack to over {MOST_PACKING} times {size:,} bytes"
+                    )
+                encoded += read
                 labels.append(integers(path, label, batch.column(label)))
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: no readable parquet file ({error}): fetch it again") from error
