@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install format coverage-models clean
+.PHONY: demo test check install format coverage-models soak fuzz clean
 
 demo: install
 	$(BIN)/stochastic-depth compare digits --seeds 3 --out runs/demo
@@ -21,6 +21,13 @@ format: install
 
 coverage-models: install
 	$(BIN)/python tools/coverage_models.py --out results/coverage-models.json
+
+soak: install
+	STOCHASTIC_DEPTH_SOAK=1 $(BIN)/pytest -m soak tests
+
+fuzz: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
+	$(BIN)/python tools/fuzz.py --seconds 60
 
 install: .venv/installed
 

@@ -1,6 +1,8 @@
 import os
+from collections import Counter
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +15,13 @@ if torch.version.cuda is None:
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+SOAK = bool(os.environ.get("STOCHASTIC_DEPTH_SOAK"))
+hypothesis.settings.register_profile("soak", max_examples=5_000, deadline=None)
+if SOAK:
+    hypothesis.settings.load_profile("soak")
+
+COUNTS: Counter[str] = Counter()
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -21,3 +30,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def soak() -> bool:
+    """Whether the long form is wanted: `make soak`."""
+    return SOAK
+
+
+@pytest.fixture(scope="session")
+def counts() -> Counter[str]:
+    """What was tried and survived, told at the end."""
+    return COUNTS
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if COUNTS:
+        terminalreporter.section("tried and survived")
+        for name, count in sorted(COUNTS.items()):
+            terminalreporter.write_line(f"{count:>12,}  {name}")

@@ -110,16 +110,20 @@ class StochasticDepth:
         if self.gate != "batch" and batch is None:
             raise GateError(f'gate="{self.gate}" draws a gate for each sample: depth.draw(batch)')
         self._set_survival(self.step)
-        self._coins = draw(
-            self.seed,
-            self.step,
-            self._survival,
-            None if self.gate == "batch" else batch,
-            self.least,
-        )
+        self._coins = self.gates_at(self.step, batch)
         self.step += 1
         self._draws_since_backward += 1
         self._open(training_gates(self._coins, self._survival, self.gate, self.scale))
+
+    def gates_at(self, step: int, batch: int | None = None) -> Tensor:
+        """The gates that training step `step` draws, past or to come: as `gates`.
+
+        Args:
+            batch: number of samples; needed by the "sample" and "subset" gates.
+        """
+        survival = ramped(self._final, self._ramp_steps, step)
+        samples = None if self.gate == "batch" else batch
+        return draw(self.seed, step, survival, samples, self.least)
 
     @contextmanager
     def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:

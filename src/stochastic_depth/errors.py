@@ -49,5 +49,9 @@ class CheckpointError(RunError):
     """A checkpoint that could not be written, or cannot be trusted."""
 
 
+class OutOfMemoryError(RunError):
+    """A step that needs more memory than there is; names the step, its gates and remedies."""
+
+
 class DivergedError(RunError):
     """A loss or a weight that is not finite."""

@@ -274,7 +274,7 @@ def test_a_folder_that_is_no_run_is_refused(path):
     with pytest.raises(RunError, match="not a run folder"):
         open_run(path)
     (path / "config.json").write_text('{"format": 1, "id": "x"}')
-    with pytest.raises(RunError, match="cannot be understood"):
+    with pytest.raises(RunError, match="damaged or was edited"):
         open_run(path)
 
 

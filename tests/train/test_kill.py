@@ -1,19 +1,21 @@
 """A run that is killed at random moments ends, bit for bit, where it would have ended."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_fit import assert_same_end
 
 from stochastic_depth.train import open_run
 
-KILLS = int(os.environ.get("STOCHASTIC_DEPTH_KILLS", "5"))
-OPTIONS = ["--model.depth", "20", "--epochs", "12", "--evaluate-every", "3"]
+HERE = Path(__file__).parent
+OPTIONS = ["--model.depth", "8", "--epochs", "8", "--evaluate-every", "3"]
 
 
 def command(*arguments: object) -> list[str]:
@@ -42,30 +44,87 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def test_a_run_killed_at_random_moments_ends_where_it_would_have(tmp_path):
-    undisturbed = tmp_path / "undisturbed"
-    process = train("digits", *OPTIONS, "--run", undisturbed)
-    has_begun(process)
-    began = time.monotonic()
-    assert finish(process)[0] == 0
-    duration = time.monotonic() - began
+class Zygote:
+    """Runs commands in processes that are forked, not started."""
 
-    moments, killed = random.Random(0), tmp_path / "killed"
-    process = train("digits", *OPTIONS, "--run", killed)
-    kills = 0
-    while kills < KILLS:
-        has_begun(process)
-        time.sleep(moments.uniform(0, 1.5 * duration / KILLS))
-        process.kill()
-        kills += finish(process)[0] == -signal.SIGKILL
-        assert not [p for p in (killed / "checkpoints").glob("step-*") if p.stat().st_size == 0]
-        process = train("--resume", killed)
-        if (killed / "model.safetensors").exists():
-            break
-    assert finish(process)[0] == 0
-    print(f"{kills} kills")
+    def __init__(self, folder: Path) -> None:
+        self.output = folder / "output.txt"
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "zygote.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, *arguments: object) -> int:
+        """Start a command; gives its process id."""
+        print(json.dumps([[str(a) for a in arguments], str(self.output)]), file=self.process.stdin)
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        """The exit code; negative: minus the signal."""
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture
+def zygote(tmp_path):
+    zygote = Zygote(tmp_path)
+    yield zygote
+    zygote.process.communicate()
+
+
+@pytest.fixture
+def observed(tmp_path):
+    """`observed()`: what an observer saw of `tmp_path / "killed"` up to then."""
+    process = subprocess.Popen(
+        [sys.executable, HERE / "observer.py", tmp_path / "killed"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield lambda: json.loads(process.communicate()[0])
+    process.kill()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_run_killed_at_random_moments_ends_where_it_would_have(
+    tmp_path, zygote, observed, soak, counts
+):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    durations = []
+    # The second finds nothing to do: the time it takes is that of every start.
+    for arguments in (["digits", *OPTIONS, "--run", undisturbed], ["--resume", undisturbed]):
+        began = time.monotonic()
+        zygote.start("train", *arguments)
+        assert zygote.wait() == 0, zygote.output.read_text()
+        durations.append(time.monotonic() - began)
+    training, start = durations[0] - durations[1], durations[1]
+
+    wanted, kills, moments = 100 if soak else 6, 0, random.Random(0)
+    going_on = ["--resume", killed]
+    while kills < wanted:
+        pid = zygote.start(
+            "train", *(going_on if killed.exists() else ["digits", *OPTIONS, "--run", killed])
+        )
+        time.sleep(moments.uniform(0, start + 2 * training / wanted))
+        os.kill(pid, signal.SIGKILL)
+        code = zygote.wait()
+        assert code in (0, -signal.SIGKILL), zygote.output.read_text()
+        kills += code == -signal.SIGKILL
+    zygote.start("train", *(going_on if killed.exists() else ["digits", *OPTIONS, "--run", killed]))
+    assert zygote.wait() == 0, zygote.output.read_text()
+
+    saw = observed()
+    assert saw["wrong"] == []
+    assert saw["looks"] > kills
     assert_same_end(open_run(undisturbed), open_run(killed))
     assert not list(killed.rglob(".unfinished-*"))
+    counts["kills of a run, which ended bit for bit as undisturbed"] += kills
+    counts["looks at its folder, every file whole"] += saw["looks"]
+    counts["files seen in it"] += saw["files"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from stochastic_depth import __version__
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.extras import require
+from stochastic_depth.terminal import visible
 
 COMMANDS = {
     "train": "train a recipe, or go on with a run",
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except StochasticDepthError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

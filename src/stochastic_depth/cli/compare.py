@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from stochastic_depth.analysis import (
     compare,
@@ -15,6 +14,7 @@ from stochastic_depth.analysis import (
     train_pairs,
     write_comparison,
 )
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
 from stochastic_depth.cli.train import stopped
 from stochastic_depth.train import Config, Interrupted
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     config = asked.config
     folder = asked.out or Path("runs") / f"compare-{config.recipe}"
     seeds = range(config.seed, config.seed + asked.seeds)
-    console = Console()
+    console = PlainConsole()
     with StopSignals() as stop, Display(console, asked.quiet) as display:
         try:
             runs = train_pairs(config, seeds, folder, display, stop)
@@ -56,5 +56,5 @@ def main(arguments: list[str]) -> int:
     plot_comparison(folder / "comparison.png", title, comparison, runs)
     console.print(comparison_table(title, comparison, len(seeds)))
     for name in ("comparison.png", "comparison.json"):
-        console.print(str(folder / name), markup=False, highlight=False, soft_wrap=True)
+        console.print(str(folder / name), soft_wrap=True)
     return 0

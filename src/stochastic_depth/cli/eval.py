@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.train import reopen, trained_model
 from stochastic_depth.train.step import evaluate
 
@@ -39,5 +39,5 @@ def main(arguments: list[str]) -> int:
     for part in ("validation", "test"):
         loss, error = evaluate(model, images.evaluate(part), run.execution)
         table.add_row(part, f"{images.sizes[part]:,}", f"{loss:.4f}", f"{error:.2f} %")
-    Console().print(table)
+    PlainConsole().print(table)
     return 0

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.models.published import published
 from stochastic_depth.surgery import Plan, Verification, apply, plan, summary, verify
@@ -46,9 +46,9 @@ class Inspect:
 
 def main(arguments: list[str]) -> int:
     asked = tyro.cli(Inspect, prog="stochastic-depth inspect", args=arguments)
-    console = Console()
+    console = PlainConsole()
     device = "meta" if asked.plan_only else "cpu"
-    with console.status(f"building {asked.model}"):
+    with console.status("building"):
         model, example = published(asked.model, batch=asked.batch, shape=asked.shape, device=device)
     rule: SurvivalRule = (
         LinearDecay(asked.final) if asked.survival == "linear" else Uniform(asked.final)
@@ -81,7 +81,6 @@ def main(arguments: list[str]) -> int:
             f"time saved over FLOPs saved, every other block open: {verification.efficiency:.2f}\n"
             f"expected depth {costs.expected_depth:.4g} of {len(costs.blocks)} blocks; "
             f"{100 * costs.expected_saving:.1f} % of FLOPs saved",
-            highlight=False,
         )
         result |= {"verification": asdict(verification), "expected_saving": costs.expected_saving}
     _write(asked.out, result)

@@ -3,10 +3,10 @@
 import inspect
 import json
 
-from rich.console import Console
 from rich.table import Table
 
 from stochastic_depth.cli import usage_error
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.recipes import RECIPES
 
 HELP = """usage: stochastic-depth recipes [RECIPE]
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         print(HELP)
         return 0
-    console = Console()
+    console = PlainConsole()
     if not arguments:
         table = Table()
         table.add_column("recipe", no_wrap=True)
@@ -32,6 +32,6 @@ def main(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in RECIPES:
         return usage_error("recipe", name, RECIPES)
-    console.print(inspect.getdoc(RECIPES[name]), markup=False, highlight=False)
+    console.print(inspect.getdoc(RECIPES[name]))
     console.print_json(json.dumps(RECIPES[name]().to_json()))
     return 0

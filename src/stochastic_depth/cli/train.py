@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from stochastic_depth.analysis import run_table
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
 from stochastic_depth.data import Batches
 from stochastic_depth.train import Config, Interrupted, Run, begin, fit, reopen
@@ -53,13 +54,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(run: Run, images: Batches, quiet: bool) -> int:
-    console = Console(quiet=quiet)
+    console = PlainConsole(quiet=quiet)
     config, execution = run.config, run.execution
     console.print(
         f"{config.recipe}: {config.model.kind} {config.model.depth}, {images.sizes['train']:,} "
         f"images → {run.path}\n{execution.described()}",
-        highlight=False,
-        markup=False,
         soft_wrap=True,
     )
     with StopSignals() as stop, Display(console, quiet) as display:
@@ -74,8 +73,6 @@ def _train(run: Run, images: Batches, quiet: bool) -> int:
 
 def stopped(console: Console, interrupted: Interrupted, again: str) -> int:
     """Say how to go on; returns the exit code."""
-    console.print(f"{interrupted}", markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"go on:  stochastic-depth {again}", markup=False, highlight=False, soft_wrap=True
-    )
+    console.print(f"{interrupted}", soft_wrap=True)
+    console.print(f"go on:  stochastic-depth {again}", soft_wrap=True)
     return 128 + interrupted.signal

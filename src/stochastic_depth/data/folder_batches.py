@@ -15,6 +15,7 @@ from stochastic_depth.data.folder_images import (
     evaluation_view,
     training_view,
 )
+from stochastic_depth.data.folders import files_readable
 from stochastic_depth.data.protocol import Batch, Part, epoch_order, steps
 from stochastic_depth.data.split import check_count, stratified
 from stochastic_depth.errors import DataError
@@ -94,6 +95,7 @@ class FolderBatches:
         return self._fingerprint
 
     @cached_property
+    @files_readable()
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.classes).encode())
         for part, samples in self._samples.items():

@@ -69,6 +69,8 @@ def open_picture(path: Path) -> Any:
     """
     image = require("PIL.Image", "data")
     try:
+        if not path.is_file():
+            raise DataError(f"{path}: not a regular file: remove it")
         with image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(

@@ -1,10 +1,44 @@
 """Look into the folder that should hold a data set."""
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stochastic_depth.errors import DataError
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
+MOST_BYTES = 2**30
+"""Of a file that is read as a whole; the largest published one has 186 million."""
+
+
+@contextmanager
+def files_readable() -> Iterator[None]:
+    """Around all that reads a data set.
+
+    Raises:
+        DataError: in place of what the system says of a file or a folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or "a file of the data set"
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def read_file(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        DataError: it is a device or a pipe, which may never end, or too large.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: not a regular file")
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise DataError(f"{path}: {size:,} bytes, expected at most {MOST_BYTES:,}")
+    return path.read_bytes()
 
 
 def data_folder(name: str, root: Path | str | None) -> Path:
@@ -28,6 +62,11 @@ def archives(root: Path) -> list[Path]:
     """Packed files in `root`, or `root` itself if it is one."""
     candidates = sorted(root.iterdir()) if root.is_dir() else [root]
     return [path for path in candidates if path.name.endswith(ARCHIVES)]
+
+
+def unpacking(archive: Path) -> str:
+    """The command for it, whatever the archive is called."""
+    return shlex.join(["tar", "-xf", str(archive), "-C", str(archive.parent)])
 
 
 def contents(root: Path, most: int = 8) -> str:

@@ -8,7 +8,7 @@ from stochastic_depth.data.dataset import DataSet, Images
 from stochastic_depth.data.digits import CLASSES as DIGITS
 from stochastic_depth.data.digits import read_digits
 from stochastic_depth.data.download import fetch
-from stochastic_depth.data.folders import data_folder
+from stochastic_depth.data.folders import data_folder, files_readable
 from stochastic_depth.data.reduction import reduced
 from stochastic_depth.data.split import check_count, stratified
 from stochastic_depth.data.svhn import has_svhn, hold_out_svhn, read_svhn
@@ -18,6 +18,7 @@ from stochastic_depth.errors import DataError
 VALIDATION = {"digits": 100, "cifar10": 5_000, "cifar100": 5_000, "svhn": 6_000}
 
 
+@files_readable()
 def load(
     name: str,
     root: Path | str | None = None,

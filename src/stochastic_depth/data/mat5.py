@@ -30,6 +30,9 @@ STORAGE = {
 }
 NUMERIC_CLASSES = range(6, 16)
 COMPLEX = 0x0800
+MOST_DIMENSIONS = 32
+SMALL, MOST_PACKING = 2**26, 100
+"""Bytes that compressed parts may always hold, and else how many times their file's size."""
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -43,10 +46,13 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         zlib.error: a compressed part is damaged.
     """
     arrays = {}
+    size = path.stat().st_size
+    room = max(SMALL, MOST_PACKING * size)
     with path.open("rb") as file:
-        for kind, content in elements_of_file(file, path.stat().st_size):
+        for kind, content in elements_of_file(file, size):
             if kind == COMPRESSED:
-                content = inflate(content)
+                content = inflate(content, room)
+                room -= len(content)
             elif kind != MATRIX:
                 raise ValueError(f"an element of kind {kind}")
             name, array = matrix(memoryview(content))
@@ -69,13 +75,16 @@ def elements_of_file(file: BufferedReader, size: int) -> Iterator[tuple[int, byt
         yield kind, content
 
 
-def inflate(content: bytearray, chunk: int = 2**24) -> bytearray:
-    """The content of the one matrix in a compressed element, which states its size."""
+def inflate(content: bytearray, most: int, chunk: int = 2**24) -> bytearray:
+    """The content of the one matrix in a compressed element, which states its size: `most` bytes
+    at most."""
     stream = zlib.decompressobj()
     tag = stream.decompress(content, 8)
     kind, length = struct.unpack("<II", tag) if len(tag) == 8 else (0, 0)
     if kind != MATRIX:
         raise ValueError(f"an element of kind {kind} in a compressed one")
+    if length > most:
+        raise ValueError(f"{length} bytes in {len(content)} compressed ones")
     body = bytearray()
     while not stream.eof and len(body) <= length:
         before = len(body), len(stream.unconsumed_tail)
@@ -107,7 +116,7 @@ def matrix(content: memoryview) -> tuple[str, Tensor | None]:
     if [kind for kind, _ in parts[:3]] != [UINT32, INT32, INT8]:
         raise ValueError("a matrix without its flags, dimensions and name")
     flags, dimensions, name = (part for _, part in parts[:3])
-    if len(flags) != 8 or len(dimensions) % 4:
+    if len(flags) != 8 or len(dimensions) % 4 or len(dimensions) > 4 * MOST_DIMENSIONS:
         raise ValueError("a matrix with damaged flags or dimensions")
     (flag,) = struct.unpack_from("<I", flags)
     title = bytes(name).decode("latin1")
@@ -121,7 +130,7 @@ def matrix(content: memoryview) -> tuple[str, Tensor | None]:
     if min(shape, default=-1) < 0 or len(stored) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{title} of shape {list(shape)} in {len(stored)} bytes")
     if not stored:
-        return title, torch.empty(shape[::-1], dtype=dtype)
+        raise ValueError(f"{title} of shape {list(shape)} is empty")
     # Bytes need no alignment, and they are the ones that are too large to copy.
     buffer = stored if dtype.itemsize == 1 else bytearray(stored)
     return title, torch.frombuffer(buffer, dtype=dtype).view(shape[::-1])

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from stochastic_depth.data.folder_batches import FolderBatches
-from stochastic_depth.data.folders import data_folder
+from stochastic_depth.data.folders import data_folder, files_readable
 from stochastic_depth.data.loading import load
 from stochastic_depth.data.protocol import Batches
 from stochastic_depth.data.tensor_batches import TensorBatches
@@ -15,6 +15,7 @@ from stochastic_depth.errors import DataError
 AUGMENTED = ("cifar10", "cifar100", "imagenet")
 
 
+@files_readable()
 def batches(
     name: str,
     root: Path | str | None = None,

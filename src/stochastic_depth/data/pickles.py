@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stochastic_depth.data.folders import read_file
 from stochastic_depth.errors import DataError
 
 DTYPES = {"u1": torch.uint8, "i1": torch.int8, "i4": torch.int32, "i8": torch.int64}
 
 TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 MOST_TUPLES = 100
+MOST_OPERATIONS = 5_000_000
+INTEGERS = {"INT", "LONG", "LONG1", "LONG4"}
 MEMO_READS = {"GET", "BINGET", "LONG_BINGET"}
 MEMO_WRITES = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 OPERATIONS = set(
@@ -41,7 +44,7 @@ def read_pickle(path: Path) -> object:
     Raises:
         DataError: truncated, damaged, or with anything else in it.
     """
-    content = path.read_bytes()
+    content = read_file(path)
     try:
         check_operations(content)
         return finish(ArrayUnpickler(BytesIO(content), encoding="bytes").load())
@@ -49,20 +52,23 @@ def read_pickle(path: Path) -> object:
         # A damaged pickle can raise nearly anything: see the documentation of pickle.
         raise DataError(
             f"{path}: expected a pickle of numbers, words and numpy arrays, found "
-            f"{len(content)} bytes that are not ({type(error).__name__}: {error}): "
+            f"{len(content)} bytes that are not ({type(error).__name__}: {str(error)[:200]}): "
             "fetch it again from where it was published"
         ) from error
 
 
 def check_operations(content: bytes) -> None:
     """Refuse operations that no such file needs, and those that take time or memory out of
-    proportion: a memo of billions of entries, tuples whose hash is exponential in their depth."""
+    proportion: a memo of billions of entries, tuples whose hash is exponential in their depth,
+    long integers, of which any number have the same hash."""
     memo: dict[int, bool] = {}
     tuples, on_top = 0, False
-    for operation, argument, position in pickletools.genops(content):
+    for count, (operation, argument, position) in enumerate(pickletools.genops(content)):
         name = operation.name
-        if name not in OPERATIONS:
+        if name not in OPERATIONS or count > MOST_OPERATIONS:
             raise pickle.UnpicklingError(f"operation {name} at byte {position}")
+        if name in INTEGERS and not -(2**63) <= int(argument or 0) < 2**63:
+            raise pickle.UnpicklingError(f"an integer of more than 64 bits at byte {position}")
         if name in MEMO_WRITES:
             index = len(memo) if name == "MEMOIZE" else int(argument or 0)
             if index > len(content):
@@ -83,7 +89,7 @@ class ArrayUnpickler(pickle.Unpickler):
             return Stand(STANDS[module_name.replace("numpy.core.", "numpy._core."), global_name])
         except KeyError:
             raise pickle.UnpicklingError(
-                f"it asks for {module_name}.{global_name}, which no such file needs"
+                f"it asks for {module_name[:80]}.{global_name[:80]}, which no such file needs"
             ) from None
 
 
@@ -173,11 +179,18 @@ STANDS: dict[tuple[str, str], Callable[..., object]] = {
 
 
 def finish(value: object) -> object:
-    """Tensors in place of the stands, in the dictionary that these files are."""
+    """Tensors in place of the stands, in the dictionary that these files are.
+
+    Not in dictionaries within it: these can hold one another exponentially often.
+    """
     if isinstance(value, dict):
-        return {key: finish(item) for key, item in value.items()}
-    if isinstance(value, Array):
-        if value.tensor is None:
-            raise pickle.UnpicklingError("an array without its state")
-        return value.tensor
-    return value
+        return {key: built(item) for key, item in value.items()}
+    return built(value)
+
+
+def built(value: object) -> object:
+    if not isinstance(value, Array):
+        return value
+    if value.tensor is None:
+        raise pickle.UnpicklingError("an array without its state")
+    return value.tensor

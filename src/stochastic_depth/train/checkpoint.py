@@ -3,6 +3,10 @@
 import hashlib
 import io
 import pickle
+import pickletools
+import re
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +14,15 @@ from typing import Any
 import torch
 
 from stochastic_depth.errors import CheckpointError, RunError
-from stochastic_depth.train.files import write_whole
+from stochastic_depth.train.files import refusal, write_whole
 
 MAGIC = b"stochastic-depth checkpoint 1\n"
 _DIGEST = 64
+_NAME = re.compile(r"step-([0-9]{9,})\.ckpt")
+_NAMES_OF_TENSORS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage"
+)
+"""All that a state of tensors and plain values mentions."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -41,20 +50,46 @@ def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, A
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {refusal(error)}") from error
     start = len(MAGIC) + _DIGEST + 1
     if not content.startswith(MAGIC) or len(content) < start:
         raise CheckpointError(f"{path} is not a checkpoint of this library, or is cut short")
     payload = memoryview(content)[start:]
-    if hashlib.sha256(payload).hexdigest().encode() != content[len(MAGIC) : start - 1]:
+    if hashlib.sha256(payload).hexdigest().encode() + b"\n" != content[len(MAGIC) : start]:
         raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
     try:
-        state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+        file = io.BytesIO(payload)
+        _check_entries(file, len(payload))
+        state = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:
+        # Whoever made the checksum fit can make the reader raise nearly anything.
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise CheckpointError(f"{path} is not the state of a run")
     if state.get("run") != run_id:
         raise CheckpointError(f"{path} belongs to another run ({state.get('run')}, not {run_id})")
     return state
+
+
+def _check_entries(file: io.BytesIO, size: int) -> None:
+    """Refuse what even `weights_only=True` would spend memory on far beyond the size of the file:
+    packed entries, and calls of anything that is not needed for tensors (`bytearray`, say).
+
+    Raises:
+        pickle.UnpicklingError: naming it.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise pickle.UnpicklingError("an entry is packed")
+        if sum(entry.file_size for entry in entries) > size:
+            raise pickle.UnpicklingError("its entries claim more bytes than there are")
+        (pickled,) = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        content = archive.read(pickled)
+    for operation, argument, _ in pickletools.genops(content):
+        if "GLOBAL" in operation.name and not _NAMES_OF_TENSORS.fullmatch(str(argument)):
+            raise pickle.UnpicklingError(f"it asks for {str(argument)[:80]}")
+    file.seek(0)
 
 
 @dataclass(frozen=True)
@@ -70,7 +105,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, newest first."""
-        return sorted((int(p.stem[5:]) for p in self.folder.glob("step-*.ckpt")), reverse=True)
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*.ckpt"))
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def save(self, step: int, best: int | None, state: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, then delete those that are neither recent nor `best`.
@@ -84,9 +120,24 @@ class Checkpoints:
             before = self.steps()
             kept = f"{self.path(before[0])} is intact" if before else "there was none before"
             raise CheckpointError(f"{error}; {kept}") from error
-        for old in self.steps()[self.keep :]:
+        # Later ones are not of this run's past: they were refused when it was resumed.
+        past = [other for other in self.steps() if other <= step]
+        for old in past[self.keep :]:
             if old != best:
-                self.path(old).unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.path(old).unlink()
+
+    def load(self, step: int, device: str) -> dict[str, Any]:
+        """The state after `step` steps.
+
+        Raises:
+            CheckpointError: as `load_checkpoint`, and when the file is of another step.
+        """
+        path = self.path(step)
+        state = load_checkpoint(path, self.run_id, device)
+        if state["step"] != step:
+            raise CheckpointError(f"{path} is of step {state['step']}: it was renamed")
+        return state
 
     def newest(self, device: str) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest state that can be trusted, and why newer ones could not be.
@@ -97,7 +148,7 @@ class Checkpoints:
         refused: list[str] = []
         for step in self.steps():
             try:
-                return load_checkpoint(self.path(step), self.run_id, device), refused
+                return self.load(step, device), refused
             except CheckpointError as error:
                 refused.append(str(error))
         if refused:

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen, nested, and the same on the command line and in JSON."""
 
 import dataclasses
+import math
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("validation", "train", "size"):
             _positive(f"data.{name}", getattr(self, name))
-        _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
+        _require(0 <= self.workers <= 1024, "data.workers", self.workers, "0 to 1024")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class ModelConfig:
     """DenseNet only: channels that each layer adds."""
     bottleneck: bool = True
     """DenseNet only: the BC variant, with bottlenecks and compression by half."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.depth <= 100_000, "model.depth", self.depth, "1 to 100,000")
+        _require(1 <= self.growth <= 10_000, "model.growth", self.growth, "1 to 10,000")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class SurvivalConfig:
     def __post_init__(self) -> None:
         _require(0 < self.final <= 1, "survival.final", self.final, "above 0 and at most 1")
         _require(self.ramp_epochs >= 0, "survival.ramp-epochs", self.ramp_epochs, "at least 0")
+        _finite("survival", self)
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,14 @@ class OptimizerConfig:
         _require(self.divisor > 0, "optimizer.divisor", self.divisor, "above 0")
         _require(0 < self.momentum < 1, "optimizer.momentum", self.momentum, "between 0 and 1")
         _require(self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "at least 0")
+        _require(
+            self.warmup_epochs >= 0, "optimizer.warmup-epochs", self.warmup_epochs, "at least 0"
+        )
+        _require(self.warmup_rate > 0, "optimizer.warmup-rate", self.warmup_rate, "above 0")
         _require(self.batch >= 2, "optimizer.batch", self.batch, "at least 2 (BatchNorm)")
         for milestone in self.milestones:
             _require(0 < milestone < 1, "optimizer.milestones", milestone, "between 0 and 1")
+        _finite("optimizer", self)
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ class Config:
         Raises:
             ConfigError: when a field is missing, unknown or of another type.
         """
-        return _restore(Config, values, "config")
+        return restore(Config, values, "config")
 
 
 def _require(holds: bool, name: str, value: object, right: str) -> None:
@@ -164,6 +175,13 @@ def _positive(name: str, value: int | None) -> None:
     _require(value is None or value >= 1, name, value, "at least 1")
 
 
+def _finite(where: str, config: "SurvivalConfig | OptimizerConfig") -> None:
+    for name, value in vars(config).items():
+        if isinstance(value, float):
+            name = f"{where}.{name.replace('_', '-')}"
+            _require(math.isfinite(value), name, value, "finite")
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -172,13 +190,18 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _restore(kind: Any, value: Any, where: str) -> Any:
+def restore(kind: Any, value: Any, where: str) -> Any:
+    """`value`, plain JSON, as a `kind`.
+
+    Raises:
+        ConfigError: naming `where` it is of another type.
+    """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
         if not isinstance(value, dict) or set(value) != set(hints):
             found = sorted(value) if isinstance(value, dict) else value
             raise ConfigError(f"{where} must have the fields {sorted(hints)}, it has {found}")
-        return kind(**{k: _restore(hints[k], item, f"{where}.{k}") for k, item in value.items()})
+        return kind(**{k: restore(hints[k], item, f"{where}.{k}") for k, item in value.items()})
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     for option in options:
         if option is types.NoneType and value is None:
@@ -186,10 +209,12 @@ def _restore(kind: Any, value: Any, where: str) -> Any:
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_restore(get_args(option)[0], item, where) for item in value)
-        if option is Path and isinstance(value, str):
+            return tuple(restore(get_args(option)[0], item, where) for item in value)
+        if option is Path and isinstance(value, str) and "\0" not in value:
             return Path(value)
-        if option is float and type(value) in (int, float):
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not -1e308 < value < 1e308:
+                break
             return float(value)
         if type(value) is option:
             return value

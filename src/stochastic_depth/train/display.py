@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from stochastic_depth.gates import open_shares
+from stochastic_depth.terminal import visible
 from stochastic_depth.train.journal import Record
 from stochastic_depth.train.run import Run
 from stochastic_depth.train.training import Training
@@ -74,7 +75,7 @@ class RunView:
         self.say(self.line(record))
 
     def say(self, text: str) -> None:
-        self.say_line(f"{self.label} {text}" if self.label else text)
+        self.say_line(visible(f"{self.label} {text}" if self.label else text))
 
     def line(self, record: Record) -> str:
         line = (
@@ -102,7 +103,7 @@ class RunView:
         head.add_column(ratio=1)
         head.add_column(justify="right", no_wrap=True)
         head.add_row(
-            Text(self.label or self.doing),
+            Text(visible(self.label or self.doing)),
             ProgressBar(total=self.steps, completed=self.step_done),
             Text(f"epoch {epoch:.1f}/{self.epochs}  left {self.left()}"),
         )

@@ -1,5 +1,6 @@
 """How a training step is taken: by autograd, by compiled blocks, or by the block program."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from stochastic_depth.engine.kernels import (
     NativeKernels,
     ReferenceKernels,
 )
+from stochastic_depth.engine.private_cache import private_cache
 from stochastic_depth.surgery import apply, compile
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train.build import block_convolutions
@@ -125,6 +127,9 @@ def build_engine(
     Args:
         shape: of a whole mini-batch, [batch, channels, height, width].
     """
+    if "compiled" in (execution.engine, execution.kernels):
+        # PyTorch's own choice is a folder in /tmp whose name anyone can guess, and take.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_cache() / "inductor"))
     if execution.engine == "graphs":
         return Blocks(model, depth, optimizer, first, execution, shape)
     compiled = execution.engine == "compiled"

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from stochastic_depth.data import Batches
-from stochastic_depth.errors import DivergedError, StochasticDepthError
+from stochastic_depth.errors import RunError, StochasticDepthError
 from stochastic_depth.train.execution import Execution
-from stochastic_depth.train.files import write_whole
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.run import Run
 from stochastic_depth.train.step import evaluate
 from stochastic_depth.train.tally import Tally
 from stochastic_depth.train.training import Training
+from stochastic_depth.train.trouble import diverged, memory_watched, open_blocks
+from stochastic_depth.train.weights import read_weights, write_weights
 
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 50}
 """Looking at a loss makes the host wait for the device."""
@@ -62,33 +62,39 @@ def fit(
         stop: asked after every step; a signal number makes the run write a checkpoint and stop.
 
     Raises:
-        RunError: when another process writes the folder, or the data is not that of the run.
+        RunError: when another process writes the folder, it is removed, or nothing can be written;
+            or the data is not that of the run.
         CheckpointError: when no checkpoint can be trusted, or one cannot be written.
         DivergedError: when a loss or a weight is not finite.
+        OutOfMemoryError: when a step or an evaluation needs more memory than there is.
         Interrupted: when `stop` said so.
     """
     run.require_data(batches.fingerprint)
-    with run.writing():
+    with run.writing() as still_ours:
         training = Training(run.config, run.execution, batches)
         _restore(run, training, watch)
         watch.begin(run, training)
         stream = _stream(batches, training.step)
+        journal = run.journal_length()
         while training.step < training.steps or training.tally.images:
             record = None
-            if _finish_interval(run, training, stream, watch, stop):
-                record = _measure(training, batches, watch, stop)
+            with memory_watched(run, training):
+                if _finish_interval(run, training, stream, watch, stop):
+                    record = _measure(training, batches, watch, stop)
+            still_ours()
+            truncate_journal(run.journal, journal)  # nobody else has written it meanwhile
             if record is None:
                 _save(run, training)
                 raise Interrupted(run.path, training.step, stop() or 0)
             if not record.is_finite:
-                raise _diverged(run, training.step, "an evaluation")
+                raise diverged(run, training.step, "an evaluation")
             append_record(run.journal, record)
+            journal = run.journal_length()
             training.tally = Tally()
             _save(run, training)
             watch.record(record)
             yield record
-        if not run.weights.exists():
-            _write_weights(run, training)
+        _write_weights(run, training, watch)
 
 
 def _restore(run: Run, training: Training, watch: Watch) -> None:
@@ -131,10 +137,11 @@ def _finish_interval(
     while training.step < end and not stop():
         measured = training.advance(*next(stream))
         if training.step % look == 0 or training.step == end or stop():
-            diverged = training.tally.first_diverged(look)
-            if diverged is not None:
-                step = training.step - len(training.tally.measured) + diverged
-                raise _diverged(run, step, "the loss")
+            position = training.tally.first_diverged(look)
+            if position is not None:
+                step = training.step - len(training.tally.measured) + position
+                gates = open_blocks(training.gates_at(step))
+                raise diverged(run, step, f"with {gates}, the loss")
         watch.step(training, measured.loss)
     training.execution.synchronise()
     training.tally.seconds += time.perf_counter() - began
@@ -189,7 +196,7 @@ def peak_memory(execution: Execution) -> int:
 
 def _save(run: Run, training: Training) -> None:
     if not training.weights_are_finite():
-        raise _diverged(run, training.step, "a weight")
+        raise diverged(run, training.step, "a weight")
     records = run.records()
     run.checkpoints.save(
         training.step,
@@ -198,19 +205,13 @@ def _save(run: Run, training: Training) -> None:
     )
 
 
-def _write_weights(run: Run, training: Training) -> None:
-    weights = {k: v.cpu().contiguous() for k, v in training.model.state_dict().items()}
-    write_whole(run.weights, save(weights, metadata={"run": run.id, "recipe": run.config.recipe}))
-
-
-def _diverged(run: Run, step: int, what: str) -> DivergedError:
-    good = run.checkpoints.steps()
-    kept = (
-        f"the last good checkpoint is {run.checkpoints.path(good[0])}"
-        if good
-        else ("there is no checkpoint before it")
-    )
-    return DivergedError(
-        f"{what} is not finite at step {step} of {run.path}; {kept}. Try a lower "
-        "--optimizer.learning-rate, a --optimizer.warmup-epochs or a --survival.ramp-epochs"
-    )
+def _write_weights(run: Run, training: Training, watch: Watch) -> None:
+    """Unless they are there, and whole."""
+    if run.weights.exists():
+        try:
+            read_weights(run.weights)
+            return
+        except RunError as error:
+            watch.say(f"{error}; written anew")
+    about = {"run": run.id, "recipe": run.config.recipe}
+    write_weights(run.weights, training.model.state_dict(), about)

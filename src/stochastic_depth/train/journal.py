@@ -1,13 +1,16 @@
 """The journal of a run: one line of JSON for each evaluation, append-only, readable at any time."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stochastic_depth.errors import RunError
+from stochastic_depth.train.files import refusal
 
 
 @dataclass(frozen=True)
@@ -71,24 +74,25 @@ def append_record(path: Path, record: Record) -> None:
     """
     line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
     try:
-        with path.open("ab") as file:
+        # Unbuffered: a buffer would try again on closing, and leave the end of a line behind.
+        with path.open("ab", buffering=0) as file:
             before = file.tell()
             try:
-                file.write(line)
-                file.flush()
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError:
                 os.truncate(path, before)
                 raise
     except OSError as error:
-        raise RunError(f"{path} could not be written: {error.strerror}") from error
+        raise RunError(f"{path} could not be written: {refusal(error)}") from error
 
 
 def truncate_journal(path: Path, length: int) -> None:
     """Drop the lines after a checkpoint, of work that is about to be repeated.
 
     Raises:
-        RunError: when the journal is shorter than it was at the checkpoint.
+        RunError: when the journal is shorter than it was at the checkpoint, or cannot be written.
     """
     found = path.stat().st_size if path.exists() else 0
     if found < length:
@@ -96,7 +100,10 @@ def truncate_journal(path: Path, length: int) -> None:
             f"{path} has {found} bytes, the checkpoint has seen {length}: lines are lost"
         )
     if found > length:
-        os.truncate(path, length)
+        try:
+            os.truncate(path, length)
+        except OSError as error:
+            raise RunError(f"{path} could not be written: {refusal(error)}") from error
 
 
 def read_journal(path: Path) -> list[Record]:
@@ -112,7 +119,16 @@ def read_journal(path: Path) -> list[Record]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            records.append(_record(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise RunError(f"{path}, line {number} is not a record: {error}") from error
     return records
+
+
+def _record(values: Any) -> Record:
+    record = Record(**values)
+    for field in dataclasses.fields(Record):
+        value = getattr(record, field.name)
+        if field.type in (int, float) and type(value) not in (int, float):
+            raise TypeError(f"{field.name} is {value!r}, expected a number")
+    return record

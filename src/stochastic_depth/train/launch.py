@@ -8,7 +8,6 @@ from torch import nn
 
 from stochastic_depth.data import Batches, batches
 from stochastic_depth.errors import CheckpointError, RunError
-from stochastic_depth.train.checkpoint import load_checkpoint
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.execution import Execution, resolve_execution
 from stochastic_depth.train.journal import best_record
@@ -82,7 +81,5 @@ def trained_model(
         raise CheckpointError(f"{run.path} has no evaluated checkpoint yet")
     step = best_record(records).step if which == "best" else steps[0]
     training = Training(run.config, run.execution, images)
-    training.load_state_dict(
-        load_checkpoint(run.checkpoints.path(step), run.id, run.execution.device)
-    )
+    training.load_state_dict(run.checkpoints.load(step, run.execution.device))
     return training.model.eval(), step

@@ -1,24 +1,32 @@
 """A run folder: what was asked for, on what, by whom it is being written."""
 
+import hashlib
 import json
+import os
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.errors import RunError
 from stochastic_depth.train.checkpoint import Checkpoints
-from stochastic_depth.train.config import Config
+from stochastic_depth.train.config import Config, restore
 from stochastic_depth.train.execution import Execution, machine, versions
-from stochastic_depth.train.files import remove_unfinished, write_whole
+from stochastic_depth.train.files import refusal, remove_unfinished, whole_folder, write_synced
 from stochastic_depth.train.journal import Record, read_journal
 
 FORMAT = 1
+BEFORE_CHECKSUMS = frozenset(
+    "format id created config execution data versions git_commit machine".split()
+)
+"""What `config.json` of a run without a checksum holds, and nothing else."""
+_BEFORE_ENGINES = {"engine": "eager", "kernels": "reference", "engine_because": "as asked"}
 
 
 @dataclass(frozen=True)
@@ -68,22 +76,37 @@ class Run:
             )
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Be the only process that writes this folder.
+    def writing(self) -> Iterator[Callable[[], None]]:
+        """Be the only process that writes this folder; gives a check that it still is.
 
         Raises:
-            RunError: when another one does.
+            RunError: when another process does, or nothing can be written; from the check, when
+                the folder was removed or replaced.
         """
-        lock = FileLock(self.path / "lock", timeout=0)
+        path = self.path / "lock"
+        lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
-        except Timeout:
-            raise RunError(f"{self.path} is being written by another process") from None
-        try:
             remove_unfinished(self.path)
             remove_unfinished(self.checkpoints.folder)
-            yield
+            held = os.open(path, os.O_RDONLY)
+        except Timeout:
+            raise RunError(f"{self.path} is being written by another process") from None
+        except OSError as error:
+            lock.release()
+            raise RunError(f"{self.path} cannot be written: {refusal(error)}") from error
+
+        def still_ours() -> None:
+            if not (path.exists() and os.path.samestat(os.fstat(held), path.stat())):
+                raise RunError(
+                    f"{self.path} was removed or replaced while it was being written: nothing "
+                    "more is written there"
+                )
+
+        try:
+            yield still_ours
         finally:
+            os.close(held)
             lock.release()
 
 
@@ -100,16 +123,11 @@ def create_run(
     Raises:
         RunError: when `path` exists or cannot be made.
     """
-    run = Run(path, uuid.uuid4().hex, config, execution, fingerprint, classes, shape)
-    try:
-        path.mkdir(parents=True)
-        run.checkpoints.folder.mkdir()
-    except FileExistsError:
+    if path.exists():
         raise RunError(
             f"{path} exists already: go on with it by --resume {path}, or choose another --run"
-        ) from None
-    except OSError as error:
-        raise RunError(f"{path} cannot be made: {error.strerror}") from error
+        )
+    run = Run(path, uuid.uuid4().hex, config, execution, fingerprint, classes, shape)
     description = {
         "format": FORMAT,
         "id": run.id,
@@ -121,7 +139,10 @@ def create_run(
         "git_commit": _git_commit(),
         "machine": machine(execution),
     }
-    write_whole(path / "config.json", json.dumps(description, indent=2).encode() + b"\n")
+    description["sha256"] = _checksum(description)
+    with whole_folder(path) as folder:
+        (folder / "checkpoints").mkdir()
+        write_synced(folder / "config.json", json.dumps(description, indent=2).encode() + b"\n")
     return run
 
 
@@ -133,7 +154,7 @@ def open_run(path: Path) -> Run:
     """
     described = path / "config.json"
     try:
-        text = described.read_text()
+        text = described.read_bytes()
     except OSError:
         raise RunError(f"{path} is not a run folder: {described} cannot be read") from None
     try:
@@ -142,19 +163,31 @@ def open_run(path: Path) -> Run:
             raise RunError(
                 f"{described} has format {values['format']}, this version reads {FORMAT}"
             )
+        claimed = values.pop("sha256", None)
+        if claimed != _checksum(values) if claimed else set(values) != BEFORE_CHECKSUMS:
+            raise RunError(
+                f"{described} is damaged or was edited, its checksum does not match: put the "
+                "original back, or begin another run (what a run does cannot be changed)"
+            )
         values["config"].setdefault("engine", "eager")  # runs did not always have these
         values["config"]["data"].setdefault("size", None)
+        channels, height, width = restore(tuple[int, ...], values["data"]["shape"], "data.shape")
         return Run(
             path,
-            values["id"],
+            restore(str, values["id"], "id"),
             Config.from_json(values["config"]),
-            Execution(**values["execution"]),
-            values["data"]["fingerprint"],
-            tuple(values["data"]["classes"]),
-            tuple(values["data"]["shape"]),
+            restore(Execution, {**_BEFORE_ENGINES, **values["execution"]}, "execution"),
+            restore(str, values["data"]["fingerprint"], "data.fingerprint"),
+            restore(tuple[str, ...], values["data"]["classes"], "data.classes"),
+            (channels, height, width),
         )
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{described} cannot be understood: {error}") from error
+
+
+def _checksum(description: dict[str, Any]) -> str:
+    """SHA-256 of all that `config.json` says besides."""
+    return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 
 def free_path(folder: Path, name: str) -> Path:

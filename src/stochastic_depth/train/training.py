@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.data import Batches
+from stochastic_depth.errors import CheckpointError
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
     build_depth,
@@ -67,6 +68,12 @@ class Training:
         """Of the step just done: bool [L], or [L, batch]."""
         return self.depth.gates if self.depth else torch.ones(self.blocks, dtype=torch.bool)
 
+    def gates_at(self, step: int) -> Tensor:
+        """Of any step, as `gates`: they are a function of (seed, step)."""
+        if self.depth is None:
+            return torch.ones(self.blocks, dtype=torch.bool)
+        return self.depth.gates_at(step, self.config.optimizer.batch)
+
     def advance(self, images: Tensor, labels: Tensor) -> Measured:
         """Do one step, and tally it."""
         for group in self.optimizer.param_groups:
@@ -92,11 +99,20 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; `state["step"]` says where that was."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.depth is not None:
-            self.depth.load_state_dict(state["depth"])
-        self.tally.load_state_dict(state["tally"], self.execution.device)
+        """Go on where `state` was taken; `state["step"]` says where that was.
+
+        Raises:
+            CheckpointError: when it is of another network or optimizer.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.depth is not None:
+                self.depth.load_state_dict(state["depth"])
+            self.tally.load_state_dict(state["tally"], self.execution.device)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {state['step']} does not fit this network: {error}"
+            ) from error
         self.step = state["step"]
         self.__dict__.pop("_engine", None)  # which holds the momentum of before

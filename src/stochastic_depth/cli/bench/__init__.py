@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from stochastic_depth.cli.bench.data import Data
 from stochastic_depth.cli.bench.depth import Depth
@@ -13,6 +12,7 @@ from stochastic_depth.cli.bench.output import write_json
 from stochastic_depth.cli.bench.overhead import Overhead
 from stochastic_depth.cli.bench.peers import Peers
 from stochastic_depth.cli.bench.skip import SkipBench
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.execution import resolve_execution
 
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
     execution = resolve_execution(
         Config(device=asked.device, precision=asked.precision, engine=asked.engine)
     )
-    console = Console()
-    console.print(execution.described(), highlight=False, markup=False)
+    console = PlainConsole()
+    console.print(execution.described())
     result = asked.run(execution, console)
     if asked.out is not None:
         write_json(asked.out, asked, execution, result)

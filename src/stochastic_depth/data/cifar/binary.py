@@ -6,7 +6,7 @@ import torch
 
 from stochastic_depth.data.cifar.variants import Variant, join
 from stochastic_depth.data.dataset import Images
-from stochastic_depth.data.folders import all_files, any_file
+from stochastic_depth.data.folders import all_files, any_file, read_file
 from stochastic_depth.errors import DataError
 
 PIXELS = 3 * 32 * 32
@@ -30,7 +30,7 @@ def read(folder: Path, variant: Variant) -> tuple[Images, Images]:
 def read_records(path: Path, variant: Variant) -> Images:
     """One file; the last label byte of each record is the (fine) label."""
     record = variant.binary_label_bytes + PIXELS
-    content = path.read_bytes()
+    content = read_file(path)
     if len(content) == 0 or len(content) % record:
         raise DataError(
             f"{path}: {len(content)} bytes, expected records of {record} bytes for "

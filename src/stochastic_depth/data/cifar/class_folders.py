@@ -6,6 +6,7 @@ import torch
 
 from stochastic_depth.data.cifar.variants import SIZE, Variant
 from stochastic_depth.data.dataset import Images
+from stochastic_depth.data.folders import read_file
 from stochastic_depth.data.pictures import SUFFIXES, decode
 from stochastic_depth.errors import DataError
 
@@ -45,7 +46,7 @@ def read_part(root: Path, variant: Variant) -> Images:
             raise DataError(f"{root / name}: holds no pictures ({', '.join(SUFFIXES)})")
         paths += pictures
         labels += [label] * len(pictures)
-    pixels = decode(len(paths), lambda i: paths[i].read_bytes(), lambda i: str(paths[i]), size=SIZE)
+    pixels = decode(len(paths), lambda i: read_file(paths[i]), lambda i: str(paths[i]), size=SIZE)
     return variant.images(pixels, torch.tensor(labels), root)
 
 

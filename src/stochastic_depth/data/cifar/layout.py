@@ -6,7 +6,7 @@ from types import ModuleType
 from stochastic_depth.data.cifar import binary, class_folders, parquet, pickles
 from stochastic_depth.data.cifar.variants import Variant
 from stochastic_depth.data.dataset import Images
-from stochastic_depth.data.folders import archives, contents
+from stochastic_depth.data.folders import archives, contents, unpacking
 from stochastic_depth.errors import DataError
 
 LAYOUTS = (pickles, binary, parquet, class_folders)
@@ -35,8 +35,7 @@ def read_cifar(root: Path, variant: Variant) -> tuple[Images, Images]:
         return layout.read(folder, variant)
     if packed := archives(root):
         raise DataError(
-            f"{root}: holds {packed[0].name}, which is not unpacked: "
-            f"tar -xf '{packed[0]}' -C '{packed[0].parent}'"
+            f"{root}: holds {packed[0].name}, which is not unpacked: {unpacking(packed[0])}"
         )
     raise DataError(
         f"{root}: no {variant.name} found. Expected {variant.pickle_folder}/, "

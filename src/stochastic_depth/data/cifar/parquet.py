@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from stochastic_depth.data.cifar.variants import SIZE, Variant, join
 from stochastic_depth.data.dataset import Images
@@ -12,6 +14,11 @@ from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
 
 IMAGE_COLUMNS = ("img", "image")
+MOST_BYTES = 2**15
+"""Of one picture; without compression its pixels have 3,072."""
+MOST_PACKING = 100
+ROWS = 8
+"""Read at a time: a few bytes can stand for one large value, a million times over."""
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
 
 
@@ -54,32 +61,63 @@ def shards(folder: Path, part: str) -> list[Path]:
 def read_shard(path: Path, variant: Variant) -> Images:
     """One file with an image column (`img` or `image`) and a label column."""
     arrow, parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
+    encoded: list[bytes | None] = []
+    labels = [torch.empty(0, dtype=torch.int64)]
     try:
         with parquet.ParquetFile(path) as file:
+            claimed, size = file.metadata.num_rows, path.stat().st_size
+            if claimed > size:
+                raise DataError(
+                    f"{path}: claims {claimed:,} images in {size:,} bytes: fetch it again"
+                )
+            room = max(2**26, MOST_PACKING * size)
             names = file.schema_arrow.names
             image = column(path, names, IMAGE_COLUMNS)
             label = column(path, names, variant.label_columns)
-            table = file.read([image, label])
+            for batch in file.iter_batches(ROWS, columns=[image, label]):
+                read = pictures(path, image, batch.column(image), len(encoded))
+                room -= sum(len(content or b"") for content in read)
+                if room < 0:
+                    raise DataError(
+                        f"{path}: its images unpack to over {MOST_PACKING} times {size:,} bytes"
+                    )
+                encoded += read
+                labels.append(integers(path, label, batch.column(label)))
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: no readable parquet file ({error}): fetch it again") from error
-    if not arrow.types.is_integer(table.schema.field(label).type) or table[label].null_count:
+    pixels = decode(len(encoded), encoded.__getitem__, lambda i: f"{path}, row {i}", size=SIZE)
+    return variant.images(pixels, torch.cat(labels), path)
+
+
+def pictures(path: Path, name: str, values: Any, first: int) -> list[bytes | None]:
+    """The encoded pictures of some rows, of which `first` is the number of the first."""
+    types = require("pyarrow", "data").types
+    found = values.type
+    if types.is_struct(found) and found.get_field_index("bytes") >= 0:
+        values = values.field("bytes")
+    if not (types.is_binary(values.type) or types.is_large_binary(values.type)):
         raise DataError(
-            f"{path}: column {label} is {table.schema.field(label).type} with "
-            f"{table[label].null_count} nulls, expected one integer for each row"
-        )
-    encoded = table[image].combine_chunks()
-    if arrow.types.is_struct(encoded.type) and encoded.type.get_field_index("bytes") >= 0:
-        encoded = encoded.field("bytes")
-    if not (arrow.types.is_binary(encoded.type) or arrow.types.is_large_binary(encoded.type)):
-        raise DataError(
-            f"{path}: column {image} is {table.schema.field(image).type}, expected encoded images "
+            f"{path}: column {name} is {found}, expected encoded images "
             "as bytes or as struct<bytes, path>: fetch the version with the images inside"
         )
-    pixels = decode(
-        len(encoded), lambda i: encoded[i].as_py(), lambda i: f"{path}, row {i}", size=SIZE
-    )
-    labels = torch.tensor(table[label].to_pylist(), dtype=torch.int64)
-    return variant.images(pixels, labels, path)
+    encoded = values.to_pylist()
+    for row, content in enumerate(encoded, start=first):
+        if content is not None and len(content) > MOST_BYTES:
+            raise DataError(
+                f"{path}, row {row}: {len(content):,} bytes, expected an image of "
+                f"{SIZE[0]}x{SIZE[1]} pixels in at most {MOST_BYTES:,}"
+            )
+    return encoded
+
+
+def integers(path: Path, name: str, values: Any) -> Tensor:
+    types = require("pyarrow", "data").types
+    if not types.is_integer(values.type) or values.null_count:
+        raise DataError(
+            f"{path}: column {name} is {values.type} with {values.null_count} nulls, expected one "
+            "integer for each row"
+        )
+    return torch.tensor(values.to_pylist(), dtype=torch.int64)
 
 
 def column(path: Path, names: list[str], wanted: tuple[str, ...]) -> str:

@@ -36,7 +36,7 @@ def read_batch(path: Path, variant: Variant) -> Images:
     if not isinstance(data, Tensor) or data.dtype != torch.uint8 or data.shape[1:] != (3072,):
         raise DataError(f"{path}: data is {describe(data)}, expected a uint8 array [n, 3072]")
     if isinstance(labels, list) and all(type(label) is int for label in labels):
-        labels = torch.tensor([min(max(label, -1), 2**31) for label in labels], dtype=torch.int64)
+        labels = torch.tensor(labels, dtype=torch.int64)
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
         raise DataError(f"{path}: labels are {describe(labels)}, expected a list of integers")
     return variant.images(data.reshape(-1, 3, 32, 32), labels, path)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stochastic_depth.engine.kernels.kernels import BatchNorm, Layer
 from stochastic_depth.engine.kernels.reference import ReferenceKernels
+from stochastic_depth.engine.private_cache import only_we_write, private_cache
 from stochastic_depth.errors import EngineError
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -259,18 +260,30 @@ def _library() -> ctypes.CDLL:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     made_of = [SOURCE.read_text(), version, *FLAGS, repr(torch.cpu.get_capabilities())]
     name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stochastic-depth"
+    cache = private_cache()
     path = cache / f"native-{name}.so"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / path.name
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
-            outcome = subprocess.run(command, capture_output=True, text=True)
-            if outcome.returncode:
-                raise EngineError(
-                    f"native kernels: {compiler} failed: {outcome.stderr.strip().splitlines()[0]}; "
-                    "use --engine eager"
-                )
-            made.replace(path)
-    return ctypes.CDLL(str(path))
+    try:
+        if not (path.is_file() and only_we_write(path)):
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise EngineError(
+            f"native kernels: {error}; remove {path}, or use --engine eager"
+        ) from error
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Make the library at `path`, which is whole or not there."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        outcome = subprocess.run(command, capture_output=True, text=True)
+        if outcome.returncode:
+            said = outcome.stderr.strip() or f"it ended with {outcome.returncode}"
+            raise EngineError(
+                f"native kernels: {compiler} failed: {said.splitlines()[0]}; use --engine eager"
+            )
+        made.chmod(0o700)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        made.replace(path)

@@ -1,0 +1,79 @@
+"""What is said of a run that cannot go on: the step, its gates, the last good checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.errors import DivergedError, OutOfMemoryError
+from stochastic_depth.gates import open_shares
+from stochastic_depth.train.run import Run
+from stochastic_depth.train.training import Training
+
+_SIGNS_OF_EXHAUSTION = (
+    "can't allocate memory",  # PyTorch's allocator on a CPU
+    "could not create a memory",  # oneDNN
+    "Cannot allocate memory",  # the system, to a loader that starts its workers
+    "DataLoader worker",  # which the system has killed
+)
+
+
+def diverged(run: Run, step: int, what: str) -> DivergedError:
+    """Of a value that is not finite in `step`, or after it."""
+    return DivergedError(
+        f"{what} is not finite at step {step} of {run.path}; {last_good(run)}. Try a lower "
+        "--optimizer.learning-rate, a --optimizer.warmup-epochs or a --survival.ramp-epochs"
+    )
+
+
+@contextmanager
+def memory_watched(run: Run, training: Training) -> Iterator[None]:
+    """Tell where memory ran out, and what can be done about it.
+
+    Raises:
+        OutOfMemoryError: in place of what PyTorch and Python raise.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_exhaustion(error):
+            raise
+        step, config = training.step, training.config
+        raise OutOfMemoryError(
+            f"out of memory at step {step} of {run.path} "
+            f"({open_blocks(training.gates_at(step))}): {str(error).splitlines()[0][:200]}; "
+            f"{last_good(run)}. Go on where there is more memory, or begin a run with a lower "
+            f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
+            f"({config.data.workers}) or --precision bfloat16 ({training.execution.precision})"
+        ) from error
+
+
+def is_exhaustion(error: Exception) -> bool:
+    """Whether it says that memory has run out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(sign in str(error) for sign in _SIGNS_OF_EXHAUSTION)
+
+
+def open_blocks(gates: Tensor) -> str:
+    """The blocks that run, as "blocks 1-3, 5 of 9 open".
+
+    Args:
+        gates: bool [L], or [L, batch]: there, the blocks that are open for any sample.
+    """
+    numbers = (1 + open_shares(gates).nonzero().flatten()).tolist()
+    if not numbers:
+        return f"none of {len(gates)} blocks open"
+    runs = [list(group) for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    told = [f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs]
+    return f"blocks {', '.join(told)} of {len(gates)} open"
+
+
+def last_good(run: Run) -> str:
+    """Where the run can go on from."""
+    steps = run.checkpoints.steps()
+    if not steps:
+        return "there is no checkpoint before it"
+    return f"the last good checkpoint is {run.checkpoints.path(steps[0])}"
