@@ -1,7 +1,5 @@
 """The training loop: an iterator over the records of a run, resumable at any step."""
 
-import dataclasses
-import math
 import resource
 import sys
 import time
@@ -82,7 +80,7 @@ def fit(
             if record is None:
                 _save(run, training)
                 raise Interrupted(run.path, training.step, stop() or 0)
-            if not all(map(math.isfinite, dataclasses.astuple(record))):
+            if not record.is_finite:
                 raise _diverged(run, training.step, "an evaluation")
             append_record(run.journal, record)
             training.tally = Tally()

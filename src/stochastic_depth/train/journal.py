@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stochastic_depth.errors import RunError
@@ -42,6 +43,19 @@ class Record:
     images_per_second: float
     peak_memory: int
     """Bytes: of the device, or the resident set of the process on a CPU."""
+    block_gradients: list[float | None] = field(default_factory=list)
+    """Of each residual block, the mean absolute gradient at its first convolution, mean over those
+    of the interval's sampled steps in which the block was open; None if it was open in none.
+    Every tenth step is sampled, more often where an interval has fewer than 50."""
+    active_counts: dict[str, int] = field(default_factory=dict)
+    """How many of the interval's steps had n active blocks, by n as text. With gates for single
+    samples, how many samples."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no figure is nan or infinite."""
+        values = [*vars(self).values(), *self.block_gradients]
+        return all(math.isfinite(value) for value in values if isinstance(value, float))
 
 
 def best_record(records: list[Record]) -> Record:
