@@ -12,7 +12,7 @@ from stochastic_depth.report.write import watch_report, write_report
 
 @dataclass(frozen=True)
 class Report:
-    """Errors, times, savings and every figure there is data for, on one page that needs no network."""
+    """Errors, times, savings and every figure there is data for, on one page without a network."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUNS")]
     """Run folders, folders of runs as compare leaves them, sweep folders, and files that bench

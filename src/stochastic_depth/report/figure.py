@@ -54,5 +54,5 @@ class Figure:
 
 
 def _cell(value: Any) -> Any:
-    """Spreadsheets take a text that begins like a formula for one; an apostrophe keeps it a text."""
+    """A text that begins like a formula, with the apostrophe that keeps spreadsheets calm."""
     return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" else value

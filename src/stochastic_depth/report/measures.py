@@ -47,7 +47,7 @@ def on_one_machine(*series: Series) -> bool:
 
 
 def standard_error(a: Spread, b: Spread, of_a: int, of_b: int) -> float | None:
-    """Of the difference of two means over `of_a` and `of_b` seeds (Welch); None without a spread."""
+    """Of the difference of two means over so many seeds each (Welch); None without a spread."""
     if a.deviation is None or b.deviation is None:
         return None
     return math.sqrt(a.deviation**2 / of_a + b.deviation**2 / of_b)

@@ -44,8 +44,8 @@ class Drawn:
 def page(report: Report, sources: Sources, refresh: int | None = None) -> str:
     """The HTML of `report`.
 
-    Whatever comes from a run is text: the template escapes it, Vega-Lite escapes it in drawings, and
-    the page's own policy lets no script run but the one that is in it.
+    Whatever comes from a run is text: the template escapes it, Vega-Lite escapes it in drawings,
+    and the page's own policy lets no script run but the one that is in it.
 
     Args:
         refresh: seconds after which the page loads itself anew (none: never).

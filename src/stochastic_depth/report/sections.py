@@ -1,4 +1,4 @@
-"""A report in parts: one for each experiment, sweep and benchmark, each with what could be drawn."""
+"""A report in parts: one for each experiment, sweep and benchmark."""
 
 import re
 from collections.abc import Callable, Iterable

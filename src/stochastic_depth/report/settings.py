@@ -1,4 +1,4 @@
-"""The configuration and the machine of every run: what they share once, and what sets them apart."""
+"""Configuration and machine of every run: what they share once, then what sets them apart."""
 
 from collections.abc import Sequence
 from typing import Any

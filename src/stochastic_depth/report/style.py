@@ -79,7 +79,8 @@ CONFIG = {
         "color": LIGHT["ink"],
         "fontSize": 13,
         "fontWeight": 600,
-        "offset": 10,
+        "frame": "group",
+        "offset": 12,
         "subtitleColor": LIGHT["muted"],
         "subtitleFontSize": 12,
         "subtitlePadding": 6,
@@ -89,14 +90,15 @@ CONFIG = {
 
 
 def style_sheet() -> str:
-    """CSS: the palette as custom properties of both themes, and figures drawn in light that obey."""
+    """CSS: the palette of both themes as custom properties, and figures that follow it."""
     light, dark = (
         "".join(f"--{name}:{colour};" for name, colour in palette.items())
         for palette in (LIGHT, DARK)
     )
     figures = "".join(
-        f'svg [fill="{colour}"]{{fill:var(--{name})}}svg [stroke="{colour}"]{{stroke:var(--{name})}}'
+        f'svg [{what}="{colour}"]{{{what}:var(--{name})}}'
         for name, colour in LIGHT.items()
+        for what in ("fill", "stroke")
     )
     return (
         f":root{{color-scheme:light dark;{light}}}"

@@ -91,7 +91,7 @@ def _seconds(now: Experiment, published: Found) -> Table:
     reference = published[base.name] if base else None
     timed = [match is not None and match[1].seconds is not None for match in found]
     if any(timed):
-        head += ["published", "ratio"]
+        head += ["published", "published ratio"]
         for row, match in zip(rows, found, strict=True):
             seconds = match[1].seconds if match else None
             whole = reference[1].seconds if reference else None

@@ -55,8 +55,8 @@ def _write(sources: Sources, out: Path, figures: Path | None, refresh: int | Non
         figures.mkdir(parents=True, exist_ok=True)
         for section in made.sections:
             for figure in section.figures:
-                write_whole(figures / f"{figure.id}.svg", file_svg(figure))
-                write_whole(figures / f"{figure.id}.png", file_png(figure))
+                write_whole(figures / f"{figure.id}.svg", file_svg(figure.title, figure))
+                write_whole(figures / f"{figure.id}.png", file_png(figure.title, figure))
     return made
 
 

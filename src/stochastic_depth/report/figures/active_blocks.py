@@ -8,13 +8,13 @@ import altair as alt
 
 from stochastic_depth.report.experiment import Series
 from stochastic_depth.report.figure import Figure, Row
-from stochastic_depth.report.figures.marks import chart
+from stochastic_depth.report.figures.marks import chart, layered
 from stochastic_depth.report.style import LIGHT
 from stochastic_depth.report.wording import seeds
 
 
 def active_blocks(series: Series) -> Figure | None:
-    """Of stochastic depth; None when the journals do not tell, or gates are not for mini-batches."""
+    """Of stochastic depth; None when the journals do not tell, or gates are for single samples."""
     if series.survival.gate != "batch":
         return None
     counts: Counter[int] = Counter()
@@ -42,8 +42,8 @@ def active_blocks(series: Series) -> Figure | None:
         sentence=_sentence(series, counts, exact),
         rows=rows,
         panels=(_panel(series, rows, steps),),
-        note=f"Bars: {steps:,} training steps of {seeds(len(series.runs))} ({series.name}). Line: the "
-        f"Poisson-binomial distribution, exact for these survival probabilities.{ramp}",
+        note=f"Bars: {steps:,} training steps of {seeds(len(series.runs))} ({series.name}). Line: "
+        f"the Poisson-binomial distribution, exact for these survival probabilities.{ramp}",
         height=210,
     )
 
@@ -74,7 +74,7 @@ def _panel(series: Series, rows: Sequence[Row], steps: int) -> alt.LayerChart:
     ]
     axis = alt.Axis(tickMinStep=1, labelAngle=0, labelOverlap="parity")
     base = chart(values).encode(x=alt.X("x:O", title="active blocks", axis=axis))
-    return alt.layer(
+    return layered(
         base.mark_bar(color=series.colour, opacity=0.45, width={"band": 0.8}).encode(
             y=alt.Y("share:Q", title="percent of steps"), description="told:N"
         ),
@@ -93,7 +93,7 @@ def _sentence(series: Series, counts: Counter[int], exact: Sequence[float]) -> s
     apart = abs(mean - expected) / error if error else 0.0
     distance = sum(abs(counts[n] / steps - p) for n, p in enumerate(exact)) / 2
     return (
-        f"On average {mean:.2f} of {len(series.cost.survival)} blocks ran, where {expected:.2f} are "
-        f"expected: {apart:.1f} standard errors away. The two distributions differ in "
+        f"On average {mean:.2f} of {len(series.cost.survival)} blocks ran, where {expected:.2f} "
+        f"are expected: {apart:.1f} standard errors away. The two distributions differ in "
         f"{100 * distance:.1f} % of the steps."
     )

@@ -7,7 +7,7 @@ import altair as alt
 from stochastic_depth.analysis.comparison import Spread
 from stochastic_depth.report.experiment import Experiment, Series
 from stochastic_depth.report.figure import Figure, Row
-from stochastic_depth.report.figures.marks import chart, colour, keys, log_axis
+from stochastic_depth.report.figures.marks import chart, colour, keys, layered, log_axis
 from stochastic_depth.report.wording import seeds
 
 
@@ -30,12 +30,19 @@ def block_gradients(experiment: Experiment) -> Figure | None:
     if not rows:
         return None
     epochs = _chosen(experiment)
+    means = [
+        spread.mean
+        for epoch in epochs
+        for series in experiment.series
+        for _, spread in _gradients(series, epoch)
+    ]
+    y = log_axis(means, "mean absolute gradient")
     return Figure(
         id="block-gradients",
         title="Gradient strength over depth",
         sentence=_sentence(experiment, epochs[-1]),
         rows=[row for row in rows if row["epoch"] in epochs],
-        panels=tuple(_panel(experiment, epoch) for epoch in epochs),
+        panels=tuple(_panel(experiment, epoch, y) for epoch in epochs),
         legend=keys(experiment.series),
         note="Mean absolute gradient at the first convolution of each block, mean over seeds. Each "
         "is averaged over sampled steps in which the block was open: those it skipped, with a "
@@ -66,7 +73,7 @@ def _gradients(series: Series, epoch: float) -> list[tuple[int, Spread]]:
     return [(block, Spread.of(values)) for block, values in enumerate(blocks, start=1) if values]
 
 
-def _panel(experiment: Experiment, epoch: float) -> alt.LayerChart:
+def _panel(experiment: Experiment, epoch: float, y: alt.Y) -> alt.LayerChart:
     values: list[Row] = [
         {
             "s": series.name,
@@ -79,13 +86,14 @@ def _panel(experiment: Experiment, epoch: float) -> alt.LayerChart:
     ]
     base = chart(values).encode(
         x=alt.X("x:Q", title="block", axis=alt.Axis(tickCount=6, tickMinStep=1)).scale(nice=False),
-        y=log_axis([row["y"] for row in values], "mean absolute gradient"),
+        y=y,
         color=colour(keys(experiment.series)),
     )
-    return alt.layer(
+    return layered(
         base.mark_line(strokeWidth=1.6, aria=False),
         base.mark_point(filled=True, opacity=1, size=14).encode(description="told:N"),
-    ).properties(title=f"Epoch {epoch:g}")
+        title=f"Epoch {epoch:g}",
+    )
 
 
 def _sentence(experiment: Experiment, epoch: float) -> str:

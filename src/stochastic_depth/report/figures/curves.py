@@ -1,4 +1,4 @@
-"""A quantity against the epoch: each seed thin, their mean thick, the learning-rate drops marked."""
+"""A quantity against the epoch: each seed thin, the mean thick, learning-rate drops marked."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ import altair as alt
 
 from stochastic_depth.report.experiment import Experiment, Series
 from stochastic_depth.report.figure import Row
-from stochastic_depth.report.figures.marks import chart, colour, hover, keys, log_axis
+from stochastic_depth.report.figures.marks import chart, colour, hover, keys, layered, log_axis
 from stochastic_depth.report.style import LIGHT
 from stochastic_depth.train import Record
 
@@ -72,14 +72,15 @@ def panel(
     )
     y = log_axis([row["y"] for row in thin], unit)
     base = {"x": x, "y": y, "color": colour(keys(experiment.series))}
-    return alt.layer(
+    return layered(
         drops(experiment),
         chart(thin)
         .mark_line(strokeWidth=0.8, opacity=0.35, aria=False)
         .encode(detail="run:N", **base),
         chart(thick).mark_line(strokeWidth=2.4, aria=False).encode(**base),
         hover(points).encode(**base),
-    ).properties(title=title)
+        title=title,
+    )
 
 
 def drops(experiment: Experiment) -> alt.Chart:

@@ -8,7 +8,7 @@ import altair as alt
 
 from stochastic_depth.bench.depth import KINDS
 from stochastic_depth.report.figure import Figure, Key, Row
-from stochastic_depth.report.figures.marks import chart, colour
+from stochastic_depth.report.figures.marks import chart, colour, layered
 from stochastic_depth.report.style import CONSTANT, STOCHASTIC
 from stochastic_depth.timing import Timing
 
@@ -70,7 +70,7 @@ def _panel(
     if "low" in values[0]:
         layers.append(points.mark_rule(aria=False).encode(y=alt.Y("low:Q"), y2="high:Q"))
     dots = points.mark_point(filled=True, opacity=1, size=46)
-    return alt.layer(*layers, dots.encode(y=y, description="told:N")).properties(title=title)
+    return layered(*layers, dots.encode(y=y, description="told:N"), title=title)
 
 
 def _sentence(result: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import altair as alt
 
 from stochastic_depth.analysis.comparison import Spread
 from stochastic_depth.report.figure import Figure, Row
-from stochastic_depth.report.figures.marks import chart
+from stochastic_depth.report.figures.marks import chart, layered
 from stochastic_depth.report.sources import Sweep
 from stochastic_depth.report.style import HEAT
 from stochastic_depth.report.wording import percent, seeds
@@ -74,7 +74,7 @@ def _heat_map(cells: Cells) -> alt.LayerChart:
         "error:Q", scale=alt.Scale(range=list(HEAT), domain=[low, high]), legend=None
     )
     text = alt.condition("datum.dark", alt.value("#fffffe"), alt.value("#1c2025"))
-    return alt.layer(
+    return layered(
         base.mark_rect(cornerRadius=2).encode(color=colour, description="told:N"),
         base.mark_text(fontSize=10, aria=False).encode(text="shown:N", color=text),
     )

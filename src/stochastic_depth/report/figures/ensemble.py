@@ -8,7 +8,7 @@ import altair as alt
 from stochastic_depth.analysis.comparison import Spread
 from stochastic_depth.report.experiment import Series
 from stochastic_depth.report.figure import Figure, Key, Row
-from stochastic_depth.report.figures.marks import chart, colour, dashes
+from stochastic_depth.report.figures.marks import chart, colour, dashes, layered
 from stochastic_depth.report.style import CONSTANT, STOCHASTIC
 from stochastic_depth.report.wording import plus_minus, seeds
 
@@ -76,7 +76,7 @@ def _panel(rows: list[Row], measure: str, runs: int) -> alt.LayerChart:
     x = x.axis(values=[point["members"] for point in means], format="~g")
     y = alt.Y("y:Q", title=unit).scale(zero=False)
     curve = chart(means).encode(x=x, y=y, color=hue)
-    return alt.layer(
+    return layered(
         chart(lines)
         .mark_rule(strokeWidth=1.8)
         .encode(
@@ -87,7 +87,8 @@ def _panel(rows: list[Row], measure: str, runs: int) -> alt.LayerChart:
         ),
         curve.mark_line(strokeWidth=2.2, aria=False),
         curve.mark_point(filled=True, opacity=1, size=36).encode(description="told:N"),
-    ).properties(title=title)
+        title=title,
+    )
 
 
 def _values(rows: list[Row], name: str, members: int, measure: str) -> list[float]:

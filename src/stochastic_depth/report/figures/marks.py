@@ -14,6 +14,11 @@ def chart(values: Sequence[Row]) -> alt.Chart:
     return alt.Chart(alt.InlineData(values=[dict(row) for row in values]))
 
 
+def layered(*layers: alt.Chart, title: str = "") -> alt.LayerChart:
+    """One panel, the first layer at the back."""
+    return alt.LayerChart(layer=list(layers), title=title)
+
+
 def hover(values: Sequence[Row]) -> alt.Chart:
     """Points that are seen when they are pointed at, each with its `told`."""
     points = chart(values).mark_point(filled=True, opacity=0, size=50)
@@ -52,8 +57,8 @@ def log_axis(values: Sequence[float | None], title: str) -> alt.Y:
 def _ticks(low: float, high: float) -> list[float]:
     """As many round numbers as can be read."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    choices = ((1,), (1, 3), (1, 2, 5), range(1, 10), [n / 10 for n in range(10, 100)])
-    for mantissas in choices:
+    inside: list[float] = []
+    for mantissas in ((1,), (1, 3), (1, 2, 5), range(1, 10), [n / 10 for n in range(10, 100)]):
         ticks = [float(f"{m}e{decade}") for decade in decades for m in mantissas]
         inside = [tick for tick in ticks if low <= tick <= high]
         if len(inside) >= 4:

@@ -8,7 +8,7 @@ import altair as alt
 from stochastic_depth.analysis.comparison import Spread
 from stochastic_depth.report.experiment import Experiment, Series
 from stochastic_depth.report.figure import Figure, Key, Row
-from stochastic_depth.report.figures.marks import chart, colour, dashes, keys, log_axis
+from stochastic_depth.report.figures.marks import chart, colour, dashes, keys, layered, log_axis
 from stochastic_depth.report.style import LIGHT
 from stochastic_depth.report.wording import duration, percent
 
@@ -81,16 +81,17 @@ def _panel(shown: list[Series], rows: list[Row], order: str) -> alt.LayerChart:
     ]
     base = chart(values).encode(
         x=alt.X("x:Q", title="blocks removed, k", axis=alt.Axis(tickMinStep=1, tickCount=6)),
-        y=log_axis([row["y"] for row in values], "test error, percent"),
+        y=log_axis([row["error"] for row in rows], "test error, percent"),
         color=colour(keys(shown)),
     )
     dash = dashes(list(BATCH_NORM.values()), "norm", legend=True)
-    return alt.layer(
+    return layered(
         base.mark_line(strokeWidth=1.8, aria=False).encode(strokeDash=dash),
         base.mark_point(filled=True, opacity=1, size=20).encode(
             detail="norm:N", description="told:N"
         ),
-    ).properties(title=ORDERS[order])
+        title=ORDERS[order],
+    )
 
 
 def _sentence(shown: list[Series], rows: list[Row]) -> str:

@@ -7,7 +7,7 @@ import altair as alt
 from stochastic_depth.analysis.comparison import Spread
 from stochastic_depth.report.experiment import Series
 from stochastic_depth.report.figure import Figure, Key, Row
-from stochastic_depth.report.figures.marks import chart, colour
+from stochastic_depth.report.figures.marks import chart, colour, layered
 from stochastic_depth.report.measures import error_at_best, training_seconds
 from stochastic_depth.report.sources import Sweep, Trained
 from stochastic_depth.report.style import CONSTANT, STOCHASTIC
@@ -117,13 +117,14 @@ def _panel(
     line = chart(constant).encode(y=y, color=hue)
     band = chart(constant).mark_rect(opacity=0.12, aria=False)
     base = chart(varied).encode(x=x, y=y, color=hue)
-    return alt.layer(
+    return layered(
         band.encode(y=alt.Y("low:Q"), y2="high:Q", color=hue),
         line.mark_rule(strokeDash=[6, 3], strokeWidth=1.6).encode(description="told:N"),
         base.mark_rule(strokeWidth=1.4, aria=False).encode(y=alt.Y("low:Q"), y2="high:Q"),
         base.mark_line(strokeWidth=2, aria=False),
         base.mark_point(filled=True, opacity=1, size=42).encode(description="told:N"),
-    ).properties(title=title)
+        title=title,
+    )
 
 
 def _sentence(points: list[Point]) -> str:

@@ -2,14 +2,14 @@
 
 import math
 
+import altair as alt
+
 from stochastic_depth.report.experiment import Experiment, Series
 from stochastic_depth.report.figure import Figure, Row
-from stochastic_depth.report.figures.marks import chart, colour, keys
+from stochastic_depth.report.figures.marks import chart, colour, keys, layered
 from stochastic_depth.report.measures import interval_seconds, on_one_machine, time_saved
 from stochastic_depth.report.style import LIGHT
 from stochastic_depth.report.wording import duration, share
-
-import altair as alt
 
 POINTS = 150
 """Shown of each series at the most."""
@@ -50,9 +50,9 @@ def training_time(experiment: Experiment) -> Figure:
         title="Training time",
         sentence=_sentence(experiment, interval),
         rows=rows,
-        panels=(alt.layer(*layers),),
+        panels=(layered(*layers),),
         note=f"Thin: every {interval} of every seed. Bars: their median. "
-        + "Black: constant depth less the FLOPs of dropped blocks. " * bool(expected)
+        + "Upright: constant depth less the FLOPs of dropped blocks. " * bool(expected)
         + "Evaluation is not counted."
         + " Not all runs were on one machine: the seconds are not to be compared."
         * (not on_one_machine(*experiment.series)),
