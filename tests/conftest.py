@@ -13,8 +13,6 @@ if torch.version.cuda is None:
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-os.environ.setdefault("MPLBACKEND", "Agg")
-
 SOAK = bool(os.environ.get("STOCHASTIC_DEPTH_SOAK"))
 hypothesis.settings.register_profile("soak", max_examples=5_000, deadline=None)
 if SOAK:

@@ -17,8 +17,9 @@ import sys
 from importlib.machinery import ModuleSpec
 
 class Blocked:
-    names = {"tyro", "rich", "safetensors", "sklearn", "matplotlib", "torchvision", "scipy", "PIL",
-             "pyarrow", "pandas", "optuna", "tensorboard", "jaxtyping", "beartype", "hypothesis"}
+    names = {"tyro", "rich", "safetensors", "sklearn", "altair", "vl_convert", "torchvision",
+             "scipy", "PIL", "pyarrow", "pandas", "optuna", "tensorboard", "jaxtyping", "beartype",
+             "hypothesis"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:

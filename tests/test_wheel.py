@@ -15,7 +15,8 @@ assert sd.__file__.startswith(sys.argv[1]), sd.__file__
 model = CifarResNet(20)
 depth = sd.apply(model)
 model(torch.zeros(2, 3, 8, 8)).sum().backward()
-foreign = {"tyro", "rich", "safetensors", "sklearn", "matplotlib", "scipy", "PIL", "pyarrow"}
+foreign = {"tyro", "rich", "safetensors", "sklearn", "altair", "vl_convert", "scipy", "PIL",
+           "pyarrow", "jsonschema"}
 assert not foreign & set(sys.modules), foreign & set(sys.modules)
 print(sd.__version__, depth.step)
 """

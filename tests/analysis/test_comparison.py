@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stochastic_depth.analysis import compare, plot_comparison, train_pairs
+from stochastic_depth.analysis import compare, train_pairs
 from stochastic_depth.analysis.comparison import Spread
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.recipes import RECIPES
@@ -49,11 +49,6 @@ def test_figures_are_those_of_the_journals(runs):
     saving = 1 - medians["stochastic"] / medians["constant"]
     assert comparison.saving_measured == pytest.approx(saving)
     assert 0.15 < comparison.saving_expected < 0.3
-
-
-def test_the_picture_is_a_png_of_its_own(runs, tmp_path):
-    plot_comparison(tmp_path / "p.png", "title", compare(runs), runs)
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_constant_depth_has_no_twin(tmp_path):

@@ -13,10 +13,8 @@ from stochastic_depth.bench.depth import (
     peak_memory,
     training_steps,
 )
-from stochastic_depth.bench.depth_plot import plot_depth
 from stochastic_depth.bench.workload import Workload
 from stochastic_depth.errors import ConfigError, RunError
-from stochastic_depth.timing import Timing
 from stochastic_depth.train.execution import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,13 +73,3 @@ def test_a_process_that_is_killed_is_an_error_that_says_so(monkeypatch):
     monkeypatch.setattr(bench, "_peak_memory", killed)
     with pytest.raises(RunError, match=r"ResNet-8, constant depth, batch 2: .* smaller batch"):
         peak_memory(8, "constant", Workload(2, 16, 3, CPU))
-
-
-def test_the_picture(tmp_path):
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
-    kinds = {"constant": 2.0, "stochastic": 1.5}
-    seconds = {k: [Timing((s, 2 * s)), Timing((3 * s, 4 * s))] for k, s in kinds.items()}
-    memory = {k: [s, 2 * s] for k, s in kinds.items()}
-    lines = {what: dict.fromkeys(kinds, Line(1.0, 0.0, 1.0)) for what in ("seconds", "memory")}
-    plot_depth(tmp_path / "depth.png", "title", [20, 56], seconds, memory, lines)
-    assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")

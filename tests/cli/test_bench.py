@@ -77,7 +77,6 @@ def test_one_round_has_no_quartiles(capsys):
 
 
 def test_depth(bench, tmp_path):
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
     picture = tmp_path / "depth.png"
     printed, result = bench(
         "depth", "--deepest", "32", "--size", "16", "--plot", str(picture), repeats=2

@@ -1,4 +1,4 @@
-"""What runs cost and came to: read from their journals, shown as tables and pictures."""
+"""What runs cost and came to: read from their journals, shown as tables."""
 
 from stochastic_depth.analysis.comparison import (
     Comparison,
@@ -6,14 +6,12 @@ from stochastic_depth.analysis.comparison import (
     train_pairs,
     write_comparison,
 )
-from stochastic_depth.analysis.plots import plot_comparison
 from stochastic_depth.analysis.tables import comparison_table, run_table
 
 __all__ = [
     "Comparison",
     "compare",
     "comparison_table",
-    "plot_comparison",
     "run_table",
     "train_pairs",
     "write_comparison",

@@ -9,13 +9,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from stochastic_depth.analysis.cost import expected_cost
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.recipes import constant_depth
-from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Run, begin, best_record, fit, open_run, reopen
-from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.files import write_whole
 
@@ -123,9 +120,7 @@ def what_matters(config: Config) -> Config:
 def compare(runs: dict[str, list[Run]]) -> Comparison:
     """Read the journals of finished runs."""
     run = runs["stochastic"][0]
-    model = build_model(run.config.model, run.shape[0], len(run.classes), 0)
-    depth = build_depth(model, replace(run.config.survival, ramp_epochs=0.0), 0, 1)
-    assert depth is not None
+    cost = expected_cost(run.config.model, run.config.survival, run.shape, len(run.classes))
     epoch_seconds = {
         kind: statistics.median(r.seconds for run in runs[kind] for r in run.records())
         for kind in KINDS
@@ -133,10 +128,10 @@ def compare(runs: dict[str, list[Run]]) -> Comparison:
     return Comparison(
         constant=_outcome(runs["constant"]),
         stochastic=_outcome(runs["stochastic"]),
-        blocks=len(depth.survival),
-        expected_active_blocks=depth.expected_depth,
+        blocks=len(cost.survival),
+        expected_active_blocks=sum(cost.survival),
         saving_measured=1 - epoch_seconds["stochastic"] / epoch_seconds["constant"],
-        saving_expected=summary(model, torch.zeros(2, *run.shape)).expected_saving,
+        saving_expected=cost.saving,
     )
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": "a recipe against its constant-depth twin, over seeds",
     "analyze": "gradients, active blocks, the ensemble, removed blocks",
     "sweep": "a recipe over a grid: p_L and survival rules, or p_L and depths",
+    "report": "tables and figures of runs, on one page",
     "bench": "what skipping saves, against others, and what the library costs",
     "inspect": "what can be skipped in a model, and what that saves",
     "recipes": "the published results that can be reproduced",

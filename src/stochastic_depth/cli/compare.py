@@ -10,15 +10,19 @@ import tyro
 from stochastic_depth.analysis import (
     compare,
     comparison_table,
-    plot_comparison,
     train_pairs,
     write_comparison,
 )
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
 from stochastic_depth.cli.train import stopped
-from stochastic_depth.train import Config, Interrupted
+from stochastic_depth.report.drawing import file_png
+from stochastic_depth.report.experiment import experiments
+from stochastic_depth.report.figures import training_curves, training_time
+from stochastic_depth.report.sources import read_run
+from stochastic_depth.train import Config, Interrupted, Run
 from stochastic_depth.train.display import Display
+from stochastic_depth.train.files import write_whole
 from stochastic_depth.train.signals import StopSignals
 
 TEXT = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
@@ -53,8 +57,15 @@ def main(arguments: list[str]) -> int:
     comparison = compare(runs)
     title = f"{config.data.name}, {config.model.kind} {config.model.depth}, {config.epochs} epochs"
     write_comparison(folder / "comparison.json", comparison, runs)
-    plot_comparison(folder / "comparison.png", title, comparison, runs)
+    write_whole(folder / "comparison.png", _picture(title, runs))
     console.print(comparison_table(title, comparison, len(seeds)))
     for name in ("comparison.png", "comparison.json"):
         console.print(str(folder / name), soft_wrap=True)
     return 0
+
+
+def _picture(title: str, runs: dict[str, list[Run]]) -> bytes:
+    """Training loss, test error and the seconds of an epoch, as PNG."""
+    trained = [read_run(run.path) for of_kind in runs.values() for run in of_kind]
+    (experiment,) = experiments(trained)
+    return file_png(title, training_curves(experiment), training_time(experiment))

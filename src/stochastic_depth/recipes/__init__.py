@@ -19,6 +19,7 @@ from stochastic_depth.recipes.imagenet import (
     imagenet_resnet152,
     imagenet_resnet152_constant,
 )
+from stochastic_depth.recipes.published import PUBLISHED, Published
 from stochastic_depth.recipes.svhn import svhn_resnet152, svhn_resnet152_constant
 from stochastic_depth.recipes.variant import constant_depth
 from stochastic_depth.train.config import Config
@@ -46,4 +47,4 @@ RECIPES: dict[str, Callable[[], Config]] = {
 }
 """By the name on the command line."""
 
-__all__ = ["RECIPES", "constant_depth"]
+__all__ = ["PUBLISHED", "RECIPES", "Published", "constant_depth"]

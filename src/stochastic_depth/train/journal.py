@@ -127,8 +127,8 @@ def read_journal(path: Path) -> list[Record]:
 
 def _record(values: Any) -> Record:
     record = Record(**values)
-    for field in dataclasses.fields(Record):
-        value = getattr(record, field.name)
-        if field.type in (int, float) and type(value) not in (int, float):
-            raise TypeError(f"{field.name} is {value!r}, expected a number")
+    for item in dataclasses.fields(Record):
+        value = getattr(record, item.name)
+        if item.type in (int, float) and type(value) not in (int, float):
+            raise TypeError(f"{item.name} is {value!r}, expected a number")
     return record

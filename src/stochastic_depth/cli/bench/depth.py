@@ -18,12 +18,13 @@ from stochastic_depth.bench.depth import (
     peak_memory,
     training_steps,
 )
-from stochastic_depth.bench.depth_plot import plot_depth
 from stochastic_depth.bench.workload import Workload
 from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.cli.bench.output import shown, timings
+from stochastic_depth.extras import require
 from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Depth(Options):
 
     def run(self, execution: Execution, console: Console) -> dict[str, Any]:
         depths = depths_up_to(self.deepest)
+        if self.plot is not None:
+            require("stochastic_depth.report.drawing", "report")  # before hours of measuring
         workload = Workload(self.batch, self.size, 3, execution)
         alternatives = [(kind, depth) for depth in depths for kind in KINDS]
         # The memory first: beside its processes there is nothing yet.
@@ -77,9 +80,7 @@ class Depth(Options):
             "weights and all, each in a process of its own; lines by least squares",
             highlight=False,
         )
-        if self.plot is not None:
-            plot_depth(self.plot, title, depths, seconds, memory, lines)
-        return {
+        result = {
             "depths": depths,
             "seconds_per_image": {k: [list(t.seconds) for t in seconds[k]] for k in KINDS},
             "bytes_per_image": memory,
@@ -88,6 +89,16 @@ class Depth(Options):
                 for what, of_kind in lines.items()
             },
         }
+        if self.plot is not None:
+            _draw(self.plot, title, result)
+        return result
+
+
+def _draw(path: Path, title: str, result: dict[str, Any]) -> None:
+    from stochastic_depth.report.drawing import file_png
+    from stochastic_depth.report.figures import depth_cost
+
+    write_whole(path, file_png(title, depth_cost(result)))
 
 
 def _an_image(timing: Timing, batch: int) -> Timing:

@@ -1,0 +1,170 @@
+import base64
+import csv
+import hashlib
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from stochastic_depth.cli import main
+from stochastic_depth.errors import RunError
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.report.sections import COMMANDS, report
+from stochastic_depth.report.sources import read_sources
+from stochastic_depth.report.write import REFRESH, watch_report, write_report
+from stochastic_depth.train import ModelConfig, begin, fit
+from stochastic_depth.train.display import Display
+
+ADDRESS = re.compile(r"""(?:href|src|action|data|poster|srcset)=["']?([^"'\s>]+)|url\(([^)]+)\)""")
+
+
+class Elements(HTMLParser):
+    """Names of elements and of attributes, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.text = set(), set(), []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(compared, survival_sweep, depth_sweep, benchmark_file, tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    made = write_report([compared, survival_sweep, depth_sweep, benchmark_file], out)
+    assert made.missing == ()
+    return out.read_text()
+
+
+def test_every_figure_is_on_the_page_in_two_widths_with_its_sentence_and_its_data(page):
+    ids = re.findall(r'<figure id="([^"]+)">', page)
+    assert len(ids) == len(set(ids)) == 10
+    assert len(re.findall(r"<svg[^>]* viewBox", page)) == 20
+    assert page.count('class="sentence"') == 10
+    assert "NaN" not in page
+    assert "undefined" not in page
+    for data in re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)"', page):
+        rows = list(csv.DictReader(io.StringIO(base64.b64decode(data).decode())))
+        assert rows
+        assert None not in rows[0]
+
+
+def test_the_page_asks_nothing_of_a_network(page):
+    addresses = {a or b for a, b in ADDRESS.findall(page)}
+    assert addresses
+    assert all(address.startswith("data:") for address in addresses)
+    assert "@import" not in page
+    assert {"link", "iframe", "object", "embed"} & Elements(page).tags == {"link"}
+
+
+def test_the_policy_of_the_page_knows_its_script_alone(page):
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+        in page
+    )
+
+
+def test_names_are_text(page, hostile, tmp_path):
+    name, folder = hostile
+    write_report([folder], tmp_path / "report.html")
+    harmless, told = Elements(page), Elements((tmp_path / "report.html").read_text())
+    assert told.tags <= harmless.tags
+    assert told.attributes <= harmless.attributes
+    assert not any(attribute.startswith("on") for attribute in told.attributes)
+    assert name in "".join(told.text)
+
+
+def test_files_of_figures_are_written_beside(compared, tmp_path, capsys):
+    out, figures = tmp_path / "deep" / "report.html", tmp_path / "figures"
+    assert main(["report", str(compared), "-o", str(out), "--figures", str(figures)]) == 0
+    told = capsys.readouterr().out
+    assert f"{out}: 7 figures" in told
+    assert COMMANDS["depth-sweep"][1] in told
+    drawn = {path.stem for path in figures.glob("*.svg")}
+    assert drawn == {path.stem for path in figures.glob("*.png")}
+    assert drawn == {
+        "active-blocks",
+        "block-gradients",
+        "ensemble",
+        "gradient-strength",
+        "removed-blocks",
+        "training-curves",
+        "training-time",
+    }
+    for path in figures.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    for path in figures.glob("*.svg"):
+        assert path.read_text().startswith("<svg")
+        assert "prefers-color-scheme:dark" in path.read_text()
+
+
+def test_nothing_to_report_is_an_error_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "report.html"
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty"), "-o", str(out)]) == 1
+    assert "holds no run" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["report"]) == 2
+
+
+def test_a_run_without_a_record_is_said_to_have_begun(tmp_path, compared):
+    run = tmp_path / "begun"
+    run.mkdir()
+    (run / "config.json").write_bytes((compared / "constant-seed0" / "config.json").read_bytes())
+    out = tmp_path / "report.html"
+    write_report([run], out)
+    assert "1 run, 1 not finished" in out.read_text()
+    assert "0 of 2 epochs" in out.read_text()
+
+
+def test_a_watched_report_is_written_anew_until_every_run_is_finished(tmp_path):
+    config = replace(RECIPES["digits"](), model=ModelConfig(depth=8), epochs=2)
+    run, images = begin(config, tmp_path / "runs" / "one")
+    out = tmp_path / "report.html"
+    with Display(None, quiet=True) as display:
+        training = fit(run, images, display.watch())
+        next(training)
+        watching = watch_report([tmp_path / "runs"], out, every=0.05)
+        next(watching)
+        assert f'data-refresh="{REFRESH}"' in out.read_text()
+        assert "1 of 2 epochs" in out.read_text()
+        next(training)
+        next(watching)
+        assert f'data-refresh="{REFRESH}"' in out.read_text()
+        assert list(training) == []
+        assert len(list(watching)) == 1
+    assert "data-refresh" not in out.read_text()
+    assert "finished" in out.read_text()
+
+
+def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_path):
+    out = tmp_path / "report.html"
+    out.write_text("before")
+    run = tmp_path / "run"
+    (run / "analysis").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).write_bytes((compared / "stochastic-seed0" / name).read_bytes())
+    (run / "analysis" / "depth.json").write_text("{")
+    with pytest.raises(RunError, match=r"depth.json cannot be read"):
+        write_report([run], out)
+    assert out.read_text() == "before"
+
+
+def test_the_command_of_every_figure_that_can_be_missing_is_known(compared, survival_sweep):
+    ids = {
+        figure.id
+        for section in report(read_sources([compared])).sections
+        for figure in section.figures
+    }
+    told = {title for title, _ in report(read_sources([compared])).missing}
+    assert told == {title for id, (title, _) in COMMANDS.items() if id not in ids}
