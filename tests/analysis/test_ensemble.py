@@ -114,6 +114,16 @@ def test_what_was_found_is_written_and_read_again(network, silent):
     assert asked[-1] == ("predicting", 2000, 2000)
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', None])
+def test_a_file_that_cannot_be_understood_is_measured_anew(network, silent, damage):
+    found = measured_ensemble(network, 2, 0, silent)
+    path = network.run.path / "analysis" / "ensemble.json"
+    content = json.loads(path.read_text())
+    del content["predictors"][0]["nll"]
+    path.write_text(json.dumps(content) if damage is None else damage)
+    assert measured_ensemble(network, 2, 0, silent) == found
+
+
 def test_constant_depth_is_no_ensemble(pairs, silent):
     with pytest.raises(ConfigError, match="has constant depth"):
         ensemble(trained(pairs["constant"][0].path), 2, 0, silent)

@@ -1,4 +1,4 @@
-"""What runs cost and came to: read from their journals, shown as tables."""
+"""What runs cost and came to, and what their networks can do: as tables and JSON."""
 
 from stochastic_depth.analysis.comparison import (
     Comparison,

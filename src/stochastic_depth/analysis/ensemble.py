@@ -56,11 +56,13 @@ def measured_ensemble(
         "seed": seed,
         "subnetworks": subnetworks,
     }
-    found: dict[str, Any] | None = None
-    if not again:
-        found = read_found(network.run, "ensemble", settings)
-    if found is not None:
+
+    def understood(found: dict[str, Any]) -> list[Predictor]:
         return [Predictor(**predictor) for predictor in found["predictors"]]
+
+    before = None if again else read_found(network.run, "ensemble", settings, understood)
+    if before is not None:
+        return before
     predictors = ensemble(network, subnetworks, seed, progress)
     rows = [asdict(predictor) for predictor in predictors]
     write_found(network.run, "ensemble", {**settings, "predictors": rows})

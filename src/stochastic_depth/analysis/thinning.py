@@ -91,14 +91,16 @@ def measured_curves(
         "settings": asdict(settings),
         "machine": machine(network.run.execution),
     }
-    found: dict[str, Any] | None = None
-    if not again:
-        found = read_found(network.run, "depth", what)
-    if found is not None:
+
+    def understood(found: dict[str, Any]) -> list[Curve]:
         return [
             Curve(**{**curve, "points": [Point(**point) for point in curve["points"]]})
             for curve in found["curves"]
         ]
+
+    before = None if again else read_found(network.run, "depth", what, understood)
+    if before is not None:
+        return before
     measured = curves(network, settings, progress)
     write_found(network.run, "depth", {**what, "curves": [asdict(curve) for curve in measured]})
     return measured

@@ -1,9 +1,10 @@
 """Trained networks to be analysed, and what was found out about them, as files of their run."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from stochastic_depth.train import Run, reopen, trained_model
 from stochastic_depth.train.files import write_whole
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -71,12 +73,18 @@ def write_found(run: Run, name: str, found: dict[str, Any]) -> None:
     write_whole(path, json.dumps({"format": FORMAT, **found}, indent=1).encode() + b"\n")
 
 
-def read_found(run: Run, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What was found before with the same `settings`; None if there is nothing of the kind."""
+def read_found(
+    run: Run, name: str, settings: dict[str, Any], understood: Callable[[dict[str, Any]], T]
+) -> T | None:
+    """What was found before with the same `settings`; None if nothing of the kind can be read.
+
+    Args:
+        understood: what the content of the file means.
+    """
+    asked = {"format": FORMAT, **settings}
     try:
         found = json.loads(found_path(run, name).read_bytes())
-    except (OSError, ValueError):
+        same = all(found[key] == value for key, value in asked.items())
+        return understood(found) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    asked = {"format": FORMAT, **settings}
-    same = isinstance(found, dict) and all(found.get(key) == value for key, value in asked.items())
-    return found if same else None

@@ -17,7 +17,7 @@ from stochastic_depth.errors import ConfigError
 NAMES = {
     "scaled": "full network times p_l",
     "single": "one subnetwork",
-    "mean": "mean of {} subnetwork{}",
+    "mean": "mean of {} subnetworks",
     "unscaled": "full network without p_l",
 }
 
@@ -59,6 +59,8 @@ def ensemble_table(title: str, of_runs: list[list[Predictor]]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for same in zip(*of_runs, strict=True):
         first = same[0]
+        if (first.name, first.members) == ("mean", 1):
+            continue  # which is "single"
         figures = (
             _figure(first.error, first.error_deviation, [p.error for p in same], 2),
             _figure(first.nll, first.nll_deviation, [p.nll for p in same], 4),
@@ -69,8 +71,7 @@ def ensemble_table(title: str, of_runs: list[list[Predictor]]) -> Table:
                 2,
             ),
         )
-        name = NAMES[first.name].format(first.members, "s" if first.members > 1 else "")
-        table.add_row(name, *figures)
+        table.add_row(NAMES[first.name].format(first.members), *figures)
     return table
 
 
