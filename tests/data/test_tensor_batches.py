@@ -92,6 +92,21 @@ def test_images_are_normalised_then_cropped_and_flipped():
         assert torch.equal(images, crop_and_flip(before, *draw, 1))
 
 
+@pytest.mark.parametrize(("height", "padding"), [(32, 4), (16, 2), (6, 1)])
+def test_images_are_padded_by_an_eighth_of_their_height(height, padding):
+    pixels = torch.full((9, 1, height, height), 200, dtype=torch.uint8)
+    pixels[0] = 100  # for a deviation
+    part = Images(pixels, torch.zeros(9, dtype=torch.int64))
+    whole = DataSet("mine", ("a",), part, part, part)
+    widest = 0
+    for epoch in range(40):
+        batches = TensorBatches(whole, batch=9, augment=True, seed=0, device="cpu")
+        for images, _ in batches.train(epoch):
+            empty = (images == 0).all(3)  # rows of border alone
+            widest = max(widest, int(empty.sum(2).max()))
+    assert widest == padding
+
+
 def test_normalised_training_images_have_mean_zero_and_deviation_one():
     images = torch.cat([images for images, _ in made(augment=False).train(0)]).double()
     np.testing.assert_allclose(images.mean((0, 2, 3)), np.zeros(3), atol=1e-6)

@@ -26,6 +26,7 @@ def test_paths_and_optional_values_survive_json():
         (lambda: Config(evaluate_every=0), "evaluate-every is 0"),
         (lambda: Config(keep=0), "keep is 0"),
         (lambda: DataConfig(train=0), "data.train is 0"),
+        (lambda: DataConfig(size=0), "data.size is 0"),
         (lambda: DataConfig(workers=-1), "data.workers is -1"),
         (lambda: SurvivalConfig(final=0.0), "survival.final is 0.0"),
         (lambda: SurvivalConfig(final=1.5), "survival.final is 1.5"),

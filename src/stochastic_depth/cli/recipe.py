@@ -18,7 +18,7 @@ RECIPE is one of these (default: digits):
 
 {recipes}
 
-stochastic-depth {command} RECIPE --help tells its options and their defaults.
+stochastic-depth {command} RECIPE --help tells its options.
 """
 
 

@@ -27,7 +27,7 @@ from stochastic_depth.train import Config
 from stochastic_depth.train.signals import StopSignals
 
 KINDS: dict[Kind, str] = {
-    "survival": "p_L for linear decay and uniform survival, and the constant-depth line",
+    "survival": "p_L for linear decay and uniform, and the constant-depth line",
     "depth": "p_L against depth",
 }
 HELP = """usage: stochastic-depth sweep KIND [RECIPE] [OPTIONS]

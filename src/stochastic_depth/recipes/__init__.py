@@ -13,6 +13,7 @@ from stochastic_depth.recipes.cifar import (
     cifar100_resnet110,
     cifar100_resnet110_constant,
 )
+from stochastic_depth.recipes.cifar_small import cifar10_small, cifar10_small_constant
 from stochastic_depth.recipes.digits import digits, digits_constant
 from stochastic_depth.recipes.imagenet import (
     imagenet_resnet50,
@@ -29,6 +30,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     for recipe in (
         digits,
         digits_constant,
+        cifar10_small,
+        cifar10_small_constant,
         cifar10_resnet110,
         cifar10_resnet110_constant,
         cifar100_resnet110,

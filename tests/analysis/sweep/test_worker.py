@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -45,24 +46,24 @@ def begun(sweep):
 
 def test_killed_workers_lose_nothing_and_nothing_is_trained_twice(tmp_path, undisturbed, url):
     sweep = open_sweep(tmp_path / "killed", "survival", GRID, LONGER)
-    moments, before = random.Random(0), {}
-    with Workers(sweep, url, count=2, threads=1) as survivors:
+    moments, alive = random.Random(0), multiprocessing.active_children
+    with ExitStack() as workers:
+        workers.enter_context(Workers(sweep, url, count=2, threads=1))
         for kill in range(KILLS):
-            while len(finished(sweep)) < 6 and len(begun(sweep)) <= kill % 6:
-                assert survivors.working()
+            while len(begun(sweep)) <= kill % 6 and len(finished(sweep)) < 6:
+                assert alive()
+                time.sleep(0.02)
             time.sleep(moments.uniform(0, 0.3))
             written = {path: path.stat().st_mtime_ns for path in finished(sweep).values()}
             before = begun(sweep)
-            victim = moments.choice(multiprocessing.active_children())
-            os.kill(victim.pid, signal.SIGKILL)
-            victim.join()
+            if victims := alive():
+                victim = moments.choice(victims)
+                os.kill(victim.pid, signal.SIGKILL)
+                victim.join()
             if kill + 1 < KILLS:
-                extra = Workers(sweep, url, count=1, threads=1)
-                extra._processes[0].start()
-        while survivors.working():
-            pass
-    for process in multiprocessing.active_children():
-        process.join()
+                workers.enter_context(Workers(sweep, url, count=1, threads=1))
+        while alive():
+            time.sleep(0.1)
     assert len(finished(sweep)) == 6
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
     assert before.items() <= begun(sweep).items()

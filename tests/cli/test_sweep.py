@@ -1,0 +1,113 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from stochastic_depth.cli import main
+from stochastic_depth.train import open_run
+
+SMALL = "--model.depth 8 --data.train 300 --epochs 2 --evaluate-every 3 --threads 1".split()
+SURVIVAL = ["sweep", "survival", "digits", *SMALL, "--survival", "0.2", "--seeds", "2"]
+
+
+@pytest.fixture(autouse=True)
+def a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in (folder / "runs").rglob("*") if path.is_file()}
+
+
+def test_a_sweep_tells_each_run_and_then_means_and_deviations(tmp_path, capsys):
+    assert main([*SURVIVAL, "--rules", "uniform", "constant"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith("1/4 done, ")
+    assert lines[3].startswith("4/4 done, 0 running, 0 failed, left 0:00:00  ")
+    folder = tmp_path / "runs" / "sweep-survival-digits"
+    runs = [open_run(path) for path in sorted((folder / "runs").iterdir())]
+    assert [(run.config.survival.rule, run.config.seed) for run in runs] == [
+        ("constant", 0), ("constant", 1), ("uniform", 0), ("uniform", 1),
+    ]  # fmt: skip
+    best = [min(run.records(), key=lambda r: r.validation_error).test_error for run in runs]
+    (uniform,) = (line for line in lines if line.startswith("│ uniform"))
+    mean, deviation = (best[2] + best[3]) / 2, abs(best[2] - best[3]) / 2**0.5
+    assert f"│ {mean:.2f} ± {deviation:.2f} % │" in uniform
+    assert "│ 0.2 │     8 │     2 │" in uniform
+    before = files(folder)
+    assert main([*SURVIVAL, "--rules", "uniform", "constant", "--quiet"]) == 0
+    assert files(folder) == before
+    assert capsys.readouterr().out.splitlines()[0].startswith("digits, cifar-resnet, 2 epochs")
+    assert main([*SURVIVAL, "--rules", "uniform"]) == 1
+    assert "another sweep: its grid.rules is" in capsys.readouterr().err
+
+
+def test_the_same_command_in_another_terminal_joins(tmp_path):
+    command = [sys.executable, "-m", "stochastic_depth", *SURVIVAL, "--workers", "1"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert all(text.count(" done, ") == 6 for text in told)
+    assert all("0 failed" in text for text in told)
+    described = json.loads((tmp_path / "runs/sweep-survival-digits/sweep.json").read_text())
+    assert described["grid"]["rules"] == ["linear", "uniform", "constant"]
+
+
+def test_depths_are_swept(tmp_path):
+    small = SMALL[2:]
+    grid = ["--depths", "8", "14", "--survival", "0.5", "--seeds", "1"]
+    assert main(["sweep", "depth", "digits", *small, *grid, "--out", "mine", "--quiet"]) == 0
+    runs = sorted(path.name for path in (tmp_path / "mine" / "runs").iterdir())
+    assert runs == ["linear-0.5-depth14-seed0", "linear-0.5-depth8-seed0"]
+
+
+def test_runs_that_fail_are_told_with_their_sentence(capsys):
+    assert main([*SURVIVAL, "--rules", "constant", "--optimizer.learning-rate", "1e30"]) == 0
+    told = capsys.readouterr().out
+    assert "0/2 done, 0 running, 2 failed" in told
+    assert "constant-depth8-seed1 failed: the loss is not finite at step" in told
+    assert "0 of 2" in told
+
+
+def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
+    arguments = ["sweep", "survival", "cifar10-resnet110", "--data.root", "nowhere", "--seeds", "1"]
+    assert main(arguments) == 1
+    told = capfd.readouterr()
+    assert "nowhere: does not exist" in told.err
+    assert "21 of 21 runs are not finished" in told.out
+    assert f"go on:  stochastic-depth {' '.join(arguments)}" in told.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["survivel"], 2, "did you mean survival?"),
+        (["survival", "digit"], 2, "did you mean digits"),
+        (["survival", "digits", "--survival.final", "0.3"], 1, "give --survival instead"),
+        (["survival", "digits", "--survival.rule=uniform"], 1, "give --rules instead"),
+        (["depth", "digits", "--model.depth", "20"], 1, "give --depths instead"),
+        (["depth", "digits-constant"], 1, "constant depth: sweep a stochastic one"),
+        (["survival", "--survival", "0", "0.5"], 1, "survival.final is 0.0"),
+        (["survival", "--survival"], 1, "the grid has no survival"),
+        (["depth", "--depths", "21"], 1, "depth=21"),
+        (["survival", "--workers", "0"], 1, "workers is 0"),
+        (["survival", "--seeds", "0"], 1, "seeds is 0"),
+        (["survival", "--storage", "redis://x"], 1, "must begin with postgresql://"),
+    ],
+)
+def test_what_cannot_be_swept_is_one_line(arguments, code, told, capsys):
+    assert main(["sweep", *arguments]) == code
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["survival", "depth"])
+def test_each_kind_has_help(kind, capsys):
+    assert main(["sweep", kind, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"stochastic-depth sweep {kind} [RECIPE]" in told
+    assert max(map(len, told.splitlines())) <= 80
