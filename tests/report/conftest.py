@@ -82,22 +82,18 @@ def survival_sweep(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def depth_sweep(tmp_path_factory) -> Path:
     """Two depths at two p_L; one of the names is hostile."""
-    return _sweep(
-        tmp_path_factory.mktemp("depth"),
-        "depth",
-        {
-            (
-                HOSTILE.replace("/", "") if (depth, final) == (8, 0.5) else f"{depth}-{final}"
-            ): replace(
-                SMALL,
-                epochs=1,
-                model=ModelConfig(depth=depth),
-                survival=SurvivalConfig("linear", final),
-            )
-            for depth in (8, 14)
-            for final in (0.5, 1.0)
-        },
-    )
+    configs = {
+        f"{depth}-{final}": replace(
+            SMALL,
+            epochs=1,
+            model=ModelConfig(depth=depth),
+            survival=SurvivalConfig("linear", final),
+        )
+        for depth in (8, 14)
+        for final in (0.5, 1.0)
+    }
+    configs[HOSTILE.replace("/", "")] = configs.pop("8-0.5")
+    return _sweep(tmp_path_factory.mktemp("depth"), "depth", configs)
 
 
 @pytest.fixture(scope="session")

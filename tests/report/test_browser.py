@@ -13,9 +13,8 @@ from stochastic_depth.report.sources import read_sources
 from stochastic_depth.report.write import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+CHROMIUM = next(filter(None, BROWSERS), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 CONTRASTS = (Path(__file__).parent / "contrast.js").read_text()
@@ -77,7 +76,8 @@ def test_every_figure_is_drawn_and_nothing_is_wider_than_the_page(written, opene
     assert figures.count() == 10
     drawn = page.evaluate(
         """() => [...document.querySelectorAll("figure")].map((figure) => {
-          const shown = [...figure.querySelectorAll(".drawing svg")].filter((svg) => svg.checkVisibility());
+          const drawings = [...figure.querySelectorAll(".drawing svg")];
+          const shown = drawings.filter((svg) => svg.checkVisibility());
           const box = shown[0].getBoundingClientRect();
           const marks = shown[0].querySelectorAll("[role=graphics-symbol][aria-label]");
           const seen = [...marks].filter((mark) => mark.getBoundingClientRect().width
@@ -87,7 +87,8 @@ def test_every_figure_is_drawn_and_nothing_is_wider_than_the_page(written, opene
     )
     for name, shown, across, along, marks in drawn:
         assert shown == 1, name
-        assert across > 0.6 * min(width, 800) and along > 60, (name, across, along)
+        assert across > 0.6 * min(width, 800), name
+        assert along > 60, name
         assert marks >= 2, name
     page.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -161,5 +162,5 @@ def test_a_page_of_runs_under_way_loads_itself_anew_and_keeps_what_is_open(
     page = opened(out)
     page.locator("summary").first.click()
     out.write_text(out.read_text().replace("<h1>", "<h1>Later: "))
-    page.wait_for_function("document.querySelector('h1').textContent.startsWith('Later')")
+    page.get_by_text("Later: ").wait_for()
     assert page.locator("details").first.get_attribute("open") is not None

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from stochastic_depth.errors import ConfigError
 from stochastic_depth.report.write import watch_report, write_report
 
 
@@ -23,6 +24,10 @@ class Report:
     """Write every figure as PNG and SVG too."""
     watch: bool = False
     """Write it anew whenever a run has gone on, until all are finished."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("RUNS is empty: name a run folder, or a folder of runs")
 
 
 def main(arguments: list[str]) -> int:

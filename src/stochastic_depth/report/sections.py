@@ -10,7 +10,7 @@ from stochastic_depth.report.experiment import Experiment, describe, experiments
 from stochastic_depth.report.figure import Figure
 from stochastic_depth.report.headline import Tile, overview, tiles
 from stochastic_depth.report.settings import flat, settings
-from stochastic_depth.report.sources import Sources, Sweep
+from stochastic_depth.report.sources import Sources, Sweep, Trained
 from stochastic_depth.report.tables import Table, tables
 
 COMMANDS = {
@@ -52,8 +52,10 @@ class Report:
 def report(sources: Sources) -> Report:
     """All that `sources` can show. Figures of several sections have different ids."""
     trained = experiments(sources.runs)
+    begun = [run for run in sources.runs if not run.records]
     sections = [
         *map(_experiment, trained),
+        *([_begun(begun)] if begun else []),
         *map(_sweep, sources.sweeps),
         *map(_benchmark, sources.benchmarks),
     ]
@@ -83,6 +85,12 @@ def _experiment(experiment: Experiment) -> Section:
         settings=tuple(shared),
         runs=runs,
     )
+
+
+def _begun(runs: list[Trained]) -> Section:
+    shared, table = settings(runs)
+    said = "Nothing was measured yet."
+    return Section("Runs that have begun", (), said, settings=tuple(shared), runs=table)
 
 
 def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iterable[Figure | None]:
