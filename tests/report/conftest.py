@@ -13,6 +13,7 @@ from stochastic_depth.analysis import train_pairs
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.report.experiment import Experiment, experiments
 from stochastic_depth.report.sources import read_sources
+from stochastic_depth.report.write import write_report
 from stochastic_depth.train import Config, ModelConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.display import Display
 
@@ -25,16 +26,32 @@ HOSTILE = "</script><img src=x onerror=document.title='taken'>\"'&{{7*7}}"
 def hostile(compared, tmp_path_factory) -> tuple[str, Path]:
     """A name, and a folder of runs that have it wherever a name can stand."""
     folder = tmp_path_factory.mktemp("hostile")
-    for source in sorted(compared.iterdir()):
-        if source.is_dir():
-            target = folder / (f"{source.name}{HOSTILE}".replace("/", ""))
-            shutil.copytree(source, target)
-            described = json.loads((target / "config.json").read_text())
-            described["config"]["recipe"] = HOSTILE
-            described["machine"]["processor"] = HOSTILE
-            described["git_commit"] = HOSTILE
-            (target / "config.json").write_text(json.dumps(described))
+    for source in sorted(compared.glob("*-seed0")):
+        target = folder / f"{source.name}{HOSTILE}".replace("/", "")
+        shutil.copytree(source, target)
+        described = json.loads((target / "config.json").read_text())
+        described["config"]["recipe"] = HOSTILE
+        described["machine"]["processor"] = HOSTILE
+        described["git_commit"] = HOSTILE
+        (target / "config.json").write_text(json.dumps(described))
     return HOSTILE, folder
+
+
+@pytest.fixture(scope="session")
+def page(compared, survival_sweep, depth_sweep, benchmark_file, tmp_path_factory) -> Path:
+    """A report of everything."""
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    made = write_report([compared, survival_sweep, depth_sweep, benchmark_file], out)
+    assert made.missing == ()
+    return out
+
+
+@pytest.fixture(scope="session")
+def hostile_page(hostile, tmp_path_factory) -> Path:
+    """A report of names that would like to be markup."""
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    write_report([hostile[1]], out)
+    return out
 
 
 def train(config: Config, path: Path) -> Path:

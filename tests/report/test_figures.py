@@ -49,12 +49,9 @@ def test_curves_tell_mean_and_every_seed_at_a_point(experiment):
 
 
 def test_drops_of_the_learning_rate_are_marked(experiment):
-    first = figures.training_curves(experiment).panels[0].layer[0]
-    assert first.mark.type == "rule"
-    assert [row["x"] for row in _rows(figures.training_curves(experiment).panels[0], 0)] == [
-        1.0,
-        1.5,
-    ]
+    panel = figures.training_curves(experiment).panels[0]
+    assert panel.layer[0].mark.type == "rule"
+    assert [row["x"] for row in _rows(panel, 0)] == [1.0, 1.5]
 
 
 def test_the_time_tells_what_the_flops_promise(experiment):
