@@ -81,19 +81,14 @@ def compared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def survival_sweep(tmp_path_factory) -> Path:
     """Linear decay and uniform at two p_L, and constant depth."""
-    return _sweep(
-        tmp_path_factory.mktemp("survival"),
-        "survival",
-        {
-            f"{rule}-{final}": replace(SMALL, epochs=1, survival=SurvivalConfig(rule, final))
-            for rule, final in (
-                ("linear", 0.5),
-                ("linear", 1.0),
-                ("uniform", 0.5),
-                ("constant", 0.5),
-            )
-        },
-    )
+    settings = [(rule, final) for rule in ("linear", "uniform") for final in (0.5, 1.0)]
+    configs = {
+        f"{rule}-{final}": replace(SMALL, epochs=1, survival=SurvivalConfig(rule, final))
+        for rule, final in (*settings, ("constant", 0.5))
+    }
+    rules = ["linear", "uniform", "constant"]
+    grid = {"rules": rules, "survival": [0.5, 1.0], "depths": [14], "seeds": [0]}
+    return _sweep(tmp_path_factory.mktemp("survival"), "survival", grid, configs)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +105,8 @@ def depth_sweep(tmp_path_factory) -> Path:
         for final in (0.5, 1.0)
     }
     configs[HOSTILE.replace("/", "")] = configs.pop("8-0.5")
-    return _sweep(tmp_path_factory.mktemp("depth"), "depth", configs)
+    grid = {"rules": ["linear"], "survival": [0.5, 1.0], "depths": [8, 14], "seeds": [0]}
+    return _sweep(tmp_path_factory.mktemp("depth"), "depth", grid, configs)
 
 
 @pytest.fixture(scope="session")
@@ -136,12 +132,11 @@ def experiment(compared) -> Experiment:
     return found
 
 
-def _sweep(folder: Path, kind: str, configs: dict[str, Config]) -> Path:
+def _sweep(folder: Path, kind: str, grid: dict, configs: dict[str, Config]) -> Path:
     for name, config in configs.items():
         train(config, folder / "runs" / name)
-    (folder / "sweep.json").write_text(
-        json.dumps({"format": 1, "kind": kind, "grid": {}, "recipe": "digits"})
-    )
+    described = {"format": 1, "kind": kind, "grid": grid, "recipe": "digits"}
+    (folder / "sweep.json").write_text(json.dumps(described))
     return folder
 
 

@@ -136,6 +136,7 @@ def test_a_survival_sweep_has_the_finished_runs_by_rule_and_p(survival_sweep):
         ("linear", 0.5),
         ("linear", 1.0),
         ("uniform", 0.5),
+        ("uniform", 1.0),
         ("constant", 1.0),
     }
     unfinished = replace(sweep, runs=tuple(replace(run, finished=False) for run in sweep.runs))

@@ -102,7 +102,9 @@ def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iter
 def _sweep(sweep: Sweep) -> Section:
     drawn = (figures.depth_sweep if sweep.kind == "depth" else figures.survival_sweep)(sweep)
     finished = sum(run.finished for run in sweep.runs)
-    said = f"{sweep.path}: {finished} of the {len(sweep.runs)} runs begun are finished."
+    failed = sum(run.failed for run in sweep.runs)
+    said = f"{sweep.path}: {finished} of {sweep.size} runs finished"
+    said += f", {failed} failed." if failed else "."
     if not sweep.runs:
         return Section(f"Sweep {sweep.path.name}", (), said)
     kind = "p_L against depth" if sweep.kind == "depth" else "p_L at one depth"
