@@ -79,7 +79,7 @@ def test_active_blocks_are_counted_over_seeds_and_epochs(experiment):
         5: 12,
     }
     assert sum(row["probability"] for row in figure.rows) == pytest.approx(1)
-    assert "On average 4.10 of 6 blocks ran, where 4.25 are expected" in figure.sentence
+    assert "on average 4.10 of 6 blocks ran, where 4.25 are expected" in figure.sentence
 
 
 def test_gates_for_single_samples_have_no_count_of_blocks(experiment):

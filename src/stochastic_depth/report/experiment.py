@@ -114,11 +114,15 @@ def _setting(config: Config) -> Config:
 
 def describe(config: Config) -> str:
     """Network, data and schedule."""
+    return f"{NETWORKS[config.model.kind]}-{config.model.depth} on {describe_data(config)}"
+
+
+def describe_data(config: Config) -> str:
+    """Data and schedule."""
     data = DATA.get(config.data.name, config.data.name)
     if config.data.train is not None:
         data += f" ({config.data.train:,} images)"
-    epochs = f"{config.epochs} epoch{'s' * (config.epochs != 1)}"
-    return f"{NETWORKS[config.model.kind]}-{config.model.depth} on {data}, {epochs}"
+    return f"{data}, {config.epochs} epoch{'s' * (config.epochs != 1)}"
 
 
 def _series(runs: list[Trained]) -> tuple[Series, ...]:

@@ -56,6 +56,7 @@ def page(report: Report, sources: Sources, refresh: int | None = None) -> str:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
+    environment.filters["unbroken"] = lambda title: title.replace("-", "\N{NON-BREAKING HYPHEN}")
     return environment.from_string((folder / "report.html").read_text()).render(
         report=report,
         title=_title(report),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stochastic_depth.report import figures
-from stochastic_depth.report.experiment import Experiment, describe, experiments
+from stochastic_depth.report.experiment import Experiment, describe, describe_data, experiments
 from stochastic_depth.report.figure import Figure
 from stochastic_depth.report.headline import Tile, overview, tiles
 from stochastic_depth.report.settings import flat, settings
@@ -107,9 +107,12 @@ def _sweep(sweep: Sweep) -> Section:
     said += f", {failed} failed." if failed else "."
     if not sweep.runs:
         return Section(f"Sweep {sweep.path.name}", (), said)
-    kind = "p_L against depth" if sweep.kind == "depth" else "p_L at one depth"
     shared, runs = settings(sweep.runs)
-    title = f"{kind}, {describe(sweep.runs[0].run.config)}"
+    config = sweep.runs[0].run.config
+    if sweep.kind == "depth":
+        title = f"p_L against depth, {describe_data(config)}"
+    else:
+        title = f"p_L at one depth, {describe(config)}"
     return Section(title, (drawn,) if drawn else (), said, settings=tuple(shared), runs=runs)
 
 
