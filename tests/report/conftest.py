@@ -13,6 +13,7 @@ from stochastic_depth.analysis import train_pairs
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.report.experiment import Experiment, experiments
 from stochastic_depth.report.sources import read_sources
+from stochastic_depth.report.write import write_report
 from stochastic_depth.train import Config, ModelConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.display import Display
 
@@ -25,16 +26,32 @@ HOSTILE = "</script><img src=x onerror=document.title='taken'>\"'&{{7*7}}"
 def hostile(compared, tmp_path_factory) -> tuple[str, Path]:
     """A name, and a folder of runs that have it wherever a name can stand."""
     folder = tmp_path_factory.mktemp("hostile")
-    for source in sorted(compared.iterdir()):
-        if source.is_dir():
-            target = folder / (f"{source.name}{HOSTILE}".replace("/", ""))
-            shutil.copytree(source, target)
-            described = json.loads((target / "config.json").read_text())
-            described["config"]["recipe"] = HOSTILE
-            described["machine"]["processor"] = HOSTILE
-            described["git_commit"] = HOSTILE
-            (target / "config.json").write_text(json.dumps(described))
+    for source in sorted(compared.glob("*-seed0")):
+        target = folder / f"{source.name}{HOSTILE}".replace("/", "")
+        shutil.copytree(source, target)
+        described = json.loads((target / "config.json").read_text())
+        described["config"]["recipe"] = HOSTILE
+        described["machine"]["processor"] = HOSTILE
+        described["git_commit"] = HOSTILE
+        (target / "config.json").write_text(json.dumps(described))
     return HOSTILE, folder
+
+
+@pytest.fixture(scope="session")
+def page(compared, survival_sweep, depth_sweep, benchmark_file, tmp_path_factory) -> Path:
+    """A report of everything."""
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    made = write_report([compared, survival_sweep, depth_sweep, benchmark_file], out)
+    assert made.missing == ()
+    return out
+
+
+@pytest.fixture(scope="session")
+def hostile_page(hostile, tmp_path_factory) -> Path:
+    """A report of names that would like to be markup."""
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    write_report([hostile[1]], out)
+    return out
 
 
 def train(config: Config, path: Path) -> Path:
@@ -64,40 +81,32 @@ def compared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def survival_sweep(tmp_path_factory) -> Path:
     """Linear decay and uniform at two p_L, and constant depth."""
-    return _sweep(
-        tmp_path_factory.mktemp("survival"),
-        "survival",
-        {
-            f"{rule}-{final}": replace(SMALL, epochs=1, survival=SurvivalConfig(rule, final))
-            for rule, final in (
-                ("linear", 0.5),
-                ("linear", 1.0),
-                ("uniform", 0.5),
-                ("constant", 0.5),
-            )
-        },
-    )
+    settings = [(rule, final) for rule in ("linear", "uniform") for final in (0.5, 1.0)]
+    configs = {
+        f"{rule}-{final}": replace(SMALL, epochs=1, survival=SurvivalConfig(rule, final))
+        for rule, final in (*settings, ("constant", 0.5))
+    }
+    rules = ["linear", "uniform", "constant"]
+    grid = {"rules": rules, "survival": [0.5, 1.0], "depths": [14], "seeds": [0]}
+    return _sweep(tmp_path_factory.mktemp("survival"), "survival", grid, configs)
 
 
 @pytest.fixture(scope="session")
 def depth_sweep(tmp_path_factory) -> Path:
     """Two depths at two p_L; one of the names is hostile."""
-    return _sweep(
-        tmp_path_factory.mktemp("depth"),
-        "depth",
-        {
-            (
-                HOSTILE.replace("/", "") if (depth, final) == (8, 0.5) else f"{depth}-{final}"
-            ): replace(
-                SMALL,
-                epochs=1,
-                model=ModelConfig(depth=depth),
-                survival=SurvivalConfig("linear", final),
-            )
-            for depth in (8, 14)
-            for final in (0.5, 1.0)
-        },
-    )
+    configs = {
+        f"{depth}-{final}": replace(
+            SMALL,
+            epochs=1,
+            model=ModelConfig(depth=depth),
+            survival=SurvivalConfig("linear", final),
+        )
+        for depth in (8, 14)
+        for final in (0.5, 1.0)
+    }
+    configs[HOSTILE.replace("/", "")] = configs.pop("8-0.5")
+    grid = {"rules": ["linear"], "survival": [0.5, 1.0], "depths": [8, 14], "seeds": [0]}
+    return _sweep(tmp_path_factory.mktemp("depth"), "depth", grid, configs)
 
 
 @pytest.fixture(scope="session")
@@ -123,12 +132,11 @@ def experiment(compared) -> Experiment:
     return found
 
 
-def _sweep(folder: Path, kind: str, configs: dict[str, Config]) -> Path:
+def _sweep(folder: Path, kind: str, grid: dict, configs: dict[str, Config]) -> Path:
     for name, config in configs.items():
         train(config, folder / "runs" / name)
-    (folder / "sweep.json").write_text(
-        json.dumps({"format": 1, "kind": kind, "grid": {}, "recipe": "digits"})
-    )
+    described = {"format": 1, "kind": kind, "grid": grid, "recipe": "digits"}
+    (folder / "sweep.json").write_text(json.dumps(described))
     return folder
 
 

@@ -36,7 +36,7 @@
     if (["SCRIPT", "STYLE"].includes(element.tagName)) continue;
     const style = getComputedStyle(element);
     const svg = element instanceof SVGElement;
-    let background = [255, 255, 255];
+    let background = over(paint(document.body), [255, 255, 255]);
     // From the back to the front, what lies under the middle of the text.
     const below = document.elementsFromPoint(box.left + box.width / 2, box.top + box.height / 2);
     for (const other of below.reverse()) {

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -17,9 +18,22 @@ def test_runs_folders_of_them_sweeps_and_benchmarks_are_told_apart(
         "stochastic-seed1",
     ]
     (sweep,) = sources.sweeps
-    assert len(sweep.runs) == 4
+    assert len(sweep.runs) == sweep.size == 5
     assert len(sources.benchmarks) == 1
     assert not sources.under_way
+
+
+def test_a_sweep_is_under_way_until_every_point_is_finished_or_failed(survival_sweep, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(survival_sweep, folder)
+    assert not read_sources([folder]).under_way
+    run = folder / "runs" / "uniform-0.5"
+    (run / "model.safetensors").unlink()
+    assert read_sources([folder]).under_way
+    (run / "failed.txt").write_text("the loss is not finite at step 3")
+    assert not read_sources([folder]).under_way
+    shutil.rmtree(run)
+    assert read_sources([folder]).under_way
 
 
 def test_a_run_named_twice_counts_once(compared):
@@ -46,7 +60,7 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_is(compared, tmp_path)
         ("broken.json", "{", "cannot be read"),
         ("list.json", "[]", "holds no object"),
         ("sweep/sweep.json", '{"format": 2}', "has format 2, this version reads 1"),
-        ("sweep/sweep.json", '{"format": 1}', "sweep.json has no 'kind'"),
+        ("sweep/sweep.json", '{"format": 1}', "sweep.json is not of a sweep: KeyError"),
     ],
 )
 def test_what_is_none_of_these_is_refused(name, content, told, tmp_path):

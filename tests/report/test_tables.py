@@ -100,10 +100,11 @@ def test_runs_are_put_together_by_all_but_survival_and_seed(compared, survival_s
         "constant depth",
         "linear decay to 1",
         "linear decay to 0.5",
+        "uniform 1",
         "uniform 0.5",
     ]
     assert swept.main.name == "linear decay to 0.5"
-    assert len({series.colour for series in swept.series}) == 4
+    assert len({series.colour for series in swept.series}) == 5
     assert len(overview([experiment, swept]).rows) == 2
 
 

@@ -7,12 +7,13 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from stochastic_depth.errors import ConfigError
 from stochastic_depth.report.write import watch_report, write_report
 
 
 @dataclass(frozen=True)
 class Report:
-    """Errors, times, savings and every figure there is data for, on one page without a network."""
+    """Errors, times, savings and the figures there is data for, on one page."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUNS")]
     """Run folders, folders of runs as compare leaves them, sweep folders, and files that bench
@@ -21,8 +22,12 @@ class Report:
     """The page."""
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write every figure as PNG and SVG too."""
-    watch: bool = False
+    watch: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write it anew whenever a run has gone on, until all are finished."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("RUNS is empty: name a run folder, or a folder of runs")
 
 
 def main(arguments: list[str]) -> int:

@@ -114,9 +114,15 @@ def _setting(config: Config) -> Config:
 
 def describe(config: Config) -> str:
     """Network, data and schedule."""
+    return f"{NETWORKS[config.model.kind]}-{config.model.depth} on {describe_data(config)}"
+
+
+def describe_data(config: Config) -> str:
+    """Data and schedule."""
     data = DATA.get(config.data.name, config.data.name)
-    epochs = f"{config.epochs} epoch{'s' * (config.epochs != 1)}"
-    return f"{NETWORKS[config.model.kind]}-{config.model.depth} on {data}, {epochs}"
+    if config.data.train is not None:
+        data += f" ({config.data.train:,} images)"
+    return f"{data}, {config.epochs} epoch{'s' * (config.epochs != 1)}"
 
 
 def _series(runs: list[Trained]) -> tuple[Series, ...]:

@@ -56,6 +56,7 @@ def page(report: Report, sources: Sources, refresh: int | None = None) -> str:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
+    environment.filters["unbroken"] = lambda title: title.replace("-", "\N{NON-BREAKING HYPHEN}")
     return environment.from_string((folder / "report.html").read_text()).render(
         report=report,
         title=_title(report),
@@ -76,7 +77,7 @@ def _title(report: Report) -> str:
 
 def _state(sources: Sources) -> str:
     runs = list(sources.all_runs())
-    under_way = sum(not run.finished for run in runs)
+    under_way = sum(not (run.finished or run.failed) for run in runs)
     count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     going = f", {under_way} not finished" if under_way else ""
     return f"{count}{going}. Written {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC."

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stochastic_depth.report import figures
-from stochastic_depth.report.experiment import Experiment, describe, experiments
+from stochastic_depth.report.experiment import Experiment, describe, describe_data, experiments
 from stochastic_depth.report.figure import Figure
 from stochastic_depth.report.headline import Tile, overview, tiles
 from stochastic_depth.report.settings import flat, settings
-from stochastic_depth.report.sources import Sources, Sweep
+from stochastic_depth.report.sources import Sources, Sweep, Trained
 from stochastic_depth.report.tables import Table, tables
 
 COMMANDS = {
@@ -52,8 +52,10 @@ class Report:
 def report(sources: Sources) -> Report:
     """All that `sources` can show. Figures of several sections have different ids."""
     trained = experiments(sources.runs)
+    begun = [run for run in sources.runs if not run.records]
     sections = [
         *map(_experiment, trained),
+        *([_begun(begun)] if begun else []),
         *map(_sweep, sources.sweeps),
         *map(_benchmark, sources.benchmarks),
     ]
@@ -85,6 +87,12 @@ def _experiment(experiment: Experiment) -> Section:
     )
 
 
+def _begun(runs: list[Trained]) -> Section:
+    shared, table = settings(runs)
+    said = "Nothing was measured yet."
+    return Section("Runs that have begun", (), said, settings=tuple(shared), runs=table)
+
+
 def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iterable[Figure | None]:
     """A figure for each kind of stochastic depth; the first has no number."""
     drawn = [figure for series in experiment.stochastic if (figure := draw(series))]
@@ -94,12 +102,17 @@ def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iter
 def _sweep(sweep: Sweep) -> Section:
     drawn = (figures.depth_sweep if sweep.kind == "depth" else figures.survival_sweep)(sweep)
     finished = sum(run.finished for run in sweep.runs)
-    said = f"{sweep.path}: {finished} of the {len(sweep.runs)} runs begun are finished."
+    failed = sum(run.failed for run in sweep.runs)
+    said = f"{sweep.path}: {finished} of {sweep.size} runs finished"
+    said += f", {failed} failed." if failed else "."
     if not sweep.runs:
         return Section(f"Sweep {sweep.path.name}", (), said)
-    kind = "p_L against depth" if sweep.kind == "depth" else "p_L at one depth"
     shared, runs = settings(sweep.runs)
-    title = f"{kind}, {describe(sweep.runs[0].run.config)}"
+    config = sweep.runs[0].run.config
+    if sweep.kind == "depth":
+        title = f"p_L against depth, {describe_data(config)}"
+    else:
+        title = f"p_L at one depth, {describe(config)}"
     return Section(title, (drawn,) if drawn else (), said, settings=tuple(shared), runs=runs)
 
 

@@ -31,12 +31,14 @@ def settings(runs: Sequence[Trained]) -> tuple[list[tuple[str, str]], Table]:
 
 
 def _outcome(run: Trained) -> list[str]:
-    epochs = run.run.config.epochs
+    reached = run.records[-1].epoch if run.records else 0
+    state = "finished" if run.finished else f"{reached:g} of {run.run.config.epochs} epochs"
+    if run.failed:
+        state = f"failed after {reached:g} epochs"
     if not run.records:
-        return [f"0 of {epochs} epochs", "", ""]
-    reached = run.records[-1].epoch
+        return [state, "", ""]
     return [
-        "finished" if run.finished else f"{reached:g} of {epochs} epochs",
+        state,
         f"{best_record(list(run.records)).test_error:.2f} %",
         duration(sum(record.seconds for record in run.records)),
     ]

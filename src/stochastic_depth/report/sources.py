@@ -28,6 +28,11 @@ class Trained:
     def name(self) -> str:
         return self.run.path.name
 
+    @property
+    def failed(self) -> bool:
+        """Whether the sweep it belongs to has given it up."""
+        return (self.run.path / "failed.txt").exists()
+
     @cached_property
     def described(self) -> dict[str, Any]:
         """Machine, versions, commit and what else `config.json` has."""
@@ -50,8 +55,14 @@ class Sweep:
     path: Path
     kind: str
     """What varies: "survival" or "depth"."""
-    grid: dict[str, Any]
+    size: int
+    """Points of the grid: runs that there will be."""
     runs: tuple[Trained, ...]
+
+    @property
+    def under_way(self) -> bool:
+        ended = sum(run.finished or run.failed for run in self.runs)
+        return ended < self.size
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,8 @@ class Sources:
     @property
     def under_way(self) -> bool:
         """Whether there is more to come."""
-        return any(not run.finished for run in self.all_runs())
+        going = any(not run.finished for run in self.runs)
+        return going or any(sweep.under_way for sweep in self.sweeps)
 
     def all_runs(self) -> Iterator[Trained]:
         """Those of sweeps too."""
@@ -124,6 +136,7 @@ def watched_files(sources: Sources, paths: Iterable[Path]) -> Iterator[Path]:
     for trained in sources.all_runs():
         yield trained.run.journal
         yield trained.run.weights
+        yield trained.run.path / "failed.txt"
         yield trained.run.path / "analysis"
 
 
@@ -131,9 +144,12 @@ def _sweep(path: Path) -> Sweep:
     described = _formatted(path / "sweep.json")
     runs = tuple(map(read_run, sorted(filter(_is_run, _folders(path / "runs")))))
     try:
-        return Sweep(path, described["kind"], described["grid"], runs)
-    except KeyError as error:
-        raise RunError(f"{path / 'sweep.json'} has no {error}") from error
+        kind, grid = described["kind"], described["grid"]
+        # at constant depth there is no p_L to vary
+        pairs = sum(1 if r == "constant" else len(grid["survival"]) for r in grid["rules"])
+        return Sweep(path, kind, pairs * len(grid["depths"]) * len(grid["seeds"]), runs)
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path / 'sweep.json'} is not of a sweep: {error!r}") from error
 
 
 def _benchmark(path: Path) -> dict[str, Any]:

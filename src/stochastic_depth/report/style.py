@@ -54,6 +54,7 @@ CONFIG = {
         "titleFontWeight": "normal",
         "titlePadding": 8,
     },
+    "axisY": {"labelFlush": True},
     "axisX": {
         "domain": True,
         "domainColor": LIGHT["muted"],

@@ -92,8 +92,9 @@ def _sentence(series: Series, counts: Counter[int], exact: Sequence[float]) -> s
     error = math.sqrt(sum(p * (1 - p) for p in series.cost.survival) / steps)
     apart = abs(mean - expected) / error if error else 0.0
     distance = sum(abs(counts[n] / steps - p) for n, p in enumerate(exact)) / 2
+    blocks = len(series.cost.survival)
     return (
-        f"On average {mean:.2f} of {len(series.cost.survival)} blocks ran, where {expected:.2f} "
-        f"are expected: {apart:.1f} standard errors away. The two distributions differ in "
+        f"With {series.name}, on average {mean:.2f} of {blocks} blocks ran, where {expected:.2f} are "
+        f"expected: {apart:.1f} standard errors away. The two distributions differ in "
         f"{100 * distance:.1f} % of the steps."
     )
