@@ -42,9 +42,10 @@ def memory_watched(run: Run, training: Training) -> Iterator[None]:
             raise
         said = (str(error) or "no more")[:200].splitlines()[0]
         step, config = training.step, training.config
+        evaluating = not training.model.training
+        gates = "in evaluation" if evaluating else open_blocks(training.gates_at(step))
         raise OutOfMemoryError(
-            f"out of memory at step {step} of {run.path} "
-            f"({open_blocks(training.gates_at(step))}): {said}; "
+            f"out of memory at step {step} of {run.path} ({gates}): {said}; "
             f"{last_good(run)}. Go on where there is more memory, or begin a run with a lower "
             f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
             f"({config.data.workers}) or --precision bfloat16 ({training.execution.precision})"
