@@ -14,7 +14,7 @@ if torch.version.cuda is None:
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 SOAK = bool(os.environ.get("STOCHASTIC_DEPTH_SOAK"))
-hypothesis.settings.register_profile("soak", max_examples=5_000, deadline=None)
+hypothesis.settings.register_profile("soak", max_examples=1_000, deadline=None)
 if SOAK:
     hypothesis.settings.load_profile("soak")
 

@@ -95,6 +95,18 @@ def test_gates_for_single_samples_are_drawn_for_the_batch(gate) -> None:
         assert torch.equal(depth.gates, draw(3, depth.step - 1, depth.survival, samples))
 
 
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+@pytest.mark.parametrize("rule", [HALF, sd.Ramp(sd.Uniform(0.3), steps=4)])
+def test_the_gates_of_any_step_can_be_asked_for(gate, rule) -> None:
+    model = Net()
+    depth = sd.apply(model, rule, gate=gate, seed=5)
+    before = [depth.gates_at(step, 7) for step in range(6)]
+    for step in range(6):
+        model(torch.randn(7, 3, dtype=torch.float64))
+        assert torch.equal(depth.gates, before[step])
+        assert torch.equal(depth.gates, depth.gates_at(step, 7))
+
+
 @pytest.mark.parametrize("gate", ["sample", "subset"])
 def test_a_model_may_be_called_with_keywords_only(gate) -> None:
     model = Net()

@@ -5,7 +5,7 @@ import pytest
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.train import Config, DataConfig, OptimizerConfig, SurvivalConfig
+from stochastic_depth.train import Config, DataConfig, ModelConfig, OptimizerConfig, SurvivalConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -38,6 +38,13 @@ def test_paths_and_optional_values_survive_json():
         (lambda: OptimizerConfig(divisor=0), "optimizer.divisor is 0"),
         (lambda: OptimizerConfig(weight_decay=-1), "optimizer.weight-decay is -1"),
         (lambda: SurvivalConfig(final=float("nan")), "survival.final is nan"),
+        (lambda: SurvivalConfig(ramp_epochs=float("inf")), "survival.ramp-epochs is inf"),
+        (lambda: OptimizerConfig(learning_rate=float("inf")), "optimizer.learning-rate is inf"),
+        (lambda: OptimizerConfig(warmup_epochs=float("nan")), "optimizer.warmup-epochs is nan"),
+        (lambda: OptimizerConfig(warmup_rate=0), "optimizer.warmup-rate is 0"),
+        (lambda: ModelConfig(depth=10**9), "model.depth is 1000000000"),
+        (lambda: ModelConfig(growth=0), "model.growth is 0"),
+        (lambda: DataConfig(workers=5000), "data.workers is 5000"),
     ],
 )
 def test_a_value_that_cannot_be_trained_is_named(make, named):
@@ -53,6 +60,9 @@ def test_a_value_that_cannot_be_trained_is_named(make, named):
         (("model", "kind"), "vgg", "config.model.kind is 'vgg'"),
         (("survival",), None, "config.survival must have the fields"),
         (("surprise",), 1, "config must have the fields"),
+        (("optimizer", "learning_rate"), 10**400, "config.optimizer.learning_rate is 1000"),
+        (("optimizer", "weight_decay"), float("inf"), "config.optimizer.weight_decay is inf"),
+        (("data", "root"), "a\0b", "config.data.root is 'a"),
     ],
 )
 def test_foreign_json_is_refused_by_the_field(where, value, named):

@@ -124,16 +124,23 @@ class FolderBatches:
             # Without its own, the loader draws from the global random state.
             generator=generator("workers", self.seed),
         )
-        for loaded in loader:
-            if isinstance(loaded, DataError):
-                break
-            pictures, labels = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
-            batch = normalise(pictures, self.mean, self.std)
-            yield batch.contiguous(memory_format=self.memory_format), labels
-        else:
-            return
-        # Here, not in the loop: leaving it stops the workers.
-        raise loaded
+        try:
+            for loaded in loader:
+                if isinstance(loaded, DataError):
+                    trouble = loaded
+                    break
+                pictures, labels = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
+                batch = normalise(pictures, self.mean, self.std)
+                yield batch.contiguous(memory_format=self.memory_format), labels
+            else:
+                return
+        except (ConnectionError, EOFError) as error:
+            trouble = DataError(
+                f"a process that decodes pictures has died ({type(error).__name__}): is there "
+                "memory for all of them? Take fewer by --data.workers"
+            )
+        # Here, where nothing refers to the loader any more, which stops the workers.
+        raise trouble
 
 
 def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:

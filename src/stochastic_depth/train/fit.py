@@ -70,17 +70,16 @@ def fit(
         Interrupted: when `stop` said so.
     """
     run.require_data(batches.fingerprint)
-    with run.writing() as still_ours:
-        training = Training(run.config, run.execution, batches)
+    training = Training(run.config, run.execution, batches)
+    with memory_watched(run, training), run.writing() as still_ours:
         _restore(run, training, watch)
         watch.begin(run, training)
         stream = _stream(batches, training.step)
         journal = run.journal_length()
         while training.step < training.steps or training.tally.images:
             record = None
-            with memory_watched(run, training):
-                if _finish_interval(run, training, stream, watch, stop):
-                    record = _measure(training, batches, watch, stop)
+            if _finish_interval(run, training, stream, watch, stop):
+                record = _measure(training, batches, watch, stop)
             still_ours()
             truncate_journal(run.journal, journal)  # nobody else has written it meanwhile
             if record is None:
@@ -94,6 +93,7 @@ def fit(
             _save(run, training)
             watch.record(record)
             yield record
+        still_ours()
         _write_weights(run, training, watch)
 
 

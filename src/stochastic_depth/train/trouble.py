@@ -40,10 +40,12 @@ def memory_watched(run: Run, training: Training) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_exhaustion(error):
             raise
+        said = (str(error) or "no more")[:200].splitlines()[0]
         step, config = training.step, training.config
+        evaluating = not training.model.training
+        gates = "in evaluation" if evaluating else open_blocks(training.gates_at(step))
         raise OutOfMemoryError(
-            f"out of memory at step {step} of {run.path} "
-            f"({open_blocks(training.gates_at(step))}): {str(error).splitlines()[0][:200]}; "
+            f"out of memory at step {step} of {run.path} ({gates}): {said}; "
             f"{last_good(run)}. Go on where there is more memory, or begin a run with a lower "
             f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
             f"({config.data.workers}) or --precision bfloat16 ({training.execution.precision})"
@@ -51,7 +53,7 @@ def memory_watched(run: Run, training: Training) -> Iterator[None]:
 
 
 def is_exhaustion(error: Exception) -> bool:
-    """Whether it says that memory has run out."""
+    """Whether memory has run out, here or in a process that decodes pictures."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(sign in str(error) for sign in _SIGNS_OF_EXHAUSTION)

@@ -1,0 +1,74 @@
+"""Names from files and runs are printed as text, whatever is in them."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.table import Table
+
+from stochastic_depth.cli import main
+from stochastic_depth.cli.console import PlainConsole
+from stochastic_depth.terminal import visible
+
+NAMES = [
+    "[bold]x[/bold]",
+    "[/nothing]",
+    ":smile:",
+    "\x1b[31mred\x1b]0;title\x07",
+    "a\rb\x08c",
+    "\u202etxt",
+]
+SMALL = ["--model.depth", "8", "--epochs", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain — ünï 文", "plain — ünï 文"),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("a\rb\x00\x7f\x9b", r"a\rb\x00\x7f\x9b"),
+        ("\u202e\u200b", r"\u202e\u200b"),
+        (os.fsdecode(b"\xff"), r"\udcff"),
+        ("a\n\tb", "a\n\tb"),
+    ],
+)
+def test_what_could_drive_a_terminal_is_written_as_an_escape(text, shown):
+    assert visible(text) == shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_console_shows_names_as_they_are(name):
+    console = PlainConsole(file=io.StringIO(), width=80)
+    table = Table(title=name, caption=name)
+    table.add_column(name)
+    table.add_row(name)
+    console.print(table)
+    console.print(name)
+    told = console.file.getvalue()
+    assert told.count(visible(name)) == 5
+    assert "\x1b" not in told
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "/" not in name])
+def test_a_run_of_any_name_is_trained_and_told(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["train", "digits", *SMALL, "--run", name]) == 0
+    assert main(["eval", name]) == 0
+    assert main(["train", "digits", *SMALL, "--run", name]) == 1
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err
+    assert visible(name) in told.out
+    assert visible(name) in told.err
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "stochastic_depth", "eval", b"\xff\x1b[31m"],
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(rb"error: \udcff\x1b[31m is not a run folder")

@@ -1,0 +1,350 @@
+"""Files that lie, each read in a process with bounded memory.
+
+`main()` says of each, in a line of JSON, what it came to, its peak memory and its seconds.
+"""
+
+import io
+import json
+import os
+import pickle
+import resource
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from written import (
+    table,
+    write_binary,
+    write_folders,
+    write_imagenet,
+    write_parquet,
+    write_pickles,
+    write_svhn,
+)
+
+import conftest  # noqa: F401
+from stochastic_depth.data import batches, load
+from stochastic_depth.data.cifar import CIFAR10
+from stochastic_depth.data.download import unpack
+from stochastic_depth.errors import StochasticDepthError
+
+HUGE = 100_000
+
+
+def png_of(side: int, more: bytes = b"") -> bytes:
+    """A PNG that claims `side` x `side` pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + more + body
+
+
+def text_bomb() -> bytes:
+    """A PNG with a comment that unpacks to 100 MB."""
+    body = b"zTXtcomment\0\0" + zlib.compress(bytes(10**8))
+    return png_of(32, struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)))
+
+
+def saved(kind: str, size: tuple[int, int]) -> bytearray:
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, kind)
+    return bytearray(file.getvalue())
+
+
+def jpeg_of(side: int) -> bytes:
+    content = saved("JPEG", (32, 32))
+    at = content.index(b"\xff\xc0") + 5
+    content[at : at + 4] = struct.pack(">HH", side, side)
+    return bytes(content)
+
+
+def bmp_of(side: int) -> bytes:
+    content = saved("BMP", (32, 32))
+    content[18:26] = struct.pack("<ii", side, side)
+    return bytes(content)
+
+
+PICTURES = {
+    "no bytes": b"",
+    "text": b"this is no picture\n" * 50,
+    "html": b"<!doctype html><html>404</html>",
+    "a png of 100,000 x 100,000 pixels": png_of(HUGE),
+    "a png of 2^31 - 1 x 2^31 - 1 pixels": png_of(2**31 - 1),
+    "a jpeg of 65,500 x 65,500 pixels": jpeg_of(65_500),
+    "a bmp of 100,000 x 100,000 pixels": bmp_of(HUGE),
+    "a ppm of 100,000 x 100,000 pixels": b"P6 100000 100000 255\n" + bytes(3000),
+    "a webp of 16,383 x 16,383 pixels": bytes(saved("WEBP", (16_383, 16_383))),
+    "a png with a comment of 100 MB": text_bomb(),
+    "a picture of 32 x 33 pixels": bytes(saved("PNG", (32, 33))),
+    "a gif": bytes(saved("GIF", (32, 32))),
+    "a pdf": bytes(saved("PDF", (32, 32))),
+}
+
+
+def mat(*elements: bytes) -> bytes:
+    return b" " * 124 + b"\0\x01IM" + b"".join(elements)
+
+
+def packed_matrix(size: int, claimed: int | None = None) -> bytes:
+    body = zlib.compress(struct.pack("<II", 14, size if claimed is None else claimed) + bytes(size))
+    return struct.pack("<II", 15, len(body)) + body
+
+
+def matrix(dimensions: tuple[int, ...], content: bytes = b"") -> bytes:
+    shape = struct.pack(f"<{len(dimensions)}i", *dimensions)
+    body = struct.pack("<IIII", 6, 8, 8, 0) + struct.pack("<II", 5, len(shape)) + shape
+    body += bytes(-len(shape) % 8) + struct.pack("<II", 1, 1) + b"X" + bytes(7)
+    body += struct.pack("<II", 2, len(content)) + content + bytes(-len(content) % 8)
+    return struct.pack("<II", 14, len(body)) + body
+
+
+MATS = {
+    "no bytes": b"",
+    "text": b"X = [1 2 3]\n" * 100,
+    "a size of 4 GB": mat(struct.pack("<II", 14, 2**32 - 8)),
+    "a matrix of 2^93 bytes": mat(matrix((2**31 - 1, 2**31 - 1, 2**31 - 1), b"x")),
+    "nothing in a matrix of 2^93": mat(matrix((2**31 - 1, 2**31 - 1, 2**31 - 1, 0))),
+    "a thousand dimensions": mat(matrix((1,) * 1000, b"x")),
+    "1 GB packed in 1 MB": mat(packed_matrix(10**9)),
+    "4 GB claimed by 1 MB": mat(packed_matrix(10**8, 2**32 - 1)),
+    "thirty times 60 MB packed": mat(*[packed_matrix(6 * 10**7)] * 30),
+}
+
+
+def nested(opening: bytes, closing: bytes, times: int = 3 * 10**5) -> bytes:
+    return opening * times + closing * times
+
+
+def doubled(make: bytes, times: int = 60) -> bytes:
+    """A dictionary that holds the one before twice, and so on."""
+    steps = b"".join(b"}(K\0h%cK\1h%cuq%c" % (i, i, i + 1) for i in range(times))
+    return make + b"q\0" + steps + b"."
+
+
+PICKLES = {
+    "no bytes": b"",
+    "text": b"data: 1, 2, 3\n" * 100,
+    "a memo of 2^31 entries": b"}r\xff\xff\xff\x7f.",
+    "a string of 2^62 bytes": b"\x8d\xff\xff\xff\xff\xff\xff\xff\x3f.",
+    "a frame of 2^63 bytes": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.",
+    "an integer of 100 MB": b"\x8b" + struct.pack("<i", 10**8) + bytes(10**8) + b".",
+    "dictionaries doubled 60 times": doubled(b"}"),
+    "300,000 lists, one in the other": nested(b"]", b"a")[:-1] + b".",
+    "a million tuples, one in the other": b")" + b"\x85" * 10**6 + b".",
+    "keys of one hash": b"}("
+    + b"".join(
+        b"\x8a\x0d" + (n * (2**61 - 1)).to_bytes(13, "little") + b"N" for n in range(100_000)
+    )
+    + b"u.",
+    "six million operations": b"}" + b"N0" * 3 * 10**6 + b".",
+    "six million nothings": b"](" + b"N" * 6 * 10**6 + b"e.",
+    "os.system": pickle.dumps({b"data": os.system}),
+}
+
+
+def cifar(folder: Path, write, *more) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(20) % 10
+    write(folder, CIFAR10, pixels, labels, pixels, labels, *more)
+
+
+def encode(pixels, kind="PNG", **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def in_parquet(content: pa.Table, **options):
+    def make(folder: Path) -> None:
+        cifar(folder, write_parquet, encode)
+        pq.write_table(content, folder / "test-00000-of-00001.parquet", **options)
+        load("cifar10", folder, validation=2)
+
+    return make
+
+
+def in_folder(content: bytes):
+    def make(folder: Path) -> None:
+        cifar(folder, write_folders, encode)
+        next((folder / "test" / "cat").iterdir()).write_bytes(content)
+        load("cifar10", folder, validation=2)
+
+    return make
+
+
+def in_tree(change):
+    def make(folder: Path) -> None:
+        write_imagenet(folder)
+        change(folder / "val" / "n02" / "n02_1.JPEG")
+        read = batches("imagenet", folder, batch=4, seed=0, device="cpu")
+        assert len(read.fingerprint) == 64
+        list(read.evaluate("test"))
+
+    return make
+
+
+def replaced(make):
+    def change(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return change
+
+
+def in_mat(content: bytes):
+    def make(folder: Path) -> None:
+        write_svhn(folder)
+        (folder / "extra_32x32.mat").write_bytes(content)
+        load("svhn", folder, validation=2)
+
+    return make
+
+
+def in_pickle(content: bytes):
+    def make(folder: Path) -> None:
+        cifar(folder / "x", write_pickles)
+        (folder / "x" / "data_batch_2").write_bytes(content)
+        load("cifar10", folder / "x", validation=2)
+
+    return make
+
+
+def in_binary(make_file):
+    def make(folder: Path) -> None:
+        cifar(folder / "x", write_binary)
+        path = folder / "x" / "data_batch_2.bin"
+        path.unlink()
+        make_file(path)
+        load("cifar10", folder / "x", validation=2)
+
+    return make
+
+
+def in_archive(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0):
+    def make(folder: Path) -> None:
+        (folder / "inside").mkdir()
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname, member.size = kind, link, size
+        with tarfile.open(folder / "a.tar.gz", "w:gz", compresslevel=1) as archive:
+            archive.addfile(member, open("/dev/zero", "rb") if size else None)  # noqa: SIM115
+        try:
+            unpack(folder / "a.tar.gz", folder / "inside")
+        except tarfile.TarError as error:
+            raise StochasticDepthError(f"{folder}: {error}") from error
+        finally:
+            outside = [path for path in folder.iterdir() if path.name not in ("inside", "a.tar.gz")]
+            assert not outside, outside
+
+    return make
+
+
+def sparse(size: int):
+    def make(path: Path) -> None:
+        with path.open("wb") as file:
+            file.truncate(size)
+
+    return make
+
+
+def twice(path: Path) -> None:
+    path.parent.joinpath("loop").symlink_to(path.parent.parent)
+
+
+HUGE_VALUE = b"\x89PNG" + bytes(3 * 10**6)
+HOSTILE = {
+    **{f"folder: {name}": in_folder(content) for name, content in PICTURES.items()},
+    **{f"parquet: {name}": in_parquet(table([content], [1])) for name, content in PICTURES.items()},
+    **{
+        f"tree: {name}": in_tree(lambda path, content=content: path.write_bytes(content))
+        for name, content in PICTURES.items()
+        if name not in ("a picture of 32 x 33 pixels", "a png with a comment of 100 MB")
+    },
+    "tree: a pipe": in_tree(replaced(os.mkfifo)),
+    "tree: a link to /dev/zero": in_tree(replaced(lambda path: path.symlink_to("/dev/zero"))),
+    "tree: a link to nothing": in_tree(replaced(lambda path: path.symlink_to("nothing"))),
+    "parquet: text": lambda folder: (
+        cifar(folder, write_parquet, encode),
+        (folder / "test-00000-of-00001.parquet").write_bytes(b"a,b\n1,2\n" * 99),
+        load("cifar10", folder),
+    ),
+    "parquet: 3 MB repeated 100,000 times in 20 KB": in_parquet(
+        pa.table(
+            {
+                "img": pa.DictionaryArray.from_arrays(
+                    pa.array(np.zeros(100_000, np.int32)), pa.array([HUGE_VALUE])
+                ),
+                "label": np.ones(100_000, np.int64),
+            }
+        ),
+        store_schema=False,
+    ),
+    "parquet: a million rows in a few bytes": in_parquet(
+        pa.table({"img": pa.nulls(10**6, pa.binary()), "label": np.ones(10**6, np.int64)})
+    ),
+    "parquet: a label out of range": in_parquet(
+        table([encode(np.zeros((32, 32, 3), np.uint8))], [10])
+    ),
+    **{f"mat: {name}": in_mat(content) for name, content in MATS.items()},
+    **{f"pickle: {name}": in_pickle(content) for name, content in PICKLES.items()},
+    "binary: no bytes": in_binary(Path.touch),
+    "binary: 2 TB that are not there": in_binary(sparse(2**41)),
+    "binary: a label out of range": in_binary(lambda path: path.write_bytes(b"\x0a" * 3073)),
+    "binary: a link to itself": in_binary(lambda path: path.symlink_to(path.name)),
+    "binary: a folder": in_binary(Path.mkdir),
+    "archive: a name above": in_archive("../outside"),
+    "archive: an absolute name": in_archive("/../outside"),
+    "archive: a link out": in_archive("inside/link", tarfile.SYMTYPE, "../../.."),
+    "archive: a hard link out": in_archive("inside/link", tarfile.LNKTYPE, "../../a"),
+    "archive: a device": in_archive("null", tarfile.CHRTYPE),
+    "archive: a pipe": in_archive("pipe", tarfile.FIFOTYPE),
+    "archive: 1.5 GB in 7 MB": in_archive("zeros", size=3 * 2**29),
+}
+
+
+def held() -> int:
+    """Bytes of memory, now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak() -> int:
+    """The most bytes of memory since the last reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError
+
+
+def main() -> None:
+    """Of those named on the command line, or of all."""
+    address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (address_space + 4 * 2**30,) * 2)
+    for name in sys.argv[1:] or HOSTILE:
+        with tempfile.TemporaryDirectory() as folder:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            before, began = held(), time.perf_counter()
+            error = None
+            try:
+                HOSTILE[name](Path(folder))
+            except Exception as raised:
+                error = raised
+            told = {
+                "name": name,
+                "ours": isinstance(error, StochasticDepthError),
+                "error": f"{type(error).__name__}: {error}",
+                "names the file": folder in str(error),
+                "memory": peak() - before,
+                "seconds": time.perf_counter() - began,
+            }
+        print(json.dumps(told), flush=True)

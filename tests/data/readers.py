@@ -1,0 +1,186 @@
+"""Every reader of foreign bytes as a function of the bytes: for tests and for `make fuzz`."""
+
+import io
+import json
+import pickle
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.io
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from stochastic_depth.data.cifar import CIFAR10
+from stochastic_depth.data.cifar.binary import read_records
+from stochastic_depth.data.cifar.parquet import read_shard
+from stochastic_depth.data.cifar.pickles import read_batch
+from stochastic_depth.data.download import unpack
+from stochastic_depth.data.folder_images import open_picture
+from stochastic_depth.data.pictures import decode_one
+from stochastic_depth.data.svhn import read_mat
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.train import Config, open_run
+from stochastic_depth.train.checkpoint import MAGIC, load_checkpoint, save_checkpoint
+from stochastic_depth.train.execution import resolve_execution
+from stochastic_depth.train.journal import read_journal
+from stochastic_depth.train.run import create_run
+from stochastic_depth.train.weights import read_weights, write_weights
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+
+
+@cache
+def folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="readers-"))
+
+
+def in_file(read: Callable[[Path], object], name: str = "file") -> Callable[[bytes], None]:
+    """Of a reader of files, one of bytes."""
+
+    def of_bytes(content: bytes) -> None:
+        path = folder() / name
+        path.write_bytes(content)
+        read(path)
+
+    return of_bytes
+
+
+def with_checksum(payload: bytes) -> bytes:
+    """A checkpoint whose payload is trusted: what gets past the checksum is fuzzed too."""
+    import hashlib
+
+    return MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
+
+
+def read_payload(payload: bytes) -> None:
+    in_file(lambda path: load_checkpoint(path, "a"))(with_checksum(payload))
+
+
+def read_config(content: bytes) -> None:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return
+    Config.from_json(values)
+
+
+def read_archive(content: bytes) -> None:
+    with tempfile.TemporaryDirectory(dir=folder()) as inside:
+        path = Path(inside) / "archive"
+        path.write_bytes(content)
+        (Path(inside) / "into").mkdir()
+        try:
+            unpack(path, Path(inside) / "into")
+        except (tarfile.TarError, OSError, EOFError, ValueError):
+            return  # which `fetch` makes one error of
+
+
+READERS: dict[str, Callable[[bytes], object]] = {
+    "pickle": in_file(lambda path: read_batch(path, CIFAR10)),
+    "binary": in_file(lambda path: read_records(path, CIFAR10)),
+    "mat": in_file(read_mat),
+    "parquet": in_file(lambda path: read_shard(path, CIFAR10)),
+    "small picture": lambda content: decode_one(content, "here", (32, 32)),
+    "picture": in_file(open_picture),
+    "archive": read_archive,
+    "checkpoint": in_file(lambda path: load_checkpoint(path, "a")),
+    "checkpoint past its checksum": read_payload,
+    "weights": in_file(read_weights),
+    "journal": in_file(read_journal),
+    "run": in_file(lambda path: open_run(path.parent), "config.json"),
+    "configuration": read_config,
+}
+
+
+def of_picture(kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PIXELS[0]).save(file, kind, **options)
+    return file.getvalue()
+
+
+def of_mat(compressed: bool) -> bytes:
+    file = io.BytesIO()
+    content = {"X": PIXELS.transpose(1, 2, 3, 0)[..., :1], "y": np.ones((1, 1), np.uint8)}
+    scipy.io.savemat(file, content, do_compression=compressed)
+    return file.getvalue()
+
+
+def of_parquet(**options) -> bytes:
+    column = pa.array([{"bytes": of_picture("PNG"), "path": None}])
+    file = io.BytesIO()
+    pq.write_table(pa.table({"img": column, "label": pa.array([3])}), file, **options)
+    return file.getvalue()
+
+
+def of_archive() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        member = tarfile.TarInfo("cifar/data_batch_1")
+        member.size = 100
+        archive.addfile(member, io.BytesIO(bytes(100)))
+    return file.getvalue()
+
+
+def of_checkpoint() -> bytes:
+    path = folder() / "whole.ckpt"
+    state = {"w": torch.arange(5.0), "n": [1, 2.5, None, True, "x"], "o": {0: {"m": torch.ones(2)}}}
+    save_checkpoint(path, {"run": "a", "step": 1, **state})
+    return path.read_bytes()
+
+
+def of_weights() -> bytes:
+    path = folder() / "whole.safetensors"
+    write_weights(path, {"a": torch.arange(4.0), "b": torch.tensor(1)}, {"run": "a"})
+    return path.read_bytes()
+
+
+def of_run() -> bytes:
+    config = replace(RECIPES["digits"](), device="cpu", engine="eager", precision="float32")
+    path = folder() / "run"
+    create_run(path, config, resolve_execution(config), "f" * 64, ("a", "b"), (1, 8, 8))
+    return (path / "config.json").read_bytes()
+
+
+def without_checksum(described: bytes) -> bytes:
+    values = json.loads(described)
+    del values["sha256"]
+    return json.dumps(values).encode()
+
+
+def of_journal() -> bytes:
+    from test_journal import record
+
+    return b"".join(json.dumps(asdict(record(step))).encode() + b"\n" for step in (1, 2))
+
+
+@cache
+def whole_files() -> dict[str, list[bytes]]:
+    """Good files of each reader, to begin with."""
+    rows = PIXELS.transpose(0, 3, 1, 2).reshape(4, 3072)
+    batch = {b"data": rows[:1].copy(), b"labels": [3]}
+    pictures = [of_picture(kind) for kind in ("PNG", "JPEG", "BMP", "WEBP", "PPM")]
+    configurations = [json.dumps(recipe().to_json()).encode() for recipe in RECIPES.values()]
+    described, checkpoint = of_run(), of_checkpoint()
+    return {
+        "pickle": [pickle.dumps(batch, protocol) for protocol in range(6)],
+        "binary": [b"\3" + rows[0].tobytes()],
+        "mat": [of_mat(compressed) for compressed in (False, True)],
+        "parquet": [of_parquet(compression=kind) for kind in ("none", "snappy", "zstd", "gzip")],
+        "small picture": pictures,
+        "picture": pictures,
+        "archive": [of_archive()],
+        "checkpoint": [checkpoint],
+        "checkpoint past its checksum": [checkpoint[len(MAGIC) + 65 :]],
+        "weights": [of_weights(), save({"a": torch.ones(1)})],
+        "journal": [of_journal()],
+        "run": [described, without_checksum(described)],
+        "configuration": configurations[:4],
+    }

@@ -1,0 +1,111 @@
+"""Nobody else can plant code that is run, nor read what is compiled."""
+
+import os
+import stat
+
+import pytest
+
+from stochastic_depth.engine.kernels import native
+from stochastic_depth.engine.private_cache import only_we_write, private_cache
+from stochastic_depth.errors import EngineError
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes files of another user")
+NOBODY = 65534
+
+
+@pytest.fixture
+def above(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_folder_is_for_its_owner_alone_whatever_the_umask(above):
+    before = os.umask(0)
+    try:
+        assert private_cache() == above / "stochastic-depth"
+    finally:
+        os.umask(before)
+    assert mode(above / "stochastic-depth") == 0o700
+
+
+def test_one_of_ours_that_others_can_write_is_closed_to_them(above):
+    (above / "stochastic-depth").mkdir(parents=True)
+    (above / "stochastic-depth").chmod(0o777)
+    assert mode(private_cache()) == 0o700
+
+
+@needs_root
+def test_a_folder_of_another_user_is_refused(above):
+    (above / "stochastic-depth").mkdir(parents=True)
+    os.chown(above / "stochastic-depth", NOBODY, NOBODY)
+    with pytest.raises(EngineError, match=r"not a folder of yours.*XDG_CACHE_HOME"):
+        private_cache()
+
+
+def test_a_link_in_its_place_is_refused(above, tmp_path):
+    above.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (above / "stochastic-depth").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EngineError, match="not a folder of yours"):
+        private_cache()
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(EngineError, match=r"no folder for compiled code.*--engine eager"):
+        private_cache()
+
+
+def test_a_file_that_others_can_write_is_not_trusted(tmp_path):
+    path = tmp_path / "x.so"
+    path.write_bytes(b"")
+    path.chmod(0o700)
+    assert only_we_write(path)
+    for open_to_others in (0o720, 0o702):
+        path.chmod(open_to_others)
+        assert not only_we_write(path)
+    (tmp_path / "link.so").symlink_to(path)
+    assert not only_we_write(tmp_path / "link.so")
+
+
+@needs_root
+def test_a_file_of_another_user_is_not_trusted(tmp_path):
+    path = tmp_path / "x.so"
+    path.write_bytes(b"")
+    os.chown(path, NOBODY, NOBODY)
+    assert not only_we_write(path)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=f"needs kernels: {native.missing()}")
+def test_a_library_that_was_planted_is_not_loaded_and_one_of_ours_is(above, monkeypatch):
+    made, compile = [], native._compile
+    monkeypatch.setattr(native, "_compile", lambda *given: (made.append(given), compile(*given)))
+
+    def loaded_after(change):
+        native._library.cache_clear()
+        change()
+        native._library()
+        return len(made)
+
+    assert loaded_after(lambda: None) == 1
+    assert loaded_after(lambda: None) == 1
+    (library,) = (above / "stochastic-depth").iterdir()
+    assert mode(library) == 0o700
+
+    def plant(permissions):
+        library.unlink()  # not written over: it is mapped
+        library.write_bytes(b"planted")
+        library.chmod(permissions)
+
+    assert loaded_after(lambda: plant(0o777)) == 2
+    assert library.stat().st_size > 1000
+    with pytest.raises(
+        EngineError, match=r"native kernels: .*; remove .*so, or use --engine eager"
+    ):
+        loaded_after(lambda: plant(0o700))
+    native._library.cache_clear()
