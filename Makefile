@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install format coverage-models soak fuzz clean
+.PHONY: demo test check docs install format coverage-models soak fuzz clean
 
 demo: install
 	$(BIN)/stochastic-depth compare digits --seeds 3 --out runs/demo
@@ -14,6 +14,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 format: install
 	$(BIN)/ruff format .
@@ -37,4 +41,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .import_linter_cache

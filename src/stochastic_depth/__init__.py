@@ -34,15 +34,15 @@ from stochastic_depth.surgery import (
     PlannedBlock,
     Summary,
     Verification,
-    apply,
     compile,
     depth_of,
-    plan,
     register_unit,
     remove,
-    summary,
-    verify,
 )
+from stochastic_depth.surgery.apply import apply
+from stochastic_depth.surgery.plan import plan
+from stochastic_depth.surgery.summary import summary
+from stochastic_depth.surgery.verify import verify
 from stochastic_depth.survival import LinearDecay, Ramp, Survival, SurvivalRule, Uniform
 
 __version__ = version("stochastic-depth")

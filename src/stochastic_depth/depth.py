@@ -1,6 +1,7 @@
 """The stochastic depth of one model: draws the gates, and minds the blocks that are skipped."""
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,6 @@ class StochasticDepth:
 
     Attributes:
         seed: chooses the sequence of gates.
-        step: how many training forward passes have drawn gates; the next draw is for this step.
     """
 
     def __init__(
@@ -71,18 +71,39 @@ class StochasticDepth:
         self.gate: GateKind = gate
         self.scale: Scale = scale
         self.skipped: SkippedPolicy = skipped
-        self.seed = seed
+        self.seed = _integer("seed", seed)
         self.least = least
-        self.step = 0
         self._coins: Tensor | None = None
         self._draws_since_backward = 0
+        self._full_depth = False
         self._survival: tuple[float, ...] = ()
         self._subnetwork: tuple[Tensor, bool] | None = None
-        self._set_survival(0)
+        self.step = 0
+
+    @property
+    def step(self) -> int:
+        """How many training forward passes have drawn gates; the next draw is for this step.
+
+        It may be set, to count otherwise. Set to the number of the optimizer's step before each
+        forward pass, all micro-batches of that step run under the same gates, a ramp counts the
+        optimizer's steps, and a checkpoint that has that number has the gates.
+
+        Raises:
+            GateError: when set to what is no integer, or to a negative one.
+        """
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        number = _integer("step", step)
+        if number < 0:
+            raise GateError(f"step={number}: steps are counted from 0")
+        self._step = number
+        self._set_survival(max(0, self._step - 1))
 
     @property
     def survival(self) -> tuple[float, ...]:
-        """(p_1, ..., p_L), as of the last draw where they follow a ramp."""
+        """(p_1, ..., p_L); where they follow a ramp, as of the last draw."""
         return self._survival
 
     @property
@@ -111,7 +132,7 @@ class StochasticDepth:
             raise GateError(f'gate="{self.gate}" draws a gate for each sample: depth.draw(batch)')
         self._set_survival(self.step)
         self._coins = self.gates_at(self.step, batch)
-        self.step += 1
+        self._step += 1
         self._draws_since_backward += 1
         self._open(training_gates(self._coins, self._survival, self.gate, self.scale))
 
@@ -160,6 +181,21 @@ class StochasticDepth:
             self._subnetwork = before
             self._set_evaluation()
 
+    @contextmanager
+    def full_depth(self) -> Iterator[None]:
+        """While entered, training forward passes run as evaluation does: all blocks, times p_l.
+
+        No gates are drawn. For what needs training mode and the whole network, such as
+        `torch.optim.swa_utils.update_bn`: under gates, BatchNorm in the branch of a block that
+        happened to be closed would see nothing, and the others a network that is never evaluated.
+        """
+        was, self._full_depth = self._full_depth, True
+        try:
+            yield
+        finally:
+            self._full_depth = was
+            self._open([None] * len(self.blocks))
+
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs for the same gates after a resume."""
         return {"seed": self.seed, "step": self.step, **self._identity()}
@@ -183,15 +219,16 @@ class StochasticDepth:
                     f"the saved state has {name}={state.get(name)!r}, this model {mine!r}: "
                     "apply stochastic depth with the settings of the run that is resumed"
                 )
-        self.seed, self.step = state["seed"], state["step"]
+        self.step, self.seed = state["step"], state["seed"]
         self._coins = None
         self._open([None] * len(self.blocks))
-        self._set_survival(max(0, self.step - 1))
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw, unless this is evaluation or a recomputation."""
         if not model.training:
             self._open([None] * len(self.blocks))
+        elif self._full_depth:
+            self._open([block.gates[0].evaluation for block in self.blocks])
         elif not _in_backward():
             self.draw(None if self.gate == "batch" else batch_size((args, kwargs)))
         elif self._draws_since_backward > 1:
@@ -268,6 +305,15 @@ class StochasticDepth:
             f"gate={self.gate!r}, scale={self.scale!r}, skipped={self.skipped!r}, "
             f"seed={self.seed}, step={self.step})"
         )
+
+
+def _integer(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise GateError(
+            f"{name}={value!r}: gates are a function of integers (seed, step)"
+        ) from None
 
 
 def _in_backward() -> bool:

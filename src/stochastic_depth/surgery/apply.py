@@ -69,7 +69,8 @@ def apply(
     outputs bit for bit; each block closed, and random sets of them, give those of the original
     model whose additions return their shortcut; and a training step works. A model built from
     `sd.Residual` units needs no example. Drop paths inside of the blocks (timm's, torchvision's,
-    transformers') are set to rate 0 until `sd.remove`: their job is taken over.
+    transformers') and the layerdrop of transformers are set to rate 0 until `sd.remove`: their job
+    is taken over.
 
     Args:
         model: holds residual blocks.
@@ -127,7 +128,7 @@ def apply(
         if block.refusal:
             raise unsupported(block.name, block.module, block.refusal)
     probabilities = chosen_survival(survival, found, stacks)
-    silenced = silence(found)
+    silenced = silence(model, found)
     try:
         blocks, difference = _open_up(model, found, example, gate == "subset")
     except BaseException:

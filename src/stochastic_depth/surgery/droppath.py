@@ -1,7 +1,8 @@
-"""A model's own drop path, which stochastic depth takes over: never both at once."""
+"""A model's own drop path and layerdrop, which stochastic depth takes over: never both at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -11,24 +12,29 @@ from stochastic_depth.surgery.find import Found
 RATE = {"DropPath": "drop_prob", "StochasticDepth": "p"}
 """The attribute with the drop rate, by how the name of the class ends."""
 
+LAYER_RATES = ("layerdrop", "speech_encoder_layerdrop")
+"""Attributes with the rate at which transformers leaves whole layers out."""
+
 
 @dataclass(frozen=True)
 class Silenced:
-    """A drop path whose rate is 0 as long as stochastic depth is applied."""
+    """A rate that is 0 as long as stochastic depth is applied."""
 
-    module: nn.Module
+    holder: Any
+    """The drop path; or what loops over the layers, or its configuration."""
     attribute: str
     rate: float
 
     def restore(self) -> None:
-        setattr(self.module, self.attribute, self.rate)
+        setattr(self.holder, self.attribute, self.rate)
 
 
-def silence(found: Sequence[Found]) -> list[Silenced]:
-    """Set the rates of the drop paths inside of the blocks to 0."""
+def silence(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
+    """Set the rates of the drop paths inside of the blocks, and of layerdrop around them, to 0."""
     silenced = [drop_path for block in found for drop_path in _inside(block)]
-    for drop_path in silenced:
-        setattr(drop_path.module, drop_path.attribute, 0.0)
+    silenced += _around(model, found)
+    for each in silenced:
+        setattr(each.holder, each.attribute, 0.0)
     return silenced
 
 
@@ -51,6 +57,21 @@ def own_rates(found: Sequence[Found]) -> list[float]:
             "(drop_path_rate=0.1), or give a rule"
         )
     return [rate for (rate,) in rates]
+
+
+def _around(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
+    holders = {
+        id(holder): holder
+        for name, module in model.named_modules()
+        if any(not name or block.name.startswith(f"{name}.") for block in found)
+        for holder in (module, getattr(module, "config", None))
+    }
+    return [
+        Silenced(holder, attribute, rate)
+        for holder in holders.values()
+        for attribute in LAYER_RATES
+        if isinstance(rate := getattr(holder, attribute, None), float) and rate > 0
+    ]
 
 
 def _inside(block: Found) -> list[Silenced]:

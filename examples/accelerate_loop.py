@@ -1,0 +1,40 @@
+"""Accelerate: one draw for each optimizer step, whatever the accumulation, and resumption."""
+
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, skip_first_batches
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+import stochastic_depth as sd
+from stochastic_depth.models import CifarResNet
+
+images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+data = TensorDataset((images.float() / 16).view(-1, 1, 8, 8), labels)
+accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+
+model = CifarResNet(20, channels=1)
+depth = sd.apply(model)  # before prepare, which may wrap the model
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, 128))
+
+
+def train(first, last):
+    micro_batches = skip_first_batches(loader, first)
+    for number, (x, y) in zip(range(first, last), micro_batches, strict=False):
+        depth.step = number // accelerator.gradient_accumulation_steps
+        with accelerator.accumulate(model):
+            accelerator.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.head.weight.detach().clone()
+
+
+with tempfile.TemporaryDirectory() as folder:
+    train(0, 6)
+    accelerator.save_state(folder)
+    straight = train(6, 14)
+    accelerator.load_state(folder)
+    print("as if never stopped, bit for bit:", torch.equal(train(6, 14), straight))

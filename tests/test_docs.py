@@ -1,0 +1,111 @@
+"""The documentation: its code runs, its site builds, and it fetches nothing."""
+
+import re
+import subprocess
+import sys
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+
+import stochastic_depth as sd
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {str(page.relative_to(DOCS)): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+CODE = {name: BLOCK.findall(text) for name, text in PAGES.items() if BLOCK.search(text)}
+LIBRARIES = ("timm", "torchvision", "transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_the_python_of_a_page_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
+    for library in LIBRARIES:
+        if any(
+            re.search(rf"^(import|from) {library}", block, re.MULTILINE) for block in CODE[name]
+        ):
+            pytest.importorskip(library, reason=f"needs {library}")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    (tmp_path / "page.py").write_text("\n".join(CODE[name]))
+    names = {"__name__": "page", "__file__": str(tmp_path / "page.py")}
+    source = (tmp_path / "page.py").read_text()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|timm")
+        exec(compile(source, tmp_path / "page.py", "exec"), names)
+
+
+class Links(HTMLParser):
+    """What a page links to, what it makes a browser fetch, and what can be linked to in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.anchors |= {given[name] for name in ("id", "name") if name in given}
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        elif tag == "link" and given.get("rel") != "canonical":
+            self.fetched.append(given["href"])
+        elif "src" in given:
+            self.fetched.append(given["src"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> dict[Path, Links]:
+    pytest.importorskip("mkdocs", reason="needs mkdocs: pip install 'stochastic-depth[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {page: Links(page.read_text()) for page in folder.rglob("*.html")}
+
+
+def test_every_page_is_in_the_site_and_in_its_navigation(site):
+    root = next(page.parent for page in site if page.name == "404.html")
+    start = {(root / urlsplit(link).path).resolve() for link in site[root / "index.html"].links}
+    for name in PAGES:
+        folder = root / name.removesuffix("index.md").removesuffix(".md")
+        assert (folder / "index.html").is_file(), name
+        assert folder.resolve() in start, f"{name} is not in the navigation"
+
+
+def test_every_link_leads_somewhere(site):
+    for page, here in site.items():
+        if page.name == "404.html":
+            continue
+        for link in here.links:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                continue
+            target = (page.parent / unquote(url.path)).resolve() if url.path else page
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), f"{page} links to {link}"
+            if url.fragment and target in site:
+                assert unquote(url.fragment) in site[target].anchors | {"__tabbed"}, (page, link)
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    for page, here in site.items():
+        assert here.fetched
+        for link in here.fetched:
+            assert not urlsplit(link).netloc, f"{page} fetches {link}"
+        for style in re.findall(r"@import|url\(['\"]?https?:", page.read_text()):
+            raise AssertionError(f"{page}: {style}")
+
+
+def test_every_public_name_is_in_the_reference(site):
+    anchors = set().union(*(links.anchors for page, links in site.items() if "api" in page.parts))
+    missing = [name for name in sd.__all__ if f"stochastic_depth.{name}" not in anchors]
+    assert not missing
