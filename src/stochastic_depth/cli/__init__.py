@@ -19,6 +19,8 @@ COMMANDS = {
     "train": "train a recipe, or go on with a run",
     "eval": "test error of a run's network",
     "compare": "a recipe against its constant-depth twin, over seeds",
+    "export": "a run's network as a plain file, at full or lower depth",
+    "predict": "what a run's or an exported network sees in pictures",
     "bench": "what skipping saves, against others, and what the library costs",
     "inspect": "what can be skipped in a model, and what that saves",
     "recipes": "the published results that can be reproduced",
