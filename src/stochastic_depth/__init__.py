@@ -9,6 +9,7 @@ Huang, Sun, Liu, Sedra and Weinberger, ECCV 2016, arXiv:1603.09382.
 
 from importlib.metadata import version
 
+from stochastic_depth.deploy import Dropped, drop_order, fold, truncate
 from stochastic_depth.depth import SkippedPolicy, StochasticDepth
 from stochastic_depth.errors import (
     ApplyError,
@@ -17,12 +18,15 @@ from stochastic_depth.errors import (
     DataError,
     DivergedError,
     EngineError,
+    ExportError,
+    FoldError,
     GateError,
     MissingExtraError,
     RunError,
     StateError,
     StochasticDepthError,
     SurvivalError,
+    TruncateError,
     UnsupportedBlockError,
 )
 from stochastic_depth.gates import Gate, GateKind, Scale
@@ -54,7 +58,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "Dropped",
     "EngineError",
+    "ExportError",
+    "FoldError",
     "Gate",
     "GateError",
     "GateKind",
@@ -74,12 +81,15 @@ __all__ = [
     "Survival",
     "SurvivalError",
     "SurvivalRule",
+    "TruncateError",
     "Uniform",
     "UnsupportedBlockError",
     "Verification",
     "apply",
     "compile",
     "depth_of",
+    "drop_order",
+    "fold",
     "part",
     "plan",
     "register_unit",
@@ -88,5 +98,6 @@ __all__ = [
     "scaled",
     "summary",
     "survival_rule",
+    "truncate",
     "verify",
 ]

@@ -21,6 +21,14 @@ class UnsupportedBlockError(ApplyError):
     """A residual unit that cannot be made skippable; names it, why, and the remedies."""
 
 
+class FoldError(ApplyError):
+    """A block whose p_l cannot be multiplied into its weights exactly; names it and why."""
+
+
+class TruncateError(ApplyError):
+    """A choice of blocks that does not fit the model, or a block that cannot be taken out."""
+
+
 class StateError(StochasticDepthError, ValueError):
     """A `state_dict` of the gates that belongs to another model or setting."""
 
@@ -39,6 +47,10 @@ class EngineError(StochasticDepthError, ValueError):
 
 class DataError(StochasticDepthError, ValueError):
     """A data file that is missing, truncated, mislabelled or foreign."""
+
+
+class ExportError(StochasticDepthError, ValueError):
+    """An exported network that cannot be written, read or trusted; names the file and why."""
 
 
 class RunError(StochasticDepthError):

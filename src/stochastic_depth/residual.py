@@ -33,7 +33,7 @@ def residual_step(
 
     The paper, section 3, equations 2 and 5.
     """
-    _check_batch(gate.batch, len(x))
+    _check_batch(gate.batch, x.shape[0])
     out = x if shortcut is None else shortcut(x)
     if gate.open:
         out = out + scaled(branch(part(x, gate)), gate)

@@ -23,6 +23,8 @@ COMMANDS = {
     "analyze": "gradients, active blocks, the ensemble, removed blocks",
     "sweep": "a recipe over a grid: p_L and survival rules, or p_L and depths",
     "report": "tables and figures of runs, on one page",
+    "export": "a run's network as a plain file, at full or lower depth",
+    "predict": "what a run's or an exported network sees in pictures",
     "bench": "what skipping saves, against others, and what the library costs",
     "inspect": "what can be skipped in a model, and what that saves",
     "recipes": "the published results that can be reproduced",

@@ -13,6 +13,7 @@ from stochastic_depth.data.folder_images import (
     FolderImages,
     collate,
     evaluation_view,
+    shorter_side,
     training_view,
 )
 from stochastic_depth.data.folders import files_readable
@@ -78,6 +79,7 @@ class FolderBatches:
             self._samples["train"], _ = choose(training, train, name, "train")
         self.name = name
         self.shape = (3, image_size, image_size)
+        self.shorter_side = shorter_side(image_size)
         self.sizes = {part: len(samples) for part, samples in self._samples.items()}
         self.steps_per_epoch = steps(self.sizes["train"], batch)
         self.batch, self.evaluation_batch = batch, evaluation_batch

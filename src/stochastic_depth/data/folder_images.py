@@ -96,4 +96,9 @@ def training_view(size: int) -> View:
 def evaluation_view(size: int) -> View:
     """The shorter side scaled to 256/224 of `size`, then the middle."""
     v2 = require("torchvision.transforms.v2", "data")
-    return v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size), v2.PILToTensor()])
+    return v2.Compose([v2.Resize(shorter_side(size)), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def shorter_side(size: int) -> int:
+    """In pixels, before the middle of `size` pixels is cut out."""
+    return size * 256 // 224

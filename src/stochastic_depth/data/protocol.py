@@ -17,7 +17,9 @@ class Batches(Protocol):
     """A data set as training sees it, wherever the images live.
 
     shape: (channels, height, width) of one image as the network sees it. sizes: the number of
-    images in `train`, `validation` and `test`. fingerprint: changes with the data.
+    images in `train`, `validation` and `test`. fingerprint: changes with the data. mean, std:
+    float32 [channels], what images are normalised by. shorter_side: how many pixels the shorter
+    side of a picture has before the middle is cut out.
     """
 
     @property
@@ -32,6 +34,12 @@ class Batches(Protocol):
     def sizes(self) -> dict[str, int]: ...
     @property
     def steps_per_epoch(self) -> int: ...
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def std(self) -> Tensor: ...
+    @property
+    def shorter_side(self) -> int: ...
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `start` on.

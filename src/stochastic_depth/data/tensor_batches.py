@@ -32,6 +32,7 @@ class TensorBatches:
         self.name = data.name
         self.classes = data.classes
         self.shape = (channels, height, width)
+        self.shorter_side = min(height, width)
         self.fingerprint = data.fingerprint
         self.sizes = {part: len(images) for part, images in data.parts.items()}
         self.steps_per_epoch = steps(len(data.train), batch)

@@ -1,0 +1,178 @@
+"""What the file of an exported network says of it: how to build it, feed it and read its answer."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from stochastic_depth.deploy.shallower import take_out
+from stochastic_depth.errors import ConfigError, ExportError
+from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
+from stochastic_depth.residual import Residual
+
+FORMAT = 1
+KEY = "stochastic_depth"
+"""Under which a file carries its description."""
+KINDS = {kind.__name__: kind for kind in (CifarResNet, DenseNet, ImageNetResNet)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of this library's networks, and the blocks that it has no more."""
+
+    kind: str
+    """The name of its class in `stochastic_depth.models`."""
+    arguments: dict[str, Any]
+    """Of the class."""
+    removed: tuple[int, ...] = ()
+    """Positions of the blocks of which only the shortcut is left, from 0."""
+
+    def build(self, tensors: int) -> nn.Module:
+        """The network, with initial weights.
+
+        Args:
+            tensors: how many the file holds: a network that must have more is not built.
+
+        Raises:
+            ExportError: when there is no such network.
+        """
+        if self.kind not in KINDS:
+            raise ExportError(f"there is no network {self.kind!r}: {', '.join(KINDS)} are known")
+        depth = self.arguments.get("depth", 0)
+        if not isinstance(depth, int) or depth > tensors + 3 * len(self.removed):
+            raise ExportError(f"a network of depth {depth!r} has more than {tensors} tensors")
+        try:
+            model = KINDS[self.kind](**self.arguments)
+            remove_blocks(model, self.removed)
+        except (ConfigError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise ExportError(f"{self.kind} cannot be built: {error}") from error
+        return model
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """The names of the residual blocks that are left in `model`, in order."""
+    return [name for name, module in model.named_modules() if isinstance(module, Residual)]
+
+
+def remove_blocks(model: nn.Module, positions: tuple[int, ...]) -> None:
+    """Leave only the shortcut of the blocks of a plain network at `positions`, in place."""
+    names = blocks_of(model)
+    take_out(model, [names[position] for position in positions])
+
+
+def blocks_at(depth: float, blocks: int) -> int:
+    """How many of `blocks` run at a depth: that share of them, and at least one."""
+    return max(1, round(depth * blocks))
+
+
+@dataclass(frozen=True)
+class Input:
+    """How a picture becomes what the network takes."""
+
+    shape: tuple[int, int, int]
+    """Channels, height and width."""
+    shorter_side: int
+    """To how many pixels a picture is scaled before its middle is cut out."""
+    mean: tuple[float, ...]
+    """Of each channel, of values from 0 to 1; subtracted."""
+    std: tuple[float, ...]
+    """What the difference is divided by."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the network does with some of its blocks, measured when it was exported."""
+
+    blocks: int
+    """How many run."""
+    validation_error: float
+    """Percent; nan where there are no validation images."""
+    test_error: float
+    """Percent."""
+    parameters: int
+    flops: int
+    """Of one image, 2 for each multiply-add."""
+    seconds: float
+    """For one image in a batch, median."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that a file says besides its weights."""
+
+    architecture: Architecture
+    input: Input
+    classes: tuple[str, ...]
+    survival: dict[str, Any] = field(default_factory=dict)
+    """The rule it was trained under; p_l is in the weights."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """The run and checkpoint it comes from."""
+    versions: dict[str, str] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
+    """Positions of its blocks, those first that it needs least; empty where the depth is fixed."""
+    choices: tuple[Choice, ...] = ()
+
+    def choice_at(self, depth: float) -> Choice | None:
+        """What was measured at a share of the blocks, if it was."""
+        if not 0 < depth <= 1:
+            raise ExportError(f"depth={depth}: it is a share of the blocks, above 0 and at most 1")
+        blocks = blocks_at(depth, len(self.order))
+        return next((choice for choice in self.choices if choice.blocks == blocks), None)
+
+    def to_json(self) -> str:
+        """One object, indented."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+
+
+def read_description(text: str) -> Description:
+    """What `to_json` gave.
+
+    Raises:
+        ExportError: when it is something else.
+    """
+    try:
+        values = json.loads(text)
+        form = values.pop("format")
+        if form != FORMAT:
+            raise ExportError(f"its format is {form!r}, this version reads {FORMAT}")
+        read = Description(
+            **values
+            | {
+                "architecture": Architecture(**_tuples(values["architecture"])),
+                "input": Input(**_tuples(values["input"])),
+                "classes": tuple(map(str, values["classes"])),
+                "order": tuple(values["order"]),
+                "choices": tuple(Choice(**choice) for choice in values["choices"]),
+            }
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, ExportError):
+            raise
+        raise ExportError(f"its description cannot be understood: {error}") from error
+    _check(read)
+    return read
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _check(read: Description) -> None:
+    """Raise `ExportError` where numbers are not what they are used as."""
+    shape, mean, std = read.input.shape, read.input.mean, read.input.std
+    right = (
+        len(shape) == 3
+        and all(isinstance(n, int) and 0 < n <= 4096 for n in (*shape, read.input.shorter_side))
+        and len(mean) == len(std) == shape[0] in (1, 3)
+        and all(isinstance(n, int | float) for n in (*mean, *std))
+        and all(n > 0 for n in std)
+        and all(isinstance(n, int) and n >= 0 for n in (*read.architecture.removed, *read.order))
+        and isinstance(read.architecture.arguments, dict)
+    )
+    if not right:
+        raise ExportError(
+            f"its description cannot be understood: input {read.input}, blocks removed "
+            f"{read.architecture.removed}, order {read.order}"
+        )

@@ -1,0 +1,176 @@
+"""A trained run as a plain network with its description."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.data import Batches
+from stochastic_depth.deploy.description import Architecture, Description, Input, blocks_at
+from stochastic_depth.deploy.fold import fold
+from stochastic_depth.deploy.order import Dropped, drop_order
+from stochastic_depth.deploy.truncate import truncate
+from stochastic_depth.errors import ApplyError
+from stochastic_depth.surgery import apply, depth_of
+from stochastic_depth.survival import Uniform
+from stochastic_depth.train import Run, best_record, trained_model
+from stochastic_depth.train.config import ModelConfig
+from stochastic_depth.train.execution import versions
+from stochastic_depth.train.step import evaluate
+
+CHECKED = 32
+"""Test images on which a written file is held against the network."""
+RECALIBRATION = 64
+"""Training batches from which a shallower network gets the statistics of its BatchNorm."""
+
+Watch = Callable[[Iterator[Dropped], int], Iterator[Dropped]]
+"""Looks on while blocks are dropped: given them, and how many there will be."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A plain network on the CPU, in evaluation mode, ready to be written."""
+
+    model: nn.Module
+    description: Description
+    images: Tensor
+    """float32 [32, channels, height, width]."""
+    expected: Tensor
+    """What the trained network gives for them."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Of BatchNorm at lower depths: "N/name" with N blocks left."""
+
+
+def plain_network(run: Run, images: Batches, which: Literal["best", "last"] = "best") -> Plain:
+    """The network of a checkpoint as a plain one on the CPU, p_l in its weights.
+
+    Raises:
+        CheckpointError: as `trained_model`.
+    """
+    return _finished(run, images, *trained_model(run, images, which), ())
+
+
+def shallower_network(
+    run: Run, images: Batches, which: Literal["best", "last"], depth: float, watch: Watch
+) -> Plain:
+    """The same with that share of its blocks; those that validation needs least are taken out.
+
+    Raises:
+        ApplyError: when it has no residual blocks.
+    """
+    model, step = trained_model(run, images, which)
+    blocks = _skippable(model)
+    count = blocks - blocks_at(depth, blocks)
+    return _finished(run, images, model, step, _order(run, images, model, count, watch))
+
+
+def elastic_network(
+    run: Run, images: Batches, which: Literal["best", "last"], watch: Watch
+) -> Plain:
+    """The whole network, and the order in which its blocks are needed least.
+
+    Raises:
+        ApplyError: when it has no residual blocks.
+    """
+    model, step = trained_model(run, images, which)
+    blocks = _skippable(model)
+    order = _order(run, images, model, blocks - 1, watch)
+    last = set(range(blocks)) - set(order)
+    whole = _finished(run, images, model, step, ())
+    return replace(whole, description=replace(whole.description, order=(*order, *last)))
+
+
+def _skippable(model: nn.Module) -> int:
+    """How many blocks there are, which have gates from now on."""
+    try:
+        return len(depth_of(model).blocks)
+    except ApplyError:  # of constant depth
+        return len(apply(model, Uniform(1.0)).blocks)
+
+
+def _order(
+    run: Run, images: Batches, model: nn.Module, count: int, watch: Watch
+) -> tuple[int, ...]:
+    def loss(model: nn.Module) -> float:
+        return evaluate(model, images.evaluate("validation"), run.execution).loss
+
+    dropped = itertools.islice(drop_order(model, loss), count)
+    return tuple(each.block for each in watch(dropped, count))
+
+
+def _finished(
+    run: Run, images: Batches, model: nn.Module, step: int, dropped: tuple[int, ...]
+) -> Plain:
+    try:
+        blocks = len(depth_of(model).blocks)
+    except ApplyError:
+        blocks = 0
+    some = sample(images, CHECKED)
+    model = model.cpu().to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
+    with torch.no_grad():
+        expected = model(some)
+    if dropped:
+        keep = [n for n in range(blocks) if n not in dropped]
+        truncate(model, keep, some[:4], recalibrate=training_batches(images))
+        with torch.no_grad():
+            expected = model(some)
+    elif blocks:
+        fold(model, some[:4])
+    return Plain(model, _described(run, images, step, tuple(sorted(dropped))), some, expected)
+
+
+def training_batches(images: Batches) -> Iterator[Tensor]:
+    """The first ones, on the CPU."""
+    return (batch.cpu() for batch, _ in itertools.islice(images.train(0), RECALIBRATION))
+
+
+def sample(images: Batches, count: int) -> Tensor:
+    """The first few test images, on the CPU: float32 [count, channels, height, width]."""
+    return next(iter(images.evaluate("test")))[0][:count].cpu().contiguous()
+
+
+def _described(run: Run, images: Batches, step: int, removed: tuple[int, ...]) -> Description:
+    config = run.config
+    arguments = _arguments(config.model, images.shape[0], len(images.classes))
+    record = next(record for record in run.records() if record.step == step)
+    survival: dict[str, Any] = copy.deepcopy(config.to_json()["survival"])
+    return Description(
+        Architecture(*arguments, removed),
+        Input(
+            images.shape,
+            images.shorter_side,
+            tuple(images.mean.tolist()),
+            tuple(images.std.tolist()),
+        ),
+        images.classes,
+        survival,
+        {
+            "run": run.id,
+            "recipe": config.recipe,
+            "step": step,
+            "best": step == best_record(run.records()).step,
+            "validation_error": record.validation_error,
+            "test_error": record.test_error,
+        },
+        versions(),
+    )
+
+
+def _arguments(model: ModelConfig, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
+    """The class of the network and what it is built from, as `train.build.build_model` does."""
+    if model.kind == "cifar-resnet":
+        return "CifarResNet", {"depth": model.depth, "classes": classes, "channels": channels}
+    if model.kind == "imagenet-resnet":
+        return "ImageNetResNet", {"depth": model.depth, "classes": classes}
+    return "DenseNet", {
+        "depth": model.depth,
+        "growth": model.growth,
+        "bottleneck": model.bottleneck,
+        "compression": 0.5 if model.bottleneck else 1.0,
+        "classes": classes,
+        "channels": channels,
+    }

@@ -1,0 +1,149 @@
+"""Multiply p_l into the weights: the full network in evaluation, as a plain model."""
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from stochastic_depth.deploy.scaling import Inexact, exponents
+from stochastic_depth.deploy.tracing import Trace
+from stochastic_depth.depth import Block
+from stochastic_depth.errors import FoldError
+from stochastic_depth.gates import Gate
+from stochastic_depth.surgery.apply import depth_of, remove
+from stochastic_depth.surgery.discovery.recording import tensors_in
+from stochastic_depth.surgery.find import Example, caller
+from stochastic_depth.surgery.undisturbed import undisturbed
+
+TOLERANCE = 1e-12
+"""Of a branch's output in float64, relative to its largest value."""
+SINGLE = 1e-5
+"""The same where the model itself computes in single precision in between."""
+
+
+def fold(model: nn.Module, example: Example) -> None:
+    """Multiply p_l into the weights of every branch, and remove stochastic depth, in place.
+
+    What is left is a model of the original class with the original names, whose outputs in
+    evaluation are those of `model`. The weights that change are the last in each branch: gain and
+    bias of a normalisation, weight and bias of a convolution or linear layer, a layer scale. They
+    are found by watching a forward pass, and every branch is held against the one before in
+    float64. With `scale="training"` there is nothing to multiply, and this is `sd.remove`.
+
+    Args:
+        model: one that `sd.apply` was given.
+        example: inputs of one forward call.
+
+    Raises:
+        ApplyError: when `model` is not one that `sd.apply` was given.
+        FoldError: naming the block that cannot take p_l exactly; `model` is as it was.
+    """
+    multiply(model, multipliers(model, example))
+    remove(model)
+
+
+def multiply(model: nn.Module, by: Mapping[str, float]) -> None:
+    """Multiply weights, by their names in the `state_dict`, in place."""
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, multiplier in by.items():
+            state[name].mul_(multiplier)
+
+
+def multipliers(
+    model: nn.Module, example: Example, closed: Collection[int] = ()
+) -> dict[str, float]:
+    """What each weight is to be multiplied by, by its name; those that are not named stay.
+
+    Proved on a copy in float64, or as it is where it does not run in float64.
+
+    Args:
+        closed: positions of blocks whose branch is not run at all.
+
+    Raises:
+        FoldError: as `fold`.
+    """
+    blocks = depth_of(model).blocks
+    survival = [0.0 if n in closed else _factor(block) for n, block in enumerate(blocks)]
+    if all(p in (None, 0, 1) for p in survival):
+        return {}
+    try:
+        twin = copy.deepcopy(model).double()
+        run = caller(twin, tree_map_only(Tensor, _double, example))
+        before, outputs = _traced(twin, run, survival)
+    except RuntimeError:  # some of its operations are not made for float64
+        twin = copy.deepcopy(model)
+        run = caller(twin, example)
+        before, outputs = _traced(twin, run, survival)
+    result: dict[str, float] = {}
+    for number, (block, p) in enumerate(zip(blocks, survival, strict=True)):
+        if p is None or p in (0, 1):
+            continue
+        try:
+            if not before.scaled[number]:
+                raise Inexact("it does not run on the example")
+            of_block = exponents(before.scaled[number])
+        except Inexact as reason:
+            raise _inexact(model, block, reason) from reason
+        result |= {name: p**e for name, e in of_block.items()}
+    multiply(twin, result)
+    after, folded = _traced(twin, run, [p and 1.0 for p in survival])
+    tolerance = SINGLE if before.single else TOLERANCE
+    for block, old, new in zip(blocks, before.scaled, after.scaled, strict=True):
+        difference = largest_difference([s.result for s in old], [s.result for s in new])
+        if not difference <= tolerance:
+            raise _inexact(model, block, f"its branch would differ by {difference:.2g}")
+    difference = largest_difference(outputs, folded)
+    if not difference <= tolerance:
+        raise FoldError(f"the output of {type(model).__name__} would differ by {difference:.2g}")
+    return result
+
+
+def _factor(block: Block) -> float | None:
+    """p_l in evaluation; None where training has made up for it."""
+    factor = block.gates[0].evaluation.factor
+    return None if factor is None else factor.item()
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _traced(
+    twin: nn.Module, run: Callable[[], Any], survival: Sequence[float | None]
+) -> tuple[Trace, list[Tensor]]:
+    """A forward pass in evaluation under these factors, and its outputs.
+
+    Args:
+        survival: for each block; 0 closes it, and without any its branch is added as it is.
+    """
+    factors: list[Tensor] = []
+    for block, p in zip(depth_of(twin).blocks, survival, strict=True):
+        factors.append(torch.tensor(p or 0.0, dtype=torch.float64))
+        for addition in block.gates:
+            addition.evaluation = Gate(p != 0, None if p is None else factors[-1])
+    with undisturbed(twin), torch.no_grad(), Trace(twin.eval(), factors) as trace:
+        outputs = run()
+    return trace, tensors_in(outputs)
+
+
+def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Of tensors that belong together, relative to the largest value of each."""
+    largest = 0.0
+    for old, new in zip(before, after, strict=True):
+        if old.numel() and not torch.equal(old, new):
+            scale = max(old.abs().max().item(), torch.finfo(torch.float64).tiny)
+            largest = max(largest, (new.double() - old.double()).abs().max().item() / scale)
+    return largest
+
+
+def _inexact(model: nn.Module, block: Block, why: object) -> FoldError:
+    kind = type(model.get_submodule(block.name)).__name__
+    return FoldError(
+        f"block {block.name!r} ({kind}) cannot take its p_l into its weights exactly: {why}; "
+        "end its branch in a linear layer, a convolution, a normalisation or a layer scale, or "
+        'train with scale="training", which leaves nothing to fold'
+    )

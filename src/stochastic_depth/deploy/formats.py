@@ -1,0 +1,131 @@
+"""The files of an exported network: written, read back, and held against the network."""
+
+import io
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.deploy.description import KEY
+from stochastic_depth.deploy.exporting import Plain
+from stochastic_depth.deploy.loading import load_export
+from stochastic_depth.errors import ExportError
+from stochastic_depth.extras import require
+from stochastic_depth.train.files import write_whole
+
+Format = Literal["safetensors", "torch", "onnx"]
+SUFFIX: dict[Format, str] = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
+LIMIT = 1e-4
+"""Of the difference of outputs, relative to the largest one."""
+
+
+def write_export(path: Path, plain: Plain, form: Format) -> float:
+    """Write a network with its description in it, and the description beside it too.
+
+    What was written is read back, and run on images together and on one alone.
+
+    Args:
+        path: the file; the description is written to the same path with ".json" after it.
+
+    Returns:
+        The largest difference of the outputs, relative to the largest of them.
+
+    Raises:
+        ExportError: when outputs differ; nothing is written.
+        RunError: when the files cannot be written.
+        MissingExtraError: when what the format needs is not installed.
+    """
+    content, run = WRITERS[form](plain)
+    images, expected = plain.images, plain.expected
+    with torch.no_grad():
+        together, alone = run(images) - expected, run(images[:1]) - expected[:1]
+    largest = torch.cat((together, alone)).abs().max()
+    difference = (largest / expected.abs().max()).item()
+    if not difference <= LIMIT:
+        raise ExportError(
+            f"{path} is not written: read back, its outputs differ by {difference:.2g} of the "
+            "largest one"
+        )
+    write_whole(path, content)
+    write_whole(path.with_name(path.name + ".json"), plain.description.to_json().encode())
+    return difference
+
+
+def _safetensors(plain: Plain) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    save = require("safetensors.torch", "train").save
+    tensors = plain.model.state_dict() | plain.statistics
+    weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = save(weights, metadata={KEY: plain.description.to_json()})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "written.safetensors"
+        path.write_bytes(content)
+        return content, load_export(path).model
+
+
+def _torch(plain: Plain) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    program = torch.export.export(plain.model, (_two(plain),), dynamic_shapes=_any_batch())
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={KEY: plain.description.to_json()})
+    content = buffer.getvalue()
+    return content, torch.export.load(io.BytesIO(content)).module()
+
+
+def _onnx(plain: Plain) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, "export")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        program: Any = torch.onnx.export(
+            plain.model,
+            (_two(plain),),
+            dynamo=True,
+            dynamic_shapes=_any_batch(),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    proto = program.model_proto
+    proto.metadata_props.add(key=KEY, value=plain.description.to_json())
+    content: bytes = proto.SerializeToString()
+    return content, read_onnx(content)[0]
+
+
+WRITERS: dict[Format, Callable[[Plain], tuple[bytes, Callable[[Tensor], Tensor]]]] = {
+    "safetensors": _safetensors,
+    "torch": _torch,
+    "onnx": _onnx,
+}
+
+
+def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
+    """A network in ONNX as a function from images to logits, and its description as JSON.
+
+    Raises:
+        ExportError: when onnxruntime cannot take it, or `write_export` has not written it.
+        MissingExtraError: when onnxruntime is not installed.
+    """
+    runtime = require("onnxruntime", "export")
+    try:
+        session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a dozen types of its own
+        raise ExportError(f"onnxruntime cannot take it ({str(error).splitlines()[0]})") from error
+    description = session.get_modelmeta().custom_metadata_map.get(KEY)
+    if description is None:
+        raise ExportError("it does not say what network it holds: stochastic-depth export does")
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return run, description
+
+
+def _two(plain: Plain) -> Tensor:
+    return torch.zeros(2, *plain.description.input.shape)
+
+
+def _any_batch() -> Any:
+    return ({0: torch.export.Dim("batch")},)
