@@ -26,6 +26,8 @@ class DataConfig:
     """Training images held out for validation (none: as in the paper)."""
     train: int | None = None
     """Train on a fixed random subset of this many images (none: on all)."""
+    size: int | None = None
+    """Reduce the images to this many pixels a side (none: as they are)."""
     augment: bool | None = None
     """Random crop and flip (none: where the paper does so)."""
     download: bool = False
@@ -34,7 +36,7 @@ class DataConfig:
     """Processes that decode images of a folder tree; the result does not depend on it."""
 
     def __post_init__(self) -> None:
-        for name in ("validation", "train"):
+        for name in ("validation", "train", "size"):
             _positive(f"data.{name}", getattr(self, name))
         _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
 
@@ -109,6 +111,23 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """What processes that train together do together; nothing, where there is one."""
+
+    sync_batchnorm: bool = False
+    """Normalise over the images of all processes, not of each."""
+    rank_gates: bool = False
+    """Each process draws gates of its own (all are sent, and all wait for the deepest)."""
+
+    def __post_init__(self) -> None:
+        if self.sync_batchnorm and self.rank_gates:
+            raise ConfigError(
+                "distributed.sync-batchnorm is True, and so is distributed.rank-gates: a block "
+                "that is closed in one process cannot normalise with the others; leave one out"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """One training run."""
 
@@ -118,6 +137,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     epochs: int = 500
     """Passes over the training images."""
     seed: int = 0

@@ -6,6 +6,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stochastic_depth.data import Batches
+from stochastic_depth.distributed.world import any_rank, on_primary, ranks, total
 from stochastic_depth.errors import DivergedError, StochasticDepthError
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.files import write_whole
@@ -70,7 +73,8 @@ def fit(
         Interrupted: when `stop` said so.
     """
     run.require_data(batches.fingerprint)
-    with run.writing():
+    with ExitStack() as stack:
+        on_primary(lambda: stack.enter_context(run.writing()))
         training = Training(run.config, run.execution, batches)
         _restore(run, training, watch)
         watch.begin(run, training)
@@ -84,17 +88,18 @@ def fit(
                 raise Interrupted(run.path, training.step, stop() or 0)
             if not all(map(math.isfinite, dataclasses.astuple(record))):
                 raise _diverged(run, training.step, "an evaluation")
-            append_record(run.journal, record)
+            on_primary(partial(append_record, run.journal, record))
             training.tally = Tally()
             _save(run, training)
             watch.record(record)
             yield record
-        if not run.weights.exists():
-            _write_weights(run, training)
+        on_primary(lambda: _write_weights(run, training))
 
 
 def _restore(run: Run, training: Training, watch: Watch) -> None:
-    state, refused = run.checkpoints.newest(run.execution.device)
+    # Where several processes train, the folder need not be in reach of any but the first.
+    device = run.execution.device if ranks() == 1 else "cpu"
+    state, refused = on_primary(lambda: run.checkpoints.newest(device))
     for reason in refused:
         watch.say(f"{reason}; using the one before it")
     if state is not None:
@@ -105,9 +110,8 @@ def _restore(run: Run, training: Training, watch: Watch) -> None:
                 "rounded differently (set OMP_NUM_THREADS for the same end bit by bit)"
             )
         training.load_state_dict(state)
-        truncate_journal(run.journal, state["journal_bytes"])
-    elif run.journal.exists():
-        truncate_journal(run.journal, 0)
+    length = 0 if state is None else state["journal_bytes"]
+    on_primary(lambda: truncate_journal(run.journal, length))
 
 
 def _stream(batches: Batches, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -130,17 +134,19 @@ def _finish_interval(
     end = min(training.steps, intervals_begun * interval)
     look = _STEPS_BETWEEN_LOOKS.get(torch.device(training.execution.device).type, 1)
     began = time.perf_counter()
-    while training.step < end and not stop():
+    stopping = any_rank(bool(stop()))
+    while training.step < end and not stopping:
         measured = training.advance(*next(stream))
-        if training.step % look == 0 or training.step == end or stop():
+        watch.step(training, measured.loss)
+        if training.step % look == 0 or training.step == end or (stop() and ranks() == 1):
             diverged = training.tally.first_diverged(look)
             if diverged is not None:
                 step = training.step - len(training.tally.measured) + diverged
                 raise _diverged(run, step, "the loss")
-        watch.step(training, measured.loss)
+            stopping = any_rank(bool(stop()))
     training.execution.synchronise()
     training.tally.seconds += time.perf_counter() - began
-    return training.step == end and not stop()
+    return not stopping
 
 
 def _measure(
@@ -148,6 +154,7 @@ def _measure(
 ) -> Record | None:
     """The record of the interval that ends here; None when `stop` comes before it is complete."""
     watch.evaluating()
+    training.agree()
     tally, peak = training.tally, peak_memory(training.execution)
     means, steps = tally.means(), len(tally.images)
     validation, test = (
@@ -158,8 +165,10 @@ def _measure(
         )
         for part in ("validation", "test")
     )
-    if stop():
+    if any_rank(bool(stop())):
         return None
+    active = torch.tensor([tally.active_blocks, tally.expected_active_blocks]).double()
+    active_blocks, expected_active_blocks = (total(active) / ranks() / steps).tolist()
     return Record(
         step=training.step,
         epoch=training.epoch,
@@ -169,8 +178,8 @@ def _measure(
         validation_error=validation.error,
         test_loss=test.loss,
         test_error=test.error,
-        active_blocks=tally.active_blocks / steps,
-        expected_active_blocks=tally.expected_active_blocks / steps,
+        active_blocks=active_blocks,
+        expected_active_blocks=expected_active_blocks,
         gradient_norm=means.gradient_norm.item(),
         gradient_mean=means.gradient_mean.item(),
         seconds=tally.seconds,
@@ -188,17 +197,24 @@ def peak_memory(execution: Execution) -> int:
 
 
 def _save(run: Run, training: Training) -> None:
+    training.agree()
     if not training.weights_are_finite():
         raise _diverged(run, training.step, "a weight")
-    records = run.records()
-    run.checkpoints.save(
-        training.step,
-        best_record(records).step if records else None,
-        {**training.state_dict(), "journal_bytes": run.journal_length()},
-    )
+
+    def write() -> None:
+        records = run.records()
+        run.checkpoints.save(
+            training.step,
+            best_record(records).step if records else None,
+            {**training.state_dict(), "journal_bytes": run.journal_length()},
+        )
+
+    on_primary(write)
 
 
 def _write_weights(run: Run, training: Training) -> None:
+    if run.weights.exists():
+        return
     weights = {k: v.cpu().contiguous() for k, v in training.model.state_dict().items()}
     write_whole(run.weights, save(weights, metadata={"run": run.id, "recipe": run.config.recipe}))
 

@@ -142,7 +142,9 @@ def open_run(path: Path) -> Run:
             raise RunError(
                 f"{described} has format {values['format']}, this version reads {FORMAT}"
             )
-        values["config"].setdefault("engine", "eager")  # which runs did not always have
+        values["config"].setdefault("engine", "eager")  # runs did not always have these
+        values["config"]["data"].setdefault("size", None)
+        values["config"].setdefault("distributed", {"sync_batchnorm": False, "rank_gates": False})
         return Run(
             path,
             values["id"],

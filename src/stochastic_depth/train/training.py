@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.data import Batches
+from stochastic_depth.data import Batches, Share
+from stochastic_depth.distributed import gates_by_rank, synchronise_batchnorm
+from stochastic_depth.distributed.world import as_on_primary, rank, ranks
+from stochastic_depth.errors import ConfigError
 from stochastic_depth.gates import open_shares
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
@@ -36,13 +39,26 @@ class Training:
         self.steps = config.epochs * batches.steps_per_epoch
         model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
         self.model = model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if ranks() > 1 and config.distributed.sync_batchnorm:
+            self.model = synchronise_batchnorm(self.model)
         self.model.train()
         self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
         self.depth = build_depth(self.model, config.survival, config.seed, batches.steps_per_epoch)
+        if ranks() > 1 and self.depth is not None and config.distributed.rank_gates:
+            gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.first = first_convolution(self.model)
         self.step = 0
         self.tally = Tally()
+        self._images = batches.sizes["train"]
+        least = min(
+            map(self.images_of, range(max(0, self.steps_per_epoch - 2), self.steps_per_epoch))
+        )
+        if least // ranks() < 2:
+            raise ConfigError(
+                f"optimizer.batch is {config.optimizer.batch}: the last mini-batch of an epoch has "
+                f"{least} images, and each of {ranks()} processes needs 2 of them (BatchNorm)"
+            )
 
     @cached_property
     def _engine(self) -> Engine:
@@ -66,16 +82,32 @@ class Training:
         """Of the step just done: bool [L], or [L, batch]."""
         return self.depth.gates if self.depth else torch.ones(self.blocks, dtype=torch.bool)
 
+    def images_of(self, step: int) -> int:
+        """The number of images in the mini-batch of a step, of all processes."""
+        batch = self.config.optimizer.batch
+        return min(batch, self._images - step % self.steps_per_epoch * batch)
+
     def advance(self, images: Tensor, labels: Tensor) -> Measured:
-        """Do one step, and tally it."""
+        """Do one step, and tally it.
+
+        Args:
+            images, labels: this process's share of the mini-batch.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        measured = self._engine.step(images, labels)
+        whole = self.images_of(self.step)
+        if self.depth is not None and ranks() > 1:
+            self.depth.share = Share(rank(), ranks()).of(whole).start, whole
+        measured = self._engine.step(images, labels, len(labels) * ranks() / whole)
         self.step += 1
         active = open_shares(self.gates).sum().item()
         expected = self.depth.expected_depth if self.depth else float(self.blocks)
-        self.tally.add(measured, len(labels), active, expected)
+        self.tally.add(measured, whole, active, expected)
         return measured
+
+    def agree(self) -> None:
+        """Take over the first process's statistics of BatchNorm, of which each has its own."""
+        as_on_primary(self.model.buffers())
 
     def weights_are_finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.model.state_dict().values())
