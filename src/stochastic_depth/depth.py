@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from stochastic_depth.attached import Attachment, Branch, are_awaited, clear_afterwards
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gates import (
     BlockGates,
@@ -19,6 +20,7 @@ from stochastic_depth.gates import (
     Scale,
     draw,
     evaluation_gates,
+    seed_of_rank,
     training_gates,
 )
 from stochastic_depth.survival import ramped
@@ -52,6 +54,9 @@ class StochasticDepth:
 
     Attributes:
         seed: chooses the sequence of gates.
+        rank: which of several processes this is, if each draws gates of its own.
+        share: where the samples of this process begin in a mini-batch of several, and how many
+            samples that has; for gates for single samples.
     """
 
     def __init__(
@@ -72,10 +77,13 @@ class StochasticDepth:
         self.scale: Scale = scale
         self.skipped: SkippedPolicy = skipped
         self.seed = _integer("seed", seed)
+        self.rank: int | None = None
+        self.share: tuple[int, int] | None = None
         self.least = least
         self._coins: Tensor | None = None
         self._draws_since_backward = 0
         self._full_depth = False
+        self._attachment: Attachment | None = None
         self._survival: tuple[float, ...] = ()
         self._subnetwork: tuple[Tensor, bool] | None = None
         self.step = 0
@@ -142,9 +150,17 @@ class StochasticDepth:
         Args:
             batch: number of samples; needed by the "sample" and "subset" gates.
         """
-        survival = ramped(self._final, self._ramp_steps, step)
-        samples = None if self.gate == "batch" else batch
-        return draw(self.seed, step, survival, samples, self.least)
+        first, whole = self.share or (0, batch)
+        coins = draw(
+            self.seed if self.rank is None else seed_of_rank(self.seed, self.rank),
+            step,
+            ramped(self._final, self._ramp_steps, step),
+            None if self.gate == "batch" else whole,
+            self.least,
+        )
+        if batch is None or coins.ndim == 1:
+            return coins
+        return coins[:, first : first + batch]
 
     @contextmanager
     def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
@@ -225,36 +241,49 @@ class StochasticDepth:
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw, unless this is evaluation or a recomputation."""
+        if self._attachment is not None:  # of a forward pass that has failed
+            self._attachment.remove_hooks()
+            self._attachment = None
         if not model.training:
             self._open([None] * len(self.blocks))
         elif self._full_depth:
             self._open([block.gates[0].evaluation for block in self.blocks])
         elif not _in_backward():
             self.draw(None if self.gate == "batch" else batch_size((args, kwargs)))
+            if torch.is_grad_enabled() and are_awaited():
+                self._attachment = Attachment(model, self._closed(model, self._gates))
         elif self._draws_since_backward > 1:
             raise GateError(
                 "the whole model is recomputed after several forward passes, and reentrant "
                 "checkpointing does not tell which: use checkpoint(..., use_reentrant=False)"
             )
 
-    def after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
+    def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
         """Hook on the model: be there when the backward pass of this forward pass begins."""
         if not model.training and self._subnetwork is not None:
             refuse_cache(output)
         if not model.training or not torch.is_grad_enabled():
-            return
+            return output
         refuse_cache(output)
-        gates = [block.gates[0].training for block in self.blocks]
+        gates, awaited = self._gates, self._attachment is not None
+        if self._attachment is not None:
+            output, self._attachment = self._attachment.finish(output), None
 
         def backward_begins(_: Tensor) -> None:
             self._draws_since_backward = 0
             self._open(gates)
-            if self.skipped == "paper":
-                self._zero_gradients_of_closed(model, gates)
+            closed = self._closed(model, gates)
+            without = [p for _, parameters in closed for p in parameters if p.grad is None]
+            if self.skipped == "paper" or awaited:
+                for parameter in without:
+                    parameter.grad = torch.zeros_like(parameter)
+            if self.skipped == "freeze" and awaited:
+                clear_afterwards(without)
 
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(backward_begins)
+        return output
 
     def _set_survival(self, step: int) -> None:
         survival = ramped(self._final, self._ramp_steps, step)
@@ -280,13 +309,20 @@ class StochasticDepth:
             for addition in block.gates:
                 addition.training = gate
 
-    def _zero_gradients_of_closed(self, model: nn.Module, gates: Iterable[Gate | None]) -> None:
-        for block, gate in zip(self.blocks, gates, strict=True):
-            if gate is not None and not gate.open:
-                for name in block.parameters:
-                    parameter = _parameter(model, name)
-                    if parameter.requires_grad and parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
+    @property
+    def _gates(self) -> list[Gate | None]:
+        return [block.gates[0].training for block in self.blocks]
+
+    def _closed(self, model: nn.Module, gates: Iterable[Gate | None]) -> list[Branch]:
+        """The closed blocks, and the parameters of theirs that are trained."""
+        return [
+            (
+                block.name,
+                [p for name in block.parameters if (p := _parameter(model, name)).requires_grad],
+            )
+            for block, gate in zip(self.blocks, gates, strict=True)
+            if gate is not None and not gate.open
+        ]
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import GateError
-from stochastic_depth.randomness import uniforms
+from stochastic_depth.randomness import digest, uniforms
 
 GateKind = Literal["batch", "sample", "subset"]
 """One coin a block and mini-batch (the paper), or one a block and sample: masked or selected."""
@@ -82,6 +82,11 @@ def draw(
     if least > 0:
         coins |= u <= u.kthvalue(min(least, batch), dim=1, keepdim=True).values
     return coins
+
+
+def seed_of_rank(seed: int, rank: int) -> int:
+    """The seed of one of several processes that each draw gates of their own."""
+    return int.from_bytes(digest(7, "gates of a rank", seed, rank), "little")
 
 
 def open_shares(coins: Tensor) -> Tensor:

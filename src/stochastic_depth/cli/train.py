@@ -12,12 +12,22 @@ from stochastic_depth.analysis import run_table
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
 from stochastic_depth.data import Batches
+from stochastic_depth.distributed.world import (
+    is_primary,
+    joined,
+    may_restart,
+    on_primary,
+    ranks,
+    restarts,
+)
+from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.train import Config, Interrupted, Run, begin, fit, reopen
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.run import free_path
 from stochastic_depth.train.signals import StopSignals
 
 TEXT = """Train one network; everything is written to one run folder.
+By several processes:  torchrun --nproc-per-node N -m stochastic_depth train RECIPE [OPTIONS]
 
   --resume RUN        go on with a run from its newest checkpoint
   --data DIR          with --resume: where its data is now
@@ -45,20 +55,34 @@ class Resume:
 
 
 def main(arguments: list[str]) -> int:
+    with joined():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
         resume = tyro.cli(Resume, prog="stochastic-depth train", args=arguments)
         return _train(*reopen(resume.resume, resume.data), resume.quiet)
     begun = parse("train", TEXT, arguments, Begin)
-    path = begun.run or free_path(Path("runs"), begun.config.recipe)
+    if begun.run is None and may_restart():
+        raise ConfigError("torchrun may start this anew: say --run DIR, to go on with that run")
+    if begun.run is not None and restarts() and on_primary(begun.run.exists):
+        run, images = reopen(begun.run)
+        if run.config != begun.config:
+            raise RunError(f"{begun.run} is a run of another configuration: choose another --run")
+        return _train(run, images, begun.quiet)
+    path = begun.run or on_primary(lambda: free_path(Path("runs"), begun.config.recipe))
     return _train(*begin(begun.config, path), begun.quiet)
 
 
 def _train(run: Run, images: Batches, quiet: bool) -> int:
+    quiet = quiet or not is_primary()
     console = PlainConsole(quiet=quiet)
     config, execution = run.config, run.execution
     console.print(
         f"{config.recipe}: {config.model.kind} {config.model.depth}, {images.sizes['train']:,} "
-        f"images → {run.path}\n{execution.described()}",
+        f"images → {run.path}\n{execution.described()}"
+        + (f", {ranks()} processes" if ranks() > 1 else ""),
         soft_wrap=True,
     )
     with StopSignals() as stop, Display(console, quiet) as display:
@@ -67,7 +91,8 @@ def _train(run: Run, images: Batches, quiet: bool) -> int:
                 pass
         except Interrupted as interrupted:
             return stopped(console, interrupted, f"train --resume {shlex.quote(str(run.path))}")
-    console.print(run_table(run))
+    if is_primary():
+        console.print(run_table(run))
     return 0
 
 

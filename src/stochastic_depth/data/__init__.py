@@ -5,7 +5,7 @@ from stochastic_depth.data.dataset import DataSet, Images
 from stochastic_depth.data.folder_batches import FolderBatches
 from stochastic_depth.data.loading import load
 from stochastic_depth.data.opening import batches
-from stochastic_depth.data.protocol import Batches
+from stochastic_depth.data.protocol import Batches, Share
 from stochastic_depth.data.tensor_batches import TensorBatches
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "DataSet",
     "FolderBatches",
     "Images",
+    "Share",
     "TensorBatches",
     "batches",
     "crop_and_flip",

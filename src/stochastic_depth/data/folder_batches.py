@@ -17,7 +17,7 @@ from stochastic_depth.data.folder_images import (
     training_view,
 )
 from stochastic_depth.data.folders import files_readable
-from stochastic_depth.data.protocol import Batch, Part, epoch_order, steps
+from stochastic_depth.data.protocol import ALONE, Batch, Part, Share, epoch_order, steps
 from stochastic_depth.data.split import check_count, stratified
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
@@ -37,7 +37,8 @@ class FolderBatches:
     validation: how many training images to hold out, in proportion to the classes; with 0 the
     `val` folder is the validation part too. train: keep this many of the others, by default all.
     augment: random crops and flips in training, otherwise the view that evaluation uses. workers:
-    processes that decode; their number does not change the batches. image_size: in pixels.
+    processes that decode; their number does not change the batches. image_size: in pixels. share:
+    what to decode and give of each batch.
 
     Raises:
         DataError: folders, classes or pictures that are missing, or a count that does not fit.
@@ -59,6 +60,7 @@ class FolderBatches:
         augment: bool = True,
         evaluation_batch: int = 250,
         name: str = "imagenet",
+        share: Share = ALONE,
     ):
         self.root = Path(root).expanduser()
         self.classes, training = scan(self.root / "train")
@@ -85,6 +87,7 @@ class FolderBatches:
         self.batch, self.evaluation_batch = batch, evaluation_batch
         self.seed = seed
         self.workers = workers
+        self.share = share
         self.device = torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (torch.tensor(v, device=self.device) for v in (MEAN, STD))
@@ -119,7 +122,7 @@ class FolderBatches:
     def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
         loader = DataLoader(
             images,
-            batch_sampler=[batch.tolist() for batch in batches],
+            batch_sampler=[mine for batch in batches if (mine := self._mine(batch))],
             collate_fn=collate,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
@@ -143,6 +146,9 @@ class FolderBatches:
             )
         # Here, where nothing refers to the loader any more, which stops the workers.
         raise trouble
+
+    def _mine(self, batch: torch.Tensor) -> list[int]:
+        return batch[self.share.of(len(batch))].tolist()
 
 
 def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:

@@ -7,7 +7,7 @@ import torch
 from stochastic_depth.data.folder_batches import FolderBatches
 from stochastic_depth.data.folders import data_folder, files_readable
 from stochastic_depth.data.loading import load
-from stochastic_depth.data.protocol import Batches
+from stochastic_depth.data.protocol import ALONE, Batches, Share
 from stochastic_depth.data.tensor_batches import TensorBatches
 from stochastic_depth.errors import DataError
 
@@ -30,13 +30,16 @@ def batches(
     size: int | None = None,
     download: bool = False,
     workers: int = 0,
+    share: Share = ALONE,
 ) -> Batches:
     """Read a data set and cut it into batches on `device`.
 
     name: `imagenet`, or a name that `load` knows; root, validation, train, size, download: as in
     `load`.
     augment: by default for CIFAR and ImageNet, not for SVHN and digits. workers: processes that
-    decode ImageNet's pictures; the other data sets lie in memory and need none.
+    decode ImageNet's pictures; the other data sets lie in memory and need none. size: of ImageNet's
+    pictures, pixels a side, by default 224. share: what to give of each batch, where several
+    processes train.
 
     Raises:
         DataError: as `load`.
@@ -53,9 +56,8 @@ def batches(
             seed=seed,
             device=device,
             channels_last=channels_last,
+            share=share,
         )
-    if size is not None:
-        raise DataError(f"size={size}: imagenet is trained at 224 pixels a side, leave size out")
     if download:
         raise DataError(
             "imagenet cannot be downloaded without an account: fetch it from image-net.org and "
@@ -71,4 +73,6 @@ def batches(
         validation=validation or 0,
         train=train,
         augment=augment,
+        image_size=size or 224,
+        share=share,
     )

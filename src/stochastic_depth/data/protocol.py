@@ -1,7 +1,7 @@
 """What training needs from a data set, wherever its images live."""
 
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,23 @@ from stochastic_depth.randomness import generator
 
 Batch = tuple[Tensor, Tensor]
 Part = Literal["validation", "test"]
+
+
+class Share(NamedTuple):
+    """What one of several processes takes of every batch: as much as the others, give or take one.
+
+    rank: which process this is, from 0. ranks: how many there are.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, images: int) -> slice:
+        """The images that are its own, of a batch of `images`."""
+        return slice(self.rank * images // self.ranks, (self.rank + 1) * images // self.ranks)
+
+
+ALONE = Share()
 
 
 class Batches(Protocol):
@@ -44,13 +61,14 @@ class Batches(Protocol):
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `start` on.
 
-        Images, float32 [batch, channels, height, width], normalised; labels, int64 [batch]. A pure
-        function of the seed, the epoch and the step, so an epoch can be resumed in its middle.
+        Images, float32 [batch, channels, height, width], normalised; labels, int64 [batch]: of
+        each batch the share that is asked for. A pure function of the seed, the epoch and the
+        step, so an epoch can be resumed in its middle.
         """
         ...
 
     def evaluate(self, part: Part) -> Iterator[Batch]:
-        """Every image of a part once, in a fixed order, without augmentation."""
+        """Every image of a part, or of a share of it, in a fixed order, without augmentation."""
         ...
 
 

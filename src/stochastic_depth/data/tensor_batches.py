@@ -6,7 +6,7 @@ import torch
 
 from stochastic_depth.data.augmentation import crop_and_flip, draw_crops, normalise
 from stochastic_depth.data.dataset import DataSet
-from stochastic_depth.data.protocol import Batch, Part, epoch_order, steps
+from stochastic_depth.data.protocol import ALONE, Batch, Part, Share, epoch_order, steps
 
 
 class TensorBatches:
@@ -14,7 +14,8 @@ class TensorBatches:
 
     augment: crop and flip the training images, after normalising them with the training part's
     mean and standard deviation; they are padded by an eighth of their height (the paper, section 4:
-    4 of 32 pixels). evaluation_batch: images in a batch of `evaluate`.
+    4 of 32 pixels). evaluation_batch: images in a batch of `evaluate`. share: what to give of each
+    batch.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class TensorBatches:
         device: torch.device | str,
         channels_last: bool = False,
         evaluation_batch: int = 500,
+        share: Share = ALONE,
     ):
         channels, height, width = data.train.images.shape[1:]
         self.name = data.name
@@ -41,6 +43,7 @@ class TensorBatches:
         self.padding = max(1, height // 8)
         self.seed = seed
         self.evaluation_batch = evaluation_batch
+        self.share = share
         self.device = torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = data.mean.to(self.device), data.std.to(self.device)
@@ -54,16 +57,20 @@ class TensorBatches:
         order = epoch_order(len(images), self.seed, epoch).to(self.device)
         for step in range(start, self.steps_per_epoch):
             chosen = order[step * self.batch : (step + 1) * self.batch]
+            mine, count = self.share.of(len(chosen)), len(chosen)
+            chosen = chosen[mine]
             batch = normalise(images[chosen], self.mean, self.std)
             if self.augment:
-                crops = draw_crops(len(batch), self.padding, "augment", self.seed, epoch, step)
-                rows, columns, flips = (draw.to(self.device) for draw in crops)
+                crops = draw_crops(count, self.padding, "augment", self.seed, epoch, step)
+                rows, columns, flips = (draw[mine].to(self.device) for draw in crops)
                 batch = crop_and_flip(batch, rows, columns, flips, self.padding)
             yield batch.contiguous(memory_format=self.memory_format), labels[chosen]
 
     def evaluate(self, part: Part) -> Iterator[Batch]:
         images, labels = self._parts[part]
         for start in range(0, len(images), self.evaluation_batch):
-            chosen = slice(start, start + self.evaluation_batch)
-            batch = normalise(images[chosen], self.mean, self.std)
-            yield batch.contiguous(memory_format=self.memory_format), labels[chosen]
+            mine = self.share.of(min(self.evaluation_batch, len(images) - start))
+            chosen = slice(start + mine.start, start + mine.stop)
+            if mine.start < mine.stop:
+                batch = normalise(images[chosen], self.mean, self.std)
+                yield batch.contiguous(memory_format=self.memory_format), labels[chosen]

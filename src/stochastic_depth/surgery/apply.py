@@ -199,6 +199,11 @@ def applied_to(model: nn.Module) -> Applied:
     return applied
 
 
+def applied_inside(model: nn.Module) -> dict[str, nn.Module]:
+    """The models that `apply` was given, among `model` and the modules in it, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, _APPLIED)}
+
+
 def _open_up(
     model: nn.Module, found: Sequence[Found], example: Example | None, select: bool
 ) -> tuple[list[Block], float]:

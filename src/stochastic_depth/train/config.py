@@ -122,6 +122,23 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """What processes that train together do together; nothing, where there is one."""
+
+    sync_batchnorm: bool = False
+    """Normalise over the images of all processes, not of each."""
+    rank_gates: bool = False
+    """Each process draws gates of its own (all are sent, and all wait for the deepest)."""
+
+    def __post_init__(self) -> None:
+        if self.sync_batchnorm and self.rank_gates:
+            raise ConfigError(
+                "distributed.sync-batchnorm is True, and so is distributed.rank-gates: a block "
+                "that is closed in one process cannot normalise with the others; leave one out"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """One training run."""
 
@@ -131,6 +148,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     epochs: int = 500
     """Passes over the training images."""
     seed: int = 0

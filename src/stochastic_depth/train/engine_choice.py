@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from stochastic_depth.distributed.world import ranks
 from stochastic_depth.engine.kernels.native import missing
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train.config import Config
@@ -36,6 +37,11 @@ def choose_engine(config: Config, device: str, precision: str) -> Choice:
         if obstacle is not None:
             raise ConfigError(f"engine is graphs: {obstacle}; use --engine eager or compiled")
         return Choice("graphs", kernels, "as asked")
+    if config.engine == "compiled" and config.distributed.sync_batchnorm:
+        raise ConfigError(
+            "engine is compiled: PyTorch's compiler takes no block that waits for other processes; "
+            "use --engine eager, or leave out --distributed.sync-batchnorm"
+        )
     if config.engine != "auto":
         return Choice(config.engine, "reference", "as asked")
     if obstacle is not None:
@@ -51,6 +57,8 @@ def choose_engine(config: Config, device: str, precision: str) -> Choice:
 
 def _obstacle(config: Config) -> str | None:
     """Why there is no block program for a configuration, if there is none."""
+    if ranks() > 1:
+        return f"a block program is of one process, and {ranks()} train together"
     if config.model.kind != "cifar-resnet":
         return f"there is no block program for a {config.model.kind}"
     if config.survival.rule != "constant" and config.survival.gate != "batch":

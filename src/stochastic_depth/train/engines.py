@@ -1,13 +1,17 @@
 """How a training step is taken: by autograd, by compiled blocks, or by the block program."""
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.distributed import skip_closed
+from stochastic_depth.distributed.world import ranks
 from stochastic_depth.engine import CudaGraphs, Eagerly, Program
 from stochastic_depth.engine.kernels import (
     CompiledKernels,
@@ -23,6 +27,11 @@ from stochastic_depth.train.engine_choice import KernelsName
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.step import Measured, measured, train_step
 
+_OPTION = "forward_sync_buffers"
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_BUFFERS: dict[str, Any] = {_OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False}
+"""Statistics of BatchNorm go from rank to rank with evaluations, not with every step."""
+
 KERNELS: dict[KernelsName, Callable[[], Kernels]] = {
     "reference": ReferenceKernels,
     "native": NativeKernels,
@@ -33,7 +42,7 @@ KERNELS: dict[KernelsName, Callable[[], Kernels]] = {
 class Engine(Protocol):
     """Takes training steps of one network."""
 
-    def step(self, images: Tensor, labels: Tensor) -> Measured: ...
+    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured: ...
 
     @property
     def block_gradients(self) -> Sequence[Tensor | None]:
@@ -53,16 +62,22 @@ class Autograd:
         execution: Execution,
         compiled: bool = False,
     ) -> None:
-        self._given = model, optimizer
+        self._model, self._optimizer = model, optimizer
         self._first, self._execution = first, execution
         self._convolutions = block_convolutions(model)
         if compiled:
             if depth is None:
                 apply(model, Uniform(1.0))  # compiling goes by blocks, and these are always open
             compile(model)
+        if ranks() > 1:
+            self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, **_BUFFERS)
+            if depth is not None:
+                skip_closed(self._model)
 
-    def step(self, images: Tensor, labels: Tensor) -> Measured:
-        return train_step(*self._given, images, labels, self._first, self._execution)
+    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
+        return train_step(
+            self._model, self._optimizer, images, labels, self._first, self._execution, weight
+        )
 
     @property
     def block_gradients(self) -> Sequence[Tensor | None]:
@@ -101,10 +116,10 @@ class Blocks:
         """Bytes that waited for the backward pass in the last step."""
         return self._program.kept
 
-    def step(self, images: Tensor, labels: Tensor) -> Measured:
+    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
         self._was_whole = images.shape == self._shape
         if not self._was_whole:
-            return self._autograd.step(images, labels)
+            return self._autograd.step(images, labels, weight)
         loss = self._program.step(images, labels)
         return measured(loss, self._program.stem_gradient)
 

@@ -4,6 +4,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.data import Batches
+from stochastic_depth.distributed.world import any_rank, on_primary, ranks, total
 from stochastic_depth.errors import RunError, StochasticDepthError
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
@@ -70,35 +73,49 @@ def fit(
         Interrupted: when `stop` said so.
     """
     run.require_data(batches.fingerprint)
-    training = Training(run.config, run.execution, batches)
-    with memory_watched(run, training), run.writing() as still_ours:
+    with ExitStack() as stack:
+        still_ours = stack.enter_context(_writing(run))
+        training = Training(run.config, run.execution, batches)
+        stack.enter_context(memory_watched(run, training))
         _restore(run, training, watch)
         watch.begin(run, training)
         stream = _stream(batches, training.step)
-        journal = run.journal_length()
+        journal = on_primary(run.journal_length)
         while training.step < training.steps or training.tally.images:
             record = None
             if _finish_interval(run, training, stream, watch, stop):
                 record = _measure(training, batches, watch, stop)
             still_ours()
-            truncate_journal(run.journal, journal)  # nobody else has written it meanwhile
+            # Nobody else has written it meanwhile.
+            on_primary(partial(truncate_journal, run.journal, journal))
             if record is None:
                 _save(run, training)
                 raise Interrupted(run.path, training.step, stop() or 0)
             if not record.is_finite:
                 raise diverged(run, training.step, "an evaluation")
-            append_record(run.journal, record)
-            journal = run.journal_length()
+            on_primary(partial(append_record, run.journal, record))
+            journal = on_primary(run.journal_length)
             training.tally = Tally()
             _save(run, training)
             watch.record(record)
             yield record
         still_ours()
-        _write_weights(run, training, watch)
+        on_primary(lambda: _write_weights(run, training, watch))
+
+
+@contextmanager
+def _writing(run: Run) -> Iterator[Callable[[], None]]:
+    """`run.writing()` in the first of several processes; all can ask its check."""
+    checks: list[Callable[[], None]] = []
+    with ExitStack() as stack:
+        on_primary(lambda: checks.append(stack.enter_context(run.writing())))
+        yield lambda: on_primary(lambda: checks[0]())
 
 
 def _restore(run: Run, training: Training, watch: Watch) -> None:
-    state, refused = run.checkpoints.newest(run.execution.device)
+    # Where several processes train, the folder need not be in reach of any but the first.
+    device = run.execution.device if ranks() == 1 else "cpu"
+    state, refused = on_primary(lambda: run.checkpoints.newest(device))
     for reason in refused:
         watch.say(f"{reason}; using the one before it")
     if state is not None:
@@ -109,9 +126,8 @@ def _restore(run: Run, training: Training, watch: Watch) -> None:
                 "rounded differently (set OMP_NUM_THREADS for the same end bit by bit)"
             )
         training.load_state_dict(state)
-        truncate_journal(run.journal, state["journal_bytes"])
-    elif run.journal.exists():
-        truncate_journal(run.journal, 0)
+    length = 0 if state is None else state["journal_bytes"]
+    on_primary(lambda: truncate_journal(run.journal, length))
 
 
 def _stream(batches: Batches, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -134,18 +150,20 @@ def _finish_interval(
     end = min(training.steps, intervals_begun * interval)
     look = _STEPS_BETWEEN_LOOKS.get(torch.device(training.execution.device).type, 1)
     began = time.perf_counter()
-    while training.step < end and not stop():
+    stopping = any_rank(bool(stop()))
+    while training.step < end and not stopping:
         measured = training.advance(*next(stream))
-        if training.step % look == 0 or training.step == end or stop():
+        watch.step(training, measured.loss)
+        if training.step % look == 0 or training.step == end or (stop() and ranks() == 1):
             position = training.tally.first_diverged(look)
             if position is not None:
                 step = training.step - len(training.tally.measured) + position
                 gates = open_blocks(training.gates_at(step))
                 raise diverged(run, step, f"with {gates}, the loss")
-        watch.step(training, measured.loss)
+            stopping = any_rank(bool(stop()))
     training.execution.synchronise()
     training.tally.seconds += time.perf_counter() - began
-    return training.step == end and not stop()
+    return not stopping
 
 
 def _measure(
@@ -153,6 +171,7 @@ def _measure(
 ) -> Record | None:
     """The record of the interval that ends here; None when `stop` comes before it is complete."""
     watch.evaluating()
+    training.agree()
     tally, peak = training.tally, peak_memory(training.execution)
     means, steps = tally.means(), len(tally.images)
     validation, test = (
@@ -163,8 +182,10 @@ def _measure(
         )
         for part in ("validation", "test")
     )
-    if stop():
+    if any_rank(bool(stop())):
         return None
+    active = torch.tensor([tally.active_blocks, tally.expected_active_blocks]).double()
+    active_blocks, expected_active_blocks = (total(active) / ranks() / steps).tolist()
     return Record(
         step=training.step,
         epoch=training.epoch,
@@ -174,8 +195,8 @@ def _measure(
         validation_error=validation.error,
         test_loss=test.loss,
         test_error=test.error,
-        active_blocks=tally.active_blocks / steps,
-        expected_active_blocks=tally.expected_active_blocks / steps,
+        active_blocks=active_blocks,
+        expected_active_blocks=expected_active_blocks,
         gradient_norm=means.gradient_norm.item(),
         gradient_mean=means.gradient_mean.item(),
         seconds=tally.seconds,
@@ -195,14 +216,19 @@ def peak_memory(execution: Execution) -> int:
 
 
 def _save(run: Run, training: Training) -> None:
+    training.agree()
     if not training.weights_are_finite():
         raise diverged(run, training.step, "a weight")
-    records = run.records()
-    run.checkpoints.save(
-        training.step,
-        best_record(records).step if records else None,
-        {**training.state_dict(), "journal_bytes": run.journal_length()},
-    )
+
+    def write() -> None:
+        records = run.records()
+        run.checkpoints.save(
+            training.step,
+            best_record(records).step if records else None,
+            {**training.state_dict(), "journal_bytes": run.journal_length()},
+        )
+
+    on_primary(write)
 
 
 def _write_weights(run: Run, training: Training, watch: Watch) -> None:

@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import nn
 
-from stochastic_depth.data import Batches, batches
+from stochastic_depth.data import Batches, Share, batches
+from stochastic_depth.distributed.world import on_primary, rank, ranks
 from stochastic_depth.errors import CheckpointError, RunError
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.execution import Execution, resolve_execution
@@ -21,13 +22,12 @@ def begin(config: Config, path: Path) -> tuple[Run, Batches]:
     Raises:
         ConfigError, DataError, RunError: when the configuration, the data or the folder is wrong.
     """
-    if path.exists():
-        raise RunError(f"{path} exists already: go on by --resume {path}, or choose another --run")
+    on_primary(lambda: _refuse_existing(path))
     execution = resolve_execution(config)
     images = open_batches(config, execution)
     Training(config, execution, images)  # a network that cannot be built leaves no folder either
-    run = create_run(path, config, execution, images.fingerprint, images.classes, images.shape)
-    return run, images
+    about = images.fingerprint, images.classes, images.shape
+    return on_primary(lambda: create_run(path, config, execution, *about)), images
 
 
 def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
@@ -37,14 +37,21 @@ def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
         ConfigError, DataError, RunError: as for `begin`; or the device of the run is not there, or
             the data is not what it began on.
     """
-    run = open_run(path)
+    run = on_primary(lambda: open_run(path))
     config = run.config
     if data_root is not None:
         config = replace(config, data=replace(config.data, root=data_root))
-    resolve_execution(replace(config, device=run.execution.device))
+    now = resolve_execution(replace(config, device=run.execution.device))
+    if ranks() > 1 and run.execution.engine == "graphs":
+        run = replace(run, execution=replace(now, precision=run.execution.precision))
     images = open_batches(config, run.execution)
     run.require_data(images.fingerprint)
     return run, images
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise RunError(f"{path} exists already: go on by --resume {path}, or choose another --run")
 
 
 def open_batches(config: Config, execution: Execution) -> Batches:
@@ -62,6 +69,7 @@ def open_batches(config: Config, execution: Execution) -> Batches:
         size=config.data.size,
         download=config.data.download,
         workers=config.data.workers,
+        share=Share(rank(), ranks()),
     )
 
 

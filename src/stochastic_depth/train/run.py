@@ -171,6 +171,7 @@ def open_run(path: Path) -> Run:
             )
         values["config"].setdefault("engine", "eager")  # runs did not always have these
         values["config"]["data"].setdefault("size", None)
+        values["config"].setdefault("distributed", {"sync_batchnorm": False, "rank_gates": False})
         channels, height, width = restore(tuple[int, ...], values["data"]["shape"], "data.shape")
         return Run(
             path,

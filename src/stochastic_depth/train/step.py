@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_depth.distributed.world import ranks, total
 from stochastic_depth.train.execution import Execution
 
 
@@ -28,6 +29,7 @@ def train_step(
     labels: Tensor,
     first: nn.Parameter,
     execution: Execution,
+    weight: float = 1,
 ) -> Measured:
     """Forward, backward, update. Gates are drawn by `model` itself.
 
@@ -35,14 +37,18 @@ def train_step(
         images: [batch, channels, height, width], normalised.
         labels: int64 [batch].
         first: the weight of the first convolution, which no gate can skip.
+        weight: of these images, where other processes have more or fewer: the mean over processes
+            of what they weigh is 1.
     """
     optimizer.zero_grad()
     with execution.autocast():
         loss = F.cross_entropy(model(images), labels)
+    if weight != 1:
+        loss = loss * weight
     loss.backward()
     optimizer.step()
     assert first.grad is not None
-    return measured(loss.detach(), first.grad)
+    return measured(total(loss.detach() / ranks()), first.grad)
 
 
 def measured(loss: Tensor, gradient: Tensor) -> Measured:
@@ -64,23 +70,21 @@ def evaluate(
 ) -> Evaluation:
     """The full network in evaluation mode, every branch scaled by p_l. Counts are exact.
 
+    Where several processes train, `batches` are the shares of each, and the figures of all.
+
     Without any batch there is nothing to tell, and both figures are nan.
     """
     was_training = model.training
     model.eval()
-    losses: list[Tensor] = []
-    wrong: list[Tensor] = []
-    images_seen = 0
+    sums = torch.zeros(3, dtype=torch.float64, device=execution.device)
     for images, labels in batches:
         with execution.autocast():
             logits = model(images)
-        losses.append(F.cross_entropy(logits.double(), labels, reduction="sum"))
-        wrong.append((logits.argmax(1) != labels).sum())
-        images_seen += len(labels)
+        loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+        wrong = (logits.argmax(1) != labels).sum()
+        sums[0] += loss
+        sums[1] += wrong
+        sums[2] += len(labels)
     model.train(was_training)
-    if not images_seen:
-        return Evaluation(math.nan, math.nan)
-    return Evaluation(
-        loss=torch.stack(losses).sum().item() / images_seen,
-        error=100 * torch.stack(wrong).sum().item() / images_seen,
-    )
+    loss, wrong, seen = total(sums).tolist()
+    return Evaluation(loss / seen, 100 * wrong / seen) if seen else Evaluation(math.nan, math.nan)

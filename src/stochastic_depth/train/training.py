@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.data import Batches
-from stochastic_depth.errors import CheckpointError
+from stochastic_depth.data import Batches, Share
+from stochastic_depth.distributed import gates_by_rank, synchronise_batchnorm
+from stochastic_depth.distributed.world import as_on_primary, rank, ranks
+from stochastic_depth.errors import CheckpointError, ConfigError
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
     build_depth,
@@ -36,15 +38,28 @@ class Training:
         self.steps = config.epochs * batches.steps_per_epoch
         model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
         self.model = model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if ranks() > 1 and config.distributed.sync_batchnorm:
+            self.model = synchronise_batchnorm(self.model)
         self.model.train()
         self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
         self.depth = build_depth(self.model, config.survival, config.seed, batches.steps_per_epoch)
+        if ranks() > 1 and self.depth is not None and config.distributed.rank_gates:
+            gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.first = first_convolution(self.model)
         self.step = 0
         self.tally = Tally()
         interval = config.evaluate_every or batches.steps_per_epoch
         self._sampled_every = max(1, min(10, interval // 5))
+        self._images = batches.sizes["train"]
+        least = min(
+            map(self.images_of, range(max(0, self.steps_per_epoch - 2), self.steps_per_epoch))
+        )
+        if least // ranks() < 2:
+            raise ConfigError(
+                f"optimizer.batch is {config.optimizer.batch}: the last mini-batch of an epoch has "
+                f"{least} images, and each of {ranks()} processes needs 2 of them (BatchNorm)"
+            )
 
     @cached_property
     def _engine(self) -> Engine:
@@ -74,18 +89,34 @@ class Training:
             return torch.ones(self.blocks, dtype=torch.bool)
         return self.depth.gates_at(step, self.config.optimizer.batch)
 
+    def images_of(self, step: int) -> int:
+        """The number of images in the mini-batch of a step, of all processes."""
+        batch = self.config.optimizer.batch
+        return min(batch, self._images - step % self.steps_per_epoch * batch)
+
     def advance(self, images: Tensor, labels: Tensor) -> Measured:
-        """Do one step, and tally it."""
+        """Do one step, and tally it.
+
+        Args:
+            images, labels: this process's share of the mini-batch.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        measured = self._engine.step(images, labels)
+        whole = self.images_of(self.step)
+        if self.depth is not None and ranks() > 1:
+            self.depth.share = Share(rank(), ranks()).of(whole).start, whole
+        measured = self._engine.step(images, labels, len(labels) * ranks() / whole)
         gates = self.gates
         expected = self.depth.expected_depth if self.depth else float(self.blocks)
-        self.tally.add(measured, len(labels), gates, expected)
+        self.tally.add(measured, whole, gates, expected)
         if self.step % self._sampled_every == 0:
             self.tally.add_block_gradients(self._engine.block_gradients, gates)
         self.step += 1
         return measured
+
+    def agree(self) -> None:
+        """Take over the first process's statistics of BatchNorm, of which each has its own."""
+        as_on_primary(self.model.buffers())
 
     def weights_are_finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.model.state_dict().values())

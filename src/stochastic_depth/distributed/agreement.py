@@ -1,0 +1,51 @@
+"""Do all ranks have the same gates? Collectives that not everybody takes part in never end."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.errors import GateError
+from stochastic_depth.randomness import digest
+
+
+def require_agreement(
+    depths: Sequence[StochasticDepth], group: dist.ProcessGroup | None = None
+) -> None:
+    """A collective: refuse gates that depend on the rank.
+
+    Raises:
+        GateError: on every rank, naming what differs.
+    """
+    mine = [depth.state_dict() for depth in depths if depth.rank is None]
+    signature = int.from_bytes(digest(7, repr(mine)), "little")
+    extremes = torch.tensor([signature, -signature], device=_device(group))
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    high, low = extremes.tolist()
+    if high == -low:
+        return
+    states: list[list[dict]] = [[]] * dist.get_world_size(group)
+    dist.all_gather_object(states, mine, group=group)
+    raise GateError(f"ranks have different gates: {_difference(states)}")
+
+
+def _difference(states: Sequence[Sequence[dict]]) -> str:
+    for rank, state in enumerate(states):
+        for one, other in zip(states[0], state, strict=False):
+            for name, value in one.items():
+                if other[name] != value:
+                    remedy = {
+                        "seed": "give sd.apply the same seed everywhere, or each rank gates of its "
+                        "own by sd.distributed.gates_by_rank(model)",
+                        "step": "call the model in training mode on every rank or on none, and "
+                        "load the same state",
+                    }.get(name, "give sd.apply the same settings everywhere")
+                    return f"{name} is {value} on rank 0 and {other[name]} on rank {rank}; {remedy}"
+    return "gates by rank are drawn on some of them only; use sd.distributed.gates_by_rank on all"
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where a collective of `group` can find its tensors."""
+    gpu_only = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if gpu_only else torch.device("cpu")

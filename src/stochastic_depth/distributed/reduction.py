@@ -1,0 +1,131 @@
+"""Data parallelism in which the gradients of closed blocks are not sent."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.distributed.agreement import require_agreement
+from stochastic_depth.errors import ApplyError
+from stochastic_depth.surgery.apply import applied_inside, depth_of
+
+_SYNCS_BETWEEN_LOOKS = {"cpu": 1}
+"""Looking at what ranks agree on makes a host wait for its GPU: there, once in a hundred."""
+
+
+def skip_closed(ddp: DistributedDataParallel) -> None:
+    """Send the gradients of a model's open blocks only, as a communication hook of `ddp`.
+
+    Every rank has the same gates, so that all of them leave out the same gradients; `ddp` overlaps
+    the others with the backward pass as ever. With gradient accumulation (`ddp.no_sync()`) a block
+    is sent when it was open in any of the forward passes. Under gates for single samples, and gates
+    by rank, everything is sent.
+
+    Raises:
+        ApplyError: when there is no stochastic depth in `ddp`.
+        GateError: in a backward pass, on every rank, when ranks have different gates. On a GPU this
+            is looked at in every hundredth backward pass.
+    """
+    applied = applied_inside(ddp.module)
+    if not applied:
+        raise ApplyError(
+            f"{type(ddp.module).__name__} has no stochastic depth: sd.apply(model) first, then "
+            "DistributedDataParallel(model)"
+        )
+    blocks = [_Blocks(ddp.module, name, model) for name, model in applied.items()]
+    ddp.register_comm_hook(_Reduction(blocks, ddp.process_group), _Reduction.reduce)
+
+
+class _Blocks:
+    """The blocks of one model: whose gradients there are, and which were open."""
+
+    def __init__(self, whole: nn.Module, name: str, model: nn.Module) -> None:
+        self.depth: StochasticDepth = depth_of(model)
+        self._opened = torch.zeros(len(self.depth.blocks), dtype=torch.bool)
+        self._owners = _owners(whole, f"{name}." if name else "", self.depth)
+        model.register_forward_hook(self._note)
+
+    def _note(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if model.training and torch.is_grad_enabled():
+            differ = self.depth.gate != "batch" or self.depth.rank is not None
+            self._opened |= torch.tensor(True) if differ else self.depth.gates
+
+    def forget(self) -> None:
+        self._opened.zero_()
+
+    def closed(self, parameter: Tensor) -> bool:
+        """Whether it is of blocks that were closed in every forward pass."""
+        owners = self._owners.get(parameter)
+        return owners is not None and not self._opened[owners].any()
+
+
+def _owners(whole: nn.Module, prefix: str, depth: StochasticDepth) -> dict[Tensor, list[int]]:
+    """The numbers of the blocks that use a parameter, if nothing else does."""
+    of_name: dict[str, list[int]] = {}
+    for number, block in enumerate(depth.blocks):
+        for name in block.parameters:
+            of_name.setdefault(prefix + name, []).append(number)
+    owners: dict[Tensor, list[int]] = {}
+    shared = set()
+    for name, parameter in whole.named_parameters(remove_duplicate=False):
+        if name in of_name:
+            owners.setdefault(parameter, []).extend(of_name[name])
+        else:
+            shared.add(parameter)
+    return {parameter: numbers for parameter, numbers in owners.items() if parameter not in shared}
+
+
+class _Reduction:
+    """The mean over ranks of all gradients but those of closed blocks."""
+
+    def __init__(self, blocks: list[_Blocks], group: dist.ProcessGroup | None) -> None:
+        self._blocks, self._group = blocks, group
+        self._syncs = 0
+
+    def reduce(self, bucket: GradBucket) -> Future[Tensor]:
+        buffer = bucket.buffer()
+        if bucket.index() == 0:
+            if self._syncs % _SYNCS_BETWEEN_LOOKS.get(buffer.device.type, 100) == 0:
+                require_agreement([blocks.depth for blocks in self._blocks], self._group)
+            self._syncs += 1
+        runs = list(self._open_runs(bucket))
+        if bucket.is_last():
+            for blocks in self._blocks:
+                blocks.forget()
+        if not runs:
+            nothing: Future[Tensor] = Future()
+            nothing.set_result(buffer)
+            return nothing
+        parts = [buffer[run] for run in runs]
+        sent = parts[0] if len(parts) == 1 else torch.cat(parts)
+        sent.div_(dist.get_world_size(self._group))
+        work = dist.all_reduce(sent, group=self._group, async_op=True)
+        assert work is not None
+
+        def put_back(future: Future[list[Tensor]]) -> Tensor:
+            if len(parts) > 1:
+                received = future.value()[0].split([len(part) for part in parts])
+                for part, of_all in zip(parts, received, strict=True):
+                    part.copy_(of_all)
+            return buffer
+
+        return work.get_future().then(put_back)
+
+    def _open_runs(self, bucket: GradBucket) -> Iterator[slice]:
+        """The stretches of a bucket that hold gradients which are not of closed blocks."""
+        start = end = 0
+        for parameter in bucket.parameters():
+            size = parameter.numel()
+            if any(blocks.closed(parameter) for blocks in self._blocks):
+                if end > start:
+                    yield slice(start, end)
+                start = end + size
+            end += size
+        if end > start:
+            yield slice(start, end)

@@ -1,0 +1,70 @@
+"""Sharded data parallelism (FSDP2) in which closed blocks gather and reduce nothing."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from stochastic_depth.errors import GateError
+from stochastic_depth.surgery.apply import applied_to, depth_of
+
+
+def branch_modules(model: nn.Module) -> list[list[nn.Module]]:
+    """For each residual block of `model`, the outermost modules that run in its branch alone.
+
+    They hold all parameters of the branches but those that a block itself owns, or a module that
+    also runs under a closed gate. A module that several blocks use is told for one of them. Blocks
+    inside of the branch of another one come first.
+
+    Raises:
+        ApplyError: when `model` is not one that `sd.apply` was given.
+    """
+    taken: set[nn.Module] = set()
+    groups = []
+    for found in sorted(applied_to(model).found, key=lambda block: len(block.parameters)):
+        always = {found.module, *(module for unit in found.units for module, _ in unit.cuts)}
+        group = [m for m in _outermost(model, "", set(found.parameters), always) if m not in taken]
+        taken |= {inner for module in group for inner in module.modules()}
+        if group:
+            groups.append(group)
+    return groups
+
+
+def shard_branches(model: nn.Module, **options: Any) -> None:
+    """Call `fully_shard` on the branch of every residual block, in place.
+
+    A closed block then has no all-gather in the forward and the backward pass, and no
+    reduce-scatter. All else is left for `fully_shard(model, **options)`, which comes after it.
+
+    `fully_shard` on whole blocks works too, and saves the reduce-scatter only: a block is gathered
+    when it is called, before its gate is asked.
+
+    Args:
+        model: one that `sd.apply` was given.
+        options: those of `fully_shard`: mesh, mp_policy, reshard_after_forward, ...
+
+    Raises:
+        ApplyError: when `model` is not one that `sd.apply` was given.
+        GateError: when each rank draws gates of its own.
+    """
+    if depth_of(model).rank is not None:
+        raise GateError(
+            "a sharded model needs the same gates on every rank, because all of them gather the "
+            "parameters of an open block: do without sd.distributed.gates_by_rank"
+        )
+    for group in branch_modules(model):
+        fully_shard(group if len(group) > 1 else group[0], **options)
+
+
+def _outermost(
+    module: nn.Module, name: str, wanted: set[str], always: set[nn.Module]
+) -> Iterator[nn.Module]:
+    """The outermost modules whose parameters are all `wanted`, with none of `always` inside."""
+    prefix = f"{name}." if name else ""
+    parameters = {prefix + inner for inner, _ in module.named_parameters()}
+    if parameters and parameters <= wanted and always.isdisjoint(module.modules()):
+        yield module
+    elif parameters & wanted:
+        for child, inside in module.named_children():
+            yield from _outermost(inside, prefix + child, wanted, always)

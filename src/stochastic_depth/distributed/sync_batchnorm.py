@@ -1,0 +1,73 @@
+"""Batch normalisation over the mini-batches of all ranks together, on CPUs too."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def synchronise_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace every batch normalisation of `model` by one over all ranks; parameters stay.
+
+    On a GPU by `nn.SyncBatchNorm`, which runs nowhere else.
+
+    Returns:
+        `model`, or what takes its place if it is itself a batch normalisation.
+    """
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if type(module) is nn.SyncBatchNorm and all(t.device.type == "cpu" for t in tensors):
+            module.__class__ = CpuSyncBatchNorm  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+class CpuSyncBatchNorm(_BatchNorm):
+    """Batch normalisation over the samples of all ranks, from two all-reduces of sums.
+
+    Ioffe and Szegedy 2015, algorithm 1. input: [batch, channels, ...]; the batch may differ from
+    rank to rank.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(input)
+        others, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
+        x = input if input.dtype == torch.float64 else input.float()
+        count = _Sum.apply(x.new_tensor([x.numel() / x.shape[1]]))
+        mean = _Sum.apply(x.sum(others)) / count
+        centred = x - mean.view(shape)
+        variance = _Sum.apply(centred.square().sum(others)) / count
+        self._remember(mean.detach(), variance.detach() * count / (count - 1))
+        out = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions will do."""
+
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all ranks; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Sum.forward(ctx, gradient)

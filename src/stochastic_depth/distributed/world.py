@@ -1,0 +1,107 @@
+"""The processes of one run, as torchrun starts them: which one is this, and what do all agree on.
+
+In a process that nobody started so, everything here is as if there were no others.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stochastic_depth.errors import ConfigError, StochasticDepthError
+
+Value = TypeVar("Value")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """While entered, be one of the processes that torchrun has started.
+
+    Collectives on tensors of a GPU go by nccl, those on a CPU by gloo.
+
+    Raises:
+        ConfigError: when there are more processes on this machine than GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if gpus:
+        if local >= gpus:
+            raise ConfigError(
+                f"process {local + 1} of this machine has no GPU, there are {gpus}: give torchrun "
+                f"--nproc-per-node {gpus}, or hide them (CUDA_VISIBLE_DEVICES=) to use the CPU"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    yield
+    dist.destroy_process_group()  # not after an error, when others may not be there
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def restarts() -> int:
+    """How often torchrun has started these processes anew, after one of them had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def may_restart() -> bool:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if ranks() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is true on any rank."""
+    if ranks() == 1:
+        return flag
+    return bool(total(torch.tensor(int(flag))))
+
+
+def as_on_primary(tensors: Iterable[Tensor]) -> None:
+    """Make `tensors` on every rank what they are on the first, in place."""
+    if ranks() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def on_primary(act: Callable[[], Value]) -> Value:
+    """Do something on the first rank only, and have what it returns or raises on every rank.
+
+    What goes from rank to rank is pickled; all of them are this program.
+    """
+    if ranks() == 1:
+        return act()
+    told: list = [None, None]
+    if is_primary():
+        try:
+            told[0] = act()
+        except StochasticDepthError as error:
+            told[1] = error
+    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    value, error = told
+    if error is not None:
+        raise error
+    return value
