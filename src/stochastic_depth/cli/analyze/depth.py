@@ -42,10 +42,10 @@ class Depth(NetworkAnalysis):
 def depth_table(order: Order, of_kinds: dict[str, list[list[Curve]]]) -> Table:
     """Test errors as trained and recalibrated; of one kind, also parameters and time."""
     alone = len(of_kinds) == 1
-    runs = max(len(of_kind) for of_kind in of_kinds.values())
+    runs = sorted({len(of_kind) for of_kind in of_kinds.values()})
     table = Table(
         title=Text(
-            f"Test error, %, without the {order} blocks, {seeds_text(runs)}\n"
+            f"Test error, %, without the {order} blocks, {seeds_text(*runs)}\n"
             "as it is, and with the statistics of BatchNorm recalibrated"
         ),
         title_justify="left",

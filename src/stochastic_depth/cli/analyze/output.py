@@ -43,5 +43,7 @@ def spread_text(spread: Spread, digits: int = 2) -> str:
     return f"{spread.mean:.{digits}f}{deviation}"
 
 
-def seeds_text(runs: int) -> str:
-    return "1 run" if runs == 1 else f"mean ± deviation, {runs} runs"
+def seeds_text(*runs: int) -> str:
+    """Of how many runs each figure is."""
+    counts = " or ".join(map(str, runs))
+    return "1 run" if runs == (1,) else f"mean ± deviation, {counts} runs"
