@@ -1,8 +1,12 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from filelock import FileLock
 
 from stochastic_depth.cli import main
 from stochastic_depth.train import open_run
@@ -54,6 +58,48 @@ def test_the_same_command_in_another_terminal_joins(tmp_path):
     assert all("0 failed" in text for text in told)
     described = json.loads((tmp_path / "runs/sweep-survival-digits/sweep.json").read_text())
     assert described["grid"]["rules"] == ["linear", "uniform", "constant"]
+
+
+@pytest.fixture
+def long(tmp_path):
+    """A sweep of hours under way in a session of its own, with two workers in a run each."""
+    command = [sys.executable, "-m", "stochastic_depth", *SURVIVAL, "--epochs", "9999"]
+    with subprocess.Popen(
+        [*command, "--workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        folder = tmp_path / "runs" / "sweep-survival-digits"
+        while len(list(folder.glob("runs/*/metrics.jsonl"))) < 2:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        yield process, folder
+        process.kill()
+
+
+def test_ctrl_c_leaves_checkpoints_and_tells_how_to_go_on(long):
+    process, folder = long
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGINT
+    assert "6 of 6 runs are not finished" in told
+    assert "go on:  stochastic-depth sweep survival digits" in told
+    assert "Traceback" not in told
+    for path in (folder / "runs").iterdir():
+        run = open_run(path)
+        with run.writing():
+            assert run.checkpoints.steps()[0] >= run.records()[-1].step
+
+
+def test_workers_whose_command_is_killed_stop_with_a_checkpoint(long):
+    process, folder = long
+    process.kill()
+    for path in sorted((folder / "runs").iterdir()):
+        run = open_run(path)
+        with FileLock(path / "lock", timeout=60):
+            assert run.checkpoints.steps()[0] >= run.records()[-1].step
 
 
 def test_depths_are_swept(tmp_path):
