@@ -54,7 +54,6 @@ CONFIG = {
         "titleFontWeight": "normal",
         "titlePadding": 8,
     },
-    "axisY": {"labelFlush": True},
     "axisX": {
         "domain": True,
         "domainColor": LIGHT["muted"],

@@ -94,7 +94,7 @@ def _sentence(series: Series, counts: Counter[int], exact: Sequence[float]) -> s
     distance = sum(abs(counts[n] / steps - p) for n, p in enumerate(exact)) / 2
     blocks = len(series.cost.survival)
     return (
-        f"With {series.name}, on average {mean:.2f} of {blocks} blocks ran, where {expected:.2f} are "
-        f"expected: {apart:.1f} standard errors away. The two distributions differ in "
+        f"With {series.name}, on average {mean:.2f} of {blocks} blocks ran, where {expected:.2f} "
+        f"are expected: {apart:.1f} standard errors away. The two distributions differ in "
         f"{100 * distance:.1f} % of the steps."
     )

@@ -63,7 +63,10 @@ def _panel(
         for x in (0, last)
     ]
     hue = colour(LEGEND)
-    x, y = alt.X("x:Q", title="layers", axis=alt.Axis(tickCount=5)), alt.Y("y:Q", title=label)
+    x, y = (
+        alt.X("x:Q", title="layers", axis=alt.Axis(tickCount=5)),
+        alt.Y("y:Q", title=label, scale=alt.Scale(nice=False)),
+    )
     fitted = chart(ends).mark_line(strokeWidth=1.6, opacity=0.6, aria=False).encode(x, y, hue)
     points = chart(values).encode(x=x, color=hue)
     layers = [fitted]

@@ -74,7 +74,7 @@ def _panel(rows: list[Row], measure: str, runs: int) -> alt.LayerChart:
     hue = colour(shown)
     x = alt.X("members:Q", title="M, networks averaged").scale(type="log", base=2, nice=False)
     x = x.axis(values=[point["members"] for point in means], format="~g")
-    y = alt.Y("y:Q", title=unit).scale(zero=False)
+    y = alt.Y("y:Q", title=unit).scale(zero=False, nice=False)
     curve = chart(means).encode(x=x, y=y, color=hue)
     return layered(
         chart(lines)

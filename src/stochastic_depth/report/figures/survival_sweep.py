@@ -113,7 +113,7 @@ def _panel(
     axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], format="~g")
     x = alt.X("x:Q", title="p_L, survival probability of the last block", axis=axis)
     x = x.scale(domain=[0, 1])
-    y = alt.Y("y:Q", title=unit).scale(zero=unit == "seconds")
+    y = alt.Y("y:Q", title=unit).scale(zero=unit == "seconds", nice=False)
     line = chart(constant).encode(y=y, color=hue)
     band = chart(constant).mark_rect(opacity=0.12, aria=False)
     base = chart(varied).encode(x=x, y=y, color=hue)
