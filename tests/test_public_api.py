@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 import stochastic_depth as sd
+import stochastic_depth.deploy
 import stochastic_depth.models
 import stochastic_depth.surgery
 
@@ -49,7 +50,9 @@ assert not Blocked.names & {name.partition(".")[0] for name in sys.modules}
 print("trained", depth.step)
 """
 
-modules = pytest.mark.parametrize("module", [sd, sd.models, sd.surgery], ids=lambda m: m.__name__)
+modules = pytest.mark.parametrize(
+    "module", [sd, sd.deploy, sd.models, sd.surgery], ids=lambda m: m.__name__
+)
 
 
 @modules

@@ -225,6 +225,21 @@ def test_a_block_that_runs_several_times_takes_its_factor_once():
     assert_folds(Recurrent(mlp, blocks=1), ROW, [0.7])
 
 
+class Single(nn.Linear):
+    def forward(self, x):
+        if x.dtype == torch.float64:
+            raise RuntimeError("not made for float64")
+        return super().forward(x)
+
+
+def test_what_does_not_run_in_float64_is_proved_as_it_is():
+    model = Net(lambda: mlp(Single(WIDTH, WIDTH))).eval()
+    sd.apply(model, example=ROW)
+    expected = outputs(model, ROW)
+    sd.fold(model, ROW)
+    assert torch.allclose(outputs(model, ROW), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_training_scale_leaves_every_weight_as_it_is():
     model = randomised(CifarResNet(8))
     before = copy.deepcopy(model.state_dict())

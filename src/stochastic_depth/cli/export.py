@@ -26,12 +26,7 @@ from stochastic_depth.train import reopen
 
 @dataclass(frozen=True)
 class Export:
-    """A trained network as a plain file, its survival probabilities in the weights.
-
-    What was written is read back and held against the network on test images. A description (how
-    to build it, how pictures are prepared, the classes, where it comes from) is in the file, and
-    beside it as JSON.
-    """
+    """A trained network as a plain file, p_l in its weights, read back and checked."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run folder."""
@@ -40,14 +35,14 @@ class Export:
     depth: float = 1.0
     """The share of blocks to keep; those that validation needs least are taken out."""
     elastic: bool = False
-    """Keep all blocks, and in which order they can be left out: predict --depth chooses. What
-    each depth errs and costs is measured (safetensors only)."""
+    """Keep all blocks, note in which order they can be left out (predict --depth chooses), and
+    measure what each depth errs and costs; safetensors only."""
     checkpoint: Literal["best", "last"] = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where its data is now (none: where it was)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """The file to write (none: model.pt2, say, in the current folder, named as the run)."""
+    """The file to write (none: named as the run, in the current folder)."""
 
 
 def main(arguments: list[str]) -> int:

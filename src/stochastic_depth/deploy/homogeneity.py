@@ -27,6 +27,7 @@ FORMS: dict[str, Form] = {
     "baddbmm": Form(("batch2", "batch1"), ("self",)),
     "mm": Form(("mat2", "self")),
     "bmm": Form(("mat2", "self")),
+    "_grouped_mm": Form(("mat2", "self"), ("bias",)),
     "mv": Form(("vec", "self")),
     "dot": Form(("tensor", "self")),
     "mul": Form(("other", "self")),

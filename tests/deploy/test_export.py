@@ -1,0 +1,194 @@
+import json
+import struct
+
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import stochastic_depth as sd
+from stochastic_depth.cli import main
+from stochastic_depth.deploy import load_export
+from stochastic_depth.deploy.description import KEY
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.train import reopen, trained_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def truth(trained):
+    """Test images, and what the trained network with its gates gives for them."""
+    run, images = reopen(trained)
+    model, _ = trained_model(run, images)
+    x = next(images.evaluate("test"))[0][:40]
+    with torch.no_grad():
+        return x, model(x)
+
+
+@pytest.fixture(scope="module")
+def file(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("file") / "net.safetensors"
+    assert main(["export", str(trained), "--out", str(path)]) == 0
+    return path
+
+
+def difference(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def test_the_file_holds_the_plain_network_with_its_original_names(file, truth):
+    x, expected = truth
+    plain = CifarResNet(14, channels=1)
+    plain.load_state_dict(load_file(file), strict=True)
+    with torch.no_grad():
+        assert difference(plain.eval()(x), expected) < 1e-5
+        model, description = load_export(file)
+        assert difference(model(x), expected) < 1e-5
+    assert not model.training
+    assert description.classes == tuple("0123456789")
+
+
+def test_the_file_says_where_it_comes_from_in_it_and_beside_it(file, trained):
+    with safe_open(file, "pt") as opened:
+        inside = json.loads(opened.metadata()[KEY])
+    assert inside == json.loads(file.with_name("net.safetensors.json").read_text())
+    config = json.loads((trained / "config.json").read_text())
+    assert inside["source"]["run"] == config["id"]
+    assert inside["survival"] == config["config"]["survival"]
+    assert inside["versions"]["stochastic-depth"] == sd.__version__
+    assert inside["architecture"]["arguments"] == {"depth": 14, "classes": 10, "channels": 1}
+
+
+def test_torch_export_takes_batches_of_any_size(trained, truth, tmp_path, capsys):
+    path = tmp_path / "net.pt2"
+    assert main(["export", str(trained), "--format", "torch", "--out", str(path)]) == 0
+    assert "outputs differ by" in capsys.readouterr().out
+    extra = {KEY: ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    assert json.loads(extra[KEY])["classes"][0] == "0"
+    x, expected = truth
+    for count in (1, 7, 40):
+        with torch.no_grad():
+            assert difference(program(x[:count]), expected[:count]) < 1e-5
+
+
+def test_onnx_takes_batches_of_any_size(onnx, truth):
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    assert KEY in session.get_modelmeta().custom_metadata_map
+    x, expected = truth
+    for count in (1, 7, 40):
+        (logits,) = session.run(["logits"], {"images": x[:count].contiguous().numpy()})
+        assert difference(torch.from_numpy(logits), expected[:count]) < 1e-4
+
+
+def test_a_lower_depth_is_a_smaller_file_that_loads(trained, file, tmp_path, capsys):
+    path = tmp_path / "half.safetensors"
+    assert main(["export", str(trained), "--depth", "0.5", "--out", str(path)]) == 0
+    assert "3 blocks ordered by validation loss, in 15 evaluations" in capsys.readouterr().out
+    model, description = load_export(path)
+    assert len(description.architecture.removed) == 3
+    assert len(sd.apply(model).blocks) == 3
+    assert path.stat().st_size < file.stat().st_size
+
+
+def test_an_elastic_file_gives_what_it_measured_at_every_depth(elastic, trained, truth):
+    _, images = reopen(trained)
+    whole = load_export(elastic)
+    assert difference(whole.model(truth[0]), truth[1]) < 1e-5
+    assert sorted(whole.description.order) == list(range(6))
+    assert [choice.blocks for choice in whole.description.choices] == [6, 5, 4, 3, 2, 1]
+    for choice in whole.description.choices:
+        model = load_export(elastic, depth=choice.blocks / 6).model
+        wrong = seen = 0
+        for x, labels in images.evaluate("test"):
+            with torch.no_grad():
+                wrong += (model(x).argmax(1) != labels).sum().item()
+            seen += len(labels)
+        assert 100 * wrong / seen == pytest.approx(choice.test_error)
+        assert sum(p.numel() for p in model.parameters()) == choice.parameters
+        assert choice.seconds > 0
+    flops = [choice.flops for choice in whole.description.choices]
+    assert flops == sorted(flops, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--depth", "0"], "--depth 0.0"),
+        (["--depth", "1.5"], "--depth 1.5"),
+        (["--elastic", "--format", "onnx"], "--elastic"),
+        (["--elastic", "--depth", "0.5"], "--elastic"),
+        (["--out", "nowhere/net.safetensors"], "nowhere/net.safetensors"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_in_a_line(arguments, told, trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained.parent)
+    assert main(["export", str(trained), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert told in error
+
+
+def rewritten(file, tmp_path, change=lambda values: None, weights=None):
+    """A copy of an export with another description, or other weights."""
+    with safe_open(file, "pt") as opened:
+        values = json.loads(opened.metadata()[KEY])
+    change(values)
+    path = tmp_path / "changed.safetensors"
+    save_file(weights or load_file(file), path, {KEY: json.dumps(values)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda v: v.update(format=2), "format"),
+        (lambda v: v.pop("classes"), "classes"),
+        (lambda v: v["architecture"].update(kind="Popen"), "no network 'Popen'"),
+        (lambda v: v["architecture"]["arguments"].update(depth=6 * 10**8 + 2), "600000002"),
+        (lambda v: v["architecture"]["arguments"].update(depth="14"), "'14'"),
+        (lambda v: v["architecture"]["arguments"].update(classes=-1), "CifarResNet"),
+        (lambda v: v["architecture"]["arguments"].update(classes=11), "head.weight"),
+        (lambda v: v["architecture"]["arguments"].update(depth=8), "of no use"),
+        (lambda v: v["architecture"]["arguments"].update(shell=1), "shell"),
+        (lambda v: v["architecture"].update(removed=[99]), "cannot be built"),
+        (lambda v: v["architecture"].update(removed=[-1]), "understood"),
+        (lambda v: v["input"].update(std=[0.0]), "understood"),
+        (lambda v: v["input"].update(shape=[1, 10**9, 10**9]), "understood"),
+        (lambda v: v["input"].update(mean="x"), "understood"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(change, told, file, tmp_path):
+    path = rewritten(file, tmp_path, change)
+    with pytest.raises(sd.ExportError, match=r"changed\.safetensors") as error:
+        load_export(path)
+    assert told in str(error.value)
+
+
+def test_foreign_and_damaged_files_are_refused(file, tmp_path):
+    content = file.read_bytes()
+    for number, damaged in enumerate(
+        [b"", b"\x80\x04N.", content[:1000], content[:-1], struct.pack("<Q", 2**62) + content[8:]]
+    ):
+        path = tmp_path / f"{number}.safetensors"
+        path.write_bytes(damaged)
+        with pytest.raises(sd.ExportError, match="no whole safetensors file"):
+            load_export(path)
+    save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(sd.ExportError, match="does not say what network"):
+        load_export(tmp_path / "foreign.safetensors")
+    with pytest.raises(sd.ExportError, match="not there"):
+        load_export(tmp_path / "none.safetensors")
+    weights = load_file(file)
+    weights.pop("head.bias")
+    with pytest.raises(sd.ExportError, match=r"'head\.bias' is missing"):
+        load_export(rewritten(file, tmp_path, weights=weights))
+
+
+def test_one_depth_is_no_other(file, elastic):
+    with pytest.raises(sd.ExportError, match="--elastic"):
+        load_export(file, depth=0.5)
+    with pytest.raises(sd.ExportError, match="depth=0"):
+        load_export(elastic, depth=0)

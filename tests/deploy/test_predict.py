@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import stochastic_depth as sd
+from stochastic_depth.cli import main
+from stochastic_depth.data.folder_images import evaluation_view, open_picture
+from stochastic_depth.deploy.description import Input
+from stochastic_depth.deploy.pictures import read_pictures
+from stochastic_depth.deploy.predicting import open_classifier
+from stochastic_depth.train import reopen
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_pictures_of_the_data_set_are_read_as_the_network_was_trained_on_them(trained, pictures):
+    _, images = reopen(trained)
+    _, description = open_classifier(trained)
+    expected = next(images.evaluate("test"))[0][:20]
+    assert torch.equal(read_pictures(pictures[0], description.input), expected)
+
+
+@pytest.mark.parametrize("size", [(300, 400), (1000, 500), (256, 256), (224, 31)])
+def test_other_sizes_are_scaled_and_cut_as_torchvision_does(size, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
+    path = tmp_path / "picture.png"
+    Image.fromarray(pixels.numpy()).save(path)
+    mine = read_pictures([path], Input((3, 224, 224), 256, (0.0,) * 3, (1.0,) * 3))
+    assert torch.equal((mine[0] * 255).round().byte(), evaluation_view(224)(open_picture(path)))
+
+
+@pytest.mark.parametrize("kind", ["run", "safetensors", "onnx"])
+def test_a_run_and_its_files_see_the_same_in_a_picture(
+    kind, trained, elastic, onnx, pictures, capsys
+):
+    source = {"run": trained, "safetensors": elastic, "onnx": onnx}[kind]
+    assert main(["predict", str(source), *pictures[0][:3], "--top", "1"]) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    _, images = reopen(trained)
+    network, description = open_classifier(trained)
+    with torch.no_grad():
+        p = network(next(images.evaluate("test"))[0][:3]).softmax(1)
+    rows = [line for line in told.splitlines() if "│" in line]
+    for row, probabilities in zip(rows, p, strict=True):
+        assert f"{100 * probabilities.max().item():.2f} %" in row
+        assert f" {description.classes[probabilities.argmax()]} " in row
+
+
+def test_an_elastic_file_predicts_at_a_depth_and_tells_what_that_costs(elastic, pictures, capsys):
+    assert main(["predict", str(elastic), pictures[0][0], "--depth", "0.5"]) == 0
+    told = capsys.readouterr().out
+    assert "3 of 6 blocks: test error " in told
+    assert "ms an image" in told
+
+
+def test_names_are_told_as_they_are(trained, pictures, tmp_path, capsys):
+    odd = tmp_path / "[red]x[b] é.png"
+    odd.write_bytes(Path(pictures[0][0]).read_bytes())
+    assert main(["predict", str(trained), str(odd)]) == 0
+    assert "[red]x[b] é.png" in "".join(
+        line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "bad.png"),
+        (b"", "bad.png"),
+        (b"\x80\x04N.", "bad.png"),
+        (b"P6 1 100000000 255\n", "bad.png"),
+    ],
+)
+def test_what_is_no_picture_is_told_in_a_line(content, told, trained, tmp_path, capsys):
+    path = tmp_path / "bad.png"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["predict", str(trained), str(path)]) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_picture_like_a_hair_is_refused(tmp_path):
+    Image.new("L", (1, 4000)).save(tmp_path / "hair.png")
+    with pytest.raises(sd.DataError, match="1x4000"):
+        read_pictures([tmp_path / "hair.png"], Input((1, 8, 8), 8, (0.5,), (1.0,)))
+
+
+def test_what_is_no_network_is_told_in_a_line(trained, pictures, tmp_path, capsys):
+    (tmp_path / "bad.onnx").write_bytes(b"\x80\x04N.")
+    (tmp_path / "bad.pt2").write_bytes(b"\x80\x04N.")
+    cases = ["bad.onnx", "bad.pt2", "none.onnx", "none.safetensors", "none"]
+    for name in cases:
+        assert main(["predict", str(tmp_path / name), pictures[0][0]]) == 1
+        error = capsys.readouterr().err
+        assert name in error
+        assert error.count("\n") == 1, error
+    assert main(["predict", str(trained), pictures[0][0], "--depth", "0.5"]) == 1
+    assert "--elastic" in capsys.readouterr().err

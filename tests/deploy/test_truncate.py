@@ -1,0 +1,202 @@
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import stochastic_depth as sd
+from stochastic_depth.gates import Gate
+from stochastic_depth.models import CifarResNet, ImageNetResNet
+from stochastic_depth.models.published import published
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def network(depth=20) -> CifarResNet:
+    """Gains that are not zero, statistics that have seen data."""
+    model = CifarResNet(depth, init="he")
+    model.train()(X)
+    return model.eval()
+
+
+def closed_outputs(model, closed, x):
+    """Of the model before, by its gates."""
+    twin = copy.deepcopy(model)
+    for number in closed:
+        for gates in sd.depth_of(twin).blocks[number].gates:
+            gates.evaluation = Gate(open=False)
+    with torch.no_grad():
+        out = twin(**x) if isinstance(x, dict) else twin(x)
+    return out if torch.is_tensor(out) else out[0]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [(1, [0, 3, 6]), (2, [0, 1, 3, 4, 6, 7]), (9, list(range(9))), ([1, 5, 8], [1, 5, 8])],
+)
+def test_the_first_of_each_stage_or_those_that_are_named_stay(keep, kept):
+    model = network()
+    sd.apply(model)
+    closed = set(range(9)) - set(kept)
+    expected = closed_outputs(model, closed, X)
+    before = set(model.state_dict())
+    sd.truncate(model, keep, X)
+    assert torch.allclose(model(X), expected, rtol=1e-4, atol=1e-5)
+    gone = {name for name in before if any(name.startswith(f"blocks.{n}.") for n in closed)}
+    assert set(model.state_dict()) == before - gone
+    assert type(model) is CifarResNet
+
+
+def test_without_its_branch_a_transition_still_pools_and_pads():
+    model = network()
+    sd.apply(model)
+    expected = closed_outputs(model, {3}, X)
+    sd.truncate(model, [n for n in range(9) if n != 3], X)
+    assert torch.allclose(model(X), expected, rtol=1e-4, atol=1e-5)
+    assert model.blocks[3](torch.ones(1, 16, 8, 8)).shape == (1, 32, 4, 4)
+
+
+def test_a_projection_keeps_its_weights_and_their_names():
+    model = ImageNetResNet(50, classes=3).eval()
+    sd.apply(model)
+    x = torch.randn(2, 3, 32, 32)
+    sd.truncate(model, [0, 1], x)
+    assert model.get_submodule("blocks.3.shortcut.0").weight.shape[:2] == (512, 256)
+    assert not any(name.startswith("blocks.3.branch") for name in model.state_dict())
+
+
+def test_what_is_left_trains_is_applied_again_and_loads_its_own_weights():
+    model = network()
+    sd.apply(model)
+    sd.truncate(model, 2, X)
+    depth = sd.apply(model)
+    assert len(depth.survival) == 6
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = F.cross_entropy(model(X), torch.arange(4))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), torch.arange(4))
+        loss.backward()
+        optimizer.step()
+    assert loss < before
+    sd.remove(model)
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_recalibration_takes_the_statistics_of_what_is_left():
+    model = network()
+    sd.apply(model)
+    sd.truncate(model, 1, X, recalibrate=[X])
+    norm, seen = model.get_submodule("blocks.3.branch.1"), {}
+    mean = norm.running_mean.double().clone()
+    norm.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    model.train()(X)
+    assert torch.allclose(mean, seen["x"].double().mean((0, 2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "keep", "shallower"),
+    [
+        ("torchvision/resnet34", {"shape": (3, 32, 32)}, 2, "torchvision/resnet18"),
+        (
+            "timm/vit_tiny_patch16_224",
+            {"depth": 4, "img_size": 32, "shape": (3, 32, 32)},
+            3,
+            ("timm/vit_tiny_patch16_224", {"depth": 3, "img_size": 32, "shape": (3, 32, 32)}),
+        ),
+        (
+            "transformers/gpt2",
+            {"n_layer": 4, "n_embd": 16, "n_head": 2, "vocab_size": 99},
+            [0, 2],
+            ("transformers/gpt2", {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 99}),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_foreign_network_becomes_the_same_architecture_built_shallower(
+    name, options, keep, shallower
+):
+    model, x = published(name, **options)
+    model.eval()
+    depth = sd.apply(model, example=x)
+    blocks = range(len(depth.blocks))
+    stage_wise = [0, 1, 3, 4, 7, 8, 13, 14]
+    kept = keep if isinstance(keep, list) else stage_wise if len(blocks) == 16 else range(keep)
+    expected = closed_outputs(model, set(blocks) - set(kept), x)
+    sd.truncate(model, keep, x)
+    other = (shallower, options) if isinstance(shallower, str) else shallower
+    built, _ = published(other[0], **other[1])
+    built.eval().load_state_dict(model.state_dict(), strict=True)
+    out = built(**x) if isinstance(x, dict) else built(x)
+    assert torch.allclose(out if torch.is_tensor(out) else out[0], expected, rtol=1e-4, atol=1e-5)
+    if name.startswith("transformers"):
+        assert model.config.num_hidden_layers == 2
+        assert [layer.attn.layer_idx for layer in model.h] == [0, 1]
+
+
+class PostNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(x + torch.relu(self.linear(x)))
+
+
+def test_a_block_that_does_more_than_pass_on_its_input_is_refused_by_name():
+    model = nn.Sequential(*(PostNorm() for _ in range(3))).eval()
+    x = torch.randn(2, 8)
+    sd.apply(model, example=x)
+    expected = model(x)
+    with pytest.raises(sd.TruncateError, match=r"block '2' \(PostNorm\)"):
+        sd.truncate(model, [0, 1], x)
+    assert torch.equal(model(x), expected)
+    assert len(sd.depth_of(model).blocks) == 3
+
+
+@pytest.mark.parametrize("keep", [0, -1, [9], [0, 0], [-1]])
+def test_a_choice_that_does_not_fit_is_refused(keep):
+    model = network()
+    sd.apply(model)
+    with pytest.raises(sd.TruncateError, match="keep="):
+        sd.truncate(model, keep, X)
+
+
+def test_blocks_are_dropped_in_the_order_that_costs_least_at_each_step():
+    model = network(14)
+    sd.apply(model, sd.Uniform(1.0))
+    labels = torch.tensor([0, 1, 2, 3])
+
+    def loss(model):
+        assert not model.training
+        with torch.no_grad():
+            return F.cross_entropy(model(X), labels).item()
+
+    model.train()
+    found = list(sd.drop_order(model, loss))
+    assert model.training
+    model.eval()
+    dropped: set[int] = set()
+    for step in found:
+        tried = {
+            n: F.cross_entropy(closed_outputs(model, dropped | {n}, X), labels).item()
+            for n in set(range(6)) - dropped
+        }
+        assert step.block == min(tried, key=lambda n: tried[n])
+        assert step.loss == pytest.approx(tried[step.block])
+        assert step.evaluations == len(tried)
+        dropped.add(step.block)
+    assert len(found) == 6
+
+
+def test_the_search_may_be_left_early_and_leaves_no_trace():
+    model = network(14)
+    sd.apply(model)
+    expected = model(X)
+    assert len(list(itertools.islice(sd.drop_order(model, lambda m: 0.0), 2))) == 2
+    assert torch.equal(model(X), expected)
