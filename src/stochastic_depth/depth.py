@@ -71,7 +71,7 @@ class StochasticDepth:
         self.gate: GateKind = gate
         self.scale: Scale = scale
         self.skipped: SkippedPolicy = skipped
-        self.seed = _integer("seed", seed)
+        self.seed = seed
         self.least = least
         self._coins: Tensor | None = None
         self._draws_since_backward = 0
@@ -94,7 +94,7 @@ class StochasticDepth:
 
     @step.setter
     def step(self, step: int) -> None:
-        number = _integer("step", step)
+        number = integer("step", step)
         if number < 0:
             raise GateError(f"step={number}: steps are counted from 0")
         self._step = number
@@ -256,7 +256,12 @@ class StochasticDepth:
         )
 
 
-def _integer(name: str, value: object) -> int:
+def integer(name: str, value: object) -> int:
+    """`value` as the integer that it is, of whatever library.
+
+    Raises:
+        GateError: when it is none.
+    """
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
