@@ -83,8 +83,10 @@ def test_what_is_no_step_is_refused_and_changes_nothing(step) -> None:
     with pytest.raises(sd.GateError, match=f"step={step!r}"):
         depth.step = step
     assert depth.step == 4
+    model = network()
     with pytest.raises(sd.GateError, match=r"seed=1\.5"):
-        sd.apply(network(), HALF, seed=1.5)  # type: ignore[arg-type]
+        sd.apply(model, HALF, seed=1.5)  # type: ignore[arg-type]
+    sd.apply(model, HALF)
 
 
 def test_an_average_has_gates_of_its_own_and_leaves_the_models_alone() -> None:

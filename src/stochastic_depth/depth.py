@@ -76,7 +76,7 @@ class StochasticDepth:
         self.gate: GateKind = gate
         self.scale: Scale = scale
         self.skipped: SkippedPolicy = skipped
-        self.seed = _integer("seed", seed)
+        self.seed = seed
         self.rank: int | None = None
         self.share: tuple[int, int] | None = None
         self.least = least
@@ -103,7 +103,7 @@ class StochasticDepth:
 
     @step.setter
     def step(self, step: int) -> None:
-        number = _integer("step", step)
+        number = integer("step", step)
         if number < 0:
             raise GateError(f"step={number}: steps are counted from 0")
         self._step = number
@@ -343,7 +343,12 @@ class StochasticDepth:
         )
 
 
-def _integer(name: str, value: object) -> int:
+def integer(name: str, value: object) -> int:
+    """`value` as the integer that it is, of whatever library.
+
+    Raises:
+        GateError: when it is none.
+    """
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:

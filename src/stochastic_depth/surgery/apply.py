@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth.depth import Block, SkippedPolicy, StochasticDepth, batch_size
+from stochastic_depth.depth import Block, SkippedPolicy, StochasticDepth, batch_size, integer
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, GateKind, Scale
 from stochastic_depth.residual import Residual
@@ -106,6 +106,7 @@ def apply(
         ApplyError: when `model` has no residual block, or has stochastic depth already.
         UnsupportedBlockError: when a block cannot be made skippable; `model` is as it was.
         SurvivalError: when a p_l is outside (0, 1].
+        GateError: when `seed` is no integer.
     """
     for option, value, known in (
         ("gate", gate, get_args(GateKind)),
@@ -117,6 +118,7 @@ def apply(
             raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
     if least < 0 or (least > 0 and gate != "subset"):
         raise ApplyError(f'least={least}: a number of samples, with gate="subset"')
+    seed = integer("seed", seed)
     refuse_applied(model)
     if example is None:
         found = find_residuals(model, include, exclude)
