@@ -33,6 +33,6 @@ def cifar10_small_constant() -> Config:
     Source: ours; the paper's optimisation in batches of 64 on a fixed part of its training images.
     Command: stochastic-depth train cifar10-small-constant --data.root DIR
     Published: none. Expected: a test error of about 44 %.
-    Cost: 40 epochs of 5,000 images, about 3 minutes on one core.
+    Cost: 40 epochs of 5,000 images, 2 to 3 minutes on one core.
     """
     return replace(constant_depth(cifar10_small()), recipe="cifar10-small-constant")

@@ -80,12 +80,11 @@ class Queue:
         Raises:
             RunError: when the storage cannot be used.
         """
+        told: dict[str, Any] = {"state": self._optuna.trial.TrialState.FAIL}
+        if self._sweep.done(claim.point):
+            told = {"values": best_record(self._sweep.records(claim.point)).validation_error}
         with self._alone():
-            if self._sweep.done(claim.point):
-                best = best_record(self._sweep.records(claim.point))
-                self._study.tell(claim.number, best.validation_error)
-            else:
-                self._study.tell(claim.number, state=self._optuna.trial.TrialState.FAIL)
+            self._study.tell(claim.number, **told)
 
     def running(self) -> list[Point]:
         """The points under way, or left by a worker that is gone.
