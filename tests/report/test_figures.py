@@ -1,7 +1,6 @@
 import csv
 import io
 import itertools
-import math
 import statistics
 from dataclasses import replace
 
@@ -12,19 +11,8 @@ from hypothesis import strategies as st
 
 from stochastic_depth.report import figures
 from stochastic_depth.report.figure import Figure
-from stochastic_depth.report.figures.active_blocks import poisson_binomial
 from stochastic_depth.report.figures.marks import _ticks
 from stochastic_depth.report.sources import read_sources
-from stochastic_depth.survival import LinearDecay, survival_probabilities
-
-
-def test_active_blocks_are_expected_as_all_patterns_of_gates_say():
-    survival = survival_probabilities(LinearDecay(0.3), 6)
-    exact = [0.0] * 7
-    for gates in itertools.product((0, 1), repeat=6):
-        weights = (p if gate else 1 - p for gate, p in zip(gates, survival, strict=True))
-        exact[sum(gates)] += math.prod(weights)
-    assert poisson_binomial(survival) == pytest.approx(exact)
 
 
 def test_curves_hold_every_number_of_the_journals(experiment):

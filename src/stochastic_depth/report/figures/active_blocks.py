@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 import altair as alt
+import torch
 
+from stochastic_depth.analysis.active_blocks import active_distribution
 from stochastic_depth.report.experiment import Series
 from stochastic_depth.report.figure import Figure, Row
 from stochastic_depth.report.figures.marks import chart, layered
@@ -24,7 +26,8 @@ def active_blocks(series: Series) -> Figure | None:
                 counts.update({int(n): count for n, count in record.active_counts.items()})
     if not counts.total():
         return None
-    exact = poisson_binomial(series.cost.survival)
+    survival = torch.tensor(series.cost.survival, dtype=torch.float64)
+    exact = active_distribution(survival).tolist()
     steps = counts.total()
     rows: list[Row] = [
         {
@@ -46,16 +49,6 @@ def active_blocks(series: Series) -> Figure | None:
         f"the Poisson-binomial distribution, exact for these survival probabilities.{ramp}",
         height=210,
     )
-
-
-def poisson_binomial(survival: Sequence[float]) -> list[float]:
-    """P(n blocks are active) for n = 0..L, of independent gates with these probabilities."""
-    distribution = [1.0]
-    for p in survival:
-        closed = [*((1 - p) * q for q in distribution), 0.0]
-        opened = [0.0, *(p * q for q in distribution)]
-        distribution = [a + b for a, b in zip(closed, opened, strict=True)]
-    return distribution
 
 
 def _panel(series: Series, rows: Sequence[Row], steps: int) -> alt.LayerChart:
