@@ -30,7 +30,7 @@ soak: install
 	STOCHASTIC_DEPTH_SOAK=1 $(BIN)/pytest -m soak tests
 
 fuzz: install
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python tools/fuzz.py --seconds 60
 
 install: .venv/installed

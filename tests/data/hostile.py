@@ -139,7 +139,7 @@ PICKLES = {
     "a memo of 2^31 entries": b"}r\xff\xff\xff\x7f.",
     "a string of 2^62 bytes": b"\x8d\xff\xff\xff\xff\xff\xff\xff\x3f.",
     "a frame of 2^63 bytes": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.",
-    "an integer of 100 MB": b"\x8b" + struct.pack("<i", 10**8) + bytes(10**8) + b".",
+    "an integer of 10 MB": b"\x8b" + struct.pack("<i", 10**7) + bytes(10**7) + b".",
     "dictionaries doubled 60 times": doubled(b"}"),
     "300,000 lists, one in the other": nested(b"]", b"a")[:-1] + b".",
     "a million tuples, one in the other": b")" + b"\x85" * 10**6 + b".",
@@ -238,7 +238,7 @@ def in_archive(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: i
         member = tarfile.TarInfo(name)
         member.type, member.linkname, member.size = kind, link, size
         with tarfile.open(folder / "a.tar.gz", "w:gz", compresslevel=1) as archive:
-            archive.addfile(member, open("/dev/zero", "rb") if size else None)  # noqa: SIM115
+            archive.addfile(member)
         try:
             unpack(folder / "a.tar.gz", folder / "inside")
         except tarfile.TarError as error:
@@ -309,7 +309,7 @@ HOSTILE = {
     "archive: a hard link out": in_archive("inside/link", tarfile.LNKTYPE, "../../a"),
     "archive: a device": in_archive("null", tarfile.CHRTYPE),
     "archive: a pipe": in_archive("pipe", tarfile.FIFOTYPE),
-    "archive: 1.5 GB in 7 MB": in_archive("zeros", size=3 * 2**29),
+    "archive: 1.5 GB claimed": in_archive("zeros", size=3 * 2**29),
 }
 
 

@@ -33,6 +33,7 @@ def told():
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_every_hostile_file_is_one_error_in_bounded_memory_and_time(told, counts):
     for case in told:
         assert case["ours"], case
@@ -40,7 +41,7 @@ def test_every_hostile_file_is_one_error_in_bounded_memory_and_time(told, counts
         assert len(case["error"]) < 1000, case
         assert case["memory"] < MOST_MEMORY, case
         assert case["seconds"] < MOST_SECONDS, case
-    assert len(told) > 80
+    assert len(told) > 70
     largest = max(told, key=lambda case: case["memory"])
     counts["hostile files refused"] += len(told)
     counts[f"bytes of memory for the worst of them ({largest['name']})"] = largest["memory"]

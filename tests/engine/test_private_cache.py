@@ -86,26 +86,29 @@ def test_a_library_that_was_planted_is_not_loaded_and_one_of_ours_is(above, monk
     made, compile = [], native._compile
     monkeypatch.setattr(native, "_compile", lambda *given: (made.append(given), compile(*given)))
 
-    def loaded_after(change):
+    def compiled_by_now():
         native._library.cache_clear()
-        change()
         native._library()
         return len(made)
 
-    assert loaded_after(lambda: None) == 1
-    assert loaded_after(lambda: None) == 1
+    assert compiled_by_now() == 1
+    assert compiled_by_now() == 1
     (library,) = (above / "stochastic-depth").iterdir()
     assert mode(library) == 0o700
 
-    def plant(permissions):
-        library.unlink()  # not written over: it is mapped
-        library.write_bytes(b"planted")
-        library.chmod(permissions)
-
-    assert loaded_after(lambda: plant(0o777)) == 2
+    library.unlink()  # not written over: it is mapped
+    library.write_bytes(b"planted")
+    library.chmod(0o777)
+    assert compiled_by_now() == 2
     assert library.stat().st_size > 1000
+
+    # One of ours that is damaged, elsewhere, since a library is loaded once from one place.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(above / "other"))
+    damaged = private_cache() / library.name
+    damaged.write_bytes(b"damaged")
+    damaged.chmod(0o700)
     with pytest.raises(
         EngineError, match=r"native kernels: .*; remove .*so, or use --engine eager"
     ):
-        loaded_after(lambda: plant(0o700))
+        compiled_by_now()
     native._library.cache_clear()
