@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stochastic_depth.data import Images, batches, load
+from stochastic_depth.data import Images, load
 from stochastic_depth.data.reduction import reduced
 from stochastic_depth.errors import DataError
 
@@ -46,11 +46,6 @@ def test_every_part_is_reduced_and_the_fingerprint_follows():
         assert torch.equal(small.parts[part].labels, whole.parts[part].labels)
     assert small.fingerprint != whole.fingerprint
     assert not torch.equal(small.std, whole.std)
-
-
-def test_imagenet_keeps_its_size(tmp_path):
-    with pytest.raises(DataError, match="size=112: imagenet is trained at 224"):
-        batches("imagenet", tmp_path, batch=8, seed=0, device="cpu", size=112)
 
 
 def test_the_real_cifar_10_at_half_its_size(real_cifar10_root):
