@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 import stochastic_depth as sd
+import stochastic_depth.distributed
 import stochastic_depth.models
 import stochastic_depth.surgery
 
@@ -34,7 +35,7 @@ sys.meta_path.insert(0, Blocked())
 
 import torch
 import stochastic_depth as sd
-import stochastic_depth.models, stochastic_depth.surgery
+import stochastic_depth.distributed, stochastic_depth.models, stochastic_depth.surgery
 
 model = sd.models.CifarResNet(8)
 depth = sd.apply(model)
@@ -48,7 +49,9 @@ assert not Blocked.names & {name.partition(".")[0] for name in sys.modules}
 print("trained", depth.step)
 """
 
-modules = pytest.mark.parametrize("module", [sd, sd.models, sd.surgery], ids=lambda m: m.__name__)
+modules = pytest.mark.parametrize(
+    "module", [sd, sd.distributed, sd.models, sd.surgery], ids=lambda m: m.__name__
+)
 
 
 @modules

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_fit import assert_same_end
+from written import write_imagenet
 
 from stochastic_depth.train import begin, fit, open_run, reopen
 from stochastic_depth.train.config import Config, DistributedConfig
@@ -22,11 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = "--model.depth 14 --survival.final 0.3 --epochs 2 --evaluate-every 4".split()
 SYNCED = ["--distributed.sync-batchnorm"]
 TIMEOUT = 150
+COMMAND = Path(__file__).with_name("command.py")
 
 
 def torchrun(*arguments: object, ranks: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
     command = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} "
-    command += f"--max-restarts {restarts} -m stochastic_depth -- train"
+    command += f"--max-restarts {restarts} {COMMAND} -- train"
     return subprocess.Popen(
         [sys.executable, *command.split(), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
@@ -131,6 +133,18 @@ def test_a_process_is_killed_and_the_group_ends_where_it_would_have(folder):
     assert "going on at step" in finish(group)
     assert_same_end(open_run(undisturbed), open_run(killed))
     assert not list(killed.rglob(".unfinished-*"))
+
+
+def test_a_tree_of_pictures_is_trained_on(folder):
+    """The ImageNet recipe with fewer layers: a checkpoint of all of its 152 is half a gigabyte."""
+    pytest.importorskip("torchvision", reason="needs torchvision")
+    write_imagenet(folder / "pictures", train=8, val=3)
+    options = "--model.depth 50 --data.size 32 --data.workers 1 --optimizer.batch 8 --epochs 1"
+    options += f" --data.root {folder / 'pictures'} --precision float32"
+    finish(torchrun("imagenet-resnet152", *options.split(), "--run", folder / "imagenet"))
+    (record,) = journal(folder / "imagenet")
+    assert record["step"] == 3  # of 8 images each, of 24
+    assert record["test_error"] in [pytest.approx(100 * wrong / 9) for wrong in range(10)]
 
 
 def workers(agent: int) -> list[int]:

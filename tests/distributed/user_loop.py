@@ -208,7 +208,7 @@ def buckets_keep_the_order_of_the_backward_pass() -> None:
         assert not depth.gates.all()
     layers = [number // 2 for number in order]
     assert sorted(set(layers)) == list(range(2 * BLOCKS + 2))
-    assert layers == sorted(layers, reverse=True)
+    assert layers == sorted(layers, reverse=True), layers
 
 
 def a_forward_pass_that_fails_leaves_no_hook() -> None:
