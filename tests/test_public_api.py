@@ -10,6 +10,7 @@ from torch import nn
 
 import stochastic_depth as sd
 import stochastic_depth.deploy
+import stochastic_depth.distributed
 import stochastic_depth.models
 import stochastic_depth.surgery
 
@@ -36,7 +37,7 @@ sys.meta_path.insert(0, Blocked())
 
 import torch
 import stochastic_depth as sd
-import stochastic_depth.models, stochastic_depth.surgery
+import stochastic_depth.distributed, stochastic_depth.models, stochastic_depth.surgery
 
 model = sd.models.CifarResNet(8)
 depth = sd.apply(model)
@@ -51,7 +52,9 @@ print("trained", depth.step)
 """
 
 modules = pytest.mark.parametrize(
-    "module", [sd, sd.deploy, sd.models, sd.surgery], ids=lambda m: m.__name__
+    "module",
+    [sd, sd.deploy, sd.distributed, sd.models, sd.surgery],
+    ids=lambda m: m.__name__,
 )
 
 

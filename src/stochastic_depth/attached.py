@@ -67,7 +67,7 @@ def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not places or not parameters:
         return output
-    attached = _Attach.apply(len(places), *(leaves[i] for i in places), *parameters)
+    attached = _Attach.apply(len(places), *(leaves[i] for i in places), *reversed(parameters))
     for place, leaf in zip(places, attached, strict=True):
         leaves[place] = leaf
     return tree_unflatten(leaves, structure)

@@ -99,6 +99,18 @@ def test_data(bench, monkeypatch):
         assert f"data are {100 * share:.2f} % of a {name}" in printed
 
 
+def test_distributed(bench):
+    printed, result = bench("distributed", "--depth", "8", "--size", "8", "--ranks", "2")
+    assert "ResNet-8, 2 processes" in printed
+    ways = result["ranks"]["2"]
+    for way in ("DDP, skip_closed", "FSDP2, shard_branches"):
+        constant, stochastic = ways[way]["constant depth"], ways[way]["p_L = 0.5"]
+        assert stochastic["bytes"] / constant["bytes"] == pytest.approx(
+            stochastic["open_share"], abs=0.02
+        )
+    assert ways["DDP"]["p_L = 0.5"]["bytes"] == ways["DDP"]["constant depth"]["bytes"]
+
+
 def test_engines(bench, monkeypatch):
     monkeypatch.setenv("PATH", "")
     printed, result = bench("engines", "--depth", "8", "--size", "16")

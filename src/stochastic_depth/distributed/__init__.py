@@ -5,6 +5,7 @@ a closed block costs no communication either.
 """
 
 from stochastic_depth.distributed.by_rank import gates_by_rank
+from stochastic_depth.distributed.checkpoint import load_sharded, save_sharded
 from stochastic_depth.distributed.reduction import skip_closed
 from stochastic_depth.distributed.sharding import branch_modules, shard_branches
 from stochastic_depth.distributed.sync_batchnorm import CpuSyncBatchNorm, synchronise_batchnorm
@@ -13,6 +14,8 @@ __all__ = [
     "CpuSyncBatchNorm",
     "branch_modules",
     "gates_by_rank",
+    "load_sharded",
+    "save_sharded",
     "shard_branches",
     "skip_closed",
     "synchronise_batchnorm",

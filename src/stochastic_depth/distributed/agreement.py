@@ -9,6 +9,32 @@ from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.errors import GateError
 from stochastic_depth.randomness import digest
 
+_BETWEEN_LOOKS = {"cpu": 1}
+"""Looking makes the host wait for a GPU: there, once in a hundred times."""
+
+
+class Agreement:
+    """Looks from time to time whether all ranks have the same gates.
+
+    Every rank must ask for a look at the same places of its program.
+    """
+
+    def __init__(
+        self, depths: Sequence[StochasticDepth], group: dist.ProcessGroup | None = None
+    ) -> None:
+        self._depths, self._group = depths, group
+        self._asked = 0
+
+    def look(self, device: torch.device) -> None:
+        """At every time on a CPU, at the first and every hundredth on a GPU.
+
+        Raises:
+            GateError: as `require_agreement`.
+        """
+        if self._asked % _BETWEEN_LOOKS.get(device.type, 100) == 0:
+            require_agreement(self._depths, self._group)
+        self._asked += 1
+
 
 def require_agreement(
     depths: Sequence[StochasticDepth], group: dist.ProcessGroup | None = None

@@ -11,12 +11,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.depth import StochasticDepth
-from stochastic_depth.distributed.agreement import require_agreement
+from stochastic_depth.distributed.agreement import Agreement
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.surgery.apply import applied_inside, depth_of
-
-_SYNCS_BETWEEN_LOOKS = {"cpu": 1}
-"""Looking at what ranks agree on makes a host wait for its GPU: there, once in a hundred."""
 
 
 def skip_closed(ddp: DistributedDataParallel) -> None:
@@ -86,14 +83,12 @@ class _Reduction:
 
     def __init__(self, blocks: list[_Blocks], group: dist.ProcessGroup | None) -> None:
         self._blocks, self._group = blocks, group
-        self._syncs = 0
+        self._agreement = Agreement([of_one.depth for of_one in blocks], group)
 
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
         if bucket.index() == 0:
-            if self._syncs % _SYNCS_BETWEEN_LOOKS.get(buffer.device.type, 100) == 0:
-                require_agreement([blocks.depth for blocks in self._blocks], self._group)
-            self._syncs += 1
+            self._agreement.look(buffer.device)
         runs = list(self._open_runs(bucket))
         if bucket.is_last():
             for blocks in self._blocks:

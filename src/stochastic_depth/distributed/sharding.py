@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from stochastic_depth.distributed.agreement import Agreement
 from stochastic_depth.errors import GateError
 from stochastic_depth.surgery.apply import applied_to, depth_of
 
@@ -46,15 +47,24 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
-        GateError: when each rank draws gates of its own.
+        GateError: when each rank draws gates of its own; or in a forward pass, on every rank, when
+            their gates differ. On a GPU this is looked at in every hundredth.
     """
-    if depth_of(model).rank is not None:
+    depth = depth_of(model)
+    if depth.rank is not None:
         raise GateError(
             "a sharded model needs the same gates on every rank, because all of them gather the "
             "parameters of an open block: do without sd.distributed.gates_by_rank"
         )
     for group in branch_modules(model):
         fully_shard(group if len(group) > 1 else group[0], **options)
+    agreement = Agreement([depth])
+
+    def look(model: nn.Module, args: tuple) -> None:
+        if model.training:
+            agreement.look(next(model.parameters()).device)
+
+    model.register_forward_pre_hook(look)
 
 
 def _outermost(

@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from stochastic_depth.errors import ConfigError, StochasticDepthError
 
@@ -37,7 +39,11 @@ def joined() -> Iterator[None]:
                 f"--nproc-per-node {gpus}, or hide them (CUDA_VISIBLE_DEVICES=) to use the CPU"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps its store over restarts, and gloo would look there for processes that are dead.
+    store = PrefixStore(f"restart {restarts()}", store)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     yield
     dist.destroy_process_group()  # not after an error, when others may not be there
 

@@ -6,6 +6,7 @@ import tyro
 
 from stochastic_depth.cli.bench.data import Data
 from stochastic_depth.cli.bench.depth import Depth
+from stochastic_depth.cli.bench.distributed import Distributed
 from stochastic_depth.cli.bench.engines import Engines
 from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.cli.bench.output import write_json
@@ -22,6 +23,7 @@ Command = (
     | Annotated[Peers, tyro.conf.subcommand("peers", prefix_name=False)]
     | Annotated[Depth, tyro.conf.subcommand("depth", prefix_name=False)]
     | Annotated[Engines, tyro.conf.subcommand("engines", prefix_name=False)]
+    | Annotated[Distributed, tyro.conf.subcommand("distributed", prefix_name=False)]
     | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
 )
 

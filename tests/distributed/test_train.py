@@ -1,0 +1,176 @@
+"""train by several processes: as one process trains, whoever dies."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_fit import assert_same_end
+from written import write_imagenet
+
+from stochastic_depth.train import begin, fit, open_run, reopen
+from stochastic_depth.train.config import Config, DistributedConfig
+from stochastic_depth.train.display import RunView
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIONS = "--model.depth 14 --survival.final 0.3 --epochs 2 --evaluate-every 4".split()
+SYNCED = ["--distributed.sync-batchnorm"]
+TIMEOUT = 150
+COMMAND = Path(__file__).with_name("command.py")
+
+
+def torchrun(*arguments: object, ranks: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
+    command = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} "
+    command += f"--max-restarts {restarts} {COMMAND} -- train"
+    return subprocess.Popen(
+        [sys.executable, *command.split(), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+def journal(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(path: Path, other: Path, tolerance: float = 2e-3) -> None:
+    """Sums in another order are rounded differently, so that runs drift apart, slowly."""
+    mine, others = journal(path), journal(other)
+    assert len(mine) == len(others) == 5
+    for record, expected in zip(mine, others, strict=True):
+        for name in ("step", "active_blocks", "learning_rate"):
+            assert record[name] == expected[name], name
+        for name in ("train_loss", "test_loss", "validation_loss"):
+            assert record[name] == pytest.approx(expected[name], rel=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """The run of one process."""
+    from stochastic_depth.cli import main
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main(["train", "digits", *OPTIONS, *SYNCED, "--quiet", "--run", f"{folder}/alone"]) == 0
+    torch.set_num_threads(threads)
+    return folder / "alone"
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path) -> tuple[Path, str]:
+    """The run of two processes, and what was printed."""
+    run = folder / "together"
+    return run, finish(torchrun("digits", *OPTIONS, *SYNCED, "--run", run))
+
+
+def test_two_processes_train_as_one_does(alone, together):
+    run, _ = together
+    assert_close(run, alone)
+
+
+def test_one_process_prints_and_writes(together):
+    run, output = together
+    assert output.count("→") == output.count("epoch 2/2") == 1
+    assert "engine eager: a block program is of one process, and 2 train together" in output
+    assert (run / "model.safetensors").exists()
+
+
+def test_a_run_of_two_is_gone_on_with_by_one(together, alone, folder):
+    begun, _ = together
+    path = folder / "by-one"
+    shutil.copytree(begun, path)
+    (path / "model.safetensors").unlink()
+    run = open_run(path)
+    newest, *_ = run.checkpoints.steps()
+    run.checkpoints.path(newest).unlink()
+    assert len(list(fit(*reopen(path), RunView("", print)))) == 1
+    assert_close(path, alone)
+
+
+def test_a_run_of_one_is_gone_on_with_by_two(alone, folder):
+    run, images = begin(open_run(alone).config, folder / "by-two")
+    records = fit(run, images, RunView("", print))
+    for _ in range(2):
+        next(records)
+    records.close()
+    assert "going on at step 8 of 20" in finish(torchrun("--resume", run.path))
+    assert_close(run.path, alone)
+
+
+def test_a_process_is_killed_and_the_group_ends_where_it_would_have(folder):
+    """Bit for bit, without batch normalisation over ranks too."""
+    undisturbed, killed = folder / "undisturbed", folder / "killed"
+    finish(torchrun("digits", *OPTIONS, "--run", undisturbed))
+    group = torchrun("digits", *OPTIONS, "--run", killed, restarts=2)
+    began = time.monotonic()
+    while not list((killed / "checkpoints").glob("step-*")):
+        assert time.monotonic() < began + TIMEOUT
+        time.sleep(0.01)
+    os.kill(workers(group.pid)[1], signal.SIGKILL)
+    assert "going on at step" in finish(group)
+    assert_same_end(open_run(undisturbed), open_run(killed))
+    assert not list(killed.rglob(".unfinished-*"))
+
+
+def test_a_tree_of_pictures_is_trained_on(folder):
+    """The ImageNet recipe with fewer layers: a checkpoint of all of its 152 is half a gigabyte."""
+    pytest.importorskip("torchvision", reason="needs torchvision")
+    write_imagenet(folder / "pictures", train=8, val=3)
+    options = "--model.depth 50 --data.size 32 --data.workers 1 --optimizer.batch 8 --epochs 1"
+    options += f" --data.root {folder / 'pictures'} --precision float32"
+    finish(torchrun("imagenet-resnet152", *options.split(), "--run", folder / "imagenet"))
+    (record,) = journal(folder / "imagenet")
+    assert record["step"] == 3  # of 8 images each, of 24
+    assert record["test_error"] in [pytest.approx(100 * wrong / 9) for wrong in range(10)]
+
+
+def workers(agent: int) -> list[int]:
+    """The processes that torchrun has started, in order of rank."""
+    children = Path(f"/proc/{agent}/task").glob("*/children")
+    return sorted(int(pid) for found in children for pid in found.read_text().split())
+
+
+def test_what_may_be_restarted_must_say_where_it_writes(monkeypatch, capsys):
+    from stochastic_depth.cli import main
+
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert main(["train", "digits", *OPTIONS]) == 1
+    assert "--run DIR" in capsys.readouterr().err
+
+
+def test_a_restart_does_not_go_on_with_a_run_of_another_configuration(alone, monkeypatch, capsys):
+    from stochastic_depth.cli import main
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["train", "digits", "--run", str(alone)]) == 1
+    assert "of another configuration" in capsys.readouterr().err
+
+
+def test_batch_normalisation_over_ranks_needs_the_same_gates_on_all():
+    from stochastic_depth.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="leave one out"):
+        Config(distributed=DistributedConfig(sync_batchnorm=True, rank_gates=True))

@@ -1,0 +1,459 @@
+"""What holds in the user's own loop, on every rank of a group; run by test_user_loop.py.
+
+Networks are in float64 without batch normalisation, so that ranks which share a mini-batch must end
+where one process ends that has all of it.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import report
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import stochastic_depth as sd
+from stochastic_depth.distributed import (
+    CpuSyncBatchNorm,
+    branch_modules,
+    gates_by_rank,
+    load_sharded,
+    save_sharded,
+    shard_branches,
+    skip_closed,
+    synchronise_batchnorm,
+)
+
+BLOCKS, WIDTH, BATCH, STEPS = 6, 8, 12, 8
+OF_BLOCK = 2 * (WIDTH * WIDTH + WIDTH)
+OF_REST = 2 * (WIDTH * WIDTH + WIDTH)
+TOLERANCE = 1e-12
+
+
+def network(skipped: str = "paper", **options: Any) -> tuple[nn.Module, sd.StochasticDepth]:
+    """A linear stem, residual units, a linear head: the same on every rank."""
+    torch.manual_seed(0)
+    units = [
+        sd.Residual(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)))
+        for _ in range(BLOCKS)
+    ]
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *units, nn.Linear(WIDTH, WIDTH)).double()
+    return model, sd.apply(model, sd.LinearDecay(0.2), skipped=skipped, seed=3, **options)
+
+
+def mini_batch(step: int) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, WIDTH, dtype=torch.float64, generator=source)
+    return x, torch.randint(WIDTH, (BATCH,), generator=source)
+
+
+def mine(values: Tensor) -> Tensor:
+    return values.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def whole(values: Tensor) -> Tensor:
+    return values
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2
+    )
+
+
+def train(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    share: Callable[[Tensor], Tensor],
+    steps: range = range(STEPS),
+) -> None:
+    for step in steps:
+        x, y = map(share, mini_batch(step))
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in model.parameters()]
+
+
+def alone(skipped: str, steps: range = range(STEPS)) -> nn.Module:
+    """What one process makes of all of the data."""
+    model, _ = network(skipped)
+    train(model, sgd(model), whole, steps)
+    return model
+
+
+def assert_same_end(model: nn.Module, other: nn.Module) -> None:
+    for (name, p), q, a, b in zip(
+        model.named_parameters(), other.parameters(), weights(model), weights(other), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE, msg=name)
+        assert (p.grad is None) == (q.grad is None), name
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives, and the numbers given to them, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if operator.namespace == "c10d":
+            kind = operator._opname.strip("_")
+            self.calls[kind] += 1
+            floats = [
+                t for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point()
+            ]
+            self.numbers[kind] += sum(t.numel() for t in floats[:1])
+        return operator(*args, **(kwargs or {}))
+
+
+# two ranks, and four
+
+
+def plain_ddp_trains_like_one_process() -> None:
+    variants = ({}, {"static_graph": True}, {"gradient_as_bucket_view": True})
+    for skipped, options in itertools.product(("paper", "freeze"), variants):
+        model, _ = network(skipped)
+        train(DistributedDataParallel(model, **options), sgd(model), mine)
+        assert_same_end(model, alone(skipped))
+
+
+def ddp_that_searches_for_unused_parameters_finds_none() -> None:
+    model, _ = network()
+    train(DistributedDataParallel(model, find_unused_parameters=True), sgd(model), mine)
+    assert_same_end(model, alone("paper"))
+
+
+def ddp_that_skips_closed_blocks_trains_like_one_process() -> None:
+    for skipped, cap in itertools.product(("paper", "freeze"), (25, 0.002)):
+        model, _ = network(skipped)
+        ddp = DistributedDataParallel(model, bucket_cap_mb=cap)
+        skip_closed(ddp)
+        train(ddp, sgd(model), mine)
+        assert_same_end(model, alone(skipped))
+
+
+def gradients_of_closed_blocks_are_not_sent() -> None:
+    for cap in (25, 0.002):
+        model, depth = network()
+        ddp = DistributedDataParallel(model, bucket_cap_mb=cap)
+        skip_closed(ddp)
+        seen = set()
+        for step in range(STEPS):
+            with Collectives() as collectives:
+                ddp(mine(mini_batch(step)[0])).sum().backward()
+            open_blocks = int(depth.gates.sum())
+            seen.add(open_blocks)
+            assert collectives.numbers["allreduce"] == OF_REST + open_blocks * OF_BLOCK
+        assert len(seen) > 2
+
+
+def accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass() -> None:
+    for skipped in ("paper", "freeze"):
+        ends = []
+        for share in (mine, whole):
+            model, _ = network(skipped)
+            net, no_sync = model, nullcontext
+            if share is mine:
+                net = DistributedDataParallel(model)
+                skip_closed(net)
+                no_sync = net.no_sync
+            optimizer = sgd(model)
+            for step in range(0, STEPS, 2):
+                optimizer.zero_grad()
+                with no_sync():
+                    net(share(mini_batch(step)[0])).square().mean().backward()
+                net(share(mini_batch(step + 1)[0])).square().mean().backward()
+                optimizer.step()
+            ends.append(model)
+        assert_same_end(*ends)
+
+
+def buckets_keep_the_order_of_the_backward_pass() -> None:
+    model, depth = network()
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
+    order: list[int] = []
+    numbers = {p: number for number, p in enumerate(model.parameters())}
+
+    def note(state, bucket):
+        order.extend(numbers[p] for p in bucket.parameters())
+        return (
+            dist.all_reduce(bucket.buffer(), async_op=True)
+            .get_future()
+            .then(lambda future: future.value()[0])
+        )
+
+    ddp.register_comm_hook(None, note)
+    for step in range(2):
+        order.clear()
+        ddp(mine(mini_batch(step)[0])).sum().backward()
+        assert not depth.gates.all()
+    layers = [number // 2 for number in order]
+    assert sorted(set(layers)) == list(range(2 * BLOCKS + 2))
+    assert layers == sorted(layers, reverse=True), layers
+
+
+def a_forward_pass_that_fails_leaves_no_hook() -> None:
+    model, _ = network()
+    ddp = DistributedDataParallel(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ddp(torch.zeros(2, WIDTH + 1, dtype=torch.float64))
+    ddp(mine(mini_batch(0)[0])).sum().backward()
+    assert not any(unit._forward_hooks for unit in model if isinstance(unit, sd.Residual))
+
+
+def a_model_without_stochastic_depth_is_refused() -> None:
+    with pytest.raises(sd.ApplyError, match=r"sd.apply\(model\) first"):
+        skip_closed(DistributedDataParallel(nn.Linear(2, 2)))
+
+
+def different_gates_are_refused_on_every_rank() -> None:
+    def ddp(model: nn.Module) -> nn.Module:
+        wrapped = DistributedDataParallel(model)
+        skip_closed(wrapped)
+        return wrapped
+
+    def sharded(model: nn.Module) -> nn.Module:
+        shard_branches(model)
+        return fully_shard(model)
+
+    for wrap, what in itertools.product((ddp, sharded), ("seed", "step")):
+        model, depth = network()
+        net = wrap(model)
+        setattr(depth, what, 5 + dist.get_rank())
+        with pytest.raises(sd.GateError, match=f"{what} is"):
+            net(mine(mini_batch(0)[0])).sum().backward()
+
+
+def gates_by_rank_differ_and_gradients_are_the_mean() -> None:
+    model, depth = network("freeze")
+    ddp = DistributedDataParallel(model)
+    skip_closed(ddp)
+    gates_by_rank(model)
+    gradients = []
+    for rank in range(dist.get_world_size()):
+        copy, of_rank = network("freeze")
+        gates_by_rank(copy, rank)
+        x = mini_batch(0)[0].chunk(dist.get_world_size())[rank]
+        copy(x).sum().backward()
+        zero = [torch.zeros_like(p) for p in copy.parameters()]
+        gradients.append(
+            [z if p.grad is None else p.grad for p, z in zip(copy.parameters(), zero, strict=True)]
+        )
+        if rank == dist.get_rank():
+            expected = of_rank.gates
+    ddp(mine(mini_batch(0)[0])).sum().backward()
+    assert torch.equal(depth.gates, expected)
+    drawn = [torch.zeros(BLOCKS, dtype=torch.bool) for _ in gradients]
+    dist.all_gather(drawn, depth.gates)
+    assert not all(torch.equal(drawn[0], other) for other in drawn)
+    for p, *of_ranks in zip(model.parameters(), *gradients, strict=True):
+        mean = torch.stack(of_ranks).mean(0)
+        if p.grad is None:
+            assert not depth.gates.all()
+        else:
+            torch.testing.assert_close(p.grad, mean, rtol=0, atol=TOLERANCE)
+
+
+def gates_by_rank_and_shards_are_refused_together() -> None:
+    model, _ = network()
+    shard_branches(model)
+    with pytest.raises(sd.GateError, match="sharded model"):
+        gates_by_rank(model)
+    model, _ = network()
+    gates_by_rank(model)
+    with pytest.raises(sd.GateError, match="sharded model"):
+        shard_branches(model)
+
+
+def sharded_by_branches_it_trains_like_one_process_and_closed_blocks_communicate_nothing() -> None:
+    for skipped in ("paper", "freeze"):
+        model, depth = network(skipped)
+        shard_branches(model)
+        fully_shard(model)
+        optimizer = sgd(model)
+        for step in range(STEPS):
+            with Collectives() as collectives:
+                x, y = map(mine, mini_batch(step))
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            open_blocks = int(depth.gates.sum())
+            assert collectives.calls["allgather_base"] == 1 + 2 * open_blocks
+            assert collectives.calls["reduce_scatter_base"] == 1 + open_blocks
+        assert_same_end(model, alone(skipped))
+
+
+def sharded_by_blocks_it_trains_like_one_process_and_reduces_nothing_for_closed_ones() -> None:
+    model, depth = network()
+    for unit in model:
+        if isinstance(unit, sd.Residual):
+            fully_shard(unit)
+    fully_shard(model)
+    train(model, sgd(model), mine, range(STEPS - 1))
+    with Collectives() as collectives:
+        train(model, sgd(model), mine, range(STEPS - 1, STEPS))
+    assert collectives.calls["reduce_scatter_base"] == 1 + int(depth.gates.sum())
+    model, _ = network()
+    for unit in model[1:-1]:
+        fully_shard(unit)
+    train(fully_shard(model), sgd(model), mine)
+    assert_same_end(model, alone("paper"))
+
+
+class Block(nn.Module):
+    """A block of a model that knows nothing of this library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * self.down(torch.relu(self.up(self.norm(x))))
+
+
+def blocks_of_a_foreign_model_are_sharded_by_their_branches() -> None:
+    ends = []
+    for share in (mine, whole):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Block() for _ in range(4)), nn.Linear(WIDTH, WIDTH)).double()
+        depth = sd.apply(model, sd.Uniform(0.5), example=mini_batch(0)[0], seed=1)
+        groups = branch_modules(model)
+        assert groups == [[b.norm, b.up, b.down] for b in model if isinstance(b, Block)]
+        if share is mine:
+            shard_branches(model)
+            fully_shard(model)
+        optimizer = sgd(model)
+        for step in range(4):
+            with Collectives() as collectives:
+                train(model, optimizer, share, range(step, step + 1))
+            if share is mine:
+                open_blocks = int(depth.gates.sum())
+                assert collectives.calls["allgather_base"] == 1 + 2 * open_blocks
+                assert collectives.calls["reduce_scatter_base"] == 1 + open_blocks
+        ends.append(model)
+    assert_same_end(*ends)
+
+
+def batch_normalisation_over_all_ranks_is_that_of_the_whole_mini_batch() -> None:
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    sizes = [2 + other for other in range(ranks)]  # uneven
+    source = torch.Generator().manual_seed(0)
+    x = 5 + torch.randn(sum(sizes), 3, 4, 4, dtype=torch.float64, generator=source)
+    for momentum in (0.1, None):
+        plain = nn.BatchNorm2d(3, momentum=momentum).double()
+        nn.init.uniform_(plain.weight, generator=torch.Generator().manual_seed(1))
+        synced = synchronise_batchnorm(nn.Sequential(nn.BatchNorm2d(3, momentum=momentum).double()))
+        synced[0].load_state_dict(plain.state_dict())
+        assert type(synced[0]) is CpuSyncBatchNorm
+        for _ in range(2):
+            all_of_it, part = x.clone().requires_grad_(), x.split(sizes)[rank].clone()
+            part.requires_grad_()
+            expected, out = plain(all_of_it), synced(part)
+            expected.pow(3).sum().backward()
+            out.pow(3).sum().backward()
+            close = {"rtol": 1e-11, "atol": 1e-11}
+            torch.testing.assert_close(out, expected.split(sizes)[rank], **close)
+            torch.testing.assert_close(part.grad, all_of_it.grad.split(sizes)[rank], **close)
+        gradient = synced[0].weight.grad
+        dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient, plain.weight.grad, **close)
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(synced[0].state_dict()[name], value, **close)
+        torch.testing.assert_close(synced.eval()(x), plain.eval()(x), **close)
+
+
+# a checkpoint of two ranks, of one, of four
+
+
+STAGES = (range(4), range(4, 7), range(7, 9))
+
+
+def goes_on(folder: Path, stage: int) -> None:
+    for skipped in ("paper", "freeze"):
+        model, depth = network(skipped)
+        shard_branches(model)
+        fully_shard(model)
+        optimizer = sgd(model)
+        if stage > 0:
+            load_sharded(folder / f"{skipped}-{stage - 1}", model, optimizer)
+            assert depth.step == STAGES[stage].start
+        train(model, optimizer, mine, STAGES[stage])
+        save_sharded(folder / f"{skipped}-{stage}", model, optimizer)
+        assert_same_end(model, alone(skipped, range(STAGES[stage].stop)))
+
+
+def a_sharded_checkpoint_is_written(folder: Path) -> None:
+    goes_on(folder, 0)
+
+
+def a_checkpoint_that_is_not_there_or_of_another_network_is_refused(folder: Path) -> None:
+    other = nn.Sequential(sd.Residual(nn.Linear(2, 2)))
+    sd.apply(other)
+    optimizer = sgd(other)
+    with pytest.raises(sd.CheckpointError, match="cannot be read"):
+        load_sharded(folder / "nothing", other, optimizer)
+    with pytest.raises(sd.CheckpointError, match="another network"):
+        load_sharded(folder / "paper-0", other, optimizer)
+
+
+def it_goes_on_on_one_rank(folder: Path) -> None:
+    goes_on(folder, 1)
+
+
+def and_then_on_four(folder: Path) -> None:
+    goes_on(folder, 2)
+
+
+EVERYWHERE = (
+    plain_ddp_trains_like_one_process,
+    ddp_that_skips_closed_blocks_trains_like_one_process,
+    gates_by_rank_differ_and_gradients_are_the_mean,
+    sharded_by_branches_it_trains_like_one_process_and_closed_blocks_communicate_nothing,
+    batch_normalisation_over_all_ranks_is_that_of_the_whole_mini_batch,
+)
+ON_TWO = (
+    *EVERYWHERE,
+    ddp_that_searches_for_unused_parameters_finds_none,
+    gradients_of_closed_blocks_are_not_sent,
+    accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass,
+    buckets_keep_the_order_of_the_backward_pass,
+    a_forward_pass_that_fails_leaves_no_hook,
+    a_model_without_stochastic_depth_is_refused,
+    different_gates_are_refused_on_every_rank,
+    gates_by_rank_and_shards_are_refused_together,
+    sharded_by_blocks_it_trains_like_one_process_and_reduces_nothing_for_closed_ones,
+    blocks_of_a_foreign_model_are_sharded_by_their_branches,
+)
+CHECKS = {
+    "two": (
+        *ON_TWO,
+        a_sharded_checkpoint_is_written,
+        a_checkpoint_that_is_not_there_or_of_another_network_is_refused,
+    ),
+    "one": (it_goes_on_on_one_rank,),
+    "four": (*EVERYWHERE, and_then_on_four),
+}
+
+if __name__ == "__main__":
+    report(CHECKS)
