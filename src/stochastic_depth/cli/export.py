@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.deploy.description import Description
 from stochastic_depth.deploy.elastic import measured
 from stochastic_depth.deploy.exporting import (
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         raise ExportError(f"--depth {asked.depth}: a share of the blocks, above 0 and at most 1")
     if asked.elastic and (asked.format != "safetensors" or asked.depth < 1):
         raise ExportError("--elastic keeps all blocks, in a safetensors file: no other options")
-    console = Console()
+    console = PlainConsole()
 
     def watch(dropped: Iterator[Dropped], count: int) -> Iterator[Dropped]:
         evaluations = 0
@@ -60,7 +60,6 @@ def main(arguments: list[str]) -> int:
             yield each
         console.print(
             f"{count} blocks ordered by validation loss, in {evaluations:,} evaluations",
-            highlight=False,
         )
 
     run, images = reopen(asked.run, asked.data)
@@ -77,8 +76,6 @@ def main(arguments: list[str]) -> int:
     console.print(
         f"{path} ({path.stat().st_size:,} bytes): read back, outputs differ by "
         f"{difference:.1e} of the largest one",
-        markup=False,
-        highlight=False,
         soft_wrap=True,
     )
     return 0

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.deploy.pictures import read_pictures
 from stochastic_depth.deploy.predicting import open_classifier
 
@@ -48,12 +48,11 @@ def main(arguments: list[str]) -> int:
             name = Text(str(path) if rank == 0 else "")
             table.add_row(name, Text(description.classes[label]), f"{100 * p:.2f} %")
         table.add_section()
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     if choice := description.choice_at(asked.depth):
         console.print(
             f"{choice.blocks} of {len(description.order)} blocks: test error "
             f"{choice.test_error:.2f} %, {1000 * choice.seconds:.3f} ms an image, when exported",
-            highlight=False,
         )
     return 0

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.report.write import watch_report, write_report
 
@@ -32,7 +33,7 @@ class Report:
 
 def main(arguments: list[str]) -> int:
     asked = tyro.cli(Report, prog="stochastic-depth report", args=arguments)
-    console = Console()
+    console = PlainConsole()
     if asked.watch:
         for number, _ in enumerate(watch_report(asked.runs, asked.out, asked.figures)):
             if number == 0:
@@ -47,4 +48,4 @@ def main(arguments: list[str]) -> int:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)

@@ -21,6 +21,7 @@ from stochastic_depth.analysis.sweep import (
 from stochastic_depth.analysis.sweep.folder import Kind
 from stochastic_depth.analysis.sweep.grid import Rule
 from stochastic_depth.cli import usage_error
+from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train import Config
@@ -111,7 +112,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(sweep: Sweep, asked: Options, again: str) -> int:
-    console = Console()
+    console = PlainConsole()
     queue = Queue(sweep, asked.storage)
     threads = asked.threads or max(1, torch.get_num_threads() // asked.workers)
     with (
@@ -144,4 +145,4 @@ def _refuse_what_is_swept(kind: Kind, arguments: list[str]) -> None:
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)

@@ -3,13 +3,13 @@
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from stochastic_depth.cli.analyze.active import Active
 from stochastic_depth.cli.analyze.depth import Depth
 from stochastic_depth.cli.analyze.ensemble import Ensemble
 from stochastic_depth.cli.analyze.gradients import GradientStrength
 from stochastic_depth.cli.analyze.options import Analysis
+from stochastic_depth.cli.console import PlainConsole
 
 Command = (
     Annotated[GradientStrength, tyro.conf.subcommand("gradients", prefix_name=False)]
@@ -27,5 +27,5 @@ def main(arguments: list[str]) -> int:
         args=arguments,
     )
     assert isinstance(asked, Analysis)
-    asked.analyse(Console())
+    asked.analyse(PlainConsole())
     return 0

@@ -23,7 +23,6 @@ class Active(Analysis):
                 f"mean {drawn[0]:.2f} (exact {exact[0]:.2f}), deviation {drawn[1]:.2f} (exact "
                 f"{exact[1]:.2f});\nchi-square test that the one follows the other: "
                 f"p = {found.p_value():.2g}",
-                highlight=False,
             )
 
 

@@ -34,7 +34,7 @@ def shown(console: Console, name: str) -> Iterator[Told]:
 
 def print_plain(console: Console, text: str) -> None:
     """Names of files and runs are data, not markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def spread_text(spread: Spread, digits: int = 2) -> str:
