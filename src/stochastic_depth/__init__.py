@@ -9,7 +9,9 @@ Huang, Sun, Liu, Sedra and Weinberger, ECCV 2016, arXiv:1603.09382.
 
 from importlib.metadata import version
 
-from stochastic_depth.deploy import Dropped, drop_order, fold, truncate
+from stochastic_depth.deploy import Dropped, drop_order
+from stochastic_depth.deploy.fold import fold
+from stochastic_depth.deploy.truncate import truncate
 from stochastic_depth.depth import SkippedPolicy, StochasticDepth
 from stochastic_depth.errors import (
     ApplyError,

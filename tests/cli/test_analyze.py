@@ -120,6 +120,7 @@ def test_names_are_data(runs, capsys, tmp_path):
 def test_data_that_is_not_there_is_named(runs, capsys, tmp_path):
     shutil.copytree(runs / "stochastic-seed0", tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config["sha256"]
     config["config"]["data"].update(name="cifar10", root="/nowhere")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     assert "/nowhere" in refused(capsys, "depth", "run", *QUICK)

@@ -114,7 +114,7 @@ def test_runs_that_fail_are_told_with_their_sentence(capsys):
     assert main([*SURVIVAL, "--rules", "constant", "--optimizer.learning-rate", "1e30"]) == 0
     told = capsys.readouterr().out
     assert "0/2 done, 0 running, 2 failed" in told
-    assert "constant-depth8-seed1 failed: the loss is not finite at step" in told
+    assert "constant-depth8-seed1 failed: with blocks 1-3 of 3 open, the loss is not finite" in told
     assert "0 of 2" in told
 
 

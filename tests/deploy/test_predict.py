@@ -24,7 +24,9 @@ def test_pictures_of_the_data_set_are_read_as_the_network_was_trained_on_them(tr
     _, images = reopen(trained)
     _, description = open_classifier(trained)
     expected = next(images.evaluate("test"))[0][:20]
-    assert torch.equal(read_pictures(pictures[0], description.input), expected)
+    assert torch.equal(
+        read_pictures([Path(picture) for picture in pictures[0]], description.input), expected
+    )
 
 
 @pytest.mark.parametrize("size", [(300, 400), (1000, 500), (256, 256), (224, 31)])

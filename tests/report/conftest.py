@@ -30,6 +30,7 @@ def hostile(compared, tmp_path_factory) -> tuple[str, Path]:
         target = folder / f"{source.name}{HOSTILE}".replace("/", "")
         shutil.copytree(source, target)
         described = json.loads((target / "config.json").read_text())
+        del described["sha256"]
         described["config"]["recipe"] = HOSTILE
         described["machine"]["processor"] = HOSTILE
         described["git_commit"] = HOSTILE

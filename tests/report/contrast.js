@@ -46,6 +46,7 @@
     }
     const colour = parse(svg ? style.fill : style.color);
     colour[3] *= Number(style.opacity);
+    if (!colour[3]) continue; // labels that would overlap are drawn unseen
     const [a, b] = [luminance(over(colour, background)), luminance(background)];
     const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     texts.push([contrast, node.textContent.trim(), String(background), String(colour)]);

@@ -27,7 +27,7 @@ from stochastic_depth.train.run import free_path
 from stochastic_depth.train.signals import StopSignals
 
 TEXT = """Train one network; everything is written to one run folder.
-By several processes:  torchrun --nproc-per-node N -m stochastic_depth train RECIPE [OPTIONS]
+By N processes:  torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
 
   --resume RUN        go on with a run from its newest checkpoint
   --data DIR          with --resume: where its data is now

@@ -1,9 +1,8 @@
 """stochastic-depth bench: one file for each benchmark."""
 
-from typing import Annotated
-
 import tyro
 
+from stochastic_depth.cli import usage_error
 from stochastic_depth.cli.bench.data import Data
 from stochastic_depth.cli.bench.depth import Depth
 from stochastic_depth.cli.bench.distributed import Distributed
@@ -17,25 +16,40 @@ from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.execution import resolve_execution
 
-Command = (
-    Annotated[Overhead, tyro.conf.subcommand("overhead", prefix_name=False)]
-    | Annotated[SkipBench, tyro.conf.subcommand("skip", prefix_name=False)]
-    | Annotated[Peers, tyro.conf.subcommand("peers", prefix_name=False)]
-    | Annotated[Depth, tyro.conf.subcommand("depth", prefix_name=False)]
-    | Annotated[Engines, tyro.conf.subcommand("engines", prefix_name=False)]
-    | Annotated[Distributed, tyro.conf.subcommand("distributed", prefix_name=False)]
-    | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
-)
+BENCHMARKS: dict[str, type[Options]] = {
+    "overhead": Overhead,
+    "skip": SkipBench,
+    "peers": Peers,
+    "depth": Depth,
+    "engines": Engines,
+    "distributed": Distributed,
+    "data": Data,
+}
+HELP = """usage: stochastic-depth bench BENCHMARK [OPTIONS]
+
+Time alternatives in turns, in one process.
+
+{benchmarks}
+
+stochastic-depth bench BENCHMARK --help tells its options and their defaults.
+"""
 
 
 def main(arguments: list[str]) -> int:
+    name, *arguments = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        lines = (f"  {name:11}  {_summary(of)}" for name, of in BENCHMARKS.items())
+        print(HELP.format(benchmarks="\n".join(lines)), end="")
+        return 0
+    if name not in BENCHMARKS:
+        return usage_error("benchmark", name, BENCHMARKS)
+    benchmark = BENCHMARKS[name]
     asked = tyro.cli(
-        Command,  # pyright: ignore[reportArgumentType]
-        prog="stochastic-depth bench",
-        description="Time alternatives in turns, in one process.",
+        benchmark,
+        prog=f"stochastic-depth bench {name}",
+        description=benchmark.__doc__,
         args=arguments,
     )
-    assert isinstance(asked, Options)
     execution = resolve_execution(
         Config(device=asked.device, precision=asked.precision, engine=asked.engine)
     )
@@ -45,3 +59,7 @@ def main(arguments: list[str]) -> int:
     if asked.out is not None:
         write_json(asked.out, asked, execution, result)
     return 0
+
+
+def _summary(benchmark: type[Options]) -> str:
+    return (benchmark.__doc__ or "").splitlines()[0]

@@ -23,7 +23,7 @@ from stochastic_depth.train.execution import Execution
 
 @dataclass(frozen=True)
 class Data(Options):
-    """The share of a training step that is data: order, gathering, crop and flip."""
+    """The share of a training step that is its data."""
 
     depth: int = 110
     """Of the CIFAR ResNet."""

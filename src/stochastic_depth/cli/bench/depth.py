@@ -29,7 +29,7 @@ from stochastic_depth.train.files import write_whole
 
 @dataclass(frozen=True)
 class Depth(Options):
-    """Time and memory against depth, constant and stochastic (p_L = 0.5)."""
+    """Time and memory against depth, constant and stochastic."""
 
     deepest: int = 1202
     """The last of the CIFAR ResNets: those of 20, 56, 110, 218, 434, 866 and 1202 layers come

@@ -16,7 +16,7 @@ from stochastic_depth.train.execution import Execution
 
 @dataclass(frozen=True)
 class Distributed(Options):
-    """What data-parallel training sends and takes, by processes of this machine's CPU (gloo)."""
+    """What processes of this CPU send each other, and the time (gloo)."""
 
     ranks: tuple[int, ...] = (2, 4)
     """Numbers of processes."""

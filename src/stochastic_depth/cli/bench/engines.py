@@ -16,7 +16,7 @@ from stochastic_depth.train.execution import Execution
 
 @dataclass(frozen=True)
 class Engines(Options):
-    """Autograd, compiled blocks and the block program, at 100, 75 and 50 % active blocks."""
+    """Autograd, compiled blocks and the block program, side by side."""
 
     depth: int = 110
     """Of the CIFAR ResNet."""
