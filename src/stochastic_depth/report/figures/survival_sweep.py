@@ -7,7 +7,7 @@ import altair as alt
 from stochastic_depth.analysis.comparison import Spread
 from stochastic_depth.report.experiment import Series
 from stochastic_depth.report.figure import Figure, Key, Row
-from stochastic_depth.report.figures.marks import chart, colour, layered
+from stochastic_depth.report.figures.marks import chart, colour, layered, log_axis
 from stochastic_depth.report.measures import error_at_best, training_seconds
 from stochastic_depth.report.sources import Sweep, Trained
 from stochastic_depth.report.style import CONSTANT, STOCHASTIC
@@ -113,7 +113,7 @@ def _panel(
     axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], format="~g")
     x = alt.X("x:Q", title="p_L, survival probability of the last block", axis=axis)
     x = x.scale(domain=[0, 1])
-    y = alt.Y("y:Q", title=unit).scale(zero=unit == "seconds", nice=False)
+    y = _axis(rows, unit)
     line = chart(constant).encode(y=y, color=hue)
     band = chart(constant).mark_rect(opacity=0.12, aria=False)
     base = chart(varied).encode(x=x, y=y, color=hue)
@@ -125,6 +125,14 @@ def _panel(
         base.mark_point(filled=True, opacity=1, size=42).encode(description="told:N"),
         title=title,
     )
+
+
+def _axis(rows: list[Row], unit: str) -> alt.Y:
+    """Logarithmic where errors differ by much, which leaves the small ones apart."""
+    ends = [float(row[end]) for row in rows for end in ("low", "high")]
+    if unit == "percent" and 0 < min(ends) < max(ends) / 10:
+        return log_axis(ends, unit)
+    return alt.Y("y:Q", title=unit).scale(zero=unit == "seconds", nice=False)
 
 
 def _sentence(points: list[Point]) -> str:
