@@ -89,6 +89,7 @@ def test_files_of_figures_are_written_beside(survival_sweep, benchmark_file, tmp
     assert COMMANDS["depth-sweep"][1] in told
     drawn = {path.stem for path in figures.glob("*.svg")}
     assert drawn == {path.stem for path in figures.glob("*.png")}
+    assert drawn == {path.stem for path in figures.glob("*.csv")}
     sweep = "p-l-at-one-depth-resnet-14-on-digits-1-epoch"
     assert drawn == {f"{sweep}-survival-sweep", "cost-of-depth-depth-cost"}
     for path in figures.glob("*.png"):

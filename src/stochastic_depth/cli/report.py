@@ -22,7 +22,7 @@ class Report:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page."""
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write every figure as PNG and SVG too."""
+    """Write every figure too, as PNG and SVG, and its data as CSV."""
     watch: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write it anew whenever a run has gone on, until all are finished."""
 

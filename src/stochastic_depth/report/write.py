@@ -15,7 +15,8 @@ REFRESH = 10
 
 
 def write_report(paths: Sequence[Path], out: Path, figures: Path | None = None) -> Report:
-    """Write the page of what `paths` name to `out`, and every figure as PNG and SVG to `figures`.
+    """Write the page of what `paths` name to `out`, and every figure to `figures`, as
+    PNG and SVG, with its data as CSV.
 
     Raises:
         RunError: when one of them cannot be understood, or a file cannot be written.
@@ -35,9 +36,8 @@ def watch_report(
     """
     sources, seen = read_sources(paths), None
     while True:
-        now = _changes(
-            sources, paths
-        )  # asked before reading: what comes meanwhile is seen next time
+        # Asked before reading: what comes meanwhile is seen next time.
+        now = _changes(sources, paths)
         if now == seen:
             time.sleep(every)
             continue
@@ -55,6 +55,7 @@ def _write(sources: Sources, out: Path, figures: Path | None, refresh: int | Non
         figures.mkdir(parents=True, exist_ok=True)
         for section in made.sections:
             for figure in section.figures:
+                write_whole(figures / f"{figure.id}.csv", figure.csv().encode())
                 write_whole(figures / f"{figure.id}.svg", file_svg(figure.title, figure))
                 write_whole(figures / f"{figure.id}.png", file_png(figure.title, figure))
     return made
