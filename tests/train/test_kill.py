@@ -85,8 +85,9 @@ def observed(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    yield lambda: json.loads(process.communicate()[0])
-    process.kill()
+    with process:
+        yield lambda: json.loads(process.communicate()[0])
+        process.kill()
 
 
 @pytest.mark.soak
@@ -95,9 +96,10 @@ def test_a_run_killed_at_random_moments_ends_where_it_would_have(
     tmp_path, zygote, observed, soak, counts
 ):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    begin = ["digits", *OPTIONS, "--epochs", "40", "--run"]
     durations = []
     # The second finds nothing to do: the time it takes is that of every start.
-    for arguments in (["digits", *OPTIONS, "--run", undisturbed], ["--resume", undisturbed]):
+    for arguments in ([*begin, undisturbed], ["--resume", undisturbed]):
         began = time.monotonic()
         zygote.start("train", *arguments)
         assert zygote.wait() == 0, zygote.output.read_text()
@@ -107,17 +109,15 @@ def test_a_run_killed_at_random_moments_ends_where_it_would_have(
     wanted, kills, moments = 100 if soak else 6, 0, random.Random(0)
     going_on = ["--resume", killed]
     while kills < wanted and not (killed / "model.safetensors").exists():
-        pid = zygote.start(
-            "train", *(going_on if killed.exists() else ["digits", *OPTIONS, "--run", killed])
-        )
-        time.sleep(moments.uniform(0, start + 2 * training / wanted))
+        pid = zygote.start("train", *(going_on if killed.exists() else [*begin, killed]))
+        time.sleep(moments.uniform(0, start + training / wanted))
         with suppress(ProcessLookupError):  # it had come to its end
             os.kill(pid, signal.SIGKILL)
         code = zygote.wait()
         assert code in (0, -signal.SIGKILL), zygote.output.read_text()
         kills += code == -signal.SIGKILL
     assert kills > wanted / 2
-    zygote.start("train", *(going_on if killed.exists() else ["digits", *OPTIONS, "--run", killed]))
+    zygote.start("train", *(going_on if killed.exists() else [*begin, killed]))
     assert zygote.wait() == 0, zygote.output.read_text()
 
     saw = observed()
