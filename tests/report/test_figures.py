@@ -1,6 +1,7 @@
 import csv
 import io
 import itertools
+import re
 import statistics
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stochastic_depth.report import figures
+from stochastic_depth.report.drawing import file_svg
 from stochastic_depth.report.figure import Figure
 from stochastic_depth.report.figures.marks import _ticks
 from stochastic_depth.report.sources import read_sources
@@ -155,6 +157,15 @@ def test_a_logarithmic_axis_has_round_numbers_within_its_ends(low, factor):
     assert 2 <= len(ticks) <= 8
     assert all(low <= tick <= low * factor for tick in ticks)
     assert ticks == sorted(ticks)
+
+
+def test_figures_below_each_other_have_the_marks_of_both(experiment):
+    drawn = file_svg(
+        "title", figures.training_curves(experiment), figures.training_time(experiment)
+    )
+    # of two kinds, two epochs: the means in two panels, and a stroke for each of two seeds
+    assert len(re.findall(rb'aria-label="[^"]*, epoch [12]: ', drawn)) == 8 + 8
+    assert b"NaN" not in drawn
 
 
 def test_data_as_csv_has_every_row_and_no_formula():

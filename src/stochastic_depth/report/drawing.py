@@ -41,7 +41,8 @@ def _picture(title: str, figures: Sequence[Figure]) -> dict[str, Any]:
     if len(rows) > 1:
         for row, figure in zip(rows, figures, strict=True):
             row["title"] = _title(figure.title, figure.sentence, 14)
-        content: dict[str, Any] = {"vconcat": rows, "title": _title(title, "", 17)}
+        data = {k: v for row in rows for k, v in row.pop("datasets", {}).items()}
+        content = {"vconcat": rows, "datasets": data, "title": _title(title, "", 17)}
     else:
         content = {**rows[0], "title": _title(title, figures[0].sentence, 17)}
     config = {**CONFIG, "background": LIGHT["paper"]}
