@@ -54,9 +54,10 @@ def test_the_peak_grows_with_depth_and_less_so_under_stochastic_depth():
     workload = Workload(32, 32, 3, CPU)
     shallow = peak_memory(20, "constant", workload, steps=1)
     deep = peak_memory(56, "constant", workload, steps=1)
-    # Of each block at least the inputs of its two convolutions and of the BatchNorms after them.
+    # Of each block the inputs of its two convolutions and of the BatchNorms after them, less what
+    # fits into memory that the process had freed before.
     stage = 32 * 16 * 32 * 32 * 4
-    assert deep - shallow > 4 * 6 * (stage + stage / 2 + stage / 4)
+    assert deep - shallow > 0.8 * 4 * 6 * (stage + stage / 2 + stage / 4)
     assert peak_memory(56, "stochastic", workload, steps=1) < deep
 
 
