@@ -57,7 +57,7 @@ def test_the_peak_grows_with_depth_and_less_so_under_stochastic_depth():
     # Of each block the inputs of its two convolutions and of the BatchNorms after them, less what
     # fits into memory that the process had freed before.
     stage = 32 * 16 * 32 * 32 * 4
-    assert deep - shallow > 0.8 * 4 * 6 * (stage + stage / 2 + stage / 4)
+    assert deep - shallow > 0.95 * 4 * 6 * (stage + stage / 2 + stage / 4)
     assert peak_memory(56, "stochastic", workload, steps=1) < deep
 
 
