@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import stochastic_depth as sd
-from stochastic_depth.engine import Program
+from stochastic_depth.engine import Eagerly, Program
 from stochastic_depth.engine.kernels import ReferenceKernels
 from stochastic_depth.models import CifarResNet, DenseNet
 from stochastic_depth.train.build import build_optimizer, first_convolution
@@ -47,10 +47,10 @@ def network(blocks, survival=None, dtype=torch.float64, init="he", **options):
     return model.train(), depth, build_optimizer(OptimizerConfig(), model)
 
 
-def programmed(blocks, survival=None, dtype=torch.float64, kernels=None, size=8, **options):
+def programmed(blocks, survival=None, dtype=torch.float64, kernels=None, replay=None, **options):
     model, depth, optimizer = network(blocks, survival, dtype, **options)
-    shape = mini_batch(0, size=size)[0].shape
-    return model, optimizer, Program(model, depth, optimizer, shape, dtype, kernels)
+    shape = mini_batch(0)[0].shape
+    return model, optimizer, Program(model, depth, optimizer, shape, dtype, kernels, replay)
 
 
 class Statically:
@@ -67,8 +67,10 @@ class Statically:
 
 def poison(program):
     """NaN in all that a step must write before it reads."""
-    written = [*program.x, *program.gradients, program.images, program.flat.gradients]
-    written += [tensor for block in program.blocks for tensor in block.saved]
+    blocks = program.blocks
+    written = [*program.gradients, program.images, program.flat.gradients, *program.buffers]
+    written += [program.stem.x, program.head.x, *(block.out for block in blocks)]
+    written += [tensor for block in blocks for tensor in block.saved]
     for tensor in written:
         tensor.fill_(math.nan)
 
@@ -108,10 +110,12 @@ def assert_same_state(mine, theirs, **tolerance):
         torch.testing.assert_close(a, b, **tolerance)
 
 
+@pytest.mark.parametrize("replay", [Eagerly(), Statically()])
 @pytest.mark.parametrize("pattern", list(itertools.product([True, False], repeat=6)))
-def test_every_pattern_of_six_blocks_is_autograds(pattern):
+def test_every_pattern_of_six_blocks_is_autograds(pattern, replay):
     counting = Counting()
-    model, optimizer, program = programmed(6, sd.Uniform(0.5), kernels=counting)
+    model, optimizer, program = programmed(6, sd.Uniform(0.5), kernels=counting, replay=replay)
+    counting.forward = counting.backward = 0
     twin, depth, twins_optimizer = network(6, sd.Uniform(0.5))
     force(program.depth, pattern)
     force(depth, pattern)
@@ -126,12 +130,13 @@ def test_every_pattern_of_six_blocks_is_autograds(pattern):
     assert counting.forward == counting.backward == 2 * (1 + 2 * sum(pattern))
 
 
+@pytest.mark.parametrize("replay", [Eagerly(), Statically()])
 @pytest.mark.parametrize("skipped", ["paper", "freeze"])
 @pytest.mark.parametrize("scale", ["inference", "training"])
-def test_random_patterns_of_54_blocks_are_autograds(scale, skipped):
+def test_random_patterns_of_54_blocks_are_autograds(scale, skipped, replay):
     options = {"scale": scale, "skipped": skipped, "seed": 3, "init": "zero-gain"}
     rule = sd.Ramp(sd.LinearDecay(0.5), 4)
-    model, optimizer, program = programmed(54, rule, **options)
+    model, optimizer, program = programmed(54, rule, replay=replay, **options)
     twin, depth, twins_optimizer = network(54, rule, **options)
     for step in range(6):
         images, labels = mini_batch(step)

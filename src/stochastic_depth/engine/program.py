@@ -1,154 +1,29 @@
-"""One training step of a CIFAR ResNet, written out: no autograd between blocks, nothing allocated.
+"""One training step of a CIFAR ResNet, written out: no autograd between blocks.
 
-    stem -> x[0] -> block 0 -> x[1] -> ... -> block L-1 -> x[L] -> head
+    stem -> block 0 -> block 1 -> ... -> block L-1 -> head
 
-`x` are static buffers. A skipped block does nothing: whoever needs its output where it belongs gets
-a copy, one for a whole run of skipped blocks. The gradient flows back through one buffer for each
-resolution, in which a skipped block leaves it as it is. So each piece works on fixed addresses,
-whatever the gates, and can be captured as a CUDA graph of its own.
+A skipped block does nothing: the next one reads what the last open one has written. It reads it
+there; or, if pieces are captured as CUDA graphs and work on fixed addresses, in a copy, one for a
+whole run of skipped blocks. The gradient flows back through one buffer for each resolution, in which
+a skipped block leaves it as it is.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.engine.buffers import Buffers
 from stochastic_depth.engine.flat import FlatParameters, FlatSGD
-from stochastic_depth.engine.kernels import BatchNorm, Kernels, Layer, ReferenceKernels
+from stochastic_depth.engine.kernels import Kernels, ReferenceKernels
+from stochastic_depth.engine.pieces import Block, Head, Stem, layer_of
 from stochastic_depth.engine.replay import Eagerly, Replay
 from stochastic_depth.errors import EngineError
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.cifar_resnet import PoolAndPad
 from stochastic_depth.residual import Residual
-
-
-def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> Layer:
-    """What kernels need of a convolution and its batch normalisation."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.momentum is not None
-    return Layer(
-        flat.of(conv.weight, flat.working),
-        flat.of(conv.weight, flat.gradients),
-        conv.stride[0],
-        BatchNorm(
-            norm.weight.detach(),
-            norm.bias.detach(),
-            flat.of(norm.weight, flat.gradients),
-            flat.of(norm.bias, flat.gradients),
-            norm.running_mean,
-            norm.running_var,
-            norm.momentum,
-            norm.eps,
-        ),
-    )
-
-
-class Stem:
-    """images -> x"""
-
-    def __init__(
-        self, layer: Layer, images: Tensor, x: Tensor, gradient: Tensor, kernels: Kernels
-    ) -> None:
-        self.layer, self.images, self.x, self.gradient = layer, images, x, gradient
-        self.kernels = kernels
-        self.saved: tuple[Tensor, ...] = ()
-
-    def forward(self) -> None:
-        self.saved = self.kernels.stem(self.images, self.layer, self.x)
-
-    def backward(self) -> None:
-        self.kernels.stem_backward(self.saved, self.images, self.layer, self.x, self.gradient)
-
-
-class Block:
-    """x -> ReLU(shortcut(x) + branch(x)): two layers around an identity, or pooling and padding."""
-
-    def __init__(
-        self,
-        first: Layer,
-        second: Layer,
-        x: Tensor,
-        out: Tensor,
-        gradient: Tensor,
-        gradient_out: Tensor,
-        kernels: Kernels,
-        keeps: bool,
-    ) -> None:
-        self.layers = first, second
-        self.x, self.out = x, out
-        self.gradient, self.gradient_out = gradient, gradient_out
-        self.is_transition = x.shape != out.shape
-        self.kernels, self._keeps = kernels, keeps
-        self.saved: tuple[Tensor, ...] = ()
-        self.kept = 0
-        """Bytes of what an open block keeps for its backward pass, besides x and out."""
-
-    def forward(self) -> None:
-        self.saved = self.kernels.branch(self.x, *self.layers, self._shortcut(), self.out)
-        self.kept = self.kept or sum(tensor.nbytes for tensor in self.saved)
-
-    def backward(self) -> None:
-        self.kernels.branch_backward(
-            self.saved, self.x, *self.layers, self.out, self.gradient_out, self._of_shortcut
-        )
-        if not self._keeps:
-            self.saved = ()
-
-    def skip_forward(self) -> None:
-        """Of a transition: the shortcut. Its ReLU is the identity, as x has come from one."""
-        self.out.copy_(self._shortcut())
-
-    def skip_backward(self) -> None:
-        """Of a transition: back through average pooling and padding."""
-        self._of_shortcut()
-
-    def _shortcut(self) -> Tensor:
-        if not self.is_transition:
-            return self.x
-        added = self.out.shape[1] - self.x.shape[1]
-        return F.pad(F.avg_pool2d(self.x, 2), (0, 0, 0, 0, 0, added))
-
-    def _of_shortcut(self) -> Tensor:
-        if self.is_transition:
-            channels = self.x.shape[1]
-            spread = F.interpolate(self.gradient_out[:, :channels], scale_factor=2, mode="nearest")
-            torch.mul(spread, 0.25, out=self.gradient)
-        return self.gradient
-
-
-class Head:
-    """x -> loss, by autograd."""
-
-    def __init__(
-        self,
-        module: nn.Linear,
-        labels: Tensor,
-        x: Tensor,
-        gradient: Tensor,
-        flat: FlatParameters,
-        autocasts: bool,
-    ) -> None:
-        self.module, self.labels, self.x, self.gradient = module, labels, x, gradient
-        self.parameters = list(module.parameters())
-        self.gradients = [flat.of(p, flat.gradients) for p in self.parameters]
-        self.loss = torch.zeros((), dtype=flat.values.dtype, device=x.device)
-        self._autocasts = autocasts
-
-    def forward_and_backward(self) -> None:
-        x = self.x.detach().requires_grad_()
-        autocast = torch.autocast(
-            x.device.type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False
-        )
-        with torch.enable_grad(), autocast:
-            loss = F.cross_entropy(self.module(x.mean((2, 3))), self.labels)
-        gradients = torch.autograd.grad(loss, [x, *self.parameters])
-        self.loss.copy_(loss.detach())
-        for place, gradient in zip([self.gradient, *self.gradients], gradients, strict=True):
-            place.copy_(gradient)
 
 
 class Program:
@@ -199,29 +74,33 @@ class Program:
             images(shape[1], size),
             torch.zeros(shape[0], dtype=torch.int64, device=device),
         )
-        self.x = [images(model.stem[0].out_channels, size)]  # type: ignore[arg-type]
-        self.gradients = [torch.zeros_like(self.x[0])]
+        self.gradients = [images(model.stem[0].out_channels, size)]  # type: ignore[arg-type]
         for unit in units:
             added = unit.shortcut.added if isinstance(unit.shortcut, PoolAndPad) else 0
             size = [side // 2 for side in size] if added else size
-            self.x.append(images(self.x[-1].shape[1] + added, size))
             last = self.gradients[-1]
-            self.gradients.append(torch.zeros_like(self.x[-1]) if added else last)
+            self.gradients.append(images(last.shape[1] + added, size) if added else last)
+        self._is_fixed, self.buffers = replay.keeps, Buffers()
+        # What blocks write; if not fixed, no more than what it will look like.
+        x = [
+            torch.empty_like(g) if i == 0 or self._is_fixed else g
+            for i, g in enumerate(self.gradients)
+        ]
 
         stem = layer_of(model.stem[0], model.stem[1], flat)  # type: ignore[arg-type]
-        self.stem = Stem(stem, self.images, self.x[0], self.gradients[0], kernels)
+        self.stem = Stem(stem, self.images, x[0], self.gradients[0], kernels)
         self.blocks: list[Block] = []
-        streams = zip(pairwise(self.x), pairwise(self.gradients), strict=True)
-        for unit, (x, gradients) in zip(units, streams, strict=True):
+        streams = zip(pairwise(x), pairwise(self.gradients), strict=True)
+        for unit, (io, gradients) in zip(units, streams, strict=True):
             conv1, norm1, _, conv2, norm2 = unit.branch  # type: ignore[misc]
             layers = layer_of(conv1, norm1, flat), layer_of(conv2, norm2, flat)
             if depth is not None and depth.scale == "training":
                 layers[1].norm.factor = self.factors[len(self.blocks)]
-            self.blocks.append(Block(*layers, *x, *gradients, kernels, replay.keeps))
+            self.blocks.append(Block(*layers, *io, *gradients, kernels, replay.keeps))
         self.head = Head(
             model.head,
             self.labels,
-            self.x[-1],
+            x[-1],
             self.gradients[-1],
             flat,
             autocasts=dtype != flat.values.dtype,
@@ -242,8 +121,7 @@ class Program:
         if keeps_moving and not all(is_open):
             self.flat.gradients.zero_()
         self._forward(is_open)
-        self.kept = sum(x.nbytes for x in self.x)
-        self.kept += sum(block.kept for block, b in zip(self.blocks, is_open, strict=True) if b)
+        self.kept = self._bytes_kept(is_open)
         self._head()
         self._backward(is_open)
         counted = torch.tensor([True, *(b for b in is_open for _ in range(2))])
@@ -274,24 +152,40 @@ class Program:
 
     def _forward(self, is_open: Sequence[bool]) -> None:
         self._stem_forward()
-        at = 0  # the buffer that holds what has been computed so far
+        x = self.stem.x
         for i, block in enumerate(self.blocks):
             if not is_open[i] and not block.is_transition:
                 continue
-            if at != i:
-                self.x[i].copy_(self.x[at])
+            self._read(block, x)
+            if not self._is_fixed:
+                block.out = self.buffers.take(block.out)
             (self._forwards if is_open[i] else self._skip_forwards)[i]()
-            at = i + 1
-        if at != len(self.blocks):
-            self.x[-1].copy_(self.x[at])
+            x = block.out
+        self._read(self.head, x)
+
+    def _read(self, piece: Block | Head, x: Tensor) -> None:
+        """Let a piece read x, where it stands or where the piece reads."""
+        if not self._is_fixed:
+            piece.x = x
+        elif piece.x is not x:
+            piece.x.copy_(x)
 
     def _backward(self, is_open: Sequence[bool]) -> None:
-        for i in reversed(range(len(self.blocks))):
-            if is_open[i]:
-                self._backwards[i]()
-            elif self.blocks[i].is_transition:
-                self._skip_backwards[i]()
+        for i, block in reversed(list(enumerate(self.blocks))):
+            if not is_open[i] and not block.is_transition:
+                continue
+            (self._backwards if is_open[i] else self._skip_backwards)[i]()
+            if not self._is_fixed:
+                self.buffers.give(block.out)
         self._stem_backward()
+
+    def _bytes_kept(self, is_open: Sequence[bool]) -> int:
+        """What waits for the backward pass."""
+        kept = self.stem.x.nbytes
+        for block, b in zip(self.blocks, is_open, strict=True):
+            written = self._is_fixed or b or block.is_transition
+            kept += written * block.out.nbytes + b * block.kept
+        return kept
 
     def _record(self, replay: Replay) -> None:
         """In the order in which the pieces run, as graphs that share memory must be captured."""

@@ -1,4 +1,4 @@
-"""The kernels of `native.cpp`, compiled on first use, where processor and compiler are there."""
+"""The kernels in `avx512/`, compiled on first use, where processor and compiler are there."""
 
 import ctypes
 import functools
@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stochastic_depth.engine.buffers import Buffers
 from stochastic_depth.engine.kernels.kernels import BatchNorm, Layer
 from stochastic_depth.engine.kernels.reference import ReferenceKernels
 from stochastic_depth.engine.private_cache import only_we_write, private_cache
 from stochastic_depth.errors import EngineError
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("avx512") / "kernels.cpp"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 
 
@@ -47,12 +48,13 @@ class NativeKernels(ReferenceKernels):
     def __init__(self) -> None:
         self._library = _library()
         self._threads = torch.get_num_threads()
+        self._buffers = Buffers()
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
         a = self.convolve(images, layer)
         if not _is_image(a):
             return super().stem(images, layer, out)
-        self._activate(a, self._observe(a, layer.norm), None, out)
+        self._activate(a, self._normalise(a, self._moments(a), layer.norm), None, out)
         return (a,)
 
     def stem_backward(
@@ -62,7 +64,8 @@ class NativeKernels(ReferenceKernels):
         if not _is_image(a):
             super().stem_backward(saved, images, layer, out, gradient)
             return
-        by = self._reduce(gradient, a, layer.norm, out=out)
+        sums = self._activate_backward(gradient, out, a, layer.norm)
+        by = self._normalise_backward(a, sums, layer.norm)
         self.convolve_backward(self._spread(gradient, a, by), images, layer, needs_input=False)
 
     def branch(
@@ -70,10 +73,14 @@ class NativeKernels(ReferenceKernels):
     ) -> tuple[Tensor, ...]:
         if not _fits(out, second):
             return super().branch(x, first, second, shortcut, out)
-        a = self._convolve(x, first) if _fits(x, first) else self.convolve(x, first)
-        affine = self._observe(a, first.norm)
-        c = self._convolve(a, second, affine)
-        self._activate(c, self._observe(c, second.norm), shortcut, out)
+        if _fits(x, first):
+            a, sums = self._convolve(x, first)
+        else:
+            a = self.convolve(x, first)
+            sums = self._moments(a)
+        affine = self._normalise(a, sums, first.norm)
+        c, sums = self._convolve(a, second, affine)
+        self._activate(c, self._normalise(c, sums, second.norm), shortcut, out)
         return a, c, affine
 
     def branch_backward(
@@ -90,49 +97,62 @@ class NativeKernels(ReferenceKernels):
             super().branch_backward(saved, x, first, second, out, gradient, of_shortcut)
             return
         a, c, affine = saved
-        of_b = torch.empty_like(a)
-        by = self._reduce(gradient, c, second.norm, out=out)
-        self._convolve_backward(a, affine, second, gradient, c, by, None, None, of_b)
-        by = self._reduce(of_b, a, first.norm, affine=affine)
+        of_b = self._buffers.take(a)
+        sums = self._activate_backward(gradient, out, c, second.norm)
+        by = self._normalise_backward(c, sums, second.norm)
+        sums = self._convolve_backward(
+            a, second, gradient, c, by, of_b, affine=affine, mean=first.norm.mean
+        )
+        by = self._normalise_backward(a, sums, first.norm)
         of_x = of_shortcut()
         if _fits(x, first):
-            self._convolve_backward(x, None, first, of_b, a, by, affine, of_x, of_x)
+            self._convolve_backward(x, first, of_b, a, by, of_x, y_affine=affine, added=of_x)
         else:
             of_x.add_(self.convolve_backward(self._spread(of_b, a, by, affine), x, first))
+        self._buffers.give(a, c, of_b)
 
-    def _convolve(self, x: Tensor, layer: Layer, affine: Tensor | None = None) -> Tensor:
-        """The convolution of x, or of ReLU(x * scale + shift)."""
-        out = torch.empty_like(x)
+    def _convolve(
+        self, x: Tensor, layer: Layer, affine: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The convolution of x, or of ReLU(x * scale + shift), and the sums of it."""
+        out, sums = self._buffers.take(x), _sums(x)
         n, channels, side, _ = x.shape
         self._library.convolve3x3(
             _at(x),
             *_two(affine),
             _at(layer.weight),
             _at(out),
+            _at(sums),
             n,
             side,
             channels,
             self._threads,
         )
-        return out
+        return out, sums
 
     def _convolve_backward(
         self,
         x: Tensor,
-        affine: Tensor | None,
         layer: Layer,
         gradient: Tensor,
         y: Tensor,
         by: Tensor,
-        y_affine: Tensor | None,
-        added: Tensor | None,
         of_x: Tensor,
-    ) -> None:
-        """Both gradients of the convolution y of x, from that of y's normalisation."""
+        affine: Tensor | None = None,
+        mean: Tensor | None = None,
+        y_affine: Tensor | None = None,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        """Both gradients of the convolution y of x, from that of y's normalisation.
+
+        If x has been through normalisation and ReLU as well, gives the sums of the gradient of that.
+        """
         n, channels, side, _ = x.shape
+        sums = _sums(x)
         self._library.convolve3x3_backward(
             _at(x),
             *_two(affine),
+            _at(mean),
             _at(gradient),
             _at(y),
             _at(by),
@@ -141,19 +161,27 @@ class NativeKernels(ReferenceKernels):
             _at(layer.weight_gradient),
             _at(added),
             _at(of_x),
+            _at(sums),
             n,
             side,
             channels,
             self._threads,
         )
+        return sums
 
-    def _observe(self, x: Tensor, norm: BatchNorm) -> Tensor:
+    def _moments(self, x: Tensor) -> Tensor:
+        """Sums of x and of its squares, [2, channels]."""
+        sums = _sums(x)
+        self._library.sum_moments(_at(x), _at(sums), *_rows(x), self._threads)
+        return sums
+
+    def _normalise(self, x: Tensor, sums: Tensor, norm: BatchNorm) -> Tensor:
         """Note the statistics of x; gives scale and shift, float32 [2, channels]."""
         channels = x.shape[1]
         norm.mean, norm.rstd = torch.empty(2, channels).unbind()
         affine = torch.empty(2, channels)
-        self._library.observe(
-            _at(x),
+        self._library.normalise(
+            _at(sums),
             _at(norm.weight),
             _at(norm.bias),
             _at(norm.running_mean),
@@ -164,53 +192,51 @@ class NativeKernels(ReferenceKernels):
             ctypes.c_float(norm.momentum),
             ctypes.c_float(norm.eps),
             _factor(norm),
-            *self._rows(x),
+            *_rows(x),
         )
         return affine
 
-    def _reduce(
-        self,
-        gradient: Tensor,
-        x: Tensor,
-        norm: BatchNorm,
-        out: Tensor | None = None,
-        affine: Tensor | None = None,
+    def _activate_backward(
+        self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm
     ) -> Tensor:
+        """`gradient` of `out` becomes that of what is under the ReLU; gives the sums of it."""
+        sums = _sums(x)
+        self._library.activate_backward(
+            _at(gradient), _at(out), _at(x), _at(norm.mean), _at(sums), *_rows(x), self._threads
+        )
+        return sums
+
+    def _normalise_backward(self, x: Tensor, sums: Tensor, norm: BatchNorm) -> Tensor:
         """Gradients of weight and bias; gives the coefficients of that of x, [3, channels]."""
         by = torch.empty(3, x.shape[1])
-        self._library.reduce(
-            _at(gradient),
-            _at(out),
-            _at(x),
+        self._library.normalise_backward(
+            _at(sums),
             _at(norm.weight),
             _at(norm.mean),
             _at(norm.rstd),
-            *_two(affine),
             _at(norm.weight_gradient),
             _at(norm.bias_gradient),
             _at(by),
             _factor(norm),
-            *self._rows(x),
+            *_rows(x),
         )
         return by
 
     def _activate(self, x: Tensor, affine: Tensor, shortcut: Tensor | None, out: Tensor) -> None:
         """out = ReLU(x * scale + shift + shortcut)."""
-        self._library.activate(_at(x), *_two(affine), _at(shortcut), _at(out), *self._rows(x))
+        self._library.activate(
+            _at(x), *_two(affine), _at(shortcut), _at(out), *_rows(x), self._threads
+        )
 
     def _spread(
         self, gradient: Tensor, x: Tensor, by: Tensor, affine: Tensor | None = None
     ) -> Tensor:
-        """The gradient of x, after `_reduce`."""
+        """The gradient of x, after `_normalise_backward`."""
         of_x = torch.empty_like(x)
         self._library.spread(
-            _at(gradient), _at(x), _at(by), *_two(affine), _at(of_x), *self._rows(x)
+            _at(gradient), _at(x), _at(by), *_two(affine), _at(of_x), *_rows(x), self._threads
         )
         return of_x
-
-    def _rows(self, x: Tensor) -> tuple[ctypes.c_long, int, int]:
-        """Number of pixels, channels, threads."""
-        return ctypes.c_long(x.numel() // x.shape[1]), x.shape[1], self._threads
 
 
 def _is_image(x: Tensor) -> bool:
@@ -241,6 +267,15 @@ def _two(pair: Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
     return (_at(None), _at(None)) if pair is None else (_at(pair[0]), _at(pair[1]))
 
 
+def _rows(x: Tensor) -> tuple[ctypes.c_long, int]:
+    """Number of pixels, channels."""
+    return ctypes.c_long(x.numel() // x.shape[1]), x.shape[1]
+
+
+def _sums(x: Tensor) -> Tensor:
+    return torch.empty(2, x.shape[1], dtype=torch.float64)
+
+
 def _factor(norm: BatchNorm) -> ctypes.c_float:
     return ctypes.c_float(1.0 if norm.factor is None else norm.factor.item())
 
@@ -258,7 +293,12 @@ def _library() -> ctypes.CDLL:
     compiler = _compiler()
     assert compiler is not None
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    made_of = [SOURCE.read_text(), version, *FLAGS, repr(torch.cpu.get_capabilities())]
+    made_of = [
+        *(path.read_text() for path in sorted(SOURCE.parent.iterdir())),
+        version,
+        *FLAGS,
+        repr(torch.cpu.get_capabilities()),
+    ]
     name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     cache = private_cache()
     path = cache / f"native-{name}.so"

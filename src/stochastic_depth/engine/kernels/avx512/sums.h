@@ -1,0 +1,100 @@
+// Sums over the pixels of a mini-batch, two for each channel: in float32 over a stretch of pixels,
+// then in float64.
+
+#pragma once
+
+#include <omp.h>
+
+#include <vector>
+
+#include "bfloat16.h"
+
+// [threads][2][channels], and in the end [2][channels].
+class Totals {
+ public:
+  Totals(int channels, int threads)
+      : channels_(channels), threads_(threads), totals_((size_t)threads * 2 * channels) {}
+
+  double* first() { return &totals_[(size_t)omp_get_thread_num() * 2 * channels_]; }
+  double* second() { return first() + channels_; }
+
+  void over_threads(double* result) const {
+    for (int at = 0; at < 2 * channels_; at++) {
+      result[at] = 0;
+      for (int t = 0; t < threads_; t++) result[at] += totals_[(size_t)t * 2 * channels_ + at];
+    }
+  }
+
+ private:
+  const int channels_, threads_;
+  std::vector<double> totals_;
+};
+
+// Over a stretch: of x and of x * x. In float32 they are of differences to its first pixel, so that
+// a large mean costs no digits.
+template <int C>
+struct Moments {
+  alignas(64) float pivot[C], sum[C] = {}, square[C] = {};
+
+  // x: channels c to c + 16 of T pixels, from this one of the stretch.
+  template <size_t T>
+  void add(size_t pixel, int c, const __m512 (&x)[T]) {
+    if (pixel == 0) _mm512_store_ps(pivot + c, x[0]);
+    const __m512 p = _mm512_load_ps(pivot + c);
+    __m512 s = _mm512_load_ps(sum + c), q = _mm512_load_ps(square + c);
+#pragma GCC unroll 16
+    for (size_t t = 0; t < T; t++) {
+      const __m512 d = _mm512_sub_ps(x[t], p);
+      s = _mm512_add_ps(s, d);
+      q = _mm512_fmadd_ps(d, d, q);
+    }
+    _mm512_store_ps(sum + c, s);
+    _mm512_store_ps(square + c, q);
+  }
+
+  void end(size_t pixels, double* sums, double* squares) const {
+    for (int c = 0; c < C; c++) {
+      const double p = pivot[c], s = sum[c];
+      sums[c] += s + pixels * p;
+      squares[c] += square[c] + p * (2 * s + pixels * p);
+    }
+  }
+};
+
+// Over a stretch: of d and of d * (x - mean), where d is the gradient under ReLU(x * scale +
+// shift).
+template <int C>
+struct GradientMoments {
+  const bf16* x;
+  const float *scale, *shift, *mean;
+  alignas(64) float sum[C] = {}, product[C] = {};
+
+  template <size_t T>
+  void add(size_t pixel, int c, const __m512 (&gradient)[T]) {
+    const __m512 m = _mm512_loadu_ps(mean + c);
+    __m512 s = _mm512_load_ps(sum + c), q = _mm512_load_ps(product + c);
+#pragma GCC unroll 16
+    for (size_t t = 0; t < T; t++) {
+      const __m512 v = load(x + (pixel + t) * C + c);
+      const __m512 d = where_positive(affine(v, scale + c, shift + c), gradient[t]);
+      s = _mm512_add_ps(s, d);
+      q = _mm512_fmadd_ps(d, _mm512_sub_ps(v, m), q);
+    }
+    _mm512_store_ps(sum + c, s);
+    _mm512_store_ps(product + c, q);
+  }
+
+  void end(size_t, double* sums, double* products) const {
+    for (int c = 0; c < C; c++) {
+      sums[c] += sum[c];
+      products[c] += product[c];
+    }
+  }
+};
+
+// Nothing is wanted.
+struct Unsummed {
+  template <size_t T>
+  void add(size_t, int, const __m512 (&)[T]) {}
+  void end(size_t, double*, double*) const {}
+};

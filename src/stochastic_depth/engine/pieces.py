@@ -1,0 +1,134 @@
+"""The pieces of a training step, each forward and backward: stem, residual block, head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stochastic_depth.engine.flat import FlatParameters
+from stochastic_depth.engine.kernels import BatchNorm, Kernels, Layer
+
+
+def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> Layer:
+    """What kernels need of a convolution and its batch normalisation."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.momentum is not None
+    return Layer(
+        flat.of(conv.weight, flat.working),
+        flat.of(conv.weight, flat.gradients),
+        conv.stride[0],
+        BatchNorm(
+            norm.weight.detach(),
+            norm.bias.detach(),
+            flat.of(norm.weight, flat.gradients),
+            flat.of(norm.bias, flat.gradients),
+            norm.running_mean,
+            norm.running_var,
+            norm.momentum,
+            norm.eps,
+        ),
+    )
+
+
+class Stem:
+    """images -> x"""
+
+    def __init__(
+        self, layer: Layer, images: Tensor, x: Tensor, gradient: Tensor, kernels: Kernels
+    ) -> None:
+        self.layer, self.images, self.x, self.gradient = layer, images, x, gradient
+        self.kernels = kernels
+        self.saved: tuple[Tensor, ...] = ()
+
+    def forward(self) -> None:
+        self.saved = self.kernels.stem(self.images, self.layer, self.x)
+
+    def backward(self) -> None:
+        self.kernels.stem_backward(self.saved, self.images, self.layer, self.x, self.gradient)
+
+
+class Block:
+    """x -> ReLU(shortcut(x) + branch(x)): two layers around an identity, or pooling and padding."""
+
+    def __init__(
+        self,
+        first: Layer,
+        second: Layer,
+        x: Tensor,
+        out: Tensor,
+        gradient: Tensor,
+        gradient_out: Tensor,
+        kernels: Kernels,
+        keeps: bool,
+    ) -> None:
+        self.layers = first, second
+        self.x, self.out = x, out
+        self.gradient, self.gradient_out = gradient, gradient_out
+        self.is_transition = x.shape != out.shape
+        self.kernels, self._keeps = kernels, keeps
+        self.saved: tuple[Tensor, ...] = ()
+        self.kept = 0
+        """Bytes of what an open block keeps for its backward pass, besides x and out."""
+
+    def forward(self) -> None:
+        self.saved = self.kernels.branch(self.x, *self.layers, self._shortcut(), self.out)
+        self.kept = self.kept or sum(tensor.nbytes for tensor in self.saved)
+
+    def backward(self) -> None:
+        self.kernels.branch_backward(
+            self.saved, self.x, *self.layers, self.out, self.gradient_out, self._of_shortcut
+        )
+        if not self._keeps:
+            self.saved = ()
+
+    def skip_forward(self) -> None:
+        """Of a transition: the shortcut. Its ReLU is the identity, as x has come from one."""
+        self.out.copy_(self._shortcut())
+
+    def skip_backward(self) -> None:
+        """Of a transition: back through average pooling and padding."""
+        self._of_shortcut()
+
+    def _shortcut(self) -> Tensor:
+        if not self.is_transition:
+            return self.x
+        added = self.out.shape[1] - self.x.shape[1]
+        return F.pad(F.avg_pool2d(self.x, 2), (0, 0, 0, 0, 0, added))
+
+    def _of_shortcut(self) -> Tensor:
+        if self.is_transition:
+            channels = self.x.shape[1]
+            spread = F.interpolate(self.gradient_out[:, :channels], scale_factor=2, mode="nearest")
+            torch.mul(spread, 0.25, out=self.gradient)
+        return self.gradient
+
+
+class Head:
+    """x -> loss, by autograd."""
+
+    def __init__(
+        self,
+        module: nn.Linear,
+        labels: Tensor,
+        x: Tensor,
+        gradient: Tensor,
+        flat: FlatParameters,
+        autocasts: bool,
+    ) -> None:
+        self.module, self.labels, self.x, self.gradient = module, labels, x, gradient
+        self.parameters = list(module.parameters())
+        self.gradients = [flat.of(p, flat.gradients) for p in self.parameters]
+        self.loss = torch.zeros((), dtype=flat.values.dtype, device=x.device)
+        self._autocasts = autocasts
+
+    def forward_and_backward(self) -> None:
+        x = self.x.detach().requires_grad_()
+        autocast = torch.autocast(
+            x.device.type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False
+        )
+        with torch.enable_grad(), autocast:
+            loss = F.cross_entropy(self.module(x.mean((2, 3))), self.labels)
+        gradients = torch.autograd.grad(loss, [x, *self.parameters])
+        self.loss.copy_(loss.detach())
+        for place, gradient in zip([self.gradient, *self.gradients], gradients, strict=True):
+            place.copy_(gradient)
