@@ -47,6 +47,19 @@ def test_skip(bench):
     assert result["alternatives"]["constant depth"]["kept_for_backward"] == 1
 
 
+def test_profile(bench):
+    printed, result = bench("profile", "--depth", "8", "--size", "16", "--engine", "graphs")
+    assert "aten::convolution_backward" in printed
+    assert sum(result["operators"].values()) > 0
+    pieces = result["pieces"]
+    assert pieces["block of 16 channels, forward"]["count"] == 1
+    assert pieces["transition to 32 channels, backward"]["count"] == 1
+    whole, rest = pieces.pop("step"), pieces.pop("rest")
+    assert 0 < rest < whole
+    timed = sum(piece["count"] * piece["seconds"] for piece in pieces.values())
+    assert timed + rest == pytest.approx(whole, rel=0.3)
+
+
 @pytest.mark.parametrize(
     ("network", "unit"), [("cifar-resnet", "images"), ("x-transformer", "tokens")]
 )

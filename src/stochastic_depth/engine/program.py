@@ -4,8 +4,8 @@
 
 A skipped block does nothing: the next one reads what the last open one has written. It reads it
 there; or, if pieces are captured as CUDA graphs and work on fixed addresses, in a copy, one for a
-whole run of skipped blocks. The gradient flows back through one buffer for each resolution, in which
-a skipped block leaves it as it is.
+whole run of skipped blocks. The gradient flows back through one buffer for each resolution, which a
+skipped block leaves as it is.
 """
 
 from collections.abc import Sequence

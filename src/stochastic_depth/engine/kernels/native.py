@@ -145,7 +145,7 @@ class NativeKernels(ReferenceKernels):
     ) -> Tensor:
         """Both gradients of the convolution y of x, from that of y's normalisation.
 
-        If x has been through normalisation and ReLU as well, gives the sums of the gradient of that.
+        If x has been through normalisation and ReLU too, gives the sums of the gradient of that.
         """
         n, channels, side, _ = x.shape
         sums = _sums(x)

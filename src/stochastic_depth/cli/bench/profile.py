@@ -1,0 +1,77 @@
+"""stochastic-depth bench profile."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stochastic_depth.bench.profile import operators, pieces
+from stochastic_depth.bench.workload import Workload
+from stochastic_depth.cli.bench.options import Options
+from stochastic_depth.cli.bench.output import shown
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.train.execution import Execution
+
+SHOWN = 15
+"""Operators in the table; the file has all."""
+
+
+@dataclass(frozen=True)
+class Profile(Options):
+    """Where the time of a training step goes."""
+
+    depth: int = 110
+    """Of the CIFAR ResNet, at constant depth."""
+    batch: int = 128
+    """Images a step."""
+    size: int = 32
+    """Height and width of the images, pixels."""
+
+    def run(self, execution: Execution, console: Console) -> dict[str, Any]:
+        workload = Workload(self.batch, self.size, 3, execution)
+        by_operator = operators(workload.step(CifarResNet(self.depth)), steps=3)
+        console.print(self._operators(by_operator))
+        result: dict[str, Any] = {"operators": by_operator}
+        if execution.engine == "graphs":
+            result["pieces"] = self._timed_pieces(workload, console)
+        return result
+
+    def _operators(self, seconds: dict[str, float]) -> Table:
+        whole = sum(seconds.values())
+        table = Table(title=f"ResNet-{self.depth} by autograd, {1e3 * whole:,.0f} ms a step")
+        table.add_column("operator")
+        for column in ("ms", "share"):
+            table.add_column(column, justify="right")
+        for name, of_operator in list(seconds.items())[:SHOWN]:
+            table.add_row(name, f"{1e3 * of_operator:.2f}", f"{100 * of_operator / whole:.1f} %")
+        return table
+
+    def _timed_pieces(self, workload: Workload, console: Console) -> dict[str, Any]:
+        timed, step = pieces(self.depth, workload)
+        whole = []
+        for number in shown(range(self.repeats + 3), self.repeats + 3, console):
+            if number == 3:  # warm
+                timed.seconds.clear()
+                whole.clear()
+            began = time.perf_counter()
+            step()
+            whole.append(time.perf_counter() - began)
+        kernels, step_ms = workload.execution.kernels, 1e3 * statistics.median(whole)
+        title = f"ResNet-{self.depth} by block program, {kernels} kernels, {step_ms:,.0f} ms a step"
+        table = Table(title=title)
+        table.add_column("piece")
+        for column in ("median, ms", "in a step"):
+            table.add_column(column, justify="right")
+        rest = sum(whole)
+        result = {}
+        for name, seconds in timed.seconds.items():
+            rest -= sum(seconds)
+            count = len(seconds) // self.repeats
+            result[name] = {"count": count, "seconds": statistics.median(seconds)}
+            table.add_row(name, f"{1e3 * result[name]['seconds']:.2f}", f"{count}")
+        table.add_row("cast, update, gates", f"{1e3 * rest / self.repeats:.2f}", "1")
+        console.print(table)
+        return {"step": statistics.median(whole), "rest": rest / self.repeats, **result}
