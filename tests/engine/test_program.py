@@ -164,6 +164,32 @@ def test_with_memory_of_its_own_nothing_is_left_from_warming_up():
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("replay", [Eagerly(), Statically()])
+@pytest.mark.parametrize("closed", [0, 2, 5])
+def test_a_skipped_block_keeps_nothing_for_backward(closed, replay):
+    kept = []
+    for pattern in ([True] * 6, [i != closed for i in range(6)]):
+        _, _, program = programmed(6, sd.Uniform(0.5), replay=replay)
+        force(program.depth, pattern)
+        program.step(*mini_batch(0))
+        kept.append(program.kept)
+    block = program.blocks[closed]
+    inner = program.blocks[closed].gradient_out.nbytes * 3  # two convolutions, and between them
+    out = 0 if replay.keeps or block.is_transition else block.gradient_out.nbytes
+    assert kept[0] - kept[1] == inner + out
+
+
+def test_memory_is_asked_for_once():
+    _, _, program = programmed(6, sd.Uniform(0.5))
+    force(program.depth, [True] * 6)
+    addresses = []
+    for step in range(3):
+        program.step(*mini_batch(step))
+        addresses.append({tensor.data_ptr() for tensor in program.buffers})
+    assert len(addresses[0]) == 6
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
 def test_without_stochastic_depth_all_blocks_run():
     counting = Counting()
     model, optimizer, program = programmed(9, kernels=counting)
