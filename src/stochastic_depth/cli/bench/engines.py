@@ -8,22 +8,15 @@ from rich.table import Table
 
 from stochastic_depth.bench.engines import SHARES, designs, engine_steps
 from stochastic_depth.bench.workload import Workload
-from stochastic_depth.cli.bench.options import Options
+from stochastic_depth.cli.bench.options import OfResNet
 from stochastic_depth.cli.bench.output import milliseconds, shown, timings
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.execution import Execution
 
 
 @dataclass(frozen=True)
-class Engines(Options):
+class Engines(OfResNet):
     """Autograd, compiled blocks and the block program, side by side."""
-
-    depth: int = 110
-    """Of the CIFAR ResNet."""
-    batch: int = 128
-    """Images a step."""
-    size: int = 32
-    """Height and width of the images, pixels."""
 
     def run(self, execution: Execution, console: Console) -> dict[str, Any]:
         workload = Workload(self.batch, self.size, 3, execution)

@@ -34,3 +34,15 @@ class Options(ABC):
     @abstractmethod
     def run(self, execution: Execution, console: Console) -> dict[str, Any]:
         """Measure and print; gives what is written as JSON."""
+
+
+@dataclass(frozen=True)
+class OfResNet(Options):
+    """A benchmark of training steps of one CIFAR ResNet."""
+
+    depth: int = 110
+    """Of the CIFAR ResNet."""
+    batch: int = 128
+    """Images a step."""
+    size: int = 32
+    """Height and width of the images, pixels."""

@@ -7,22 +7,16 @@ from rich.console import Console
 
 from stochastic_depth.bench.overhead import NETWORKS, closed_unit_seconds, training_steps
 from stochastic_depth.bench.workload import Workload
-from stochastic_depth.cli.bench.options import Options
+from stochastic_depth.cli.bench.options import OfResNet
 from stochastic_depth.cli.bench.output import shown, table_of, timings
 from stochastic_depth.timing import paired_ratio, take_turns
 from stochastic_depth.train.execution import Execution
 
 
 @dataclass(frozen=True)
-class Overhead(Options):
+class Overhead(OfResNet):
     """What the library costs with all gates open."""
 
-    depth: int = 110
-    """Of the CIFAR ResNet."""
-    batch: int = 128
-    """Images a step."""
-    size: int = 32
-    """Height and width of the images, pixels."""
     repeats: int = 50
     """Rounds, each of one step of every alternative."""
 

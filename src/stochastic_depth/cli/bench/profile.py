@@ -10,7 +10,7 @@ from rich.table import Table
 
 from stochastic_depth.bench.profile import operators, pieces
 from stochastic_depth.bench.workload import Workload
-from stochastic_depth.cli.bench.options import Options
+from stochastic_depth.cli.bench.options import OfResNet
 from stochastic_depth.cli.bench.output import shown
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.execution import Execution
@@ -20,15 +20,8 @@ SHOWN = 15
 
 
 @dataclass(frozen=True)
-class Profile(Options):
-    """Where the time of a training step goes."""
-
-    depth: int = 110
-    """Of the CIFAR ResNet, at constant depth."""
-    batch: int = 128
-    """Images a step."""
-    size: int = 32
-    """Height and width of the images, pixels."""
+class Profile(OfResNet):
+    """Where the time of a step at constant depth goes."""
 
     def run(self, execution: Execution, console: Console) -> dict[str, Any]:
         workload = Workload(self.batch, self.size, 3, execution)

@@ -9,21 +9,14 @@ from rich.table import Table
 
 from stochastic_depth.bench.skip import Skip, skippings
 from stochastic_depth.bench.workload import Workload
-from stochastic_depth.cli.bench.options import Options
+from stochastic_depth.cli.bench.options import OfResNet
 from stochastic_depth.cli.bench.output import shown
 from stochastic_depth.train.execution import Execution
 
 
 @dataclass(frozen=True)
-class SkipBench(Options):
+class SkipBench(OfResNet):
     """Time against the share of FLOPs that was active."""
-
-    depth: int = 110
-    """Of the CIFAR ResNet."""
-    batch: int = 128
-    """Images a step."""
-    size: int = 32
-    """Height and width of the images, pixels."""
 
     def run(self, execution: Execution, console: Console) -> dict[str, Any]:
         bench = Skip(self.depth, Workload(self.batch, self.size, 3, execution))
