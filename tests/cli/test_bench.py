@@ -54,10 +54,7 @@ def test_profile(bench):
     pieces = result["pieces"]
     assert pieces["block of 16 channels, forward"]["count"] == 1
     assert pieces["transition to 32 channels, backward"]["count"] == 1
-    whole, rest = pieces.pop("step"), pieces.pop("rest")
-    assert 0 < rest < whole
-    timed = sum(piece["count"] * piece["seconds"] for piece in pieces.values())
-    assert timed + rest == pytest.approx(whole, rel=0.3)
+    assert 0 < pieces["rest"] < pieces["step"]
 
 
 @pytest.mark.parametrize(

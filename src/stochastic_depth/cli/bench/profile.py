@@ -1,5 +1,6 @@
 """stochastic-depth bench profile."""
 
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -44,27 +45,31 @@ class Profile(OfResNet):
 
     def _timed_pieces(self, workload: Workload, console: Console) -> dict[str, Any]:
         timed, step = pieces(self.depth, workload)
-        whole = []
-        for number in shown(range(self.repeats + 3), self.repeats + 3, console):
-            if number == 3:  # warm
-                timed.seconds.clear()
-                whole.clear()
+        for _ in range(3):
+            step()
+        timed.seconds.clear()
+        whole, inside = [], [0.0]
+        for _ in shown(range(self.repeats), self.repeats, console):
             began = time.perf_counter()
             step()
             whole.append(time.perf_counter() - began)
+            inside.append(sum(map(sum, timed.seconds.values())))
+        between = [
+            step - (after - before)
+            for step, (before, after) in zip(whole, itertools.pairwise(inside), strict=True)
+        ]
         kernels, step_ms = workload.execution.kernels, 1e3 * statistics.median(whole)
         title = f"ResNet-{self.depth} by block program, {kernels} kernels, {step_ms:,.0f} ms a step"
         table = Table(title=title)
         table.add_column("piece")
         for column in ("median, ms", "in a step"):
             table.add_column(column, justify="right")
-        rest = sum(whole)
         result = {}
         for name, seconds in timed.seconds.items():
-            rest -= sum(seconds)
             count = len(seconds) // self.repeats
             result[name] = {"count": count, "seconds": statistics.median(seconds)}
             table.add_row(name, f"{1e3 * result[name]['seconds']:.2f}", f"{count}")
-        table.add_row("cast, update, gates", f"{1e3 * rest / self.repeats:.2f}", "1")
+        rest = statistics.median(between)
+        table.add_row("cast, update, gates", f"{1e3 * rest:.2f}", "1")
         console.print(table)
-        return {"step": statistics.median(whole), "rest": rest / self.repeats, **result}
+        return {"step": statistics.median(whole), "rest": rest, **result}
