@@ -5,7 +5,7 @@ import torch
 
 from stochastic_depth.bench.engines import DESIGNS, active_share, designs, engine_steps
 from stochastic_depth.bench.workload import Workload
-from stochastic_depth.engine.kernels import native
+from stochastic_depth.engine.kernels import library
 from stochastic_depth.train.execution import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,4 +39,4 @@ def test_what_a_machine_cannot_run_is_named(monkeypatch):
     assert absent == {"graphs, native kernels": "they are for a CPU"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     bfloat16 = replace(EXECUTION, precision="bfloat16")
-    assert designs(bfloat16)[1]["graphs, native kernels"] == native.missing()
+    assert designs(bfloat16)[1]["graphs, native kernels"] == library.missing()

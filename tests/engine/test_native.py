@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from stochastic_depth.engine.kernels import BatchNorm, Layer, NativeKernels, ReferenceKernels
-from stochastic_depth.engine.kernels.native import missing
+from stochastic_depth.engine.kernels.library import missing
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

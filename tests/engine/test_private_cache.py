@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from stochastic_depth.engine.kernels import native
+from stochastic_depth.engine.kernels import library
 from stochastic_depth.engine.private_cache import only_we_write, private_cache
 from stochastic_depth.errors import EngineError
 
@@ -81,34 +81,34 @@ def test_a_file_of_another_user_is_not_trusted(tmp_path):
     assert not only_we_write(path)
 
 
-@pytest.mark.skipif(native.missing() is not None, reason=f"needs kernels: {native.missing()}")
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs kernels: {library.missing()}")
 def test_a_library_that_was_planted_is_not_loaded_and_one_of_ours_is(above, monkeypatch):
-    made, compile = [], native._compile
-    monkeypatch.setattr(native, "_compile", lambda *given: (made.append(given), compile(*given)))
+    made, compile = [], library._compile
+    monkeypatch.setattr(library, "_compile", lambda *given: (made.append(given), compile(*given)))
 
     def compiled_by_now():
-        native._library.cache_clear()
-        native._library()
+        library.library.cache_clear()
+        library.library()
         return len(made)
 
     assert compiled_by_now() == 1
     assert compiled_by_now() == 1
-    (library,) = (above / "stochastic-depth").iterdir()
-    assert mode(library) == 0o700
+    (built,) = (above / "stochastic-depth").iterdir()
+    assert mode(built) == 0o700
 
-    library.unlink()  # not written over: it is mapped
-    library.write_bytes(b"planted")
-    library.chmod(0o777)
+    built.unlink()  # not written over: it is mapped
+    built.write_bytes(b"planted")
+    built.chmod(0o777)
     assert compiled_by_now() == 2
-    assert library.stat().st_size > 1000
+    assert built.stat().st_size > 1000
 
     # One of ours that is damaged, elsewhere, since a library is loaded once from one place.
     monkeypatch.setenv("XDG_CACHE_HOME", str(above / "other"))
-    damaged = private_cache() / library.name
+    damaged = private_cache() / built.name
     damaged.write_bytes(b"damaged")
     damaged.chmod(0o700)
     with pytest.raises(
         EngineError, match=r"native kernels: .*; remove .*so, or use --engine eager"
     ):
         compiled_by_now()
-    native._library.cache_clear()
+    library.library.cache_clear()

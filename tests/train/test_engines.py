@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from stochastic_depth.engine.kernels import native
+from stochastic_depth.engine.kernels import library
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import Config, ModelConfig, SurvivalConfig, begin, fit, reopen
@@ -52,7 +52,7 @@ def test_every_engine_has_the_curve_of_autograd(engine, rule, float32, tmp_path,
     assert curves[0][-1] < curves[0][0]
 
 
-@pytest.mark.skipif(native.missing() is not None, reason=f"needs kernels: {native.missing()}")
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs kernels: {library.missing()}")
 def test_native_kernels_have_the_curve_of_autocast(small, tmp_path, silent):
     config = replace(small, precision="bfloat16", survival=SurvivalConfig(final=0.8))
     curves = [
@@ -136,6 +136,6 @@ def test_runs_of_before_engines_were_by_autograd(small, tmp_path):
 
 def test_without_a_compiler_native_kernels_say_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    if native.missing() == NO_KERNELS:
+    if library.missing() == NO_KERNELS:
         pytest.skip("needs AVX512-BF16")
-    assert "no C++ compiler" in native.missing()
+    assert "no C++ compiler" in library.missing()

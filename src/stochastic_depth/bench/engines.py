@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from stochastic_depth.bench.workload import EngineStep, Workload
-from stochastic_depth.engine.kernels.native import missing
+from stochastic_depth.engine.kernels.library import missing
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.survival import Survival, Uniform
 from stochastic_depth.train.engine_choice import EngineName, KernelsName

@@ -1,36 +1,15 @@
-"""The kernels in `avx512/`, compiled on first use, where processor and compiler are there."""
+"""The kernels in `avx512/`: bfloat16 on processors that multiply it."""
 
 import ctypes
-import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stochastic_depth.engine.buffers import Buffers
 from stochastic_depth.engine.kernels.kernels import BatchNorm, Layer
+from stochastic_depth.engine.kernels.library import library
 from stochastic_depth.engine.kernels.reference import ReferenceKernels
-from stochastic_depth.engine.private_cache import only_we_write, private_cache
-from stochastic_depth.errors import EngineError
-
-SOURCE = Path(__file__).with_name("avx512") / "kernels.cpp"
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
-
-
-def missing() -> str | None:
-    """Why native kernels cannot be had here; None where they can."""
-    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if not processor.get("avx512_bf16"):
-        return "the processor has no AVX512-BF16"
-    if _compiler() is None:
-        return "no C++ compiler was found (g++, or the one that CXX names)"
-    return None
 
 
 class NativeKernels(ReferenceKernels):
@@ -46,7 +25,7 @@ class NativeKernels(ReferenceKernels):
     """
 
     def __init__(self) -> None:
-        self._library = _library()
+        self._library = library()
         self._threads = torch.get_num_threads()
         self._buffers = Buffers()
 
@@ -278,52 +257,3 @@ def _sums(x: Tensor) -> Tensor:
 
 def _factor(norm: BatchNorm) -> ctypes.c_float:
     return ctypes.c_float(1.0 if norm.factor is None else norm.factor.item())
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """The compiled kernels, from the cache folder if they were compiled before."""
-    reason = missing()
-    if reason is not None:
-        raise EngineError(f"native kernels: {reason}; use --engine eager")
-    compiler = _compiler()
-    assert compiler is not None
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    made_of = [
-        *(path.read_text() for path in sorted(SOURCE.parent.iterdir())),
-        version,
-        *FLAGS,
-        repr(torch.cpu.get_capabilities()),
-    ]
-    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    cache = private_cache()
-    path = cache / f"native-{name}.so"
-    try:
-        if not (path.is_file() and only_we_write(path)):
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise EngineError(
-            f"native kernels: {error}; remove {path}, or use --engine eager"
-        ) from error
-
-
-def _compile(compiler: str, path: Path) -> None:
-    """Make the library at `path`, which is whole or not there."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
-        outcome = subprocess.run(command, capture_output=True, text=True)
-        if outcome.returncode:
-            said = outcome.stderr.strip() or f"it ended with {outcome.returncode}"
-            raise EngineError(
-                f"native kernels: {compiler} failed: {said.splitlines()[0]}; use --engine eager"
-            )
-        made.chmod(0o700)
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
-        made.replace(path)
