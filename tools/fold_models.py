@@ -3,7 +3,8 @@
 Each architecture of coverage_models.py that can be made skippable is built without trained weights,
 its zeros and layer scales replaced by random numbers, applied and folded. Told are the largest
 differences of the outputs, in float64 and in float32, relative to the largest output; and why not,
-where a block cannot take p_l exactly.
+where a block cannot take p_l exactly. The last bit: by how much the outputs in float32 differ when
+nothing is folded and every weight becomes a neighbouring number, which is the model's own noise.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import collections
 import copy
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ class Parity:
     """Whether the model computes in single precision on the way, whatever its own."""
     float64: float = 0.0
     float32: float = 0.0
+    last_bit: float = 0.0
+    """In float32, not folded, when every weight becomes a neighbouring number."""
     reason: str = ""
 
 
@@ -65,11 +69,11 @@ def judge(library: str, name: str, **options: Any) -> Parity:
                 differences.append(0.0)
                 continue
             sd.fold(mine, given)
-            pairs = zip(before, _outputs(mine, given), strict=True)
-            differences.append(max(_difference(old, new) for old, new in pairs))
+            differences.append(_difference(before, _outputs(mine, given)))
     except sd.FoldError as error:
         return Parity(library, name, len(depth.blocks), "refused", reason=str(error))
     single = _computes_in_single(copy.deepcopy(model).double().eval(), _as(torch.float64, example))
+    differences.append(_difference(before, _outputs(_neighbour(model.eval()), example)))
     return Parity(library, name, len(depth.blocks), "folded", single, *differences)
 
 
@@ -83,8 +87,22 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _difference(old: Tensor, new: Tensor) -> float:
-    return ((new - old).abs().max() / old.abs().max().clamp(min=1e-30)).item()
+def _difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest, relative to the largest value of each output."""
+    pairs = zip(before, after, strict=True)
+    return max(
+        ((new - old).abs().max() / old.abs().max().clamp(min=1e-30)).item() for old, new in pairs
+    )
+
+
+def _neighbour(model: nn.Module) -> nn.Module:
+    """A copy, each of whose weights is the next number up or down, by chance."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            up_or_down = torch.full_like(weight, torch.inf).copysign(torch.randn_like(weight))
+            weight.copy_(weight.nextafter(up_or_down))
+    return model
 
 
 def _computes_in_single(model: nn.Module, example: Any) -> bool:
@@ -99,8 +117,7 @@ def _computes_in_single(model: nn.Module, example: Any) -> bool:
 def report(parities: list[Parity]) -> None:
     """How many by library, and the largest differences."""
     table = Table(title="p_l folded into the weights", title_justify="left")
-    columns = ("skippable", "folded", "refused", "float64", "float64*", "float32")
-    for column in ("library", *columns):
+    for column in ("library", "folded", "float64", "float64*", "float32", "last bit"):
         table.add_column(column, justify="left" if column == "library" else "right")
     for library in dict.fromkeys(p.library for p in parities):
         mine = [p for p in parities if p.library == library]
@@ -108,12 +125,11 @@ def report(parities: list[Parity]) -> None:
         folded = [p for p in mine if p.verdict == "folded"]
         table.add_row(
             library,
-            str(counts["folded"] + counts["refused"]),
-            str(counts["folded"]),
-            str(counts["refused"]),
-            f"{max((p.float64 for p in folded if not p.single), default=0):.0e}",
-            f"{max((p.float64 for p in folded if p.single), default=0):.0e}",
-            f"{max((p.float32 for p in folded), default=0):.0e}",
+            f"{counts['folded']} of {counts['folded'] + counts['refused']}",
+            _largest(p.float64 for p in folded if not p.single),
+            _largest(p.float64 for p in folded if p.single),
+            _largest(p.float32 for p in folded),
+            _largest(p.last_bit for p in folded),
         )
     console = Console()
     console.print(table)
@@ -121,6 +137,10 @@ def report(parities: list[Parity]) -> None:
     for p in parities:
         if p.verdict == "refused":
             console.print(f"{p.library}/{p.architecture}: {p.reason}", markup=False)
+
+
+def _largest(differences: Iterable[float]) -> str:
+    return f"{max(differences, default=0):.0e}"
 
 
 def main() -> None:
@@ -141,7 +161,7 @@ def main() -> None:
         p = parities[-1]
         print(
             f"{p.library:12} {p.architecture:32} {p.verdict:13} {p.blocks:3} {p.float64:.0e}"
-            f"{'*' if p.single else ' '} {p.float32:.0e} {p.reason[:300]}",
+            f"{'*' if p.single else ' '} {p.float32:.0e} {p.last_bit:.0e} {p.reason[:300]}",
             flush=True,
         )
     report(parities)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from stochastic_depth.analysis.least_needed import least_needed, spread
+from stochastic_depth.analysis.least_needed import spread
 from stochastic_depth.analysis.recalibration import recalibrated
 from stochastic_depth.analysis.removal import Thinned, as_thinned, errors, parameters_without
 from stochastic_depth.analysis.thinning import Settings, curves, measured_curves
@@ -99,25 +99,6 @@ def test_recalibration_is_pytorchs_update_bn_on_the_plain_network(network, remov
     assert all(m.momentum == 0.1 for m in network.model.modules() if isinstance(m, nn.BatchNorm2d))
     for name, value in network.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-def test_the_least_needed_of_independent_blocks_are_the_cheapest():
-    costs = [3.0, 1.0, 2.0, 1.0, 5.0]
-    calls = []
-
-    def loss(removed):
-        calls.append(tuple(removed))
-        return sum(costs[block] for block in removed)
-
-    assert least_needed(5, loss) == [1, 3, 2, 0, 4]
-    assert len(calls) == len(set(calls)) == 5 * 6 / 2
-
-
-def test_blocks_that_stand_in_for_each_other_are_not_both_removed_early():
-    def loss(removed):  # 0 and 1 do the same: either may go, not both
-        return 10 * ({0, 1} <= set(removed)) + sum(block == 2 for block in removed)
-
-    assert least_needed(4, loss) == [0, 3, 2, 1]
 
 
 def test_images_are_spread_evenly_over_batches_of_any_size():

@@ -189,6 +189,7 @@ def test_projections_are_no_part_of_the_branch():
     ],
 )
 def test_published_networks_fold(name, options):
+    pytest.importorskip(name.partition("/")[0], reason=f"needs {name.partition('/')[0]}")
     model, example = published(name, **options)
     assert_folds(model, example)
 
@@ -213,6 +214,7 @@ SMALL = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id":
     ],
 )
 def test_transformers_fold(name, options):
+    pytest.importorskip("transformers", reason="needs transformers")
     model, example = published(f"transformers/{name}", **SMALL, **options)
     assert_folds(model, example)
 
@@ -249,6 +251,7 @@ def test_training_scale_leaves_every_weight_as_it_is():
 
 
 def test_a_drop_path_gets_its_rate_back():
+    pytest.importorskip("timm", reason="needs timm")
     model, example = published("timm/vit_tiny_patch16_224", depth=2, drop_path_rate=0.2)
     sd.apply(model, "own", example=example)
     sd.fold(model, example)

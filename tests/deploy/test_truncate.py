@@ -1,6 +1,7 @@
 import copy
 import itertools
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,24 +69,38 @@ def test_a_projection_keeps_its_weights_and_their_names():
     assert not any(name.startswith("blocks.3.branch") for name in model.state_dict())
 
 
-def test_what_is_left_trains_is_applied_again_and_loads_its_own_weights():
-    model = network()
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the exporter, about itself
+def test_what_is_left_is_tuned_and_exported(tmp_path):
+    model = network(14)
     sd.apply(model)
-    sd.truncate(model, 2, X)
+    sd.truncate(model, 1, X)
     depth = sd.apply(model)
-    assert len(depth.survival) == 6
+    assert len(depth.survival) == 3
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = F.cross_entropy(model(X), torch.arange(4))
     for _ in range(3):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(X), torch.arange(4))
-        loss.backward()
+        tuned = F.cross_entropy(model(X), torch.arange(4))
+        tuned.backward()
         optimizer.step()
-    assert loss < before
-    sd.remove(model)
+    assert tuned < before
+    expected = model.eval()(X).detach()
+    sd.fold(model, X)
     again = copy.deepcopy(model)
     again.load_state_dict(model.state_dict(), strict=True)
+    any_batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (X,), dynamic_shapes=any_batch)
+    torch.onnx.export(
+        program, f=tmp_path / "net.onnx", input_names=["x"], verbose=False, external_data=False
+    )
+    session = onnxruntime.InferenceSession(
+        tmp_path / "net.onnx", providers=["CPUExecutionProvider"]
+    )
+    for few in (X, X[:1], X[:3]):
+        assert torch.allclose(program.module()(few), expected[: len(few)], rtol=1e-4, atol=1e-5)
+        (logits,) = session.run(None, {"x": few.numpy()})
+        assert torch.allclose(torch.from_numpy(logits), expected[: len(few)], rtol=1e-4, atol=1e-5)
 
 
 def test_recalibration_takes_the_statistics_of_what_is_left():
@@ -121,6 +136,7 @@ def test_recalibration_takes_the_statistics_of_what_is_left():
 def test_a_foreign_network_becomes_the_same_architecture_built_shallower(
     name, options, keep, shallower
 ):
+    pytest.importorskip(name.partition("/")[0], reason=f"needs {name.partition('/')[0]}")
     model, x = published(name, **options)
     model.eval()
     depth = sd.apply(model, example=x)
@@ -167,16 +183,18 @@ def test_a_choice_that_does_not_fit_is_refused(keep):
         sd.truncate(model, keep, X)
 
 
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def loss(model):
+    assert not model.training
+    with torch.no_grad():
+        return F.cross_entropy(model(X), LABELS).item()
+
+
 def test_blocks_are_dropped_in_the_order_that_costs_least_at_each_step():
     model = network(14)
     sd.apply(model, sd.Uniform(1.0))
-    labels = torch.tensor([0, 1, 2, 3])
-
-    def loss(model):
-        assert not model.training
-        with torch.no_grad():
-            return F.cross_entropy(model(X), labels).item()
-
     model.train()
     found = list(sd.drop_order(model, loss))
     assert model.training
@@ -184,7 +202,7 @@ def test_blocks_are_dropped_in_the_order_that_costs_least_at_each_step():
     dropped: set[int] = set()
     for step in found:
         tried = {
-            n: F.cross_entropy(closed_outputs(model, dropped | {n}, X), labels).item()
+            n: F.cross_entropy(closed_outputs(model, dropped | {n}, X), LABELS).item()
             for n in set(range(6)) - dropped
         }
         assert step.block == min(tried, key=lambda n: tried[n])
@@ -194,9 +212,27 @@ def test_blocks_are_dropped_in_the_order_that_costs_least_at_each_step():
     assert len(found) == 6
 
 
-def test_the_search_may_be_left_early_and_leaves_no_trace():
+def test_the_blocks_that_validation_chose_stay_and_lose_what_was_foretold():
+    model = network(14)
+    sd.apply(model)
+    found = list(itertools.islice(sd.drop_order(model, loss), 3))
+    assert sum(step.evaluations for step in found) == 6 + 5 + 4
+    sd.truncate(model, sorted(set(range(6)) - {step.block for step in found}), X)
+    assert len(sd.apply(model, sd.Uniform(1.0)).blocks) == 3
+    assert loss(model) == pytest.approx(found[-1].loss, rel=1e-4)
+
+
+def test_a_search_that_fails_or_is_left_leaves_no_trace():
     model = network(14)
     sd.apply(model)
     expected = model(X)
+
+    def fails(model):
+        raise RuntimeError("out of memory")
+
+    model.train()
     assert len(list(itertools.islice(sd.drop_order(model, lambda m: 0.0), 2))) == 2
-    assert torch.equal(model(X), expected)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(sd.drop_order(model, fails))
+    assert model.training
+    assert torch.equal(model.eval()(X), expected)

@@ -1,12 +1,14 @@
 """Which blocks a trained network can do without: found greedily on the validation part."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 
-from stochastic_depth.analysis.removal import Thinned, as_thinned
 from stochastic_depth.analysis.trained import Progress, Trained
 from stochastic_depth.data.protocol import Batch
+from stochastic_depth.deploy import drop_order
 from stochastic_depth.train.step import evaluate
 
 
@@ -17,29 +19,13 @@ def chosen_order(network: Trained, choose_on: int, progress: Progress) -> list[i
     """
     validation, blocks = network.images.sizes["validation"], len(network.depth.blocks)
     few = list(spread(network.images.evaluate("validation"), validation, choose_on))
-    done = 0
+    done = itertools.count(1)
 
-    def loss(removed: Sequence[int]) -> float:
-        nonlocal done
-        done += 1
-        progress("choosing", done, blocks * (blocks + 1) / 2)
-        with as_thinned(network, Thinned(tuple(removed), None)):
-            return evaluate(network.model, few, network.run.execution).loss
+    def loss(model: nn.Module) -> float:
+        progress("choosing", next(done), blocks * (blocks + 1) / 2)
+        return evaluate(model, few, network.run.execution).loss
 
-    return least_needed(blocks, loss)
-
-
-def least_needed(blocks: int, loss: Callable[[Sequence[int]], float]) -> list[int]:
-    """The order in which blocks 0..blocks-1 are removed greedily.
-
-    Each time the one whose removal, besides those before it, leaves the lowest loss; the first of
-    equals.
-    """
-    removed: list[int] = []
-    while len(removed) < blocks:
-        left = [block for block in range(blocks) if block not in removed]
-        removed.append(min(left, key=lambda block: loss([*removed, block])))
-    return removed
+    return [dropped.block for dropped in drop_order(network.model, loss)]
 
 
 def spread(batches: Iterable[Batch], images: int, count: int) -> Iterator[Batch]:

@@ -12,11 +12,7 @@ from rich.table import Table
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.deploy.description import Description
 from stochastic_depth.deploy.elastic import measured
-from stochastic_depth.deploy.exporting import (
-    elastic_network,
-    plain_network,
-    shallower_network,
-)
+from stochastic_depth.deploy.exporting import elastic_network, plain_network, shallower_network
 from stochastic_depth.deploy.formats import SUFFIX, Format, write_export
 from stochastic_depth.deploy.order import Dropped
 from stochastic_depth.errors import ExportError
@@ -55,7 +51,14 @@ def main(arguments: list[str]) -> int:
 
     def watch(dropped: Iterator[Dropped], count: int) -> Iterator[Dropped]:
         evaluations = 0
-        for each in track(dropped, "ordering blocks", count, console=console, transient=True):
+        for each in track(
+            dropped,
+            "ordering blocks",
+            count,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
             evaluations += each.evaluations
             yield each
         console.print(

@@ -18,7 +18,7 @@ from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.step import evaluate
 
 DEPTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-BATCH, ROUNDS = 64, 5
+BATCH, ROUNDS = 64, 15
 
 
 def measured(

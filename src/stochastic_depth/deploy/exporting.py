@@ -16,9 +16,10 @@ from stochastic_depth.deploy.order import Dropped, drop_order
 from stochastic_depth.deploy.truncate import truncate
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.surgery import apply, depth_of
+from stochastic_depth.surgery.apply import applied_inside
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train import Run, best_record, trained_model
-from stochastic_depth.train.config import ModelConfig
+from stochastic_depth.train.build import architecture
 from stochastic_depth.train.execution import versions
 from stochastic_depth.train.step import evaluate
 
@@ -105,20 +106,14 @@ def _order(
 def _finished(
     run: Run, images: Batches, model: nn.Module, step: int, dropped: tuple[int, ...]
 ) -> Plain:
-    try:
-        blocks = len(depth_of(model).blocks)
-    except ApplyError:
-        blocks = 0
     some = sample(images, CHECKED)
     model = model.cpu().to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
+    if dropped:
+        keep = [n for n in range(len(depth_of(model).blocks)) if n not in dropped]
+        truncate(model, keep, some[:4], recalibrate=training_batches(images))
     with torch.no_grad():
         expected = model(some)
-    if dropped:
-        keep = [n for n in range(blocks) if n not in dropped]
-        truncate(model, keep, some[:4], recalibrate=training_batches(images))
-        with torch.no_grad():
-            expected = model(some)
-    elif blocks:
+    if applied_inside(model):
         fold(model, some[:4])
     return Plain(model, _described(run, images, step, tuple(sorted(dropped))), some, expected)
 
@@ -135,11 +130,11 @@ def sample(images: Batches, count: int) -> Tensor:
 
 def _described(run: Run, images: Batches, step: int, removed: tuple[int, ...]) -> Description:
     config = run.config
-    arguments = _arguments(config.model, images.shape[0], len(images.classes))
+    kind, shape = architecture(config.model, images.shape[0], len(images.classes))
     record = next(record for record in run.records() if record.step == step)
     survival: dict[str, Any] = copy.deepcopy(config.to_json()["survival"])
     return Description(
-        Architecture(*arguments, removed),
+        Architecture(kind.__name__, shape, removed),
         Input(
             images.shape,
             images.shorter_side,
@@ -158,19 +153,3 @@ def _described(run: Run, images: Batches, step: int, removed: tuple[int, ...]) -
         },
         versions(),
     )
-
-
-def _arguments(model: ModelConfig, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
-    """The class of the network and what it is built from, as `train.build.build_model` does."""
-    if model.kind == "cifar-resnet":
-        return "CifarResNet", {"depth": model.depth, "classes": classes, "channels": channels}
-    if model.kind == "imagenet-resnet":
-        return "ImageNetResNet", {"depth": model.depth, "classes": classes}
-    return "DenseNet", {
-        "depth": model.depth,
-        "growth": model.growth,
-        "bottleneck": model.bottleneck,
-        "compression": 0.5 if model.bottleneck else 1.0,
-        "classes": classes,
-        "channels": channels,
-    }

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from stochastic_depth.gates import Gate
+from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.surgery.apply import depth_of
 
 
@@ -26,45 +25,39 @@ def drop_order(model: nn.Module, loss: Callable[[nn.Module], float]) -> Iterator
     """Close the blocks of `model` one after the other, each time the one that costs least.
 
     Greedy: to choose the n-th of L blocks the loss is taken L - n + 1 times, for all of them
-    L (L + 1) / 2 times. The iterator may be left at any time, and leaves `model` as it was.
+    L (L + 1) / 2 times. The iterator may be left at any time. `model` stays as it is.
 
         order = [dropped.block for dropped in itertools.islice(sd.drop_order(model, loss), 10)]
         sd.truncate(model, [n for n in range(54) if n not in order], example)
 
     Args:
         model: one that `sd.apply` was given.
-        loss: of the model in evaluation mode, say over the validation images.
+        loss: of the model in evaluation mode, without some of its blocks; say over the validation
+            images.
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
     """
-    return _dropped(model, depth_of(model).blocks, loss)
+    return _dropped(model, depth_of(model), loss)
 
 
 def _dropped(
-    model: nn.Module, blocks: list[Any], loss: Callable[[nn.Module], float]
+    model: nn.Module, depth: StochasticDepth, loss: Callable[[nn.Module], float]
 ) -> Iterator[Dropped]:
-    before = [[gates.evaluation for gates in block.gates] for block in blocks]
     was_training = model.training
-    model.eval()
-    left = list(range(len(blocks)))
-    try:
-        while left:
-            losses = {}
-            for number in left:
-                _set(blocks[number], [Gate(open=False)] * len(blocks[number].gates))
-                losses[number] = loss(model)
-                _set(blocks[number], before[number])
-            best = min(losses, key=lambda number: losses[number])
-            _set(blocks[best], [Gate(open=False)] * len(blocks[best].gates))
-            left.remove(best)
-            yield Dropped(best, losses[best], len(losses))
-    finally:
-        for block, gates in zip(blocks, before, strict=True):
-            _set(block, gates)
-        model.train(was_training)
+    left = list(range(len(depth.blocks)))
 
+    def without(block: int) -> float:
+        gates = [other in left and other != block for other in range(len(depth.blocks))]
+        with depth.subnetwork(gates, scaled=True):
+            return loss(model)
 
-def _set(block: Any, gates: list[Gate]) -> None:
-    for addition, gate in zip(block.gates, gates, strict=True):
-        addition.evaluation = gate
+    while left:
+        model.eval()
+        try:
+            losses = {block: without(block) for block in left}
+        finally:
+            model.train(was_training)
+        best = min(left, key=lambda block: losses[block])
+        left.remove(best)
+        yield Dropped(best, losses[best], len(losses))

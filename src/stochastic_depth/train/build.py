@@ -1,5 +1,7 @@
 """The network, its stochastic depth and its optimizer, as a configuration names them."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,21 +13,30 @@ from stochastic_depth.survival import LinearDecay, Ramp, SurvivalRule, Uniform
 from stochastic_depth.train.config import ModelConfig, OptimizerConfig, SurvivalConfig
 
 
+def architecture(
+    config: ModelConfig, channels: int, classes: int
+) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class of the network, and what it is built from besides its first weights."""
+    if config.kind == "cifar-resnet":
+        return CifarResNet, {"depth": config.depth, "classes": classes, "channels": channels}
+    if config.kind == "imagenet-resnet":
+        return ImageNetResNet, {"depth": config.depth, "classes": classes}
+    return DenseNet, {
+        "depth": config.depth,
+        "growth": config.growth,
+        "bottleneck": config.bottleneck,
+        "compression": 0.5 if config.bottleneck else 1.0,
+        "classes": classes,
+        "channels": channels,
+    }
+
+
 def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> nn.Module:
     """The network for images of `channels` channels, its weights a function of `seed`."""
-    if config.kind == "cifar-resnet":
-        return CifarResNet(config.depth, classes, channels, config.init, seed)
-    if config.kind == "imagenet-resnet":
-        return ImageNetResNet(config.depth, classes, init=config.init, seed=seed)
-    return DenseNet(
-        config.depth,
-        config.growth,
-        bottleneck=config.bottleneck,
-        compression=0.5 if config.bottleneck else 1.0,
-        classes=classes,
-        channels=channels,
-        seed=seed,
-    )
+    kind, shape = architecture(config, channels, classes)
+    if kind is not DenseNet:
+        shape["init"] = config.init
+    return kind(**shape, seed=seed)
 
 
 def build_depth(
