@@ -141,7 +141,7 @@ class Group:
     def __init__(self, run: Path, restarts: int, epochs: int) -> None:
         options = [*OPTIONS, "--epochs", epochs, "--run", run]
         arguments = [HERE / "group.py", 2, restarts, "train", "digits", *options]
-        self.output = run.with_suffix(".txt")
+        self.run, self.output = run, run.with_suffix(".txt")
         with self.output.open("wb") as file:
             self.agent = subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
@@ -161,6 +161,12 @@ class Group:
             time.sleep(0.002)
         return []
 
+    def wait_for_checkpoint(self) -> None:
+        """Until there is another one, or all has ended."""
+        before = set(self.run.glob("checkpoints/step-*"))
+        while self.agent.poll() is None and before >= {*self.run.glob("checkpoints/step-*")}:
+            time.sleep(0.002)
+
     def finish(self) -> None:
         assert self.agent.wait() == 0, self.output.read_text()
 
@@ -170,20 +176,23 @@ class Group:
 def test_a_group_of_two_killed_at_random_moments_ends_where_it_would_have(
     tmp_path, observed, soak, counts
 ):
-    wanted, epochs, moments = (100, 20, random.Random(0)) if soak else (2, 4, random.Random(0))
+    wanted, epochs, moments = 100 if soak else 2, 80 if soak else 4, random.Random(0)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     group, kills = Group(undisturbed, 0, epochs), 0
     began = group.workers() and time.monotonic()
-    while group.workers() and not list(undisturbed.glob("checkpoints/step-*")):
-        time.sleep(0.002)
+    group.wait_for_checkpoint()
     start = time.monotonic() - began
     group.finish()
-    training = time.monotonic() - began - start
+    interval = (time.monotonic() - began - start) / (5 * epochs)
 
     group = Group(killed, wanted, epochs)
     workers = group.workers()
     while kills < wanted and workers:
-        time.sleep(moments.uniform(0, start + training / wanted))
+        longest = start
+        if moments.random() < 0.5:
+            group.wait_for_checkpoint()
+            longest = interval
+        time.sleep(moments.uniform(0, longest))
         for victim in moments.choice([workers[:1], workers[1:], workers]):
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
