@@ -250,7 +250,7 @@ class StochasticDepth:
             self._open([block.gates[0].evaluation for block in self.blocks])
         elif not _in_backward():
             self.draw(None if self.gate == "batch" else batch_size((args, kwargs)))
-            if torch.is_grad_enabled() and are_awaited():
+            if torch.is_grad_enabled() and are_awaited(model):
                 self._attachment = Attachment(model, self._closed(model, self._gates))
         elif self._draws_since_backward > 1:
             raise GateError(

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import report
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -136,10 +137,50 @@ def plain_ddp_trains_like_one_process() -> None:
         assert_same_end(model, alone(skipped))
 
 
+def the_composable_replicate_trains_like_one_process_and_skips_closed_blocks() -> None:
+    for skipped, skips in itertools.product(("paper", "freeze"), (False, True)):
+        model, depth = network(skipped)
+        replicate(model)
+        if skips:
+            skip_closed(model)
+        train(model, sgd(model), mine)
+        assert_same_end(model, alone(skipped))
+        with Collectives() as collectives:
+            train(model, sgd(model), mine, range(1))
+        sent = OF_REST + int(depth.gates.sum()) * OF_BLOCK
+        assert (collectives.numbers["allreduce"] == sent) == skips
+
+
 def ddp_that_searches_for_unused_parameters_finds_none() -> None:
-    model, _ = network()
-    train(DistributedDataParallel(model, find_unused_parameters=True), sgd(model), mine)
-    assert_same_end(model, alone("paper"))
+    for skips in (False, True):
+        model, _ = network()
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        if skips:
+            skip_closed(ddp)
+        train(ddp, sgd(model), mine)
+        assert_same_end(model, alone("paper"))
+
+
+def compiled_blocks_train_like_one_process() -> None:
+    for skipped in ("paper", "freeze"):
+        model, _ = network(skipped)
+        ddp = DistributedDataParallel(sd.compile(model, backend="aot_eager"))
+        skip_closed(ddp)
+        train(ddp, sgd(model), mine)
+        assert_same_end(model, alone(skipped))
+
+
+def gates_for_single_samples_are_those_of_one_process() -> None:
+    for gate in ("sample", "subset"):
+        model, depth = network(gate=gate)
+        ddp = DistributedDataParallel(model)
+        skip_closed(ddp)
+        each = BATCH // dist.get_world_size()
+        depth.share = dist.get_rank() * each, BATCH
+        train(ddp, sgd(model), mine)
+        other, _ = network(gate=gate)
+        train(other, sgd(other), whole)
+        assert_same_end(model, other)
 
 
 def ddp_that_skips_closed_blocks_trains_like_one_process() -> None:
@@ -223,6 +264,16 @@ def a_forward_pass_that_fails_leaves_no_hook() -> None:
 def a_model_without_stochastic_depth_is_refused() -> None:
     with pytest.raises(sd.ApplyError, match=r"sd.apply\(model\) first"):
         skip_closed(DistributedDataParallel(nn.Linear(2, 2)))
+
+
+def a_model_that_is_wrapped_or_sharded_already_is_refused() -> None:
+    for wrap in (DistributedDataParallel, replicate, fully_shard):
+        plain, _ = network()
+        sd.remove(plain)
+        with pytest.raises(sd.ApplyError, match=r"sd.apply\(model\) first, then wrap"):
+            sd.apply(wrap(plain))
+    with pytest.raises(sd.ApplyError, match="Linear is not in DistributedDataParallel"):
+        skip_closed(nn.Linear(2, 2))
 
 
 def different_gates_are_refused_on_every_rank() -> None:
@@ -435,11 +486,15 @@ EVERYWHERE = (
 ON_TWO = (
     *EVERYWHERE,
     ddp_that_searches_for_unused_parameters_finds_none,
+    the_composable_replicate_trains_like_one_process_and_skips_closed_blocks,
+    compiled_blocks_train_like_one_process,
+    gates_for_single_samples_are_those_of_one_process,
     gradients_of_closed_blocks_are_not_sent,
     accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass,
     buckets_keep_the_order_of_the_backward_pass,
     a_forward_pass_that_fails_leaves_no_hook,
     a_model_without_stochastic_depth_is_refused,
+    a_model_that_is_wrapped_or_sharded_already_is_refused,
     different_gates_are_refused_on_every_rank,
     gates_by_rank_and_shards_are_refused_together,
     sharded_by_blocks_it_trains_like_one_process_and_reduces_nothing_for_closed_ones,
