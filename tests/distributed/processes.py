@@ -22,7 +22,7 @@ def run_checks(script: Path, ranks: int, folder: Path, stage: str) -> dict[str, 
     processes = [
         subprocess.Popen(
             [sys.executable, script, stage, store, result, str(rank), str(ranks)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -252,6 +252,25 @@ def buckets_keep_the_order_of_the_backward_pass() -> None:
     assert layers == sorted(layers, reverse=True), layers
 
 
+def buckets_are_sent_while_the_backward_pass_goes_on() -> None:
+    """All but the last of them, before the gradient of the first layer is known."""
+    for skips in (False, True):
+        model, depth = network()
+        ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
+        if skips:
+            skip_closed(ddp)
+        sent: list[int] = []
+        with Collectives() as collectives:
+            model[0].weight.register_hook(lambda _: sent.append(collectives.calls["allreduce"]))  # noqa: B023
+            for step in range(STEPS):
+                collectives.calls.clear()
+                ddp(mine(mini_batch(step)[0])).sum().backward()
+                assert not depth.gates.all()
+                if step > 0:  # in which the order of the buckets is found
+                    assert sent[-1] == collectives.calls["allreduce"] - 1
+        assert max(sent) > 1
+
+
 def a_forward_pass_that_fails_leaves_no_hook() -> None:
     model, _ = network()
     ddp = DistributedDataParallel(model)
@@ -492,6 +511,7 @@ ON_TWO = (
     gradients_of_closed_blocks_are_not_sent,
     accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass,
     buckets_keep_the_order_of_the_backward_pass,
+    buckets_are_sent_while_the_backward_pass_goes_on,
     a_forward_pass_that_fails_leaves_no_hook,
     a_model_without_stochastic_depth_is_refused,
     a_model_that_is_wrapped_or_sharded_already_is_refused,

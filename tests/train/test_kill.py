@@ -1,6 +1,7 @@
 """A run that is killed at random moments ends, bit for bit, where it would have ended."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -161,10 +162,12 @@ class Group:
             time.sleep(0.002)
         return []
 
-    def wait_for_checkpoint(self) -> None:
-        """Until there is another one, or all has ended."""
-        before = set(self.run.glob("checkpoints/step-*"))
-        while self.agent.poll() is None and before >= {*self.run.glob("checkpoints/step-*")}:
+    def wait_for_checkpoint(self, at_most: float = math.inf) -> None:
+        """Until there is another one, all has ended, or `at_most` seconds are over."""
+        before, end = set(self.run.glob("checkpoints/step-*")), time.monotonic() + at_most
+        while self.agent.poll() is None and time.monotonic() < end:
+            if not before >= {*self.run.glob("checkpoints/step-*")}:
+                break
             time.sleep(0.002)
 
     def finish(self) -> None:
@@ -176,7 +179,7 @@ class Group:
 def test_a_group_of_two_killed_at_random_moments_ends_where_it_would_have(
     tmp_path, observed, soak, counts
 ):
-    wanted, epochs, moments = 100 if soak else 2, 80 if soak else 4, random.Random(0)
+    wanted, epochs, moments = 100 if soak else 2, 50 if soak else 4, random.Random(0)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     group, kills = Group(undisturbed, 0, epochs), 0
     began = group.workers() and time.monotonic()
@@ -188,11 +191,8 @@ def test_a_group_of_two_killed_at_random_moments_ends_where_it_would_have(
     group = Group(killed, wanted, epochs)
     workers = group.workers()
     while kills < wanted and workers:
-        longest = start
-        if moments.random() < 0.5:
-            group.wait_for_checkpoint()
-            longest = interval
-        time.sleep(moments.uniform(0, longest))
+        group.wait_for_checkpoint(at_most=moments.uniform(0, 2 * start))
+        time.sleep(moments.uniform(0, interval))
         for victim in moments.choice([workers[:1], workers[1:], workers]):
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
