@@ -11,6 +11,7 @@ from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.cli.bench.output import write_json
 from stochastic_depth.cli.bench.overhead import Overhead
 from stochastic_depth.cli.bench.peers import Peers
+from stochastic_depth.cli.bench.pictures import Pictures
 from stochastic_depth.cli.bench.skip import SkipBench
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.train.config import Config
@@ -24,6 +25,7 @@ BENCHMARKS: dict[str, type[Options]] = {
     "engines": Engines,
     "distributed": Distributed,
     "data": Data,
+    "pictures": Pictures,
 }
 HELP = """usage: stochastic-depth bench BENCHMARK [OPTIONS]
 
