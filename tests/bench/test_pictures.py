@@ -44,4 +44,4 @@ def test_pictures_are_decoded_by_each_number_of_workers_and_a_network_takes_them
 
 def test_workers_that_leave_nothing_to_measure_are_refused(capsys):
     assert main("bench pictures --workers 4 --pictures 64".split()) == 2
-    assert "each worker makes a batch" in capsys.readouterr().err
+    assert "each worker makes" in capsys.readouterr().err

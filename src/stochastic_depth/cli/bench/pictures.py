@@ -6,7 +6,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -28,6 +28,8 @@ class Pictures(Options):
 
     repeats: int = 5
     """Rounds, each of one pass over the pictures with every number of workers."""
+    engine: Literal["auto", "eager", "compiled", "graphs"] = "eager"
+    """Of the training steps; there are no graphs of this network."""
     workers: tuple[int, ...] = (0, 1, 2, 4)
     """Numbers of processes that decode (0: this one)."""
     depth: int = 152
@@ -49,7 +51,6 @@ class Pictures(Options):
             )
 
     def run(self, execution: Execution, console: Console) -> dict[str, Any]:
-        execution = replace(execution, engine="eager", kernels="reference")
         with ExitStack() as stack:
             root = self.root
             if root is None:
