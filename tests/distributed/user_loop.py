@@ -343,7 +343,7 @@ def gates_by_rank_differ_and_gradients_are_the_mean() -> None:
             torch.testing.assert_close(p.grad, mean, rtol=0, atol=TOLERANCE)
 
 
-def gates_by_rank_and_shards_are_refused_together() -> None:
+def gates_that_differ_and_shards_are_refused_together() -> None:
     model, _ = network()
     shard_branches(model)
     with pytest.raises(sd.GateError, match="sharded model"):
@@ -351,6 +351,9 @@ def gates_by_rank_and_shards_are_refused_together() -> None:
     model, _ = network()
     gates_by_rank(model)
     with pytest.raises(sd.GateError, match="sharded model"):
+        shard_branches(model)
+    model, _ = network(gate="subset")
+    with pytest.raises(sd.GateError, match="no sample"):
         shard_branches(model)
 
 
@@ -516,7 +519,7 @@ ON_TWO = (
     a_model_without_stochastic_depth_is_refused,
     a_model_that_is_wrapped_or_sharded_already_is_refused,
     different_gates_are_refused_on_every_rank,
-    gates_by_rank_and_shards_are_refused_together,
+    gates_that_differ_and_shards_are_refused_together,
     sharded_by_blocks_it_trains_like_one_process_and_reduces_nothing_for_closed_ones,
     blocks_of_a_foreign_model_are_sharded_by_their_branches,
 )
