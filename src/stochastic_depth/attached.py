@@ -1,9 +1,9 @@
 """Closed branches as a part of the graph, for those who wait for the gradient of every parameter.
 
-`DistributedDataParallel` (and `replicate`) ends a backward pass when every parameter has reported,
-and a branch that did not run reports nothing. Attached to the output of its block, its parameters
-report that there is no gradient, at the moment at which they would have reported one: the order of
-the first backward pass is the order in which gradients are sent ever after.
+`DistributedDataParallel`, and so `replicate`, ends a backward pass when every parameter has
+reported, and a branch that did not run reports nothing. Attached to the output of its block, its
+parameters report that there is no gradient, at the moment at which they would have reported one:
+the order of the first backward pass is the order in which gradients are sent ever after.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributed._composable.replicate import DDP as Replicated  # noqa: N811
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
@@ -22,9 +23,13 @@ Branch = tuple[str, list[nn.Parameter]]
 """The name of a block, and the parameters of its branch."""
 
 
-def are_awaited() -> bool:
-    """Whether the forward pass under way is one of `DistributedDataParallel`."""
-    return DistributedDataParallel._get_active_ddp_module() is not None
+def are_awaited(model: nn.Module) -> bool:
+    """Whether the forward pass of `model` that begins is one of `DistributedDataParallel`.
+
+    That of a model under `replicate` becomes one by a hook that comes after ours.
+    """
+    active = DistributedDataParallel._get_active_ddp_module() is not None
+    return active or isinstance(model, Replicated)
 
 
 class Attachment:

@@ -139,7 +139,9 @@ class StochasticDepth:
         if self.gate != "batch" and batch is None:
             raise GateError(f'gate="{self.gate}" draws a gate for each sample: depth.draw(batch)')
         self._set_survival(self.step)
-        self._coins = self.gates_at(self.step, batch)
+        first, whole = self.share or (0, batch)
+        coins = self.gates_at(self.step, whole)
+        self._coins = coins if coins.ndim == 1 else coins[:, first : first + (batch or 0)]
         self._step += 1
         self._draws_since_backward += 1
         self._open(training_gates(self._coins, self._survival, self.gate, self.scale))
@@ -148,19 +150,19 @@ class StochasticDepth:
         """The gates that training step `step` draws, past or to come: as `gates`.
 
         Args:
-            batch: number of samples; needed by the "sample" and "subset" gates.
+            batch: number of samples, of all processes; needed by the "sample" and "subset" gates.
         """
-        first, whole = self.share or (0, batch)
-        coins = draw(
+        return draw(
             self.seed if self.rank is None else seed_of_rank(self.seed, self.rank),
             step,
-            ramped(self._final, self._ramp_steps, step),
-            None if self.gate == "batch" else whole,
+            self.survival_at(step),
+            None if self.gate == "batch" else batch,
             self.least,
         )
-        if batch is None or coins.ndim == 1:
-            return coins
-        return coins[:, first : first + batch]
+
+    def survival_at(self, step: int) -> tuple[float, ...]:
+        """(p_1, ..., p_L) in training step `step`."""
+        return ramped(self._final, self._ramp_steps, step)
 
     @contextmanager
     def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
@@ -250,7 +252,7 @@ class StochasticDepth:
             self._open([block.gates[0].evaluation for block in self.blocks])
         elif not _in_backward():
             self.draw(None if self.gate == "batch" else batch_size((args, kwargs)))
-            if torch.is_grad_enabled() and are_awaited():
+            if torch.is_grad_enabled() and are_awaited(model):
                 self._attachment = Attachment(model, self._closed(model, self._gates))
         elif self._draws_since_backward > 1:
             raise GateError(
@@ -286,7 +288,7 @@ class StochasticDepth:
         return output
 
     def _set_survival(self, step: int) -> None:
-        survival = ramped(self._final, self._ramp_steps, step)
+        survival = self.survival_at(step)
         if survival == self._survival:
             return
         self._survival = survival

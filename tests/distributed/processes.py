@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-TIMEOUT = 120
+TIMEOUT = 240
 
 
 def run_checks(script: Path, ranks: int, folder: Path, stage: str) -> dict[str, str]:
@@ -22,7 +22,7 @@ def run_checks(script: Path, ranks: int, folder: Path, stage: str) -> dict[str, 
     processes = [
         subprocess.Popen(
             [sys.executable, script, stage, store, result, str(rank), str(ranks)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -34,6 +34,7 @@ def run_checks(script: Path, ranks: int, folder: Path, stage: str) -> dict[str, 
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     told = [json.loads(r.read_text()) if r.exists() else {} for r in results]
     assert all(told), outputs
     return {

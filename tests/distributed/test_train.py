@@ -120,17 +120,18 @@ def test_a_run_of_one_is_gone_on_with_by_two(alone, folder):
     assert_close(run.path, alone)
 
 
-def test_a_process_is_killed_and_the_group_ends_where_it_would_have(folder):
-    """Bit for bit, without batch normalisation over ranks too."""
-    undisturbed, killed = folder / "undisturbed", folder / "killed"
-    finish(torchrun("digits", *OPTIONS, "--run", undisturbed))
-    group = torchrun("digits", *OPTIONS, "--run", killed, restarts=2)
+def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, folder):
+    """Bit for bit; what happens to more of them is in tests/train/test_kill.py."""
+    (undisturbed, _), killed = together, folder / "killed"
+    group = torchrun("digits", *OPTIONS, *SYNCED, "--run", killed, restarts=2)
     began = time.monotonic()
     while not list((killed / "checkpoints").glob("step-*")):
         assert time.monotonic() < began + TIMEOUT
         time.sleep(0.01)
     os.kill(workers(group.pid)[1], signal.SIGKILL)
-    assert "going on at step" in finish(group)
+    output = finish(group)
+    assert "going on at step" in output
+    assert "Traceback" not in output
     assert_same_end(open_run(undisturbed), open_run(killed))
     assert not list(killed.rglob(".unfinished-*"))
 

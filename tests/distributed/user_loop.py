@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import report
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -136,10 +137,50 @@ def plain_ddp_trains_like_one_process() -> None:
         assert_same_end(model, alone(skipped))
 
 
+def the_composable_replicate_trains_like_one_process_and_skips_closed_blocks() -> None:
+    for skipped, skips in itertools.product(("paper", "freeze"), (False, True)):
+        model, depth = network(skipped)
+        replicate(model)
+        if skips:
+            skip_closed(model)
+        train(model, sgd(model), mine)
+        assert_same_end(model, alone(skipped))
+        with Collectives() as collectives:
+            train(model, sgd(model), mine, range(1))
+        sent = OF_REST + int(depth.gates.sum()) * OF_BLOCK
+        assert (collectives.numbers["allreduce"] == sent) == skips
+
+
 def ddp_that_searches_for_unused_parameters_finds_none() -> None:
-    model, _ = network()
-    train(DistributedDataParallel(model, find_unused_parameters=True), sgd(model), mine)
-    assert_same_end(model, alone("paper"))
+    for skips in (False, True):
+        model, _ = network()
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        if skips:
+            skip_closed(ddp)
+        train(ddp, sgd(model), mine)
+        assert_same_end(model, alone("paper"))
+
+
+def compiled_blocks_train_like_one_process() -> None:
+    for skipped in ("paper", "freeze"):
+        model, _ = network(skipped)
+        ddp = DistributedDataParallel(sd.compile(model, backend="aot_eager"))
+        skip_closed(ddp)
+        train(ddp, sgd(model), mine)
+        assert_same_end(model, alone(skipped))
+
+
+def gates_for_single_samples_are_those_of_one_process() -> None:
+    for gate in ("sample", "subset"):
+        model, depth = network(gate=gate)
+        ddp = DistributedDataParallel(model)
+        skip_closed(ddp)
+        each = BATCH // dist.get_world_size()
+        depth.share = dist.get_rank() * each, BATCH
+        train(ddp, sgd(model), mine)
+        other, _ = network(gate=gate)
+        train(other, sgd(other), whole)
+        assert_same_end(model, other)
 
 
 def ddp_that_skips_closed_blocks_trains_like_one_process() -> None:
@@ -211,6 +252,25 @@ def buckets_keep_the_order_of_the_backward_pass() -> None:
     assert layers == sorted(layers, reverse=True), layers
 
 
+def buckets_are_sent_while_the_backward_pass_goes_on() -> None:
+    """All but the last of them, before the gradient of the first layer is known."""
+    for skips in (False, True):
+        model, depth = network()
+        ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
+        if skips:
+            skip_closed(ddp)
+        sent: list[int] = []
+        with Collectives() as collectives:
+            model[0].weight.register_hook(lambda _: sent.append(collectives.calls["allreduce"]))  # noqa: B023
+            for step in range(STEPS):
+                collectives.calls.clear()
+                ddp(mine(mini_batch(step)[0])).sum().backward()
+                assert not depth.gates.all()
+                if step > 0:  # in which the order of the buckets is found
+                    assert sent[-1] == collectives.calls["allreduce"] - 1
+        assert max(sent) > 1
+
+
 def a_forward_pass_that_fails_leaves_no_hook() -> None:
     model, _ = network()
     ddp = DistributedDataParallel(model)
@@ -223,6 +283,16 @@ def a_forward_pass_that_fails_leaves_no_hook() -> None:
 def a_model_without_stochastic_depth_is_refused() -> None:
     with pytest.raises(sd.ApplyError, match=r"sd.apply\(model\) first"):
         skip_closed(DistributedDataParallel(nn.Linear(2, 2)))
+
+
+def a_model_that_is_wrapped_or_sharded_already_is_refused() -> None:
+    for wrap in (DistributedDataParallel, replicate, fully_shard):
+        plain, _ = network()
+        sd.remove(plain)
+        with pytest.raises(sd.ApplyError, match=r"sd.apply\(model\) first, then wrap"):
+            sd.apply(wrap(plain))
+    with pytest.raises(sd.ApplyError, match="Linear is not in DistributedDataParallel"):
+        skip_closed(nn.Linear(2, 2))
 
 
 def different_gates_are_refused_on_every_rank() -> None:
@@ -273,7 +343,7 @@ def gates_by_rank_differ_and_gradients_are_the_mean() -> None:
             torch.testing.assert_close(p.grad, mean, rtol=0, atol=TOLERANCE)
 
 
-def gates_by_rank_and_shards_are_refused_together() -> None:
+def gates_that_differ_and_shards_are_refused_together() -> None:
     model, _ = network()
     shard_branches(model)
     with pytest.raises(sd.GateError, match="sharded model"):
@@ -281,6 +351,9 @@ def gates_by_rank_and_shards_are_refused_together() -> None:
     model, _ = network()
     gates_by_rank(model)
     with pytest.raises(sd.GateError, match="sharded model"):
+        shard_branches(model)
+    model, _ = network(gate="subset")
+    with pytest.raises(sd.GateError, match="no sample"):
         shard_branches(model)
 
 
@@ -435,13 +508,18 @@ EVERYWHERE = (
 ON_TWO = (
     *EVERYWHERE,
     ddp_that_searches_for_unused_parameters_finds_none,
+    the_composable_replicate_trains_like_one_process_and_skips_closed_blocks,
+    compiled_blocks_train_like_one_process,
+    gates_for_single_samples_are_those_of_one_process,
     gradients_of_closed_blocks_are_not_sent,
     accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass,
     buckets_keep_the_order_of_the_backward_pass,
+    buckets_are_sent_while_the_backward_pass_goes_on,
     a_forward_pass_that_fails_leaves_no_hook,
     a_model_without_stochastic_depth_is_refused,
+    a_model_that_is_wrapped_or_sharded_already_is_refused,
     different_gates_are_refused_on_every_rank,
-    gates_by_rank_and_shards_are_refused_together,
+    gates_that_differ_and_shards_are_refused_together,
     sharded_by_blocks_it_trains_like_one_process_and_reduces_nothing_for_closed_ones,
     blocks_of_a_foreign_model_are_sharded_by_their_branches,
 )

@@ -1,12 +1,15 @@
 """A run that is killed at random moments ends, bit for bit, where it would have ended."""
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -120,14 +123,85 @@ def test_a_run_killed_at_random_moments_ends_where_it_would_have(
     zygote.start("train", *(going_on if killed.exists() else [*begin, killed]))
     assert zygote.wait() == 0, zygote.output.read_text()
 
-    saw = observed()
+    assert_as_undisturbed(undisturbed, killed, observed(), counts)
+    counts["kills of a run, which ended bit for bit as undisturbed"] += kills
+
+
+def assert_as_undisturbed(undisturbed: Path, killed: Path, saw: dict, counts: Counter) -> None:
     assert saw["wrong"] == []
-    assert saw["looks"] > kills
+    assert saw["looks"] > 0
     assert_same_end(open_run(undisturbed), open_run(killed))
     assert not list(killed.rglob(".unfinished-*"))
-    counts["kills of a run, which ended bit for bit as undisturbed"] += kills
-    counts["looks at its folder, every file whole"] += saw["looks"]
-    counts["files seen in it"] += saw["files"]
+    counts["looks at the folders of killed runs, every file whole"] += saw["looks"]
+    counts["files seen in them"] += saw["files"]
+
+
+class Group:
+    """A run of two processes under torchrun's agent, which starts both anew when one dies."""
+
+    def __init__(self, run: Path, restarts: int, epochs: int) -> None:
+        options = [*OPTIONS, "--epochs", epochs, "--run", run]
+        arguments = [HERE / "group.py", 2, restarts, "train", "digits", *options]
+        self.run, self.output = run, run.with_suffix(".txt")
+        with self.output.open("wb") as file:
+            self.agent = subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def workers(self, besides: Sequence[int] = ()) -> list[int]:
+        """Their process ids, once there are two others than `besides`; none when all has ended."""
+        while self.agent.poll() is None:
+            with suppress(FileNotFoundError):
+                children = Path(f"/proc/{self.agent.pid}/task").glob("*/children")
+                found = sorted(int(pid) for path in children for pid in path.read_text().split())
+                if len(found) == 2 and not {*found} & {*besides}:
+                    return found
+            time.sleep(0.002)
+        return []
+
+    def wait_for_checkpoint(self, at_most: float = math.inf) -> None:
+        """Until there is another one, all has ended, or `at_most` seconds are over."""
+        before, end = set(self.run.glob("checkpoints/step-*")), time.monotonic() + at_most
+        while self.agent.poll() is None and time.monotonic() < end:
+            if not before >= {*self.run.glob("checkpoints/step-*")}:
+                break
+            time.sleep(0.002)
+
+    def finish(self) -> None:
+        assert self.agent.wait() == 0, self.output.read_text()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_group_of_two_killed_at_random_moments_ends_where_it_would_have(
+    tmp_path, observed, soak, counts
+):
+    wanted, epochs, moments = 100 if soak else 2, 50 if soak else 4, random.Random(0)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    group, kills = Group(undisturbed, 0, epochs), 0
+    began = group.workers() and time.monotonic()
+    group.wait_for_checkpoint()
+    start = time.monotonic() - began
+    group.finish()
+    interval = (time.monotonic() - began - start) / (5 * epochs)
+
+    group = Group(killed, wanted, epochs)
+    workers = group.workers()
+    while kills < wanted and workers:
+        group.wait_for_checkpoint(at_most=moments.uniform(0, 2 * start))
+        time.sleep(moments.uniform(0, interval))
+        for victim in moments.choice([workers[:1], workers[1:], workers]):
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        workers = group.workers(besides=workers)
+        kills += bool(workers)  # else it had come to its end
+    group.finish()
+    assert kills >= wanted / 2
+    assert_as_undisturbed(undisturbed, killed, observed(), counts)
+    counts["kills of one of two processes or both, which ended bit for bit as undisturbed"] += kills
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

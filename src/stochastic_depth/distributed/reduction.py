@@ -10,14 +10,17 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from stochastic_depth.attached import Replicated
 from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.distributed.agreement import Agreement
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.surgery.apply import applied_inside, depth_of
 
 
-def skip_closed(ddp: DistributedDataParallel) -> None:
+def skip_closed(ddp: nn.Module) -> None:
     """Send the gradients of a model's open blocks only, as a communication hook of `ddp`.
+
+    `ddp` is a `DistributedDataParallel`, or a model under the composable `replicate`.
 
     Every rank has the same gates, so that all of them leave out the same gradients; `ddp` overlaps
     the others with the backward pass as ever. With gradient accumulation (`ddp.no_sync()`) a block
@@ -25,18 +28,27 @@ def skip_closed(ddp: DistributedDataParallel) -> None:
     by rank, everything is sent.
 
     Raises:
-        ApplyError: when there is no stochastic depth in `ddp`.
+        ApplyError: when `ddp` is neither, or there is no stochastic depth in it.
         GateError: in a backward pass, on every rank, when ranks have different gates. On a GPU this
             is looked at in every hundredth backward pass.
     """
-    applied = applied_inside(ddp.module)
+    if isinstance(ddp, DistributedDataParallel):
+        model, group = ddp.module, ddp.process_group
+    elif isinstance(ddp, Replicated):
+        model, group = ddp, None
+    else:
+        raise ApplyError(
+            f"{type(ddp).__name__} is not in DistributedDataParallel, nor under replicate: "
+            "skip_closed(DistributedDataParallel(model))"
+        )
+    applied = applied_inside(model)
     if not applied:
         raise ApplyError(
-            f"{type(ddp.module).__name__} has no stochastic depth: sd.apply(model) first, then "
+            f"{type(model).__name__} has no stochastic depth: sd.apply(model) first, then "
             "DistributedDataParallel(model)"
         )
-    blocks = [_Blocks(ddp.module, name, model) for name, model in applied.items()]
-    ddp.register_comm_hook(_Reduction(blocks, ddp.process_group), _Reduction.reduce)
+    blocks = [_Blocks(model, name, inner) for name, inner in applied.items()]
+    ddp.register_comm_hook(_Reduction(blocks, group), _Reduction.reduce)
 
 
 class _Blocks:

@@ -47,10 +47,16 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
-        GateError: when each rank draws gates of its own; or in a forward pass, on every rank, when
-            their gates differ. On a GPU this is looked at in every hundredth.
+        GateError: when each rank draws gates of its own, or subsets; or in a forward pass, on every
+            rank, when their gates differ. On a GPU this is looked at in every hundredth.
     """
     depth = depth_of(model)
+    if depth.gate == "subset":
+        raise GateError(
+            'gate="subset" closes a block on a rank that has no sample of it, which would not take '
+            "part in gathering its parameters: use fully_shard on whole blocks, and mini-batches "
+            "of one size on all ranks"
+        )
     if depth.rank is not None:
         raise GateError(
             "a sharded model needs the same gates on every rank, because all of them gather the "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from stochastic_depth.errors import ConfigError, StochasticDepthError
+from stochastic_depth.errors import ConfigError, RunError, StochasticDepthError
 
 Value = TypeVar("Value")
 
@@ -27,6 +27,7 @@ def joined() -> Iterator[None]:
 
     Raises:
         ConfigError: when there are more processes on this machine than GPUs.
+        RunError: in place of what PyTorch raises when another process is no longer there.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -44,7 +45,15 @@ def joined() -> Iterator[None]:
     store = PrefixStore(f"restart {restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise RunError(
+            f"process {rank} of {size} waited for one that is no longer there; torchrun "
+            "--max-restarts N would start all of them anew, to go on from the last checkpoint"
+        ) from error
     dist.destroy_process_group()  # not after an error, when others may not be there
 
 

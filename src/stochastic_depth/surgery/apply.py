@@ -28,6 +28,7 @@ from stochastic_depth.surgery.install import install, is_installed, uninstall
 from stochastic_depth.surgery.proof import check, check_training, establish
 from stochastic_depth.survival import LinearDecay, Ramp, Survival, survival_of
 
+_ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
 _APPLIED = "_stochastic_depth_applied"
 """The attribute of a model that holds what `remove` needs."""
 
@@ -103,7 +104,8 @@ def apply(
         order in which they run on `example`, or without one in order of registration.
 
     Raises:
-        ApplyError: when `model` has no residual block, or has stochastic depth already.
+        ApplyError: when `model` has no residual block, has stochastic depth already, or is wrapped
+            for several processes already.
         UnsupportedBlockError: when a block cannot be made skippable; `model` is as it was.
         SurvivalError: when a p_l is outside (0, 1].
         GateError: when `seed` is no integer.
@@ -120,6 +122,7 @@ def apply(
         raise ApplyError(f'least={least}: a number of samples, with gate="subset"')
     seed = integer("seed", seed)
     refuse_applied(model)
+    refuse_wrapped(model)
     if example is None:
         found = find_residuals(model, include, exclude)
     else:
@@ -262,3 +265,17 @@ def refuse_applied(model: nn.Module) -> None:
                 f"block {name or type(model).__name__!r} has stochastic depth already: "
                 "sd.remove(model) first"
             )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise `ApplyError` when several processes share `model` already.
+
+    What makes them so notes every pass through the model, and would note those of a look at it.
+    """
+    for module in model.modules():
+        for base in type(module).__mro__:
+            if base.__module__.startswith(_ENGINES):
+                raise ApplyError(
+                    f"{base.__name__} is wrapped around blocks of this model already: "
+                    "sd.apply(model) first, then wrap or shard it"
+                )

@@ -169,6 +169,11 @@ class Config:
         _positive("epochs", self.epochs)
         _positive("evaluate-every", self.evaluate_every)
         _positive("keep", self.keep)
+        if self.distributed.sync_batchnorm and self.survival.gate == "subset":
+            raise ConfigError(
+                "distributed.sync-batchnorm is True, and survival.gate is subset: a process that "
+                "has no sample of a subset cannot normalise with the others; leave one out"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The same configuration as plain JSON values."""

@@ -1,6 +1,7 @@
 """What a person sees of a run: a live picture on a terminal, plain lines in a pipe, or nothing."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -125,24 +126,48 @@ class RunView:
         return Group(*lines)
 
 
-class Display:
-    """Shows the runs under way on a console; entered while they train.
+class LiveDisplay(ABC):
+    """Shows what is under way on a console; entered meanwhile.
 
     Args:
-        console: where to; a terminal gets a live picture, anything else a line for each record.
+        console: where to; a terminal gets a live picture, anything else plain lines.
         quiet: show nothing.
     """
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
+        self.live = console.is_terminal and not quiet
+        self._picture: Live | None = None
+
+    @abstractmethod
+    def render(self) -> Group:
+        """The live picture."""
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self._picture = Live(get_renderable=self.render, console=self.console, transient=True)
+            self._picture.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._picture is not None:
+            self._picture.stop()
+
+
+class Display(LiveDisplay):
+    """Shows runs while they train; where there is no live picture, a line for each record."""
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        super().__init__(console, quiet)
         self.views: list[RunView] = []
-        self._live: Live | None = None
-        if console.is_terminal and not quiet:
-            self._live = Live(get_renderable=self._render, console=console, transient=True)
 
     def watch(self, label: str = "") -> RunView:
         """A new run to show, by `label` where several are shown."""
-        view = RunView(label, self._say, live=self._live is not None)
+        view = RunView(label, self.say, live=self.live)
         self.views.append(view)
         return view
 
@@ -150,18 +175,5 @@ class Display:
         """A run to show no more."""
         self.views.remove(view)
 
-    def _say(self, text: str) -> None:
-        if not self.quiet:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _render(self) -> Group:
+    def render(self) -> Group:
         return Group(*(view.render(self.console.width) for view in self.views))
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()

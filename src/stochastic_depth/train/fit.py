@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.data import Batches
-from stochastic_depth.distributed.world import any_rank, on_primary, ranks, total
+from stochastic_depth.distributed.world import any_rank, on_primary, ranks
 from stochastic_depth.errors import RunError, StochasticDepthError
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
@@ -173,7 +173,7 @@ def _measure(
     watch.evaluating()
     training.agree()
     tally, peak = training.tally, peak_memory(training.execution)
-    means, steps = tally.means(), len(tally.images)
+    means, active = tally.means(), training.active_counts().tolist()
     validation, test = (
         evaluate(
             training.model,
@@ -184,8 +184,6 @@ def _measure(
     )
     if any_rank(bool(stop())):
         return None
-    active = torch.tensor([tally.active_blocks, tally.expected_active_blocks]).double()
-    active_blocks, expected_active_blocks = (total(active) / ranks() / steps).tolist()
     return Record(
         step=training.step,
         epoch=training.epoch,
@@ -195,15 +193,15 @@ def _measure(
         validation_error=validation.error,
         test_loss=test.loss,
         test_error=test.error,
-        active_blocks=active_blocks,
-        expected_active_blocks=expected_active_blocks,
+        active_blocks=sum(n * count for n, count in enumerate(active)) / sum(active),
+        expected_active_blocks=training.expected_active_blocks(),
         gradient_norm=means.gradient_norm.item(),
         gradient_mean=means.gradient_mean.item(),
         seconds=tally.seconds,
         images_per_second=sum(tally.images) / tally.seconds,
         peak_memory=peak,
         block_gradients=tally.block_means(training.blocks),
-        active_counts={str(n): steps for n, steps in sorted(tally.active_counts.items())},
+        active_counts={str(n): count for n, count in enumerate(active) if count},
     )
 
 

@@ -34,7 +34,7 @@ class Record:
     test_loss: float
     test_error: float
     active_blocks: float
-    """Blocks that ran, mean over the interval's steps."""
+    """Blocks that ran, mean over the interval's steps, or samples."""
     expected_active_blocks: float
     """Sum of p_l, mean over the interval's steps."""
     gradient_norm: float
@@ -52,7 +52,7 @@ class Record:
     Every tenth step is sampled, more often where an interval has fewer than 50."""
     active_counts: dict[str, int] = field(default_factory=dict)
     """How many of the interval's steps had n active blocks, by n as text. With gates for single
-    samples, how many samples."""
+    samples, how many samples; where each process has gates of its own, steps of all of them."""
 
     @property
     def is_finite(self) -> bool:

@@ -25,25 +25,12 @@ class Tally:
     block_gradients: list[Tensor] = field(default_factory=list)
     """Of each sampled step, the mean absolute gradient at the first convolution of each block, nan
     where it was closed: [L] on the device."""
-    active_counts: dict[int, int] = field(default_factory=dict)
-    """Steps, or samples where each has gates of its own, by the number of active blocks."""
-    active_blocks: float = 0.0
-    expected_active_blocks: float = 0.0
     seconds: float = 0.0
 
-    def add(self, measured: Measured, images: int, gates: Tensor, expected: float) -> None:
-        """Count one step.
-
-        Args:
-            gates: bool [L], or [L, batch].
-            expected: the number of active blocks, by their probabilities.
-        """
+    def add(self, measured: Measured, images: int) -> None:
+        """Count one step."""
         self.measured.append(torch.stack(measured))
         self.images.append(images)
-        self.active_blocks += open_shares(gates).sum().item()
-        self.expected_active_blocks += expected
-        for active in gates.sum(0).reshape(-1).tolist():
-            self.active_counts[active] = self.active_counts.get(active, 0) + 1
 
     def add_block_gradients(self, gradients: Sequence[Tensor | None], gates: Tensor) -> None:
         """Sample one step.
@@ -91,6 +78,7 @@ class Tally:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        vars(self).update(state)  # which did not always have all of them
+        # States did not always have all of these, and had others.
+        vars(self).update({name: state[name] for name in vars(self) if name in state})
         for name in _ROWS:
             setattr(self, name, [row.to(device) for row in getattr(self, name)])

@@ -1,6 +1,8 @@
 """All that changes while a run trains, which is also what a checkpoint holds."""
 
 from functools import cached_property
+from math import fsum
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from stochastic_depth.data import Batches, Share
 from stochastic_depth.distributed import gates_by_rank, synchronise_batchnorm
-from stochastic_depth.distributed.world import as_on_primary, rank, ranks
+from stochastic_depth.distributed.world import as_on_primary, rank, ranks, total
 from stochastic_depth.errors import CheckpointError, ConfigError
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
@@ -84,10 +86,31 @@ class Training:
         return self.depth.gates if self.depth else torch.ones(self.blocks, dtype=torch.bool)
 
     def gates_at(self, step: int) -> Tensor:
-        """Of any step, as `gates`: they are a function of (seed, step)."""
+        """Of any step and the images of all processes: they are a function of (seed, step)."""
         if self.depth is None:
             return torch.ones(self.blocks, dtype=torch.bool)
-        return self.depth.gates_at(step, self.config.optimizer.batch)
+        return self.depth.gates_at(step, self.images_of(step))
+
+    def active_counts(self) -> Tensor:
+        """How many steps of the interval under way had n active blocks, int64 [L + 1].
+
+        How many samples, where each has gates of its own; and how many steps of all processes,
+        where each of these has.
+        """
+        counts = torch.zeros(self.blocks + 1, dtype=torch.int64)
+        for step in self._interval():
+            counts += self.gates_at(step).sum(0).reshape(-1).bincount(minlength=self.blocks + 1)
+        return total(counts) if self.config.distributed.rank_gates else counts
+
+    def expected_active_blocks(self) -> float:
+        """The sum of p_l, mean over the steps of the interval under way."""
+        if self.depth is None:
+            return float(self.blocks)
+        return fmean(fsum(self.depth.survival_at(step)) for step in self._interval())
+
+    def _interval(self) -> range:
+        """The steps in the tally."""
+        return range(self.step - len(self.tally.images), self.step)
 
     def images_of(self, step: int) -> int:
         """The number of images in the mini-batch of a step, of all processes."""
@@ -106,11 +129,9 @@ class Training:
         if self.depth is not None and ranks() > 1:
             self.depth.share = Share(rank(), ranks()).of(whole).start, whole
         measured = self._engine.step(images, labels, len(labels) * ranks() / whole)
-        gates = self.gates
-        expected = self.depth.expected_depth if self.depth else float(self.blocks)
-        self.tally.add(measured, whole, gates, expected)
+        self.tally.add(measured, whole)
         if self.step % self._sampled_every == 0:
-            self.tally.add_block_gradients(self._engine.block_gradients, gates)
+            self.tally.add_block_gradients(self._engine.block_gradients, self.gates)
         self.step += 1
         return measured
 

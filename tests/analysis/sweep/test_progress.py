@@ -63,7 +63,7 @@ def test_a_terminal_gets_a_bar_for_each_run_in_80_columns(sweep):
     pages = Console(width=80, file=io.StringIO())
     with Progress(sweep, console) as progress:
         progress.look(sweep.grid.points()[2:])
-        pages.print(progress._render())
+        pages.print(progress.render())
     assert "\x1b" in console.file.getvalue()
     head, run = pages.file.getvalue().splitlines()
     assert "1/3 done, 1 running, 1 failed" in head

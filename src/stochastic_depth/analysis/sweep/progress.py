@@ -3,10 +3,8 @@
 import statistics
 import time
 from datetime import timedelta
-from typing import Self
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -14,18 +12,15 @@ from rich.text import Text
 from stochastic_depth.analysis.sweep.folder import Sweep
 from stochastic_depth.analysis.sweep.grid import Point
 from stochastic_depth.train import best_record
+from stochastic_depth.train.display import LiveDisplay
 
 
-class Progress:
-    """Shows a sweep on a console; entered while it is under way.
-
-    Args:
-        console: where to; a terminal gets a live picture, anything else a line for each run.
-        quiet: show nothing.
-    """
+class Progress(LiveDisplay):
+    """Shows a sweep; where there is no live picture, a line for each run."""
 
     def __init__(self, sweep: Sweep, console: Console, quiet: bool = False) -> None:
-        self._sweep, self._console, self._quiet = sweep, console, quiet
+        super().__init__(console, quiet)
+        self._sweep = sweep
         self._points = sweep.grid.points()
         self._running: list[Point] = []
         self._shares = dict.fromkeys(self._points, 0.0)
@@ -33,9 +28,6 @@ class Progress:
         self._began, self._work_before = time.monotonic(), 0.0
         self.look([])
         self._work_before = self._work()
-        self._live: Live | None = None
-        if console.is_terminal and not quiet:
-            self._live = Live(get_renderable=self._render, console=console, transient=True)
 
     def look(self, running: list[Point]) -> None:
         """Read how far the runs are, and tell of those that have ended."""
@@ -43,7 +35,7 @@ class Progress:
         for point in self._points:
             if point not in self._ended and self._sweep.ended(point):
                 self._ended.add(point)
-                self._say(point)
+                self._tell(point)
         for point in running:
             records = self._sweep.records(point)
             self._shares[point] = records[-1].epoch / self._sweep.config.epochs if records else 0.0
@@ -56,9 +48,7 @@ class Progress:
             f"{failed} failed, left {self._left()}"
         )
 
-    def _say(self, point: Point) -> None:
-        if self._quiet:
-            return
+    def _tell(self, point: Point) -> None:
         failure = self._sweep.failure(point)
         what = f"failed: {failure}"
         if failure is None:
@@ -66,9 +56,7 @@ class Progress:
             seconds = sum(record.seconds for record in records)
             what = f"test {best_record(records).test_error:.2f}% in {seconds:.1f} s"
         line = f"{point.name} {what}"
-        if self._live is None:
-            line = f"{self.counts()}  {line}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.say(line if self.live else f"{self.counts()}  {line}")
 
     def _work(self) -> float:
         """What is done, in trained layers."""
@@ -85,7 +73,7 @@ class Progress:
         seconds = (time.monotonic() - self._began) / (work - self._work_before)
         return str(timedelta(seconds=round(seconds * (sum(map(_cost, self._points)) - work))))
 
-    def _render(self) -> Group:
+    def render(self) -> Group:
         head = Table.grid(expand=True, padding=(0, 1))
         head.add_column(ratio=1)
         head.add_column(justify="right", no_wrap=True)
@@ -98,15 +86,6 @@ class Progress:
             bar = ProgressBar(total=1.0, completed=self._shares[point])
             runs.add_row(Text(point.name, style="dim"), bar)
         return Group(head, runs)
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
 
 
 def _cost(point: Point) -> float:

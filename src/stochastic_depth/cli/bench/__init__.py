@@ -11,6 +11,7 @@ from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.cli.bench.output import write_json
 from stochastic_depth.cli.bench.overhead import Overhead
 from stochastic_depth.cli.bench.peers import Peers
+from stochastic_depth.cli.bench.pictures import Pictures
 from stochastic_depth.cli.bench.profile import Profile
 from stochastic_depth.cli.bench.skip import SkipBench
 from stochastic_depth.cli.console import PlainConsole
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, type[Options]] = {
     "distributed": Distributed,
     "data": Data,
     "profile": Profile,
+    "pictures": Pictures,
 }
 HELP = """usage: stochastic-depth bench BENCHMARK [OPTIONS]
 

@@ -1,0 +1,110 @@
+"""What holds of `fit` on every rank of a group; run by test_train_loop.py.
+
+Networks have eight layers and train on the embedded digits, on one rank first.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from processes import report
+from test_fit import assert_same_end, finish, interrupted_and_resumed
+
+from stochastic_depth.distributed.world import ranks
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.gates import draw, seed_of_rank
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.survival import LinearDecay
+from stochastic_depth.train import Config, ModelConfig, Record, Run, SurvivalConfig, open_run
+from stochastic_depth.train.config import DistributedConfig
+from stochastic_depth.train.display import RunView
+
+BLOCKS, FINAL = 3, 0.3
+
+
+def config(gate: str = "batch", **distributed: bool) -> Config:
+    return replace(
+        RECIPES["digits"](),
+        model=ModelConfig(depth=8),
+        survival=SurvivalConfig(final=FINAL, gate=gate),
+        distributed=DistributedConfig(**distributed),
+        engine="eager",
+        epochs=1,
+        evaluate_every=5,
+    )
+
+
+class Silent(RunView):
+    def __init__(self) -> None:
+        super().__init__("", lambda _: None)
+
+
+def trained(path: Path, config: Config) -> tuple[Run, list[Record]]:
+    return finish(path, config, Silent())
+
+
+def same_counts_and_close_losses(records: Sequence[Record], path: Path) -> None:
+    expected = open_run(path).records()
+    assert len(records) == len(expected) == 2
+    for mine, other in zip(records, expected, strict=True):
+        assert mine.active_counts == other.active_counts
+        assert mine.active_blocks == other.active_blocks
+        for name in ("train_loss", "test_loss", "validation_loss"):
+            assert getattr(mine, name) == pytest.approx(getattr(other, name), rel=2e-3)
+
+
+def sample_gates_train_alike_on_all_numbers_of_ranks(folder: Path) -> None:
+    """Over the images of all: with BatchNorm of each rank, ranks would drift apart."""
+    of_one = config("sample", sync_batchnorm=True)
+    _, records = trained(folder / f"sample-{ranks()}", of_one)
+    same_counts_and_close_losses(records, folder / "sample-1")
+
+
+def subset_gates_draw_alike_on_all_numbers_of_ranks(folder: Path) -> None:
+    _, records = trained(folder / f"subset-{ranks()}", config("subset"))
+    expected = open_run(folder / "subset-1").records()
+    assert [r.active_counts for r in records] == [r.active_counts for r in expected]
+    assert records[-1].train_loss == pytest.approx(expected[-1].train_loss, rel=0.05)
+
+
+def subset_gates_and_batch_normalisation_over_ranks_are_refused_together() -> None:
+    """Together they could wait for each other for ever."""
+    with pytest.raises(ConfigError, match="leave one out"):
+        config("subset", sync_batchnorm=True)
+
+
+def a_run_with_gates_by_rank_goes_on_bit_for_bit(folder: Path) -> None:
+    by_rank = config(rank_gates=True)
+    run, records = trained(folder / "by-rank", by_rank)
+    other = interrupted_and_resumed(folder / "in-parts", by_rank, Silent(), stops=[3, 7])
+    if dist.get_rank() == 0:
+        assert_same_end(run, other)
+    survival = tuple(LinearDecay(FINAL)(block, BLOCKS) for block in range(1, BLOCKS + 1))
+    drawn = [
+        [int(draw(seed_of_rank(0, rank), step, survival).sum()) for step in range(5)]
+        for rank in range(ranks())
+    ]
+    assert drawn[0] != drawn[1]
+    counts = Counter(str(active) for of_rank in drawn for active in of_rank)
+    assert Counter(records[0].active_counts) == counts
+    assert records[0].active_blocks == pytest.approx(sum(map(sum, drawn)) / 5 / ranks())
+
+
+CHECKS = {
+    "one": (
+        sample_gates_train_alike_on_all_numbers_of_ranks,
+        subset_gates_draw_alike_on_all_numbers_of_ranks,
+    ),
+    "two": (
+        sample_gates_train_alike_on_all_numbers_of_ranks,
+        subset_gates_draw_alike_on_all_numbers_of_ranks,
+        subset_gates_and_batch_normalisation_over_ranks_are_refused_together,
+        a_run_with_gates_by_rank_goes_on_bit_for_bit,
+    ),
+}
+
+if __name__ == "__main__":
+    report(CHECKS)
