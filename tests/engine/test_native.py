@@ -4,8 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stochastic_depth.engine import Program
 from stochastic_depth.engine.kernels import BatchNorm, Layer, NativeKernels, ReferenceKernels
 from stochastic_depth.engine.kernels.library import missing
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.train.build import build_optimizer
+from stochastic_depth.train.config import OptimizerConfig
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -144,3 +148,17 @@ def test_the_stem_and_its_gradients():
     close(out, truth.detach())
     kernels.stem_backward(saved, images, layer, out, gradient)
     exact.check(layer)
+
+
+def test_memory_does_not_grow_from_step_to_step():
+    model = CifarResNet(20).train()
+    optimizer = build_optimizer(OptimizerConfig(), model)
+    kernels = NativeKernels()
+    shape = (2, 3, 32, 32)
+    program = Program(model, None, optimizer, shape, torch.bfloat16, kernels)
+    held = []
+    for step in range(4):
+        program.step(torch.randn(shape), torch.tensor([step, 0]))
+        held.append([tensor.data_ptr() for tensor in (*kernels._buffers, *program.buffers)])
+    assert len(held[0]) > 20
+    assert [*map(sorted, held)] == [sorted(held[0])] * 4

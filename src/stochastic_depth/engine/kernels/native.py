@@ -86,9 +86,10 @@ class NativeKernels(ReferenceKernels):
         of_x = of_shortcut()
         if _fits(x, first):
             self._convolve_backward(x, first, of_b, a, by, of_x, y_affine=affine, added=of_x)
-        else:
+            self._buffers.give(a)
+        else:  # `a` is PyTorch's
             of_x.add_(self.convolve_backward(self._spread(of_b, a, by, affine), x, first))
-        self._buffers.give(a, c, of_b)
+        self._buffers.give(c, of_b)
 
     def _convolve(
         self, x: Tensor, layer: Layer, affine: Tensor | None = None
