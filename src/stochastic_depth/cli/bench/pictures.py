@@ -24,7 +24,7 @@ from stochastic_depth.train.execution import Execution
 
 @dataclass(frozen=True)
 class Pictures(Options):
-    """Pictures of a folder decoded a second, by number of workers, and how many a network takes."""
+    """How many pictures are decoded a second, and how many are needed."""
 
     repeats: int = 5
     """Rounds, each of one pass over the pictures with every number of workers."""
