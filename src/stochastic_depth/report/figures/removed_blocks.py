@@ -95,7 +95,7 @@ def _panel(shown: list[Series], rows: list[Row], order: str) -> alt.LayerChart:
 
 
 def _sentence(shown: list[Series], rows: list[Row]) -> str:
-    """How many of the last blocks can go before the error has doubled."""
+    """How many of the last blocks can go before 5 % of the accuracy is lost."""
     told = []
     for series in shown:
         curve = {
@@ -118,12 +118,13 @@ def _sentence(shown: list[Series], rows: list[Row]) -> str:
         }
         if 0 not in curve:
             continue
-        spoilt = [k for k, error in curve.items() if error > 2 * curve[0]]
+        most = 100 - 0.95 * (100 - curve[0])
+        spoilt = [k for k, error in curve.items() if error > most]
         within = max(k for k in curve if not spoilt or k < spoilt[0])
         told.append(f"{within} of the last blocks with {series.name} ({curve[0]:.2f} % whole)")
     if not told:
         return "Test error against the number of blocks removed."
-    return f"The error stays within twice that of the whole network without {', '.join(told)}."
+    return f"95 % of the accuracy is left without {', '.join(told)}."
 
 
 def _mean(rows: list[Row], key: str) -> float:
