@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Buffers:
-    """Keeps what is given back: asking the system for memory again costs 4 % of a step."""
+    """Keeps what is given back: memory from the system is slow to touch for the first time."""
 
     def __init__(self) -> None:
         self._free: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)

@@ -85,7 +85,11 @@ class Pictures(Options):
         )
         takes = {name: self.batch / t.median for name, t in timings(list(steps)).items()}
         by_workers = dict(zip(self.workers, zip(*rates, strict=True), strict=True))
-        cores = len(os.sched_getaffinity(0))
+        cores = (
+            execution.threads
+            if not hasattr(os, "sched_getaffinity")
+            else len(os.sched_getaffinity(0))
+        )
         console.print(_table(by_workers, takes))
         console.print(
             f"{cores} core(s) for decoding and training; ResNet-{self.depth} takes "

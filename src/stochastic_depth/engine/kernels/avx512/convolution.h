@@ -7,8 +7,6 @@
 
 #pragma once
 
-#include <algorithm>
-
 #include "sums.h"
 
 // ---------------------------------------------------------------------------- what is read

@@ -4,6 +4,7 @@
 // float64, [2][channels], over the pixels of a mini-batch: of x and x * x, or of a gradient and of
 // its product with x - mean. A null pointer means that there is none.
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
