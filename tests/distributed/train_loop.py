@@ -1,4 +1,4 @@
-"""What holds of `fit` on every rank of a group; run by test_train_loop.py.
+"""What holds of `fit` on every rank of a group; run by test_loops_on_ranks.py.
 
 Networks have eight layers and train on the embedded digits, on one rank first.
 """

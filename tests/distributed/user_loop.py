@@ -1,4 +1,4 @@
-"""What holds in the user's own loop, on every rank of a group; run by test_user_loop.py.
+"""What holds in the user's own loop, on every rank of a group; run by test_loops_on_ranks.py.
 
 Networks are in float64 without batch normalisation, so that ranks which share a mini-batch must end
 where one process ends that has all of it.
