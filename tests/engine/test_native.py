@@ -88,17 +88,57 @@ def test_a_branch_and_all_its_gradients(n, channels, side, factor, threads):
     kernels = NativeKernels()
     saved = kernels.branch(x, first, second, x, out)
     assert sum(tensor.numel() for tensor in saved) < 2.1 * x.numel()
-    close(out, exact.detach())
+    close(kernels.written(out), exact.detach())
     kernels.branch_backward(saved, x, first, second, out, gradient, lambda: gradient)
     close(gradient, exact_x.grad)
     exact_first.check(first)
     exact_second.check(second)
 
 
+@pytest.mark.parametrize(("channels", "side"), [(16, 16), (32, 16), (64, 8)])
+def test_what_a_branch_gives_is_written_by_the_next(channels, side):
+    layers = [layer_of(channels, seed=seed) for seed in range(4)]
+    exacts = [Exact(layer) for layer in layers]
+    x, gradient = image(5, channels, side, 0).relu_(), image(5, channels, side, 1)
+    between, out = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+
+    exact_x = x.double().requires_grad_()
+    truth = exact_x
+    for first, second in (exacts[:2], exacts[2:]):
+        truth = rounded(F.relu(second(rounded(F.relu(first(truth)))) + truth))
+    truth.backward(gradient.double())
+
+    kernels = NativeKernels()
+    one = kernels.branch(x, *layers[:2], x, between)
+    assert between.isnan().all()
+    two = kernels.branch(between, *layers[2:], between, out)
+    close(kernels.written(out), truth.detach())
+    kernels.branch_backward(two, between, *layers[2:], out, gradient, lambda: gradient)
+    assert not gradient[between == 0].any()
+    kernels.branch_backward(one, x, *layers[:2], between, gradient, lambda: gradient)
+    close(gradient, exact_x.grad, 4 * ROUNDING)
+    for exact, layer in zip(exacts, layers, strict=True):
+        exact.check(layer)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(16, torch.bfloat16), (6, torch.float32)])
+def test_pooling_and_padding(channels, dtype):
+    x, gradient = (image(3, c, s, 0).to(dtype) for c, s in ((channels, 16), (2 * channels, 8)))
+    mine, of_mine = torch.full_like(gradient, torch.nan), torch.full_like(x, torch.nan)
+    exact_x = x.double().requires_grad_()
+    exact = F.pad(F.avg_pool2d(exact_x, 2), (0, 0, 0, 0, 0, channels))
+    exact.backward(gradient.double())
+    kernels = NativeKernels()
+    kernels.pool_and_pad(x, mine)
+    close(mine, exact.detach(), ROUNDING)
+    kernels.pool_and_pad_backward(gradient, of_mine)
+    close(of_mine, exact_x.grad, ROUNDING)
+
+
 def test_a_large_mean_costs_no_digits():
     kernels, layer = NativeKernels(), layer_of(16)
     x = image(4, 16, 16, 0, mean=1000.0)
-    kernels._normalise(x, kernels._moments(x), layer.norm)
+    kernels._library.observe(x.data_ptr(), kernels._layer(layer), *kernels._rows(x))
     exact = x.double()
     close(layer.norm.mean, exact.mean((0, 2, 3)), 1e-6)
     close(layer.norm.rstd, (exact.var((0, 2, 3), correction=0) + 1e-5).rsqrt(), 1e-5)
@@ -116,7 +156,7 @@ def test_a_first_convolution_of_another_form_is_the_references(into, side, strid
     exact.backward(gradient.double())
     kernels = NativeKernels()
     saved = kernels.branch(x, first, second, shortcut, out)
-    close(out, exact.detach())
+    close(kernels.written(out), exact.detach())
     kernels.branch_backward(saved, x, first, second, out, gradient, lambda: of_x)
     close(of_x, exact_x.grad)
     exact_first.check(first)
@@ -138,14 +178,15 @@ def test_a_branch_of_another_form_is_the_references(side, dtype):
     torch.testing.assert_close(*outcomes, rtol=0, atol=0)
 
 
-def test_the_stem_and_its_gradients():
-    layer, gradient = layer_of(16, 3), image(4, 16, 10, 1)
-    exact, images, out = Exact(layer), image(4, 3, 10, 0), torch.empty_like(gradient)
+@pytest.mark.parametrize(("channels", "side"), [(1, 16), (3, 32), (4, 16), (3, 10), (5, 16)])
+def test_the_stem_and_its_gradients(channels, side):
+    layer, gradient = layer_of(16, channels), image(4, 16, side, 1)
+    exact, images, out = Exact(layer), image(4, channels, side, 0), torch.empty_like(gradient)
     truth = F.relu(exact(images.double()))
     truth.backward(gradient.double())
     kernels = NativeKernels()
     saved = kernels.stem(images, layer, out)
-    close(out, truth.detach())
+    close(kernels.written(out), truth.detach())
     kernels.stem_backward(saved, images, layer, out, gradient)
     exact.check(layer)
 

@@ -65,13 +65,18 @@ class Block:
         self.x, self.out = x, out
         self.gradient, self.gradient_out = gradient, gradient_out
         self.is_transition = x.shape != out.shape
+        self._pooled = torch.empty_like(out) if self.is_transition else out
         self.kernels, self._keeps = kernels, keeps
         self.saved: tuple[Tensor, ...] = ()
         self.kept = 0
         """Bytes of what an open block keeps for its backward pass, besides x and out."""
 
     def forward(self) -> None:
-        self.saved = self.kernels.branch(self.x, *self.layers, self._shortcut(), self.out)
+        shortcut = self.x
+        if self.is_transition:
+            shortcut = self._pooled
+            self.kernels.pool_and_pad(self.x, shortcut)
+        self.saved = self.kernels.branch(self.x, *self.layers, shortcut, self.out)
         self.kept = self.kept or sum(tensor.nbytes for tensor in self.saved)
 
     def backward(self) -> None:
@@ -83,28 +88,20 @@ class Block:
 
     def skip_forward(self) -> None:
         """Of a transition: the shortcut. Its ReLU is the identity, as x has come from one."""
-        self.out.copy_(self._shortcut())
+        self.kernels.pool_and_pad(self.x, self.out)
 
     def skip_backward(self) -> None:
         """Of a transition: back through average pooling and padding."""
         self._of_shortcut()
 
-    def _shortcut(self) -> Tensor:
-        if not self.is_transition:
-            return self.x
-        added = self.out.shape[1] - self.x.shape[1]
-        return F.pad(F.avg_pool2d(self.x, 2), (0, 0, 0, 0, 0, added))
-
     def _of_shortcut(self) -> Tensor:
         if self.is_transition:
-            channels = self.x.shape[1]
-            spread = F.interpolate(self.gradient_out[:, :channels], scale_factor=2, mode="nearest")
-            torch.mul(spread, 0.25, out=self.gradient)
+            self.kernels.pool_and_pad_backward(self.gradient_out, self.gradient)
         return self.gradient
 
 
 class Head:
-    """x -> loss, by autograd."""
+    """x -> mean over its pixels -> loss, the latter by autograd."""
 
     def __init__(
         self,
@@ -113,22 +110,26 @@ class Head:
         x: Tensor,
         gradient: Tensor,
         flat: FlatParameters,
+        kernels: Kernels,
         autocasts: bool,
     ) -> None:
         self.module, self.labels, self.x, self.gradient = module, labels, x, gradient
+        self.kernels = kernels
         self.parameters = list(module.parameters())
         self.gradients = [flat.of(p, flat.gradients) for p in self.parameters]
         self.loss = torch.zeros((), dtype=flat.values.dtype, device=x.device)
         self._autocasts = autocasts
 
     def forward_and_backward(self) -> None:
-        x = self.x.detach().requires_grad_()
+        pooled = self.kernels.written(self.x).mean((2, 3)).requires_grad_()
         autocast = torch.autocast(
-            x.device.type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False
+            pooled.device.type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False
         )
         with torch.enable_grad(), autocast:
-            loss = F.cross_entropy(self.module(x.mean((2, 3))), self.labels)
-        gradients = torch.autograd.grad(loss, [x, *self.parameters])
+            loss = F.cross_entropy(self.module(pooled), self.labels)
+        of_pooled, *gradients = torch.autograd.grad(loss, [pooled, *self.parameters])
         self.loss.copy_(loss.detach())
-        for place, gradient in zip([self.gradient, *self.gradients], gradients, strict=True):
+        pixels = self.x.shape[2] * self.x.shape[3]
+        self.gradient.copy_((of_pooled / pixels)[:, :, None, None])
+        for place, gradient in zip(self.gradients, gradients, strict=True):
             place.copy_(gradient)

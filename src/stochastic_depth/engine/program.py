@@ -103,6 +103,7 @@ class Program:
             x[-1],
             self.gradients[-1],
             flat,
+            kernels,
             autocasts=dtype != flat.values.dtype,
         )
         self.counters = self._join_counters(model)
@@ -168,7 +169,7 @@ class Program:
         if not self._is_fixed:
             piece.x = x
         elif piece.x is not x:
-            piece.x.copy_(x)
+            piece.x.copy_(piece.kernels.written(x))
 
     def _backward(self, is_open: Sequence[bool]) -> None:
         for i, block in reversed(list(enumerate(self.blocks))):
@@ -210,11 +211,13 @@ class Program:
         def everything() -> None:
             self.stem.forward()
             for block in self.blocks:
-                block.skip_forward()
+                if block.is_transition:
+                    block.skip_forward()
                 block.forward()
             self.head.forward_and_backward()
             for block in reversed(self.blocks):
-                block.skip_backward()
+                if block.is_transition:
+                    block.skip_backward()
                 block.backward()
             self.stem.backward()
 

@@ -62,6 +62,18 @@ class Kernels(Protocol):
         """
         ...
 
+    def written(self, x: Tensor) -> Tensor:
+        """x, for others to read: what `stem` and `branch` give may be put off until it is read."""
+        ...
+
+    def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
+        """out = means over 2x2 of x, and zeros in the channels that it has more."""
+        ...
+
+    def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
+        """The gradient of x from that of `out`."""
+        ...
+
     def branch_backward(
         self,
         saved: tuple[Tensor, ...],
@@ -72,7 +84,7 @@ class Kernels(Protocol):
         gradient: Tensor,
         of_shortcut: Callable[[], Tensor],
     ) -> None:
-        """Gradients of the parameters, and of x.
+        """Gradients of the parameters, and of x; where x is 0, its gradient may be left out.
 
         Args:
             gradient: of `out`; becomes that of the sum under the ReLU, in place.

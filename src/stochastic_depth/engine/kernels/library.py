@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from stochastic_depth.engine.kernels.structures import declare
 from stochastic_depth.engine.private_cache import only_we_write, private_cache
 from stochastic_depth.errors import EngineError
 
@@ -57,7 +58,7 @@ def library() -> ctypes.CDLL:
     try:
         if not (path.is_file() and only_we_write(path)):
             _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        return declare(ctypes.CDLL(str(path)))
     except OSError as error:
         raise EngineError(
             f"native kernels: {error}; remove {path}, or use --engine eager"

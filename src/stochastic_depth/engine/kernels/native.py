@@ -2,23 +2,41 @@
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stochastic_depth.engine.buffers import Buffers
-from stochastic_depth.engine.kernels.kernels import BatchNorm, Layer
+from stochastic_depth.engine.kernels import structures
+from stochastic_depth.engine.kernels.kernels import Layer
 from stochastic_depth.engine.kernels.library import library
 from stochastic_depth.engine.kernels.reference import ReferenceKernels
 
 
+@dataclass
+class Sum:
+    """x = ReLU(BN(y) + shortcut): what a stem or a branch makes, and the next branch reads."""
+
+    y: Tensor
+    layer: Layer
+    """Whose convolution y is."""
+    shortcut: Tensor | None
+    is_written: bool = False
+    """Whether x is in memory: who convolves it first writes it on the way."""
+    sums: Tensor | None = None
+    """In backward, those of the gradient of what is under the ReLU, float64 [2, channels]."""
+
+
 class NativeKernels(ReferenceKernels):
     """bfloat16 on a CPU: convolutions close to the processor's peak, which compute on the way what
-    normalisation and ReLU make of their input, so that it is neither stored nor read again.
+    normalisation, addition and ReLU make of their input and of the gradient of their result, so
+    that nothing is passed over only for that.
 
-    A branch keeps the results of its two convolutions, nothing else. Sums are in float32 and
-    rounded once, so results differ from the reference's in the last bits of bfloat16. What is not
-    of a form for it (strides, other numbers of channels, other types) the reference computes.
+    A branch keeps the results of its two convolutions, nothing else; what it gives is written by
+    the next branch that reads it. Sums are in float32 and rounded once, so results differ from the
+    reference's in the last bits of bfloat16. What is not of a form for it (strides, other numbers
+    of channels, other types) the reference computes.
 
     Raises:
         EngineError: where it cannot be compiled, saying why.
@@ -28,39 +46,52 @@ class NativeKernels(ReferenceKernels):
         self._library = library()
         self._threads = torch.get_num_threads()
         self._buffers = Buffers()
+        self._layers: dict[int, tuple[structures.Layer, Layer, Tensor]] = {}
+        self._sums: dict[Tensor, Sum] = {}
+        """By the x they are, those whose gradient is still to come."""
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
-        a = self.convolve(images, layer)
-        if not _is_image(a):
+        self._sums.clear()  # of a step that did not come to its end
+        if not _is_stem(images, layer, out):
             return super().stem(images, layer, out)
-        self._activate(a, self._normalise(a, self._moments(a), layer.norm), None, out)
-        return (a,)
+        y = self._buffers.take(out)
+        self._library.convolve_pictures(
+            images.data_ptr(), self._layer(layer), y.data_ptr(), *self._geometry(images)
+        )
+        self._sums[out] = Sum(y, layer, None)
+        return (y,)
 
     def stem_backward(
         self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
     ) -> None:
-        (a,) = saved
-        if not _is_image(a):
+        if not _is_stem(images, layer, out):
             super().stem_backward(saved, images, layer, out, gradient)
             return
-        sums = self._activate_backward(gradient, out, a, layer.norm)
-        by = self._normalise_backward(a, sums, layer.norm)
-        self.convolve_backward(self._spread(gradient, a, by), images, layer, needs_input=False)
+        (y,) = saved
+        sums = self._under_relu(out, gradient)
+        self._library.convolve_pictures_backward(
+            images.data_ptr(),
+            self._layer(layer),
+            y.data_ptr(),
+            gradient.data_ptr(),
+            sums.data_ptr(),
+            *self._geometry(images),
+        )
+        self._buffers.give(y)
 
     def branch(
         self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
     ) -> tuple[Tensor, ...]:
         if not _fits(out, second):
-            return super().branch(x, first, second, shortcut, out)
+            return super().branch(self.written(x), first, second, shortcut, out)
         if _fits(x, first):
-            a, sums = self._convolve(x, first)
+            a = self._convolve(self._input(x), first, x)
         else:
-            a = self.convolve(x, first)
-            sums = self._moments(a)
-        affine = self._normalise(a, sums, first.norm)
-        c, sums = self._convolve(a, second, affine)
-        self._activate(c, self._normalise(c, sums, second.norm), shortcut, out)
-        return a, c, affine
+            a = self.convolve(self.written(x), first)
+            self._library.observe(a.data_ptr(), self._layer(first), *self._rows(a))
+        c = self._convolve(self._between(a, first), second, a)
+        self._sums[out] = Sum(c, second, shortcut)
+        return a, c
 
     def branch_backward(
         self,
@@ -75,148 +106,124 @@ class NativeKernels(ReferenceKernels):
         if not _fits(out, second):
             super().branch_backward(saved, x, first, second, out, gradient, of_shortcut)
             return
-        a, c, affine = saved
+        a, c = saved
         of_b = self._buffers.take(a)
-        sums = self._activate_backward(gradient, out, c, second.norm)
-        by = self._normalise_backward(c, sums, second.norm)
+        sums = self._under_relu(out, gradient)
         sums = self._convolve_backward(
-            a, second, gradient, c, by, of_b, affine=affine, mean=first.norm.mean
+            self._between(a, first), second, c, gradient, sums, None, of_b
         )
-        by = self._normalise_backward(a, sums, first.norm)
         of_x = of_shortcut()
         if _fits(x, first):
-            self._convolve_backward(x, first, of_b, a, by, of_x, y_affine=affine, added=of_x)
+            of_what = self._convolve_backward(self._input(x), first, a, of_b, sums, of_x, of_x)
+            if x in self._sums:
+                self._sums[x].sums = of_what
             self._buffers.give(a)
         else:  # `a` is PyTorch's
-            of_x.add_(self.convolve_backward(self._spread(of_b, a, by, affine), x, first))
+            of_a = torch.empty_like(a)
+            self._library.observe_backward(
+                a.data_ptr(), self._layer(first), of_b.data_ptr(), sums.data_ptr(), of_a.data_ptr(), *self._rows(a)
+            )
+            of_x.add_(self.convolve_backward(of_a, x, first))
         self._buffers.give(c, of_b)
 
-    def _convolve(
-        self, x: Tensor, layer: Layer, affine: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The convolution of x, or of ReLU(x * scale + shift), and the sums of it."""
-        out, sums = self._buffers.take(x), _sums(x)
-        n, channels, side, _ = x.shape
-        self._library.convolve3x3(
-            _at(x),
-            *_two(affine),
-            _at(layer.weight),
-            _at(out),
-            _at(sums),
-            n,
-            side,
-            channels,
-            self._threads,
+    def written(self, x: Tensor) -> Tensor:
+        made = self._sums.get(x)
+        if made is not None and not made.is_written:
+            self._library.write(self._input(x), *self._rows(x))
+        return x
+
+    def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
+        if not (_is_image(x) and _is_image(out)):
+            super().pool_and_pad(self.written(x), out)
+            return
+        self._library.pool(self.written(x).data_ptr(), out.data_ptr(), *_pooled(x, out), self._threads)
+
+    def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
+        if not (_is_image(gradient) and _is_image(of_x)):
+            super().pool_and_pad_backward(gradient, of_x)
+            return
+        self._library.pool_backward(
+            gradient.data_ptr(), of_x.data_ptr(), *_pooled(of_x, gradient), self._threads
         )
-        return out, sums
+
+    def _convolve(self, x: structures.Input, layer: Layer, like: Tensor) -> Tensor:
+        """The convolution y of x; its statistics are noted in the layer."""
+        y = self._buffers.take(like)
+        self._library.convolve3x3(x, self._layer(layer), y.data_ptr(), *self._geometry(y))
+        return y
 
     def _convolve_backward(
         self,
-        x: Tensor,
+        x: structures.Input,
         layer: Layer,
-        gradient: Tensor,
         y: Tensor,
-        by: Tensor,
+        gradient: Tensor,
+        sums: Tensor,
+        added: Tensor | None,
         of_x: Tensor,
-        affine: Tensor | None = None,
-        mean: Tensor | None = None,
-        y_affine: Tensor | None = None,
-        added: Tensor | None = None,
     ) -> Tensor:
-        """Both gradients of the convolution y of x, from that of y's normalisation.
+        """Both gradients of the convolution y of x, from that of BN(y) and the sums of that.
 
-        If x has been through normalisation and ReLU too, gives the sums of the gradient of that.
+        If x is a ReLU's, of_x becomes the gradient of what is under that, and its sums are given.
         """
-        n, channels, side, _ = x.shape
-        sums = _sums(x)
+        of_x_sums = _sums(y)
         self._library.convolve3x3_backward(
-            _at(x),
-            *_two(affine),
-            _at(mean),
-            _at(gradient),
-            _at(y),
-            _at(by),
-            *_two(y_affine),
-            _at(layer.weight),
-            _at(layer.weight_gradient),
-            _at(added),
-            _at(of_x),
-            _at(sums),
-            n,
-            side,
-            channels,
-            self._threads,
+            x,
+            self._layer(layer),
+            y.data_ptr(),
+            gradient.data_ptr(),
+            sums.data_ptr(),
+            None if added is None else added.data_ptr(),
+            of_x.data_ptr(),
+            of_x_sums.data_ptr(),
+            *self._geometry(y),
         )
-        return sums
+        return of_x_sums
 
-    def _moments(self, x: Tensor) -> Tensor:
-        """Sums of x and of its squares, [2, channels]."""
-        sums = _sums(x)
-        self._library.sum_moments(_at(x), _at(sums), *_rows(x), self._threads)
-        return sums
+    def _under_relu(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """`gradient` of x becomes that of what is under its ReLU; gives the sums of it."""
+        made = self._sums[x]
+        if made.sums is None:
+            made.sums = _sums(x)
+            self._library.write_backward(
+                self._input(x), gradient.data_ptr(), made.sums.data_ptr(), *self._rows(x)
+            )
+        del self._sums[x]
+        return made.sums
 
-    def _normalise(self, x: Tensor, sums: Tensor, norm: BatchNorm) -> Tensor:
-        """Note the statistics of x; gives scale and shift, float32 [2, channels]."""
-        channels = x.shape[1]
-        norm.mean, norm.rstd = torch.empty(2, channels).unbind()
-        affine = torch.empty(2, channels)
-        self._library.normalise(
-            _at(sums),
-            _at(norm.weight),
-            _at(norm.bias),
-            _at(norm.running_mean),
-            _at(norm.running_var),
-            _at(norm.mean),
-            _at(norm.rstd),
-            *_two(affine),
-            ctypes.c_float(norm.momentum),
-            ctypes.c_float(norm.eps),
-            _factor(norm),
-            *_rows(x),
-        )
-        return affine
+    def _input(self, x: Tensor) -> structures.Input:
+        """x, which whoever takes this will have written."""
+        made = self._sums.get(x)
+        if made is None:
+            return structures.Input(x.data_ptr(), None, None, None)
+        made.is_written = True
+        shortcut = None if made.shortcut is None else made.shortcut.data_ptr()
+        norm = ctypes.pointer(self._layer(made.layer).norm)
+        return structures.Input(x.data_ptr(), made.y.data_ptr(), shortcut, norm)
 
-    def _activate_backward(
-        self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm
-    ) -> Tensor:
-        """`gradient` of `out` becomes that of what is under the ReLU; gives the sums of it."""
-        sums = _sums(x)
-        self._library.activate_backward(
-            _at(gradient), _at(out), _at(x), _at(norm.mean), _at(sums), *_rows(x), self._threads
-        )
-        return sums
+    def _between(self, y: Tensor, layer: Layer) -> structures.Input:
+        """ReLU(BN(y)), which is never stored."""
+        norm = ctypes.pointer(self._layer(layer).norm)
+        return structures.Input(None, y.data_ptr(), None, norm)
 
-    def _normalise_backward(self, x: Tensor, sums: Tensor, norm: BatchNorm) -> Tensor:
-        """Gradients of weight and bias; gives the coefficients of that of x, [3, channels]."""
-        by = torch.empty(3, x.shape[1])
-        self._library.normalise_backward(
-            _at(sums),
-            _at(norm.weight),
-            _at(norm.mean),
-            _at(norm.rstd),
-            _at(norm.weight_gradient),
-            _at(norm.bias_gradient),
-            _at(by),
-            _factor(norm),
-            *_rows(x),
-        )
-        return by
+    def _layer(self, layer: Layer) -> structures.Layer:
+        """As the kernels see it."""
+        known = self._layers.get(id(layer))
+        if known is None:
+            seen, noted = structures.layer(layer)
+            known = self._layers[id(layer)] = seen, layer, noted
+        if layer.norm.factor is not None:
+            known[0].norm.factor = layer.norm.factor.item()
+        return known[0]
 
-    def _activate(self, x: Tensor, affine: Tensor, shortcut: Tensor | None, out: Tensor) -> None:
-        """out = ReLU(x * scale + shift + shortcut)."""
-        self._library.activate(
-            _at(x), *_two(affine), _at(shortcut), _at(out), *_rows(x), self._threads
-        )
+    def _geometry(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Images, side, channels, threads."""
+        n, channels, side, _ = x.shape
+        return n, side, channels, self._threads
 
-    def _spread(
-        self, gradient: Tensor, x: Tensor, by: Tensor, affine: Tensor | None = None
-    ) -> Tensor:
-        """The gradient of x, after `_normalise_backward`."""
-        of_x = torch.empty_like(x)
-        self._library.spread(
-            _at(gradient), _at(x), _at(by), *_two(affine), _at(of_x), *_rows(x), self._threads
-        )
-        return of_x
+    def _rows(self, x: Tensor) -> tuple[int, int, int]:
+        """Number of pixels, channels, threads."""
+        return x.numel() // x.shape[1], x.shape[1], self._threads
 
 
 def _is_image(x: Tensor) -> bool:
@@ -238,23 +245,18 @@ def _fits(x: Tensor, layer: Layer) -> bool:
     )
 
 
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _is_stem(images: Tensor, layer: Layer, out: Tensor) -> bool:
+    """Whether there is a kernel for this convolution of pictures."""
+    few, (height, width) = images.shape[1] <= 4, images.shape[2:]
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    is_like = images.dtype == out.dtype and last and _is_image(out) and layer.stride == 1
+    return few and is_like and out.shape[1] == 16 and height == width and width % 16 == 0
 
 
-def _two(pair: Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
-    """The rows of [2, channels], or nothing."""
-    return (_at(None), _at(None)) if pair is None else (_at(pair[0]), _at(pair[1]))
-
-
-def _rows(x: Tensor) -> tuple[ctypes.c_long, int]:
-    """Number of pixels, channels."""
-    return ctypes.c_long(x.numel() // x.shape[1]), x.shape[1]
+def _pooled(x: Tensor, out: Tensor) -> tuple[int, int, int, int]:
+    """Images, side of out, channels of both."""
+    return out.shape[0], out.shape[2], x.shape[1], out.shape[1]
 
 
 def _sums(x: Tensor) -> Tensor:
     return torch.empty(2, x.shape[1], dtype=torch.float64)
-
-
-def _factor(norm: BatchNorm) -> ctypes.c_float:
-    return ctypes.c_float(1.0 if norm.factor is None else norm.factor.item())

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stochastic_depth.engine.kernels.kernels import BatchNorm, Layer
@@ -49,6 +50,18 @@ class ReferenceKernels:
         of_b = self.convolve_backward(of_c, b, second)
         of_a = self.normalise_backward(of_b, b, a, first.norm)
         of_shortcut().add_(self.convolve_backward(of_a, x, first))
+
+    def written(self, x: Tensor) -> Tensor:
+        """x, which is."""
+        return x
+
+    def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
+        added = out.shape[1] - x.shape[1]
+        out.copy_(F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, added)))
+
+    def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
+        spread = F.interpolate(gradient[:, : of_x.shape[1]], scale_factor=2, mode="nearest")
+        torch.mul(spread, 0.25, out=of_x)
 
     def convolve(self, x: Tensor, layer: Layer) -> Tensor:
         """The convolution of `x`."""

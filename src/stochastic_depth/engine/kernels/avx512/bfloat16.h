@@ -52,3 +52,7 @@ inline __m512i paired(__m512i low, __m512i high) {
 inline void prefetch(const bf16* p, size_t count) {
   for (size_t at = 0; at < count; at += 32) asm volatile("prefetcht0 %0" ::"m"(p[at]));
 }
+
+inline void prefetch_to_write(bf16* p, size_t count) {
+  for (size_t at = 0; at < count; at += 32) asm volatile("prefetchw %0" ::"m"(p[at]));
+}

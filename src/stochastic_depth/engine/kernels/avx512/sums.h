@@ -61,24 +61,26 @@ struct Moments {
   }
 };
 
-// Over a stretch: of d and of d * (x - mean), where d is the gradient under ReLU(x * scale +
-// shift).
-template <int C>
-struct GradientMoments {
-  const bf16* x;
+// Over a stretch of the gradient of x = ReLU(y * scale + shift + shortcut): what is under the ReLU
+// becomes of it, d, and the sums are of d and of d * (y - mean). Where x is not stored, there is no
+// shortcut, and it is computed again.
+template <int C, bool stored>
+struct UnderReLU {
+  const bf16 *x, *y;
   const float *scale, *shift, *mean;
   alignas(64) float sum[C] = {}, product[C] = {};
 
   template <size_t T>
-  void add(size_t pixel, int c, const __m512 (&gradient)[T]) {
+  void add(size_t pixel, int c, __m512 (&d)[T]) {
     const __m512 m = _mm512_loadu_ps(mean + c);
     __m512 s = _mm512_load_ps(sum + c), q = _mm512_load_ps(product + c);
 #pragma GCC unroll 16
     for (size_t t = 0; t < T; t++) {
-      const __m512 v = load(x + (pixel + t) * C + c);
-      const __m512 d = where_positive(affine(v, scale + c, shift + c), gradient[t]);
-      s = _mm512_add_ps(s, d);
-      q = _mm512_fmadd_ps(d, _mm512_sub_ps(v, m), q);
+      const size_t at = (pixel + t) * C + c;
+      const __m512 v = load(y + at);
+      d[t] = where_positive(stored ? load(x + at) : affine(v, scale + c, shift + c), d[t]);
+      s = _mm512_add_ps(s, d[t]);
+      q = _mm512_fmadd_ps(d[t], _mm512_sub_ps(v, m), q);
     }
     _mm512_store_ps(sum + c, s);
     _mm512_store_ps(product + c, q);
