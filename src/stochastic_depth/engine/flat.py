@@ -62,17 +62,19 @@ class FlatParameters:
 
 
 class FlatSGD:
-    """SGD on the segments of `flat`: the same arithmetic as `optimizer` on single parameters.
+    """SGD on `flat`, whole or by segments: the same arithmetic as `optimizer` on single parameters.
 
     Momentum and hyperparameters stay `optimizer`'s, so that a checkpoint of it is as ever.
     """
 
     def __init__(self, flat: FlatParameters, optimizer: torch.optim.SGD) -> None:
-        self._flat, self._outer = flat, optimizer
-        self._segments = [nn.Parameter(flat.values[segment]) for segment in flat.segments]
+        self._outer = optimizer
+        parts = [slice(None), *flat.segments]
+        self._parts = [nn.Parameter(flat.values[part]) for part in parts]
+        self._gradients = [flat.gradients[part] for part in parts]
         group = optimizer.param_groups[0]
         self._inner = torch.optim.SGD(
-            self._segments,
+            self._parts,
             lr=group["lr"],
             momentum=group["momentum"],
             nesterov=group["nesterov"],
@@ -85,13 +87,14 @@ class FlatSGD:
             if known is not None:
                 view.copy_(known)
             optimizer.state[parameter]["momentum_buffer"] = view
-        for segment, values in zip(flat.segments, self._segments, strict=True):
-            self._inner.state[values]["momentum_buffer"] = flat.momentum[segment]
+        for part, values in zip(parts, self._parts, strict=True):
+            self._inner.state[values]["momentum_buffer"] = flat.momentum[part]
 
     def step(self, moved: Sequence[bool]) -> None:
         """Update the segments that are `moved`; the others stay as they are."""
         self._inner.param_groups[0]["lr"] = self._outer.param_groups[0]["lr"]
-        gradients = (self._flat.gradients[segment] for segment in self._flat.segments)
-        for values, gradient, is_moved in zip(self._segments, gradients, moved, strict=True):
+        whole = all(moved)
+        parts = [whole, *(is_moved and not whole for is_moved in moved)]
+        for values, gradient, is_moved in zip(self._parts, self._gradients, parts, strict=True):
             values.grad = gradient if is_moved else None
         self._inner.step()

@@ -101,7 +101,7 @@ class Block:
 
 
 class Head:
-    """x -> mean over its pixels -> loss, the latter by autograd."""
+    """x -> mean over its pixels -> scores of the classes -> cross entropy."""
 
     def __init__(
         self,
@@ -111,25 +111,20 @@ class Head:
         gradient: Tensor,
         flat: FlatParameters,
         kernels: Kernels,
-        autocasts: bool,
     ) -> None:
-        self.module, self.labels, self.x, self.gradient = module, labels, x, gradient
-        self.kernels = kernels
-        self.parameters = list(module.parameters())
-        self.gradients = [flat.of(p, flat.gradients) for p in self.parameters]
+        self.labels, self.x, self.gradient, self.kernels = labels, x, gradient, kernels
+        self.weight, self.bias = module.weight.detach(), module.bias.detach()
+        self.of_weight, self.of_bias = (
+            flat.of(p, flat.gradients) for p in (module.weight, module.bias)
+        )
         self.loss = torch.zeros((), dtype=flat.values.dtype, device=x.device)
-        self._autocasts = autocasts
 
     def forward_and_backward(self) -> None:
-        pooled = self.kernels.written(self.x).mean((2, 3)).requires_grad_()
-        autocast = torch.autocast(
-            pooled.device.type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False
-        )
-        with torch.enable_grad(), autocast:
-            loss = F.cross_entropy(self.module(pooled), self.labels)
-        of_pooled, *gradients = torch.autograd.grad(loss, [pooled, *self.parameters])
-        self.loss.copy_(loss.detach())
+        pooled = self.kernels.mean(self.x).to(self.weight.dtype)
+        log_p = torch.log_softmax(torch.addmm(self.bias, pooled, self.weight.T), 1)
+        self.loss.copy_(F.nll_loss(log_p, self.labels))
+        of_scores = log_p.exp_().sub_(F.one_hot(self.labels, len(self.bias))).div_(len(log_p))
+        torch.mm(of_scores.T, pooled, out=self.of_weight)
+        torch.sum(of_scores, 0, out=self.of_bias)
         pixels = self.x.shape[2] * self.x.shape[3]
-        self.gradient.copy_((of_pooled / pixels)[:, :, None, None])
-        for place, gradient in zip(self.gradients, gradients, strict=True):
-            place.copy_(gradient)
+        self.gradient.copy_((of_scores @ self.weight).div_(pixels)[:, :, None, None])

@@ -104,7 +104,6 @@ class Program:
             self.gradients[-1],
             flat,
             kernels,
-            autocasts=dtype != flat.values.dtype,
         )
         self.counters = self._join_counters(model)
         self.kept = 0
@@ -119,8 +118,8 @@ class Program:
         self.labels.copy_(labels)
         self.flat.cast()
         keeps_moving = self.depth is None or self.depth.skipped == "paper"
-        if keeps_moving and not all(is_open):
-            self.flat.gradients.zero_()
+        if keeps_moving:
+            self._clear_closed(is_open)
         self._forward(is_open)
         self.kept = self._bytes_kept(is_open)
         self._head()
@@ -150,6 +149,11 @@ class Program:
         if self.depth.scale == "training":
             self.factors.copy_(1 / torch.tensor(self.depth.survival, dtype=torch.float64))
         return self.depth.gates.tolist()
+
+    def _clear_closed(self, is_open: Sequence[bool]) -> None:
+        for segment, b in zip(self.flat.segments[1:-1], is_open, strict=True):
+            if not b:
+                self.flat.gradients[segment].zero_()
 
     def _forward(self, is_open: Sequence[bool]) -> None:
         self._stem_forward()

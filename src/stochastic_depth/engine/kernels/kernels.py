@@ -66,6 +66,10 @@ class Kernels(Protocol):
         """x, for others to read: what `stem` and `branch` give may be put off until it is read."""
         ...
 
+    def mean(self, x: Tensor) -> Tensor:
+        """Over the pixels of each image, [batch, channels]."""
+        ...
+
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
         """out = means over 2x2 of x, and zeros in the channels that it has more."""
         ...

@@ -132,6 +132,13 @@ class NativeKernels(ReferenceKernels):
             self._library.write(self._input(x), *self._rows(x))
         return x
 
+    def mean(self, x: Tensor) -> Tensor:
+        if not (_is_image(x) and x.shape[2] == x.shape[3]):
+            return super().mean(self.written(x))
+        means = torch.empty(x.shape[:2])
+        self._library.mean(self.written(x).data_ptr(), means.data_ptr(), *self._geometry(x))
+        return means
+
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
         if not (_is_image(x) and _is_image(out)):
             super().pool_and_pad(self.written(x), out)

@@ -42,6 +42,7 @@ _SIGNATURES = {
     "observe_backward": (c_void_p, POINTER(Layer), *[c_void_p] * 3, *_ROWS),
     "write": (POINTER(Input), *_ROWS),
     "write_backward": (POINTER(Input), c_void_p, c_void_p, *_ROWS),
+    "mean": (c_void_p, c_void_p, *_IMAGES),
     "pool": (c_void_p, c_void_p, *_POOLED),
     "pool_backward": (c_void_p, c_void_p, *_POOLED),
 }

@@ -136,6 +136,11 @@ void write_backward(const Input* x, bf16* gradient, double* sums, long rows, int
   activate_backward(gradient, x->x, x->y, *x->norm, sums, rows, channels, threads);
 }
 
+// Means over the pixels of each image, float32 [n, channels].
+void mean(const bf16* x, float* means, int n, int side, int channels, int threads) {
+  average(x, means, n, (long)side * side, channels, threads);
+}
+
 // Means over 2x2 of x, and zeros in the channels that out has more; side: of out.
 void pool(const bf16* x, bf16* out, int n, int side, int channels, int out_channels, int threads) {
   pool_and_pad(x, out, n, side, channels, out_channels, threads);
