@@ -34,6 +34,9 @@ inline __m512 where_positive(__m512 condition, __m512 v) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition, _mm512_setzero_ps(), _CMP_GT_OQ), v);
 }
 
+// Of what has come from a ReLU: where it is positive.
+inline __mmask16 not_zero(__m256i bits) { return _mm256_test_epi16_mask(bits, bits); }
+
 // Two neighbours, sixteen times.
 inline __m512bh pair(const bf16* p) {
   int32_t both;

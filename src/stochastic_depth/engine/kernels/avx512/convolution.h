@@ -160,10 +160,9 @@ void convolve_image(const bf16* padded, const bf16* weight, const bf16* added, b
         }
         for (int b = 0; b < B; b++) {
           const int c = (block + b) * 16;
-          for (int t = 0; t < T; t++) {
-            if (added) sum[b][t] = _mm512_add_ps(sum[b][t], load(added + (pixel + t) * Out + c));
-            sum[b][t] = widened(rounded(sum[b][t]));
-          }
+          if (added)
+            for (int t = 0; t < T; t++)
+              sum[b][t] = _mm512_add_ps(sum[b][t], load(added + (pixel + t) * Out + c));
           sums.add(pixel, c, sum[b]);
           for (int t = 0; t < T; t++) store(out + (pixel + t) * Out + c, sum[b][t]);
         }
@@ -369,6 +368,7 @@ void convolve_backward(const Input& input, const Result& gradient, const bf16* w
                          of_input + first * C, shape.side, of_image, [&](size_t at, size_t count) {
                            input.fetch(next + at, count);
                            gradient.fetch(next + at, count);
+                           of_image.fetch(next - first + at, count);
                            if (added) prefetch(added + (next + at) * C, count * C);
                          });
     of_image.end(shape.pixels(), totals.first(), totals.second());

@@ -30,21 +30,21 @@ class Totals {
   std::vector<double> totals_;
 };
 
-// Over a stretch: of x and of x * x. In float32 they are of differences to its first pixel, so that
-// a large mean costs no digits.
+// Over a stretch: of x and of x * x, where x is rounded as it will be stored. In float32 they are of
+// differences to its first pixel, so that a large mean costs no digits.
 template <int C>
 struct Moments {
   alignas(64) float pivot[C], sum[C] = {}, square[C] = {};
 
-  // x: channels c to c + 16 of T pixels, from this one of the stretch.
+  // result: channels c to c + 16 of T pixels, from this one of the stretch.
   template <size_t T>
-  void add(size_t pixel, int c, const __m512 (&x)[T]) {
-    if (pixel == 0) _mm512_store_ps(pivot + c, x[0]);
+  void add(size_t pixel, int c, const __m512 (&result)[T]) {
+    if (pixel == 0) _mm512_store_ps(pivot + c, widened(rounded(result[0])));
     const __m512 p = _mm512_load_ps(pivot + c);
     __m512 s = _mm512_load_ps(sum + c), q = _mm512_load_ps(square + c);
 #pragma GCC unroll 16
     for (size_t t = 0; t < T; t++) {
-      const __m512 d = _mm512_sub_ps(x[t], p);
+      const __m512 d = _mm512_sub_ps(widened(rounded(result[t])), p);
       s = _mm512_add_ps(s, d);
       q = _mm512_fmadd_ps(d, d, q);
     }
@@ -78,7 +78,10 @@ struct UnderReLU {
     for (size_t t = 0; t < T; t++) {
       const size_t at = (pixel + t) * C + c;
       const __m512 v = load(y + at);
-      d[t] = where_positive(stored ? load(x + at) : affine(v, scale + c, shift + c), d[t]);
+      if (stored)
+        d[t] = _mm512_maskz_mov_ps(not_zero(load_bits(x + at)), d[t]);
+      else
+        d[t] = where_positive(affine(v, scale + c, shift + c), d[t]);
       s = _mm512_add_ps(s, d[t]);
       q = _mm512_fmadd_ps(d[t], _mm512_sub_ps(v, m), q);
     }
@@ -92,6 +95,7 @@ struct UnderReLU {
       products[c] += product[c];
     }
   }
+  void fetch(size_t pixel, size_t count) const { prefetch(y + pixel * C, count * C); }
 };
 
 // Nothing is wanted.
@@ -99,4 +103,5 @@ struct Unsummed {
   template <size_t T>
   void add(size_t, int, const __m512 (&)[T]) {}
   void end(size_t, double*, double*) const {}
+  void fetch(size_t, size_t) const {}
 };
