@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import stochastic_depth as sd
 from stochastic_depth.engine import Program
 from stochastic_depth.engine.kernels import BatchNorm, Layer, NativeKernels, ReferenceKernels
 from stochastic_depth.engine.kernels.library import missing
@@ -203,3 +204,28 @@ def test_memory_does_not_grow_from_step_to_step():
         held.append([tensor.data_ptr() for tensor in (*kernels._buffers, *program.buffers)])
     assert len(held[0]) > 20
     assert [*map(sorted, held)] == [sorted(held[0])] * 4
+
+
+def gradients(closed, dtype, kernels):
+    """Of stem, blocks and head, each float64, after one step without the blocks `closed`."""
+    model = CifarResNet(20).to(dtype, memory_format=torch.channels_last).train()
+    depth = sd.apply(model, [1e-9 if block in closed else 1.0 for block in range(9)])
+    precision = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    images = image(4, 3, 32, 0).to(dtype)
+    optimizer = build_optimizer(OptimizerConfig(), model)
+    program = Program(model, depth, optimizer, images.shape, precision, kernels)
+    for buffer in program.gradients:
+        buffer.fill_(torch.nan)
+    program.step(images, torch.arange(4))
+    assert depth.gates.tolist() == [block not in closed for block in range(9)]
+    return [program.flat.gradients[segment].double() for segment in program.flat.segments]
+
+
+@pytest.mark.parametrize("closed", [(), (0,), (3,), (6,), (8,), (2, 3, 4), (3, 5, 6, 7), range(9)])
+def test_a_step_under_gates_is_as_exact_as_by_pytorchs_kernels(closed):
+    exact = gradients(closed, torch.float64, ReferenceKernels())
+    pytorchs = gradients(closed, torch.float32, ReferenceKernels())
+    native = gradients(closed, torch.float32, NativeKernels())
+    for block, (mine, theirs, true) in enumerate(zip(native, pytorchs, exact, strict=True), -1):
+        assert true.any() != (block in closed)
+        assert (mine - true).norm() <= 1.2 * (theirs - true).norm()

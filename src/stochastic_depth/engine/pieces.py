@@ -117,13 +117,15 @@ class Head:
         self.of_weight, self.of_bias = (
             flat.of(p, flat.gradients) for p in (module.weight, module.bias)
         )
-        self.loss = torch.zeros((), dtype=flat.values.dtype, device=x.device)
+        self.loss = torch.zeros_like(self.bias[0])
+        self._minus_one = torch.full_like(labels[:, None], -1, dtype=self.weight.dtype)
 
     def forward_and_backward(self) -> None:
         pooled = self.kernels.mean(self.x).to(self.weight.dtype)
         log_p = torch.log_softmax(torch.addmm(self.bias, pooled, self.weight.T), 1)
         self.loss.copy_(F.nll_loss(log_p, self.labels))
-        of_scores = log_p.exp_().sub_(F.one_hot(self.labels, len(self.bias))).div_(len(log_p))
+        of_scores = log_p.exp_().scatter_add_(1, self.labels[:, None], self._minus_one)
+        of_scores /= len(of_scores)
         torch.mm(of_scores.T, pooled, out=self.of_weight)
         torch.sum(of_scores, 0, out=self.of_bias)
         pixels = self.x.shape[2] * self.x.shape[3]

@@ -121,7 +121,12 @@ class NativeKernels(ReferenceKernels):
         else:  # `a` is PyTorch's
             of_a = torch.empty_like(a)
             self._library.observe_backward(
-                a.data_ptr(), self._layer(first), of_b.data_ptr(), sums.data_ptr(), of_a.data_ptr(), *self._rows(a)
+                a.data_ptr(),
+                self._layer(first),
+                of_b.data_ptr(),
+                sums.data_ptr(),
+                of_a.data_ptr(),
+                *self._rows(a),
             )
             of_x.add_(self.convolve_backward(of_a, x, first))
         self._buffers.give(c, of_b)
@@ -143,7 +148,9 @@ class NativeKernels(ReferenceKernels):
         if not (_is_image(x) and _is_image(out)):
             super().pool_and_pad(self.written(x), out)
             return
-        self._library.pool(self.written(x).data_ptr(), out.data_ptr(), *_pooled(x, out), self._threads)
+        self._library.pool(
+            self.written(x).data_ptr(), out.data_ptr(), *_pooled(x, out), self._threads
+        )
 
     def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
         if not (_is_image(gradient) and _is_image(of_x)):

@@ -12,8 +12,8 @@
 
 // ---------------------------------------------------------------------------- what is read
 //
-// `reader(c)` gives what reads channels c to c + 16 of a pixel: of an image as it is, or computed from
-// others on the way, so that it need not be read again, or not even stored.
+// `reader(c)` gives what reads channels c to c + 16 of a pixel: of an image as it is, or computed
+// from others on the way, so that it need not be read again, or not even stored.
 
 template <int C>
 struct Image {
@@ -337,8 +337,8 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
         for (int y = 0; y < ROWS; y++)
           pair_row<In>(input, first + (top + y) * side, &even[y * width * In], &odd[y * width * In],
                        side);
-        add_weight_gradient<In, Out>(even.data(), odd.data(), &pairs[top * side * Out],
-                                     mine.data(), side);
+        add_weight_gradient<In, Out>(even.data(), odd.data(), &pairs[top * side * Out], mine.data(),
+                                     side);
       }
       also(i, padded.data());
     }

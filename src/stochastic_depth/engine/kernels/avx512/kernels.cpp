@@ -31,8 +31,8 @@ struct Layer {
   Norm norm;
 };
 
-// x = ReLU(BN(y) + shortcut). Without y, x is what is stored there. With it, x is written when it is
-// first convolved, or, if it is null, computed whenever it is needed.
+// x = ReLU(BN(y) + shortcut). Without y, x is what is stored there. With it, x is written when it
+// is first convolved, or, if it is null, computed whenever it is needed.
 struct Input {
   bf16* x;
   const bf16 *y, *shortcut;

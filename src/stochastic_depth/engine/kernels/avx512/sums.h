@@ -30,8 +30,8 @@ class Totals {
   std::vector<double> totals_;
 };
 
-// Over a stretch: of x and of x * x, where x is rounded as it will be stored. In float32 they are of
-// differences to its first pixel, so that a large mean costs no digits.
+// Over a stretch: of x and of x * x, where x is rounded as it will be stored. In float32 they are
+// of differences to its first pixel, so that a large mean costs no digits.
 template <int C>
 struct Moments {
   alignas(64) float pivot[C], sum[C] = {}, square[C] = {};
