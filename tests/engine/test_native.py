@@ -6,7 +6,13 @@ import torch.nn.functional as F
 
 import stochastic_depth as sd
 from stochastic_depth.engine import Program
-from stochastic_depth.engine.kernels import BatchNorm, Layer, NativeKernels, ReferenceKernels
+from stochastic_depth.engine.kernels import (
+    BatchNorm,
+    Layer,
+    Linear,
+    NativeKernels,
+    ReferenceKernels,
+)
 from stochastic_depth.engine.kernels.library import missing
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer
@@ -229,3 +235,31 @@ def test_a_step_under_gates_is_as_exact_as_by_pytorchs_kernels(closed):
     for block, (mine, theirs, true) in enumerate(zip(native, pytorchs, exact, strict=True), -1):
         assert true.any() != (block in closed)
         assert (mine - true).norm() <= 1.2 * (theirs - true).norm()
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(64, 10), (16, 100), (32, 1)])
+def test_the_head_and_its_gradients(channels, classes):
+    x, labels = image(9, channels, 8, 0), torch.arange(9) * 7 % classes
+    rng = torch.Generator().manual_seed(1)
+    weight, bias = (
+        torch.randn(classes, channels, generator=rng),
+        torch.randn(classes, generator=rng),
+    )
+    exact = [v.double().requires_grad_() for v in (x, weight, bias)]
+    loss = F.cross_entropy(F.linear(exact[0].mean((2, 3)), *exact[1:]), labels)
+    loss.backward()
+    layer = Linear(
+        weight, bias, torch.full_like(weight, torch.nan), torch.full_like(bias, torch.nan)
+    )
+    gradient = torch.full_like(x, torch.nan)
+    mine = NativeKernels().head(x, layer, labels, gradient)
+    close(mine, loss.detach(), 1e-6)
+    close(gradient, exact[0].grad, ROUNDING)
+    close(layer.weight_gradient, exact[1].grad, 1e-6)
+    close(layer.bias_gradient, exact[2].grad, 1e-6)
+
+
+def test_a_label_of_no_class_is_refused():
+    x, weight, bias = image(2, 16, 8, 0), torch.zeros(10, 16), torch.zeros(10)
+    with pytest.raises(IndexError, match="labels from 3 to 10: there are 10 classes"):
+        NativeKernels().head(x, Linear(weight, bias, weight, bias), torch.tensor([3, 10]), x)

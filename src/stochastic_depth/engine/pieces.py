@@ -1,11 +1,10 @@
 """The pieces of a training step, each forward and backward: stem, residual block, head."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stochastic_depth.engine.flat import FlatParameters
-from stochastic_depth.engine.kernels import BatchNorm, Kernels, Layer
+from stochastic_depth.engine.kernels import BatchNorm, Kernels, Layer, Linear
 
 
 def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> Layer:
@@ -27,6 +26,16 @@ def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> Lay
             norm.momentum,
             norm.eps,
         ),
+    )
+
+
+def linear_of(module: nn.Linear, flat: FlatParameters) -> Linear:
+    """What kernels need of the last layer."""
+    return Linear(
+        module.weight.detach(),
+        module.bias.detach(),
+        flat.of(module.weight, flat.gradients),
+        flat.of(module.bias, flat.gradients),
     )
 
 
@@ -101,32 +110,14 @@ class Block:
 
 
 class Head:
-    """x -> mean over its pixels -> scores of the classes -> cross entropy."""
+    """x -> loss"""
 
     def __init__(
-        self,
-        module: nn.Linear,
-        labels: Tensor,
-        x: Tensor,
-        gradient: Tensor,
-        flat: FlatParameters,
-        kernels: Kernels,
+        self, layer: Linear, labels: Tensor, x: Tensor, gradient: Tensor, kernels: Kernels
     ) -> None:
-        self.labels, self.x, self.gradient, self.kernels = labels, x, gradient, kernels
-        self.weight, self.bias = module.weight.detach(), module.bias.detach()
-        self.of_weight, self.of_bias = (
-            flat.of(p, flat.gradients) for p in (module.weight, module.bias)
-        )
-        self.loss = torch.zeros_like(self.bias[0])
-        self._minus_one = torch.full_like(labels[:, None], -1, dtype=self.weight.dtype)
+        self.layer, self.labels, self.x, self.gradient = layer, labels, x, gradient
+        self.kernels = kernels
+        self.loss = torch.zeros_like(layer.bias[0])
 
     def forward_and_backward(self) -> None:
-        pooled = self.kernels.mean(self.x).to(self.weight.dtype)
-        log_p = torch.log_softmax(torch.addmm(self.bias, pooled, self.weight.T), 1)
-        self.loss.copy_(F.nll_loss(log_p, self.labels))
-        of_scores = log_p.exp_().scatter_add_(1, self.labels[:, None], self._minus_one)
-        of_scores /= len(of_scores)
-        torch.mm(of_scores.T, pooled, out=self.of_weight)
-        torch.sum(of_scores, 0, out=self.of_bias)
-        pixels = self.x.shape[2] * self.x.shape[3]
-        self.gradient.copy_((of_scores @ self.weight).div_(pixels)[:, :, None, None])
+        self.loss.copy_(self.kernels.head(self.x, self.layer, self.labels, self.gradient))

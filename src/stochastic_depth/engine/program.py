@@ -18,7 +18,7 @@ from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.engine.buffers import Buffers
 from stochastic_depth.engine.flat import FlatParameters, FlatSGD
 from stochastic_depth.engine.kernels import Kernels, ReferenceKernels
-from stochastic_depth.engine.pieces import Block, Head, Stem, layer_of
+from stochastic_depth.engine.pieces import Block, Head, Stem, layer_of, linear_of
 from stochastic_depth.engine.replay import Eagerly, Replay
 from stochastic_depth.errors import EngineError
 from stochastic_depth.models import CifarResNet
@@ -97,14 +97,8 @@ class Program:
             if depth is not None and depth.scale == "training":
                 layers[1].norm.factor = self.factors[len(self.blocks)]
             self.blocks.append(Block(*layers, *io, *gradients, kernels, replay.keeps))
-        self.head = Head(
-            model.head,
-            self.labels,
-            x[-1],
-            self.gradients[-1],
-            flat,
-            kernels,
-        )
+        head = linear_of(model.head, flat)
+        self.head = Head(head, self.labels, x[-1], self.gradients[-1], kernels)
         self.counters = self._join_counters(model)
         self.kept = 0
         """Bytes that waited for the backward pass in the last step."""
@@ -151,9 +145,10 @@ class Program:
         return self.depth.gates.tolist()
 
     def _clear_closed(self, is_open: Sequence[bool]) -> None:
-        for segment, b in zip(self.flat.segments[1:-1], is_open, strict=True):
-            if not b:
-                self.flat.gradients[segment].zero_()
+        of_blocks = zip(self.flat.segments[1:-1], is_open, strict=True)
+        closed = [self.flat.gradients[segment] for segment, b in of_blocks if not b]
+        if closed:
+            torch._foreach_zero_(closed)
 
     def _forward(self, is_open: Sequence[bool]) -> None:
         self._stem_forward()

@@ -36,6 +36,16 @@ class Layer:
     norm: BatchNorm
 
 
+@dataclass
+class Linear:
+    """The last layer: weight [classes, channels], bias [classes]."""
+
+    weight: Tensor
+    bias: Tensor
+    weight_gradient: Tensor
+    bias_gradient: Tensor
+
+
 class Kernels(Protocol):
     """Images are [batch, channels, height, width], channels_last.
 
@@ -62,12 +72,17 @@ class Kernels(Protocol):
         """
         ...
 
-    def written(self, x: Tensor) -> Tensor:
-        """x, for others to read: what `stem` and `branch` give may be put off until it is read."""
+    def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
+        """The cross entropy, [], of what `layer` makes of the mean over x's pixels; all gradients.
+
+        Args:
+            labels: int64 [batch].
+            gradient: becomes that of x.
+        """
         ...
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Over the pixels of each image, [batch, channels]."""
+    def written(self, x: Tensor) -> Tensor:
+        """x, for others to read: what `stem` and `branch` give may be put off until it is read."""
         ...
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:

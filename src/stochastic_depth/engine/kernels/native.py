@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stochastic_depth.engine.buffers import Buffers
 from stochastic_depth.engine.kernels import structures
-from stochastic_depth.engine.kernels.kernels import Layer
+from stochastic_depth.engine.kernels.kernels import Layer, Linear
 from stochastic_depth.engine.kernels.library import library
 from stochastic_depth.engine.kernels.reference import ReferenceKernels
 
@@ -131,18 +131,30 @@ class NativeKernels(ReferenceKernels):
             of_x.add_(self.convolve_backward(of_a, x, first))
         self._buffers.give(c, of_b)
 
+    def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
+        is_square = x.shape[2] == x.shape[3]
+        if not (_is_image(x) and is_square and layer.weight.dtype == torch.float32):
+            return super().head(self.written(x), layer, labels, gradient)
+        classes = len(layer.bias)
+        least, most = (bound.item() for bound in labels.aminmax())
+        if least < 0 or most >= classes:
+            raise IndexError(f"labels from {least} to {most}: there are {classes} classes")
+        loss = torch.empty(())
+        self._library.classify(
+            self.written(x).data_ptr(),
+            structures.linear(layer),
+            labels.data_ptr(),
+            loss.data_ptr(),
+            gradient.data_ptr(),
+            *self._geometry(x),
+        )
+        return loss
+
     def written(self, x: Tensor) -> Tensor:
         made = self._sums.get(x)
         if made is not None and not made.is_written:
             self._library.write(self._input(x), *self._rows(x))
         return x
-
-    def mean(self, x: Tensor) -> Tensor:
-        if not (_is_image(x) and x.shape[2] == x.shape[3]):
-            return super().mean(self.written(x))
-        means = torch.empty(x.shape[:2])
-        self._library.mean(self.written(x).data_ptr(), means.data_ptr(), *self._geometry(x))
-        return means
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
         if not (_is_image(x) and _is_image(out)):

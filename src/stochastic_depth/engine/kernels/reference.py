@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stochastic_depth.engine.kernels.kernels import BatchNorm, Layer
+from stochastic_depth.engine.kernels.kernels import BatchNorm, Layer, Linear
 
 aten = torch.ops.aten
 
@@ -51,12 +51,20 @@ class ReferenceKernels:
         of_a = self.normalise_backward(of_b, b, a, first.norm)
         of_shortcut().add_(self.convolve_backward(of_a, x, first))
 
+    def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
+        pixels = x.shape[2] * x.shape[3]
+        pooled = x.mean((2, 3)).to(layer.weight.dtype)
+        log_p = torch.log_softmax(torch.addmm(layer.bias, pooled, layer.weight.T), 1)
+        loss = F.nll_loss(log_p, labels)
+        of_scores = log_p.exp_().sub_(F.one_hot(labels, len(layer.bias))).div_(len(labels))
+        torch.mm(of_scores.T, pooled, out=layer.weight_gradient)
+        torch.sum(of_scores, 0, out=layer.bias_gradient)
+        gradient.copy_((of_scores @ layer.weight).div_(pixels)[:, :, None, None])
+        return loss
+
     def written(self, x: Tensor) -> Tensor:
         """x, which is."""
         return x
-
-    def mean(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
         added = out.shape[1] - x.shape[1]

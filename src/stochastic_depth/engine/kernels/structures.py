@@ -30,6 +30,15 @@ class Input(ctypes.Structure):
     _fields_ = [("x", c_void_p), ("y", c_void_p), ("shortcut", c_void_p), ("norm", POINTER(Norm))]
 
 
+class Linear(ctypes.Structure):
+    """See `classification.h`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "bias", "of_weight", "of_bias")),
+        ("classes", c_int),
+    ]
+
+
 _IMAGES = (c_int, c_int, c_int, c_int)  # number, side, channels, threads
 _ROWS = (c_long, c_int, c_int)  # pixels, channels, threads
 _POOLED = (c_int, c_int, c_int, c_int, c_int)  # number, side, channels before and after, threads
@@ -42,7 +51,7 @@ _SIGNATURES = {
     "observe_backward": (c_void_p, POINTER(Layer), *[c_void_p] * 3, *_ROWS),
     "write": (POINTER(Input), *_ROWS),
     "write_backward": (POINTER(Input), c_void_p, c_void_p, *_ROWS),
-    "mean": (c_void_p, c_void_p, *_IMAGES),
+    "classify": (c_void_p, POINTER(Linear), *[c_void_p] * 3, *_IMAGES),
     "pool": (c_void_p, c_void_p, *_POOLED),
     "pool_backward": (c_void_p, c_void_p, *_POOLED),
 }
@@ -66,3 +75,9 @@ def layer(of: kernels.Layer) -> tuple[Layer, Tensor]:
     pointers = (tensor.data_ptr() for tensor in tensors)
     seen = Norm(*pointers, norm.momentum, norm.eps, 1.0)
     return Layer(of.weight.data_ptr(), of.weight_gradient.data_ptr(), seen), noted
+
+
+def linear(of: kernels.Linear) -> Linear:
+    """`of`, as the kernels see it."""
+    tensors = of.weight, of.bias, of.weight_gradient, of.bias_gradient
+    return Linear(*(tensor.data_ptr() for tensor in tensors), len(of.bias))

@@ -89,10 +89,16 @@ constexpr int FEW = 4;
 struct Pictures {
   const bf16* x;
   const int channels;
+  const size_t pixels;  // of all
 
   __m128i at(size_t pixel) const {
     uint64_t bits = 0;
-    for (int c = 0; c < channels; c++) bits |= (uint64_t)x[pixel * channels + c] << 16 * c;
+    if (pixel + FEW <= pixels) {
+      memcpy(&bits, x + pixel * channels, 8);  // with some of the next pixel
+      bits &= ~(uint64_t)0 >> (64 - 16 * channels);
+    } else {
+      memcpy(&bits, x + pixel * channels, 2 * channels);
+    }
     return _mm_cvtsi64_si128((long long)bits);
   }
   void fetch(size_t pixel, size_t count) const { prefetch(x + pixel * channels, count * channels); }

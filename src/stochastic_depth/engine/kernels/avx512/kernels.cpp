@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "classification.h"
 #include "convolution.h"
 #include "passes.h"
 
@@ -92,7 +93,7 @@ void convolve_pictures(const bf16* images, const Layer* layer, bf16* y, int n, i
                        int channels, int threads) {
   const Shape shape{n, side, threads};
   double sums[2 * 16];
-  convolve<FEW, 16>(Pictures{images, channels}, packed<FEW, 16>(layer->weight, channels), y, sums,
+  convolve<FEW, 16>(Pictures{images, channels, (size_t)shape.rows()}, packed<FEW, 16>(layer->weight, channels), y, sums,
                     shape);
   normalise(layer->norm, sums, shape.rows(), 16);
 }
@@ -103,7 +104,7 @@ void convolve_pictures_backward(const bf16* images, const Layer* layer, const bf
                                 int channels, int threads) {
   const Shape shape{n, side, threads};
   const Coefficients by = normalise_backward(layer->norm, sums, shape.rows(), 16);
-  const Pictures pictures{images, channels};
+  const Pictures pictures{images, channels, (size_t)shape.rows()};
   const Normalised<16> of_y{gradient, y, by};
   weigh<FEW, 16>(pictures, of_y, layer->of_weight, channels, shape, [&](int i, const bf16*) {
     pictures.fetch(shape.after(i), shape.pixels());
@@ -136,9 +137,10 @@ void write_backward(const Input* x, bf16* gradient, double* sums, long rows, int
   activate_backward(gradient, x->x, x->y, *x->norm, sums, rows, channels, threads);
 }
 
-// Means over the pixels of each image, float32 [n, channels].
-void mean(const bf16* x, float* means, int n, int side, int channels, int threads) {
-  average(x, means, n, (long)side * side, channels, threads);
+// The cross entropy of what `layer` makes of the mean over the pixels; gradients of that and of x.
+void classify(const bf16* x, const Linear* layer, const int64_t* labels, float* loss,
+              bf16* gradient, int n, int side, int channels, int threads) {
+  classify_images(x, *layer, labels, loss, gradient, n, side * side, channels, threads);
 }
 
 // Means over 2x2 of x, and zeros in the channels that out has more; side: of out.

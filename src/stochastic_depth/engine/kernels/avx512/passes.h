@@ -100,19 +100,6 @@ inline void spread(const bf16* gradient, const bf16* y, const Coefficients& by, 
     }
 }
 
-// Means over the pixels of each image, [n, channels].
-inline void average(const bf16* x, float* means, int n, long pixels, int channels, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int i = 0; i < n; i++)
-    for (int c = 0; c < channels; c += 16) {
-      const bf16* from = x + i * pixels * channels + c;
-      __m512 sum = _mm512_setzero_ps();
-      for (long at = 0; at < pixels; at++) sum = _mm512_add_ps(sum, load(from + at * channels));
-      _mm512_storeu_ps(means + (size_t)i * channels + c,
-                       _mm512_mul_ps(sum, _mm512_set1_ps(1.0f / pixels)));
-    }
-}
-
 // Means over 2x2 of x, [n, 2 side, 2 side, channels], and zeros in the channels after them:
 // [n, side, side, out_channels].
 inline void pool_and_pad(const bf16* x, bf16* out, int n, int side, int channels, int out_channels,
