@@ -93,8 +93,8 @@ void convolve_pictures(const bf16* images, const Layer* layer, bf16* y, int n, i
                        int channels, int threads) {
   const Shape shape{n, side, threads};
   double sums[2 * 16];
-  convolve<FEW, 16>(Pictures{images, channels, (size_t)shape.rows()}, packed<FEW, 16>(layer->weight, channels), y, sums,
-                    shape);
+  convolve<FEW, 16>(Pictures{images, channels, (size_t)shape.rows()},
+                    packed<FEW, 16>(layer->weight, channels), y, sums, shape);
   normalise(layer->norm, sums, shape.rows(), 16);
 }
 
