@@ -6,9 +6,9 @@ BIN := .venv/bin
 demo: install
 	$(BIN)/stochastic-depth compare digits --seeds 3 --out runs/demo
 
-# One thread: most tests compute on small tensors, which two threads only slow down.
+# A process for each core, up to eight, with one thread: most tests compute on small tensors.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: install
 	$(BIN)/ruff format --check .

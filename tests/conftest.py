@@ -42,6 +42,16 @@ def counts() -> Counter[str]:
     return COUNTS
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["counts"] = dict(COUNTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    COUNTS.update(node.workeroutput["counts"])
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if COUNTS:
         terminalreporter.section("tried and survived")

@@ -148,7 +148,7 @@ class Program:
         of_blocks = zip(self.flat.segments[1:-1], is_open, strict=True)
         closed = [self.flat.gradients[segment] for segment, b in of_blocks if not b]
         if closed:
-            torch._foreach_zero_(closed)
+            torch._foreach_zero_(closed)  # pyright: ignore[reportPrivateImportUsage]
 
     def _forward(self, is_open: Sequence[bool]) -> None:
         self._stem_forward()
