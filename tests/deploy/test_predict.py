@@ -41,10 +41,12 @@ def test_other_sizes_are_scaled_and_cut_as_torchvision_does(size, tmp_path):
 
 @pytest.mark.parametrize("kind", ["run", "safetensors", "onnx"])
 def test_a_run_and_its_files_see_the_same_in_a_picture(
-    kind, trained, elastic, onnx, pictures, capsys
+    kind, trained, elastic, onnx, pictures, capsys, monkeypatch
 ):
     source = {"run": trained, "safetensors": elastic, "onnx": onnx}[kind]
-    assert main(["predict", str(source), *pictures[0][:3], "--top", "1"]) == 0
+    monkeypatch.chdir(Path(pictures[0][0]).parent)
+    names = [Path(picture).name for picture in pictures[0][:3]]
+    assert main(["predict", str(source), *names, "--top", "1"]) == 0
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= 80
     _, images = reopen(trained)
