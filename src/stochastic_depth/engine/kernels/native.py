@@ -153,7 +153,7 @@ class NativeKernels(ReferenceKernels):
     def written(self, x: Tensor) -> Tensor:
         made = self._sums.get(x)
         if made is not None and not made.is_written:
-            self._library.write(self._input(x), *self._rows(x))
+            self._library.complete(self._input(x), *self._rows(x))
         return x
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
@@ -211,7 +211,7 @@ class NativeKernels(ReferenceKernels):
         made = self._sums[x]
         if made.sums is None:
             made.sums = _sums(x)
-            self._library.write_backward(
+            self._library.complete_backward(
                 self._input(x), gradient.data_ptr(), made.sums.data_ptr(), *self._rows(x)
             )
         del self._sums[x]

@@ -126,14 +126,14 @@ void observe_backward(const bf16* y, const Layer* layer, const bf16* gradient, c
          threads);
 }
 
-// Writes x, without convolving it.
-void write(const Input* x, long rows, int channels, int threads) {
+// Writes x, which nobody has convolved yet.
+void complete(const Input* x, long rows, int channels, int threads) {
   activate(x->y, *x->norm, x->shortcut, x->x, rows, channels, threads);
 }
 
 // The gradient of x becomes that of what is under its ReLU, in place; and the sums of it.
-void write_backward(const Input* x, bf16* gradient, double* sums, long rows, int channels,
-                    int threads) {
+void complete_backward(const Input* x, bf16* gradient, double* sums, long rows, int channels,
+                       int threads) {
   activate_backward(gradient, x->x, x->y, *x->norm, sums, rows, channels, threads);
 }
 
