@@ -128,9 +128,14 @@ def test_what_a_branch_gives_is_written_by_the_next(channels, side):
         exact.check(layer)
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(16, torch.bfloat16), (6, torch.float32)])
-def test_pooling_and_padding(channels, dtype):
-    x, gradient = (image(3, c, s, 0).to(dtype) for c, s in ((channels, 16), (2 * channels, 8)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("channels", "size"), [(16, (16, 16)), (32, (8, 12)), (6, (6, 4))])
+def test_pooling_and_padding(channels, size, dtype):
+    half = tuple(side // 2 for side in size)
+    x, gradient = (
+        torch.randn(3, c, *s).to(dtype, memory_format=torch.channels_last)
+        for c, s in ((channels, size), (2 * channels, half))
+    )
     mine, of_mine = torch.full_like(gradient, torch.nan), torch.full_like(x, torch.nan)
     exact_x = x.double().requires_grad_()
     exact = F.pad(F.avg_pool2d(exact_x, 2), (0, 0, 0, 0, 0, channels))
@@ -212,12 +217,13 @@ def test_memory_does_not_grow_from_step_to_step():
     assert [*map(sorted, held)] == [sorted(held[0])] * 4
 
 
-def gradients(closed, dtype, kernels):
+def gradients(closed, dtype, kernels, size=(32, 32)):
     """Of stem, blocks and head, each float64, after one step without the blocks `closed`."""
     model = CifarResNet(20).to(dtype, memory_format=torch.channels_last).train()
     depth = sd.apply(model, [1e-9 if block in closed else 1.0 for block in range(9)])
     precision = torch.float64 if dtype == torch.float64 else torch.bfloat16
-    images = image(4, 3, 32, 0).to(dtype)
+    images = image(4, 3, 32, 0)[..., : size[0], : size[1]].to(dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
     optimizer = build_optimizer(OptimizerConfig(), model)
     program = Program(model, depth, optimizer, images.shape, precision, kernels)
     for buffer in program.gradients:
@@ -227,11 +233,12 @@ def gradients(closed, dtype, kernels):
     return [program.flat.gradients[segment].double() for segment in program.flat.segments]
 
 
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (16, 32)])
 @pytest.mark.parametrize("closed", [(), (0,), (3,), (6,), (8,), (2, 3, 4), (3, 5, 6, 7), range(9)])
-def test_a_step_under_gates_is_as_exact_as_by_pytorchs_kernels(closed):
-    exact = gradients(closed, torch.float64, ReferenceKernels())
-    pytorchs = gradients(closed, torch.float32, ReferenceKernels())
-    native = gradients(closed, torch.float32, NativeKernels())
+def test_a_step_under_gates_is_as_exact_as_by_pytorchs_kernels(closed, size):
+    exact = gradients(closed, torch.float64, ReferenceKernels(), size)
+    pytorchs = gradients(closed, torch.float32, ReferenceKernels(), size)
+    native = gradients(closed, torch.float32, NativeKernels(), size)
     for block, (mine, theirs, true) in enumerate(zip(native, pytorchs, exact, strict=True), -1):
         assert true.any() != (block in closed)
         assert (mine - true).norm() <= 1.2 * (theirs - true).norm()

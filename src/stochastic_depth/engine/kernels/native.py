@@ -132,8 +132,7 @@ class NativeKernels(ReferenceKernels):
         self._buffers.give(c, of_b)
 
     def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
-        is_square = x.shape[2] == x.shape[3]
-        if not (_is_image(x) and is_square and layer.weight.dtype == torch.float32):
+        if not (_is_image(x) and layer.weight.dtype == torch.float32):
             return super().head(self.written(x), layer, labels, gradient)
         classes = len(layer.bias)
         least, most = (bound.item() for bound in labels.aminmax())
@@ -146,7 +145,10 @@ class NativeKernels(ReferenceKernels):
             labels.data_ptr(),
             loss.data_ptr(),
             gradient.data_ptr(),
-            *self._geometry(x),
+            len(x),
+            x.shape[2] * x.shape[3],
+            x.shape[1],
+            self._threads,
         )
         return loss
 
@@ -157,7 +159,7 @@ class NativeKernels(ReferenceKernels):
         return x
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
-        if not (_is_image(x) and _is_image(out)):
+        if not _are_pooled(x, out):
             super().pool_and_pad(self.written(x), out)
             return
         self._library.pool(
@@ -165,7 +167,7 @@ class NativeKernels(ReferenceKernels):
         )
 
     def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
-        if not (_is_image(gradient) and _is_image(of_x)):
+        if not _are_pooled(of_x, gradient):
             super().pool_and_pad_backward(gradient, of_x)
             return
         self._library.pool_backward(
@@ -279,9 +281,17 @@ def _is_stem(images: Tensor, layer: Layer, out: Tensor) -> bool:
     return few and is_like and out.shape[1] == 16 and height == width and width % 16 == 0
 
 
+def _are_pooled(x: Tensor, out: Tensor) -> bool:
+    """Whether there is a kernel for pooling x to out."""
+    halved = all(
+        before == 2 * after for before, after in zip(x.shape[2:], out.shape[2:], strict=True)
+    )
+    return halved and _is_image(x) and _is_image(out)
+
+
 def _pooled(x: Tensor, out: Tensor) -> tuple[int, int, int, int]:
-    """Images, side of out, channels of both."""
-    return out.shape[0], out.shape[2], x.shape[1], out.shape[1]
+    """Rows of all images and columns of out, channels of both."""
+    return len(out) * out.shape[2], out.shape[3], x.shape[1], out.shape[1]
 
 
 def _sums(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Linear(ctypes.Structure):
 
 _IMAGES = (c_int, c_int, c_int, c_int)  # number, side, channels, threads
 _ROWS = (c_long, c_int, c_int)  # pixels, channels, threads
-_POOLED = (c_int, c_int, c_int, c_int, c_int)  # number, side, channels before and after, threads
+_POOLED = (c_int, c_int, c_int, c_int, c_int)  # rows, columns, channels of both, threads
 _SIGNATURES = {
     "convolve3x3": (POINTER(Input), POINTER(Layer), c_void_p, *_IMAGES),
     "convolve3x3_backward": (POINTER(Input), POINTER(Layer), *[c_void_p] * 6, *_IMAGES),
@@ -51,7 +51,7 @@ _SIGNATURES = {
     "observe_backward": (c_void_p, POINTER(Layer), *[c_void_p] * 3, *_ROWS),
     "complete": (POINTER(Input), *_ROWS),
     "complete_backward": (POINTER(Input), c_void_p, c_void_p, *_ROWS),
-    "classify": (c_void_p, POINTER(Linear), *[c_void_p] * 3, *_IMAGES),
+    "classify": (c_void_p, POINTER(Linear), *[c_void_p] * 3, *_IMAGES),  # pixels for the side
     "pool": (c_void_p, c_void_p, *_POOLED),
     "pool_backward": (c_void_p, c_void_p, *_POOLED),
 }

@@ -139,17 +139,19 @@ void complete_backward(const Input* x, bf16* gradient, double* sums, long rows, 
 
 // The cross entropy of what `layer` makes of the mean over the pixels; gradients of that and of x.
 void classify(const bf16* x, const Linear* layer, const int64_t* labels, float* loss,
-              bf16* gradient, int n, int side, int channels, int threads) {
-  classify_images(x, *layer, labels, loss, gradient, n, side * side, channels, threads);
+              bf16* gradient, int n, int pixels, int channels, int threads) {
+  classify_images(x, *layer, labels, loss, gradient, n, pixels, channels, threads);
 }
 
-// Means over 2x2 of x, and zeros in the channels that out has more; side: of out.
-void pool(const bf16* x, bf16* out, int n, int side, int channels, int out_channels, int threads) {
-  pool_and_pad(x, out, n, side, channels, out_channels, threads);
+// Means over 2x2 of x, and zeros in the channels that out has more; rows, of all images, and
+// columns are those of out.
+void pool(const bf16* x, bf16* out, int rows, int columns, int channels, int out_channels,
+          int threads) {
+  pool_and_pad(x, out, rows, columns, channels, out_channels, threads);
 }
 
-void pool_backward(const bf16* gradient, bf16* of_x, int n, int side, int channels,
+void pool_backward(const bf16* gradient, bf16* of_x, int rows, int columns, int channels,
                    int out_channels, int threads) {
-  pool_and_pad_backward(gradient, of_x, n, side, channels, out_channels, threads);
+  pool_and_pad_backward(gradient, of_x, rows, columns, channels, out_channels, threads);
 }
 }

@@ -100,17 +100,17 @@ inline void spread(const bf16* gradient, const bf16* y, const Coefficients& by, 
     }
 }
 
-// Means over 2x2 of x, [n, 2 side, 2 side, channels], and zeros in the channels after them:
-// [n, side, side, out_channels].
-inline void pool_and_pad(const bf16* x, bf16* out, int n, int side, int channels, int out_channels,
-                         int threads) {
+// Means over 2x2 of x, [2 rows, 2 columns, channels] with the rows of all images, and zeros in the
+// channels after them: [rows, columns, out_channels].
+inline void pool_and_pad(const bf16* x, bf16* out, int rows, int columns, int channels,
+                         int out_channels, int threads) {
   const __m512 quarter = _mm512_set1_ps(0.25f);
-  const size_t width = 2 * (size_t)side * channels;
+  const size_t width = 2 * (size_t)columns * channels;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int row = 0; row < n * side; row++)
-    for (int column = 0; column < side; column++) {
+  for (int row = 0; row < rows; row++)
+    for (int column = 0; column < columns; column++) {
       const bf16* from = x + 2 * row * width + 2 * column * channels;
-      bf16* to = out + ((size_t)row * side + column) * out_channels;
+      bf16* to = out + ((size_t)row * columns + column) * out_channels;
       for (int c = 0; c < channels; c += 16) {
         const __m512 above = _mm512_add_ps(load(from + c), load(from + c + channels));
         const __m512 below =
@@ -122,14 +122,14 @@ inline void pool_and_pad(const bf16* x, bf16* out, int n, int side, int channels
 }
 
 // The gradient of x from that of out.
-inline void pool_and_pad_backward(const bf16* gradient, bf16* of_x, int n, int side, int channels,
-                                  int out_channels, int threads) {
+inline void pool_and_pad_backward(const bf16* gradient, bf16* of_x, int rows, int columns,
+                                  int channels, int out_channels, int threads) {
   const __m512 quarter = _mm512_set1_ps(0.25f);
-  const size_t width = 2 * (size_t)side * channels;
+  const size_t width = 2 * (size_t)columns * channels;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int row = 0; row < n * side; row++)
-    for (int column = 0; column < side; column++) {
-      const bf16* from = gradient + ((size_t)row * side + column) * out_channels;
+  for (int row = 0; row < rows; row++)
+    for (int column = 0; column < columns; column++) {
+      const bf16* from = gradient + ((size_t)row * columns + column) * out_channels;
       bf16* to = of_x + 2 * row * width + 2 * column * channels;
       for (int c = 0; c < channels; c += 16) {
         const __m256i each = rounded(_mm512_mul_ps(load(from + c), quarter));
