@@ -1,12 +1,15 @@
+import pytest
 import torch
 import torch.nn.functional as F
+from written import write_imagenet
 
 import stochastic_depth as sd
+from stochastic_depth.data import FolderBatches
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.execution import Execution
-from stochastic_depth.train.step import evaluate, train_step
+from stochastic_depth.train.step import evaluate, evaluate_parts, train_step
 
 CPU = Execution("cpu", "float32", 1)
 
@@ -88,3 +91,19 @@ def test_evaluation_puts_the_mode_back_and_changes_nothing():
     evaluate(model, [batch(4)], CPU)
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("validation", [0, 6])
+def test_images_for_validation_that_are_those_for_testing_are_evaluated_once(
+    validation, tmp_path, monkeypatch
+):
+    write_imagenet(tmp_path)
+    options = {"batch": 4, "seed": 0, "device": "cpu", "image_size": 16, "workers": 0}
+    images = FolderBatches(tmp_path, validation=validation, **options)
+    asked, its_own = [], images.evaluate
+    monkeypatch.setattr(images, "evaluate", lambda part: asked.append(part) or its_own(part))
+    network = CifarResNet(8, classes=3)
+    found = evaluate_parts(network, images, CPU)
+    assert asked == (["validation", "test"] if validation else ["validation"])
+    assert found == {part: evaluate(network, its_own(part), CPU) for part in found}
+    assert list(found) == ["validation", "test"]

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.train import reopen, trained_model
-from stochastic_depth.train.step import evaluate
+from stochastic_depth.train.step import evaluate_parts
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ def main(arguments: list[str]) -> int:
     )
     for name in ("part", "images", "loss", "error"):
         table.add_column(name, justify="left" if name == "part" else "right")
-    for part in ("validation", "test"):
-        loss, error = evaluate(model, images.evaluate(part), run.execution)
+    for part, (loss, error) in evaluate_parts(model, images, run.execution).items():
         table.add_row(part, f"{images.sizes[part]:,}", f"{loss:.4f}", f"{error:.2f} %")
     PlainConsole().print(table)
     return 0

@@ -83,6 +83,7 @@ class FolderBatches:
         self.shape = (3, image_size, image_size)
         self.shorter_side = shorter_side(image_size)
         self.sizes = {part: len(samples) for part, samples in self._samples.items()}
+        self.held_out = validation > 0
         self.steps_per_epoch = steps(self.sizes["train"], batch)
         self.batch, self.evaluation_batch = batch, evaluation_batch
         self.seed = seed

@@ -34,9 +34,10 @@ class Batches(Protocol):
     """A data set as training sees it, wherever the images live.
 
     shape: (channels, height, width) of one image as the network sees it. sizes: the number of
-    images in `train`, `validation` and `test`. fingerprint: changes with the data. mean, std:
-    float32 [channels], what images are normalised by. shorter_side: how many pixels the shorter
-    side of a picture has before the middle is cut out.
+    images in `train`, `validation` and `test`. held_out: whether images for validation were held
+    out of those for training; if not, they are those of `test`. fingerprint: changes with the data.
+    mean, std: float32 [channels], what images are normalised by. shorter_side: how many pixels the
+    shorter side of a picture has before the middle is cut out.
     """
 
     @property
@@ -49,6 +50,8 @@ class Batches(Protocol):
     def fingerprint(self) -> str: ...
     @property
     def sizes(self) -> dict[str, int]: ...
+    @property
+    def held_out(self) -> bool: ...
     @property
     def steps_per_epoch(self) -> int: ...
     @property

@@ -37,6 +37,7 @@ class TensorBatches:
         self.shorter_side = min(height, width)
         self.fingerprint = data.fingerprint
         self.sizes = {part: len(images) for part, images in data.parts.items()}
+        self.held_out = True
         self.steps_per_epoch = steps(len(data.train), batch)
         self.batch = batch
         self.augment = augment

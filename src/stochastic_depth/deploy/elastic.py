@@ -15,7 +15,7 @@ from stochastic_depth.deploy.exporting import Plain, sample, training_batches
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.execution import Execution
-from stochastic_depth.train.step import evaluate
+from stochastic_depth.train.step import evaluate_parts
 
 DEPTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 BATCH, ROUNDS = 64, 15
@@ -53,14 +53,12 @@ def measured(
                 if buffer.is_floating_point()
             }
         network.to(execution.device)
-        validation, test = (
-            evaluate(network, images.evaluate(part), execution) for part in ("validation", "test")
-        )
+        of_parts = evaluate_parts(network, images, execution)
         choices.append(
             Choice(
                 blocks,
-                validation.error,
-                test.error,
+                of_parts["validation"].error,
+                of_parts["test"].error,
                 sum(parameter.numel() for parameter in network.parameters()),
                 count.total,
                 median(seconds[str(blocks)] for seconds in rounds) / len(batch),

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +18,7 @@ from stochastic_depth.errors import RunError, StochasticDepthError
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.run import Run
-from stochastic_depth.train.step import evaluate
+from stochastic_depth.train.step import evaluate_parts
 from stochastic_depth.train.tally import Tally
 from stochastic_depth.train.training import Training
 from stochastic_depth.train.trouble import diverged, memory_watched, open_blocks
@@ -174,14 +173,8 @@ def _measure(
     training.agree()
     tally, peak = training.tally, peak_memory(training.execution)
     means, active = tally.means(), training.active_counts().tolist()
-    validation, test = (
-        evaluate(
-            training.model,
-            takewhile(lambda _: not stop(), batches.evaluate(part)),
-            training.execution,
-        )
-        for part in ("validation", "test")
-    )
+    of_parts = evaluate_parts(training.model, batches, training.execution, until=stop)
+    validation, test = of_parts["validation"], of_parts["test"]
     if any_rank(bool(stop())):
         return None
     return Record(

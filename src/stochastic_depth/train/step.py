@@ -1,13 +1,16 @@
 """One training step, and one evaluation."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_depth.data import Batches
+from stochastic_depth.data.protocol import Part
 from stochastic_depth.distributed.world import ranks, total
 from stochastic_depth.train.execution import Execution
 
@@ -88,3 +91,23 @@ def evaluate(
     model.train(was_training)
     loss, wrong, seen = total(sums).tolist()
     return Evaluation(loss / seen, 100 * wrong / seen) if seen else Evaluation(math.nan, math.nan)
+
+
+def evaluate_parts(
+    model: nn.Module,
+    batches: Batches,
+    execution: Execution,
+    until: Callable[[], object] = lambda: False,
+) -> dict[Part, Evaluation]:
+    """`evaluate` on the images for validation and for testing: once, where they are the same.
+
+    Args:
+        until: asked before each batch; when it says so, the rest is left out.
+    """
+
+    def on(part: Part) -> Evaluation:
+        images = takewhile(lambda _: not until(), batches.evaluate(part))
+        return evaluate(model, images, execution)
+
+    validation = on("validation")
+    return {"validation": validation, "test": on("test") if batches.held_out else validation}
