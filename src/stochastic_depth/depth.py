@@ -1,4 +1,4 @@
-"""The stochastic depth of one model: draws the gates, and minds the blocks that are skipped."""
+"""The stochastic depth of one model: its survival probabilities, gates and their state."""
 
 import math
 import operator
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
-from stochastic_depth.attached import Attachment, Branch, are_awaited, clear_afterwards
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gates import (
     BlockGates,
@@ -39,18 +37,33 @@ class Block:
     parameters: tuple[str, ...]
     """Names, in the model, of the parameters of its branch."""
 
+    @property
+    def in_training(self) -> Gate | None:
+        """What the block does in the training step under way."""
+        return self.gates[0].training
+
+    @property
+    def in_evaluation(self) -> Gate:
+        """What it does in evaluation."""
+        return self.gates[0].evaluation
+
     def open_in_training(self, gate: Gate | None) -> None:
         """Set what the block does in the training step under way."""
         for addition in self.gates:
             addition.training = gate
 
 
+def open_in_training(blocks: Iterable[Block], gates: Iterable[Gate | None]) -> None:
+    """Set what each block does in the training step under way."""
+    for block, gate in zip(blocks, gates, strict=True):
+        block.open_in_training(gate)
+
+
 class StochasticDepth:
     """What `sd.apply` returns: the survival probabilities, the gates and their state.
 
     Gates are drawn when the model's forward pass begins in training mode, all at once, as a
-    function of (seed, step). When the backward pass of that forward pass begins they are put back,
-    so that activation checkpointing recomputes every block as it was.
+    function of (seed, step).
 
     Attributes:
         seed: chooses the sequence of gates.
@@ -81,9 +94,8 @@ class StochasticDepth:
         self.share: tuple[int, int] | None = None
         self.least = least
         self._coins: Tensor | None = None
-        self._draws_since_backward = 0
-        self._full_depth = False
-        self._attachment: Attachment | None = None
+        self.at_full_depth = False
+        """Whether `full_depth` is entered."""
         self._survival: tuple[float, ...] = ()
         self._subnetwork: tuple[Tensor, bool] | None = None
         self.step = 0
@@ -143,8 +155,9 @@ class StochasticDepth:
         coins = self.gates_at(self.step, whole)
         self._coins = coins if coins.ndim == 1 else coins[:, first : first + (batch or 0)]
         self._step += 1
-        self._draws_since_backward += 1
-        self._open(training_gates(self._coins, self._survival, self.gate, self.scale))
+        open_in_training(
+            self.blocks, training_gates(self._coins, self._survival, self.gate, self.scale)
+        )
 
     def gates_at(self, step: int, batch: int | None = None) -> Tensor:
         """The gates that training step `step` draws, past or to come: as `gates`.
@@ -199,6 +212,11 @@ class StochasticDepth:
             self._subnetwork = before
             self._set_evaluation()
 
+    @property
+    def is_subnetwork(self) -> bool:
+        """Whether `subnetwork` is entered."""
+        return self._subnetwork is not None
+
     @contextmanager
     def full_depth(self) -> Iterator[None]:
         """While entered, training forward passes run as evaluation does: all blocks, times p_l.
@@ -207,12 +225,12 @@ class StochasticDepth:
         `torch.optim.swa_utils.update_bn`: under gates, BatchNorm in the branch of a block that
         happened to be closed would see nothing, and the others a network that is never evaluated.
         """
-        was, self._full_depth = self._full_depth, True
+        was, self.at_full_depth = self.at_full_depth, True
         try:
             yield
         finally:
-            self._full_depth = was
-            self._open([None] * len(self.blocks))
+            self.at_full_depth = was
+            open_in_training(self.blocks, [None] * len(self.blocks))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs for the same gates after a resume."""
@@ -239,53 +257,7 @@ class StochasticDepth:
                 )
         self.step, self.seed = state["step"], state["seed"]
         self._coins = None
-        self._open([None] * len(self.blocks))
-
-    def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Hook on the model: draw, unless this is evaluation or a recomputation."""
-        if self._attachment is not None:  # of a forward pass that has failed
-            self._attachment.remove_hooks()
-            self._attachment = None
-        if not model.training:
-            self._open([None] * len(self.blocks))
-        elif self._full_depth:
-            self._open([block.gates[0].evaluation for block in self.blocks])
-        elif not _in_backward():
-            self.draw(None if self.gate == "batch" else batch_size((args, kwargs)))
-            if torch.is_grad_enabled() and are_awaited(model):
-                self._attachment = Attachment(model, self._closed(model, self._gates))
-        elif self._draws_since_backward > 1:
-            raise GateError(
-                "the whole model is recomputed after several forward passes, and reentrant "
-                "checkpointing does not tell which: use checkpoint(..., use_reentrant=False)"
-            )
-
-    def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        """Hook on the model: be there when the backward pass of this forward pass begins."""
-        if not model.training and self._subnetwork is not None:
-            refuse_cache(output)
-        if not model.training or not torch.is_grad_enabled():
-            return output
-        refuse_cache(output)
-        gates, awaited = self._gates, self._attachment is not None
-        if self._attachment is not None:
-            output, self._attachment = self._attachment.finish(output), None
-
-        def backward_begins(_: Tensor) -> None:
-            self._draws_since_backward = 0
-            self._open(gates)
-            closed = self._closed(model, gates)
-            without = [p for _, parameters in closed for p in parameters if p.grad is None]
-            if self.skipped == "paper" or awaited:
-                for parameter in without:
-                    parameter.grad = torch.zeros_like(parameter)
-            if self.skipped == "freeze" and awaited:
-                clear_afterwards(without)
-
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(backward_begins)
-        return output
+        open_in_training(self.blocks, [None] * len(self.blocks))
 
     def _set_survival(self, step: int) -> None:
         survival = self.survival_at(step)
@@ -305,26 +277,6 @@ class StochasticDepth:
         for block, gate in zip(self.blocks, gates, strict=True):
             for addition in block.gates:
                 addition.evaluation = gate
-
-    def _open(self, gates: Iterable[Gate | None]) -> None:
-        for block, gate in zip(self.blocks, gates, strict=True):
-            for addition in block.gates:
-                addition.training = gate
-
-    @property
-    def _gates(self) -> list[Gate | None]:
-        return [block.gates[0].training for block in self.blocks]
-
-    def _closed(self, model: nn.Module, gates: Iterable[Gate | None]) -> list[Branch]:
-        """The closed blocks, and the parameters of theirs that are trained."""
-        return [
-            (
-                block.name,
-                [p for name in block.parameters if (p := _parameter(model, name)).requires_grad],
-            )
-            for block, gate in zip(self.blocks, gates, strict=True)
-            if gate is not None and not gate.open
-        ]
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -357,37 +309,3 @@ def integer(name: str, value: object) -> int:
         raise GateError(
             f"{name}={value!r}: gates are a function of integers (seed, step)"
         ) from None
-
-
-def _in_backward() -> bool:
-    """Whether autograd is at work, so that a forward pass is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """`model.get_parameter(name)` without its checks, which cost more than the zeros."""
-    *path, last = name.split(".")
-    for part in path:
-        model = model._modules[part]  # type: ignore[assignment]
-    return model._parameters[last]  # type: ignore[return-value]
-
-
-def refuse_cache(output: object) -> None:
-    """Raise `GateError` when a model with closed blocks returns a cache of keys and values."""
-    if getattr(output, "past_key_values", None) is not None:
-        raise GateError(
-            "the model returns past_key_values, which closed blocks put nothing into: "
-            "call it with use_cache=False, or set model.config.use_cache = False"
-        )
-
-
-def batch_size(inputs: object) -> int:
-    """The number of samples in the inputs of a model: that of the first tensor among them.
-
-    Raises:
-        GateError: when there is none.
-    """
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.ndim > 0:
-            return len(leaf)
-    raise GateError("gates for single samples need a tensor [batch, ...] among the model's inputs")

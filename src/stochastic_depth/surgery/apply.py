@@ -7,9 +7,10 @@ from typing import Literal, get_args
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth.depth import Block, SkippedPolicy, StochasticDepth, batch_size, integer
+from stochastic_depth.depth import Block, SkippedPolicy, StochasticDepth, integer
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, GateKind, Scale
+from stochastic_depth.passes import Passes, batch_size
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.discovery.cuts import Cut
 from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
@@ -143,9 +144,10 @@ def apply(
         raise
     ramp_steps = survival.steps if isinstance(survival, Ramp) else 0
     depth = StochasticDepth(blocks, probabilities, ramp_steps, gate, scale, skipped, seed, least)
+    passes = Passes(depth)
     hooks = (
-        model.register_forward_pre_hook(depth.before_forward, with_kwargs=True),
-        model.register_forward_hook(depth.after_forward),
+        model.register_forward_pre_hook(passes.before_forward, with_kwargs=True),
+        model.register_forward_hook(passes.after_forward),
     )
     setattr(model, _APPLIED, Applied(depth, found, difference, hooks, silenced))
     return depth

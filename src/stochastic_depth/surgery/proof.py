@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stochastic_depth.depth import Block, refuse_cache
+from stochastic_depth.depth import Block
 from stochastic_depth.errors import GateError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
+from stochastic_depth.passes import refuse_cache
 from stochastic_depth.surgery.bypass import bypassed
 from stochastic_depth.surgery.find import Found, unsupported
 from stochastic_depth.surgery.undisturbed import undisturbed

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from stochastic_depth.depth import Block, batch_size
+from stochastic_depth.depth import Block
 from stochastic_depth.gates import Gate
+from stochastic_depth.passes import batch_size
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.apply import applied_to
 from stochastic_depth.surgery.find import Example, caller

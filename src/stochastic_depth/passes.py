@@ -1,0 +1,124 @@
+"""What happens around the forward and the backward pass of a model with stochastic depth."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from stochastic_depth.attached import Attachment, Branch, are_awaited, clear_afterwards
+from stochastic_depth.depth import StochasticDepth, open_in_training
+from stochastic_depth.errors import GateError
+from stochastic_depth.gates import Gate
+
+
+class Passes:
+    """Hooks on a model: gates are drawn when its forward pass begins in training mode.
+
+    When the backward pass of that forward pass begins they are put back, so that activation
+    checkpointing recomputes every block as it was; and what is skipped gets the gradient that
+    `depth.skipped` says.
+    """
+
+    def __init__(self, depth: StochasticDepth) -> None:
+        self._depth, self._blocks = depth, depth.blocks
+        self._passes_since_backward = 0
+        self._attachment: Attachment | None = None
+
+    def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hook on the model: draw, unless this is evaluation or a recomputation."""
+        if self._attachment is not None:  # of a forward pass that has failed
+            self._attachment.remove_hooks()
+            self._attachment = None
+        if not model.training:
+            open_in_training(self._blocks, [None] * len(self._blocks))
+        elif self._depth.at_full_depth:
+            open_in_training(self._blocks, [block.in_evaluation for block in self._blocks])
+        elif not _in_backward():
+            by_sample = self._depth.gate != "batch"
+            self._depth.draw(batch_size((args, kwargs)) if by_sample else None)
+            self._passes_since_backward += 1
+            if torch.is_grad_enabled() and are_awaited(model):
+                self._attachment = Attachment(model, self._closed(model, self._gates))
+        elif self._passes_since_backward > 1:
+            raise GateError(
+                "the whole model is recomputed after several forward passes, and reentrant "
+                "checkpointing does not tell which: use checkpoint(..., use_reentrant=False)"
+            )
+
+    def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        """Hook on the model: be there when the backward pass of this forward pass begins."""
+        if not model.training and self._depth.is_subnetwork:
+            refuse_cache(output)
+        if not model.training or not torch.is_grad_enabled():
+            return output
+        refuse_cache(output)
+        gates, awaited = self._gates, self._attachment is not None
+        if self._attachment is not None:
+            output, self._attachment = self._attachment.finish(output), None
+
+        def backward_begins(_: Tensor) -> None:
+            self._passes_since_backward = 0
+            open_in_training(self._blocks, gates)
+            closed = self._closed(model, gates)
+            without = [p for _, parameters in closed for p in parameters if p.grad is None]
+            if self._depth.skipped == "paper" or awaited:
+                for parameter in without:
+                    parameter.grad = torch.zeros_like(parameter)
+            if self._depth.skipped == "freeze" and awaited:
+                clear_afterwards(without)
+
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(backward_begins)
+        return output
+
+    @property
+    def _gates(self) -> list[Gate | None]:
+        return [block.in_training for block in self._blocks]
+
+    def _closed(self, model: nn.Module, gates: Iterable[Gate | None]) -> list[Branch]:
+        """The closed blocks, and the parameters of theirs that are trained."""
+        return [
+            (
+                block.name,
+                [p for name in block.parameters if (p := _parameter(model, name)).requires_grad],
+            )
+            for block, gate in zip(self._blocks, gates, strict=True)
+            if gate is not None and not gate.open
+        ]
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work, so that a forward pass is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """`model.get_parameter(name)` without its checks, which cost more than the zeros."""
+    *path, last = name.split(".")
+    for part in path:
+        model = model._modules[part]  # type: ignore[assignment]
+    return model._parameters[last]  # type: ignore[return-value]
+
+
+def refuse_cache(output: object) -> None:
+    """Raise `GateError` when a model with closed blocks returns a cache of keys and values."""
+    if getattr(output, "past_key_values", None) is not None:
+        raise GateError(
+            "the model returns past_key_values, which closed blocks put nothing into: "
+            "call it with use_cache=False, or set model.config.use_cache = False"
+        )
+
+
+def batch_size(inputs: object) -> int:
+    """The number of samples in the inputs of a model: that of the first tensor among them.
+
+    Raises:
+        GateError: when there is none.
+    """
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return len(leaf)
+    raise GateError("gates for single samples need a tensor [batch, ...] among the model's inputs")
