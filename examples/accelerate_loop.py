@@ -16,7 +16,7 @@ data = TensorDataset((images.float() / 16).view(-1, 1, 8, 8), labels)
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 
 model = CifarResNet(20, channels=1)
-depth = sd.apply(model)  # before prepare, which may wrap the model
+handle = sd.apply(model)  # before prepare, which may wrap the model
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, 128))
 
@@ -24,7 +24,7 @@ model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data
 def train(first, last):
     micro_batches = skip_first_batches(loader, first)
     for number, (x, y) in zip(range(first, last), micro_batches, strict=False):
-        depth.step = number // accelerator.gradient_accumulation_steps
+        handle.step = number // accelerator.gradient_accumulation_steps
         with accelerator.accumulate(model):
             accelerator.backward(F.cross_entropy(model(x), y))
             optimizer.step()

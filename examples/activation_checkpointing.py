@@ -33,8 +33,8 @@ def train_step(model, images):
 images, gradients = torch.randn(16, 3, 32, 32), []
 for survival in (sd.Uniform(1.0), sd.LinearDecay(0.2)):
     for network in (CifarResNet(32), Checkpointed(32)):
-        depth = sd.apply(network, survival, seed=2)
+        handle = sd.apply(network, survival, seed=2)
         kept, gradient = train_step(network, images)
         gradients.append(gradient)
-        print(f"{type(network).__name__:12}  {depth.gates.sum():2} blocks  {kept:4.1f} MiB kept")
+        print(f"{type(network).__name__:12}  {handle.gates.sum():2} blocks  {kept:4.1f} MiB kept")
 print("the same gradients:", all(map(torch.allclose, gradients[2], gradients[3])))

@@ -12,7 +12,7 @@ images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
 images, labels = (images.float() / 16).view(-1, 1, 8, 8).to(device), labels.to(device)
 
 model = CifarResNet(14, channels=1).to(device)
-depth = sd.apply(model, sd.LinearDecay(0.5))
+handle = sd.apply(model, sd.LinearDecay(0.5))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 scaler = torch.amp.GradScaler(device, init_scale=2.0**22)  # too large, to see it come down
 for step in range(16):
@@ -29,4 +29,4 @@ for step in range(16):
         print(
             f"step {step:2}  loss {loss:.2f}  scale 2^{torch.tensor(scaler.get_scale()).log2():g}"
         )
-print(f"gates were drawn for {depth.step} steps, those that the scaler skipped among them")
+print(f"gates were drawn for {handle.step} steps, those that the scaler skipped among them")

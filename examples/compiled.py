@@ -17,14 +17,14 @@ class Block(nn.Module):
 
 
 model = nn.Sequential(nn.Linear(64, 64), *(Block() for _ in range(12)))
-depth = sd.apply(model, sd.LinearDecay(0.5), example=torch.randn(2, 64))
-sd.compile(model)
+handle = sd.apply(model, sd.LinearDecay(0.5), example=torch.randn(2, 64))
+sd.compile_blocks(model)
 
 patterns = set()
 for _ in range(100):
     model(torch.randn(32, 64)).square().mean().backward()
-    patterns.add(tuple(depth.gates.tolist()))
+    patterns.add(tuple(handle.gates.tolist()))
 model.eval()(torch.randn(32, 64))
 
 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-print(f"{len(depth.blocks)} blocks, {len(patterns)} patterns of gates, {graphs} graphs compiled")
+print(f"{len(handle.blocks)} blocks, {len(patterns)} patterns of gates, {graphs} graphs compiled")

@@ -14,18 +14,18 @@ MICRO_BATCHES = 4
 
 def train(gates_for: str) -> None:
     model = CifarResNet(20, channels=1)
-    depth = sd.apply(model, sd.LinearDecay(0.5))
+    handle = sd.apply(model, sd.LinearDecay(0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(2):
         patterns = []
         optimizer.zero_grad()
         for micro in range(MICRO_BATCHES):
             if gates_for == "step":  # otherwise each forward pass draws for the next number
-                depth.step = step
+                handle.step = step
             chosen = slice(micro + MICRO_BATCHES * step, None, 40)
             loss = F.cross_entropy(model(images[chosen]), labels[chosen])
             (loss / MICRO_BATCHES).backward()
-            patterns.append("".join("#" if b else "." for b in depth.gates))
+            patterns.append("".join("#" if b else "." for b in handle.gates))
         optimizer.step()
         print(f"step {step}, gates for each {gates_for:11}", *patterns)
 

@@ -10,7 +10,7 @@ import stochastic_depth as sd
 
 class Gates(hf.TrainerCallback):
     def on_step_begin(self, args, state, control, model, **_):
-        sd.depth_of(model).step = state.global_step
+        sd.handle_of(model).step = state.global_step
 
     on_substep_end = on_step_begin  # the micro-batches of a step run under the same gates
 
@@ -18,11 +18,11 @@ class Gates(hf.TrainerCallback):
 def train(make, data, folder, **resume):
     hf.set_seed(0)
     example = {name: value[None] for name, value in data[0].items()}
-    depth = sd.apply(model := make(), sd.LinearDecay(0.5), example=example)
+    handle = sd.apply(model := make(), sd.LinearDecay(0.5), example=example)
     options = {"max_steps": 8, "save_steps": 4, "gradient_accumulation_steps": 2, "use_cpu": True}
     arguments = hf.TrainingArguments(folder, report_to="none", disable_tqdm=True, **options)
     loss = hf.Trainer(model, arguments, train_dataset=data, callbacks=[Gates()]).train(**resume)
-    ran = f"{depth.gates.sum()} of {len(depth.blocks)} blocks ran in step {depth.step}"
+    ran = f"{handle.gates.sum()} of {len(handle.blocks)} blocks ran in step {handle.step}"
     print(f"{type(model).__name__}: loss {loss.training_loss:.2f}, {ran}")
     return list(model.parameters())
 

@@ -16,7 +16,7 @@ class Classifier(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.network = CifarResNet(20)
-        self.depth = sd.apply(self.network)  # the network inside, before the Trainer sees it
+        self.handle = sd.apply(self.network)  # the network inside, before the Trainer sees it
 
     def training_step(self, batch, _):
         return torch.nn.functional.cross_entropy(self.network(batch[0]), batch[1])
@@ -25,10 +25,10 @@ class Classifier(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
     def on_save_checkpoint(self, checkpoint):
-        checkpoint["depth"] = self.depth.state_dict()
+        checkpoint["depth"] = self.handle.state_dict()
 
     def on_load_checkpoint(self, checkpoint):
-        self.depth.load_state_dict(checkpoint["depth"])
+        self.handle.load_state_dict(checkpoint["depth"])
 
 
 folder = tempfile.mkdtemp()
@@ -37,4 +37,4 @@ options = {"max_epochs": 2, "callbacks": [keep], "logger": False, "enable_progre
 pl.Trainer(**options).fit(straight := Classifier(), loader)
 pl.Trainer(**options).fit(resumed := Classifier(), loader, ckpt_path=f"{folder}/epoch=0.ckpt")
 same = all(map(torch.equal, straight.parameters(), resumed.parameters()))
-print(f"step {resumed.depth.step}; as if never stopped, bit for bit: {same}")
+print(f"step {resumed.handle.step}; as if never stopped, bit for bit: {same}")

@@ -14,7 +14,7 @@ images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
 images = (images.float() / 16).view(-1, 1, 8, 8)
 
 models = {"constant": CifarResNet(56, channels=1), "stochastic": CifarResNet(56, channels=1)}
-depth = sd.apply(models["stochastic"], sd.LinearDecay(0.5))  # all that stochastic depth takes
+handle = sd.apply(models["stochastic"], sd.LinearDecay(0.5))  # all that stochastic depth takes
 optimizers = {name: torch.optim.AdamW(m.parameters(), lr=3e-3) for name, m in models.items()}
 seconds = {name: [] for name in models}
 
@@ -34,6 +34,6 @@ for _ in range(40):
         seconds[name].append(time.perf_counter() - start)
 
 constant, stochastic = (statistics.mean(seconds[name]) for name in models)
-print(f"{1000 * constant:.1f} ms a step with all {len(depth.blocks)} blocks")
-print(f"{1000 * stochastic:.1f} ms with {depth.expected_depth:g} of them, on average")
+print(f"{1000 * constant:.1f} ms a step with all {len(handle.blocks)} blocks")
+print(f"{1000 * stochastic:.1f} ms with {handle.expected_depth:g} of them, on average")
 print(f"{100 * (1 - stochastic / constant):.0f} % of the time saved")

@@ -10,15 +10,15 @@ import stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
 
 model = CifarResNet(20)
-depth = sd.apply(model, sd.Ramp(sd.LinearDecay(0.5), steps=20))
+handle = sd.apply(model, sd.Ramp(sd.LinearDecay(0.5), steps=20))
 
 folder = tempfile.mkdtemp()
 with SummaryWriter(folder) as writer:
     for step in range(40):
         model(torch.randn(2, 3, 8, 8)).square().mean().backward()
-        writer.add_scalar("depth/expected", depth.expected_depth, step)
-        writer.add_scalar("depth/active", depth.gates.sum(), step)
-        for block, is_open in zip(depth.blocks, depth.gates.int(), strict=True):
+        writer.add_scalar("depth/expected", handle.expected_depth, step)
+        writer.add_scalar("depth/active", handle.gates.sum(), step)
+        for block, is_open in zip(handle.blocks, handle.gates.int(), strict=True):
             writer.add_scalar(f"gates/{block.name}", is_open, step)
 
 events = EventAccumulator(folder).Reload()

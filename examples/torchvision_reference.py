@@ -15,10 +15,10 @@ images, labels = torch.randn(192, 3, 32, 32), torch.randint(10, (192,))
 def train(first, last, file):
     torch.manual_seed(0)
     model = resnet18(num_classes=10)
-    depth = sd.apply(model, example=images[:2])
+    handle = sd.apply(model, example=images[:2])
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-    state = {"model": model, "model_ema": ema, "optimizer": optimizer, "depth": depth}
+    state = {"model": model, "model_ema": ema, "optimizer": optimizer, "depth": handle}
     if first > 0:
         for name, saved in torch.load(file, weights_only=True).items():
             state[name].load_state_dict(saved)
@@ -29,7 +29,7 @@ def train(first, last, file):
         optimizer.step()
         ema.update_parameters(model)
     torch.save({name: part.state_dict() for name, part in state.items()}, file)
-    print(f"step {depth.step}: {depth.gates.sum()} of {len(depth.blocks)} blocks ran")
+    print(f"step {handle.step}: {handle.gates.sum()} of {len(handle.blocks)} blocks ran")
     return ema.parameters()
 
 

@@ -164,7 +164,7 @@ def test_a_subset_is_of_at_least_so_many_samples_and_only_where_the_coins_say_fe
     for step in range(200):
         coins = draw(1, step, survival, batch=6)
         for least in (1, 2, 9):
-            more = draw(1, step, survival, batch=6, least=least)
+            more = draw(1, step, survival, batch=6, min_samples=least)
             assert (more >= coins).all()
             counts = coins.sum(1).clamp(min=min(least, 6))
             assert torch.equal(more.sum(1), counts)

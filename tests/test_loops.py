@@ -35,14 +35,16 @@ def batch(number: int, samples: int = 8) -> Tensor:
 @pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
 def test_the_step_may_be_the_optimizers_so_that_micro_batches_share_gates(gate) -> None:
     model = network()
-    depth = sd.apply(model, HALF, gate=gate, least=2 if gate == "subset" else 0, seed=4)
+    handle = sd.apply(model, HALF, gate=gate, min_samples=2 if gate == "subset" else 0, seed=4)
     for step in range(5):
         for micro in range(3):
-            depth.step = step
+            handle.step = step
             model(batch(3 * step + micro)).sum().backward()
             samples = None if gate == "batch" else 8
-            assert torch.equal(depth.gates, draw(4, step, depth.survival, samples, depth.least))
-        assert depth.step == step + 1
+            assert torch.equal(
+                handle.gates, draw(4, step, handle.survival, samples, handle.min_samples)
+            )
+        assert handle.step == step + 1
 
 
 @pytest.mark.parametrize("skipped", ["paper", "freeze"])
@@ -55,11 +57,11 @@ def test_micro_batches_under_the_same_gates_add_up_to_the_batch(skipped) -> None
     parts = copy.deepcopy(whole)
     sd.apply(whole, HALF, skipped=skipped).step = 7
     whole(batch(0)).square().sum().backward()
-    depth = sd.apply(parts, HALF, skipped=skipped)
+    handle = sd.apply(parts, HALF, skipped=skipped)
     for micro in batch(0).split(2):
-        depth.step = 7
+        handle.step = 7
         parts(micro).square().sum().backward()
-    assert not depth.gates.all()
+    assert not handle.gates.all()
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
@@ -69,20 +71,20 @@ def test_micro_batches_under_the_same_gates_add_up_to_the_batch(skipped) -> None
 @pytest.mark.parametrize("integer", [np.int64, torch.tensor, int])
 def test_every_kind_of_integer_is_the_same_step_and_seed(integer) -> None:
     model = network()
-    depth = sd.apply(model, HALF, seed=integer(5))
-    depth.step = integer(3)
+    handle = sd.apply(model, HALF, seed=integer(5))
+    handle.step = integer(3)
     model(batch(0))
-    assert torch.equal(depth.gates, draw(5, 3, depth.survival))
-    assert all(type(depth.state_dict()[name]) is int for name in ("seed", "step"))
+    assert torch.equal(handle.gates, draw(5, 3, handle.survival))
+    assert all(type(handle.state_dict()[name]) is int for name in ("seed", "step"))
 
 
 @pytest.mark.parametrize("step", [1.5, "3", None, -1])
 def test_what_is_no_step_is_refused_and_changes_nothing(step) -> None:
-    depth = sd.apply(network(), HALF)
-    depth.step = 4
+    handle = sd.apply(network(), HALF)
+    handle.step = 4
     with pytest.raises(sd.GateError, match=f"step={step!r}"):
-        depth.step = step
-    assert depth.step == 4
+        handle.step = step
+    assert handle.step == 4
     model = network()
     with pytest.raises(sd.GateError, match=r"seed=1\.5"):
         sd.apply(model, HALF, seed=1.5)  # type: ignore[arg-type]
@@ -91,21 +93,21 @@ def test_what_is_no_step_is_refused_and_changes_nothing(step) -> None:
 
 def test_an_average_has_gates_of_its_own_and_leaves_the_models_alone() -> None:
     model = network()
-    depth = sd.apply(model, HALF)
+    handle = sd.apply(model, HALF)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    own = sd.depth_of(averaged.module)
-    assert own is not depth
+    own = sd.handle_of(averaged.module)
+    assert own is not handle
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
     for step in range(4):
         optimizer.zero_grad()
         model(batch(step)).square().mean().backward()
         optimizer.step()
         averaged.update_parameters(model)
-        gates = depth.gates
+        gates = handle.gates
         averaged.eval()(batch(99))
         averaged.train()(batch(99)).sum().backward()
-        assert depth.step == step + 1
-        assert torch.equal(depth.gates, gates)
+        assert handle.step == step + 1
+        assert torch.equal(handle.gates, gates)
         assert torch.equal(own.gates, gates), "it counts by itself, from where it was copied"
     expected = averaged.eval()(batch(5))
     fresh = network()
@@ -117,17 +119,17 @@ def test_an_average_has_gates_of_its_own_and_leaves_the_models_alone() -> None:
 
 def test_under_a_ramp_an_average_is_told_the_step_to_be_evaluated_at() -> None:
     model = network()
-    depth = sd.apply(model, sd.Ramp(HALF, steps=4))
+    handle = sd.apply(model, sd.Ramp(HALF, steps=4))
     averaged = AveragedModel(model)
     for step in range(3):
         model(batch(step))
     averaged.update_parameters(model)
-    own = sd.depth_of(averaged.module)
+    own = sd.handle_of(averaged.module)
     assert own.survival == (1.0,) * BLOCKS
-    own.step = depth.step
-    assert own.survival == depth.survival != (1.0,) * BLOCKS
+    own.step = handle.step
+    assert own.survival == handle.survival != (1.0,) * BLOCKS
     assert torch.equal(
-        averaged.eval()(batch(0)), _by_hand(averaged.module, batch(0), depth.survival)
+        averaged.eval()(batch(0)), _by_hand(averaged.module, batch(0), handle.survival)
     )
 
 
@@ -142,16 +144,16 @@ def _by_hand(model: nn.Module, x: Tensor, survival: tuple[float, ...]) -> Tensor
 @pytest.mark.parametrize("scale", ["inference", "training"])
 def test_update_bn_at_full_depth_sees_the_network_that_is_evaluated(scale) -> None:
     model = network()
-    depth = sd.apply(model, HALF, scale=scale)
+    handle = sd.apply(model, HALF, scale=scale)
     batches = [batch(step) for step in range(3)]
-    with depth.full_depth():
+    with handle.full_depth():
         update_bn(batches, model)
-    assert depth.step == 0
+    assert handle.step == 0
     means = torch.zeros(BLOCKS, 4, dtype=torch.float64)
     variances = torch.zeros(BLOCKS, 4, dtype=torch.float64)
     for x in batches:
         h = F.linear(x, model[0].weight, model[0].bias)
-        for number, p in enumerate(depth.survival):
+        for number, p in enumerate(handle.survival):
             linear, norm, _ = model[1 + number].branch
             z = F.linear(h, linear.weight, linear.bias)
             means[number] += z.mean(0) / 3
@@ -165,38 +167,38 @@ def test_update_bn_at_full_depth_sees_the_network_that_is_evaluated(scale) -> No
 
 def test_update_bn_under_gates_leaves_closed_blocks_without_statistics() -> None:
     model = network()
-    depth = sd.apply(model, sd.Uniform(0.3))
+    handle = sd.apply(model, sd.Uniform(0.3))
     update_bn([batch(0)], model)
-    closed = [block for block, b in zip(model[1:-1], depth.gates, strict=True) if not b]
+    closed = [block for block, b in zip(model[1:-1], handle.gates, strict=True) if not b]
     assert closed
     assert all(not block.branch[1].running_mean.any() for block in closed)
 
 
 def test_full_depth_ends_and_the_gates_go_on_where_they_were() -> None:
     model, twin = network(), network()
-    depth, other = sd.apply(model, HALF), sd.apply(twin, HALF)
+    handle, other = sd.apply(model, HALF), sd.apply(twin, HALF)
     for step in range(6):
-        with depth.full_depth(), depth.full_depth():
+        with handle.full_depth(), handle.full_depth():
             model.requires_grad_(False)(batch(9))
             model.requires_grad_(True)
         with pytest.raises(sd.GateError, match="before gates were drawn"):
             model[1](torch.zeros(2, 4).double())
         model(batch(step))
         twin(batch(step))
-        assert torch.equal(depth.gates, other.gates)
-    with pytest.raises(RuntimeError, match="mine"), depth.full_depth():
+        assert torch.equal(handle.gates, other.gates)
+    with pytest.raises(RuntimeError, match="mine"), handle.full_depth():
         raise RuntimeError("mine")
     model(batch(0))
-    assert depth.step == 7
+    assert handle.step == 7
 
 
 def test_full_depth_between_forward_and_backward_changes_no_gradient() -> None:
     model, twin = network(), network()
     for m in (model, twin):
-        depth = sd.apply(m, sd.Uniform(0.3), skipped="freeze")
+        handle = sd.apply(m, sd.Uniform(0.3), skipped="freeze")
         loss = m(batch(0)).square().sum()
         if m is model:
-            with depth.full_depth(), torch.no_grad():
+            with handle.full_depth(), torch.no_grad():
                 copy.deepcopy(m)(batch(1))
         loss.backward()
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):

@@ -55,13 +55,13 @@ def test_torchvision():
 def test_own_rates_are_exact_where_blocks_that_are_not_residual_are_counted_too():
     models = pytest.importorskip("torchvision.models", reason="needs torchvision")
     model = models.efficientnet_b0(stochastic_depth_prob=0.3)
-    depth = sd.apply(model, "own", example=torch.randn(2, 3, 64, 64))
+    handle = sd.apply(model, "own", example=torch.randn(2, 3, 64, 64))
     paths = dict(model.named_modules())
-    silent = [paths[f"{block.name}.stochastic_depth"].p for block in depth.blocks]
+    silent = [paths[f"{block.name}.stochastic_depth"].p for block in handle.blocks]
     assert silent == [0.0] * 9
     sd.remove(model)
-    own = [paths[f"{block.name}.stochastic_depth"].p for block in depth.blocks]
-    assert list(depth.survival) == pytest.approx([1 - rate for rate in own])
+    own = [paths[f"{block.name}.stochastic_depth"].p for block in handle.blocks]
+    assert list(handle.survival) == pytest.approx([1 - rate for rate in own])
 
 
 def test_transformers_skip_with_one_rate():

@@ -48,8 +48,8 @@ def test_timms_drop_path(gate) -> None:
     theirs = timm.models.VisionTransformer(**sizes, num_classes=4, drop_path_rate=0.6).double()
     ours = copy.deepcopy(theirs)
     x = same_samples(3, 8, 8, samples=50)
-    depth = sd.apply(ours, "own", example=x[:2], gate=gate, scale="training", granularity="unit")
-    assert depth.survival == pytest.approx([1, 1, 0.7, 0.7, 0.4, 0.4])
+    handle = sd.apply(ours, "own", example=x[:2], gate=gate, scale="training", granularity="unit")
+    assert handle.survival == pytest.approx([1, 1, 0.7, 0.7, 0.4, 0.4])
     one, other = (outputs(lambda m=m: m.train()(x), passes=40) for m in (theirs, ours))
     assert_same_distribution(one, other, patterns=16)
     assert torch.equal(theirs.eval()(x), ours.eval()(x))
@@ -69,8 +69,8 @@ def test_torchvisions_stochastic_depth(mode, gate, samples) -> None:
     ours = copy.deepcopy(theirs)
     x = same_samples(3, 16, 16, samples=samples)
     example = torch.cat([x[:1]] * 2)
-    depth = sd.apply(ours, "own", example=example, gate=gate, scale="training")
-    assert depth.survival == pytest.approx([1, 0.8, 0.6, 0.4])
+    handle = sd.apply(ours, "own", example=example, gate=gate, scale="training")
+    assert handle.survival == pytest.approx([1, 0.8, 0.6, 0.4])
     one, other = (outputs(lambda m=m: m.train()(x), 1200 // samples) for m in (theirs, ours))
     assert_same_distribution(one, other, patterns=8)
     assert torch.equal(theirs.eval()(x), ours.eval()(x))
@@ -97,8 +97,8 @@ def test_the_authors_death_rate(mode) -> None:
     ours = copy.deepcopy(theirs)
     rates = [death_rate * (i / 3 if mode == "lin_decay" else 1) for i in (1, 2, 3)]
     rule = sd.LinearDecay if mode == "lin_decay" else sd.Uniform
-    depth = sd.apply(ours, rule(1 - death_rate))
-    assert [1 - p for p in depth.survival] == pytest.approx(rates)
+    handle = sd.apply(ours, rule(1 - death_rate))
+    assert [1 - p for p in handle.survival] == pytest.approx(rates)
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=rng)
     one = outputs(lambda: authors(theirs.train(), rates, x)[:1], passes=1000)
@@ -159,12 +159,12 @@ def test_a_models_own_layerdrop_is_taken_over_and_given_back() -> None:
     for number, layer in enumerate(model.decoder.layers):
         layer.fc1.register_forward_hook(lambda *_, number=number: ran.append(number))
     ids = {"input_ids": torch.arange(4)[None]}
-    depth = sd.apply(model, sd.Uniform(0.8), example=ids)
+    handle = sd.apply(model, sd.Uniform(0.8), example=ids)
     assert model.decoder.layerdrop == 0.0
     for _ in range(10):
         ran.clear()
         model.train()(**ids)
-        assert ran == depth.gates.nonzero().flatten().tolist()
+        assert ran == handle.gates.nonzero().flatten().tolist()
     sd.remove(model)
     assert model.decoder.layerdrop == 0.9
 
@@ -177,7 +177,7 @@ def test_a_layerdrop_in_the_configuration_is_taken_over_and_given_back() -> None
         num_conv_pos_embedding_groups=2, layerdrop=0.9, apply_spec_augment=False,
     )  # fmt: skip
     model = transformers.Wav2Vec2Model(config)
-    depth = sd.apply(
+    handle = sd.apply(
         model, sd.Uniform(0.9), example=torch.randn(2, 400), include=["encoder.layers"]
     )
     ran: list[int] = []
@@ -186,7 +186,7 @@ def test_a_layerdrop_in_the_configuration_is_taken_over_and_given_back() -> None
     for _ in range(5):
         ran.clear()
         model.train()(torch.randn(2, 400))
-        assert ran == depth.gates.nonzero().flatten().tolist()
+        assert ran == handle.gates.nonzero().flatten().tolist()
     sd.remove(model)
     assert config.layerdrop == 0.9
 

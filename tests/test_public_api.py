@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 import stochastic_depth as sd
-import stochastic_depth.deploy
 import stochastic_depth.distributed
+import stochastic_depth.export
 import stochastic_depth.models
 import stochastic_depth.surgery
 
@@ -40,7 +40,7 @@ import stochastic_depth as sd
 import stochastic_depth.distributed, stochastic_depth.models, stochastic_depth.surgery
 
 model = sd.models.CifarResNet(8)
-depth = sd.apply(model)
+handle = sd.apply(model)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 loss = torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4))
 loss.backward()
@@ -48,12 +48,12 @@ optimizer.step()
 model.eval()(torch.randn(1, 3, 32, 32))
 sd.remove(model)
 assert not Blocked.names & {name.partition(".")[0] for name in sys.modules}
-print("trained", depth.step)
+print("trained", handle.step)
 """
 
 modules = pytest.mark.parametrize(
     "module",
-    [sd, sd.deploy, sd.distributed, sd.models, sd.surgery],
+    [sd, sd.export, sd.distributed, sd.models, sd.surgery],
     ids=lambda m: m.__name__,
 )
 

@@ -19,7 +19,7 @@ def test_the_python_blocks_run_one_after_the_other(capsys, tmp_path):
     for line in ("24 of 24 blocks skippable", "26.0 % saved", "24 blocks verified in 27 sets"):
         assert sum(line in row for row in tables) == 1, line
     assert 20 < int(told[1]) <= 54
-    assert len(names["depth"].survival) == 24
+    assert len(names["handle"].survival) == 24
 
 
 def test_every_recipe_and_no_other_is_in_the_table():

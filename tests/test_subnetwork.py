@@ -1,4 +1,4 @@
-"""`depth.subnetwork` against the same sums written out, over all 2^L patterns."""
+"""`handle.subnetwork` against the same sums written out, over all 2^L patterns."""
 
 import contextlib
 import copy
@@ -45,27 +45,27 @@ def by_hand(model: CifarResNet, x: Tensor, factors) -> Tensor:
 @pytest.mark.parametrize("scale", ["inference", "training"])
 def test_every_subnetwork_of_six_blocks_is_the_sum_written_out(scale, gate) -> None:
     model, plain, x = trained(), trained(), images()
-    depth = sd.apply(model, sd.LinearDecay(0.3), scale=scale, gate=gate)
-    in_training = [1 / p if scale == "training" else 1 for p in depth.survival]
-    in_evaluation = [p if scale == "inference" else 1 for p in depth.survival]
+    handle = sd.apply(model, sd.LinearDecay(0.3), scale=scale, gate=gate)
+    in_training = [1 / p if scale == "training" else 1 for p in handle.survival]
+    in_evaluation = [p if scale == "inference" else 1 for p in handle.survival]
     with torch.no_grad():
         for pattern in PATTERNS:
             for scaled, counted in ((False, in_training), (True, in_evaluation)):
                 factors = [b * factor for b, factor in zip(pattern, counted, strict=True)]
-                with depth.subnetwork(pattern, scaled=scaled):
+                with handle.subnetwork(pattern, scaled=scaled):
                     out = model(x)
                 torch.testing.assert_close(out, by_hand(plain, x, factors))
 
 
 def test_the_branch_of_a_closed_block_is_not_executed() -> None:
     model = trained()
-    depth = sd.apply(model)
+    handle = sd.apply(model)
     ran: list[int] = []
     for number, unit in enumerate(model.blocks):
         unit.branch.register_forward_hook(lambda *_, number=number: ran.append(number))
     for pattern in PATTERNS:
         ran.clear()
-        with depth.subnetwork(torch.tensor(pattern)):
+        with handle.subnetwork(torch.tensor(pattern)):
             model(images())
         assert ran == [number for number in range(BLOCKS) if pattern[number]]
 
@@ -88,23 +88,23 @@ class Linear(nn.Module):
 def test_of_a_linear_network_the_full_one_is_the_exact_mean_of_its_subnetworks(scale) -> None:
     """The paper, section 3: evaluation with p_l stands for all 2^L networks."""
     model = Linear().eval()
-    depth = sd.apply(model, sd.LinearDecay(0.2), scale=scale)
+    handle = sd.apply(model, sd.LinearDecay(0.2), scale=scale)
     x = torch.randn(5, 4, dtype=torch.float64)
     mean = torch.zeros_like(x)
     for pattern in PATTERNS:
-        chance = math.prod(p if b else 1 - p for p, b in zip(depth.survival, pattern, strict=True))
-        with depth.subnetwork(pattern):
+        chance = math.prod(p if b else 1 - p for p, b in zip(handle.survival, pattern, strict=True))
+        with handle.subnetwork(pattern):
             mean += chance * model(x)
     torch.testing.assert_close(mean, model(x))
 
 
 def test_what_was_before_comes_back_whatever_happens() -> None:
     model, x = trained(), images()
-    depth = sd.apply(model, sd.LinearDecay(0.3))
+    handle = sd.apply(model, sd.LinearDecay(0.3))
     full = model(x)
-    with depth.subnetwork([True] * BLOCKS):
+    with handle.subnetwork([True] * BLOCKS):
         unscaled = model(x)
-        with contextlib.suppress(RuntimeError), depth.subnetwork([False] * BLOCKS):
+        with contextlib.suppress(RuntimeError), handle.subnetwork([False] * BLOCKS):
             assert not torch.equal(model(x), unscaled)
             raise RuntimeError
         assert torch.equal(model(x), unscaled)
@@ -127,9 +127,9 @@ def test_training_steps_are_not_concerned_and_a_ramp_goes_on() -> None:
 
 def test_a_copy_takes_its_own_subnetwork_along() -> None:
     model = trained()
-    depth = sd.apply(model)
+    handle = sd.apply(model)
     full = model(images())
-    with depth.subnetwork([False] * BLOCKS):
+    with handle.subnetwork([False] * BLOCKS):
         other = copy.deepcopy(model)
     assert torch.equal(model(images()), full)
     assert not torch.equal(other(images()), full)
@@ -137,9 +137,9 @@ def test_a_copy_takes_its_own_subnetwork_along() -> None:
 
 @pytest.mark.parametrize("gates", [[True] * 5, [1.0] * BLOCKS, [[True] * BLOCKS], True, [1] * 6])
 def test_gates_of_another_form_are_refused(gates) -> None:
-    depth = sd.apply(trained())
+    handle = sd.apply(trained())
     with pytest.raises(sd.GateError, match=r"bool \[6\], one gate for each block"):
-        depth.subnetwork(gates).__enter__()
+        handle.subnetwork(gates).__enter__()
 
 
 class TwoSums(nn.Module):
@@ -184,16 +184,16 @@ def test_foreign_models_have_subnetworks_too(granularity, scaled) -> None:
     blocks = [TwoSums(), PostActivation(), TwoSums()]
     model, plain = (nn.Sequential(*copy.deepcopy(blocks)).double().eval() for _ in range(2))
     x = torch.randn(5, 4, dtype=torch.float64)
-    depth = sd.apply(model, sd.LinearDecay(0.3), example=x, granularity=granularity)
-    gates = len(depth.blocks)
+    handle = sd.apply(model, sd.LinearDecay(0.3), example=x, granularity=granularity)
+    gates = len(handle.blocks)
     assert gates == {"block": 3, "unit": 5}[granularity]
     for pattern in itertools.product((False, True), repeat=gates):
-        p = depth.survival if scaled else [1.0] * gates
+        p = handle.survival if scaled else [1.0] * gates
         b = [bool(is_open) * factor for is_open, factor in zip(pattern, p, strict=True)]
         if granularity == "block":
             b = [b[0], b[0], b[1], b[2], b[2]]
         expected = of_two_sums(plain[0], x, b[0], b[1])
         expected = of_post_activation(plain[1], expected, b[2])
         expected = of_two_sums(plain[2], expected, b[3], b[4])
-        with depth.subnetwork(pattern, scaled=scaled):
+        with handle.subnetwork(pattern, scaled=scaled):
             torch.testing.assert_close(model(x), expected)

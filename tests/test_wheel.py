@@ -21,12 +21,12 @@ import torch, stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
 assert sd.__file__.startswith(sys.argv[1]), sd.__file__
 model = CifarResNet(20)
-depth = sd.apply(model)
+handle = sd.apply(model)
 model(torch.zeros(2, 3, 8, 8)).sum().backward()
 foreign = {"tyro", "rich", "safetensors", "sklearn", "altair", "vl_convert", "scipy", "PIL",
            "pyarrow", "jsonschema"}
 assert not foreign & set(sys.modules), foreign & set(sys.modules)
-print(sd.__version__, depth.step)
+print(sd.__version__, handle.step)
 """
 COMPILES = """
 import pathlib, sys, warnings

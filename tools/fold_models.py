@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import stochastic_depth as sd
-from stochastic_depth.deploy.tracing import Trace
+from stochastic_depth.export.tracing import Trace
 from stochastic_depth.models.published import published
 from stochastic_depth.surgery.find import caller
 
@@ -56,7 +56,7 @@ def judge(library: str, name: str, **options: Any) -> Parity:
             if parameter.abs().max() < 1e-3:
                 parameter.normal_()
     try:
-        depth = sd.apply(model, sd.LinearDecay(0.5), example=example)
+        handle = sd.apply(model, sd.LinearDecay(0.5), example=example)
     except sd.ApplyError:
         return Parity(library, name, 0, "not skippable")
     differences = []
@@ -71,10 +71,10 @@ def judge(library: str, name: str, **options: Any) -> Parity:
             sd.fold(mine, given)
             differences.append(_difference(before, _outputs(mine, given)))
     except sd.FoldError as error:
-        return Parity(library, name, len(depth.blocks), "refused", reason=str(error))
+        return Parity(library, name, len(handle.blocks), "refused", reason=str(error))
     single = _computes_in_single(copy.deepcopy(model).double().eval(), _as(torch.float64, example))
     differences.append(_difference(before, _outputs(_neighbour(model.eval()), example)))
-    return Parity(library, name, len(depth.blocks), "folded", single, *differences)
+    return Parity(library, name, len(handle.blocks), "folded", single, *differences)
 
 
 def _as(dtype: torch.dtype, example: Any) -> Any:

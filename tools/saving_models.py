@@ -57,7 +57,7 @@ def subset_gates() -> dict[str, object]:
     name, batch = SUBSET
     model, example = published(name, batch=batch)
     constant, _ = published(name, batch=batch)
-    depth = sd.apply(model, sd.Uniform(0.5), example=example, gate="subset", skipped="freeze")
+    handle = sd.apply(model, sd.Uniform(0.5), example=example, gate="subset", skipped="freeze")
     shares: list[float] = []
 
     def step(model: torch.nn.Module) -> Callable[[], None]:
@@ -70,7 +70,7 @@ def subset_gates() -> dict[str, object]:
     rounds = []
     for seconds in take_turns({"all": step(constant), "half": step(model)}, ROUNDS, warmup=1):
         rounds.append(seconds)
-        shares.append(depth.gates.double().mean().item())
+        shares.append(handle.gates.double().mean().item())
     time = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
     costs = sd.summary(model, example)
     branches = sum(b.forward + b.backward for b in costs.blocks) / (costs.forward + costs.backward)

@@ -64,9 +64,9 @@ class Network:
 def resnet152(images: int = 64) -> Network:
     """On ImageNet: 11.5 billion multiply-adds an image, spread evenly over the blocks."""
     model = ImageNetResNet(152)
-    depth = apply(model)
+    handle = apply(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    blocks = [sum(sizes[name] for name in block.parameters) for block in depth.blocks]
+    blocks = [sum(sizes[name] for name in block.parameters) for block in handle.blocks]
     flops = 2 * 11.5e9 * images
     # Convolutions with batch normalisation are bound by memory; a stem and shortcuts are 5 %.
     return Network(

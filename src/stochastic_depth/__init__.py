@@ -9,10 +9,6 @@ Huang, Sun, Liu, Sedra and Weinberger, ECCV 2016, arXiv:1603.09382.
 
 from importlib.metadata import version
 
-from stochastic_depth.deploy import Dropped, drop_order
-from stochastic_depth.deploy.fold import fold
-from stochastic_depth.deploy.truncate import truncate
-from stochastic_depth.depth import SkippedPolicy, StochasticDepth
 from stochastic_depth.errors import (
     ApplyError,
     CheckpointError,
@@ -31,7 +27,11 @@ from stochastic_depth.errors import (
     TruncateError,
     UnsupportedBlockError,
 )
+from stochastic_depth.export import Dropped, drop_order
+from stochastic_depth.export.fold import fold
+from stochastic_depth.export.truncate import truncate
 from stochastic_depth.gates import Gate, GateKind, Scale
+from stochastic_depth.handle import Handle, SkippedPolicy
 from stochastic_depth.migration import survival_rule
 from stochastic_depth.residual import Residual, part, residual_step, scaled
 from stochastic_depth.surgery import (
@@ -40,8 +40,8 @@ from stochastic_depth.surgery import (
     PlannedBlock,
     Summary,
     Verification,
-    compile,
-    depth_of,
+    compile_blocks,
+    handle_of,
     register_unit,
     remove,
 )
@@ -67,6 +67,7 @@ __all__ = [
     "Gate",
     "GateError",
     "GateKind",
+    "Handle",
     "LinearDecay",
     "MissingExtraError",
     "Plan",
@@ -77,7 +78,6 @@ __all__ = [
     "Scale",
     "SkippedPolicy",
     "StateError",
-    "StochasticDepth",
     "StochasticDepthError",
     "Summary",
     "Survival",
@@ -88,10 +88,10 @@ __all__ = [
     "UnsupportedBlockError",
     "Verification",
     "apply",
-    "compile",
-    "depth_of",
+    "compile_blocks",
     "drop_order",
     "fold",
+    "handle_of",
     "part",
     "plan",
     "register_unit",

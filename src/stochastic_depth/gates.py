@@ -56,13 +56,17 @@ class BlockGates:
         if self.training is None:
             raise GateError(
                 "a residual block was called in training mode before gates were drawn: call the "
-                "model given to sd.apply in training mode, not a part of it, or depth.draw() first"
+                "model given to sd.apply in training mode, not a part of it, or handle.draw() first"
             )
         return self.training
 
 
 def draw(
-    seed: int, step: int, survival: tuple[float, ...], batch: int | None = None, least: int = 0
+    seed: int,
+    step: int,
+    survival: tuple[float, ...],
+    batch: int | None = None,
+    min_samples: int = 0,
 ) -> Tensor:
     """All coins of one step: bool [L], or [L, batch] with one for each sample.
 
@@ -70,7 +74,7 @@ def draw(
     and step. The same arguments give the same gates everywhere; a larger p only opens more.
 
     Args:
-        least: of the samples, how many are open in each block at least: where the coins say fewer,
+        min_samples: how many samples are open in each block at least: where the coins say fewer,
             those that came closest.
     """
     blocks = len(survival)
@@ -79,8 +83,8 @@ def draw(
         return uniforms(blocks, "gates", seed, step) < p
     u = uniforms(blocks * batch, "gates", seed, step).view(blocks, batch)
     coins = u < p[:, None]
-    if least > 0:
-        coins |= u <= u.kthvalue(min(least, batch), dim=1, keepdim=True).values
+    if min_samples > 0:
+        coins |= u <= u.kthvalue(min(min_samples, batch), dim=1, keepdim=True).values
     return coins
 
 

@@ -41,7 +41,7 @@ def logits_by_hand(network, gates):
 
 
 def test_every_predictor_is_the_one_written_out(network, silent):
-    members = [drawn(7, member, network.depth.survival) for member in range(5)]
+    members = [drawn(7, member, network.handle.survival) for member in range(5)]
     by_hand = [logits_by_hand(network, gates) for gates in members]
     labels = by_hand[0][1]
     probabilities = np.stack([np.exp(x - np.logaddexp.reduce(x, 1)[:, None]) for x, _ in by_hand])

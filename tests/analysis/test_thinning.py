@@ -63,7 +63,7 @@ def plain_without(network, removed):
         *(
             Around(unit) if number in removed else Times(unit, p)
             for number, (unit, p) in enumerate(
-                zip(model.blocks, network.depth.survival, strict=True)
+                zip(model.blocks, network.handle.survival, strict=True)
             )
         )
     )
@@ -83,7 +83,7 @@ def test_a_network_without_blocks_is_the_plain_one_that_never_had_them(network, 
 def test_recalibration_is_pytorchs_update_bn_on_the_plain_network(network, removed, silent):
     batches = list(itertools.islice(network.images.train(0), 3))
     before = copy.deepcopy(network.model.state_dict())
-    step = network.depth.step
+    step = network.handle.step
     with as_thinned(network, Thinned(removed, None)):
         statistics = recalibrated(network.model, batches, network.run.execution)
     plain = plain_without(network, removed)
@@ -94,7 +94,7 @@ def test_recalibration_is_pytorchs_update_bn_on_the_plain_network(network, remov
         torch.testing.assert_close(network.model(images), plain(images), rtol=1e-3, atol=1e-3)
     expected = evaluate(plain, network.images.evaluate("test"), network.run.execution).error
     assert errors(network, [thinned], "test", silent) == pytest.approx([expected], abs=0.21)
-    assert network.depth.step == step
+    assert network.handle.step == step
     assert not any(module.training for module in network.model.modules())
     assert all(m.momentum == 0.1 for m in network.model.modules() if isinstance(m, nn.BatchNorm2d))
     for name, value in network.model.state_dict().items():

@@ -122,7 +122,7 @@ def test_a_run_of_one_is_gone_on_with_by_two(alone, folder):
 
 def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, folder):
     """Bit for bit; what happens to more of them is in tests/train/test_kill.py."""
-    (undisturbed, _), killed = together, folder / "killed"
+    (preserve_state, _), killed = together, folder / "killed"
     group = torchrun("digits", *OPTIONS, *SYNCED, "--run", killed, restarts=2)
     began = time.monotonic()
     while not list((killed / "checkpoints").glob("step-*")):
@@ -132,7 +132,7 @@ def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, fo
     output = finish(group)
     assert "going on at step" in output
     assert "Traceback" not in output
-    assert_same_end(open_run(undisturbed), open_run(killed))
+    assert_same_end(open_run(preserve_state), open_run(killed))
     assert not list(killed.rglob(".unfinished-*"))
 
 

@@ -42,7 +42,7 @@ OF_REST = 2 * (WIDTH * WIDTH + WIDTH)
 TOLERANCE = 1e-12
 
 
-def network(skipped: str = "paper", **options: Any) -> tuple[nn.Module, sd.StochasticDepth]:
+def network(skipped: str = "paper", **options: Any) -> tuple[nn.Module, sd.Handle]:
     """A linear stem, residual units, a linear head: the same on every rank."""
     torch.manual_seed(0)
     units = [
@@ -139,7 +139,7 @@ def plain_ddp_trains_like_one_process() -> None:
 
 def the_composable_replicate_trains_like_one_process_and_skips_closed_blocks() -> None:
     for skipped, skips in itertools.product(("paper", "freeze"), (False, True)):
-        model, depth = network(skipped)
+        model, handle = network(skipped)
         replicate(model)
         if skips:
             skip_closed(model)
@@ -147,7 +147,7 @@ def the_composable_replicate_trains_like_one_process_and_skips_closed_blocks() -
         assert_same_end(model, alone(skipped))
         with Collectives() as collectives:
             train(model, sgd(model), mine, range(1))
-        sent = OF_REST + int(depth.gates.sum()) * OF_BLOCK
+        sent = OF_REST + int(handle.gates.sum()) * OF_BLOCK
         assert (collectives.numbers["allreduce"] == sent) == skips
 
 
@@ -164,7 +164,7 @@ def ddp_that_searches_for_unused_parameters_finds_none() -> None:
 def compiled_blocks_train_like_one_process() -> None:
     for skipped in ("paper", "freeze"):
         model, _ = network(skipped)
-        ddp = DistributedDataParallel(sd.compile(model, backend="aot_eager"))
+        ddp = DistributedDataParallel(sd.compile_blocks(model, backend="aot_eager"))
         skip_closed(ddp)
         train(ddp, sgd(model), mine)
         assert_same_end(model, alone(skipped))
@@ -172,11 +172,11 @@ def compiled_blocks_train_like_one_process() -> None:
 
 def gates_for_single_samples_are_those_of_one_process() -> None:
     for gate in ("sample", "subset"):
-        model, depth = network(gate=gate)
+        model, handle = network(gate=gate)
         ddp = DistributedDataParallel(model)
         skip_closed(ddp)
         each = BATCH // dist.get_world_size()
-        depth.share = dist.get_rank() * each, BATCH
+        handle.share = dist.get_rank() * each, BATCH
         train(ddp, sgd(model), mine)
         other, _ = network(gate=gate)
         train(other, sgd(other), whole)
@@ -194,14 +194,14 @@ def ddp_that_skips_closed_blocks_trains_like_one_process() -> None:
 
 def gradients_of_closed_blocks_are_not_sent() -> None:
     for cap in (25, 0.002):
-        model, depth = network()
+        model, handle = network()
         ddp = DistributedDataParallel(model, bucket_cap_mb=cap)
         skip_closed(ddp)
         seen = set()
         for step in range(STEPS):
             with Collectives() as collectives:
                 ddp(mine(mini_batch(step)[0])).sum().backward()
-            open_blocks = int(depth.gates.sum())
+            open_blocks = int(handle.gates.sum())
             seen.add(open_blocks)
             assert collectives.numbers["allreduce"] == OF_REST + open_blocks * OF_BLOCK
         assert len(seen) > 2
@@ -229,7 +229,7 @@ def accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass() -> None:
 
 
 def buckets_keep_the_order_of_the_backward_pass() -> None:
-    model, depth = network()
+    model, handle = network()
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
     order: list[int] = []
     numbers = {p: number for number, p in enumerate(model.parameters())}
@@ -246,7 +246,7 @@ def buckets_keep_the_order_of_the_backward_pass() -> None:
     for step in range(2):
         order.clear()
         ddp(mine(mini_batch(step)[0])).sum().backward()
-        assert not depth.gates.all()
+        assert not handle.gates.all()
     layers = [number // 2 for number in order]
     assert sorted(set(layers)) == list(range(2 * BLOCKS + 2))
     assert layers == sorted(layers, reverse=True), layers
@@ -255,7 +255,7 @@ def buckets_keep_the_order_of_the_backward_pass() -> None:
 def buckets_are_sent_while_the_backward_pass_goes_on() -> None:
     """All but the last of them, before the gradient of the first layer is known."""
     for skips in (False, True):
-        model, depth = network()
+        model, handle = network()
         ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
         if skips:
             skip_closed(ddp)
@@ -265,7 +265,7 @@ def buckets_are_sent_while_the_backward_pass_goes_on() -> None:
             for step in range(STEPS):
                 collectives.calls.clear()
                 ddp(mine(mini_batch(step)[0])).sum().backward()
-                assert not depth.gates.all()
+                assert not handle.gates.all()
                 if step > 0:  # in which the order of the buckets is found
                     assert sent[-1] == collectives.calls["allreduce"] - 1
         assert max(sent) > 1
@@ -306,15 +306,15 @@ def different_gates_are_refused_on_every_rank() -> None:
         return fully_shard(model)
 
     for wrap, what in itertools.product((ddp, sharded), ("seed", "step")):
-        model, depth = network()
+        model, handle = network()
         net = wrap(model)
-        setattr(depth, what, 5 + dist.get_rank())
+        setattr(handle, what, 5 + dist.get_rank())
         with pytest.raises(sd.GateError, match=f"{what} is"):
             net(mine(mini_batch(0)[0])).sum().backward()
 
 
 def gates_by_rank_differ_and_gradients_are_the_mean() -> None:
-    model, depth = network("freeze")
+    model, handle = network("freeze")
     ddp = DistributedDataParallel(model)
     skip_closed(ddp)
     gates_by_rank(model)
@@ -331,14 +331,14 @@ def gates_by_rank_differ_and_gradients_are_the_mean() -> None:
         if rank == dist.get_rank():
             expected = of_rank.gates
     ddp(mine(mini_batch(0)[0])).sum().backward()
-    assert torch.equal(depth.gates, expected)
+    assert torch.equal(handle.gates, expected)
     drawn = [torch.zeros(BLOCKS, dtype=torch.bool) for _ in gradients]
-    dist.all_gather(drawn, depth.gates)
+    dist.all_gather(drawn, handle.gates)
     assert not all(torch.equal(drawn[0], other) for other in drawn)
     for p, *of_ranks in zip(model.parameters(), *gradients, strict=True):
         mean = torch.stack(of_ranks).mean(0)
         if p.grad is None:
-            assert not depth.gates.all()
+            assert not handle.gates.all()
         else:
             torch.testing.assert_close(p.grad, mean, rtol=0, atol=TOLERANCE)
 
@@ -359,7 +359,7 @@ def gates_that_differ_and_shards_are_refused_together() -> None:
 
 def sharded_by_branches_it_trains_like_one_process_and_closed_blocks_communicate_nothing() -> None:
     for skipped in ("paper", "freeze"):
-        model, depth = network(skipped)
+        model, handle = network(skipped)
         shard_branches(model)
         fully_shard(model)
         optimizer = sgd(model)
@@ -369,14 +369,14 @@ def sharded_by_branches_it_trains_like_one_process_and_closed_blocks_communicate
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
             optimizer.step()
-            open_blocks = int(depth.gates.sum())
+            open_blocks = int(handle.gates.sum())
             assert collectives.calls["allgather_base"] == 1 + 2 * open_blocks
             assert collectives.calls["reduce_scatter_base"] == 1 + open_blocks
         assert_same_end(model, alone(skipped))
 
 
 def sharded_by_blocks_it_trains_like_one_process_and_reduces_nothing_for_closed_ones() -> None:
-    model, depth = network()
+    model, handle = network()
     for unit in model:
         if isinstance(unit, sd.Residual):
             fully_shard(unit)
@@ -384,7 +384,7 @@ def sharded_by_blocks_it_trains_like_one_process_and_reduces_nothing_for_closed_
     train(model, sgd(model), mine, range(STEPS - 1))
     with Collectives() as collectives:
         train(model, sgd(model), mine, range(STEPS - 1, STEPS))
-    assert collectives.calls["reduce_scatter_base"] == 1 + int(depth.gates.sum())
+    assert collectives.calls["reduce_scatter_base"] == 1 + int(handle.gates.sum())
     model, _ = network()
     for unit in model[1:-1]:
         fully_shard(unit)
@@ -410,7 +410,7 @@ def blocks_of_a_foreign_model_are_sharded_by_their_branches() -> None:
     for share in (mine, whole):
         torch.manual_seed(0)
         model = nn.Sequential(*(Block() for _ in range(4)), nn.Linear(WIDTH, WIDTH)).double()
-        depth = sd.apply(model, sd.Uniform(0.5), example=mini_batch(0)[0], seed=1)
+        handle = sd.apply(model, sd.Uniform(0.5), example=mini_batch(0)[0], seed=1)
         groups = branch_modules(model)
         assert groups == [[b.norm, b.up, b.down] for b in model if isinstance(b, Block)]
         if share is mine:
@@ -421,7 +421,7 @@ def blocks_of_a_foreign_model_are_sharded_by_their_branches() -> None:
             with Collectives() as collectives:
                 train(model, optimizer, share, range(step, step + 1))
             if share is mine:
-                open_blocks = int(depth.gates.sum())
+                open_blocks = int(handle.gates.sum())
                 assert collectives.calls["allgather_base"] == 1 + 2 * open_blocks
                 assert collectives.calls["reduce_scatter_base"] == 1 + open_blocks
         ends.append(model)
@@ -464,13 +464,13 @@ STAGES = (range(4), range(4, 7), range(7, 9))
 
 def goes_on(folder: Path, stage: int) -> None:
     for skipped in ("paper", "freeze"):
-        model, depth = network(skipped)
+        model, handle = network(skipped)
         shard_branches(model)
         fully_shard(model)
         optimizer = sgd(model)
         if stage > 0:
             load_sharded(folder / f"{skipped}-{stage - 1}", model, optimizer)
-            assert depth.step == STAGES[stage].start
+            assert handle.step == STAGES[stage].start
         train(model, optimizer, mine, STAGES[stage])
         save_sharded(folder / f"{skipped}-{stage}", model, optimizer)
         assert_same_end(model, alone(skipped, range(STAGES[stage].stop)))

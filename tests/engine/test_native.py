@@ -220,16 +220,16 @@ def test_memory_does_not_grow_from_step_to_step():
 def gradients(closed, dtype, kernels, size=(32, 32)):
     """Of stem, blocks and head, each float64, after one step without the blocks `closed`."""
     model = CifarResNet(20).to(dtype, memory_format=torch.channels_last).train()
-    depth = sd.apply(model, [1e-9 if block in closed else 1.0 for block in range(9)])
+    handle = sd.apply(model, [1e-9 if block in closed else 1.0 for block in range(9)])
     precision = torch.float64 if dtype == torch.float64 else torch.bfloat16
     images = image(4, 3, 32, 0)[..., : size[0], : size[1]].to(dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     optimizer = build_optimizer(OptimizerConfig(), model)
-    program = Program(model, depth, optimizer, images.shape, precision, kernels)
+    program = Program(model, handle, optimizer, images.shape, precision, kernels)
     for buffer in program.gradients:
         buffer.fill_(torch.nan)
     program.step(images, torch.arange(4))
-    assert depth.gates.tolist() == [block not in closed for block in range(9)]
+    assert handle.gates.tolist() == [block not in closed for block in range(9)]
     return [program.flat.gradients[segment].double() for segment in program.flat.segments]
 
 

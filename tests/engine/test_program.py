@@ -48,9 +48,9 @@ def network(blocks, survival=None, dtype=torch.float64, init="he", **options):
 
 
 def programmed(blocks, survival=None, dtype=torch.float64, kernels=None, replay=None, **options):
-    model, depth, optimizer = network(blocks, survival, dtype, **options)
+    model, handle, optimizer = network(blocks, survival, dtype, **options)
     shape = mini_batch(0)[0].shape
-    return model, optimizer, Program(model, depth, optimizer, shape, dtype, kernels, replay)
+    return model, optimizer, Program(model, handle, optimizer, shape, dtype, kernels, replay)
 
 
 class Statically:
@@ -75,18 +75,18 @@ def poison(program):
         tensor.fill_(math.nan)
 
 
-def force(depth, pattern):
+def force(handle, pattern):
     """Gates of the next steps, as if drawn."""
-    depth._set_survival(0)
-    draw = type(depth).draw
+    handle._set_survival(0)
+    draw = type(handle).draw
 
     def forced(batch=None):
-        draw(depth, batch)
-        depth._coins = torch.tensor(pattern)
-        for block, is_open in zip(depth.blocks, pattern, strict=True):
+        draw(handle, batch)
+        handle._coins = torch.tensor(pattern)
+        for block, is_open in zip(handle.blocks, pattern, strict=True):
             block.open_in_training(block.gates[0].training._replace(open=is_open))
 
-    depth.draw = forced
+    handle.draw = forced
 
 
 def autograd_step(model, optimizer, images, labels):
@@ -116,9 +116,9 @@ def test_every_pattern_of_six_blocks_is_autograds(pattern, replay):
     counting = Counting()
     model, optimizer, program = programmed(6, sd.Uniform(0.5), kernels=counting, replay=replay)
     counting.forward = counting.backward = 0
-    twin, depth, twins_optimizer = network(6, sd.Uniform(0.5))
-    force(program.depth, pattern)
-    force(depth, pattern)
+    twin, handle, twins_optimizer = network(6, sd.Uniform(0.5))
+    force(program.handle, pattern)
+    force(handle, pattern)
     for step in range(2):
         images, labels = mini_batch(step)
         poison(program)
@@ -137,23 +137,23 @@ def test_random_patterns_of_54_blocks_are_autograds(scale, skipped, replay):
     options = {"scale": scale, "skipped": skipped, "seed": 3, "init": "zero-gain"}
     rule = sd.Ramp(sd.LinearDecay(0.5), 4)
     model, optimizer, program = programmed(54, rule, replay=replay, **options)
-    twin, depth, twins_optimizer = network(54, rule, **options)
+    twin, handle, twins_optimizer = network(54, rule, **options)
     for step in range(6):
         images, labels = mini_batch(step)
         poison(program)
         loss = program.step(images, labels)
         torch.testing.assert_close(loss, autograd_step(twin, twins_optimizer, images, labels))
-        assert program.depth.gates.equal(depth.gates)
-    assert not depth.gates.all()
+        assert program.handle.gates.equal(handle.gates)
+    assert not handle.gates.all()
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-9, atol=1e-12)
 
 
 def test_with_memory_of_its_own_nothing_is_left_from_warming_up():
-    model, depth, optimizer = network(6, sd.Uniform(0.5))
+    model, handle, optimizer = network(6, sd.Uniform(0.5))
     twin, _, twins_optimizer = network(6, sd.Uniform(0.5))
     shape = mini_batch(0)[0].shape
     state = torch.random.get_rng_state()
-    program = Program(model, depth, optimizer, shape, torch.float64, replay=Statically())
+    program = Program(model, handle, optimizer, shape, torch.float64, replay=Statically())
     assert torch.random.get_rng_state().equal(state)
     assert_same_values(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
     for step in range(4):
@@ -170,7 +170,7 @@ def test_a_skipped_block_keeps_nothing_for_backward(closed, replay):
     kept = []
     for pattern in ([True] * 6, [i != closed for i in range(6)]):
         _, _, program = programmed(6, sd.Uniform(0.5), replay=replay)
-        force(program.depth, pattern)
+        force(program.handle, pattern)
         program.step(*mini_batch(0))
         kept.append(program.kept)
     block = program.blocks[closed]
@@ -181,7 +181,7 @@ def test_a_skipped_block_keeps_nothing_for_backward(closed, replay):
 
 def test_memory_is_asked_for_once():
     _, _, program = programmed(6, sd.Uniform(0.5))
-    force(program.depth, [True] * 6)
+    force(program.handle, [True] * 6)
     addresses = []
     for step in range(3):
         program.step(*mini_batch(step))
@@ -203,7 +203,7 @@ def test_without_stochastic_depth_all_blocks_run():
 
 def test_autograd_and_the_program_take_turns_on_one_network():
     model, optimizer, program = programmed(6, sd.Uniform(0.5), seed=1)
-    twin, depth, twins_optimizer = network(6, sd.Uniform(0.5), seed=1)
+    twin, handle, twins_optimizer = network(6, sd.Uniform(0.5), seed=1)
     for step in range(6):
         images, labels = mini_batch(step, images=4 if step % 2 else 2)
         if step % 2:
@@ -214,7 +214,7 @@ def test_autograd_and_the_program_take_turns_on_one_network():
         with torch.no_grad():
             model.eval()(images), twin.eval()(images)
         model.train(), twin.train()
-    assert program.depth.step == depth.step == 6
+    assert program.handle.step == handle.step == 6
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-10, atol=1e-12)
 
 
@@ -241,10 +241,10 @@ def test_a_changed_learning_rate_counts():
 
 
 def test_bfloat16_is_that_of_autocast():
-    model, depth, optimizer = network(9, sd.Uniform(0.7), torch.float32, init="zero-gain")
+    model, handle, optimizer = network(9, sd.Uniform(0.7), torch.float32, init="zero-gain")
     twin, _, twins_optimizer = network(9, sd.Uniform(0.7), torch.float32, init="zero-gain")
     images, labels = mini_batch(0, images=16, dtype=torch.float32)
-    program = Program(model, depth, optimizer, images.shape, torch.bfloat16)
+    program = Program(model, handle, optimizer, images.shape, torch.bfloat16)
     execution = Execution("cpu", "bfloat16", 1)
     for _ in range(3):
         mine = program.step(images, labels)
@@ -263,15 +263,15 @@ def test_bfloat16_is_that_of_autocast():
     ],
 )
 def test_what_it_was_not_written_for_is_refused(build, named):
-    model, depth = build()
+    model, handle = build()
     optimizer = build_optimizer(OptimizerConfig(), model)
     before = [p.data_ptr() for p in model.parameters()]
     with pytest.raises(sd.EngineError, match=named):
-        Program(model, depth, optimizer, (4, 3, 8, 8), torch.float32)
+        Program(model, handle, optimizer, (4, 3, 8, 8), torch.float32)
     assert [p.data_ptr() for p in model.parameters()] == before
 
 
 def test_other_optimizers_are_refused():
-    model, depth, _ = network(3)
+    model, handle, _ = network(3)
     with pytest.raises(sd.EngineError, match="AdamW"):
-        Program(model, depth, torch.optim.AdamW(model.parameters()), (4, 3, 8, 8), torch.float64)
+        Program(model, handle, torch.optim.AdamW(model.parameters()), (4, 3, 8, 8), torch.float64)

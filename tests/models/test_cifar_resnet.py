@@ -57,10 +57,10 @@ def test_the_transition_shortcut_averages_and_appends_zeros() -> None:
 
 def test_every_block_can_be_dropped_the_transitions_too() -> None:
     model = CifarResNet(20, init="he")
-    depth = sd.apply(model, sd.Uniform(1e-9))
+    handle = sd.apply(model, sd.Uniform(1e-9))
     x = torch.randn(2, 3, 32, 32)
     out = model(x)
-    assert not depth.gates.any()
+    assert not handle.gates.any()
     stem = model.stem(x)
     pooled = nn.functional.avg_pool2d(stem, 4)
     features = nn.functional.pad(pooled.mean((2, 3)), (0, 48))
@@ -71,8 +71,8 @@ def test_every_block_can_be_dropped_the_transitions_too() -> None:
 
 def test_a_training_step_learns_in_every_open_block() -> None:
     model = CifarResNet(20, init="he")
-    depth = sd.apply(model, sd.Uniform(0.5), skipped="freeze")
+    handle = sd.apply(model, sd.Uniform(0.5), skipped="freeze")
     model(torch.randn(4, 3, 32, 32)).square().sum().backward()
-    for is_open, block in zip(depth.gates.tolist(), model.blocks, strict=True):
+    for is_open, block in zip(handle.gates.tolist(), model.blocks, strict=True):
         assert all((p.grad is not None) == is_open for p in block.parameters())
-    assert not depth.gates.all()
+    assert not handle.gates.all()

@@ -43,7 +43,7 @@ def test_it_computes_what_torchvisions_resnet_computes() -> None:
 
 def test_blocks_are_numbered_over_the_whole_network_in_order_of_execution() -> None:
     model = ImageNetResNet(50, classes=3)
-    depth = sd.apply(model)
+    handle = sd.apply(model)
     order, shapes = [], []
 
     def note(block: torch.nn.Module, _: tuple, out: torch.Tensor) -> None:
@@ -54,7 +54,7 @@ def test_blocks_are_numbered_over_the_whole_network_in_order_of_execution() -> N
         block.register_forward_hook(note)
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)
-    assert order == [model.get_submodule(block.name) for block in depth.blocks]
+    assert order == [model.get_submodule(block.name) for block in handle.blocks]
     assert shapes == [
         *[(256, 16)] * 3,
         *[(512, 8)] * 4,
@@ -65,9 +65,9 @@ def test_blocks_are_numbered_over_the_whole_network_in_order_of_execution() -> N
 
 def test_the_projection_of_a_closed_block_still_learns() -> None:
     model = ImageNetResNet(50, classes=3, init="he")
-    depth = sd.apply(model, sd.Uniform(1e-9), skipped="freeze")
+    handle = sd.apply(model, sd.Uniform(1e-9), skipped="freeze")
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
-    assert not depth.gates.any()
+    assert not handle.gates.any()
     projecting = [block for block in model.blocks if block.shortcut is not None]
     assert [list(model.blocks).index(block) for block in projecting] == [0, 3, 7, 13]
     for block in model.blocks:

@@ -51,9 +51,9 @@ def test_with_survival_probability_1_nothing_changes(gate, scale) -> None:
 
 
 def test_linear_decay_to_a_half_is_the_default() -> None:
-    depth = sd.apply(small())
-    assert depth.survival == pytest.approx((1 - 0.5 / 3, 1 - 1 / 3, 0.5))
-    assert (depth.gate, depth.scale, depth.skipped, depth.seed) == (
+    handle = sd.apply(small())
+    assert handle.survival == pytest.approx((1 - 0.5 / 3, 1 - 1 / 3, 0.5))
+    assert (handle.gate, handle.scale, handle.skipped, handle.seed) == (
         "batch",
         "inference",
         "paper",
@@ -63,13 +63,13 @@ def test_linear_decay_to_a_half_is_the_default() -> None:
 
 def test_blocks_are_numbered_from_input_to_output() -> None:
     model = small()
-    depth = sd.apply(model)
+    handle = sd.apply(model)
     order: list[nn.Module] = []
     for unit in model.blocks:
         unit.register_forward_hook(lambda unit, *_: order.append(unit))
     model.eval()(images())
     assert order == list(model.blocks)
-    assert [model.get_submodule(block.name) for block in depth.blocks] == order
+    assert [model.get_submodule(block.name) for block in handle.blocks] == order
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -104,18 +104,18 @@ def test_a_model_can_be_applied_again_after_remove() -> None:
     model = small()
     sd.apply(model, sd.Uniform(0.3))
     sd.remove(model)
-    depth = sd.apply(model, sd.Uniform(0.8))
+    handle = sd.apply(model, sd.Uniform(0.8))
     model(images())
-    assert depth.survival == (0.8,) * 3
+    assert handle.survival == (0.8,) * 3
 
 
 def test_applying_twice_names_the_block_and_the_remedy() -> None:
     model = small()
-    depth = sd.apply(model)
+    handle = sd.apply(model)
     with pytest.raises(sd.ApplyError, match=r"block 'blocks\.0' .*already: sd\.remove\(model\)"):
         sd.apply(model)
     model(images())
-    assert depth.step == 1
+    assert handle.step == 1
 
 
 def test_applying_around_or_inside_an_applied_model_is_an_error() -> None:
@@ -180,22 +180,22 @@ def test_residual_units_can_be_left_as_they_are() -> None:
     model = small()
     blocks = len(sd.apply(model).survival)
     sd.remove(model)
-    depth = sd.apply(model, exclude=["blocks.1"])
-    assert len(depth.survival) == blocks - 1
+    handle = sd.apply(model, exclude=["blocks.1"])
+    assert len(handle.survival) == blocks - 1
     assert model.blocks[1].gates is None
     model(images()).sum().backward()
 
 
 def test_a_lower_bound_is_for_subsets_alone() -> None:
-    with pytest.raises(sd.ApplyError, match=r"least=2.*subset"):
-        sd.apply(CifarResNet(8), least=2)
-    with pytest.raises(sd.ApplyError, match=r"least=-1"):
-        sd.apply(CifarResNet(8), gate="subset", least=-1)
+    with pytest.raises(sd.ApplyError, match=r"min_samples=2.*subset"):
+        sd.apply(CifarResNet(8), min_samples=2)
+    with pytest.raises(sd.ApplyError, match=r"min_samples=-1"):
+        sd.apply(CifarResNet(8), gate="subset", min_samples=-1)
     model = CifarResNet(8)
-    depth = sd.apply(model, sd.Uniform(0.05), gate="subset", least=2)
+    handle = sd.apply(model, sd.Uniform(0.05), gate="subset", min_samples=2)
     for _ in range(5):
         model.train()(torch.randn(4, 3, 32, 32))
-        assert depth.gates.sum(1).min() >= 2
+        assert handle.gates.sum(1).min() >= 2
 
 
 def test_survival_by_name_and_stack_by_stack() -> None:
@@ -205,7 +205,7 @@ def test_survival_by_name_and_stack_by_stack() -> None:
     assert sd.apply(model, {names[3]: 0.25}).survival == (1, 1, 1, 0.25, 1, 1, 1, 1, 1)
     sd.remove(model)
     both = nn.ModuleDict({"encoder": CifarResNet(8), "decoder": CifarResNet(8)})
-    depth = sd.apply(both, sd.LinearDecay(0.4), stacks=["encoder", "decoder"])
-    assert depth.survival == pytest.approx((0.8, 0.6, 0.4) * 2)
+    handle = sd.apply(both, sd.LinearDecay(0.4), stacks=["encoder", "decoder"])
+    assert handle.survival == pytest.approx((0.8, 0.6, 0.4) * 2)
     with pytest.raises(sd.SurvivalError, match=r"no drop path"):
         sd.apply(model, "own")

@@ -104,14 +104,14 @@ class Graphs:
     """The training step of the last one."""
     symbolic: int = 0
     """How many were for changing sizes."""
-    depth: sd.StochasticDepth | None = None
+    handle: sd.Handle | None = None
 
     def __call__(self, graph, inputs):
         compiling = CompileContext.current_compile_id()
         assert compiling is not None
-        assert self.depth is not None
+        assert self.handle is not None
         self.of[compiling.frame_id] += 1
-        self.last = self.depth.step
+        self.last = self.handle.step
         self.symbolic += any(isinstance(given, torch.SymInt) for given in inputs)
         return graph.forward
 
@@ -131,21 +131,21 @@ def strict():
 def compiled(model, example=None, backend=None, **options):
     """`model` with stochastic depth, each block compiled; the graphs, the handle."""
     graphs = Graphs()
-    depth = graphs.depth = sd.apply(
+    handle = graphs.handle = sd.apply(
         model, options.pop("survival", sd.Uniform(0.5)), example=example, **options
     )
-    assert sd.compile(model, backend=backend or graphs) is model
-    return graphs, depth
+    assert sd.compile_blocks(model, backend=backend or graphs) is model
+    return graphs, handle
 
 
-def train(model, depth, x, steps):
+def train(model, handle, x, steps):
     """Training steps; the number of those after which each block was open and closed."""
-    seen = torch.zeros(2, len(depth.blocks), dtype=torch.bool)
+    seen = torch.zeros(2, len(handle.blocks), dtype=torch.bool)
     settled = steps
     for step in range(steps):
         out = model(x)
         getattr(out, "logits", out).sum().backward()
-        seen |= torch.stack([depth.gates, ~depth.gates])
+        seen |= torch.stack([handle.gates, ~handle.gates])
         if seen.all() and settled == steps:
             settled = step + 1
     assert settled < steps, "too few steps to see every gate open and closed"
@@ -155,8 +155,8 @@ def train(model, depth, x, steps):
 @pytest.mark.parametrize("block", [Block, Inherited, Called, Wrapped, unit])
 def test_each_block_has_two_graphs_and_none_later(block):
     model, x = stack(block, DIFFERENT), inputs(DIFFERENT)
-    graphs, depth = compiled(model, None if block is unit else x)
-    settled = train(model, depth, x, PATTERNS)
+    graphs, handle = compiled(model, None if block is unit else x)
+    settled = train(model, handle, x, PATTERNS)
     assert set(graphs.of.values()) == {2}
     assert graphs.count() == 2 * len(DIFFERENT)
     assert graphs.last <= settled
@@ -165,15 +165,15 @@ def test_each_block_has_two_graphs_and_none_later(block):
 @pytest.mark.parametrize("block", [Block, unit])
 def test_equal_blocks_share_their_graphs(block):
     model, x = stack(block, EQUAL), inputs(EQUAL)
-    graphs, depth = compiled(model, None if block is unit else x)
-    train(model, depth, x, 40)
+    graphs, handle = compiled(model, None if block is unit else x)
+    train(model, handle, x, 40)
     assert graphs.count() == 2
 
 
 def test_different_blocks_are_not_taken_for_one_of_changing_size():
     model, x = stack(Block, DIFFERENT), inputs(DIFFERENT)
-    graphs, depth = compiled(model, x)
-    train(model, depth, x, 40)
+    graphs, handle = compiled(model, x)
+    train(model, handle, x, 40)
     assert graphs.symbolic == 0
 
 
@@ -181,17 +181,17 @@ def test_different_blocks_are_not_taken_for_one_of_changing_size():
 def test_probabilities_that_change_every_step_are_not_compiled_in(gate):
     model, x = stack(Block, EQUAL), inputs(EQUAL)
     ramp = sd.Ramp(sd.LinearDecay(0.5), 100)
-    graphs, depth = compiled(model, x, survival=ramp, scale="training", gate=gate)
+    graphs, handle = compiled(model, x, survival=ramp, scale="training", gate=gate)
     for _ in range(PATTERNS):
         model(x).sum().backward()
-    assert depth.survival[-1] == 0.5
+    assert handle.survival[-1] == 0.5
     assert graphs.count() == {"batch": 2, "sample": 1}[gate]
 
 
 def test_evaluation_has_one_graph_more_for_all_probabilities():
     model, x = stack(Block, EQUAL), inputs(EQUAL)
-    graphs, depth = compiled(model, x, survival=sd.LinearDecay(0.5))
-    train(model, depth, x, 60)
+    graphs, handle = compiled(model, x, survival=sd.LinearDecay(0.5))
+    train(model, handle, x, 60)
     model.eval()
     model(x)
     assert graphs.count() == 3
@@ -204,17 +204,17 @@ def test_several_additions_have_two_graphs_for_each():
             return x + torch.tanh(self.linear(self.norm(x)))
 
     model, x = stack(Two, [3, 4, 5]), inputs([3])
-    graphs, depth = compiled(model, x, granularity="unit")
-    train(model, depth, x, 60)
-    assert len(depth.blocks) == 6
+    graphs, handle = compiled(model, x, granularity="unit")
+    train(model, handle, x, 60)
+    assert len(handle.blocks) == 6
     assert graphs.count() == 12
 
 
 def test_a_class_that_wraps_forward_in_its_children_still_knows_the_outermost():
     model, x = stack(Wrapped, EQUAL), inputs(EQUAL)
-    depth = sd.apply(model, sd.Uniform(1.0), example=x)
+    handle = sd.apply(model, sd.Uniform(1.0), example=x)
     calls = []
-    for block in depth.blocks:
+    for block in handle.blocks:
         module = model.get_submodule(block.name)
         module.checkpointing = True
         module.norm.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -261,8 +261,8 @@ def published(name):
 )
 def test_published_models(name, expected):
     model, x = published(name)
-    graphs, depth = compiled(model, x)
-    settled = train(model.train(), depth, x, 15)
+    graphs, handle = compiled(model, x)
+    settled = train(model.train(), handle, x, 15)
     assert max(graphs.of.values()) == 2
     assert graphs.count() == expected
     assert graphs.last <= settled
@@ -271,11 +271,11 @@ def test_published_models(name, expected):
 @pytest.mark.parametrize("name", ["cifar-resnet20", "vit"])
 def test_no_gates_compile_again_in_training_or_evaluation(name):
     model, x = published(name)
-    graphs, depth = compiled(model, x)
+    graphs, handle = compiled(model, x)
     seen = set()
     for step in range(PATTERNS):
         out = model.train()(x)
-        seen.add(tuple(depth.gates.tolist()))
+        seen.add(tuple(handle.gates.tolist()))
         if step < 20:
             getattr(out, "logits", out).sum().backward()
         with torch.no_grad():
@@ -327,8 +327,8 @@ def test_a_block_that_holds_what_is_cut_has_graphs_of_its_own():
     )
     ids = torch.arange(8).view(2, 4)
     model = transformers.T5ForConditionalGeneration(config)
-    graphs, depth = compiled(model, {"input_ids": ids, "decoder_input_ids": ids})
-    assert len(depth.blocks) == 4
+    graphs, handle = compiled(model, {"input_ids": ids, "decoder_input_ids": ids})
+    assert len(handle.blocks) == 4
     for _ in range(12):
         model.train()(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
     assert max(graphs.of.values()) == 2
@@ -340,8 +340,8 @@ def test_a_look_at_a_compiled_model_runs_it_uncompiled():
     model, x = stack(Block, EQUAL), inputs(EQUAL)
     sd.apply(model, example=x)
     before = sd.summary(model, x)
-    graphs = Graphs(depth=sd.depth_of(model))
-    sd.compile(model, backend=graphs)
+    graphs = Graphs(handle=sd.handle_of(model))
+    sd.compile_blocks(model, backend=graphs)
     assert sd.summary(model, x) == before
     assert sd.verify(model, x).blocks == len(EQUAL)
     assert graphs.count() == 0
@@ -360,8 +360,8 @@ def test_copies_and_what_remove_leaves_are_not_compiled():
     assert all(type(block) is Block for block in model)
     assert all(m._compiled_call_impl is None for m in (*model.modules(), *copied.modules()))
     assert graphs.count() == 0
-    again = Graphs(depth=sd.depth_of(copied))
-    sd.compile(copied, backend=again)(x)
+    again = Graphs(handle=sd.handle_of(copied))
+    sd.compile_blocks(copied, backend=again)(x)
     assert again.count() > 0
 
 
@@ -373,14 +373,14 @@ def test_what_cannot_be_compiled_is_an_error():
 
     model, x = stack(Breaking, EQUAL), inputs(EQUAL)
     with pytest.raises(sd.ApplyError, match="Sequential has no stochastic depth: give the model"):
-        sd.compile(model)
+        sd.compile_blocks(model)
     compiled(model, x)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         model(x)
     alone = Block(4)
     sd.apply(alone, example=x)
     with pytest.raises(sd.ApplyError, match=r"Block is itself a block.*nn\.Sequential"):
-        sd.compile(alone)
+        sd.compile_blocks(alone)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -392,9 +392,9 @@ def test_compiled_training_is_that_of_the_interpreter(backend):
         torch.manual_seed(0)
         model, x = stack(Block, [4, 4, 4]), inputs([4])
         if compiling:
-            _, depth = compiled(model, x, backend=backend, scale="training")
+            _, handle = compiled(model, x, backend=backend, scale="training")
         else:
-            depth = sd.apply(model, sd.Uniform(0.5), example=x, scale="training")
-        train(model, depth, x, 12)
+            handle = sd.apply(model, sd.Uniform(0.5), example=x, scale="training")
+        train(model, handle, x, 12)
         outcomes.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*outcomes)

@@ -318,21 +318,21 @@ def network(kind: type[nn.Module], blocks: int = 3) -> nn.Sequential:
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def close(depth: sd.StochasticDepth, pattern) -> None:
+def close(handle: sd.Handle, pattern) -> None:
     """Open and close the blocks by hand, in training mode."""
-    for block, is_open in zip(depth.blocks, pattern, strict=True):
+    for block, is_open in zip(handle.blocks, pattern, strict=True):
         block.open_in_training(Gate(is_open))
 
 
 @pytest.mark.parametrize("kind", ONE_ADDITION)
 def test_every_pattern_of_gates_gives_outputs_and_gradients_of_the_surviving_network(kind):
     original, model = network(kind), network(kind)
-    depth = sd.apply(model, sd.LinearDecay(0.5), example=X)
-    assert len(depth.survival) == 3
+    handle = sd.apply(model, sd.LinearDecay(0.5), example=X)
+    assert len(handle.survival) == 3
     stem, *blocks = original
     sliced = list(model)[1:]
     for pattern in itertools.product((False, True), repeat=3):
-        close(depth, pattern)
+        close(handle, pattern)
         h, expected = model[0](X), stem(X)
         for mine, block, is_open in zip(sliced, blocks, pattern, strict=True):
             h = mine(h)
@@ -351,12 +351,12 @@ def test_every_pattern_of_gates_gives_outputs_and_gradients_of_the_surviving_net
 @pytest.mark.parametrize("kind", ONE_ADDITION)
 def test_a_closed_block_calls_nothing_of_its_branch(kind):
     model = network(kind)
-    depth = sd.apply(model, sd.LinearDecay(0.5), example=X)
+    handle = sd.apply(model, sd.LinearDecay(0.5), example=X)
     called = []
     for block in list(model)[1:]:
         for part in (block.norm, block.one, block.two):
             part.register_forward_hook(lambda *_: called.append(1))
-    close(depth, [False] * 3)
+    close(handle, [False] * 3)
     h = X
     for block in model:
         h = block(h)
@@ -382,11 +382,11 @@ def test_evaluation_multiplies_the_branch_by_p(kind, scale):
 
 def test_gates_for_single_samples_mask_each_sample():
     original, model = network(Left), network(Left)
-    depth = sd.apply(model, sd.Uniform(0.5), example=X, gate="sample")
+    handle = sd.apply(model, sd.Uniform(0.5), example=X, gate="sample")
     out = model.train()(X)
     for sample in range(len(X)):
         h = original[0](X[sample])
-        for block, is_open in zip(list(original)[1:], depth.gates[:, sample], strict=True):
+        for block, is_open in zip(list(original)[1:], handle.gates[:, sample], strict=True):
             h = block(h) if is_open else h
         torch.testing.assert_close(out[sample], h, rtol=1e-10, atol=1e-12)
 
@@ -395,12 +395,12 @@ def test_gates_for_single_samples_mask_each_sample():
 @pytest.mark.parametrize("kind", ONE_ADDITION)
 def test_the_subset_gate_runs_branches_on_the_drawn_samples_only(kind, scale):
     original, model = network(kind), network(kind)
-    depth = sd.apply(model, sd.Uniform(0.5), example=X, gate="subset", scale=scale)
+    handle = sd.apply(model, sd.Uniform(0.5), example=X, gate="subset", scale=scale)
     seen = []
     for block in list(model)[1:]:
         block.one.register_forward_hook(lambda m, args, out: seen.append(len(out)))
     out = model.train()(X)
-    drawn = depth.gates
+    drawn = handle.gates
     assert 0 < drawn.sum() < drawn.numel()
     assert set(seen) == {n for n in drawn.sum(1).tolist() if n}
     h, factor = original[0](X), 1.0 if scale == "inference" else 2.0
@@ -442,10 +442,10 @@ class Parallel(PreNorm):
 def test_two_additions_share_a_coin_or_have_one_each(kind):
     assert len(sd.apply(network(kind), example=X).survival) == 3
     original, model = network(kind), network(kind)
-    depth = sd.apply(model, example=X, granularity="unit")
-    assert len(depth.survival) == 6
+    handle = sd.apply(model, example=X, granularity="unit")
+    assert len(handle.survival) == 6
     for pattern in itertools.product((False, True), repeat=6):
-        close(depth, pattern)
+        close(handle, pattern)
         h = original[0](X)
         for n, block in enumerate(list(original)[1:]):
             first, second = pattern[2 * n : 2 * n + 2]
@@ -493,11 +493,11 @@ def test_remove_gives_the_original_back_with_its_new_weights():
 def test_skipped_parameters_get_zero_gradients_or_none():
     for skipped in ("paper", "freeze"):
         model = network(Scaled)
-        depth = sd.apply(model, sd.Uniform(0.3), example=X, skipped=skipped)
+        handle = sd.apply(model, sd.Uniform(0.3), example=X, skipped=skipped)
         for step in range(6):
             model.zero_grad()
             model(X).sum().backward()
-            for block, is_open in zip(list(model)[1:], depth.gates.tolist(), strict=True):
+            for block, is_open in zip(list(model)[1:], handle.gates.tolist(), strict=True):
                 for p in (block.gamma, block.one.weight, block.norm.bias, block.two.bias):
                     if is_open:
                         assert p.grad.abs().sum() > 0
@@ -511,8 +511,8 @@ def test_skipped_parameters_get_zero_gradients_or_none():
 def test_what_a_projection_shares_with_the_branch_still_runs():
     block = PreActivation("project").double()
     model = nn.Sequential(nn.Linear(4, WIDTH), block).double()
-    depth = sd.apply(model, example=X)
-    close(depth, [False])
+    handle = sd.apply(model, example=X)
+    close(handle, [False])
     torch.testing.assert_close(model[1](model[0](X)), block.project(block.norm(model[0](X))))
 
 
@@ -628,8 +628,8 @@ def test_a_block_that_cannot_be_cut_is_named_and_the_model_left_as_it_was(kind, 
     assert [type(m) for m in model.modules()] == types
     assert torch.equal(model(X), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    depth = sd.apply(model, example=X, exclude=["2"])
-    assert len(depth.survival) == 1
+    handle = sd.apply(model, example=X, exclude=["2"])
+    assert len(handle.survival) == 1
 
 
 class Recomputing(nn.Module):
@@ -698,8 +698,8 @@ def test_residual_units_and_foreign_blocks_are_numbered_as_they_run():
     torch.manual_seed(0)
     unit = sd.Residual(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     model = nn.Sequential(nn.Linear(4, WIDTH), Left(), unit, Left()).double()
-    depth = sd.apply(model, sd.Uniform(0.5), example=X)
-    assert [block.name for block in depth.blocks] == ["1", "2", "3"]
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    assert [block.name for block in handle.blocks] == ["1", "2", "3"]
     model(X).sum().backward()
 
 
@@ -707,9 +707,9 @@ def test_a_predicate_or_classes_choose_the_blocks():
     model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Right(), Left()).double()
 
     def names(**choice):
-        depth = sd.apply(model, example=X, **choice)
+        handle = sd.apply(model, example=X, **choice)
         sd.remove(model)
-        return [block.name for block in depth.blocks]
+        return [block.name for block in handle.blocks]
 
     assert names(include=Left) == ["1", "3"]
     assert names(include=["2", "3"]) == ["2", "3"]
@@ -732,9 +732,9 @@ class Layer(nn.Module):
 
 def test_the_units_of_a_repeated_block_share_a_coin():
     model = network(Layer)
-    depth = sd.apply(model, example=X)
-    assert [block.name for block in depth.blocks] == ["1", "2", "3"]
-    close(depth, [False] * 3)
+    handle = sd.apply(model, example=X)
+    assert [block.name for block in handle.blocks] == ["1", "2", "3"]
+    close(handle, [False] * 3)
     assert torch.equal(nn.Sequential(*list(model)[1:])(model[0](X)), model[0](X))
     sd.remove(model)
     names = [block.name for block in sd.apply(model, example=X, granularity="unit").blocks]
@@ -746,12 +746,12 @@ def test_two_calls_of_one_shared_module_have_one_coin():
     shared = Left()
     original = nn.Sequential(nn.Linear(4, WIDTH), shared, nn.Tanh(), shared).double()
     model = copy.deepcopy(original)
-    depth = sd.apply(model, example=X)
-    assert len(depth.survival) == 1
+    handle = sd.apply(model, example=X)
+    assert len(handle.survival) == 1
     model.train()
     for _ in range(6):
         out = model(X)
-        expected = original(X) if depth.gates.all() else torch.tanh(original[0](X))
+        expected = original(X) if handle.gates.all() else torch.tanh(original[0](X))
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 

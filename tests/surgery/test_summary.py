@@ -13,10 +13,10 @@ from stochastic_depth.models import CifarResNet
 IMAGES = torch.zeros(2, 3, 16, 16)
 
 
-def flops(model, depth, pattern):
+def flops(model, handle, pattern):
     """Of one training step under a pattern of gates."""
     parts = list(model.children())
-    for block, is_open in zip(depth.blocks, pattern, strict=True):
+    for block, is_open in zip(handle.blocks, pattern, strict=True):
         block.open_in_training(Gate(is_open))
     with FlopCounterMode(display=False) as counter:
         h = IMAGES
@@ -39,13 +39,13 @@ def test_a_convolution_counts_two_per_multiply_add():
 
 def test_the_expected_saving_is_the_mean_over_all_patterns_of_gates():
     model = CifarResNet(8)
-    depth = sd.apply(model, sd.LinearDecay(0.3))
-    full, mean = flops(model, depth, (True,) * 3), 0.0
+    handle = sd.apply(model, sd.LinearDecay(0.3))
+    full, mean = flops(model, handle, (True,) * 3), 0.0
     for pattern in itertools.product((False, True), repeat=3):
         weight = 1.0
-        for p, is_open in zip(depth.survival, pattern, strict=True):
+        for p, is_open in zip(handle.survival, pattern, strict=True):
             weight *= p if is_open else 1 - p
-        mean += weight * flops(model, depth, pattern)
+        mean += weight * flops(model, handle, pattern)
     summary = sd.summary(model, IMAGES)
     assert summary.forward + summary.backward == full
     assert summary.expected_saving == pytest.approx(1 - mean / full, abs=1e-12)
@@ -71,14 +71,14 @@ def test_blocks_of_other_models_are_counted_too():
 
 def test_a_summary_changes_nothing():
     model = CifarResNet(8)
-    depth = sd.apply(model)
+    handle = sd.apply(model)
     model(IMAGES).sum().backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model.eval()(IMAGES)
     model.train()
     sd.summary(model, IMAGES)
-    assert depth.step == 1
+    assert handle.step == 1
     assert all(map(torch.equal, gradients, [p.grad for p in model.parameters()]))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(model.eval()(IMAGES), expected)

@@ -45,8 +45,8 @@ def test_every_block_is_found_and_verified(name):
     model = build(name)
     keys = list(model.state_dict())
     expected = model.eval()(images(name))
-    depth = sd.apply(model, sd.Uniform(1.0), example=images(name))
-    assert len(depth.survival) == BLOCKS[name]
+    handle = sd.apply(model, sd.Uniform(1.0), example=images(name))
+    assert len(handle.survival) == BLOCKS[name]
     assert list(model.state_dict()) == keys
     assert torch.equal(model.eval()(images(name)), expected)
 
@@ -54,11 +54,11 @@ def test_every_block_is_found_and_verified(name):
 @pytest.mark.parametrize("name", ["resnet18", "swin_t", "convnext_tiny"])
 def test_a_training_step_skips_what_is_closed(name):
     model = build(name)
-    depth = sd.apply(model, sd.Uniform(0.5), example=images(name), skipped="freeze", seed=1)
+    handle = sd.apply(model, sd.Uniform(0.5), example=images(name), skipped="freeze", seed=1)
     model.train()(images(name)).sum().backward()
-    gates = depth.gates.tolist()
+    gates = handle.gates.tolist()
     assert 0 < sum(gates) < len(gates)
-    for block, is_open in zip(depth.blocks, gates, strict=True):
+    for block, is_open in zip(handle.blocks, gates, strict=True):
         touched = {model.get_parameter(p).grad is not None for p in block.parameters}
         assert touched == {is_open}, block.name
 

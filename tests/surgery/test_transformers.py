@@ -42,8 +42,8 @@ def build(name):
 def test_every_block_is_found_and_verified(name):
     model, example = build(name), EXAMPLES[name]
     keys, expected = list(model.state_dict()), model.eval()(**example)[0]
-    depth = sd.apply(model, sd.Uniform(1.0), example=example)
-    assert len(depth.blocks) == {"t5": 6, "albert": 1}.get(name, 4)
+    handle = sd.apply(model, sd.Uniform(1.0), example=example)
+    assert len(handle.blocks) == {"t5": 6, "albert": 1}.get(name, 4)
     assert list(model.state_dict()) == keys
     assert torch.equal(model(**example)[0], expected)
     sd.remove(model)
@@ -54,12 +54,12 @@ def test_every_block_is_found_and_verified(name):
 @pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
 def test_training_steps_skip(name, gate):
     model = build(name)
-    depth = sd.apply(model, sd.Uniform(0.5), example=EXAMPLES[name], gate=gate, skipped="freeze")
+    handle = sd.apply(model, sd.Uniform(0.5), example=EXAMPLES[name], gate=gate, skipped="freeze")
     parameters = dict(model.named_parameters())
     for _ in range(4):
         model.zero_grad()
         model.train()(**EXAMPLES[name])[0].sum().backward()
-        for block, gates in zip(depth.blocks, depth.gates, strict=True):
+        for block, gates in zip(handle.blocks, handle.gates, strict=True):
             if gate == "batch" and not gates:
                 assert all(parameters[p].grad is None for p in block.parameters if "bias" not in p)
 
@@ -98,8 +98,8 @@ def test_a_cache_in_training_is_refused_with_the_remedy():
 
 def test_a_cache_of_a_subnetwork_is_refused_with_the_remedy():
     model = build("gpt2")
-    depth = sd.apply(model, example=TEXT)
-    with depth.subnetwork([True, False, True, True]):
+    handle = sd.apply(model, example=TEXT)
+    with handle.subnetwork([True, False, True, True]):
         with pytest.raises(sd.GateError, match="use_cache=False"):
             model.eval()(IDS)
         model(**TEXT)

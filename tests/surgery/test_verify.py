@@ -14,16 +14,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
 def test_a_sound_model_is_verified_and_left_as_it_was(gate):
     model = network(InPlace)
-    depth = sd.apply(model, sd.LinearDecay(0.5), example=X, gate=gate)
+    handle = sd.apply(model, sd.LinearDecay(0.5), example=X, gate=gate)
     model.train()(X).sum().backward()
-    state, survival = depth.state_dict(), depth.survival
+    state, survival = handle.state_dict(), handle.survival
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     result = sd.verify(model, X, repeats=2)
     assert (result.blocks, result.difference) == (3, 0)
     assert result.sets == 3 + 3
     assert result.flops[0] == 1 > result.flops[1] > result.flops[2]
-    assert depth.state_dict() == state
-    assert depth.survival == survival
+    assert handle.state_dict() == state
+    assert handle.survival == survival
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         assert (p.grad is None) == (gradient is None)
         assert gradient is None or torch.equal(p.grad, gradient)
@@ -55,14 +55,14 @@ def test_residual_units_are_held_against_themselves_without_gates():
 
 def test_what_does_not_hold_is_named():
     model = network(Left)
-    depth = sd.apply(model, example=X)
+    handle = sd.apply(model, example=X)
     type(model[2]).forward, right = Left.forward, type(model[2]).forward
     try:
         with pytest.raises(sd.UnsupportedBlockError, match="'1' closed"):
             sd.verify(model, X)
     finally:
         type(model[2]).forward = right
-    assert sd.verify(model, X, repeats=2).blocks == len(depth.blocks)
+    assert sd.verify(model, X, repeats=2).blocks == len(handle.blocks)
 
 
 def test_a_model_without_stochastic_depth_is_an_error():

@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_run_is_told_and_the_one_before_it_used(
     list(fit(run, images, silent))
     assert "step-000000020.ckpt belongs to another run" in silent.said[0]
     assert "going on" not in silent.said[0]
-    assert_same_end(run, finish(tmp_path / "undisturbed", small, silent)[0])
+    assert_same_end(run, finish(tmp_path / "preserve_state", small, silent)[0])
 
 
 def test_a_checkpoint_under_another_name_is_told_and_not_used(small, path, silent, tmp_path):
@@ -169,7 +169,7 @@ def test_a_checkpoint_under_another_name_is_told_and_not_used(small, path, silen
     shutil.copy(run.checkpoints.path(4), run.checkpoints.path(12))
     list(fit(run, images, silent))
     assert "step-000000012.ckpt is of step 4: it was renamed" in silent.said[0]
-    assert_same_end(run, finish(tmp_path / "undisturbed", small, silent)[0])
+    assert_same_end(run, finish(tmp_path / "preserve_state", small, silent)[0])
 
 
 def test_files_that_are_no_checkpoints_are_left_alone(tmp_path):

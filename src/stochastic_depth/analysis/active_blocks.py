@@ -100,10 +100,10 @@ def survival_of_run(run: Run, record: Record) -> tuple[tuple[float, ...], int]:
     """(p_1, ..., p_L) at the end of the ramp, and the steps the ramp takes."""
     model = build_model(run.config.model, run.shape[0], len(run.classes), run.config.seed)
     survival = run.config.survival
-    depth = build_depth(model, replace(survival, ramp_epochs=0.0), 0, 1)
-    if depth is None:
+    handle = build_depth(model, replace(survival, ramp_epochs=0.0), 0, 1)
+    if handle is None:
         return (1.0,) * sum(isinstance(m, Residual) for m in model.modules()), 0
-    return depth.survival, round(survival.ramp_epochs * record.step / record.epoch)
+    return handle.survival, round(survival.ramp_epochs * record.step / record.epoch)
 
 
 def _mixture(final: tuple[float, ...], ramp_steps: int, steps: Sequence[int]) -> Tensor:

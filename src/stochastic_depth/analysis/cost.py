@@ -31,9 +31,9 @@ def expected_cost(
         ApplyError: when the rule is constant depth, which drops nothing.
     """
     network = build_model(model, shape[0], classes, 0)
-    depth = build_depth(network, replace(survival, ramp_epochs=0.0), 0, 1)
-    if depth is None:
+    handle = build_depth(network, replace(survival, ramp_epochs=0.0), 0, 1)
+    if handle is None:
         raise ApplyError("constant depth drops no block, so that it saves nothing")
     masks = survival.gate == "sample"  # computes every branch
     saving = 0.0 if masks else summary(network, torch.zeros(2, *shape)).expected_saving
-    return ExpectedCost(depth.survival, saving)
+    return ExpectedCost(handle.survival, saving)

@@ -80,9 +80,9 @@ def ensemble(network: Trained, subnetworks: int, seed: int, progress: Progress) 
     Raises:
         ConfigError: when the run has constant depth, so that there is one subnetwork only.
     """
-    depth, execution = network.depth, network.run.execution
+    handle, execution = network.handle, network.run.execution
     refuse_constant(network.run)
-    members = [drawn(seed, member, depth.survival) for member in range(subnetworks)]
+    members = [drawn(seed, member, handle.survival) for member in range(subnetworks)]
     scaled, unscaled = Score(), Score()
     groups = {
         size: [Score() for _ in range(subnetworks // size)] for size in sizes_up_to(subnetworks)
@@ -99,11 +99,11 @@ def ensemble(network: Trained, subnetworks: int, seed: int, progress: Progress) 
 
     for images, labels in network.images.evaluate("test"):
         scaled.add(predict(images), labels)
-        with depth.subnetwork([True] * len(depth.blocks)):
+        with handle.subnetwork([True] * len(handle.blocks)):
             unscaled.add(predict(images), labels)
         together: dict[int, Tensor] = {}
         for number, gates in enumerate(members, start=1):
-            with depth.subnetwork(gates):
+            with handle.subnetwork(gates):
                 alone = predict(images)
             for size, scores in groups.items():
                 before = together.pop(size, None)

@@ -8,7 +8,7 @@ from torch import nn
 
 from stochastic_depth.analysis.trained import Progress, Trained
 from stochastic_depth.data.protocol import Batch
-from stochastic_depth.deploy import drop_order
+from stochastic_depth.export import drop_order
 from stochastic_depth.train.step import evaluate
 
 
@@ -17,7 +17,7 @@ def chosen_order(network: Trained, choose_on: int, progress: Progress) -> list[i
 
     L (L + 1) / 2 evaluations of `choose_on` images.
     """
-    validation, blocks = network.images.sizes["validation"], len(network.depth.blocks)
+    validation, blocks = network.images.sizes["validation"], len(network.handle.blocks)
     few = list(spread(network.images.evaluate("validation"), validation, choose_on))
     done = itertools.count(1)
 

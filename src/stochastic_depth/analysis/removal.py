@@ -29,10 +29,10 @@ class Thinned:
 @contextmanager
 def as_thinned(network: Trained, thinned: Thinned) -> Iterator[None]:
     """While entered, the network without these blocks; the others keep their p_l."""
-    gates = [block not in thinned.removed for block in range(len(network.depth.blocks))]
+    gates = [block not in thinned.removed for block in range(len(network.handle.blocks))]
     statistics = thinned.statistics
     normalised = with_statistics(network.model, statistics) if statistics else nullcontext()
-    with network.depth.subnetwork(gates, scaled=True), normalised:
+    with network.handle.subnetwork(gates, scaled=True), normalised:
         yield
 
 
@@ -81,6 +81,6 @@ def seconds_per_image(
 
 def parameters_without(network: Trained, removed: Removed) -> int:
     """Of the network that is left: branches of removed blocks are gone."""
-    names = [name for block in removed for name in network.depth.blocks[block].parameters]
+    names = [name for block in removed for name in network.handle.blocks[block].parameters]
     gone = sum(network.model.get_parameter(name).numel() for name in names)
     return sum(p.numel() for p in network.model.parameters()) - gone

@@ -86,7 +86,7 @@ def measured_curves(
     """
     what = {
         "checkpoint_step": network.step,
-        "blocks": len(network.depth.blocks),
+        "blocks": len(network.handle.blocks),
         "images": network.images.sizes["test"],
         "settings": asdict(settings),
         "machine": machine(network.run.execution),
@@ -108,7 +108,7 @@ def measured_curves(
 
 def curves(network: Trained, settings: Settings, progress: Progress) -> list[Curve]:
     """Both orders of removal, each as trained and with BatchNorm recalibrated."""
-    blocks, images = len(network.depth.blocks), network.images
+    blocks, images = len(network.handle.blocks), network.images
     orders: dict[Order, list[int]] = {
         "last": list(range(blocks))[::-1],
         "least needed": chosen_order(network, settings.choose_on, progress),

@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol, TypeVar
 from torch import nn
 
 from stochastic_depth.data import Batches
-from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.errors import RunError
-from stochastic_depth.surgery import apply, depth_of
+from stochastic_depth.handle import Handle
+from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train import Run, reopen, trained_model
 from stochastic_depth.train.files import write_whole
@@ -33,7 +33,7 @@ class Trained:
     run: Run
     images: Batches
     model: nn.Module
-    depth: StochasticDepth
+    handle: Handle
     """Of a run of constant depth: with p_l = 1 for every block."""
     step: int
 
@@ -51,7 +51,7 @@ def trained(
     model, step = trained_model(run, images, which)
     if run.config.survival.rule == "constant":
         apply(model, Uniform(1.0))
-    return Trained(run, images, model, depth_of(model), step)
+    return Trained(run, images, model, handle_of(model), step)
 
 
 def found_path(run: Run, name: str) -> Path:

@@ -21,7 +21,7 @@ from stochastic_depth.distributed import shard_branches, skip_closed
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.randomness import generator
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery import apply, depth_of
+from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.survival import LinearDecay, Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.build import build_optimizer
@@ -137,7 +137,7 @@ class _Step:
     ) -> None:
         model = CifarResNet(depth)
         apply(model, survival)
-        self._depth = depth_of(model)
+        self._depth = handle_of(model)
         self._whole = sum(p.numel() for p in model.parameters())
         sizes = {name: p.numel() for name, p in model.named_parameters()}
         self._sizes = [sum(sizes[n] for n in block.parameters) for block in self._depth.blocks]

@@ -10,7 +10,7 @@ from torch import nn
 from stochastic_depth.bench.engines import active_share
 from stochastic_depth.bench.memory import saved_for_backward
 from stochastic_depth.bench.workload import Step, Workload
-from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import summary
 from stochastic_depth.survival import LinearDecay, Survival, Uniform
@@ -71,14 +71,14 @@ class Skip:
     """The alternatives, each a network of its own."""
 
     def __init__(self, depth: int, workload: Workload) -> None:
-        self._depths: dict[str, StochasticDepth] = {}
+        self._depths: dict[str, Handle] = {}
         self._costs: list[float] = []
         self.steps: dict[str, Step] = {}
         for name, survival in alternatives((depth - 2) // 2).items():
             model = CifarResNet(depth, channels=workload.channels)
             step = self.steps[name] = workload.engine_step(model, survival)
-            assert step.depth is not None
-            self._depths[name] = step.depth
+            assert step.handle is not None
+            self._depths[name] = step.handle
             self._costs = self._costs or _costs(model, workload)
 
     def rounds(self, repeats: int) -> Iterator[Round]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
@@ -66,19 +66,19 @@ class EngineStep:
     def __init__(
         self,
         model: CifarResNet,
-        depth: StochasticDepth | None,
+        handle: Handle | None,
         images: Tensor,
         labels: Tensor,
         execution: Execution,
     ) -> None:
-        self.model, self.depth = model, depth
+        self.model, self.handle = model, handle
         model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         images = images.contiguous(memory_format=torch.channels_last).to(execution.device)
         self._batch = images, labels.to(execution.device)
         self._execution = execution
         self.engine = build_engine(
             model,
-            depth,
+            handle,
             build_optimizer(OptimizerConfig(), model),
             first_convolution(model),
             execution,

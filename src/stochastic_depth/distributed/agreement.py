@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.errors import GateError
+from stochastic_depth.handle import Handle
 from stochastic_depth.randomness import digest
 
 _BETWEEN_LOOKS = {"cpu": 1}
@@ -19,10 +19,8 @@ class Agreement:
     Every rank must ask for a look at the same places of its program.
     """
 
-    def __init__(
-        self, depths: Sequence[StochasticDepth], group: dist.ProcessGroup | None = None
-    ) -> None:
-        self._depths, self._group = depths, group
+    def __init__(self, handles: Sequence[Handle], group: dist.ProcessGroup | None = None) -> None:
+        self._handles, self._group = handles, group
         self._asked = 0
 
     def look(self, device: torch.device) -> None:
@@ -32,19 +30,17 @@ class Agreement:
             GateError: as `require_agreement`.
         """
         if self._asked % _BETWEEN_LOOKS.get(device.type, 100) == 0:
-            require_agreement(self._depths, self._group)
+            require_agreement(self._handles, self._group)
         self._asked += 1
 
 
-def require_agreement(
-    depths: Sequence[StochasticDepth], group: dist.ProcessGroup | None = None
-) -> None:
+def require_agreement(handles: Sequence[Handle], group: dist.ProcessGroup | None = None) -> None:
     """A collective: refuse gates that depend on the rank.
 
     Raises:
         GateError: on every rank, naming what differs.
     """
-    mine = [depth.state_dict() for depth in depths if depth.rank is None]
+    mine = [handle.state_dict() for handle in handles if handle.rank is None]
     signature = int.from_bytes(digest(7, repr(mine)), "little")
     extremes = torch.tensor([signature, -signature], device=_device(group))
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)

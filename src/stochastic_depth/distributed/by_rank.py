@@ -5,13 +5,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from stochastic_depth.errors import GateError
-from stochastic_depth.surgery.apply import depth_of
+from stochastic_depth.surgery.apply import handle_of
 
 
 def gates_by_rank(model: nn.Module, rank: int | None = None) -> None:
     """Draw gates of its own for each rank: more of them in a step, at the price of the saving.
 
-    They are a function of (seed, rank, step), and `depth.state_dict()` is the same on every rank.
+    They are a function of (seed, rank, step), and `handle.state_dict()` is the same on every rank.
     A step takes as long as that of the rank with the most open blocks, and a gradient is sent when
     its block is open on any rank: with 8 ranks at p = 0.5 all but always.
 
@@ -23,10 +23,10 @@ def gates_by_rank(model: nn.Module, rank: int | None = None) -> None:
         GateError: when `model` is sharded: a rank on which a block is closed would not take part in
             gathering its parameters, and the others wait for it.
     """
-    depth = depth_of(model)
+    handle = handle_of(model)
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise GateError(
             "a sharded model needs the same gates on every rank, because all of them gather the "
             "parameters of an open block: use DistributedDataParallel for gates by rank"
         )
-    depth.rank = dist.get_rank() if rank is None else rank
+    handle.rank = dist.get_rank() if rank is None else rank

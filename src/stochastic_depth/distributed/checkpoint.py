@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from stochastic_depth.errors import CheckpointError
-from stochastic_depth.surgery.apply import depth_of
+from stochastic_depth.surgery.apply import handle_of
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -61,7 +61,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     weights, of_optimizer = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": of_optimizer, "depth": depth_of(model)}
+    return {"model": weights, "optimizer": of_optimizer, "depth": handle_of(model)}
 
 
 def _first(error: BaseException) -> str:

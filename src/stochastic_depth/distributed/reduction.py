@@ -11,10 +11,10 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.attached import Replicated
-from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.distributed.agreement import Agreement
 from stochastic_depth.errors import ApplyError
-from stochastic_depth.surgery.apply import applied_inside, depth_of
+from stochastic_depth.handle import Handle
+from stochastic_depth.surgery.apply import applied_inside, handle_of
 
 
 def skip_closed(ddp: nn.Module) -> None:
@@ -55,15 +55,15 @@ class _Blocks:
     """The blocks of one model: whose gradients there are, and which were open."""
 
     def __init__(self, whole: nn.Module, name: str, model: nn.Module) -> None:
-        self.depth: StochasticDepth = depth_of(model)
-        self._opened = torch.zeros(len(self.depth.blocks), dtype=torch.bool)
-        self._owners = _owners(whole, f"{name}." if name else "", self.depth)
+        self.handle: Handle = handle_of(model)
+        self._opened = torch.zeros(len(self.handle.blocks), dtype=torch.bool)
+        self._owners = _owners(whole, f"{name}." if name else "", self.handle)
         model.register_forward_hook(self._note)
 
     def _note(self, model: nn.Module, args: tuple, output: Any) -> None:
         if model.training and torch.is_grad_enabled():
-            differ = self.depth.gate != "batch" or self.depth.rank is not None
-            self._opened |= torch.tensor(True) if differ else self.depth.gates
+            differ = self.handle.gate != "batch" or self.handle.rank is not None
+            self._opened |= torch.tensor(True) if differ else self.handle.gates
 
     def forget(self) -> None:
         self._opened.zero_()
@@ -74,10 +74,10 @@ class _Blocks:
         return owners is not None and not self._opened[owners].any()
 
 
-def _owners(whole: nn.Module, prefix: str, depth: StochasticDepth) -> dict[Tensor, list[int]]:
+def _owners(whole: nn.Module, prefix: str, handle: Handle) -> dict[Tensor, list[int]]:
     """The numbers of the blocks that use a parameter, if nothing else does."""
     of_name: dict[str, list[int]] = {}
-    for number, block in enumerate(depth.blocks):
+    for number, block in enumerate(handle.blocks):
         for name in block.parameters:
             of_name.setdefault(prefix + name, []).append(number)
     owners: dict[Tensor, list[int]] = {}
@@ -95,7 +95,7 @@ class _Reduction:
 
     def __init__(self, blocks: list[_Blocks], group: dist.ProcessGroup | None) -> None:
         self._blocks, self._group = blocks, group
-        self._agreement = Agreement([of_one.depth for of_one in blocks], group)
+        self._agreement = Agreement([of_one.handle for of_one in blocks], group)
 
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()

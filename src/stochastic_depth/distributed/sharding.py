@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 from stochastic_depth.distributed.agreement import Agreement
 from stochastic_depth.errors import GateError
-from stochastic_depth.surgery.apply import applied_to, depth_of
+from stochastic_depth.surgery.apply import applied_to, handle_of
 
 
 def branch_modules(model: nn.Module) -> list[list[nn.Module]]:
@@ -50,21 +50,21 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
         GateError: when each rank draws gates of its own, or subsets; or in a forward pass, on every
             rank, when their gates differ. On a GPU this is looked at in every hundredth.
     """
-    depth = depth_of(model)
-    if depth.gate == "subset":
+    handle = handle_of(model)
+    if handle.gate == "subset":
         raise GateError(
             'gate="subset" closes a block on a rank that has no sample of it, which would not take '
             "part in gathering its parameters: use fully_shard on whole blocks, and mini-batches "
             "of one size on all ranks"
         )
-    if depth.rank is not None:
+    if handle.rank is not None:
         raise GateError(
             "a sharded model needs the same gates on every rank, because all of them gather the "
             "parameters of an open block: do without sd.distributed.gates_by_rank"
         )
     for group in branch_modules(model):
         fully_shard(group if len(group) > 1 else group[0], **options)
-    agreement = Agreement([depth])
+    agreement = Agreement([handle])
 
     def look(model: nn.Module, args: tuple) -> None:
         if model.training:

@@ -14,13 +14,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.engine.buffers import Buffers
 from stochastic_depth.engine.flat import FlatParameters, FlatSGD
 from stochastic_depth.engine.kernels import Kernels, ReferenceKernels
 from stochastic_depth.engine.pieces import Block, Head, Stem, layer_of, linear_of
 from stochastic_depth.engine.replay import Eagerly, Replay
 from stochastic_depth.errors import EngineError
+from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.cifar_resnet import PoolAndPad
 from stochastic_depth.residual import Residual
@@ -48,15 +48,15 @@ class Program:
     def __init__(
         self,
         model: nn.Module,
-        depth: StochasticDepth | None,
+        handle: Handle | None,
         optimizer: torch.optim.SGD,
         shape: Sequence[int],
         dtype: torch.dtype,
         kernels: Kernels | None = None,
         replay: Replay | None = None,
     ) -> None:
-        model = supported(model, depth, optimizer)
-        self.depth = depth
+        model = supported(model, handle, optimizer)
+        self.handle = handle
         kernels, replay = kernels or ReferenceKernels(), replay or Eagerly()
         units = [unit for unit in model.blocks if isinstance(unit, Residual)]
         self.flat = flat = FlatParameters([model.stem, *units, model.head], dtype)
@@ -94,7 +94,7 @@ class Program:
         for unit, (io, gradients) in zip(units, streams, strict=True):
             conv1, norm1, _, conv2, norm2 = unit.branch  # type: ignore[misc]
             layers = layer_of(conv1, norm1, flat), layer_of(conv2, norm2, flat)
-            if depth is not None and depth.scale == "training":
+            if handle is not None and handle.scale == "training":
                 layers[1].norm.factor = self.factors[len(self.blocks)]
             self.blocks.append(Block(*layers, *io, *gradients, kernels, replay.keeps))
         head = linear_of(model.head, flat)
@@ -111,7 +111,7 @@ class Program:
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.flat.cast()
-        keeps_moving = self.depth is None or self.depth.skipped == "paper"
+        keeps_moving = self.handle is None or self.handle.skipped == "paper"
         if keeps_moving:
             self._clear_closed(is_open)
         self._forward(is_open)
@@ -137,12 +137,12 @@ class Program:
         return counters
 
     def _draw(self) -> list[bool]:
-        if self.depth is None:
+        if self.handle is None:
             return [True] * len(self.blocks)
-        self.depth.draw()
-        if self.depth.scale == "training":
-            self.factors.copy_(1 / torch.tensor(self.depth.survival, dtype=torch.float64))
-        return self.depth.gates.tolist()
+        self.handle.draw()
+        if self.handle.scale == "training":
+            self.factors.copy_(1 / torch.tensor(self.handle.survival, dtype=torch.float64))
+        return self.handle.gates.tolist()
 
     def _clear_closed(self, is_open: Sequence[bool]) -> None:
         of_blocks = zip(self.flat.segments[1:-1], is_open, strict=True)
@@ -228,7 +228,7 @@ class Program:
 
 
 def supported(
-    model: nn.Module, depth: StochasticDepth | None, optimizer: torch.optim.Optimizer
+    model: nn.Module, handle: Handle | None, optimizer: torch.optim.Optimizer
 ) -> CifarResNet:
     """`model`, if a program can be written for it.
 
@@ -240,9 +240,9 @@ def supported(
             f"a block program is written for CifarResNet, this is {type(model).__name__}: "
             "use --engine eager or compiled"
         )
-    if depth is not None and depth.gate != "batch":
+    if handle is not None and handle.gate != "batch":
         raise EngineError(
-            f'a block program needs gate="batch", this is "{depth.gate}": use --engine eager'
+            f'a block program needs gate="batch", this is "{handle.gate}": use --engine eager'
         )
     if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
         raise EngineError(

@@ -1,8 +1,8 @@
 """Make the residual units of an existing model skippable, undo it, prove it."""
 
 from stochastic_depth.surgery import adapters as adapters
-from stochastic_depth.surgery.apply import apply, depth_of, remove
-from stochastic_depth.surgery.compilation import compile
+from stochastic_depth.surgery.apply import apply, handle_of, remove
+from stochastic_depth.surgery.compilation import compile_blocks
 from stochastic_depth.surgery.plan import Plan, PlannedBlock, plan
 from stochastic_depth.surgery.registry import register_unit
 from stochastic_depth.surgery.summary import BlockSummary, Summary, summary
@@ -15,8 +15,8 @@ __all__ = [
     "Summary",
     "Verification",
     "apply",
-    "compile",
-    "depth_of",
+    "compile_blocks",
+    "handle_of",
     "plan",
     "register_unit",
     "remove",

@@ -7,10 +7,10 @@ from typing import Literal, get_args
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth.depth import Block, SkippedPolicy, StochasticDepth, integer
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, GateKind, Scale
-from stochastic_depth.passes import Passes, batch_size
+from stochastic_depth.handle import Block, Handle, SkippedPolicy, integer
+from stochastic_depth.hooks import ForwardHooks, batch_size
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.discovery.cuts import Cut
 from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
@@ -38,7 +38,7 @@ _APPLIED = "_stochastic_depth_applied"
 class Applied:
     """What there is to know about a model that `apply` was given."""
 
-    depth: StochasticDepth
+    handle: Handle
     found: Sequence[Found]
     difference: float
     """The largest one that verification found, relative to the largest output."""
@@ -56,11 +56,11 @@ def apply(
     granularity: Granularity = "block",
     stacks: Sequence[str] = (),
     gate: GateKind = "batch",
-    least: int = 0,
+    min_samples: int = 0,
     scale: Scale = "inference",
     skipped: SkippedPolicy = "paper",
     seed: int = 0,
-) -> StochasticDepth:
+) -> Handle:
     """Make the residual blocks of `model` skippable, in place.
 
     The training loop stays as it is: gates are drawn by a hook whenever `model` is called in
@@ -92,8 +92,8 @@ def apply(
             "sample", one coin a sample, masked: the DropPath of timm and torchvision, saves
             nothing; "subset", one coin a sample, and the branch runs on the drawn samples only:
             it saves in proportion, and its BatchNorm sees no others.
-        least: with the "subset" gate, of how many samples every subset is at least (BatchNorm needs
-            two); p_l is a little larger then.
+        min_samples: with the "subset" gate, how many samples every subset has at least (BatchNorm
+            needs two); p_l is a little larger then.
         scale: "inference" multiplies by p_l in evaluation (the paper), "training" divides by p_l
             in training.
         skipped: the gradient of a skipped block's parameters: "paper" makes it zero, so that
@@ -119,8 +119,13 @@ def apply(
     ):
         if value not in known:
             raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
-    if least < 0 or (least > 0 and gate != "subset"):
-        raise ApplyError(f'least={least}: a number of samples, with gate="subset"')
+    if min_samples < 0:
+        raise ApplyError(f"min_samples={min_samples}: give a number of samples, 0 or more")
+    if min_samples > 0 and gate != "subset":
+        raise ApplyError(
+            f'min_samples={min_samples} needs gate="subset", this is gate="{gate}": '
+            "leave it out, or choose the subset gate"
+        )
     seed = integer("seed", seed)
     refuse_applied(model)
     refuse_wrapped(model)
@@ -143,14 +148,14 @@ def apply(
         take_gates(model)
         raise
     ramp_steps = survival.steps if isinstance(survival, Ramp) else 0
-    depth = StochasticDepth(blocks, probabilities, ramp_steps, gate, scale, skipped, seed, least)
-    passes = Passes(depth)
+    handle = Handle(blocks, probabilities, ramp_steps, gate, scale, skipped, seed, min_samples)
+    passes = ForwardHooks(handle)
     hooks = (
         model.register_forward_pre_hook(passes.before_forward, with_kwargs=True),
         model.register_forward_hook(passes.after_forward),
     )
-    setattr(model, _APPLIED, Applied(depth, found, difference, hooks, silenced))
-    return depth
+    setattr(model, _APPLIED, Applied(handle, found, difference, hooks, silenced))
+    return handle
 
 
 def chosen_survival(
@@ -182,13 +187,13 @@ def remove(model: nn.Module) -> None:
     take_gates(model)
 
 
-def depth_of(model: nn.Module) -> StochasticDepth:
+def handle_of(model: nn.Module) -> Handle:
     """The handle that `sd.apply` returned for `model`, or for the model that it is a copy of.
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
     """
-    return applied_to(model).depth
+    return applied_to(model).handle
 
 
 def applied_to(model: nn.Module) -> Applied:

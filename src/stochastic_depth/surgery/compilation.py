@@ -17,7 +17,7 @@ _LIMIT = {_OPTION: 32} if _OPTION in inspect.signature(torch.compile).parameters
 """The compiler's own limit, 8, is less than subset gates need, or four gates in one block."""
 
 
-def compile(model: Model, **options: Any) -> Model:
+def compile_blocks(model: Model, **options: Any) -> Model:
     """Compile every residual block of `model` with torch.compile, in place.
 
     Blocks are compiled when they first run: in training one graph for an open block and one for a

@@ -15,7 +15,7 @@ from stochastic_depth.surgery.cutting.slicing import in_loop
 from stochastic_depth.surgery.discovery.cuts import Argument, Cut, Opaque, Registered, Sum
 from stochastic_depth.surgery.discovery.discover import Addition, discover
 from stochastic_depth.surgery.mechanism import cuts_of, registered_around
-from stochastic_depth.surgery.undisturbed import undisturbed
+from stochastic_depth.surgery.preserve import preserve_state
 
 Granularity = Literal["block", "unit"]
 """One coin for all residual additions of a module, or one for each."""
@@ -101,7 +101,7 @@ def find_blocks(
     """The residual blocks of `model`, in the order in which they run on `example`."""
     chosen = _chosen(model, include, exclude)
     modules = dict(model.named_modules())
-    with undisturbed(model):
+    with preserve_state(model):
         model.eval()
         additions = discover(model, caller(model, example), count_flops)
     blocks: dict[tuple[str, Any], list[Addition]] = {}

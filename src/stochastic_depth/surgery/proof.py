@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stochastic_depth.depth import Block
 from stochastic_depth.errors import GateError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
-from stochastic_depth.passes import refuse_cache
+from stochastic_depth.handle import Block
+from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.bypass import bypassed
 from stochastic_depth.surgery.find import Found, unsupported
-from stochastic_depth.surgery.undisturbed import undisturbed
+from stochastic_depth.surgery.preserve import preserve_state
 
 CLOSED, OPEN = Gate(open=False), Gate()
 SUBSETS = 3
@@ -60,7 +60,7 @@ def establish(
     choose = random.Random(0)
     for _ in range(SUBSETS):
         sets.append(frozenset(number for number in range(len(found)) if choose.random() < 0.5))
-    with undisturbed(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         model.eval()
         outputs, selected = [], []
         for closed in sets:
@@ -91,7 +91,7 @@ def check(
         UnsupportedBlockError: naming the block that differs, or whose branch still runs.
     """
     difference = 0.0
-    with undisturbed(model):
+    with preserve_state(model):
         model.eval()
         with _gates(blocks, OPEN), _calls(model) as usual:
             _compare(run, truth.open, "every gate open", tolerance=0.0)
@@ -123,7 +123,7 @@ def still_running(
 
     Looks at which modules are called, not at values: works on the meta device too.
     """
-    with undisturbed(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         model.eval()
         with _calls(model) as usual:
             run()
@@ -164,7 +164,7 @@ def check_training(model: nn.Module, run: Callable[[], Any], blocks: Sequence[Bl
     Raises:
         UnsupportedBlockError: when backward fails, say because something works in place.
     """
-    with undisturbed(model), torch.enable_grad():
+    with preserve_state(model), torch.enable_grad():
         model.train()
         try:
             for number, block in enumerate(blocks):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stochastic_depth.depth import Block
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.apply import depth_of
+from stochastic_depth.handle import Block
+from stochastic_depth.surgery.apply import handle_of
 from stochastic_depth.surgery.find import Example, caller
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.plain_table import plain_table, si
-from stochastic_depth.surgery.undisturbed import undisturbed
+from stochastic_depth.surgery.preserve import preserve_state
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,18 @@ def summary(model: nn.Module, example: Example) -> Summary:
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
     """
-    depth = depth_of(model)
+    handle = handle_of(model)
     run = caller(model, example)
-    before = [block.gates[0].evaluation for block in depth.blocks]
+    before = [block.gates[0].evaluation for block in handle.blocks]
     try:
-        with undisturbed(model), torch.enable_grad():
+        with preserve_state(model), torch.enable_grad():
             model.eval()
-            _set(depth.blocks, Gate())
-            shapes = _input_shapes(model, depth.blocks, run)
+            _set(handle.blocks, Gate())
+            shapes = _input_shapes(model, handle.blocks, run)
             forward, backward = _count(run)
             counted: dict[tuple[str, str], tuple[int, int]] = {}
             summaries = []
-            for block, p in zip(depth.blocks, depth.survival, strict=True):
+            for block, p in zip(handle.blocks, handle.survival, strict=True):
                 module = model.get_submodule(block.name)
                 look = (repr(module), f"{shapes.get(block.name)} of {len(block.gates)} gates")
                 if look not in counted:
@@ -105,7 +105,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
                 kind = type(module).__name__
                 summaries.append(BlockSummary(block.name, kind, p, size, *counted[look]))
     finally:
-        for block, gate in zip(depth.blocks, before, strict=True):
+        for block, gate in zip(handle.blocks, before, strict=True):
             _set([block], gate)
     return Summary(tuple(summaries), forward, backward)
 

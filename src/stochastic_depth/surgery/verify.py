@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from stochastic_depth.depth import Block
 from stochastic_depth.gates import Gate
-from stochastic_depth.passes import batch_size
+from stochastic_depth.handle import Block
+from stochastic_depth.hooks import batch_size
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.apply import applied_to
 from stochastic_depth.surgery.find import Example, caller
 from stochastic_depth.surgery.install import is_installed
 from stochastic_depth.surgery.plain_table import plain_table
+from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.proof import check, check_training, establish, train_once
 from stochastic_depth.surgery.summary import summary
-from stochastic_depth.surgery.undisturbed import undisturbed
 from stochastic_depth.timing import take_turns
 
 
@@ -78,9 +78,9 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         UnsupportedBlockError: naming the block for which something does not hold.
     """
     applied = applied_to(model)
-    blocks = applied.depth.blocks
+    blocks = applied.handle.blocks
     run = caller(model, example)
-    batch = batch_size(example) if applied.depth.gate == "subset" else None
+    batch = batch_size(example) if applied.handle.gate == "subset" else None
     with _ungated(model):
         truth = establish(model, run, applied.found, batch)
     difference = check(model, run, applied.found, blocks, truth, batch)
@@ -89,7 +89,7 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     costs = summary(model, example)
     every_other = [n % 2 == 0 and len(blocks) > 1 for n in range(len(blocks))]
     patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}
-    with undisturbed(model):
+    with preserve_state(model):
         model.train()
         steps = {name: _step(step, blocks, pattern) for name, pattern in patterns.items()}
         rounds = list(take_turns(steps, repeats, warmup=1))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stochastic_depth.depth import StochasticDepth
+from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply
@@ -41,7 +41,7 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
 
 def build_depth(
     model: nn.Module, config: SurvivalConfig, seed: int, steps_per_epoch: int
-) -> StochasticDepth | None:
+) -> Handle | None:
     """Give `model` stochastic depth, unless the rule is constant depth."""
     if config.rule == "constant":
         return None

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from stochastic_depth.depth import SkippedPolicy
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.gates import GateKind, Scale
+from stochastic_depth.handle import SkippedPolicy
 from stochastic_depth.models.initialisation import Initialisation
 
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]

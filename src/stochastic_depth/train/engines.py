@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stochastic_depth.depth import StochasticDepth
 from stochastic_depth.distributed import skip_closed
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.engine import CudaGraphs, Eagerly, Program
@@ -20,7 +19,8 @@ from stochastic_depth.engine.kernels import (
     ReferenceKernels,
 )
 from stochastic_depth.engine.private_cache import private_cache
-from stochastic_depth.surgery import apply, compile
+from stochastic_depth.handle import Handle
+from stochastic_depth.surgery import apply, compile_blocks
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train.build import block_convolutions
 from stochastic_depth.train.engine_choice import KernelsName
@@ -56,7 +56,7 @@ class Autograd:
     def __init__(
         self,
         model: nn.Module,
-        depth: StochasticDepth | None,
+        handle: Handle | None,
         optimizer: torch.optim.Optimizer,
         first: nn.Parameter,
         execution: Execution,
@@ -66,12 +66,12 @@ class Autograd:
         self._first, self._execution = first, execution
         self._convolutions = block_convolutions(model)
         if compiled:
-            if depth is None:
+            if handle is None:
                 apply(model, Uniform(1.0))  # compiling goes by blocks, and these are always open
-            compile(model)
+            compile_blocks(model)
         if ranks() > 1:
             self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, **_BUFFERS)
-            if depth is not None:
+            if handle is not None:
                 skip_closed(self._model)
 
     def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
@@ -90,7 +90,7 @@ class Blocks:
     def __init__(
         self,
         model: nn.Module,
-        depth: StochasticDepth | None,
+        handle: Handle | None,
         optimizer: torch.optim.SGD,
         first: nn.Parameter,
         execution: Execution,
@@ -101,14 +101,14 @@ class Blocks:
         self._shape = torch.Size(shape)
         self._program = Program(
             model,
-            depth,
+            handle,
             optimizer,
             shape,
             torch.bfloat16 if bfloat16 else first.dtype,
             KERNELS[execution.kernels](),
             CudaGraphs(device) if device.type == "cuda" else Eagerly(),
         )
-        self._autograd = Autograd(model, depth, optimizer, first, execution)
+        self._autograd = Autograd(model, handle, optimizer, first, execution)
         self._was_whole = True
 
     @property
@@ -131,7 +131,7 @@ class Blocks:
 
 def build_engine(
     model: nn.Module,
-    depth: StochasticDepth | None,
+    handle: Handle | None,
     optimizer: torch.optim.SGD,
     first: nn.Parameter,
     execution: Execution,
@@ -146,6 +146,6 @@ def build_engine(
         # PyTorch's own choice is a folder in /tmp whose name anyone can guess, and take.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_cache() / "inductor"))
     if execution.engine == "graphs":
-        return Blocks(model, depth, optimizer, first, execution, shape)
+        return Blocks(model, handle, optimizer, first, execution, shape)
     compiled = execution.engine == "compiled"
-    return Autograd(model, depth, optimizer, first, execution, compiled)
+    return Autograd(model, handle, optimizer, first, execution, compiled)

@@ -44,8 +44,8 @@ class Training:
             self.model = synchronise_batchnorm(self.model)
         self.model.train()
         self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
-        self.depth = build_depth(self.model, config.survival, config.seed, batches.steps_per_epoch)
-        if ranks() > 1 and self.depth is not None and config.distributed.rank_gates:
+        self.handle = build_depth(self.model, config.survival, config.seed, batches.steps_per_epoch)
+        if ranks() > 1 and self.handle is not None and config.distributed.rank_gates:
             gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.first = first_convolution(self.model)
@@ -68,7 +68,7 @@ class Training:
         """Built with the first step: of buffers, graphs or compiled blocks, it has many."""
         shape = (self.config.optimizer.batch, *self._image)
         return build_engine(
-            self.model, self.depth, self.optimizer, self.first, self.execution, shape
+            self.model, self.handle, self.optimizer, self.first, self.execution, shape
         )
 
     @property
@@ -83,13 +83,13 @@ class Training:
     @property
     def gates(self) -> Tensor:
         """Of the step just done: bool [L], or [L, batch]."""
-        return self.depth.gates if self.depth else torch.ones(self.blocks, dtype=torch.bool)
+        return self.handle.gates if self.handle else torch.ones(self.blocks, dtype=torch.bool)
 
     def gates_at(self, step: int) -> Tensor:
         """Of any step and the images of all processes: they are a function of (seed, step)."""
-        if self.depth is None:
+        if self.handle is None:
             return torch.ones(self.blocks, dtype=torch.bool)
-        return self.depth.gates_at(step, self.images_of(step))
+        return self.handle.gates_at(step, self.images_of(step))
 
     def active_counts(self) -> Tensor:
         """How many steps of the interval under way had n active blocks, int64 [L + 1].
@@ -104,9 +104,9 @@ class Training:
 
     def expected_active_blocks(self) -> float:
         """The sum of p_l, mean over the steps of the interval under way."""
-        if self.depth is None:
+        if self.handle is None:
             return float(self.blocks)
-        return fmean(fsum(self.depth.survival_at(step)) for step in self._interval())
+        return fmean(fsum(self.handle.survival_at(step)) for step in self._interval())
 
     def _interval(self) -> range:
         """The steps in the tally."""
@@ -126,8 +126,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         whole = self.images_of(self.step)
-        if self.depth is not None and ranks() > 1:
-            self.depth.share = Share(rank(), ranks()).of(whole).start, whole
+        if self.handle is not None and ranks() > 1:
+            self.handle.share = Share(rank(), ranks()).of(whole).start, whole
         measured = self._engine.step(images, labels, len(labels) * ranks() / whole)
         self.tally.add(measured, whole)
         if self.step % self._sampled_every == 0:
@@ -146,7 +146,7 @@ class Training:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "depth": self.depth.state_dict() if self.depth else None,
+            "depth": self.handle.state_dict() if self.handle else None,
             "tally": self.tally.state_dict(),
         }
 
@@ -159,8 +159,8 @@ class Training:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.depth is not None:
-                self.depth.load_state_dict(state["depth"])
+            if self.handle is not None:
+                self.handle.load_state_dict(state["depth"])
             self.tally.load_state_dict(state["tally"], self.execution.device)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(

@@ -23,9 +23,11 @@ LONGER = replace(SMALL, epochs=8, evaluate_every=4)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def preserve_state(tmp_path_factory):
     """The same runs, trained one after the other without a queue."""
-    sweep = open_sweep(tmp_path_factory.mktemp("sweep") / "undisturbed", "survival", GRID, LONGER)
+    sweep = open_sweep(
+        tmp_path_factory.mktemp("sweep") / "preserve_state", "survival", GRID, LONGER
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for point in GRID.points():
@@ -44,7 +46,7 @@ def begun(sweep):
     return {p: open_run(sweep.path(p)).id for p in points}
 
 
-def test_killed_workers_lose_nothing_and_nothing_is_trained_twice(tmp_path, undisturbed, url):
+def test_killed_workers_lose_nothing_and_nothing_is_trained_twice(tmp_path, preserve_state, url):
     sweep = open_sweep(tmp_path / "killed", "survival", GRID, LONGER)
     moments, alive = random.Random(0), multiprocessing.active_children
     with ExitStack() as workers:
@@ -68,11 +70,11 @@ def test_killed_workers_lose_nothing_and_nothing_is_trained_twice(tmp_path, undi
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
     assert before.items() <= begun(sweep).items()
     for point in GRID.points():
-        assert_same_end(open_run(undisturbed.path(point)), open_run(sweep.path(point)))
+        assert_same_end(open_run(preserve_state.path(point)), open_run(sweep.path(point)))
     assert Queue(sweep, url).take() is None
 
 
-def test_a_run_of_its_folder_alone_goes_on_with_the_threads_it_began_with(tmp_path, undisturbed):
+def test_a_run_of_its_folder_alone_goes_on_with_the_threads_it_began_with(tmp_path, preserve_state):
     sweep = open_sweep(tmp_path / "sweep", "survival", GRID, LONGER)
     point, threads = GRID.points()[1], torch.get_num_threads()
     looks = iter(range(10**6))
@@ -82,7 +84,7 @@ def test_a_run_of_its_folder_alone_goes_on_with_the_threads_it_began_with(tmp_pa
     torch.set_num_threads(2)
     train_point(sweep, point, lambda: None)
     torch.set_num_threads(threads)
-    assert_same_end(open_run(undisturbed.path(point)), open_run(sweep.path(point)))
+    assert_same_end(open_run(preserve_state.path(point)), open_run(sweep.path(point)))
 
 
 def test_a_folder_whose_process_was_killed_while_it_was_made_is_made_anew(sweep):

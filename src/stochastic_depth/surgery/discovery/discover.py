@@ -64,7 +64,7 @@ def discover(
 ) -> list[Addition]:
     """The residual additions of `model` in the order in which `run`, a forward pass, meets them.
 
-    In training mode the pass updates statistics as any other: see `undisturbed`.
+    In training mode the pass updates statistics as any other: see `preserve_state`.
     """
     search = _Search(Recording(model))
     with recorded(model, search.recording, search.made, search.returned, count_flops):

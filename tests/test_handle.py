@@ -73,46 +73,46 @@ def same(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool
 
 def test_the_forward_pass_draws_the_gates_of_its_seed_and_step() -> None:
     model = Net()
-    depth = sd.apply(model, HALF, seed=3)
+    handle = sd.apply(model, HALF, seed=3)
     ran: list[int] = []
     for block, unit in enumerate(model.blocks):
         unit.branch.register_forward_hook(lambda *_, block=block: ran.append(block))
     for step in range(30):
         ran.clear()
         model(batch(step))
-        expected = draw(3, step, depth.survival)
-        assert torch.equal(depth.gates, expected)
+        expected = draw(3, step, handle.survival)
+        assert torch.equal(handle.gates, expected)
         assert ran == expected.nonzero().flatten().tolist()
-        assert depth.step == step + 1
+        assert handle.step == step + 1
 
 
 @pytest.mark.parametrize("gate", ["sample", "subset"])
 def test_gates_for_single_samples_are_drawn_for_the_batch(gate) -> None:
     model = Net()
-    depth = sd.apply(model, HALF, gate=gate, seed=3)
+    handle = sd.apply(model, HALF, gate=gate, seed=3)
     for samples in (5, 2):
         model(batch(0)[:samples])
-        assert torch.equal(depth.gates, draw(3, depth.step - 1, depth.survival, samples))
+        assert torch.equal(handle.gates, draw(3, handle.step - 1, handle.survival, samples))
 
 
 @pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
 @pytest.mark.parametrize("rule", [HALF, sd.Ramp(sd.Uniform(0.3), steps=4)])
 def test_the_gates_of_any_step_can_be_asked_for(gate, rule) -> None:
     model = Net()
-    depth = sd.apply(model, rule, gate=gate, seed=5)
-    before = [depth.gates_at(step, 7) for step in range(6)]
+    handle = sd.apply(model, rule, gate=gate, seed=5)
+    before = [handle.gates_at(step, 7) for step in range(6)]
     for step in range(6):
         model(torch.randn(7, 3, dtype=torch.float64))
-        assert torch.equal(depth.gates, before[step])
-        assert torch.equal(depth.gates, depth.gates_at(step, 7))
+        assert torch.equal(handle.gates, before[step])
+        assert torch.equal(handle.gates, handle.gates_at(step, 7))
 
 
 @pytest.mark.parametrize("gate", ["sample", "subset"])
 def test_a_model_may_be_called_with_keywords_only(gate) -> None:
     model = Net()
-    depth = sd.apply(model, HALF, gate=gate)
+    handle = sd.apply(model, HALF, gate=gate)
     model(x=batch(0))
-    assert depth.gates.shape == (BLOCKS, 5)
+    assert handle.gates.shape == (BLOCKS, 5)
 
 
 def test_gates_for_single_samples_need_a_tensor_among_the_inputs() -> None:
@@ -125,37 +125,37 @@ def test_gates_for_single_samples_need_a_tensor_among_the_inputs() -> None:
             return self.unit(torch.ones(1, 2))
 
     model = Constant()
-    depth = sd.apply(model, HALF, gate="sample")
+    handle = sd.apply(model, HALF, gate="sample")
     with pytest.raises(sd.GateError, match="tensor"):
         model()
-    with pytest.raises(sd.GateError, match=r"depth\.draw\(batch\)"):
-        depth.draw()
+    with pytest.raises(sd.GateError, match=r"handle\.draw\(batch\)"):
+        handle.draw()
 
 
 def test_evaluation_draws_nothing_and_advances_nothing() -> None:
     model = Net()
-    depth = sd.apply(model, HALF)
+    handle = sd.apply(model, HALF)
     model(batch(0))
-    gates = depth.gates
+    gates = handle.gates
     model.eval()
     assert torch.equal(model(batch(1)), model(batch(1)))
-    assert depth.step == 1
-    assert torch.equal(depth.gates, gates)
+    assert handle.step == 1
+    assert torch.equal(handle.gates, gates)
     model.train()(batch(2))
-    assert torch.equal(depth.gates, draw(0, 1, depth.survival))
+    assert torch.equal(handle.gates, draw(0, 1, handle.survival))
 
 
 def test_the_handle_tells_survival_expected_depth_and_gates() -> None:
     model = Net()
-    depth = sd.apply(model, HALF)
-    assert depth.survival == pytest.approx([11 / 12, 10 / 12, 9 / 12, 8 / 12, 7 / 12, 1 / 2])
-    assert depth.expected_depth == pytest.approx((3 * BLOCKS - 1) / 4)
+    handle = sd.apply(model, HALF)
+    assert handle.survival == pytest.approx([11 / 12, 10 / 12, 9 / 12, 8 / 12, 7 / 12, 1 / 2])
+    assert handle.expected_depth == pytest.approx((3 * BLOCKS - 1) / 4)
     with pytest.raises(sd.GateError, match="first training forward"):
-        _ = depth.gates
+        _ = handle.gates
     model(batch(0))
-    depth.gates.zero_()
-    assert torch.equal(depth.gates, draw(0, 0, depth.survival)), "the caller got a copy"
-    assert "6 blocks" in repr(depth)
+    handle.gates.zero_()
+    assert torch.equal(handle.gates, draw(0, 0, handle.survival)), "the caller got a copy"
+    assert "6 blocks" in repr(handle)
 
 
 def test_the_global_random_state_is_untouched() -> None:
@@ -172,11 +172,11 @@ def test_the_global_random_state_is_untouched() -> None:
 
 def test_a_block_called_before_any_draw_is_an_error() -> None:
     model = Net()
-    depth = sd.apply(model, HALF)
+    handle = sd.apply(model, HALF)
     h = torch.randn(5, 4, dtype=torch.float64)
     with pytest.raises(sd.GateError, match="before gates were drawn"):
         model.blocks[0](h)
-    depth.draw()
+    handle.draw()
     model.blocks(h)
     model.eval()
     model(batch(0))
@@ -187,10 +187,10 @@ def test_a_block_called_before_any_draw_is_an_error() -> None:
 @pytest.mark.parametrize("rule", [HALF, sd.Ramp(HALF, steps=10)])
 def test_a_resumed_run_draws_the_same_gates(rule) -> None:
     model = Net()
-    depth = sd.apply(model, rule, seed=9)
+    handle = sd.apply(model, rule, seed=9)
     for step in range(4):
         model(batch(step))
-    state = json.loads(json.dumps(depth.state_dict()))
+    state = json.loads(json.dumps(handle.state_dict()))
     evaluation = copy.deepcopy(model).eval()(batch(0))
     resumed = Net()
     resumed.load_state_dict(model.state_dict())
@@ -199,17 +199,17 @@ def test_a_resumed_run_draws_the_same_gates(rule) -> None:
     assert torch.equal(copy.deepcopy(resumed).eval()(batch(0)), evaluation)
     for step in range(4, 20):
         assert torch.equal(resumed(batch(step)), model(batch(step)))
-        assert torch.equal(again.gates, depth.gates)
-    assert again.state_dict() == depth.state_dict()
+        assert torch.equal(again.gates, handle.gates)
+    assert again.state_dict() == handle.state_dict()
 
 
 def test_no_gates_are_open_between_a_load_and_the_next_forward_pass() -> None:
     model = Net()
-    depth = sd.apply(model, HALF)
+    handle = sd.apply(model, HALF)
     model(batch(0))
-    depth.load_state_dict(depth.state_dict())
+    handle.load_state_dict(handle.state_dict())
     with pytest.raises(sd.GateError):
-        _ = depth.gates
+        _ = handle.gates
     with pytest.raises(sd.GateError):
         model.blocks[0](torch.randn(5, 4, dtype=torch.float64))
 
@@ -226,49 +226,49 @@ def test_no_gates_are_open_between_a_load_and_the_next_forward_pass() -> None:
 )
 def test_a_foreign_state_is_an_error_that_names_the_field(field: str, settings: dict) -> None:
     foreign = sd.apply(Net(), **{"survival": HALF, **settings}).state_dict()
-    depth = sd.apply(Net(), HALF, seed=4)
-    before = depth.state_dict()
+    handle = sd.apply(Net(), HALF, seed=4)
+    before = handle.state_dict()
     with pytest.raises(sd.StateError, match=rf"saved state has {field}="):
-        depth.load_state_dict(foreign)
-    assert depth.state_dict() == before
+        handle.load_state_dict(foreign)
+    assert handle.state_dict() == before
 
 
 @pytest.mark.parametrize("field", ["seed", "step", "survival", "gate"])
 def test_a_state_without_a_field_is_an_error_that_names_it(field: str) -> None:
-    depth = sd.apply(Net(), HALF)
-    state = depth.state_dict()
+    handle = sd.apply(Net(), HALF)
+    state = handle.state_dict()
     del state[field]
     with pytest.raises(sd.StateError, match=rf"saved state has {field}=None"):
-        depth.load_state_dict(state)
+        handle.load_state_dict(state)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_copy_of_the_model_draws_the_same_sequence_by_itself(copied) -> None:
     model = Net()
-    depth = sd.apply(model, HALF, seed=2)
+    handle = sd.apply(model, HALF, seed=2)
     model(batch(0))
-    other, other_depth = copied((model, depth))
+    other, other_depth = copied((model, handle))
     for step in range(1, 12):
         other(batch(step)).sum().backward()
-    assert (depth.step, other_depth.step) == (1, 12)
-    assert torch.equal(depth.gates, draw(2, 0, depth.survival))
+    assert (handle.step, other_depth.step) == (1, 12)
+    assert torch.equal(handle.gates, draw(2, 0, handle.survival))
     assert all(p.grad is None for p in model.parameters())
     assert {id(block.gates[0]) for block in other_depth.blocks} == {
         id(unit.gates) for unit in other.blocks
     }
     for step in range(1, 12):
         model(batch(step))
-    assert torch.equal(depth.gates, other_depth.gates)
+    assert torch.equal(handle.gates, other_depth.gates)
     sd.remove(other)
     model(batch(0))
-    assert depth.step == 13
+    assert handle.step == 13
     assert other_depth.step == 12
 
 
 @pytest.mark.parametrize("clear", ["before", "between", "never"])
 def test_paper_gives_the_parameters_of_closed_blocks_zero_gradients(clear: str) -> None:
     model = Net()
-    depth = sd.apply(model, HALF, skipped="paper")
+    handle = sd.apply(model, HALF, skipped="paper")
     closed_once = False
     for step in range(12):
         if clear == "before":
@@ -281,7 +281,7 @@ def test_paper_gives_the_parameters_of_closed_blocks_zero_gradients(clear: str) 
         loss.backward()
         for block, unit in enumerate(model.blocks):
             for name, parameter in unit.named_parameters():
-                if depth.gates[block]:
+                if handle.gates[block]:
                     assert parameter.grad is not None
                 elif clear == "never":
                     earlier = before[f"blocks.{block}.{name}"]
@@ -296,7 +296,7 @@ def test_paper_gives_the_parameters_of_closed_blocks_zero_gradients(clear: str) 
 def test_paper_lets_momentum_and_weight_decay_move_closed_blocks_by_the_closed_formula() -> None:
     lr, momentum, decay = 0.01, 0.9, 0.1
     model = Net()
-    depth = sd.apply(model, HALF, skipped="paper")
+    handle = sd.apply(model, HALF, skipped="paper")
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay)
     moved = 0
     for step in range(25):
@@ -306,7 +306,7 @@ def test_paper_lets_momentum_and_weight_decay_move_closed_blocks_by_the_closed_f
         velocity = {p: optimizer.state[p].get("momentum_buffer", torch.zeros(())) for p in weights}
         velocity = {p: v.clone() for p, v in velocity.items()}
         optimizer.step()
-        for is_open, unit in zip(depth.gates.tolist(), model.blocks, strict=True):
+        for is_open, unit in zip(handle.gates.tolist(), model.blocks, strict=True):
             for p in unit.parameters() if not is_open else ():
                 expected = weights[p] - lr * (momentum * velocity[p] + decay * weights[p])
                 torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-15)
@@ -316,7 +316,7 @@ def test_paper_lets_momentum_and_weight_decay_move_closed_blocks_by_the_closed_f
 
 def test_freeze_leaves_closed_blocks_without_gradient_and_unmoved() -> None:
     model = Net()
-    depth = sd.apply(model, HALF, skipped="freeze")
+    handle = sd.apply(model, HALF, skipped="freeze")
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=0.1)
     frozen = 0
     for step in range(12):
@@ -324,7 +324,7 @@ def test_freeze_leaves_closed_blocks_without_gradient_and_unmoved() -> None:
         model(batch(step)).square().mean().backward()
         before = copy.deepcopy(model.blocks)
         optimizer.step()
-        for is_open, unit, old in zip(depth.gates, model.blocks, before, strict=True):
+        for is_open, unit, old in zip(handle.gates, model.blocks, before, strict=True):
             for p, q in zip(unit.parameters(), old.parameters(), strict=True):
                 assert (p.grad is None) != bool(is_open)
                 assert torch.equal(p, q) != bool(is_open)
@@ -349,14 +349,14 @@ def test_gradients_accumulate_over_micro_batches(skipped) -> None:
         return gradients(model)
 
     model = Net()
-    depth = sd.apply(model, HALF, skipped=skipped)
+    handle = sd.apply(model, HALF, skipped=skipped)
     patterns = []
     for step in (0, 1, 2, 3):
         if step % 2 == 0:
             model.zero_grad()
             patterns = []
         model(batch(step)).square().sum().backward()
-        patterns.append(depth.gates)
+        patterns.append(handle.gates)
         if step % 2 == 0:
             continue
         first, second = one(step - 1), one(step)
@@ -381,7 +381,7 @@ def test_outputs_may_be_structures(kind: str) -> None:
             }[kind]
 
     model = Structured()
-    depth = sd.apply(model, sd.Uniform(0.3))
+    handle = sd.apply(model, sd.Uniform(0.3))
     out = model(batch(0))
     logits = {
         "dict": lambda: out["logits"],
@@ -389,7 +389,7 @@ def test_outputs_may_be_structures(kind: str) -> None:
         "nested": lambda: out[0]["logits"][0],
     }[kind]()
     logits.sum().backward()
-    closed = [unit for unit, b in zip(model.blocks, depth.gates, strict=True) if not b]
+    closed = [unit for unit, b in zip(model.blocks, handle.gates, strict=True) if not b]
     assert closed
     for unit in closed:
         for parameter in unit.parameters():
@@ -415,7 +415,7 @@ def test_checkpointing_gives_the_same_gradients(recompute, reentrant, gate, skip
         assert same(gradients(plain), gradients(model)), step
         for optimizer in optimizers:
             optimizer.step()
-    assert [depth.step for depth in depths] == [15, 15]
+    assert [handle.step for handle in depths] == [15, 15]
 
 
 @reentrant_or_not
@@ -468,7 +468,7 @@ class Larger(nn.Module):
         return self.body(h)
 
 
-def larger_twins(reentrant: bool, skipped: str) -> tuple[list[Larger], list[sd.StochasticDepth]]:
+def larger_twins(reentrant: bool, skipped: str) -> tuple[list[Larger], list[sd.Handle]]:
     twins = [Larger(False, reentrant), Larger(True, reentrant)]
     twins[1].load_state_dict(twins[0].state_dict())
     return twins, [sd.apply(m.body, HALF, skipped=skipped) for m in twins]
@@ -483,7 +483,7 @@ def test_a_recomputed_model_does_not_draw_again(reentrant, skipped) -> None:
             m.zero_grad()
             m(batch(step)).square().sum().backward()
         assert same(gradients(twins[0]), gradients(twins[1])), step
-        assert [depth.step for depth in depths] == [step + 1] * 2
+        assert [handle.step for handle in depths] == [step + 1] * 2
 
 
 def test_a_model_recomputed_after_two_forward_passes_is_right() -> None:
@@ -505,16 +505,16 @@ def test_where_reentrant_checkpointing_cannot_tell_which_it_is_refused() -> None
 @pytest.mark.parametrize("scale", ["inference", "training"])
 def test_a_ramp_is_followed_step_by_step_in_training_and_evaluation(scale) -> None:
     model = Net()
-    depth = sd.apply(model, sd.Ramp(HALF, steps=4), scale=scale)
+    handle = sd.apply(model, sd.Ramp(HALF, steps=4), scale=scale)
     final = torch.tensor([11, 10, 9, 8, 7, 6], dtype=torch.float64) / 12
     for step in range(6):
         model.train()(batch(step))
         p = 1 - min(step, 4) / 4 * (1 - final)
-        assert depth.survival == pytest.approx(p.tolist())
-        assert depth.expected_depth == pytest.approx(p.sum().item())
-        assert torch.equal(depth.gates, draw(0, step, depth.survival))
+        assert handle.survival == pytest.approx(p.tolist())
+        assert handle.expected_depth == pytest.approx(p.sum().item())
+        assert torch.equal(handle.gates, draw(0, step, handle.survival))
         if step == 0:
-            assert depth.gates.all()
+            assert handle.gates.all()
         model.eval()
         h = model.stem(batch(7))
         for unit, p_l in zip(model.blocks, p, strict=True):

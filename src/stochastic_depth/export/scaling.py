@@ -8,8 +8,8 @@ be. A value that is used besides, as by squeeze and excitation, is made up for w
 
 from collections.abc import Sequence
 
-from stochastic_depth.deploy.homogeneity import addends, factors, form_of, others
-from stochastic_depth.deploy.tracing import Scaled, Value, ancestors
+from stochastic_depth.export.homogeneity import addends, factors, form_of, others
+from stochastic_depth.export.tracing import Scaled, Value, ancestors
 
 Exponents = dict[Value, int]
 

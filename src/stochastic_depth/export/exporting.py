@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.data import Batches
-from stochastic_depth.deploy.description import Architecture, Description, Input, blocks_at
-from stochastic_depth.deploy.fold import fold
-from stochastic_depth.deploy.order import Dropped, drop_order
-from stochastic_depth.deploy.truncate import truncate
 from stochastic_depth.errors import ApplyError
-from stochastic_depth.surgery import apply, depth_of
+from stochastic_depth.export.description import Architecture, Description, Input, blocks_at
+from stochastic_depth.export.fold import fold
+from stochastic_depth.export.order import Dropped, drop_order
+from stochastic_depth.export.truncate import truncate
+from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.surgery.apply import applied_inside
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train import Run, best_record, trained_model
@@ -88,7 +88,7 @@ def elastic_network(
 def _skippable(model: nn.Module) -> int:
     """How many blocks there are, which have gates from now on."""
     try:
-        return len(depth_of(model).blocks)
+        return len(handle_of(model).blocks)
     except ApplyError:  # of constant depth
         return len(apply(model, Uniform(1.0)).blocks)
 
@@ -109,7 +109,7 @@ def _finished(
     some = sample(images, CHECKED)
     model = model.cpu().to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
     if dropped:
-        keep = [n for n in range(len(depth_of(model).blocks)) if n not in dropped]
+        keep = [n for n in range(len(handle_of(model).blocks)) if n not in dropped]
         truncate(model, keep, some[:4], recalibrate=training_batches(images))
     with torch.no_grad():
         expected = model(some)

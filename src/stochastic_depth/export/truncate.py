@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from stochastic_depth.deploy.fold import largest_difference, multipliers, multiply
-from stochastic_depth.deploy.shallower import take_out
 from stochastic_depth.errors import TruncateError
+from stochastic_depth.export.fold import largest_difference, multipliers, multiply
+from stochastic_depth.export.shallower import take_out
 from stochastic_depth.gates import Gate
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.apply import applied_to, remove
 from stochastic_depth.surgery.discovery.recording import tensors_in
 from stochastic_depth.surgery.find import Example, Found, caller
-from stochastic_depth.surgery.undisturbed import undisturbed
+from stochastic_depth.surgery.preserve import preserve_state
 
 TOLERANCE = 1e-4
 """Of outputs in the model's own precision, relative to their largest value."""
@@ -56,7 +56,7 @@ def truncate(
     truth = _closed_outputs(twin, closed, example)
     _cut(twin, closed, weights)
     try:
-        with undisturbed(twin), torch.no_grad():
+        with preserve_state(twin), torch.no_grad():
             twin.eval()
             difference = largest_difference(truth, tensors_in(caller(twin, example)()))
     except Exception as error:
@@ -108,12 +108,12 @@ def _closed_outputs(twin: nn.Module, closed: Sequence[int], example: Example) ->
     applied = applied_to(twin)
     handles = []
     for number in closed:
-        for addition in applied.depth.blocks[number].gates:
+        for addition in applied.handle.blocks[number].gates:
             addition.evaluation = Gate(open=False)
         block = applied.found[number]
         if not isinstance(block.module, Residual):
             handles.append(block.module.register_forward_hook(_must_pass(block), with_kwargs=True))
-    with undisturbed(twin), torch.no_grad():
+    with preserve_state(twin), torch.no_grad():
         twin.eval()
         outputs = tensors_in(caller(twin, example)())
     for handle in handles:

@@ -8,21 +8,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.attached import Attachment, Branch, are_awaited, clear_afterwards
-from stochastic_depth.depth import StochasticDepth, open_in_training
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
+from stochastic_depth.handle import Handle, open_in_training
 
 
-class Passes:
+class ForwardHooks:
     """Hooks on a model: gates are drawn when its forward pass begins in training mode.
 
     When the backward pass of that forward pass begins they are put back, so that activation
     checkpointing recomputes every block as it was; and what is skipped gets the gradient that
-    `depth.skipped` says.
+    `handle.skipped` says.
     """
 
-    def __init__(self, depth: StochasticDepth) -> None:
-        self._depth, self._blocks = depth, depth.blocks
+    def __init__(self, handle: Handle) -> None:
+        self._depth, self._blocks = handle, handle.blocks
         self._passes_since_backward = 0
         self._attachment: Attachment | None = None
 

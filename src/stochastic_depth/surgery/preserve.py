@@ -8,7 +8,7 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Put the modes, buffers and gradients of `model`, and the random state, back afterwards.
 
     While entered, no module of it runs compiled: a compiler does not see the hooks and modes that

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from stochastic_depth.deploy.shallower import take_out
 from stochastic_depth.errors import ConfigError, ExportError
+from stochastic_depth.export.shallower import take_out
 from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
 from stochastic_depth.residual import Residual
 

@@ -59,7 +59,7 @@ def open_in_training(blocks: Iterable[Block], gates: Iterable[Gate | None]) -> N
         block.open_in_training(gate)
 
 
-class StochasticDepth:
+class Handle:
     """What `sd.apply` returns: the survival probabilities, the gates and their state.
 
     Gates are drawn when the model's forward pass begins in training mode, all at once, as a
@@ -81,7 +81,7 @@ class StochasticDepth:
         scale: Scale,
         skipped: SkippedPolicy,
         seed: int,
-        least: int = 0,
+        min_samples: int = 0,
     ) -> None:
         self.blocks = list(blocks)
         self._final = survival
@@ -92,7 +92,7 @@ class StochasticDepth:
         self.seed = seed
         self.rank: int | None = None
         self.share: tuple[int, int] | None = None
-        self.least = least
+        self.min_samples = min_samples
         self._coins: Tensor | None = None
         self.at_full_depth = False
         """Whether `full_depth` is entered."""
@@ -149,7 +149,7 @@ class StochasticDepth:
             batch: number of samples; needed by the "sample" and "subset" gates.
         """
         if self.gate != "batch" and batch is None:
-            raise GateError(f'gate="{self.gate}" draws a gate for each sample: depth.draw(batch)')
+            raise GateError(f'gate="{self.gate}" draws a gate for each sample: handle.draw(batch)')
         self._set_survival(self.step)
         first, whole = self.share or (0, batch)
         coins = self.gates_at(self.step, whole)
@@ -170,7 +170,7 @@ class StochasticDepth:
             step,
             self.survival_at(step),
             None if self.gate == "batch" else batch,
-            self.least,
+            self.min_samples,
         )
 
     def survival_at(self, step: int) -> tuple[float, ...]:
@@ -181,7 +181,7 @@ class StochasticDepth:
     def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
         """While entered, the model in evaluation mode is one of its 2^L subnetworks.
 
-            with depth.subnetwork(depth.gates):
+            with handle.subnetwork(handle.gates):
                 logits = model(images)
 
         The branch of a closed block is not executed. Training steps are not concerned, and what
@@ -246,9 +246,9 @@ class StochasticDepth:
             if not isinstance(state.get(name), int):
                 raise StateError(
                     f"the saved state has {name}={state.get(name)!r}, which must be an integer: "
-                    "give what depth.state_dict() returned"
+                    "give what handle.state_dict() returned"
                 )
-        state = {"least": 0, **state}  # which states did not always have
+        state = {"min_samples": 0, **state}  # which states did not always have
         for name, mine in self._identity().items():
             if name not in state or state[name] != mine:
                 raise StateError(
@@ -283,14 +283,14 @@ class StochasticDepth:
             "survival": list(self._final),
             "ramp_steps": self._ramp_steps,
             "gate": self.gate,
-            "least": self.least,
+            "min_samples": self.min_samples,
             "scale": self.scale,
             "skipped": self.skipped,
         }
 
     def __repr__(self) -> str:
         return (
-            f"StochasticDepth({len(self.blocks)} blocks, p from {self._survival[0]:.4g} to "
+            f"Handle({len(self.blocks)} blocks, p from {self._survival[0]:.4g} to "
             f"{self._survival[-1]:.4g}, expected depth {self.expected_depth:.4g}, "
             f"gate={self.gate!r}, scale={self.scale!r}, skipped={self.skipped!r}, "
             f"seed={self.seed}, step={self.step})"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stochastic_depth.depth import StochasticDepth
-from stochastic_depth.surgery.apply import depth_of
+from stochastic_depth.handle import Handle
+from stochastic_depth.surgery.apply import handle_of
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ def drop_order(model: nn.Module, loss: Callable[[nn.Module], float]) -> Iterator
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
     """
-    return _dropped(model, depth_of(model), loss)
+    return _dropped(model, handle_of(model), loss)
 
 
 def _dropped(
-    model: nn.Module, depth: StochasticDepth, loss: Callable[[nn.Module], float]
+    model: nn.Module, handle: Handle, loss: Callable[[nn.Module], float]
 ) -> Iterator[Dropped]:
     was_training = model.training
-    left = list(range(len(depth.blocks)))
+    left = list(range(len(handle.blocks)))
 
     def without(block: int) -> float:
-        gates = [other in left and other != block for other in range(len(depth.blocks))]
-        with depth.subnetwork(gates, scaled=True):
+        gates = [other in left and other != block for other in range(len(handle.blocks))]
+        with handle.subnetwork(gates, scaled=True):
             return loss(model)
 
     while left:

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from stochastic_depth.deploy.description import (
+from stochastic_depth.errors import ExportError
+from stochastic_depth.export.description import (
     KEY,
     Description,
     read_description,
     remove_blocks,
 )
-from stochastic_depth.errors import ExportError
 from stochastic_depth.extras import require
 
 

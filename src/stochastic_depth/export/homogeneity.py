@@ -6,7 +6,7 @@ p is positive, so that an operation which only compares (ReLU, max pooling) is h
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from stochastic_depth.deploy.tracing import Value, operands
+from stochastic_depth.export.tracing import Value, operands
 
 
 class Form(NamedTuple):

@@ -50,7 +50,7 @@ def assert_folds(model: nn.Module, example, survival=None, **options) -> None:
         assert list(mine.state_dict()) == keys
         assert [type(module) for module in mine.modules()] == kinds
         with pytest.raises(sd.ApplyError):
-            sd.depth_of(mine)
+            sd.handle_of(mine)
 
 
 class Net(nn.Module):
@@ -158,14 +158,14 @@ def test_a_branch_that_ends_in_something_linear_takes_its_factor(make, example):
 
 def test_the_last_batch_norm_of_a_residual_unit_is_multiplied_by_its_p_and_nothing_else():
     model = randomised(CifarResNet(14)).eval()
-    depth = sd.apply(model)
+    handle = sd.apply(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sd.fold(model, torch.randn(2, 3, 16, 16))
     for name, tensor in model.state_dict().items():
         _, _, block = name.partition("blocks.")
         p = 1.0
         if ".branch.4." in name and name.endswith(("weight", "bias")):
-            p = depth.survival[int(block.partition(".")[0])]
+            p = handle.survival[int(block.partition(".")[0])]
         assert torch.equal(tensor, before[name] * p), name
 
 
@@ -294,12 +294,12 @@ class Shown(Net):
 )
 def test_what_cannot_be_folded_exactly_is_refused_and_left_as_it_was(model, block, why):
     model = model().eval()
-    depth = sd.apply(model, example=ROW)
+    handle = sd.apply(model, example=ROW)
     before, expected = copy.deepcopy(model.state_dict()), outputs(model, ROW)
     with pytest.raises(sd.FoldError, match=f"block '{block}' .*{why}") as error:
         sd.fold(model, ROW)
     assert 'scale="training"' in str(error.value)
-    assert sd.depth_of(model) is depth
+    assert sd.handle_of(model) is handle
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
     assert torch.equal(outputs(model, ROW), expected)
 

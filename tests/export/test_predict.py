@@ -7,9 +7,9 @@ from PIL import Image
 import stochastic_depth as sd
 from stochastic_depth.cli import main
 from stochastic_depth.data.folder_images import evaluation_view, open_picture
-from stochastic_depth.deploy.description import Input
-from stochastic_depth.deploy.pictures import read_pictures
-from stochastic_depth.deploy.predicting import open_classifier
+from stochastic_depth.export.description import Input
+from stochastic_depth.export.pictures import read_pictures
+from stochastic_depth.export.predicting import open_classifier
 from stochastic_depth.train import reopen
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import stochastic_depth as sd
 from stochastic_depth.cli import main
-from stochastic_depth.deploy import load_export
-from stochastic_depth.deploy.description import KEY
+from stochastic_depth.export import load_export
+from stochastic_depth.export.description import KEY
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train import reopen, trained_model
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.data import Batches
-from stochastic_depth.deploy.description import Choice, blocks_at, remove_blocks
-from stochastic_depth.deploy.exporting import Plain, sample, training_batches
+from stochastic_depth.export.description import Choice, blocks_at, remove_blocks
+from stochastic_depth.export.exporting import Plain, sample, training_batches
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.execution import Execution

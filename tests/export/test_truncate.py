@@ -27,7 +27,7 @@ def closed_outputs(model, closed, x):
     """Of the model before, by its gates."""
     twin = copy.deepcopy(model)
     for number in closed:
-        for gates in sd.depth_of(twin).blocks[number].gates:
+        for gates in sd.handle_of(twin).blocks[number].gates:
             gates.evaluation = Gate(open=False)
     with torch.no_grad():
         out = twin(**x) if isinstance(x, dict) else twin(x)
@@ -74,8 +74,8 @@ def test_what_is_left_is_tuned_and_exported(tmp_path):
     model = network(14)
     sd.apply(model)
     sd.truncate(model, 1, X)
-    depth = sd.apply(model)
-    assert len(depth.survival) == 3
+    handle = sd.apply(model)
+    assert len(handle.survival) == 3
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = F.cross_entropy(model(X), torch.arange(4))
@@ -139,8 +139,8 @@ def test_a_foreign_network_becomes_the_same_architecture_built_shallower(
     pytest.importorskip(name.partition("/")[0], reason=f"needs {name.partition('/')[0]}")
     model, x = published(name, **options)
     model.eval()
-    depth = sd.apply(model, example=x)
-    blocks = range(len(depth.blocks))
+    handle = sd.apply(model, example=x)
+    blocks = range(len(handle.blocks))
     stage_wise = [0, 1, 3, 4, 7, 8, 13, 14]
     kept = keep if isinstance(keep, list) else stage_wise if len(blocks) == 16 else range(keep)
     expected = closed_outputs(model, set(blocks) - set(kept), x)
@@ -172,7 +172,7 @@ def test_a_block_that_does_more_than_pass_on_its_input_is_refused_by_name():
     with pytest.raises(sd.TruncateError, match=r"block '2' \(PostNorm\)"):
         sd.truncate(model, [0, 1], x)
     assert torch.equal(model(x), expected)
-    assert len(sd.depth_of(model).blocks) == 3
+    assert len(sd.handle_of(model).blocks) == 3
 
 
 @pytest.mark.parametrize("keep", [0, -1, [9], [0, 0], [-1]])

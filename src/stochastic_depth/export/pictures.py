@@ -9,8 +9,8 @@ from torch import Tensor
 
 from stochastic_depth.data import normalise
 from stochastic_depth.data.folder_images import open_picture
-from stochastic_depth.deploy.description import Input
 from stochastic_depth.errors import DataError
+from stochastic_depth.export.description import Input
 from stochastic_depth.extras import require
 
 LONGEST = 20

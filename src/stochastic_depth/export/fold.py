@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from stochastic_depth.deploy.scaling import Inexact, exponents
-from stochastic_depth.deploy.tracing import Trace
-from stochastic_depth.depth import Block
 from stochastic_depth.errors import FoldError
+from stochastic_depth.export.scaling import Inexact, exponents
+from stochastic_depth.export.tracing import Trace
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.apply import depth_of, remove
+from stochastic_depth.handle import Block
+from stochastic_depth.surgery.apply import handle_of, remove
 from stochastic_depth.surgery.discovery.recording import tensors_in
 from stochastic_depth.surgery.find import Example, caller
-from stochastic_depth.surgery.undisturbed import undisturbed
+from stochastic_depth.surgery.preserve import preserve_state
 
 TOLERANCE = 1e-12
 """Of a branch's output in float64, relative to its largest value."""
@@ -66,7 +66,7 @@ def multipliers(
     Raises:
         FoldError: as `fold`.
     """
-    blocks = depth_of(model).blocks
+    blocks = handle_of(model).blocks
     survival = [0.0 if n in closed else _factor(block) for n, block in enumerate(blocks)]
     if all(p in (None, 0, 1) for p in survival):
         return {}
@@ -121,11 +121,11 @@ def _traced(
         survival: for each block; 0 closes it, and without any its branch is added as it is.
     """
     factors: list[Tensor] = []
-    for block, p in zip(depth_of(twin).blocks, survival, strict=True):
+    for block, p in zip(handle_of(twin).blocks, survival, strict=True):
         factors.append(torch.tensor(p or 0.0, dtype=torch.float64))
         for addition in block.gates:
             addition.evaluation = Gate(p != 0, None if p is None else factors[-1])
-    with undisturbed(twin), torch.no_grad(), Trace(twin.eval(), factors) as trace:
+    with preserve_state(twin), torch.no_grad(), Trace(twin.eval(), factors) as trace:
         outputs = run()
     return trace, tensors_in(outputs)
 

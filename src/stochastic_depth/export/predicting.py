@@ -6,11 +6,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from stochastic_depth.deploy.description import Description, read_description
-from stochastic_depth.deploy.exporting import plain_network
-from stochastic_depth.deploy.formats import read_onnx
-from stochastic_depth.deploy.loading import load_export
 from stochastic_depth.errors import ExportError
+from stochastic_depth.export.description import Description, read_description
+from stochastic_depth.export.exporting import plain_network
+from stochastic_depth.export.formats import read_onnx
+from stochastic_depth.export.loading import load_export
 from stochastic_depth.train import reopen
 
 Classifier = tuple[Callable[[Tensor], Tensor], Description]

@@ -1,8 +1,0 @@
-"""Out of training: plain and shallower models, files of them, and what they say of a picture."""
-
-from stochastic_depth.deploy.fold import fold
-from stochastic_depth.deploy.loading import Exported, load_export
-from stochastic_depth.deploy.order import Dropped, drop_order
-from stochastic_depth.deploy.truncate import truncate
-
-__all__ = ["Dropped", "Exported", "drop_order", "fold", "load_export", "truncate"]
