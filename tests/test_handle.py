@@ -228,7 +228,7 @@ def test_a_foreign_state_is_an_error_that_names_the_field(field: str, settings: 
     foreign = sd.apply(Net(), **{"survival": HALF, **settings}).state_dict()
     handle = sd.apply(Net(), HALF, seed=4)
     before = handle.state_dict()
-    with pytest.raises(sd.StateError, match=rf"saved state has {field}="):
+    with pytest.raises(sd.errors.StateError, match=rf"saved state has {field}="):
         handle.load_state_dict(foreign)
     assert handle.state_dict() == before
 
@@ -238,7 +238,7 @@ def test_a_state_without_a_field_is_an_error_that_names_it(field: str) -> None:
     handle = sd.apply(Net(), HALF)
     state = handle.state_dict()
     del state[field]
-    with pytest.raises(sd.StateError, match=rf"saved state has {field}=None"):
+    with pytest.raises(sd.errors.StateError, match=rf"saved state has {field}=None"):
         handle.load_state_dict(state)
 
 

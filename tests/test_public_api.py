@@ -1,18 +1,17 @@
+import ast
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import types
 import typing
+from importlib import metadata
 
 import pytest
 from torch import nn
 
 import stochastic_depth as sd
-import stochastic_depth.distributed
-import stochastic_depth.export
-import stochastic_depth.models
-import stochastic_depth.surgery
 
 PYTORCH_ALONE = """
 import sys
@@ -37,7 +36,6 @@ sys.meta_path.insert(0, Blocked())
 
 import torch
 import stochastic_depth as sd
-import stochastic_depth.distributed, stochastic_depth.models, stochastic_depth.surgery
 
 model = sd.models.CifarResNet(8)
 handle = sd.apply(model)
@@ -48,6 +46,7 @@ optimizer.step()
 model.eval()(torch.randn(1, 3, 32, 32))
 sd.remove(model)
 assert not Blocked.names & {name.partition(".")[0] for name in sys.modules}
+assert sd.distributed.skip_closed and sd.surgery.apply
 print("trained", handle.step)
 """
 
@@ -97,9 +96,50 @@ def test_every_module_of_the_package_says_what_it_is() -> None:
 
 
 def test_every_error_is_of_the_one_tree() -> None:
-    errors = [value for name, value in vars(sd).items() if name.endswith("Error")]
-    assert len(errors) > 5
+    errors = [value for value in vars(sd.errors).values() if inspect.isclass(value)]
+    assert len(errors) > 12
     assert all(issubclass(error, sd.StochasticDepthError) for error in errors)
+    at_the_top = {name for name in sd.__all__ if name.endswith("Error")}
+    assert at_the_top < {error.__name__ for error in errors}
+
+
+LABORATORY = {"analysis", "bench", "cli", "engine", "lab", "recipes", "report", "train"}
+
+
+def test_no_two_classes_of_the_library_share_a_name() -> None:
+    places: dict[str, set[str]] = {}
+    for module in pkgutil.walk_packages(sd.__path__, "stochastic_depth."):
+        if module.name.split(".")[1] in LABORATORY:
+            continue
+        spec = module.module_finder.find_spec(module.name, None)  # pyright: ignore
+        for node in ast.parse(spec.loader.get_source(module.name)).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, set()).add(module.name)
+    assert len(places) > 50
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+SUBMODULES_WHEN_TOUCHED = """
+import sys
+import stochastic_depth as sd
+
+assert "stochastic_depth.distributed" not in sys.modules
+assert "distributed" in dir(sd)
+assert sd.distributed.gates_by_rank.__name__ == "gates_by_rank"
+assert not hasattr(sd, "no_such_part")
+try:
+    from stochastic_depth import train_wheels
+except ImportError as error:
+    print(error.name)
+"""
+
+
+def test_submodules_load_when_they_are_touched() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", SUBMODULES_WHEN_TOUCHED], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == "stochastic_depth"
 
 
 def test_the_core_and_the_models_need_pytorch_alone() -> None:
@@ -111,4 +151,5 @@ def test_the_core_and_the_models_need_pytorch_alone() -> None:
 
 
 def test_the_version_is_the_installed_ones() -> None:
-    assert sd.__version__.count(".") >= 2
+    assert sd.__version__ == metadata.version("stochastic-depth")
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", sd.__version__)

@@ -2,91 +2,62 @@
 
     import stochastic_depth as sd
 
-    depth = sd.apply(model, sd.LinearDecay(0.5))
+    handle = sd.apply(model, sd.LinearDecay(0.5))
+
+Submodules load when they are touched: `sd.distributed.gates_by_rank(model)` needs no import of its
+own. Every error is in `sd.errors`; those that the functions here raise are here too.
 
 Huang, Sun, Liu, Sedra and Weinberger, ECCV 2016, arXiv:1603.09382.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from pkgutil import iter_modules
+from types import ModuleType
 
 from stochastic_depth.errors import (
     ApplyError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DivergedError,
-    EngineError,
-    ExportError,
     FoldError,
     GateError,
-    MissingExtraError,
-    RunError,
-    StateError,
     StochasticDepthError,
     SurvivalError,
     TruncateError,
     UnsupportedBlockError,
 )
-from stochastic_depth.export import Dropped, drop_order
 from stochastic_depth.export.fold import fold
-from stochastic_depth.export.truncate import truncate
-from stochastic_depth.gates import Gate, GateKind, Scale
-from stochastic_depth.handle import Handle, SkippedPolicy
+from stochastic_depth.export.truncate import drop_order, truncate
+from stochastic_depth.gates import Gate
+from stochastic_depth.handle import Handle
 from stochastic_depth.migration import survival_rule
 from stochastic_depth.residual import Residual, part, residual_step, scaled
 from stochastic_depth.surgery import (
-    BlockSummary,
-    Plan,
-    PlannedBlock,
-    Summary,
-    Verification,
+    apply,
     compile_blocks,
     handle_of,
+    plan,
     register_unit,
     remove,
+    summary,
+    verify,
 )
-from stochastic_depth.surgery.apply import apply
-from stochastic_depth.surgery.plan import plan
-from stochastic_depth.surgery.summary import summary
-from stochastic_depth.surgery.verify import verify
-from stochastic_depth.survival import LinearDecay, Ramp, Survival, SurvivalRule, Uniform
+from stochastic_depth.survival import LinearDecay, Ramp, Uniform
 
 __version__ = version("stochastic-depth")
 
 __all__ = [
     "ApplyError",
-    "BlockSummary",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DivergedError",
-    "Dropped",
-    "EngineError",
-    "ExportError",
     "FoldError",
     "Gate",
     "GateError",
-    "GateKind",
     "Handle",
     "LinearDecay",
-    "MissingExtraError",
-    "Plan",
-    "PlannedBlock",
     "Ramp",
     "Residual",
-    "RunError",
-    "Scale",
-    "SkippedPolicy",
-    "StateError",
     "StochasticDepthError",
-    "Summary",
-    "Survival",
     "SurvivalError",
-    "SurvivalRule",
     "TruncateError",
     "Uniform",
     "UnsupportedBlockError",
-    "Verification",
     "apply",
     "compile_blocks",
     "drop_order",
@@ -103,3 +74,18 @@ __all__ = [
     "truncate",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A submodule, imported when it is first asked for."""
+    if name in _submodules():
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_submodules()})
+
+
+def _submodules() -> set[str]:
+    return {module.name for module in iter_modules(__path__) if not module.name.startswith("_")}

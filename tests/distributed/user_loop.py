@@ -484,9 +484,9 @@ def a_checkpoint_that_is_not_there_or_of_another_network_is_refused(folder: Path
     other = nn.Sequential(sd.Residual(nn.Linear(2, 2)))
     sd.apply(other)
     optimizer = sgd(other)
-    with pytest.raises(sd.CheckpointError, match="cannot be read"):
+    with pytest.raises(sd.errors.CheckpointError, match="cannot be read"):
         load_sharded(folder / "nothing", other, optimizer)
-    with pytest.raises(sd.CheckpointError, match="another network"):
+    with pytest.raises(sd.errors.CheckpointError, match="another network"):
         load_sharded(folder / "paper-0", other, optimizer)
 
 

@@ -266,12 +266,12 @@ def test_what_it_was_not_written_for_is_refused(build, named):
     model, handle = build()
     optimizer = build_optimizer(OptimizerConfig(), model)
     before = [p.data_ptr() for p in model.parameters()]
-    with pytest.raises(sd.EngineError, match=named):
+    with pytest.raises(sd.errors.EngineError, match=named):
         Program(model, handle, optimizer, (4, 3, 8, 8), torch.float32)
     assert [p.data_ptr() for p in model.parameters()] == before
 
 
 def test_other_optimizers_are_refused():
     model, handle, _ = network(3)
-    with pytest.raises(sd.EngineError, match="AdamW"):
+    with pytest.raises(sd.errors.EngineError, match="AdamW"):
         Program(model, handle, torch.optim.AdamW(model.parameters()), (4, 3, 8, 8), torch.float64)

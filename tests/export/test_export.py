@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import stochastic_depth as sd
 from stochastic_depth.cli import main
 from stochastic_depth.export import load_export
-from stochastic_depth.export.description import KEY
+from stochastic_depth.export.load import KEY
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train import reopen, trained_model
 
@@ -185,7 +185,7 @@ def rewritten(file, tmp_path, change=lambda values: None, weights=None):
 )
 def test_a_description_that_does_not_fit_is_refused(change, told, file, tmp_path):
     path = rewritten(file, tmp_path, change)
-    with pytest.raises(sd.ExportError, match=r"changed\.safetensors") as error:
+    with pytest.raises(sd.errors.ExportError, match=r"changed\.safetensors") as error:
         load_export(path)
     assert told in str(error.value)
 
@@ -197,21 +197,21 @@ def test_foreign_and_damaged_files_are_refused(file, tmp_path):
     ):
         path = tmp_path / f"{number}.safetensors"
         path.write_bytes(damaged)
-        with pytest.raises(sd.ExportError, match="no whole safetensors file"):
+        with pytest.raises(sd.errors.ExportError, match="no whole safetensors file"):
             load_export(path)
     save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(sd.ExportError, match="does not say what network"):
+    with pytest.raises(sd.errors.ExportError, match="does not say what network"):
         load_export(tmp_path / "foreign.safetensors")
-    with pytest.raises(sd.ExportError, match="not there"):
+    with pytest.raises(sd.errors.ExportError, match="not there"):
         load_export(tmp_path / "none.safetensors")
     weights = load_file(file)
     weights.pop("head.bias")
-    with pytest.raises(sd.ExportError, match=r"'head\.bias' is missing"):
+    with pytest.raises(sd.errors.ExportError, match=r"'head\.bias' is missing"):
         load_export(rewritten(file, tmp_path, weights=weights))
 
 
 def test_one_depth_is_no_other(file, elastic):
-    with pytest.raises(sd.ExportError, match="--elastic"):
+    with pytest.raises(sd.errors.ExportError, match="--elastic"):
         load_export(file, depth=0.5)
-    with pytest.raises(sd.ExportError, match="depth=0"):
+    with pytest.raises(sd.errors.ExportError, match="depth=0"):
         load_export(elastic, depth=0)

@@ -7,9 +7,8 @@ from PIL import Image
 import stochastic_depth as sd
 from stochastic_depth.cli import main
 from stochastic_depth.data.folder_images import evaluation_view, open_picture
-from stochastic_depth.export.description import Input
-from stochastic_depth.export.pictures import read_pictures
-from stochastic_depth.export.predicting import open_classifier
+from stochastic_depth.export.load import ImageInput
+from stochastic_depth.export.predict import open_classifier, read_pictures
 from stochastic_depth.train import reopen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +34,7 @@ def test_other_sizes_are_scaled_and_cut_as_torchvision_does(size, tmp_path):
     pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
     path = tmp_path / "picture.png"
     Image.fromarray(pixels.numpy()).save(path)
-    mine = read_pictures([path], Input((3, 224, 224), 256, (0.0,) * 3, (1.0,) * 3))
+    mine = read_pictures([path], ImageInput((3, 224, 224), 256, (0.0,) * 3, (1.0,) * 3))
     assert torch.equal((mine[0] * 255).round().byte(), evaluation_view(224)(open_picture(path)))
 
 
@@ -96,8 +95,8 @@ def test_what_is_no_picture_is_told_in_a_line(content, told, trained, tmp_path, 
 
 def test_a_picture_like_a_hair_is_refused(tmp_path):
     Image.new("L", (1, 4000)).save(tmp_path / "hair.png")
-    with pytest.raises(sd.DataError, match="1x4000"):
-        read_pictures([tmp_path / "hair.png"], Input((1, 8, 8), 8, (0.5,), (1.0,)))
+    with pytest.raises(sd.errors.DataError, match="1x4000"):
+        read_pictures([tmp_path / "hair.png"], ImageInput((1, 8, 8), 8, (0.5,), (1.0,)))
 
 
 def test_what_is_no_network_is_told_in_a_line(trained, pictures, tmp_path, capsys):

@@ -27,7 +27,9 @@ def test_parameters_and_blocks_are_the_published_ones(
 
 @pytest.mark.parametrize("depth", [-4, 0, 2, 7, 109, 111])
 def test_a_depth_that_is_not_6n_plus_2_is_an_error(depth: int) -> None:
-    with pytest.raises(sd.ConfigError, match=rf"depth={depth}: .*6n \+ 2 layers: 20, 32, 56, 110"):
+    with pytest.raises(
+        sd.errors.ConfigError, match=rf"depth={depth}: .*6n \+ 2 layers: 20, 32, 56, 110"
+    ):
         CifarResNet(depth)
 
 

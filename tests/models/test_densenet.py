@@ -49,13 +49,13 @@ def test_parameters_of_densenet_bc_100_12_exactly() -> None:
     ],
 )
 def test_a_depth_that_does_not_fit_is_an_error(depth: int, bottleneck: bool, remedy: str) -> None:
-    with pytest.raises(sd.ConfigError, match=rf"depth={depth}: .*{remedy}"):
+    with pytest.raises(sd.errors.ConfigError, match=rf"depth={depth}: .*{remedy}"):
         DenseNet(depth, 12, bottleneck)
 
 
 @pytest.mark.parametrize("compression", [0.0, -1.0, 1.5])
 def test_a_compression_outside_of_0_to_1_is_an_error(compression: float) -> None:
-    with pytest.raises(sd.ConfigError, match=rf"compression={compression}"):
+    with pytest.raises(sd.errors.ConfigError, match=rf"compression={compression}"):
         DenseNet(40, 12, compression=compression)
 
 

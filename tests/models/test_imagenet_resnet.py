@@ -19,7 +19,7 @@ def test_parameters_and_blocks_are_the_published_ones(
 
 @pytest.mark.parametrize("depth", [18, 49, 110])
 def test_another_depth_is_an_error(depth: int) -> None:
-    with pytest.raises(sd.ConfigError, match=rf"depth={depth}: .*50, 101 or 152"):
+    with pytest.raises(sd.errors.ConfigError, match=rf"depth={depth}: .*50, 101 or 152"):
         ImageNetResNet(depth)
 
 

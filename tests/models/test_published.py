@@ -74,5 +74,5 @@ def test_what_is_no_model_is_named(name, message):
     library = name.partition("/")[0]
     if library in ("timm", "torchvision", "transformers"):
         pytest.importorskip(library, reason=f"needs {library}")
-    with pytest.raises(sd.ConfigError, match=message):
+    with pytest.raises(sd.errors.ConfigError, match=message):
         published(name)

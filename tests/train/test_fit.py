@@ -254,7 +254,7 @@ def test_other_data_than_the_run_began_on_is_refused(small, path, silent):
         ({"model": ModelConfig(depth=15)}, ConfigError),
         ({"model": ModelConfig(kind="densenet", depth=10)}, sd.ApplyError),
         ({"device": "cuda:99"}, ConfigError),
-        ({"data": DataConfig(name="cifar10")}, sd.DataError),
+        ({"data": DataConfig(name="cifar10")}, sd.errors.DataError),
     ],
 )
 def test_what_cannot_be_trained_leaves_no_folder(small, path, change, error):

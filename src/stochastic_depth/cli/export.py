@@ -11,11 +11,15 @@ from rich.table import Table
 
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.errors import ExportError
-from stochastic_depth.export.description import Description
-from stochastic_depth.export.elastic import measured
-from stochastic_depth.export.exporting import elastic_network, plain_network, shallower_network
-from stochastic_depth.export.formats import SUFFIX, Format, write_export
-from stochastic_depth.export.order import Dropped
+from stochastic_depth.export.load import Description
+from stochastic_depth.export.network import (
+    elastic_network,
+    measured,
+    plain_network,
+    shallower_network,
+)
+from stochastic_depth.export.truncate import Dropped
+from stochastic_depth.export.write import SUFFIX, Format, write_export
 from stochastic_depth.surgery.plain_table import si
 from stochastic_depth.train import reopen
 

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stochastic_depth.cli.console import PlainConsole
-from stochastic_depth.export.pictures import read_pictures
-from stochastic_depth.export.predicting import open_classifier
+from stochastic_depth.export.predict import open_classifier, read_pictures
 
 
 @dataclass(frozen=True)

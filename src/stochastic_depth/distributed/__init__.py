@@ -4,10 +4,14 @@ Plain `DistributedDataParallel` and `fully_shard` work with an applied model as 
 a closed block costs no communication either.
 """
 
-from stochastic_depth.distributed.by_rank import gates_by_rank
-from stochastic_depth.distributed.checkpoint import load_sharded, save_sharded
+from stochastic_depth.distributed.rank_gates import gates_by_rank
 from stochastic_depth.distributed.reduction import skip_closed
-from stochastic_depth.distributed.sharding import branch_modules, shard_branches
+from stochastic_depth.distributed.sharding import (
+    branch_modules,
+    load_sharded,
+    save_sharded,
+    shard_branches,
+)
 from stochastic_depth.distributed.sync_batchnorm import CpuSyncBatchNorm, synchronise_batchnorm
 
 __all__ = [

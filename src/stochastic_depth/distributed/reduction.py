@@ -10,10 +10,10 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from stochastic_depth.attached import Replicated
-from stochastic_depth.distributed.agreement import Agreement
+from stochastic_depth.distributed.rank_gates import GateConsistency
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
+from stochastic_depth.hooks import Replicated
 from stochastic_depth.surgery.apply import applied_inside, handle_of
 
 
@@ -95,12 +95,12 @@ class _Reduction:
 
     def __init__(self, blocks: list[_Blocks], group: dist.ProcessGroup | None) -> None:
         self._blocks, self._group = blocks, group
-        self._agreement = Agreement([of_one.handle for of_one in blocks], group)
+        self._consistency = GateConsistency([of_one.handle for of_one in blocks], group)
 
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
         if bucket.index() == 0:
-            self._agreement.look(buffer.device)
+            self._consistency.check(buffer.device)
         runs = list(self._open_runs(bucket))
         if bucket.is_last():
             for blocks in self._blocks:

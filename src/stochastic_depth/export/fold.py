@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from stochastic_depth.errors import FoldError
-from stochastic_depth.export.scaling import Inexact, exponents
-from stochastic_depth.export.tracing import Trace
+from stochastic_depth.export.algebra import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block
 from stochastic_depth.surgery.apply import handle_of, remove

@@ -1,7 +1,8 @@
-"""A shallower model: some blocks for good only their shortcut, the others with p_l folded in."""
+"""Shallower models: which blocks are needed least, and take them out."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,133 @@ from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.errors import TruncateError
 from stochastic_depth.export.fold import largest_difference, multipliers, multiply
-from stochastic_depth.export.shallower import take_out
 from stochastic_depth.gates import Gate
+from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.apply import applied_to, remove
+from stochastic_depth.surgery.apply import applied_to, handle_of, remove
 from stochastic_depth.surgery.discovery.recording import tensors_in
 from stochastic_depth.surgery.find import Example, Found, caller
 from stochastic_depth.surgery.preserve import preserve_state
+
+
+class ShortcutOnly(nn.Module):
+    """What is left of a residual unit without its branch: act(shortcut(x))."""
+
+    def __init__(self, unit: Residual) -> None:
+        super().__init__()
+        self.shortcut = unit.shortcut
+        self.activation = unit.activation
+        self._overwrites = unit._overwrites
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._overwrites:
+            x = x.clone()  # the activation works in place, and x is not this block's to change
+        out = x if self.shortcut is None else self.shortcut(x)
+        return out if self.activation is None else self.activation(out)
+
+
+def take_out(model: nn.Module, names: Collection[str]) -> None:
+    """Make the named `Residual` units their shortcuts, and remove other blocks, in place.
+
+    Raises:
+        TruncateError: when a block is no element of another module.
+    """
+    lists: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        unit = model.get_submodule(name)
+        if not name:
+            raise TruncateError(f"{type(model).__name__} is one block as a whole: nothing remains")
+        if isinstance(unit, Residual):
+            setattr(model.get_submodule(parent), child, ShortcutOnly(unit))
+        else:
+            lists.setdefault(parent, []).append(child)
+    for parent, children in lists.items():
+        _remove(model, model.get_submodule(parent), children)
+
+
+def _remove(model: nn.Module, parent: Any, children: Collection[str]) -> None:
+    """Remove the children of `parent`, and count those that are left anew."""
+    before = list(parent._modules)
+    numbered = before == [str(number) for number in range(len(before))]
+    kept = [name for name in before if name not in children]
+    modules = [parent._modules[name] for name in kept]
+    parent._modules.clear()
+    for number, (name, module) in enumerate(zip(kept, modules, strict=True)):
+        parent._modules[str(number) if numbered else name] = module
+    if numbered:
+        _tell_transformers(model, len(before), [int(name) for name in kept], modules)
+
+
+def _tell_transformers(
+    model: Any, before: int, kept: list[int], modules: Iterable[nn.Module]
+) -> None:
+    """Where layers know their number and the configuration counts them, keep both right."""
+    for new, (old, layer) in enumerate(zip(kept, modules, strict=True)):
+        for module in layer.modules():
+            if getattr(module, "layer_idx", None) == old:
+                module.layer_idx = new  # type: ignore[assignment]
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "num_hidden_layers", None) == before and not config.is_encoder_decoder:
+        types = getattr(config, "layer_types", None)
+        if types is not None and len(types) == before:
+            config.layer_types = [types[number] for number in kept]
+        config.num_hidden_layers = len(kept)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One block, closed for the rest of the search."""
+
+    block: int
+    """Its position, from 0."""
+    loss: float
+    """Without it and all before."""
+    evaluations: int
+    """How often the loss was taken for this choice."""
+
+
+def drop_order(model: nn.Module, loss: Callable[[nn.Module], float]) -> Iterator[Dropped]:
+    """Close the blocks of `model` one after the other, each time the one that costs least.
+
+    Greedy: to choose the n-th of L blocks the loss is taken L - n + 1 times, for all of them
+    L (L + 1) / 2 times. The iterator may be left at any time. `model` stays as it is.
+
+        order = [dropped.block for dropped in itertools.islice(sd.drop_order(model, loss), 10)]
+        sd.truncate(model, [n for n in range(54) if n not in order], example)
+
+    Args:
+        model: one that `sd.apply` was given.
+        loss: of the model in evaluation mode, without some of its blocks; say over the validation
+            images.
+
+    Raises:
+        ApplyError: when `model` is not one that `sd.apply` was given.
+    """
+    return _dropped(model, handle_of(model), loss)
+
+
+def _dropped(
+    model: nn.Module, handle: Handle, loss: Callable[[nn.Module], float]
+) -> Iterator[Dropped]:
+    was_training = model.training
+    left = list(range(len(handle.blocks)))
+
+    def without(block: int) -> float:
+        gates = [other in left and other != block for other in range(len(handle.blocks))]
+        with handle.subnetwork(gates, scaled=True):
+            return loss(model)
+
+    while left:
+        model.eval()
+        try:
+            losses = {block: without(block) for block in left}
+        finally:
+            model.train(was_training)
+        best = min(left, key=lambda block: losses[block])
+        left.remove(best)
+        yield Dropped(best, losses[best], len(losses))
+
 
 TOLERANCE = 1e-4
 """Of outputs in the model's own precision, relative to their largest value."""

@@ -1,19 +1,22 @@
-"""Do all ranks have the same gates? Collectives that not everybody takes part in never end."""
+"""Gates on many ranks: the same on each, which is checked, or drawn by each rank for itself."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.handle import Handle
 from stochastic_depth.randomness import digest
+from stochastic_depth.surgery.apply import handle_of
 
 _BETWEEN_LOOKS = {"cpu": 1}
 """Looking makes the host wait for a GPU: there, once in a hundred times."""
 
 
-class Agreement:
+class GateConsistency:
     """Looks from time to time whether all ranks have the same gates.
 
     Every rank must ask for a look at the same places of its program.
@@ -23,18 +26,18 @@ class Agreement:
         self._handles, self._group = handles, group
         self._asked = 0
 
-    def look(self, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:
         """At every time on a CPU, at the first and every hundredth on a GPU.
 
         Raises:
-            GateError: as `require_agreement`.
+            GateError: as `require_same_gates`.
         """
         if self._asked % _BETWEEN_LOOKS.get(device.type, 100) == 0:
-            require_agreement(self._handles, self._group)
+            require_same_gates(self._handles, self._group)
         self._asked += 1
 
 
-def require_agreement(handles: Sequence[Handle], group: dist.ProcessGroup | None = None) -> None:
+def require_same_gates(handles: Sequence[Handle], group: dist.ProcessGroup | None = None) -> None:
     """A collective: refuse gates that depend on the rank.
 
     Raises:
@@ -71,3 +74,27 @@ def _device(group: dist.ProcessGroup | None) -> torch.device:
     """Where a collective of `group` can find its tensors."""
     gpu_only = dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if gpu_only else torch.device("cpu")
+
+
+def gates_by_rank(model: nn.Module, rank: int | None = None) -> None:
+    """Draw gates of its own for each rank: more of them in a step, at the price of the saving.
+
+    They are a function of (seed, rank, step), and `handle.state_dict()` is the same on every rank.
+    A step takes as long as that of the rank with the most open blocks, and a gradient is sent when
+    its block is open on any rank: with 8 ranks at p = 0.5 all but always.
+
+    Args:
+        model: one that `sd.apply` was given, before or after it is wrapped.
+        rank: that of this process, among those of the default group when not given.
+
+    Raises:
+        GateError: when `model` is sharded: a rank on which a block is closed would not take part in
+            gathering its parameters, and the others wait for it.
+    """
+    handle = handle_of(model)
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise GateError(
+            "a sharded model needs the same gates on every rank, because all of them gather the "
+            "parameters of an open block: use DistributedDataParallel for gates by rank"
+        )
+    handle.rank = dist.get_rank() if rank is None else rank

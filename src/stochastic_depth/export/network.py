@@ -1,27 +1,37 @@
-"""A trained run as a plain network with its description."""
+"""A trained run as a plain network with its description, and what it costs at each depth."""
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import ApplyError
-from stochastic_depth.export.description import Architecture, Description, Input, blocks_at
 from stochastic_depth.export.fold import fold
-from stochastic_depth.export.order import Dropped, drop_order
-from stochastic_depth.export.truncate import truncate
+from stochastic_depth.export.load import (
+    Architecture,
+    DepthChoice,
+    Description,
+    ImageInput,
+    blocks_at,
+    remove_blocks,
+)
+from stochastic_depth.export.truncate import Dropped, drop_order, truncate
 from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.surgery.apply import applied_inside
+from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.survival import Uniform
+from stochastic_depth.timing import take_turns
 from stochastic_depth.train import Run, best_record, trained_model
 from stochastic_depth.train.build import architecture
-from stochastic_depth.train.execution import versions
-from stochastic_depth.train.step import evaluate
+from stochastic_depth.train.execution import Execution, versions
+from stochastic_depth.train.step import evaluate, evaluate_parts
 
 CHECKED = 32
 """Test images on which a written file is held against the network."""
@@ -135,7 +145,7 @@ def _described(run: Run, images: Batches, step: int, removed: tuple[int, ...]) -
     survival: dict[str, Any] = copy.deepcopy(config.to_json()["survival"])
     return Description(
         Architecture(kind.__name__, shape, removed),
-        Input(
+        ImageInput(
             images.shape,
             images.shorter_side,
             tuple(images.mean.tolist()),
@@ -153,3 +163,58 @@ def _described(run: Run, images: Batches, step: int, removed: tuple[int, ...]) -
         },
         versions(),
     )
+
+
+DEPTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+BATCH, ROUNDS = 64, 15
+
+
+def measured(
+    plain: Plain, images: Batches, execution: Execution, depths: Sequence[float] = DEPTHS
+) -> Plain:
+    """The same network with what each of `depths` gives, and the statistics that it needs.
+
+    Lower depths get statistics of BatchNorm of their own, from training images. Times are of a
+    batch of 64 images, in turns.
+    """
+    order = plain.description.order
+    networks: dict[int, nn.Module] = {}
+    for blocks in (blocks_at(depth, len(order)) for depth in depths):
+        networks[blocks] = copy.deepcopy(plain.model)
+        remove_blocks(networks[blocks], order[: len(order) - blocks])
+        if blocks < len(order):
+            update_bn(training_batches(images), networks[blocks])
+        networks[blocks].eval()
+    batch = sample(images, BATCH)
+    with torch.inference_mode():
+        calls = {str(blocks): _call(network, batch) for blocks, network in networks.items()}
+        rounds = list(take_turns(calls, ROUNDS, warmup=1))
+    choices: list[DepthChoice] = []
+    statistics: dict[str, Tensor] = {}
+    for blocks, network in networks.items():
+        with torch.no_grad(), CountFlops() as count:
+            network(batch[:1])
+        if blocks < len(order):
+            statistics |= {
+                f"{blocks}/{name}": buffer.clone()
+                for name, buffer in network.named_buffers()
+                if buffer.is_floating_point()
+            }
+        network.to(execution.device)
+        of_parts = evaluate_parts(network, images, execution)
+        choices.append(
+            DepthChoice(
+                blocks,
+                of_parts["validation"].error,
+                of_parts["test"].error,
+                sum(parameter.numel() for parameter in network.parameters()),
+                count.total,
+                median(seconds[str(blocks)] for seconds in rounds) / len(batch),
+            )
+        )
+    description = replace(plain.description, choices=tuple(choices))
+    return replace(plain, description=description, statistics=statistics)
+
+
+def _call(network: nn.Module, batch: Tensor) -> Callable[[], Tensor]:
+    return lambda: network(batch)

@@ -1,14 +1,16 @@
-"""What the file of an exported network says of it: how to build it, feed it and read its answer."""
+"""The file of an exported network: what it says of the network, and the network built from it."""
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError, ExportError
-from stochastic_depth.export.shallower import take_out
+from stochastic_depth.export.truncate import take_out
+from stochastic_depth.extras import require
 from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
 from stochastic_depth.residual import Residual
 
@@ -68,7 +70,7 @@ def blocks_at(depth: float, blocks: int) -> int:
 
 
 @dataclass(frozen=True)
-class Input:
+class ImageInput:
     """How a picture becomes what the network takes."""
 
     shape: tuple[int, int, int]
@@ -82,7 +84,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Choice:
+class DepthChoice:
     """What the network does with some of its blocks, measured when it was exported."""
 
     blocks: int
@@ -103,7 +105,7 @@ class Description:
     """All that a file says besides its weights."""
 
     architecture: Architecture
-    input: Input
+    input: ImageInput
     classes: tuple[str, ...]
     survival: dict[str, Any] = field(default_factory=dict)
     """The rule it was trained under; p_l is in the weights."""
@@ -112,9 +114,9 @@ class Description:
     versions: dict[str, str] = field(default_factory=dict)
     order: tuple[int, ...] = ()
     """Positions of its blocks, those first that it needs least; empty where the depth is fixed."""
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[DepthChoice, ...] = ()
 
-    def choice_at(self, depth: float) -> Choice | None:
+    def choice_at(self, depth: float) -> DepthChoice | None:
         """What was measured at a share of the blocks, if it was."""
         if not 0 < depth <= 1:
             raise ExportError(f"depth={depth}: it is a share of the blocks, above 0 and at most 1")
@@ -141,10 +143,10 @@ def read_description(text: str) -> Description:
             **values
             | {
                 "architecture": Architecture(**_tuples(values["architecture"])),
-                "input": Input(**_tuples(values["input"])),
+                "input": ImageInput(**_tuples(values["input"])),
                 "classes": tuple(map(str, values["classes"])),
                 "order": tuple(values["order"]),
-                "choices": tuple(Choice(**choice) for choice in values["choices"]),
+                "choices": tuple(DepthChoice(**choice) for choice in values["choices"]),
             }
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -176,3 +178,82 @@ def _check(read: Description) -> None:
             f"its description cannot be understood: input {read.input}, blocks removed "
             f"{read.architecture.removed}, order {read.order}"
         )
+
+
+class Exported(NamedTuple):
+    """A plain network in evaluation mode, and what its file says of it."""
+
+    model: nn.Module
+    description: Description
+
+
+def load_export(path: Path | str, depth: float = 1.0) -> Exported:
+    """The plain network in a safetensors file that `stochastic-depth export` wrote.
+
+    Nothing is unpickled. The weights must be those of the network that the file describes, name by
+    name and shape by shape.
+
+    Args:
+        path: the file.
+        depth: the share of blocks to run, of a file exported with --elastic: one of those that were
+            measured. The blocks that it needs least are left out.
+
+    Raises:
+        ExportError: when the file is missing, damaged, foreign, or has one depth only.
+        MissingExtraError: when safetensors is not installed.
+    """
+    safetensors = require("safetensors", "train")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ExportError(f"{path} is not there") from None
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise ExportError(f"{path} is no whole safetensors file ({error})") from error
+    if KEY not in metadata:
+        raise ExportError(
+            f"{path} does not say what network its weights are of: give a file that "
+            "stochastic-depth export wrote"
+        )
+    try:
+        description = read_description(metadata[KEY])
+        whole = {name: tensor for name, tensor in weights.items() if "/" not in name}
+        model = description.architecture.build(len(whole))
+        _load(model, whole)
+        if depth != 1:
+            _lower(model, description, depth, weights)
+    except ExportError as error:
+        raise ExportError(f"{path}: {error}") from error
+    return Exported(model.eval(), description)
+
+
+def _lower(
+    model: nn.Module, description: Description, depth: float, weights: dict[str, Tensor]
+) -> None:
+    """Leave out the blocks that are needed least, with the statistics that belong to that."""
+    if not description.order:
+        raise ExportError(f"depth={depth}: its depth is fixed; export with --elastic to choose it")
+    choice = description.choice_at(depth)
+    if choice is None:
+        blocks = len(description.order)
+        known = ", ".join(f"{each.blocks / blocks:.2g}" for each in description.choices)
+        raise ExportError(f"depth={depth}: it was measured at {known}")
+    remove_blocks(model, description.order[: len(description.order) - choice.blocks])
+    start = f"{choice.blocks}/"
+    own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+    _load(model, model.state_dict() | own)
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    expected = model.state_dict()
+    wrong = sorted(expected.keys() ^ weights.keys())
+    if wrong:
+        where = "missing" if wrong[0] in expected else "of no use"
+        raise ExportError(f"{len(wrong)} tensors do not fit the network: {wrong[0]!r} is {where}")
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise ExportError(
+                f"{name!r} is {list(weights[name].shape)}, in the network {list(tensor.shape)}"
+            )
+    model.load_state_dict(weights)

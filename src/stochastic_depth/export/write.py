@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import ExportError
-from stochastic_depth.export.description import KEY
-from stochastic_depth.export.exporting import Plain
-from stochastic_depth.export.loading import load_export
+from stochastic_depth.export.load import KEY, load_export
+from stochastic_depth.export.network import Plain
 from stochastic_depth.extras import require
 from stochastic_depth.train.files import write_whole
 

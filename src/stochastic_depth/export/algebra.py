@@ -1,0 +1,331 @@
+"""Which weights to multiply so that a branch's output is multiplied by p, and nothing else changes.
+
+Every value of a forward pass gets an exponent e: the value is to become p^e times what it was. The
+exponent of the branch's output is 1, that of everything outside of the branch is 0, and every
+operation relates the exponents of its arguments to that of its result. The search starts at the
+output and changes weights as near to it as possible. Where a changed value is used a second time,
+as by squeeze and excitation, the change is cancelled there.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+@dataclass(eq=False)
+class TracedValue:
+    """A tensor: one of the `state_dict`, an input or constant, or the result of an operation."""
+
+    operation: str = ""
+    """Its name in PyTorch's schema, without namespace and the mark of working in place."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """By name, with values in place of tensors."""
+    state: str = ""
+    """Its name in the `state_dict`."""
+    single: bool = False
+    """Whether it is less precise than float64."""
+    users: list["TracedValue"] = field(default_factory=list)
+
+    def operands(self) -> Iterator["TracedValue"]:
+        """All values that it was computed from directly."""
+        yield from operands(self.arguments)
+
+
+def operands(arguments: object) -> Iterator[TracedValue]:
+    """The values in nested containers."""
+    return (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, TracedValue))
+
+
+def ancestors(values: Sequence[TracedValue]) -> set[TracedValue]:
+    """What `values` were computed from, themselves included."""
+    seen, ahead = set(values), list(values)
+    while ahead:
+        for operand in ahead.pop().operands():
+            if operand not in seen:
+                seen.add(operand)
+                ahead.append(operand)
+    return seen
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A branch's output, times the factor of its gate."""
+
+    branch: TracedValue
+    product: TracedValue
+    result: Tensor
+
+
+class Trace(TorchDispatchMode):
+    """While entered, notes every value, and what is multiplied by one of `factors`.
+
+    Args:
+        model: whose `state_dict` has names for tensors.
+        factors: of the gates, [] each.
+    """
+
+    def __init__(self, model: nn.Module, factors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.scaled: list[list[Scaled]] = [[] for _ in factors]
+        """For each factor, in order of execution."""
+        self.single = False
+        """Whether something was computed in less than float64."""
+        self._factors = {id(factor): number for number, factor in enumerate(factors)}
+        self._values: dict[int, TracedValue] = {}
+        self._kept: list[Tensor] = []
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in self._values:
+                self._note(tensor, TracedValue(state=name))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with self:
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        given = {a.name: arg for a, arg in zip(func._schema.arguments, args, strict=False)}
+        given |= kwargs
+        arguments = tree_map_only(Tensor, self._value, given)
+        out: Any = func(*args, **kwargs)
+        operation = func._schema.name.partition("::")[2].rstrip("_")
+        # Of several results the first is what is computed; the others are indices or statistics.
+        for tensor in tree_leaves(out[0] if isinstance(out, tuple) else out):
+            if isinstance(tensor, Tensor):
+                made = self._note(tensor, TracedValue(operation, arguments))
+                made.single = tensor.is_floating_point() and tensor.dtype != torch.float64
+                self.single |= made.single
+                for operand in set(made.operands()):
+                    operand.users.append(made)
+        number = self._factors.get(id(given.get("other")))
+        if operation == "mul" and number is not None and isinstance(out, Tensor):
+            product = self._value(out)
+            self.scaled[number].append(Scaled(arguments["self"], product, out.clone()))
+        return out
+
+    def _value(self, tensor: Tensor) -> TracedValue:
+        return self._values.get(id(tensor)) or self._note(tensor, TracedValue())
+
+    def _note(self, tensor: Tensor, value: TracedValue) -> TracedValue:
+        self._kept.append(tensor)  # so that no other one gets its identity
+        self._values[id(tensor)] = value
+        return value
+
+
+class Form(NamedTuple):
+    """A result that is a product of `factors`, plus all of `addends`, by names of arguments.
+
+    Without factors it is a sum. Whatever else an operation is given must stay as it is. Factors
+    are in the order in which they are best changed.
+    """
+
+    factors: tuple[str, ...] = ()
+    addends: tuple[str, ...] = ()
+
+
+ITSELF = Form(("self",))
+FORMS: dict[str, Form] = {
+    "convolution": Form(("weight", "input"), ("bias",)),
+    "addmm": Form(("mat2", "mat1"), ("self",)),
+    "baddbmm": Form(("batch2", "batch1"), ("self",)),
+    "mm": Form(("mat2", "self")),
+    "bmm": Form(("mat2", "self")),
+    "_grouped_mm": Form(("mat2", "self"), ("bias",)),
+    "mv": Form(("vec", "self")),
+    "dot": Form(("tensor", "self")),
+    "mul": Form(("other", "self")),
+    "div": ITSELF,
+    "add": Form(addends=("self", "other")),
+    "sub": Form(addends=("self", "other")),
+    "where": Form(addends=("self", "other")),
+    "cat": Form(addends=("tensors",)),
+    "stack": Form(addends=("tensors",)),
+    "index_add": Form(addends=("self", "source")),
+    "scatter_add": Form(addends=("self", "src")),
+    "index_put": Form(addends=("self", "values")),
+    "copy": Form(("src",)),
+    "embedding": Form(("weight",)),
+    "_weight_norm_interface": Form(("g",)),
+    "_prelu_kernel": ITSELF,
+    "zeros": Form(),
+    "zeros_like": Form(),
+    "new_zeros": Form(),
+}
+"""By the operation's name in PyTorch's schema."""
+FORMS |= dict.fromkeys(
+    "view _unsafe_view reshape permute transpose t expand slice select squeeze unsqueeze clone "
+    "_to_copy alias detach unbind split split_with_sizes chunk roll flip index index_select gather "
+    "unfold as_strided im2col col2im pixel_shuffle pixel_unshuffle reflection_pad2d "
+    "replication_pad2d view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c mean sum cumsum neg "
+    "amax relu leaky_relu avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
+    "_adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices upsample_nearest2d "
+    "upsample_bilinear2d upsample_bicubic2d diagonal movedim lift_fresh grid_sampler_2d".split(),
+    ITSELF,
+)
+NORMALISATION = ("batch_norm", "layer_norm", "group_norm", "rms_norm")
+ATTENTION = "_scaled_dot_product"
+
+
+def form_of(value: TracedValue) -> Form | None:
+    """How the operation that made `value` is homogeneous; None where it is not."""
+    operation, arguments = value.operation, value.arguments
+    if operation == "constant_pad_nd" and not arguments.get("value"):
+        return ITSELF
+    if operation == "masked_fill" and arguments.get("value") == 0:
+        return ITSELF
+    if any(part in operation for part in NORMALISATION):  # by any backend
+        return Form(("weight",), ("bias",)) if arguments.get("weight") is not None else None
+    if operation.startswith(ATTENTION):
+        return Form(("value",))
+    form = FORMS.get(operation)
+    if form is not None and any(_is_number(arguments.get(name)) for name in form.addends):
+        return None
+    return form
+
+
+def factors(value: TracedValue, form: Form) -> list[TracedValue]:
+    """The tensors that are multiplied, those first that are best changed."""
+    return [v for name in form.factors for v in operands(value.arguments.get(name))]
+
+
+def addends(value: TracedValue, form: Form) -> list[TracedValue]:
+    """The tensors that are added."""
+    return [v for name in form.addends for v in operands(value.arguments.get(name))]
+
+
+def others(value: TracedValue, form: Form) -> Iterator[TracedValue]:
+    """The tensors that must stay as they are."""
+    for name, argument in value.arguments.items():
+        if name not in (*form.factors, *form.addends):
+            yield from operands(argument)
+
+
+def _is_number(argument: Any) -> bool:
+    return isinstance(argument, int | float) and argument != 0
+
+
+Exponents = dict[TracedValue, int]
+
+
+class Inexact(Exception):
+    """No weights can be multiplied; says what is in the way."""
+
+
+def exponents(scaled: Sequence[Scaled]) -> dict[str, int]:
+    """By name, of the tensors of the `state_dict` that are to be multiplied.
+
+    Args:
+        scaled: the outputs of the branches that one factor is for.
+
+    Raises:
+        Inexact: when there is no way.
+    """
+    found: Exponents = {}
+    inside: set[TracedValue] = set()
+    ends: set[TracedValue] = set()
+    for each in scaled:
+        shortcuts = [v for user in each.product.users for v in user.operands()]
+        around = ancestors([v for v in shortcuts if v is not each.product])
+        branch, whole = _branch(each.branch, around)
+        inside |= ancestors([branch]) - around
+        ends |= {each.product, *whole}
+        found = _demand(branch, 1, found, inside)
+    for value in list(found):
+        _settle(value, found, inside, ends)
+    return {value.state: e for value, e in found.items() if value.state and e}
+
+
+def _branch(value: TracedValue, around: set[TracedValue]) -> tuple[TracedValue, list[TracedValue]]:
+    """What is added to the shortcut; where it was given as a sum less the shortcut, the sum too."""
+    if value.operation == "sub":
+        whole, shortcut = value.arguments["self"], value.arguments["other"]
+        if shortcut in around and isinstance(whole, TracedValue) and whole.operation == "add":
+            parts = [part for part in whole.operands() if part is not shortcut]
+            if len(parts) == 1:
+                return parts[0], [whole, value]
+    return value, []
+
+
+def _demand(value: TracedValue, e: int, found: Exponents, inside: set[TracedValue]) -> Exponents:
+    """`found`, and what makes the exponent of `value` e.
+
+    Args:
+        inside: the values of the branch, which may change, as those of the `state_dict` may.
+    """
+    if value in found:
+        if found[value] != e:
+            raise Inexact(f"{_named(value)} would have to change in two ways")
+        return found
+    if value.state:
+        return {**found, value: e}
+    if not value.operation or (not _is_fixed(value) and value not in inside):
+        raise Inexact("no weight is multiplied into it linearly")
+    form = form_of(value)
+    if form is None:
+        raise Inexact(f"it passes through {_named(value)}, which is not linear")
+    found = {**found, value: e}
+    for addend in addends(value, form):
+        found = _demand(addend, e, found, inside)
+    reasons: list[str] = []
+    choices = sorted(factors(value, form), key=lambda f: (f not in found, not _is_fixed(f)))
+    for factor in choices:
+        try:
+            return _demand(factor, e, found, inside)
+        except Inexact as error:
+            reasons.append(str(error))
+    if choices:
+        raise Inexact(reasons[-1])
+    return found
+
+
+def _settle(
+    origin: TracedValue, found: Exponents, inside: set[TracedValue], ends: set[TracedValue]
+) -> None:
+    """Follow a value that changes to all that uses it, and make up for it there."""
+    ahead = [origin]
+    while ahead:
+        value = ahead.pop()
+        for user in value.users:
+            if user in ends:
+                continue
+            before = set(found)
+            if user not in inside or not _agrees(user, value, found):
+                raise Inexact(f"{_named(origin)} is used for something else too, by {_named(user)}")
+            ahead += [new for new in found if new not in before]
+
+
+def _agrees(user: TracedValue, value: TracedValue, found: Exponents) -> bool:
+    """Whether `user` is right as it is, or can be: itself or another factor is given its due."""
+    form = form_of(user)
+    if form is None or value in others(user, form):
+        return False
+    of_factors = factors(user, form)
+    total = sum(found.get(factor, 0) for factor in of_factors)
+    wanted = {found.get(addend, 0) for addend in addends(user, form)}
+    if user in found or wanted - {0} or not of_factors:
+        right = found.get(user, 0)
+        return not wanted - {right} and (not of_factors or total == right)
+    if total == 0:
+        return True
+    free = [factor for factor in of_factors if factor not in found and _is_fixed(factor)]
+    if free:
+        found.update(_demand(free[0], -total, found, set()))
+    else:
+        found[user] = total
+    return True
+
+
+def _is_fixed(value: TracedValue) -> bool:
+    """Whether it is computed from nothing but the `state_dict`."""
+    parts = list(value.operands())
+    return bool(value.state) or (bool(value.operation) and all(map(_is_fixed, parts)))
+
+
+def _named(value: TracedValue) -> str:
+    return repr(value.state) if value.state else value.operation or "an input"

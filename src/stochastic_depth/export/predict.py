@@ -1,0 +1,104 @@
+"""Classify pictures with a network, wherever it is kept."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.data import normalise
+from stochastic_depth.data.folder_images import open_picture
+from stochastic_depth.errors import DataError, ExportError
+from stochastic_depth.export.load import Description, ImageInput, load_export, read_description
+from stochastic_depth.export.network import plain_network
+from stochastic_depth.export.write import read_onnx
+from stochastic_depth.extras import require
+from stochastic_depth.train import reopen
+
+LONGEST = 20
+"""Times the shorter side: what is longer would need too much memory to scale, and shows nothing."""
+
+
+def read_pictures(paths: Sequence[Path], wanted: ImageInput) -> Tensor:
+    """Float32 [pictures, channels, height, width], normalised.
+
+    The shorter side is scaled, the middle cut out; a picture of the right size stays as it is.
+
+    Raises:
+        DataError: naming the file that is no picture, or not a whole one.
+        MissingExtraError: when Pillow is not installed.
+    """
+    pixels = torch.stack([_pixels(path, open_picture(path), wanted) for path in paths])
+    return normalise(pixels, torch.tensor(wanted.mean), torch.tensor(wanted.std))
+
+
+def _pixels(path: Path, picture: Any, wanted: ImageInput) -> Tensor:
+    """uint8 [channels, height, width] of a Pillow image."""
+    image = require("PIL.Image", "data")
+    channels, height, width = wanted.shape
+    short, long = sorted(picture.size)
+    if long > LONGEST * short:
+        raise DataError(
+            f"{path}: a picture of {picture.width}x{picture.height} pixels: give one that is at "
+            f"most {LONGEST} times as long as it is wide"
+        )
+    if short != wanted.shorter_side:
+        scaled = max(1, int(wanted.shorter_side * long / short))
+        upright = picture.width <= picture.height
+        size = (wanted.shorter_side, scaled) if upright else (scaled, wanted.shorter_side)
+        picture = picture.resize(size, image.Resampling.BILINEAR)
+    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    picture = picture.crop((left, top, left + width, top + height))
+    raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return raw.view(height, width, channels).permute(2, 0, 1)
+
+
+Classifier = tuple[Callable[[Tensor], Tensor], Description]
+"""From images, float32 [batch, channels, height, width], to logits [batch, classes]."""
+
+
+def open_classifier(
+    path: Path,
+    depth: float = 1.0,
+    which: Literal["best", "last"] = "best",
+    data: Path | None = None,
+) -> Classifier:
+    """The network of a run folder, or of a safetensors or ONNX file that `export` wrote.
+
+    Args:
+        depth: the share of blocks to run, of a file exported with --elastic.
+        which: of a run: the checkpoint of the lowest validation error, or the newest.
+        data: of a run: where its data is now.
+
+    Raises:
+        ExportError: when the file is missing, damaged, foreign, or has one depth only.
+        RunError, DataError: when the folder or the data of the run is wrong.
+    """
+    if path.suffix == ".safetensors":
+        return load_export(path, depth)
+    if depth != 1:
+        raise ExportError(
+            f"depth={depth}: {path} has one depth; stochastic-depth export RUN --elastic writes a "
+            "safetensors file that has several"
+        )
+    if path.suffix == ".onnx":
+        return _of_onnx(path)
+    if path.is_file():
+        raise ExportError(f"{path}: give a run folder, or a .safetensors or .onnx file")
+    run, images = reopen(path, data)
+    plain = plain_network(run, images, which)
+    return plain.model, plain.description
+
+
+def _of_onnx(path: Path) -> Classifier:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        network, description = read_onnx(content)
+        return network, read_description(description)
+    except ExportError as error:
+        raise ExportError(f"{path}: {error}") from error
