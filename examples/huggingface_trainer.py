@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: gates by its own count of steps, so that a checkpoint needs no more."""
+"""Hugging Face Trainer: a callback applies stochastic depth, logs it, and resumes it exactly."""
 
 import tempfile
 
@@ -6,28 +6,22 @@ import torch
 import transformers as hf
 
 import stochastic_depth as sd
-
-
-class Gates(hf.TrainerCallback):
-    def on_step_begin(self, args, state, control, model, **_):
-        sd.handle_of(model).step = state.global_step
-
-    on_substep_end = on_step_begin  # the micro-batches of a step run under the same gates
+from stochastic_depth.integrations.transformers import StochasticDepthCallback
 
 
 def train(make, data, folder, **resume):
     hf.set_seed(0)
-    example = {name: value[None] for name, value in data[0].items()}
-    handle = sd.apply(model := make(), sd.LinearDecay(0.5), example=example)
+    depth = StochasticDepthCallback(sd.LinearDecay(0.5))
     options = {"max_steps": 8, "save_steps": 4, "gradient_accumulation_steps": 2, "use_cpu": True}
     arguments = hf.TrainingArguments(folder, report_to="none", disable_tqdm=True, **options)
-    loss = hf.Trainer(model, arguments, train_dataset=data, callbacks=[Gates()]).train(**resume)
+    trainer = hf.Trainer(make(), arguments, train_dataset=data, callbacks=[depth])
+    loss, handle = trainer.train(**resume).training_loss, depth.handle
     ran = f"{handle.gates.sum()} of {len(handle.blocks)} blocks ran in step {handle.step}"
-    print(f"{type(model).__name__}: loss {loss.training_loss:.2f}, {ran}")
-    return list(model.parameters())
+    print(f"{type(trainer.model).__name__}: loss {loss:.2f}, {ran}")
+    return list(trainer.model.parameters())
 
 
-gpt2 = hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=6, n_head=2, use_cache=False)
+gpt2 = hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=6, n_head=2)
 vit = hf.ViTConfig(hidden_size=32, num_hidden_layers=6, num_attention_heads=2, image_size=32)
 words = torch.arange(128 * 32).view(128, 32) % 64
 text = [{"input_ids": row, "labels": row} for row in words]

@@ -1,4 +1,4 @@
-"""Lightning: the gates' state travels in the Trainer's checkpoints."""
+"""Lightning: a callback applies stochastic depth, logs it, and resumes it bit for bit."""
 
 import tempfile
 
@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_depth as sd
+from stochastic_depth.integrations.lightning import StochasticDepth
 from stochastic_depth.models import CifarResNet
 
 loader = DataLoader(TensorDataset(torch.randn(512, 3, 8, 8), torch.randint(10, (512,))), 64)
@@ -16,7 +17,6 @@ class Classifier(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.network = CifarResNet(20)
-        self.handle = sd.apply(self.network)  # the network inside, before the Trainer sees it
 
     def training_step(self, batch, _):
         return torch.nn.functional.cross_entropy(self.network(batch[0]), batch[1])
@@ -24,17 +24,15 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["depth"] = self.handle.state_dict()
-
-    def on_load_checkpoint(self, checkpoint):
-        self.handle.load_state_dict(checkpoint["depth"])
-
 
 folder = tempfile.mkdtemp()
 keep = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-options = {"max_epochs": 2, "callbacks": [keep], "logger": False, "enable_progress_bar": False}
-pl.Trainer(**options).fit(straight := Classifier(), loader)
-pl.Trainer(**options).fit(resumed := Classifier(), loader, ckpt_path=f"{folder}/epoch=0.ckpt")
+depth = StochasticDepth(sd.LinearDecay(0.5))
+options = {"max_epochs": 2, "logger": False, "enable_progress_bar": False}
+pl.Trainer(**options, callbacks=[keep, depth]).fit(straight := Classifier(), loader)
+again = pl.Trainer(**options, callbacks=[StochasticDepth(sd.LinearDecay(0.5))])
+again.fit(resumed := Classifier(), loader, ckpt_path=f"{folder}/epoch=0.ckpt")
+for name in ("expected_depth", "realised_depth", "drop_rate"):
+    print(f"{name}: {again.callback_metrics[f'stochastic_depth/{name}']:.2f}")
 same = all(map(torch.equal, straight.parameters(), resumed.parameters()))
-print(f"step {resumed.handle.step}; as if never stopped, bit for bit: {same}")
+print(f"step {depth.handle.step}; as if never stopped, bit for bit: {same}")

@@ -109,7 +109,7 @@ def _transformers(
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"transformers has no plain model of type {name}: {reason}") from error
-    return model, _inputs(model, batch, shape, device)
+    return model, inputs_of(model, batch, shape, device)
 
 
 LIBRARIES: dict[str, Callable[..., tuple[nn.Module, Example]]] = {
@@ -119,7 +119,7 @@ LIBRARIES: dict[str, Callable[..., tuple[nn.Module, Example]]] = {
 }
 
 
-def _inputs(model: Any, batch: int, shape: Shape | None, device: Any) -> dict[str, Any]:
+def inputs_of(model: Any, batch: int, shape: Shape | None, device: Any) -> dict[str, Any]:
     """What a model of transformers takes, by the name of its main input and its configuration."""
     config, main = model.config, model.main_input_name
     inputs: dict[str, Any] = {}

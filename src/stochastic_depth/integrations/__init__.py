@@ -1,0 +1,77 @@
+"""Stochastic depth in the training loops of Lightning, transformers and accelerate.
+
+Each module needs the library that it is named after:
+
+    from stochastic_depth.integrations.lightning import StochasticDepth
+    from stochastic_depth.integrations.transformers import StochasticDepthCallback
+    from stochastic_depth.integrations.accelerate import follow
+
+What they share is here: the figures that are logged, and how stochastic depth is applied once.
+"""
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.gates import open_shares
+from stochastic_depth.handle import Handle
+from stochastic_depth.surgery import handle_of
+from stochastic_depth.surgery.apply import applied_inside, apply
+from stochastic_depth.survival import Survival
+
+GatesPer = Literal["step", "pass"]
+"""Whether all passes of an optimizer's step run under the same gates, or each draws its own."""
+
+
+def metrics(handle: Handle) -> dict[str, float]:
+    """The figures of the latest training pass, under the names by which they are logged.
+
+        accelerator.log(metrics(handle), step=step)
+
+    Expected depth is the sum of p_l; realised depth is how many blocks ran (for gates of single
+    samples, the mean over samples); the drop rate is the mean of 1 - p_l. Before the first training
+    pass there is no realised depth.
+    """
+    expected, blocks = handle.expected_depth, len(handle.blocks)
+    figures = {"expected_depth": expected, "drop_rate": 1 - expected / blocks}
+    if handle.step > 0:
+        figures["realised_depth"] = open_shares(handle.gates).sum().item()
+    return {f"stochastic_depth/{name}": value for name, value in figures.items()}
+
+
+class Settings:
+    """What a callback passes on to `sd.apply`, once."""
+
+    def __init__(
+        self, survival: Survival | None, gates_per: GatesPer, options: dict[str, Any]
+    ) -> None:
+        if gates_per not in ("step", "pass"):
+            raise ConfigError(f"gates_per={gates_per!r}: choose 'step' or 'pass'")
+        self.survival, self.gates_per, self.options = survival, gates_per, options
+
+    def taken_over(self, module: nn.Module, own: Handle | None) -> Handle | None:
+        """The handle of what is applied inside of `module` already, unless `apply` must refuse it.
+
+        Args:
+            own: the handle that these settings led to before.
+        """
+        handles = [handle_of(applied) for applied in applied_inside(module).values()]
+        if handles and (handles[0] is own or (self.survival is None and not self.options)):
+            return handles[0]
+        return None
+
+    def apply(self, model: nn.Module, example: Any) -> Handle:
+        """`sd.apply`, with the example on the device of the model."""
+        return apply(model, self.survival, example=_on_device_of(model, example), **self.options)
+
+
+def _on_device_of(model: nn.Module, example: Any) -> Any:
+    parameter = next(model.parameters(), None)
+    if isinstance(example, Tensor):
+        return example if parameter is None else example.to(parameter.device)
+    if isinstance(example, dict):
+        return {name: _on_device_of(model, value) for name, value in example.items()}
+    if isinstance(example, tuple):
+        return tuple(_on_device_of(model, value) for value in example)
+    return example

@@ -1,0 +1,77 @@
+"""Gates by the optimizer's steps, saved and restored with accelerate's states."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from stochastic_depth.errors import ApplyError, CheckpointError
+from stochastic_depth.handle import Handle
+from stochastic_depth.surgery import handle_of
+from stochastic_depth.surgery.apply import applied_inside
+
+FILE = "stochastic_depth.json"
+"""In the folder of `accelerator.save_state`."""
+
+
+def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle:
+    """Let the gates of a prepared model follow the steps of its optimizer.
+
+        handle = sd.apply(model)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        follow(accelerator, model, optimizer)
+
+    All micro-batches of a step then run under the same gates, whatever the accumulation; and
+    `save_state` and `load_state` hold the state of the gates, in a JSON file of their own.
+
+    Args:
+        model: one that stochastic depth is applied to, as `accelerator.prepare` returned it.
+        optimizer: the one whose steps count, prepared or not.
+
+    Returns:
+        The handle that `sd.apply` returned.
+
+    Raises:
+        ApplyError: when stochastic depth is not applied to `model`.
+    """
+    applied = list(applied_inside(model).values())
+    if not applied:
+        raise ApplyError(
+            f"{type(model).__name__} has no stochastic depth: sd.apply(model) before "
+            "accelerator.prepare"
+        )
+    steps = _Steps(handle_of(applied[0]))
+    applied[0].register_forward_pre_hook(steps.before_forward, prepend=True)
+    own: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    own.register_step_post_hook(steps.after_step)
+    accelerator.register_save_state_pre_hook(steps.save)
+    accelerator.register_load_state_pre_hook(steps.load)
+    return steps.handle
+
+
+class _Steps:
+    """Counts the steps of an optimizer, and draws gates by that count."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle, self.done = handle, handle.step
+
+    def before_forward(self, model: nn.Module, inputs: Any) -> None:
+        if model.training:
+            self.handle.step = self.done
+
+    def after_step(self, *_: object) -> None:
+        self.done += 1
+
+    def save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        state = {**self.handle.state_dict(), "step": self.done}
+        (Path(folder) / FILE).write_text(json.dumps(state))
+
+    def load(self, models: list[nn.Module], folder: str) -> None:
+        file = Path(folder) / FILE
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: {folder} was saved without stochastic depth")
+        self.handle.load_state_dict(json.loads(file.read_text()))
+        self.done = self.handle.step

@@ -1,0 +1,101 @@
+"""A callback for transformers' Trainer."""
+
+from typing import Any
+
+import transformers as hf
+from transformers.trainer_callback import ExportableState
+
+from stochastic_depth.errors import ApplyError
+from stochastic_depth.handle import Handle
+from stochastic_depth.integrations import GatesPer, Settings, metrics
+from stochastic_depth.models.published import inputs_of
+from stochastic_depth.surgery.apply import applied_inside
+from stochastic_depth.survival import Survival
+
+
+class StochasticDepthCallback(hf.TrainerCallback, ExportableState):
+    """Apply stochastic depth to the Trainer's model, log it, and resume it exactly.
+
+        trainer = hf.Trainer(model, arguments, train_dataset=data,
+                             callbacks=[StochasticDepthCallback(sd.LinearDecay(0.5))])
+
+    It is applied when the Trainer is made, before the model is wrapped for many processes, and the
+    model's cache of keys and values is switched off, as the Trainer does. Gates follow the
+    Trainer's count of steps, which its checkpoints hold. Each log gets the expected and the
+    realised depth and the drop rate.
+
+    Args:
+        survival: p_l, as `sd.apply` takes it. Where stochastic depth is applied already, leave it
+            out: the callback takes the handle from there.
+        example: the keyword arguments of one call of the model; made from the model's configuration
+            when not given.
+        gates_per: "step", all micro-batches of an optimizer's step run under the same gates, and a
+            ramp counts these steps; or "pass", each forward pass draws gates.
+        log: whether the figures are added to the Trainer's logs.
+        options: of `sd.apply`: gate, scale, seed, ...
+    """
+
+    def __init__(
+        self,
+        survival: Survival | None = None,
+        *,
+        example: dict[str, Any] | None = None,
+        gates_per: GatesPer = "step",
+        log: bool = True,
+        **options: Any,
+    ) -> None:
+        self.settings = Settings(survival, gates_per, options)
+        self.example, self.log = example, log
+        self._handle: Handle | None = None
+
+    @property
+    def handle(self) -> Handle:
+        """What `sd.apply` returned.
+
+        Raises:
+            ApplyError: before a Trainer was made with this callback.
+        """
+        if self._handle is None:
+            raise ApplyError("there is no handle yet: make a Trainer with this callback first")
+        return self._handle
+
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        self._apply(model)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        if not applied_inside(model) and args.world_size > 1:
+            # `model_init` has made another model, and it is wrapped by now.
+            raise ApplyError("many processes with model_init=: call sd.apply in model_init itself")
+        self._apply(model)
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if isinstance(saved, dict) and saved["attributes"].get("saved"):
+            self.handle.load_state_dict(saved["attributes"]["saved"])
+
+    def _apply(self, model: Any) -> None:
+        self._handle = self.settings.taken_over(model, self._handle)
+        if self._handle is None:
+            if getattr(model.config, "use_cache", False):
+                model.config.use_cache = False
+            device = next(model.parameters()).device
+            self._handle = self.settings.apply(
+                model, self.example or inputs_of(model, 2, None, device)
+            )
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if self.settings.gates_per == "step":
+            self.handle.step = state.global_step
+
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
+        self.on_step_begin(args, state, control)  # the next micro-batch is of the same step
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.log and logs is not None and "loss" in logs:
+            figures = metrics(self.handle)
+            logs.update(figures)
+            state.log_history[-1].update(figures)
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer's checkpoints hold of this callback."""
+        saved = None if self._handle is None else self._handle.state_dict()
+        arguments = {"gates_per": self.settings.gates_per, "log": self.log}
+        return {"args": arguments, "attributes": {"saved": saved}}
