@@ -74,7 +74,7 @@ def test_the_saved_state_is_json_and_another_one_is_refused(tmp_path):
     with pytest.raises(sd.StateError, match=r"survival=\[0.5"):
         Loop(p=0.8).accelerator.load_state(str(tmp_path))
     (tmp_path / FILE).unlink()
-    with pytest.raises(sd.CheckpointError, match=f"{FILE} is missing"):
+    with pytest.raises(sd.errors.CheckpointError, match=f"{FILE} is missing"):
         Loop().accelerator.load_state(str(tmp_path))
 
 

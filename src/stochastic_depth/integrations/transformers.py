@@ -59,10 +59,10 @@ class StochasticDepthCallback(hf.TrainerCallback, ExportableState):
             raise ApplyError("there is no handle yet: make a Trainer with this callback first")
         return self._handle
 
-    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+    def on_init_end(self, args, state, control, model: Any = None, **kwargs) -> None:
         self._apply(model)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs) -> None:
         if not applied_inside(model) and args.world_size > 1:
             # `model_init` has made another model, and it is wrapped by now.
             raise ApplyError("many processes with model_init=: call sd.apply in model_init itself")
