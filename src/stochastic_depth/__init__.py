@@ -29,7 +29,7 @@ from stochastic_depth.export.truncate import drop_order, truncate
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
 from stochastic_depth.migration import survival_rule
-from stochastic_depth.residual import Residual, part, residual_step, scaled
+from stochastic_depth.residual import Residual, residual_step
 from stochastic_depth.surgery import (
     apply,
     compile_blocks,
@@ -63,12 +63,10 @@ __all__ = [
     "drop_order",
     "fold",
     "handle_of",
-    "part",
     "plan",
     "register_unit",
     "remove",
     "residual_step",
-    "scaled",
     "summary",
     "survival_rule",
     "truncate",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,71 @@ class Gate(NamedTuple):
     """int64 [k]: the branch runs on these samples only."""
     batch: int | None = None
     """The number of samples that `keep` or `samples` were drawn for."""
+
+    def select(self, value: Any) -> Any:
+        """Give the samples that the branch runs on: of tensors [batch, ...], [k, ...].
+
+        Args:
+            value: a tensor, or tuples, lists and mappings of anything; what is no tensor
+                [batch, ...] stays as it is.
+        """
+        if self.samples is None:
+            return value
+        if isinstance(value, Tensor):
+            if value.ndim == 0 or len(value) != self.batch or len(self.samples) == self.batch:
+                return value
+            return value.index_select(0, self.samples.to(value.device))
+        if type(value) in (tuple, list):
+            parts = [self.select(v) for v in value]
+            changed = any(new is not old for new, old in zip(parts, value, strict=True))
+            return type(value)(parts) if changed else value  # which the branch may append to
+        if type(value) is dict:
+            return {key: self.select(v) for key, v in value.items()}
+        return value
+
+    def scale(self, f: Tensor) -> Tensor:
+        """Give what is added of a branch's output `f` when the gate is open, [batch, ...].
+
+        Args:
+            f: [batch, ...]; under `samples` [k, ...], and the other samples get 0.
+
+        Raises:
+            GateError: when gates for single samples were drawn for another batch size.
+        """
+        if self.samples is not None:
+            return self._spread(f if self.factor is None else f * self.factor, self.samples)
+        if self.keep is not None:
+            self.check_batch(len(f))
+            mask = self.keep.to(f.device, f.dtype)
+            if self.factor is not None:
+                mask = mask * self.factor
+            return f * mask.view(-1, *[1] * (f.ndim - 1))
+        return f if self.factor is None else f * self.factor
+
+    def rescale(self, out: Tensor, shortcut: Tensor) -> Tensor:
+        """Give `shortcut` plus the scaled branch, where `out` is their sum without scaling.
+
+        Args:
+            out: [batch, ...]; under `samples` [k, ...].
+            shortcut: [batch, ...].
+        """
+        if self.factor is None and self.batch is None:
+            return out
+        return shortcut + self.scale(out - self.select(shortcut))
+
+    def check_batch(self, samples: int) -> None:
+        """Raise `GateError` when a block gets another number of samples than the gate is for."""
+        if self.batch is not None:
+            _check_batch(self.batch, samples)
+
+    def _spread(self, f: Tensor, samples: Tensor) -> Tensor:
+        """[k, ...] -> [batch, ...], with zeros for the samples that are not drawn."""
+        f = self.select(f)  # where it was computed for all samples, because others need it too
+        _check_batch(len(samples), len(f))
+        if len(samples) == self.batch:
+            return f
+        zeros = f.new_zeros((self.batch or 0, *f.shape[1:]))
+        return zeros.index_copy(0, samples.to(f.device), f)
 
 
 OPEN = Gate()
@@ -121,6 +186,15 @@ def evaluation_gates(survival: tuple[float, ...], scale: Scale) -> list[Gate]:
     """What each block does in evaluation: all open, times p_l where training did not make up."""
     factors = _each(survival) if scale == "inference" else [None] * len(survival)
     return [Gate(True, factor) for factor in factors]
+
+
+def _check_batch(expected: int, samples: int) -> None:
+    if samples != expected:
+        raise GateError(
+            f"this block got {samples} samples, the gates were drawn for {expected}: "
+            "gates for single samples need the batch as the first dimension of every block; "
+            'use gate="batch" for this model'
+        )
 
 
 def _each(factors: Sequence[float]) -> Sequence[Tensor]:

@@ -290,7 +290,7 @@ class SaysHow(Base):
 
 @sd.register_unit(SaysHow)
 def skip_or_sum(block, gate, x):
-    return x + sd.scaled(block.f(sd.part(x, gate)), gate) if gate.open else x
+    return x + gate.scale(block.f(gate.select(x))) if gate.open else x
 
 
 ONE_ADDITION = [

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.gates import Gate
-from stochastic_depth.residual import part, scaled
 from stochastic_depth.surgery.registry import register_unit
 
 
@@ -29,13 +28,13 @@ def t5_self_attention(
             None,
         )
     out, position_bias, weights = layer.SelfAttention(
-        layer.layer_norm(part(hidden_states, gate)),
-        mask=part(attention_mask, gate),
+        layer.layer_norm(gate.select(hidden_states)),
+        mask=gate.select(attention_mask),
         position_bias=position_bias,
         past_key_values=past_key_values,
         **kwargs,
     )
-    return hidden_states + scaled(layer.dropout(out), gate), position_bias, weights
+    return hidden_states + gate.scale(layer.dropout(out)), position_bias, weights
 
 
 @register_unit("transformers.models.mt5.modeling_mt5.MT5LayerCrossAttention")
@@ -55,14 +54,14 @@ def t5_cross_attention(
         bias = _bias(layer.EncDecAttention, hidden_states, key_value_states, position_bias)
         return hidden_states, bias, None
     out, position_bias, weights = layer.EncDecAttention(
-        layer.layer_norm(part(hidden_states, gate)),
-        mask=part(attention_mask, gate),
-        key_value_states=part(key_value_states, gate),
+        layer.layer_norm(gate.select(hidden_states)),
+        mask=gate.select(attention_mask),
+        key_value_states=gate.select(key_value_states),
         position_bias=position_bias,
         past_key_values=past_key_values,
         **kwargs,
     )
-    return hidden_states + scaled(layer.dropout(out), gate), position_bias, weights
+    return hidden_states + gate.scale(layer.dropout(out)), position_bias, weights
 
 
 def _bias(attention: Any, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,12 +83,12 @@ def mvitv2_block(
     shortcut = x if block.shortcut_proj_attn is None else block.shortcut_proj_attn(norm)
     x = block._shortcut_pool(shortcut, feat_size)
     if gate.open:
-        out, _ = block.attn(part(norm, gate), feat_size)
-        x = x + scaled(block.drop_path1(out), gate)
+        out, _ = block.attn(gate.select(norm), feat_size)
+        x = x + gate.scale(block.drop_path1(out))
     norm = block.norm2(x) if gate.open or block.shortcut_proj_mlp is not None else x
     shortcut = x if block.shortcut_proj_mlp is None else block.shortcut_proj_mlp(norm)
     if gate.open:
-        shortcut = shortcut + scaled(block.drop_path2(block.mlp(part(norm, gate))), gate)
+        shortcut = shortcut + gate.scale(block.drop_path2(block.mlp(gate.select(norm))))
     return shortcut, _pooled(block.shortcut_pool_attn, feat_size)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Gate
-from stochastic_depth.residual import part, rescaled
 from stochastic_depth.surgery.cutting.slicing import slice_method
 from stochastic_depth.surgery.discovery.cuts import Cut, Opaque, Registered, Sliced
 
@@ -172,8 +171,8 @@ def _opaque_forward(kind: Any, number: int) -> FunctionType:
         gate: Gate = self.__dict__[GATES][number].now(self.training)
         if not gate.open:
             return x
-        out = kind.forward(self, part(x, gate), *part(args, gate), **part(kwargs, gate))
-        return rescaled(out, x, gate)
+        out = kind.forward(self, gate.select(x), *gate.select(args), **gate.select(kwargs))
+        return gate.rescale(out, x)
 
     return forward  # type: ignore[return-value]
 

@@ -20,7 +20,7 @@ def register_unit(kind: type[nn.Module] | str) -> Callable[[GatedForward], Gated
         def forward(block, gate, x, mask):
             if not gate.open:
                 return x, mask
-            return x + sd.scaled(block.attention(x, mask), gate), mask
+            return x + gate.scale(block.attention(x, mask)), mask
 
     The function is the class's forward method, written with a gate. `sd.apply` holds it against the
     original as it does all others: open, closed, and nothing of the branch run.

@@ -20,17 +20,17 @@ def cut_statement(
     opened = copy.deepcopy(statement)
     if cut.shortcut == "left":
         branch: ast.expr = opened.value
-        opened.value = call("_scaled", branch, gate)
+        opened.value = of_gate(gate, "scale", branch)
         shortcut: ast.expr = ast.Name(name, ast.Load())
         before: list[ast.stmt] = []
     else:
         branch, shortcut = ast.Name(name, ast.Load()), statement.value
-        before = [assign(name, call("_scaled", branch, gate))]
+        before = [assign(name, of_gate(gate, "scale", branch))]
     return [*before, opened], assign(name, _maybe_copy(shortcut, copy_shortcut)), [branch]
 
 
 class ReplaceSum(ast.NodeTransformer):
-    """`a + b` -> `a + _scaled(b, gate) if gate.open else a`."""
+    """`a + b` -> `a + gate.scale(b) if gate.open else a`."""
 
     def __init__(self, cut: Sum, gate: str, copy_shortcut: bool) -> None:
         self.cut, self.gate, self.copy_shortcut = cut, gate, copy_shortcut
@@ -43,7 +43,7 @@ class ReplaceSum(ast.NodeTransformer):
         if self.cut.within is None:
             opened = _Scale(self.branch, self.gate).visit(node)
         else:
-            opened = call("_rescaled", self.branch, copy.deepcopy(shortcut), self.gate)
+            opened = of_gate(self.gate, "rescale", self.branch, copy.deepcopy(shortcut))
         closed = _maybe_copy(copy.deepcopy(shortcut), self.copy_shortcut)
         return ast.IfExp(is_open(self.gate), opened, closed)
 
@@ -81,14 +81,14 @@ def _exchange_arguments(
 
 
 class _Scale(ast.NodeTransformer):
-    """Replace one node, found by identity, by `_scaled(node, gate)`."""
+    """Replace one node, found by identity, by `gate.scale(node)`."""
 
     def __init__(self, branch: ast.AST, gate: str) -> None:
         self.branch, self.gate = branch, gate
 
     def visit(self, node: ast.AST) -> Any:
         if node is self.branch and isinstance(node, ast.expr):
-            return call("_scaled", node, self.gate)
+            return of_gate(self.gate, "scale", node)
         return self.generic_visit(node)
 
 
@@ -105,14 +105,14 @@ class Shortcut(ast.NodeTransformer):
 
 
 class SelectSamples(ast.NodeTransformer):
-    """`x` -> `_part(x, gate)` for local variables: the samples that a branch runs on."""
+    """`x` -> `gate.select(x)` for local variables: the samples that a branch runs on."""
 
     def __init__(self, variables: set[str], gate: str) -> None:
         self.variables, self.gate = variables, gate
 
     def visit_Name(self, node: ast.Name) -> Any:
         if node.id in self.variables and isinstance(node.ctx, ast.Load):
-            return ast.copy_location(call("_part", node, self.gate), node)
+            return ast.copy_location(of_gate(self.gate, "select", node), node)
         return node
 
 
@@ -160,3 +160,9 @@ def is_open(gate: str) -> ast.expr:
 def call(function: str, *arguments: ast.expr | str) -> ast.Call:
     values = [ast.Name(a, ast.Load()) if isinstance(a, str) else a for a in arguments]
     return ast.Call(ast.Name(function, ast.Load()), values, [])
+
+
+def of_gate(gate: str, method: str, *arguments: ast.expr) -> ast.Call:
+    """`gate.method(*arguments)`."""
+    function = ast.Attribute(ast.Name(gate, ast.Load()), method, ast.Load())
+    return ast.Call(function, list(arguments), [])

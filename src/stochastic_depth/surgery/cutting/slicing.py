@@ -15,7 +15,6 @@ from typing import Any
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
-from stochastic_depth.residual import part, rescaled, scaled
 from stochastic_depth.surgery.cutting.backward import Backward, Needed, negated
 from stochastic_depth.surgery.cutting.liveness import defines, is_steady, surely_defines, uses
 from stochastic_depth.surgery.cutting.rewriting import (
@@ -31,8 +30,6 @@ from stochastic_depth.surgery.cutting.rewriting import (
 from stochastic_depth.surgery.discovery.cuts import Argument, Parameter, Place, Sliced
 
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
-NAMES = {"_scaled": scaled, "_rescaled": rescaled, "_part": part}
-"""What generated code calls, besides `_gates`."""
 
 
 def slice_method(
@@ -65,7 +62,7 @@ def slice_method(
     names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(cuts))]
     drawn = call("_gates", ast.Name(module, ast.Load()))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
-    return _compiled(function, tree, {**NAMES, "_gates": gates})
+    return _compiled(function, tree, {"_gates": gates})
 
 
 def skipped_when_closed(cut: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
