@@ -100,7 +100,7 @@ def test_depth(bench, tmp_path):
 
 
 def test_data(bench, monkeypatch):
-    monkeypatch.setattr("stochastic_depth.bench.data.IMAGES", 40)
+    monkeypatch.setattr("stochastic_depth.lab.bench.data.IMAGES", 40)
     printed, result = bench("data", "--depth", "8")
     assert result["images"] == "generated"
     assert result["steps_per_epoch"] == 10

@@ -7,19 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from stochastic_depth.analysis import (
-    compare,
-    comparison_table,
-    train_pairs,
-    write_comparison,
-)
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
 from stochastic_depth.cli.train import stopped
-from stochastic_depth.report.drawing import file_png
-from stochastic_depth.report.experiment import experiments
-from stochastic_depth.report.figures import training_curves, training_time
-from stochastic_depth.report.sources import read_run
+from stochastic_depth.lab.comparison import compare, comparison_table, train_pairs, write_comparison
+from stochastic_depth.lab.drawing import file_png
+from stochastic_depth.lab.sources import read_run
+from stochastic_depth.lab.study import experiments
+from stochastic_depth.lab.training import training_curves, training_time
 from stochastic_depth.train import Config, Interrupted, Run
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.files import write_whole

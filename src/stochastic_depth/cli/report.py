@@ -9,7 +9,7 @@ from rich.console import Console
 
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.report.write import watch_report, write_report
+from stochastic_depth.lab.page import watch_report, write_report
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,13 @@ import torch
 import tyro
 from rich.console import Console
 
-from stochastic_depth.analysis.sweep import (
-    Grid,
-    Progress,
-    Queue,
-    Sweep,
-    Workers,
-    open_sweep,
-    sweep_table,
-)
-from stochastic_depth.analysis.sweep.folder import Kind
-from stochastic_depth.analysis.sweep.grid import Rule
 from stochastic_depth.cli import usage_error
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.sweep.folder import Grid, Kind, Rule, Sweep, open_sweep
+from stochastic_depth.lab.sweep.progress import Progress, sweep_table
+from stochastic_depth.lab.sweep.workers import Queue, Workers
 from stochastic_depth.train import Config
 from stochastic_depth.train.signals import StopSignals
 

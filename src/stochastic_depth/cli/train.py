@@ -8,7 +8,6 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from stochastic_depth.analysis import run_table
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
 from stochastic_depth.data import Batches
@@ -21,6 +20,7 @@ from stochastic_depth.distributed.world import (
     restarts,
 )
 from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.lab.comparison import run_table
 from stochastic_depth.train import Config, Interrupted, Run, begin, fit, reopen
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.run import free_path

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -174,6 +174,24 @@ class Config:
                 "distributed.sync-batchnorm is True, and survival.gate is subset: a process that "
                 "has no sample of a subset cannot normalise with the others; leave one out"
             )
+
+    def essential(self) -> "Config":
+        """This configuration without what does not change a result.
+
+        That is where the data was found and how it is read, and how many checkpoints are kept.
+        """
+        data = replace(self.data, root=None, workers=0, download=False)
+        return replace(self, keep=1, data=data)
+
+    def kind(self) -> "Config":
+        """What runs have in common that are the same but for their seed.
+
+        The name of the recipe is left out too, and under constant depth p_L, which nothing uses.
+        """
+        survival = self.survival
+        if survival.rule == "constant":
+            survival = SurvivalConfig(rule="constant")
+        return replace(self.essential(), recipe="", seed=0, survival=survival)
 
     def to_json(self) -> dict[str, Any]:
         """The same configuration as plain JSON values."""

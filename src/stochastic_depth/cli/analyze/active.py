@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stochastic_depth.analysis.active_blocks import ActiveBlocks, active_blocks
 from stochastic_depth.cli.analyze.options import Analysis
+from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks
 
 
 @dataclass(frozen=True)

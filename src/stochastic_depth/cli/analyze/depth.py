@@ -9,12 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stochastic_depth.analysis.comparison import Spread
-from stochastic_depth.analysis.groups import grouped
-from stochastic_depth.analysis.thinning import Curve, Order, Point, Settings, measured_curves
-from stochastic_depth.analysis.trained import found_path
 from stochastic_depth.cli.analyze.options import NetworkAnalysis
 from stochastic_depth.cli.analyze.output import print_plain, seeds_text, shown, spread_text
+from stochastic_depth.lab.removed_depth import Curve, Order, Point, Settings, measured_curves
+from stochastic_depth.lab.study import Spread, grouped
+from stochastic_depth.lab.trained import found_path
 
 ORDERS: tuple[Order, ...] = ("last", "least needed")
 

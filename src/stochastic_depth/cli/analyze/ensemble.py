@@ -6,13 +6,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stochastic_depth.analysis.comparison import Spread
-from stochastic_depth.analysis.ensemble import Predictor, measured_ensemble, refuse_constant
-from stochastic_depth.analysis.groups import grouped
-from stochastic_depth.analysis.trained import found_path
 from stochastic_depth.cli.analyze.options import NetworkAnalysis
 from stochastic_depth.cli.analyze.output import print_plain, seeds_text, shown, spread_text
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.ensemble import Predictor, measured_ensemble, refuse_constant
+from stochastic_depth.lab.study import Spread, grouped
+from stochastic_depth.lab.trained import found_path
 
 NAMES = {
     "scaled": "full network times p_l",

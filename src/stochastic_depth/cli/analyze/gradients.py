@@ -7,11 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stochastic_depth.analysis.comparison import Spread
-from stochastic_depth.analysis.gradients import Gradients, gradients, spread_epochs
-from stochastic_depth.analysis.groups import grouped
 from stochastic_depth.cli.analyze.options import Analysis
 from stochastic_depth.cli.analyze.output import print_plain
+from stochastic_depth.lab.gradients import Gradients, gradients, spread_epochs
+from stochastic_depth.lab.study import Spread, grouped
 
 
 @dataclass(frozen=True)

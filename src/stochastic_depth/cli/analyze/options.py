@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from stochastic_depth.analysis.trained import Trained, trained
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.trained import TrainedNetwork, trained
 from stochastic_depth.train import Run, open_run
 
 
@@ -48,7 +48,7 @@ class NetworkAnalysis(Analysis):
     again: bool = False
     """Measure again what was measured before with the same settings."""
 
-    def networks(self) -> Iterator[Trained]:
+    def networks(self) -> Iterator[TrainedNetwork]:
         """The trained networks, one at a time."""
         for path in self.runs:
             yield trained(path, self.data, self.checkpoint)

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stochastic_depth.analysis.comparison import Spread
-from stochastic_depth.analysis.trained import Progress as Told
+from stochastic_depth.lab.study import Spread
+from stochastic_depth.lab.trained import Progress as Told
 
 
 @contextmanager

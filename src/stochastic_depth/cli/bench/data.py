@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from stochastic_depth.bench.data import ORDER, augmented, data_and_steps, data_shares
 from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.cli.bench.output import milliseconds, shown, table_of, timings
+from stochastic_depth.lab.bench.data import ORDER, augmented, data_and_steps, data_shares
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.config import (
     Config,

@@ -9,7 +9,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.bench.depth import (
+from stochastic_depth.cli.bench.options import Options
+from stochastic_depth.cli.bench.output import shown, timings
+from stochastic_depth.extras import require
+from stochastic_depth.lab.bench.depth import (
     FINAL,
     KINDS,
     Line,
@@ -18,10 +21,7 @@ from stochastic_depth.bench.depth import (
     peak_memory,
     training_steps,
 )
-from stochastic_depth.bench.workload import Workload
-from stochastic_depth.cli.bench.options import Options
-from stochastic_depth.cli.bench.output import shown, timings
-from stochastic_depth.extras import require
+from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.files import write_whole
@@ -46,7 +46,7 @@ class Depth(Options):
     def run(self, execution: Execution, console: Console) -> dict[str, Any]:
         depths = depths_up_to(self.deepest)
         if self.plot is not None:
-            require("stochastic_depth.report.drawing", "report")  # before hours of measuring
+            require("stochastic_depth.lab.drawing", "report")  # before hours of measuring
         workload = Workload(self.batch, self.size, 3, execution)
         alternatives = [(kind, depth) for depth in depths for kind in KINDS]
         # The memory first: beside its processes there is nothing yet.
@@ -95,8 +95,8 @@ class Depth(Options):
 
 
 def _draw(path: Path, title: str, result: dict[str, Any]) -> None:
-    from stochastic_depth.report.drawing import file_png
-    from stochastic_depth.report.figures import depth_cost
+    from stochastic_depth.lab.bench.depth_chart import depth_cost
+    from stochastic_depth.lab.drawing import file_png
 
     write_whole(path, file_png(title, depth_cost(result)))
 

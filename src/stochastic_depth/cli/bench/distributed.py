@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.bench.distributed import DEPTHS, Sent, measure
 from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.bench.distributed import DEPTHS, Sent, measure
 from stochastic_depth.train.execution import Execution
 
 

@@ -6,10 +6,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.bench.engines import SHARES, designs, engine_steps
-from stochastic_depth.bench.workload import Workload
 from stochastic_depth.cli.bench.options import OfResNet
 from stochastic_depth.cli.bench.output import milliseconds, shown, timings
+from stochastic_depth.lab.bench.engines import SHARES, designs, engine_steps
+from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.execution import Execution
 

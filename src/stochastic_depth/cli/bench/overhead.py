@@ -5,10 +5,10 @@ from typing import Any
 
 from rich.console import Console
 
-from stochastic_depth.bench.overhead import NETWORKS, closed_unit_seconds, training_steps
-from stochastic_depth.bench.workload import Workload
 from stochastic_depth.cli.bench.options import OfResNet
 from stochastic_depth.cli.bench.output import shown, table_of, timings
+from stochastic_depth.lab.bench.skipping import NETWORKS, closed_unit_seconds, overhead_steps
+from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.timing import paired_ratio, take_turns
 from stochastic_depth.train.execution import Execution
 
@@ -21,7 +21,7 @@ class Overhead(OfResNet):
     """Rounds, each of one step of every alternative."""
 
     def run(self, execution: Execution, console: Console) -> dict[str, Any]:
-        steps = training_steps(self.depth, Workload(self.batch, self.size, 3, execution))
+        steps = overhead_steps(self.depth, Workload(self.batch, self.size, 3, execution))
         rounds = list(shown(take_turns(steps, self.repeats), self.repeats, console))
         timed = timings(rounds)
         title = f"A training step of ResNet-{self.depth}, batch {self.batch}"

@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from stochastic_depth.bench.memory import step_memory
-from stochastic_depth.bench.peers import CONSTANT, NETWORKS, OURS, NetworkName, peers
 from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.cli.bench.output import MEMORY, shown, table_of, timings
+from stochastic_depth.lab.bench.peers import CONSTANT, NETWORKS, OURS, NetworkName, peers
+from stochastic_depth.lab.bench.workload import step_memory
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.execution import Execution
 

@@ -12,11 +12,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.bench.pictures import decoded, taken, write_tree
 from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.cli.bench.output import shown, timings
 from stochastic_depth.data.folder_batches import FolderBatches
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.bench.data import decoded, taken, write_tree
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train.config import ModelConfig, SurvivalConfig
 from stochastic_depth.train.execution import Execution

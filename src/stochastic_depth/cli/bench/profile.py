@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.bench.profile import operators, pieces
-from stochastic_depth.bench.workload import Workload
 from stochastic_depth.cli.bench.options import OfResNet
 from stochastic_depth.cli.bench.output import shown
+from stochastic_depth.lab.bench.engines import operators, pieces
+from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.execution import Execution
 

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.bench.skip import Skip, skippings
-from stochastic_depth.bench.workload import Workload
 from stochastic_depth.cli.bench.options import OfResNet
 from stochastic_depth.cli.bench.output import shown
+from stochastic_depth.lab.bench.skipping import Skip, skippings
+from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.train.execution import Execution
 
 

@@ -1,0 +1,207 @@
+"""How many blocks are active: the exact distribution, what a run has drawn, and its figure."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import altair as alt
+import torch
+from torch import Tensor
+
+from stochastic_depth.errors import RunError
+from stochastic_depth.lab.charts import Figure, Row, chart, layered
+from stochastic_depth.lab.formatting import seeds
+from stochastic_depth.lab.study import Series
+from stochastic_depth.lab.style import LIGHT
+from stochastic_depth.residual import Residual
+from stochastic_depth.survival import ramped
+from stochastic_depth.train import Record, Run
+from stochastic_depth.train.build import build_depth, build_model
+
+
+def active_distribution(survival: Tensor) -> Tensor:
+    """The probabilities that 0, 1, ..., L blocks are active: Poisson-binomial, exact.
+
+    Args:
+        survival: p_l, float64 [..., L].
+
+    Returns:
+        float64 [..., L + 1]: coins are added one by one, in O(L^2) without cancellation.
+    """
+    *batch, blocks = survival.shape
+    chances = survival.new_zeros(*batch, blocks + 1)
+    chances[..., 0] = 1
+    for p in survival.unbind(-1):
+        more = chances[..., :-1] * p[..., None]
+        chances = chances * (1 - p)[..., None]
+        chances[..., 1:] += more
+    return chances
+
+
+@dataclass(frozen=True)
+class ActiveBlocks:
+    """The number n = 0..L of active blocks over the steps of a run."""
+
+    counts: list[int]
+    """[L + 1]: how many steps (samples, with gates for single samples) had n active blocks."""
+    expected: list[float]
+    """[L + 1]: the exact probabilities; under a ramp their mean over the steps."""
+
+    def moments(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Mean and standard deviation: as drawn, and exact."""
+        drawn = [count / sum(self.counts) for count in self.counts]
+        return _moments(drawn), _moments(self.expected)
+
+    def p_value(self) -> float:
+        """Of Pearson's chi-square test that the counts follow the exact distribution.
+
+        Neighbouring n are pooled until 5 are expected in each; 1.0 where one pool remains.
+        """
+        total, pools, drawn, expected = sum(self.counts), [], 0, 0.0
+        for count, chance in zip(self.counts, self.expected, strict=True):
+            drawn, expected = drawn + count, expected + total * chance
+            if expected >= 5:
+                pools.append((drawn, expected))
+                drawn, expected = 0, 0.0
+        if not pools:
+            return 1.0
+        pools[-1] = pools[-1][0] + drawn, pools[-1][1] + expected
+        if len(pools) == 1:
+            return 1.0
+        statistic = sum((drawn - expected) ** 2 / expected for drawn, expected in pools)
+        halves = torch.tensor([(len(pools) - 1) / 2, statistic / 2], dtype=torch.float64)
+        return torch.special.gammaincc(*halves).item()
+
+
+def active_blocks(run: Run) -> ActiveBlocks:
+    """What `run` has drawn so far against what it should, from its journal alone.
+
+    Raises:
+        RunError: when the journal does not tell.
+    """
+    spans = [
+        (before, record)
+        for before, record in pairwise([None, *run.records()])
+        if record is not None
+    ]
+    told = [(before, record) for before, record in spans if record.active_counts]
+    if not told:
+        raise RunError(
+            f"{run.journal} does not tell how many blocks were active: it is empty, or of an "
+            "older version"
+        )
+    final, ramp_steps = survival_of_run(run, told[-1][1])
+    counts = [0] * (len(final) + 1)
+    for _, record in told:
+        for active, steps in record.active_counts.items():
+            counts[int(active)] += steps
+    steps = [
+        step for before, record in told for step in range(before.step if before else 0, record.step)
+    ]
+    return ActiveBlocks(counts, _mixture(final, ramp_steps, steps).tolist())
+
+
+def survival_of_run(run: Run, record: Record) -> tuple[tuple[float, ...], int]:
+    """(p_1, ..., p_L) at the end of the ramp, and the steps the ramp takes."""
+    model = build_model(run.config.model, run.shape[0], len(run.classes), run.config.seed)
+    survival = run.config.survival
+    handle = build_depth(model, replace(survival, ramp_epochs=0.0), 0, 1)
+    if handle is None:
+        return (1.0,) * sum(isinstance(m, Residual) for m in model.modules()), 0
+    return handle.survival, round(survival.ramp_epochs * record.step / record.epoch)
+
+
+def _mixture(final: tuple[float, ...], ramp_steps: int, steps: Sequence[int]) -> Tensor:
+    """The mean of the distributions at `steps`: those after the ramp have one in common."""
+    rising = [step for step in steps if step < ramp_steps]
+    rows = [ramped(final, ramp_steps, step) for step in [*rising, ramp_steps]]
+    weights = torch.ones(len(rows), dtype=torch.float64)
+    weights[-1] = len(steps) - len(rising)
+    distributions = active_distribution(torch.tensor(rows, dtype=torch.float64))
+    return weights @ distributions / len(steps)
+
+
+def _moments(chances: Sequence[float]) -> tuple[float, float]:
+    mean = sum(n * chance for n, chance in enumerate(chances))
+    variance = sum((n - mean) ** 2 * chance for n, chance in enumerate(chances))
+    return mean, variance**0.5
+
+
+def active_blocks_figure(series: Series) -> Figure | None:
+    """Of stochastic depth; None when the journals do not tell, or gates are for single samples."""
+    if series.survival.gate != "batch":
+        return None
+    counts: Counter[int] = Counter()
+    for run in series.runs:
+        for record in run.records:
+            if record.epoch > series.survival.ramp_epochs:
+                counts.update({int(n): count for n, count in record.active_counts.items()})
+    if not counts.total():
+        return None
+    survival = torch.tensor(series.cost.survival, dtype=torch.float64)
+    exact = active_distribution(survival).tolist()
+    steps = counts.total()
+    rows: list[Row] = [
+        {
+            "active_blocks": n,
+            "steps": counts[n],
+            "share_of_steps": counts[n] / steps,
+            "probability": probability,
+        }
+        for n, probability in enumerate(exact)
+    ]
+    ramp = " Steps of the ramp are left out." if series.survival.ramp_epochs else ""
+    return Figure(
+        id="active-blocks",
+        title="Active blocks in a step",
+        sentence=_sentence(series, counts, exact),
+        rows=rows,
+        panels=(_panel(series, rows, steps),),
+        note=f"Bars: {steps:,} training steps of {seeds(len(series.runs))} ({series.name}). Line: "
+        f"the Poisson-binomial distribution, exact for these survival probabilities.{ramp}",
+        height=210,
+    )
+
+
+def _panel(series: Series, rows: Sequence[Row], steps: int) -> alt.LayerChart:
+    seen = [n for n, row in enumerate(rows) if row["steps"] or row["probability"] > 1e-4]
+    shown = rows[max(0, min(seen) - 1) : max(seen) + 2]
+    values: list[Row] = [
+        {
+            "x": row["active_blocks"],
+            "share": 100 * row["share_of_steps"],
+            "exact": 100 * row["probability"],
+            "told": f"{row['active_blocks']} blocks: {row['steps']:,} steps, "
+            f"{100 * row['share_of_steps']:.2f} %; expected "
+            f"{steps * row['probability']:,.1f}",
+        }
+        for row in shown
+    ]
+    axis = alt.Axis(tickMinStep=1, labelAngle=0, labelOverlap="parity")
+    base = chart(values).encode(x=alt.X("x:O", title="active blocks", axis=axis))
+    return layered(
+        base.mark_bar(color=series.colour, opacity=0.45, width={"band": 0.8}).encode(
+            y=alt.Y("share:Q", title="percent of steps"), description="told:N"
+        ),
+        base.mark_line(color=LIGHT["ink"], strokeWidth=1.6, aria=False).encode(y="exact:Q"),
+        base.mark_point(color=LIGHT["ink"], filled=True, opacity=1, size=14, aria=False).encode(
+            y="exact:Q"
+        ),
+    )
+
+
+def _sentence(series: Series, counts: Counter[int], exact: Sequence[float]) -> str:
+    steps = counts.total()
+    mean = sum(n * count for n, count in counts.items()) / steps
+    expected = sum(series.cost.survival)
+    error = math.sqrt(sum(p * (1 - p) for p in series.cost.survival) / steps)
+    apart = abs(mean - expected) / error if error else 0.0
+    distance = sum(abs(counts[n] / steps - p) for n, p in enumerate(exact)) / 2
+    blocks = len(series.cost.survival)
+    return (
+        f"With {series.name}, on average {mean:.2f} of {blocks} blocks ran, where {expected:.2f} "
+        f"are expected: {apart:.1f} standard errors away. The two distributions differ in "
+        f"{100 * distance:.1f} % of the steps."
+    )

@@ -1,0 +1,181 @@
+"""What data cost: their share of a training step, and how fast pictures are decoded."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stochastic_depth.data import Batches, DataSet, Images, TensorBatches, batches
+from stochastic_depth.data.folder_batches import FolderBatches
+from stochastic_depth.data.protocol import Batch, epoch_order
+from stochastic_depth.extras import require
+from stochastic_depth.randomness import generator
+from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.train.config import Config
+from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.training import Training
+
+ORDER = "order of an epoch"
+DATA = "data and augmentation"
+IMAGES = 45_000
+"""Generated ones: as many as CIFAR-10 has without its validation images."""
+
+
+def generated_images(images: int) -> DataSet:
+    """Random pictures of CIFAR's shape, with ten classes in turns."""
+
+    def part(name: str, count: int) -> Images:
+        pixels = torch.randint(
+            256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator("bench", name)
+        )
+        return Images(pixels, torch.arange(count) % 10)
+
+    classes = tuple(map(str, range(10)))
+    few = part("held out", 10)
+    return DataSet("generated", classes, part("train", images), few, few)
+
+
+def augmented(config: Config, execution: Execution) -> Batches:
+    """The batches that `config` trains on, cropped and flipped; generated ones without a folder."""
+    if config.data.root is not None:
+        return batches(
+            config.data.name,
+            config.data.root,
+            batch=config.optimizer.batch,
+            seed=config.seed,
+            device=execution.device,
+            augment=True,
+            channels_last=True,
+        )
+    return TensorBatches(
+        generated_images(IMAGES),
+        batch=config.optimizer.batch,
+        seed=config.seed,
+        device=execution.device,
+        augment=True,
+        channels_last=True,
+    )
+
+
+def data_and_steps(
+    configs: dict[str, Config], images: Batches, execution: Execution
+) -> dict[str, Callable[[], None]]:
+    """What is timed: an epoch's order, one batch, and by the names of `configs` a step on one."""
+
+    def order() -> None:
+        epoch_order(images.sizes["train"], 0, 0).to(execution.device)
+        execution.synchronise()
+
+    stream = _endless(images)
+
+    def batch() -> None:
+        next(stream)
+        execution.synchronise()
+
+    steps = {
+        name: _step(Training(config, execution, images), _endless(images))
+        for name, config in configs.items()
+    }
+    return {ORDER: order, DATA: batch, **steps}
+
+
+def _step(training: Training, stream: Iterator[Batch]) -> Callable[[], None]:
+    def step() -> None:
+        training.advance(*next(stream))
+        training.execution.synchronise()
+
+    return step
+
+
+def _endless(images: Batches) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from images.train(epoch)
+
+
+def data_shares(rounds: list[dict[str, float]], steps_per_epoch: int) -> dict[str, Timing]:
+    """The share of a training step that is data, round by round, by the names of the steps.
+
+    The order of an epoch is drawn once for all its steps, so each bears its part.
+    """
+    return {
+        name: Timing(
+            tuple(
+                (seconds[DATA] + seconds[ORDER] / steps_per_epoch)
+                / (seconds[name] + seconds[ORDER] / steps_per_epoch)
+                for seconds in rounds
+            )
+        )
+        for name in rounds[0]
+        if name not in (ORDER, DATA)
+    }
+
+
+HEIGHT, WIDTH = 375, 500
+"""Of most of ImageNet's pictures, whose files take 108 KB on average."""
+QUALITY = 95
+
+
+def generated_picture(number: int) -> Tensor:
+    """A picture with detail of every size, as photographs have: uint8 [3, HEIGHT, WIDTH].
+
+    Octaves of noise, each twice as fine as the one before it, and weaker.
+    """
+    source, picture = generator("bench pictures", number), torch.zeros(1, 3, HEIGHT, WIDTH)
+    for octave in range(8):
+        coarse = torch.randn(1, 3, 3 * 2**octave, 4 * 2**octave, generator=source)
+        picture += F.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic") / 1.3**octave
+    return (128 + 40 * picture[0]).clamp(0, 255).byte()
+
+
+def write_tree(root: Path, pictures: int) -> None:
+    """Write `pictures` generated JPEG files for training and two for evaluation, in two classes."""
+    image = require("PIL.Image", "data")
+    for part, count in (("train", pictures), ("val", 2)):
+        for number in range(count):
+            path = root / part / f"class{number % 2}" / f"{number}.jpeg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = generated_picture(number).permute(1, 2, 0).numpy()
+            image.fromarray(pixels).save(path, quality=QUALITY)
+
+
+def decoded(images: FolderBatches, workers: Sequence[int], repeats: int) -> Iterator[list[float]]:
+    """For each round, the pictures a second with each number of workers: decoded, cut at random,
+    scaled, mirrored and normalised."""
+    for epoch in range(repeats):
+        rates = {}
+        for number in workers if epoch % 2 else reversed(workers):
+            images.workers = number
+            rates[number] = _decoded_a_second(images, epoch)
+        yield [rates[number] for number in workers]
+
+
+def _decoded_a_second(images: FolderBatches, epoch: int) -> float:
+    """Once all workers are at work, each of which makes batches of its own."""
+    stream = images.train(epoch)
+    for _ in itertools.islice(stream, max(1, images.workers)):
+        pass
+    began = time.perf_counter()
+    count = sum(len(labels) for _, labels in stream)
+    return count / (time.perf_counter() - began)
+
+
+def taken(
+    configs: dict[str, Config], images: FolderBatches, execution: Execution, repeats: int
+) -> Iterator[dict[str, float]]:
+    """For each round, the seconds of a training step of each configuration, without its data."""
+    images.workers = 0
+    batch = next(images.train(0))
+    steps = {}
+    for name, config in configs.items():
+        training = Training(config, execution, images)
+
+        def step(training: Training = training) -> None:
+            training.advance(*batch)
+            execution.synchronise()
+
+        steps[name] = step
+    return take_turns(steps, repeats, warmup=1)

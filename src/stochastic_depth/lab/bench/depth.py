@@ -1,0 +1,126 @@
+"""Time and memory against depth: both should grow as a straight line, and stochastic depth less."""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.lab.bench.workload import Step, Workload
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.survival import LinearDecay
+
+KINDS = ("constant", "stochastic")
+FINAL = 0.5
+"""p_L of the stochastic ones."""
+DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
+
+
+def depths_up_to(deepest: int) -> list[int]:
+    """Those of `DEPTHS` that are not deeper, and `deepest` itself.
+
+    Raises:
+        ConfigError: when that is one depth alone, which gives no line.
+    """
+    if deepest <= DEPTHS[0]:
+        raise ConfigError(f"deepest={deepest}: the first depth is {DEPTHS[0]}, choose more")
+    return sorted({deepest, *(depth for depth in DEPTHS if depth < deepest)})
+
+
+def depth_step(depth: int, kind: str, workload: Workload) -> Step:
+    """Of a CIFAR ResNet of one of `KINDS`."""
+    model = CifarResNet(depth, channels=workload.channels)
+    return workload.engine_step(model, LinearDecay(FINAL) if kind == "stochastic" else None)
+
+
+def training_steps(depths: Sequence[int], workload: Workload) -> dict[tuple[str, int], Step]:
+    """A training step of every kind and depth."""
+    return {(kind, depth): depth_step(depth, kind, workload) for depth in depths for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Line:
+    """value = slope * depth + intercept, by least squares."""
+
+    slope: float
+    intercept: float
+    r_squared: float
+    """The share of the variance that is on the line."""
+
+
+def fitted_line(depths: Sequence[int], values: Sequence[float]) -> Line:
+    """The straight line nearest to `values`."""
+    slope, intercept = statistics.linear_regression(depths, values)
+    off = sum((v - slope * d - intercept) ** 2 for d, v in zip(depths, values, strict=True))
+    mean = statistics.fmean(values)
+    variance = sum((value - mean) ** 2 for value in values)
+    return Line(slope, intercept, 1 - off / variance if variance else 1.0)
+
+
+def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> int:
+    """Bytes that training one network takes at the most, measured in a process of its own.
+
+    Everything is in it: weights, gradients, momentum, images, what is kept for the backward pass,
+    the work space of the kernels, and what the allocator of memory holds beyond that. On a GPU it
+    is the most that PyTorch had allocated there; elsewhere the resident memory of the process at
+    its peak, less that before the network was built. Before that, a network of eight layers does a
+    step on two images, so that what PyTorch loads at its first step is not counted.
+
+    Args:
+        steps: how many; under stochastic depth it is the peak of them all.
+
+    Raises:
+        RunError: when the process was killed, as for lack of memory.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, spawn) as process:
+            return process.submit(_peak_memory, depth, kind, workload, steps).result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            f"ResNet-{depth}, {kind} depth, batch {workload.batch}: its process was killed, as it "
+            "is when memory runs out; give a smaller batch"
+        ) from error
+
+
+def _peak_memory(depth: int, kind: str, workload: Workload, steps: int) -> int:
+    torch.set_num_threads(workload.execution.threads)
+    first = Workload(2, workload.size, workload.channels, workload.execution)
+    depth_step(8, kind, first)()
+    device = workload.execution.device
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else _resident()
+    step = depth_step(depth, kind, workload)
+    for _ in range(steps):
+        step()
+    return (torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident()) - before
+
+
+STATUS = Path("/proc/self/status")
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory; where that is not told, the most that ever were."""
+    return _of_status("VmRSS") if STATUS.exists() else _peak_resident()
+
+
+def _peak_resident() -> int:
+    """The most bytes of this process that ever were in memory."""
+    if STATUS.exists():  # on Linux getrusage begins with the peak of the parent process
+        return _of_status("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _of_status(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,195 @@
+"""What the ways of training in several processes send and take, at constant depth and p_L = 0.5."""
+
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stochastic_depth.distributed import shard_branches, skip_closed
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.randomness import generator
+from stochastic_depth.residual import Residual
+from stochastic_depth.surgery import apply, handle_of
+from stochastic_depth.survival import LinearDecay, Uniform
+from stochastic_depth.timing import take_turns
+from stochastic_depth.train.build import build_optimizer
+from stochastic_depth.train.config import OptimizerConfig
+
+
+class Collectives(TorchDispatchMode):
+    """While entered, counts collectives and the bytes that this process must send for them.
+
+    By the algorithms that send least: of n ranks each sends 2 (n - 1) / n of an all-reduced tensor,
+    (n - 1) / n of one that is gathered whole or reduced and scattered.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self._passed_on = (ranks - 1) / ranks
+        self.calls = 0
+        self.bytes = 0.0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if operator.namespace == "c10d":
+            kind = operator._opname.strip("_")
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            if kind in ("allreduce", "allreduce_coalesced"):
+                self._count(2 * sum(t.nbytes for t in tensors))
+            elif kind in ("allgather_base", "reduce_scatter_base"):
+                self._count(max(t.nbytes for t in tensors))
+            elif kind == "broadcast":
+                self._count(tensors[0].nbytes)
+        return operator(*args, **(kwargs or {}))
+
+    def _count(self, whole: int) -> None:
+        self.calls += 1
+        self.bytes += self._passed_on * whole
+
+
+def skipping(model: nn.Module) -> nn.Module:
+    ddp = DistributedDataParallel(model)
+    skip_closed(ddp)
+    return ddp
+
+
+def sharded_blocks(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        if isinstance(module, Residual):
+            fully_shard(module)
+    fully_shard(model)
+    return model
+
+
+def sharded_branches(model: nn.Module) -> nn.Module:
+    shard_branches(model)
+    fully_shard(model)
+    return model
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP": DistributedDataParallel,
+    "DDP, find_unused_parameters": partial(DistributedDataParallel, find_unused_parameters=True),
+    "DDP, skip_closed": skipping,
+    "FSDP2 of blocks": sharded_blocks,
+    "FSDP2, shard_branches": sharded_branches,
+}
+DEPTHS = {"constant depth": Uniform(1.0), "p_L = 0.5": LinearDecay(0.5)}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Means over the steps of one alternative."""
+
+    seconds: list[float]
+    """Of each round."""
+    bytes: float
+    """That each process sends in a step."""
+    calls: float
+    """Collectives in a step."""
+    open_share: float
+    """Of the parameters of the network, those that are in no closed block."""
+
+
+def measure(
+    ranks: int, depth: int, batch: int, size: int, repeats: int, threads: int
+) -> dict[str, dict[str, Sent]]:
+    """By way and depth, what training steps of ResNet-`depth` take in `ranks` local processes.
+
+    Args:
+        batch: images a step, of all processes; size: height and width of the images, pixels.
+        threads: of each process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ranks, folder, depth, batch, size, repeats, threads
+        spawn(_process, args=arguments, nprocs=ranks)
+        told = json.loads((Path(folder) / "result.json").read_text())
+    return {
+        way: {name: Sent(**values) for name, values in of_way.items()}
+        for way, of_way in told.items()
+    }
+
+
+def _process(
+    rank: int,
+    ranks: int,
+    folder: str,
+    depth: int,
+    batch: int,
+    size: int,
+    repeats: int,
+    threads: int,
+) -> None:
+    torch.set_num_threads(threads)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
+    )
+    steps = {
+        f"{way}, {name}": _Step(wrap, survival, depth, batch // ranks, size)
+        for way, wrap in WAYS.items()
+        for name, survival in DEPTHS.items()
+    }
+    rounds = list(take_turns(steps, repeats))
+    result: dict[str, dict[str, object]] = {way: {} for way in WAYS}
+    for way, name in itertools.product(WAYS, DEPTHS):
+        counts = list(steps[f"{way}, {name}"].counted(ranks, repeats))
+        of_step = [sum(column) / repeats for column in zip(*counts, strict=True)]
+        result[way][name] = {
+            "seconds": [seconds[f"{way}, {name}"] for seconds in rounds],
+            **dict(zip(("bytes", "calls", "open_share"), of_step, strict=True)),
+        }
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+class _Step:
+    """A training step of a network of its own."""
+
+    def __init__(
+        self,
+        wrap: Callable[[nn.Module], nn.Module],
+        survival: Uniform | LinearDecay,
+        depth: int,
+        batch: int,
+        size: int,
+    ) -> None:
+        model = CifarResNet(depth)
+        apply(model, survival)
+        self._depth = handle_of(model)
+        self._whole = sum(p.numel() for p in model.parameters())
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        self._sizes = [sum(sizes[n] for n in block.parameters) for block in self._depth.blocks]
+        self._net = wrap(model)
+        self._optimizer = build_optimizer(OptimizerConfig(), self._net)
+        self._images = torch.randn(batch, 3, size, size, generator=generator("bench"))
+        self._labels = torch.arange(batch) % 10
+
+    def __call__(self) -> None:
+        self._optimizer.zero_grad()
+        F.cross_entropy(self._net(self._images), self._labels).backward()
+        self._optimizer.step()
+
+    def counted(self, ranks: int, steps: int) -> Iterator[tuple[float, int, float]]:
+        """Bytes, collectives, and the share of parameters that is in no closed block."""
+        for _ in range(steps):
+            with Collectives(ranks) as collectives:
+                self()
+            gates = self._depth.gates.tolist()
+            closed = sum(n for n, is_open in zip(self._sizes, gates, strict=True) if not is_open)
+            yield collectives.bytes, collectives.calls, 1 - closed / self._whole

@@ -1,0 +1,155 @@
+"""The ways of taking a training step side by side, and where the time of a step goes."""
+
+import itertools
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from stochastic_depth.engine import Program
+from stochastic_depth.engine.kernels.library import missing
+from stochastic_depth.engine.pieces import Block
+from stochastic_depth.lab.bench.workload import EngineStep, Step, Workload
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.survival import Survival, Uniform
+from stochastic_depth.train.build import build_optimizer
+from stochastic_depth.train.config import OptimizerConfig
+from stochastic_depth.train.engine_choice import EngineName, KernelsName
+from stochastic_depth.train.engines import KERNELS
+from stochastic_depth.train.execution import Execution
+
+SHARES = 1.0, 0.75, 0.5
+CLOSED = 1e-12
+"""The survival probability of a block that is closed in every step."""
+
+DESIGNS: dict[str, tuple[EngineName, KernelsName]] = {
+    "eager": ("eager", "reference"),
+    "compiled blocks": ("compiled", "reference"),
+    "graphs, PyTorch's kernels": ("graphs", "reference"),
+    "graphs, compiled kernels": ("graphs", "compiled"),
+    "graphs, native kernels": ("graphs", "native"),
+}
+
+
+def active_share(blocks: int, share: float) -> Survival:
+    """`share` of the blocks always open, spread evenly over the depth, the others always closed."""
+    if share == 1:
+        return Uniform(1.0)
+    count = [int(share * n) for n in range(blocks + 1)]
+    return [1.0 if after > before else CLOSED for before, after in itertools.pairwise(count)]
+
+
+def designs(execution: Execution) -> tuple[dict[str, Execution], dict[str, str]]:
+    """The designs that this machine can run, and why it cannot run the others."""
+    there, absent = {}, {}
+    for name, (engine, kernels) in DESIGNS.items():
+        reason = _obstacle(engine, kernels, execution)
+        if reason is None:
+            there[name] = replace(execution, engine=engine, kernels=kernels)
+        else:
+            absent[name] = reason
+    return there, absent
+
+
+def _obstacle(engine: EngineName, kernels: KernelsName, execution: Execution) -> str | None:
+    on_cpu = torch.device(execution.device).type == "cpu"
+    if kernels == "native":
+        if not on_cpu:
+            return "they are for a CPU"
+        if execution.precision != "bfloat16":
+            return f"they are in bfloat16, the precision is {execution.precision}"
+        return missing()
+    if "compiled" in (engine, kernels) and on_cpu and shutil.which("g++") is None:
+        return "no g++ was found, which PyTorch's compiler needs"
+    return None
+
+
+def engine_steps(
+    depth: int, workload: Workload, names: dict[str, Execution]
+) -> Iterator[tuple[str, float, EngineStep]]:
+    """Design, share of active blocks and training step, each of a network of its own."""
+    for name, execution in names.items():
+        for share in SHARES:
+            model = CifarResNet(depth, channels=workload.channels)
+            survival = active_share((depth - 2) // 2, share)
+            step = replace(workload, execution=execution).engine_step(model, survival)
+            yield name, share, step
+
+
+def operators(step: Step, steps: int) -> dict[str, float]:
+    """Seconds of `step` in each operator itself, on the GPU if there is one; the longest first."""
+    step()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it notes its beginning and its end
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
+        for _ in range(steps):
+            step()
+    microseconds = {
+        event.key: event.self_device_time_total or event.self_cpu_time_total
+        for event in recorded.key_averages()
+    }
+    longest = sorted(microseconds, key=microseconds.__getitem__, reverse=True)
+    return {name: 1e-6 * microseconds[name] / steps for name in longest}
+
+
+class Timed:
+    """A `Replay` that runs the work as it is, and notes how long it takes."""
+
+    keeps = False
+
+    def __init__(self, synchronise: Callable[[], None]) -> None:
+        self._synchronise = synchronise
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+        """Of each call, by piece."""
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        pass
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        name = _named(work)
+
+        def timed() -> None:
+            self._synchronise()
+            began = time.perf_counter()
+            work()
+            self._synchronise()
+            self.seconds[name].append(time.perf_counter() - began)
+
+        return timed
+
+
+def _named(work: Any) -> str:
+    """A piece by its kind, channels and direction."""
+    piece, direction = work.__self__, work.__name__.replace("_", " ")
+    if not isinstance(piece, Block):
+        return f"{type(piece).__name__.lower()}, {direction}"
+    kind = "transition to" if piece.is_transition else "block of"
+    return f"{kind} {piece.out.shape[1]} channels, {direction}"
+
+
+def pieces(depth: int, workload: Workload) -> tuple[Timed, Step]:
+    """What notes the seconds of each piece of a ResNet's block program, and a step of it."""
+    execution = workload.execution
+    model = CifarResNet(depth, channels=workload.channels)
+    model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    images = workload.images().to(execution.device)
+    labels = (torch.arange(workload.batch) % 10).to(execution.device)
+    timed = Timed(execution.synchronise)
+    program = Program(
+        model.train(),
+        None,
+        build_optimizer(OptimizerConfig(), model),
+        images.shape,
+        torch.bfloat16 if execution.precision == "bfloat16" else torch.float32,
+        KERNELS[execution.kernels](),
+        timed,
+    )
+    return timed, lambda: program.step(images, labels)

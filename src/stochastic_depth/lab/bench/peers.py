@@ -1,0 +1,207 @@
+"""The same network as others train it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from stochastic_depth.errors import ApplyError, ConfigError, MissingExtraError
+from stochastic_depth.gates import GateKind
+from stochastic_depth.lab.bench.workload import (
+    PlainResNet,
+    Step,
+    Workload,
+    copy_weights,
+    training_step,
+)
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.models.published import library
+from stochastic_depth.randomness import generator
+from stochastic_depth.surgery import apply
+from stochastic_depth.survival import LinearDecay, Uniform, survival_probabilities
+from stochastic_depth.train.execution import Execution
+
+CONSTANT = "constant depth"
+OURS = "stochastic-depth"
+
+
+TUTORIAL = "constant depth, float32, default layout"
+
+
+def cifar_resnet_peers(
+    depth: int, rate: float, workload: Workload
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """A training step of each peer, all from the same weights, and why others are missing.
+
+    Args:
+        depth: of the CIFAR ResNet.
+        rate: 1 - p_L of linear decay, for all of them.
+    """
+    linear_decay = LinearDecay(1 - rate)
+    ours = CifarResNet(depth, channels=workload.channels)
+    rates = [1 - p for p in survival_probabilities(linear_decay, (depth - 2) // 2)]
+    steps: dict[str, Step] = {}
+    missing: dict[str, str] = {}
+    masks: dict[str, Callable[[], list[nn.Module]]] = {
+        "timm DropPath": lambda: [library("timm.layers").DropPath(rate) for rate in rates],
+        "torchvision StochasticDepth": lambda: [
+            library("torchvision.ops").StochasticDepth(rate, "row") for rate in rates
+        ],
+    }
+    if workload.execution.engine != "eager":
+        constant = CifarResNet(depth, channels=workload.channels)
+        copy_weights(ours, constant)
+        steps[f"{CONSTANT}, {workload.execution.engine} engine"] = workload.engine_step(constant)
+    for name, tutorial in ((CONSTANT, False), (TUTORIAL, True)):
+        plain = PlainResNet(depth, workload.channels)
+        copy_weights(ours, plain)
+        steps[name] = workload.step(plain, tutorial)
+    for name, drops in masks.items():
+        try:
+            masked = PlainResNet(depth, workload.channels, drops())
+        except MissingExtraError as error:
+            missing[name] = str(error)
+            continue
+        copy_weights(ours, masked)
+        steps[name] = workload.step(masked)
+    if workload.execution.engine != "eager":
+        by_autograd = CifarResNet(depth, channels=workload.channels)
+        copy_weights(ours, by_autograd)
+        apply(by_autograd, linear_decay)
+        steps[f"{OURS}, eager engine"] = workload.step(by_autograd)
+    steps[OURS] = workload.engine_step(ours, linear_decay)
+    return steps, missing
+
+
+TIMM = "timm drop path"
+SUBSET = 'stochastic-depth, gate="subset"'
+
+
+def timm_peers(name: str, rate: float, workload: Workload) -> dict[str, Step]:
+    """A training step of each peer, all from the same weights.
+
+    Ours takes the rates over from the network's drop paths, and divides by p_l in training as they
+    do. With gate="subset" it computes what timm does; with gate="batch" one coin decides for all
+    samples.
+
+    Args:
+        name: of a network whose training steps are functions of the weights, the images and the
+            drop path alone (no dropout).
+        rate: timm's drop_path_rate, 1 - p_L.
+
+    Raises:
+        MissingExtraError: without timm.
+    """
+    timm = library("timm")
+    options: dict[str, Any] = {"num_classes": 10, "in_chans": workload.channels}
+    if name.startswith("vit"):
+        options["img_size"] = workload.size
+    constant = timm.create_model(name, **options)
+    steps = {}
+    gates: dict[str, GateKind | None] = {TIMM: None, OURS: "batch", SUBSET: "subset"}
+    for peer, gate in gates.items():
+        model = timm.create_model(name, drop_path_rate=rate, **options)
+        copy_weights(constant, model)
+        if gate is not None:
+            survival = "own" if rate else Uniform(1.0)
+            apply(model, survival, example=workload.images()[:2], gate=gate, scale="training")
+        steps[peer] = workload.step(model)
+    return {CONSTANT: workload.step(constant), **steps}
+
+
+THEIRS = "x-transformers layer_dropout"
+TOKENS, DIMENSION, LAYERS, HEADS = 1000, 384, 6, 6
+"""The vocabulary; width; layers, each of an attention and a feed-forward unit; heads."""
+
+
+def x_transformer_peers(
+    rate: float, batch: int, length: int, execution: Execution
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """A training step of each peer, all from the same weights, and why others are missing.
+
+    Args:
+        rate: the drop rate of every unit.
+        batch: texts a step.
+        length: tokens a text.
+
+    Raises:
+        MissingExtraError: without x-transformers.
+    """
+    library("x_transformers")
+    texts = torch.randint(TOKENS, (batch, length + 1), generator=generator("bench"))
+    inputs, labels = texts[:, :-1], texts[:, 1:]
+    constant, theirs, ours = _decoder(0.0, length), _decoder(rate, length), _decoder(0.0, length)
+    missing = {}
+    steps = {}
+    for name, model in ((CONSTANT, constant), (THEIRS, theirs), (OURS, ours)):
+        copy_weights(constant, model)
+        try:
+            if model is ours:
+                apply(model, Uniform(1 - rate), example=inputs[:2], granularity="unit")
+        except ApplyError as error:
+            missing[name] = str(error).splitlines()[0]
+            continue
+        steps[name] = training_step(model, inputs, labels, execution)
+    return steps, missing
+
+
+def _decoder(layer_dropout: float, length: int) -> torch.nn.Module:
+    package = library("x_transformers")
+    layers = package.Decoder(dim=DIMENSION, depth=LAYERS, heads=HEADS, layer_dropout=layer_dropout)
+    return package.TransformerWrapper(num_tokens=TOKENS, max_seq_len=length, attn_layers=layers)
+
+
+NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transformer"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a network is timed where nothing else is asked for: small enough for a CPU."""
+
+    batch: int
+    size: int
+    """Height and width of the images, pixels; or tokens a text."""
+    rate: float
+    """The drop rate of the last block."""
+    libraries: tuple[str, ...]
+    """The packages that its peers come from."""
+    unit: Literal["images", "tokens"] = "images"
+
+
+NETWORKS: dict[NetworkName, Network] = {
+    "cifar-resnet": Network(128, 32, 0.5, ("timm", "torchvision")),
+    "vit-small": Network(16, 128, 0.3, ("timm",)),
+    "convnext-tiny": Network(16, 128, 0.3, ("timm",)),
+    "x-transformer": Network(16, 128, 0.3, ("x-transformers",), "tokens"),
+}
+
+
+def peers(
+    name: NetworkName, depth: int, rate: float, batch: int, size: int, execution: Execution
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """A training step of each peer, all from the same weights, and why others are missing.
+
+    Args:
+        depth: of the CIFAR ResNet.
+        rate: the drop rate of the last block, 1 - p_L; of every one for x-transformer.
+        batch: images or texts a step.
+        size: height and width of the images in pixels, or tokens a text.
+
+    Raises:
+        ConfigError: when the rate is none.
+        MissingExtraError: without the library that the network comes from.
+    """
+    if not 0 <= rate < 1:
+        raise ConfigError(f"rate={rate}: a drop rate is at least 0 and below 1")
+    workload = Workload(batch, size, 3, execution)
+    match name:
+        case "cifar-resnet":
+            return cifar_resnet_peers(depth, rate, workload)
+        case "vit-small":
+            return timm_peers("vit_small_patch16_224", rate, workload), {}
+        case "convnext-tiny":
+            return timm_peers("convnext_tiny", rate, workload), {}
+        case "x-transformer":
+            return x_transformer_peers(rate, batch, size, execution)

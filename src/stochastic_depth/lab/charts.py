@@ -1,0 +1,219 @@
+"""A figure: what it shows in words, its data, and the charts all figures are made of."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from stochastic_depth.lab.study import Experiment, Series
+from stochastic_depth.lab.style import LIGHT
+from stochastic_depth.train import Record
+
+Row = Mapping[str, Any]
+"""One observation: texts and numbers, None where there is none."""
+Panel = alt.Chart | alt.LayerChart
+
+
+@dataclass(frozen=True)
+class Key:
+    """A line of a legend."""
+
+    name: str
+    colour: str
+    dash: tuple[int, int] = (1, 0)
+    """Pixels of stroke and of space."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Drawn from its rows alone, so that whoever has them can check it."""
+
+    id: str
+    """A file name: lower-case letters, digits and hyphens."""
+    title: str
+    sentence: str
+    """What it shows, in the numbers of this very data."""
+    rows: Sequence[Row]
+    panels: Sequence[Panel]
+    """Drawn side by side where there is room, else one below the other."""
+    legend: Sequence[Key] = ()
+    note: str = ""
+    """How it was measured, and what is averaged."""
+    height: int = 240
+    """Of the plot in each panel, pixels."""
+    axis: int = 58
+    """What stands to the left of the plot in each panel, pixels."""
+
+    def csv(self) -> str:
+        """The rows, a column for each of their keys."""
+        text = io.StringIO()
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
+        return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A text that begins like a formula, with the apostrophe that keeps spreadsheets calm."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" else value
+
+
+def chart(values: Sequence[Row]) -> alt.Chart:
+    """Of rows alone, without types to be guessed."""
+    return alt.Chart(alt.InlineData(values=[dict(row) for row in values]))
+
+
+def layered(*layers: alt.Chart, title: str = "") -> alt.LayerChart:
+    """One panel, the first layer at the back."""
+    return alt.LayerChart(layer=list(layers), title=title)
+
+
+def hover(values: Sequence[Row]) -> alt.Chart:
+    """Points that are seen when they are pointed at, each with its `told`."""
+    points = chart(values).mark_point(filled=True, opacity=0, size=50)
+    return points.encode(description="told:N")
+
+
+def keys(series: Sequence[Series]) -> tuple[Key, ...]:
+    """Of each series its colour."""
+    return tuple(Key(one.name, one.colour) for one in series)
+
+
+def colour(shown: Sequence[Key]) -> alt.Color:
+    """Of the column `s`, with a legend."""
+    scale = alt.Scale(domain=[key.name for key in shown], range=[key.colour for key in shown])
+    legend = alt.Legend(symbolType="stroke", symbolOpacity=1, columns=2 if len(shown) > 3 else 0)
+    return alt.Color("s:N", scale=scale, sort=None, legend=legend)
+
+
+def dashes(shown: Sequence[Key], column: str = "s", legend: bool = False) -> alt.StrokeDash:
+    """Of `column`."""
+    scale = alt.Scale(domain=[key.name for key in shown], range=[list(key.dash) for key in shown])
+    told = alt.Legend(symbolType="stroke", symbolOpacity=1) if legend else None
+    return alt.StrokeDash(f"{column}:N", scale=scale, sort=None, legend=told)
+
+
+def log_axis(values: Sequence[float | None], title: str) -> alt.Y:
+    """The column `y` on a logarithmic axis, with a little room above and below `values`."""
+    seen = [value for value in values if value is not None and value > 0] or [0.1, 1]
+    room = max(max(seen) / min(seen), 1.5) ** 0.05
+    low, high = min(seen) / room, max(seen) * room
+    axis = alt.Axis(values=_ticks(low, high), format="~g")
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    return alt.Y("y:Q", title=title, axis=axis, scale=scale)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """As many round numbers as can be read."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    inside: list[float] = []
+    for mantissas in ((1,), (1, 3), (1, 2, 5), range(1, 10), [n / 10 for n in range(10, 100)]):
+        ticks = [float(f"{m}e{decade}") for decade in decades for m in mantissas]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) >= 4:
+            break
+    return inside[:: math.ceil(len(inside) / 8)]
+
+
+POINTS_OF_CURVE = 200
+"""As many points of a curve tell their number."""
+
+Quantity = Callable[[Record], float]
+
+
+def curve_rows(experiment: Experiment, quantities: dict[str, Quantity]) -> list[Row]:
+    """A row for each evaluation of each run."""
+    return [
+        {
+            "series": series.name,
+            "run": run.name,
+            "seed": run.run.config.seed,
+            "epoch": record.epoch,
+            **{name: quantity(record) for name, quantity in quantities.items()},
+        }
+        for series in experiment.series
+        for run in series.runs
+        for record in run.records
+    ]
+
+
+def curve_panel(
+    experiment: Experiment,
+    quantity: Quantity,
+    title: str,
+    unit: str,
+    told: Callable[[float], str],
+) -> alt.LayerChart:
+    """`quantity` of every run on a logarithmic axis; what is not above zero is left out.
+
+    Args:
+        told: its text at a point.
+    """
+
+    def value(record: Record) -> float | None:
+        measured = quantity(record)
+        return measured if measured > 0 else None
+
+    thin, thick, points = [], [], []
+    for series in experiment.series:
+        for run in series.runs:
+            thin += [
+                {"s": series.name, "run": str(run.run.path), "x": r.epoch, "y": value(r)}
+                for r in run.records
+            ]
+        means = _means(series, quantity)
+        thick += [{"s": series.name, "x": x, "y": y} for x, y, _ in means if y > 0]
+        every = math.ceil(len(means) / POINTS_OF_CURVE)
+        points += [
+            {"s": series.name, "x": x, "y": y, "told": f"{series.name}, epoch {x:g}: {text}"}
+            for x, y, text in ((x, y, _told(values, told)) for x, y, values in means[::-every])
+            if y > 0
+        ]
+    x = alt.X("x:Q", title="epoch", axis=alt.Axis(tickCount=6, tickMinStep=1)).scale(
+        domain=[0, max(row["x"] for row in thin)], nice=False
+    )
+    y = log_axis([row["y"] for row in thin], unit)
+    base = {"x": x, "y": y, "color": colour(keys(experiment.series))}
+    return layered(
+        drops(experiment),
+        chart(thin)
+        .mark_line(strokeWidth=0.8, opacity=0.35, aria=False)
+        .encode(detail="run:N", **base),
+        chart(thick).mark_line(strokeWidth=2.4, aria=False).encode(**base),
+        hover(points).encode(**base),
+        title=title,
+    )
+
+
+def drops(experiment: Experiment) -> alt.Chart:
+    """Where the learning rate is divided."""
+    reached = max(run.records[-1].epoch for run in experiment.runs)
+    values: list[dict[str, Any]] = [{"x": epoch} for epoch in experiment.drops if epoch <= reached]
+    return (
+        chart(values)
+        .mark_rule(strokeDash=[2, 3], color=LIGHT["muted"], opacity=0.6, aria=False)
+        .encode(x="x:Q")
+    )
+
+
+def _means(series: Series, quantity: Quantity) -> list[tuple[float, float, list[float]]]:
+    """(epoch, mean, the values), as far as all runs of the series have come."""
+    journals = [run.records for run in series.runs]
+    return [
+        (records[0].epoch, statistics.fmean(values), values)
+        for records in zip(*journals, strict=False)
+        for values in [[quantity(record) for record in records]]
+    ]
+
+
+def _told(values: list[float], told: Callable[[float], str]) -> str:
+    mean = told(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean}, mean of {', '.join(map(told, sorted(values)))}"

@@ -1,0 +1,154 @@
+"""Stochastic against constant depth: the same network, data, seeds and machine, epoch by epoch."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.lab.drawing import file_png
+from stochastic_depth.lab.formatting import plus_minus
+from stochastic_depth.lab.sources import read_run
+from stochastic_depth.lab.study import Outcome, expected_cost, experiments
+from stochastic_depth.lab.training import training_curves, training_time
+from stochastic_depth.recipes import constant_depth
+from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
+from stochastic_depth.train.display import Display
+from stochastic_depth.train.files import write_whole
+
+KINDS = ("constant", "stochastic")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Constant and stochastic depth side by side."""
+
+    constant: Outcome
+    stochastic: Outcome
+    blocks: int
+    expected_active_blocks: float
+    saving_measured: float
+    """1 - (median seconds an epoch, stochastic) / (the same, constant)."""
+    saving_expected: float
+    """The share of the training FLOPs in dropped blocks."""
+
+
+def train_pairs(
+    config: Config,
+    seeds: Sequence[int],
+    folder: Path,
+    display: Display,
+    stop: Callable[[], int | None],
+) -> dict[str, list[Run]]:
+    """Train `config` and its constant-depth twin for each seed; the two take turns by the epoch.
+
+    So whatever the machine does besides, it does to both. Runs that are finished are kept as they
+    are, interrupted ones go on.
+
+    Raises:
+        ConfigError: when `config` is constant depth itself.
+        RunError: when `folder` holds runs of another configuration.
+    """
+    if config.survival.rule == "constant":
+        raise ConfigError(f"{config.recipe} has constant depth already: compare a stochastic one")
+    runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
+    for seed in seeds:
+        turns = []
+        for kind, chosen in zip(KINDS, (constant_depth(config), config), strict=True):
+            path = folder / f"{kind}-seed{seed}"
+            run, records = _start(replace(chosen, seed=seed), path, display, stop)
+            runs[kind].append(run)
+            turns.append(records)
+        for _ in zip_longest(*turns):
+            pass
+    return runs
+
+
+def _start(
+    config: Config, path: Path, display: Display, stop: Callable[[], int | None]
+) -> tuple[Run, Iterator[Any]]:
+    if not path.exists():
+        run, images = begin(config, path)
+    else:
+        run = open_run(path)
+        if run.config.essential() != config.essential():
+            raise RunError(f"{path} has another configuration: choose another --out")
+        if run.weights.exists():
+            return run, iter(())
+        run, images = reopen(path, config.data.root)
+    watch = display.watch(path.name)
+
+    def records() -> Iterator[Any]:
+        yield from fit(run, images, watch, stop)
+        display.finish(watch)
+
+    return run, records()
+
+
+def compare(runs: dict[str, list[Run]]) -> Comparison:
+    """Read the journals of finished runs."""
+    run = runs["stochastic"][0]
+    cost = expected_cost(run.config.model, run.config.survival, run.shape, len(run.classes))
+    epoch_seconds = {
+        kind: statistics.median(r.seconds for run in runs[kind] for r in run.records())
+        for kind in KINDS
+    }
+    return Comparison(
+        constant=Outcome.of(run.records() for run in runs["constant"]),
+        stochastic=Outcome.of(run.records() for run in runs["stochastic"]),
+        blocks=len(cost.survival),
+        expected_active_blocks=sum(cost.survival),
+        saving_measured=1 - epoch_seconds["stochastic"] / epoch_seconds["constant"],
+        saving_expected=cost.saving,
+    )
+
+
+def write_comparison(path: Path, comparison: Comparison, runs: dict[str, list[Run]]) -> None:
+    """The figures, the curves behind them and where they were measured, as JSON."""
+    described = json.loads((runs["stochastic"][0].path / "config.json").read_text())
+    content = {
+        "comparison": dataclasses.asdict(comparison),
+        "config": runs["stochastic"][0].config.essential().to_json(),
+        **{k: described[k] for k in ("execution", "versions", "git_commit", "machine", "created")},
+        "curves": {
+            kind: [[dataclasses.asdict(record) for record in run.records()] for run in runs[kind]]
+            for kind in KINDS
+        },
+    }
+    write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def comparison_table(title: str, comparison: Comparison, seeds: int) -> Table:
+    """Constant and stochastic depth, a column each."""
+    constant, stochastic = comparison.constant, comparison.stochastic
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("1 seed" if seeds == 1 else f"mean ± deviation, {seeds} seeds")
+    table.add_column("constant", justify="right")
+    table.add_column("stochastic", justify="right")
+    for name, unit, a, b in (
+        ("test error, best validation", "%", constant.test_error_best, stochastic.test_error_best),
+        ("test error, last epoch", "%", constant.test_error_last, stochastic.test_error_last),
+        ("seconds of training", "s", constant.seconds, stochastic.seconds),
+        ("active blocks", "", constant.active_blocks, stochastic.active_blocks),
+    ):
+        table.add_row(name, f"{plus_minus(a)} {unit}".rstrip(), f"{plus_minus(b)} {unit}".rstrip())
+    table.add_row(
+        "active blocks, expected", f"{comparison.blocks}", f"{comparison.expected_active_blocks:g}"
+    )
+    table.add_section()
+    table.add_row("training time saved, measured", "", f"{100 * comparison.saving_measured:.1f} %")
+    table.add_row("FLOPs saved, expected", "", f"{100 * comparison.saving_expected:.1f} %")
+    return table
+
+
+def comparison_picture(title: str, runs: dict[str, list[Run]]) -> bytes:
+    """Training loss, test error and the seconds of an epoch, as PNG."""
+    recorded = [read_run(run.path) for of_kind in runs.values() for run in of_kind]
+    (experiment,) = experiments(recorded)
+    return file_png(title, training_curves(experiment), training_time(experiment))

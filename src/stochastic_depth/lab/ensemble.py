@@ -1,0 +1,311 @@
+"""The implicit ensemble: is the network scaled by p_l as good as the 2^L networks it stands for?"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import altair as alt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, dashes, layered
+from stochastic_depth.lab.formatting import plus_minus, seeds
+from stochastic_depth.lab.study import Series, Spread
+from stochastic_depth.lab.style import CONSTANT, STOCHASTIC
+from stochastic_depth.lab.trained import Progress, TrainedNetwork, read_found, write_found
+from stochastic_depth.randomness import uniforms
+from stochastic_depth.train import Run
+
+BINS = 15
+"""Of confidence, of equal width (Guo et al. 2017, arXiv:1706.04599)."""
+
+
+class Score:
+    """Error, negative log-likelihood and expected calibration error of one predictor."""
+
+    def __init__(self) -> None:
+        self._images = 0
+        self._wrong: Tensor | float = 0.0
+        self._nll: Tensor | float = 0.0
+        self._gaps: Tensor | float = 0.0
+
+    def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
+        """One batch.
+
+        Args:
+            log_probabilities: float64 [batch, classes], of each image summing to 1.
+            labels: int64 [batch].
+        """
+        confidence, predicted = log_probabilities.max(1)
+        confidence, right = confidence.exp(), predicted == labels
+        edges = torch.linspace(0, 1, BINS + 1, dtype=confidence.dtype, device=labels.device)
+        gaps = confidence.new_zeros(BINS)
+        # Bins are (a, b], so that a confidence of 1 is in the last one.
+        gaps.index_add_(
+            0, torch.bucketize(confidence, edges[1:-1]), right.to(confidence) - confidence
+        )
+        self._images += len(labels)
+        self._wrong = self._wrong + (~right).sum()
+        self._nll = self._nll - log_probabilities.gather(1, labels[:, None]).sum()
+        self._gaps = self._gaps + gaps
+
+    @property
+    def error(self) -> float:
+        """Percent."""
+        return 100 * float(self._wrong) / self._images
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, nats."""
+        return float(self._nll) / self._images
+
+    @property
+    def ece(self) -> float:
+        """Distance of accuracy and confidence, mean over the bins by their images: 0..1."""
+        return float(torch.as_tensor(self._gaps).abs().sum()) / self._images
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One way to predict, measured on the test images."""
+
+    name: Literal["scaled", "single", "mean", "unscaled"]
+    """The full network times p_l; one subnetwork, drawn as in training; the mean of the
+    probabilities of several; the full network without p_l, each branch as in a training step.
+
+    Of "single" and "mean" all figures are means: over the subnetworks drawn, and over the disjoint
+    groups of `members` that they make.
+    """
+    members: int
+    """How many networks predict together."""
+    error: float
+    """Percent."""
+    error_deviation: float | None
+    """Of "single" over the subnetworks, of "mean" over the groups of subnetworks; None of one."""
+    nll: float
+    """Mean negative log-likelihood, nats."""
+    nll_deviation: float | None
+    ece: float
+    """Expected calibration error in 15 bins of equal width, 0..1."""
+    ece_deviation: float | None
+
+
+def measured_ensemble(
+    network: TrainedNetwork, subnetworks: int, seed: int, progress: Progress, again: bool = False
+) -> list[Predictor]:
+    """`ensemble`, written to the run's `analysis/ensemble.json`, or read where it was before.
+
+    Args:
+        again: measure again what was measured before.
+    """
+    settings = {
+        "checkpoint_step": network.step,
+        "images": network.images.sizes["test"],
+        "seed": seed,
+        "subnetworks": subnetworks,
+    }
+
+    def understood(found: dict[str, Any]) -> list[Predictor]:
+        return [Predictor(**predictor) for predictor in found["predictors"]]
+
+    before = None if again else read_found(network.run, "ensemble", settings, understood)
+    if before is not None:
+        return before
+    predictors = ensemble(network, subnetworks, seed, progress)
+    rows = [asdict(predictor) for predictor in predictors]
+    write_found(network.run, "ensemble", {**settings, "predictors": rows})
+    return predictors
+
+
+@torch.inference_mode()
+def ensemble(
+    network: TrainedNetwork, subnetworks: int, seed: int, progress: Progress
+) -> list[Predictor]:
+    """Every predictor on every test image, each image read once.
+
+    Args:
+        subnetworks: how many are drawn; "mean" is told for 1, 2, 4, ... of them.
+        seed: which are drawn; a function of (seed, member), p_l as of the checkpoint.
+
+    Raises:
+        ConfigError: when the run has constant depth, so that there is one subnetwork only.
+    """
+    handle, execution = network.handle, network.run.execution
+    refuse_constant(network.run)
+    members = [drawn(seed, member, handle.survival) for member in range(subnetworks)]
+    scaled, unscaled = Score(), Score()
+    groups = {
+        size: [Score() for _ in range(subnetworks // size)] for size in sizes_up_to(subnetworks)
+    }
+    total = network.images.sizes["test"] * (subnetworks + 2)
+    done = 0
+
+    def predict(images: Tensor) -> Tensor:
+        nonlocal done
+        done += len(images)
+        progress("predicting", done, total)
+        with execution.autocast():
+            return F.log_softmax(network.model(images).double(), 1)
+
+    for images, labels in network.images.evaluate("test"):
+        scaled.add(predict(images), labels)
+        with handle.subnetwork([True] * len(handle.blocks)):
+            unscaled.add(predict(images), labels)
+        together: dict[int, Tensor] = {}
+        for number, gates in enumerate(members, start=1):
+            with handle.subnetwork(gates):
+                alone = predict(images)
+            for size, scores in groups.items():
+                before = together.pop(size, None)
+                together[size] = alone if before is None else torch.logaddexp(before, alone)
+                if number % size == 0:
+                    mean = together.pop(size) - math.log(size)
+                    scores[number // size - 1].add(mean, labels)
+    return [
+        _predictor("scaled", 1, [scaled]),
+        _predictor("single", 1, groups[1]),
+        *(_predictor("mean", size, scores) for size, scores in groups.items()),
+        _predictor("unscaled", 1, [unscaled]),
+    ]
+
+
+def refuse_constant(run: Run) -> None:
+    """Raise `ConfigError` when every block of a run always survives."""
+    survival = run.config.survival
+    if survival.rule == "constant" or survival.final == 1:
+        raise ConfigError(
+            f"{run.path} has constant depth: it is no ensemble, its only subnetwork is itself; "
+            "give runs with stochastic depth"
+        )
+
+
+def drawn(seed: int, member: int, survival: tuple[float, ...]) -> Tensor:
+    """The gates of one member, bool [L]: other ones than those of any training step."""
+    p = torch.tensor(survival, dtype=torch.float64)
+    return uniforms(len(survival), "subnetwork", seed, member) < p
+
+
+def sizes_up_to(subnetworks: int) -> list[int]:
+    """1, 2, 4, ..., and `subnetworks`."""
+    return sorted({*(2**i for i in range(subnetworks.bit_length())), subnetworks})
+
+
+def _predictor(
+    name: Literal["scaled", "single", "mean", "unscaled"], members: int, scores: Sequence[Score]
+) -> Predictor:
+    error, nll, ece = (
+        Spread.of([getattr(score, figure) for score in scores])
+        for figure in ("error", "nll", "ece")
+    )
+    return Predictor(
+        name,
+        members,
+        *(error.mean, error.deviation, nll.mean, nll.deviation, ece.mean, ece.deviation),
+    )
+
+
+METRICS = {
+    "error": ("Test error", "percent", 1.0),
+    "nll": ("Negative log-likelihood", "nats", 1.0),
+    "ece": ("Calibration error", "percent", 100.0),
+}
+"""Title, unit, and what the file's value is multiplied by."""
+PREDICTORS = {
+    "mean": Key("mean of M sampled networks", STOCHASTIC[0]),
+    "scaled": Key("full network, scaled by p_l", STOCHASTIC[1]),
+    "single": Key("one sampled network", STOCHASTIC[2], (6, 3)),
+    "unscaled": Key("full network, not scaled", CONSTANT, (2, 2)),
+}
+
+
+def ensemble_figure(series: Series) -> Figure | None:
+    """Of the runs whose sampled subnetworks were evaluated; None when none were."""
+    found = [(run, run.analysis("ensemble")) for run in series.runs]
+    rows: list[Row] = [
+        {"run": run.name, "seed": run.run.config.seed, **predictor}
+        for run, content in found
+        if content
+        for predictor in content["predictors"]
+    ]
+    if not rows:
+        return None
+    runs = len({row["run"] for row in rows})
+    content = next(content for _, content in found if content)
+    return Figure(
+        id="ensemble",
+        title="The implicit ensemble",
+        sentence=_sentence(rows),
+        rows=rows,
+        panels=tuple(_panel(rows, measure, runs) for measure in METRICS),
+        legend=tuple(PREDICTORS.values()),
+        note=f"{content['images']:,} test images, {content['subnetworks']} sampled subnetworks, "
+        f"mean over {seeds(runs)} of training ({series.name}). Calibration error is the expected "
+        "one (ECE): how far confidence is from accuracy.",
+        height=200,
+    )
+
+
+def _panel(rows: list[Row], measure: str, runs: int) -> alt.LayerChart:
+    title, unit, factor = METRICS[measure]
+    points: list[dict[str, Any]] = []
+    for name, members in sorted({(str(row["name"]), row["members"]) for row in rows}):
+        values = [factor * v for v in _values(rows, name, members, measure)]
+        spread = Spread.of(values)
+        label = PREDICTORS[name].name.replace("M", str(members))
+        points.append(
+            {
+                "s": PREDICTORS[name].name,
+                "members": members,
+                "y": spread.mean,
+                "told": f"{label}: {plus_minus(spread, 3)} {unit}",
+            }
+        )
+    means = [point for point in points if point["s"] == PREDICTORS["mean"].name]
+    lines = [point for point in points if point["s"] != PREDICTORS["mean"].name]
+    shown = list(PREDICTORS.values())
+    hue = colour(shown)
+    x = alt.X("members:Q", title="M, networks averaged").scale(type="log", base=2, nice=False)
+    x = x.axis(values=[point["members"] for point in means], format="~g")
+    y = alt.Y("y:Q", title=unit).scale(zero=False, nice=False)
+    curve = chart(means).encode(x=x, y=y, color=hue)
+    return layered(
+        chart(lines)
+        .mark_rule(strokeWidth=1.8)
+        .encode(
+            y=y,
+            color=hue,
+            strokeDash=dashes(shown),
+            description="told:N",
+        ),
+        curve.mark_line(strokeWidth=2.2, aria=False),
+        curve.mark_point(filled=True, opacity=1, size=36).encode(description="told:N"),
+        title=title,
+    )
+
+
+def _values(rows: list[Row], name: str, members: int, measure: str) -> list[float]:
+    return [row[measure] for row in rows if (row["name"], row["members"]) == (name, members)]
+
+
+def _sentence(rows: list[Row]) -> str:
+    most = max(row["members"] for row in rows if row["name"] == "mean")
+
+    def mean(name: str, members: int, measure: str) -> float:
+        return statistics.fmean(_values(rows, name, members, measure))
+
+    only = {str(row["name"]): row["members"] for row in rows if row["name"] != "mean"}
+    told = [
+        f"{words} has {mean(name, members, 'error'):.2f} % error and "
+        f"{mean(name, members, 'nll'):.3f} nats"
+        for name, members, words in (
+            ("scaled", only.get("scaled", 1), "the full network scaled by p_l"),
+            ("mean", most, f"the mean of {most} sampled networks"),
+            ("single", only.get("single", 1), "one sampled network"),
+        )
+    ]
+    sentence = "; ".join(told)
+    return f"{sentence[0].upper()}{sentence[1:]}."

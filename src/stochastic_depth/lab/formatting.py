@@ -1,0 +1,60 @@
+"""Numbers in words, the same way everywhere."""
+
+from stochastic_depth.lab.study import Series, Spread, standard_error
+
+
+def percent(spread: Spread) -> str:
+    return f"{plus_minus(spread)} %"
+
+
+def plus_minus(spread: Spread, digits: int = 2) -> str:
+    """Mean, and deviation if there is one."""
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.{digits}f}"
+    return f"{spread.mean:.{digits}f}{deviation}"
+
+
+def share(value: float) -> str:
+    """A share from 0 to 1, in percent."""
+    return f"{100 * value:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """In the units people use."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def seeds(count: int) -> str:
+    return counted(count, "seed")
+
+
+def counted(count: int, what: str) -> str:
+    """The number and its noun: "1 figure", "2,000 figures"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def runs_text(*counts: int) -> str:
+    """How many runs each figure of a table is the mean of."""
+    if counts == (1,):
+        return "1 run"
+    return f"mean ± deviation, {' or '.join(map(str, counts))} runs"
+
+
+def difference(a: Spread, b: Spread, of_a: Series, of_b: Series) -> str:
+    """How far the error of `of_a` is from that of `of_b`, and what chance alone does."""
+    points = a.mean - b.mean
+    if not points:
+        return "the two means are the same"
+    said = f"{of_a.name} is {abs(points):.2f} points {'below' if points < 0 else 'above'}"
+    error = standard_error(a, b, len(of_a.runs), len(of_b.runs))
+    if error is None:
+        return f"{said}; of one seed each, there is no telling whether that is chance"
+    if abs(points) < 2 * error:
+        return f"{said}, less than twice its standard error of {error:.2f}: it may be chance"
+    return f"{said}, more than twice its standard error of {error:.2f}"

@@ -1,0 +1,177 @@
+"""A trained network without some of its blocks: which ones, its errors, its time and its size."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stochastic_depth.data.protocol import Batch, Part
+from stochastic_depth.export import drop_order
+from stochastic_depth.lab.trained import Progress, TrainedNetwork
+from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.step import evaluate
+
+Removed = tuple[int, ...]
+"""The numbers of removed blocks, from 0, ascending."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A network without some of its blocks, and with what it normalises."""
+
+    removed: Removed
+    statistics: list[Tensor] | None
+    """From `recalibrated`; None for those it was trained with."""
+
+
+@contextmanager
+def as_pruned(network: TrainedNetwork, thinned: Pruned) -> Iterator[None]:
+    """While entered, the network without these blocks; the others keep their p_l."""
+    gates = [block not in thinned.removed for block in range(len(network.handle.blocks))]
+    statistics = thinned.statistics
+    normalised = with_statistics(network.model, statistics) if statistics else nullcontext()
+    with network.handle.subnetwork(gates, scaled=True), normalised:
+        yield
+
+
+@torch.inference_mode()
+def errors(
+    network: TrainedNetwork, variants: Iterable[Pruned], part: Part, progress: Progress
+) -> list[float]:
+    """Percent of a part's images, of each variant; every image is read once."""
+    variants = list(variants)
+    wrong: list[Tensor | int] = [0] * len(variants)
+    images_seen, total = 0, network.images.sizes[part] * len(variants)
+    for images, labels in network.images.evaluate(part):
+        for number, variant in enumerate(variants):
+            with as_pruned(network, variant), network.run.execution.autocast():
+                logits = network.model(images)
+            wrong[number] = wrong[number] + (logits.argmax(1) != labels).sum()
+            progress(f"{part} error", images_seen * len(variants) + number * len(labels), total)
+        images_seen += len(labels)
+    return [100 * float(count) / images_seen for count in wrong]
+
+
+@torch.inference_mode()
+def seconds_per_image(
+    network: TrainedNetwork,
+    removals: Sequence[Removed],
+    batch: int,
+    repeats: int,
+    progress: Progress,
+) -> dict[Removed, float]:
+    """Of the forward pass on `batch` test images: the median of `repeats` rounds, in turns."""
+    execution = network.run.execution
+    images, _ = next(iter(network.images.evaluate("test")))
+    images = images[:batch]
+
+    def run(removed: Removed) -> None:
+        with as_pruned(network, Pruned(removed, None)), execution.autocast():
+            network.model(images)
+        execution.synchronise()
+
+    alternatives = {str(removed): partial(run, removed) for removed in removals}
+    rounds = []
+    for seconds in take_turns(alternatives, repeats, warmup=1):
+        rounds.append(seconds)
+        progress("timing", len(rounds), repeats)
+    return {
+        removed: Timing(tuple(r[str(removed)] for r in rounds)).median / len(images)
+        for removed in removals
+    }
+
+
+def parameters_without(network: TrainedNetwork, removed: Removed) -> int:
+    """Of the network that is left: branches of removed blocks are gone."""
+    names = [name for block in removed for name in network.handle.blocks[block].parameters]
+    gone = sum(network.model.get_parameter(name).numel() for name in names)
+    return sum(p.numel() for p in network.model.parameters()) - gone
+
+
+def recalibrated(model: nn.Module, batches: Iterable[Batch], execution: Execution) -> list[Tensor]:
+    """The running statistics that `model` would have on `batches` as it is now; it stays as it is.
+
+    As torch.optim.swa_utils.update_bn: the plain mean of the statistics of all batches. But the
+    model stays in evaluation mode, its normalisations alone are in training mode, so that no gates
+    are drawn and its subnetwork stays the one that is entered.
+
+    Returns:
+        What `with_statistics` takes. Those of blocks that were not executed are of no use.
+    """
+    norms = _norms(model)
+    momenta = [norm.momentum for norm in norms]
+    modes = [norm.training for norm in norms]
+    with with_statistics(model, _statistics(model)), torch.no_grad():
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.training = True
+            for images, _ in batches:
+                with execution.autocast():
+                    model(images)
+        finally:
+            for norm, momentum, training in zip(norms, momenta, modes, strict=True):
+                norm.momentum, norm.training = momentum, training
+        return [statistic.clone() for statistic in _statistics(model)]
+
+
+@contextmanager
+def with_statistics(model: nn.Module, statistics: Sequence[Tensor]) -> Iterator[None]:
+    """While entered, `model` normalises by `statistics`; then by its own again."""
+    mine = _statistics(model)
+    before = [statistic.clone() for statistic in mine]
+    _put(mine, statistics)
+    try:
+        yield
+    finally:
+        _put(mine, before)
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    return [buffer for norm in _norms(model) for buffer in norm.buffers(recurse=False)]
+
+
+@torch.no_grad()
+def _put(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
+
+
+def pruning_order(network: TrainedNetwork, choose_on: int, progress: Progress) -> list[int]:
+    """All blocks, the least needed one on the validation part first, as it was trained.
+
+    L (L + 1) / 2 evaluations of `choose_on` images.
+    """
+    validation, blocks = network.images.sizes["validation"], len(network.handle.blocks)
+    few = list(spread(network.images.evaluate("validation"), validation, choose_on))
+    done = itertools.count(1)
+
+    def loss(model: nn.Module) -> float:
+        progress("choosing", next(done), blocks * (blocks + 1) / 2)
+        return evaluate(model, few, network.run.execution).loss
+
+    return [dropped.block for dropped in drop_order(network.model, loss)]
+
+
+def spread(batches: Iterable[Batch], images: int, count: int) -> Iterator[Batch]:
+    """`count` of the `images` in `batches`, evenly spread, since they may be sorted by class."""
+    count = min(count, images)
+    chosen = torch.arange(count) * images // count
+    start = 0
+    for pixels, labels in batches:
+        here = chosen[(chosen >= start) & (chosen < start + len(labels))] - start
+        if len(here):
+            here = here.to(labels.device)
+            yield pixels[here], labels[here]
+        start += len(labels)

@@ -1,0 +1,192 @@
+"""What the laboratory reads: run folders, folders of them, sweeps, and results of benchmarks."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from stochastic_depth.errors import RunError
+from stochastic_depth.train import Record, Run, open_run
+
+FORMAT = 1
+"""Of the files that an analysis leaves in a run folder, and of `sweep.json`."""
+
+Analysis = Literal["ensemble", "depth"]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """One run, finished or under way, as its folder told it at one moment."""
+
+    run: Run
+    records: tuple[Record, ...]
+    finished: bool
+
+    @property
+    def name(self) -> str:
+        return self.run.path.name
+
+    @property
+    def failed(self) -> bool:
+        """Whether the sweep it belongs to has given it up."""
+        return (self.run.path / "failed.txt").exists()
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """Machine, versions, commit and what else `config.json` has."""
+        return json.loads((self.run.path / "config.json").read_bytes())
+
+    def analysis(self, name: Analysis) -> dict[str, Any] | None:
+        """What `stochastic-depth analyze` found, if it was asked.
+
+        Raises:
+            RunError: when the file is not of a format that is known.
+        """
+        path = self.run.path / "analysis" / f"{name}.json"
+        return _formatted(path) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of one sweep."""
+
+    path: Path
+    kind: str
+    """What varies: "survival" or "depth"."""
+    size: int
+    """Points of the grid: runs that there will be."""
+    runs: tuple[RecordedRun, ...]
+
+    @property
+    def under_way(self) -> bool:
+        ended = sum(run.finished or run.failed for run in self.runs)
+        return ended < self.size
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All that one report is about."""
+
+    runs: tuple[RecordedRun, ...]
+    sweeps: tuple[Sweep, ...]
+    benchmarks: tuple[dict[str, Any], ...]
+    """What `bench depth --out` wrote."""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is more to come."""
+        going = any(not run.finished for run in self.runs)
+        return going or any(sweep.under_way for sweep in self.sweeps)
+
+    def all_runs(self) -> Iterator[RecordedRun]:
+        """Those of sweeps too."""
+        yield from self.runs
+        for sweep in self.sweeps:
+            yield from sweep.runs
+
+
+def read_sources(paths: Sequence[Path]) -> Sources:
+    """Read everything that `paths` name, now.
+
+    Args:
+        paths: run folders, sweep folders, folders of those, or JSON files of `bench depth`.
+
+    Raises:
+        RunError: when one of them is none of these, or cannot be understood.
+    """
+    runs: dict[Path, RecordedRun] = {}
+    sweeps: dict[Path, Sweep] = {}
+    benchmarks: dict[Path, dict[str, Any]] = {}
+    for path in paths:
+        if path.is_file():
+            benchmarks[path.resolve()] = _benchmark(path)
+            continue
+        here = [path] if _is_known(path) else sorted(filter(_is_known, _folders(path)))
+        if not here:
+            raise RunError(
+                f"{path} holds no run: give run folders, folders of runs, sweep folders, or files "
+                "that bench depth wrote with --out"
+            )
+        for folder in here:
+            if _is_sweep(folder):
+                sweeps[folder.resolve()] = _sweep(folder)
+            else:
+                runs[folder.resolve()] = read_run(folder)
+    return Sources(tuple(runs.values()), tuple(sweeps.values()), tuple(benchmarks.values()))
+
+
+def read_run(path: Path) -> RecordedRun:
+    """A run folder, now.
+
+    Raises:
+        RunError: when it is none.
+    """
+    run = open_run(path)
+    finished = run.weights.exists()  # asked first: afterwards no record is added
+    return RecordedRun(run, tuple(run.records()), finished)
+
+
+def watched_files(sources: Sources, paths: Iterable[Path]) -> Iterator[Path]:
+    """What changes when a run goes on, another one begins, or an analysis ends."""
+    yield from paths
+    for sweep in sources.sweeps:
+        yield sweep.path / "runs"
+    for trained in sources.all_runs():
+        yield trained.run.journal
+        yield trained.run.weights
+        yield trained.run.path / "failed.txt"
+        yield trained.run.path / "analysis"
+
+
+def _sweep(path: Path) -> Sweep:
+    described = _formatted(path / "sweep.json")
+    runs = tuple(map(read_run, sorted(filter(_is_run, _folders(path / "runs")))))
+    try:
+        kind, grid = described["kind"], described["grid"]
+        # at constant depth there is no p_L to vary
+        pairs = sum(1 if r == "constant" else len(grid["survival"]) for r in grid["rules"])
+        return Sweep(path, kind, pairs * len(grid["depths"]) * len(grid["seeds"]), runs)
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path / 'sweep.json'} is not of a sweep: {error!r}") from error
+
+
+def _benchmark(path: Path) -> dict[str, Any]:
+    content = _json(path)
+    if not {"depths", "seconds_per_image", "bytes_per_image", "lines"} <= content.keys():
+        raise RunError(f"{path} is not what bench depth writes with --out")
+    return content
+
+
+def _formatted(path: Path) -> dict[str, Any]:
+    content = _json(path)
+    if content.get("format") != FORMAT:
+        raise RunError(f"{path} has format {content.get('format')}, this version reads {FORMAT}")
+    return content
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} cannot be understood: it holds no object")
+    return content
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    return (entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else iter(())
+
+
+def _is_known(path: Path) -> bool:
+    return _is_run(path) or _is_sweep(path)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.json").exists()
+
+
+def _is_sweep(path: Path) -> bool:
+    return (path / "sweep.json").exists()

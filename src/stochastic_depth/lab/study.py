@@ -1,0 +1,307 @@
+"""Runs put together: those that differ in their seed alone, what each group came to, as means.
+
+Runs become groups (`grouped`, or the `Series` of an `Experiment`), and the journals of a group
+become an `Outcome`. Every table, chart and sentence of the laboratory takes its numbers from here.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, lru_cache
+from itertools import groupby
+
+import torch
+
+from stochastic_depth.errors import ApplyError
+from stochastic_depth.lab.sources import RecordedRun
+from stochastic_depth.lab.style import CONSTANT, STOCHASTIC
+from stochastic_depth.surgery import summary
+from stochastic_depth.train import Config, Record, Run, SurvivalConfig, best_record
+from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.config import ModelConfig
+
+NETWORKS = {"cifar-resnet": "ResNet", "imagenet-resnet": "ResNet", "densenet": "DenseNet"}
+DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "imagenet": "ImageNet"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds (None where there is one seed)."""
+
+    mean: float
+    deviation: float | None
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return Spread(statistics.fmean(values), deviation)
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """Results of one run."""
+
+    test_error_best: float
+    """Percent, at the epoch of the best validation error: what the paper reports."""
+    test_error_last: float
+    """Percent, after the last epoch there is."""
+    seconds: float
+    """Of training, without evaluation."""
+    active_blocks: float
+    """Mean over the intervals between evaluations."""
+
+    @staticmethod
+    def of(records: Sequence[Record]) -> "RunOutcome":
+        """Read a journal that has at least one record."""
+        return RunOutcome(
+            best_record(list(records)).test_error,
+            records[-1].test_error,
+            sum(record.seconds for record in records),
+            statistics.fmean(record.active_blocks for record in records),
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results of one configuration over its seeds; the fields are those of `RunOutcome`."""
+
+    test_error_best: Spread
+    test_error_last: Spread
+    seconds: Spread
+    active_blocks: Spread
+
+    @staticmethod
+    def of(journals: Iterable[Sequence[Record]]) -> "Outcome":
+        """Read one journal for each seed, at least one."""
+        runs = [RunOutcome.of(records) for records in journals]
+        names = [field.name for field in fields(Outcome)]
+        return Outcome(*(Spread.of([getattr(run, name) for run in runs]) for name in names))
+
+
+def distinct(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """Each run once, by its identity: of a run and its copies the one that has come farthest."""
+    farthest: dict[str, RecordedRun] = {}
+    for run in runs:
+        before = farthest.get(run.run.id)
+        if before is None or len(run.records) > len(before.records):
+            farthest[run.run.id] = run
+    return list(farthest.values())
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each kind, by a short name: "constant", "linear 0.5".
+
+    Kinds of the same name (they differ in depth, say) have the name of their first run's folder.
+    """
+    kinds: dict[Config, list[Run]] = {}
+    for run in runs:
+        kinds.setdefault(run.config.kind(), []).append(run)
+    names = Counter(survival_name(kind) for kind in kinds)
+    return {
+        survival_name(kind) if names[survival_name(kind)] == 1 else of_kind[0].path.name: of_kind
+        for kind, of_kind in kinds.items()
+    }
+
+
+def survival_name(config: Config) -> str:
+    """ "constant", or the rule and its p_L."""
+    survival = config.survival
+    return "constant" if survival.rule == "constant" else f"{survival.rule} {survival.final:g}"
+
+
+@dataclass(frozen=True)
+class ExpectedCost:
+    """Of a training step, once a ramp is over."""
+
+    survival: tuple[float, ...]
+    """(p_1, ..., p_L)."""
+    saving: float
+    """The share of the training FLOPs in dropped blocks."""
+
+
+@lru_cache
+def expected_cost(
+    model: ModelConfig, survival: SurvivalConfig, shape: tuple[int, int, int], classes: int
+) -> ExpectedCost:
+    """Counted on the network itself, for images of `shape` (channels, height, width).
+
+    Raises:
+        ApplyError: when the rule is constant depth, which drops nothing.
+    """
+    network = build_model(model, shape[0], classes, 0)
+    handle = build_depth(network, replace(survival, ramp_epochs=0.0), 0, 1)
+    if handle is None:
+        raise ApplyError("constant depth drops no block, so that it saves nothing")
+    masks = survival.gate == "sample"  # computes every branch
+    saving = 0.0 if masks else summary(network, torch.zeros(2, *shape)).expected_saving
+    return ExpectedCost(handle.survival, saving)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The seeds of one kind of training."""
+
+    name: str
+    colour: str
+    survival: SurvivalConfig
+    runs: tuple[RecordedRun, ...]
+    """At least one, each with at least one record."""
+
+    @property
+    def constant(self) -> bool:
+        return self.survival.rule == "constant"
+
+    @property
+    def cost(self) -> ExpectedCost:
+        """Of stochastic depth."""
+        run = self.runs[0].run
+        return expected_cost(run.config.model, self.survival, run.shape, len(run.classes))
+
+    @cached_property
+    def outcome(self) -> Outcome:
+        """Results over the seeds."""
+        return Outcome.of(run.records for run in self.runs)
+
+    @property
+    def interval_seconds(self) -> float:
+        """Median over the intervals between evaluations (an epoch each, if not said otherwise)."""
+        return statistics.median(record.seconds for run in self.runs for record in run.records)
+
+    def time_saved(self, constant: "Series") -> float:
+        """The share of constant depth's time, median interval against median interval."""
+        return 1 - self.interval_seconds / constant.interval_seconds
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One network on one data set with one schedule; constant depth comes first."""
+
+    title: str
+    series: tuple[Series, ...]
+
+    @property
+    def config(self) -> Config:
+        """Of one of its runs; they differ in survival, seed and where they ran."""
+        return self.series[0].runs[0].run.config
+
+    @property
+    def runs(self) -> Iterator[RecordedRun]:
+        for series in self.series:
+            yield from series.runs
+
+    @property
+    def constant(self) -> Series | None:
+        return next((series for series in self.series if series.constant), None)
+
+    @property
+    def stochastic(self) -> tuple[Series, ...]:
+        return tuple(series for series in self.series if not series.constant)
+
+    @property
+    def main(self) -> Series:
+        """What a headline tells: stochastic depth as in the paper, or what is nearest to it."""
+        if not self.stochastic:
+            return self.series[0]
+        return min(
+            self.stochastic,
+            key=lambda s: (s.survival.rule != "linear", abs(s.survival.final - 0.5)),
+        )
+
+    @property
+    def drops(self) -> tuple[float, ...]:
+        """The epochs at which the learning rate is divided."""
+        config = self.config
+        return tuple(config.epochs * fraction for fraction in config.optimizer.milestones)
+
+    def settled(self) -> "Experiment":
+        """What may be compared now: finished runs where every kind has one, else equal epochs."""
+        if all(any(run.finished for run in series.runs) for series in self.series):
+            return self._of(lambda run: run if run.finished else None)
+        reached = min(run.records[-1].epoch for run in self.runs)
+        return self._of(
+            lambda run: replace(run, records=tuple(r for r in run.records if r.epoch <= reached))
+        )
+
+    def _of(self, chosen) -> "Experiment":
+        series = (
+            replace(one, runs=tuple(run for run in map(chosen, one.runs) if run))
+            for one in self.series
+        )
+        return replace(self, series=tuple(series))
+
+
+def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
+    """`runs` that have begun to be measured: those that differ in survival and seed together."""
+    measured = [run for run in distinct(runs) if run.records]
+    alike: dict[Config, list[RecordedRun]] = {}
+    for run in measured:
+        setting = replace(run.run.config.kind(), survival=SurvivalConfig(rule="constant"))
+        alike.setdefault(setting, []).append(run)
+    found: list[Experiment] = []
+    for setting, members in alike.items():
+        title, number = describe(setting), sum(e.title.startswith(describe(setting)) for e in found)
+        found.append(Experiment(f"{title} ({number + 1})" if number else title, _series(members)))
+    return found
+
+
+def describe(config: Config) -> str:
+    """Network, data and schedule."""
+    return f"{NETWORKS[config.model.kind]}-{config.model.depth} on {describe_data(config)}"
+
+
+def describe_data(config: Config) -> str:
+    """Data and schedule."""
+    data = DATA.get(config.data.name, config.data.name)
+    if config.data.train is not None:
+        data += f" ({config.data.train:,} images)"
+    return f"{data}, {config.epochs} epoch{'s' * (config.epochs != 1)}"
+
+
+def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
+    def survival(run: RecordedRun) -> SurvivalConfig:
+        chosen = run.run.config.survival
+        return SurvivalConfig(rule="constant") if chosen.rule == "constant" else chosen
+
+    def order(run: RecordedRun) -> tuple:
+        chosen = survival(run)
+        return chosen.rule != "constant", chosen.rule, -chosen.final, str(chosen), run.name
+
+    groups = [(s, tuple(g)) for s, g in groupby(sorted(runs, key=order), survival)]
+    stochastic = [s for s, _ in groups if s.rule != "constant"]
+    names = dict(zip(stochastic, _names(stochastic), strict=True))
+    colours = {s: STOCHASTIC[n % len(STOCHASTIC)] for n, s in enumerate(stochastic)}
+    return tuple(
+        Series(names.get(s, "constant depth"), colours.get(s, CONSTANT), s, members)
+        for s, members in groups
+    )
+
+
+def _names(stochastic: list[SurvivalConfig]) -> list[str]:
+    """Of each, what sets it apart."""
+    if len(stochastic) == 1:
+        return ["stochastic depth"]
+    values = [asdict(survival) for survival in stochastic]
+    apart = [k for k in values[0] if len({str(value[k]) for value in values}) > 1]
+    more = [k for k in apart if k not in ("rule", "final")]
+    rules = {"linear": "linear decay to", "uniform": "uniform"}
+    return [
+        ", ".join(
+            [f"{rules[v['rule']]} {v['final']:g}", *(f"{k.replace('_', ' ')} {v[k]}" for k in more)]
+        )
+        for v in values
+    ]
+
+
+def on_one_machine(*series: Series) -> bool:
+    """Whether their seconds can be compared."""
+    machines = {str(run.described.get("machine")) for one in series for run in one.runs}
+    return len(machines) == 1
+
+
+def standard_error(a: Spread, b: Spread, of_a: int, of_b: int) -> float | None:
+    """Of the difference of two means over so many seeds each (Welch); None without a spread."""
+    if a.deviation is None or b.deviation is None:
+        return None
+    return math.sqrt(a.deviation**2 / of_a + b.deviation**2 / of_b)

@@ -1,0 +1,233 @@
+"""Test error over p_L, and over p_L and depth: the paper's figure 8."""
+
+from collections.abc import Callable
+
+import altair as alt
+
+from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered, log_axis
+from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds
+from stochastic_depth.lab.sources import RecordedRun, Sweep
+from stochastic_depth.lab.study import RunOutcome, Series, Spread
+from stochastic_depth.lab.style import CONSTANT, HEAT, STOCHASTIC
+
+KEYS = {
+    "linear": Key("linear decay", STOCHASTIC[0]),
+    "uniform": Key("uniform", STOCHASTIC[1]),
+    "constant": Key("constant depth", CONSTANT, (6, 3)),
+}
+"""By the name of the rule."""
+
+Place = tuple[str, float, Series]
+"""Rule, p_L, and the runs with these."""
+
+
+def survival_sweep(sweep: Sweep) -> Figure | None:
+    """Of the finished runs; None when there are none with stochastic depth."""
+    points = _points(sweep)
+    if not any(rule != "constant" for rule, _, _ in points):
+        return None
+    rows: list[Row] = [
+        {
+            "rule": rule,
+            "p_L": final,
+            "seed": run.run.config.seed,
+            "run": run.name,
+            "test_error": found.test_error_best,
+            "seconds": found.seconds,
+        }
+        for rule, final, series in points
+        for run in series.runs
+        for found in [RunOutcome.of(run.records)]
+    ]
+    panels = (
+        _survival_panel(
+            points, lambda s: s.outcome.test_error_best, "Test error", "percent", percent
+        ),
+        _survival_panel(
+            points,
+            lambda s: s.outcome.seconds,
+            "Training time",
+            "seconds",
+            lambda spread: f"{plus_minus(spread)} s, {duration(spread.mean)}",
+        ),
+    )
+    config = sweep.runs[0].run.config
+    return Figure(
+        id="survival-sweep",
+        title="Test error and training time against p_L",
+        sentence=_survival_sentence(points),
+        rows=rows,
+        panels=panels,
+        legend=_legend(points),
+        note=f"Depth {config.model.depth}. Test error at the epoch of the best validation error. "
+        "Points: mean over seeds; lines through them reach one standard deviation to each side. "
+        "Only finished runs count.",
+    )
+
+
+def _points(sweep: Sweep) -> list[Place]:
+    groups: dict[tuple[str, float], list[RecordedRun]] = {}
+    for run in sweep.runs:
+        if run.finished and run.records:
+            survival = run.run.config.survival
+            final = 1.0 if survival.rule == "constant" else survival.final
+            groups.setdefault((survival.rule, final), []).append(run)
+    return [
+        (rule, final, Series(rule, "", runs[0].run.config.survival, tuple(runs)))
+        for (rule, final), runs in sorted(groups.items())
+    ]
+
+
+def _legend(points: list[Place]) -> list[Key]:
+    return [key for rule, key in KEYS.items() if any(rule == at for at, _, _ in points)]
+
+
+def _survival_panel(
+    points: list[Place],
+    measure: Callable[[Series], Spread],
+    title: str,
+    unit: str,
+    told: Callable[[Spread], str],
+) -> alt.LayerChart:
+    rows: list[Row] = []
+    for rule, final, series in points:
+        spread = measure(series)
+        deviation = spread.deviation or 0.0
+        where = "" if rule == "constant" else f", p_L = {final:g}"
+        text = f"{KEYS[rule].name}{where}: {told(spread)} ({seeds(len(series.runs))})"
+        low, high = spread.mean - deviation, spread.mean + deviation
+        rows.append(
+            {
+                "s": KEYS[rule].name,
+                "x": final,
+                "y": spread.mean,
+                "low": low,
+                "high": high,
+                "told": text,
+            }
+        )
+    constant = [row for row in rows if row["s"] == KEYS["constant"].name]
+    varied = [row for row in rows if row["s"] != KEYS["constant"].name]
+    hue = colour(_legend(points))
+    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], format="~g")
+    x = alt.X("x:Q", title="p_L, survival probability of the last block", axis=axis)
+    x = x.scale(domain=[0, 1])
+    y = _survival_axis(rows, unit)
+    line = chart(constant).encode(y=y, color=hue)
+    band = chart(constant).mark_rect(opacity=0.12, aria=False)
+    base = chart(varied).encode(x=x, y=y, color=hue)
+    return layered(
+        band.encode(y=alt.Y("low:Q"), y2="high:Q", color=hue),
+        line.mark_rule(strokeDash=[6, 3], strokeWidth=1.6).encode(description="told:N"),
+        base.mark_rule(strokeWidth=1.4, aria=False).encode(y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_line(strokeWidth=2, aria=False),
+        base.mark_point(filled=True, opacity=1, size=42).encode(description="told:N"),
+        title=title,
+    )
+
+
+def _survival_axis(rows: list[Row], unit: str) -> alt.Y:
+    """Logarithmic where errors differ by much, which leaves the small ones apart."""
+    ends = [float(row[end]) for row in rows for end in ("low", "high")]
+    if unit == "percent" and 0 < min(ends) < max(ends) / 10:
+        return log_axis(ends, unit)
+    return alt.Y("y:Q", title=unit).scale(zero=unit == "seconds", nice=False)
+
+
+def _survival_sentence(points: list[Place]) -> str:
+    errors = {(rule, final): series.outcome.test_error_best for rule, final, series in points}
+    rules = [rule for rule in ("linear", "uniform") if any(r == rule for r, _ in errors)]
+    told = []
+    for rule in rules:
+        best = min((final for r, final in errors if r == rule), key=lambda f: errors[rule, f].mean)
+        told.append(
+            f"{KEYS[rule].name} is best at p_L = {best:g} with {percent(errors[rule, best])}"
+        )
+    if ("constant", 1.0) in errors:
+        told.append(f"constant depth has {percent(errors['constant', 1.0])}")
+    sentence = "; ".join(told)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+Cells = dict[tuple[int, float], list[float]]
+"""Test errors of the seeds, by depth and p_L."""
+
+
+def depth_sweep(sweep: Sweep) -> Figure | None:
+    """A heat map of the finished runs; None when there are none. Constant depth is p_L = 1."""
+    cells: Cells = {}
+    rows: list[Row] = []
+    for run in sweep.runs:
+        if not (run.finished and run.records):
+            continue
+        config = run.run.config
+        final = 1.0 if config.survival.rule == "constant" else config.survival.final
+        error = RunOutcome.of(run.records).test_error_best
+        cells.setdefault((config.model.depth, final), []).append(error)
+        rows.append(
+            {
+                "depth": config.model.depth,
+                "p_L": final,
+                "seed": config.seed,
+                "run": run.name,
+                "test_error": error,
+            }
+        )
+    if not cells:
+        return None
+    return Figure(
+        id="depth-sweep",
+        title="Test error over p_L and depth",
+        sentence=_depth_sentence(cells),
+        rows=rows,
+        panels=(_heat_map(cells),),
+        note="Mean over seeds, percent, at the epoch of the best validation error; p_L = 1 is "
+        "constant depth. Only finished runs count.",
+        height=34 * len({depth for depth, _ in cells}),
+    )
+
+
+def _heat_map(cells: Cells) -> alt.LayerChart:
+    means = {cell: Spread.of(errors) for cell, errors in cells.items()}
+    low, high = min(s.mean for s in means.values()), max(s.mean for s in means.values())
+    values: list[Row] = [
+        {
+            "depth": depth,
+            "p": final,
+            "error": spread.mean,
+            "shown": f"{spread.mean:.{1 if high >= 10 else 2}f}",
+            # the three lighter of five steps carry dark text
+            "dark": spread.mean > low + 0.55 * (high - low),
+            "told": f"depth {depth}, p_L = {final:g}: {percent(spread)} "
+            f"({seeds(len(cells[depth, final]))})",
+        }
+        for (depth, final), spread in means.items()
+    ]
+    base = chart(values).encode(
+        x=alt.X(
+            "p:O", title="p_L", axis=alt.Axis(labelAngle=0, format="~g", domain=False, ticks=False)
+        ),
+        y=alt.Y("depth:O", title="layers", sort="descending"),
+    )
+    colour = alt.Color(
+        "error:Q", scale=alt.Scale(range=list(HEAT), domain=[low, high]), legend=None
+    )
+    text = alt.condition("datum.dark", alt.value("#fffffe"), alt.value("#1c2025"))
+    return layered(
+        base.mark_rect(cornerRadius=2).encode(color=colour, description="told:N"),
+        base.mark_text(fontSize=10, aria=False).encode(text="shown:N", color=text),
+    )
+
+
+def _depth_sentence(cells: Cells) -> str:
+    means = {cell: Spread.of(errors).mean for cell, errors in cells.items()}
+    (depth, final), best = min(means.items(), key=lambda item: item[1])
+    sentence = f"The lowest error, {best:.2f} %, is at depth {depth} and p_L = {final:g}"
+    depths = sorted({d for d, _ in means})
+    if len(depths) == 1:
+        return f"{sentence}."
+    told = []
+    for d in (depths[0], depths[-1]):
+        at = min((p for other, p in means if other == d), key=lambda p: means[d, p])
+        told.append(f"{at:g} at depth {d}")
+    return f"{sentence}; the best p_L is {' and '.join(told)}."

@@ -1,0 +1,192 @@
+"""A sweep: a grid of runs in one folder, `sweep.json` and an ordinary run folder for each point."""
+
+import json
+import uuid
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+
+from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.train import Config, Record
+from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.files import UNFINISHED, write_whole
+from stochastic_depth.train.journal import read_journal
+
+Rule = Literal["linear", "uniform", "constant"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep, as what it changes in the sweep's configuration."""
+
+    rule: Rule
+    survival: float | None
+    """p_L; None at constant depth."""
+    depth: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the run folder."""
+        survival = "" if self.survival is None else f"-{self.survival}"
+        return f"{self.rule}{survival}-depth{self.depth}-seed{self.seed}"
+
+    def of(self, config: Config) -> Config:
+        """The configuration of this run."""
+        survival = replace(config.survival, rule=self.rule)
+        if self.survival is not None:
+            survival = replace(survival, final=self.survival)
+        model = replace(config.model, depth=self.depth)
+        return replace(config, survival=survival, model=model, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every rule at every p_L, and constant depth once, at every depth, from every seed."""
+
+    rules: tuple[Rule, ...]
+    survival: tuple[float, ...]
+    depths: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, values in asdict(self).items():
+            if not values:
+                raise ConfigError(f"the grid has no {name}: give at least one value")
+            if len(set(values)) < len(values):
+                raise ConfigError(f"the grid's {name} are {list(values)}: give each value once")
+
+    def points(self) -> list[Point]:
+        """Seed by seed, so that a sweep that is stopped early has whole curves of some seeds."""
+        return [
+            Point(rule, survival, depth, seed)
+            for seed, depth, rule in product(self.seeds, self.depths, self.rules)
+            for survival in ((None,) if rule == "constant" else self.survival)
+        ]
+
+    def check(self, config: Config) -> None:
+        """Refuse a grid with a run that could not be trained, before any is.
+
+        Raises:
+            ApplyError: when the network has no residual blocks.
+            ConfigError: naming the value.
+        """
+        for point in self.points():
+            point.of(config)
+        for depth in self.depths:
+            with torch.device("meta"):
+                model = build_model(replace(config.model, depth=depth), 3, 10, 0)
+            if self.rules != ("constant",):
+                build_depth(model, replace(config.survival, rule="linear"), 0, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: list(values) for name, values in asdict(self).items()}
+
+
+FORMAT = 1
+OURS = {"sweep.json", "lock", "runs", "claims", "queue.jsonl"}
+Kind = Literal["survival", "depth"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of runs in one folder; what they came to is read from their run folders alone."""
+
+    folder: Path
+    kind: Kind
+    grid: Grid
+    config: Config
+    study: str
+    """Its name in the queue, where others may have theirs."""
+
+    def path(self, point: Point) -> Path:
+        """Its run folder."""
+        return self.folder / "runs" / point.name
+
+    def done(self, point: Point) -> bool:
+        return (self.path(point) / "model.safetensors").exists()
+
+    def failure(self, point: Point) -> str | None:
+        """Why its run cannot be trained, if that was found out."""
+        try:
+            return (self.path(point) / "failed.txt").read_text().strip()
+        except FileNotFoundError:
+            return None
+
+    def fail(self, point: Point, sentence: str) -> None:
+        """Remember why its run cannot be trained."""
+        write_whole(self.path(point) / "failed.txt", f"{sentence}\n".encode())
+
+    def ended(self, point: Point) -> bool:
+        return self.done(point) or self.failure(point) is not None
+
+    def records(self, point: Point) -> list[Record]:
+        """What was measured so far."""
+        journal = self.path(point) / "metrics.jsonl"
+        return read_journal(journal) if journal.exists() else []
+
+
+def open_sweep(folder: Path, kind: Kind, grid: Grid, config: Config) -> Sweep:
+    """The sweep in `folder`, begun if there is none.
+
+    Raises:
+        ConfigError: when the grid has a run that cannot be trained; no folder is made.
+        RunError: when `folder` holds another sweep, or something else.
+    """
+    grid.check(config)
+    described = folder / "sweep.json"
+    wanted = {
+        "format": FORMAT,
+        "kind": kind,
+        "grid": grid.to_json(),
+        "recipe": config.recipe,
+        "config": config.essential().to_json(),
+    }
+    _make(folder)
+    with FileLock(folder / "lock"):
+        if not described.exists():
+            study = f"{kind}-{config.recipe}-{uuid.uuid4().hex[:12]}"
+            content = json.dumps({**wanted, "study": study}, indent=1)
+            write_whole(described, content.encode() + b"\n")
+    found = _read(described)
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            difference = _difference(name, found.get(name), value)
+            raise RunError(f"{folder} holds another sweep: {difference}; choose another --out")
+    return Sweep(folder, kind, grid, config, found["study"])
+
+
+def _make(folder: Path) -> None:
+    try:
+        strange = {p.name for p in folder.iterdir()} - OURS if folder.exists() else set()
+        strange = {name for name in strange if not name.startswith(UNFINISHED)}
+        if strange:
+            raise RunError(
+                f"{folder} is no sweep's folder, it holds {min(strange)}: choose another --out"
+            )
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be a sweep's folder: {error.strerror}") from error
+
+
+def _read(described: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(described.read_text())
+        if not isinstance(found["study"], str):
+            raise TypeError("its study has no name")
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{described} cannot be understood: {error}") from error
+
+
+def _difference(name: str, found: Any, wanted: Any) -> str:
+    """The first value that is not the same, by its name."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in (*wanted, *found):
+            if found.get(key) != wanted.get(key):
+                return _difference(f"{name}.{key}", found.get(key), wanted.get(key))
+    return f"its {name} is {found}, not {wanted}"

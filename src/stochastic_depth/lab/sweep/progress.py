@@ -1,0 +1,122 @@
+"""What a person sees of a sweep: its progress, and then its table."""
+
+import statistics
+import time
+from datetime import timedelta
+
+from rich.console import Console, Group
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from stochastic_depth.lab.formatting import percent, plus_minus
+from stochastic_depth.lab.study import Outcome, RunOutcome
+from stochastic_depth.lab.sweep.folder import Point, Sweep
+from stochastic_depth.train.display import LiveDisplay
+
+
+class Progress(LiveDisplay):
+    """Shows a sweep; where there is no live picture, a line for each run."""
+
+    def __init__(self, sweep: Sweep, console: Console, quiet: bool = False) -> None:
+        super().__init__(console, quiet)
+        self._sweep = sweep
+        self._points = sweep.grid.points()
+        self._running: list[Point] = []
+        self._shares = dict.fromkeys(self._points, 0.0)
+        self._ended = {point for point in self._points if sweep.ended(point)}
+        self._began, self._work_before = time.monotonic(), 0.0
+        self.look([])
+        self._work_before = self._work()
+
+    def look(self, running: list[Point]) -> None:
+        """Read how far the runs are, and tell of those that have ended."""
+        self._running = running
+        for point in self._points:
+            if point not in self._ended and self._sweep.ended(point):
+                self._ended.add(point)
+                self._tell(point)
+        for point in running:
+            records = self._sweep.records(point)
+            self._shares[point] = records[-1].epoch / self._sweep.config.epochs if records else 0.0
+
+    def counts(self) -> str:
+        """Runs done, running and failed, and the time left."""
+        failed = sum(self._sweep.failure(point) is not None for point in self._ended)
+        return (
+            f"{len(self._ended) - failed}/{len(self._points)} done, {len(self._running)} running, "
+            f"{failed} failed, left {self._left()}"
+        )
+
+    def _tell(self, point: Point) -> None:
+        failure = self._sweep.failure(point)
+        what = f"failed: {failure}"
+        if failure is None:
+            found = RunOutcome.of(self._sweep.records(point))
+            what = f"test {found.test_error_best:.2f}% in {found.seconds:.1f} s"
+        line = f"{point.name} {what}"
+        self.say(line if self.live else f"{self.counts()}  {line}")
+
+    def _work(self) -> float:
+        """What is done, in trained layers."""
+        return sum(
+            _cost(point) * (1.0 if point in self._ended else share)
+            for point, share in self._shares.items()
+        )
+
+    def _left(self) -> str:
+        """Estimated time to the end, as h:mm:ss."""
+        work = self._work()
+        if work <= self._work_before:
+            return "-:--:--"
+        seconds = (time.monotonic() - self._began) / (work - self._work_before)
+        return str(timedelta(seconds=round(seconds * (sum(map(_cost, self._points)) - work))))
+
+    def render(self) -> Group:
+        head = Table.grid(expand=True, padding=(0, 1))
+        head.add_column(ratio=1)
+        head.add_column(justify="right", no_wrap=True)
+        bar = ProgressBar(total=sum(map(_cost, self._points)), completed=self._work())
+        head.add_row(bar, Text(self.counts()))
+        runs = Table.grid(expand=True, padding=(0, 1))
+        for width in (None, 20):
+            runs.add_column(no_wrap=True, width=width)
+        for point in self._running:
+            bar = ProgressBar(total=1.0, completed=self._shares[point])
+            runs.add_row(Text(point.name, style="dim"), bar)
+        return Group(head, runs)
+
+
+def _cost(point: Point) -> float:
+    """Of a run, in expected layers."""
+    survival = 1.0 if point.survival is None else point.survival
+    mean = statistics.fmean((1.0, survival)) if point.rule == "linear" else survival
+    return mean * point.depth
+
+
+def sweep_table(sweep: Sweep) -> Table:
+    """A row for each rule, p_L and depth: means over the seeds that are done."""
+    table = Table(
+        title=f"{sweep.config.data.name}, {sweep.config.model.kind}, {sweep.config.epochs} epochs; "
+        "mean ± deviation over seeds",
+        title_justify="left",
+        caption="seconds of training compare only where one worker ran at a time",
+        caption_justify="left",
+    )
+    table.add_column("rule")
+    for name in ("p_L", "depth", "seeds", "test error", "seconds", "active"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: dict[tuple, list] = {}
+    for point in sweep.grid.points():
+        rows.setdefault((point.rule, point.survival, point.depth), []).append(point)
+    for (rule, survival, depth), points in rows.items():
+        done = [sweep.records(point) for point in points if sweep.done(point)]
+        cells = ["", "", ""]
+        if done:
+            found = Outcome.of(done)
+            error = percent(found.test_error_best)
+            cells = [error, plus_minus(found.seconds), plus_minus(found.active_blocks)]
+        seeds = f"{len(done)}" if len(done) == len(points) else f"{len(done)} of {len(points)}"
+        p = "" if survival is None else f"{survival}"
+        table.add_row(rule, p, f"{depth}", seeds, *cells)
+    return table

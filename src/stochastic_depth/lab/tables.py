@@ -1,0 +1,231 @@
+"""Errors, seconds, savings and settings as tables, with the published numbers beside ours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stochastic_depth.lab.formatting import duration, percent, plus_minus, share
+from stochastic_depth.lab.sources import RecordedRun
+from stochastic_depth.lab.study import Experiment, RunOutcome, Series, Spread, on_one_machine
+from stochastic_depth.recipes import PUBLISHED, RECIPES, Published
+from stochastic_depth.train import Config
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts; the first column names the row."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def tables(experiment: Experiment) -> list[Table]:
+    """Of what may be compared now."""
+    now = experiment.settled()
+    published = {series.name: published_for(series) for series in now.series}
+    made = [_errors(now, published), _seconds(now, published)]
+    return [*made, _savings(now)] if now.stochastic else made
+
+
+def published_for(series: Series) -> tuple[Config, Published] | None:
+    """The published recipe of the same data, network and survival, whatever its schedule."""
+    wanted = series.runs[0].run.config.kind()
+    for name, published in PUBLISHED.items():
+        recipe = RECIPES[name]()
+        kind = recipe.kind()
+        if (kind.data, kind.model, kind.survival) == (wanted.data, wanted.model, wanted.survival):
+            return recipe, published
+    return None
+
+
+Found = dict[str, tuple[Config, Published] | None]
+
+
+def _errors(now: Experiment, published: Found) -> Table:
+    head = ["", "seeds", "best validation", "last epoch"]
+    rows = [
+        [
+            series.name,
+            str(len(series.runs)),
+            percent(series.outcome.test_error_best),
+            percent(series.outcome.test_error_last),
+        ]
+        for series in now.series
+    ]
+    found = [published[series.name] for series in now.series]
+    if any(found):
+        head.append("published")
+        for row, match in zip(rows, found, strict=True):
+            row.append(f"{match[1].error:.2f} %" if match else "")
+    note = "Test error, mean ± standard deviation over seeds, at the epoch of the best validation "
+    note += "error and at the last one."
+    return Table("Test error", head, rows, " ".join([note, *_sources(now, found)]))
+
+
+def _seconds(now: Experiment, published: Found) -> Table:
+    head = ["", "training", "median epoch", "ratio"]
+    if now.config.evaluate_every is not None:
+        head[2] = "median interval"
+    base = now.constant
+    rows = [
+        [
+            series.name,
+            f"{plus_minus(spread)} s" if spread.mean < 100 else _long(spread),
+            duration(series.interval_seconds),
+            f"{1 - series.time_saved(base):.3f}" if base else "",
+        ]
+        for series in now.series
+        for spread in [series.outcome.seconds]
+    ]
+    found = [published[series.name] for series in now.series]
+    reference = published[base.name] if base else None
+    timed = [match is not None and match[1].seconds is not None for match in found]
+    if any(timed):
+        head += ["published", "published ratio"]
+        for row, match in zip(rows, found, strict=True):
+            seconds = match[1].seconds if match else None
+            whole = reference[1].seconds if reference else None
+            row += [
+                duration(seconds) if seconds else "",
+                f"{seconds / whole:.3f}" if seconds and whole else "",
+            ]
+    note = "Without evaluation. Ratios are to constant depth, of medians."
+    if not on_one_machine(*now.series):
+        note += " Not all runs were on one machine: their seconds are not to be compared."
+    return Table("Training time", head, rows, note)
+
+
+def _long(spread: Spread) -> str:
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.0f} s"
+    return duration(spread.mean) + deviation
+
+
+def _savings(now: Experiment) -> Table:
+    rows = [
+        [
+            series.name,
+            f"{plus_minus(series.outcome.active_blocks)} of {len(series.cost.survival)}",
+            f"{sum(series.cost.survival):.2f}",
+            share(series.time_saved(now.constant)) if now.constant else "",
+            share(series.cost.saving),
+        ]
+        for series in now.stochastic
+    ]
+    head = ["", "active blocks", "expected", "time saved", "FLOPs saved"]
+    note = "The FLOPs of dropped blocks, forward and backward, are the most that can be saved."
+    return Table("Saving", head, rows, note)
+
+
+def _sources(now: Experiment, found: Sequence[tuple[Config, Published] | None]) -> list[str]:
+    """Who published, and with what other schedule."""
+    matches = [match for match in found if match]
+    said = []
+    for source in dict.fromkeys(published.source for _, published in matches):
+        epochs = {recipe.epochs for recipe, published in matches if published.source == source}
+        other = epochs - {now.config.epochs}
+        schedule = f", after {' or '.join(map(str, sorted(other)))} epochs" if other else ""
+        said.append(f"Published: {source}{schedule}.")
+    return said
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number, large, and what to hold it against."""
+
+    label: str
+    value: str
+    beside: str
+
+
+def tiles(experiment: Experiment) -> list[Tile]:
+    """Of stochastic depth, or of constant depth if that is all there is."""
+    now = experiment.settled()
+    series = now.main
+    base = now.constant if now.stochastic else None
+    error, seconds = series.outcome.test_error_best, series.outcome.seconds
+    made = [
+        Tile(
+            f"Test error, {series.name}",
+            percent(error),
+            f"{base.name} {percent(base.outcome.test_error_best)}" if base else "",
+        ),
+        Tile(
+            "Training time",
+            duration(seconds.mean),
+            f"{base.name} {duration(base.outcome.seconds.mean)}" if base else "",
+        ),
+    ]
+    if base:
+        saved = share(series.time_saved(base))
+        made.append(Tile("Time saved", saved, f"expected from FLOPs {share(series.cost.saving)}"))
+    return made
+
+
+def overview(experiments: list[Experiment]) -> Table:
+    """Experiment by experiment."""
+    rows = []
+    for now in (experiment.settled() for experiment in experiments):
+        series, base = now.main, now.constant
+        both = base is not None and bool(now.stochastic)
+        rows.append(
+            [
+                now.title,
+                percent(base.outcome.test_error_best) if base else "",
+                percent(series.outcome.test_error_best) if now.stochastic else "",
+                share(series.time_saved(base)) if base and both else "",
+                share(series.cost.saving) if now.stochastic else "",
+            ]
+        )
+    head = ["", "constant", "stochastic", "time saved", "FLOPs saved"]
+    return Table("Test error and saving", head, rows)
+
+
+DESCRIBED = ("execution", "machine", "versions", "git_commit", "created")
+"""What is shown of `config.json`, besides the configuration."""
+
+
+def settings(runs: Sequence[RecordedRun]) -> tuple[list[tuple[str, str]], Table]:
+    """(What all runs share, a row for each run with the rest.)"""
+    described = [
+        flat({**run.described["config"], **{k: run.described.get(k) for k in DESCRIBED}})
+        for run in runs
+    ]
+    names = list(dict.fromkeys(name for one in described for name in one))
+    shared = [n for n in names if len({one.get(n, "") for one in described}) == 1]
+    apart = [name for name in names if name not in shared]
+    head = ["run", "state", "test error", "seconds", *apart]
+    rows = [
+        [run.name, *_state(run), *(one.get(name, "") for name in apart)]
+        for run, one in zip(runs, described, strict=True)
+    ]
+    common = [(name, described[0][name]) for name in shared if described[0][name]]
+    return common, Table("Runs", head, rows)
+
+
+def _state(run: RecordedRun) -> list[str]:
+    reached = run.records[-1].epoch if run.records else 0
+    state = "finished" if run.finished else f"{reached:g} of {run.run.config.epochs} epochs"
+    if run.failed:
+        state = f"failed after {reached:g} epochs"
+    if not run.records:
+        return [state, "", ""]
+    found = RunOutcome.of(run.records)
+    return [state, f"{found.test_error_best:.2f} %", duration(found.seconds)]
+
+
+def flat(described: dict[str, Any]) -> dict[str, str]:
+    """Of nested values, by dotted names as on the command line."""
+    values: dict[str, str] = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                put(f"{name}.{key}" if name else key, item)
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            values[name] = "" if shown is None else str(shown)
+
+    put("", described)
+    return values

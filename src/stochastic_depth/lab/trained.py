@@ -1,0 +1,90 @@
+"""Trained networks to be analysed, and what was found out about them, as files of their run."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from torch import nn
+
+from stochastic_depth.data import Batches
+from stochastic_depth.errors import RunError
+from stochastic_depth.handle import Handle
+from stochastic_depth.surgery import apply, handle_of
+from stochastic_depth.survival import Uniform
+from stochastic_depth.train import Run, reopen, trained_model
+from stochastic_depth.train.files import write_whole
+
+FORMAT = 1
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Is told how far something has come."""
+
+    def __call__(self, doing: str, done: float, total: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network in evaluation mode, and the run it is of."""
+
+    run: Run
+    images: Batches
+    model: nn.Module
+    handle: Handle
+    """Of a run of constant depth: with p_l = 1 for every block."""
+    step: int
+
+
+def trained(
+    path: Path, data: Path | None = None, which: Literal["best", "last"] = "best"
+) -> TrainedNetwork:
+    """The network of a run's checkpoint.
+
+    Raises:
+        RunError, DataError, ConfigError: as for `reopen` and `trained_model`.
+        ApplyError: when it has no residual blocks.
+    """
+    run, images = reopen(path, data)
+    model, step = trained_model(run, images, which)
+    if run.config.survival.rule == "constant":
+        apply(model, Uniform(1.0))
+    return TrainedNetwork(run, images, model, handle_of(model), step)
+
+
+def found_path(run: Run, name: str) -> Path:
+    """Where the analysis `name` of a run is written."""
+    return run.path / "analysis" / f"{name}.json"
+
+
+def write_found(run: Run, name: str, found: dict[str, Any]) -> None:
+    """Put `found` there, whole.
+
+    Raises:
+        RunError: when it cannot be written.
+    """
+    path = found_path(run, name)
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path.parent} cannot be made: {error.strerror}") from error
+    write_whole(path, json.dumps({"format": FORMAT, **found}, indent=1).encode() + b"\n")
+
+
+def read_found(
+    run: Run, name: str, settings: dict[str, Any], understood: Callable[[dict[str, Any]], T]
+) -> T | None:
+    """What was found before with the same `settings`; None if nothing of the kind can be read.
+
+    Args:
+        understood: what the content of the file means.
+    """
+    asked = {"format": FORMAT, **settings}
+    try:
+        found = json.loads(found_path(run, name).read_bytes())
+        same = all(found[key] == value for key, value in asked.items())
+        return understood(found) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,175 @@
+"""Training curves and training time: the paper's figure 3 and table 2."""
+
+import math
+
+import altair as alt
+
+from stochastic_depth.lab.charts import (
+    Figure,
+    Row,
+    chart,
+    colour,
+    curve_panel,
+    curve_rows,
+    keys,
+    layered,
+)
+from stochastic_depth.lab.formatting import difference, duration, percent, seeds, share
+from stochastic_depth.lab.study import (
+    Experiment,
+    Series,
+    on_one_machine,
+)
+from stochastic_depth.lab.style import LIGHT
+
+
+def training_curves(experiment: Experiment) -> Figure:
+    """Of every run of an experiment."""
+    panels = (
+        curve_panel(
+            experiment,
+            lambda record: record.train_loss,
+            "Training loss",
+            "cross-entropy, nats",
+            lambda loss: f"{loss:.4g}",
+        ),
+        curve_panel(
+            experiment,
+            lambda record: record.test_error,
+            "Test error",
+            "percent",
+            lambda error: f"{error:.2f} %",
+        ),
+    )
+    rows = curve_rows(
+        experiment,
+        {
+            "train_loss": lambda record: record.train_loss,
+            "validation_error": lambda record: record.validation_error,
+            "test_error": lambda record: record.test_error,
+            "learning_rate": lambda record: record.learning_rate,
+        },
+    )
+    hidden = sum(not row["test_error"] for row in rows)
+    return Figure(
+        id="training-curves",
+        title="Training loss and test error",
+        sentence=_curves_sentence(experiment),
+        rows=rows,
+        panels=panels,
+        legend=keys(experiment.series),
+        note="Thin: each seed. Thick: their mean. Dotted: the learning rate is divided."
+        + f" {hidden} test errors of zero have no place on a logarithmic axis." * bool(hidden),
+    )
+
+
+def _curves_sentence(experiment: Experiment) -> str:
+    now = experiment.settled()
+    errors = {series.name: series.outcome.test_error_last for series in now.series}
+    epoch = max(run.records[-1].epoch for run in now.runs)
+    told = "; ".join(
+        f"{series.name} {percent(errors[series.name])} ({seeds(len(series.runs))})"
+        for series in now.series
+    )
+    sentence = f"Test error after epoch {epoch:g}: {told}."
+    if now.constant is None or len(now.stochastic) != 1:
+        return sentence
+    constant, stochastic = now.constant, now.stochastic[0]
+    apart = difference(errors[stochastic.name], errors[constant.name], stochastic, constant)
+    return f"{sentence} {apart[0].upper()}{apart[1:]}."
+
+
+POINTS_OF_SERIES = 150
+"""Shown of each series at the most."""
+
+
+def training_time(experiment: Experiment) -> Figure:
+    """Every interval a stroke, their median a bar, and a mark where the FLOPs say it should end."""
+    interval = "epoch" if experiment.config.evaluate_every is None else "interval"
+    rows: list[Row] = [
+        {
+            "series": series.name,
+            "run": run.name,
+            "epoch": record.epoch,
+            "seconds": record.seconds,
+        }
+        for series in experiment.series
+        for run in series.runs
+        for record in run.records
+    ]
+    bars, expected = _bars(experiment)
+    y = alt.Y(
+        "s:N", title=None, sort=None, axis=alt.Axis(labelColor=LIGHT["ink"], labelFontSize=12)
+    )
+    x = alt.X("x:Q", title=f"seconds an {interval}", axis=alt.Axis(tickCount=6, format="~g"))
+    hue = colour(keys(experiment.series)).legend(None)
+    bar = {"band": 0.7}
+    layers = [
+        chart(bars).mark_bar(opacity=0.3, height=bar).encode(x, y, hue, description="told:N"),
+        chart([dot for series in experiment.series for dot in _dots(series)])
+        .mark_tick(opacity=0.5, thickness=1.5, height=bar)
+        .encode(x, y, hue, description="told:N"),
+        chart(expected)
+        .mark_tick(color=LIGHT["ink"], thickness=3, height={"band": 0.95})
+        .encode(x, y, description="told:N"),
+    ]
+    return Figure(
+        id="training-time",
+        title="Training time",
+        sentence=_time_sentence(experiment, interval),
+        rows=rows,
+        panels=(layered(*layers),),
+        note=f"Thin: every {interval} of every seed. Bars: their median. "
+        + "Upright: constant depth less the FLOPs of dropped blocks. " * bool(expected)
+        + "Evaluation is not counted."
+        + " Not all runs were on one machine: the seconds are not to be compared."
+        * (not on_one_machine(*experiment.series)),
+        height=46 * len(experiment.series),
+        axis=130,
+    )
+
+
+def _bars(experiment: Experiment) -> tuple[list[Row], list[Row]]:
+    """The medians, and where they are expected."""
+    medians = {series.name: series.interval_seconds for series in experiment.series}
+    bars: list[Row] = [
+        {"s": name, "x": median, "told": f"{name}: median {duration(median)}"}
+        for name, median in medians.items()
+    ]
+    if experiment.constant is None:
+        return bars, []
+    base = medians[experiment.constant.name]
+    return bars, [
+        {
+            "s": series.name,
+            "x": base * (1 - series.cost.saving),
+            "told": f"{series.name}: {duration(base * (1 - series.cost.saving))} expected",
+        }
+        for series in experiment.stochastic
+    ]
+
+
+def _dots(series: Series) -> list[Row]:
+    records = [(run.name, record) for run in series.runs for record in run.records]
+    chosen = records[:: math.ceil(len(records) / POINTS_OF_SERIES)]
+    return [
+        {
+            "s": series.name,
+            "x": record.seconds,
+            "told": f"{name}, epoch {record.epoch:g}: {duration(record.seconds)}",
+        }
+        for name, record in chosen
+    ]
+
+
+def _time_sentence(experiment: Experiment, interval: str) -> str:
+    told = [f"{series.name} {duration(series.interval_seconds)}" for series in experiment.series]
+    sentence = f"The median {interval} takes: {', '.join(told)}."
+    constant = experiment.constant
+    if constant is None:
+        return sentence
+    for series in experiment.stochastic:
+        saved, due = series.time_saved(constant), series.cost.saving
+        sentence += f" {series.name[0].upper()}{series.name[1:]} saves {share(saved)} of the time"
+        sentence += f", where its FLOPs promise {share(due)}."
+    return sentence

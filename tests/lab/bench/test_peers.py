@@ -1,0 +1,83 @@
+import sys
+
+import pytest
+import torch
+
+from stochastic_depth.errors import ConfigError, MissingExtraError
+from stochastic_depth.lab.bench.peers import (
+    CONSTANT,
+    NETWORKS,
+    OURS,
+    SUBSET,
+    THEIRS,
+    TIMM,
+    TUTORIAL,
+    peers,
+)
+from stochastic_depth.lab.bench.workload import step_memory
+from stochastic_depth.train.execution import Execution
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
+
+CPU = Execution("cpu", "float32", 1)
+MODULES = {"timm": "timm", "torchvision": "torchvision", "x-transformers": "x_transformers"}
+
+
+def small(name, rate):
+    """The steps of a network's peers on two images of 32x32, or two texts of 32 tokens."""
+    for package in NETWORKS[name].libraries:
+        pytest.importorskip(MODULES[package], reason=f"needs {package}")
+    return peers(name, 20, rate, 2, 32, CPU)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_start_from_the_same_weights(name):
+    steps, _ = small(name, 0.0)
+    assert len(steps) > 1
+    losses = torch.stack([step() for step in steps.values()])
+    torch.testing.assert_close(losses, losses[:1].expand_as(losses), rtol=1e-5, atol=1e-6)
+
+
+def test_the_peers_of_each_network():
+    assert {CONSTANT, TUTORIAL, OURS, "timm DropPath"} < small("cifar-resnet", 0.5)[0].keys()
+    assert {CONSTANT, TIMM, OURS, SUBSET} == small("vit-small", 0.5)[0].keys()
+
+
+def test_a_mask_keeps_all_and_ours_keeps_less():
+    steps, missing = small("vit-small", 0.9)
+    assert not missing
+    kept = {name: step_memory(step, "cpu", steps=2) for name, step in steps.items()}
+    assert kept[TIMM] >= kept[CONSTANT]
+    assert kept[OURS] < kept[CONSTANT]
+    assert kept[SUBSET] < kept[CONSTANT]
+
+
+def test_x_transformers_leaves_layers_out_and_why_ours_cannot_is_told():
+    steps, missing = small("x-transformer", 0.9)
+    assert steps.keys() == {CONSTANT, THEIRS}
+    assert step_memory(steps[THEIRS], "cpu") < step_memory(steps[CONSTANT], "cpu")
+    assert "an addition inside a For" in missing[OURS]
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.layers", None)
+    steps, missing = peers("cifar-resnet", 8, 0.5, 4, 16, CPU)
+    assert "timm DropPath" not in steps
+    assert "pip install timm" in missing["timm DropPath"]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("convnext-tiny", "timm"), ("x-transformer", "x_transformers")]
+)
+def test_without_its_library_there_is_no_network(name, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=f"pip install {module}"):
+        peers(name, 20, 0.5, 2, 32, CPU)
+
+
+def test_a_rate_is_below_1():
+    with pytest.raises(ConfigError, match="rate=1"):
+        peers("cifar-resnet", 8, 1.0, 4, 16, CPU)

@@ -1,0 +1,219 @@
+"""Short real runs, and beside them the files that sweeps and analyses leave."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from stochastic_depth.lab.comparison import train_pairs
+from stochastic_depth.lab.page import write_report
+from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.study import Experiment, experiments
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.train import Config, ModelConfig, OptimizerConfig, SurvivalConfig, begin, fit
+from stochastic_depth.train.display import Display
+
+SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=2)
+"""Six blocks, two epochs."""
+HOSTILE = "</script><img src=x onerror=document.title='taken'>\"'&{{7*7}}"
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """ResNet-14, constant and stochastic depth, one seed: {"constant": [Run], ...}."""
+    config = replace(
+        RECIPES["digits"](),
+        model=ModelConfig(depth=14),
+        optimizer=OptimizerConfig(batch=64),
+        epochs=4,
+        engine="eager",
+    )
+    display = Display(Console(quiet=True), quiet=True)
+    return train_pairs(config, [0], tmp_path_factory.mktemp("trained"), display, lambda: None)
+
+
+@pytest.fixture
+def silent():
+    """Progress that nobody sees."""
+    return lambda doing, done, total: None
+
+
+@pytest.fixture(scope="session")
+def hostile(compared, tmp_path_factory) -> tuple[str, Path]:
+    """A name, and a folder of runs that have it wherever a name can stand."""
+    folder = tmp_path_factory.mktemp("hostile")
+    for source in sorted(compared.glob("*-seed0")):
+        target = folder / f"{source.name}{HOSTILE}".replace("/", "")
+        shutil.copytree(source, target)
+        described = json.loads((target / "config.json").read_text())
+        del described["sha256"]
+        described["config"]["recipe"] = HOSTILE
+        described["machine"]["processor"] = HOSTILE
+        described["git_commit"] = HOSTILE
+        (target / "config.json").write_text(json.dumps(described))
+    return HOSTILE, folder
+
+
+@pytest.fixture(scope="session")
+def page(compared, survival_sweep, depth_sweep, benchmark_file, tmp_path_factory) -> Path:
+    """A report of everything."""
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    made = write_report([compared, survival_sweep, depth_sweep, benchmark_file], out)
+    assert made.missing == ()
+    return out
+
+
+@pytest.fixture(scope="session")
+def hostile_page(hostile, tmp_path_factory) -> Path:
+    """A report of names that would like to be markup."""
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    write_report([hostile[1]], out)
+    return out
+
+
+def train(config: Config, path: Path) -> Path:
+    run, images = begin(config, path)
+    with Display(Console(quiet=True), quiet=True) as display:
+        for _ in fit(run, images, display.watch()):
+            pass
+    return path
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory) -> Path:
+    """A folder as `compare` leaves it, two seeds, with every analysis."""
+    folder = tmp_path_factory.mktemp("compared")
+    with Display(Console(quiet=True), quiet=True) as display:
+        runs = train_pairs(SMALL, [0, 1], folder, display, lambda: None)
+    for kind, of_kind in runs.items():
+        for run in of_kind:
+            _measured_blocks(run.journal, kind == "constant")
+            (run.path / "analysis").mkdir()
+            (run.path / "analysis" / "depth.json").write_text(json.dumps(_depth()))
+    for run in runs["stochastic"]:
+        (run.path / "analysis" / "ensemble.json").write_text(json.dumps(_ensemble()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def survival_sweep(tmp_path_factory) -> Path:
+    """Linear decay and uniform at two p_L, and constant depth."""
+    settings = [(rule, final) for rule in ("linear", "uniform") for final in (0.5, 1.0)]
+    configs = {
+        f"{rule}-{final}": replace(SMALL, epochs=1, survival=SurvivalConfig(rule, final))
+        for rule, final in (*settings, ("constant", 0.5))
+    }
+    rules = ["linear", "uniform", "constant"]
+    grid = {"rules": rules, "survival": [0.5, 1.0], "depths": [14], "seeds": [0]}
+    return _sweep(tmp_path_factory.mktemp("survival"), "survival", grid, configs)
+
+
+@pytest.fixture(scope="session")
+def depth_sweep(tmp_path_factory) -> Path:
+    """Two depths at two p_L; one of the names is hostile."""
+    configs = {
+        f"{depth}-{final}": replace(
+            SMALL,
+            epochs=1,
+            model=ModelConfig(depth=depth),
+            survival=SurvivalConfig("linear", final),
+        )
+        for depth in (8, 14)
+        for final in (0.5, 1.0)
+    }
+    configs[HOSTILE.replace("/", "")] = configs.pop("8-0.5")
+    grid = {"rules": ["linear"], "survival": [0.5, 1.0], "depths": [8, 14], "seeds": [0]}
+    return _sweep(tmp_path_factory.mktemp("depth"), "depth", grid, configs)
+
+
+@pytest.fixture(scope="session")
+def benchmark_file(tmp_path_factory) -> Path:
+    """As `bench depth --out` writes it."""
+    path = tmp_path_factory.mktemp("bench") / "depth.json"
+    line = {"slope": 1e-4, "intercept": 0.0, "r_squared": 1.0}
+    kinds = {"constant": 1.0, "stochastic": 0.75}
+    content = {
+        "settings": {"batch": 4, "size": 16},
+        "depths": [20, 56],
+        "seconds_per_image": {k: [[s * 0.002] * 3, [s * 0.0056] * 3] for k, s in kinds.items()},
+        "bytes_per_image": {k: [s * 2**20, s * 3 * 2**20] for k, s in kinds.items()},
+        "lines": {what: dict.fromkeys(kinds, line) for what in ("seconds", "memory")},
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="session")
+def experiment(compared) -> Experiment:
+    (found,) = experiments(read_sources([compared]).runs)
+    return found
+
+
+def _sweep(folder: Path, kind: str, grid: dict, configs: dict[str, Config]) -> Path:
+    for name, config in configs.items():
+        train(config, folder / "runs" / name)
+    described = {"format": 1, "kind": kind, "grid": grid, "recipe": "digits"}
+    (folder / "sweep.json").write_text(json.dumps(described))
+    return folder
+
+
+def _measured_blocks(journal: Path, constant: bool) -> None:
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    for record in records:
+        record["block_gradients"] = [0.01 / block for block in range(1, 6)] + [None]
+        record["active_counts"] = {"6": 10} if constant else {"3": 2, "4": 5, "5": 3}
+    journal.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _ensemble() -> dict:
+    def predictor(name: str, members: int, error: float) -> dict:
+        numbers = {"error": error, "nll": error / 10, "ece": error / 100}
+        return {"name": name, "members": members, **numbers} | {
+            f"{measure}_deviation": None for measure in numbers
+        }
+
+    return {
+        "format": 1,
+        "checkpoint_step": 20,
+        "images": 300,
+        "seed": 0,
+        "subnetworks": 64,
+        "predictors": [
+            predictor("scaled", 1, 5.0),
+            predictor("single", 1, 7.0),
+            predictor("unscaled", 1, 6.0),
+            *(predictor("mean", 2**n, 4.5 + 2.5 / 2**n) for n in range(7)),
+        ],
+    }
+
+
+def _depth() -> dict:
+    return {
+        "format": 1,
+        "checkpoint_step": 20,
+        "blocks": 6,
+        "images": 300,
+        "curves": [
+            {
+                "order": order,
+                "recalibrated": recalibrated,
+                "points": [
+                    {
+                        "removed": k,
+                        "blocks": list(range(6 - k, 6)),
+                        "error": 5 * math.exp(k / (4 if recalibrated else 2)),
+                        "validation_error": 5.0,
+                        "parameters": 1000 - 100 * k,
+                        "seconds_per_image": 0.001 - 0.0001 * k,
+                    }
+                    for k in range(7)
+                ],
+            }
+            for order in ("last", "least needed")
+            for recalibrated in (False, True)
+        ],
+    }

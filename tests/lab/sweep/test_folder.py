@@ -1,0 +1,72 @@
+import json
+from dataclasses import replace
+
+import pytest
+from small_sweep import GRID, SMALL
+
+from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.lab.sweep.folder import open_sweep
+from stochastic_depth.train import DataConfig
+
+
+def test_the_folder_tells_kind_grid_and_recipe(sweep):
+    told = json.loads((sweep.folder / "sweep.json").read_text())
+    assert (told["format"], told["kind"], told["recipe"]) == (1, "survival", "digits")
+    assert told["grid"] == {
+        "rules": ["linear", "constant"],
+        "survival": [0.3, 0.6],
+        "depths": [8],
+        "seeds": [0, 1],
+    }
+    assert told["config"]["epochs"] == 2
+
+
+def test_the_same_sweep_again_is_the_same(sweep):
+    assert open_sweep(sweep.folder, "survival", GRID, SMALL) == sweep
+
+
+def test_what_does_not_change_results_may_be_another(sweep, tmp_path):
+    config = replace(SMALL, keep=1, data=replace(SMALL.data, workers=0, root=tmp_path))
+    assert open_sweep(sweep.folder, "survival", GRID, config).study == sweep.study
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"kind": "depth"}, "its kind is survival, not depth"),
+        ({"grid": replace(GRID, seeds=(0, 1, 2))}, r"its grid.seeds is \[0, 1\], not \[0, 1, 2\]"),
+        ({"config": replace(SMALL, epochs=3)}, "its config.epochs is 2, not 3"),
+        ({"config": replace(SMALL, data=DataConfig(train=299))}, "its config.data.train is 300"),
+        ({"config": replace(SMALL, recipe="mine")}, "its recipe is digits, not mine"),
+    ],
+)
+def test_the_folder_of_another_sweep_is_refused(sweep, change, told):
+    wanted = {"kind": "survival", "grid": GRID, "config": SMALL} | change
+    with pytest.raises(RunError, match=f"another sweep: {told}.*choose another --out"):
+        open_sweep(sweep.folder, **wanted)
+
+
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match=r"no sweep's folder, it holds thesis\.tex"):
+        open_sweep(tmp_path, "survival", GRID, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be a sweep's folder"):
+        open_sweep(tmp_path / "file", "survival", GRID, SMALL)
+
+
+def test_a_grid_that_cannot_be_trained_makes_no_folder(tmp_path):
+    with pytest.raises(ConfigError, match="depth=9"):
+        open_sweep(tmp_path / "none", "survival", replace(GRID, depths=(9,)), SMALL)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"study": 3}'])
+def test_a_damaged_description_is_named(sweep, text):
+    (sweep.folder / "sweep.json").write_text(text)
+    with pytest.raises(RunError, match=r"sweep\.json cannot be understood"):
+        open_sweep(sweep.folder, "survival", GRID, SMALL)

@@ -1,0 +1,65 @@
+import itertools
+from dataclasses import replace
+
+import pytest
+from small_sweep import GRID, SMALL
+
+from stochastic_depth.errors import ApplyError, ConfigError
+from stochastic_depth.lab.sweep.folder import Grid
+from stochastic_depth.train import ModelConfig
+
+
+def test_every_rule_meets_every_p_and_constant_depth_has_none():
+    grid = Grid(("linear", "uniform", "constant"), (0.2, 1.0), (8, 14), (3, 4))
+    found = [(p.rule, p.survival, p.depth, p.seed) for p in grid.points()]
+    stochastic = set(itertools.product(("linear", "uniform"), (0.2, 1.0), (8, 14), (3, 4)))
+    constant = set(itertools.product(("constant",), (None,), (8, 14), (3, 4)))
+    assert len(found) == len(set(found))
+    assert set(found) == stochastic | constant
+    assert [seed for *_, seed in found] == sorted(seed for *_, seed in found)
+
+
+def test_a_point_changes_its_four_values_and_nothing_else():
+    grid = Grid(("uniform",), (0.2,), (14,), (7,))
+    config = grid.points()[0].of(SMALL)
+    assert (config.survival.rule, config.survival.final) == ("uniform", 0.2)
+    assert (config.model.depth, config.seed) == (14, 7)
+    survival, model = SMALL.survival, SMALL.model
+    assert replace(config, survival=survival, model=model, seed=SMALL.seed) == SMALL
+
+
+def test_names_are_readable_and_different():
+    names = [point.name for point in GRID.points()]
+    assert names[:3] == [
+        "linear-0.3-depth8-seed0",
+        "linear-0.6-depth8-seed0",
+        "constant-depth8-seed0",
+    ]
+    assert len(set(names)) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"survival": (0.5, 0.2, 0.5)}, r"survival are \[0.5, 0.2, 0.5\]: give each value once"),
+        ({"seeds": ()}, "no seeds"),
+    ],
+)
+def test_a_grid_without_points_or_with_one_twice_is_refused(change, told):
+    with pytest.raises(ConfigError, match=told):
+        replace(GRID, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"survival": (0.5, 1.5)}, "survival.final is 1.5"), ({"depths": (20, 21)}, "depth=21")],
+)
+def test_a_point_that_cannot_be_trained_is_refused_before_any_is(change, told):
+    with pytest.raises(ConfigError, match=told):
+        replace(GRID, **change).check(SMALL)
+
+
+def test_a_network_without_residual_blocks_has_nothing_to_sweep():
+    config = replace(SMALL, model=ModelConfig(kind="densenet", depth=10))
+    with pytest.raises(ApplyError):
+        replace(GRID, depths=(10,)).check(config)

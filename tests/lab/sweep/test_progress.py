@@ -1,0 +1,97 @@
+import io
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from small_sweep import GRID, SMALL
+
+from stochastic_depth.lab.sweep.folder import open_sweep
+from stochastic_depth.lab.sweep.progress import Progress, sweep_table
+from stochastic_depth.lab.sweep.workers import train_point
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Three points: one done, one failed, one begun by nobody."""
+    folder = tmp_path_factory.mktemp("sweep") / "sweep"
+    sweep = open_sweep(folder, "survival", replace(GRID, seeds=(0,)), SMALL)
+    done, failed, _ = sweep.grid.points()
+    train_point(sweep, done, lambda: None)
+    sweep.path(failed).mkdir()
+    sweep.fail(failed, "the loss is [red]not[/red] finite")
+    return sweep
+
+
+@pytest.fixture
+def begun(tmp_path):
+    return open_sweep(tmp_path / "sweep", "survival", replace(GRID, seeds=(0,)), SMALL)
+
+
+def test_a_pipe_gets_a_line_for_each_run_that_ends(begun):
+    console = Console(file=io.StringIO())
+    with Progress(begun, console) as progress:
+        first, second, third = begun.grid.points()
+        progress.look([first])
+        assert console.file.getvalue() == ""
+        train_point(begun, first, lambda: None)
+        progress.look([second, third])
+    (line,) = console.file.getvalue().splitlines()
+    pattern = r"1/3 done, 2 running, 0 failed, left 0:0\d:\d\d  linear-0.3-depth8-seed0 test "
+    assert re.match(pattern + r"\d+\.\d\d% in \d+\.\d s$", line)
+
+
+def test_what_had_ended_before_is_counted_and_not_told_again(sweep):
+    console = Console(file=io.StringIO())
+    with Progress(sweep, console) as progress:
+        progress.look([])
+        assert progress.counts() == "1/3 done, 0 running, 1 failed, left -:--:--"
+    assert console.file.getvalue() == ""
+
+
+def test_quiet_shows_nothing(begun):
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with Progress(begun, console, quiet=True) as progress:
+        point = begun.grid.points()[0]
+        begun.path(point).mkdir()
+        begun.fail(point, "why")
+        progress.look([])
+    assert console.file.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_for_each_run_in_80_columns(sweep):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    pages = Console(width=80, file=io.StringIO())
+    with Progress(sweep, console) as progress:
+        progress.look(sweep.grid.points()[2:])
+        pages.print(progress.render())
+    assert "\x1b" in console.file.getvalue()
+    head, run = pages.file.getvalue().splitlines()
+    assert "1/3 done, 1 running, 1 failed" in head
+    assert run.startswith("constant-depth8-seed0 ")
+    assert max(len(head), len(run)) <= 80
+
+
+def test_the_table_has_a_row_for_each_setting_and_blanks_where_none_is_done(sweep):
+    pages = Console(width=80, file=io.StringIO())
+    pages.print(sweep_table(sweep))
+    lines = [line for line in pages.file.getvalue().splitlines() if line.startswith("│")]
+    first, second, third = ([cell.strip() for cell in line.split("│")[1:-1]] for line in lines)
+    records = sweep.records(sweep.grid.points()[0])
+    best = min(records, key=lambda record: record.validation_error)
+    assert first[:5] == ["linear", "0.3", "8", "1", f"{best.test_error:.2f} %"]
+    assert float(first[5]) == pytest.approx(sum(r.seconds for r in records), abs=0.01)
+    assert second == ["linear", "0.6", "8", "0 of 1", "", "", ""]
+    assert third[:4] == ["constant", "", "8", "0 of 1"]
+
+
+def test_the_share_of_the_work_counts_the_layers_that_run(begun):
+    first, second, third = begun.grid.points()
+    progress = Progress(begun, Console(file=io.StringIO()))
+    shares = []
+    for point in (first, second, third):
+        begun.path(point).mkdir()
+        begun.fail(point, "why")
+        progress.look([])
+        shares.append(progress._work())
+    assert shares == pytest.approx([8 * 0.65, 8 * (0.65 + 0.8), 8 * (0.65 + 0.8 + 1)])

@@ -1,0 +1,102 @@
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import stochastic_depth as sd
+from stochastic_depth.errors import RunError
+from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks, active_distribution
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.survival import ramped, survival_probabilities
+from stochastic_depth.train import ModelConfig, SurvivalConfig, begin, fit
+
+PROBABILITIES = st.lists(st.floats(0.01, 1), min_size=1, max_size=7)
+
+
+@settings(deadline=None)
+@given(PROBABILITIES)
+def test_the_distribution_is_that_of_all_patterns_together(survival):
+    expected = np.zeros(len(survival) + 1)
+    for pattern in itertools.product((0, 1), repeat=len(survival)):
+        chance = math.prod(p if b else 1 - p for p, b in zip(survival, pattern, strict=True))
+        expected[sum(pattern)] += chance
+    found = active_distribution(torch.tensor(survival, dtype=torch.float64))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("final", [0.2, 0.5, 0.95])
+def test_the_distribution_of_110_blocks_is_scipys(final):
+    survival = survival_probabilities(sd.LinearDecay(final), 110)
+    found = active_distribution(torch.tensor([survival] * 2, dtype=torch.float64))
+    expected = stats.poisson_binom(survival).pmf(np.arange(111))
+    np.testing.assert_allclose(found.numpy(), [expected, expected], rtol=1e-9, atol=1e-14)
+
+
+def test_mean_and_deviation_are_those_of_the_counts_and_of_the_coins():
+    survival = survival_probabilities(sd.LinearDecay(0.5), 20)
+    counts = np.random.default_rng(0).multinomial(500, stats.poisson_binom(survival).pmf(range(21)))
+    expected = active_distribution(torch.tensor(survival, dtype=torch.float64)).tolist()
+    drawn, exact = ActiveBlocks(counts.tolist(), expected).moments()
+    values = np.repeat(np.arange(21), counts)
+    assert drawn == pytest.approx((values.mean(), values.std()))
+    variance = sum(p * (1 - p) for p in survival)
+    assert exact == pytest.approx((math.fsum(survival), variance**0.5))
+
+
+def test_the_test_of_fit_is_pearsons_and_tells_other_coins_apart():
+    expected = stats.binom(8, 0.5).pmf(range(9)).tolist()
+    counts = [3, 6, 21, 46, 50, 44, 22, 7, 1]
+    pooled = [3 + 6, 21, 46, 50, 44, 22, 7 + 1]
+    chances = np.array([sum(expected[:2]), *expected[2:7], sum(expected[7:])])
+    found = ActiveBlocks(counts, expected).p_value()
+    assert found == pytest.approx(stats.chisquare(pooled, 200 * chances).pvalue)
+    assert ActiveBlocks(counts[::-1], stats.binom(8, 0.6).pmf(range(9)).tolist()).p_value() < 1e-6
+    assert ActiveBlocks([0, 0, 60], [0.0, 0.0, 1.0]).p_value() == 1
+
+
+def run_of(path, silent, survival, epochs=3):
+    config = dataclasses.replace(
+        RECIPES["digits"](), model=ModelConfig(depth=8), survival=survival, epochs=epochs
+    )
+    run, images = begin(config, path)
+    list(fit(run, images, silent))
+    return run
+
+
+class Silent:
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_under_a_ramp_the_distribution_is_the_mean_over_the_steps(tmp_path):
+    run = run_of(tmp_path / "run", Silent(), SurvivalConfig(final=0.2, ramp_epochs=1.5))
+    survival = survival_probabilities(sd.LinearDecay(0.2), 3)
+    rows = [stats.poisson_binom(ramped(survival, 15, step)).pmf(range(4)) for step in range(30)]
+    found = active_blocks(run)
+    np.testing.assert_allclose(found.expected, np.mean(rows, 0), rtol=1e-9, atol=1e-12)
+    assert sum(found.counts) == 30
+    assert found.p_value() > 1e-3
+
+
+def test_constant_depth_has_all_blocks_active(pairs):
+    found = active_blocks(pairs["constant"][0])
+    assert found.counts == [0] * 6 + [sum(found.counts)]
+    assert found.expected == [0.0] * 6 + [1.0]
+
+
+def test_a_journal_of_an_older_version_is_named(pairs, tmp_path):
+    run = pairs["stochastic"][0]
+    lines = [json.loads(line) for line in run.journal.read_text().splitlines()]
+    for line in lines:
+        del line["active_counts"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match="does not tell how many blocks were active"):
+        active_blocks(dataclasses.replace(run, path=tmp_path))

@@ -1,0 +1,56 @@
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.comparison import compare, train_pairs
+from stochastic_depth.lab.study import Spread
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.train import ModelConfig
+from stochastic_depth.train.display import Display
+
+SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=2)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    display = Display(Console(quiet=True), quiet=True)
+    return train_pairs(SMALL, [3, 4], tmp_path_factory.mktemp("pairs"), display, lambda: None)
+
+
+def test_spread_is_mean_and_sample_deviation():
+    values = [1.0, 4.0, 2.5]
+    assert Spread.of(values).mean == pytest.approx(np.mean(values))
+    assert Spread.of(values).deviation == pytest.approx(np.std(values, ddof=1))
+    assert Spread.of([2.0]) == Spread(2.0, None)
+
+
+def test_the_twins_differ_in_the_survival_rule_alone(runs):
+    assert [run.config.seed for run in runs["constant"]] == [3, 4]
+    for constant, stochastic in zip(runs["constant"], runs["stochastic"], strict=True):
+        assert constant.config.survival.rule == "constant"
+        assert replace(constant.config, survival=stochastic.config.survival) == stochastic.config
+
+
+def test_figures_are_those_of_the_journals(runs):
+    comparison = compare(runs)
+    last = [run.records()[-1].test_error for run in runs["stochastic"]]
+    assert comparison.stochastic.test_error_last.mean == pytest.approx(np.mean(last))
+    assert comparison.blocks == 6
+    assert comparison.expected_active_blocks == pytest.approx((3 * 6 - 1) / 4)
+    assert comparison.constant.active_blocks == Spread(6.0, 0.0)
+    medians = {
+        kind: statistics.median(r.seconds for run in runs[kind] for r in run.records())
+        for kind in runs
+    }
+    saving = 1 - medians["stochastic"] / medians["constant"]
+    assert comparison.saving_measured == pytest.approx(saving)
+    assert 0.15 < comparison.saving_expected < 0.3
+
+
+def test_constant_depth_has_no_twin(tmp_path):
+    with pytest.raises(ConfigError, match="constant depth already"):
+        train_pairs(RECIPES["digits-constant"](), [0], tmp_path, None, lambda: None)

@@ -1,0 +1,196 @@
+import csv
+import io
+import itertools
+import re
+import statistics
+from dataclasses import replace
+
+import altair as alt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stochastic_depth.lab.active_blocks import active_blocks_figure
+from stochastic_depth.lab.bench.depth_chart import depth_cost
+from stochastic_depth.lab.charts import Figure, _ticks
+from stochastic_depth.lab.drawing import file_svg
+from stochastic_depth.lab.ensemble import ensemble_figure
+from stochastic_depth.lab.gradients import block_gradients
+from stochastic_depth.lab.removed_depth import removed_blocks
+from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.sweep import charts
+from stochastic_depth.lab.training import training_curves, training_time
+
+
+def test_curves_hold_every_number_of_the_journals(experiment):
+    rows = training_curves(experiment).rows
+    told = {(row["run"], row["epoch"]): row["test_error"] for row in rows}
+    journals = {
+        (run.name, record.epoch): record.test_error
+        for run in experiment.runs
+        for record in run.records
+    }
+    assert told == journals
+    assert len(told) == 2 * 2 * 2
+
+
+def test_curves_tell_mean_and_every_seed_at_a_point(experiment):
+    values = _values(training_curves(experiment), "told")
+    series = experiment.stochastic[0]
+    errors = sorted(run.records[-1].test_error for run in series.runs)
+    seen = ", ".join(f"{error:.2f} %" for error in errors)
+    mean = f"{statistics.fmean(errors):.2f} %"
+    assert f"stochastic depth, epoch 2: {mean}, mean of {seen}" in values
+
+
+def test_drops_of_the_learning_rate_are_marked(experiment):
+    panel = training_curves(experiment).panels[0]
+    assert panel.layer[0].mark.type == "rule"
+    assert [row["x"] for row in _rows(panel, 0)] == [1.0, 1.5]
+
+
+def test_the_time_tells_what_the_flops_promise(experiment):
+    constant, stochastic = experiment.series
+    figure = training_time(experiment)
+    median = statistics.median(r.seconds for run in constant.runs for r in run.records)
+    expected = _rows(figure.panels[0], 2)
+    assert [row["x"] for row in expected] == [pytest.approx(median * (1 - stochastic.cost.saving))]
+
+
+def test_a_block_that_was_never_open_has_no_gradient(experiment):
+    figure = block_gradients(experiment)
+    assert [panel.title for panel in figure.panels] == ["Epoch 1", "Epoch 2"]
+    shown = {row["x"] for row in _rows(figure.panels[0], 0)}
+    assert shown == {1, 2, 3, 4, 5}
+    assert {row["gradient"] for row in figure.rows if row["block"] == 6} == {None}
+
+
+def test_active_blocks_are_counted_over_seeds_and_epochs(experiment):
+    figure = active_blocks_figure(experiment.stochastic[0])
+    assert {row["active_blocks"]: row["steps"] for row in figure.rows} == {
+        **dict.fromkeys(range(7), 0),
+        3: 8,
+        4: 20,
+        5: 12,
+    }
+    assert sum(row["probability"] for row in figure.rows) == pytest.approx(1)
+    assert "on average 4.10 of 6 blocks ran, where 4.25 are expected" in figure.sentence
+
+
+def test_gates_for_single_samples_have_no_count_of_blocks(experiment):
+    series = experiment.stochastic[0]
+    assert (
+        active_blocks_figure(replace(series, survival=replace(series.survival, gate="sample")))
+        is None
+    )
+
+
+def test_the_ensemble_has_a_panel_for_each_measure(experiment):
+    figure = ensemble_figure(experiment.stochastic[0])
+    assert len(figure.panels) == 3
+    assert len(figure.rows) == 2 * 10
+    assert "scaled by p_l has 5.00 % error and 0.500 nats; the mean of 64" in figure.sentence
+
+
+def test_what_the_last_blocks_are_worth_is_said(experiment):
+    figure = removed_blocks(experiment)
+    # 5 exp(k / 2) is above 10 from k = 2 on
+    assert "without 1 of the last blocks with constant depth (5.00 % whole)" in figure.sentence
+
+
+def test_without_data_there_is_no_figure(experiment):
+    bare = replace(
+        experiment,
+        series=tuple(
+            replace(
+                series,
+                runs=tuple(
+                    replace(
+                        run,
+                        run=replace(run.run, path=run.run.path / "elsewhere"),
+                        records=tuple(
+                            replace(r, block_gradients=[], active_counts={}) for r in run.records
+                        ),
+                    )
+                    for run in series.runs
+                ),
+            )
+            for series in experiment.series
+        ),
+    )
+    assert block_gradients(bare) is None
+    assert removed_blocks(bare) is None
+    assert active_blocks_figure(bare.stochastic[0]) is None
+    assert ensemble_figure(bare.stochastic[0]) is None
+
+
+def test_a_survival_sweep_has_the_finished_runs_by_rule_and_p(survival_sweep):
+    (sweep,) = read_sources([survival_sweep]).sweeps
+    figure = charts.survival_sweep(sweep)
+    assert {(row["rule"], row["p_L"]) for row in figure.rows} == {
+        ("linear", 0.5),
+        ("linear", 1.0),
+        ("uniform", 0.5),
+        ("uniform", 1.0),
+        ("constant", 1.0),
+    }
+    unfinished = replace(sweep, runs=tuple(replace(run, finished=False) for run in sweep.runs))
+    assert charts.survival_sweep(unfinished) is None
+
+
+def test_a_depth_sweep_has_a_cell_for_each_depth_and_p(depth_sweep):
+    (sweep,) = read_sources([depth_sweep]).sweeps
+    figure = charts.depth_sweep(sweep)
+    cells = _rows(figure.panels[0], 0)
+    assert {(cell["depth"], cell["p"]) for cell in cells} == set(
+        itertools.product((8, 14), (0.5, 1.0))
+    )
+    lowest = min(row["test_error"] for row in figure.rows)
+    assert f"The lowest error, {lowest:.2f} %" in figure.sentence
+
+
+def test_the_cost_of_depth_is_told_in_the_slope(benchmark_file):
+    (result,) = read_sources([benchmark_file]).benchmarks
+    figure = depth_cost(result)
+    assert "Each layer more costs 100 µs with constant depth" in figure.sentence
+    assert "at 56 layers stochastic depth saves 25.0 % of the time" in figure.sentence
+
+
+@given(st.floats(1e-9, 1e6), st.floats(1.5, 1e9))
+def test_a_logarithmic_axis_has_round_numbers_within_its_ends(low, factor):
+    ticks = _ticks(low, low * factor)
+    assert 2 <= len(ticks) <= 8
+    assert all(low <= tick <= low * factor for tick in ticks)
+    assert ticks == sorted(ticks)
+
+
+def test_figures_below_each_other_have_the_marks_of_both(experiment):
+    drawn = file_svg("title", training_curves(experiment), training_time(experiment))
+    # of two kinds, two epochs: the means in two panels, and a stroke for each of two seeds
+    assert len(re.findall(rb'aria-label="[^"]*, epoch [12]: ', drawn)) == 8 + 8
+    assert b"NaN" not in drawn
+
+
+def test_data_as_csv_has_every_row_and_no_formula():
+    rows = [{"run": '=HYPERLINK("x")', "y": -1.5}, {"run": 'a "b", c', "y": None}]
+    text = Figure("id", "title", "", rows, ()).csv()
+    assert list(csv.DictReader(io.StringIO(text))) == [
+        {"run": '\'=HYPERLINK("x")', "y": "-1.5"},
+        {"run": 'a "b", c', "y": ""},
+    ]
+
+
+def _values(figure: Figure, column: str) -> set[str]:
+    return {
+        row[column]
+        for panel in figure.panels
+        for layer in range(len(panel.layer))
+        for row in _rows(panel, layer)
+        if column in row
+    }
+
+
+def _rows(panel, layer: int) -> list[dict]:
+    """What a layer draws; Altair keeps what all layers share with the panel."""
+    own = panel.layer[layer].data
+    return (panel.data if own is alt.Undefined else own).values

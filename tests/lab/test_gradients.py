@@ -1,0 +1,78 @@
+import dataclasses
+from dataclasses import replace
+
+import pytest
+
+from stochastic_depth.errors import RunError
+from stochastic_depth.lab.gradients import gradients, record_at, spread_epochs
+from stochastic_depth.lab.study import grouped
+from stochastic_depth.train import ModelConfig, Record, Run, SurvivalConfig
+from stochastic_depth.train.journal import append_record
+
+
+def run_with(like: Run, path, records, **changes) -> Run:
+    path.mkdir()
+    run = replace(like, path=path, config=replace(like.config, **changes))
+    for record in records:
+        append_record(run.journal, record)
+    return run
+
+
+def record(step, epoch, mean, blocks):
+    values = {field.name: 0.5 for field in dataclasses.fields(Record)}
+    told = {"step": step, "epoch": epoch, "gradient_mean": mean, "block_gradients": blocks}
+    return Record(**{**values, **told, "active_counts": {}})
+
+
+@pytest.fixture
+def two(pairs, tmp_path):
+    """Two seeds with journals written by hand; the second one has gone on for longer."""
+    like = pairs["stochastic"][0]
+    first = [record(10, 1.0, 2.0, [1.0, None, None]), record(20, 2.0, 4.0, [3.0, 5.0, None])]
+    second = [record(10, 1.0, 3.0, [2.0, 6.0, None]), record(20, 2.0, 8.0, [7.0, 7.0, 8.0])]
+    second.append(record(30, 3.0, 1.0, [0.0, 0.0, 0.0]))
+    return [
+        run_with(like, tmp_path / name, records, seed=seed)
+        for seed, (name, records) in enumerate((("a", first), ("b", second)))
+    ]
+
+
+def test_gradients_are_means_over_seeds_and_over_the_seeds_that_have_one(two):
+    found = gradients(two, [1.0, 2.0])
+    assert [spread.mean for spread in found.first] == [2.5, 6.0]
+    assert found.first[0].deviation == pytest.approx(0.5**0.5)
+    assert found.blocks == [[1.5, 6.0, None], [5.0, 6.0, 8.0]]
+
+
+def test_an_epoch_is_that_of_the_interval_in_which_it_ends(two):
+    assert record_at(two[0], 1.5).step == 20
+    assert record_at(two[0], 1).step == 10
+    with pytest.raises(RunError, match="a has come to epoch 2, not to 3"):
+        record_at(two[0], 3)
+
+
+def test_epochs_that_are_not_chosen_are_spread_over_what_all_runs_have(two, tmp_path, pairs):
+    assert spread_epochs(two) == [1.0, 2.0]
+    assert spread_epochs(two[1:], 2) == [1.0, 3.0]
+    with pytest.raises(RunError, match="measured nothing yet"):
+        spread_epochs([run_with(two[0], tmp_path / "empty", [])])
+    assert spread_epochs(pairs["constant"]) == [1, 2, 3, 4]
+
+
+def test_journals_of_before_have_no_gradients_of_blocks(two):
+    older = replace(two[0].records()[0], block_gradients=[])
+    two[0].journal.unlink()
+    append_record(two[0].journal, older)
+    assert gradients(two, [1.0]).blocks == [[]]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_of_one_kind(two, pairs, tmp_path):
+    constant, milder = pairs["constant"][0], SurvivalConfig(final=0.8)
+    mild = run_with(two[0], tmp_path / "mild", [], survival=milder)
+    assert grouped([*two, constant, mild]) == {
+        "linear 0.5": two,
+        "constant": [constant],
+        "linear 0.8": [mild],
+    }
+    deeper = run_with(two[0], tmp_path / "deeper", [], model=ModelConfig(depth=20))
+    assert list(grouped([*two, deeper])) == ["a", "deeper"]

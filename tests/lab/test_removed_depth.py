@@ -1,0 +1,182 @@
+"""Networks without some of their blocks, against plain networks that never had them."""
+
+import copy
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.pruning import (
+    Pruned,
+    as_pruned,
+    errors,
+    parameters_without,
+    recalibrated,
+    spread,
+)
+from stochastic_depth.lab.removed_depth import Settings, curves, measured_curves
+from stochastic_depth.lab.trained import trained
+from stochastic_depth.train import best_record
+from stochastic_depth.train.build import build_model
+from stochastic_depth.train.step import evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FEW = Settings(points=3, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
+KINDS = ("constant", "stochastic")
+
+
+@pytest.fixture(params=KINDS)
+def network(request, pairs):
+    return trained(pairs[request.param][0].path)
+
+
+class Around(nn.Module):
+    """What is left of a block whose branch is gone."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.shortcut = unit.shortcut
+
+    def forward(self, x):
+        return F.relu(x if self.shortcut is None else self.shortcut(x))
+
+
+class Times(nn.Module):
+    """A block whose branch counts p_l times."""
+
+    def __init__(self, unit, p):
+        super().__init__()
+        self.branch, self.shortcut, self.p = unit.branch, unit.shortcut, p
+
+    def forward(self, x):
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return F.relu(shortcut + self.p * self.branch(x))
+
+
+def plain_without(network, removed):
+    """A network of the same weights that knows nothing of stochastic depth."""
+    run = network.run
+    model = build_model(run.config.model, run.shape[0], len(run.classes), 0)
+    model.load_state_dict(network.model.state_dict())
+    model.blocks = nn.Sequential(
+        *(
+            Around(unit) if number in removed else Times(unit, p)
+            for number, (unit, p) in enumerate(
+                zip(model.blocks, network.handle.survival, strict=True)
+            )
+        )
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("removed", [(), (5,), (0, 2, 4), (0, 1, 2, 3, 4, 5)])
+def test_a_network_without_blocks_is_the_plain_one_that_never_had_them(network, removed):
+    images, _ = next(iter(network.images.evaluate("test")))
+    plain = plain_without(network, removed)
+    with torch.no_grad(), as_pruned(network, Pruned(removed, None)):
+        torch.testing.assert_close(network.model(images), plain(images), rtol=1e-4, atol=1e-4)
+    assert parameters_without(network, removed) == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("removed", [(), (2, 5)])
+def test_recalibration_is_pytorchs_update_bn_on_the_plain_network(network, removed, silent):
+    batches = list(itertools.islice(network.images.train(0), 3))
+    before = copy.deepcopy(network.model.state_dict())
+    step = network.handle.step
+    with as_pruned(network, Pruned(removed, None)):
+        statistics = recalibrated(network.model, batches, network.run.execution)
+    plain = plain_without(network, removed)
+    update_bn([images for images, _ in batches], plain)
+    images, _ = next(iter(network.images.evaluate("test")))
+    thinned = Pruned(removed, statistics)
+    with torch.no_grad(), as_pruned(network, thinned):
+        torch.testing.assert_close(network.model(images), plain(images), rtol=1e-3, atol=1e-3)
+    expected = evaluate(plain, network.images.evaluate("test"), network.run.execution).error
+    assert errors(network, [thinned], "test", silent) == pytest.approx([expected], abs=0.21)
+    assert network.handle.step == step
+    assert not any(module.training for module in network.model.modules())
+    assert all(m.momentum == 0.1 for m in network.model.modules() if isinstance(m, nn.BatchNorm2d))
+    for name, value in network.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_images_are_spread_evenly_over_batches_of_any_size():
+    labels = torch.arange(23)
+    batches = [(labels[i:j, None], labels[i:j]) for i, j in ((0, 4), (4, 5), (5, 23))]
+    chosen = torch.cat([few for _, few in spread(batches, 23, 5)])
+    assert chosen.tolist() == [0, 4, 9, 13, 18]
+    assert torch.cat([x for x, _ in spread(batches, 23, 5)])[:, 0].equal(chosen)
+    assert torch.cat([few for _, few in spread(batches, 23, 99)]).equal(labels)
+
+
+def test_the_curves_begin_at_the_journals_errors_and_end_without_a_block(network, silent):
+    record = best_record(network.run.records())
+    found = curves(network, FEW, silent)
+    assert [(curve.order, curve.recalibrated) for curve in found] == [
+        (order, again) for order in ("last", "least needed") for again in (False, True)
+    ]
+    for curve in found:
+        assert [point.removed for point in curve.points] == [0, 3, 6]
+        assert [len(point.blocks) for point in curve.points] == [0, 3, 6]
+        sizes = [point.parameters for point in curve.points]
+        assert sizes == [parameters_without(network, tuple(p.blocks)) for p in curve.points]
+        assert min(point.seconds_per_image for point in curve.points) > 0
+    assert found[0].points[1].blocks == [3, 4, 5]
+    for curve in (found[0], found[2]):
+        first = curve.points[0]
+        assert (first.error, first.validation_error) == pytest.approx(
+            (record.test_error, record.validation_error)
+        )
+    for point in (found[0].points[1], found[2].points[1]):
+        plain = plain_without(network, point.blocks)
+        expected = evaluate(plain, network.images.evaluate("test"), network.run.execution).error
+        assert point.error == pytest.approx(expected, abs=0.21)
+    assert found[0].points[2].error == found[2].points[2].error
+
+
+def test_the_first_block_chosen_is_the_one_whose_loss_alone_is_lowest(network, silent):
+    few = list(spread(network.images.evaluate("validation"), 100, 50))
+    losses = [
+        evaluate(plain_without(network, [block]), few, network.run.execution).loss
+        for block in range(6)
+    ]
+    settings = Settings(points=7, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
+    least = curves(network, settings, silent)[2]
+    assert losses[least.points[1].blocks[0]] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_what_was_found_is_written_and_read_again(pairs, silent):
+    network = trained(pairs["stochastic"][0].path)
+    told = []
+    found = measured_curves(network, FEW, lambda *what: told.append(what))
+    content = json.loads((network.run.path / "analysis" / "depth.json").read_text())
+    assert (content["format"], content["blocks"], content["images"]) == (1, 6, 500)
+    assert content["checkpoint_step"] == network.step
+    assert set(content["curves"][0]["points"][0]) == {
+        *("removed", "blocks", "error", "validation_error", "parameters", "seconds_per_image")
+    }
+    stages = list(dict.fromkeys(doing for doing, _, _ in told))
+    assert stages == ["choosing", "recalibrating", "test error", "validation error", "timing"]
+    assert sum(doing == "choosing" for doing, _, _ in told) == 6 * 7 / 2
+    assert all(0 <= done <= total for _, done, total in told)
+    told.clear()
+    assert measured_curves(network, FEW, lambda *what: told.append(what)) == found
+    assert not told
+
+
+@pytest.mark.parametrize("setting", ["points", "choose_on", "recalibrate_on", "batch", "repeats"])
+def test_settings_out_of_range_are_named(setting):
+    with pytest.raises(ConfigError, match=f"{setting.replace('_', '-')}=0: it must be at least"):
+        Settings(**{setting: 0})
+
+
+def test_a_network_without_batch_normalisation_has_nothing_to_recalibrate():
+    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    execution = SimpleNamespace(autocast=torch.no_grad)
+    assert recalibrated(model, [(torch.zeros(3, 2), torch.zeros(3))], execution) == []

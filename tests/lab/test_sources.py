@@ -1,0 +1,84 @@
+import json
+import shutil
+
+import pytest
+
+from stochastic_depth.errors import RunError
+from stochastic_depth.lab.sources import read_sources
+
+
+def test_runs_folders_of_them_sweeps_and_benchmarks_are_told_apart(
+    compared, survival_sweep, benchmark_file
+):
+    sources = read_sources([compared, survival_sweep, benchmark_file])
+    assert [run.name for run in sources.runs] == [
+        "constant-seed0",
+        "constant-seed1",
+        "stochastic-seed0",
+        "stochastic-seed1",
+    ]
+    (sweep,) = sources.sweeps
+    assert len(sweep.runs) == sweep.size == 5
+    assert len(sources.benchmarks) == 1
+    assert not sources.under_way
+
+
+def test_a_sweep_is_under_way_until_every_point_is_finished_or_failed(survival_sweep, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(survival_sweep, folder)
+    assert not read_sources([folder]).under_way
+    run = folder / "runs" / "uniform-0.5"
+    (run / "model.safetensors").unlink()
+    assert read_sources([folder]).under_way
+    (run / "failed.txt").write_text("the loss is not finite at step 3")
+    assert not read_sources([folder]).under_way
+    shutil.rmtree(run)
+    assert read_sources([folder]).under_way
+
+
+def test_a_run_named_twice_counts_once(compared):
+    assert len(read_sources([compared, compared / "constant-seed0"]).runs) == 4
+
+
+def test_a_run_that_is_being_written_is_read_as_far_as_it_is(compared, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_bytes((compared / "constant-seed0" / "config.json").read_bytes())
+    assert read_sources([run]).runs[0].records == ()
+    journal = (compared / "constant-seed0" / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(journal[:-9])
+    sources = read_sources([run])
+    assert len(sources.runs[0].records) == 1
+    assert sources.under_way
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("empty", None, "holds no run: give run folders"),
+        ("foreign.json", "{}", "is not what bench depth writes"),
+        ("broken.json", "{", "cannot be read"),
+        ("list.json", "[]", "holds no object"),
+        ("sweep/sweep.json", '{"format": 2}', "has format 2, this version reads 1"),
+        ("sweep/sweep.json", '{"format": 1}', "sweep.json is not of a sweep: KeyError"),
+    ],
+)
+def test_what_is_none_of_these_is_refused(name, content, told, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(RunError, match=told):
+        read_sources([tmp_path / name.split("/")[0]])
+
+
+def test_an_analysis_of_another_format_is_refused(compared, tmp_path):
+    run = tmp_path / "run"
+    (run / "analysis").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).write_bytes((compared / "stochastic-seed0" / name).read_bytes())
+    (run / "analysis" / "ensemble.json").write_text(json.dumps({"format": 7}))
+    with pytest.raises(RunError, match=r"ensemble.json has format 7"):
+        read_sources([run]).runs[0].analysis("ensemble")

@@ -1,0 +1,134 @@
+import inspect
+import re
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_ind
+
+from stochastic_depth.lab.formatting import difference, duration
+from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.study import Spread, experiments, standard_error
+from stochastic_depth.lab.tables import overview, published_for, tables, tiles
+from stochastic_depth.recipes import PUBLISHED, RECIPES
+from stochastic_depth.train import DataConfig
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_was_published_is_what_the_recipe_says(name):
+    told = inspect.getdoc(RECIPES[name])
+    said = re.search(r"Published: (?:test|validation) error ([\d.]+) %", told)
+    assert (float(said[1]) if said else None) == (
+        PUBLISHED[name].error if name in PUBLISHED else None
+    )
+    took = re.search(r"\((\d+) h (\d+) min\)", told)
+    if name in PUBLISHED and took:
+        assert PUBLISHED[name].seconds == 3600 * int(took[1]) + 60 * int(took[2])
+
+
+def test_runs_are_held_against_what_was_published_for_the_same_network(experiment):
+    def held(series, **changes):
+        trained = series.runs[0]
+        config = replace(trained.run.config, **changes)
+        run = replace(trained, run=replace(trained.run, config=config))
+        return published_for(replace(series, survival=config.survival, runs=(run,)))
+
+    constant, stochastic = experiment.series
+    recipe = RECIPES["cifar10-resnet110"]()
+    same = {"data": recipe.data, "model": recipe.model}
+    assert held(stochastic, **same)[1].error == 5.23
+    assert held(constant, **same)[1].error == 6.41
+    assert held(constant, **same)[1].seconds == 3600 * 20 + 60 * 42
+    assert held(stochastic, **same, epochs=3, seed=9)[1].error == 5.23
+    assert held(stochastic) is None
+    fewer = DataConfig(name="cifar10", train=1000)
+    assert held(stochastic, data=fewer, model=recipe.model) is None
+    harder = replace(recipe.survival, final=0.2)
+    assert held(stochastic, **same, survival=harder) is None
+
+
+def test_tables_hold_mean_and_deviation_over_seeds(experiment):
+    error, time, saving = tables(experiment)
+    last = [run.records[-1].test_error for run in experiment.constant.runs]
+    assert error.rows[0][0] == "constant depth"
+    assert error.rows[0][3] == f"{np.mean(last):.2f} ± {np.std(last, ddof=1):.2f} %"
+    seconds = [sum(r.seconds for r in run.records) for run in experiment.constant.runs]
+    assert time.rows[0][1].startswith(f"{np.mean(seconds):.2f} ± ")
+    assert time.rows[0][3] == "1.000"
+    assert saving.rows[0][2] == "4.25"
+    assert all(len(row) == len(t.head) for t in (error, time, saving) for row in t.rows)
+
+
+def test_the_headline_is_error_time_and_saving_against_the_expected(experiment):
+    error, time, saved = tiles(experiment)
+    assert error.label == "Test error, stochastic depth"
+    assert "constant depth" in error.beside
+    assert "constant depth" in time.beside
+    constant, stochastic = experiment.series
+    share = 1 - _median(stochastic) / _median(constant)
+    assert saved.value == f"{100 * share:.1f} %"
+    assert saved.beside == f"expected from FLOPs {100 * stochastic.cost.saving:.1f} %"
+
+
+def _median(series) -> float:
+    return statistics.median(r.seconds for run in series.runs for r in run.records)
+
+
+def test_runs_under_way_are_compared_at_equal_epochs(experiment):
+    constant, stochastic = experiment.series
+    behind = replace(stochastic.runs[0], finished=False, records=stochastic.runs[0].records[:1])
+    series = replace(stochastic, runs=(behind,))
+    now = replace(experiment, series=(constant, series)).settled()
+    assert {len(run.records) for run in now.runs} == {1}
+    ahead = replace(
+        experiment, series=(constant, replace(stochastic, runs=(behind, stochastic.runs[1])))
+    )
+    assert {len(run.records) for run in ahead.settled().runs} == {2}
+    assert len(ahead.settled().series[1].runs) == 1
+
+
+def test_runs_are_put_together_by_all_but_survival_and_seed(compared, survival_sweep, experiment):
+    assert [series.name for series in experiment.series] == ["constant depth", "stochastic depth"]
+    assert experiment.title == "ResNet-14 on digits, 2 epochs"
+    runs = read_sources(sorted((survival_sweep / "runs").iterdir())).runs
+    (swept,) = experiments(runs)
+    assert [series.name for series in swept.series] == [
+        "constant depth",
+        "linear decay to 1",
+        "linear decay to 0.5",
+        "uniform 1",
+        "uniform 0.5",
+    ]
+    assert swept.main.name == "linear decay to 0.5"
+    assert len({series.colour for series in swept.series}) == 5
+    assert len(overview([experiment, swept]).rows) == 2
+
+
+def test_a_difference_is_said_with_what_chance_does(experiment):
+    constant, stochastic = experiment.series
+    a, b = [5.0, 5.2], [6.0, 6.3]
+    error = standard_error(Spread.of(a), Spread.of(b), 2, 2)
+    welch = ttest_ind(a, b, equal_var=False)
+    assert (np.mean(a) - np.mean(b)) / error == pytest.approx(welch.statistic)
+    told = difference(Spread.of(a), Spread.of(b), stochastic, constant)
+    assert (
+        told == "stochastic depth is 1.05 points below, more than twice its standard error of 0.18"
+    )
+    told = difference(Spread.of([5, 8]), Spread.of(b), stochastic, constant)
+    assert told.endswith("less than twice its standard error of 1.51: it may be chance")
+    told = difference(Spread.of([5]), Spread.of(b), stochastic, constant)
+    assert "no telling whether that is chance" in told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.0123, "12.3 ms"),
+        (18.71, "18.7 s"),
+        (205, "3 min 25 s"),
+        (3600 * 15 + 420, "15 h 07 min"),
+    ],
+)
+def test_durations_are_told_as_people_do(seconds, told):
+    assert duration(seconds) == told

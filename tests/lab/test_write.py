@@ -1,0 +1,160 @@
+import base64
+import csv
+import hashlib
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from stochastic_depth.cli import main
+from stochastic_depth.errors import RunError
+from stochastic_depth.lab.page import COMMANDS, REFRESH, report, watch_report, write_report
+from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.train import ModelConfig, begin, fit
+from stochastic_depth.train.display import Display
+
+ADDRESSES = {"href", "xlink:href", "src", "srcset", "action", "formaction", "data", "poster"}
+
+
+class Elements(HTMLParser):
+    """Names of elements and of attributes, addresses, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.addresses, self.text = set(), set(), set(), []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.addresses |= {value for name, value in attrs if name in ADDRESSES}
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def html(page) -> str:
+    return page.read_text()
+
+
+def test_every_figure_is_on_the_page_in_two_widths_with_its_sentence_and_its_data(html):
+    ids = re.findall(r'<figure id="([^"]+)">', html)
+    assert len(ids) == len(set(ids)) == 10
+    assert len(re.findall(r"<svg[^>]* viewBox", html)) == 20
+    assert html.count('class="sentence"') == 10
+    assert "NaN" not in html
+    assert "undefined" not in html
+    for data in re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)"', html):
+        rows = list(csv.DictReader(io.StringIO(base64.b64decode(data).decode())))
+        assert rows
+        assert None not in rows[0]
+
+
+def test_the_page_asks_nothing_of_a_network(html):
+    elements = Elements(html)
+    assert len(elements.addresses) == 11
+    assert all(address.startswith("data:") for address in elements.addresses)
+    assert not {"iframe", "object", "embed", "img", "image", "use"} & elements.tags
+    (style,) = re.findall("<style>(.*?)</style>", html, re.DOTALL)
+    assert "@import" not in style
+    assert "url(" not in style
+
+
+def test_the_policy_of_the_page_knows_its_script_alone(html):
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    assert f"{policy}script-src 'sha256-{digest}'" in html
+
+
+def test_names_are_text(html, hostile, hostile_page):
+    harmless, told = Elements(html), Elements(hostile_page.read_text())
+    assert told.tags <= harmless.tags | {"code"}  # commands of figures that are not there
+    assert told.attributes <= harmless.attributes
+    assert hostile[0] in "".join(told.text)
+
+
+def test_files_of_figures_are_written_beside(survival_sweep, benchmark_file, tmp_path, capsys):
+    out, figures = tmp_path / "deep" / "report.html", tmp_path / "figures"
+    runs = [str(survival_sweep), str(benchmark_file)]
+    assert main(["report", *runs, "-o", str(out), "--figures", str(figures)]) == 0
+    told = capsys.readouterr().out
+    assert f"{out}: 2 figures" in told
+    assert COMMANDS["depth-sweep"][1] in told
+    drawn = {path.stem for path in figures.glob("*.svg")}
+    assert drawn == {path.stem for path in figures.glob("*.png")}
+    assert drawn == {path.stem for path in figures.glob("*.csv")}
+    sweep = "p-l-at-one-depth-resnet-14-on-digits-1-epoch"
+    assert drawn == {f"{sweep}-survival-sweep", "cost-of-depth-depth-cost"}
+    for path in figures.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    for path in figures.glob("*.svg"):
+        assert path.read_text().startswith("<svg")
+        assert "prefers-color-scheme:dark" in path.read_text()
+
+
+def test_nothing_to_report_is_an_error_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "report.html"
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty"), "-o", str(out)]) == 1
+    assert "holds no run" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["report"]) == 2
+
+
+def test_a_run_without_a_record_is_said_to_have_begun(tmp_path, compared):
+    run = tmp_path / "begun"
+    run.mkdir()
+    (run / "config.json").write_bytes((compared / "constant-seed0" / "config.json").read_bytes())
+    out = tmp_path / "report.html"
+    write_report([run], out)
+    assert "1 run, 1 not finished" in out.read_text()
+    assert "0 of 2 epochs" in out.read_text()
+
+
+def test_a_watched_report_is_written_anew_until_every_run_is_finished(tmp_path):
+    config = replace(RECIPES["digits"](), model=ModelConfig(depth=8), epochs=2)
+    run, images = begin(config, tmp_path / "runs" / "one")
+    out = tmp_path / "report.html"
+    with Display(Console(quiet=True), quiet=True) as display:
+        training = fit(run, images, display.watch())
+        next(training)
+        watching = watch_report([tmp_path / "runs"], out, every=0.05)
+        next(watching)
+        assert f'data-refresh="{REFRESH}"' in out.read_text()
+        assert "1 of 2 epochs" in out.read_text()
+        next(training)
+        next(watching)
+        assert f'data-refresh="{REFRESH}"' in out.read_text()
+        assert list(training) == []
+        assert len(list(watching)) == 1
+    assert "data-refresh" not in out.read_text()
+    assert "finished" in out.read_text()
+
+
+def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_path):
+    out = tmp_path / "report.html"
+    out.write_text("before")
+    run = tmp_path / "run"
+    (run / "analysis").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).write_bytes((compared / "stochastic-seed0" / name).read_bytes())
+    (run / "analysis" / "depth.json").write_text("{")
+    with pytest.raises(RunError, match=r"depth.json cannot be read"):
+        write_report([run], out)
+    assert out.read_text() == "before"
+
+
+def test_the_command_of_every_figure_that_can_be_missing_is_known(compared, survival_sweep):
+    ids = {
+        figure.id
+        for section in report(read_sources([compared])).sections
+        for figure in section.figures
+    }
+    told = {title for title, _ in report(read_sources([compared])).missing}
+    assert told == {title for id, (title, _) in COMMANDS.items() if id not in ids}
