@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
@@ -20,8 +21,7 @@ from stochastic_depth.distributed.world import (
     restarts,
 )
 from stochastic_depth.errors import ConfigError, RunError
-from stochastic_depth.lab.comparison import run_table
-from stochastic_depth.train import Config, Interrupted, Run, begin, fit, reopen
+from stochastic_depth.train import Config, Interrupted, Run, begin, best_record, fit, reopen
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.run import free_path
 from stochastic_depth.train.signals import StopSignals
@@ -94,6 +94,19 @@ def _train(run: Run, images: Batches, quiet: bool) -> int:
     if is_primary():
         console.print(run_table(run))
     return 0
+
+
+def run_table(run: Run) -> Table:
+    """Errors of a finished run, at its best and its last epoch."""
+    records = run.records()
+    table = Table(title=str(run.path), title_justify="left")
+    table.add_column("")
+    for column in ("epoch", "validation error", "test error"):
+        table.add_column(column, justify="right")
+    for name, record in (("best validation", best_record(records)), ("last", records[-1])):
+        validation, test = f"{record.validation_error:.2f} %", f"{record.test_error:.2f} %"
+        table.add_row(name, f"{record.epoch:g}", validation, test)
+    return table
 
 
 def stopped(console: Console, interrupted: Interrupted, again: str) -> int:
