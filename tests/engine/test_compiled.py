@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-import stochastic_depth.engine.kernels.compiled as compiled
-from stochastic_depth.engine.kernels import BatchNorm, CompiledKernels, ReferenceKernels
+import stochastic_depth.engine.compiled as compiled
+from stochastic_depth.engine.compiled import CompiledKernels
+from stochastic_depth.engine.kernels import BatchNorm, ReferenceKernels
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

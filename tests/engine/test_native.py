@@ -6,14 +6,9 @@ import torch.nn.functional as F
 
 import stochastic_depth as sd
 from stochastic_depth.engine import Program
-from stochastic_depth.engine.kernels import (
-    BatchNorm,
-    Layer,
-    Linear,
-    NativeKernels,
-    ReferenceKernels,
-)
-from stochastic_depth.engine.kernels.library import missing
+from stochastic_depth.engine.kernels import BatchNorm, Layer, Linear, ReferenceKernels
+from stochastic_depth.engine.library import missing
+from stochastic_depth.engine.native import NativeKernels
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig

@@ -14,11 +14,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.engine.buffers import Buffers
-from stochastic_depth.engine.flat import FlatParameters, FlatSGD
 from stochastic_depth.engine.kernels import Kernels, ReferenceKernels
-from stochastic_depth.engine.pieces import Block, Head, Stem, layer_of, linear_of
-from stochastic_depth.engine.replay import Eagerly, Replay
+from stochastic_depth.engine.memory import Buffers, FlatParameters, FlatSGD
+from stochastic_depth.engine.pieces import (
+    Block,
+    Eagerly,
+    Head,
+    Replay,
+    Stem,
+    layer_of,
+    linear_of,
+)
 from stochastic_depth.errors import EngineError
 from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from stochastic_depth.distributed.world import ranks
-from stochastic_depth.engine.kernels.library import missing
+from stochastic_depth.engine.library import missing
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train.config import Config
 

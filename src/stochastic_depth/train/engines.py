@@ -12,13 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from stochastic_depth.distributed import skip_closed
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.engine import CudaGraphs, Eagerly, Program
-from stochastic_depth.engine.kernels import (
-    CompiledKernels,
-    Kernels,
-    NativeKernels,
-    ReferenceKernels,
-)
-from stochastic_depth.engine.private_cache import private_cache
+from stochastic_depth.engine.compiled import CompiledKernels
+from stochastic_depth.engine.kernels import Kernels, ReferenceKernels
+from stochastic_depth.engine.library import private_cache
+from stochastic_depth.engine.native import NativeKernels
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import apply, compile_blocks
 from stochastic_depth.survival import Uniform

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stochastic_depth.engine.kernels import library
+from stochastic_depth.engine import library
 from stochastic_depth.lab.bench.engines import DESIGNS, active_share, designs, engine_steps
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.train.execution import Execution

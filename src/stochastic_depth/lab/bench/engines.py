@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from stochastic_depth.engine import Program
-from stochastic_depth.engine.kernels.library import missing
+from stochastic_depth.engine.library import missing
 from stochastic_depth.engine.pieces import Block
 from stochastic_depth.lab.bench.workload import EngineStep, Step, Workload
 from stochastic_depth.models import CifarResNet

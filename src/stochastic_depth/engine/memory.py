@@ -1,5 +1,6 @@
-"""All parameters of a network in one piece of memory; gradients and momentum in others like it."""
+"""The memory of a training step: parameters in one piece, and activations that are used again."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -98,3 +99,25 @@ class FlatSGD:
         for values, gradient, is_moved in zip(self._parts, self._gradients, parts, strict=True):
             values.grad = gradient if is_moved else None
         self._inner.step()
+
+
+class Buffers:
+    """Keeps what is given back: memory from the system is slow to touch for the first time."""
+
+    def __init__(self) -> None:
+        self._free: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+
+    def take(self, like: Tensor) -> Tensor:
+        """One of the shape, type and layout of `like`, with anything in it."""
+        free = self._free[like.shape, like.dtype]
+        return free.pop() if free else torch.empty_like(like)
+
+    def give(self, *tensors: Tensor) -> None:
+        """Nobody reads them any more."""
+        for tensor in tensors:
+            self._free[tensor.shape, tensor.dtype].append(tensor)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All that are free."""
+        for free in self._free.values():
+            yield from free

@@ -1,6 +1,6 @@
 import torch
 
-from stochastic_depth.engine.buffers import Buffers
+from stochastic_depth.engine.memory import Buffers
 
 
 def image(channels=4, dtype=torch.float32):

@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-from stochastic_depth.engine.kernels import library
-from stochastic_depth.engine.private_cache import only_we_write, private_cache
+from stochastic_depth.engine import library
+from stochastic_depth.engine.library import only_we_write, private_cache
 from stochastic_depth.errors import EngineError
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes files of another user")

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.engine.kernels.kernels import BatchNorm
-from stochastic_depth.engine.kernels.reference import ReferenceKernels
+from stochastic_depth.engine.kernels import BatchNorm, ReferenceKernels
 
 PIXELS = (0, 2, 3)
 

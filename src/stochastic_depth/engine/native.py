@@ -1,4 +1,4 @@
-"""The kernels in `avx512/`: bfloat16 on processors that multiply it."""
+"""The kernels in `cpp/`: bfloat16 on processors that multiply it."""
 
 import ctypes
 from collections.abc import Callable
@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochastic_depth.engine.buffers import Buffers
-from stochastic_depth.engine.kernels import structures
-from stochastic_depth.engine.kernels.kernels import Layer, Linear
-from stochastic_depth.engine.kernels.library import library
-from stochastic_depth.engine.kernels.reference import ReferenceKernels
+from stochastic_depth.engine.kernels import Layer, Linear, ReferenceKernels
+from stochastic_depth.engine.library import CInput, CLayer, c_layer, c_linear, library
+from stochastic_depth.engine.memory import Buffers
 
 
 @dataclass
@@ -46,7 +44,7 @@ class NativeKernels(ReferenceKernels):
         self._library = library()
         self._threads = torch.get_num_threads()
         self._buffers = Buffers()
-        self._layers: dict[int, tuple[structures.Layer, Layer, Tensor]] = {}
+        self._layers: dict[int, tuple[CLayer, Layer, Tensor]] = {}
         self._sums: dict[Tensor, Sum] = {}
         """By the x they are, those whose gradient is still to come."""
 
@@ -141,7 +139,7 @@ class NativeKernels(ReferenceKernels):
         loss = torch.empty(())
         self._library.classify(
             self.written(x).data_ptr(),
-            structures.linear(layer),
+            c_linear(layer),
             labels.data_ptr(),
             loss.data_ptr(),
             gradient.data_ptr(),
@@ -174,7 +172,7 @@ class NativeKernels(ReferenceKernels):
             gradient.data_ptr(), of_x.data_ptr(), *_pooled(of_x, gradient), self._threads
         )
 
-    def _convolve(self, x: structures.Input, layer: Layer, like: Tensor) -> Tensor:
+    def _convolve(self, x: CInput, layer: Layer, like: Tensor) -> Tensor:
         """The convolution y of x; its statistics are noted in the layer."""
         y = self._buffers.take(like)
         self._library.convolve3x3(x, self._layer(layer), y.data_ptr(), *self._geometry(y))
@@ -182,7 +180,7 @@ class NativeKernels(ReferenceKernels):
 
     def _convolve_backward(
         self,
-        x: structures.Input,
+        x: CInput,
         layer: Layer,
         y: Tensor,
         gradient: Tensor,
@@ -219,26 +217,26 @@ class NativeKernels(ReferenceKernels):
         del self._sums[x]
         return made.sums
 
-    def _input(self, x: Tensor) -> structures.Input:
+    def _input(self, x: Tensor) -> CInput:
         """x, which whoever takes this will have written."""
         made = self._sums.get(x)
         if made is None:
-            return structures.Input(x.data_ptr(), None, None, None)
+            return CInput(x.data_ptr(), None, None, None)
         made.is_written = True
         shortcut = None if made.shortcut is None else made.shortcut.data_ptr()
         norm = ctypes.pointer(self._layer(made.layer).norm)
-        return structures.Input(x.data_ptr(), made.y.data_ptr(), shortcut, norm)
+        return CInput(x.data_ptr(), made.y.data_ptr(), shortcut, norm)
 
-    def _between(self, y: Tensor, layer: Layer) -> structures.Input:
+    def _between(self, y: Tensor, layer: Layer) -> CInput:
         """ReLU(BN(y)), which is never stored."""
         norm = ctypes.pointer(self._layer(layer).norm)
-        return structures.Input(None, y.data_ptr(), None, norm)
+        return CInput(None, y.data_ptr(), None, norm)
 
-    def _layer(self, layer: Layer) -> structures.Layer:
+    def _layer(self, layer: Layer) -> CLayer:
         """As the kernels see it."""
         known = self._layers.get(id(layer))
         if known is None:
-            seen, noted = structures.layer(layer)
+            seen, noted = c_layer(layer)
             known = self._layers[id(layer)] = seen, layer, noted
         if layer.norm.factor is not None:
             known[0].norm.factor = layer.norm.factor.item()

@@ -1,0 +1,194 @@
+"""The native kernels as a library: compiled on first use, loaded, and called through ctypes."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from ctypes import POINTER, c_float, c_int, c_long, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.engine.kernels import Layer, Linear
+from stochastic_depth.errors import EngineError
+
+SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+
+
+def missing() -> str | None:
+    """Why native kernels cannot be had here; None where they can."""
+    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not processor.get("avx512_bf16"):
+        return "the processor has no AVX512-BF16"
+    if _compiler() is None:
+        return "no C++ compiler was found (g++, or the one that CXX names)"
+    return None
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, from the cache folder if they were compiled before.
+
+    Raises:
+        EngineError: where they cannot be compiled, saying why.
+    """
+    reason = missing()
+    if reason is not None:
+        raise EngineError(f"native kernels: {reason}; use --engine eager")
+    compiler = _compiler()
+    assert compiler is not None
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    made_of = [
+        *(path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))),
+        version,
+        *FLAGS,
+        repr(torch.cpu.get_capabilities()),
+    ]
+    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    cache = private_cache()
+    path = cache / f"native-{name}.so"
+    try:
+        if not (path.is_file() and only_we_write(path)):
+            _compile(compiler, path)
+        return declare(ctypes.CDLL(str(path)))
+    except OSError as error:
+        raise EngineError(
+            f"native kernels: {error}; remove {path}, or use --engine eager"
+        ) from error
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Make the library at `path`, which is whole or not there."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        outcome = subprocess.run(command, capture_output=True, text=True)
+        if outcome.returncode:
+            said = outcome.stderr.strip() or f"it ended with {outcome.returncode}"
+            raise EngineError(
+                f"native kernels: {compiler} failed: {said.splitlines()[0]}; use --engine eager"
+            )
+        made.chmod(0o700)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        made.replace(path)
+
+
+def private_cache() -> Path:
+    """`stochastic-depth` in the user's cache folder, made if need be, readable by its owner alone.
+
+    Raises:
+        EngineError: when it is another user's, or cannot be made.
+    """
+    try:
+        above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = above / "stochastic-depth"
+        above.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if not folder.is_dir() or not is_ours(folder):
+            raise EngineError(
+                f"{folder} is not a folder of yours, and what it holds would be run: remove it, or "
+                "set XDG_CACHE_HOME to a folder of your own"
+            )
+        folder.chmod(0o700)
+    except (OSError, RuntimeError) as error:
+        raise EngineError(
+            f"there is no folder for compiled code ({error}): set XDG_CACHE_HOME to one that can "
+            "be written, or use --engine eager"
+        ) from error
+    return folder
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it belongs to this user, and is no link."""
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode)
+
+
+def only_we_write(path: Path) -> bool:
+    """Whether nobody but this user can have written the file."""
+    return is_ours(path) and not path.lstat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+class CNorm(ctypes.Structure):
+    """See `normalisation.h`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "bias", "of_weight", "of_bias")),
+        *((name, c_void_p) for name in ("running_mean", "running_var")),
+        *((name, c_void_p) for name in ("mean", "rstd", "scale", "shift")),
+        *((name, c_float) for name in ("momentum", "eps", "factor")),
+    ]
+
+
+class CLayer(ctypes.Structure):
+    _fields_ = [("weight", c_void_p), ("of_weight", c_void_p), ("norm", CNorm)]
+
+
+class CInput(ctypes.Structure):
+    """What is convolved: x, which may be made of others on the way."""
+
+    _fields_ = [("x", c_void_p), ("y", c_void_p), ("shortcut", c_void_p), ("norm", POINTER(CNorm))]
+
+
+class CLinear(ctypes.Structure):
+    """See `classification.h`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "bias", "of_weight", "of_bias")),
+        ("classes", c_int),
+    ]
+
+
+_IMAGES = (c_int, c_int, c_int, c_int)  # number, side, channels, threads
+_ROWS = (c_long, c_int, c_int)  # pixels, channels, threads
+_POOLED = (c_int, c_int, c_int, c_int, c_int)  # rows, columns, channels of both, threads
+_SIGNATURES = {
+    "convolve3x3": (POINTER(CInput), POINTER(CLayer), c_void_p, *_IMAGES),
+    "convolve3x3_backward": (POINTER(CInput), POINTER(CLayer), *[c_void_p] * 6, *_IMAGES),
+    "convolve_pictures": (c_void_p, POINTER(CLayer), c_void_p, *_IMAGES),
+    "convolve_pictures_backward": (c_void_p, POINTER(CLayer), *[c_void_p] * 3, *_IMAGES),
+    "observe": (c_void_p, POINTER(CLayer), *_ROWS),
+    "observe_backward": (c_void_p, POINTER(CLayer), *[c_void_p] * 3, *_ROWS),
+    "complete": (POINTER(CInput), *_ROWS),
+    "complete_backward": (POINTER(CInput), c_void_p, c_void_p, *_ROWS),
+    "classify": (c_void_p, POINTER(CLinear), *[c_void_p] * 3, *_IMAGES),  # pixels for the side
+    "pool": (c_void_p, c_void_p, *_POOLED),
+    "pool_backward": (c_void_p, c_void_p, *_POOLED),
+}
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Let the functions of `library` check what they are called with."""
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def c_layer(of: Layer) -> tuple[CLayer, Tensor]:
+    """`of`, as the kernels see it, and the memory that they note statistics in, [4, channels]."""
+    norm, channels = of.norm, of.weight.shape[0]
+    noted = torch.empty(4, channels)
+    norm.mean, norm.rstd = noted[:2].unbind()
+    parameters = norm.weight, norm.bias, norm.weight_gradient, norm.bias_gradient
+    tensors = (*parameters, norm.running_mean, norm.running_var, *noted.unbind())
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    seen = CNorm(*pointers, norm.momentum, norm.eps, 1.0)
+    return CLayer(of.weight.data_ptr(), of.weight_gradient.data_ptr(), seen), noted
+
+
+def c_linear(of: Linear) -> CLinear:
+    """`of`, as the kernels see it."""
+    tensors = of.weight, of.bias, of.weight_gradient, of.bias_gradient
+    return CLinear(*(tensor.data_ptr() for tensor in tensors), len(of.bias))
