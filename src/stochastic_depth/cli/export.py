@@ -20,7 +20,7 @@ from stochastic_depth.export.network import (
 )
 from stochastic_depth.export.truncate import Dropped
 from stochastic_depth.export.write import SUFFIX, Format, write_export
-from stochastic_depth.surgery.plain_table import si
+from stochastic_depth.surgery.inspect import si
 from stochastic_depth.train import reopen
 
 

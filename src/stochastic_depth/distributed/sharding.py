@@ -32,7 +32,7 @@ def branch_modules(model: nn.Module) -> list[list[nn.Module]]:
     taken: set[nn.Module] = set()
     groups = []
     for found in sorted(applied_to(model).found, key=lambda block: len(block.parameters)):
-        always = {found.module, *(module for unit in found.units for module, _ in unit.cuts)}
+        always = {found.module, *(module for unit in found.units for module, _ in unit.edits)}
         group = [m for m in _outermost(model, "", set(found.parameters), always) if m not in taken]
         taken |= {inner for module in group for inner in module.modules()}
         if group:

@@ -13,9 +13,9 @@ from stochastic_depth.export.algebra import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block
 from stochastic_depth.surgery.apply import handle_of, remove
-from stochastic_depth.surgery.discovery.recording import tensors_in
 from stochastic_depth.surgery.find import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.tensors import largest_difference, tensors_in
 
 TOLERANCE = 1e-12
 """Of a branch's output in float64, relative to its largest value."""
@@ -127,16 +127,6 @@ def _traced(
     with preserve_state(twin), torch.no_grad(), Trace(twin.eval(), factors) as trace:
         outputs = run()
     return trace, tensors_in(outputs)
-
-
-def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Of tensors that belong together, relative to the largest value of each."""
-    largest = 0.0
-    for old, new in zip(before, after, strict=True):
-        if old.numel() and not torch.equal(old, new):
-            scale = max(old.abs().max().item(), torch.finfo(torch.float64).tiny)
-            largest = max(largest, (new.double() - old.double()).abs().max().item() / scale)
-    return largest
 
 
 def _inexact(model: nn.Module, block: Block, why: object) -> FoldError:

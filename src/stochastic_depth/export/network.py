@@ -25,7 +25,7 @@ from stochastic_depth.export.load import (
 from stochastic_depth.export.truncate import Dropped, drop_order, truncate
 from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.surgery.apply import applied_inside
-from stochastic_depth.surgery.flops import CountFlops
+from stochastic_depth.surgery.trace import CountFlops
 from stochastic_depth.survival import Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train import Run, best_record, trained_model

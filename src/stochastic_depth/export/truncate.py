@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.errors import TruncateError
-from stochastic_depth.export.fold import largest_difference, multipliers, multiply
+from stochastic_depth.export.fold import multipliers, multiply
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.apply import applied_to, handle_of, remove
-from stochastic_depth.surgery.discovery.recording import tensors_in
 from stochastic_depth.surgery.find import Example, Found, caller
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.tensors import largest_difference, tensors_in
 
 
 class ShortcutOnly(nn.Module):
@@ -175,7 +175,7 @@ def truncate(
     weights = multipliers(model, example, closed)
     twin = copy.deepcopy(model)
     truth = _closed_outputs(twin, closed, example)
-    _cut(twin, closed, weights)
+    _edit(twin, closed, weights)
     try:
         with preserve_state(twin), torch.no_grad():
             twin.eval()
@@ -190,7 +190,7 @@ def truncate(
             f"{type(model).__name__} without these blocks differs from itself with them closed by "
             f"{difference:.2g} of its largest output: keep others"
         )
-    _cut(model, closed, weights)
+    _edit(model, closed, weights)
     if recalibrate is not None:
         was_training = model.training
         update_bn(recalibrate, model, next(model.parameters()).device)
@@ -255,7 +255,7 @@ def _must_pass(block: Found) -> Any:
     return hook
 
 
-def _cut(model: nn.Module, closed: Sequence[int], weights: dict[str, float]) -> None:
+def _edit(model: nn.Module, closed: Sequence[int], weights: dict[str, float]) -> None:
     names = [applied_to(model).found[number].name for number in closed]
     multiply(model, weights)
     remove(model)

@@ -12,8 +12,9 @@ from stochastic_depth.gates import BlockGates, GateKind, Scale
 from stochastic_depth.handle import Block, Handle, SkippedPolicy, integer
 from stochastic_depth.hooks import ForwardHooks, batch_size
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.discovery.cuts import Cut
+from stochastic_depth.surgery.check import check, check_training, establish
 from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
+from stochastic_depth.surgery.edits import Edit
 from stochastic_depth.surgery.find import (
     Choice,
     Example,
@@ -26,7 +27,6 @@ from stochastic_depth.surgery.find import (
     unsupported,
 )
 from stochastic_depth.surgery.install import install, is_installed, uninstall
-from stochastic_depth.surgery.proof import check, check_training, establish
 from stochastic_depth.survival import LinearDecay, Ramp, Survival, survival_of
 
 _ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
@@ -233,7 +233,7 @@ def _open_up(
 
 def put_gates(found: Sequence[Found], select: bool) -> list[Block]:
     """Install gates in all modules of all blocks: one for each unit."""
-    cuts: dict[nn.Module, dict[Cut, BlockGates]] = {}
+    edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
     blocks: list[Block] = []
     for block in found:
         if isinstance(block.module, Residual):
@@ -243,11 +243,11 @@ def put_gates(found: Sequence[Found], select: bool) -> list[Block]:
             continue
         gates = tuple(BlockGates() for _ in block.units)
         for unit, of_unit in zip(block.units, gates, strict=True):
-            for module, cut in unit.cuts:
-                cuts.setdefault(module, {})[cut] = of_unit
+            for module, edit in unit.edits:
+                edits.setdefault(module, {})[edit] = of_unit
         blocks.append(Block(block.name, gates, block.parameters))
     names = {block.module: block.name for block in found}
-    for module, of_module in cuts.items():
+    for module, of_module in edits.items():
         try:
             install(module, of_module, select)
         except UnsupportedBlockError as error:

@@ -1,4 +1,4 @@
-"""The residual blocks of a model, whoever wrote it."""
+"""The residual blocks of a model, whoever wrote it, and how each addition is made skippable."""
 
 import functools
 import operator
@@ -11,11 +11,81 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.cutting.slicing import in_loop
-from stochastic_depth.surgery.discovery.cuts import Argument, Cut, Opaque, Registered, Sum
-from stochastic_depth.surgery.discovery.discover import Addition, discover
-from stochastic_depth.surgery.mechanism import cuts_of, registered_around
+from stochastic_depth.surgery.adapters import registered
+from stochastic_depth.surgery.additions import Addition, discover
+from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
+from stochastic_depth.surgery.install import gated_class
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.rewrite import in_loop, skipped_when_closed
+
+
+def edits_of(
+    addition: Addition, modules: Mapping[str, nn.Module], alone: bool
+) -> tuple[tuple[nn.Module, Edit], ...]:
+    """Where the modules get the gate of `addition`, the one that adds first.
+
+    Args:
+        modules: by name.
+        alone: whether it is the only addition of its owner.
+
+    Raises:
+        UnsupportedBlockError: when there is no way; says what was tried.
+    """
+    whole = registered_around(addition.owner, modules)
+    if whole is not None:
+        forward = registered(type(modules[whole]))
+        assert forward is not None
+        return ((modules[whole], Registered(forward)),)
+    try:
+        return _sliced(addition, modules)
+    except UnsupportedBlockError as error:
+        if addition.whole and alone:
+            return ((modules[addition.owner], Opaque()),)
+        raise UnsupportedBlockError(
+            f"{error}; nor can it be skipped as a whole, because it is more than its input plus "
+            "one branch"
+        ) from error
+
+
+def _sliced(
+    addition: Addition, modules: Mapping[str, nn.Module]
+) -> tuple[tuple[nn.Module, Edit], ...]:
+    if addition.begins_elsewhere:
+        raise UnsupportedBlockError("its branch begins outside of the model's modules")
+    edits: list[tuple[nn.Module, Edit]] = []
+    skips = False
+    for name, edit in addition.edits:
+        mine: list[Sliced]
+        if edit is None:
+            raise UnsupportedBlockError(
+                f"its addition is not in a method of {type(modules[name]).__name__}, but in a "
+                "function that one calls"
+            )
+        mine = [edit]
+        calls, unused = skipped_when_closed(edit)
+        skips |= calls
+        for caller in edit.callers:  # which may compute the branch for the method they call
+            if not unused:
+                break
+            mine.append(Argument(caller.place, unused, caller.dead))
+            calls, unused = skipped_when_closed(mine[-1])
+            skips |= calls
+        gated_class(type(modules[name]), tuple(mine), False, False, "")
+        edits += [(modules[name], each) for each in mine]
+    if not skips:
+        raise UnsupportedBlockError(
+            f"{edits[0][1]}: the model needs all of its branch for other things too"
+        )
+    return tuple(edits)
+
+
+def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The nearest module, from `owner` outwards, of a registered class."""
+    name = owner
+    while name and registered(type(modules[name])) is None:
+        name = name.rpartition(".")[0]
+    return name or None
+
 
 Granularity = Literal["block", "unit"]
 """One coin for all residual additions of a module, or one for each."""
@@ -34,7 +104,7 @@ Choice = Named | Iterable[Named]
 class Unit:
     """What gets one gate: a residual addition, or a registered module."""
 
-    cuts: tuple[tuple[nn.Module, Cut], ...]
+    edits: tuple[tuple[nn.Module, Edit], ...]
     additions: tuple[tuple[nn.Module, Sum], ...]
     """The modules that add, and where."""
 
@@ -63,7 +133,7 @@ class Found:
         """How it is made skippable."""
         if self.refusal:
             return "none"
-        kinds = {type(cut) for unit in self.units for _, cut in unit.cuts}
+        kinds = {type(edit) for unit in self.units for _, edit in unit.edits}
         return next((name for kind, name in NAME_OF.items() if kind in kinds), "Residual")
 
 
@@ -114,8 +184,8 @@ def find_blocks(
 
 def _gathers(addition: Addition) -> bool:
     """Whether it sums parts up in a loop, which is no residual unit."""
-    _, cut = addition.cuts[0]
-    return cut is not None and not addition.identity and in_loop(cut.place)
+    _, edit = addition.edits[0]
+    return edit is not None and not addition.identity and in_loop(edit.place)
 
 
 def _block_of(
@@ -126,7 +196,7 @@ def _block_of(
         return addition.owner, None
     whole = registered_around(addition.owner, modules)
     if granularity == "unit":
-        return (addition.owner, addition.cuts) if whole is None else (whole, None)
+        return (addition.owner, addition.edits) if whole is None else (whole, None)
     return repeated_block(whole or addition.owner, modules), None
 
 
@@ -174,12 +244,12 @@ def _found(name: str, additions: list[Addition], modules: Mapping[str, nn.Module
     of_owner = Counter(addition.owner for addition in additions)
     for addition in additions:
         try:
-            cuts = cuts_of(addition, modules, of_owner[addition.owner] == 1)
+            edits = edits_of(addition, modules, of_owner[addition.owner] == 1)
         except UnsupportedBlockError as error:
             refusal = refusal or str(error)
             continue
-        before = units[cuts].additions if cuts in units else ()
-        units[cuts] = Unit(cuts, before + _stands(addition, modules))
+        before = units[edits].additions if edits in units else ()
+        units[edits] = Unit(edits, before + _stands(addition, modules))
     return Found(
         name,
         module,
@@ -195,8 +265,8 @@ def _found(name: str, additions: list[Addition], modules: Mapping[str, nn.Module
 def _stands(
     addition: Addition, modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[nn.Module, Sum], ...]:
-    name, cut = addition.cuts[0]
-    return ((modules[name], cut),) if isinstance(cut, Sum) else ()
+    name, edit = addition.edits[0]
+    return ((modules[name], edit),) if isinstance(edit, Sum) else ()
 
 
 def _residual(name: str, module: Residual, flops: int) -> Found:

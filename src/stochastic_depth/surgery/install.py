@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Gate
-from stochastic_depth.surgery.cutting.slicing import slice_method
-from stochastic_depth.surgery.discovery.cuts import Cut, Opaque, Registered, Sliced
+from stochastic_depth.surgery.edits import Edit, Opaque, Registered, Sliced
+from stochastic_depth.surgery.rewrite import slice_method
 
 GATES = "_stochastic_depth_gates"
-"""The attribute of a module that holds its `BlockGates`, one for each cut."""
+"""The attribute of a module that holds its `BlockGates`, one for each edit."""
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
-def install(module: nn.Module, gates: Mapping[Cut, BlockGates], select: bool = False) -> None:
-    """Put `gates` at their cuts of `module`, in place, in order of execution.
+def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = False) -> None:
+    """Put `gates` at their edits of `module`, in place, in order of execution.
 
     The module keeps its parameters, its attributes and, for `isinstance`, its class.
 
@@ -28,7 +28,7 @@ def install(module: nn.Module, gates: Mapping[Cut, BlockGates], select: bool = F
         select: whether a gate may ask for some of the samples only.
 
     Raises:
-        UnsupportedBlockError: when a method cannot be cut; `module` is as it was.
+        UnsupportedBlockError: when a method cannot be edited; `module` is as it was.
     """
     if "forward" in vars(module):
         raise UnsupportedBlockError("its forward method is set on the instance, not in the class")
@@ -51,25 +51,25 @@ def is_installed(module: nn.Module) -> bool:
 @functools.cache
 def gated_class(
     kind: type[nn.Module],
-    cuts: tuple[Cut, ...],
+    edits: tuple[Edit, ...],
     copy_shortcut: bool,
     select: bool,
     look: str,
 ) -> Any:
-    """A subclass of `kind`, of the same name, which has gates at `cuts`.
+    """A subclass of `kind`, of the same name, which has gates at `edits`.
 
     torch.compile keeps the graphs of a method with its code object, a few at most, and what it
     knows of changing sizes with the code's name. So each `look` gets both of its own.
 
     Raises:
-        UnsupportedBlockError: when a method cannot be cut.
+        UnsupportedBlockError: when a method cannot be edited.
     """
     methods: dict[str, Any] = {}
     parents: list[type[nn.Module]] = []
-    sliced = [cut for cut in cuts if isinstance(cut, Sliced)]
-    for defined, name in dict.fromkeys((cut.place.kind, cut.place.method) for cut in sliced):
-        mine = [cut for cut in sliced if (cut.place.kind, cut.place.method) == (defined, name)]
-        gates = functools.partial(_gates_now, [cuts.index(cut) for cut in mine])
+    sliced = [edit for edit in edits if isinstance(edit, Sliced)]
+    for defined, name in dict.fromkeys((edit.place.kind, edit.place.method) for edit in sliced):
+        mine = [edit for edit in sliced if (edit.place.kind, edit.place.method) == (defined, name)]
+        gates = functools.partial(_gates_now, [edits.index(edit) for edit in mine])
         outer = vars(defined)[name]
         inner = inspect.unwrap(outer)
         new = slice_method(inner, mine, gates, copy_shortcut, select)
@@ -78,17 +78,17 @@ def gated_class(
             methods[name] = method
         else:  # reached by super(): a class between `defined` and its children
             parents.append(type(defined.__name__, (defined,), {name: method}))
-    for number, cut in enumerate(cuts):
-        if isinstance(cut, Opaque):
+    for number, edit in enumerate(edits):
+        if isinstance(edit, Opaque):
             methods["forward"] = _opaque_forward(kind, number)
-        elif isinstance(cut, Registered):
-            methods["forward"] = _registered_forward(cut.forward, number)
+        elif isinstance(edit, Registered):
+            methods["forward"] = _registered_forward(edit.forward, number)
     if "forward" not in methods and isinstance(kind.forward, FunctionType):
         methods["forward"] = _remade(kind.forward, kind.forward.__closure__)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        return _build, (build, kind, cuts, copy_shortcut, select, look, *arguments[1:]), *rest
+        return _build, (build, kind, edits, copy_shortcut, select, look, *arguments[1:]), *rest
 
     made: type[nn.Module] = type(
         kind.__name__,
@@ -190,7 +190,7 @@ def _registered_forward(gated: Callable[..., Any], number: int) -> FunctionType:
 def _build(
     build: Any,
     kind: type[nn.Module],
-    cuts: tuple[Cut, ...],
+    edits: tuple[Edit, ...],
     copy_shortcut: bool,
     select: bool,
     look: str,
@@ -198,7 +198,7 @@ def _build(
 ) -> Any:
     """What unpickling and copying call; raises where the source has changed since."""
     try:
-        return build(gated_class(kind, cuts, copy_shortcut, select, look), *rest)
+        return build(gated_class(kind, edits, copy_shortcut, select, look), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
             f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "

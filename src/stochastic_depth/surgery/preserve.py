@@ -1,4 +1,4 @@
-"""Run a model for a look at it, and leave no trace."""
+"""Run a model and restore all of its state afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

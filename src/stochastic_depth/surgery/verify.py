@@ -15,12 +15,11 @@ from stochastic_depth.handle import Block
 from stochastic_depth.hooks import batch_size
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.check import check, check_training, establish, train_once
 from stochastic_depth.surgery.find import Example, caller
+from stochastic_depth.surgery.inspect import plain_table, summary
 from stochastic_depth.surgery.install import is_installed
-from stochastic_depth.surgery.plain_table import plain_table
 from stochastic_depth.surgery.preserve import preserve_state
-from stochastic_depth.surgery.proof import check, check_training, establish, train_once
-from stochastic_depth.surgery.summary import summary
 from stochastic_depth.timing import take_turns
 
 

@@ -7,14 +7,14 @@ values computed from the same input of one module (a projection shortcut).
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, nn
 
-from stochastic_depth.surgery.discovery.cuts import (
+from stochastic_depth.surgery.edits import (
     Argument,
     Caller,
     Method,
@@ -25,8 +25,83 @@ from stochastic_depth.surgery.discovery.cuts import (
     Sum,
     methods_of,
 )
-from stochastic_depth.surgery.discovery.idle import Snapshot, take_snapshot, with_idle
-from stochastic_depth.surgery.discovery.recording import Call, Recording, recorded, tensors_in
+from stochastic_depth.surgery.trace import Call, Recording, recorded
+from stochastic_depth.tensors import tensors_in
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Variables when an addition is made, of all methods at work in each module that is edited."""
+
+    total: int
+    """The result of the addition."""
+    variables: tuple[tuple[dict[str, int | None], ...], ...]
+    """Module by module, method by method: None, or the number of a value that nobody but the branch
+    has used by now."""
+
+
+def take_snapshot(
+    recording: Recording, total: int, frames: Sequence[Sequence[FrameType]], branch: set[int]
+) -> Snapshot:
+    """What may turn out to be dead.
+
+    Args:
+        frames: of the methods at work, module by module.
+        branch: the values of the branch.
+    """
+
+    def candidates(frame: FrameType) -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
+        for name, value in frame.f_locals.items():
+            if value is None:
+                found[name] = None
+            elif isinstance(value, Tensor):
+                number = recording.number(value)
+                if branch.issuperset(recording.values[number].children):
+                    found[name] = number
+        return found
+
+    return Snapshot(total, tuple(tuple(map(candidates, methods)) for methods in frames))
+
+
+def with_dead_variables(
+    recording: Recording,
+    edits: Sequence[tuple[str, Sliced | None]],
+    snapshots: Sequence[Snapshot],
+    outputs: set[int],
+) -> tuple[tuple[str, Sliced | None], ...]:
+    """`edits`, with the variables that were dead whenever the addition was made.
+
+    Args:
+        outputs: of the model.
+    """
+
+    def nobody_used(number: int | None, total: int) -> bool:
+        if number is None:
+            return True
+        later = any(child > total for child in recording.values[number].children)
+        return not later and number not in outputs
+
+    def dead(module: int, method: int) -> frozenset[str]:
+        names = [
+            {
+                name
+                for name, number in s.variables[module][method].items()
+                if nobody_used(number, s.total)
+            }
+            for s in snapshots
+            if method < len(s.variables[module])
+        ]
+        return frozenset(set.intersection(*names)) if len(names) == len(snapshots) else frozenset()
+
+    def completed(module: int, edit: Sliced | None) -> Sliced | None:
+        if edit is None:
+            return None
+        callers = tuple(Caller(c.place, dead(module, n)) for n, c in enumerate(edit.callers, 1))
+        return replace(edit, dead=dead(module, 0), callers=callers)
+
+    return tuple((name, completed(n, edit)) for n, (name, edit) in enumerate(edits))
+
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
@@ -34,8 +109,8 @@ MIXES = ("linear", "conv", "mm", "matmul", "einsum", "attention", "pool", "fft")
 """Parts of the names of functions of which a branch has at least one: what only adds to, scales or
 bends a value (an activation written out, a rotary embedding, a normalisation) is no branch."""
 
-Cuts = tuple[tuple[str, Sliced | None], ...]
-"""Modules by name, and where to cut them: the one that adds first; None where no method is."""
+Edits = tuple[tuple[str, Sliced | None], ...]
+"""Modules by name, and where to edit them: the one that adds first; None where no method is."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +119,7 @@ class Addition:
 
     owner: str
     """Name of the module in which its branch begins: the one that adds, or one that calls it."""
-    cuts: Cuts
+    edits: Edits
     identity: bool
     """Whether the shortcut is the very value that the branch was computed from."""
     begins_elsewhere: bool = False
@@ -77,9 +152,9 @@ class _Search:
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        self.found: dict[tuple[str, Cuts], Addition] = {}
-        self.snapshots: defaultdict[tuple[str, Cuts], list[Snapshot]] = defaultdict(list)
-        self.sums: dict[int, tuple[tuple[str, Cuts], int]] = {}
+        self.found: dict[tuple[str, Edits], Addition] = {}
+        self.snapshots: defaultdict[tuple[str, Edits], list[Snapshot]] = defaultdict(list)
+        self.sums: dict[int, tuple[tuple[str, Edits], int]] = {}
         """Results of residual additions: which one, and the value of its shortcut."""
         self.added: set[tuple[CodeType, int, int]] = set()
         """Which expressions have added which values."""
@@ -90,7 +165,9 @@ class _Search:
         return [
             replace(
                 addition,
-                cuts=with_idle(self.recording, addition.cuts, self.snapshots[key], outputs),
+                edits=with_dead_variables(
+                    self.recording, addition.edits, self.snapshots[key], outputs
+                ),
             )
             for key, addition in self.found.items()
         ]
@@ -184,7 +261,7 @@ class _Search:
     ) -> None:
         """Follow a residual addition to where its branch begins, and note it."""
         kept = left if side == "left" else right
-        cuts: list[tuple[str, Sliced | None]] = []
+        edits: list[tuple[str, Sliced | None]] = []
         frames: list[list[FrameType]] = []
         handed: tuple[Parameter, ...] = ()
         branch: set[int] = set()
@@ -192,17 +269,17 @@ class _Search:
         for call in reversed(self.recording.calls):
             methods = list(methods_of(call.module, frame))
             frames.append([method.frame for method in methods])
-            if not cuts:
-                cut = self._sum(methods, side, kept)
+            if not edits:
+                edit = self._sum(methods, side, kept)
             else:
                 place, callers = _places(methods)
-                cut = place and Argument(place, handed, callers=callers)
-            cuts.append((call.name, cut))
+                edit = place and Argument(place, handed, callers=callers)
+            edits.append((call.name, edit))
             branch = _branch(self._reaches(left, right, call), side)
             handed = self._handed(call, branch, kept)
             if not handed:
                 break
-        key = call.name, tuple(cuts)
+        key = call.name, tuple(edits)
         before = self.found.get(key) or Addition(*key, identity)
         self.found[key] = replace(
             before,

@@ -1,23 +1,102 @@
-"""Prove on a model and an example that its blocks do what they should under their gates."""
+"""Prove on a model and an example that its blocks do what they should under their gates.
+
+The truth comes from an independent way: the whole original model runs, branches included, and only
+the results of the chosen additions are replaced by their shortcut (`bypassed`).
+"""
 
 import random
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import GateError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block
 from stochastic_depth.hooks import refuse_cache
-from stochastic_depth.surgery.bypass import bypassed
+from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.additions import ADDITIONS
+from stochastic_depth.surgery.edits import Sum, find_place
 from stochastic_depth.surgery.find import Found, unsupported
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.tensors import largest_difference, tensors_in
+
+
+@contextmanager
+def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[None]:
+    """While entered, the additions of `blocks`, of a model without gates, return their shortcut.
+
+    Args:
+        keep: bool [batch]; the samples that the branches are added for all the same.
+    """
+    additions = []
+    with ExitStack() as entered:
+        for block in blocks:
+            additions += [addition for unit in block.units for addition in unit.additions]
+            whole = [unit.edits[0][0] for unit in block.units if not unit.additions]
+            for module in whole:
+                entered.enter_context(_returns(module, lambda module, x: x, keep))
+            if isinstance(block.module, Residual):
+                entered.enter_context(_returns(block.module, _around, keep))
+        entered.enter_context(_Bypass(additions, keep))
+        yield
+
+
+class _Bypass(TorchFunctionMode):
+    def __init__(self, additions: list[tuple[nn.Module, Sum]], keep: Tensor | None) -> None:
+        super().__init__()
+        self.additions, self.keep = additions, keep
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ADDITIONS and len(args) == 2:
+            for module, edit in self.additions:
+                if find_place(module, sys._getframe(1)) == edit.place:
+                    shortcut = args[0 if edit.shortcut == "left" else 1].clone()
+                    if self.keep is None:
+                        return shortcut
+                    return _mixed(func(args[0].clone(), args[1]), shortcut, self.keep)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _returns(
+    module: Any, closed: Callable[[Any, Tensor], Tensor], keep: Tensor | None
+) -> Iterator[None]:
+    """While entered, `module` returns what `closed` makes of it and its first argument."""
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return _mixed(output, closed(module, args[0]), keep)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _around(module: Residual, x: Tensor) -> Tensor:
+    shortcut = x if module.shortcut is None else module.shortcut(x)
+    return shortcut if module.activation is None else module.activation(shortcut.clone())
+
+
+def _mixed(output: Tensor, shortcut: Tensor, keep: Tensor | None) -> Tensor:
+    if keep is None:
+        return shortcut
+    if len(output) != len(keep):
+        raise UnsupportedBlockError(
+            f"a residual addition is of a tensor {list(output.shape)}, which does not have the "
+            f'{len(keep)} samples first: use gate="batch" for this model, or exclude='
+        )
+    return torch.where(keep.view(-1, *[1] * (output.ndim - 1)), output, shortcut)
+
 
 CLOSED, OPEN = Gate(open=False), Gate()
 SUBSETS = 3
@@ -65,13 +144,13 @@ def establish(
         outputs, selected = [], []
         for closed in sets:
             with bypassed([found[n] for n in closed]):
-                outputs.append(_outputs(run()))
+                outputs.append(tensors_in(run()))
         if batch is not None:
             keep = torch.arange(batch) % 2 == 0
             for block in found:
                 with bypassed([block], keep):
-                    selected.append(_outputs(run()))
-        return Truth(_outputs(run()), tuple(sets), tuple(outputs), tuple(selected))
+                    selected.append(tensors_in(run()))
+        return Truth(tensors_in(run()), tuple(sets), tuple(outputs), tuple(selected))
 
 
 def check(
@@ -187,7 +266,7 @@ def train_once(run: Callable[[], Any]) -> None:
     """A forward pass, and the backward pass of the sum of all that it gives."""
     output = run()
     refuse_cache(output)
-    differentiable = [out for out in _outputs(output) if out.requires_grad]
+    differentiable = [out for out in tensors_in(output) if out.requires_grad]
     if differentiable:
         torch.stack([out.float().sum() for out in differentiable]).sum().backward()
 
@@ -213,7 +292,7 @@ def _calls(model: nn.Module) -> Iterator[_Calls]:
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             calls.number[name] += 1
-            calls.given[name] += sum(tensor.numel() for tensor in _outputs((args, kwargs)))
+            calls.given[name] += sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
 
         return hook
 
@@ -232,26 +311,16 @@ def _compare(run: Callable[[], Any], expected: Outputs, when: str, tolerance: fl
     """The largest relative difference of the outputs, which must not be above `tolerance`."""
     try:
         with torch.no_grad():
-            outputs = _outputs(run())
+            outputs = tensors_in(run())
     except Exception as error:
         raise UnsupportedBlockError(
             f"with {when} the model fails: {type(error).__name__}: {error}; exclude= leaves blocks "
             "as they are"
         ) from error
-    largest = 0.0
-    for mine, true in zip(outputs, expected, strict=True):
-        if torch.equal(mine, true) or not true.numel():
-            continue
-        scale = max(true.abs().max().item(), 1e-30)
-        difference = (mine.double() - true.double()).abs().max().item() / scale
-        if not difference <= tolerance:
-            raise UnsupportedBlockError(
-                f"with {when} the output differs from the original's by {difference:.2g} of its "
-                "largest value where it should not; exclude= leaves blocks as they are"
-            )
-        largest = max(largest, difference)
-    return largest
-
-
-def _outputs(value: Any) -> Outputs:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    difference = largest_difference(expected, outputs)
+    if difference > tolerance:
+        raise UnsupportedBlockError(
+            f"with {when} the output differs from the original's by {difference:.2g} of its "
+            "largest value where it should not; exclude= leaves blocks as they are"
+        )
+    return difference

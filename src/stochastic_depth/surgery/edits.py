@@ -35,7 +35,7 @@ class Caller:
     """A call in a method."""
 
     place: Place
-    idle: frozenset[str] = frozenset()
+    dead: frozenset[str] = frozenset()
     """Variables of the method that were None, or that nobody used later: a closed branch, which
     does not compute them, makes them None."""
 
@@ -48,7 +48,7 @@ class Sum:
     shortcut: Side
     within: Parameter | None = None
     """Where a function that is called there adds: which of its parameters is the shortcut."""
-    idle: frozenset[str] = frozenset()
+    dead: frozenset[str] = frozenset()
     """As a caller's."""
     callers: tuple[Caller, ...] = ()
     """Where other methods of the module call this one, from the inside out."""
@@ -66,7 +66,7 @@ class Argument:
 
     place: Place
     arguments: tuple[Parameter, ...]
-    idle: frozenset[str] = frozenset()
+    dead: frozenset[str] = frozenset()
     callers: tuple[Caller, ...] = ()
 
 
@@ -83,7 +83,7 @@ class Registered:
 
 
 Sliced = Sum | Argument
-Cut = Sum | Argument | Opaque | Registered
+Edit = Sum | Argument | Opaque | Registered
 
 
 @dataclass(frozen=True)

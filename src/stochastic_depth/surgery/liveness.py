@@ -1,20 +1,115 @@
-"""Go back from an addition through its method, and gate what only the branch needs."""
+"""Which statements of a method only the branch needs: from the addition backwards."""
 
 import ast
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from stochastic_depth.surgery.cutting.liveness import (
-    conditional_uses,
-    defines,
-    is_steady,
-    only_assigns,
-    stores_elsewhere,
-    surely_defines,
-    uses,
-)
+
+def only_assigns(statement: ast.stmt) -> bool:
+    """Whether all it does is to compute values of variables."""
+    if isinstance(statement, ast.If | ast.For | ast.While):
+        return all(map(only_assigns, [*statement.body, *statement.orelse]))
+    if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
+        return True
+    if isinstance(statement, ast.Assign):
+        return all(_are_names(target) for target in statement.targets)
+    if isinstance(statement, ast.Expr):
+        return _changed_in_place(statement) is not None
+    return isinstance(statement, ast.AugAssign | ast.AnnAssign) and _are_names(statement.target)
+
+
+def _changed_in_place(node: ast.AST) -> str | None:
+    """The variable that `x.mul_(...)` or `x.append(...)`, as a statement, changes."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        function = node.value.func
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+            changes = function.attr.endswith("_") or function.attr in ("append", "extend")
+            return function.value.id if changes else None
+    return None
+
+
+def _are_names(target: ast.expr) -> bool:
+    if isinstance(target, ast.Tuple | ast.List):
+        return all(map(_are_names, target.elts))
+    return isinstance(target, ast.Name)
+
+
+def uses(node: ast.AST) -> frozenset[str]:
+    """The variables whose values it may need."""
+    names = {n.id for n in _names(node) if isinstance(n.ctx, ast.Load)}
+    changed = (n.target for n in ast.walk(node) if isinstance(n, ast.AugAssign))
+    return frozenset(names | {target.id for target in changed if isinstance(target, ast.Name)})
+
+
+def conditional_uses(node: ast.AST) -> tuple[frozenset[str], dict[str, list[ast.expr]]]:
+    """The variables that it needs, and those that it needs if one of some conditions holds."""
+    found: dict[str, list[list[ast.expr]]] = {}
+
+    def visit(node: ast.AST, tests: list[ast.expr]) -> None:
+        if isinstance(node, ast.IfExp) and is_steady(node.test):
+            visit(node.test, tests)
+            for name in uses(node.body) & uses(node.orelse):
+                found.setdefault(name, []).append(tests)
+            visit(node.body, [*tests, node.test])
+            visit(node.orelse, [*tests, ast.UnaryOp(ast.Not(), node.test)])
+            return
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found.setdefault(node.id, []).append(tests)
+        for child in ast.iter_child_nodes(node):
+            visit(child, tests)
+
+    visit(node, [])
+    always = (uses(node) - found.keys()) | {name for name, each in found.items() if [] in each}
+    return frozenset(always), {
+        name: [tests[0] if len(tests) == 1 else ast.BoolOp(ast.And(), tests) for tests in each]
+        for name, each in found.items()
+        if name not in always
+    }
+
+
+def defines(node: ast.AST) -> frozenset[str]:
+    """The variables that it may set or change."""
+    loops = (n.target for n in ast.walk(node) if isinstance(n, ast.comprehension))
+    of_comprehensions = {id(name) for target in loops for name in _names(target)}
+    stored = (n for n in _names(node) if isinstance(n.ctx, ast.Store))
+    changed = (name for n in ast.walk(node) if (name := _changed_in_place(n)) is not None)
+    return frozenset([*(n.id for n in stored if id(n) not in of_comprehensions), *changed])
+
+
+def surely_defines(statement: ast.stmt) -> frozenset[str]:
+    """The variables that have a new value after it, whatever it does."""
+    if isinstance(statement, ast.If):
+        both = [
+            frozenset[str]().union(*map(surely_defines, part))
+            for part in (statement.body, statement.orelse)
+        ]
+        return both[0] & both[1]
+    if isinstance(statement, ast.Assign):
+        return frozenset[str]().union(*map(defines, statement.targets))
+    if isinstance(statement, ast.AnnAssign | ast.AugAssign) and statement.value is not None:
+        return defines(statement.target)
+    return frozenset()
+
+
+def stores_elsewhere(statement: ast.stmt) -> bool:
+    """Whether it changes something besides variables."""
+    return any(
+        isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)
+        for node in ast.walk(statement)
+    )
+
+
+def _names(node: ast.AST) -> Iterator[ast.Name]:
+    return (n for n in ast.walk(node) if isinstance(n, ast.Name))
+
+
+def is_steady(test: ast.expr) -> bool:
+    """Whether a condition can be evaluated earlier than where it stands: it calls nothing."""
+    kinds = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp)
+    others = (ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop)
+    return all(isinstance(node, kinds + others) for node in ast.walk(test))
 
 
 @dataclass
@@ -56,7 +151,7 @@ class Backward:
 
     runs: ast.expr
     """The condition under which it runs."""
-    idle: frozenset[str]
+    dead: frozenset[str]
     """Variables that a closed branch makes None."""
     branch: list[ast.AST]
     """The expressions and statements of the branch found so far."""
@@ -80,7 +175,7 @@ class Backward:
                 needed.live = needed.live.union(*map(uses, block[: i + 1]))
                 return
             needed.settle(changes)
-            beside = defined & needed.live & self.idle
+            beside = defined & needed.live & self.dead
             if (
                 only_assigns(statement)
                 and defined & needed.live == beside
@@ -95,7 +190,7 @@ class Backward:
                 self.through_both(statement, needed)
             else:
                 needed.before(statement, surely_defines(statement))
-            self.idle -= defined  # which earlier statements gave another value
+            self.dead -= defined  # which earlier statements gave another value
 
     def skipped(self, statement: ast.stmt, beside: frozenset[str], needed: Needed) -> ast.stmt:
         """A statement that runs with the branch only; what it defines `beside` it is else None."""
@@ -113,9 +208,9 @@ class Backward:
         """Go back over both arms of a condition, in which some of the branch may be."""
         arms = []
         for arm in (statement.body, statement.orelse):
-            inside, idle = needed.copied(), self.idle
+            inside, dead = needed.copied(), self.dead
             self.through(arm, len(arm), inside)
-            self.idle = idle
+            self.dead = dead
             arms.append(inside)
         tests = [statement.test], [negated(statement.test)]
         needed.live = uses(statement.test) | (arms[0].live & arms[1].live)

@@ -1,4 +1,4 @@
-"""Watch one forward pass: which value is computed from which, and in which module."""
+"""Watch one forward pass: which value is computed from which, in which module, at what cost."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,9 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from stochastic_depth.surgery.flops import CountFlops
+from stochastic_depth.tensors import tensors_in
+
+
+class CountFlops(TorchDispatchMode):
+    """While entered, adds up the FLOPs of products, convolutions and attention in `total`.
+
+    By PyTorch's own formulas. Its `FlopCounterMode` keeps account of modules besides, for which it
+    needs hooks in the backward graph that not every model lets it have.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+        if formula is None:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        self.total += formula(*args, **kwargs, out_val=out)
+        return out
 
 
 @dataclass
@@ -161,8 +187,3 @@ def _hooks(
         module.register_forward_pre_hook(begin, with_kwargs=True),
         module.register_forward_hook(end),
     )
-
-
-def tensors_in(values: object) -> list[Tensor]:
-    """All tensors in nested containers."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

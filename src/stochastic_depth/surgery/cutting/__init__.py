@@ -1,1 +1,0 @@
-"""Rewrite the methods of a model so that closed branches do not run."""

@@ -1,0 +1,293 @@
+"""What stochastic depth would do to a model (`plan`), and what its blocks cost (`summary`)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from stochastic_depth.gates import Gate
+from stochastic_depth.handle import Block
+from stochastic_depth.surgery.apply import (
+    chosen_survival,
+    handle_of,
+    put_gates,
+    refuse_applied,
+    take_gates,
+)
+from stochastic_depth.surgery.check import still_running
+from stochastic_depth.surgery.find import (
+    Choice,
+    Example,
+    Found,
+    Granularity,
+    caller,
+    find_blocks,
+    nothing_found,
+)
+from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.trace import CountFlops
+from stochastic_depth.survival import Survival
+from stochastic_depth.tensors import tensors_in
+
+
+def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """Columns under their `head`; the first `left` of them begin, the others end, in one line."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if n < left else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def si(count: float) -> str:
+    """With three figures and a unit: 1.23 G."""
+    for unit in ("", "k", "M", "G", "T"):
+        if count < 1000:
+            return f"{count:.3g} {unit}".rstrip()
+        count /= 1000
+    return f"{count:.3g} P"
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """One residual block, and how it would be made skippable."""
+
+    name: str
+    kind: str
+    """The name of its class."""
+    shortcut: str
+    """"identity" or "projection"; both, with a comma, where its additions differ."""
+    mechanism: str
+    """"Residual": built to be skipped; "slice": its method is cut at the addition; "call": and so
+    is the one that calls it, because the branch begins there; "registered": by
+    `sd.register_unit`; "opaque": as a whole; "none": not at all, see `refusal`."""
+    survival: float
+    parameters: int
+    """Of its branches."""
+    flops: int
+    """Of its branches in one forward pass on the example, 2 for each multiply-add."""
+    refusal: str
+    """Why it cannot be made skippable; empty where it can."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model's residual blocks; printed, it is a table."""
+
+    blocks: tuple[PlannedBlock, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block can be made skippable."""
+        return not any(block.refusal for block in self.blocks)
+
+    def __str__(self) -> str:
+        head = ("block", "class", "shortcut", "mechanism", "p", "parameters", "FLOPs")
+        rows = [
+            (
+                block.name,
+                block.kind,
+                block.shortcut,
+                block.mechanism,
+                f"{block.survival:.3f}",
+                si(block.parameters),
+                si(block.flops),
+            )
+            for block in self.blocks
+        ]
+        refused = [f"{b.name!r} ({b.kind}): {b.refusal}" for b in self.blocks if b.refusal]
+        skippable = f"{len(self.blocks) - len(refused)} of {len(self.blocks)} blocks skippable"
+        return "\n".join([plain_table(head, rows, left=4), skippable, *refused])
+
+
+def plan(
+    model: nn.Module,
+    example: Example,
+    survival: Survival | Literal["own"] | None = None,
+    *,
+    include: Choice | None = None,
+    exclude: Choice = (),
+    granularity: Granularity = "block",
+    stacks: Sequence[str] = (),
+) -> Plan:
+    """A dry run of `sd.apply`, with the same arguments: `model` is not changed.
+
+    Every block is found, cut and closed once on trial, and must call nothing of its branch then.
+    Values are not compared, which is left to `sd.apply`: this works on the meta device too.
+
+    Raises:
+        ApplyError: when `model` has no residual block.
+        SurvivalError: when a p_l is outside (0, 1].
+    """
+    refuse_applied(model)
+    found = find_blocks(model, example, granularity, include, exclude, count_flops=True)
+    if not found:
+        raise nothing_found(model, example)
+    found = _tried(model, example, found)
+    p = chosen_survival(survival, found, stacks)
+    return Plan(
+        tuple(
+            PlannedBlock(
+                block.name,
+                type(block.module).__name__,
+                block.shortcut,
+                block.mechanism,
+                survival,
+                sum(model.get_parameter(name).numel() for name in block.parameters),
+                block.flops,
+                block.refusal,
+            )
+            for block, survival in zip(found, p, strict=True)
+        )
+    )
+
+
+def _tried(model: nn.Module, example: Example, found: list[Found]) -> list[Found]:
+    """`found`, with the refusals that show when each block is closed."""
+    edit = [block for block in found if not block.refusal]
+    try:
+        blocks = put_gates(edit, select=False)
+        reasons = still_running(model, caller(model, example), edit, blocks)
+    finally:
+        take_gates(model)
+    tried = iter(reasons)
+    return [block if block.refusal else replace(block, refusal=next(tried)) for block in found]
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """One block: FLOPs of its branch, 2 for each multiply-add."""
+
+    name: str
+    kind: str
+    """The name of its class."""
+    survival: float
+    parameters: int
+    """Of its branch."""
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model block by block; printed, it is a table."""
+
+    blocks: tuple[BlockSummary, ...]
+    forward: int
+    """FLOPs of one forward pass at full depth, on the example."""
+    backward: int
+
+    @property
+    def expected_depth(self) -> float:
+        """Sum of p_l."""
+        return sum(block.survival for block in self.blocks)
+
+    @property
+    def expected_saving(self) -> float:
+        """The share of a training step's FLOPs, from 0 to 1, that is not spent.
+
+        A block costs its branch with probability p_l, and nothing else depends on the gates.
+        """
+        saved = sum((1 - b.survival) * (b.forward + b.backward) for b in self.blocks)
+        return saved / (self.forward + self.backward)
+
+    def __str__(self) -> str:
+        head = ("block", "class", "p", "parameters", "forward", "backward")
+        rows = [
+            (b.name, b.kind, f"{b.survival:.3f}", si(b.parameters), si(b.forward), si(b.backward))
+            for b in self.blocks
+        ]
+        total = f"{si(self.forward)} forward, {si(self.backward)} backward at full depth"
+        return "\n".join(
+            [
+                plain_table(head, rows, left=2),
+                f"expected depth {self.expected_depth:.4g} of {len(self.blocks)} blocks; FLOPs "
+                f"{total}; {100 * self.expected_saving:.1f} % saved",
+            ]
+        )
+
+
+def summary(model: nn.Module, example: Example) -> Summary:
+    """Cost and expected saving of every block of a model that has stochastic depth.
+
+    Each block is closed in turn, and the FLOPs that disappear are its own. Blocks that look the
+    same (class, configuration, shapes of the input) are counted once.
+
+    Args:
+        example: inputs of one forward call.
+
+    Raises:
+        ApplyError: when `model` is not one that `sd.apply` was given.
+    """
+    handle = handle_of(model)
+    run = caller(model, example)
+    before = [block.gates[0].evaluation for block in handle.blocks]
+    try:
+        with preserve_state(model), torch.enable_grad():
+            model.eval()
+            _set(handle.blocks, Gate())
+            shapes = _input_shapes(model, handle.blocks, run)
+            forward, backward = _count(run)
+            counted: dict[tuple[str, str], tuple[int, int]] = {}
+            summaries = []
+            for block, p in zip(handle.blocks, handle.survival, strict=True):
+                module = model.get_submodule(block.name)
+                look = (repr(module), f"{shapes.get(block.name)} of {len(block.gates)} gates")
+                if look not in counted:
+                    _set([block], Gate(open=False))
+                    without = _count(run)
+                    counted[look] = forward - without[0], backward - without[1]
+                    _set([block], Gate())
+                size = sum(model.get_parameter(name).numel() for name in block.parameters)
+                kind = type(module).__name__
+                summaries.append(BlockSummary(block.name, kind, p, size, *counted[look]))
+    finally:
+        for block, gate in zip(handle.blocks, before, strict=True):
+            _set([block], gate)
+    return Summary(tuple(summaries), forward, backward)
+
+
+def _set(blocks: list[Block], gate: Gate) -> None:
+    for block in blocks:
+        for addition in block.gates:
+            addition.evaluation = gate
+
+
+def _count(run: Callable[[], Any]) -> tuple[int, int]:
+    """FLOPs of forward and backward."""
+    with CountFlops() as forward:
+        outputs = tensors_in(run())
+    total = torch.stack([out.float().sum() for out in outputs if out.requires_grad]).sum()
+    with CountFlops() as backward:
+        total.backward()
+    return forward.total, backward.total
+
+
+def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> dict[str, str]:
+    shapes: dict[str, str] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            shapes[name] = str([tuple(tensor.shape) for tensor in tensors_in((args, kwargs))])
+
+        return hook
+
+    handles = [
+        model.get_submodule(block.name).register_forward_pre_hook(
+            note(block.name), with_kwargs=True
+        )
+        for block in blocks
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes

@@ -1,0 +1,353 @@
+"""Rewrite a method so that its residual additions have gates.
+
+For each addition the method is divided into what only the branch needs and all the rest. The first
+is put under `if gate.open:`, so that a closed gate runs none of it, and the addition becomes its
+shortcut. Where a method only computes what a module that it calls will add, the edit is at that
+call.
+"""
+
+import ast
+import copy
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.gates import Gate
+from stochastic_depth.surgery.edits import Argument, Parameter, Place, Sliced, Sum
+from stochastic_depth.surgery.liveness import (
+    Backward,
+    Needed,
+    assign,
+    defines,
+    is_steady,
+    negated,
+    surely_defines,
+    uses,
+)
+
+
+def edit_statement(
+    statement: ast.AugAssign, edit: Sum, gate: str, copy_shortcut: bool
+) -> tuple[list[ast.stmt], ast.stmt, list[ast.AST]]:
+    """`x += f` under an open and under a closed gate, and its branch."""
+    if not isinstance(statement.target, ast.Name) or not isinstance(statement.op, ast.Add):
+        raise UnsupportedBlockError(f"{edit.place}: not an addition to a variable")
+    name = statement.target.id
+    opened = copy.deepcopy(statement)
+    if edit.shortcut == "left":
+        branch: ast.expr = opened.value
+        opened.value = of_gate(gate, "scale", branch)
+        shortcut: ast.expr = ast.Name(name, ast.Load())
+        before: list[ast.stmt] = []
+    else:
+        branch, shortcut = ast.Name(name, ast.Load()), statement.value
+        before = [assign(name, of_gate(gate, "scale", branch))]
+    return [*before, opened], assign(name, _maybe_copy(shortcut, copy_shortcut)), [branch]
+
+
+class ReplaceSum(ast.NodeTransformer):
+    """`a + b` -> `a + gate.scale(b) if gate.open else a`."""
+
+    def __init__(self, edit: Sum, gate: str, copy_shortcut: bool) -> None:
+        self.edit, self.gate, self.copy_shortcut = edit, gate, copy_shortcut
+        self.branch: ast.expr = ast.Constant(None)
+
+    def visit(self, node: ast.AST) -> Any:
+        if not is_at(node, self.edit.place):
+            return self.generic_visit(node)
+        shortcut, self.branch = _operands(node, self.edit)
+        if self.edit.within is None:
+            opened = _Scale(self.branch, self.gate).visit(node)
+        else:
+            opened = of_gate(self.gate, "rescale", self.branch, copy.deepcopy(shortcut))
+        closed = _maybe_copy(copy.deepcopy(shortcut), self.copy_shortcut)
+        return ast.IfExp(is_open(self.gate), opened, closed)
+
+
+def edit_arguments(
+    statement: ast.stmt, edit: Argument, gate: str
+) -> tuple[ast.stmt, list[ast.AST]]:
+    """`f(a, b)` -> `f(a if gate.open else None, b)`, in place; the closed form, and the branch."""
+    closed = copy.deepcopy(statement)
+    _exchange_arguments(closed, edit, lambda _: ast.Constant(None))
+    branch = _exchange_arguments(
+        statement, edit, lambda value: ast.IfExp(is_open(gate), value, ast.Constant(None))
+    )
+    return closed, branch
+
+
+def _exchange_arguments(
+    statement: ast.stmt, edit: Argument, exchange: Callable[[ast.expr], ast.expr]
+) -> list[ast.AST]:
+    """Put something else in place of the arguments of a call; returns what they were."""
+    at = next(node for node in ast.walk(statement) if is_at(node, edit.place))
+    before: list[ast.AST] = []
+    if isinstance(at, ast.Call) and not any(isinstance(a, ast.Starred) for a in at.args):
+        positions = {n for n, _ in edit.arguments if n is not None}
+        names = {name for _, name in edit.arguments if name is not None}
+        for n, value in enumerate(at.args):
+            if n in positions:
+                before.append(value)
+                at.args[n] = exchange(value)
+        for keyword in at.keywords:
+            if keyword.arg in names:
+                before.append(keyword.value)
+                keyword.value = exchange(keyword.value)
+    if len(before) != len(edit.arguments):
+        raise UnsupportedBlockError(f"{edit.place}: not a plain call of the module that adds")
+    return before
+
+
+class _Scale(ast.NodeTransformer):
+    """Replace one node, found by identity, by `gate.scale(node)`."""
+
+    def __init__(self, branch: ast.AST, gate: str) -> None:
+        self.branch, self.gate = branch, gate
+
+    def visit(self, node: ast.AST) -> Any:
+        if node is self.branch and isinstance(node, ast.expr):
+            return of_gate(self.gate, "scale", node)
+        return self.generic_visit(node)
+
+
+class Shortcut(ast.NodeTransformer):
+    """Replace an addition by its shortcut."""
+
+    def __init__(self, edit: Sum) -> None:
+        self.edit = edit
+
+    def visit(self, node: ast.AST) -> Any:
+        if is_at(node, self.edit.place):
+            return _operands(node, self.edit)[0]
+        return self.generic_visit(node)
+
+
+class SelectSamples(ast.NodeTransformer):
+    """`x` -> `gate.select(x)` for local variables: the samples that a branch runs on."""
+
+    def __init__(self, variables: set[str], gate: str) -> None:
+        self.variables, self.gate = variables, gate
+
+    def visit_Name(self, node: ast.Name) -> Any:
+        if node.id in self.variables and isinstance(node.ctx, ast.Load):
+            return ast.copy_location(of_gate(self.gate, "select", node), node)
+        return node
+
+
+def _operands(node: ast.AST, edit: Sum) -> tuple[ast.expr, ast.expr]:
+    """Shortcut and branch of an addition: `a + b`, `torch.add(a, b)`, `a.add(b)`, or `f(a, b)`."""
+    if edit.within is not None and isinstance(node, ast.Call):
+        position, name = edit.within
+        named = [keyword.value for keyword in node.keywords if keyword.arg == name]
+        shortcut = (node.args[position : position + 1] if position is not None else []) + named
+        if len(shortcut) != 1 or not isinstance(shortcut[0], ast.Name):
+            raise UnsupportedBlockError(f"{edit}: a function adds something that is no variable")
+        return shortcut[0], node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        pair = node.left, node.right
+    elif isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Attribute):
+        if len(node.args) == 2 and node.func.attr == "add":
+            pair = node.args[0], node.args[1]
+        elif len(node.args) == 1 and node.func.attr in ("add", "add_"):
+            pair = node.func.value, node.args[0]
+        else:
+            raise UnsupportedBlockError(f"{edit.place}: a call that is not a plain addition")
+    else:
+        raise UnsupportedBlockError(f"{edit.place}: an addition inside another function")
+    return pair if edit.shortcut == "left" else (pair[1], pair[0])
+
+
+def is_at(node: ast.AST, place: Place) -> bool:
+    return (
+        isinstance(node, ast.BinOp | ast.Call | ast.AugAssign) and _position(node) == place.position
+    )
+
+
+def _position(node: ast.stmt | ast.expr) -> tuple[int, int | None, int, int | None]:
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+
+
+def _maybe_copy(shortcut: ast.expr, copied: bool) -> ast.expr:
+    return ast.Call(ast.Attribute(shortcut, "clone", ast.Load()), [], []) if copied else shortcut
+
+
+def is_open(gate: str) -> ast.expr:
+    return ast.Attribute(ast.Name(gate, ast.Load()), "open", ast.Load())
+
+
+def call(function: str, *arguments: ast.expr | str) -> ast.Call:
+    values = [ast.Name(a, ast.Load()) if isinstance(a, str) else a for a in arguments]
+    return ast.Call(ast.Name(function, ast.Load()), values, [])
+
+
+def of_gate(gate: str, method: str, *arguments: ast.expr) -> ast.Call:
+    """`gate.method(*arguments)`."""
+    function = ast.Attribute(ast.Name(gate, ast.Load()), method, ast.Load())
+    return ast.Call(function, list(arguments), [])
+
+
+SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
+
+
+def slice_method(
+    function: FunctionType,
+    edits: Sequence[Sliced],
+    gates: Callable[[Any], Sequence[Gate]],
+    copy_shortcut: bool,
+    select: bool,
+) -> FunctionType:
+    """`function`, with a gate at each of `edits`, in order of execution.
+
+    Args:
+        gates: called with the module in every call of the method; gives the gates of the edits.
+        copy_shortcut: whether to clone the shortcut under a closed gate, because what follows the
+            addition may overwrite it.
+        select: whether a gate may ask for some of the samples only.
+
+    Raises:
+        UnsupportedBlockError: when the source is not there or not of a form that can be edited.
+    """
+    tree = _definition(function)
+    module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
+    for number, edit in enumerate(edits):
+        branch, *_ = _edit(tree, edit, f"_gate_{number}", copy_shortcut)
+        if select:
+            select_samples = SelectSamples(set(others), f"_gate_{number}")
+            for node in branch:
+                select_samples.generic_visit(node)
+            ast.fix_missing_locations(tree)
+    names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(edits))]
+    drawn = call("_gates", ast.Name(module, ast.Load()))
+    tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
+    return _compiled(function, tree, {"_gates": gates})
+
+
+def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
+    """Whether a closed gate at `edit` skips any call, and parameters that only the branch needs.
+
+    Returns:
+        The parameters with their positions in a call, if they have one, and names.
+    """
+    tree = _definition(inspect.unwrap(vars(edit.place.kind)[edit.place.method]))
+    used = uses(tree)
+    branch, shared, needed = _edit(tree, edit, "_gate", False)
+    both = [*branch, *shared]
+    calls = any(isinstance(node, ast.Call) for part in both for node in ast.walk(part))
+    positional = [argument.arg for argument in [*tree.args.posonlyargs, *tree.args.args][1:]]
+    named = [(None, argument.arg) for argument in tree.args.kwonlyargs]
+    parameters = [*enumerate(positional), *named]
+    return calls, tuple((n, name) for n, name in parameters if name in used - needed)
+
+
+def in_loop(place: Place) -> bool:
+    """Whether the expression at `place` stands in a loop of its method."""
+    loops = ast.For | ast.While
+    tree = _definition(inspect.unwrap(vars(place.kind)[place.method]))
+    inside = (n for loop in ast.walk(tree) if isinstance(loop, loops) for n in ast.walk(loop))
+    return any(is_at(node, place) for node in inside)
+
+
+def _definition(function: FunctionType) -> ast.FunctionDef:
+    """The syntax tree of `function`, its positions those in the file."""
+    try:
+        lines, first = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError) as error:
+        raise UnsupportedBlockError(f"{function.__qualname__} has no source to edit") from error
+    if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
+        raise UnsupportedBlockError(f"{function.__qualname__} is no plain method")
+    ast.increment_lineno(tree, first - 1)
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt | ast.expr) and node.end_col_offset is not None:
+            node.col_offset += indent
+            node.end_col_offset += indent
+    return tree
+
+
+def _edit(
+    tree: ast.FunctionDef, edit: Sliced, gate: str, copy_shortcut: bool
+) -> tuple[list[ast.AST], list[ast.AST], frozenset[str]]:
+    """Put what only the branch at `edit` needs under `gate`, in place.
+
+    Returns:
+        The expressions and statements of the branch alone, the statements that others may need
+        too, and the variables that the method needs from outside under a closed gate.
+    """
+    path, needed = _find(tree.body, edit.place, Needed())
+    block, index = path.pop()
+    statement = block[index]
+    branch: list[ast.AST]
+    if isinstance(edit, Argument):
+        closed, branch = edit_arguments(statement, edit, gate)
+    elif isinstance(statement, ast.AugAssign) and is_at(statement, edit.place):
+        opened, closed, branch = edit_statement(statement, edit, gate, copy_shortcut)
+        block[index] = ast.If(is_open(gate), opened, [closed])
+    else:
+        closed = Shortcut(edit).visit(copy.deepcopy(statement))
+        replace = ReplaceSum(edit, gate, copy_shortcut)
+        block[index] = replace.visit(statement)
+        branch = [replace.branch]
+    needed.before(closed, defines(closed))
+    back = Backward(is_open(gate), edit.dead, branch)
+    back.through(block, index, needed)
+    while path:
+        inner = block
+        block, index = path.pop()
+        statement = block[index]
+        if isinstance(statement, ast.If):
+            if not is_steady(statement.test):
+                break
+            back.reached_if(statement.test if inner is statement.body else negated(statement.test))
+            needed.live |= uses(statement.test)
+        back.through(block, index, needed)
+    ast.fix_missing_locations(tree)
+    return back.branch, back.shared, needed.live | frozenset(needed.maybe)
+
+
+def _find(
+    block: list[ast.stmt], place: Place, needed: Needed
+) -> tuple[list[tuple[list[ast.stmt], int]], Needed]:
+    """Blocks and indices from the outermost to the statement at `place`; what it must leave."""
+    for index, statement in enumerate(block):
+        if not any(is_at(node, place) for node in ast.walk(statement)):
+            continue
+        for later in reversed(block[index + 1 :]):
+            needed.before(later, surely_defines(later))
+        if isinstance(statement, SIMPLE):
+            return [(block, index)], needed
+        if isinstance(statement, ast.If | ast.With):
+            for inner in (statement.body, getattr(statement, "orelse", [])):
+                if any(is_at(node, place) for part in inner for node in ast.walk(part)):
+                    path, needed = _find(inner, place, needed)
+                    return [(block, index), *path], needed
+        raise UnsupportedBlockError(f"{place}: an addition inside a {type(statement).__name__}")
+    raise UnsupportedBlockError(f"{place}: the source has changed since it was imported")
+
+
+def _compiled(
+    function: FunctionType, tree: ast.FunctionDef, names: dict[str, Callable[..., Any]]
+) -> FunctionType:
+    """A function from `tree` with the globals, defaults and closure of `function`."""
+    free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    values = {**names, **{name: cell.cell_contents for name, cell in free.items()}}
+    tree.decorator_list, tree.returns = [], None
+    arguments = tree.args
+    for argument in ast.walk(arguments):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.kw_defaults = [value and ast.Constant(None) for value in arguments.kw_defaults]
+    module = ast.parse(f"def _factory({', '.join(values)}): return {tree.name}")
+    assert isinstance(module.body[0], ast.FunctionDef)
+    module.body[0].body.insert(0, tree)
+    ast.fix_missing_locations(module)
+    made: dict[str, Any] = {}
+    exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, made)
+    result: FunctionType = made["_factory"](**values)
+    result.__defaults__, result.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    result.__qualname__, result.__doc__ = function.__qualname__, function.__doc__
+    return result
