@@ -3,8 +3,8 @@ BIN := .venv/bin
 
 .PHONY: demo test check docs install format coverage-models soak fuzz clean
 
-demo: install
-	$(BIN)/stochastic-depth compare digits --seeds 3 --out runs/demo
+demo: .venv/installed-demo
+	$(BIN)/stochastic-depth compare digits --seeds 3 --minutes 3 --out runs/demo
 
 # A process for each core, up to eight, with one thread: most tests compute on small tensors.
 test: check
@@ -34,12 +34,11 @@ fuzz: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python tools/fuzz.py --seconds 60
 
-install: .venv/installed
+install: .venv/installed-dev
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+# Of the demonstration alone, or of everything: neither hides that the other is missing.
+.venv/installed-%: pyproject.toml constraints.txt
+	$(PYTHON) tools/install.py $*
 
 clean:
 	rm -rf .venv build dist site .pytest_cache .ruff_cache .import_linter_cache

@@ -71,7 +71,7 @@ def test_the_saved_state_is_json_and_another_one_is_refused(tmp_path):
     loop.train(0, 4)
     loop.accelerator.save_state(str(tmp_path))
     assert json.loads((tmp_path / FILE).read_text())["step"] == 2
-    with pytest.raises(sd.StateError, match=r"survival=\[0.5"):
+    with pytest.raises(sd.errors.StateError, match=r"survival=\[0.5"):
         Loop(p=0.8).accelerator.load_state(str(tmp_path))
     (tmp_path / FILE).unlink()
     with pytest.raises(sd.errors.CheckpointError, match=f"{FILE} is missing"):

@@ -103,7 +103,7 @@ def test_a_checkpoint_of_other_probabilities_is_refused(loader, tmp_path):
     ended.fit(module, loader)
     ended.save_checkpoint(tmp_path / "half.ckpt")
     other = trainer(StochasticDepth(sd.Uniform(0.8)), tmp_path, max_epochs=2)
-    with pytest.raises(sd.StateError, match=r"survival=\[0.5"):
+    with pytest.raises(sd.errors.StateError, match=r"survival=\[0.5"):
         other.fit(Classifier(network()), loader, ckpt_path=tmp_path / "half.ckpt")
 
 

@@ -103,7 +103,7 @@ def test_a_checkpoint_of_other_probabilities_is_refused(tmp_path):
         saved["stateful_callbacks"]["StochasticDepthCallback"]["attributes"]["saved"]["step"] == 3
     )
     other = trainer(gpt2(), tmp_path, StochasticDepthCallback(sd.Uniform(0.8)))
-    with pytest.raises(sd.StateError, match=r"survival=\[0.5"):
+    with pytest.raises(sd.errors.StateError, match=r"survival=\[0.5"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
