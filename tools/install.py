@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 VENV = ROOT / ".venv"
 EXTRAS = {
-    "demo": "the demonstration: PyTorch, scikit-learn and what draws pictures, about 1.2 GB",
+    "demo": "PyTorch, scikit-learn and what draws pictures, 1.1 GB",
     "dev": "all that the tests use, about 3 GB",
 }
 GPU_BUILD = """
@@ -26,7 +26,7 @@ class Progress:
     """Prints what pip does: a line when that changes, and one every ten seconds."""
 
     def __init__(self) -> None:
-        self.began, self.doing, self.packages = time.monotonic(), "looking at what is needed", 0
+        self.began, self.doing, self.packages = time.monotonic(), "making .venv", 0
         self.warned = False
         self._ended = threading.Event()
         threading.Thread(target=self._tick, daemon=True).start()
@@ -61,7 +61,7 @@ def main(extra: str) -> int:
     if sys.version_info < (3, 11):
         print(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=...")
         return 1
-    print(f"Installing into .venv {EXTRAS[extra]}.", flush=True)
+    print(f"Installing into .venv: {EXTRAS[extra]}.", flush=True)
     progress = Progress()
     python = VENV / "bin" / "python"
     if not python.exists():
@@ -70,6 +70,7 @@ def main(extra: str) -> int:
         except subprocess.CalledProcessError:
             print("python3 has no venv: install it (Debian and Ubuntu: apt install python3-venv)")
             return 1
+    progress.doing = "looking at what is needed"
     command = [
         python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off",
         "--no-color", "--no-input",
