@@ -58,7 +58,7 @@ class Progress:
 
 
 def main(extra: str) -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         print(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=...")
         return 1
     print(f"Installing into .venv: {EXTRAS[extra]}.", flush=True)

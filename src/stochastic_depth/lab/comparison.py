@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -45,11 +46,16 @@ def train_pairs(
     folder: Path,
     display: Display,
     stop: Callable[[], int | None],
+    end: float | None = None,
 ) -> dict[str, list[Run]]:
     """Train `config` and its constant-depth twin for each seed; the two take turns by the epoch.
 
     So whatever the machine does besides, it does to both. Runs that are finished are kept as they
     are, interrupted ones go on.
+
+    Args:
+        end: on the clock of `time.monotonic`: no seed is begun after the first that, at the pace of
+            the last one, would end later.
 
     Raises:
         ConfigError: when `config` is constant depth itself.
@@ -58,7 +64,12 @@ def train_pairs(
     if config.survival.rule == "constant":
         raise ConfigError(f"{config.recipe} has constant depth already: compare a stochastic one")
     runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
+    a_pair = 0.0
     for seed in seeds:
+        begun = (folder / f"{KINDS[0]}-seed{seed}").exists()
+        if end is not None and runs[KINDS[0]] and not begun and time.monotonic() + a_pair > end:
+            break
+        began = time.monotonic()
         turns = []
         for kind, chosen in zip(KINDS, (constant_depth(config), config), strict=True):
             path = folder / f"{kind}-seed{seed}"
@@ -67,6 +78,7 @@ def train_pairs(
             turns.append(records)
         for _ in zip_longest(*turns):
             pass
+        a_pair = max(a_pair, time.monotonic() - began)
     return runs
 
 

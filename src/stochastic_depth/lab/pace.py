@@ -1,0 +1,102 @@
+"""How much of a comparison a machine trains in a given time: measured first, then decided."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+
+import torch
+
+from stochastic_depth.lab.study import expected_cost
+from stochastic_depth.recipes import constant_depth
+from stochastic_depth.train import Config, open_run
+from stochastic_depth.train.execution import resolve_execution
+from stochastic_depth.train.launch import open_batches
+from stochastic_depth.train.training import Training
+
+LEAST_EPOCHS = 4
+"""Of a comparison: fewer show nothing."""
+START_AND_END = 15.0
+"""Seconds for loading PyTorch before, and the table and the picture after."""
+SLOWER_THAN_MEASURED = 1.3
+"""What is kept for evaluations, checkpoints, and for other work that may begin."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a training step of constant depth takes here."""
+
+    seconds: dict[int, float]
+    """Of a step, by the number of threads."""
+    steps_per_epoch: int
+    saving: float
+    """The share of a step that stochastic depth is expected to save."""
+
+    @property
+    def threads(self) -> int:
+        """The better number of them."""
+        return min(self.seconds, key=lambda threads: self.seconds[threads])
+
+    @property
+    def epoch(self) -> float:
+        """Seconds of an epoch of both networks."""
+        step = self.seconds[self.threads] * (2 - self.saving)
+        return step * self.steps_per_epoch * SLOWER_THAN_MEASURED
+
+    def epochs_in(self, seconds: float, wanted: int) -> int:
+        """How many epochs of both networks fit into `seconds`, from `LEAST_EPOCHS` to `wanted`."""
+        return max(min(LEAST_EPOCHS, wanted), min(wanted, int(seconds / self.epoch)))
+
+    def described(self) -> str:
+        """A step's time with each number of threads, and which is taken."""
+        of_each = ", ".join(
+            f"{seconds:.2f} s with {threads} thread{'s' if threads > 1 else ''}"
+            for threads, seconds in sorted(self.seconds.items())
+        )
+        return f"a step takes {of_each}: taking {self.threads}"
+
+
+def measure_pace(config: Config, patience: float = 10.0) -> Pace:
+    """Take a few training steps with one thread and with all, and keep the better number.
+
+    Args:
+        patience: seconds after which no more steps are taken.
+    """
+    constant = constant_depth(config)
+    execution = resolve_execution(constant)
+    batches = open_batches(constant, execution)
+    training = Training(constant, execution, batches)
+    cost = expected_cost(config.model, config.survival, batches.shape, len(batches.classes))
+    mini_batches = cycle([next(iter(batches.train(0)))])
+    everything = torch.get_num_threads()
+    choices = [1, everything] if everything > 1 and execution.device == "cpu" else [everything]
+    timed: dict[int, list[float]] = {threads: [] for threads in choices}
+    began = time.monotonic()
+    for _ in range(4):
+        for threads in choices:
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            training.advance(*next(mini_batches))
+            execution.synchronise()
+            timed[threads].append(time.perf_counter() - start)
+        if time.monotonic() - began > patience:
+            break
+    # The first step of each also allocates and compiles.
+    seconds = {n: statistics.median(of_n[1:] or of_n) for n, of_n in timed.items()}
+    pace = Pace(seconds, batches.steps_per_epoch, cost.saving)
+    torch.set_num_threads(pace.threads)
+    return pace
+
+
+def epochs_of(folder: Path, config: Config, seeds: Sequence[int]) -> int | None:
+    """The number of epochs that runs of a comparison in `folder` have; None where there is none."""
+    for seed in seeds:
+        path = folder / f"constant-seed{seed}"
+        if path.exists():
+            found = open_run(path).config
+            same = replace(constant_depth(config), seed=seed, epochs=found.epochs)
+            if found.essential() == same.essential():
+                return found.epochs
+    return None
