@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.train import Config, ModelConfig, SurvivalConfig
+from stochastic_depth.train import Config, ModelConfig, SurvivalConfig, begin, fit
 
 
 class Silent:
@@ -28,7 +28,7 @@ def silent():
     return Silent()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> Config:
     return replace(
         RECIPES["digits"](),
@@ -42,3 +42,12 @@ def small() -> Config:
 @pytest.fixture
 def path(tmp_path) -> Path:
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def finished(small, tmp_path_factory) -> Path:
+    """A run that has ended, to be copied."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    run, images = begin(small, path)
+    assert list(fit(run, images, Silent()))
+    return path

@@ -12,6 +12,7 @@ import tyro
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.recipe import parse
 from stochastic_depth.cli.train import stopped
+from stochastic_depth.files import write_whole
 from stochastic_depth.lab.comparison import compare, comparison_table, train_pairs, write_comparison
 from stochastic_depth.lab.drawing import file_png
 from stochastic_depth.lab.pace import START_AND_END, epochs_of, measure_pace
@@ -20,7 +21,6 @@ from stochastic_depth.lab.study import experiments
 from stochastic_depth.lab.training import training_curves, training_time
 from stochastic_depth.train import Config, Interrupted, Run
 from stochastic_depth.train.display import Display
-from stochastic_depth.train.files import write_whole
 from stochastic_depth.train.signals import StopSignals
 
 TEXT = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both

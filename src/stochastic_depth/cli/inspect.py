@@ -10,11 +10,11 @@ from rich.table import Table
 
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.errors import ApplyError
+from stochastic_depth.files import write_whole
 from stochastic_depth.models.published import published
 from stochastic_depth.surgery import Plan, Verification, apply, plan, summary, verify
 from stochastic_depth.surgery.inspect import si
 from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
-from stochastic_depth.train.files import write_whole
 
 
 @dataclass(frozen=True)

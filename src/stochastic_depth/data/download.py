@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
+from stochastic_depth.files import names_in, require_file
 
 BY_HAND = {
     "cifar10": "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz/cifar.html",
@@ -28,6 +29,7 @@ def fetch(name: str, folder: Path) -> None:
     datasets = require("torchvision.datasets", "data")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_special(folder)
         if name == "svhn":
             for url, file, md5 in datasets.SVHN.split_list.values():
                 datasets.utils.download_url(url, str(folder), file, md5)
@@ -41,6 +43,17 @@ def fetch(name: str, folder: Path) -> None:
             f"{name} could not be fetched into {folder} ({type(error).__name__}: {error}): "
             f"fetch {BY_HAND[name]} by hand, put it there and unpack it"
         ) from error
+
+
+def _refuse_special(folder: Path) -> None:
+    """What is there already is read by torchvision, to see whether it is whole.
+
+    Raises:
+        OSError: when it is a pipe or a device.
+    """
+    for name in names_in(folder, inside=0):
+        if name.endswith((".gz", ".mat")):
+            require_file(folder / name, inside=0)
 
 
 def unpack(archive: Path, folder: Path) -> None:

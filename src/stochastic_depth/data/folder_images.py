@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochastic_depth.data.folders import file_readable
 from stochastic_depth.data.pictures import FORMATS
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
+from stochastic_depth.files import open_file
 from stochastic_depth.randomness import generator
 
 # Below the size from which Pillow itself suspects an attack; ImageNet's largest has 25 million.
@@ -68,10 +70,10 @@ def open_picture(path: Path) -> Any:
         MissingExtraError: Pillow is not installed.
     """
     image = require("PIL.Image", "data")
+    with file_readable(path):
+        file = open_file(path, inside=0)
     try:
-        if not path.is_file():
-            raise DataError(f"{path}: not a regular file: remove it")
-        with image.open(path, formats=FORMATS) as picture:
+        with file, image.open(file, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(
                     f"{path}: an image of {picture.width}x{picture.height} pixels, expected at "

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stochastic_depth import files
 from stochastic_depth.errors import DataError
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
-MOST_BYTES = 2**30
-"""Of a file that is read as a whole; the largest published one has 186 million."""
 
 
 @contextmanager
@@ -30,15 +29,23 @@ def read_file(path: Path) -> bytes:
     """All of a file.
 
     Raises:
-        DataError: it is a device or a pipe, which may never end, or too large.
-        OSError: it cannot be read.
+        DataError: it cannot be read, is a device or a pipe, or too large.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: not a regular file")
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise DataError(f"{path}: {size:,} bytes, expected at most {MOST_BYTES:,}")
-    return path.read_bytes()
+    with file_readable(path):
+        return files.read_file(path, files.LARGE, inside=0)
+
+
+@contextmanager
+def file_readable(path: Path) -> Iterator[None]:
+    """Around all that reads one file.
+
+    Raises:
+        DataError: in place of what the system says of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({files.reason(error)})") from error
 
 
 def data_folder(name: str, root: Path | str | None) -> Path:

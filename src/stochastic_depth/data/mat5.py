@@ -5,14 +5,17 @@ Format: "MAT-File Level 5 File Format", MathWorks.
 """
 
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator
-from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from stochastic_depth.files import open_file
 
 HEADER = 128
 MATRIX, COMPRESSED = 14, 15
@@ -46,9 +49,9 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         zlib.error: a compressed part is damaged.
     """
     arrays = {}
-    size = path.stat().st_size
-    room = max(SMALL, MOST_PACKING * size)
-    with path.open("rb") as file:
+    with open_file(path, inside=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        room = max(SMALL, MOST_PACKING * size)
         for kind, content in elements_of_file(file, size):
             if kind == COMPRESSED:
                 content = inflate(content, room)
@@ -61,7 +64,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     return arrays
 
 
-def elements_of_file(file: BufferedReader, size: int) -> Iterator[tuple[int, bytearray]]:
+def elements_of_file(file: BinaryIO, size: int) -> Iterator[tuple[int, bytearray]]:
     if file.read(HEADER)[124:] != b"\0\x01IM":
         raise ValueError("no header of a little-endian MATLAB 5 file")
     while tag := file.read(8):
@@ -70,8 +73,7 @@ def elements_of_file(file: BufferedReader, size: int) -> Iterator[tuple[int, byt
         kind, length = struct.unpack("<II", tag)
         if length > size - file.tell():
             raise ValueError(f"truncated: {length} bytes expected")
-        content = bytearray(length)
-        file.readinto(content)
+        content = bytearray(file.read(length))
         yield kind, content
 
 

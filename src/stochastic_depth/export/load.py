@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stochastic_depth.errors import ConfigError, ExportError
 from stochastic_depth.export.truncate import take_out
 from stochastic_depth.extras import require
+from stochastic_depth.files import reason, require_file
 from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
 from stochastic_depth.residual import Residual
 
@@ -203,13 +204,17 @@ def load_export(path: Path | str, depth: float = 1.0) -> Exported:
         MissingExtraError: when safetensors is not installed.
     """
     safetensors = require("safetensors", "train")
+    path = Path(path)
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
+        require_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise ExportError(f"{path} is not there") from None
-    except (OSError, safetensors.SafetensorError, ValueError) as error:
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {reason(error)}") from error
+    except (safetensors.SafetensorError, ValueError) as error:
         raise ExportError(f"{path} is no whole safetensors file ({error})") from error
     if KEY not in metadata:
         raise ExportError(

@@ -14,6 +14,7 @@ from stochastic_depth.export.load import Description, ImageInput, load_export, r
 from stochastic_depth.export.network import plain_network
 from stochastic_depth.export.write import read_onnx
 from stochastic_depth.extras import require
+from stochastic_depth.files import LARGE, read_file, reason
 from stochastic_depth.train import reopen
 
 LONGEST = 20
@@ -94,9 +95,9 @@ def open_classifier(
 
 def _of_onnx(path: Path) -> Classifier:
     try:
-        content = path.read_bytes()
+        content = read_file(path, LARGE)
     except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+        raise ExportError(f"{path} cannot be read: {reason(error)}") from error
     try:
         network, description = read_onnx(content)
         return network, read_description(description)

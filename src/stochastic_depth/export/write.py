@@ -14,7 +14,7 @@ from stochastic_depth.errors import ExportError
 from stochastic_depth.export.load import KEY, load_export
 from stochastic_depth.export.network import Plain
 from stochastic_depth.extras import require
-from stochastic_depth.train.files import write_whole
+from stochastic_depth.files import write_whole
 
 Format = Literal["safetensors", "torch", "onnx"]
 SUFFIX: dict[Format, str] = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}

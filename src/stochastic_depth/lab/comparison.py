@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.files import SMALL, is_there, read_file, write_whole
 from stochastic_depth.lab.drawing import file_png
 from stochastic_depth.lab.formatting import plus_minus
 from stochastic_depth.lab.sources import read_run
@@ -21,7 +22,6 @@ from stochastic_depth.lab.training import training_curves, training_time
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
-from stochastic_depth.train.files import write_whole
 
 KINDS = ("constant", "stochastic")
 
@@ -85,13 +85,13 @@ def train_pairs(
 def _start(
     config: Config, path: Path, display: Display, stop: Callable[[], int | None]
 ) -> tuple[Run, Iterator[Any]]:
-    if not path.exists():
+    if not is_there(path):
         run, images = begin(config, path)
     else:
         run = open_run(path)
         if run.config.essential() != config.essential():
             raise RunError(f"{path} has another configuration: choose another --out")
-        if run.weights.exists():
+        if is_there(run.weights):
             return run, iter(())
         run, images = reopen(path, config.data.root)
     watch = display.watch(path.name)
@@ -123,7 +123,7 @@ def compare(runs: dict[str, list[Run]]) -> Comparison:
 
 def write_comparison(path: Path, comparison: Comparison, runs: dict[str, list[Run]]) -> None:
     """The figures, the curves behind them and where they were measured, as JSON."""
-    described = json.loads((runs["stochastic"][0].path / "config.json").read_text())
+    described = json.loads(read_file(runs["stochastic"][0].path / "config.json", SMALL))
     content = {
         "comparison": dataclasses.asdict(comparison),
         "config": runs["stochastic"][0].config.essential().to_json(),

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from stochastic_depth.files import write_whole
 from stochastic_depth.lab.active_blocks import active_blocks_figure
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure
@@ -28,7 +29,6 @@ from stochastic_depth.lab.style import style_sheet
 from stochastic_depth.lab.sweep.charts import depth_sweep, survival_sweep
 from stochastic_depth.lab.tables import Table, Tile, flat, overview, settings, tables, tiles
 from stochastic_depth.lab.training import training_curves, training_time
-from stochastic_depth.train.files import write_whole
 
 COMMANDS = {
     "block-gradients": ("Gradient strength over depth", "stochastic-depth train RECIPE"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stochastic_depth.errors import RunError
+from stochastic_depth.files import LARGE, SMALL, is_there, read_file, reason
 from stochastic_depth.train import Record, Run, open_run
 
 FORMAT = 1
@@ -31,12 +32,12 @@ class RecordedRun:
     @property
     def failed(self) -> bool:
         """Whether the sweep it belongs to has given it up."""
-        return (self.run.path / "failed.txt").exists()
+        return is_there(self.run.path / "failed.txt")
 
     @cached_property
     def described(self) -> dict[str, Any]:
         """Machine, versions, commit and what else `config.json` has."""
-        return json.loads((self.run.path / "config.json").read_bytes())
+        return json.loads(read_file(self.run.path / "config.json", SMALL))
 
     def analysis(self, name: Analysis) -> dict[str, Any] | None:
         """What `stochastic-depth analyze` found, if it was asked.
@@ -45,7 +46,7 @@ class RecordedRun:
             RunError: when the file is not of a format that is known.
         """
         path = self.run.path / "analysis" / f"{name}.json"
-        return _formatted(path) if path.exists() else None
+        return _formatted(path, inside=2) if is_there(path) else None
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def read_run(path: Path) -> RecordedRun:
         RunError: when it is none.
     """
     run = open_run(path)
-    finished = run.weights.exists()  # asked first: afterwards no record is added
+    finished = is_there(run.weights)  # asked first: afterwards no record is added
     return RecordedRun(run, tuple(run.records()), finished)
 
 
@@ -159,18 +160,20 @@ def _benchmark(path: Path) -> dict[str, Any]:
     return content
 
 
-def _formatted(path: Path) -> dict[str, Any]:
-    content = _json(path)
+def _formatted(path: Path, inside: int = 1) -> dict[str, Any]:
+    content = _json(path, inside)
     if content.get("format") != FORMAT:
         raise RunError(f"{path} has format {content.get('format')}, this version reads {FORMAT}")
     return content
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, inside: int = 1) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+        content = json.loads(read_file(path, LARGE, inside))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be understood: {error}") from error
     if not isinstance(content, dict):
         raise RunError(f"{path} cannot be understood: it holds no object")
     return content
@@ -185,8 +188,8 @@ def _is_known(path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "config.json").exists()
+    return is_there(path / "config.json")
 
 
 def _is_sweep(path: Path) -> bool:
-    return (path / "sweep.json").exists()
+    return is_there(path / "sweep.json")

@@ -10,11 +10,11 @@ from torch import nn
 
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import RunError
+from stochastic_depth.files import LARGE, make_folder, read_file, reason, write_whole
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train import Run, reopen, trained_model
-from stochastic_depth.train.files import write_whole
 
 FORMAT = 1
 T = TypeVar("T")
@@ -67,10 +67,10 @@ def write_found(run: Run, name: str, found: dict[str, Any]) -> None:
     """
     path = found_path(run, name)
     try:
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
     except OSError as error:
-        raise RunError(f"{path.parent} cannot be made: {error.strerror}") from error
-    write_whole(path, json.dumps({"format": FORMAT, **found}, indent=1).encode() + b"\n")
+        raise RunError(f"{path.parent} cannot be made: {reason(error)}") from error
+    write_whole(path, json.dumps({"format": FORMAT, **found}, indent=1).encode() + b"\n", inside=2)
 
 
 def read_found(
@@ -83,8 +83,8 @@ def read_found(
     """
     asked = {"format": FORMAT, **settings}
     try:
-        found = json.loads(found_path(run, name).read_bytes())
+        found = json.loads(read_file(found_path(run, name), LARGE, inside=2))
         same = all(found[key] == value for key, value in asked.items())
         return understood(found) if same else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from stochastic_depth.errors import CheckpointError, RunError
-from stochastic_depth.train.files import refusal, write_whole
+from stochastic_depth.files import (
+    make_folder,
+    names_in,
+    open_file,
+    reason,
+    remove_file,
+    write_whole,
+)
 
 MAGIC = b"stochastic-depth checkpoint 1\n"
 _DIGEST = 64
@@ -36,7 +43,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     payload = buffer.getvalue()
     digest = hashlib.sha256(payload).hexdigest().encode()
     try:
-        write_whole(path, MAGIC + digest + b"\n" + payload)
+        write_whole(path, MAGIC + digest + b"\n" + payload, inside=2)
     except RunError as error:
         raise CheckpointError(str(error)) from error
 
@@ -48,15 +55,9 @@ def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, A
         CheckpointError: when the file is missing, truncated, altered, or of another run.
     """
     try:
-        content = path.read_bytes()
+        payload = _read_payload(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {refusal(error)}") from error
-    start = len(MAGIC) + _DIGEST + 1
-    if not content.startswith(MAGIC) or len(content) < start:
-        raise CheckpointError(f"{path} is not a checkpoint of this library, or is cut short")
-    payload = memoryview(content)[start:]
-    if hashlib.sha256(payload).hexdigest().encode() + b"\n" != content[len(MAGIC) : start]:
-        raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     try:
         file = io.BytesIO(payload)
         _check_entries(file, len(payload))
@@ -69,6 +70,24 @@ def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, A
     if state.get("run") != run_id:
         raise CheckpointError(f"{path} belongs to another run ({state.get('run')}, not {run_id})")
     return state
+
+
+def _read_payload(path: Path) -> bytes:
+    """What follows the header, if its checksum is right: held in memory only then.
+
+    Raises:
+        CheckpointError: when the file is no checkpoint, or damaged.
+        OSError: when it cannot be read.
+    """
+    with open_file(path, inside=2) as file:
+        header = file.read(len(MAGIC) + _DIGEST + 1)
+        if not header.startswith(MAGIC) or len(header) < len(MAGIC) + _DIGEST + 1:
+            raise CheckpointError(f"{path} is not a checkpoint of this library, or is cut short")
+        digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
+        if digest + b"\n" != header[len(MAGIC) :]:
+            raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
+        file.seek(len(header))
+        return file.read()
 
 
 def _check_entries(file: io.BytesIO, size: int) -> None:
@@ -105,7 +124,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, newest first."""
-        matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*.ckpt"))
+        try:
+            matches = map(_NAME.fullmatch, names_in(self.folder))
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {reason(error)}") from error
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def save(self, step: int, best: int | None, state: dict[str, Any]) -> None:
@@ -115,6 +137,7 @@ class Checkpoints:
             CheckpointError: naming the previous checkpoint, which is intact.
         """
         try:
+            _make(self.folder)
             save_checkpoint(self.path(step), {"run": self.run_id, "step": step, **state})
         except CheckpointError as error:
             before = self.steps()
@@ -125,7 +148,7 @@ class Checkpoints:
         for old in past[self.keep :]:
             if old != best:
                 with suppress(OSError):
-                    self.path(old).unlink()
+                    remove_file(self.path(old), inside=2)
 
     def load(self, step: int, device: str) -> dict[str, Any]:
         """The state after `step` steps.
@@ -152,5 +175,16 @@ class Checkpoints:
             except CheckpointError as error:
                 refused.append(str(error))
         if refused:
-            raise CheckpointError("no checkpoint can be trusted: " + "; ".join(refused))
+            raise CheckpointError(
+                f"no checkpoint can be trusted: {'; '.join(refused)}. Put a copy of {self.folder} "
+                f"in its place; or delete it and {self.folder.with_name('metrics.jsonl')}, and "
+                "resume: the run begins at step 0"
+            )
         return None, []
+
+
+def _make(folder: Path) -> None:
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {reason(error)}") from error

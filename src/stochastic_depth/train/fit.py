@@ -15,6 +15,7 @@ from torch import Tensor
 from stochastic_depth.data import Batches
 from stochastic_depth.distributed.world import any_rank, on_primary, ranks
 from stochastic_depth.errors import RunError, StochasticDepthError
+from stochastic_depth.files import is_there
 from stochastic_depth.train.execution import Execution
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.run import Run
@@ -224,7 +225,7 @@ def _save(run: Run, training: Training) -> None:
 
 def _write_weights(run: Run, training: Training, watch: Watch) -> None:
     """Unless they are there, and whole."""
-    if run.weights.exists():
+    if is_there(run.weights):
         try:
             read_weights(run.weights)
             return

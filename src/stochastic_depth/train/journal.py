@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.train.files import refusal
+from stochastic_depth.files import LARGE, is_there, open_for_appending, read_file, reason
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ def append_record(path: Path, record: Record) -> None:
     line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
     try:
         # Unbuffered: a buffer would try again on closing, and leave the end of a line behind.
-        with path.open("ab", buffering=0) as file:
-            before = file.tell()
+        with open_for_appending(path) as file:
+            before = os.fstat(file.fileno()).st_size
             try:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError:
-                os.truncate(path, before)
+                os.ftruncate(file.fileno(), before)
                 raise
     except OSError as error:
-        raise RunError(f"{path} could not be written: {refusal(error)}") from error
+        raise RunError(f"{path} could not be written: {reason(error)}") from error
 
 
 def truncate_journal(path: Path, length: int) -> None:
@@ -94,28 +94,33 @@ def truncate_journal(path: Path, length: int) -> None:
     Raises:
         RunError: when the journal is shorter than it was at the checkpoint, or cannot be written.
     """
-    found = path.stat().st_size if path.exists() else 0
+    if length == 0 and not is_there(path):
+        return
+    try:
+        with open_for_appending(path) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found > length:
+                os.ftruncate(file.fileno(), length)
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {reason(error)}") from error
     if found < length:
         raise RunError(
             f"{path} has {found} bytes, the checkpoint has seen {length}: lines are lost"
         )
-    if found > length:
-        try:
-            os.truncate(path, length)
-        except OSError as error:
-            raise RunError(f"{path} could not be written: {refusal(error)}") from error
 
 
 def read_journal(path: Path) -> list[Record]:
-    """All whole lines; one that is still being written is left out.
+    """All whole lines, none where there is no file; one that is being written is left out.
 
     Raises:
         RunError: naming the line that is not a record.
     """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = read_file(path, LARGE).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+        raise RunError(f"{path} cannot be read: {reason(error)}") from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -8,11 +8,11 @@ from torch import nn
 
 from stochastic_depth.data import Batches, Share, batches
 from stochastic_depth.distributed.world import on_primary, rank, ranks
-from stochastic_depth.errors import CheckpointError, RunError
+from stochastic_depth.errors import CheckpointError
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.execution import Execution, resolve_execution
 from stochastic_depth.train.journal import best_record
-from stochastic_depth.train.run import Run, create_run, open_run
+from stochastic_depth.train.run import Run, create_run, open_run, refuse_existing
 from stochastic_depth.train.training import Training
 
 
@@ -22,7 +22,7 @@ def begin(config: Config, path: Path) -> tuple[Run, Batches]:
     Raises:
         ConfigError, DataError, RunError: when the configuration, the data or the folder is wrong.
     """
-    on_primary(lambda: _refuse_existing(path))
+    on_primary(lambda: refuse_existing(path))
     execution = resolve_execution(config)
     images = open_batches(config, execution)
     Training(config, execution, images)  # a network that cannot be built leaves no folder either
@@ -47,11 +47,6 @@ def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
     images = open_batches(config, run.execution)
     run.require_data(images.fingerprint)
     return run, images
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise RunError(f"{path} exists already: go on by --resume {path}, or choose another --run")
 
 
 def open_batches(config: Config, execution: Execution) -> Batches:

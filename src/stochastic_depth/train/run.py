@@ -15,10 +15,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stochastic_depth.errors import RunError
+from stochastic_depth.files import (
+    SMALL,
+    is_there,
+    names_in,
+    read_file,
+    reason,
+    remove_unfinished,
+    require_writable,
+    whole_folder,
+    write_new,
+)
 from stochastic_depth.train.checkpoint import Checkpoints
 from stochastic_depth.train.config import Config, restore
 from stochastic_depth.train.execution import Execution, machine, versions
-from stochastic_depth.train.files import refusal, remove_unfinished, whole_folder, write_synced
 from stochastic_depth.train.journal import Record, read_journal
 
 FORMAT = 1
@@ -57,11 +67,11 @@ class Run:
 
     def journal_length(self) -> int:
         """In bytes."""
-        return self.journal.stat().st_size if self.journal.exists() else 0
+        return self.journal.lstat().st_size if is_there(self.journal) else 0
 
     def records(self) -> list[Record]:
         """What was measured so far."""
-        return read_journal(self.journal) if self.journal.exists() else []
+        return read_journal(self.journal)
 
     def require_data(self, fingerprint: str) -> None:
         """Refuse other data than the run began on.
@@ -86,15 +96,19 @@ class Run:
         path = self.path / "lock"
         lock = FileLock(path, timeout=0)
         try:
+            require_writable(path)
+        except OSError as error:
+            raise RunError(f"{path} cannot be used: {reason(error)}") from error
+        try:
             lock.acquire()
             remove_unfinished(self.path)
-            remove_unfinished(self.checkpoints.folder)
-            held = os.open(path, os.O_RDONLY)
+            remove_unfinished(self.checkpoints.folder, inside=1)
+            held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except Timeout:
             raise RunError(f"{self.path} is being written by another process") from None
         except OSError as error:
             lock.release()
-            raise RunError(f"{self.path} cannot be written: {refusal(error)}") from error
+            raise RunError(f"{self.path} cannot be written: {reason(error)}") from error
 
         def still_ours() -> None:
             if not (path.exists() and os.path.samestat(os.fstat(held), path.stat())):
@@ -123,10 +137,7 @@ def create_run(
     Raises:
         RunError: when `path` exists or cannot be made.
     """
-    if path.exists():
-        raise RunError(
-            f"{path} exists already: go on with it by --resume {path}, or choose another --run"
-        )
+    refuse_existing(path)
     run = Run(path, uuid.uuid4().hex, config, execution, fingerprint, classes, shape)
     description = {
         "format": FORMAT,
@@ -142,7 +153,7 @@ def create_run(
     description["sha256"] = _checksum(description)
     with whole_folder(path) as folder:
         (folder / "checkpoints").mkdir()
-        write_synced(folder / "config.json", json.dumps(description, indent=2).encode() + b"\n")
+        write_new(folder / "config.json", json.dumps(description, indent=2).encode() + b"\n")
     return run
 
 
@@ -154,9 +165,10 @@ def open_run(path: Path) -> Run:
     """
     described = path / "config.json"
     try:
-        text = described.read_bytes()
-    except OSError:
-        raise RunError(f"{path} is not a run folder: {described} cannot be read") from None
+        text = read_file(described, SMALL)
+    except OSError as error:
+        why = f"{described} cannot be read: {reason(error)}"
+        raise RunError(f"{path} is not a run folder: {why}") from None
     try:
         values = json.loads(text)
         if values["format"] != FORMAT:
@@ -191,10 +203,32 @@ def _checksum(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 
+def refuse_existing(path: Path) -> None:
+    """Refuse to begin a run where there is something already; an empty folder is nothing.
+
+    Raises:
+        RunError: with what can be done.
+    """
+    if not is_there(path) or _is_empty_folder(path):
+        return
+    if is_there(path / "config.json"):
+        raise RunError(
+            f"{path} exists already: go on with it by --resume {path}, or choose another --run"
+        )
+    raise RunError(f"{path} exists already, and is no run: choose another --run")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return not names_in(path)
+    except OSError:
+        return False
+
+
 def free_path(folder: Path, name: str) -> Path:
     """`folder/name`, or the first of `folder/name-2`, `folder/name-3`, ... that does not exist."""
     path, number = folder / name, 2
-    while path.exists():
+    while is_there(path):
         path, number = folder / f"{name}-{number}", number + 1
     return path
 

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.train.files import write_whole
+from stochastic_depth.files import reason, require_file, write_whole
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, str]) -> None:
@@ -30,10 +30,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         RunError: when the file is missing, truncated, altered, or has no checksum.
     """
     try:
+        require_file(path)
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {reason(error)}") from error
+    except SafetensorError as error:
         raise RunError(f"{path} cannot be read: {error}") from error
     if about.pop("sha256", None) != _checksum(tensors, about):
         raise RunError(

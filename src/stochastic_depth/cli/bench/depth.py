@@ -12,6 +12,7 @@ from rich.table import Table
 from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.cli.bench.output import shown, timings
 from stochastic_depth.extras import require
+from stochastic_depth.files import write_whole
 from stochastic_depth.lab.bench.depth import (
     FINAL,
     KINDS,
@@ -24,7 +25,6 @@ from stochastic_depth.lab.bench.depth import (
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.execution import Execution
-from stochastic_depth.train.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from stochastic_depth.data.dataset import Images
 from stochastic_depth.data.pictures import decode
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
+from stochastic_depth.files import require_file
 
 IMAGE_COLUMNS = ("img", "image")
 MOST_BYTES = 2**15
@@ -64,6 +65,7 @@ def read_shard(path: Path, variant: Variant) -> Images:
     encoded: list[bytes | None] = []
     labels = [torch.empty(0, dtype=torch.int64)]
     try:
+        require_file(path, inside=0)
         with parquet.ParquetFile(path) as file:
             claimed, size = file.metadata.num_rows, path.stat().st_size
             if claimed > size:

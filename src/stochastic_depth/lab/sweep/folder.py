@@ -11,9 +11,18 @@ import torch
 from filelock import FileLock
 
 from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.files import (
+    SMALL,
+    UNFINISHED,
+    is_there,
+    make_folder,
+    read_file,
+    reason,
+    require_writable,
+    write_whole,
+)
 from stochastic_depth.train import Config, Record
 from stochastic_depth.train.build import build_depth, build_model
-from stochastic_depth.train.files import UNFINISHED, write_whole
 from stochastic_depth.train.journal import read_journal
 
 Rule = Literal["linear", "uniform", "constant"]
@@ -108,26 +117,28 @@ class Sweep:
         return self.folder / "runs" / point.name
 
     def done(self, point: Point) -> bool:
-        return (self.path(point) / "model.safetensors").exists()
+        return is_there(self.path(point) / "model.safetensors")
 
     def failure(self, point: Point) -> str | None:
         """Why its run cannot be trained, if that was found out."""
+        path = self.path(point) / "failed.txt"
         try:
-            return (self.path(point) / "failed.txt").read_text().strip()
+            return read_file(path, SMALL, inside=3).decode().strip()
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read: {error}") from error
 
     def fail(self, point: Point, sentence: str) -> None:
         """Remember why its run cannot be trained."""
-        write_whole(self.path(point) / "failed.txt", f"{sentence}\n".encode())
+        write_whole(self.path(point) / "failed.txt", f"{sentence}\n".encode(), inside=3)
 
     def ended(self, point: Point) -> bool:
         return self.done(point) or self.failure(point) is not None
 
     def records(self, point: Point) -> list[Record]:
         """What was measured so far."""
-        journal = self.path(point) / "metrics.jsonl"
-        return read_journal(journal) if journal.exists() else []
+        return read_journal(self.path(point) / "metrics.jsonl")
 
 
 def open_sweep(folder: Path, kind: Kind, grid: Grid, config: Config) -> Sweep:
@@ -148,7 +159,7 @@ def open_sweep(folder: Path, kind: Kind, grid: Grid, config: Config) -> Sweep:
     }
     _make(folder)
     with FileLock(folder / "lock"):
-        if not described.exists():
+        if not is_there(described):
             study = f"{kind}-{config.recipe}-{uuid.uuid4().hex[:12]}"
             content = json.dumps({**wanted, "study": study}, indent=1)
             write_whole(described, content.encode() + b"\n")
@@ -168,18 +179,21 @@ def _make(folder: Path) -> None:
             raise RunError(
                 f"{folder} is no sweep's folder, it holds {min(strange)}: choose another --out"
             )
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("runs", "claims"):
+            make_folder(folder / name)
+        require_writable(folder / "lock")
     except OSError as error:
-        raise RunError(f"{folder} cannot be a sweep's folder: {error.strerror}") from error
+        raise RunError(f"{folder} cannot be a sweep's folder: {reason(error)}") from error
 
 
 def _read(described: Path) -> dict[str, Any]:
     try:
-        found = json.loads(described.read_text())
+        found = json.loads(read_file(described, SMALL))
         if not isinstance(found["study"], str):
             raise TypeError("its study has no name")
         return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{described} cannot be understood: {error}") from error
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import ConfigError, DivergedError, RunError, StochasticDepthError
 from stochastic_depth.extras import require
+from stochastic_depth.files import is_there, require_writable
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.train import Interrupted, Record, Run, begin, best_record, fit, reopen
 from stochastic_depth.train.signals import StopSignals
@@ -164,6 +165,7 @@ class Queue:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         with self._lock, storage_told(self._journal):
+            require_writable(self._journal)
             drop_unfinished_line(self._journal)
             yield
 
@@ -199,9 +201,9 @@ class Queue:
 
     def _claim(self, trial: Any) -> Claim | None:
         point = self._points[trial.user_attrs["run"]]
-        claims = self._sweep.folder / "claims"
-        claims.mkdir(exist_ok=True)
-        lock = FileLock(claims / point.name, timeout=0)
+        path = self._sweep.folder / "claims" / point.name
+        require_writable(path, inside=2)
+        lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -299,9 +301,11 @@ def train_point(sweep: Sweep, point: Point, stop: Callable[[], int | None]) -> N
 
 def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
     path, config = sweep.path(point), point.of(sweep.config)
-    if path.exists() and not (path / "config.json").exists():
+    if path.is_symlink():
+        raise RunError(f"{path} is a link, expected a run folder: remove it")
+    if is_there(path) and not is_there(path / "config.json"):
         shutil.rmtree(path)  # its process was killed while it made the folder
-    if not path.exists():
+    if not is_there(path):
         return begin(config, path)
     run, images = reopen(path, config.data.root)
     if run.config.essential() != config.essential():

@@ -1,0 +1,282 @@
+"""Files of runs, sweeps, exports, reports and data sets: opened, read and written in one way.
+
+Whoever is handed a folder by somebody else may find anything in it: a link to a file of theirs, a
+pipe that never ends, a device. What is opened here is a regular file, and what is read has a bound.
+
+`inside` says how many of the last parts of a path belong to the folder that is worked in, and so
+must not be links: 1 is the file itself, 2 its folder as well (`checkpoints/step-1.ckpt`). The parts
+before them are the user's, who may link them as they like. With 0 the file may be a link too, as
+data sets often are.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedReader, FileIO
+from pathlib import Path
+
+from stochastic_depth.errors import RunError
+
+UNFINISHED = ".unfinished-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_KINDS = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+SMALL = 2**24
+"""Bytes of a description in JSON, at most."""
+LARGE = 2**30
+"""Bytes of a journal, an exported network or a file of a data set, at most."""
+
+
+def open_file(path: Path, inside: int = 1) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: when it is none, cannot be opened, or is reached through a link.
+    """
+    return os.fdopen(_open(path, os.O_RDONLY, inside), "rb")
+
+
+def open_for_appending(path: Path, inside: int = 1) -> FileIO:
+    """Open a regular file for writing at its end, unbuffered, and make it where there is none.
+
+    Raises:
+        OSError: as `open_file`; and when the file has a second name, which would change with it.
+    """
+    return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, inside), "ab", buffering=0)
+
+
+def read_file(path: Path, most: int, inside: int = 1) -> bytes:
+    """All of a regular file.
+
+    Args:
+        most: bytes.
+
+    Raises:
+        OSError: as `open_file`; and when there are more than `most`.
+    """
+    with open_file(path, inside) as file:
+        size = os.fstat(file.fileno()).st_size
+        # Files of a system such as /proc say that they are empty, and are not.
+        content = file.read(most + 1) if size <= most else b""
+        if max(size, len(content)) > most:
+            size = max(size, len(content))
+            raise OSError(errno.EINVAL, f"it has {size:,} bytes, at most {most:,} are read")
+        return content
+
+
+def require_file(path: Path, inside: int = 1) -> None:
+    """Refuse what `open_file` refuses, where a library opens the file by its path.
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    open_file(path, inside).close()
+
+
+def require_writable(path: Path, inside: int = 1) -> None:
+    """Refuse what `open_for_appending` refuses, where a library opens the file by its path.
+
+    That there is no file yet is fine.
+
+    Raises:
+        OSError: as `open_for_appending`.
+    """
+    with suppress(FileNotFoundError), _folder(path.parent, max(inside - 1, 0)) as folder:
+        found = os.stat(path.name, dir_fd=folder, follow_symlinks=not inside)
+        _require_regular(found, os.O_WRONLY)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything at `path`: a link that leads nowhere as well."""
+    return os.path.lexists(path)
+
+
+def names_in(folder: Path, inside: int = 1) -> list[str]:
+    """What is in a folder, sorted; nothing, where there is no folder.
+
+    Raises:
+        OSError: when it cannot be read, or is a link.
+    """
+    try:
+        with _folder(folder, inside) as opened:
+            return sorted(os.listdir(opened))
+    except FileNotFoundError:
+        return []
+
+
+def make_folder(path: Path, inside: int = 1) -> None:
+    """Make the folder `path` in one that exists, unless it is there.
+
+    Raises:
+        OSError: when it cannot be made, or something else is there.
+    """
+    with _folder(path.parent, max(inside - 1, 0)) as above, suppress(FileExistsError):
+        os.mkdir(path.name, dir_fd=above)
+    with _folder(path, inside):
+        pass
+
+
+def remove_file(path: Path, inside: int = 1) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        OSError: when it cannot be deleted, or its folder is a link.
+    """
+    with suppress(FileNotFoundError), _folder(path.parent, max(inside - 1, 0)) as folder:
+        os.unlink(path.name, dir_fd=folder)
+
+
+def remove_unfinished(folder: Path, inside: int = 0) -> None:
+    """Delete what killed processes left half-written in `folder`.
+
+    Raises:
+        OSError: as `names_in` and `remove_file`.
+    """
+    for name in names_in(folder, inside):
+        if name.startswith(UNFINISHED):
+            remove_file(folder / name, inside + 1)
+
+
+def write_whole(path: Path, content: bytes, inside: int = 1) -> None:
+    """Put `content` at `path`, replacing what was there, so that no reader ever sees a part of it.
+
+    A link is replaced itself, and what it leads to stays as it is.
+
+    Raises:
+        RunError: when it cannot be written (a full disk, say); what was at `path` is intact.
+    """
+    unfinished = UNFINISHED + secrets.token_hex(8)  # nobody can have put anything there
+    try:
+        with _folder(path.parent, max(inside - 1, 0)) as folder:
+            with suppress(FileNotFoundError):
+                found = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+                if not stat.S_ISLNK(found.st_mode):
+                    _require_regular(found, os.O_RDONLY)
+            try:
+                _write_synced(unfinished, content, folder)
+                os.replace(unfinished, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+                os.fsync(folder)
+            except OSError:
+                with suppress(OSError):
+                    os.unlink(unfinished, dir_fd=folder)
+                raise
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {reason(error)}") from error
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which appears at `path` with all that was put into it, or not at all.
+
+    An empty folder at `path` is replaced.
+
+    Raises:
+        RunError: when there is something at `path`, or nothing can be made there.
+    """
+    unfinished = path.with_name(UNFINISHED + secrets.token_hex(8))
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        _sync_folder(unfinished)
+        unfinished.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"{path} cannot be made: {reason(error)}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Make a new file, on disk when this returns.
+
+    Raises:
+        OSError: when there is something at `path`, or it cannot be made.
+    """
+    _write_synced(path, content, None)
+
+
+def reason(error: OSError) -> str:
+    """What the system says, and the remedy where the disk is full."""
+    said = error.strerror or str(error)
+    return f"{said}; make room, then go on" if error.errno in _FULL else said
+
+
+def _open(path: Path, flags: int, inside: int) -> int:
+    with _folder(path.parent, max(inside - 1, 0)) as folder:
+        if inside:
+            flags |= os.O_NOFOLLOW
+        with suppress(FileNotFoundError):  # opening a device can do something
+            _require_regular(os.stat(path.name, dir_fd=folder, follow_symlinks=not inside), flags)
+        opened = os.open(path.name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        try:
+            _require_regular(os.fstat(opened), flags)
+        except OSError:
+            os.close(opened)
+            raise
+        return opened
+
+
+def _require_regular(found: os.stat_result, flags: int) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    for is_kind, kind in _KINDS:
+        if is_kind(found.st_mode):
+            raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file: remove it")
+    if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
+        raise OSError(
+            errno.EMLINK,
+            "it is a hard link, and its other name would be changed too: put a copy in its place",
+        )
+
+
+@contextmanager
+def _folder(path: Path, inside: int) -> Iterator[int]:
+    """A descriptor of a folder whose last `inside` parts are not links."""
+    parts = path.parts[len(path.parts) - inside :] if inside else ()
+    start = path
+    for _ in parts:
+        start = start.parent
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    opened = os.open(start, flags)
+    try:
+        for part in parts:
+            start = start / part
+            try:
+                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=opened)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                    raise OSError(
+                        errno.ENOTDIR, f"{start} is a link or a file, expected a folder: remove it"
+                    ) from error
+                raise
+            os.close(opened)
+            opened = below
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _write_synced(path: Path | str, content: bytes, folder: int | None) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o666, dir_fd=folder), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` survive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
