@@ -12,7 +12,7 @@ images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
 images = (images.float() / 16).view(-1, 1, 8, 8)
 
 model = CifarResNet(20, channels=1)
-handle = sd.apply(model, sd.Ramp(sd.LinearDecay(0.5), steps=100))
+handle = sd.apply(model, sd.LinearDecay(0.5), schedule=sd.Warmup(100))
 ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
 swa = AveragedModel(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -28,7 +28,7 @@ for step in range(100):
 
 for average in (ema, swa):
     own = sd.handle_of(average.module)  # which drew nothing yet
-    own.step = handle.step  # p_l of a ramp as of the step that the average is of
+    own.step = handle.step  # p_l of a schedule as of the step that the average is of
     with own.full_depth():
         update_bn(images[:1500].split(100), average)
 

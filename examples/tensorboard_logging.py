@@ -10,7 +10,7 @@ import stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
 
 model = CifarResNet(20)
-handle = sd.apply(model, sd.Ramp(sd.LinearDecay(0.5), steps=20))
+handle = sd.apply(model, sd.LinearDecay(0.5), schedule=sd.Warmup(20))
 
 folder = tempfile.mkdtemp()
 with SummaryWriter(folder) as writer:

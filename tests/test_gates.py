@@ -1,6 +1,8 @@
 import itertools
+import math
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,7 +11,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import stochastic_depth as sd
-from stochastic_depth.gates import Gate, draw, evaluation_gates, open_shares, training_gates
+from stochastic_depth.gates import (
+    Gate,
+    balanced_blocks,
+    draw,
+    evaluation_gates,
+    open_shares,
+    subset_size,
+    training_gates,
+)
 from stochastic_depth.survival import survival_probabilities
 
 SURVIVAL = survival_probabilities(sd.LinearDecay(0.5), 10)
@@ -168,3 +178,205 @@ def test_a_subset_is_of_at_least_so_many_samples_and_only_where_the_coins_say_fe
             assert (more >= coins).all()
             counts = coins.sum(1).clamp(min=min(least, 6))
             assert torch.equal(more.sum(1), counts)
+
+
+def balanced_joint(survival: tuple[float, ...]) -> torch.Tensor:
+    """P(i and j open) of `balanced_blocks` over all orders, exactly: float64 [L, L].
+
+    In an order in which the set A comes before i, and A, i and B before j, both are open for the
+    starts at which each of their intervals, modulo 1, has a point. Sums over all A and B, with the
+    share of orders that have them there.
+    """
+    blocks = len(survival)
+    p = [Fraction(x) for x in survival]
+    joint = torch.zeros(blocks, blocks, dtype=torch.float64)
+    for i, j in itertools.permutations(range(blocks), 2):
+        others = [b for b in range(blocks) if b not in (i, j)]
+        total = 0.0
+        for where in itertools.product((0, 1, 2), repeat=len(others)):
+            before = [b for b, w in zip(others, where, strict=True) if w == 0]
+            between = [b for b, w in zip(others, where, strict=True) if w == 1]
+            after = len(others) - len(before) - len(between)
+            share = (
+                math.factorial(len(before)) * math.factorial(len(between)) * math.factorial(after)
+            ) / math.factorial(blocks)
+            first = sum((p[b] for b in before), Fraction(0))
+            second = first + p[i] + sum((p[b] for b in between), Fraction(0))
+            total += share * float(overlap(first, p[i], second, p[j]))
+        joint[i, j] += total
+        joint[j, i] += total
+    return joint
+
+
+def overlap(a: Fraction, length_a: Fraction, b: Fraction, length_b: Fraction) -> Fraction:
+    """How much [a, a + length_a) and [b, b + length_b) have in common modulo 1."""
+    apart = (b - a) % 1
+    return max(Fraction(0), min(length_a, apart + length_b) - apart) + max(
+        Fraction(0), min(length_a, apart - 1 + length_b)
+    )
+
+
+def all_gates(survival: tuple[float, ...]) -> list[tuple[float, torch.Tensor]]:
+    """Every set of gates of `balanced_blocks` with its probability, by running all orders.
+
+    The gates change only where a start passes the end of a block: one start between any two of
+    these stands for all of them.
+    """
+    found = []
+    orders = list(itertools.permutations(range(len(survival))))
+    for order in orders:
+        ends = itertools.accumulate(Fraction(survival[block]) for block in order)
+        starts = sorted({Fraction(0), Fraction(1), *(end % 1 for end in ends)})
+        for low, high in itertools.pairwise(starts):
+            gates = balanced_blocks(survival, order, float((low + high) / 2))
+            found.append((float(high - low) / len(orders), gates.double()))
+    return found
+
+
+SMALL = [
+    (0.5, 0.5),
+    (0.1, 0.1, 0.9, 0.9),
+    (0.3, 1.0, 0.7, 0.25),
+    (0.05, 0.5, 0.35, 0.6, 0.99),
+    (0.875, 0.75, 0.625, 0.5, 0.2, 0.05),
+    survival_probabilities(sd.LinearDecay(0.5), 6),
+]
+
+
+@pytest.mark.parametrize("survival", SMALL)
+def test_balanced_gates_have_the_exact_probabilities_and_a_constant_number(survival) -> None:
+    opened = torch.zeros(len(survival), dtype=torch.float64)
+    joint = torch.zeros(len(survival), len(survival), dtype=torch.float64)
+    depth = math.fsum(survival)
+    for chance, gates in all_gates(survival):
+        if chance > 1e-9:
+            assert math.floor(depth + 1e-9) <= int(gates.sum()) <= math.ceil(depth - 1e-9)
+        opened += chance * gates
+        joint += chance * gates[:, None] * gates
+    assert opened.tolist() == pytest.approx(list(survival), abs=1e-9)
+    exact = balanced_joint(survival)
+    assert (joint - joint.diag().diag()).tolist() == [
+        pytest.approx(row, abs=1e-9) for row in exact.tolist()
+    ]
+
+
+@pytest.mark.parametrize(
+    "survival",
+    [
+        survival_probabilities(sd.LinearDecay(0.5), 8),
+        survival_probabilities(sd.LinearDecay(0.2), 8),
+        survival_probabilities(sd.Uniform(0.5), 8),
+    ],
+)
+def test_two_balanced_blocks_are_tied_hardly_more_than_a_constant_number_needs(survival) -> None:
+    # The variances of the number open and of a random choice of as many leave, on the average over
+    # pairs, this much covariance: what no design of constant size can avoid.
+    joint, p = balanced_joint(survival), torch.tensor(survival, dtype=torch.float64)
+    pairs = ~torch.eye(len(p), dtype=torch.bool)
+    covariance = (joint - p[:, None] * p)[pairs]
+    of_the_number = math.fsum(survival) % 1 * (1 - math.fsum(survival) % 1)
+    needed = (of_the_number - (p * (1 - p)).sum()) / pairs.sum()
+    assert covariance.mean().item() == pytest.approx(needed.item(), abs=1e-12)
+    spread = (p * (1 - p)).sqrt()
+    correlation = covariance / (spread[:, None] * spread)[pairs]
+    assert correlation.abs().max().item() < 2.0 / (len(p) - 1)
+
+
+def test_twelve_equal_blocks_balanced_are_a_random_choice_of_as_many() -> None:
+    for count in (3, 6, 9):
+        survival = (count / 12,) * 12
+        steps = torch.stack([draw(0, step, survival, balance=True) for step in range(STEPS)])
+        assert (steps.sum(1) == count).all()
+        pair = count * (count - 1) / (12 * 11)
+        for one, other in ((0, 1), (3, 9), (10, 11)):
+            both = int((steps[:, one] & steps[:, other]).sum())
+            assert stats.binomtest(both, STEPS, pair).pvalue > ALPHA
+
+
+@settings(deadline=None)
+@given(
+    survival=st.lists(st.floats(0, 1), min_size=1, max_size=80).map(tuple),
+    step=st.integers(0, 10**9),
+)
+def test_balanced_gates_are_always_of_the_expected_depth(survival, step: int) -> None:
+    gates = draw(0, step, survival, balance=True)
+    depth = math.fsum(survival)
+    assert math.floor(depth + 1e-9) <= int(gates.sum()) <= math.ceil(depth - 1e-9)
+    for p, is_open in zip(survival, gates.tolist(), strict=True):
+        assert is_open or p < 1
+        assert not is_open or p > 0
+
+
+@pytest.mark.parametrize("blocks", [10, 30, 50, 600])
+def test_a_sum_of_tenths_that_is_whole_is_always_met(blocks: int) -> None:
+    for step in range(50):
+        assert int(draw(0, step, (0.1,) * blocks, balance=True).sum()) == blocks // 10
+
+
+def test_balanced_gates_drawn_follow_the_probabilities_and_steps_are_independent() -> None:
+    steps = torch.stack([draw(5, step, SURVIVAL, balance=True) for step in range(STEPS)])
+    for block, p in enumerate(SURVIVAL):
+        assert stats.binomtest(int(steps[:, block].sum()), STEPS, p).pvalue > ALPHA
+        assert independence(steps[:-1, block], steps[1:, block]) > ALPHA
+
+
+def test_ranks_with_balanced_gates_of_their_own_are_equally_deep_and_not_the_same() -> None:
+    differ = 0
+    for step in range(300):
+        ranks = [draw(0, step, SURVIVAL, balance=True, rank=rank) for rank in range(4)]
+        assert len({int(gates.sum()) for gates in ranks}) == 1
+        differ += not torch.equal(ranks[0], ranks[1])
+    assert differ > 200
+    for rank in (0, 3):
+        steps = [draw(0, step, SURVIVAL, balance=True, rank=rank) for step in range(STEPS)]
+        for opened, p in zip(torch.stack(steps).sum(0), SURVIVAL, strict=True):
+            assert stats.binomtest(int(opened), STEPS, p).pvalue > ALPHA
+
+
+@settings(deadline=None)
+@given(
+    p=st.floats(0, 1),
+    samples=st.integers(1, 300),
+    least=st.integers(0, 5),
+    multiple=st.sampled_from([1, 2, 8]),
+)
+def test_a_balanced_subset_is_of_the_rounded_size_and_never_empty(p, samples, least, multiple):
+    size = subset_size(p, samples, least, multiple)
+    assert int(draw(0, 3, (p,), samples, least, balance=True, multiple_of=multiple).sum()) == size
+    if p == 0:
+        assert size == 0
+    elif p == 1:
+        assert size == samples
+    else:
+        assert min(samples, max(1, least)) <= size <= samples
+        assert size % multiple == 0 or size in (samples, least)
+        near = min(max(p * samples, multiple, least), samples)
+        assert abs(size - near) <= multiple / 2 or size == samples
+
+
+def test_every_sample_is_in_a_balanced_subset_equally_often_and_none_with_its_neighbour() -> None:
+    steps = torch.stack([draw(2, step, (0.3, 0.6), 10, balance=True) for step in range(STEPS)])
+    assert (steps.sum(2) == torch.tensor([3, 6])).all()
+    for block, size in enumerate((3, 6)):
+        for sample in range(10):
+            opened = int(steps[:, block, sample].sum())
+            assert stats.binomtest(opened, STEPS, size / 10).pvalue > ALPHA
+        both = int((steps[:, block, 4] & steps[:, block, 5]).sum())
+        assert stats.binomtest(both, STEPS, size * (size - 1) / 90).pvalue > ALPHA
+    assert independence(steps[:, 0, 0], steps[:, 1, 0]) > ALPHA
+
+
+def test_each_process_has_balanced_subsets_of_its_part_of_a_mini_batch() -> None:
+    coins = draw(0, 0, (0.25, 0.5, 0.01), 22, balance=True, parts=3)
+    ends = [0, 7, 14, 22]
+    for first, end in itertools.pairwise(ends):
+        sizes = [subset_size(p, end - first) for p in (0.25, 0.5, 0.01)]
+        assert coins[:, first:end].sum(1).tolist() == sizes
+
+
+@pytest.mark.parametrize("kind", ["sample", "subset"])
+def test_what_is_divided_by_is_the_share_that_a_balanced_gate_opens(kind) -> None:
+    coins = draw(0, 0, (0.3, 0.0), 8, balance=True)
+    gates = training_gates(coins, (0.3, 0.0), kind, "training", balance=True)
+    assert gates[0].factor == pytest.approx(8 / 2)
+    assert not coins[1].any()

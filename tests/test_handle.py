@@ -96,10 +96,10 @@ def test_gates_for_single_samples_are_drawn_for_the_batch(gate) -> None:
 
 
 @pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
-@pytest.mark.parametrize("rule", [HALF, sd.Ramp(sd.Uniform(0.3), steps=4)])
-def test_the_gates_of_any_step_can_be_asked_for(gate, rule) -> None:
+@pytest.mark.parametrize("schedule", [None, sd.Warmup(4)])
+def test_the_gates_of_any_step_can_be_asked_for(gate, schedule) -> None:
     model = Net()
-    handle = sd.apply(model, rule, gate=gate, seed=5)
+    handle = sd.apply(model, sd.Uniform(0.3), schedule=schedule, gate=gate, seed=5)
     before = [handle.gates_at(step, 7) for step in range(6)]
     for step in range(6):
         model(torch.randn(7, 3, dtype=torch.float64))
@@ -184,17 +184,17 @@ def test_a_block_called_before_any_draw_is_an_error() -> None:
         model.blocks[0].train()(h)
 
 
-@pytest.mark.parametrize("rule", [HALF, sd.Ramp(HALF, steps=10)])
-def test_a_resumed_run_draws_the_same_gates(rule) -> None:
+@pytest.mark.parametrize("schedule", [None, sd.Warmup(10)])
+def test_a_resumed_run_draws_the_same_gates(schedule) -> None:
     model = Net()
-    handle = sd.apply(model, rule, seed=9)
+    handle = sd.apply(model, HALF, schedule=schedule, seed=9)
     for step in range(4):
         model(batch(step))
     state = json.loads(json.dumps(handle.state_dict()))
     evaluation = copy.deepcopy(model).eval()(batch(0))
     resumed = Net()
     resumed.load_state_dict(model.state_dict())
-    again = sd.apply(resumed, rule, seed=0)
+    again = sd.apply(resumed, HALF, schedule=schedule, seed=0)
     again.load_state_dict(state)
     assert torch.equal(copy.deepcopy(resumed).eval()(batch(0)), evaluation)
     for step in range(4, 20):
@@ -218,7 +218,8 @@ def test_no_gates_are_open_between_a_load_and_the_next_forward_pass() -> None:
     ("field", "settings"),
     [
         ("survival", {"survival": sd.LinearDecay(0.6)}),
-        ("ramp_steps", {"survival": sd.Ramp(HALF, steps=5)}),
+        ("schedule", {"schedule": sd.Warmup(5)}),
+        ("closed", {"closed": "forward-only"}),
         ("gate", {"gate": "sample"}),
         ("scale", {"scale": "training"}),
         ("skipped", {"skipped": "freeze"}),
@@ -503,9 +504,9 @@ def test_where_reentrant_checkpointing_cannot_tell_which_it_is_refused() -> None
 
 
 @pytest.mark.parametrize("scale", ["inference", "training"])
-def test_a_ramp_is_followed_step_by_step_in_training_and_evaluation(scale) -> None:
+def test_a_schedule_is_followed_step_by_step_in_training_and_evaluation(scale) -> None:
     model = Net()
-    handle = sd.apply(model, sd.Ramp(HALF, steps=4), scale=scale)
+    handle = sd.apply(model, HALF, schedule=sd.Warmup(4), scale=scale)
     final = torch.tensor([11, 10, 9, 8, 7, 6], dtype=torch.float64) / 12
     for step in range(6):
         model.train()(batch(step))

@@ -119,7 +119,7 @@ def test_an_average_has_gates_of_its_own_and_leaves_the_models_alone() -> None:
 
 def test_under_a_ramp_an_average_is_told_the_step_to_be_evaluated_at() -> None:
     model = network()
-    handle = sd.apply(model, sd.Ramp(HALF, steps=4))
+    handle = sd.apply(model, HALF, schedule=sd.Warmup(4))
     averaged = AveragedModel(model)
     for step in range(3):
         model(batch(step))

@@ -112,17 +112,17 @@ def test_what_was_before_comes_back_whatever_happens() -> None:
     assert not torch.equal(full, unscaled)
 
 
-def test_training_steps_are_not_concerned_and_a_ramp_goes_on() -> None:
+def test_training_steps_are_not_concerned_and_a_schedule_goes_on() -> None:
     models = [trained(), trained()]
-    rule = sd.Ramp(sd.LinearDecay(0.3), 3)
-    depths = [sd.apply(model, rule, seed=4) for model in models]
+    rule = sd.LinearDecay(0.3)
+    depths = [sd.apply(model, rule, schedule=sd.Warmup(3), seed=4) for model in models]
     for step in range(4):
         with depths[0].subnetwork([step % 2 == 0] * BLOCKS):
             outs = [model.train()(images()) for model in models]
         assert torch.equal(*outs)
         assert torch.equal(depths[0].gates, depths[1].gates)
         assert torch.equal(*(model.eval()(images()) for model in models))
-    assert depths[0].survival == pytest.approx(sd.apply(trained(), rule.rule).survival)
+    assert depths[0].survival == pytest.approx(sd.apply(trained(), rule).survival)
 
 
 def test_a_copy_takes_its_own_subnetwork_along() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stochastic_depth as sd
-from stochastic_depth.survival import ramped, survival_of, survival_probabilities
+from stochastic_depth.survival import survival_of, survival_probabilities
 
 probabilities = st.floats(min_value=0, max_value=1, exclude_min=True)
 
@@ -72,25 +72,6 @@ def test_a_rule_may_return_any_kind_of_number() -> None:
     assert survival_probabilities(lambda block, blocks: 1, 1) == (1.0,)
 
 
-def test_a_ramp_starts_without_dropping_and_ends_at_its_rule() -> None:
-    final = survival_probabilities(sd.Ramp(sd.LinearDecay(0.5), steps=4), 2)
-    assert final == (0.75, 0.5)
-    assert [ramped(final, 4, step) for step in (0, 1, 2, 3, 4, 5, 10**6)] == [
-        (1.0, 1.0),
-        (0.9375, 0.875),
-        (0.875, 0.75),
-        (0.8125, 0.625),
-        (0.75, 0.5),
-        (0.75, 0.5),
-        (0.75, 0.5),
-    ]
-
-
-def test_a_ramp_takes_at_least_one_step() -> None:
-    with pytest.raises(sd.SurvivalError, match=r"steps=0"):
-        sd.Ramp(sd.LinearDecay(), steps=0)
-
-
 @pytest.mark.parametrize("p", [0.0, -0.1, 1.0000001, math.inf, -math.inf, math.nan])
 def test_a_probability_outside_of_0_to_1_names_rule_block_and_value(p: float) -> None:
     class Third:
@@ -122,11 +103,6 @@ def test_what_is_no_rule_is_told_what_one_is(rule: object) -> None:
     assert repr(rule) in str(error.value)
 
 
-def test_a_bad_rule_in_a_ramp_is_found_too() -> None:
-    with pytest.raises(sd.SurvivalError, match="block 1 of 2"):
-        survival_probabilities(sd.Ramp(sd.Uniform(0.0), steps=10), 2)
-
-
 def test_rules_are_values() -> None:
     assert sd.LinearDecay(0.5) == sd.LinearDecay()
     assert len({sd.Uniform(0.5), sd.Uniform(0.5), sd.Uniform(0.6)}) == 2
@@ -140,7 +116,6 @@ def test_probabilities_are_given_by_rule_by_number_or_by_name() -> None:
     given = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
     assert survival_of(given, NAMES) == given
     assert survival_of({"decoder.1": 0.25, "head": 0.5}, NAMES) == (1, 1, 1, 0.25, 1, 0.5)
-    assert survival_of(sd.Ramp({"head": 0.5}, steps=3), NAMES) == (1, 1, 1, 1, 1, 0.5)
 
 
 def test_a_rule_counts_blocks_anew_in_each_stack() -> None:

@@ -40,24 +40,38 @@ from stochastic_depth.surgery import (
     summary,
     verify,
 )
-from stochastic_depth.survival import LinearDecay, Ramp, Uniform
+from stochastic_depth.survival import (
+    Decreasing,
+    Early,
+    Late,
+    LinearDecay,
+    Progressive,
+    Steps,
+    Uniform,
+    Warmup,
+)
 
 __version__ = version("stochastic-depth")
 
 __all__ = [
     "ApplyError",
+    "Decreasing",
+    "Early",
     "FoldError",
     "Gate",
     "GateError",
     "Handle",
+    "Late",
     "LinearDecay",
-    "Ramp",
+    "Progressive",
     "Residual",
+    "Steps",
     "StochasticDepthError",
     "SurvivalError",
     "TruncateError",
     "Uniform",
     "UnsupportedBlockError",
+    "Warmup",
     "apply",
     "compile_blocks",
     "drop_order",

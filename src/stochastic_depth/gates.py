@@ -1,7 +1,11 @@
 """Which blocks run in a step: a pure function of (seed, step)."""
 
+import functools
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,8 +17,12 @@ from stochastic_depth.randomness import digest, uniforms
 GateKind = Literal["batch", "sample", "subset"]
 """One coin a block and mini-batch (the paper), or one a block and sample: masked or selected."""
 
-Scale = Literal["inference", "training"]
-"""Where p_l is made up for: times p_l in evaluation (the paper), or over p_l in training."""
+Scale = Literal["inference", "training", "none"]
+"""Where the expectation is corrected: times p_l in evaluation (the paper), over p_l in training, or
+nowhere, because a closed branch runs forward."""
+
+Closed = Literal["skipped", "forward-only"]
+"""What a closed block saves: all of its branch (the paper), or only backward pass and memory."""
 
 
 class Gate(NamedTuple):
@@ -33,6 +41,17 @@ class Gate(NamedTuple):
     """int64 [k]: the branch runs on these samples only."""
     batch: int | None = None
     """The number of samples that `keep` or `samples` were drawn for."""
+    detached: bool = False
+    """Whether the branch runs forward only: what it gives is added, and passes no gradient."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether the branch runs and gradients pass through it."""
+        return self.open and not self.detached
+
+    def forward_only(self) -> AbstractContextManager[Any]:
+        """Give the context that the branch runs in: without a graph where it is detached."""
+        return torch.no_grad() if self.detached else nullcontext()
 
     def select(self, value: Any) -> Any:
         """Give the samples that the branch runs on: of tensors [batch, ...], [k, ...].
@@ -64,6 +83,8 @@ class Gate(NamedTuple):
         Raises:
             GateError: when gates for single samples were drawn for another batch size.
         """
+        if self.detached:
+            return f.detach()
         if self.samples is not None:
             return self._spread(f if self.factor is None else f * self.factor, self.samples)
         if self.keep is not None:
@@ -81,6 +102,8 @@ class Gate(NamedTuple):
             out: [batch, ...]; under `samples` [k, ...].
             shortcut: [batch, ...].
         """
+        if self.detached:
+            return out.detach() + (shortcut - shortcut.detach())  # which adds 0, and the gradient
         if self.factor is None and self.batch is None:
             return out
         return shortcut + self.scale(out - self.select(shortcut))
@@ -132,6 +155,11 @@ def draw(
     survival: tuple[float, ...],
     batch: int | None = None,
     min_samples: int = 0,
+    *,
+    balance: bool = False,
+    multiple_of: int = 1,
+    parts: int = 1,
+    rank: int | None = None,
 ) -> Tensor:
     """All coins of one step: bool [L], or [L, batch] with one for each sample.
 
@@ -141,16 +169,92 @@ def draw(
     Args:
         min_samples: how many samples are open in each block at least: where the coins say fewer,
             those that came closest.
+        balance: open a constant number instead: of blocks, see `balanced_blocks`, or of the samples
+            of each block, see `subset_size`; which samples is drawn at random.
+        multiple_of: of balanced samples, what their number is rounded to a multiple of.
+        parts: how many processes share the batch, in equal parts; each part is balanced.
+        rank: of a process that draws gates of its own.
     """
     blocks = len(survival)
-    p = torch.tensor(survival, dtype=torch.float64)
+    own = seed if rank is None else seed_of_rank(seed, rank)
     if batch is None:
-        return uniforms(blocks, "gates", seed, step) < p
-    u = uniforms(blocks * batch, "gates", seed, step).view(blocks, batch)
-    coins = u < p[:, None]
+        if balance:
+            return balanced_blocks(
+                survival,
+                order=uniforms(blocks, "order of blocks", own, step).argsort().tolist(),
+                start=float(uniforms(1, "start", seed, step)),
+            )
+        return uniforms(blocks, "gates", own, step) < torch.tensor(survival, dtype=torch.float64)
+    u = uniforms(blocks * batch, "gates", own, step).view(blocks, batch)
+    if balance:
+        ends = [part * batch // parts for part in range(parts + 1)]
+        return torch.cat(
+            [
+                _smallest(u[:, first:end], survival, min_samples, multiple_of)
+                for first, end in pairwise(ends)
+            ],
+            dim=1,
+        )
+    coins = u < torch.tensor(survival, dtype=torch.float64)[:, None]
     if min_samples > 0:
         coins |= u <= u.kthvalue(min(min_samples, batch), dim=1, keepdim=True).values
     return coins
+
+
+def balanced_blocks(survival: tuple[float, ...], order: Sequence[int], start: float) -> Tensor:
+    """Which blocks are open in a step of constant depth: bool [L].
+
+    The number of open blocks is the floor or the ceiling of the sum of p_l, and block l is open
+    with probability p_l, to within 2**-44: systematic sampling (Madow 1949). The blocks are laid
+    end to end in `order`, each as long as its p_l, and those are open that cover one of the points
+    `start`, `start` + 1, `start` + 2, ... In a random order any two blocks are nearly independent.
+
+    Args:
+        order: of the blocks, counted from 0.
+        start: in [0, 1). Processes that have it in common are equally deep in every order.
+    """
+    lengths = _in_units(survival)
+    gates = [False] * len(survival)
+    reached = _UNITS - 1 - int(start * _UNITS)
+    for block in order:
+        before, reached = reached, reached + lengths[block]
+        gates[block] = reached // _UNITS > before // _UNITS
+    return torch.tensor(gates, dtype=torch.bool)
+
+
+_UNITS = 2**44
+"""In whole numbers the depth of a step does not depend on the order of summation."""
+
+
+@functools.lru_cache(maxsize=64)
+def _in_units(survival: tuple[float, ...]) -> list[int]:
+    """Each p_l in units of 2**-44, rounded so that their sum is the rounded sum."""
+    units = [round(p * _UNITS) for p in survival]
+    excess = sum(units) - round(math.fsum(survival) * _UNITS)
+    for block, length in enumerate(units):
+        if excess and 0 < length < _UNITS:
+            one = 1 if excess > 0 else -1
+            units[block] -= one
+            excess -= one
+    return units
+
+
+def subset_size(p: float, samples: int, min_samples: int = 0, multiple_of: int = 1) -> int:
+    """How many of `samples` samples a balanced gate opens: p of them, rounded, but never none.
+
+    A block that does not run yet (p = 0) has none. DINOv2 and DINOv3 train with subsets of constant
+    size too.
+    """
+    if p in (0, 1):
+        return int(p) * samples
+    rounded = multiple_of * round(p * samples / multiple_of)
+    return min(max(rounded, multiple_of, min_samples), samples)
+
+
+def _smallest(u: Tensor, survival: tuple[float, ...], min_samples: int, multiple_of: int) -> Tensor:
+    """The smallest of `u` in each row, as many as there are to be open: bool [L, samples]."""
+    sizes = [subset_size(p, u.shape[1], min_samples, multiple_of) for p in survival]
+    return u.argsort(1).argsort(1) < torch.tensor(sizes)[:, None]
 
 
 def seed_of_rank(seed: int, rank: int) -> int:
@@ -164,16 +268,30 @@ def open_shares(coins: Tensor) -> Tensor:
 
 
 def training_gates(
-    coins: Tensor, survival: tuple[float, ...], kind: GateKind, scale: Scale
+    coins: Tensor,
+    survival: tuple[float, ...],
+    kind: GateKind,
+    scale: Scale,
+    balance: bool = False,
+    closed: Closed = "skipped",
 ) -> list[Gate]:
-    """What each block does in a training step under `coins` (from `draw`)."""
-    factors = _each([1 / p for p in survival]) if scale == "training" else [None] * len(survival)
+    """What each block does in a training step under `coins` (from `draw`).
+
+    Under scale="training" a branch is divided by p_l; where a balanced gate opens a share of the
+    samples that is p_l rounded, by that share.
+    """
+    factors: Sequence[Tensor | None] = [None] * len(survival)
+    if scale == "training":
+        shares = open_shares(coins).tolist() if balance and kind != "batch" else survival
+        factors = _each([1 / share if share else 1.0 for share in shares])
+    if closed == "forward-only":
+        return [Gate(detached=not b) for b in coins.tolist()]
     if kind == "batch":
         return [Gate(b, factor) for b, factor in zip(coins.tolist(), factors, strict=True)]
     if kind == "sample":
         return [
-            Gate(True, factor, keep=keep, batch=len(keep))
-            for keep, factor in zip(coins, factors, strict=True)
+            Gate(p > 0, factor, keep=keep, batch=len(keep))
+            for keep, factor, p in zip(coins, factors, survival, strict=True)
         ]
     subsets = [keep.nonzero().flatten() for keep in coins]
     return [
@@ -183,9 +301,14 @@ def training_gates(
 
 
 def evaluation_gates(survival: tuple[float, ...], scale: Scale) -> list[Gate]:
-    """What each block does in evaluation: all open, times p_l where training did not make up."""
+    """What each block does in evaluation: it is open, times p_l where training does not correct.
+
+    A block with p_l = 0 has not run in training yet, and is closed.
+    """
+    if scale == "none":
+        return [OPEN] * len(survival)
     factors = _each(survival) if scale == "inference" else [None] * len(survival)
-    return [Gate(True, factor) for factor in factors]
+    return [Gate(p > 0, factor) for p, factor in zip(survival, factors, strict=True)]
 
 
 def _check_batch(expected: int, samples: int) -> None:

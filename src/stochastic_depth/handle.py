@@ -13,15 +13,15 @@ from torch import Tensor
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gates import (
     BlockGates,
+    Closed,
     Gate,
     GateKind,
     Scale,
     draw,
     evaluation_gates,
-    seed_of_rank,
     training_gates,
 )
-from stochastic_depth.survival import ramped
+from stochastic_depth.survival import Probabilities
 
 SkippedPolicy = Literal["paper", "freeze"]
 """A skipped block's parameters: gradient zero, so the optimizer still moves them, or None."""
@@ -70,29 +70,35 @@ class Handle:
         rank: which of several processes this is, if each draws gates of its own.
         share: where the samples of this process begin in a mini-batch of several, and how many
             samples that has; for gates for single samples.
+        parts: how many processes share a mini-batch, in equal parts: each of them is balanced.
     """
 
     def __init__(
         self,
         blocks: Iterable[Block],
-        survival: tuple[float, ...],
-        ramp_steps: int,
+        survival: Probabilities,
         gate: GateKind,
         scale: Scale,
         skipped: SkippedPolicy,
         seed: int,
         min_samples: int = 0,
+        balance: bool = False,
+        multiple_of: int = 1,
+        closed: Closed = "skipped",
     ) -> None:
         self.blocks = list(blocks)
-        self._final = survival
-        self._ramp_steps = ramp_steps
+        self.probabilities = survival
         self.gate: GateKind = gate
         self.scale: Scale = scale
         self.skipped: SkippedPolicy = skipped
         self.seed = seed
         self.rank: int | None = None
         self.share: tuple[int, int] | None = None
+        self.parts = 1
         self.min_samples = min_samples
+        self.balance = balance
+        self.multiple_of = multiple_of
+        self.closed: Closed = closed
         self._coins: Tensor | None = None
         self.at_full_depth = False
         """Whether `full_depth` is entered."""
@@ -105,7 +111,7 @@ class Handle:
         """How many training forward passes have drawn gates; the next draw is for this step.
 
         It may be set, to count otherwise. Set to the number of the optimizer's step before each
-        forward pass, all micro-batches of that step run under the same gates, a ramp counts the
+        forward pass, all micro-batches of that step run under the same gates, a schedule counts the
         optimizer's steps, and a checkpoint that has that number has the gates.
 
         Raises:
@@ -123,7 +129,7 @@ class Handle:
 
     @property
     def survival(self) -> tuple[float, ...]:
-        """(p_1, ..., p_L); where they follow a ramp, as of the last draw."""
+        """(p_1, ..., p_L); where they follow a schedule, as of the last draw."""
         return self._survival
 
     @property
@@ -156,7 +162,10 @@ class Handle:
         self._coins = coins if coins.ndim == 1 else coins[:, first : first + (batch or 0)]
         self._step += 1
         open_in_training(
-            self.blocks, training_gates(self._coins, self._survival, self.gate, self.scale)
+            self.blocks,
+            training_gates(
+                self._coins, self._survival, self.gate, self.scale, self.balance, self.closed
+            ),
         )
 
     def gates_at(self, step: int, batch: int | None = None) -> Tensor:
@@ -166,16 +175,20 @@ class Handle:
             batch: number of samples, of all processes; needed by the "sample" and "subset" gates.
         """
         return draw(
-            self.seed if self.rank is None else seed_of_rank(self.seed, self.rank),
+            self.seed,
             step,
             self.survival_at(step),
             None if self.gate == "batch" else batch,
             self.min_samples,
+            balance=self.balance,
+            multiple_of=self.multiple_of,
+            parts=self.parts,
+            rank=self.rank,
         )
 
     def survival_at(self, step: int) -> tuple[float, ...]:
         """(p_1, ..., p_L) in training step `step`."""
-        return ramped(self._final, self._ramp_steps, step)
+        return self.probabilities.at(step)
 
     @contextmanager
     def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
@@ -248,7 +261,6 @@ class Handle:
                     f"the saved state has {name}={state.get(name)!r}, which must be an integer: "
                     "give what handle.state_dict() returned"
                 )
-        state = {"min_samples": 0, **state}  # which states did not always have
         for name, mine in self._identity().items():
             if name not in state or state[name] != mine:
                 raise StateError(
@@ -280,10 +292,12 @@ class Handle:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "survival": list(self._final),
-            "ramp_steps": self._ramp_steps,
+            **self.probabilities.described(),
             "gate": self.gate,
             "min_samples": self.min_samples,
+            "balance": self.balance,
+            "multiple_of": self.multiple_of,
+            "closed": self.closed,
             "scale": self.scale,
             "skipped": self.skipped,
         }
@@ -292,9 +306,16 @@ class Handle:
         return (
             f"Handle({len(self.blocks)} blocks, p from {self._survival[0]:.4g} to "
             f"{self._survival[-1]:.4g}, expected depth {self.expected_depth:.4g}, "
-            f"gate={self.gate!r}, scale={self.scale!r}, skipped={self.skipped!r}, "
-            f"seed={self.seed}, step={self.step})"
+            f"gate={self.gate!r}, {'balanced, ' if self.balance else ''}{self._described()}"
+            f"skipped={self.skipped!r}, seed={self.seed}, step={self.step})"
         )
+
+    def _described(self) -> str:
+        """What of the settings is not the default, for `repr`."""
+        schedule = self.probabilities.described()["schedule"]
+        named = f"schedule={schedule['name']}, " if schedule else ""
+        closed = "closed='forward-only', " if self.closed == "forward-only" else ""
+        return f"{named}{closed}scale={self.scale!r}, "
 
 
 def integer(name: str, value: object) -> int:

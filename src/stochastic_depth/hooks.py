@@ -175,7 +175,7 @@ class ForwardHooks:
                 [p for name in block.parameters if (p := _parameter(model, name)).requires_grad],
             )
             for block, gate in zip(self._blocks, gates, strict=True)
-            if gate is not None and not gate.open
+            if gate is not None and not gate.learns
         ]
 
 

@@ -34,7 +34,9 @@ def residual_step(
     gate.check_batch(x.shape[0])
     out = x if shortcut is None else shortcut(x)
     if gate.open:
-        out = out + gate.scale(branch(gate.select(x)))
+        with gate.forward_only():
+            f = branch(gate.select(x))
+        out = out + gate.scale(f)
     return out if activation is None else activation(out)
 
 

@@ -1,16 +1,25 @@
 """Survival probabilities p_l of the blocks l = 1..L, numbered from input to output."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
 
 from stochastic_depth.errors import SurvivalError
 
 SurvivalRule = Callable[[int, int], float]
 """`rule(l, L) -> p_l`: the survival probability of block l (1-based) of L."""
 
-Survival = SurvivalRule | Sequence[float] | Mapping[str, float]
+TimedRule = Callable[[int, int, int], float]
+"""`rule(l, L, t) -> p_l`: the survival probability in training step t, from 0."""
+
+Survival = SurvivalRule | TimedRule | Sequence[float] | Mapping[str, float]
 """A rule; (p_1, ..., p_L); or p_l by the names of blocks, 1 for those that are not named."""
+
+Schedule = Callable[[int], float]
+"""`schedule(t) -> s`, from 0 to 1: in step t the drop rate of block l is s (1 - p_l)."""
 
 
 @dataclass(frozen=True)
@@ -38,35 +47,193 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Ramp:
-    """`rule`, reached gradually: the drop rates 1 - p_l grow from 0 to the rule's in `steps` steps.
+class Warmup:
+    """Drop rates that grow evenly from 0, and are the rule's from step `until` on.
 
-    For networks that only converge when no block is dropped at first. Called as a rule it gives
-    the probabilities at its end.
+    For networks that only converge when no block is dropped at first.
     """
 
-    rule: Survival
-    steps: int
+    until: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise SurvivalError(f"Ramp(steps={self.steps}): a ramp takes at least one step")
+        _steps(self, "until", self.until, least=1)
 
-    def __call__(self, block: int, blocks: int) -> float:
-        if not callable(self.rule):
-            raise SurvivalError(f"{self!r} is no rule of a block's number")
-        return self.rule(block, blocks)
+    def __call__(self, step: int) -> float:
+        return min(1.0, step / self.until)
 
 
-def ramped(survival: tuple[float, ...], steps: int, step: int) -> tuple[float, ...]:
-    """The probabilities at `step` of a ramp of `steps` steps that ends at `survival`."""
-    if step >= steps:
-        return survival
-    return tuple(1 - step / steps * (1 - p) for p in survival)
+@dataclass(frozen=True)
+class Early:
+    """Drop rates that are 0 from step `until` on: for networks that underfit.
+
+    They fall evenly to 0 with shape "linear", or stay the rule's until then with "constant" (Liu et
+    al. 2023, arXiv:2303.01500, "Dropout reduces underfitting").
+    """
+
+    until: int
+    shape: Literal["linear", "constant"] = "linear"
+
+    def __post_init__(self) -> None:
+        _steps(self, "until", self.until, least=1)
+        if self.shape not in ("linear", "constant"):
+            raise SurvivalError(f'{self!r}: the shape is "linear" or "constant"')
+
+    def __call__(self, step: int) -> float:
+        if step >= self.until:
+            return 0.0
+        return 1.0 if self.shape == "constant" else 1 - step / self.until
 
 
-def survival_probabilities(rule: SurvivalRule, blocks: int) -> tuple[float, ...]:
+@dataclass(frozen=True)
+class Late:
+    """No block is dropped until step `until` (Liu et al. 2023): for networks that overfit late."""
+
+    until: int
+
+    def __post_init__(self) -> None:
+        _steps(self, "until", self.until, least=0)
+
+    def __call__(self, step: int) -> float:
+        return float(step >= self.until)
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """Drop rates that approach the rule's as 1 - exp(-gamma * step).
+
+    Progressive layer dropping (Zhang and He 2020, arXiv:2010.13369, equation 3); its theta is p_L
+    of the rule: `sd.LinearDecay(theta)`.
+    """
+
+    gamma: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma < math.inf:
+            raise SurvivalError(f"{self!r}: gamma must be above 0")
+
+    def __call__(self, step: int) -> float:
+        return -math.expm1(-self.gamma * step)
+
+
+@dataclass(frozen=True)
+class Decreasing:
+    """Drop rates that are the rule's until step `since`, fall evenly, and are 0 from `until` on.
+
+    The last part of the training is of the full network, as it will be evaluated.
+    """
+
+    since: int
+    until: int
+
+    def __post_init__(self) -> None:
+        _steps(self, "since", self.since, least=0)
+        _steps(self, "until", self.until, least=self.since + 1)
+
+    def __call__(self, step: int) -> float:
+        return min(1.0, max(0.0, (self.until - step) / (self.until - self.since)))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Shares of the rule's drop rates, each from its step on, and 0 before the first.
+
+    sd.Steps({0: 0.2, 1000: 0.6, 5000: 1.0})
+    """
+
+    shares: tuple[tuple[int, float], ...]
+
+    def __init__(self, shares: Mapping[int, float] | Iterable[tuple[int, float]]) -> None:
+        pairs = shares.items() if isinstance(shares, Mapping) else shares
+        object.__setattr__(self, "shares", tuple((int(a), float(b)) for a, b in sorted(pairs)))
+        for step, share in self.shares:
+            _steps(self, "a step", step, least=0)
+            if not 0 <= share <= 1:
+                raise SurvivalError(f"{self!r}: the share {share} is not in [0, 1]")
+
+    def __call__(self, step: int) -> float:
+        return next((share for start, share in reversed(self.shares) if step >= start), 0.0)
+
+
+def _steps(schedule: object, name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SurvivalError(f"{schedule!r}: {name} is a number of steps, {least} or more")
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """(p_1, ..., p_L) in every training step."""
+
+    final: tuple[float, ...]
+    """Those at the full drop rates."""
+    schedule: Schedule | None = None
+    rule: TimedRule | None = None
+    """A rule of block, blocks and step, in place of `final`."""
+    positions: tuple[tuple[int, int], ...] = ()
+    """What `rule` is given as block and blocks."""
+
+    def at(self, step: int) -> tuple[float, ...]:
+        """(p_1, ..., p_L) in training step `step`: 1 - s (1 - p_l) under a schedule.
+
+        Raises:
+            SurvivalError: when a schedule or a rule gives what is not in [0, 1].
+        """
+        if self.rule is not None:
+            rule = self.rule
+            return tuple(
+                _checked(lambda block, blocks: rule(block, blocks, step), *at, zero=True, of=rule)
+                for at in self.positions
+            )
+        if self.schedule is None:
+            return self.final
+        share = _share(self.schedule, step)
+        return self.final if share == 1 else tuple(1 - share * (1 - p) for p in self.final)
+
+    @property
+    def full(self) -> tuple[float, ...]:
+        """At the full drop rates; under a rule of the step, in the first one."""
+        return self.final if self.rule is None else self.at(0)
+
+    def described(self) -> dict[str, Any]:
+        """What tells these probabilities from others, in plain values."""
+        return {
+            "survival": list(self.final),
+            "schedule": _described(self.rule if self.schedule is None else self.schedule),
+        }
+
+
+def _share(schedule: Schedule, step: int) -> float:
+    try:
+        share = float(schedule(step))
+    except (TypeError, ValueError) as error:
+        raise SurvivalError(f"{schedule!r} gives no number for step {step}: {error}") from error
+    if not 0 <= share <= 1:
+        raise SurvivalError(
+            f"{schedule!r} gives step {step} the share {share} of the drop rates; it must be at "
+            "least 0 and at most 1"
+        )
+    return share
+
+
+def _described(function: object) -> dict[str, Any] | None:
+    if function is None:
+        return None
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    name = f"{kind.__module__}.{kind.__qualname__}"  # type: ignore[attr-defined]
+    if not is_dataclass(function) or isinstance(function, type):
+        return {"name": name}
+    values = {f.name: getattr(function, f.name) for f in fields(function)}
+    if isinstance(function, Steps):
+        values = {"shares": [list(pair) for pair in function.shares]}
+    return {"name": name.removeprefix(f"{__name__}."), **values}
+
+
+def survival_probabilities(
+    rule: SurvivalRule, blocks: int, zero: bool = False
+) -> tuple[float, ...]:
     """(p_1, ..., p_L) for L = `blocks`.
+
+    Args:
+        zero: whether p_l = 0 is allowed: under a schedule, of a block that does not run yet.
 
     Raises:
         SurvivalError: when the rule gives a p_l outside (0, 1] or no number at all.
@@ -76,29 +243,74 @@ def survival_probabilities(rule: SurvivalRule, blocks: int) -> tuple[float, ...]
             f"survival={rule!r} is not a rule: give sd.LinearDecay(0.5), sd.Uniform(0.8) "
             "or any function of (block, blocks) that returns a probability"
         )
-    return tuple(_checked(rule, block, blocks) for block in range(1, blocks + 1))
+    return tuple(_checked(rule, block, blocks, zero) for block in range(1, blocks + 1))
 
 
-def survival_of(
-    survival: Survival, names: Sequence[str], stacks: Sequence[str] = ()
-) -> tuple[float, ...]:
-    """(p_1, ..., p_L) of the blocks with these names.
+def probabilities_of(
+    survival: Survival,
+    names: Sequence[str],
+    stacks: Sequence[str] = (),
+    schedule: Schedule | None = None,
+) -> Probabilities:
+    """(p_1, ..., p_L) over time of the blocks with these names.
 
     Args:
         stacks: names of modules in each of which a rule counts l and L anew; blocks outside of all
             of them are one more stack.
+        schedule: how the drop rates change; not for a rule that is itself one of the step.
+
+    Raises:
+        SurvivalError: when a p_l is outside (0, 1], or [0, 1] where it changes; or `survival`,
+            `stacks` and `schedule` do not fit the names or each other.
+    """
+    if schedule is not None and not callable(schedule):
+        raise SurvivalError(
+            f"schedule={schedule!r} is not a schedule: give sd.Warmup(1000), sd.Early(1000) or any "
+            "function of the step that returns the share of the drop rates, from 0 to 1"
+        )
+    if not _is_timed(survival):
+        final = survival_of(survival, names, stacks, zero=schedule is not None)
+        made = Probabilities(final, schedule)
+    elif schedule is not None:
+        raise SurvivalError(
+            f"{survival!r} is a rule of the step itself: leave out schedule={schedule!r}"
+        )
+    else:
+        positions = _positions(names, stacks)
+        made = Probabilities((), None, survival, positions)  # type: ignore[arg-type]
+    made.at(0)
+    return made
+
+
+def _is_timed(survival: Survival) -> bool:
+    """Whether `survival` must be given three arguments."""
+    if not callable(survival):
+        return False
+    try:
+        parameters = inspect.signature(survival).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return sum(p.default is p.empty for p in positional) == 3
+
+
+def survival_of(
+    survival: Survival, names: Sequence[str], stacks: Sequence[str] = (), zero: bool = False
+) -> tuple[float, ...]:
+    """(p_1, ..., p_L) of the blocks with these names, as `probabilities_of` without a schedule.
 
     Raises:
         SurvivalError: when a p_l is outside (0, 1], or `survival` or `stacks` do not fit the names.
     """
-    if isinstance(survival, Ramp):
-        survival = survival.rule
     if (
         callable(survival)
         or isinstance(survival, str)
         or not isinstance(survival, Mapping | Sequence)
     ):
-        return _by_rule(survival, names, stacks)  # type: ignore[arg-type]
+        if not callable(survival):
+            survival_probabilities(survival, 1)  # type: ignore[arg-type]
+        rule: SurvivalRule = survival  # type: ignore[assignment]
+        return tuple(_checked(rule, *at, zero) for at in _positions(names, stacks))
     if stacks:
         raise SurvivalError(f"stacks={list(stacks)} are for rules: p_l is given block by block")
     if isinstance(survival, Mapping):
@@ -115,10 +327,11 @@ def survival_of(
             "sd.plan shows them"
         )
     given = list(survival)
-    return survival_probabilities(lambda block, blocks: given[block - 1], len(names))
+    return survival_probabilities(lambda block, blocks: given[block - 1], len(names), zero)
 
 
-def _by_rule(rule: SurvivalRule, names: Sequence[str], stacks: Sequence[str]) -> tuple[float, ...]:
+def _positions(names: Sequence[str], stacks: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """l and L of each block in its stack."""
     stack_of = [
         max((s for s in stacks if name == s or name.startswith(f"{s}.")), key=len, default=None)
         for name in names
@@ -126,20 +339,21 @@ def _by_rule(rule: SurvivalRule, names: Sequence[str], stacks: Sequence[str]) ->
     for stack in stacks:
         if stack not in stack_of:
             raise SurvivalError(f"stacks names {stack!r}, in which there is no block of its own")
-    each = {
-        stack: iter(survival_probabilities(rule, stack_of.count(stack))) for stack in set(stack_of)
-    }
-    return tuple(next(each[stack]) for stack in stack_of)
+    return tuple(
+        (stack_of[: n + 1].count(stack), stack_of.count(stack)) for n, stack in enumerate(stack_of)
+    )
 
 
-def _checked(rule: SurvivalRule, block: int, blocks: int) -> float:
+def _checked(
+    rule: SurvivalRule, block: int, blocks: int, zero: bool = False, of: object = None
+) -> float:
     try:
         p = float(rule(block, blocks))
     except (TypeError, ValueError) as error:
-        raise SurvivalError(f"{rule!r} gives no number for block {block}: {error}") from error
-    if not 0 < p <= 1:
+        raise SurvivalError(f"{of or rule!r} gives no number for block {block}: {error}") from error
+    if not (0 <= p <= 1 if zero else 0 < p <= 1):
         raise SurvivalError(
-            f"{rule!r} gives block {block} of {blocks} the survival probability {p}; "
-            "it must be above 0 and at most 1"
+            f"{of or rule!r} gives block {block} of {blocks} the survival probability {p}; "
+            f"it must be {'at least' if zero else 'above'} 0 and at most 1"
         )
     return p

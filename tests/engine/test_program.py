@@ -135,7 +135,8 @@ def test_every_pattern_of_six_blocks_is_autograds(pattern, replay):
 @pytest.mark.parametrize("scale", ["inference", "training"])
 def test_random_patterns_of_54_blocks_are_autograds(scale, skipped, replay):
     options = {"scale": scale, "skipped": skipped, "seed": 3, "init": "zero-gain"}
-    rule = sd.Ramp(sd.LinearDecay(0.5), 4)
+    options["schedule"] = sd.Warmup(4)
+    rule = sd.LinearDecay(0.5)
     model, optimizer, program = programmed(54, rule, replay=replay, **options)
     twin, handle, twins_optimizer = network(54, rule, **options)
     for step in range(6):

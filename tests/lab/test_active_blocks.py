@@ -14,8 +14,9 @@ import stochastic_depth as sd
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks, active_distribution
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.survival import ramped, survival_probabilities
+from stochastic_depth.survival import survival_probabilities
 from stochastic_depth.train import ModelConfig, SurvivalConfig, begin, fit
+from stochastic_depth.train.config import ScheduleConfig
 
 PROBABILITIES = st.lists(st.floats(0.01, 1), min_size=1, max_size=7)
 
@@ -76,10 +77,13 @@ class Silent:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_under_a_ramp_the_distribution_is_the_mean_over_the_steps(tmp_path):
-    run = run_of(tmp_path / "run", Silent(), SurvivalConfig(final=0.2, ramp_epochs=1.5))
-    survival = survival_probabilities(sd.LinearDecay(0.2), 3)
-    rows = [stats.poisson_binom(ramped(survival, 15, step)).pmf(range(4)) for step in range(30)]
+def test_under_a_schedule_the_distribution_is_the_mean_over_the_steps(tmp_path):
+    schedule = ScheduleConfig("warmup", until=0.5)
+    run = run_of(tmp_path / "run", Silent(), SurvivalConfig(final=0.2, schedule=schedule))
+    final = np.array([11 / 15, 7 / 15, 3 / 15])
+    rows = [
+        stats.poisson_binom(1 - min(1, step / 15) * (1 - final)).pmf(range(4)) for step in range(30)
+    ]
     found = active_blocks(run)
     np.testing.assert_allclose(found.expected, np.mean(rows, 0), rtol=1e-9, atol=1e-12)
     assert sum(found.counts) == 30

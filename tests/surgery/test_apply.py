@@ -209,3 +209,30 @@ def test_survival_by_name_and_stack_by_stack() -> None:
     assert handle.survival == pytest.approx((0.8, 0.6, 0.4) * 2)
     with pytest.raises(sd.SurvivalError, match=r"no drop path"):
         sd.apply(model, "own")
+
+
+def test_a_drop_rate_is_linear_decay_to_1_less_it_in_the_scaling_of_other_libraries() -> None:
+    handle = sd.apply(small(), drop_rate=0.3)
+    assert handle.survival == pytest.approx((0.9, 0.8, 0.7))
+    assert handle.scale == "training"
+    assert sd.apply(small(), drop_rate=0.3, scale="inference").scale == "inference"
+    assert sd.apply(small()).scale == sd.apply(small(), sd.Uniform(0.7)).scale == "inference"
+    planned = sd.plan(small(), images(), drop_rate=0.3)
+    assert [block.survival for block in planned.blocks] == pytest.approx([0.9, 0.8, 0.7])
+
+
+@pytest.mark.parametrize("function", [sd.apply, sd.plan])
+def test_a_drop_rate_is_given_instead_of_survival_and_is_one(function) -> None:
+    with pytest.raises(sd.ApplyError, match=r"drop_rate=0\.1 and survival=.*: give one of them"):
+        function(small(), survival=sd.LinearDecay(), drop_rate=0.1, example=images())
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(sd.SurvivalError, match=r"at least 0 and below 1"):
+            function(small(), drop_rate=wrong, example=images())
+
+
+def test_weights_of_constant_depth_evaluate_the_same_under_a_drop_rate() -> None:
+    model = small()
+    with torch.no_grad():
+        before = model.eval()(images())
+        sd.apply(model, drop_rate=0.5)
+        assert torch.equal(model.eval()(images()), before)

@@ -180,8 +180,8 @@ def test_different_blocks_are_not_taken_for_one_of_changing_size():
 @pytest.mark.parametrize("gate", ["batch", "sample"])
 def test_probabilities_that_change_every_step_are_not_compiled_in(gate):
     model, x = stack(Block, EQUAL), inputs(EQUAL)
-    ramp = sd.Ramp(sd.LinearDecay(0.5), 100)
-    graphs, handle = compiled(model, x, survival=ramp, scale="training", gate=gate)
+    rates = {"survival": sd.LinearDecay(0.5), "schedule": sd.Warmup(100)}
+    graphs, handle = compiled(model, x, **rates, scale="training", gate=gate)
     for _ in range(PATTERNS):
         model(x).sum().backward()
     assert handle.survival[-1] == 0.5

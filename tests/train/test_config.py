@@ -2,10 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
+import tyro
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.recipes import RECIPES
+from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Warmup
 from stochastic_depth.train import Config, DataConfig, ModelConfig, OptimizerConfig, SurvivalConfig
+from stochastic_depth.train.config import ScheduleConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -30,7 +33,7 @@ def test_paths_and_optional_values_survive_json():
         (lambda: DataConfig(workers=-1), "data.workers is -1"),
         (lambda: SurvivalConfig(final=0.0), "survival.final is 0.0"),
         (lambda: SurvivalConfig(final=1.5), "survival.final is 1.5"),
-        (lambda: SurvivalConfig(ramp_epochs=-1), "survival.ramp-epochs is -1"),
+        (lambda: ScheduleConfig(until=-1), "schedule.until is -1"),
         (lambda: OptimizerConfig(learning_rate=0), "optimizer.learning-rate is 0"),
         (lambda: OptimizerConfig(momentum=1), "optimizer.momentum is 1"),
         (lambda: OptimizerConfig(batch=1), "optimizer.batch is 1"),
@@ -38,7 +41,7 @@ def test_paths_and_optional_values_survive_json():
         (lambda: OptimizerConfig(divisor=0), "optimizer.divisor is 0"),
         (lambda: OptimizerConfig(weight_decay=-1), "optimizer.weight-decay is -1"),
         (lambda: SurvivalConfig(final=float("nan")), "survival.final is nan"),
-        (lambda: SurvivalConfig(ramp_epochs=float("inf")), "survival.ramp-epochs is inf"),
+        (lambda: ScheduleConfig(until=float("inf")), "schedule.until is inf"),
         (lambda: OptimizerConfig(learning_rate=float("inf")), "optimizer.learning-rate is inf"),
         (lambda: OptimizerConfig(warmup_epochs=float("nan")), "optimizer.warmup-epochs is nan"),
         (lambda: OptimizerConfig(warmup_rate=0), "optimizer.warmup-rate is 0"),
@@ -73,3 +76,33 @@ def test_foreign_json_is_refused_by_the_field(where, value, named):
     inner[where[-1]] = value
     with pytest.raises(ConfigError, match=named):
         Config.from_json(values)
+
+
+@pytest.mark.parametrize(
+    ("config", "schedule"),
+    [
+        (ScheduleConfig(), None),
+        (ScheduleConfig("warmup", until=0.1), Warmup(20)),
+        (ScheduleConfig("early", until=50), Early(50)),
+        (ScheduleConfig("early", until=0.3, shape="constant"), Early(60, "constant")),
+        (ScheduleConfig("late", until=1.0), Late(200)),
+        (ScheduleConfig("decreasing", since=0.25, until=0.75), Decreasing(50, 150)),
+        (ScheduleConfig("progressive", gamma=0.01), Progressive(0.01)),
+    ],
+)
+def test_a_schedule_ends_after_a_share_of_the_training_or_a_number_of_steps(config, schedule):
+    assert config.of(200) == schedule
+
+
+def test_a_schedule_is_named_on_the_command_line_and_comes_back_from_json():
+    options = ["--schedule", "early", "--schedule.until", "0.3", "--survival.balance"]
+    config = tyro.cli(Config, args=options, default=Config())
+    assert config.survival.schedule == ScheduleConfig("early", until=0.3)
+    assert config.survival.balance
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_forward_only_has_neither_gates_for_single_samples_nor_a_scale():
+    for wrong in ({"gate": "subset"}, {"scale": "training"}):
+        with pytest.raises(ConfigError, match=r"survival\.closed is forward-only"):
+            SurvivalConfig(closed="forward-only", **wrong)

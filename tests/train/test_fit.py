@@ -22,6 +22,7 @@ from stochastic_depth.train import (
     trained_model,
 )
 from stochastic_depth.train.checkpoint import load_checkpoint
+from stochastic_depth.train.config import ScheduleConfig
 from stochastic_depth.train.step import evaluate
 
 CLOCK = {"seconds", "images_per_second", "peak_memory"}
@@ -146,8 +147,10 @@ def test_a_run_stopped_anywhere_ends_where_it_would_have(small, path, silent, st
     assert_same_end(run, other)
 
 
-def test_a_ramp_is_resumed_where_it_was(small, path, silent, tmp_path):
-    config = replace(small, survival=SurvivalConfig(final=0.3, ramp_epochs=1.5))
+def test_a_schedule_is_resumed_where_it_was(small, path, silent, tmp_path):
+    config = replace(
+        small, survival=SurvivalConfig(final=0.3, schedule=ScheduleConfig("warmup", until=0.5))
+    )
     run, records = finish(path, config, silent)
     assert records[0].expected_active_blocks > records[-1].expected_active_blocks
     assert_same_end(run, interrupted_and_resumed(tmp_path / "other", config, silent, [7]))

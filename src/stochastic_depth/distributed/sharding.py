@@ -55,15 +55,16 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
-        GateError: when each rank draws gates of its own, or subsets; or in a forward pass, on every
-            rank, when their gates differ. On a GPU this is looked at in every hundredth.
+        GateError: when each rank draws gates of its own, or subsets that may be empty; or in a
+            forward pass, on every rank, when their gates differ. On a GPU this is looked at in
+            every hundredth.
     """
     handle = handle_of(model)
-    if handle.gate == "subset":
+    if handle.gate == "subset" and not handle.balance:
         raise GateError(
             'gate="subset" closes a block on a rank that has no sample of it, which would not take '
-            "part in gathering its parameters: use fully_shard on whole blocks, and mini-batches "
-            "of one size on all ranks"
+            "part in gathering its parameters: give sd.apply balance=True, or use fully_shard on "
+            "whole blocks, and mini-batches of one size on all ranks"
         )
     if handle.rank is not None:
         raise GateError(

@@ -12,7 +12,8 @@ def synchronise_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every batch normalisation of `model` by one over all ranks; parameters stay.
 
     Every rank must run the same layers: under gates by rank, or subsets of which a rank has no
-    sample, the others would wait for ever. On a GPU by `nn.SyncBatchNorm`, which runs nowhere else.
+    sample (balanced ones always have some), the others would wait for ever. On a GPU by
+    `nn.SyncBatchNorm`, which runs nowhere else.
 
     Returns:
         `model`, or what takes its place if it is itself a batch normalisation.

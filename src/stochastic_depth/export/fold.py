@@ -103,6 +103,8 @@ def multipliers(
 
 def _factor(block: Block) -> float | None:
     """p_l in evaluation; None where training has made up for it."""
+    if not block.gates[0].evaluation.open:
+        return 0.0  # it does not run yet
     factor = block.gates[0].evaluation.factor
     return None if factor is None else factor.item()
 

@@ -28,7 +28,7 @@ class StochasticDepth(pl.Callback):
         example: of the network's input; the module's `example_input_array` when not given. A
             network of `sd.Residual` units needs none.
         gates_per: "step", all micro-batches of an optimizer's step run under the same gates, and a
-            ramp counts these steps; or "pass", each forward pass draws gates.
+            schedule counts these steps; or "pass", each forward pass draws gates.
         log: whether the figures are logged.
         options: of `sd.apply`: gate, scale, seed, ...
     """

@@ -30,7 +30,7 @@ class StochasticDepthCallback(hf.TrainerCallback, ExportableState):
         example: the keyword arguments of one call of the model; made from the model's configuration
             when not given.
         gates_per: "step", all micro-batches of an optimizer's step run under the same gates, and a
-            ramp counts these steps; or "pass", each forward pass draws gates.
+            schedule counts these steps; or "pass", each forward pass draws gates.
         log: whether the figures are added to the Trainer's logs.
         options: of `sd.apply`: gate, scale, seed, ...
     """

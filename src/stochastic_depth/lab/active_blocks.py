@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import altair as alt
@@ -16,7 +16,6 @@ from stochastic_depth.lab.formatting import seeds
 from stochastic_depth.lab.study import Series
 from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.residual import Residual
-from stochastic_depth.survival import ramped
 from stochastic_depth.train import Record, Run
 from stochastic_depth.train.build import build_depth, build_model
 
@@ -40,6 +39,17 @@ def active_distribution(survival: Tensor) -> Tensor:
     return chances
 
 
+def balanced_distribution(survival: Tensor) -> Tensor:
+    """The same for balanced gates: the floor and the ceiling of the sum of p_l alone.
+
+    Args:
+        survival: p_l, float64 [..., L].
+    """
+    depth = survival.sum(-1, keepdim=True)
+    number = torch.arange(survival.shape[-1] + 1, dtype=torch.float64)
+    return (1 - (number - depth).abs()).clamp(min=0)
+
+
 @dataclass(frozen=True)
 class ActiveBlocks:
     """The number n = 0..L of active blocks over the steps of a run."""
@@ -47,7 +57,7 @@ class ActiveBlocks:
     counts: list[int]
     """[L + 1]: how many steps (samples, with gates for single samples) had n active blocks."""
     expected: list[float]
-    """[L + 1]: the exact probabilities; under a ramp their mean over the steps."""
+    """[L + 1]: the exact probabilities; under a schedule their mean over the steps."""
 
     def moments(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Mean and standard deviation: as drawn, and exact."""
@@ -92,35 +102,31 @@ def active_blocks(run: Run) -> ActiveBlocks:
             f"{run.journal} does not tell how many blocks were active: it is empty, or of an "
             "older version"
         )
-    final, ramp_steps = survival_of_run(run, told[-1][1])
-    counts = [0] * (len(final) + 1)
+    survival_at, blocks = survival_of_run(run, told[-1][1])
+    counts = [0] * (blocks + 1)
     for _, record in told:
         for active, steps in record.active_counts.items():
             counts[int(active)] += steps
     steps = [
         step for before, record in told for step in range(before.step if before else 0, record.step)
     ]
-    return ActiveBlocks(counts, _mixture(final, ramp_steps, steps).tolist())
+    balanced = run.config.survival.balance and run.config.survival.gate == "batch"
+    distribution = balanced_distribution if balanced else active_distribution
+    rows = Counter(survival_at(step) for step in steps)
+    distributions = distribution(torch.tensor(list(rows), dtype=torch.float64))
+    weights = torch.tensor(list(rows.values()), dtype=torch.float64)
+    return ActiveBlocks(counts, (weights @ distributions / len(steps)).tolist())
 
 
-def survival_of_run(run: Run, record: Record) -> tuple[tuple[float, ...], int]:
-    """(p_1, ..., p_L) at the end of the ramp, and the steps the ramp takes."""
+def survival_of_run(run: Run, record: Record) -> tuple[Callable[[int], tuple[float, ...]], int]:
+    """(p_1, ..., p_L) as a function of the step, and L."""
     model = build_model(run.config.model, run.shape[0], len(run.classes), run.config.seed)
-    survival = run.config.survival
-    handle = build_depth(model, replace(survival, ramp_epochs=0.0), 0, 1)
+    steps = round(run.config.epochs * record.step / record.epoch)
+    handle = build_depth(model, run.config.survival, 0, steps)
     if handle is None:
-        return (1.0,) * sum(isinstance(m, Residual) for m in model.modules()), 0
-    return handle.survival, round(survival.ramp_epochs * record.step / record.epoch)
-
-
-def _mixture(final: tuple[float, ...], ramp_steps: int, steps: Sequence[int]) -> Tensor:
-    """The mean of the distributions at `steps`: those after the ramp have one in common."""
-    rising = [step for step in steps if step < ramp_steps]
-    rows = [ramped(final, ramp_steps, step) for step in [*rising, ramp_steps]]
-    weights = torch.ones(len(rows), dtype=torch.float64)
-    weights[-1] = len(steps) - len(rising)
-    distributions = active_distribution(torch.tensor(rows, dtype=torch.float64))
-    return weights @ distributions / len(steps)
+        blocks = sum(isinstance(m, Residual) for m in model.modules())
+        return lambda step: (1.0,) * blocks, blocks
+    return handle.survival_at, len(handle.blocks)
 
 
 def _moments(chances: Sequence[float]) -> tuple[float, float]:
@@ -131,13 +137,13 @@ def _moments(chances: Sequence[float]) -> tuple[float, float]:
 
 def active_blocks_figure(series: Series) -> Figure | None:
     """Of stochastic depth; None when the journals do not tell, or gates are for single samples."""
-    if series.survival.gate != "batch":
+    plain = series.survival.schedule.kind == "none" and not series.survival.balance
+    if series.survival.gate != "batch" or not plain:
         return None
     counts: Counter[int] = Counter()
     for run in series.runs:
         for record in run.records:
-            if record.epoch > series.survival.ramp_epochs:
-                counts.update({int(n): count for n, count in record.active_counts.items()})
+            counts.update({int(n): count for n, count in record.active_counts.items()})
     if not counts.total():
         return None
     survival = torch.tensor(series.cost.survival, dtype=torch.float64)
@@ -152,7 +158,6 @@ def active_blocks_figure(series: Series) -> Figure | None:
         }
         for n, probability in enumerate(exact)
     ]
-    ramp = " Steps of the ramp are left out." if series.survival.ramp_epochs else ""
     return Figure(
         id="active-blocks",
         title="Active blocks in a step",
@@ -160,7 +165,7 @@ def active_blocks_figure(series: Series) -> Figure | None:
         rows=rows,
         panels=(_panel(series, rows, steps),),
         note=f"Bars: {steps:,} training steps of {seeds(len(series.runs))} ({series.name}). Line: "
-        f"the Poisson-binomial distribution, exact for these survival probabilities.{ramp}",
+        f"the Poisson-binomial distribution, exact for these survival probabilities.",
         height=210,
     )
 

@@ -20,7 +20,7 @@ from stochastic_depth.lab.style import CONSTANT, STOCHASTIC
 from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Record, Run, SurvivalConfig, best_record
 from stochastic_depth.train.build import build_depth, build_model
-from stochastic_depth.train.config import ModelConfig
+from stochastic_depth.train.config import ModelConfig, ScheduleConfig
 
 NETWORKS = {"cifar-resnet": "ResNet", "imagenet-resnet": "ResNet", "densenet": "DenseNet"}
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "imagenet": "ImageNet"}
@@ -131,7 +131,7 @@ def expected_cost(
         ApplyError: when the rule is constant depth, which drops nothing.
     """
     network = build_model(model, shape[0], classes, 0)
-    handle = build_depth(network, replace(survival, ramp_epochs=0.0), 0, 1)
+    handle = build_depth(network, replace(survival, schedule=ScheduleConfig()), 0, 1)
     if handle is None:
         raise ApplyError("constant depth drops no block, so that it saves nothing")
     masks = survival.gate == "sample"  # computes every branch

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth.errors import ApplyError, UnsupportedBlockError
-from stochastic_depth.gates import BlockGates, GateKind, Scale
+from stochastic_depth.errors import ApplyError, SurvivalError, UnsupportedBlockError
+from stochastic_depth.gates import BlockGates, Closed, GateKind, Scale
 from stochastic_depth.handle import Block, Handle, SkippedPolicy, integer
 from stochastic_depth.hooks import ForwardHooks, batch_size
 from stochastic_depth.residual import Residual
@@ -27,7 +27,13 @@ from stochastic_depth.surgery.find import (
     unsupported,
 )
 from stochastic_depth.surgery.install import install, is_installed, uninstall
-from stochastic_depth.survival import LinearDecay, Ramp, Survival, survival_of
+from stochastic_depth.survival import (
+    LinearDecay,
+    Probabilities,
+    Schedule,
+    Survival,
+    probabilities_of,
+)
 
 _ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
 _APPLIED = "_stochastic_depth_applied"
@@ -50,14 +56,19 @@ def apply(
     model: nn.Module,
     survival: Survival | Literal["own"] | None = None,
     *,
+    drop_rate: float | None = None,
+    schedule: Schedule | None = None,
     example: Example | None = None,
     include: Choice | None = None,
     exclude: Choice = (),
     granularity: Granularity = "block",
     stacks: Sequence[str] = (),
     gate: GateKind = "batch",
+    balance: bool = False,
     min_samples: int = 0,
-    scale: Scale = "inference",
+    multiple_of: int = 1,
+    closed: Closed = "skipped",
+    scale: Scale | None = None,
     skipped: SkippedPolicy = "paper",
     seed: int = 0,
 ) -> Handle:
@@ -77,8 +88,11 @@ def apply(
     Args:
         model: holds residual blocks.
         survival: p_l: a rule, `sd.LinearDecay(0.5)` when not given; a sequence of L numbers; a
-            mapping from names of blocks, in which those that are not named have 1; or "own", 1 less
-            the rate of each block's own drop path.
+            mapping from names of blocks, in which those that are not named have 1; a rule of
+            (block, blocks, step); or "own", 1 less the rate of each block's own drop path.
+        drop_rate: in place of `survival`, 1 - p_L of linear decay, as other libraries count.
+        schedule: how drop rates change over the steps: `sd.Warmup(1000)`, `sd.Early(1000)`, or any
+            function of the step that gives the share of them that is in force, from 0 to 1.
         example: inputs of one forward call: a tensor, a tuple of arguments, or a mapping of
             keyword arguments. A small batch will do.
         include: modules in which to look for blocks, by name, by class, or by a function of name
@@ -92,10 +106,21 @@ def apply(
             "sample", one coin a sample, masked: the DropPath of timm and torchvision, saves
             nothing; "subset", one coin a sample, and the branch runs on the drawn samples only:
             it saves in proportion, and its BatchNorm sees no others.
+        balance: with the "batch" gate, open as many blocks in every step as the sum of p_l says,
+            its floor or ceiling, each with probability p_l as before: step time and peak memory
+            become those of the expected depth. With the others, open round(p_l * batch) samples of
+            each block, never none: shapes do not change from step to step.
         min_samples: with the "subset" gate, how many samples every subset has at least (BatchNorm
             needs two); p_l is a little larger then.
-        scale: "inference" multiplies by p_l in evaluation (the paper), "training" divides by p_l
-            in training.
+        multiple_of: with balanced subsets, round their size to a multiple of this, say 8.
+        closed: what a closed block saves. "skipped": all of its branch (the paper);
+            "forward-only": the branch runs forward without a graph and is added, and only its
+            backward pass and its memory are saved (DropBP, arXiv:2402.17812). Training and
+            evaluation compute the same function then; for fine-tuning.
+        scale: "inference" multiplies by p_l in evaluation (the paper), which fits weights that are
+            trained from scratch; "training" divides by p_l in training, as timm and torchvision do,
+            and evaluates weights that were trained at constant depth as they are. When not given,
+            "training" with `drop_rate` and "own", else "inference"; "none" when forward-only.
         skipped: the gradient of a skipped block's parameters: "paper" makes it zero, so that
             momentum and weight decay still move them; "freeze" leaves it None.
         seed: chooses the sequence of gates.
@@ -113,7 +138,8 @@ def apply(
     """
     for option, value, known in (
         ("gate", gate, get_args(GateKind)),
-        ("scale", scale, get_args(Scale)),
+        ("closed", closed, get_args(Closed)),
+        ("scale", scale or "inference", ("inference", "training")),
         ("skipped", skipped, get_args(SkippedPolicy)),
         ("granularity", granularity, get_args(Granularity)),
     ):
@@ -126,6 +152,30 @@ def apply(
             f'min_samples={min_samples} needs gate="subset", this is gate="{gate}": '
             "leave it out, or choose the subset gate"
         )
+    if multiple_of < 1:
+        raise ApplyError(f"multiple_of={multiple_of}: give a number of samples, 1 or more")
+    if multiple_of > 1 and not (balance and gate == "subset"):
+        raise ApplyError(
+            f'multiple_of={multiple_of} needs gate="subset" and balance=True, this is '
+            f'gate="{gate}" and balance={balance}'
+        )
+    if closed == "forward-only" and gate != "batch":
+        raise ApplyError(
+            f'closed="forward-only" needs gate="batch", this is gate="{gate}": leave it '
+            "out, the branch of a block learns from the whole mini-batch or not at all"
+        )
+    if closed == "forward-only" and scale is not None:
+        raise ApplyError(
+            f'scale="{scale}" with closed="forward-only": every branch is added in every step, so '
+            "that there is no expectation to correct; leave scale out"
+        )
+    if drop_rate is not None:
+        survival = linear_decay(drop_rate, survival)
+    chosen = scale
+    if chosen is None:
+        chosen = "training" if drop_rate is not None or survival == "own" else "inference"
+    if closed == "forward-only":
+        chosen = "none"
     seed = integer("seed", seed)
     refuse_applied(model)
     refuse_wrapped(model)
@@ -138,7 +188,7 @@ def apply(
     for block in found:
         if block.refusal:
             raise unsupported(block.name, block.module, block.refusal)
-    probabilities = chosen_survival(survival, found, stacks)
+    probabilities = chosen_survival(survival, found, stacks, schedule)
     silenced = silence(model, found)
     try:
         blocks, difference = _open_up(model, found, example, gate == "subset")
@@ -147,8 +197,18 @@ def apply(
             drop_path.restore()
         take_gates(model)
         raise
-    ramp_steps = survival.steps if isinstance(survival, Ramp) else 0
-    handle = Handle(blocks, probabilities, ramp_steps, gate, scale, skipped, seed, min_samples)
+    handle = Handle(
+        blocks,
+        probabilities,
+        gate,
+        chosen,
+        skipped,
+        seed,
+        min_samples,
+        balance,
+        multiple_of,
+        closed,
+    )
     passes = ForwardHooks(handle)
     hooks = (
         model.register_forward_pre_hook(passes.before_forward, with_kwargs=True),
@@ -158,14 +218,30 @@ def apply(
     return handle
 
 
+def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
+    """The rule of `drop_rate`, which is in place of `survival`."""
+    if survival is not None:
+        raise ApplyError(
+            f"drop_rate={drop_rate} and survival={survival!r}: give one of them, they say the same"
+        )
+    if not 0 <= drop_rate < 1:
+        raise SurvivalError(f"drop_rate={drop_rate}: it must be at least 0 and below 1")
+    return LinearDecay(1 - drop_rate)
+
+
 def chosen_survival(
-    survival: Survival | Literal["own"] | None, found: Sequence[Found], stacks: Sequence[str]
-) -> tuple[float, ...]:
-    """(p_1, ..., p_L), whichever way they are given."""
+    survival: Survival | Literal["own"] | None,
+    found: Sequence[Found],
+    stacks: Sequence[str],
+    schedule: Schedule | None = None,
+) -> Probabilities:
+    """(p_1, ..., p_L) over time, whichever way they are given."""
     names = [block.name for block in found]
     if survival == "own":
-        return survival_of([1 - rate for rate in own_rates(found)], names, stacks)
-    return survival_of(LinearDecay() if survival is None else survival, names, stacks)
+        survival = [1 - rate for rate in own_rates(found)]
+    return probabilities_of(
+        LinearDecay() if survival is None else survival, names, stacks, schedule
+    )
 
 
 def remove(model: nn.Module) -> None:

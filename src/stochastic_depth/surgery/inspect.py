@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stochastic_depth.gates import Gate
+from stochastic_depth.gates import Closed, Gate
 from stochastic_depth.handle import Block
 from stochastic_depth.surgery.apply import (
     chosen_survival,
     handle_of,
+    linear_decay,
     put_gates,
     refuse_applied,
     take_gates,
@@ -111,6 +112,7 @@ def plan(
     example: Example,
     survival: Survival | Literal["own"] | None = None,
     *,
+    drop_rate: float | None = None,
     include: Choice | None = None,
     exclude: Choice = (),
     granularity: Granularity = "block",
@@ -130,7 +132,9 @@ def plan(
     if not found:
         raise nothing_found(model, example)
     found = _tried(model, example, found)
-    p = chosen_survival(survival, found, stacks)
+    if drop_rate is not None:
+        survival = linear_decay(drop_rate, survival)
+    p = chosen_survival(survival, found, stacks).at(0)
     return Plan(
         tuple(
             PlannedBlock(
@@ -182,6 +186,8 @@ class Summary:
     forward: int
     """FLOPs of one forward pass at full depth, on the example."""
     backward: int
+    closed: Closed = "skipped"
+    """What a closed block saves."""
 
     @property
     def expected_depth(self) -> float:
@@ -194,7 +200,10 @@ class Summary:
 
         A block costs its branch with probability p_l, and nothing else depends on the gates.
         """
-        saved = sum((1 - b.survival) * (b.forward + b.backward) for b in self.blocks)
+        saved = sum(
+            (1 - b.survival) * (b.backward + (b.forward if self.closed == "skipped" else 0))
+            for b in self.blocks
+        )
         return saved / (self.forward + self.backward)
 
     def __str__(self) -> str:
@@ -236,7 +245,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
             forward, backward = _count(run)
             counted: dict[tuple[str, str], tuple[int, int]] = {}
             summaries = []
-            for block, p in zip(handle.blocks, handle.survival, strict=True):
+            for block, p in zip(handle.blocks, handle.probabilities.full, strict=True):
                 module = model.get_submodule(block.name)
                 look = (repr(module), f"{shapes.get(block.name)} of {len(block.gates)} gates")
                 if look not in counted:
@@ -250,7 +259,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
     finally:
         for block, gate in zip(handle.blocks, before, strict=True):
             _set([block], gate)
-    return Summary(tuple(summaries), forward, backward)
+    return Summary(tuple(summaries), forward, backward, handle.closed)
 
 
 def _set(blocks: list[Block], gate: Gate) -> None:

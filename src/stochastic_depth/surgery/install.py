@@ -171,7 +171,8 @@ def _opaque_forward(kind: Any, number: int) -> FunctionType:
         gate: Gate = self.__dict__[GATES][number].now(self.training)
         if not gate.open:
             return x
-        out = kind.forward(self, gate.select(x), *gate.select(args), **gate.select(kwargs))
+        with gate.forward_only():
+            out = kind.forward(self, gate.select(x), *gate.select(args), **gate.select(kwargs))
         return gate.rescale(out, x)
 
     return forward  # type: ignore[return-value]

@@ -9,7 +9,7 @@ from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply
-from stochastic_depth.survival import LinearDecay, Ramp, SurvivalRule, Uniform
+from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
 from stochastic_depth.train.config import ModelConfig, OptimizerConfig, SurvivalConfig
 
 
@@ -39,23 +39,25 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
     return kind(**shape, seed=seed)
 
 
-def build_depth(
-    model: nn.Module, config: SurvivalConfig, seed: int, steps_per_epoch: int
-) -> Handle | None:
-    """Give `model` stochastic depth, unless the rule is constant depth."""
+def build_depth(model: nn.Module, config: SurvivalConfig, seed: int, steps: int) -> Handle | None:
+    """Give `model` stochastic depth, unless the rule is constant depth.
+
+    Args:
+        steps: of the whole training, which a schedule is a share of.
+    """
     if config.rule == "constant":
         return None
     rule: SurvivalRule = LinearDecay(config.final)
     if config.rule == "uniform":
         rule = Uniform(config.final)
-    ramp_steps = round(config.ramp_epochs * steps_per_epoch)
-    if ramp_steps > 0:
-        rule = Ramp(rule, ramp_steps)
     return apply(
         model,
         rule,
+        schedule=config.schedule.of(steps),
         gate=config.gate,
-        scale=config.scale,
+        balance=config.balance,
+        closed=config.closed,
+        scale=None if config.closed == "forward-only" else config.scale or "inference",
         skipped=config.skipped,
         seed=seed,
     )

@@ -5,12 +5,15 @@ import math
 import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
 
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.gates import GateKind, Scale
+from stochastic_depth.gates import Closed, GateKind
 from stochastic_depth.handle import SkippedPolicy
 from stochastic_depth.models.initialisation import Initialisation
+from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Warmup
 
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]
 
@@ -63,6 +66,50 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ScheduleConfig:
+    """How the drop rates change over the training."""
+
+    kind: Annotated[
+        Literal["none", "warmup", "early", "late", "decreasing", "progressive"],
+        tyro.conf.arg(name="schedule", prefix_name=False),
+    ] = "none"
+    """Grow to the rule's until `until`; fall to 0 until then; be 0 until then; fall to 0 from
+    `since` to `until`; or approach the rule's with `gamma`."""
+    until: float = 0.5
+    """A share of the training, or steps if above 1."""
+    since: float = 0.0
+    """Where decreasing begins: a share of the training, or steps if above 1."""
+    shape: Literal["linear", "constant"] = "linear"
+    """How early drop rates end: evenly, or at once."""
+    gamma: float = 0.001
+    """Of the progressive schedule."""
+
+    def __post_init__(self) -> None:
+        _require(self.until > 0, "schedule.until", self.until, "above 0")
+        _require(self.since >= 0, "schedule.since", self.since, "at least 0")
+        _require(self.gamma > 0, "schedule.gamma", self.gamma, "above 0")
+        _finite("schedule", self)
+
+    def of(self, steps: int) -> Schedule | None:
+        """The schedule of a training of `steps` steps; None where drop rates are constant."""
+        until, since = (round(x * steps if x <= 1 else x) for x in (self.until, self.since))
+        until = max(until, since + 1)
+        match self.kind:
+            case "warmup":
+                return Warmup(until)
+            case "early":
+                return Early(until, self.shape)
+            case "late":
+                return Late(until)
+            case "decreasing":
+                return Decreasing(since, until)
+            case "progressive":
+                return Progressive(self.gamma)
+            case "none":
+                return None
+
+
+@dataclass(frozen=True)
 class SurvivalConfig:
     """Which blocks are dropped while training."""
 
@@ -72,17 +119,26 @@ class SurvivalConfig:
     """p_L, the survival probability of the last block."""
     gate: GateKind = "batch"
     """One coin a mini-batch (skips), or a sample (sample masks, subset selects)."""
-    scale: Scale = "inference"
-    """Multiply by p_l in evaluation, or divide by it in training."""
+    balance: bool = False
+    """Open a constant number: of blocks in each step, or of samples of each block."""
+    closed: Closed = "skipped"
+    """What a closed block saves: all of its branch, or its backward pass alone."""
+    scale: Literal["inference", "training"] | None = None
+    """Multiply by p_l in evaluation (none: so), or divide by it in training."""
     skipped: SkippedPolicy = "paper"
     """Gradient of a skipped block: zero (paper), or none (freeze)."""
-    ramp_epochs: float = 0.0
-    """Epochs over which the drop rates grow from 0."""
+    schedule: Annotated[ScheduleConfig, tyro.conf.arg(name="schedule", prefix_name=False)] = field(
+        default_factory=ScheduleConfig
+    )
 
     def __post_init__(self) -> None:
         _require(0 < self.final <= 1, "survival.final", self.final, "above 0 and at most 1")
-        _require(self.ramp_epochs >= 0, "survival.ramp-epochs", self.ramp_epochs, "at least 0")
         _finite("survival", self)
+        if self.closed == "forward-only" and (self.gate != "batch" or self.scale is not None):
+            raise ConfigError(
+                "survival.closed is forward-only, which needs the batch gate and has no scale: "
+                "leave out --survival.gate and --survival.scale"
+            )
 
 
 @dataclass(frozen=True)
@@ -169,10 +225,12 @@ class Config:
         _positive("epochs", self.epochs)
         _positive("evaluate-every", self.evaluate_every)
         _positive("keep", self.keep)
-        if self.distributed.sync_batchnorm and self.survival.gate == "subset":
+        subsets = self.survival.gate == "subset" and not self.survival.balance
+        if self.distributed.sync_batchnorm and subsets:
             raise ConfigError(
                 "distributed.sync-batchnorm is True, and survival.gate is subset: a process that "
-                "has no sample of a subset cannot normalise with the others; leave one out"
+                "has no sample of a subset cannot normalise with the others; leave one out, or "
+                "add --survival.balance"
             )
 
     def essential(self) -> "Config":
@@ -216,7 +274,7 @@ def _positive(name: str, value: int | None) -> None:
     _require(value is None or value >= 1, name, value, "at least 1")
 
 
-def _finite(where: str, config: "SurvivalConfig | OptimizerConfig") -> None:
+def _finite(where: str, config: "ScheduleConfig | SurvivalConfig | OptimizerConfig") -> None:
     for name, value in vars(config).items():
         if isinstance(value, float):
             name = f"{where}.{name.replace('_', '-')}"

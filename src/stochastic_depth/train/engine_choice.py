@@ -63,4 +63,6 @@ def _obstacle(config: Config) -> str | None:
         return f"there is no block program for a {config.model.kind}"
     if config.survival.rule != "constant" and config.survival.gate != "batch":
         return f"a block program has no gates for single samples ({config.survival.gate})"
+    if config.survival.closed == "forward-only":
+        return "a block program has no branches that run forward only"
     return None

@@ -44,7 +44,7 @@ class Training:
             self.model = synchronise_batchnorm(self.model)
         self.model.train()
         self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
-        self.handle = build_depth(self.model, config.survival, config.seed, batches.steps_per_epoch)
+        self.handle = build_depth(self.model, config.survival, config.seed, self.steps)
         if ranks() > 1 and self.handle is not None and config.distributed.rank_gates:
             gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
@@ -128,6 +128,7 @@ class Training:
         whole = self.images_of(self.step)
         if self.handle is not None and ranks() > 1:
             self.handle.share = Share(rank(), ranks()).of(whole).start, whole
+            self.handle.parts = ranks()
         measured = self._engine.step(images, labels, len(labels) * ranks() / whole)
         self.tally.add(measured, whole)
         if self.step % self._sampled_every == 0:

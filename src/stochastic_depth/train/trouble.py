@@ -24,7 +24,7 @@ def diverged(run: Run, step: int, what: str) -> DivergedError:
     """Of a value that is not finite in `step`, or after it."""
     return DivergedError(
         f"{what} is not finite at step {step} of {run.path}; {last_good(run)}. Try a lower "
-        "--optimizer.learning-rate, a --optimizer.warmup-epochs or a --survival.ramp-epochs"
+        "--optimizer.learning-rate, a --optimizer.warmup-epochs or --schedule warmup"
     )
 
 

@@ -1,0 +1,72 @@
+"""Balanced gates in a model: `sd.apply(model, balance=True)`."""
+
+import pytest
+import torch
+from torch import nn
+
+import stochastic_depth as sd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(blocks: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(sd.Residual(nn.Linear(4, 4)) for _ in range(blocks)))
+
+
+def test_every_step_is_of_the_expected_depth_and_a_resume_goes_on():
+    model = network()
+    handle = sd.apply(model, sd.LinearDecay(0.5), balance=True, seed=3)
+    counts = []
+    for _ in range(30):
+        model(torch.randn(2, 4))
+        counts.append(int(handle.gates.sum()))
+    assert set(counts) == {5, 6}  # the sum is 5.75
+    other = network()
+    resumed = sd.apply(other, sd.LinearDecay(0.5), balance=True)
+    resumed.load_state_dict(handle.state_dict())
+    for step in range(30, 40):
+        model(torch.randn(2, 4))
+        other(torch.randn(2, 4))
+        assert torch.equal(handle.gates, resumed.gates)
+        assert torch.equal(handle.gates, handle.gates_at(step))
+    assert "balanced" in repr(handle)
+    with pytest.raises(
+        sd.errors.StateError, match=r"saved state has balance=True, this model False"
+    ):
+        sd.apply(network(), sd.LinearDecay(0.5)).load_state_dict(handle.state_dict())
+
+
+@pytest.mark.parametrize(("multiple", "sizes"), [(1, [10, 7, 5, 2]), (8, [8, 8, 8, 8])])
+def test_branches_run_on_subsets_of_one_size(multiple, sizes):
+    model = network(4)
+    sd.apply(
+        model, [0.83, 0.6, 0.4, 0.2], gate="subset", balance=True, multiple_of=multiple, seed=1
+    )
+    seen = [[], [], [], []]
+    for number, unit in enumerate(model):
+        unit.branch.register_forward_hook(
+            lambda _, args, __, number=number: seen[number].append(len(args[0]))
+        )
+    for _ in range(20):
+        model(torch.randn(12, 4)).sum().backward()
+    assert [set(of_one) for of_one in seen] == [{size} for size in sizes]
+
+
+def test_outputs_of_a_balanced_subset_are_those_of_the_drawn_samples():
+    model = network(3)
+    handle = sd.apply(model, sd.Uniform(0.5), gate="subset", balance=True, scale="training")
+    x = torch.randn(6, 4)
+    out = model(x)
+    h = x
+    for unit, keep in zip(model, handle.gates, strict=True):
+        assert int(keep.sum()) == 3
+        h = h + 2 * keep[:, None] * unit.branch(h)
+    torch.testing.assert_close(out, h)
+
+
+def test_what_cannot_be_balanced_says_what_would_be_right():
+    with pytest.raises(sd.ApplyError, match=r'multiple_of=8 needs gate="subset" and balance=True'):
+        sd.apply(network(), gate="subset", multiple_of=8)
+    with pytest.raises(sd.ApplyError, match=r"multiple_of=0: give a number of samples"):
+        sd.apply(network(), gate="subset", balance=True, multiple_of=0)
