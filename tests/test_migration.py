@@ -1,11 +1,14 @@
 """The rules of other libraries, against the libraries' own numbers."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 import stochastic_depth as sd
-from stochastic_depth.migration import SHAPES
-from stochastic_depth.survival import survival_probabilities
+from stochastic_depth.migration import SHAPES, drop_schedule
+from stochastic_depth.survival import probabilities_of, survival_probabilities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +108,54 @@ def test_torchtune(name):
 def test_fairseq_has_one_rate():
     # LayerDropModuleList of fairseq 0.12.2 runs a layer if uniform_() > p.
     assert drop_rates("fairseq", 0.3, 4) == pytest.approx([0.3] * 4)
+
+
+@pytest.mark.parametrize("step", [0, 1, 100, 3000, 10**6])
+def test_progressive_layer_dropping_of_deepspeed(step):
+    # ProgressiveLayerDrop.update_state of DeepSpeed 0.14: theta(t) = (1 - theta) exp(-gamma t) +
+    # theta; its BERT keeps layer l of L with 1 - l / L (1 - theta(t)).
+    theta, gamma, layers = 0.4, 0.002, 6
+    now = (1 - theta) * math.exp(-gamma * step) + theta
+    over_time = probabilities_of(
+        sd.survival_rule("deepspeed", 1 - theta),
+        [str(n) for n in range(layers)],
+        schedule=drop_schedule("deepspeed", gamma),
+    )
+    expected = [1 - layer / layers * (1 - now) for layer in range(1, layers + 1)]
+    assert over_time.at(step) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("distribution", ["composer", "composer-uniform"])
+@pytest.mark.parametrize("step", [0, 7, 39, 40, 200])
+def test_the_drop_warmup_of_composer(distribution, step):
+    # StochasticDepth.apply of Composer 0.12: the rate grows over drop_warmup of all steps, and
+    # _update_drop_rate gives block n of N (n + 1) / N of it, or all of it.
+    rate = 0.2 * min(1, step / (0.2 * 200))
+    over_time = probabilities_of(
+        sd.survival_rule(distribution, 0.2),
+        ["0", "1", "2", "3"],
+        schedule=drop_schedule("composer", 0.2, 200),
+    )
+    shape = [1, 1, 1, 1] if distribution == "composer-uniform" else [0.25, 0.5, 0.75, 1]
+    assert over_time.at(step) == pytest.approx([1 - rate * each for each in shape])
+
+
+def test_early_and_late_stochastic_depth():
+    # drop_scheduler of Liu et al. 2023: np.linspace(rate, 0, cutoff) and then 0; rate until the
+    # cutoff and then 0; or 0 until the cutoff and then rate.
+    cutoff, steps, rate = 8, 20, 0.3
+    none, full = np.zeros(steps - cutoff), np.full(steps - cutoff, rate)
+    expected = {
+        "early-linear": [*np.linspace(rate, 0, cutoff), *none],
+        "early": [*np.full(cutoff, rate), *none],
+        "late": [*np.zeros(cutoff), *full],
+    }
+    for name, rates in expected.items():
+        schedule = drop_schedule(name, cutoff)
+        over_time = probabilities_of(sd.Uniform(1 - rate), ["0"], schedule=schedule)
+        assert [1 - over_time.at(step)[0] for step in range(steps)] == pytest.approx(rates)
+    with pytest.raises(sd.SurvivalError, match=r"no schedule 'keras': choose one of deepspeed"):
+        drop_schedule("keras", 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stochastic_depth.errors import SurvivalError
+from stochastic_depth.survival import Early, Late, Progressive, Schedule, Warmup
 
 Shape = Callable[[int, int], float]
 """The share of the full drop rate that block n, counted from 0, of L has."""
@@ -34,6 +35,9 @@ SHAPES: dict[str, Shape] = {
     "torchvision-last": _to_the_last,
     "fairseq": lambda n, blocks: 1.0,
     "transformers": lambda n, blocks: 1.0,
+    "composer": lambda n, blocks: (n + 1) / blocks,
+    "composer-uniform": lambda n, blocks: 1.0,
+    "deepspeed": lambda n, blocks: (n + 1) / blocks,
     "torchtune": lambda n, blocks: 1.0,
     "torchtune-linear": _to_the_last_or_all(lambda t, period: t),
     "torchtune-exp": _to_the_last_or_all(lambda t, period: 2**t - 1),
@@ -78,11 +82,42 @@ def survival_rule(name: str, rate: float) -> NamedRule:
             cut into stages; "torchvision": `stochastic_depth_prob` of EfficientNet, rate * n / L
             with n from 0; "torchvision-last": that of ConvNeXt and Swin, which reaches the rate;
             "fairseq": of `LayerDropModuleList`, "transformers": `layerdrop`, both the same in every
-            block; "torchtune": `prob_max` of `prepare_layer_dropout`, with a `prob_layer_scale`
-            after a hyphen ("torchtune-linear", -exp, -log, -sin, -sigmoid).
+            block; "composer": `drop_distribution` "linear", as in the paper, "composer-uniform":
+            the other; "deepspeed": progressive layer dropping, whose theta is 1 - rate;
+            "torchtune": `prob_max` of `prepare_layer_dropout`, with a `prob_layer_scale` after a
+            hyphen ("torchtune-linear", -exp, -log, -sin, -sigmoid).
         rate: the drop rate, in [0, 1).
 
     Raises:
         SurvivalError: when the name is not known, or the rate is no rate.
     """
     return NamedRule(name, rate)
+
+
+def drop_schedule(name: str, number: float, steps: int = 0) -> Schedule:
+    """The schedule of another library: the same share of the drop rate in every step.
+
+    fairseq, torchtune, timm and torchvision keep their drop rates as they are.
+
+    Args:
+        name: "deepspeed": progressive layer dropping with `number` its gamma, "composer": with
+            `number` its `drop_warmup`, a share of the `steps` of the training; "early-linear",
+            "early" and "late" of Liu et al. 2023 ("Dropout reduces underfitting"), with `number`
+            their cutoff in steps.
+        steps: of the whole training, for "composer".
+
+    Raises:
+        SurvivalError: when the name is not known, or the numbers make no schedule.
+    """
+    if name not in SCHEDULES:
+        raise SurvivalError(f"there is no schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[name](number, steps)
+
+
+SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
+    "deepspeed": lambda gamma, steps: Progressive(gamma),
+    "composer": lambda share, steps: Warmup(max(1, round(share * steps))),
+    "early-linear": lambda cutoff, steps: Early(max(1, round(cutoff) - 1)),
+    "early": lambda cutoff, steps: Early(round(cutoff), "constant"),
+    "late": lambda cutoff, steps: Late(round(cutoff)),
+}

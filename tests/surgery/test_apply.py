@@ -236,3 +236,36 @@ def test_weights_of_constant_depth_evaluate_the_same_under_a_drop_rate() -> None
         before = model.eval()(images())
         sd.apply(model, drop_rate=0.5)
         assert torch.equal(model.eval()(images()), before)
+
+
+class Trained(nn.Module):
+    """A network of each kind of normalisation, as after a step of training."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.block = sd.Residual(nn.Sequential(norm, nn.Linear(4, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm, nn.RMSNorm])
+def test_trained_weights_are_not_scaled_without_a_word(norm) -> None:
+    model = Trained(norm(4))
+    sd.apply(model)
+    sd.remove(model)
+    model(torch.randn(8, 4))
+    with torch.no_grad():
+        model.block.branch[0].weight.add_(torch.randn(4))
+    with pytest.warns(UserWarning, match=r'scale="training" to fine-tune weights'):
+        sd.apply(model)
+    for options in ({"scale": "inference"}, {"scale": "training"}, {"drop_rate": 0.1}):
+        sd.remove(model)
+        sd.apply(model, **options)
+
+
+def test_statistics_alone_say_that_weights_were_trained() -> None:
+    model = Trained(nn.BatchNorm1d(4))
+    model(torch.randn(8, 4))
+    with pytest.warns(UserWarning, match="the weights look trained"):
+        sd.apply(model)

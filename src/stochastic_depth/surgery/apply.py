@@ -1,10 +1,11 @@
 """Make the residual blocks of a model skippable, and undo it."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.errors import ApplyError, SurvivalError, UnsupportedBlockError
@@ -129,6 +130,10 @@ def apply(
         The handle: probabilities, gates, and the state for checkpoints. Blocks are numbered in the
         order in which they run on `example`, or without one in order of registration.
 
+    Warns:
+        UserWarning: when the normalisations look trained and `scale` is left to its default of
+            "inference", with which weights of constant depth evaluate worse.
+
     Raises:
         ApplyError: when `model` has no residual block, has stochastic depth already, or is wrapped
             for several processes already.
@@ -189,6 +194,8 @@ def apply(
         if block.refusal:
             raise unsupported(block.name, block.module, block.refusal)
     probabilities = chosen_survival(survival, found, stacks, schedule)
+    if scale is None and chosen == "inference" and look_trained(model):
+        warnings.warn(TRAINED, stacklevel=2)
     silenced = silence(model, found)
     try:
         blocks, difference = _open_up(model, found, example, gate == "subset")
@@ -216,6 +223,28 @@ def apply(
     )
     setattr(model, _APPLIED, Applied(handle, found, difference, hooks, silenced))
     return handle
+
+
+TRAINED = (
+    "the weights look trained, and evaluation will multiply each branch by p_l, which they may not "
+    'have been trained for: give scale="training" to fine-tune weights of constant depth, or '
+    'scale="inference" if they were trained with stochastic depth'
+)
+
+
+def look_trained(model: nn.Module) -> bool:
+    """Whether a normalisation of `model` has statistics or uneven weights, as no new one has."""
+    for module in model.modules():
+        if "Norm" not in type(module).__name__:
+            continue
+        seen, weight = getattr(module, "num_batches_tracked", None), getattr(module, "weight", None)
+        if isinstance(seen, Tensor) and not seen.is_meta and seen > 0:
+            return True
+        if isinstance(weight, Tensor) and not weight.is_meta and weight.numel() > 0:
+            low, high = weight.detach().aminmax()
+            if low != high:
+                return True
+    return False
 
 
 def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
