@@ -6,7 +6,7 @@ values computed from the same input of one module (a projection shortcut).
 
 import itertools
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType, FrameType
@@ -14,16 +14,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stochastic_depth.surgery.defer import Analysis, Event
 from stochastic_depth.surgery.edits import (
+    ADDITIONS,
     Argument,
     Caller,
     Method,
     Parameter,
     Place,
     Side,
+    Site,
     Sliced,
     Sum,
     methods_of,
+    site_of,
 )
 from stochastic_depth.surgery.trace import Call, Recording, recorded
 from stochastic_depth.tensors import tensors_in
@@ -103,8 +107,6 @@ def with_dead_variables(
     return tuple((name, completed(n, edit)) for n, (name, edit) in enumerate(edits))
 
 
-ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-
 MIXES = ("linear", "conv", "mm", "matmul", "einsum", "attention", "pool", "fft")
 """Parts of the names of functions of which a branch has at least one: what only adds to, scales or
 bends a value (an activation written out, a rotary embedding, a normalisation) is no branch."""
@@ -132,11 +134,13 @@ class Addition:
     """Of the branch, in one forward pass; 0 where they were not asked for."""
     whole: bool = False
     """Whether the owner returns this sum, and was given its shortcut as first argument."""
+    events: tuple[Event, ...] = ()
+    """Each time that it was made."""
 
 
 def discover(
     model: nn.Module, run: Callable[[], object], count_flops: bool = False
-) -> list[Addition]:
+) -> tuple[list[Addition], Analysis]:
     """The residual additions of `model` in the order in which `run`, a forward pass, meets them.
 
     In training mode the pass updates statistics as any other: see `preserve_state`.
@@ -144,7 +148,8 @@ def discover(
     search = _Search(Recording(model))
     with recorded(model, search.recording, search.made, search.returned, count_flops):
         output = run()
-    return search.result(output)
+    outputs = search.recording.numbers(output)
+    return search.result(outputs), Analysis(search.recording, outputs, _is_mixing)
 
 
 class _Search:
@@ -156,12 +161,13 @@ class _Search:
         self.snapshots: defaultdict[tuple[str, Edits], list[Snapshot]] = defaultdict(list)
         self.sums: dict[int, tuple[tuple[str, Edits], int]] = {}
         """Results of residual additions: which one, and the value of its shortcut."""
+        self.occurrences: Counter[Site] = Counter()
+        """How often each expression has added."""
         self.added: set[tuple[CodeType, int, int]] = set()
         """Which expressions have added which values."""
 
-    def result(self, output: object) -> list[Addition]:
-        """All that were found, once the model has given its output."""
-        outputs = self.recording.numbers(output)
+    def result(self, outputs: set[int]) -> list[Addition]:
+        """All that were found, once the model has given its outputs."""
         return [
             replace(
                 addition,
@@ -176,12 +182,20 @@ class _Search:
         self, function: Callable[..., Any], operands: tuple[int | None, ...], out: Any
     ) -> None:
         """Look at what a function has computed from `operands`."""
-        if getattr(function, "__name__", "") not in ADDITIONS or not self.recording.calls:
-            return
-        left, right, *_ = *operands, None, None
-        if left is None or right is None or left == right or not self._are_alike(left, right):
+        name = getattr(function, "__name__", "")
+        if name not in ADDITIONS or len(operands) < 2:
             return
         frame = sys._getframe(2)  # of the expression that adds
+        self.occurrences[site_of(frame)] += 1
+        left, right, *factors = *operands, None, None
+        if name.startswith("addcmul"):
+            right = max(
+                (number for number in (right, *factors) if number is not None), default=None
+            )
+        if not self.recording.calls:
+            return
+        if left is None or right is None or left == right or not self._are_alike(left, right):
+            return
         again = self._added_again(left, right, frame)
         call = self.recording.calls[-1]
         of = self._reaches(left, right, call)
@@ -250,7 +264,7 @@ class _Search:
     def _mixes(self, values: set[int]) -> list[str]:
         """The functions among those that made `values` of which a branch has at least one."""
         functions = self.recording.functions(values)
-        return [function for function in functions if any(part in function for part in MIXES)]
+        return list(filter(_is_mixing, functions))
 
     def _convolutions(self, values: set[int]) -> int:
         """How many of `values` were made by a function with weights."""
@@ -281,12 +295,24 @@ class _Search:
                 break
         key = call.name, tuple(edits)
         before = self.found.get(key) or Addition(*key, identity)
+        site = site_of(frame)
+        event = Event(
+            kept,
+            right if side == "left" else left,
+            total,
+            0 if side == "left" else 1,
+            site,
+            self.occurrences[site] - 1,
+            tuple(self.recording.calls),
+            identity,
+        )
         self.found[key] = replace(
             before,
             begins_elsewhere=before.begins_elsewhere or bool(handed),
             modules=before.modules + self.recording.modules(branch, call.began),
             parameters=before.parameters | self.recording.parameters(branch),
             flops=before.flops + sum(self.recording.values[value].flops for value in branch),
+            events=(*before.events, event),
         )
         self.sums[total] = key, kept
         self.snapshots[key].append(take_snapshot(self.recording, total, frames, branch))
@@ -320,6 +346,10 @@ class _Search:
             for parameter, value in [*positional, *named]
             if any(map(is_of_branch, tensors_in(value)))
         )
+
+
+def _is_mixing(function: str) -> bool:
+    return any(part in function for part in MIXES)
 
 
 def _branch(of: list[set[int]], side: Side) -> set[int]:

@@ -1,7 +1,7 @@
 """Make the residual blocks of a model skippable, and undo it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,7 +15,7 @@ from stochastic_depth.hooks import ForwardHooks, batch_size
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.check import check, check_training, establish
 from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
-from stochastic_depth.surgery.edits import Edit
+from stochastic_depth.surgery.edits import Edit, Entry
 from stochastic_depth.surgery.find import (
     Choice,
     Example,
@@ -185,25 +185,21 @@ def apply(
     refuse_applied(model)
     refuse_wrapped(model)
     if example is None:
-        found = find_residuals(model, include, exclude)
+        tries = [find_residuals(model, include, exclude)]
     else:
-        found = find_blocks(model, example, granularity, include, exclude)
-    if not found:
-        raise nothing_found(model, example)
-    for block in found:
-        if block.refusal:
-            raise unsupported(block.name, block.module, block.refusal)
-    probabilities = chosen_survival(survival, found, stacks, schedule)
+        tries = (
+            find_blocks(model, example, granularity, include, exclude, rewrite=rewrite)
+            for rewrite in (True, False)
+        )
+    found, probabilities, silenced, blocks, difference = _first_that_works(
+        model,
+        tries,
+        lambda found: chosen_survival(survival, found, stacks, schedule),
+        example,
+        gate == "subset",
+    )
     if scale is None and chosen == "inference" and look_trained(model):
         warnings.warn(TRAINED, stacklevel=2)
-    silenced = silence(model, found)
-    try:
-        blocks, difference = _open_up(model, found, example, gate == "subset")
-    except BaseException:
-        for drop_path in silenced:
-            drop_path.restore()
-        take_gates(model)
-        raise
     handle = Handle(
         blocks,
         probabilities,
@@ -256,6 +252,45 @@ def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
     if not 0 <= drop_rate < 1:
         raise SurvivalError(f"drop_rate={drop_rate}: it must be at least 0 and below 1")
     return LinearDecay(1 - drop_rate)
+
+
+def _first_that_works(
+    model: nn.Module,
+    tries: Iterable[Sequence[Found]],
+    probabilities_of: Callable[[Sequence[Found]], Probabilities],
+    example: Example | None,
+    select: bool,
+) -> tuple[Sequence[Found], Probabilities, list[Silenced], list[Block], float]:
+    """Make blocks skippable in the first way of `tries` that passes the check.
+
+    Raises:
+        UnsupportedBlockError: when none does.
+    """
+    failure: UnsupportedBlockError | None = None
+    for found in tries:
+        if not found:
+            raise nothing_found(model, example)
+        silenced: list[Silenced] = []
+        try:
+            for block in found:
+                if block.refusal:
+                    raise unsupported(block.name, block.module, block.refusal)
+            probabilities = probabilities_of(found)
+            silenced = silence(model, found)
+            blocks, difference = _open_up(model, found, example, select)
+            return found, probabilities, silenced, blocks, difference
+        except BaseException as error:
+            for drop_path in silenced:
+                drop_path.restore()
+            take_gates(model)
+            if not isinstance(error, UnsupportedBlockError):
+                raise
+            refused = any(block.refusal for block in found)
+            failure = failure if failure is not None and refused else error
+        if not any(block.mechanism in ("slice", "call", "opaque") for block in found):
+            break
+    assert failure is not None
+    raise failure
 
 
 def chosen_survival(
@@ -326,17 +361,17 @@ def _open_up(
 ) -> tuple[list[Block], float]:
     """Give every block its gates, and verify those that were cut."""
     if example is None or not any(block.units for block in found):
-        return put_gates(found, select), 0.0
+        return put_gates(model, found, select), 0.0
     run = caller(model, example)
     batch = batch_size(example) if select else None
     truth = establish(model, run, found, batch)
-    blocks = put_gates(found, select)
+    blocks = put_gates(model, found, select)
     difference = check(model, run, found, blocks, truth, batch)
     check_training(model, run, blocks)
     return blocks, difference
 
 
-def put_gates(found: Sequence[Found], select: bool) -> list[Block]:
+def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Block]:
     """Install gates in all modules of all blocks: one for each unit."""
     edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
     blocks: list[Block] = []
@@ -351,6 +386,8 @@ def put_gates(found: Sequence[Found], select: bool) -> list[Block]:
             for module, edit in unit.edits:
                 edits.setdefault(module, {})[edit] = of_unit
         blocks.append(Block(block.name, gates, block.parameters))
+    if any(block.mechanism == "deferred" for block in found):
+        edits.setdefault(model, {})[Entry()] = BlockGates()
     names = {block.module: block.name for block in found}
     for module, of_module in edits.items():
         try:

@@ -21,8 +21,7 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.additions import ADDITIONS
-from stochastic_depth.surgery.edits import Sum, find_place
+from stochastic_depth.surgery.edits import ADDITIONS, Site, Sum, find_place, site_of
 from stochastic_depth.surgery.find import Found, unsupported
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.tensors import largest_difference, tensors_in
@@ -35,35 +34,56 @@ def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[No
     Args:
         keep: bool [batch]; the samples that the branches are added for all the same.
     """
-    additions = []
+    additions: list[tuple[nn.Module, Sum]] = []
+    occurrences: dict[tuple[Site, int], int] = {}
     with ExitStack() as entered:
         for block in blocks:
             additions += [addition for unit in block.units for addition in unit.additions]
-            whole = [unit.edits[0][0] for unit in block.units if not unit.additions]
+            for unit in block.units:
+                occurrences |= {(e.site, e.occurrence): e.side for e in unit.events}
+            whole = [u.edits[0][0] for u in block.units if not u.additions and not u.events]
             for module in whole:
                 entered.enter_context(_returns(module, lambda module, x: x, keep))
             if isinstance(block.module, Residual):
                 entered.enter_context(_returns(block.module, _around, keep))
-        entered.enter_context(_Bypass(additions, keep))
+        entered.enter_context(_Bypass(additions, occurrences, keep))
         yield
 
 
 class _Bypass(TorchFunctionMode):
-    def __init__(self, additions: list[tuple[nn.Module, Sum]], keep: Tensor | None) -> None:
+    def __init__(
+        self,
+        additions: list[tuple[nn.Module, Sum]],
+        occurrences: dict[tuple[Site, int], int],
+        keep: Tensor | None,
+    ) -> None:
         super().__init__()
-        self.additions, self.keep = additions, keep
+        self.additions, self.occurrences, self.keep = additions, occurrences, keep
+        self.met: Counter[Site] = Counter()
+        """How often each expression has added."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in ADDITIONS and len(args) == 2:
+        if getattr(func, "__name__", "") in ADDITIONS and len(args) >= 2:
+            site = site_of(sys._getframe(1))
+            side = self.occurrences.get((site, self.met[site]))
+            self.met[site] += 1
+            if side is not None:
+                return self._closed(func, args, kwargs or {}, side)
             for module, edit in self.additions:
                 if find_place(module, sys._getframe(1)) == edit.place:
-                    shortcut = args[0 if edit.shortcut == "left" else 1].clone()
-                    if self.keep is None:
-                        return shortcut
-                    return _mixed(func(args[0].clone(), args[1]), shortcut, self.keep)
+                    side = 0 if edit.shortcut == "left" else 1
+                    return self._closed(func, args, kwargs or {}, side)
         return func(*args, **(kwargs or {}))
+
+    def _closed(self, func: Callable[..., Any], args: tuple, kwargs: dict, side: int) -> Tensor:
+        shortcut = args[side].clone()
+        if self.keep is not None:
+            shortcut = _mixed(func(args[0].clone(), *args[1:], **kwargs), shortcut, self.keep)
+        if getattr(func, "__name__", "") in ("add_", "__iadd__", "addcmul_"):
+            return args[0].copy_(shortcut)
+        return shortcut
 
 
 @contextmanager

@@ -82,8 +82,55 @@ class Registered:
     forward: Callable[..., Any]
 
 
+Site = tuple[str, str, int, int]
+"""An expression in the code: file, function, the line it begins in, and the instruction."""
+
+ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_"}
+"""Names of functions that add."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Which calls of a module, within one of the owner, belong to a branch."""
+
+    module: str
+    """Its name, in the owner."""
+    which: tuple[int, ...]
+    of: int
+    """How many there are in one call of the owner; if all belong to it, any number may come."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """One residual addition whose branch is put off, of the module within which all of it runs."""
+
+    block: str
+    number: int
+    """Tells apart the additions of one owner."""
+    sites: frozenset[Site]
+    side: int
+    """Which argument of the addition is the shortcut."""
+    calls: tuple[Calls, ...]
+    copies: bool
+    """Whether something later may overwrite the shortcut."""
+
+    def __str__(self) -> str:
+        return f"the addition in {min(self.sites)[1]}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The model itself, whose outputs are computed at the latest when it returns them."""
+
+
 Sliced = Sum | Argument
-Edit = Sum | Argument | Opaque | Registered
+Edit = Sum | Argument | Opaque | Registered | Deferred | Entry
+
+
+def site_of(frame: FrameType) -> Site:
+    """The expression that `frame` is evaluating."""
+    code = frame.f_code
+    return code.co_filename, code.co_qualname, code.co_firstlineno, frame.f_lasti
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The residual blocks of a model, whoever wrote it, and how each addition is made skippable."""
 
 import functools
+import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,16 @@ from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.adapters import registered
 from stochastic_depth.surgery.additions import Addition, discover
-from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
+from stochastic_depth.surgery.defer import Analysis, Event, Group
+from stochastic_depth.surgery.edits import (
+    Argument,
+    Deferred,
+    Edit,
+    Opaque,
+    Registered,
+    Sliced,
+    Sum,
+)
 from stochastic_depth.surgery.install import gated_class
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.rewrite import in_loop, skipped_when_closed
@@ -107,6 +117,8 @@ class Unit:
     edits: tuple[tuple[nn.Module, Edit], ...]
     additions: tuple[tuple[nn.Module, Sum], ...]
     """The modules that add, and where."""
+    events: tuple[Event, ...] = ()
+    """Of a unit that is deferred: its addition in the pass in which it was found."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,13 @@ class Found:
         return next((name for kind, name in NAME_OF.items() if kind in kinds), "Residual")
 
 
-NAME_OF = {Registered: "registered", Opaque: "opaque", Argument: "call", Sum: "slice"}
+NAME_OF = {
+    Registered: "registered",
+    Deferred: "deferred",
+    Opaque: "opaque",
+    Argument: "call",
+    Sum: "slice",
+}
 """The mechanism of a block is the first of these that one of its units needs."""
 
 
@@ -167,25 +185,127 @@ def find_blocks(
     include: Choice | None,
     exclude: Choice,
     count_flops: bool = False,
+    rewrite: bool = True,
 ) -> list[Found]:
-    """The residual blocks of `model`, in the order in which they run on `example`."""
+    """The residual blocks of `model`, in the order in which they run on `example`.
+
+    Args:
+        rewrite: whether blocks whose source can be rewritten are; if not, all are deferred.
+    """
     chosen = _chosen(model, include, exclude)
     modules = dict(model.named_modules())
     with preserve_state(model):
         model.eval()
-        additions = discover(model, caller(model, example), count_flops)
+        additions, analysis = discover(model, caller(model, example), count_flops)
     blocks: dict[tuple[str, Any], list[Addition]] = {}
     for addition in additions:
-        if addition.owner in chosen and not _gathers(addition):
+        if not _gathers(addition):
             key = _block_of(addition, modules, granularity)
             blocks.setdefault(key, []).append(addition)
-    return [_found(name, group, modules) for (name, _), group in blocks.items()]
+    edited = [(_found(name, group, modules), group) for (name, _), group in blocks.items()]
+    return _with_deferred(model, edited, analysis, modules, chosen, granularity, rewrite)
+
+
+def _with_deferred(
+    model: nn.Module,
+    edited: list[tuple[Found, list[Addition]]],
+    analysis: Analysis,
+    modules: Mapping[str, nn.Module],
+    chosen: set[str],
+    granularity: Granularity,
+    rewrite: bool,
+) -> list[Found]:
+    """The blocks, deferred where their source cannot be rewritten."""
+    kept, others = [], []
+    for found, group in edited:
+        fixed = found.mechanism in ("registered", "Residual")
+        repeated = not rewrite or any(len(a.events) > 1 for a in group)
+        (others if found.refusal or (repeated and not fixed) else kept).append((found, group))
+    while True:  # a method is rewritten, or it is as it was
+        events = [event for _, group in others for a in group for event in a.events]
+        clash = [_clashes(found, events) for found, _ in kept]
+        if not any(clash):
+            break
+        others += [pair for pair, clashes in zip(kept, clash, strict=True) if clashes]
+        kept = [pair for pair, clashes in zip(kept, clash, strict=True) if not clashes]
+    copies = analysis.recording.works_in_place or any(
+        getattr(module, "inplace", False) for module in model.modules()
+    )
+    groups = analysis.blocks(events, lambda name: repeated_block(name, modules))
+    if granularity == "unit":
+        groups = [analysis.group(g.block, [event]) for g in groups for event in g.events]
+    groups = [group for group in groups if group.block in chosen]
+    first: Counter[str] = Counter()
+    reasons = {event: found.refusal for found, group in others for a in group for event in a.events}
+    placed = [
+        (min(e.total for a in group for e in a.events), found)
+        for found, group in kept
+        if group[0].owner in chosen
+    ]
+    for group in groups:
+        found = _deferred(group, analysis, modules, copies, first, reasons)
+        placed.append((min(event.total for event in group.events), found))
+    return [found for _, found in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _clashes(found: Found, events: Sequence[Event]) -> bool:
+    """Whether rewriting the methods of `found` would move one of the additions `events`."""
+    for unit in found.units:
+        for module, edit in unit.edits:
+            if isinstance(edit, Sliced):
+                code = inspect.unwrap(vars(edit.place.kind)[edit.place.method]).__code__
+                if any(
+                    event.site[:2] == (code.co_filename, code.co_qualname)
+                    and any(call.module is module for call in event.stack)
+                    for event in events
+                ):
+                    return True
+    return False
+
+
+def _deferred(
+    group: Group,
+    analysis: Analysis,
+    modules: Mapping[str, nn.Module],
+    copies: bool,
+    first: Counter[str],
+    reasons: Mapping[Event, str],
+) -> Found:
+    owner = group.owner.name
+    units: tuple[Unit, ...] = ()
+    refusal = ""
+    try:
+        edits = analysis.edits(group, copies, first[owner])
+        first[owner] += len(edits)
+        units = tuple(
+            Unit(((modules[owner], edit),), (), (event,))
+            for edit, event in zip(edits, group.events, strict=True)
+        )
+    except UnsupportedBlockError as error:
+        before = next(filter(None, (reasons[event] for event in group.events)), "")
+        refusal = f"{before}; nor can it be deferred: {error}" if before else str(error)
+    shortcuts = dict.fromkeys("identity" if e.identity else "projection" for e in group.events)
+    return Found(
+        group.block,
+        modules[group.block],
+        ", ".join(shortcuts),
+        units,
+        group.modules,
+        group.parameters,
+        group.flops,
+        refusal,
+    )
 
 
 def _gathers(addition: Addition) -> bool:
     """Whether it sums parts up in a loop, which is no residual unit."""
     _, edit = addition.edits[0]
-    return edit is not None and not addition.identity and in_loop(edit.place)
+    if edit is None or addition.identity:
+        return False
+    try:
+        return in_loop(edit.place)
+    except UnsupportedBlockError:  # whose source is not there
+        return len(addition.events) > 1
 
 
 def _block_of(

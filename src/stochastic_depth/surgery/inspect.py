@@ -67,7 +67,8 @@ class PlannedBlock:
     mechanism: str
     """"Residual": built to be skipped; "slice": its method is cut at the addition; "call": and so
     is the one that calls it, because the branch begins there; "registered": by
-    `sd.register_unit`; "opaque": as a whole; "none": not at all, see `refusal`."""
+    `sd.register_unit`; "opaque": as a whole; "deferred": its modules are not called, and nothing
+    is rewritten; "none": not at all, see `refusal`."""
     survival: float
     parameters: int
     """Of its branches."""
@@ -156,7 +157,7 @@ def _tried(model: nn.Module, example: Example, found: list[Found]) -> list[Found
     """`found`, with the refusals that show when each block is closed."""
     edit = [block for block in found if not block.refusal]
     try:
-        blocks = put_gates(edit, select=False)
+        blocks = put_gates(model, edit, select=False)
         reasons = still_running(model, caller(model, example), edit, blocks)
     finally:
         take_gates(model)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Gate
-from stochastic_depth.surgery.edits import Edit, Opaque, Registered, Sliced
+from stochastic_depth.surgery.defer import deferring_forward
+from stochastic_depth.surgery.edits import Deferred, Edit, Entry, Opaque, Registered, Sliced
 from stochastic_depth.surgery.rewrite import slice_method
 
 GATES = "_stochastic_depth_gates"
@@ -83,6 +84,11 @@ def gated_class(
             methods["forward"] = _opaque_forward(kind, number)
         elif isinstance(edit, Registered):
             methods["forward"] = _registered_forward(edit.forward, number)
+    deferred = [(n, edit) for n, edit in enumerate(edits) if isinstance(edit, Deferred)]
+    is_entry = any(isinstance(edit, Entry) for edit in edits)
+    if deferred or is_entry:
+        inner = methods.get("forward") or kind.forward
+        methods["forward"] = deferring_forward(inner, deferred, GATES, is_entry)
     if "forward" not in methods and isinstance(kind.forward, FunctionType):
         methods["forward"] = _remade(kind.forward, kind.forward.__closure__)
 

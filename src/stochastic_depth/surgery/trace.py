@@ -1,5 +1,6 @@
 """Watch one forward pass: which value is computed from which, in which module, at what cost."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +40,12 @@ class CountFlops(TorchDispatchMode):
         return out
 
 
-@dataclass
+IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod and or xor pow".split()}
+IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__", "__imatmul__"}
+"""Functions that change their first argument, besides those whose names end with "_"."""
+
+
+@dataclass(eq=False)
 class Call:
     """A module at work: the values it was given, and the first value made since it began."""
 
@@ -49,6 +55,20 @@ class Call:
     kwargs: dict[str, Any]
     inputs: set[int]
     began: int
+    serial: int = 0
+    parent: "Call | None" = None
+    ended: int = 0
+    """The first value made after it."""
+
+    def ancestors(self) -> "Iterator[Call]":
+        """The calls around it, from the inside out."""
+        call = self.parent
+        while call is not None:
+            yield call
+            call = call.parent
+
+    def is_within(self, other: "Call") -> bool:
+        return any(call is other for call in self.ancestors())
 
 
 @dataclass
@@ -73,6 +93,9 @@ class Recording:
         """Those at work, the innermost last."""
         self.finished: list[tuple[Call, set[int]]] = []
         """Those that are done, and what they returned."""
+        self.serial = itertools.count()
+        self.works_in_place = False
+        """Whether a function has changed a tensor that it was given."""
         self._number: dict[int, int] = {}
         self._parameters = {id(p): name for name, p in model.named_parameters()}
 
@@ -161,6 +184,9 @@ class _Functions(TorchFunctionMode):
         parents = tuple(map(self.recording.number, tensors_in((args, kwargs))))
         operands = tuple(self.recording.number(x) if isinstance(x, Tensor) else None for x in args)
         before = 0 if self.counter is None else self.counter.total
+        name = getattr(func, "__name__", "_")
+        if name in IN_PLACE or (name[-1] == "_" and name[-2:] != "__"):
+            self.recording.works_in_place = True
         out = func(*args, **(kwargs or {}))
         flops = 0 if self.counter is None else self.counter.total - before
         for tensor in tensors_in(out):
@@ -176,10 +202,13 @@ def _hooks(
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = recording.numbers((args, kwargs))
         began = len(recording.values)
-        recording.calls.append(Call(name, module, args, kwargs, inputs, began))
+        parent = recording.calls[-1] if recording.calls else None
+        call = Call(name, module, args, kwargs, inputs, began, next(recording.serial), parent)
+        recording.calls.append(call)
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
         call = recording.calls.pop()
+        call.ended = len(recording.values)
         recording.finished.append((call, recording.numbers(output)))
         returned(call, output)
 
