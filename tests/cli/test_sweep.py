@@ -157,3 +157,31 @@ def test_each_kind_has_help(kind, capsys):
     told = capsys.readouterr().out
     assert f"stochastic-depth sweep {kind} [RECIPE]" in told
     assert max(map(len, told.splitlines())) <= 80
+
+
+def test_a_sweep_of_gates_has_a_row_for_each_gating_at_equal_rates(tmp_path, capsys):
+    ways = ["constant", "balanced-batch", "forward-only", "early", "balanced-subset"]
+    command = ["sweep", "gates", "digits", *SMALL, "--seeds", "1", "--gatings", *ways, "--quiet"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    runs = [open_run(path) for path in (tmp_path / "runs/sweep-gates-digits/runs").iterdir()]
+    found = {
+        (s.rule, s.gate, s.balance, s.closed, s.schedule.kind, s.final)
+        for s in (run.config.survival for run in runs)
+    }
+    assert found == {
+        ("constant", "batch", False, "skipped", "none", 0.5),
+        ("linear", "batch", True, "skipped", "none", 0.5),
+        ("linear", "batch", False, "forward-only", "none", 0.5),
+        ("linear", "batch", False, "skipped", "early", 0.5),
+        ("linear", "subset", True, "skipped", "none", 0.5),
+    }
+    for way in ways:
+        assert f"│ {way} " in shown
+
+
+def test_a_gating_that_is_not_known_and_an_option_that_is_swept_are_named(capsys):
+    assert main(["sweep", "gates", "digits", "--gatings", "loud"]) == 1
+    assert "there is no gating 'loud': choose among constant, batch" in capsys.readouterr().err
+    assert main(["sweep", "gates", "digits", "--survival.gate", "subset"]) == 1
+    assert "--survival.gate is swept: give --gatings instead" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""stochastic-depth sweep survival | depth [RECIPE] [OPTIONS]."""
+"""stochastic-depth sweep survival | depth | gates [RECIPE] [OPTIONS]."""
 
 import shlex
 from dataclasses import dataclass
@@ -16,12 +16,14 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.sweep.folder import Grid, Kind, Rule, Sweep, open_sweep
 from stochastic_depth.lab.sweep.progress import Progress, sweep_table
 from stochastic_depth.lab.sweep.workers import Queue, Workers
+from stochastic_depth.recipes.variant import gatings
 from stochastic_depth.train import Config
 from stochastic_depth.train.signals import StopSignals
 
 KINDS: dict[Kind, str] = {
     "survival": "p_L for linear decay and uniform, and the constant-depth line",
     "depth": "p_L against depth",
+    "gates": "ways of gating at equal rates, and constant depth",
 }
 HELP = """usage: stochastic-depth sweep KIND [RECIPE] [OPTIONS]
 
@@ -40,6 +42,9 @@ joins in. Whatever is killed, the others go on with; nothing is trained twice.
 SWEPT: dict[Kind, dict[str, str]] = {
     "survival": {"--survival.final": "--survival", "--survival.rule": "--rules"},
     "depth": {"--survival.final": "--survival", "--model.depth": "--depths"},
+    "gates": dict.fromkeys(
+        ("--survival.gate", "--survival.balance", "--survival.closed", "--schedule"), "--gatings"
+    ),
 }
 SURVIVAL = tuple(tenths / 10 for tenths in range(1, 11))
 
@@ -83,6 +88,26 @@ class Depth(Options):
         return Grid((self.config.survival.rule,), self.survival, self.depths, seeds)
 
 
+@dataclass(frozen=True)
+class Gates(Options):
+    survival: tuple[float, ...] = (0.5,)
+    """The values of p_L."""
+    gatings: tuple[str, ...] = tuple(gatings(Config()))
+    """Ways of gating; constant depth among them is trained once for each seed."""
+
+    def grid(self, seeds: tuple[int, ...]) -> Grid:
+        if self.config.survival.rule == "constant":
+            raise ConfigError(f"{self.config.recipe} has constant depth: sweep a stochastic one")
+        for name in self.gatings:
+            if name not in gatings(self.config):
+                known = ", ".join(gatings(self.config))
+                raise ConfigError(f"there is no gating {name!r}: choose among {known}")
+        if len(self.survival) != 1:
+            raise ConfigError("sweep gates compares at equal rates: give --survival one value")
+        rule, depth = self.config.survival.rule, self.config.model.depth
+        return Grid((rule,), self.survival, (depth,), seeds, self.gatings)
+
+
 def main(arguments: list[str]) -> int:
     kind, *rest = arguments or ["--help"]
     if kind in ("-h", "--help"):
@@ -91,7 +116,7 @@ def main(arguments: list[str]) -> int:
     if kind not in KINDS:
         return usage_error("sweep", kind, KINDS)
     _refuse_what_is_swept(kind, rest)
-    options = Survival if kind == "survival" else Depth
+    options = {"survival": Survival, "depth": Depth, "gates": Gates}[kind]
     asked = parse(f"sweep {kind}", TEXT.format(kind=KINDS[kind]), rest, options)
     config = asked.config
     for name in ("seeds", "workers", "threads"):

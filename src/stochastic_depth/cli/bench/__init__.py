@@ -14,6 +14,7 @@ from stochastic_depth.cli.bench.peers import Peers
 from stochastic_depth.cli.bench.pictures import Pictures
 from stochastic_depth.cli.bench.profile import Profile
 from stochastic_depth.cli.bench.skip import SkipBench
+from stochastic_depth.cli.bench.steady import SteadyBench
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.execution import resolve_execution
@@ -21,6 +22,7 @@ from stochastic_depth.train.execution import resolve_execution
 BENCHMARKS: dict[str, type[Options]] = {
     "overhead": Overhead,
     "skip": SkipBench,
+    "steady": SteadyBench,
     "peers": Peers,
     "depth": Depth,
     "engines": Engines,

@@ -21,6 +21,7 @@ from stochastic_depth.files import (
     require_writable,
     write_whole,
 )
+from stochastic_depth.recipes.variant import gatings
 from stochastic_depth.train import Config, Record
 from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.journal import read_journal
@@ -37,15 +38,20 @@ class Point:
     """p_L; None at constant depth."""
     depth: int
     seed: int
+    gating: str | None = None
+    """One of `recipes.variant.gatings`; None as configured."""
 
     @property
     def name(self) -> str:
         """Of the run folder."""
         survival = "" if self.survival is None else f"-{self.survival}"
-        return f"{self.rule}{survival}-depth{self.depth}-seed{self.seed}"
+        gating = f"{self.gating}-" if self.gating else ""
+        return f"{gating}{self.rule}{survival}-depth{self.depth}-seed{self.seed}"
 
     def of(self, config: Config) -> Config:
         """The configuration of this run."""
+        if self.gating is not None:
+            config = gatings(config)[self.gating]
         survival = replace(config.survival, rule=self.rule)
         if self.survival is not None:
             survival = replace(survival, final=self.survival)
@@ -61,16 +67,26 @@ class Grid:
     survival: tuple[float, ...]
     depths: tuple[int, ...]
     seeds: tuple[int, ...]
+    gatings: tuple[str, ...] = ()
+    """Of `recipes.variant.gatings`, in place of the one that is configured."""
 
     def __post_init__(self) -> None:
         for name, values in asdict(self).items():
-            if not values:
+            if not values and name != "gatings":
                 raise ConfigError(f"the grid has no {name}: give at least one value")
             if len(set(values)) < len(values):
                 raise ConfigError(f"the grid's {name} are {list(values)}: give each value once")
 
     def points(self) -> list[Point]:
         """Seed by seed, so that a sweep that is stopped early has whole curves of some seeds."""
+        if self.gatings:
+            return [
+                Point("constant", None, depth, seed, gating)
+                if gating == "constant"
+                else Point(rule, survival, depth, seed, gating)
+                for seed, depth, gating in product(self.seeds, self.depths, self.gatings)
+                for rule, survival in product(self.rules, self.survival)
+            ]
         return [
             Point(rule, survival, depth, seed)
             for seed, depth, rule in product(self.seeds, self.depths, self.rules)
@@ -93,12 +109,12 @@ class Grid:
                 build_depth(model, replace(config.survival, rule="linear"), 0, 1)
 
     def to_json(self) -> dict[str, Any]:
-        return {name: list(values) for name, values in asdict(self).items()}
+        return {name: list(values) for name, values in asdict(self).items() if values}
 
 
 FORMAT = 1
 OURS = {"sweep.json", "lock", "runs", "claims", "queue.jsonl"}
-Kind = Literal["survival", "depth"]
+Kind = Literal["survival", "depth", "gates"]
 
 
 @dataclass(frozen=True)

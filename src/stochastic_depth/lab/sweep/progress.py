@@ -108,7 +108,8 @@ def sweep_table(sweep: Sweep) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     rows: dict[tuple, list] = {}
     for point in sweep.grid.points():
-        rows.setdefault((point.rule, point.survival, point.depth), []).append(point)
+        rule = point.gating or point.rule
+        rows.setdefault((rule, point.survival, point.depth), []).append(point)
     for (rule, survival, depth), points in rows.items():
         done = [sweep.records(point) for point in points if sweep.done(point)]
         cells = ["", "", ""]

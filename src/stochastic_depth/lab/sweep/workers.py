@@ -186,7 +186,11 @@ class Queue:
 
     def _waiting(self, point: Point) -> Any:
         grid = self._sweep.grid
-        choices = {"rule": grid.rules, "depth": grid.depths, "seed": grid.seeds}
+        choices: dict[str, tuple] = {"depth": grid.depths, "seed": grid.seeds}
+        if grid.gatings:
+            choices["gating"] = grid.gatings
+        else:
+            choices["rule"] = grid.rules
         if point.survival is not None:
             choices["survival"] = grid.survival
         return self._optuna.trial.create_trial(

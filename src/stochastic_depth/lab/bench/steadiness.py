@@ -1,0 +1,122 @@
+"""How even training steps are: independent and balanced gates against constant depth."""
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stochastic_depth.gates import Gate
+from stochastic_depth.handle import Handle
+from stochastic_depth.lab.bench.workload import Step, Workload, copy_weights, saved_for_backward
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.models.published import library
+from stochastic_depth.surgery import apply
+from stochastic_depth.survival import LinearDecay, Uniform
+
+CONSTANT, INDEPENDENT, BALANCED = "constant depth", "independent gates", "balanced gates"
+
+
+@dataclass(frozen=True)
+class Steadiness:
+    """Steps of one alternative."""
+
+    seconds: tuple[float, ...]
+    kept: tuple[float, ...]
+    """Bytes that each step keeps for its backward pass."""
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the seconds over their mean."""
+        return statistics.stdev(self.seconds) / statistics.fmean(self.seconds)
+
+    @property
+    def peak_over_mean(self) -> float:
+        """Of the bytes kept."""
+        return max(self.kept) / statistics.fmean(self.kept)
+
+    def largest_batch(self, batch: int, limit: int) -> int:
+        """How many images a step may have so that no step keeps more than `limit` bytes."""
+        return int(batch * limit / max(self.kept))
+
+
+class Steady:
+    """Training steps of a network under each alternative, all from the same weights.
+
+    Args:
+        network: "cifar-resnet", of `depth` layers, or the name of a model of timm's.
+        final: p_L of linear decay.
+    """
+
+    def __init__(self, network: str, depth: int, final: float, workload: Workload) -> None:
+        models = [_built(network, depth, workload) for _ in range(3)]
+        for model in models[1:]:
+            copy_weights(models[0], model)
+        example = None if network == "cifar-resnet" else workload.images()[:2]
+        self._handles: dict[str, Handle] = {
+            CONSTANT: apply(models[0], Uniform(1.0), example=example),
+            INDEPENDENT: apply(models[1], LinearDecay(final), example=example),
+            BALANCED: apply(models[2], LinearDecay(final), example=example, balance=True),
+        }
+        pairs = zip(self._handles, models, strict=True)
+        self._steps: dict[str, Step] = {name: workload.step(model) for name, model in pairs}
+        self._on_gpu = workload.execution.device.startswith("cuda")
+        self._of_all, self._of_block = self._bytes_kept(models[0])
+
+    def rounds(self, repeats: int, warmup: int = 2) -> Iterator[dict[str, tuple[float, float]]]:
+        """Take turns: seconds of each step, and the bytes that it keeps.
+
+        On a CPU these are seconds of the processor, so that other programs do not count.
+        """
+        clock = time.perf_counter if self._on_gpu else time.process_time
+        for number in range(-warmup, repeats):
+            found = {}
+            for name, step in self._steps.items():
+                began = clock()
+                step()
+                seconds = clock() - began
+                found[name] = seconds, self.kept(self._handles[name])
+            if number >= 0:
+                yield found
+
+    def kept(self, handle: Handle) -> float:
+        """Bytes that the last step kept: without those of the branches that were closed."""
+        gates = handle.gates.tolist()
+        closed = [c for c, is_open in zip(self._of_block, gates, strict=True) if not is_open]
+        return self._of_all - sum(closed)
+
+    def _bytes_kept(self, model: nn.Module) -> tuple[int, list[int]]:
+        """Of a step at constant depth, and of each branch: what is missing with it closed."""
+        step, handle = self._steps[CONSTANT], self._handles[CONSTANT]
+        whole = saved_for_backward(step)
+        of_block = []
+        for block in handle.blocks:
+            before = [gates.evaluation for gates in block.gates]
+            with handle.full_depth():  # in which the gates are those of evaluation
+                for gates in block.gates:
+                    gates.evaluation = Gate(open=False)
+                of_block.append(whole - saved_for_backward(step))
+            for gates, evaluation in zip(block.gates, before, strict=True):
+                gates.evaluation = evaluation
+        return whole, of_block
+
+
+def steadiness(rounds: list[dict[str, tuple[float, float]]]) -> Mapping[str, Steadiness]:
+    """What came of `rounds`, by alternative."""
+    return {
+        name: Steadiness(tuple(r[name][0] for r in rounds), tuple(r[name][1] for r in rounds))
+        for name in rounds[0]
+    }
+
+
+def _built(network: str, depth: int, workload: Workload) -> nn.Module:
+    if network == "cifar-resnet":
+        return CifarResNet(depth, channels=workload.channels)
+    options: dict[str, Any] = {"num_classes": 10, "in_chans": workload.channels}
+    if network.startswith("vit"):
+        options["img_size"] = workload.size
+    with torch.random.fork_rng():
+        return library("timm").create_model(network, **options)

@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from stochastic_depth.lab.bench.steadiness import (
+    BALANCED,
+    CONSTANT,
+    INDEPENDENT,
+    Steady,
+    steadiness,
+)
+from stochastic_depth.lab.bench.workload import Workload, saved_for_backward
+from stochastic_depth.train.execution import Execution
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_bytes_kept_are_those_of_the_steps_and_balanced_ones_are_even():
+    bench = Steady("cifar-resnet", 32, 0.3, Workload(2, 8, 3, Execution("cpu", "float32", 1)))
+    found = steadiness(list(bench.rounds(12)))
+    assert set(found) == {CONSTANT, INDEPENDENT, BALANCED}
+    assert len(set(found[CONSTANT].kept)) == 1
+    for name in (INDEPENDENT, BALANCED):
+        kept = saved_for_backward(bench._steps[name])
+        assert bench.kept(bench._handles[name]) == pytest.approx(kept, rel=0.02)
+    even, uneven = found[BALANCED], found[INDEPENDENT]
+    assert even.peak_over_mean < uneven.peak_over_mean
+    counts = [int(bench._handles[BALANCED].gates_at(step).sum()) for step in range(14)]
+    assert max(counts) - min(counts) <= 1
+    assert even.largest_batch(2, 2**20) >= uneven.largest_batch(2, 2**20)
+    assert torch.tensor(even.seconds).min() > 0
