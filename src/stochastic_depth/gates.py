@@ -2,9 +2,9 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -128,23 +128,31 @@ OPEN = Gate()
 
 @dataclass(slots=True)
 class BlockGates:
-    """The gates of one block: of the training step under way (none yet: None) and of evaluation."""
+    """The gates of one block: of the training pass under way (none: None) and of evaluation."""
 
     training: Gate | None = None
     evaluation: Gate = OPEN
+    recall: Callable[[], Gate | None] | None = field(default=None, repr=False, compare=False)
+    """While a backward pass recomputes the block: its gate in the forward pass of that; or None."""
 
     def now(self, training: bool) -> Gate:
         """What the block does in the forward pass under way.
 
         Raises:
-            GateError: in training, when no gates were drawn.
+            GateError: in training, outside of a forward pass that has drawn gates.
         """
         if not training:
             return self.evaluation
+        if not torch.compiler.is_compiling() and self.recall is not None:
+            recalled = self.recall()
+            if recalled is not None:
+                return recalled
         if self.training is None:
             raise GateError(
-                "a residual block was called in training mode before gates were drawn: call the "
-                "model given to sd.apply in training mode, not a part of it, or handle.draw() first"
+                "a residual block was called in training mode outside of a forward pass of the "
+                "model that sd.apply was given, so no gates are drawn for it: call that model "
+                "(model(x), not a part of it, nor model.forward(x)), or draw gates for the parts "
+                "that are called: with handle.draw(): features = model.forward_features(x)"
             )
         return self.training
 
@@ -184,7 +192,9 @@ def draw(
                 order=uniforms(blocks, "order of blocks", own, step).argsort().tolist(),
                 start=float(uniforms(1, "start", seed, step)),
             )
-        return uniforms(blocks, "gates", own, step) < torch.tensor(survival, dtype=torch.float64)
+        return uniforms(blocks, "gates", own, step) < torch.tensor(
+            survival, dtype=torch.float64, device="cpu"
+        )
     u = uniforms(blocks * batch, "gates", own, step).view(blocks, batch)
     if balance:
         ends = [part * batch // parts for part in range(parts + 1)]
@@ -195,8 +205,8 @@ def draw(
             ],
             dim=1,
         )
-    coins = u < torch.tensor(survival, dtype=torch.float64)[:, None]
-    if min_samples > 0:
+    coins = u < torch.tensor(survival, dtype=torch.float64, device="cpu")[:, None]
+    if min_samples > 0 and batch > 0:
         coins |= u <= u.kthvalue(min(min_samples, batch), dim=1, keepdim=True).values
     return coins
 
@@ -219,7 +229,7 @@ def balanced_blocks(survival: tuple[float, ...], order: Sequence[int], start: fl
     for block in order:
         before, reached = reached, reached + lengths[block]
         gates[block] = reached // _UNITS > before // _UNITS
-    return torch.tensor(gates, dtype=torch.bool)
+    return torch.tensor(gates, dtype=torch.bool, device="cpu")
 
 
 _UNITS = 2**44
@@ -254,7 +264,7 @@ def subset_size(p: float, samples: int, min_samples: int = 0, multiple_of: int =
 def _smallest(u: Tensor, survival: tuple[float, ...], min_samples: int, multiple_of: int) -> Tensor:
     """The smallest of `u` in each row, as many as there are to be open: bool [L, samples]."""
     sizes = [subset_size(p, u.shape[1], min_samples, multiple_of) for p in survival]
-    return u.argsort(1).argsort(1) < torch.tensor(sizes)[:, None]
+    return u.argsort(1).argsort(1) < torch.tensor(sizes, device="cpu")[:, None]
 
 
 def seed_of_rank(seed: int, rank: int) -> int:

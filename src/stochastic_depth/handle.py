@@ -2,13 +2,13 @@
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gates import (
@@ -27,6 +27,30 @@ SkippedPolicy = Literal["paper", "freeze"]
 """A skipped block's parameters: gradient zero, so the optimizer still moves them, or None."""
 
 
+class Owned(NamedTuple):
+    """Parameters of a branch, by the module that owns them: wrapping a model changes names."""
+
+    owner: nn.Module
+    name: str
+    """Of a child of `owner` that is all branch, or of one parameter."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that are there now: of whatever has taken the place of a module since."""
+        child = self.owner._modules.get(self.name)
+        if child is not None:
+            yield from child.parameters()
+            return
+        own = self.owner._parameters
+        changed = self.owner._modules.get("parametrizations")
+        if own.get(self.name) is not None:
+            yield own[self.name]  # pyright: ignore[reportReturnType]
+        elif isinstance(changed, nn.ModuleDict) and self.name in changed:
+            yield from changed[self.name].parameters()
+        else:  # pruned, or normalised by torch.nn.utils.weight_norm or spectral_norm
+            parts = (own.get(f"{self.name}_{part}") for part in ("orig", "g", "v"))
+            yield from (part for part in parts if part is not None)
+
+
 @dataclass
 class Block:
     """One residual block of a model: open or closed as a whole."""
@@ -35,11 +59,19 @@ class Block:
     gates: tuple[BlockGates, ...]
     """One for each of its additions."""
     parameters: tuple[str, ...]
-    """Names, in the model, of the parameters of its branch."""
+    """Names, in the model that was given to `sd.apply`, of the parameters of its branch."""
+    module: nn.Module
+    asking: tuple[nn.Module, ...]
+    """The modules that ask for its gates: in their training mode for those of training."""
+    owned: tuple[Owned, ...]
+    """The same parameters as `parameters`."""
+    _looked_at: list[tuple[dict, tuple]] = field(default_factory=list, repr=False)
+    """What the modules held when the parameters were looked for, which takes a while."""
+    _parameters: list[nn.Parameter] = field(default_factory=list, repr=False)
 
     @property
     def in_training(self) -> Gate | None:
-        """What the block does in the training step under way."""
+        """What the block does in the training pass under way."""
         return self.gates[0].training
 
     @property
@@ -48,15 +80,101 @@ class Block:
         return self.gates[0].evaluation
 
     def open_in_training(self, gate: Gate | None) -> None:
-        """Set what the block does in the training step under way."""
+        """Set what the block does in the training pass under way."""
         for addition in self.gates:
             addition.training = gate
 
+    @property
+    def is_in_training(self) -> bool:
+        """Whether some of it is in training mode."""
+        return any(module.training for module in self.asking)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that its branch has now, and that need a gradient."""
+        same = self._looked_at and all(
+            len(now) == len(then) and all(map(operator.is_, now.values(), then))
+            for now, then in self._looked_at
+        )
+        if not same:
+            modules = {owned.owner for owned in self.owned}
+            children = (owned.owner._modules.get(owned.name) for owned in self.owned)
+            modules |= {m for child in children if child is not None for m in child.modules()}
+            held = [d for module in modules for d in (module._modules, module._parameters)]
+            self._looked_at = [(d, tuple(d.values())) for d in held]
+            parameters = (p for owned in self.owned for p in owned.parameters())
+            self._parameters = list(dict.fromkeys(parameters))
+        return [p for p in self._parameters if p.requires_grad]
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy looks for itself
+        return {**self.__dict__, "_looked_at": [], "_parameters": []}
+
+    def sparse_weights(self) -> Iterator[nn.Parameter]:
+        """Those whose gradients are sparse: of embeddings that were made so."""
+        for owned in self.owned:
+            child = owned.owner._modules.get(owned.name)
+            for module in (owned.owner if child is None else child).modules():
+                if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+                    yield module.get_parameter("weight")
+
+
+def owned_parameters(model: nn.Module, names: Iterable[str]) -> tuple[Owned, ...]:
+    """The parameters of `model` with these names, by the modules that own them.
+
+    As few and as large modules as there are, each with no other parameters.
+    """
+    names = list(dict.fromkeys(names))
+    wanted = _inside(names)
+    there = _inside(dict(model.named_parameters()))
+    result: dict[Owned, None] = {}
+    for name in names:
+        path = name.split(".")
+        for length in range(1, len(path) + 1):
+            inside = ".".join(path[:length])
+            if length == len(path) or wanted[inside] == there.get(inside):
+                owner = model.get_submodule(".".join(path[: length - 1]))
+                result[Owned(owner, path[length - 1])] = None
+                break
+    return tuple(result)
+
+
+def _inside(names: Iterable[str]) -> dict[str, int]:
+    """How many of `names` are inside of each module that they go through."""
+    count: dict[str, int] = {}
+    for name in names:
+        while name := name.rpartition(".")[0]:
+            count[name] = count.get(name, 0) + 1
+    return count
+
 
 def open_in_training(blocks: Iterable[Block], gates: Iterable[Gate | None]) -> None:
-    """Set what each block does in the training step under way."""
+    """Set what each block does in the training pass under way."""
     for block, gate in zip(blocks, gates, strict=True):
         block.open_in_training(gate)
+
+
+@contextmanager
+def force(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
+    """While entered, `blocks` have these gates, in training and in evaluation.
+
+    For a model that has no handle yet, and for gates of any form; else `Handle.forced`.
+    """
+    additions = [(a, g) for b, g in zip(blocks, gates, strict=True) for a in b.gates]
+    before = [(addition.training, addition.evaluation) for addition, _ in additions]
+    for addition, gate in additions:
+        addition.training = addition.evaluation = gate
+    try:
+        yield
+    finally:
+        for (addition, _), (training, evaluation) in zip(additions, before, strict=True):
+            addition.training, addition.evaluation = training, evaluation
+
+
+class Forced(NamedTuple):
+    """Gates that are given instead of drawn."""
+
+    coins: Tensor
+    scaled: bool
+    """Whether open branches count as in evaluation."""
 
 
 class Handle:
@@ -99,11 +217,12 @@ class Handle:
         self.balance = balance
         self.multiple_of = multiple_of
         self.closed: Closed = closed
+        self.scope: Callable[[list[Gate]], AbstractContextManager[None]] = _no_scope
+        """While entered, these gates are those of one forward pass: from `ForwardHooks`."""
         self._coins: Tensor | None = None
-        self.at_full_depth = False
-        """Whether `full_depth` is entered."""
         self._survival: tuple[float, ...] = ()
-        self._subnetwork: tuple[Tensor, bool] | None = None
+        self._in_training: Forced | Literal["full depth"] | None = None
+        self._in_evaluation: Forced | None = None
         self.step = 0
 
     @property
@@ -139,7 +258,7 @@ class Handle:
 
     @property
     def gates(self) -> Tensor:
-        """The gates of the current step: bool [L], or [L, batch] with gates for single samples.
+        """The gates of the last step: bool [L], or [L, batch] with gates for single samples.
 
         Raises:
             GateError: before the first draw.
@@ -148,12 +267,33 @@ class Handle:
             raise GateError("no gates yet: they are drawn by the first training forward pass")
         return self._coins.clone()
 
-    def draw(self, batch: int | None = None) -> None:
+    def draw(self, batch: int | None = None) -> AbstractContextManager[None]:
         """Draw the gates of the next step. The model's forward pass does this by itself.
+
+        To call parts of the model in training mode, draw for them, once for a step:
+
+            with handle.draw():
+                features = model.forward_features(images)
+            loss(features).backward()
 
         Args:
             batch: number of samples; needed by the "sample" and "subset" gates.
+
+        Returns:
+            What can be entered: the gates are in force until it is left, and again in the backward
+            pass of what was computed. Gates that were drawn and not entered are for looking at.
         """
+        return self.scope(self.next_gates(batch))
+
+    def next_gates(self, batch: int | None = None) -> list[Gate]:
+        """What each block does in the next training step, which is counted.
+
+        While gates are forced they are those, and no step is counted.
+        """
+        if self._in_training is not None:
+            if self._in_training != "full depth":
+                self._coins = self._in_training.coins
+            return self._standing()
         if self.gate != "batch" and batch is None:
             raise GateError(f'gate="{self.gate}" draws a gate for each sample: handle.draw(batch)')
         self._set_survival(self.step)
@@ -161,11 +301,8 @@ class Handle:
         coins = self.gates_at(self.step, whole)
         self._coins = coins if coins.ndim == 1 else coins[:, first : first + (batch or 0)]
         self._step += 1
-        open_in_training(
-            self.blocks,
-            training_gates(
-                self._coins, self._survival, self.gate, self.scale, self.balance, self.closed
-            ),
+        return training_gates(
+            self._coins, self._survival, self.gate, self.scale, self.balance, self.closed
         )
 
     def gates_at(self, step: int, batch: int | None = None) -> Tensor:
@@ -191,44 +328,68 @@ class Handle:
         return self.probabilities.at(step)
 
     @contextmanager
+    def forced(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
+        """While entered, the blocks have these gates, in training and in evaluation.
+
+            with handle.forced([True] * len(handle.blocks)):
+                logits = model(images)
+
+        The branch of a closed block is not executed. Nothing is drawn and no step is counted; parts
+        of the model may be called too. What was before comes back at the end. May be entered inside
+        of itself: the innermost counts.
+
+        Args:
+            gates: which blocks are open, bool [L]; or for which samples, bool [L, batch]. All open
+                gives the full network unscaled.
+            scaled: whether an open branch is multiplied as in the full network in evaluation (by
+                p_l under scale="inference"). If not, it counts as it does in a training step:
+                fully (the paper), or over p_l under scale="training".
+
+        Raises:
+            GateError: when `gates` is not bool [L] or [L, batch]; or a model gives back a cache of
+                keys and values, into which closed blocks put nothing.
+        """
+        chosen = self._chosen(gates, scaled, dimensions=(1, 2))
+        before = self._in_training, self._in_evaluation
+        self._in_training = self._in_evaluation = chosen
+        self._set_evaluation()
+        self.rest()
+        try:
+            yield
+        finally:
+            self._in_training, self._in_evaluation = before
+            self._set_evaluation()
+            self.rest()
+
+    @contextmanager
     def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
         """While entered, the model in evaluation mode is one of its 2^L subnetworks.
 
             with handle.subnetwork(handle.gates):
                 logits = model(images)
 
-        The branch of a closed block is not executed. Training steps are not concerned, and what
-        was before comes back at the end. Subnetworks may be entered inside of one another: the
-        innermost counts.
+        `forced` for evaluation alone: training steps go on as before.
 
         Args:
-            gates: which blocks are open, bool [L]. All open gives the full network unscaled.
-            scaled: whether an open branch is multiplied as in the full network in evaluation (by
-                p_l under scale="inference"). If not, it counts as it does in a training step:
-                fully (the paper), or over p_l under scale="training".
+            gates: which blocks are open, bool [L].
+            scaled: as for `forced`.
 
         Raises:
-            GateError: when `gates` is not one bool for each block; or a model gives back a cache
-                of keys and values, into which closed blocks put nothing.
+            GateError: as `forced`.
         """
-        chosen = torch.as_tensor(gates, device="cpu").clone()
-        if chosen.dtype != torch.bool or chosen.shape != (len(self.blocks),):
-            raise GateError(
-                f"a subnetwork is given by bool [{len(self.blocks)}], one gate for each block, not "
-                f"by {chosen.dtype} {list(chosen.shape)}"
-            )
-        before, self._subnetwork = self._subnetwork, (chosen, scaled)
+        before = self._in_evaluation
+        self._in_evaluation = self._chosen(gates, scaled, dimensions=(1,))
         self._set_evaluation()
         try:
             yield
         finally:
-            self._subnetwork = before
+            self._in_evaluation = before
             self._set_evaluation()
 
     @property
     def is_subnetwork(self) -> bool:
-        """Whether `subnetwork` is entered."""
-        return self._subnetwork is not None
+        """Whether `forced` or `subnetwork` is entered."""
+        return self._in_evaluation is not None
 
     @contextmanager
     def full_depth(self) -> Iterator[None]:
@@ -238,12 +399,13 @@ class Handle:
         `torch.optim.swa_utils.update_bn`: under gates, BatchNorm in the branch of a block that
         happened to be closed would see nothing, and the others a network that is never evaluated.
         """
-        was, self.at_full_depth = self.at_full_depth, True
+        before, self._in_training = self._in_training, "full depth"
+        self.rest()
         try:
             yield
         finally:
-            self.at_full_depth = was
-            open_in_training(self.blocks, [None] * len(self.blocks))
+            self._in_training = before
+            self.rest()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs for the same gates after a resume."""
@@ -269,7 +431,7 @@ class Handle:
                 )
         self.step, self.seed = state["step"], state["seed"]
         self._coins = None
-        open_in_training(self.blocks, [None] * len(self.blocks))
+        self.rest()
 
     def _set_survival(self, step: int) -> None:
         survival = self.survival_at(step)
@@ -278,15 +440,46 @@ class Handle:
         self._survival = survival
         self._set_evaluation()
 
+    def _chosen(
+        self, gates: Sequence[bool] | Tensor, scaled: bool, dimensions: tuple[int, ...]
+    ) -> Forced:
+        coins = torch.as_tensor(gates, device="cpu").clone()
+        blocks = len(self.blocks)
+        right = coins.dtype == torch.bool and coins.ndim in dimensions and len(coins) == blocks
+        if not right:
+            form = f"bool [{blocks}], one gate for each block"
+            form += f", or bool [{blocks}, batch]" if 2 in dimensions else ""
+            raise GateError(f"gates are given as {form}, not as {coins.dtype} {list(coins.shape)}")
+        return Forced(coins, scaled)
+
+    def _gates_of(self, chosen: Forced, closed: Closed = "skipped") -> list[Gate]:
+        kind = "batch" if chosen.coins.ndim == 1 else self.gate
+        kind = "sample" if kind == "batch" and chosen.coins.ndim == 2 else kind
+        closed = closed if chosen.coins.ndim == 1 else "skipped"
+        gates = training_gates(chosen.coins, self._survival, kind, self.scale, closed=closed)
+        if not chosen.scaled:
+            return gates
+        whole = evaluation_gates(self._survival, self.scale)
+        return [g._replace(factor=w.factor) for g, w in zip(gates, whole, strict=True)]
+
+    def _standing(self) -> list[Gate]:
+        """What each block does in training while gates are forced."""
+        if isinstance(self._in_training, Forced):
+            return self._gates_of(self._in_training, self.closed)
+        return [block.in_evaluation for block in self.blocks]
+
     @torch.inference_mode(False)  # in which a factor would be one that no gradient can pass
+    def rest(self) -> None:
+        """Between forward passes no block has a gate in training, unless gates are forced."""
+        nothing = [None] * len(self.blocks)
+        open_in_training(self.blocks, nothing if self._in_training is None else self._standing())
+
+    @torch.inference_mode(False)
     def _set_evaluation(self) -> None:
-        gates = evaluation_gates(self._survival, self.scale)
-        if self._subnetwork is not None:
-            coins, scaled = self._subnetwork
-            if not scaled:
-                gates = training_gates(coins, self._survival, "batch", self.scale)
-            gates = [g._replace(open=b) for g, b in zip(gates, coins.tolist(), strict=True)]
-        for block, gate in zip(self.blocks, gates, strict=True):
+        evaluation = evaluation_gates(self._survival, self.scale)
+        if self._in_evaluation is not None:
+            evaluation = self._gates_of(self._in_evaluation)
+        for block, gate in zip(self.blocks, evaluation, strict=True):
             for addition in block.gates:
                 addition.evaluation = gate
 
@@ -316,6 +509,10 @@ class Handle:
         named = f"schedule={schedule['name']}, " if schedule else ""
         closed = "closed='forward-only', " if self.closed == "forward-only" else ""
         return f"{named}{closed}scale={self.scale!r}, "
+
+
+def _no_scope(_: list[Gate]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def integer(name: str, value: object) -> int:

@@ -1,7 +1,16 @@
-"""What happens around the forward and the backward pass of a model with stochastic depth."""
+"""What happens around the forward and the backward pass of a model with stochastic depth.
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+A gate belongs to the forward pass that it was drawn for. When that is over no gate is in force any
+more; when its backward pass recomputes a block, the block asks for its gate of then.
+
+What this library uses of PyTorch that is not public is named here, at the end, each with what will
+replace it.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,186 +19,230 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed._composable.replicate import DDP as Replicated  # noqa: N811
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle, open_in_training
+from stochastic_depth.tensors import replace_tensors, tensors_in
 
-Branch = tuple[str, list[nn.Parameter]]
-"""The name of a block, and the parameters of its branch."""
-
-
-def are_awaited(model: nn.Module) -> bool:
-    """Whether the forward pass of `model` that begins is one of `DistributedDataParallel`.
-
-    That of a model under `replicate` becomes one by a hook that comes after ours.
-    """
-    active = DistributedDataParallel._get_active_ddp_module() is not None
-    return active or isinstance(model, Replicated)
-
-
-class Attachment:
-    """Attaches the branches that are closed in the forward pass that begins."""
-
-    def __init__(self, model: nn.Module, closed: Sequence[Branch]) -> None:
-        self._left: dict[str, list[nn.Parameter]] = {}
-        for name, parameters in closed:  # two blocks of one name are additions of one module
-            self._left.setdefault(name, []).extend(parameters)
-        self._hooks: list[RemovableHandle] = []
-        for name in self._left:
-            with suppress(AttributeError):  # a name that is not that of a module
-                module = model.get_submodule(name)
-                if module._compiled_call_impl is None:  # it would keep its hook for good
-                    hook = module.register_forward_hook(partial(self._passed, name))
-                    self._hooks.append(hook)
-
-    def _passed(self, name: str, module: nn.Module, args: tuple, output: Any) -> Any:
-        attached = attach(output, self._left.get(name, ()))
-        if attached is not output:
-            del self._left[name]
-        return attached
-
-    def finish(self, output: Any) -> Any:
-        """The output of the model, with the branches attached that could not be before."""
-        self.remove_hooks()
-        return attach(output, [p for parameters in self._left.values() for p in parameters])
-
-    def remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-
-def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
-    """`output`, in whose backward pass each of `parameters` reports that it has no gradient.
-
-    `output` itself, where it has no backward pass.
-    """
-    leaves, structure = tree_flatten(output)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if not places or not parameters:
-        return output
-    attached = _Attach.apply(len(places), *(leaves[i] for i in places), *reversed(parameters))
-    for place, leaf in zip(places, attached, strict=True):
-        leaves[place] = leaf
-    return tree_unflatten(leaves, structure)
-
-
-def clear_afterwards(parameters: Sequence[nn.Parameter]) -> None:
-    """Within a backward pass: when it has ended, leave `parameters` without a gradient."""
-    engine = Variable._execution_engine
-
-    def clear() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-
-    # Asked for at the end, it comes after what others asked for meanwhile.
-    engine.queue_callback(lambda: engine.queue_callback(clear))
-
-
-class _Attach(torch.autograd.Function):
-    """The identity of the first `count` tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.others = len(tensors) - count
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *gradients, *(None,) * ctx.others
+_REMEMBERED = 64
+"""So many passes are kept of which nothing that was computed can be seen."""
 
 
 class ForwardHooks:
     """Hooks on a model: gates are drawn when its forward pass begins in training mode.
 
-    When the backward pass of that forward pass begins they are put back, so that activation
-    checkpointing recomputes every block as it was; and what is skipped gets the gradient that
-    `handle.skipped` says.
+    In the backward pass of that forward pass the blocks that are computed again have the same
+    gates, and the parameters of closed blocks get the gradient that `handle.skipped` says.
     """
 
     def __init__(self, handle: Handle) -> None:
-        self._depth, self._blocks = handle, handle.blocks
-        self._passes_since_backward = 0
-        self._attachment: Attachment | None = None
+        self.handle, self.blocks = handle, handle.blocks
+        handle.scope = self.during
+        for number, block in enumerate(self.blocks):
+            for addition in block.gates:
+                addition.recall = partial(self._recall, number)
+        self._under_way: list[ForwardPass | None] = []
+        """Passes that have begun and not ended; None in evaluation and while recomputing."""
+        self._passes: list[weakref.ref[ForwardPass]] = []
+        """Those that may still have a backward pass: what they computed holds them."""
+        self._recent: deque[ForwardPass] = deque(maxlen=_REMEMBERED)
+        self._in_backward: dict[int, ForwardPass] = {}
+        """For each backward pass under way the forward pass that it is in."""
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw, unless this is evaluation or a recomputation."""
-        if self._attachment is not None:  # of a forward pass that has failed
-            self._attachment.remove_hooks()
-            self._attachment = None
-        if not model.training:
-            open_in_training(self._blocks, [None] * len(self._blocks))
-        elif self._depth.at_full_depth:
-            open_in_training(self._blocks, [block.in_evaluation for block in self._blocks])
-        elif not _in_backward():
-            by_sample = self._depth.gate != "batch"
-            self._depth.draw(batch_size((args, kwargs)) if by_sample else None)
-            self._passes_since_backward += 1
-            if torch.is_grad_enabled() and are_awaited(model):
-                self._attachment = Attachment(model, self._closed(model, self._gates))
-        elif self._passes_since_backward > 1:
+        self._under_way.append(None)
+        if not (model.training or any(block.is_in_training for block in self.blocks)):
+            return
+        if is_replica(model):
             raise GateError(
-                "the whole model is recomputed after several forward passes, and reentrant "
-                "checkpointing does not tell which: use checkpoint(..., use_reentrant=False)"
+                "nn.DataParallel runs copies of the model in threads, which would draw different "
+                "gates: use torch.nn.parallel.DistributedDataParallel, one process for each GPU "
+                "(torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
+        if backward_pass() is not None:
+            again = self._pass_of_backward()
+            if again is None:
+                raise GateError(
+                    "the model is called in training mode within a backward pass, and it cannot "
+                    "be told which of its forward passes is computed again there: use "
+                    "checkpoint(..., use_reentrant=False)"
+                )
+            again.backward_begins()
+            open_in_training(self.blocks, again.gates)
+            return
+        batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
+        self._begin(self.handle.next_gates(batch), is_replicated(model))
 
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        """Hook on the model: be there when the backward pass of this forward pass begins."""
-        if not model.training and self._depth.is_subnetwork:
-            refuse_cache(output)
-        if not model.training or not torch.is_grad_enabled():
+        """Hook on the model, also when its forward pass has failed."""
+        if not self._under_way:  # a hook before ours has failed
             return output
-        refuse_cache(output)
-        gates, awaited = self._gates, self._attachment is not None
-        if self._attachment is not None:
-            output, self._attachment = self._attachment.finish(output), None
-
-        def backward_begins(_: Tensor) -> None:
-            self._passes_since_backward = 0
-            open_in_training(self._blocks, gates)
-            closed = self._closed(model, gates)
-            without = [p for _, parameters in closed for p in parameters if p.grad is None]
-            if self._depth.skipped == "paper" or awaited:
-                for parameter in without:
-                    parameter.grad = torch.zeros_like(parameter)
-            if self._depth.skipped == "freeze" and awaited:
-                clear_afterwards(without)
-
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(backward_begins)
+        trained = self._under_way[-1] is not None and torch.is_grad_enabled()
+        output = self._end(output)
+        if trained or self.handle.is_subnetwork:
+            refuse_cache(output)
         return output
 
-    @property
-    def _gates(self) -> list[Gate | None]:
-        return [block.in_training for block in self._blocks]
+    @contextmanager
+    def during(self, gates: list[Gate]) -> Iterator[None]:
+        """While entered, parts of the model that are called have these gates."""
+        self._under_way.append(None)
+        self._begin(gates, replicated=False)
+        try:
+            yield
+        finally:
+            self._end(None)
 
-    def _closed(self, model: nn.Module, gates: Iterable[Gate | None]) -> list[Branch]:
-        """The closed blocks, and the parameters of theirs that are trained."""
-        return [
-            (
-                block.name,
-                [p for name in block.parameters if (p := _parameter(model, name)).requires_grad],
-            )
-            for block, gate in zip(self._blocks, gates, strict=True)
-            if gate is not None and not gate.learns
-        ]
+    def _begin(self, gates: list[Gate], replicated: bool) -> None:
+        self._in_backward.clear()  # of one that has failed
+        begun = ForwardPass(self, gates, replicated or gradients_are_awaited())
+        self._under_way[-1] = begun
+        self._recent.append(begun)
+        self._passes = [ref for ref in self._passes if ref() is not None]
+        self._passes.append(weakref.ref(begun))
+        open_in_training(self.blocks, gates)
+
+    def _end(self, output: Any) -> Any:
+        ended = self._under_way.pop()
+        around = next((outer for outer in reversed(self._under_way) if outer is not None), None)
+        if around is None:
+            self.handle.rest()
+        else:
+            open_in_training(self.blocks, around.gates)
+        return output if ended is None else ended.end(output)
+
+    def _recall(self, number: int) -> Gate | None:
+        """The gate of a block that a backward pass recomputes; None elsewhere."""
+        if backward_pass() is None:
+            return None
+        again = self._pass_of_backward()
+        if again is None:
+            return None
+        again.backward_begins()
+        return again.gates[number]
+
+    def _pass_of_backward(self) -> "ForwardPass | None":
+        """The forward pass whose backward pass is under way here."""
+        backward = backward_pass()
+        assert backward is not None
+        outer = [number for number in self._in_backward if number != backward]
+        if outer:  # this one is part of another, and differentiates what that has recomputed
+            return self._in_backward[max(outer)]
+        return self._pass_of(node_number()) or self._in_backward.get(backward)
+
+    def _pass_of(self, node: int) -> "ForwardPass | None":
+        """The forward pass in which the node with this number was made, or which it is around."""
+        passes = [there for ref in self._passes if (there := ref()) is not None]
+        for there in passes:
+            if there.first <= node < there.end_:
+                return there
+        around = [there for there in passes if there.first == node + 1]
+        if len([there for there in around if there.first == there.end_]) > 1:
+            return None  # several within one reentrant checkpoint
+        return around[0] if around else None
+
+    def entered_backward(self, of: "ForwardPass") -> bool:
+        """Note that the backward pass under way is in `of`; whether that is news."""
+        backward = backward_pass()
+        if backward is None or self._in_backward.get(backward) is of:
+            return False
+        if backward not in self._in_backward:
+            at_end_of_backward(partial(self._in_backward.pop, backward, None))
+        self._in_backward[backward] = of
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy has no passes under way
+        nothing: dict[str, Any] = {"_under_way": [], "_passes": [], "_in_backward": {}}
+        return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
 
 
-def _in_backward() -> bool:
-    """Whether autograd is at work, so that a forward pass is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+class ForwardPass:
+    """One forward pass in training: its gates, and what is done when its backward pass begins."""
 
+    def __init__(self, hooks: ForwardHooks, gates: list[Gate], awaited: bool) -> None:
+        self._hooks, self.gates = hooks, gates
+        self._awaited = awaited
+        """Whether somebody waits for a gradient of every parameter."""
+        self._clears = hooks.handle.skipped == "freeze"
+        self.first = self.end_ = next_node_number()
+        """Nodes of the graph that are made meanwhile have a number from `first` to below `end_`."""
+        self._on_modules: list[RemovableHandle] = []
+        self._blocks = [b for b, g in zip(hooks.blocks, gates, strict=True) if not g.learns]
+        """Those that pass no gradient."""
+        self._left: dict[nn.Module, list[nn.Parameter]] = {}
+        """Parameters of closed blocks whose place in the graph is not known (yet), by module."""
+        self._sparse: set[nn.Parameter] = set()
+        if awaited or not self._clears:
+            for block in self._blocks:  # now: while FSDP has gathered them they are others
+                self._left.setdefault(block.module, []).extend(block.trained())
+                self._sparse.update(block.sparse_weights())
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._watch()
 
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """`model.get_parameter(name)` without its checks, which cost more than the zeros."""
-    *path, last = name.split(".")
-    for part in path:
-        model = model._modules[part]  # type: ignore[assignment]
-    return model._parameters[last]  # type: ignore[return-value]
+    def _watch(self) -> None:
+        """Look at what closed blocks give: where a gradient passes it, it passes the block."""
+        for module in self._left:
+            if not is_compiled(module):  # it would keep its hook for good
+                self._on_modules.append(module.register_forward_hook(self._passed))
+
+    def _passed(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Hook on the module of a closed block."""
+        parameters = self._left.get(module)
+        places = [t for t in tensors_in(output) if t.grad_fn is not None]
+        if not places or not parameters:
+            return output
+        if self._awaited:
+            output = attach(output, parameters)
+            places = [t for t in tensors_in(output) if t.grad_fn is not None]
+        for tensor in places:
+            tensor.register_hook(partial(self._reached, parameters))
+        del self._left[module]
+        return output
+
+    def end(self, output: Any) -> Any:
+        """The output of the pass, made part of the graph where nothing else makes it one."""
+        for hook in self._on_modules:
+            hook.remove()
+        self._on_modules.clear()
+        if torch.is_grad_enabled() and output is not None:
+            output = self._attached(output)
+            for tensor in tensors_in(output):
+                if tensor.grad_fn is not None:  # on a leaf a hook would stay for good
+                    tensor.register_hook(self.backward_begins)
+        self.end_ = next_node_number()
+        return output
+
+    def _attached(self, output: Any) -> Any:
+        """`output` with closed branches attached if they are awaited, or all that is trained."""
+        if self._awaited:
+            parameters = [p for left in self._left.values() for p in left]
+        elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
+            return output
+        else:
+            parameters = [p for block in self._blocks for p in block.trained()]
+        return attach(output, parameters)
+
+    def backward_begins(self, _: Tensor | None = None) -> None:
+        """A backward pass has come to what this pass has computed."""
+        if not self._hooks.entered_backward(self):
+            return
+        self._reached([p for left in self._left.values() for p in left])
+        if any(is_compiled(block.module) for block in self._hooks.blocks):
+            open_in_training(self._hooks.blocks, self.gates)  # which the compiler looks at
+            at_end_of_backward(self._hooks.handle.rest)
+
+    def _reached(self, parameters: Sequence[nn.Parameter], _: Tensor | None = None) -> None:
+        """A gradient has come to closed blocks: give their parameters the one that they get."""
+        without = [p for p in parameters if p.grad is None]
+        for parameter in without:
+            layout = torch.sparse_coo if parameter in self._sparse else None
+            parameter.grad = torch.zeros_like(parameter, layout=layout)
+        if self._clears and without:
+            at_end_of_backward(partial(_clear, without), after_others=True)
 
 
 def refuse_cache(output: object) -> None:
@@ -211,3 +264,107 @@ def batch_size(inputs: object) -> int:
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)
     raise GateError("gates for single samples need a tensor [batch, ...] among the model's inputs")
+
+
+def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
+    """`output`, in whose backward pass each of `parameters` reports that it has no gradient.
+
+    `DistributedDataParallel`, and so `replicate`, ends a backward pass when every parameter has
+    reported, and a branch that did not run reports nothing. Attached to the output of its block,
+    its parameters report when they would have reported a gradient: the order of the first backward
+    pass is the order in which gradients are sent ever after. `output` itself, where nothing in it
+    could have a gradient.
+    """
+    tensors = [t for t in tensors_in(output) if not isinstance(t, nn.Parameter)]
+    tensors = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    places = [t for t in tensors if t.grad_fn is not None] or tensors
+    if not places or not parameters:
+        return output
+    attached = _Attach.apply(len(places), *places, *reversed(parameters))
+    new = {id(old): tensor for old, tensor in zip(places, attached, strict=True)}
+    return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
+
+
+class _Attach(torch.autograd.Function):
+    """The identity of the first `count` tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.others = len(tensors) - count
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *gradients, *(None,) * ctx.others
+
+
+def _clear(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+# What is not public in PyTorch. Each says what could take its place.
+
+
+def backward_pass() -> int | None:
+    """A number for the backward pass that this thread is in, or None.
+
+    A forward pass in there is a recomputation. In its place: a public hook of
+    `torch.utils.checkpoint` around recomputation.
+    """
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def node_number() -> int:
+    """The number of the node of the graph whose backward pass is under way in this thread.
+
+    Nodes are numbered as they are made, in each thread. In its place: as for `backward_pass`.
+    """
+    node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    return -1 if node is None else node._sequence_nr()
+
+
+def next_node_number() -> int:
+    """The number of the node that this thread makes next. In its place: as for `backward_pass`."""
+    return torch.autograd._get_sequence_nr()  # pyright: ignore
+
+
+def at_end_of_backward(act: Callable[[], Any], after_others: bool = False) -> None:
+    """Within a backward pass: do something when it has ended.
+
+    In its place: a public form of it, which PyTorch's own DDP and FSDP would use too.
+
+    Args:
+        after_others: after all that others have asked for, and will ask for, until then.
+    """
+    engine = Variable._execution_engine
+    engine.queue_callback(partial(engine.queue_callback, act) if after_others else act)
+
+
+def gradients_are_awaited() -> bool:
+    """Whether a forward pass of `DistributedDataParallel` is under way, which awaits all gradients.
+
+    In its place: `find_unused_parameters=True`, which costs a walk through the graph in every step;
+    or a public way to tell DDP which parameters are unused.
+    """
+    return DistributedDataParallel._get_active_ddp_module() is not None
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether it is under the composable `replicate`, whose own hook comes after ours."""
+    return isinstance(model, Replicated)
+
+
+def is_replica(model: nn.Module) -> bool:
+    """Whether it is one of the copies that `nn.DataParallel` makes for each step.
+
+    In its place: nothing, when `nn.DataParallel` is gone, which PyTorch advises against.
+    """
+    return "_is_replica" in vars(model)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called. In its place: a public property of modules."""
+    return module._compiled_call_impl is not None

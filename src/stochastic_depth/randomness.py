@@ -18,11 +18,11 @@ def digest(count: int, *key: int | str) -> bytes:
 def uniforms(count: int, *key: int | str) -> Tensor:
     """`count` independent numbers, uniform in [0, 1): float64, [count], on the CPU."""
     if count == 0:
-        return torch.empty(0, dtype=torch.float64)
+        return torch.empty(0, dtype=torch.float64, device="cpu")
     words = torch.frombuffer(bytearray(digest(8 * count, *key)), dtype=torch.int64)
     return (words & (2**53 - 1)).to(torch.float64) * 2.0**-53
 
 
 def generator(*key: int | str) -> torch.Generator:
     """A generator on the CPU, seeded by `key`: for permutations, crops and initial weights."""
-    return torch.Generator().manual_seed(int.from_bytes(digest(8, *key), "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest(8, *key), "little") >> 1)

@@ -1,27 +1,51 @@
-"""The tensors in any value, and how far two lists of them are apart."""
+"""The tensors in any value: find them, replace them, compare them."""
 
-from collections.abc import Sequence
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+_DEPTH = 4
+"""How deep objects inside of objects are looked into."""
+_NO_CONTAINERS = (
+    bool | int | float | complex | str | bytes | type(None) | type | Callable | nn.Module
+    | torch.dtype | torch.device | torch.Size | torch.Generator
+)  # fmt: skip
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """All tensors in nested containers, in order."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    """All tensors in `value`, in order.
+
+    They are looked for in tuples, lists, mappings and all that is registered with PyTorch's pytree;
+    in dataclasses, and in the attributes of any other object.
+    """
+    return list(_tensors(value, 0, set()))
+
+
+def replace_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `new(tensor)` in place of each tensor; containers are copied, not changed."""
+    return _replaced(value, new, 0)
 
 
 def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """The largest difference of tensors that belong together, relative to each one's largest value.
 
-    Infinite where one has a number and the other has none (not-a-number), or another infinity.
+    Infinite where one has a number and the other has none (not-a-number), or another infinity; and
+    where there are more of them, or of other shapes.
     """
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+        return math.inf
     largest = 0.0
     for old, new in zip(expected, found, strict=True):
         if not old.numel() or torch.equal(old, new):
             continue
-        old, new = old.detach().double(), new.detach().double()
+        exact = torch.complex128 if old.is_complex() else torch.float64
+        old, new = old.detach().to(exact), new.detach().to(exact)
         same = (old == new) | (old.isnan() & new.isnan())
         apart = (new - old).abs()[~same]
         if apart.numel():
@@ -30,3 +54,50 @@ def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> f
             relative = apart.nan_to_num(nan=torch.inf).max().item() / scale
             largest = max(largest, relative)
     return largest
+
+
+def _tensors(value: object, depth: int, seen: set[int]) -> Iterator[Tensor]:
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth < _DEPTH and id(leaf) not in seen:
+            seen.add(id(leaf))
+            for inside in _attributes(leaf).values():
+                yield from _tensors(inside, depth + 1, seen)
+
+
+def _replaced(value: Any, new: Callable[[Tensor], Tensor], depth: int) -> Any:
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return new(leaf)
+        attributes = _attributes(leaf) if depth < _DEPTH else {}
+        changed = {
+            name: after
+            for name, inside in attributes.items()
+            if (after := _replaced(inside, new, depth + 1)) is not inside
+        }
+        if not changed:
+            return leaf
+        leaf = copy.copy(leaf)
+        for name, inside in changed.items():
+            object.__setattr__(leaf, name, inside)  # of frozen dataclasses too
+        return leaf
+
+    if isinstance(value, Tensor):
+        return new(value)
+    if not tensors_in(value):
+        return value
+    return tree_map(of_leaf, value)
+
+
+def _attributes(value: object) -> dict[str, Any]:
+    """What an object holds that is no container which PyTorch knows."""
+    if isinstance(value, _NO_CONTAINERS):
+        return {}
+    if dataclasses.is_dataclass(value):
+        fields = (field.name for field in dataclasses.fields(value))
+        found = {name: getattr(value, name) for name in fields if hasattr(value, name)}
+        return found | getattr(value, "__dict__", {})
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return held | getattr(value, "__dict__", {})

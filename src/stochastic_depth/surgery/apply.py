@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.errors import ApplyError, SurvivalError, UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Closed, GateKind, Scale
-from stochastic_depth.handle import Block, Handle, SkippedPolicy, integer
+from stochastic_depth.handle import Block, Handle, SkippedPolicy, integer, owned_parameters
 from stochastic_depth.hooks import ForwardHooks, batch_size
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.check import check, check_training, establish
@@ -212,10 +212,10 @@ def apply(
         multiple_of,
         closed,
     )
-    passes = ForwardHooks(handle)
+    around = ForwardHooks(handle)
     hooks = (
-        model.register_forward_pre_hook(passes.before_forward, with_kwargs=True),
-        model.register_forward_hook(passes.after_forward),
+        model.register_forward_pre_hook(around.before_forward, with_kwargs=True),
+        model.register_forward_hook(around.after_forward, always_call=True),
     )
     setattr(model, _APPLIED, Applied(handle, found, difference, hooks, silenced))
     return handle
@@ -379,13 +379,13 @@ def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Bl
         if isinstance(block.module, Residual):
             install(block.module, {})
             block.module.gates = BlockGates()
-            blocks.append(Block(block.name, (block.module.gates,), block.parameters))
+            blocks.append(_block(model, block, (block.module.gates,)))
             continue
         gates = tuple(BlockGates() for _ in block.units)
         for unit, of_unit in zip(block.units, gates, strict=True):
             for module, edit in unit.edits:
                 edits.setdefault(module, {})[edit] = of_unit
-        blocks.append(Block(block.name, gates, block.parameters))
+        blocks.append(_block(model, block, gates))
     if any(block.mechanism == "deferred" for block in found):
         edits.setdefault(model, {})[Entry()] = BlockGates()
     names = {block.module: block.name for block in found}
@@ -395,6 +395,13 @@ def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Bl
         except UnsupportedBlockError as error:
             raise unsupported(names.get(module, "?"), module, error) from error
     return blocks
+
+
+def _block(model: nn.Module, found: Found, gates: tuple[BlockGates, ...]) -> Block:
+    edited = (module for unit in found.units for module, _ in unit.edits)
+    owned = owned_parameters(model, found.parameters)
+    asking = tuple(dict.fromkeys(edited)) or (found.module,)
+    return Block(found.name, gates, found.parameters, found.module, asking, owned)
 
 
 def take_gates(model: nn.Module) -> None:
