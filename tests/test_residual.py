@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth.gates import BlockGates, Gate, evaluation_gates, training_gates
-from stochastic_depth.models.cifar_resnet import PoolAndPad
+from stochastic_depth.models.resnet import PoolAndPad
 
 PATTERNS = list(itertools.product((False, True), repeat=6))
 pytestmark = pytest.mark.usefixtures("one_thread")

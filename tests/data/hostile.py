@@ -33,7 +33,7 @@ from written import (
 import conftest  # noqa: F401
 from stochastic_depth.data import batches, load
 from stochastic_depth.data.cifar import CIFAR10
-from stochastic_depth.data.download import unpack
+from stochastic_depth.data.folders import unpack
 from stochastic_depth.errors import StochasticDepthError
 
 HUGE = 100_000

@@ -22,17 +22,21 @@ from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.data.cifar.binary import read_records
 from stochastic_depth.data.cifar.parquet import read_shard
 from stochastic_depth.data.cifar.pickles import read_batch
-from stochastic_depth.data.download import unpack
-from stochastic_depth.data.folder_images import open_picture
-from stochastic_depth.data.pictures import decode_one
+from stochastic_depth.data.folders import unpack
+from stochastic_depth.data.pictures import decode_one, open_picture
 from stochastic_depth.data.svhn import read_mat
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import Config, open_run
-from stochastic_depth.train.checkpoint import MAGIC, load_checkpoint, save_checkpoint
-from stochastic_depth.train.execution import resolve_execution
+from stochastic_depth.train.checkpoint import (
+    MAGIC,
+    load_checkpoint,
+    read_weights,
+    save_checkpoint,
+    write_weights,
+)
 from stochastic_depth.train.journal import read_journal
 from stochastic_depth.train.run import create_run
-from stochastic_depth.train.weights import read_weights, write_weights
+from stochastic_depth.train.runtime import resolve_execution
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 

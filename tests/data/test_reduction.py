@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stochastic_depth.data import Images, load
-from stochastic_depth.data.reduction import reduced
+from stochastic_depth.data.dataset import reduced
 from stochastic_depth.errors import DataError
 
 

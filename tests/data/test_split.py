@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stochastic_depth.data.split import check_count, per_class, stratified
+from stochastic_depth.data.dataset import check_count, per_class, stratified
 from stochastic_depth.errors import DataError
 
 

@@ -12,7 +12,7 @@ from stochastic_depth.engine.kernels import ReferenceKernels
 from stochastic_depth.models import CifarResNet, DenseNet
 from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 from stochastic_depth.train.step import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,8 +7,8 @@ from torch import nn
 
 import stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.models.imagenet_resnet import bottleneck
 from stochastic_depth.models.published import published
+from stochastic_depth.models.resnet import bottleneck
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}

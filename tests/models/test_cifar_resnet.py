@@ -4,7 +4,7 @@ from torch import nn
 
 import stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.models.cifar_resnet import PoolAndPad
+from stochastic_depth.models.resnet import PoolAndPad
 
 
 @pytest.mark.parametrize(

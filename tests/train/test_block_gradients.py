@@ -13,7 +13,7 @@ from test_fit import interrupted_and_resumed, without_clock
 from stochastic_depth.gates import draw
 from stochastic_depth.train import ModelConfig, OptimizerConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.checkpoint import load_checkpoint, save_checkpoint
-from stochastic_depth.train.launch import reopen
+from stochastic_depth.train.run import reopen
 from stochastic_depth.train.training import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,9 +19,15 @@ from test_fit import assert_same_end, finish
 from stochastic_depth.errors import CheckpointError, RunError
 from stochastic_depth.files import write_whole
 from stochastic_depth.train import begin, fit, open_run, reopen, trained_model
-from stochastic_depth.train.checkpoint import MAGIC, Checkpoints, load_checkpoint, save_checkpoint
+from stochastic_depth.train.checkpoint import (
+    MAGIC,
+    Checkpoints,
+    load_checkpoint,
+    read_weights,
+    save_checkpoint,
+    write_weights,
+)
 from stochastic_depth.train.journal import read_journal
-from stochastic_depth.train.weights import read_weights, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

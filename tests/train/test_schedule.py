@@ -2,7 +2,7 @@ import pytest
 
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import OptimizerConfig
-from stochastic_depth.train.schedule import learning_rate
+from stochastic_depth.train.build import learning_rate
 
 
 def test_the_rate_is_divided_by_ten_at_half_and_three_quarters():

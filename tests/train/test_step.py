@@ -8,7 +8,7 @@ from stochastic_depth.data import FolderBatches
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 from stochastic_depth.train.step import evaluate, evaluate_parts, train_step
 
 CPU = Execution("cpu", "float32", 1)

@@ -21,7 +21,7 @@ from stochastic_depth.lab.study import experiments
 from stochastic_depth.lab.training import training_curves, training_time
 from stochastic_depth.train import Config, Interrupted, Run
 from stochastic_depth.train.display import Display
-from stochastic_depth.train.signals import StopSignals
+from stochastic_depth.train.fit import StopSignals
 
 TEXT = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
 as a table and a picture: errors, seconds, the saving measured and expected.

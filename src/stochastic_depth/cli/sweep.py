@@ -16,9 +16,9 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.sweep.folder import Grid, Kind, Rule, Sweep, open_sweep
 from stochastic_depth.lab.sweep.progress import Progress, sweep_table
 from stochastic_depth.lab.sweep.workers import Queue, Workers
-from stochastic_depth.recipes.variant import gatings
+from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config
-from stochastic_depth.train.signals import StopSignals
+from stochastic_depth.train.fit import StopSignals
 
 KINDS: dict[Kind, str] = {
     "survival": "p_L for linear decay and uniform, and the constant-depth line",

@@ -23,8 +23,8 @@ from stochastic_depth.distributed.world import (
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.train import Config, Interrupted, Run, begin, best_record, fit, reopen
 from stochastic_depth.train.display import Display
+from stochastic_depth.train.fit import StopSignals
 from stochastic_depth.train.run import free_path
-from stochastic_depth.train.signals import StopSignals
 
 TEXT = """Train one network; everything is written to one run folder.
 By N processes:  torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE

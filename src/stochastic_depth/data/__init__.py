@@ -1,12 +1,16 @@
 """A data set in one of its public layouts, as tensors in memory or as a loader of batches."""
 
-from stochastic_depth.data.augmentation import crop_and_flip, draw_crops, normalise
+from stochastic_depth.data.batching import (
+    Batches,
+    Share,
+    TensorBatches,
+    crop_and_flip,
+    draw_crops,
+    normalise,
+)
 from stochastic_depth.data.dataset import DataSet, Images
 from stochastic_depth.data.folder_batches import FolderBatches
-from stochastic_depth.data.loading import load
-from stochastic_depth.data.opening import batches
-from stochastic_depth.data.protocol import Batches, Share
-from stochastic_depth.data.tensor_batches import TensorBatches
+from stochastic_depth.data.loading import batches, load
 
 __all__ = [
     "Batches",

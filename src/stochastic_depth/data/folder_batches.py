@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from stochastic_depth.data.augmentation import normalise
-from stochastic_depth.data.folder_images import (
+from stochastic_depth.data.batching import ALONE, Batch, Part, Share, epoch_order, normalise, steps
+from stochastic_depth.data.dataset import check_count, stratified
+from stochastic_depth.data.folders import files_readable
+from stochastic_depth.data.pictures import (
     FolderImages,
     collate,
     evaluation_view,
     shorter_side,
     training_view,
 )
-from stochastic_depth.data.folders import files_readable
-from stochastic_depth.data.protocol import ALONE, Batch, Part, Share, epoch_order, steps
-from stochastic_depth.data.split import check_count, stratified
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
 from stochastic_depth.randomness import generator

@@ -1,18 +1,35 @@
-"""A data set by its name."""
+"""A data set by its name, and batches of it."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from stochastic_depth.data.batching import ALONE, Batches, Share, TensorBatches
 from stochastic_depth.data.cifar import CIFAR10, CIFAR100, find_cifar, read_cifar
-from stochastic_depth.data.dataset import DataSet, Images
-from stochastic_depth.data.digits import CLASSES as DIGITS
-from stochastic_depth.data.digits import read_digits
-from stochastic_depth.data.download import fetch
-from stochastic_depth.data.folders import data_folder, files_readable
-from stochastic_depth.data.reduction import reduced
-from stochastic_depth.data.split import check_count, stratified
+from stochastic_depth.data.dataset import DataSet, Images, check_count, reduced, stratified
+from stochastic_depth.data.folder_batches import FolderBatches
+from stochastic_depth.data.folders import data_folder, fetch, files_readable
 from stochastic_depth.data.svhn import has_svhn, hold_out_svhn, read_svhn
 from stochastic_depth.errors import DataError
+from stochastic_depth.extras import require
+
+DIGITS = tuple("0123456789")
+DIGITS_TEST = 500
+
+
+def read_digits() -> tuple[Images, Images]:
+    """1,297 training and 500 test images, 8x8, grey, their 17 levels spread over 0..255.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    digits = require("sklearn.datasets", "train").load_digits()
+    pixels = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
+    everything = Images(pixels[:, None], torch.from_numpy(digits.target).long())
+    test, train = stratified(everything.labels, DIGITS_TEST, "digits", "test")
+    return everything[train], everything[test]
+
 
 # Training images held out: the paper's numbers (section 4) where it has the data set.
 VALIDATION = {"digits": 100, "cifar10": 5_000, "cifar100": 5_000, "svhn": 6_000}
@@ -94,3 +111,70 @@ def subset(name: str, training: Images, count: int) -> Images:
         return training
     chosen, _ = stratified(training.labels, count, name, "train")
     return training[chosen]
+
+
+# The paper augments CIFAR and ImageNet, not SVHN (section 4).
+AUGMENTED = ("cifar10", "cifar100", "imagenet")
+
+
+@files_readable()
+def batches(
+    name: str,
+    root: Path | str | None = None,
+    *,
+    batch: int,
+    seed: int,
+    device: torch.device | str,
+    augment: bool | None = None,
+    channels_last: bool = False,
+    validation: int | None = None,
+    train: int | None = None,
+    size: int | None = None,
+    download: bool = False,
+    workers: int = 0,
+    share: Share = ALONE,
+) -> Batches:
+    """Read a data set and cut it into batches on `device`.
+
+    name: `imagenet`, or a name that `load` knows; root, validation, train, size, download: as in
+    `load`.
+    augment: by default for CIFAR and ImageNet, not for SVHN and digits. workers: processes that
+    decode ImageNet's pictures; the other data sets lie in memory and need none. size: of ImageNet's
+    pictures, pixels a side, by default 224. share: what to give of each batch, where several
+    processes train.
+
+    Raises:
+        DataError: as `load`.
+        MissingExtraError: a library that this data set needs is not installed.
+    """
+    if augment is None:
+        augment = name in AUGMENTED
+    if name != "imagenet":
+        data = load(name, root, validation=validation, train=train, size=size, download=download)
+        return TensorBatches(
+            data,
+            batch=batch,
+            augment=augment,
+            seed=seed,
+            device=device,
+            channels_last=channels_last,
+            share=share,
+        )
+    if download:
+        raise DataError(
+            "imagenet cannot be downloaded without an account: fetch it from image-net.org and "
+            "give root, the folder with train/<class>/ and val/<class>/"
+        )
+    return FolderBatches(
+        data_folder(name, root),
+        batch=batch,
+        seed=seed,
+        device=device,
+        workers=workers,
+        channels_last=channels_last,
+        validation=validation or 0,
+        train=train,
+        augment=augment,
+        image_size=size or 224,
+        share=share,
+    )

@@ -1,15 +1,20 @@
-"""Decode many small pictures of one size, in threads, and trust none of them."""
+"""Pictures: many small ones decoded in threads, large ones one by one, and none trusted."""
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stochastic_depth.data.folders import file_readable
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
+from stochastic_depth.files import open_file
+from stochastic_depth.randomness import generator
 
 # Naming them keeps Pillow from trying its forty other decoders on foreign bytes.
 FORMATS = ("PNG", "WEBP", "JPEG", "BMP", "PPM")
@@ -76,3 +81,95 @@ def decode_one(encoded: bytes | None, where: str, size: tuple[int, int]) -> byte
             f"{where}: {len(encoded)} bytes that are no readable {'/'.join(FORMATS)} image "
             f"({type(error).__name__}: {error}): fetch the file again"
         ) from error
+
+
+# Below the size from which Pillow itself suspects an attack; ImageNet's largest has 25 million.
+MAX_PIXELS = 80_000_000
+
+View = Callable[[Any], Tensor]
+
+
+class FolderImages(torch.utils.data.Dataset[tuple[Tensor, int] | DataError]):
+    """One part of a tree of pictures: uint8 [3, size, size] and a label for each index.
+
+    A picture that cannot be read gives its error as a value: one raised in a worker process
+    would reach the user wrapped in that process's traceback.
+
+    samples: path and label of each picture. view: from a Pillow image to a tensor. key: random
+    views are a pure function of the key and the index, whichever process cuts them, and the
+    global random state is left as it was.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], view: View, key: tuple[int | str, ...]):
+        self.samples = samples
+        self.view = view
+        self.key = key
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
+        path, label = self.samples[index]
+        try:
+            picture = open_picture(Path(path))
+        except DataError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which seeds the accelerators too.
+            torch.default_generator.manual_seed(generator(*self.key, index).initial_seed())
+            return self.view(picture), label
+
+
+def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
+    """A batch, or the first of the errors in it."""
+    images, labels = [], []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        images.append(item[0])
+        labels.append(item[1])
+    return torch.stack(images), torch.tensor(labels)
+
+
+def open_picture(path: Path) -> Any:
+    """A decoded Pillow image in RGB.
+
+    Raises:
+        DataError: no picture, a truncated one, or one that claims to be huge.
+        MissingExtraError: Pillow is not installed.
+    """
+    image = require("PIL.Image", "data")
+    with file_readable(path):
+        file = open_file(path, inside=0)
+    try:
+        with file, image.open(file, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path}: an image of {picture.width}x{picture.height} pixels, expected at "
+                    f"most {MAX_PIXELS:,}: replace it"
+                )
+            return picture.convert("RGB")
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path}: no readable {'/'.join(FORMATS)} image ({type(error).__name__}: {error}): "
+            "fetch it again"
+        ) from error
+
+
+def training_view(size: int) -> View:
+    """A random part of 8% to 100% of the area, scaled to `size`, mirrored half of the time."""
+    v2 = require("torchvision.transforms.v2", "data")
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+def evaluation_view(size: int) -> View:
+    """The shorter side scaled to 256/224 of `size`, then the middle."""
+    v2 = require("torchvision.transforms.v2", "data")
+    return v2.Compose([v2.Resize(shorter_side(size)), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def shorter_side(size: int) -> int:
+    """In pixels, before the middle of `size` pixels is cut out."""
+    return size * 256 // 224

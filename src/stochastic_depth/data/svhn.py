@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stochastic_depth.data.dataset import Images
+from stochastic_depth.data.dataset import Images, check_count, per_class, stratified
 from stochastic_depth.data.folders import contents
 from stochastic_depth.data.mat5 import read_arrays
-from stochastic_depth.data.split import check_count, per_class, stratified
 from stochastic_depth.errors import DataError
 
 VALIDATION = 6_000

@@ -28,7 +28,7 @@ from stochastic_depth.engine.pieces import (
 from stochastic_depth.errors import EngineError
 from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.models.cifar_resnet import PoolAndPad
+from stochastic_depth.models.resnet import PoolAndPad
 from stochastic_depth.residual import Residual
 
 

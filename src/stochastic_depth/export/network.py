@@ -30,7 +30,7 @@ from stochastic_depth.survival import Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train import Run, best_record, trained_model
 from stochastic_depth.train.build import architecture
-from stochastic_depth.train.execution import Execution, versions
+from stochastic_depth.train.runtime import Execution, versions
 from stochastic_depth.train.step import evaluate, evaluate_parts
 
 CHECKED = 32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.data import normalise
-from stochastic_depth.data.folder_images import open_picture
+from stochastic_depth.data.pictures import open_picture
 from stochastic_depth.errors import DataError, ExportError
 from stochastic_depth.export.load import Description, ImageInput, load_export, read_description
 from stochastic_depth.export.network import plain_network

@@ -12,8 +12,8 @@ import torch
 from stochastic_depth.lab.study import expected_cost
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, open_run
-from stochastic_depth.train.execution import resolve_execution
-from stochastic_depth.train.launch import open_batches
+from stochastic_depth.train.run import open_batches
+from stochastic_depth.train.runtime import resolve_execution
 from stochastic_depth.train.training import Training
 
 LEAST_EPOCHS = 4

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stochastic_depth.data.protocol import Batch, Part
+from stochastic_depth.data.batching import Batch, Part
 from stochastic_depth.export import drop_order
 from stochastic_depth.lab.trained import Progress, TrainedNetwork
 from stochastic_depth.timing import Timing, take_turns
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 from stochastic_depth.train.step import evaluate
 
 Removed = tuple[int, ...]

@@ -34,7 +34,7 @@ from stochastic_depth.lab.pruning import (
 from stochastic_depth.lab.study import Experiment, Series, Spread
 from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.lab.trained import Progress, TrainedNetwork, read_found, write_found
-from stochastic_depth.train.execution import machine
+from stochastic_depth.train.runtime import machine
 
 Order = Literal["last", "least needed"]
 

@@ -173,7 +173,7 @@ def _json(path: Path, inside: int = 1) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{path} cannot be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be understood: {error}") from error
+        raise RunError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise RunError(f"{path} cannot be understood: it holds no object")
     return content

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-from stochastic_depth.recipes.cifar import (
+from stochastic_depth.recipes.paper import (
+    PUBLISHED,
+    Published,
     cifar10_densenet_bc100,
     cifar10_densenet_bc190,
     cifar10_resnet110,
@@ -12,17 +14,19 @@ from stochastic_depth.recipes.cifar import (
     cifar100_densenet_bc100,
     cifar100_resnet110,
     cifar100_resnet110_constant,
-)
-from stochastic_depth.recipes.cifar_small import cifar10_small, cifar10_small_constant
-from stochastic_depth.recipes.digits import digits, digits_constant
-from stochastic_depth.recipes.imagenet import (
+    constant_depth,
     imagenet_resnet50,
     imagenet_resnet152,
     imagenet_resnet152_constant,
+    svhn_resnet152,
+    svhn_resnet152_constant,
 )
-from stochastic_depth.recipes.published import PUBLISHED, Published
-from stochastic_depth.recipes.svhn import svhn_resnet152, svhn_resnet152_constant
-from stochastic_depth.recipes.variant import constant_depth
+from stochastic_depth.recipes.small import (
+    cifar10_small,
+    cifar10_small_constant,
+    digits,
+    digits_constant,
+)
 from stochastic_depth.train.config import Config
 
 RECIPES: dict[str, Callable[[], Config]] = {

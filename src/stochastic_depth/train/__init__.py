@@ -9,8 +9,7 @@ from stochastic_depth.train.config import (
 )
 from stochastic_depth.train.fit import Interrupted, fit
 from stochastic_depth.train.journal import Record, best_record
-from stochastic_depth.train.launch import begin, reopen, trained_model
-from stochastic_depth.train.run import Run, open_run
+from stochastic_depth.train.run import Run, begin, open_run, reopen, trained_model
 
 __all__ = [
     "Config",

@@ -1,4 +1,4 @@
-"""Checkpoints: whole files with a checksum and the identity of their run."""
+"""Checkpoints and final weights: whole files with a checksum and the identity of their run."""
 
 import hashlib
 import io
@@ -6,12 +6,16 @@ import pickle
 import pickletools
 import re
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from stochastic_depth.errors import CheckpointError, RunError
 from stochastic_depth.files import (
@@ -20,6 +24,7 @@ from stochastic_depth.files import (
     open_file,
     reason,
     remove_file,
+    require_file,
     write_whole,
 )
 
@@ -188,3 +193,43 @@ def _make(folder: Path) -> None:
         make_folder(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made: {reason(error)}") from error
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, str]) -> None:
+    """Write `weights` with `about` and a checksum of both as metadata.
+
+    Raises:
+        RunError: when it cannot be written.
+    """
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    write_whole(path, save(tensors, metadata={**about, "sha256": _checksum(tensors, about)}))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in `path`, on the CPU.
+
+    Raises:
+        RunError: when the file is missing, truncated, altered, or has no checksum.
+    """
+    try:
+        require_file(path)
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {reason(error)}") from error
+    except SafetensorError as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if about.pop("sha256", None) != _checksum(tensors, about):
+        raise RunError(
+            f"{path} is damaged, or older than checksums: going on with its run writes it anew"
+        )
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted(about.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -21,7 +21,7 @@ from stochastic_depth.surgery import apply, compile_blocks
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train.build import block_convolutions
 from stochastic_depth.train.engine_choice import KernelsName
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 from stochastic_depth.train.step import Measured, measured, train_step
 
 _OPTION = "forward_sync_buffers"

@@ -1,13 +1,15 @@
 """The training loop: an iterator over the records of a run, resumable at any step."""
 
 import resource
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,14 +18,13 @@ from stochastic_depth.data import Batches
 from stochastic_depth.distributed.world import any_rank, on_primary, ranks
 from stochastic_depth.errors import RunError, StochasticDepthError
 from stochastic_depth.files import is_there
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.checkpoint import read_weights, write_weights
+from stochastic_depth.train.failures import diverged, memory_watched, open_blocks
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.run import Run
-from stochastic_depth.train.step import evaluate_parts
-from stochastic_depth.train.tally import Tally
+from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.step import Tally, evaluate_parts
 from stochastic_depth.train.training import Training
-from stochastic_depth.train.trouble import diverged, memory_watched, open_blocks
-from stochastic_depth.train.weights import read_weights, write_weights
 
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 50}
 """Looking at a loss makes the host wait for the device."""
@@ -233,3 +234,44 @@ def _write_weights(run: Run, training: Training, watch: Watch) -> None:
             watch.say(f"{error}; written anew")
     about = {"run": run.id, "recipe": run.config.recipe}
     write_weights(run.weights, training.model.state_dict(), about)
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM are remembered; called, it tells which came, if any.
+
+    A second signal acts at once, as it would have without this.
+
+    Args:
+        numbers: the signals, where others are meant.
+    """
+
+    def __init__(self, numbers: Sequence[int] = STOPPING) -> None:
+        self._numbers = numbers
+        self._came: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> int | None:
+        return self._came
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._remember) for number in self._numbers}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._came = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

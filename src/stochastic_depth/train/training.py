@@ -18,13 +18,12 @@ from stochastic_depth.train.build import (
     build_model,
     build_optimizer,
     first_convolution,
+    learning_rate,
 )
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engines import Engine, build_engine
-from stochastic_depth.train.execution import Execution
-from stochastic_depth.train.schedule import learning_rate
-from stochastic_depth.train.step import Measured
-from stochastic_depth.train.tally import Tally
+from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.step import Measured, Tally
 
 
 class Training:

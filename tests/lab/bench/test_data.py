@@ -11,7 +11,7 @@ from stochastic_depth.lab.bench.data import DATA, ORDER, augmented, data_and_ste
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train import Config
 from stochastic_depth.train.config import DataConfig, ModelConfig, OptimizerConfig
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

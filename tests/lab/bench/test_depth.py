@@ -15,7 +15,7 @@ from stochastic_depth.lab.bench.depth import (
     training_steps,
 )
 from stochastic_depth.lab.bench.workload import Workload
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

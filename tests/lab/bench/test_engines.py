@@ -6,7 +6,7 @@ import torch
 from stochastic_depth.engine import library
 from stochastic_depth.lab.bench.engines import DESIGNS, active_share, designs, engine_steps
 from stochastic_depth.lab.bench.workload import Workload
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXECUTION = Execution("cpu", "float32", 1)

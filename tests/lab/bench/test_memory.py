@@ -6,7 +6,7 @@ from stochastic_depth.lab.bench.workload import Workload, saved_for_backward, st
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

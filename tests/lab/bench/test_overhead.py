@@ -4,7 +4,7 @@ from stochastic_depth.lab.bench.skipping import NETWORKS, closed_unit_seconds, o
 from stochastic_depth.lab.bench.workload import PlainResNet, Workload, copy_weights
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.timing import Timing, paired_ratio, take_turns
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 def test_the_plain_network_computes_the_same():

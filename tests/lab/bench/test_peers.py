@@ -15,7 +15,7 @@ from stochastic_depth.lab.bench.peers import (
     peers,
 )
 from stochastic_depth.lab.bench.workload import step_memory
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -5,7 +5,7 @@ import pytest
 from stochastic_depth.lab.bench.engines import operators, pieces
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORKLOAD = Workload(4, 16, 3, Execution("cpu", "float32", 1, engine="graphs"))

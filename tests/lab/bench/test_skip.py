@@ -2,7 +2,7 @@ import pytest
 
 from stochastic_depth.lab.bench.skipping import CONSTANT, Skip, skippings
 from stochastic_depth.lab.bench.workload import Workload
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ from stochastic_depth.lab.bench.steadiness import (
     steadiness,
 )
 from stochastic_depth.lab.bench.workload import Workload, saved_for_backward
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

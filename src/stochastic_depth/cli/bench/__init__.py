@@ -17,7 +17,7 @@ from stochastic_depth.cli.bench.skip import SkipBench
 from stochastic_depth.cli.bench.steady import SteadyBench
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.train.config import Config
-from stochastic_depth.train.execution import resolve_execution
+from stochastic_depth.train.runtime import resolve_execution
 
 BENCHMARKS: dict[str, type[Options]] = {
     "overhead": Overhead,

@@ -18,7 +18,7 @@ from stochastic_depth.train.config import (
     OptimizerConfig,
     SurvivalConfig,
 )
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from stochastic_depth.lab.bench.depth import (
 )
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.timing import Timing, take_turns
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.bench.distributed import DEPTHS, Sent, measure
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from stochastic_depth.cli.bench.output import milliseconds, shown, timings
 from stochastic_depth.lab.bench.engines import SHARES, designs, engine_steps
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.timing import take_turns
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 @dataclass(frozen=True)

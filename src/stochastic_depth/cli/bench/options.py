@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.table import Table
 from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.files import write_whole
 from stochastic_depth.timing import Timing
-from stochastic_depth.train.execution import Execution, machine, versions
+from stochastic_depth.train.runtime import Execution, machine, versions
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from stochastic_depth.cli.bench.output import shown, table_of, timings
 from stochastic_depth.lab.bench.skipping import NETWORKS, closed_unit_seconds, overhead_steps
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.timing import paired_ratio, take_turns
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from stochastic_depth.cli.bench.output import MEMORY, shown, table_of, timings
 from stochastic_depth.lab.bench.peers import CONSTANT, NETWORKS, OURS, NetworkName, peers
 from stochastic_depth.lab.bench.workload import step_memory
 from stochastic_depth.timing import take_turns
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.bench.data import decoded, taken, write_tree
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train.config import ModelConfig, SurvivalConfig
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 @dataclass(frozen=True)

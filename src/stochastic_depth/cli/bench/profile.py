@@ -14,7 +14,7 @@ from stochastic_depth.cli.bench.output import shown
 from stochastic_depth.lab.bench.engines import operators, pieces
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 SHOWN = 15
 """Operators in the table; the file has all."""

@@ -11,7 +11,7 @@ from stochastic_depth.cli.bench.options import OfResNet
 from stochastic_depth.cli.bench.output import shown
 from stochastic_depth.lab.bench.skipping import Skip, skippings
 from stochastic_depth.lab.bench.workload import Workload
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stochastic_depth.data import Batches, DataSet, Images, TensorBatches, batches
+from stochastic_depth.data.batching import Batch, epoch_order
 from stochastic_depth.data.folder_batches import FolderBatches
-from stochastic_depth.data.protocol import Batch, epoch_order
 from stochastic_depth.extras import require
 from stochastic_depth.randomness import generator
 from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.config import Config
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 from stochastic_depth.train.training import Training
 
 ORDER = "order of an epoch"

@@ -22,7 +22,7 @@ from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.engine_choice import EngineName, KernelsName
 from stochastic_depth.train.engines import KERNELS
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 SHARES = 1.0, 0.75, 0.5
 CLOSED = 1e-12

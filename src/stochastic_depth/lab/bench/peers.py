@@ -21,7 +21,7 @@ from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform, survival_probabilities
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 CONSTANT = "constant depth"
 OURS = "stochastic-depth"

@@ -16,7 +16,7 @@ from stochastic_depth.survival import Survival
 from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.engines import Blocks, build_engine
-from stochastic_depth.train.execution import Execution
+from stochastic_depth.train.runtime import Execution
 
 Step = Callable[[], Tensor]
 """One training step; gives its loss."""

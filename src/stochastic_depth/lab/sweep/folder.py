@@ -21,7 +21,7 @@ from stochastic_depth.files import (
     require_writable,
     write_whole,
 )
-from stochastic_depth.recipes.variant import gatings
+from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config, Record
 from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.journal import read_journal

@@ -22,7 +22,7 @@ from stochastic_depth.extras import require
 from stochastic_depth.files import is_there, require_writable
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.train import Interrupted, Record, Run, begin, best_record, fit, reopen
-from stochastic_depth.train.signals import StopSignals
+from stochastic_depth.train.fit import StopSignals
 from stochastic_depth.train.training import Training
 
 SERVER = "postgresql://"

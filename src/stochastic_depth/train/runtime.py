@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, precision and memory format."""
+"""Where and how a run computes: device, precision, threads and engine."""
 
 import platform
 from collections.abc import Mapping

@@ -20,7 +20,7 @@ import stochastic_depth as sd
 from stochastic_depth.errors import DivergedError, RunError
 from stochastic_depth.gates import draw
 from stochastic_depth.train import DataConfig, ModelConfig, SurvivalConfig, begin, fit, reopen
-from stochastic_depth.train.trouble import open_blocks
+from stochastic_depth.train.failures import open_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

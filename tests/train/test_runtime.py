@@ -6,7 +6,7 @@ import torch
 import stochastic_depth
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train import Config
-from stochastic_depth.train.execution import has_bfloat16, machine, resolve_execution, versions
+from stochastic_depth.train.runtime import has_bfloat16, machine, resolve_execution, versions
 
 
 def test_auto_takes_a_gpu_if_there_is_one():

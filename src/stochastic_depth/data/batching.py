@@ -1,0 +1,209 @@
+"""Batches as training sees them, and those of a data set in memory, augmented where it lies."""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.data.dataset import DataSet
+from stochastic_depth.errors import DataError
+from stochastic_depth.randomness import generator
+
+Batch = tuple[Tensor, Tensor]
+Part = Literal["validation", "test"]
+
+
+class Share(NamedTuple):
+    """What one of several processes takes of every batch: as much as the others, give or take one.
+
+    rank: which process this is, from 0. ranks: how many there are.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, images: int) -> slice:
+        """The images that are its own, of a batch of `images`."""
+        return slice(self.rank * images // self.ranks, (self.rank + 1) * images // self.ranks)
+
+
+ALONE = Share()
+
+
+class Batches(Protocol):
+    """A data set as training sees it, wherever the images live.
+
+    shape: (channels, height, width) of one image as the network sees it. sizes: the number of
+    images in `train`, `validation` and `test`. held_out: whether images for validation were held
+    out of those for training; if not, they are those of `test`. fingerprint: changes with the data.
+    mean, std: float32 [channels], what images are normalised by. shorter_side: how many pixels the
+    shorter side of a picture has before the middle is cut out.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def sizes(self) -> dict[str, int]: ...
+    @property
+    def held_out(self) -> bool: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def std(self) -> Tensor: ...
+    @property
+    def shorter_side(self) -> int: ...
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from step `start` on.
+
+        Images, float32 [batch, channels, height, width], normalised; labels, int64 [batch]: of
+        each batch the share that is asked for. A pure function of the seed, the epoch and the
+        step, so an epoch can be resumed in its middle.
+        """
+        ...
+
+    def evaluate(self, part: Part) -> Iterator[Batch]:
+        """Every image of a part, or of a share of it, in a fixed order, without augmentation."""
+        ...
+
+
+def steps(images: int, batch: int) -> int:
+    """Batches in an epoch; a last batch of one image is left out, BatchNorm cannot train on it.
+
+    Raises:
+        DataError: no batch remains, or `batch` is not positive.
+    """
+    if batch < 1:
+        raise DataError(f"batch={batch}: a batch has at least one image")
+    count = -(-images // batch)
+    if batch > 1 and images % batch == 1:
+        count -= 1
+    if count < 1:
+        raise DataError(f"{images} training images make no batch of {batch}: take more of them")
+    return count
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
+    """The order of the training images in an epoch: int64 [images]."""
+    return torch.randperm(images, generator=generator("order", seed, epoch))
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(images / 255 - mean) / std, channel by channel.
+
+    images: uint8 [batch, channels, height, width]; mean, std: float32 [channels], of pixel values
+    in 0..1. Returns float32 of the images' shape and memory format.
+    """
+    return (images / 255).sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+def draw_crops(batch: int, padding: int, *key: int | str) -> tuple[Tensor, Tensor, Tensor]:
+    """Where `crop_and_flip` cuts, as a pure function of `key`.
+
+    Returns rows and columns, int64 [batch], uniform in 0..2 * padding, and flips, bool [batch],
+    true with probability 1/2: on the CPU, so that the numbers are the same for every device.
+    """
+    source = generator(*key)
+    rows, columns = torch.randint(2 * padding + 1, (2, batch), generator=source)
+    flips = torch.randint(2, (batch,), generator=source).bool()
+    return rows, columns, flips
+
+
+def crop_and_flip(
+    images: Tensor, rows: Tensor, columns: Tensor, flips: Tensor, padding: int
+) -> Tensor:
+    """Surround each image by `padding` zeros, cut a window of its own size, mirror some of them.
+
+    The standard augmentation of CIFAR (paper, section 4; the authors' code pads after it
+    normalises, so the border is the mean colour, not black).
+
+    images: [batch, channels, height, width]; rows, columns: [batch], the window's upper left
+    corner in the padded image; flips: bool [batch], mirror left and right. All on one device.
+    Returns a tensor of the images' shape.
+    """
+    batch, channels, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    down = torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device).expand(batch, width)
+    across = torch.where(flips[:, None], width - 1 - across, across)
+    down, across = rows[:, None] + down, columns[:, None] + across
+    window = (down[:, :, None] * padded.shape[3] + across[:, None, :]).view(batch, 1, -1)
+    pixels = padded.flatten(2).gather(2, window.expand(batch, channels, height * width))
+    return pixels.view(images.shape)
+
+
+class TensorBatches:
+    """`Batches` over a data set that lives on `device` as a whole, as uint8.
+
+    augment: crop and flip the training images, after normalising them with the training part's
+    mean and standard deviation; they are padded by an eighth of their height (the paper, section 4:
+    4 of 32 pixels). evaluation_batch: images in a batch of `evaluate`. share: what to give of each
+    batch.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        *,
+        batch: int,
+        augment: bool,
+        seed: int,
+        device: torch.device | str,
+        channels_last: bool = False,
+        evaluation_batch: int = 500,
+        share: Share = ALONE,
+    ):
+        channels, height, width = data.train.images.shape[1:]
+        self.name = data.name
+        self.classes = data.classes
+        self.shape = (channels, height, width)
+        self.shorter_side = min(height, width)
+        self.fingerprint = data.fingerprint
+        self.sizes = {part: len(images) for part, images in data.parts.items()}
+        self.held_out = True
+        self.steps_per_epoch = steps(len(data.train), batch)
+        self.batch = batch
+        self.augment = augment
+        self.padding = max(1, height // 8)
+        self.seed = seed
+        self.evaluation_batch = evaluation_batch
+        self.share = share
+        self.device = torch.device(device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean, self.std = data.mean.to(self.device), data.std.to(self.device)
+        self._parts = {
+            part: (images.images.to(self.device), images.labels.to(self.device))
+            for part, images in data.parts.items()
+        }
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        images, labels = self._parts["train"]
+        order = epoch_order(len(images), self.seed, epoch).to(self.device)
+        for step in range(start, self.steps_per_epoch):
+            chosen = order[step * self.batch : (step + 1) * self.batch]
+            mine, count = self.share.of(len(chosen)), len(chosen)
+            chosen = chosen[mine]
+            batch = normalise(images[chosen], self.mean, self.std)
+            if self.augment:
+                crops = draw_crops(count, self.padding, "augment", self.seed, epoch, step)
+                rows, columns, flips = (draw[mine].to(self.device) for draw in crops)
+                batch = crop_and_flip(batch, rows, columns, flips, self.padding)
+            yield batch.contiguous(memory_format=self.memory_format), labels[chosen]
+
+    def evaluate(self, part: Part) -> Iterator[Batch]:
+        images, labels = self._parts[part]
+        for start in range(0, len(images), self.evaluation_batch):
+            mine = self.share.of(min(self.evaluation_batch, len(images) - start))
+            chosen = slice(start + mine.start, start + mine.stop)
+            if mine.start < mine.stop:
+                batch = normalise(images[chosen], self.mean, self.std)
+                yield batch.contiguous(memory_format=self.memory_format), labels[chosen]
