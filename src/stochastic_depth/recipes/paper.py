@@ -7,6 +7,7 @@ from stochastic_depth.train.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    ScheduleConfig,
     SurvivalConfig,
 )
 
