@@ -107,7 +107,19 @@ def with_dead_variables(
     return tuple((name, completed(n, edit)) for n, (name, edit) in enumerate(edits))
 
 
-MIXES = ("linear", "conv", "mm", "matmul", "einsum", "attention", "pool", "fft")
+MIXES = (
+    "linear",
+    "conv",
+    "mm",
+    "matmul",
+    "einsum",
+    "attention",
+    "pool",
+    "fft",
+    "lstm",
+    "gru",
+    "rnn",
+)
 """Parts of the names of functions of which a branch has at least one: what only adds to, scales or
 bends a value (an activation written out, a rotary embedding, a normalisation) is no branch."""
 
@@ -189,9 +201,8 @@ class _Search:
         self.occurrences[site_of(frame)] += 1
         left, right, *factors = *operands, None, None
         if name.startswith("addcmul"):
-            right = max(
-                (number for number in (right, *factors) if number is not None), default=None
-            )
+            branches = [number for number in (right, *factors) if number is not None]
+            right = max(branches, key=lambda n: len(self.recording.reach(n)), default=None)
         if not self.recording.calls:
             return
         if left is None or right is None or left == right or not self._are_alike(left, right):

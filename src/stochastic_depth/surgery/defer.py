@@ -38,6 +38,15 @@ _CALL = "_compiled_call_impl"
 """The attribute of a module that is called in place of its forward method and hooks."""
 
 
+LEAST = 0.5
+"""The share of a branch's mixing functions that a closed block must save."""
+
+NEEDED = (
+    "most of its branch is needed for more than what is added: an output of the model, or of "
+    "another block, is computed from it"
+)
+
+
 @dataclass(eq=False)
 class Event:
     """One residual addition of the watched forward pass."""
@@ -69,7 +78,10 @@ class Group:
     parameters: tuple[str, ...]
     flops: int
     saved: float
-    """The share of its mixing functions, from 0 to 1, that are put off."""
+    """The share of its mixing functions, from 0 to 1, that are put off; of the addition that saves
+    least."""
+    own: float
+    """The share of those that nothing but the addition needs."""
 
 
 class Analysis:
@@ -102,11 +114,13 @@ class Analysis:
     def exclusive(self, branch: set[int], totals: set[int]) -> set[int]:
         """Those values of a branch that nothing else is computed from."""
         own: set[int] = set()
+        values = self.recording.values
         for value in sorted(branch, reverse=True):
-            children = self.recording.values[value].children
-            if value not in self.outputs and all(
-                child in totals or child in own or child not in self.alive for child in children
-            ):
+            together = values[value].together or (value,)
+            if not self.outputs.isdisjoint(together):
+                continue
+            children = (child for each in together for child in values[each].children)
+            if all(c in totals or c in own or c not in self.alive for c in children):
                 own.add(value)
         return own
 
@@ -130,8 +144,6 @@ class Analysis:
         while owner.parent is not None and len(self.of_module.get(owner.name, [])) > 1:
             owner = owner.parent
         put_off = {value for call in outermost for value in range(call.began, call.ended)}
-        mixing = [v for v in branch if self.mixes(self.recording.values[v].made_by)]
-        saved = sum(value in put_off for value in mixing) / max(1, len(mixing))
         return Group(
             block,
             tuple(events),
@@ -140,8 +152,23 @@ class Analysis:
             Counter(call.name for call, _ in calls),
             self.parameters(own),
             sum(self.recording.values[value].flops for value in own & put_off),
-            saved,
+            self._share(events, put_off),
+            self._share(events, own),
         )
+
+    def _share(self, events: Sequence[Event], of: set[int]) -> float:
+        shares = []
+        for event in events:
+            mixing = [v for v in event.branch if self.mixes(self.recording.values[v].made_by)]
+            shares.append(sum(value in of for value in mixing) / max(1, len(mixing)))
+        return min(shares)
+
+    def surrounds(self, event: Event, other: Event) -> bool:
+        """Whether all that comes of `other` goes into the branch of `event`."""
+        assert event.home is not None
+        if not event.home.began <= other.total < event.total or other.total not in event.branch:
+            return False
+        return other.total in self.exclusive(event.branch, {event.total})
 
     def parameters(self, own: set[int]) -> tuple[str, ...]:
         """Names of the parameters that `own` were computed with."""
@@ -206,11 +233,8 @@ class Analysis:
         Raises:
             UnsupportedBlockError: when too little of its branch is for the addition alone.
         """
-        if group.saved < 0.5:
-            raise UnsupportedBlockError(
-                "most of its branch is needed for more than what is added (an output of the model, "
-                "or of other blocks, is computed from it)"
-            )
+        if group.saved < LEAST:
+            raise UnsupportedBlockError(NEEDED if group.own < LEAST else "no module runs for it")
         made = []
         for number, event in enumerate(group.events):
             calls: dict[str, list[int]] = {}

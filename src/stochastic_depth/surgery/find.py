@@ -5,7 +5,7 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.adapters import registered
 from stochastic_depth.surgery.additions import Addition, discover
-from stochastic_depth.surgery.defer import Analysis, Event, Group
+from stochastic_depth.surgery.defer import LEAST, NEEDED, Analysis, Event, Group
 from stochastic_depth.surgery.edits import (
     Argument,
     Deferred,
@@ -217,6 +217,9 @@ def _with_deferred(
 ) -> list[Found]:
     """The blocks, deferred where their source cannot be rewritten."""
     kept, others = [], []
+    for _, group in edited:
+        for event in (event for addition in group for event in addition.events):
+            analysis.place(event)
     for found, group in edited:
         fixed = found.mechanism in ("registered", "Residual")
         repeated = not rewrite or any(len(a.events) > 1 for a in group)
@@ -234,18 +237,43 @@ def _with_deferred(
     groups = analysis.blocks(events, lambda name: repeated_block(name, modules))
     if granularity == "unit":
         groups = [analysis.group(g.block, [event]) for g in groups for event in g.events]
-    groups = [group for group in groups if group.block in chosen]
+    events_of = [(found.name, [e for a in group for e in a.events]) for found, group in kept]
+    events_of += [(group.block, list(group.events)) for group in groups]
+    long = {name for name, _ in events_of if _is_long(name, events_of, analysis)}
+    loops = {_round(event) for name, events in events_of if name in long for event in events}
+    long |= {name for name, events in events_of if loops.issuperset(map(_round, events))}
     first: Counter[str] = Counter()
     reasons = {event: found.refusal for found, group in others for a in group for event in a.events}
-    placed = [
-        (min(e.total for a in group for e in a.events), found)
-        for found, group in kept
-        if group[0].owner in chosen
-    ]
+    placed = []
+    for (found, group), (name, of_found) in zip(kept, events_of, strict=False):
+        if group[0].owner in chosen and name not in long:
+            if found.mechanism in ("slice", "call") and analysis.group(name, of_found).own < LEAST:
+                found = replace(found, refusal=NEEDED)
+            placed.append((min(event.total for event in of_found), found))
     for group in groups:
-        found = _deferred(group, analysis, modules, copies, first, reasons)
-        placed.append((min(event.total for event in group.events), found))
+        if group.block in chosen and group.block not in long:
+            found = _deferred(group, analysis, modules, copies, first, reasons)
+            placed.append((min(event.total for event in group.events), found))
     return [found for _, found in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _round(event: Event) -> object:
+    """Equal for additions that are made by the same expression, in one call of one module."""
+    assert event.home is not None
+    return event.site, event.home.serial
+
+
+def _is_long(name: str, blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis) -> bool:
+    """Whether `name` is a long skip connection, with blocks of other modules in its branch."""
+    return any(
+        analysis.surrounds(event, other)
+        for its_name, events in blocks
+        if its_name == name
+        for event in events
+        for inner, others in blocks
+        if inner != name and not (name and inner.startswith(f"{name}."))
+        for other in others
+    )
 
 
 def _clashes(found: Found, events: Sequence[Event]) -> bool:

@@ -82,6 +82,8 @@ class Value:
     """The name of the function."""
     flops: int
     children: list[int] = field(default_factory=list)
+    together: range = range(0)
+    """All that the same call of a function has given."""
 
 
 class Recording:
@@ -189,8 +191,10 @@ class _Functions(TorchFunctionMode):
             self.recording.works_in_place = True
         out = func(*args, **(kwargs or {}))
         flops = 0 if self.counter is None else self.counter.total - before
-        for tensor in tensors_in(out):
-            self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)
+        first, made = len(self.recording.values), tensors_in(out)
+        for tensor in made:
+            number = self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)
+            self.recording.values[number].together = range(first, first + len(made))
             flops = 0
         self.made(func, operands, out)
         return out
