@@ -313,6 +313,30 @@ def test_samples_drawn_for_subset_gates_end_in_few_graphs():
     assert graphs.last < 100
 
 
+def test_balanced_subsets_are_of_one_size_and_need_one_graph():
+    model, x = stack(Block, EQUAL), torch.randn(6, 4, requires_grad=True)
+    graphs, _ = compiled(model, x, gate="subset", balance=True)
+    for _ in range(PATTERNS):
+        model(x).sum().backward()
+    assert graphs.count() == 1
+    assert graphs.symbolic == 0
+
+
+def test_branches_that_run_forward_only_are_a_second_graph():
+    model, x = stack(Block, EQUAL), torch.randn(6, 4, requires_grad=True)
+    twin = copy.deepcopy(model)
+    graphs, handle = compiled(model, x, closed="forward-only")
+    plain = sd.apply(twin, sd.Uniform(0.5), example=x, closed="forward-only")
+    for _ in range(20):
+        for each in (model, twin):
+            each.zero_grad()
+            each(x).sum().backward()
+        assert torch.equal(handle.gates, plain.gates)
+        for mine, true in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, true.grad)
+    assert graphs.count() == 2
+
+
 def test_a_block_that_holds_what_is_cut_has_graphs_of_its_own():
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     config = transformers.T5Config(

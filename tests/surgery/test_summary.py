@@ -89,11 +89,47 @@ def test_it_prints_as_a_table():
     sd.apply(model)
     lines = str(sd.summary(model, IMAGES)).splitlines()
     assert lines[0].split() == ["block", "class", "p", "parameters", "forward", "backward"]
-    assert len(lines) == 5
-    assert lines[-1].startswith("expected depth 2 of 3 blocks")
+    assert len(lines) == 6
+    assert lines[5].startswith("with 3 blocks each is a large part of the network")
+    assert lines[4].startswith("expected depth 2 of 3 blocks")
     assert max(map(len, lines)) <= 100
 
 
 def test_a_model_without_stochastic_depth_is_refused():
     with pytest.raises(sd.ApplyError, match="has no stochastic depth"):
         sd.summary(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def deep(blocks: int) -> nn.Sequential:
+    return nn.Sequential(*(sd.Residual(nn.Linear(4, 4)) for _ in range(blocks)))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "options", "warned"),
+    [
+        (9, {"survival": sd.LinearDecay(0.5)}, True),
+        (9, {"survival": sd.LinearDecay(0.8)}, False),
+        (30, {"survival": sd.LinearDecay(0.5)}, False),
+        (9, {"survival": sd.LinearDecay(0.5), "closed": "forward-only"}, False),
+    ],
+)
+def test_a_network_that_is_too_shallow_for_its_rates_is_advised(blocks, options, warned):
+    model = deep(blocks)
+    sd.apply(model, **options)
+    text = str(sd.summary(model, torch.randn(2, 4)))
+    assert ("0.8 or more is advised" in text) == warned
+
+
+def test_gating_and_schedule_are_told_where_they_are_not_the_papers():
+    model = deep(3)
+    sd.apply(model, balance=True, schedule=sd.Early(30))
+    summary = sd.summary(model, torch.randn(2, 4))
+    assert (
+        summary.gating
+        == "gates: balanced, one coin a batch; schedule: Early(until=30, shape=linear)"
+    )
+    assert summary.gating in str(summary)
+    assert [b.survival for b in summary.blocks] == pytest.approx([5 / 6, 4 / 6, 3 / 6])
+    sd.remove(model)
+    sd.apply(model)
+    assert sd.summary(model, torch.randn(2, 4)).gating == ""
