@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stochastic_depth.lab.active_blocks import active_blocks_figure
+from stochastic_depth.lab.active_blocks import active_blocks_figure, drop_rates_figure
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure, _ticks
 from stochastic_depth.lab.drawing import file_svg
@@ -20,6 +20,7 @@ from stochastic_depth.lab.removed_depth import removed_blocks
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep import charts
 from stochastic_depth.lab.training import training_curves, training_time
+from stochastic_depth.train.config import ScheduleConfig
 
 
 def test_curves_hold_every_number_of_the_journals(experiment):
@@ -83,6 +84,24 @@ def test_gates_for_single_samples_have_no_count_of_blocks(experiment):
         active_blocks_figure(replace(series, survival=replace(series.survival, gate="sample")))
         is None
     )
+
+
+def test_drop_rates_over_time_are_drawn_where_they_follow_a_schedule(experiment):
+    assert drop_rates_figure(experiment) is None
+    early = ScheduleConfig("early", until=0.5)
+    (stochastic,) = experiment.stochastic
+    survival = replace(stochastic.survival, schedule=early)
+    changed = tuple(
+        replace(series, survival=survival) if series is stochastic else series
+        for series in experiment.series
+    )
+    figure = drop_rates_figure(replace(experiment, series=changed))
+    journal = stochastic.runs[0].records
+    assert [row["drop_rate"] for row in figure.rows] == [
+        pytest.approx(1 - record.expected_active_blocks / 6) for record in journal
+    ]
+    assert "(early)" in figure.sentence
+    assert b"<svg" in file_svg("title", figure)
 
 
 def test_the_ensemble_has_a_panel_for_each_measure(experiment):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.lab.charts import Figure, Row, chart, layered
+from stochastic_depth.lab.charts import Figure, Row, chart, colour, keys, layered
 from stochastic_depth.lab.formatting import seeds
-from stochastic_depth.lab.study import Series
+from stochastic_depth.lab.study import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.residual import Residual
 from stochastic_depth.train import Record, Run
@@ -167,6 +167,46 @@ def active_blocks_figure(series: Series) -> Figure | None:
         note=f"Bars: {steps:,} training steps of {seeds(len(series.runs))} ({series.name}). Line: "
         f"the Poisson-binomial distribution, exact for these survival probabilities.",
         height=210,
+    )
+
+
+def drop_rates_figure(experiment: Experiment) -> Figure | None:
+    """The mean drop rate over time; None where no run of `experiment` follows a schedule."""
+    scheduled = [s for s in experiment.stochastic if s.survival.schedule.kind != "none"]
+    if not scheduled:
+        return None
+    rows: list[Row] = [
+        {
+            "series": series.name,
+            "epoch": record.epoch,
+            "drop_rate": 1 - record.expected_active_blocks / blocks,
+        }
+        for series in scheduled
+        for blocks in [len(series.cost.survival)]
+        for record in series.runs[0].records
+    ]
+    values: list[Row] = [
+        {
+            "s": row["series"],
+            "x": row["epoch"],
+            "y": row["drop_rate"],
+            "told": f"{row['series']}, epoch {row['epoch']:g}: {100 * row['drop_rate']:.1f} %",
+        }
+        for row in rows
+    ]
+    x = alt.X("x:Q", title="epoch", axis=alt.Axis(tickCount=6, tickMinStep=1)).scale(nice=False)
+    y = alt.Y("y:Q", title="mean of 1 - p_l", axis=alt.Axis(format="%", tickCount=5))
+    drawn = chart(values).mark_line(point=True, strokeWidth=2)
+    named = " and ".join(f"{s.name} ({s.survival.schedule.kind})" for s in scheduled)
+    return Figure(
+        id="drop-rates",
+        title="Drop rate over time",
+        sentence=f"The drop rates follow a schedule in {named}.",
+        rows=rows,
+        panels=(layered(drawn.encode(x, y, colour(keys(scheduled)), description="told:N")),),
+        legend=keys(scheduled),
+        note="The mean over all blocks, and over the steps of each interval.",
+        height=180,
     )
 
 

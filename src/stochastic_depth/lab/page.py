@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from stochastic_depth.files import write_whole
-from stochastic_depth.lab.active_blocks import active_blocks_figure
+from stochastic_depth.lab.active_blocks import active_blocks_figure, drop_rates_figure
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.drawing import NARROW, WIDE, file_png, file_svg, page_svg
@@ -87,6 +87,7 @@ def _experiment(experiment: Experiment) -> Section:
     drawn: list[Figure | None] = [
         training_curves(experiment),
         training_time(experiment),
+        drop_rates_figure(experiment),
         gradient_strength(experiment),
         block_gradients(experiment),
         *_of_each(experiment, active_blocks_figure),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from textwrap import wrap
 from typing import Any, Literal
 
 import torch
@@ -240,7 +241,8 @@ class Summary:
                 plain_table(head, rows, left=2),
                 f"expected depth {self.expected_depth:.4g} of {len(self.blocks)} blocks; FLOPs "
                 f"{total}; {100 * self.expected_saving:.1f} % saved",
-                *filter(None, (self.gating, self.advice)),
+                *wrap(self.gating, 96),
+                *wrap(self.advice, 96),
             ]
         )
 
