@@ -123,7 +123,10 @@ class Graphs:
 def strict():
     """The compiler forgets other tests, and fails where it would go on without compiling."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    config = torch._dynamo.config
+    newer = hasattr(config, "fail_on_recompile_limit_hit")  # torch 2.6 has it by another name
+    name = "fail_on_recompile_limit_hit" if newer else "fail_on_cache_limit_hit"
+    with config.patch(**{name: True}):
         yield
     torch._dynamo.reset()
 
