@@ -13,8 +13,13 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 NEEDS = {
     "accelerate_loop": "accelerate",
+    "diffusion": "diffusers",
+    "graphs": "torch_geometric",
     "huggingface_trainer": "transformers",
+    "language_model": "transformers",
     "lightning_trainer": "lightning",
+    "lora": "peft",
+    "speech": "transformers",
     "tensorboard_logging": "tensorboard",
     "timm_models": "timm",
     "torchvision_reference": "torchvision",
