@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
@@ -246,3 +248,48 @@ def test_what_does_not_go_with_it_is_named():
         sd.apply(network(InResidual), closed="forward-only", scale="training")
     with pytest.raises(sd.ApplyError, match=r"closed='forward': choose one of 'skipped'"):
         sd.apply(network(InResidual), closed="forward")
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone: DDP waits for parameters in it all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [InExpression, InResidual])
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+def test_ddp_does_not_wait_for_branches_that_run_forward_only(alone, kind, skipped):
+    plain, model = network(kind), network(kind)
+    options = {"example": X, "closed": "forward-only", "skipped": skipped, "seed": 1}
+    for m in (plain, model):
+        sd.apply(m, sd.Uniform(0.5), **options)
+    wrapped = DistributedDataParallel(model)
+    for step in range(5):
+        for m, call in ((plain, plain), (model, wrapped)):
+            m.zero_grad()
+            torch.manual_seed(step)
+            call(X).square().sum().backward()
+        mine = gradients(model)
+        for name, true in gradients(plain).items():
+            assert (true is None) == (mine[name] is None), name
+            if true is not None:
+                torch.testing.assert_close(mine[name], true, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+def test_a_residual_unit_compiles_with_it():
+    torch._dynamo.reset()
+    plain = nn.Sequential(*(sd.Residual(nn.Linear(8, 8)) for _ in range(3))).double()
+    model = copy.deepcopy(plain)
+    for m in (plain, model):
+        sd.apply(m, sd.Uniform(0.5), closed="forward-only", seed=2)
+    sd.compile_blocks(model, backend="eager")
+    for _ in range(6):
+        for m in (plain, model):
+            m.zero_grad()
+            m(X).square().sum().backward()
+        for mine, true in zip(gradients(model).values(), gradients(plain).values(), strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
