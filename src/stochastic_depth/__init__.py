@@ -4,54 +4,92 @@
 
     handle = sd.apply(model, sd.LinearDecay(0.5))
 
-Submodules load when they are touched: `sd.distributed.gates_by_rank(model)` needs no import of its
-own. Every error is in `sd.errors`; those that the functions here raise are here too.
+Names and submodules load when they are touched: `sd.distributed.gates_by_rank(model)` needs no
+import of its own. Every error is in `sd.errors`; those that the functions here raise are here too.
 
 Huang, Sun, Liu, Sedra and Weinberger, ECCV 2016, arXiv:1603.09382.
 """
 
-from importlib import import_module
-from importlib.metadata import version
-from pkgutil import iter_modules
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from stochastic_depth.errors import (
-    ApplyError,
-    FoldError,
-    GateError,
-    StochasticDepthError,
-    SurvivalError,
-    TruncateError,
-    UnsupportedBlockError,
-)
-from stochastic_depth.export.fold import fold
-from stochastic_depth.export.truncate import drop_order, truncate
-from stochastic_depth.gates import Gate
-from stochastic_depth.handle import Handle
-from stochastic_depth.migration import survival_rule
-from stochastic_depth.residual import Residual, residual_step
-from stochastic_depth.surgery import (
-    apply,
-    compile_blocks,
-    handle_of,
-    plan,
-    register_unit,
-    remove,
-    summary,
-    verify,
-)
-from stochastic_depth.survival import (
-    Decreasing,
-    Early,
-    Late,
-    LinearDecay,
-    Progressive,
-    Steps,
-    Uniform,
-    Warmup,
-)
+from stochastic_depth.lazy import lazily as _lazily
 
-__version__ = version("stochastic-depth")
+if TYPE_CHECKING:
+    __version__: str
+    from stochastic_depth.errors import (
+        ApplyError,
+        FoldError,
+        GateError,
+        StochasticDepthError,
+        SurvivalError,
+        TruncateError,
+        UnsupportedBlockError,
+    )
+    from stochastic_depth.export.fold import fold
+    from stochastic_depth.export.truncate import drop_order, truncate
+    from stochastic_depth.gates import Gate
+    from stochastic_depth.handle import Handle
+    from stochastic_depth.migration import survival_rule
+    from stochastic_depth.residual import Residual, residual_step
+    from stochastic_depth.surgery import (
+        apply,
+        compile_blocks,
+        handle_of,
+        plan,
+        register_unit,
+        remove,
+        summary,
+        verify,
+    )
+    from stochastic_depth.survival import (
+        Decreasing,
+        Early,
+        Late,
+        LinearDecay,
+        Progressive,
+        Steps,
+        Uniform,
+        Warmup,
+    )
+
+_HOMES = {
+    "errors": (
+        "ApplyError",
+        "FoldError",
+        "GateError",
+        "StochasticDepthError",
+        "SurvivalError",
+        "TruncateError",
+        "UnsupportedBlockError",
+    ),
+    "export.fold": ("fold",),
+    "export.truncate": ("drop_order", "truncate"),
+    "gates": ("Gate",),
+    "handle": ("Handle",),
+    "migration": ("survival_rule",),
+    "residual": ("Residual", "residual_step"),
+    "surgery": (
+        "apply",
+        "compile_blocks",
+        "handle_of",
+        "plan",
+        "register_unit",
+        "remove",
+        "summary",
+        "verify",
+    ),
+    "survival": (
+        "Decreasing",
+        "Early",
+        "Late",
+        "LinearDecay",
+        "Progressive",
+        "Steps",
+        "Uniform",
+        "Warmup",
+    ),
+}
+"""Where each name is imported from when it is first used."""
 
 __all__ = [
     "ApplyError",
@@ -87,17 +125,12 @@ __all__ = [
     "verify",
 ]
 
-
-def __getattr__(name: str) -> ModuleType:
-    """A submodule, imported when it is first asked for."""
-    if name in _submodules():
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_find, __dir__ = _lazily(__name__, _HOMES)
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_submodules()})
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
 
-
-def _submodules() -> set[str]:
-    return {module.name for module in iter_modules(__path__) if not module.name.startswith("_")}
+        return version("stochastic-depth")
+    return _find(name)

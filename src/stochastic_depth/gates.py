@@ -6,23 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stochastic_depth.choices import Closed, GateKind, Scale
 from stochastic_depth.errors import GateError
 from stochastic_depth.randomness import digest, uniforms
-
-GateKind = Literal["batch", "sample", "subset"]
-"""One coin a block and mini-batch (the paper), or one a block and sample: masked or selected."""
-
-Scale = Literal["inference", "training", "none"]
-"""Where the expectation is corrected: times p_l in evaluation (the paper), over p_l in training, or
-nowhere, because a closed branch runs forward."""
-
-Closed = Literal["skipped", "forward-only"]
-"""What a closed block saves: all of its branch (the paper), or only backward pass and memory."""
 
 
 class Gate(NamedTuple):

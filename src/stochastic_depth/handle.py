@@ -10,21 +10,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.choices import GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gates import (
     BlockGates,
     Closed,
     Gate,
-    GateKind,
-    Scale,
     draw,
     evaluation_gates,
     training_gates,
 )
 from stochastic_depth.survival import Probabilities
-
-SkippedPolicy = Literal["paper", "freeze"]
-"""A skipped block's parameters: gradient zero, so the optimizer still moves them, or None."""
 
 
 class Owned(NamedTuple):

@@ -18,7 +18,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        low, _, high = statistics.quantiles(self.seconds, n=4)
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
 

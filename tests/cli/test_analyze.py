@@ -90,7 +90,8 @@ def test_constant_depth_is_refused_before_anything_is_measured(runs, capsys, tmp
     error = refused(capsys, "ensemble", "run", runs / "constant-seed0")
     assert "constant-seed0 has constant depth" in error
     assert not (tmp_path / "run" / "analysis" / "ensemble.json").exists()
-    assert "subnetworks=0" in refused(capsys, "ensemble", "run", "--subnetworks", 0)
+    assert main(["analyze", "ensemble", "run", "--subnetworks", "0"]) == 2
+    assert "--subnetworks is 0" in capsys.readouterr().err
 
 
 def test_depth_of_one_run_tells_parameters_and_time(runs, capsys):
@@ -109,6 +110,12 @@ def test_depth_of_two_kinds_is_side_by_side(runs, capsys):
     out = told(capsys, "depth", *kinds(runs, "*"), *QUICK)
     assert "parameters" not in out
     assert out.count("±") > 20
+
+
+def test_a_run_and_its_copies_count_once(runs, capsys, tmp_path):
+    shutil.copytree(runs / "stochastic-seed0", tmp_path / "copy")
+    out = told(capsys, "gradients", runs / "stochastic-seed0", "copy", runs / "constant-seed0")
+    assert "±" not in out
 
 
 def test_names_are_data(runs, capsys, tmp_path):

@@ -25,6 +25,8 @@ def bench(tmp_path, monkeypatch, capsys):
         assert main(command) == 0
         printed = capsys.readouterr().out
         assert max(map(len, printed.splitlines())) <= 80
+        flat = " ".join(printed.split())
+        assert "1 thread; ours: cpu float32, engine" in flat
         result = json.loads(out.read_text())
         assert result["versions"].keys() == {"stochastic-depth", "torch", "python"}
         assert result["versions"]["stochastic-depth"] == __version__
@@ -83,7 +85,7 @@ def test_a_library_that_is_not_there_is_one_line(monkeypatch, capsys):
 
 def test_one_round_has_no_quartiles(capsys):
     assert main(["bench", "overhead", "--repeats", "1"]) == 2
-    assert "repeats=1" in "".join(capsys.readouterr())
+    assert "--repeats is 1" in capsys.readouterr().err
 
 
 def test_depth(bench, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def a_folder_of_its_own(tmp_path, monkeypatch):
 def test_without_a_command_the_commands_are_told(capsys):
     assert main([]) == 0
     told = capsys.readouterr().out
-    assert all(f"  {command}" in told for command in COMMANDS)
+    assert all(f"• {command} " in told for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -57,6 +58,13 @@ def test_the_version(capsys):
         (["train", "digits", "--model.kind", "vgg"], "cifar-resnet"),
         (["train", "digits", "--epochs", "many"], "many"),
         (["train", "digits", "--survival.final", "1.5"], "survival.final is 1.5"),
+        (["compare", "--seeds", "0"], "--seeds is 0: it must be at least 1"),
+        (["predict", "run"], "no IMAGE is given"),
+        (["report"], "no RUN is given"),
+        (["analyze", "depth"], "no RUN is given"),
+        (["inspect", "timm/resnet18", "--repeats", "0"], "--repeats is 0"),
+        (["analyze", "activ"], "did you mean active?"),
+        (["bench", "peer"], "did you mean peers"),
         (["eval"], "RUN"),
     ],
 )
@@ -74,6 +82,10 @@ def test_a_typo_is_met_with_a_suggestion_and_exit_code_2(arguments, hint, capsys
         (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
         (["eval", "nowhere"], "nowhere is not a run folder"),
         (["compare", "digits-constant"], "constant depth already"),
+        (["predict", "nowhere.onnx", "picture.png"], "nowhere.onnx does not exist"),
+        (["report", "nowhere"], "nowhere holds no run"),
+        (["analyze", "active", "nowhere"], "nowhere is not a run folder"),
+        (["train", "--resume", "nowhere", "--epochs", "9"], "--epochs cannot be given with"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(arguments, told, capsys):
@@ -82,6 +94,50 @@ def test_an_error_is_one_line_and_exit_code_1(arguments, told, capsys):
     assert error.startswith("error: ")
     assert told in error
     assert error.count("\n") == 1
+
+
+WITHOUT_PYTORCH = """
+import sys
+from stochastic_depth.cli import main
+code = main(sys.argv[1:])
+print(sorted({"torch", "numpy", "altair"} & set(sys.modules)), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["trian"], 2),
+        *([[command, "--help"], 0] for command in COMMANDS),
+        (["train", "digits", "--help"], 0),
+        (["train", "digits", "--epoch", "3"], 2),
+        (["train", "digits", "--survival.final", "1.5"], 2),
+        (["bench", "peers", "--help"], 0),
+        (["eval", "nowhere"], 1),
+        (["export", "nowhere"], 1),
+        (["predict", "nowhere", "picture.png"], 1),
+        (["analyze", "active", "nowhere"], 1),
+        (["train", "--resume", "nowhere"], 1),
+        (["recipes"], 0),
+    ],
+)
+def test_help_and_what_is_wrong_need_no_pytorch(arguments, code):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PYTORCH, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_threads_that_wait_give_their_core_back(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_train_prints_a_line_for_each_epoch_and_then_the_errors(tmp_path, capsys):

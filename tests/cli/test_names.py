@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from rich.table import Table
+from rich.text import Text
 
 from stochastic_depth.cli import main
 from stochastic_depth.cli.console import PlainConsole
@@ -51,12 +52,28 @@ def test_a_console_shows_names_as_they_are(name):
     assert "\x1b" not in told
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_reaches_the_terminal_past_the_console(name):
+    console = PlainConsole(file=io.StringIO(), width=80)
+    table = Table(title=Text(name))
+    table.add_row(Text(name))
+    console.print(table, Text(name))
+    assert all(character.isprintable() for line in told_lines(console) for character in line)
+
+
+def told_lines(console):
+    return console.file.getvalue().split("\n")
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if "/" not in name])
 def test_a_run_of_any_name_is_trained_and_told(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["train", "digits", *SMALL, "--run", name]) == 0
     assert main(["eval", name]) == 0
+    assert main(["analyze", "active", name]) == 0
+    assert main(["analyze", "ensemble", name, "--subnetworks", "1"]) == 0
+    assert main(["analyze", "gradients", name]) == 0
     assert main(["train", "digits", *SMALL, "--run", name]) == 1
     told = capsys.readouterr()
     assert "\x1b" not in told.out + told.err

@@ -110,8 +110,8 @@ def test_depths_are_swept(tmp_path):
     assert runs == ["linear-0.5-depth14-seed0", "linear-0.5-depth8-seed0"]
 
 
-def test_runs_that_fail_are_told_with_their_sentence(capsys):
-    assert main([*SURVIVAL, "--rules", "constant", "--optimizer.learning-rate", "1e30"]) == 0
+def test_a_sweep_of_which_every_run_failed_tells_why_and_is_an_error(capsys):
+    assert main([*SURVIVAL, "--rules", "constant", "--optimizer.learning-rate", "1e30"]) == 1
     told = capsys.readouterr().out
     assert "0/2 done, 0 running, 2 failed" in told
     assert "constant-depth8-seed1 failed: with blocks 1-3 of 3 open, the loss is not finite" in told
@@ -139,9 +139,9 @@ def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
         (["survival", "--survival", "0", "0.5"], 1, "survival.final is 0.0"),
         (["survival", "--survival"], 1, "the grid has no survival"),
         (["depth", "--depths", "21"], 1, "depth=21"),
-        (["survival", "--workers", "0"], 1, "workers is 0"),
-        (["survival", "--seeds", "0"], 1, "seeds is 0"),
-        (["survival", "--storage", "redis://x"], 1, "must begin with postgresql://"),
+        (["survival", "--workers", "0"], 2, "--workers is 0"),
+        (["survival", "--seeds", "0"], 2, "--seeds is 0"),
+        (["survival", "--threads", "0"], 2, "--threads is 0"),
     ],
 )
 def test_what_cannot_be_swept_is_one_line(arguments, code, told, capsys):
@@ -151,11 +151,12 @@ def test_what_cannot_be_swept_is_one_line(arguments, code, told, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["survival", "depth"])
+@pytest.mark.parametrize("kind", ["survival", "depth", "gates"])
 def test_each_kind_has_help(kind, capsys):
     assert main(["sweep", kind, "--help"]) == 0
     told = capsys.readouterr().out
-    assert f"stochastic-depth sweep {kind} [RECIPE]" in told
+    assert f"stochastic-depth sweep {kind}" in told
+    assert "cifar10-resnet110" in told
     assert max(map(len, told.splitlines())) <= 80
 
 

@@ -2,9 +2,6 @@
 
 from dataclasses import replace
 
-import optuna
-from sqlalchemy import NullPool
-
 from stochastic_depth.lab.sweep.folder import Grid
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import DataConfig, ModelConfig
@@ -17,16 +14,3 @@ SMALL = replace(
     epochs=2,
     evaluate_every=2,
 )
-
-
-def trials(sweep, url=None):
-    """The record of a sweep, read with Optuna alone."""
-    if url is None:
-        storage = optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(str(sweep.folder / "queue.jsonl"))
-        )
-    else:
-        storage = optuna.storages.RDBStorage(
-            url.replace("postgresql", "postgresql+psycopg"), engine_kwargs={"poolclass": NullPool}
-        )
-    return optuna.load_study(study_name=sweep.study, storage=storage).trials

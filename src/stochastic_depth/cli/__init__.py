@@ -1,17 +1,18 @@
 """The command line: parse, call, print.
 
+Nothing here imports PyTorch before it is known that a command can be carried out, so that help and
+what is wrong with a command line come at once.
+
 Exit codes: 0 done; 1 an error, told in one line; 2 a command line that cannot be understood;
 128 + n stopped by signal n, with a checkpoint where a run was under way.
 """
 
-import difflib
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from stochastic_depth import __version__
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.extras import require
 from stochastic_depth.terminal import visible
@@ -29,21 +30,20 @@ COMMANDS = {
     "inspect": "what can be skipped in a model, and what that saves",
     "recipes": "the published results that can be reproduced",
 }
-HELP = """usage: stochastic-depth COMMAND [OPTIONS]
-
-Deep networks with stochastic depth (Huang et al. 2016).
-
-{commands}
-
-stochastic-depth COMMAND --help tells the options of a command.
-"""
+MODULES = {"compare": "train", "eval": "train", "predict": "export"}
+"""Where a command is that has no module of its own name."""
+SPIN = {"GOMP_SPINCOUNT": "10000"}
+"""A thread of OpenMP that waits for others gives its core back soon: with another program on one
+of two cores a training step took 80 times as long without it, and with it less than twice."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for name, value in SPIN.items():  # before PyTorch is loaded
+        os.environ.setdefault(name, value)
     try:
-        code = _run(command, rest)
+        code = _run(given)
         sys.stdout.flush()
         return code
     except StochasticDepthError as error:
@@ -60,24 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(exit.code or 0)
 
 
-def _run(command: str, rest: list[str]) -> int:
-    if command in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print(HELP.format(commands="\n".join(f"  {k:{width}}  {v}" for k, v in COMMANDS.items())))
-        return 0
-    if command == "--version":
+def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        from stochastic_depth import __version__
+
         print(f"stochastic-depth {__version__}")
         return 0
-    if command not in COMMANDS:
-        return usage_error("command", command, COMMANDS)
     for module in ("tyro", "rich", "safetensors"):
         require(module, "train")
-    return importlib.import_module(f"stochastic_depth.cli.{command}").main(rest)
+    from stochastic_depth.cli.arguments import choose
 
-
-def usage_error(what: str, given: str, known: Iterable[str]) -> int:
-    """Say that `given` is no `what`, and which one may have been meant."""
-    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
-    print(f"error: there is no {what} {given!r}; {hint}", file=sys.stderr)
-    return 2
+    about = "Deep networks with stochastic depth (Huang et al. 2016)."
+    command, rest = choose("stochastic-depth", about, "command", COMMANDS, arguments)
+    module = importlib.import_module(f"stochastic_depth.cli.{MODULES.get(command, command)}")
+    return getattr(module, command)(rest)

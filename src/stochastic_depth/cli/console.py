@@ -1,17 +1,20 @@
-"""The console of every command: what comes from files and runs is printed as text."""
+"""The console of every command: whatever is printed on it is text and nothing else."""
 
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from stochastic_depth.terminal import visible
 
 
 class PlainConsole(Console):
-    """Brackets, colons and control characters in a name are just that.
-
-    Styles are given as styles, never within a text.
+    """Shows brackets, colons and control characters in names that come from files as they are,
+    wherever in a table or a line they stand. Styles are given as styles, never within a text.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -19,3 +22,22 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+    def say(self, text: str) -> None:
+        """A line that is not broken, so that what is in it can be copied."""
+        self.print(text, soft_wrap=True)
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """While entered, tell a terminal that PyTorch is being loaded, which takes seconds."""
+        if "torch" in sys.modules:
+            yield
+            return
+        with self.status("loading PyTorch"):
+            yield

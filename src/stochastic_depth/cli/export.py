@@ -1,27 +1,23 @@
-"""stochastic-depth export RUN."""
+"""stochastic-depth export and predict: a trained network as a file, and what it sees."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.progress import track
-from rich.table import Table
 
-from stochastic_depth.cli.console import PlainConsole
-from stochastic_depth.errors import ExportError
-from stochastic_depth.export.load import Description
-from stochastic_depth.export.network import (
-    elastic_network,
-    measured,
-    plain_network,
-    shallower_network,
-)
-from stochastic_depth.export.truncate import Dropped
-from stochastic_depth.export.write import SUFFIX, Format, write_export
-from stochastic_depth.surgery.inspect import si
-from stochastic_depth.train import reopen
+from stochastic_depth.cli.arguments import parse, require_run
+from stochastic_depth.errors import ConfigError, ExportError, RunError
+from stochastic_depth.lab.options import at_least
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from stochastic_depth.export.load import Description
+    from stochastic_depth.export.truncate import Dropped
+
+Checkpoint = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +26,14 @@ class Export:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run folder."""
-    format: Format = "safetensors"
+    format: Literal["safetensors", "torch", "onnx"] = "safetensors"
     """safetensors, torch (torch.export, .pt2), or onnx; batches of any size."""
     depth: float = 1.0
     """The share of blocks to keep; those that validation needs least are taken out."""
     elastic: bool = False
     """Keep all blocks, note in which order they can be left out (predict --depth chooses), and
     measure what each depth errs and costs; safetensors only."""
-    checkpoint: Literal["best", "last"] = "best"
+    checkpoint: Checkpoint = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where its data is now (none: where it was)."""
@@ -45,15 +41,51 @@ class Export:
     """The file to write (none: named as the run, in the current folder)."""
 
 
-def main(arguments: list[str]) -> int:
-    asked = tyro.cli(Export, prog="stochastic-depth export", args=arguments)
-    if not 0 < asked.depth <= 1:
-        raise ExportError(f"--depth {asked.depth}: a share of the blocks, above 0 and at most 1")
-    if asked.elastic and (asked.format != "safetensors" or asked.depth < 1):
-        raise ExportError("--elastic keeps all blocks, in a safetensors file: no other options")
-    console = PlainConsole()
+@dataclass(frozen=True)
+class Predict:
+    """What a trained network sees in pictures: classes and their probabilities."""
 
-    def watch(dropped: Iterator[Dropped], count: int) -> Iterator[Dropped]:
+    network: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_FILE")]
+    """A run folder, or a .safetensors or .onnx file that export wrote."""
+    pictures: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="IMAGE...", help_behavior_hint=""),
+    ]
+    """PNG, JPEG, WebP, BMP or PPM files of any size."""
+    depth: float = 1.0
+    """The share of blocks to run, of a file exported with --elastic."""
+    top: int = 3
+    """How many classes to show for each picture."""
+    checkpoint: Checkpoint = "best"
+    """Of a run: the checkpoint of the lowest validation error, or the newest."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of a run: where its data is now (none: where it was)."""
+
+    def check(self) -> None:
+        if not self.pictures:
+            raise ConfigError("no IMAGE is given: name one picture or several")
+        at_least(1, top=self.top)
+
+
+def export(arguments: list[str]) -> int:
+    asked = parse(Export, "export", arguments)
+    if not 0 < asked.depth <= 1:
+        raise ExportError(f"--depth is {asked.depth}: it must be above 0 and at most 1, a share")
+    if asked.elastic and (asked.format != "safetensors" or asked.depth < 1):
+        raise ExportError(
+            "--elastic keeps all blocks, in a safetensors file: leave out --depth and --format"
+        )
+    require_run(asked.run)
+    from stochastic_depth.cli.console import PlainConsole
+
+    console = PlainConsole()
+    with console.starting():
+        from stochastic_depth.export import network
+        from stochastic_depth.export.write import SUFFIX, write_export
+        from stochastic_depth.train import reopen
+    from rich.progress import track
+
+    def watch(dropped: "Iterator[Dropped]", count: int) -> "Iterator[Dropped]":
         evaluations = 0
         for each in track(
             dropped,
@@ -71,25 +103,28 @@ def main(arguments: list[str]) -> int:
 
     run, images = reopen(asked.run, asked.data)
     if asked.elastic:
-        plain = elastic_network(run, images, asked.checkpoint, watch)
-        plain = measured(plain, images, run.execution)
+        plain = network.elastic_network(run, images, asked.checkpoint, watch)
+        plain = network.measured(plain, images, run.execution)
         console.print(choices_table(plain.description))
     elif asked.depth < 1:
-        plain = shallower_network(run, images, asked.checkpoint, asked.depth, watch)
+        plain = network.shallower_network(run, images, asked.checkpoint, asked.depth, watch)
     else:
-        plain = plain_network(run, images, asked.checkpoint)
+        plain = network.plain_network(run, images, asked.checkpoint)
     path = asked.out or Path(run.path.name + SUFFIX[asked.format])
     difference = write_export(path, plain, asked.format)
-    console.print(
+    console.say(
         f"{path} ({path.stat().st_size:,} bytes): read back, outputs differ by "
-        f"{difference:.1e} of the largest one",
-        soft_wrap=True,
+        f"{difference:.1e} of the largest one"
     )
     return 0
 
 
-def choices_table(description: Description) -> Table:
+def choices_table(description: "Description") -> "Table":
     """What each depth errs and costs."""
+    from rich.table import Table
+
+    from stochastic_depth.surgery.inspect import si
+
     table = Table()
     columns = ("depth", "blocks", "validation", "test error", "parameters", "FLOPs", "ms/image")
     for column in columns:
@@ -105,3 +140,41 @@ def choices_table(description: Description) -> Table:
             f"{1000 * choice.seconds:.3f}",
         )
     return table
+
+
+def predict(arguments: list[str]) -> int:
+    asked = parse(Predict, "predict", arguments)
+    if asked.network.is_dir():
+        require_run(asked.network)
+    elif not asked.network.exists():
+        raise RunError(f"{asked.network} does not exist: give a run folder, or an exported file")
+    from stochastic_depth.cli.console import PlainConsole
+
+    console = PlainConsole()
+    with console.starting():
+        import torch
+
+        from stochastic_depth.export.predict import open_classifier, read_pictures
+    network, description = open_classifier(asked.network, asked.depth, asked.checkpoint, asked.data)
+    images = read_pictures(asked.pictures, description.input)
+    with torch.inference_mode():
+        probabilities = network(images).double().softmax(1)
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("picture", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right")
+    for path, row in zip(asked.pictures, probabilities, strict=True):
+        best = row.topk(min(asked.top, len(row)))
+        for rank, (p, label) in enumerate(zip(*(t.tolist() for t in best), strict=True)):
+            name = str(path) if rank == 0 else ""
+            table.add_row(name, description.classes[label], f"{100 * p:.2f} %")
+        table.add_section()
+    console.print(table)
+    if choice := description.choice_at(asked.depth):
+        console.print(
+            f"{choice.blocks} of {len(description.order)} blocks: test error "
+            f"{choice.test_error:.2f} %, {1000 * choice.seconds:.3f} ms an image, when exported",
+        )
+    return 0

@@ -1,20 +1,23 @@
 """stochastic-depth inspect MODEL."""
 
 import json
+import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.table import Table
 
-from stochastic_depth.cli.console import PlainConsole
-from stochastic_depth.errors import ApplyError
-from stochastic_depth.files import write_whole
-from stochastic_depth.models.published import published
-from stochastic_depth.surgery import Plan, Verification, apply, plan, summary, verify
-from stochastic_depth.surgery.inspect import si
-from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
+from stochastic_depth.cli.arguments import parse
+from stochastic_depth.errors import ApplyError, ConfigError, StochasticDepthError
+from stochastic_depth.extras import require
+from stochastic_depth.lab.options import at_least
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from stochastic_depth.surgery import Plan, Verification
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Inspect:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """timm/NAME, torchvision/NAME, transformers/TYPE (or a config.json), or package.module:factory,
-    which returns a model, or a model and an example of its input. Built without weights."""
+    which returns a model, or a model and an example of its input; the current folder is looked in
+    first. Built without weights."""
     survival: Literal["linear", "uniform"] = "linear"
     """Linear decay to --final, or --final for every block."""
     final: float = 0.5
@@ -40,32 +44,46 @@ class Inspect:
     """Rounds of timing."""
     plan_only: bool = False
     """Build the structure alone, without storage: print the blocks, run nothing."""
+    report: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write a page here: the blocks as a picture, what each costs, what drop rates would save in
+    time and memory on this machine, and the lines to paste."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write what is printed as JSON here."""
 
+    def check(self) -> None:
+        at_least(1, batch=self.batch, repeats=self.repeats)
+        if not 0 < self.final <= 1:
+            raise ConfigError(f"--final is {self.final}: it must be above 0 and at most 1")
+        if self.shape is not None and min(self.shape, default=0) < 1:
+            raise ConfigError(f"--shape is {self.shape}: give the sizes of one sample, at least 1")
+        if self.report is not None and self.plan_only:
+            raise ConfigError("--report measures, and --plan-only runs nothing: leave one out")
 
-def main(arguments: list[str]) -> int:
-    asked = tyro.cli(Inspect, prog="stochastic-depth inspect", args=arguments)
+
+def inspect(arguments: list[str]) -> int:
+    asked = parse(Inspect, "inspect", arguments)
+    from stochastic_depth.cli.console import PlainConsole
+
     console = PlainConsole()
+    with console.starting():
+        if asked.report is not None:
+            for module in ("altair", "jinja2", "vl_convert"):
+                require(module, "report")
+        from stochastic_depth.models.published import published
+        from stochastic_depth.surgery import apply, plan, summary, verify
+        from stochastic_depth.survival import LinearDecay, Uniform
+    sys.path.insert(0, os.getcwd())  # a factory of the folder the command is run in
     device = "meta" if asked.plan_only else "cpu"
     with console.status("building"):
         model, example = published(asked.model, batch=asked.batch, shape=asked.shape, device=device)
-    rule: SurvivalRule = (
-        LinearDecay(asked.final) if asked.survival == "linear" else Uniform(asked.final)
-    )
+    rule = LinearDecay(asked.final) if asked.survival == "linear" else Uniform(asked.final)
     with console.status("finding the residual blocks"):
         planned = plan(model, example, rule, exclude=asked.exclude, granularity=asked.granularity)
     console.print(plan_table(asked.model, planned))
     result = {"model": asked.model, **asdict(planned)}
     if not planned.complete:
-        refused = [block for block in planned.blocks if block.refusal]
         _write(asked.out, result)
-        names = list(dict.fromkeys(block.name for block in refused))
-        few = f"; --exclude {' '.join(names)} leaves them as they are" if len(names) < 6 else ""
-        raise ApplyError(
-            f"{len(refused)} of {len(planned.blocks)} blocks cannot be made skippable: "
-            f"{refused[0].name!r} ({refused[0].kind}): {refused[0].refusal}{few}"
-        )
+        raise _incomplete(planned)
     if not asked.plan_only:
         with console.status("verifying every block"):
             apply(
@@ -83,12 +101,32 @@ def main(arguments: list[str]) -> int:
             f"{100 * costs.expected_saving:.1f} % of FLOPs saved",
         )
         result |= {"verification": asdict(verification), "expected_saving": costs.expected_saving}
+        if asked.report is not None:
+            from stochastic_depth.lab.inspection import write_inspection
+
+            with console.status("measuring drop rates"):
+                write_inspection(asked.report, asked.model, model, example, costs, asked.repeats)
+            console.say(str(asked.report))
     _write(asked.out, result)
     return 0
 
 
-def plan_table(name: str, planned: Plan) -> Table:
+def _incomplete(planned: "Plan") -> StochasticDepthError:
+    refused = [block for block in planned.blocks if block.refusal]
+    names = list(dict.fromkeys(block.name for block in refused))
+    few = f"; --exclude {' '.join(names)} leaves them as they are" if len(names) < 6 else ""
+    return ApplyError(
+        f"{len(refused)} of {len(planned.blocks)} blocks cannot be made skippable: "
+        f"{refused[0].name!r} ({refused[0].kind}): {refused[0].refusal}{few}"
+    )
+
+
+def plan_table(name: str, planned: "Plan") -> "Table":
     """The blocks of a model, and how each is skipped."""
+    from rich.table import Table
+
+    from stochastic_depth.surgery.inspect import si
+
     table = Table(title=name, title_justify="left", box=None, pad_edge=False)
     for column in ("block", "class", "shortcut", "mechanism"):
         table.add_column(column, overflow="fold")
@@ -107,8 +145,10 @@ def plan_table(name: str, planned: Plan) -> Table:
     return table
 
 
-def verification_table(verification: Verification) -> Table:
+def verification_table(verification: "Verification") -> "Table":
     """Training steps with all, half and none of the blocks."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     table.add_column("blocks open")
     for column in ("FLOPs", "training step", "time"):
@@ -122,5 +162,7 @@ def verification_table(verification: Verification) -> Table:
 
 
 def _write(out: Path | None, result: dict[str, object]) -> None:
+    from stochastic_depth.files import write_whole
+
     if out is not None:
         write_whole(out, (json.dumps(result, indent=1) + "\n").encode())

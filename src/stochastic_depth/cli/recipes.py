@@ -1,37 +1,29 @@
 """stochastic-depth recipes [RECIPE]."""
 
-import inspect
 import json
 
-from rich.table import Table
-
-from stochastic_depth.cli import usage_error
-from stochastic_depth.cli.console import PlainConsole
+from stochastic_depth.cli.arguments import choose, described
 from stochastic_depth.recipes import RECIPES
 
-HELP = """usage: stochastic-depth recipes [RECIPE]
-
-List the recipes, or tell one: source, command, published result, cost and
-configuration.
-"""
+ABOUT = "List the recipes, or show one: source, command, published result and cost."
 
 
-def main(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(HELP)
-        return 0
+def recipes(arguments: list[str]) -> int:
+    from stochastic_depth.cli.console import PlainConsole
+
     console = PlainConsole()
+    summaries = {name: described(name).splitlines()[0] for name in RECIPES}
     if not arguments:
+        from rich.table import Table
+
         table = Table()
         table.add_column("recipe", no_wrap=True)
         table.add_column("what")
-        for name, recipe in RECIPES.items():
-            table.add_row(name, inspect.getdoc(recipe).splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
+        for name, summary in summaries.items():
+            table.add_row(name, summary)
         console.print(table)
         return 0
-    name = arguments[0]
-    if name not in RECIPES:
-        return usage_error("recipe", name, RECIPES)
-    console.print(inspect.getdoc(RECIPES[name]))
+    name, _ = choose("stochastic-depth recipes", ABOUT, "recipe", summaries, arguments)
+    console.print(described(name).strip())
     console.print_json(json.dumps(RECIPES[name]().to_json()))
     return 0

@@ -1,37 +1,38 @@
-"""stochastic-depth train [RECIPE] [OPTIONS], or train --resume RUN."""
+"""stochastic-depth train, compare and eval: runs, and what came of them."""
 
 import shlex
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from stochastic_depth.cli.console import PlainConsole
-from stochastic_depth.cli.recipe import parse
-from stochastic_depth.data import Batches
-from stochastic_depth.distributed.world import (
-    is_primary,
-    joined,
-    may_restart,
-    on_primary,
-    ranks,
-    restarts,
-)
+from stochastic_depth.cli.arguments import parse, parse_recipe, require_run
 from stochastic_depth.errors import ConfigError, RunError
-from stochastic_depth.train import Config, Interrupted, Run, begin, best_record, fit, reopen
-from stochastic_depth.train.display import Display
-from stochastic_depth.train.fit import StopSignals
-from stochastic_depth.train.run import free_path
+from stochastic_depth.extras import require
+from stochastic_depth.lab.options import at_least
+from stochastic_depth.train.config import Config
 
-TEXT = """Train one network; everything is written to one run folder.
-By N processes:  torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
+if TYPE_CHECKING:
+    from rich.table import Table
 
-  --resume RUN        go on with a run from its newest checkpoint
-  --data DIR          with --resume: where its data is now
-  --quiet             print nothing
+    from stochastic_depth.cli.console import PlainConsole
+    from stochastic_depth.data import Batches
+    from stochastic_depth.train import Interrupted, Run
+
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+Checkpoint = Literal["best", "last"]
+
+TRAIN = """Train one network; everything is written to one run folder.
+
+By N processes: torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
+"""
+COMPARE = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
+as a table and a picture: errors, seconds, the saving measured and expected.
+
+Started again it goes on where it stopped, and trains nothing twice.
 """
 
 
@@ -46,59 +47,128 @@ class Begin:
 
 @dataclass(frozen=True)
 class Resume:
-    resume: Annotated[Path, tyro.conf.arg(metavar="RUN")]
-    """The run folder to go on with."""
-    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where its data is now (none: where it was)."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Go on with this run from its newest checkpoint, with the configuration it began with."""
+    data: Folder = None
+    """With --resume: where its data is now (none: where it was)."""
     quiet: bool = False
     """Print nothing."""
 
 
-def main(arguments: list[str]) -> int:
-    with joined():
-        return _main(arguments)
+@dataclass(frozen=True)
+class Compare:
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    seeds: int = 3
+    """How many seeds, from `seed` on."""
+    minutes: float | None = None
+    """About how long it may take: where the machine is slow, with fewer seeds or epochs."""
+    out: Path | None = None
+    """Folder for the runs, the table, the picture and the JSON (none: runs/compare-RECIPE)."""
+    quiet: bool = False
+    """Print only the table."""
+
+    def check(self) -> None:
+        at_least(1, seeds=self.seeds)
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"--minutes is {self.minutes}: it must be above 0")
 
 
-def _main(arguments: list[str]) -> int:
+@dataclass(frozen=True)
+class Evaluate:
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """The run folder."""
+    checkpoint: Checkpoint = "best"
+    """The checkpoint of the lowest validation error, or the newest."""
+    data: Folder = None
+    """Where its data is now (none: where it was)."""
+
+
+def train(arguments: list[str]) -> int:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
-        resume = tyro.cli(Resume, prog="stochastic-depth train", args=arguments)
-        return _train(*reopen(resume.resume, resume.data), resume.quiet)
-    begun = parse("train", TEXT, arguments, Begin)
+        asked = _parse_resume(arguments)
+        return _joined(lambda console: _resume(asked, console), asked.quiet)
+    begun = parse_recipe("train", TRAIN, arguments, Begin, Resume)
+    return _joined(lambda console: _begin(begun, console), begun.quiet)
+
+
+def _parse_resume(arguments: list[str]) -> Resume:
+    known = ("--resume", "--data", "--quiet", "--no-quiet", "--help")
+    for argument in arguments:
+        name = argument.split("=")[0]
+        if name.startswith("--") and name not in known:
+            raise ConfigError(
+                f"{name} cannot be given with --resume, which goes on with the configuration that "
+                "the run began with: leave it out, or begin another run with it"
+            )
+    asked = parse(Resume, "train", arguments)
+    assert asked.resume is not None
+    require_run(asked.resume)
+    return asked
+
+
+def _joined(work, quiet: bool) -> int:
+    """Do `work` as one of the processes that torchrun started; the first of them prints."""
+    from stochastic_depth.cli.console import PlainConsole
+
+    with PlainConsole(quiet=quiet).starting():
+        from stochastic_depth.distributed.world import is_primary, joined
+    with joined():
+        return work(PlainConsole(quiet=quiet or not is_primary()))
+
+
+def _resume(asked: Resume, console: "PlainConsole") -> int:
+    from stochastic_depth.train import reopen
+
+    assert asked.resume is not None
+    return _train(*reopen(asked.resume, asked.data), console)
+
+
+def _begin(begun: Begin, console: "PlainConsole") -> int:
+    from stochastic_depth.distributed.world import may_restart, on_primary, restarts
+    from stochastic_depth.train import begin, reopen
+    from stochastic_depth.train.run import free_path
+
     if begun.run is None and may_restart():
-        raise ConfigError("torchrun may start this anew: say --run DIR, to go on with that run")
+        raise ConfigError("torchrun may start this again: say --run DIR, to go on with that run")
     if begun.run is not None and restarts() and on_primary(begun.run.exists):
         run, images = reopen(begun.run)
         if run.config != begun.config:
             raise RunError(f"{begun.run} is a run of another configuration: choose another --run")
-        return _train(run, images, begun.quiet)
+        return _train(run, images, console)
     path = begun.run or on_primary(lambda: free_path(Path("runs"), begun.config.recipe))
-    return _train(*begin(begun.config, path), begun.quiet)
+    return _train(*begin(begun.config, path), console)
 
 
-def _train(run: Run, images: Batches, quiet: bool) -> int:
-    quiet = quiet or not is_primary()
-    console = PlainConsole(quiet=quiet)
+def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:
+    from stochastic_depth.distributed.world import is_primary, ranks
+    from stochastic_depth.train import Interrupted, fit
+    from stochastic_depth.train.display import Display
+    from stochastic_depth.train.fit import StopSignals
+
     config, execution = run.config, run.execution
-    console.print(
+    console.say(
         f"{config.recipe}: {config.model.kind} {config.model.depth}, {images.sizes['train']:,} "
         f"images → {run.path}\n{execution.described()}"
-        + (f", {ranks()} processes" if ranks() > 1 else ""),
-        soft_wrap=True,
+        + (f", {ranks()} processes" if ranks() > 1 else "")
     )
-    with StopSignals() as stop, Display(console, quiet) as display:
+    with StopSignals() as stop, Display(console, console.quiet) as display:
         try:
             for _ in fit(run, images, display.watch(), stop):
                 pass
         except Interrupted as interrupted:
-            return stopped(console, interrupted, f"train --resume {shlex.quote(str(run.path))}")
+            return _stopped(console, interrupted, f"train --resume {shlex.quote(str(run.path))}")
     if is_primary():
         console.print(run_table(run))
     return 0
 
 
-def run_table(run: Run) -> Table:
+def run_table(run: "Run") -> "Table":
     """Errors of a finished run, at its best and its last epoch."""
+    from stochastic_depth.train import best_record
+
     records = run.records()
+    from rich.table import Table
+
     table = Table(title=str(run.path), title_justify="left")
     table.add_column("")
     for column in ("epoch", "validation error", "test error"):
@@ -109,8 +179,94 @@ def run_table(run: Run) -> Table:
     return table
 
 
-def stopped(console: Console, interrupted: Interrupted, again: str) -> int:
+def _stopped(console: "PlainConsole", interrupted: "Interrupted", again: str) -> int:
     """Say how to go on; returns the exit code."""
-    console.print(f"{interrupted}", soft_wrap=True)
-    console.print(f"go on:  stochastic-depth {again}", soft_wrap=True)
+    console.say(f"{interrupted}")
+    console.say(f"go on:  stochastic-depth {again}")
     return 128 + interrupted.signal
+
+
+def compare(arguments: list[str]) -> int:
+    asked = parse_recipe("compare", COMPARE, arguments, Compare)
+    from stochastic_depth.cli.console import PlainConsole
+
+    console, config = PlainConsole(), asked.config
+    with console.starting():
+        for module in ("altair", "vl_convert"):
+            require(module, "report")
+        from stochastic_depth.files import write_whole
+        from stochastic_depth.lab import comparison
+        from stochastic_depth.lab.pace import START_AND_END
+        from stochastic_depth.train import Interrupted
+        from stochastic_depth.train.display import Display
+        from stochastic_depth.train.fit import StopSignals
+    folder = asked.out or Path("runs") / f"compare-{config.recipe}"
+    seeds = range(config.seed, config.seed + asked.seeds)
+    end = None
+    if asked.minutes is not None:
+        end = time.monotonic() + 60 * asked.minutes - START_AND_END
+        config = _fitted(config, seeds, folder, end, console)
+    with StopSignals() as stop, Display(console, asked.quiet) as display:
+        try:
+            runs = comparison.train_pairs(config, seeds, folder, display, stop, end)
+        except Interrupted as interrupted:
+            return _stopped(console, interrupted, shlex.join(["compare", *arguments]))
+    found = comparison.compare(runs)
+    title = f"{config.data.name}, {config.model.kind} {config.model.depth}, {config.epochs} epochs"
+    comparison.write_comparison(folder / "comparison.json", found, runs)
+    write_whole(folder / "comparison.png", comparison.comparison_picture(title, runs))
+    trained = len(runs["constant"])
+    console.print(comparison.comparison_table(title, found, trained))
+    if trained < len(seeds):
+        console.print(
+            f"{trained} of {len(seeds)} seeds, to end in {asked.minutes:g} minutes: the same "
+            "command again goes on with the next"
+        )
+    for name in ("comparison.png", "comparison.json"):
+        console.say(str(folder / name))
+    return 0
+
+
+def _fitted(
+    config: Config, seeds: Sequence[int], folder: Path, end: float, console: "PlainConsole"
+) -> Config:
+    """`config` with as many epochs as fit until `end`; says what was measured and decided."""
+    from stochastic_depth.lab.pace import epochs_of, measure_pace
+
+    console.print("measuring how long a training step takes here")
+    pace = measure_pace(config)
+    console.print(pace.described())
+    epochs = epochs_of(folder, config, seeds)
+    if epochs is None:
+        epochs = pace.epochs_in(end - time.monotonic(), config.epochs)
+    if epochs < config.epochs:
+        console.print(
+            f"training for {epochs} of {config.epochs} epochs, to end in time: without --minutes, "
+            "and with another --out, it trains for all of them"
+        )
+    return replace(config, epochs=epochs)
+
+
+def eval(arguments: list[str]) -> int:
+    about = "Loss and error of a trained network at full depth."
+    asked = parse(Evaluate, "eval", arguments, about)
+    require_run(asked.run)
+    from stochastic_depth.cli.console import PlainConsole
+
+    console = PlainConsole()
+    with console.starting():
+        from stochastic_depth.train import reopen, trained_model
+        from stochastic_depth.train.step import evaluate_parts
+    run, images = reopen(asked.run, asked.data)
+    model, step = trained_model(run, images, asked.checkpoint)
+    from rich.table import Table
+
+    table = Table(
+        title=f"{run.path}, {asked.checkpoint} checkpoint (step {step})", title_justify="left"
+    )
+    for name in ("part", "images", "loss", "error"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for part, (loss, error) in evaluate_parts(model, images, run.execution).items():
+        table.add_row(part, f"{images.sizes[part]:,}", f"{loss:.4f}", f"{error:.2f} %")
+    console.print(table)
+    return 0

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import altair as alt
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from stochastic_depth.errors import RunError
@@ -250,3 +251,18 @@ def _sentence(series: Series, counts: Counter[int], exact: Sequence[float]) -> s
         f"are expected: {apart:.1f} standard errors away. The two distributions differ in "
         f"{100 * distance:.1f} % of the steps."
     )
+
+
+def active_table(name: str, found: ActiveBlocks) -> Table:
+    """Every number of active blocks that was drawn, or should have been at least once."""
+    total = sum(found.counts)
+    table = Table(title=name, title_justify="left")
+    for column in ("active blocks", "drawn", "expected"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    largest = max(*found.counts, *(total * chance for chance in found.expected))
+    for active, (count, chance) in enumerate(zip(found.counts, found.expected, strict=True)):
+        if count or total * chance >= 0.5:
+            bar = "█" * round(36 * count / largest)
+            table.add_row(f"{active}", f"{count:,}", f"{total * chance:,.1f}", bar)
+    return table

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import altair as alt
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import Tensor
 
 from stochastic_depth.errors import ConfigError
@@ -309,3 +310,40 @@ def _sentence(rows: list[Row]) -> str:
     ]
     sentence = "; ".join(told)
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+NAMES = {
+    "scaled": "full network times p_l",
+    "single": "one subnetwork",
+    "mean": "mean of {} subnetworks",
+    "unscaled": "full network without p_l",
+}
+
+
+def ensemble_table(title: str, of_runs: list[list[Predictor]]) -> Table:
+    """A row a predictor; of one run, the deviation is over the subnetworks."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in ("test error, %", "NLL, nats", "ECE, %"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for same in zip(*of_runs, strict=True):
+        first = same[0]
+        if (first.name, first.members) == ("mean", 1):
+            continue  # which is "single"
+        figures = (
+            _figure(first.error, first.error_deviation, [p.error for p in same], 2),
+            _figure(first.nll, first.nll_deviation, [p.nll for p in same], 4),
+            _figure(
+                100 * first.ece,
+                None if first.ece_deviation is None else 100 * first.ece_deviation,
+                [100 * p.ece for p in same],
+                2,
+            ),
+        )
+        table.add_row(NAMES[first.name].format(first.members), *figures)
+    return table
+
+
+def _figure(value: float, deviation: float | None, of_runs: list[float], digits: int) -> str:
+    spread = Spread(value, deviation) if len(of_runs) == 1 else Spread.of(of_runs)
+    return plus_minus(spread, digits)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import altair as alt
+from rich.table import Table
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.charts import (
@@ -224,3 +225,50 @@ def _blocks_sentence(experiment: Experiment, epoch: float) -> str:
                 f"{first} with {series.name} ({seeds(len(series.runs))})"
             )
     return f"At epoch {epoch:g} the gradient is {'; '.join(told)}."
+
+
+def first_table(epochs: Sequence[float], found: dict[str, Gradients]) -> Table:
+    """The first convolution, a column a kind; with one other kind, also its ratio to constant."""
+    table = Table(
+        title="Mean absolute gradient at the first convolution\nmean over an epoch's steps",
+        title_justify="left",
+    )
+    table.add_column("epoch", justify="right")
+    for name in found:
+        table.add_column(name, justify="right")
+    others = [name for name in found if name != "constant"]
+    has_ratio = "constant" in found and len(others) == 1
+    if has_ratio:
+        table.add_column("ratio", justify="right")
+    for at, epoch in enumerate(epochs):
+        row = [f"{epoch:g}", *(_small(of_kind.first[at]) for of_kind in found.values())]
+        if has_ratio:
+            ratio = found[others[0]].first[at].mean / found["constant"].first[at].mean
+            row.append(f"{ratio:.2f}")
+        table.add_row(*row)
+    return table
+
+
+def block_table(name: str, epochs: Sequence[float], found: Gradients, most: int) -> Table:
+    """The first convolution of each block, a column an epoch."""
+    table = Table(
+        title=(
+            f"{name}: the same at the first convolution of each block\n"
+            "mean over the sampled steps in which it was open"
+        ),
+        title_justify="left",
+    )
+    for column in ("block", *(f"epoch {epoch:g}" for epoch in epochs)):
+        table.add_column(column, justify="right")
+    blocks = len(found.blocks[0])
+    shown = min(max(2, most), blocks)
+    for block in sorted({round(i * (blocks - 1) / max(1, shown - 1)) for i in range(shown)}):
+        values = (of_epoch[block] for of_epoch in found.blocks)
+        cells = ("-" if value is None else f"{value:.2e}" for value in values)
+        table.add_row(f"{block + 1}", *cells)
+    return table
+
+
+def _small(spread: Spread) -> str:
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.0e}"
+    return f"{spread.mean:.2e}{deviation}"

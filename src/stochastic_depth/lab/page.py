@@ -53,6 +53,8 @@ class Section:
     tables: tuple[Table, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
     runs: Table | None = None
+    code: str = ""
+    """Python, to be pasted."""
 
 
 @dataclass(frozen=True)
@@ -178,12 +180,18 @@ class Drawn:
 
 
 def page(report: Report, sources: Sources, refresh: int | None = None) -> str:
+    """The HTML of a report on `sources`; for `refresh` see `render`."""
+    return render(report, _state(sources), refresh)
+
+
+def render(report: Report, state: str, refresh: int | None = None) -> str:
     """The HTML of `report`.
 
     Whatever comes from a run is text: the template escapes it, Vega-Lite escapes it in drawings,
     and the page's own policy lets no script run but the one that is in it.
 
     Args:
+        state: a sentence on what was read.
         refresh: seconds after which the page loads itself anew (none: never).
     """
     folder = files("stochastic_depth.lab") / "template"
@@ -196,7 +204,7 @@ def page(report: Report, sources: Sources, refresh: int | None = None) -> str:
     return environment.from_string((folder / "report.html").read_text()).render(
         report=report,
         title=_page_title(report),
-        state=_state(sources),
+        state=f"{state} Written {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC.",
         refresh=refresh,
         draw=Drawn,
         version=version("stochastic-depth"),
@@ -216,7 +224,7 @@ def _state(sources: Sources) -> str:
     under_way = sum(not (run.finished or run.failed) for run in runs)
     count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     going = f", {under_way} not finished" if under_way else ""
-    return f"{count}{going}. Written {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC."
+    return f"{count}{going}."
 
 
 REFRESH = 10

@@ -1,14 +1,14 @@
 """Can blocks be thrown away? A trained network without its last, or its least needed, blocks."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Literal
 
 import altair as alt
+from rich.table import Table
 
-from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.charts import (
     Figure,
     Key,
@@ -20,7 +20,8 @@ from stochastic_depth.lab.charts import (
     layered,
     log_axis,
 )
-from stochastic_depth.lab.formatting import duration, percent
+from stochastic_depth.lab.formatting import duration, percent, plus_minus, runs_text
+from stochastic_depth.lab.options import RemovedDepthOptions
 from stochastic_depth.lab.pruning import (
     Pruned,
     Removed,
@@ -37,35 +38,6 @@ from stochastic_depth.lab.trained import Progress, TrainedNetwork, read_found, w
 from stochastic_depth.train.runtime import machine
 
 Order = Literal["last", "least needed"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured, and on how many images."""
-
-    points: int = 19
-    """How many numbers of removed blocks, evenly from none to all."""
-    choose_on: int = 500
-    """Validation images, evenly spread over their part, by which the least needed are found."""
-    recalibrate_on: int = 2000
-    """Training images, as training sees them, that BatchNorm is recalibrated on: the first
-    mini-batches of the first epoch, whole ones."""
-    batch: int = 128
-    """Images in a batch that is timed."""
-    repeats: int = 5
-    """Rounds of timing."""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("points", 2),
-            ("choose_on", 1),
-            ("recalibrate_on", 2),
-            ("batch", 1),
-            ("repeats", 2),
-        ):
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise ConfigError(f"{option}={getattr(self, name)}: it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +66,7 @@ class Curve:
 
 
 def measured_curves(
-    network: TrainedNetwork, settings: Settings, progress: Progress, again: bool = False
+    network: TrainedNetwork, settings: RemovedDepthOptions, progress: Progress, again: bool = False
 ) -> list[Curve]:
     """`curves`, written to the run's `analysis/depth.json`, or read where it was before.
 
@@ -123,7 +95,9 @@ def measured_curves(
     return measured
 
 
-def curves(network: TrainedNetwork, settings: Settings, progress: Progress) -> list[Curve]:
+def curves(
+    network: TrainedNetwork, settings: RemovedDepthOptions, progress: Progress
+) -> list[Curve]:
     """Both orders of removal, each as trained and with BatchNorm recalibrated."""
     blocks, images = len(network.handle.blocks), network.images
     orders: dict[Order, list[int]] = {
@@ -277,3 +251,55 @@ def _sentence(shown: list[Series], rows: list[Row]) -> str:
 
 def _mean(rows: list[Row], key: str) -> float:
     return statistics.fmean(row[key] for row in rows)
+
+
+def depth_table(order: Order, of_kinds: dict[str, list[list[Curve]]]) -> Table:
+    """Test errors as trained and recalibrated; of one kind, also parameters and time."""
+    alone = len(of_kinds) == 1
+    runs = sorted({len(of_kind) for of_kind in of_kinds.values()})
+    table = Table(
+        title=(
+            f"Test error, %, without the {order} blocks, {runs_text(*runs)}\n"
+            "as it is, and with the statistics of BatchNorm recalibrated"
+        ),
+        title_justify="left",
+    )
+    table.add_column("\nremoved", justify="right")
+    if alone:
+        table.add_column("\nparameters", justify="right")
+        table.add_column("ms an\nimage", justify="right")
+    for name in of_kinds:
+        for variant in ("as it is", "recal."):
+            table.add_column(f"{name}\n{variant}", justify="right")
+    removed = sorted({p.removed for kind in of_kinds.values() for p in kind[0][0].points})
+    for k in removed:
+        row = [f"{k}"]
+        for of_kind in of_kinds.values():
+            plain, again = (
+                _points_at(of_kind, order, recalibrated, k) for recalibrated in (False, True)
+            )
+            if alone:
+                row.append(f"{_spread(plain, lambda p: p.parameters).mean:,.0f}")
+                row.append(f"{_spread(plain, lambda p: 1000 * p.seconds_per_image).mean:.3g}")
+            row += [
+                plus_minus(_spread(points, lambda p: p.error)) if points else ""
+                for points in (plain, again)
+            ]
+        table.add_row(*row)
+    return table
+
+
+def _points_at(of_kind: list[list[Curve]], order: Order, recalibrated: bool, k: int) -> list[Point]:
+    """Of every run of a kind, the point at which `k` blocks are removed."""
+    return [
+        point
+        for curves in of_kind
+        for curve in curves
+        if (curve.order, curve.recalibrated) == (order, recalibrated)
+        for point in curve.points
+        if point.removed == k
+    ]
+
+
+def _spread(points: list[Point], figure: Callable[[Point], float]) -> Spread:
+    return Spread.of([figure(point) for point in points])

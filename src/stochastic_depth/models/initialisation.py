@@ -5,16 +5,13 @@ drawing random numbers; `initialise` then gives its modules memory on the CPU, a
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import nn
 
+from stochastic_depth.choices import Initialisation
 from stochastic_depth.randomness import generator
 from stochastic_depth.residual import Residual
-
-Initialisation = Literal["zero-gain", "he"]
-"""How a residual network starts: every block as its shortcut, or as in the original papers."""
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_depth.choices import Initialisation
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.models.initialisation import Initialisation, initialise
+from stochastic_depth.models.initialisation import initialise
 from stochastic_depth.residual import Residual
 
 CIFAR_WIDTHS = (16, 32, 64)

@@ -8,9 +8,10 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError, UnsupportedBlockError
-from stochastic_depth.gates import BlockGates, Closed, GateKind, Scale
-from stochastic_depth.handle import Block, Handle, SkippedPolicy, integer, owned_parameters
+from stochastic_depth.gates import BlockGates
+from stochastic_depth.handle import Block, Handle, integer, owned_parameters
 from stochastic_depth.hooks import ForwardHooks, batch_size
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.check import check, check_training, establish

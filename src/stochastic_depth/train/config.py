@@ -9,10 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from stochastic_depth.choices import Closed, GateKind, Initialisation, SkippedPolicy
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.gates import Closed, GateKind
-from stochastic_depth.handle import SkippedPolicy
-from stochastic_depth.models.initialisation import Initialisation
 from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Warmup
 
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]

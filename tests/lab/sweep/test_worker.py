@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_sweep import GRID, SMALL, trials
+from small_sweep import GRID, SMALL
 from test_fit import assert_same_end
 
 from stochastic_depth.errors import DataError, RunError
 from stochastic_depth.lab.sweep.folder import open_sweep
-from stochastic_depth.lab.sweep.workers import Queue, Workers, train_point, work
+from stochastic_depth.lab.sweep.workers import Workers, claim_next, train_point, work
 from stochastic_depth.train import DataConfig, Interrupted, OptimizerConfig, open_run
 
 KILLS = int(os.environ.get("STOCHASTIC_DEPTH_KILLS", "1"))
@@ -23,11 +23,9 @@ LONGER = replace(SMALL, epochs=8, evaluate_every=4)
 
 
 @pytest.fixture(scope="module")
-def preserve_state(tmp_path_factory):
-    """The same runs, trained one after the other without a queue."""
-    sweep = open_sweep(
-        tmp_path_factory.mktemp("sweep") / "preserve_state", "survival", GRID, LONGER
-    )
+def undisturbed(tmp_path_factory):
+    """The same runs, trained one after the other by nobody else."""
+    sweep = open_sweep(tmp_path_factory.mktemp("sweep") / "undisturbed", "survival", GRID, LONGER)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for point in GRID.points():
@@ -46,11 +44,11 @@ def begun(sweep):
     return {p: open_run(sweep.path(p)).id for p in points}
 
 
-def test_killed_workers_lose_nothing_and_nothing_is_trained_twice(tmp_path, preserve_state, url):
+def test_killed_workers_lose_nothing_and_nothing_is_trained_twice(tmp_path, undisturbed):
     sweep = open_sweep(tmp_path / "killed", "survival", GRID, LONGER)
     moments, alive = random.Random(0), multiprocessing.active_children
     with ExitStack() as workers:
-        workers.enter_context(Workers(sweep, url, count=2, threads=1))
+        workers.enter_context(Workers(sweep, count=2, threads=1))
         for kill in range(KILLS):
             while len(begun(sweep)) <= kill % 6 and len(finished(sweep)) < 6:
                 assert alive()
@@ -63,18 +61,18 @@ def test_killed_workers_lose_nothing_and_nothing_is_trained_twice(tmp_path, pres
                 os.kill(victim.pid, signal.SIGKILL)
                 victim.join()
             if kill + 1 < KILLS:
-                workers.enter_context(Workers(sweep, url, count=1, threads=1))
+                workers.enter_context(Workers(sweep, count=1, threads=1))
         while alive():
             time.sleep(0.1)
     assert len(finished(sweep)) == 6
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
     assert before.items() <= begun(sweep).items()
     for point in GRID.points():
-        assert_same_end(open_run(preserve_state.path(point)), open_run(sweep.path(point)))
-    assert Queue(sweep, url).take() is None
+        assert_same_end(open_run(undisturbed.path(point)), open_run(sweep.path(point)))
+    assert claim_next(sweep) is None
 
 
-def test_a_run_of_its_folder_alone_goes_on_with_the_threads_it_began_with(tmp_path, preserve_state):
+def test_a_run_of_its_folder_alone_goes_on_with_the_threads_it_began_with(tmp_path, undisturbed):
     sweep = open_sweep(tmp_path / "sweep", "survival", GRID, LONGER)
     point, threads = GRID.points()[1], torch.get_num_threads()
     looks = iter(range(10**6))
@@ -84,7 +82,7 @@ def test_a_run_of_its_folder_alone_goes_on_with_the_threads_it_began_with(tmp_pa
     torch.set_num_threads(2)
     train_point(sweep, point, lambda: None)
     torch.set_num_threads(threads)
-    assert_same_end(open_run(preserve_state.path(point)), open_run(sweep.path(point)))
+    assert_same_end(open_run(undisturbed.path(point)), open_run(sweep.path(point)))
 
 
 def test_a_folder_whose_process_was_killed_while_it_was_made_is_made_anew(sweep):
@@ -98,14 +96,13 @@ def test_a_run_that_diverges_fails_with_its_sentence_once_and_the_others_go_on(t
     grid = replace(GRID, seeds=(0,))
     config = replace(SMALL, optimizer=OptimizerConfig(learning_rate=1e30))
     sweep = open_sweep(tmp_path / "sweep", "survival", grid, config)
-    work(sweep, Queue(sweep), lambda: None)
+    work(sweep, lambda: None)
     for point in grid.points():
         assert "not finite at step" in sweep.failure(point)
         assert not sweep.done(point)
         described = sweep.path(point) / "config.json"
         os.utime(described, (0, 0))
-    work(sweep, Queue(sweep), lambda: None)
-    assert [trial.state.name for trial in trials(sweep)] == ["FAIL"] * 3
+    work(sweep, lambda: None)
     assert all((sweep.path(p) / "config.json").stat().st_mtime == 0 for p in grid.points())
 
 
@@ -113,9 +110,9 @@ def test_missing_data_stops_the_worker_and_fails_no_run(tmp_path):
     config = replace(SMALL, data=DataConfig(name="cifar10", root=tmp_path / "nowhere"))
     sweep = open_sweep(tmp_path / "sweep", "survival", GRID, config)
     with pytest.raises(DataError, match="nowhere"):
-        work(sweep, Queue(sweep), lambda: None)
+        work(sweep, lambda: None)
     assert not any(map(sweep.ended, GRID.points()))
-    assert Queue(sweep).take().point == GRID.points()[0]
+    assert claim_next(sweep).point == GRID.points()[0]
 
 
 def test_a_foreign_run_in_the_way_is_named(sweep, tmp_path):
@@ -128,16 +125,19 @@ def test_a_foreign_run_in_the_way_is_named(sweep, tmp_path):
         train_point(sweep, point, lambda: None)
 
 
-def test_the_record_holds_the_best_validation_error(sweep):
-    work(sweep, Queue(sweep), lambda: None)
-    for trial in trials(sweep):
-        records = open_run(sweep.folder / "runs" / trial.user_attrs["run"]).records()
-        assert trial.value == min(record.validation_error for record in records)
+def test_a_worker_that_was_killed_is_told_by_its_signal(tmp_path):
+    sweep = open_sweep(tmp_path / "sweep", "survival", GRID, replace(SMALL, epochs=1000))
+    with Workers(sweep, count=1, threads=1) as workers:
+        (victim,) = multiprocessing.active_children()
+        os.kill(victim.pid, signal.SIGKILL)
+        while workers.working():
+            pass
+        assert workers.killed() == [signal.SIGKILL]
 
 
 def test_a_worker_that_is_told_to_stop_leaves_a_checkpoint(tmp_path):
     sweep = open_sweep(tmp_path / "sweep", "survival", GRID, replace(SMALL, epochs=1000))
-    with Workers(sweep, None, count=1, threads=1) as workers:
+    with Workers(sweep, count=1, threads=1) as workers:
         while not begun(sweep):
             assert workers.working()
     (point,) = begun(sweep)

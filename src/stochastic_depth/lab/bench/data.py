@@ -1,21 +1,38 @@
 """What data cost: their share of a training step, and how fast pictures are decoded."""
 
 import itertools
+import os
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from stochastic_depth.data import Batches, DataSet, Images, TensorBatches, batches
 from stochastic_depth.data.batching import Batch, epoch_order
 from stochastic_depth.data.folder_batches import FolderBatches
 from stochastic_depth.extras import require
+from stochastic_depth.lab.bench.results import bench_table, milliseconds, shown, table_of, timings
+from stochastic_depth.lab.options import DataOptions, PicturesOptions
 from stochastic_depth.randomness import generator
+from stochastic_depth.recipes import RECIPES
 from stochastic_depth.timing import Timing, take_turns
-from stochastic_depth.train.config import Config
+from stochastic_depth.train.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SurvivalConfig,
+)
 from stochastic_depth.train.runtime import Execution
 from stochastic_depth.train.training import Training
 
@@ -179,3 +196,116 @@ def taken(
 
         steps[name] = step
     return take_turns(steps, repeats, warmup=1)
+
+
+def bench_data(options: DataOptions, execution: Execution, console: Console) -> dict[str, Any]:
+    """Time the order of an epoch, a batch, and training steps on batches."""
+    data = DataConfig("cifar10", options.root)
+    model, optimizer = ModelConfig(depth=options.depth), OptimizerConfig(batch=options.batch)
+    constant = Config(
+        data=data, model=model, survival=SurvivalConfig("constant"), optimizer=optimizer
+    )
+    configs = {
+        "step, constant depth": constant,
+        "step, p_L = 0.5": replace(constant, survival=SurvivalConfig("linear", 0.5)),
+    }
+    with console.status("reading the images"):
+        images = augmented(constant, execution)
+    steps = data_and_steps(configs, images, execution)
+    rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
+    timed = timings(rounds)
+    title = f"ResNet-{options.depth}, batch {options.batch}, {images.name} images"
+    console.print(
+        table_of(title, execution, {n: t for n, t in timed.items() if n != ORDER}, options.batch),
+        f"{ORDER}: {milliseconds(timed[ORDER].median)} ms, once in {images.steps_per_epoch} steps",
+    )
+    shares = data_shares(rounds, images.steps_per_epoch)
+    for name, share in shares.items():
+        low, high = share.quartiles
+        console.print(
+            f"data are {100 * share.median:.2f} % of a {name} "
+            f"(quartiles {100 * low:.2f} to {100 * high:.2f})",
+        )
+    return {
+        "images": images.name,
+        "steps_per_epoch": images.steps_per_epoch,
+        "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
+        "data_share": {name: share.median for name, share in shares.items()},
+        "data_share_quartiles": {name: share.quartiles for name, share in shares.items()},
+    }
+
+
+def bench_pictures(
+    options: PicturesOptions, execution: Execution, console: Console
+) -> dict[str, Any]:
+    with ExitStack() as stack:
+        root = options.root
+        if root is None:
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            with console.status("writing pictures"):
+                write_tree(root, options.pictures)
+        return _measured_pictures(options, root, execution, console)
+
+
+def _measured_pictures(
+    options: PicturesOptions, root: Path, execution: Execution, console: Console
+) -> dict[str, Any]:
+    images = FolderBatches(
+        root,
+        batch=options.batch,
+        seed=0,
+        device=execution.device,
+        workers=0,
+        channels_last=True,
+        train=options.pictures,
+    )
+    recipe = RECIPES["imagenet-resnet152"]()
+    stochastic = replace(
+        recipe,
+        model=ModelConfig("imagenet-resnet", options.depth),
+        optimizer=replace(recipe.optimizer, batch=options.batch),
+    )
+    configs = {
+        "constant depth": replace(stochastic, survival=SurvivalConfig("constant")),
+        "p_L = 0.5": stochastic,
+    }
+    rates = list(shown(decoded(images, options.workers, options.repeats), options.repeats, console))
+    steps = shown(
+        taken(configs, images, execution, options.repeats), options.repeats, console, "training"
+    )
+    takes = {name: options.batch / t.median for name, t in timings(list(steps)).items()}
+    by_workers = dict(zip(options.workers, zip(*rates, strict=True), strict=True))
+    cores = (
+        execution.threads if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
+    )
+    console.print(_pictures_table(execution, by_workers, takes))
+    console.print(
+        f"{cores} core(s) for decoding and training; ResNet-{options.depth} takes "
+        + ", ".join(f"{rate:,.1f} a second at {name}" for name, rate in takes.items()),
+    )
+    return {
+        "cores": cores,
+        "load": os.getloadavg()[0],
+        "file_bytes": statistics.fmean(p.stat().st_size for p in root.glob("train/*/*")),
+        "decoded_per_second": by_workers,
+        "taken_per_second": takes,
+    }
+
+
+def _pictures_table(
+    execution: Execution, by_workers: dict[int, tuple[float, ...]], takes: dict[str, float]
+) -> Table:
+    columns = ["median\npictures/s", "quartiles\npictures/s"]
+    columns += [f"of what is taken\nat {name}" for name in takes]
+    title = "decoded, cut and scaled to 224 x 224"
+    table = bench_table(title, execution, "workers", *columns)
+    for workers, rates in by_workers.items():
+        rate = Timing(rates)
+        (low, high), median = rate.quartiles, rate.median
+        table.add_row(
+            str(workers),
+            f"{median:,.0f}",
+            f"{low:,.0f}-{high:,.0f}",
+            *(f"{median / rate:,.1f} x" for rate in takes.values()),
+        )
+    return table

@@ -7,15 +7,24 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.extras import require
+from stochastic_depth.files import write_whole
+from stochastic_depth.lab.bench.results import bench_table, shown, timings
 from stochastic_depth.lab.bench.workload import Step, Workload
+from stochastic_depth.lab.options import DepthOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.survival import LinearDecay
+from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.train.runtime import Execution
 
 KINDS = ("constant", "stochastic")
 FINAL = 0.5
@@ -124,3 +133,94 @@ def _peak_resident() -> int:
 def _of_status(field: str) -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
+
+
+def bench_depth(options: DepthOptions, execution: Execution, console: Console) -> dict[str, Any]:
+    """Measure time and memory at every depth, and fit a line to each."""
+    depths = depths_up_to(options.deepest)
+    if options.plot is not None:
+        require("altair", "report")  # before hours of measuring
+        require("vl_convert", "report")
+    workload = Workload(options.batch, options.size, 3, execution)
+    alternatives = [(kind, depth) for depth in depths for kind in KINDS]
+    # The memory first: beside its processes there is nothing yet.
+    peaks = {
+        (kind, depth): peak_memory(depth, kind, workload)
+        for kind, depth in shown(alternatives, len(alternatives), console, "memory")
+    }
+    steps = {f"{k} {d}": step for (k, d), step in training_steps(depths, workload).items()}
+    rounds = list(shown(take_turns(steps, options.repeats, 2), options.repeats, console))
+    timed = timings(rounds)
+    seconds = {
+        kind: [_an_image(timed[f"{kind} {depth}"], options.batch) for depth in depths]
+        for kind in KINDS
+    }
+    memory = {kind: [peaks[kind, depth] / options.batch for depth in depths] for kind in KINDS}
+    lines = {
+        "seconds": {k: fitted_line(depths, [t.median for t in seconds[k]]) for k in KINDS},
+        "memory": {kind: fitted_line(depths, memory[kind]) for kind in KINDS},
+    }
+    title = f"CIFAR ResNets, batch {options.batch} of {options.size}x{options.size}, p_L = {FINAL}"
+    console.print(_depth_table(title, execution, depths, seconds, memory))
+    for kind in KINDS:
+        time, space = lines["seconds"][kind], lines["memory"][kind]
+        console.print(
+            f"{kind}: {_line(time, 1e3)} ms, R² {time.r_squared:.4f}; "
+            f"{_line(space, 2**-20)} MiB, R² {space.r_squared:.4f}",
+        )
+    console.print(
+        "all for an image, 1 / batch of a step: time, median and quartiles; peak memory,\n"
+        "weights and all, each in a process of its own; lines by least squares",
+    )
+    result = {
+        "depths": depths,
+        "seconds_per_image": {k: [list(t.seconds) for t in seconds[k]] for k in KINDS},
+        "bytes_per_image": memory,
+        "lines": {
+            what: {kind: asdict(line) for kind, line in of_kind.items()}
+            for what, of_kind in lines.items()
+        },
+    }
+    if options.plot is not None:
+        _draw(options.plot, title, result)
+    return result
+
+
+def _draw(path: Path, title: str, result: dict[str, Any]) -> None:
+    from stochastic_depth.lab.bench.depth_chart import depth_cost
+    from stochastic_depth.lab.drawing import file_png
+
+    write_whole(path, file_png(title, depth_cost(result)))
+
+
+def _an_image(timing: Timing, batch: int) -> Timing:
+    return Timing(tuple(seconds / batch for seconds in timing.seconds))
+
+
+def _depth_table(
+    title: str,
+    execution: Execution,
+    depths: Sequence[int],
+    seconds: dict[str, list[Timing]],
+    memory: dict[str, list[float]],
+) -> Table:
+    """Milliseconds (median and quartiles) and MiB an image, by depth and kind."""
+    columns = [f"{kind}\n{unit}" for unit in ("ms", "MiB") for kind in KINDS]
+    table = bench_table(title, execution, "\nd", *columns)
+    for n, depth in enumerate(depths):
+        table.add_row(
+            str(depth),
+            *(_spread(seconds[kind][n]) for kind in KINDS),
+            *(f"{memory[kind][n] / 2**20:,.2f}" for kind in KINDS),
+        )
+    return table
+
+
+def _spread(timing: Timing) -> str:
+    values = (1e3 * seconds for seconds in (timing.median, *timing.quartiles))
+    return "{} ({}-{})".format(*(f"{v:.{2 if v < 10 else 1}f}" for v in values))
+
+
+def _line(line: Line, unit: float) -> str:
+    sign = "-" if line.intercept < 0 else "+"
+    return f"{unit * line.slope:.4g} d {sign} {abs(unit * line.intercept):.3g}"

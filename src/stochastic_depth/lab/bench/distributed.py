@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
@@ -20,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.distributed import shard_branches, skip_closed
+from stochastic_depth.lab.bench.results import bench_table
+from stochastic_depth.lab.options import DistributedOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.randomness import generator
 from stochastic_depth.residual import Residual
@@ -28,6 +34,7 @@ from stochastic_depth.survival import LinearDecay, Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
+from stochastic_depth.train.runtime import Execution
 
 
 class Collectives(TorchDispatchMode):
@@ -193,3 +200,49 @@ class _Step:
             gates = self._depth.gates.tolist()
             closed = sum(n for n, is_open in zip(self._sizes, gates, strict=True) if not is_open)
             yield collectives.bytes, collectives.calls, 1 - closed / self._whole
+
+
+def bench_distributed(
+    options: DistributedOptions, execution: Execution, console: Console
+) -> dict[str, Any]:
+    """Measure every way of training in several processes, at constant depth and at p_L = 0.5."""
+    execution = replace(execution, precision="float32", engine="eager", engine_because="DDP, FSDP2")
+    threads = max(1, (os.cpu_count() or 1) // max(options.ranks))
+    results: dict[str, Any] = {}
+    for ranks in options.ranks:
+        with console.status(f"{ranks} processes"):
+            sent = measure(
+                ranks, options.depth, options.batch, options.size, options.repeats, threads
+            )
+        console.print(_sent_table(options, execution, ranks, sent))
+        results[str(ranks)] = {
+            way: {name: asdict(of_depth) for name, of_depth in of_way.items()}
+            for way, of_way in sent.items()
+        }
+    console.print(
+        f"each cell: constant depth, p_L = 0.5, and their ratio; float32, eager, {threads} "
+        "thread(s) a process\nsent: by each process in a step; open: of the parameters, those "
+        "in no closed block",
+    )
+    return {"threads": threads, "ranks": results}
+
+
+def _sent_table(
+    options: DistributedOptions, execution: Execution, ranks: int, sent: dict[str, dict[str, Sent]]
+) -> Table:
+    title = f"ResNet-{options.depth}, {ranks} processes, {options.batch} images a step"
+    columns = ("sent\nMiB", "collectives", "median\nms", "open")
+    table = bench_table(title, execution, "", *columns)
+    for way, of_way in sent.items():
+        constant, stochastic = (of_way[name] for name in DEPTHS)
+        pairs = [
+            (constant.bytes / 2**20, stochastic.bytes / 2**20, "{:.2f}"),
+            (constant.calls, stochastic.calls, "{:.0f}"),
+            (*(1e3 * statistics.median(s.seconds) for s in (constant, stochastic)), "{:.0f}"),
+        ]
+        cells = [
+            f"{form.format(before)} {form.format(after)}\n{after / before:.3f}"
+            for before, after, form in pairs
+        ]
+        table.add_row(way, *cells, f"{stochastic.open_share:.3f}")
+    return table

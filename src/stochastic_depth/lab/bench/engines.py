@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -10,14 +11,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from stochastic_depth.engine import Program
 from stochastic_depth.engine.library import missing
 from stochastic_depth.engine.pieces import Block
+from stochastic_depth.lab.bench.results import bench_table, milliseconds, shown, timings
 from stochastic_depth.lab.bench.workload import EngineStep, Step, Workload
+from stochastic_depth.lab.options import EnginesOptions, ProfileOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.survival import Survival, Uniform
+from stochastic_depth.timing import take_turns
 from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.engine_choice import EngineName, KernelsName
@@ -153,3 +159,98 @@ def pieces(depth: int, workload: Workload) -> tuple[Timed, Step]:
         timed,
     )
     return timed, lambda: program.step(images, labels)
+
+
+def bench_engines(
+    options: EnginesOptions, execution: Execution, console: Console
+) -> dict[str, Any]:
+    """Time every design that this machine can run, with all blocks active and with fewer."""
+    workload = Workload(options.batch, options.size, 3, execution)
+    names, absent = designs(execution)
+    built = shown(
+        engine_steps(options.depth, workload, names), len(names) * len(SHARES), console, "building"
+    )
+    steps = {f"{name} {100 * share:.0f} %": step for name, share, step in built}
+    rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
+    timed = timings(rounds)
+    console.print(_engines_table(options, execution, list(names), timed))
+    console.print("milliseconds of a step, median and quartiles, by the share of active blocks")
+    for name, reason in absent.items():
+        console.print(f"{name}: {reason}")
+    return {
+        "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
+        "missing": absent,
+    }
+
+
+def _engines_table(
+    options: EnginesOptions, execution: Execution, names: list[str], timed: dict[str, Any]
+) -> Table:
+    title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
+    shares = [f"{100 * share:.0f} %" for share in SHARES]
+    table = bench_table(title, execution, "", *shares, "images/s\nat 100 %")
+    for name in names:
+        of_name = [timed[f"{name} {share}"] for share in shares]
+        table.add_row(
+            name,
+            *("{}\n{}-{}".format(*map(milliseconds, (t.median, *t.quartiles))) for t in of_name),
+            f"{options.batch / of_name[0].median:,.0f}",
+        )
+    return table
+
+
+SHOWN = 15
+"""Operators in the table; the file has all."""
+
+
+def bench_profile(
+    options: ProfileOptions, execution: Execution, console: Console
+) -> dict[str, Any]:
+    """Show where the time of a step goes, by operator and by piece of the block program."""
+    workload = Workload(options.batch, options.size, 3, execution)
+    by_operator = operators(workload.step(CifarResNet(options.depth)), steps=3)
+    console.print(_operators_table(options, execution, by_operator))
+    result: dict[str, Any] = {"operators": by_operator}
+    if execution.engine == "graphs":
+        result["pieces"] = _timed_pieces(options, workload, console)
+    return result
+
+
+def _operators_table(
+    options: ProfileOptions, execution: Execution, seconds: dict[str, float]
+) -> Table:
+    whole = sum(seconds.values())
+    title = f"ResNet-{options.depth} by autograd, {1e3 * whole:,.0f} ms a step"
+    table = bench_table(title, execution, "operator", "ms", "share")
+    for name, of_operator in list(seconds.items())[:SHOWN]:
+        table.add_row(name, f"{1e3 * of_operator:.2f}", f"{100 * of_operator / whole:.1f} %")
+    return table
+
+
+def _timed_pieces(options: ProfileOptions, workload: Workload, console: Console) -> dict[str, Any]:
+    timed, step = pieces(options.depth, workload)
+    for _ in range(3):
+        step()
+    timed.seconds.clear()
+    whole, inside = [], [0.0]
+    for _ in shown(range(options.repeats), options.repeats, console):
+        began = time.perf_counter()
+        step()
+        whole.append(time.perf_counter() - began)
+        inside.append(sum(map(sum, timed.seconds.values())))
+    between = [
+        step - (after - before)
+        for step, (before, after) in zip(whole, itertools.pairwise(inside), strict=True)
+    ]
+    kernels, step_ms = workload.execution.kernels, 1e3 * statistics.median(whole)
+    title = f"ResNet-{options.depth} by block program, {kernels} kernels, {step_ms:,.0f} ms a step"
+    table = bench_table(title, workload.execution, "piece", "median, ms", "in a step")
+    result = {}
+    for name, seconds in timed.seconds.items():
+        count = len(seconds) // options.repeats
+        result[name] = {"count": count, "seconds": statistics.median(seconds)}
+        table.add_row(name, f"{1e3 * result[name]['seconds']:.2f}", f"{count}")
+    rest = statistics.median(between)
+    table.add_row("cast, update, gates", f"{1e3 * rest:.2f}", "1")
+    console.print(table)
+    return {"step": statistics.median(whole), "rest": rest, **result}

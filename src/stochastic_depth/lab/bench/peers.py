@@ -1,26 +1,33 @@
 """The same network as others train it."""
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import nn
 
+from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, ConfigError, MissingExtraError
-from stochastic_depth.gates import GateKind
+from stochastic_depth.lab.bench.results import MEMORY, shown, table_of, timings
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
     Step,
     Workload,
     copy_weights,
+    step_memory,
     training_step,
 )
+from stochastic_depth.lab.options import PeersOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform, survival_probabilities
+from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Execution
 
 CONSTANT = "constant depth"
@@ -205,3 +212,47 @@ def peers(
             return timm_peers("convnext_tiny", rate, workload), {}
         case "x-transformer":
             return x_transformer_peers(rate, batch, size, execution)
+
+
+def bench_peers(options: PeersOptions, execution: Execution, console: Console) -> dict[str, Any]:
+    """Time a network as this library and as others train it, and the memory of each."""
+    network = NETWORKS[options.network]
+    rate = network.rate if options.rate is None else options.rate
+    batch, size = options.batch or network.batch, options.size or network.size
+    with console.status(f"building {options.network}"):
+        steps, missing = peers(options.network, options.depth, rate, batch, size, execution)
+    rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
+    timed = timings(rounds)
+    with console.status("memory"):
+        memory = {name: step_memory(step, execution.device) for name, step in steps.items()}
+    count = batch * (size if network.unit == "tokens" else 1)
+    ours = OURS if OURS in timed else None
+    of_depth = f"-{options.depth}" if options.network == "cifar-resnet" else ""
+    title = f"{options.network}{of_depth}, drop rate {rate:g}, batch {batch}, size {size}"
+    console.print(table_of(title, execution, timed, count, network.unit, memory, ours))
+    console.print(f"memory: {MEMORY}")
+    for name, reason in missing.items():
+        console.print(f"{name}: {reason}")
+    means = {name: statistics.fmean(timing.seconds) for name, timing in timed.items()}
+    return {
+        "batch": batch,
+        "size": size,
+        "rate": rate,
+        "libraries": {name: _version(name) for name in network.libraries},
+        "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
+        f"{network.unit}_per_second": {name: count / mean for name, mean in means.items()},
+        "memory_bytes": memory,
+        "memory": MEMORY,
+        "ours_is_faster_by": {
+            name: mean / means[ours] for name, mean in means.items() if ours and name != ours
+        },
+        "constant": CONSTANT,
+        "missing": missing,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

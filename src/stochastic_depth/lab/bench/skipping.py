@@ -3,13 +3,16 @@
 import statistics
 import timeit
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.bench.engines import active_share
+from stochastic_depth.lab.bench.results import bench_table, shown, table_of, timings
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
     Step,
@@ -17,10 +20,12 @@ from stochastic_depth.lab.bench.workload import (
     copy_weights,
     saved_for_backward,
 )
+from stochastic_depth.lab.options import OverheadOptions, SkipOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import apply, summary
 from stochastic_depth.survival import LinearDecay, Survival, Uniform
-from stochastic_depth.timing import take_turns
+from stochastic_depth.timing import paired_ratio, take_turns
+from stochastic_depth.train.runtime import Execution
 
 CONSTANT = "constant depth"
 
@@ -155,3 +160,70 @@ def closed_unit_seconds(units: int = 100, passes: int = 10, repeats: int = 100) 
         for model in (closed, nothing)
     ]
     return (best[0] - best[1]) / (units * passes)
+
+
+def overhead(options: OverheadOptions, execution: Execution, console: Console) -> dict[str, Any]:
+    """Time the library with all gates open against the same network written without it."""
+    steps = overhead_steps(options.depth, Workload(options.batch, options.size, 3, execution))
+    rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
+    timed = timings(rounds)
+    title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
+    console.print(table_of(title, execution, timed, options.batch))
+    without, applied = NETWORKS
+    ratio = timed[applied].median / timed[without].median
+    paired = paired_ratio(rounds, applied, without)
+    low, high = paired.quartiles
+    console.print(
+        f"cost of the library: {100 * (ratio - 1):+.2f} % by medians; round by round "
+        f"{100 * (paired.median - 1):+.2f} % ({100 * (low - 1):+.2f} to "
+        f"{100 * (high - 1):+.2f})",
+    )
+    closed = closed_unit_seconds()
+    console.print(
+        f"a closed unit of a foreign model: {1e6 * closed:.2f} microseconds a forward pass",
+    )
+    return {
+        "ratio_of_medians": ratio,
+        "median_of_ratios": paired.median,
+        "closed_unit_seconds": closed,
+        "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
+    }
+
+
+def skip(options: SkipOptions, execution: Execution, console: Console) -> dict[str, Any]:
+    """Time constant depth, two p_L and fixed shares of the blocks, in turns."""
+    bench = Skip(options.depth, Workload(options.batch, options.size, 3, execution))
+    rounds = list(shown(bench.rounds(options.repeats), options.repeats, console))
+    title = f"Training steps of ResNet-{options.depth}, batch {options.batch}"
+    columns = ("median", "time", "FLOPs", "efficiency", "kept", "blocks")
+    table = bench_table(title, execution, "", *columns)
+    rows: dict[str, Any] = {}
+    for name, result in skippings(rounds).items():
+        kept, active = bench.memory(name, 3)
+        efficiencies = result.efficiencies
+        quartiles = (
+            statistics.quantiles(efficiencies, n=4, method="inclusive")
+            if len(efficiencies) > 1
+            else None
+        )
+        rows[name] = {
+            **asdict(result),
+            "efficiency_quartiles": quartiles,
+            "kept_for_backward": kept,
+            "active_blocks": active,
+        }
+        table.add_row(
+            name,
+            f"{1e3 * statistics.median(result.seconds):.1f} ms",
+            f"{statistics.median(result.relative):.3f}",
+            f"{statistics.mean(result.active):.3f}",
+            "{1:.2f} ({0:.2f}-{2:.2f})".format(*quartiles) if quartiles else "",
+            f"{kept:.3f}",
+            f"{active:.3f}",
+        )
+    console.print(table)
+    console.print(
+        "time, FLOPs, bytes kept for backward, active blocks: of constant depth's\n"
+        "efficiency: time saved over FLOPs saved, median and quartiles of the rounds",
+    )
+    return {"alternatives": rows}

@@ -3,19 +3,23 @@
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
+from stochastic_depth.lab.bench.results import bench_table, shown
 from stochastic_depth.lab.bench.workload import Step, Workload, copy_weights, saved_for_backward
+from stochastic_depth.lab.options import SteadyOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import library
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform
+from stochastic_depth.train.runtime import Execution
 
 CONSTANT, INDEPENDENT, BALANCED = "constant depth", "independent gates", "balanced gates"
 
@@ -120,3 +124,42 @@ def _built(network: str, depth: int, workload: Workload) -> nn.Module:
         options["img_size"] = workload.size
     with torch.random.fork_rng():
         return library("timm").create_model(network, **options)
+
+
+def bench_steady(options: SteadyOptions, execution: Execution, console: Console) -> dict[str, Any]:
+    """Take steps under independent and balanced gates, and compare their evenness."""
+    workload = Workload(options.batch, options.size, 3, execution)
+    bench = Steady(options.network, options.depth, options.final, workload)
+    found = steadiness(list(shown(bench.rounds(options.repeats), options.repeats, console)))
+    seconds = statistics.median(found[CONSTANT].seconds)
+    kept = statistics.fmean(found[CONSTANT].kept)
+    columns = ("median", "spread", "mean bytes", "peak bytes", "peak/mean", "batch")
+    title = f"{options.repeats} training steps, batch {options.batch}"
+    table = bench_table(title, execution, "", *columns)
+    rows: dict[str, Any] = {}
+    for name, result in found.items():
+        largest = result.largest_batch(options.batch, options.limit)
+        rows[name] = {
+            **asdict(result),
+            "relative_median": statistics.median(result.seconds) / seconds,
+            "spread": result.spread,
+            "mean_kept": statistics.fmean(result.kept) / kept,
+            "peak_kept": max(result.kept) / kept,
+            "peak_over_mean": result.peak_over_mean,
+            "largest_batch": largest,
+        }
+        table.add_row(
+            name,
+            f"{rows[name]['relative_median']:.3f}",
+            f"{100 * result.spread:.1f} %",
+            f"{rows[name]['mean_kept']:.3f}",
+            f"{rows[name]['peak_kept']:.3f}",
+            f"{result.peak_over_mean:.3f}",
+            f"{largest:,}",
+        )
+    console.print(table)
+    console.print(
+        "median, bytes kept for backward: of constant depth's; spread: deviation over mean of "
+        f"the\nseconds; batch: the largest that keeps at most {options.limit:,} bytes in any step"
+    )
+    return {"alternatives": rows}

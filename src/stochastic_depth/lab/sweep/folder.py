@@ -1,7 +1,6 @@
 """A sweep: a grid of runs in one folder, `sweep.json` and an ordinary run folder for each point."""
 
 import json
-import uuid
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -113,7 +112,7 @@ class Grid:
 
 
 FORMAT = 1
-OURS = {"sweep.json", "lock", "runs", "claims", "queue.jsonl"}
+OURS = {"sweep.json", "lock", "runs", "claims"}
 Kind = Literal["survival", "depth", "gates"]
 
 
@@ -125,8 +124,6 @@ class Sweep:
     kind: Kind
     grid: Grid
     config: Config
-    study: str
-    """Its name in the queue, where others may have theirs."""
 
     def path(self, point: Point) -> Path:
         """Its run folder."""
@@ -176,15 +173,13 @@ def open_sweep(folder: Path, kind: Kind, grid: Grid, config: Config) -> Sweep:
     _make(folder)
     with FileLock(folder / "lock"):
         if not is_there(described):
-            study = f"{kind}-{config.recipe}-{uuid.uuid4().hex[:12]}"
-            content = json.dumps({**wanted, "study": study}, indent=1)
-            write_whole(described, content.encode() + b"\n")
+            write_whole(described, json.dumps(wanted, indent=1).encode() + b"\n")
     found = _read(described)
     for name, value in wanted.items():
         if found.get(name) != value:
             difference = _difference(name, found.get(name), value)
             raise RunError(f"{folder} holds another sweep: {difference}; choose another --out")
-    return Sweep(folder, kind, grid, config, found["study"])
+    return Sweep(folder, kind, grid, config)
 
 
 def _make(folder: Path) -> None:
@@ -206,8 +201,8 @@ def _make(folder: Path) -> None:
 def _read(described: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_file(described, SMALL))
-        if not isinstance(found["study"], str):
-            raise TypeError("its study has no name")
+        if not isinstance(found, dict):
+            raise TypeError("it holds no object")
         return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{described} cannot be understood: {error}") from error

@@ -1,235 +1,96 @@
-"""Workers: processes that train one run after the other until the sweep has none left."""
+"""Workers: processes that train one run after the other until the sweep has none left.
 
-import os
+A worker holds a lock of its own on the point that it trains, its claim. What has ended is read from
+the run folders alone. The system drops the locks of a process that dies, however it dies, so the
+next worker that asks takes over its point, from its last checkpoint. Nothing else is shared but the
+folder: on one machine or on many, no queue has to be kept in step with it.
+"""
+
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from filelock import FileLock, Timeout
 
 from stochastic_depth.data import Batches
-from stochastic_depth.errors import ConfigError, DivergedError, RunError, StochasticDepthError
-from stochastic_depth.extras import require
-from stochastic_depth.files import is_there, require_writable
+from stochastic_depth.errors import DivergedError, RunError, StochasticDepthError
+from stochastic_depth.files import is_there, reason, require_writable
 from stochastic_depth.lab.sweep.folder import Point, Sweep
-from stochastic_depth.train import Interrupted, Record, Run, begin, best_record, fit, reopen
+from stochastic_depth.terminal import visible
+from stochastic_depth.train import Interrupted, Record, Run, begin, fit, reopen
 from stochastic_depth.train.fit import StopSignals
 from stochastic_depth.train.training import Training
 
-SERVER = "postgresql://"
-
-
-def open_storage(journal: Path, lock: FileLock, url: str | None) -> Any:
-    """Optuna's storage.
-
-    Args:
-        journal: the file, where no `url` is given.
-        lock: held by whoever writes the journal.
-        url: postgresql://user:password@host/database.
-
-    Raises:
-        ConfigError: when `url` is not of a PostgreSQL server.
-        MissingExtraError: Optuna or psycopg is not installed.
-        RunError: when the server cannot be reached.
-    """
-    optuna = require("optuna", "sweep")
-    if url is None:
-        # Optuna's own lock outlives a killed process by its grace period of 30 s.
-        backend = optuna.storages.journal.JournalFileBackend(str(journal), lock_obj=lock)
-        return optuna.storages.JournalStorage(backend)
-    if not url.startswith(SERVER):
-        raise ConfigError(f"the queue's storage is {url!r}: it must begin with {SERVER}")
-    require("psycopg", "sweep")
-    # A connection for each look: between two of them, a server may be started anew.
-    unpooled = {"poolclass": require("sqlalchemy", "sweep").NullPool}
-    with storage_told(journal):
-        return optuna.storages.RDBStorage(
-            url.replace(SERVER, "postgresql+psycopg://", 1), engine_kwargs=unpooled
-        )
-
-
-@contextmanager
-def storage_told(journal: Path) -> Iterator[None]:
-    """Errors of the storage as one sentence, without the password in the URL."""
-    optuna, sqlalchemy = require("optuna", "sweep"), require("sqlalchemy", "sweep")
-    try:
-        yield
-    except StochasticDepthError:
-        raise
-    except (ValueError, KeyError) as error:  # from a journal that is none
-        raise RunError(
-            f"{journal} is damaged ({error}): delete it, it is made anew from the run folders"
-        ) from error
-    except (
-        optuna.exceptions.StorageInternalError,
-        sqlalchemy.exc.SQLAlchemyError,
-        OSError,
-    ) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise RunError(f"the queue of the sweep cannot be used: {reason}") from error
-
-
-def drop_unfinished_line(journal: Path) -> None:
-    """Cut off what a process that was killed while it wrote has left; others may not be writing."""
-    if not journal.exists():
-        return
-    with journal.open("rb+") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            os.truncate(journal, content.rfind(b"\n") + 1)
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to train a point, until `lock` is released or this process dies."""
+    """The right to train a point, until it is released or this process dies."""
 
     point: Point
-    number: int
-    """Of its trial."""
     lock: FileLock
 
+    def release(self) -> None:
+        self.lock.release()
 
-class Queue:
-    """The trials of a sweep.
 
-    Args:
-        url: of a PostgreSQL server; None: a file in the sweep's folder.
+def claim_next(sweep: Sweep) -> Claim | None:
+    """The first point of the grid that has not ended and that nobody trains; None if there is none.
 
     Raises:
-        ConfigError, MissingExtraError, RunError: as `open_storage`.
+        RunError: when the folder of the claims cannot be written.
     """
-
-    def __init__(self, sweep: Sweep, url: str | None = None) -> None:
-        self._optuna = require("optuna", "sweep")
-        self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
-        self._sweep = sweep
-        self._points = {point.name: point for point in sweep.grid.points()}
-        self._lock = FileLock(sweep.folder / "lock")
-        self._journal = sweep.folder / "queue.jsonl"
-        with self._alone():
-            self._study = self._optuna.create_study(
-                storage=open_storage(self._journal, self._lock, url),
-                study_name=sweep.study,
-                load_if_exists=True,
-            )
-
-    def take(self) -> Claim | None:
-        """A point that nobody trains; None while every one has ended or is being trained.
-
-        Raises:
-            RunError: when the storage cannot be used.
-        """
-        with self._alone():
-            self._fill()
-            states = self._optuna.trial.TrialState
-            for trial in self._trials(states.RUNNING):
-                claim = self._claim(trial)
-                if claim is not None:
-                    return claim
-            if self._trials(states.WAITING):
-                return self._claim(self._study.ask())
-            return None
-
-    def end(self, claim: Claim) -> None:
-        """Record what the run of `claim` came to: its best validation error, or that it failed.
-
-        Raises:
-            RunError: when the storage cannot be used.
-        """
-        told: dict[str, Any] = {"state": self._optuna.trial.TrialState.FAIL}
-        if self._sweep.done(claim.point):
-            told = {"values": best_record(self._sweep.records(claim.point)).validation_error}
-        with self._alone():
-            self._study.tell(claim.number, **told)
-
-    def running(self) -> list[Point]:
-        """The points under way, or left by a worker that is gone.
-
-        Raises:
-            RunError: when the storage cannot be used.
-        """
-        with storage_told(self._journal):
-            trials = self._trials(self._optuna.trial.TrialState.RUNNING)
-        points = [self._points[trial.user_attrs["run"]] for trial in trials]
-        return [point for point in points if not self._sweep.ended(point)]
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._lock, storage_told(self._journal):
-            require_writable(self._journal)
-            drop_unfinished_line(self._journal)
-            yield
-
-    def _trials(self, *states: Any) -> list[Any]:
-        return self._study.get_trials(deepcopy=False, states=states)
-
-    def _fill(self) -> None:
-        """A trial for each point that has none, or whose run folder was taken away."""
-        known = {
-            trial.user_attrs["run"]
-            for trial in self._study.get_trials(deepcopy=False)
-            if not trial.state.is_finished()
-            or self._sweep.ended(self._points[trial.user_attrs["run"]])
-        }
-        for point in self._points.values():
-            if point.name not in known:
-                self._study.add_trial(self._waiting(point))
-
-    def _waiting(self, point: Point) -> Any:
-        grid = self._sweep.grid
-        choices: dict[str, tuple] = {"depth": grid.depths, "seed": grid.seeds}
-        if grid.gatings:
-            choices["gating"] = grid.gatings
-        else:
-            choices["rule"] = grid.rules
-        if point.survival is not None:
-            choices["survival"] = grid.survival
-        return self._optuna.trial.create_trial(
-            state=self._optuna.trial.TrialState.WAITING,
-            params={name: getattr(point, name) for name in choices},
-            distributions={
-                name: self._optuna.distributions.CategoricalDistribution(values)
-                for name, values in choices.items()
-            },
-            user_attrs={"run": point.name},
-        )
-
-    def _claim(self, trial: Any) -> Claim | None:
-        point = self._points[trial.user_attrs["run"]]
-        path = self._sweep.folder / "claims" / point.name
-        require_writable(path, inside=2)
+    for point in sweep.grid.points():
+        if sweep.ended(point):
+            continue
+        path = _claim_file(sweep, point)
         lock = FileLock(path, timeout=0)
         try:
+            require_writable(path, inside=2)
             lock.acquire()
         except Timeout:
-            return None
-        return Claim(point, trial.number, lock)
+            continue
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {reason(error)}") from error
+        if not sweep.ended(point):
+            return Claim(point, lock)
+        lock.release()  # somebody ended it after the first look
+    return None
 
 
-SECONDS_BETWEEN_LOOKS = 0.5
+def claimed(sweep: Sweep) -> list[Point]:
+    """The points under way, or left by a worker that is gone."""
+    return [
+        point
+        for point in sweep.grid.points()
+        if _claim_file(sweep, point).exists() and not sweep.ended(point)
+    ]
+
+
+def _claim_file(sweep: Sweep, point: Point) -> Path:
+    return sweep.folder / "claims" / point.name
 
 
 class Workers:
     """Processes that train the runs of a sweep; left, they stop, each with a checkpoint.
 
     Args:
-        url: of the queue, as `Queue` takes it.
         count: how many.
         threads: of each.
     """
 
-    def __init__(self, sweep: Sweep, url: str | None, count: int, threads: int) -> None:
+    def __init__(self, sweep: Sweep, count: int, threads: int) -> None:
         spawn = get_context("spawn")
-        arguments = (sweep, url, threads)
+        arguments = (sweep, threads)
         self._processes = [spawn.Process(target=_work, args=arguments) for _ in range(count)]
 
     def __enter__(self) -> Self:
@@ -257,9 +118,14 @@ class Workers:
         connection.wait(there, timeout=SECONDS_BETWEEN_LOOKS)
         return any(process.is_alive() for process in self._processes)
 
+    def killed(self) -> list[int]:
+        """The signals that have ended workers, one for each."""
+        codes = [process.exitcode or 0 for process in self._processes]
+        return [-code for code in codes if code < 0]
 
-def work(sweep: Sweep, queue: Queue, stop: Callable[[], int | None]) -> None:
-    """Train what the queue gives until every point has ended.
+
+def work(sweep: Sweep, stop: Callable[[], int | None]) -> None:
+    """Train the points that nobody else trains until every one has ended.
 
     While others train the last points it waits, to take over from one that dies.
 
@@ -273,14 +139,13 @@ def work(sweep: Sweep, queue: Queue, stop: Callable[[], int | None]) -> None:
     """
     threads = torch.get_num_threads()
     while not stop():
-        claim = queue.take()
+        claim = claim_next(sweep)
         if claim is not None:
             torch.set_num_threads(threads)
             try:
                 train_point(sweep, claim.point, stop)
-                queue.end(claim)
             finally:
-                claim.lock.release()
+                claim.release()
         elif all(map(sweep.ended, sweep.grid.points())):
             return
         else:
@@ -318,7 +183,7 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
     return run, images
 
 
-def _work(sweep: Sweep, url: str | None, threads: int) -> None:
+def _work(sweep: Sweep, threads: int) -> None:
     """The body of a worker's process: as `work`, until its parent is gone."""
     torch.set_num_threads(threads)
     parent = parent_process()
@@ -329,16 +194,16 @@ def _work(sweep: Sweep, url: str | None, threads: int) -> None:
             return signal.SIGTERM if orphaned else signals()
 
         try:
-            work(sweep, Queue(sweep, url), stop)
+            work(sweep, stop)
         except Interrupted:
             sys.exit(128 + signal.SIGTERM)
         except StochasticDepthError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {visible(str(error))}", file=sys.stderr)
             sys.exit(1)
 
 
 class _Silent:
-    """A `Watch` that tells what is unusual alone."""
+    """The callback of a run that prints what is unusual, and nothing else."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -349,4 +214,4 @@ class _Silent:
     def record(self, record: Record) -> None: ...
 
     def say(self, text: str) -> None:
-        print(f"{self._label} {text}", file=sys.stderr)
+        print(visible(f"{self._label} {text}"), file=sys.stderr)

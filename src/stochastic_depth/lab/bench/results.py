@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from stochastic_depth.cli.bench.options import Options
 from stochastic_depth.files import write_whole
+from stochastic_depth.lab.formatting import counted
+from stochastic_depth.lab.options import BenchOptions
 from stochastic_depth.timing import Timing
 from stochastic_depth.train.runtime import Execution, machine, versions
 
@@ -38,8 +39,21 @@ def timings(rounds: list[dict[str, float]]) -> dict[str, Timing]:
     return {name: Timing(tuple(seconds[name] for seconds in rounds)) for name in rounds[0]}
 
 
+def bench_table(title: str, execution: Execution, first: str, *columns: str) -> Table:
+    """A table that says what it was measured on; the column `first` names the row."""
+    about = machine(execution)
+    place = about.get("gpu", about["processor"]) or "processor unknown"
+    caption = f"{place}, {counted(execution.threads, 'thread')}; ours: {execution.described()}"
+    table = Table(title=title, caption=caption, caption_justify="left")
+    table.add_column(first)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def table_of(
     title: str,
+    execution: Execution,
     timings: Mapping[str, Timing],
     count: int,
     unit: str = "images",
@@ -53,11 +67,8 @@ def table_of(
         memory: of each alternative, bytes.
         relative_to: the one whose speed is compared.
     """
-    table = Table(title=title)
-    table.add_column("")
     more = ["memory\nMiB"] * (memory is not None) + ["ours is\nfaster by"] * bool(relative_to)
-    for name in ("median\nms", "quartiles\nms", f"\n{unit}/s", *more):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = bench_table(title, execution, "", "median\nms", "quartiles\nms", f"\n{unit}/s", *more)
     for name, timing in timings.items():
         low, high = timing.quartiles
         mean = statistics.fmean(timing.seconds)
@@ -80,10 +91,12 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.{1 if seconds < 1 else 0}f}"
 
 
-def write_json(out: Path, asked: Options, execution: Execution, result: dict[str, Any]) -> None:
+def write_json(
+    out: Path, options: BenchOptions, execution: Execution, result: dict[str, Any]
+) -> None:
     """The settings but for files, what they were measured on and with, and the result."""
     files = ("out", "plot", "root")
-    settings = {name: value for name, value in asdict(asked).items() if name not in files}
+    settings = {name: value for name, value in asdict(options).items() if name not in files}
     content = {
         "settings": settings,
         "execution": asdict(execution),

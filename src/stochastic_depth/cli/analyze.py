@@ -1,0 +1,217 @@
+"""stochastic-depth analyze: look into runs, one question at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from stochastic_depth.cli.arguments import choose, parse, require_run
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.extras import require
+from stochastic_depth.lab.options import RemovedDepthOptions, at_least
+
+if TYPE_CHECKING:
+    from stochastic_depth.cli.console import PlainConsole
+    from stochastic_depth.lab.trained import Progress, TrainedNetwork
+    from stochastic_depth.train import Run
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One question about finished or unfinished runs."""
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="RUN...", help_behavior_hint=""),
+    ]
+    """The run folders; those that differ in their seed alone are taken together."""
+
+    def check(self) -> None:
+        if not self.runs:
+            raise ConfigError("no RUN is given: name one run folder or several")
+
+    def opened(self) -> list["Run"]:
+        """The runs, for their journals; a run and its copies count once."""
+        from stochastic_depth.train import open_run
+
+        runs = {run.id: run for run in map(open_run, reversed(self.runs))}
+        return list(runs.values())[::-1]
+
+
+@dataclass(frozen=True)
+class NetworkAnalysis(Analysis):
+    """One that runs the trained networks."""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """The checkpoint of the lowest validation error, or the newest."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where their data is now (none: where it was)."""
+    again: bool = False
+    """Measure again what was measured before with the same settings."""
+
+    def networks(self, runs: list["Run"]) -> Iterator["TrainedNetwork"]:
+        """The trained networks, one at a time."""
+        from stochastic_depth.lab.trained import trained
+
+        for run in runs:
+            yield trained(run.path, self.data, self.checkpoint)
+
+
+@dataclass(frozen=True)
+class GradientStrength(Analysis):
+    """Mean absolute gradients over training and over depth; reads journals alone."""
+
+    epochs: tuple[float, ...] = ()
+    """Which epochs are shown (none: five, from the first to the last)."""
+    blocks: int = 18
+    """How many blocks are shown, evenly spread over the depth."""
+
+    def print(self, console: "PlainConsole") -> None:
+        from stochastic_depth.lab import gradients as question
+        from stochastic_depth.lab.study import grouped
+
+        runs = self.opened()
+        epochs = list(self.epochs) or question.spread_epochs(runs)
+        found = {
+            name: question.gradients(of_kind, epochs) for name, of_kind in grouped(runs).items()
+        }
+        console.print(question.first_table(epochs, found))
+        for name, of_kind in found.items():
+            if all(of_kind.blocks):
+                console.print(question.block_table(name, epochs, of_kind, self.blocks))
+            else:
+                console.say(f"{name}: no gradients of blocks in the journal (none, or older)")
+
+
+@dataclass(frozen=True)
+class Active(Analysis):
+    """How many blocks were active, against the exact distribution; reads journals alone."""
+
+    def print(self, console: "PlainConsole") -> None:
+        from stochastic_depth.lab.active_blocks import active_blocks, active_table
+
+        for run in self.opened():
+            found = active_blocks(run)
+            console.print(active_table(str(run.path), found))
+            drawn, exact = found.moments()
+            console.print(
+                f"mean {drawn[0]:.2f} (exact {exact[0]:.2f}), deviation {drawn[1]:.2f} (exact "
+                f"{exact[1]:.2f});\nchi-square test that the one follows the other: "
+                f"p = {found.p_value():.2g}"
+            )
+
+
+@dataclass(frozen=True)
+class Ensemble(NetworkAnalysis):
+    """Test error and calibration of the full network and of sampled subnetworks."""
+
+    subnetworks: int = 64
+    """How many are sampled; means are told for 1, 2, 4, ... of them."""
+    seed: int = 0
+    """Which are sampled."""
+
+    def check(self) -> None:
+        super().check()
+        at_least(1, subnetworks=self.subnetworks)
+
+    def print(self, console: "PlainConsole") -> None:
+        from stochastic_depth.lab import ensemble as question
+        from stochastic_depth.lab.formatting import runs_text
+        from stochastic_depth.lab.study import grouped
+        from stochastic_depth.lab.trained import found_path
+
+        runs = self.opened()
+        for run in runs:
+            question.refuse_constant(run)
+        found: dict[str, Any] = {}
+        for network in self.networks(runs):
+            with shown(console, network.run.path.name) as progress:
+                found[network.run.id] = question.measured_ensemble(
+                    network, self.subnetworks, self.seed, progress, self.again
+                )
+            console.say(str(found_path(network.run, "ensemble")))
+        for name, of_kind in grouped(runs).items():
+            of_runs = [found[run.id] for run in of_kind]
+            alone = len(of_kind) == 1
+            title = str(of_kind[0].path) if alone else f"{name}, {runs_text(len(of_kind))}"
+            console.print(question.ensemble_table(title, of_runs))
+
+
+@dataclass(frozen=True)
+class Depth(NetworkAnalysis):
+    """Test error, parameters and time without the last, or the least needed, blocks."""
+
+    settings: Annotated[RemovedDepthOptions, tyro.conf.arg(name="")] = field(
+        default_factory=RemovedDepthOptions
+    )
+
+    def print(self, console: "PlainConsole") -> None:
+        from stochastic_depth.lab import removed_depth as question
+        from stochastic_depth.lab.study import grouped
+        from stochastic_depth.lab.trained import found_path
+
+        runs = self.opened()
+        found: dict[str, Any] = {}
+        for network in self.networks(runs):
+            with shown(console, network.run.path.name) as progress:
+                found[network.run.id] = question.measured_curves(
+                    network, self.settings, progress, self.again
+                )
+            console.say(str(found_path(network.run, "depth")))
+        of_kinds = {
+            name: [found[run.id] for run in of_kind] for name, of_kind in grouped(runs).items()
+        }
+        for order in question.ORDERS:
+            console.print(question.depth_table(order, of_kinds))
+
+
+QUESTIONS = {
+    "gradients": GradientStrength,
+    "active": Active,
+    "ensemble": Ensemble,
+    "depth": Depth,
+}
+
+
+def analyze(arguments: list[str]) -> int:
+    about = "Look into runs: their gradients, their ensemble, and what they can spare."
+    questions = {name: str(kind.__doc__) for name, kind in QUESTIONS.items()}
+    name, rest = choose("stochastic-depth analyze", about, "question", questions, arguments)
+    asked = parse(QUESTIONS[name], f"analyze {name}", rest)
+    for path in asked.runs:
+        require_run(path)
+    from stochastic_depth.cli.console import PlainConsole
+
+    console = PlainConsole()
+    with console.starting():
+        require("altair", "report")
+        import stochastic_depth.lab.charts  # noqa: F401
+    asked.print(console)
+    return 0
+
+
+@contextmanager
+def shown(console: "PlainConsole", name: str) -> Iterator["Progress"]:
+    """Progress on what goes on in the run `name`: a bar on a terminal, a line a stage elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    stage = ""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(name, total=None)
+
+        def tell(doing: str, done: float, total: float) -> None:
+            nonlocal stage
+            if doing != stage:
+                stage = doing
+                bar.reset(task, description=f"{name} {doing}")
+                if not console.is_terminal:
+                    console.say(f"{name}: {doing}")
+            bar.update(task, completed=done, total=total)
+
+        yield tell

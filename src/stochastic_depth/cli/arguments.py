@@ -1,0 +1,152 @@
+"""Sub-commands, recipes and run folders, as several commands take them."""
+
+import difflib
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout, suppress
+from dataclasses import make_dataclass
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Annotated, TypeVar, Union
+
+import tyro
+
+from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.terminal import visible
+from stochastic_depth.train.config import Config
+
+Arguments = TypeVar("Arguments")
+DEFAULT = "digits"
+"""The recipe of a command that names none."""
+
+
+def choose(
+    program: str, about: str, what: str, choices: Mapping[str, str], arguments: list[str]
+) -> tuple[str, list[str]]:
+    """The first argument, one of `choices`, and the others.
+
+    Only what was chosen is looked at further, so that the rest need not be imported.
+
+    Args:
+        choices: what each does, by name.
+
+    Raises:
+        SystemExit: after printing help, or what is wrong.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in choices:
+        return name, rest
+    if name in ("-h", "--help"):
+        _show_help(program, about, what, choices)
+    raise SystemExit(usage_error(what, name, choices))
+
+
+def usage_error(what: str, given: str, known: Iterable[str]) -> int:
+    """Say that `given` is no `what`, and which one may have been meant."""
+    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
+    print(f"error: there is no {what} {visible(given)!r}; {hint}", file=sys.stderr)
+    return 2
+
+
+def parse(
+    kind: type[Arguments],
+    program: str,
+    arguments: list[str],
+    about: str | None = None,
+    default: Arguments | None = None,
+) -> Arguments:
+    """The arguments of a command, as an instance of the dataclass `kind`.
+
+    Args:
+        about: for the help; the docstring of `kind` if not given.
+        default: where the values of options come from that are not given.
+
+    Raises:
+        SystemExit: after printing help, or what is wrong.
+    """
+    given = {} if default is None else {"default": default}
+    asked = tyro.cli(
+        kind, prog=f"stochastic-depth {program}", description=about, args=arguments, **given
+    )
+    try:
+        getattr(asked, "check", lambda: None)()
+    except ConfigError as error:
+        print(f"error: {visible(str(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return asked
+
+
+def parse_recipe(
+    command: str,
+    about: str,
+    arguments: list[str],
+    defaults: Callable[[Config], Arguments],
+    beside: type = object,
+) -> Arguments:
+    """The arguments of a command that takes a recipe and the options that change it.
+
+    Args:
+        about: for the help: what the command does.
+        defaults: the arguments of the command for the configuration of a recipe.
+        beside: for the help: a dataclass of options that need no recipe.
+
+    Raises:
+        SystemExit: after printing help, or what is wrong.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        recipes = {name: described(name).splitlines()[0] for name in RECIPES}
+        recipes[DEFAULT] += " The default."
+        _show_help(f"stochastic-depth {command}", about, "recipe", recipes, beside)
+    name = DEFAULT
+    if arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+    if name not in RECIPES:
+        raise SystemExit(usage_error("recipe", name, RECIPES))
+    default = defaults(RECIPES[name]())
+    return parse(type(default), f"{command} {name}", arguments, described(name), default)
+
+
+def described(recipe: str) -> str:
+    """What a recipe's docstring says."""
+    return "\n".join(line.strip() for line in (RECIPES[recipe].__doc__ or "").splitlines())
+
+
+def require_run(path: Path) -> None:
+    """Refuse what is no run folder, before PyTorch is loaded.
+
+    Raises:
+        RunError: naming the file that is missing.
+    """
+    if not (path / "config.json").exists():
+        raise RunError(f"{path} is not a run folder: {path / 'config.json'} cannot be read")
+
+
+def _show_help(
+    program: str, about: str, what: str, choices: Mapping[str, str], beside: type = object
+) -> None:
+    """Print the help that tyro writes of sub-commands that are not looked at further, and leave.
+
+    Raises:
+        SystemExit: always.
+    """
+    kinds = {name: make_dataclass(name.title(), []) for name in choices}
+    members = [
+        Annotated[kinds[name], tyro.conf.subcommand(name, description=does, prefix_name=False)]
+        for name, does in choices.items()
+    ]
+    union = (what, Union[tuple(members)])  # noqa: UP007
+    shown = make_dataclass("Shown", [union], bases=(beside,), frozen=True, kw_only=True)
+    written = TextIOWrapper(BytesIO(), encoding=sys.stdout.encoding)
+    with redirect_stdout(written), suppress(SystemExit):
+        tyro.cli(shown, prog=program, args=["--help"])
+    written.seek(0)
+    # tyro names every choice in the first line, and breaks neither it nor a description.
+    usage, _, boxes = written.read().partition("\n")
+    usage = usage.replace("{" + ",".join(choices) + "}", what.upper())
+    usage = textwrap.fill(usage, 80, subsequent_indent="    ", break_on_hyphens=False)
+    print(usage, "", about.strip(), sep="\n")
+    print(boxes, end="")
+    raise SystemExit(0)

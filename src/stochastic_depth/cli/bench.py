@@ -1,0 +1,62 @@
+"""stochastic-depth bench: time alternatives in turns, in one process."""
+
+import importlib
+
+from stochastic_depth.cli.arguments import choose, parse
+from stochastic_depth.lab.options import (
+    BenchOptions,
+    BusyOptions,
+    DataOptions,
+    DepthOptions,
+    DistributedOptions,
+    EnginesOptions,
+    OverheadOptions,
+    PeersOptions,
+    PicturesOptions,
+    ProfileOptions,
+    SkipOptions,
+    SteadyOptions,
+)
+
+BENCHMARKS: dict[str, tuple[type[BenchOptions], str]] = {
+    "overhead": (OverheadOptions, "skipping.overhead"),
+    "skip": (SkipOptions, "skipping.skip"),
+    "steady": (SteadyOptions, "steadiness.bench_steady"),
+    "peers": (PeersOptions, "peers.bench_peers"),
+    "depth": (DepthOptions, "depth.bench_depth"),
+    "engines": (EnginesOptions, "engines.bench_engines"),
+    "distributed": (DistributedOptions, "distributed.bench_distributed"),
+    "data": (DataOptions, "data.bench_data"),
+    "profile": (ProfileOptions, "engines.bench_profile"),
+    "pictures": (PicturesOptions, "data.bench_pictures"),
+    "busy": (BusyOptions, "busy.bench_busy"),
+}
+"""The options of each, and the function of the laboratory that measures it."""
+
+
+def bench(arguments: list[str]) -> int:
+    about = "Time alternatives in turns, in one process."
+    summaries = {
+        name: str(options.__doc__).splitlines()[0] for name, (options, _) in BENCHMARKS.items()
+    }
+    name, rest = choose("stochastic-depth bench", about, "benchmark", summaries, arguments)
+    options, where = BENCHMARKS[name]
+    asked = parse(options, f"bench {name}", rest, summaries[name])
+    from stochastic_depth.cli.console import PlainConsole
+
+    console = PlainConsole()
+    with console.starting():
+        from stochastic_depth.lab.bench.results import write_json
+        from stochastic_depth.train.config import Config
+        from stochastic_depth.train.runtime import resolve_execution
+
+        module, function = where.split(".")
+        measure = getattr(importlib.import_module(f"stochastic_depth.lab.bench.{module}"), function)
+    execution = resolve_execution(
+        Config(device=asked.device, precision=asked.precision, engine=asked.engine)
+    )
+    console.say(execution.described())
+    result = measure(asked, execution, console)
+    if asked.out is not None:
+        write_json(asked.out, asked, execution, result)
+    return 0

@@ -1,0 +1,95 @@
+"""A training step while another program keeps one core busy, with one thread and with all."""
+
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from stochastic_depth.lab.bench.results import bench_table, milliseconds, shown
+from stochastic_depth.lab.bench.workload import Step, Workload
+from stochastic_depth.lab.options import BusyOptions
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.survival import LinearDecay
+from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.train.runtime import Execution
+
+QUIET, BUSY = "quiet", "one core busy"
+BOUND = 2.0
+"""With all threads and a core busy a step may take so many times that of one thread."""
+
+
+def bench_busy(options: BusyOptions, execution: Execution, console: Console) -> dict[str, Any]:
+    """Time training steps in both situations, and hold them against each other."""
+    workload = Workload(options.batch, options.size, 3, execution)
+    step = workload.engine_step(CifarResNet(options.depth), LinearDecay(0.5))
+    every = torch.get_num_threads()
+    threads = sorted({1, every})
+    found: dict[str, dict[int, Timing]] = {}
+    for situation in (QUIET, BUSY):
+        with busy_core() if situation == BUSY else _quiet():
+            steps = {str(count): _with_threads(step, count) for count in threads}
+            rounds = list(
+                shown(take_turns(steps, options.repeats, 1), options.repeats, console, situation)
+            )
+        torch.set_num_threads(every)
+        found[situation] = {n: Timing(tuple(r[str(n)] for r in rounds)) for n in threads}
+    title = f"A training step of ResNet-{options.depth}, batch {options.batch}, p_L = 0.5"
+    table = bench_table(title, execution, "", QUIET, BUSY)
+    for count in threads:
+        cells = (found[situation][count] for situation in (QUIET, BUSY))
+        table.add_row(
+            f"{count} thread{'s' * (count != 1)}, ms",
+            *("{} ({}-{})".format(*map(milliseconds, (t.median, *t.quartiles))) for t in cells),
+        )
+    console.print(table)
+    ratio = found[BUSY][every].median / found[BUSY][1].median
+    spin = os.environ.get("GOMP_SPINCOUNT", "not set")
+    console.print(
+        f"with one core busy a step takes {ratio:.2f} times that of one thread (at most "
+        f"{BOUND:g} is asked for); GOMP_SPINCOUNT is {spin}"
+    )
+    return {
+        "seconds": {
+            situation: {str(n): list(timing.seconds) for n, timing in of_threads.items()}
+            for situation, of_threads in found.items()
+        },
+        "busy_over_one_thread": ratio,
+        "spin_count": spin,
+        "cores": os.cpu_count(),
+        "load": statistics.fmean(os.getloadavg()[:1]),
+    }
+
+
+def _with_threads(step: Step, count: int) -> Step:
+    def run() -> torch.Tensor:
+        torch.set_num_threads(count)
+        return step()
+
+    return run
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """While entered, another process computes without a pause."""
+    process = get_context("spawn").Process(target=_compute_for_ever, daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    yield
+
+
+def _compute_for_ever() -> None:
+    while True:
+        pass

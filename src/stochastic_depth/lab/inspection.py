@@ -1,0 +1,267 @@
+"""One model as a page: its blocks open and closed, their cost, and what drop rates would save."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from stochastic_depth.files import write_whole
+from stochastic_depth.gates import draw
+from stochastic_depth.lab.bench.workload import saved_for_backward
+from stochastic_depth.lab.charts import Figure, Key, Row, chart, layered
+from stochastic_depth.lab.formatting import counted, duration, share
+from stochastic_depth.lab.page import Report, Section, render
+from stochastic_depth.lab.style import LIGHT, STOCHASTIC
+from stochastic_depth.lab.tables import Table, Tile
+from stochastic_depth.surgery import Summary, handle_of
+from stochastic_depth.surgery.find import caller
+from stochastic_depth.surgery.inspect import si
+from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.survival import LinearDecay, survival_probabilities
+from stochastic_depth.timing import take_turns
+from stochastic_depth.train.config import Config
+from stochastic_depth.train.runtime import machine, resolve_execution
+
+RATES = (0.1, 0.2, 0.5)
+"""Drop rates of the last block; the rule is linear decay."""
+STEPS = 24
+"""Training steps in the picture of open and closed blocks."""
+DRAWS = 4
+"""Sets of gates that are timed for each rate."""
+OPEN, CLOSED = Key("open: the branch runs", STOCHASTIC[0]), Key("closed: skipped", LIGHT["grid"])
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Training steps at one drop rate, relative to those at full depth."""
+
+    rate: float
+    flops: float
+    """The share of FLOPs that is expected to be saved."""
+    time: float
+    memory: float
+
+
+def write_inspection(
+    out: Path, name: str, model: nn.Module, example: Any, costs: Summary, repeats: int
+) -> None:
+    """Measure drop rates on a model that has stochastic depth, and write the page of it."""
+    seconds, savings = measure_rates(model, example, costs, repeats)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, inspection_page(name, example, costs, seconds, savings).encode())
+
+
+def measure_rates(
+    model: nn.Module, example: Any, costs: Summary, repeats: int
+) -> tuple[float, list[Saving]]:
+    """Seconds of a training step at full depth, and what each of `RATES` saves.
+
+    Forward and backward passes take turns at full depth and under the gates that training steps
+    draw at each rate; memory is what a step keeps for its backward pass.
+    """
+    handle = handle_of(model)
+    blocks = len(costs.blocks)
+    full = costs.forward + costs.backward
+    shares = [(block.forward + block.backward) / full for block in costs.blocks]
+    rules = {rate: survival_probabilities(LinearDecay(1 - rate), blocks) for rate in RATES}
+    patterns: dict[str, Tensor] = {"full": torch.ones(blocks, dtype=torch.bool)}
+    for rate, survival in rules.items():
+        for number in range(DRAWS):
+            patterns[f"{rate} {number}"] = draw(0, number, survival)
+    run = caller(model, example)
+    with preserve_state(model):
+        model.train()
+
+        def step(gates: Tensor) -> Tensor:
+            with handle.forced(gates), torch.enable_grad():
+                loss = _scalar(run())
+                loss.backward()
+            model.zero_grad()
+            return loss.detach()
+
+        steps: dict[str, Callable[[], Tensor]] = {
+            key: (lambda gates=gates: step(gates)) for key, gates in patterns.items()
+        }
+        rounds = list(take_turns(steps, repeats, warmup=1))
+        kept = {key: saved_for_backward(one) for key, one in steps.items()}
+    savings = []
+    for rate, survival in rules.items():
+        keys = [f"{rate} {number}" for number in range(DRAWS)]
+        # The draws are few: time and memory are scaled from the FLOPs they saved to the expected.
+        drawn = statistics.fmean(
+            sum(s for s, b in zip(shares, patterns[key].tolist(), strict=True) if not b)
+            for key in keys
+        )
+        expected = sum((1 - p) * s for p, s in zip(survival, shares, strict=True))
+        time = 1 - statistics.median(
+            statistics.fmean(r[key] for key in keys) / r["full"] for r in rounds
+        )
+        memory = 1 - statistics.fmean(kept[key] for key in keys) / kept["full"]
+        scale = expected / drawn if drawn else 0.0
+        savings.append(Saving(rate, expected, time * scale, memory * scale))
+    return statistics.median(r["full"] for r in rounds), savings
+
+
+def _scalar(outputs: Any) -> Tensor:
+    values = [
+        leaf
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
+    ]
+    return torch.stack([value.float().sum() for value in values]).sum()
+
+
+def inspection_page(
+    name: str, example: Any, costs: Summary, seconds: float, savings: Sequence[Saving]
+) -> str:
+    """The HTML page of what was measured."""
+    best = savings[-1]
+    execution = resolve_execution(Config(engine="eager"))
+    about = machine(execution)
+    note = (
+        f"Measured on {about['processor']}, {counted(int(about['threads']), 'thread')}, with the "
+        f"example of this command; linear decay of the survival probability. A training step at "
+        f"full depth takes {duration(seconds)}, of which only forward and backward pass are timed. "
+        "Memory is what a step keeps for its backward pass."
+    )
+    rows = [
+        [f"{s.rate:g}", f"{1 - s.rate:g}", share(s.flops), share(s.time), share(s.memory)]
+        for s in savings
+    ]
+    table = Table(
+        "Savings of a training step",
+        ["drop rate of the last block", "p_L", "FLOPs", "time", "memory"],
+        rows,
+        note,
+    )
+    tiles = (
+        Tile("Skippable blocks", str(len(costs.blocks)), _kinds(costs)),
+        Tile("Time saved", share(best.time), f"at a drop rate of {best.rate:g}"),
+        Tile("Memory saved", share(best.memory), "of what is kept for the backward pass"),
+    )
+    section = Section(
+        name,
+        (gates_figure(costs), cost_figure(costs)),
+        tiles=tiles,
+        tables=(table,),
+        code=paste(name),
+    )
+    return render(Report((section,), None, ()), f"{name}. Every block was verified.")
+
+
+def paste(name: str) -> str:
+    """The lines that give a model of one's own stochastic depth."""
+    return (
+        "import stochastic_depth as sd\n\n"
+        f"handle = sd.apply(model, sd.LinearDecay({1 - RATES[-1]:g}), example=inputs)\n"
+        "# the training loop stays as it is; sd.remove(model) undoes it"
+    )
+
+
+def _kinds(costs: Summary) -> str:
+    return ", ".join(dict.fromkeys(block.kind for block in costs.blocks))
+
+
+def gates_figure(costs: Summary) -> Figure:
+    """Which blocks run in a number of training steps: a cell for each block and step."""
+    survival = tuple(block.survival for block in costs.blocks)
+    rows: list[Row] = []
+    for step in range(STEPS):
+        for number, is_open in enumerate(draw(0, step, survival).tolist(), start=1):
+            rows.append(
+                {
+                    "step": step + 1,
+                    "block": number,
+                    "name": costs.blocks[number - 1].name,
+                    "open": int(is_open),
+                }
+            )
+    values: list[Row] = [
+        {
+            **row,
+            "s": (OPEN if row["open"] else CLOSED).name,
+            "told": f"step {row['step']}, {row['name']}: {'open' if row['open'] else 'closed'}",
+        }
+        for row in rows
+    ]
+    scale = alt.Scale(domain=[OPEN.name, CLOSED.name], range=[OPEN.colour, CLOSED.colour])
+    axis = alt.Axis(labelAngle=0, labelOverlap="parity", domain=False, ticks=False)
+    cells = (
+        chart(values)
+        .mark_rect(stroke=LIGHT["paper"], strokeWidth=1)
+        .encode(
+            x=alt.X("block:O", title="block, from input to output", axis=axis),
+            y=alt.Y("step:O", title="training step", axis=axis),
+            color=alt.Color("s:N", scale=scale, legend=None),
+            description="told:N",
+        )
+    )
+    runs = sum(row["open"] for row in rows) / STEPS
+    return Figure(
+        id="open-and-closed",
+        title="Blocks, open and closed",
+        sentence=f"In {STEPS} training steps {runs:.1f} of {len(survival)} blocks ran on average; "
+        f"{sum(survival):.1f} are expected.",
+        rows=rows,
+        panels=(layered(cells),),
+        legend=(OPEN, CLOSED),
+        note="One coin a block and step, drawn from (seed, step). In evaluation every block runs.",
+        height=10 * STEPS,
+    )
+
+
+def cost_figure(costs: Summary) -> Figure:
+    """The share of a training step that each block costs, and what is expected of it."""
+    full = costs.forward + costs.backward
+    rows: list[Row] = [
+        {
+            "block": number,
+            "name": block.name,
+            "class": block.kind,
+            "survival": block.survival,
+            "parameters": block.parameters,
+            "forward_flops": block.forward,
+            "backward_flops": block.backward,
+        }
+        for number, block in enumerate(costs.blocks, start=1)
+    ]
+    values: list[Row] = []
+    for row in rows:
+        cost = 100 * (row["forward_flops"] + row["backward_flops"]) / full
+        values.append(
+            {
+                "x": row["block"],
+                "cost": cost,
+                "expected": cost * row["survival"],
+                "told": f"{row['name']}: {cost:.2f} % of a step, p = {row['survival']:.3f}, "
+                f"{si(row['parameters'])} parameters",
+            }
+        )
+    axis = alt.Axis(labelAngle=0, labelOverlap="parity")
+    base = chart(values).encode(x=alt.X("x:O", title="block, from input to output", axis=axis))
+    bars = {"width": {"band": 0.8}, "color": STOCHASTIC[0]}
+    panel = layered(
+        base.mark_bar(opacity=0.3, **bars).encode(
+            y=alt.Y("cost:Q", title="percent of a step's FLOPs"), description="told:N"
+        ),
+        base.mark_bar(opacity=0.75, aria=False, **bars).encode(y="expected:Q"),
+    )
+    in_blocks = sum(value["cost"] for value in values)
+    return Figure(
+        id="cost-of-blocks",
+        title="Cost of each block",
+        sentence=f"Branches that can be skipped are {in_blocks:.1f} % of a training step's FLOPs; "
+        f"{100 * costs.expected_saving:.1f} % of them all are not spent at these survival "
+        "probabilities.",
+        rows=rows,
+        panels=(panel,),
+        note="Light: a block that runs. Dark: what it costs on average, p_l times that. FLOPs are "
+        "2 for each multiply-add, forward and backward.",
+        height=200,
+    )

@@ -1,0 +1,239 @@
+"""What analyses and benchmarks can be asked: their options, their defaults, and what is refused.
+
+The command line reads this before anything is measured, so nothing here imports PyTorch. `check`
+says what is wrong with options that were given, by their names on the command line.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from stochastic_depth.errors import ConfigError
+
+NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transformer"]
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """Refuse numbers below `least`, by the names of their options.
+
+    Raises:
+        ConfigError: naming the option and its value.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} is {value}: it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class RemovedDepthOptions:
+    """What is measured on networks that lost blocks, and on how many images."""
+
+    points: int = 19
+    """How many numbers of removed blocks, evenly from none to all."""
+    choose_on: int = 500
+    """Validation images, evenly spread over their part, by which the least needed are found."""
+    recalibrate_on: int = 2000
+    """Training images, as training sees them, that BatchNorm is recalibrated on: the first
+    mini-batches of the first epoch, whole ones."""
+    batch: int = 128
+    """Images in a batch that is timed."""
+    repeats: int = 5
+    """Rounds of timing."""
+
+    def check(self) -> None:
+        at_least(1, choose_on=self.choose_on, batch=self.batch)
+        at_least(2, points=self.points, recalibrate_on=self.recalibrate_on, repeats=self.repeats)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """One benchmark, and how to compute in it."""
+
+    repeats: int = 20
+    """Rounds, each of one step of every alternative."""
+    device: str = "auto"
+    """cpu or cuda (auto: a GPU if there is one)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of convolutions and products."""
+    engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
+    """Of our own training steps, as for train; all others are by autograd."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the result as JSON here."""
+
+    def check(self) -> None:
+        at_least(2, repeats=self.repeats)  # quartiles need two rounds
+
+
+@dataclass(frozen=True)
+class ResNetOptions(BenchOptions):
+    """A benchmark of training steps of one CIFAR ResNet."""
+
+    depth: int = 110
+    """Of the CIFAR ResNet."""
+    batch: int = 128
+    """Images a step."""
+    size: int = 32
+    """Height and width of the images, pixels."""
+
+    def check(self) -> None:
+        super().check()
+        at_least(2, batch=self.batch)
+        at_least(4, size=self.size)
+
+
+@dataclass(frozen=True)
+class OverheadOptions(ResNetOptions):
+    """What the library costs with all gates open."""
+
+    repeats: int = 50
+    """Rounds, each of one step of every alternative."""
+
+
+@dataclass(frozen=True)
+class SkipOptions(ResNetOptions):
+    """Time against the share of FLOPs that was active."""
+
+
+@dataclass(frozen=True)
+class SteadyOptions(ResNetOptions):
+    """How even steps are in time and memory: independent and balanced gates, constant depth."""
+
+    network: str = "cifar-resnet"
+    """Of `depth` layers; or the name of a model of timm's (vit_small_patch16_224)."""
+    final: float = 0.5
+    """p_L of linear decay."""
+    limit: int = 2**30
+    """Bytes into which the largest batch has to fit."""
+
+
+@dataclass(frozen=True)
+class PeersOptions(BenchOptions):
+    """The same network as other libraries train it."""
+
+    network: NetworkName = "cifar-resnet"
+    """CIFAR ResNet, timm's ViT-S/16 or ConvNeXt-T, or a GPT of x-transformers (384 wide, 6
+    layers)."""
+    depth: int = 110
+    """Of the CIFAR ResNet."""
+    rate: float | None = None
+    """Drop rate of the last block, 1 - p_L and timm's drop_path_rate; of every block for
+    x-transformer (none: 0.5 for cifar-resnet, 0.3 for others)."""
+    batch: int | None = None
+    """Images or texts a step (none: 128 for cifar-resnet, 16 for others)."""
+    size: int | None = None
+    """Height and width of the images, pixels; tokens a text (none: 32 for cifar-resnet, 128 for
+    others)."""
+
+    def check(self) -> None:
+        super().check()
+        at_least(2, batch=self.batch)
+        at_least(4, size=self.size)
+        if self.rate is not None and not 0 <= self.rate < 1:
+            raise ConfigError(f"--rate is {self.rate}: a drop rate is at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class DepthOptions(BenchOptions):
+    """Time and memory against depth, constant and stochastic."""
+
+    deepest: int = 1202
+    """The last of the CIFAR ResNets: those of 20, 56, 110, 218, 434, 866 and 1202 layers come
+    before it."""
+    batch: int = 128
+    """Images a step."""
+    size: int = 32
+    """Height and width of the images, pixels."""
+    repeats: int = 10
+    """Rounds, each of one step of every alternative."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Draw a picture as PNG here."""
+
+
+@dataclass(frozen=True)
+class EnginesOptions(ResNetOptions):
+    """Autograd, compiled blocks and the block program, side by side."""
+
+
+@dataclass(frozen=True)
+class DistributedOptions(BenchOptions):
+    """What processes of this CPU send each other, and the time (gloo)."""
+
+    ranks: tuple[int, ...] = (2, 4)
+    """Numbers of processes."""
+    depth: int = 110
+    """Of the CIFAR ResNet."""
+    batch: int = 32
+    """Images a step, of all processes."""
+    size: int = 32
+    """Height and width of the images, pixels."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.ranks:
+            raise ConfigError("--ranks names no number of processes: give one or several")
+        for ranks in self.ranks:
+            if ranks < 2 or self.batch < 2 * ranks:
+                raise ConfigError(
+                    f"--ranks is {ranks} and --batch {self.batch}: at least 2 processes, of at "
+                    "least 2 images each"
+                )
+
+
+@dataclass(frozen=True)
+class DataOptions(BenchOptions):
+    """The share of a training step that is its data."""
+
+    depth: int = 110
+    """Of the CIFAR ResNet."""
+    batch: int = 128
+    """Images a step."""
+    root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of CIFAR-10 (none: generated images of its shape)."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions(ResNetOptions):
+    """Where the time of a step at constant depth goes."""
+
+
+@dataclass(frozen=True)
+class PicturesOptions(BenchOptions):
+    """How many pictures are decoded a second, and how many are needed."""
+
+    repeats: int = 5
+    """Rounds, each of one pass over the pictures with every number of workers."""
+    engine: Literal["auto", "eager", "compiled", "graphs"] = "eager"
+    """Of the training steps; there are no graphs of this network."""
+    workers: tuple[int, ...] = (0, 1, 2, 4)
+    """Numbers of processes that decode (0: this one)."""
+    depth: int = 152
+    """Of the ImageNet ResNet: 50, 101 or 152."""
+    batch: int = 16
+    """Pictures a step."""
+    root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of ImageNet (none: generated pictures of its size)."""
+    pictures: int = 256
+    """How many of them."""
+
+    def check(self) -> None:
+        super().check()
+        batches = self.pictures // max(1, self.batch)
+        if self.batch < 2 or not self.workers or not 0 <= max(self.workers) < batches:
+            raise ConfigError(
+                f"--workers is {self.workers}, --batch {self.batch} and --pictures "
+                f"{self.pictures}: each worker makes a batch of at least 2 before the clock "
+                "starts, and some must be left"
+            )
+
+
+@dataclass(frozen=True)
+class BusyOptions(ResNetOptions):
+    """A training step while another program keeps one core busy."""
+
+    size: int = 8
+    """Height and width of the images, pixels."""
+    repeats: int = 10
+    """Rounds of steps, quiet and busy."""
