@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 
@@ -24,6 +25,15 @@ def lazily(
         Functions that find those names, and the submodules themselves.
     """
     home = {name: module for module, names in homes.items() for name in names}
+
+    class Package(ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            # Once imported, a submodule would stand in place of the function that it is named for.
+            if isinstance(value, ModuleType) and home.get(name) == name:
+                value = getattr(value, name)
+            super().__setattr__(name, value)
+
+    sys.modules[package].__class__ = Package
 
     def submodules() -> set[str]:
         path = sys.modules[package].__path__

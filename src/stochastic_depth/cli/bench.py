@@ -55,7 +55,7 @@ def bench(arguments: list[str]) -> int:
     execution = resolve_execution(
         Config(device=asked.device, precision=asked.precision, engine=asked.engine)
     )
-    console.say(execution.described())
+    console.print(execution.described())
     result = measure(asked, execution, console)
     if asked.out is not None:
         write_json(asked.out, asked, execution, result)

@@ -148,9 +148,11 @@ def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:
     config, execution = run.config, run.execution
     console.say(
         f"{config.recipe}: {config.model.kind} {config.model.depth}, {images.sizes['train']:,} "
-        f"images → {run.path}\n{execution.described()}"
-        + (f", {ranks()} processes" if ranks() > 1 else "")
+        f"images → {run.path}"
     )
+    processes = f", {ranks()} processes" if ranks() > 1 else ""
+    # Broken between words on a terminal, and a line for whoever reads lines.
+    console.print(execution.described() + processes, soft_wrap=not console.is_terminal)
     with StopSignals() as stop, Display(console, console.quiet) as display:
         try:
             for _ in fit(run, images, display.watch(), stop):
