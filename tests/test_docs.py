@@ -62,7 +62,7 @@ class Links(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> dict[Path, Links]:
-    pytest.importorskip("mkdocs", reason="needs mkdocs: pip install 'stochastic-depth[docs]'")
+    pytest.importorskip("mkdocs", reason="needs mkdocs: pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
