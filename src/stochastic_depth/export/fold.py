@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from stochastic_depth.errors import FoldError
 from stochastic_depth.export.algebra import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
-from stochastic_depth.handle import Block
+from stochastic_depth.handle import Block, force
 from stochastic_depth.surgery.apply import handle_of, remove
 from stochastic_depth.surgery.find import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
@@ -121,12 +121,13 @@ def _traced(
     Args:
         survival: for each block; 0 closes it, and without any its branch is added as it is.
     """
-    factors: list[Tensor] = []
-    for block, p in zip(handle_of(twin).blocks, survival, strict=True):
-        factors.append(torch.tensor(p or 0.0, dtype=torch.float64))
-        for addition in block.gates:
-            addition.evaluation = Gate(p != 0, None if p is None else factors[-1])
-    with preserve_state(twin), torch.no_grad(), Trace(twin.eval(), factors) as trace:
+    factors = [torch.tensor(p or 0.0, dtype=torch.float64, device="cpu") for p in survival]
+    gates = [
+        Gate(p != 0, None if p is None else factor)
+        for p, factor in zip(survival, factors, strict=True)
+    ]
+    forced = force(handle_of(twin).blocks, gates)
+    with preserve_state(twin), torch.no_grad(), forced, Trace(twin.eval(), factors) as trace:
         outputs = run()
     return trace, tensors_in(outputs)
 

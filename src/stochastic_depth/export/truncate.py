@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 from stochastic_depth.errors import TruncateError
 from stochastic_depth.export.fold import multipliers, multiply
 from stochastic_depth.gates import Gate
-from stochastic_depth.handle import Handle
+from stochastic_depth.handle import Handle, force
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.apply import applied_to, handle_of, remove
 from stochastic_depth.surgery.find import Example, Found, caller
@@ -53,36 +53,108 @@ def take_out(model: nn.Module, names: Collection[str]) -> None:
         else:
             lists.setdefault(parent, []).append(child)
     for parent, children in lists.items():
-        _remove(model, model.get_submodule(parent), children)
+        _remove(model, parent, children)
 
 
-def _remove(model: nn.Module, parent: Any, children: Collection[str]) -> None:
-    """Remove the children of `parent`, and count those that are left anew."""
+def _remove(model: nn.Module, name: str, children: Collection[str]) -> None:
+    """Remove the children of the module of that name, and number those that are left."""
+    parent: Any = model.get_submodule(name)
     before = list(parent._modules)
     numbered = before == [str(number) for number in range(len(before))]
-    kept = [name for name in before if name not in children]
-    modules = [parent._modules[name] for name in kept]
+    kept = [number for number in before if number not in children]
+    modules = [parent._modules[number] for number in kept]
     parent._modules.clear()
-    for number, (name, module) in enumerate(zip(kept, modules, strict=True)):
-        parent._modules[str(number) if numbered else name] = module
+    for number, (old, module) in enumerate(zip(kept, modules, strict=True)):
+        parent._modules[str(number) if numbered else old] = module
     if numbered:
-        _tell_transformers(model, len(before), [int(name) for name in kept], modules)
+        _renumber(modules, [int(number) for number in kept])
+        _tell_transformers(model, name, len(before), [int(number) for number in kept])
 
 
-def _tell_transformers(
-    model: Any, before: int, kept: list[int], modules: Iterable[nn.Module]
-) -> None:
-    """Where layers know their number and the configuration counts them, keep both right."""
+def _renumber(modules: Iterable[nn.Module], kept: list[int]) -> None:
+    """Where layers know their number, keep it right."""
     for new, (old, layer) in enumerate(zip(kept, modules, strict=True)):
         for module in layer.modules():
             if getattr(module, "layer_idx", None) == old:
                 module.layer_idx = new  # type: ignore[assignment]
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "num_hidden_layers", None) == before and not config.is_encoder_decoder:
-        types = getattr(config, "layer_types", None)
-        if types is not None and len(types) == before:
-            config.layer_types = [types[number] for number in kept]
-        config.num_hidden_layers = len(kept)
+
+
+def _tell_transformers(model: nn.Module, name: str, before: int, kept: list[int]) -> None:
+    """Change the configurations of transformers above the list `name`, of which `kept` are left."""
+    path = name.split(".")
+    for length in range(len(path) + 1):
+        above: Any = model.get_submodule(".".join(path[:length]))
+        config = getattr(above, "config", None)
+        if hasattr(above, "save_pretrained") and config is not None:
+            changed = copy.deepcopy(config)  # other models may have the same one
+            _count_layers(changed, path, before, kept)
+            for module in model.modules():
+                if getattr(module, "config", None) is config:
+                    module.config = changed
+
+
+def _count_layers(config: Any, path: list[str], before: int, kept: list[int]) -> None:
+    depths = getattr(config, "depths", None)
+    stages = [int(part) for part in path if part.isdigit()]
+    if isinstance(depths, list | tuple) and stages:
+        config.depths = [len(kept) if n == stages[0] else depth for n, depth in enumerate(depths)]
+        return
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    for count in _COUNTS_OF_DECODERS if both and "decoder" in path else _COUNTS:
+        if getattr(config, count, None) == before:
+            setattr(config, count, len(kept))
+    for setting, value in list(vars(config).items()):
+        if setting in _LAYERS_BY_NUMBER and value is not None:
+            setattr(config, setting, [kept.index(number) for number in value if number in kept])
+        elif isinstance(value, list | tuple) and len(value) == before and not both:
+            setattr(config, setting, [value[number] for number in kept])
+
+
+_COUNTS = "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"
+_COUNTS_OF_DECODERS = "decoder_layers", "num_decoder_layers"
+_LAYERS_BY_NUMBER = "mlp_only_layers", "moe_layers"
+
+
+def check_configuration(twin: nn.Module, example: Example, truth: Sequence[Tensor]) -> None:
+    """Build the models of transformers in `twin` from their configurations, as loading them does.
+
+    Args:
+        truth: the outputs of `twin` on `example`, in evaluation.
+
+    Raises:
+        TruncateError: when a configuration cannot say what is left of its model.
+    """
+    of_transformers = [
+        (name, module)
+        for name, module in twin.named_modules()
+        if hasattr(module, "save_pretrained") and hasattr(module, "config")
+    ]
+    outermost = [
+        (name, module)
+        for name, module in of_transformers
+        if not any(name != n and (not n or name.startswith(f"{n}.")) for n, _ in of_transformers)
+    ]
+    for name, module in outermost:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                built = type(module)(copy.deepcopy(module.config))
+            built.load_state_dict(module.state_dict())
+            built = built.to(next(module.parameters()))
+            whole = built
+            if name:
+                whole = copy.deepcopy(twin)
+                whole.set_submodule(name, built)
+            with preserve_state(whole), torch.no_grad():
+                difference = largest_difference(truth, tensors_in(caller(whole.eval(), example)()))
+            why = "" if difference <= TOLERANCE else f"its outputs differ by {difference:.2g}"
+        except Exception as error:
+            why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if why:
+            raise TruncateError(
+                f"{type(module).__name__}: its config cannot say which layers are left, so that "
+                f"saved and loaded it would be another network ({why}): keep others, say the first "
+                "of each stage (keep=N)"
+            )
 
 
 @dataclass(frozen=True)
@@ -229,12 +301,12 @@ def _closed_outputs(twin: nn.Module, closed: Sequence[int], example: Example) ->
     applied = applied_to(twin)
     handles = []
     for number in closed:
-        for addition in applied.handle.blocks[number].gates:
-            addition.evaluation = Gate(open=False)
         block = applied.found[number]
         if not isinstance(block.module, Residual):
             handles.append(block.module.register_forward_hook(_must_pass(block), with_kwargs=True))
-    with preserve_state(twin), torch.no_grad():
+    blocks = [applied.handle.blocks[number] for number in closed]
+    gates = [Gate(open=False)] * len(blocks)
+    with preserve_state(twin), torch.no_grad(), force(blocks, gates):
         twin.eval()
         outputs = tensors_in(caller(twin, example)())
     for handle in handles:

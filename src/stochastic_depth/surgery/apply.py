@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -429,8 +430,24 @@ def refuse_wrapped(model: nn.Module) -> None:
 
     What makes them so notes every pass through the model, and would note those of a look at it.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ApplyError(
+                f"{name or type(model).__name__!r} is scripted already, and cannot be looked into: "
+                "sd.apply the original model, and script what sd.fold leaves of it"
+            )
         for base in type(module).__mro__:
+            if base.__module__.startswith("torch._dynamo"):
+                raise ApplyError(
+                    f"{name or 'the model'!r} is compiled already (torch.compile): sd.apply the "
+                    "original model, then sd.compile_blocks(model)"
+                )
+            if base is nn.DataParallel:
+                raise ApplyError(
+                    "nn.DataParallel runs copies of the model in threads, which would draw "
+                    "different gates: sd.apply its .module, and train it in "
+                    "torch.nn.parallel.DistributedDataParallel, one process for each GPU"
+                )
             if base.__module__.startswith(_ENGINES):
                 raise ApplyError(
                     f"{base.__name__} is wrapped around blocks of this model already: "

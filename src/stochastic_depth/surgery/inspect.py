@@ -271,14 +271,14 @@ def summary(model: nn.Module, example: Example) -> Summary:
             counted: dict[tuple[str, str], tuple[int, int]] = {}
             summaries = []
             for block, p in zip(handle.blocks, handle.probabilities.full, strict=True):
-                module = model.get_submodule(block.name)
+                module = block.module
                 look = (repr(module), f"{shapes.get(block.name)} of {len(block.gates)} gates")
                 if look not in counted:
                     _set([block], Gate(open=False))
                     without = _count(run)
                     counted[look] = forward - without[0], backward - without[1]
                     _set([block], Gate())
-                size = sum(model.get_parameter(name).numel() for name in block.parameters)
+                size = sum(p.numel() for owned in block.owned for p in owned.parameters())
                 kind = type(module).__name__
                 summaries.append(BlockSummary(block.name, kind, p, size, *counted[look]))
     finally:

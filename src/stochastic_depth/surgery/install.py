@@ -17,6 +17,8 @@ from stochastic_depth.surgery.rewrite import slice_method
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each edit."""
+_ORIGINAL = "_stochastic_depth_original"
+"""The attribute of a class with gates that is the class it was made from."""
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
@@ -41,8 +43,22 @@ def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = 
 
 def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
-    module.__class__ = type(module).__mro__[1]
+    module.__class__ = ungated_class(type(module))
     del module.__dict__[GATES]
+
+
+def ungated_class(kind: type) -> Any:
+    """`kind` without gates: with the original class in the place of ours.
+
+    `fully_shard` and parametrizations put classes of their own on top of ours: these stay.
+    """
+    if _ORIGINAL in vars(kind):
+        return vars(kind)[_ORIGINAL]
+    bases = tuple(map(ungated_class, kind.__bases__))
+    if bases == kind.__bases__:
+        return kind
+    members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, bases, members)
 
 
 def is_installed(module: nn.Module) -> bool:
@@ -102,6 +118,7 @@ def gated_class(
         {
             **methods,
             "__reduce_ex__": reduce,
+            _ORIGINAL: kind,
             "__module__": kind.__module__,
             "__qualname__": kind.__qualname__,
             "__doc__": kind.__doc__,

@@ -18,7 +18,7 @@ from stochastic_depth.surgery.apply import applied_to
 from stochastic_depth.surgery.check import check, check_training, establish, train_once
 from stochastic_depth.surgery.find import Example, caller
 from stochastic_depth.surgery.inspect import plain_table, summary
-from stochastic_depth.surgery.install import is_installed
+from stochastic_depth.surgery.install import is_installed, ungated_class
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.timing import take_turns
 
@@ -132,7 +132,7 @@ def _ungated(model: nn.Module) -> Iterator[None]:
     installed = [(module, type(module)) for module in model.modules() if is_installed(module)]
     residuals = [(m, m.gates) for m in model.modules() if isinstance(m, Residual)]
     for module, kind in installed:
-        module.__class__ = kind.__mro__[1]
+        module.__class__ = ungated_class(kind)
     for residual, _ in residuals:
         residual.gates = None
     try:
