@@ -12,7 +12,7 @@ from stochastic_depth.errors import FoldError
 from stochastic_depth.export.algebra import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block, force
-from stochastic_depth.surgery.apply import handle_of, remove
+from stochastic_depth.surgery.apply import handle_of, refuse_sharded, remove
 from stochastic_depth.surgery.find import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.tensors import largest_difference, tensors_in
@@ -40,6 +40,8 @@ def fold(model: nn.Module, example: Example) -> None:
         ApplyError: when `model` is not one that `sd.apply` was given.
         FoldError: naming the block that cannot take p_l exactly; `model` is as it was.
     """
+    handle_of(model)
+    refuse_sharded(model, "fold")
     multiply(model, multipliers(model, example))
     remove(model)
 

@@ -14,7 +14,7 @@ from stochastic_depth.export.fold import multipliers, multiply
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle, force
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.apply import applied_to, handle_of, remove
+from stochastic_depth.surgery.apply import applied_to, handle_of, refuse_sharded, remove
 from stochastic_depth.surgery.find import Example, Found, caller
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.tensors import largest_difference, tensors_in
@@ -244,6 +244,7 @@ def truncate(
         FoldError: naming a block that cannot take its p_l. In each case `model` is as it was.
     """
     closed = _closed(applied_to(model).found, keep)
+    refuse_sharded(model, "truncate")
     weights = multipliers(model, example, closed)
     twin = copy.deepcopy(model)
     truth = _closed_outputs(twin, closed, example)

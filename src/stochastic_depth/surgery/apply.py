@@ -38,6 +38,7 @@ from stochastic_depth.survival import (
     probabilities_of,
 )
 
+_SHARDED = "torch.distributed.fsdp"
 _ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
 _APPLIED = "_stochastic_depth_applied"
 """The attribute of a model that holds what `remove` needs."""
@@ -422,6 +423,17 @@ def refuse_applied(model: nn.Module) -> None:
             raise ApplyError(
                 f"block {name or type(model).__name__!r} has stochastic depth already: "
                 "sd.remove(model) first"
+            )
+
+
+def refuse_sharded(model: nn.Module, verb: str) -> None:
+    """Raise `ApplyError` when `model` is sharded, so that one process does not have its weights."""
+    for name, module in model.named_modules():
+        if any(base.__module__.startswith(_SHARDED) for base in type(module).__mro__):
+            raise ApplyError(
+                f"{name or 'the model'!r} is sharded: sd.{verb} a model that is not, to which "
+                "sd.apply was given the same settings and load_state_dict the gathered weights "
+                "(torch.distributed.checkpoint.state_dict, full_state_dict=True)"
             )
 
 

@@ -14,7 +14,7 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block
 from stochastic_depth.hooks import batch_size
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.apply import applied_to, refuse_sharded
 from stochastic_depth.surgery.check import check, check_training, establish, train_once
 from stochastic_depth.surgery.find import Example, caller
 from stochastic_depth.surgery.inspect import plain_table, summary
@@ -77,6 +77,7 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         UnsupportedBlockError: naming the block for which something does not hold.
     """
     applied = applied_to(model)
+    refuse_sharded(model, "verify")
     blocks = applied.handle.blocks
     run = caller(model, example)
     batch = batch_size(example) if applied.handle.gate == "subset" else None
