@@ -219,12 +219,22 @@ def test_transformers_fold(name, options):
     assert_folds(model, example)
 
 
-def test_a_block_that_runs_several_times_takes_its_factor_once():
-    class Recurrent(Net):
-        def forward(self, x):
-            return super().forward(self.blocks(self.blocks(x)))
+class Recurrent(Net):
+    def forward(self, x):
+        return super().forward(self.blocks(self.blocks(x)))
 
-    assert_folds(Recurrent(mlp, blocks=1), ROW, [0.7])
+
+def test_weights_that_run_in_several_blocks_take_their_factor_once():
+    assert_folds(Recurrent(mlp, blocks=1), ROW, [0.7] * 3)
+
+
+def test_weights_that_run_in_blocks_of_different_p_cannot_take_both():
+    model = Recurrent(mlp, blocks=1)
+    sd.apply(model, [0.9, 0.8, 0.7], example=ROW)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(sd.FoldError, match="cannot take its p_l into its weights exactly"):
+        sd.fold(model, ROW)
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
 
 
 class Single(nn.Linear):

@@ -80,13 +80,16 @@ def multipliers(
         run = caller(twin, example)
         before, outputs = _traced(twin, run, survival)
     result: dict[str, float] = {}
+    calls: dict[tuple[nn.Module, float], list[int]] = {}  # of one module are blocks of one branch
     for number, (block, p) in enumerate(zip(blocks, survival, strict=True)):
-        if p is None or p in (0, 1):
-            continue
+        if p is not None and p not in (0, 1):
+            calls.setdefault((block.module, p), []).append(number)
+    for (_, p), numbers in calls.items():
+        block = blocks[numbers[0]]
         try:
-            if not before.scaled[number]:
+            if not all(before.scaled[number] for number in numbers):
                 raise Inexact("it does not run on the example")
-            of_block = exponents(before.scaled[number])
+            of_block = exponents([s for number in numbers for s in before.scaled[number]])
         except Inexact as reason:
             raise _inexact(model, block, reason) from reason
         result |= {name: p**e for name, e in of_block.items()}
