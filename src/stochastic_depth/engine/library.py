@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from pathlib import Path
 
@@ -18,14 +19,13 @@ from stochastic_depth.engine.kernels import Layer, Linear
 from stochastic_depth.errors import EngineError
 
 SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+FLAGS = ("-O3", "-march=native", "-mtune=generic", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+DEFINED = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
+"""What images are stored in, as the source is told."""
 
 
 def missing() -> str | None:
     """Why native kernels cannot be had here; None where they can."""
-    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if not processor.get("avx512_bf16"):
-        return "the processor has no AVX512-BF16"
     if _compiler() is None:
         return "no C++ compiler was found (g++, or the one that CXX names)"
     return None
@@ -36,8 +36,11 @@ def _compiler() -> str | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The compiled kernels, from the cache folder if they were compiled before.
+
+    Args:
+        dtype: of images, bfloat16 or float32.
 
     Raises:
         EngineError: where they cannot be compiled, saying why.
@@ -47,11 +50,12 @@ def library() -> ctypes.CDLL:
         raise EngineError(f"native kernels: {reason}; use --engine eager")
     compiler = _compiler()
     assert compiler is not None
+    flags = (*FLAGS, *DEFINED[dtype])
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     made_of = [
         *(path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))),
         version,
-        *FLAGS,
+        *flags,
         repr(torch.cpu.get_capabilities()),
     ]
     name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
@@ -59,7 +63,7 @@ def library() -> ctypes.CDLL:
     path = cache / f"native-{name}.so"
     try:
         if not (path.is_file() and only_we_write(path)):
-            _compile(compiler, path)
+            _compile([compiler, *flags], path)
         return declare(ctypes.CDLL(str(path)))
     except OSError as error:
         raise EngineError(
@@ -67,16 +71,16 @@ def library() -> ctypes.CDLL:
         ) from error
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: Sequence[str], path: Path) -> None:
     """Make the library at `path`, which is whole or not there."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        command = [*compiler, "-o", str(made), str(SOURCE)]
         outcome = subprocess.run(command, capture_output=True, text=True)
         if outcome.returncode:
             said = outcome.stderr.strip() or f"it ended with {outcome.returncode}"
             raise EngineError(
-                f"native kernels: {compiler} failed: {said.splitlines()[0]}; use --engine eager"
+                f"native kernels: {compiler[0]} failed: {said.splitlines()[0]}; use --engine eager"
             )
         made.chmod(0o700)
         with made.open("rb") as file:

@@ -40,8 +40,8 @@ class NativeKernels(ReferenceKernels):
         EngineError: where it cannot be compiled, saying why.
     """
 
-    def __init__(self) -> None:
-        self._library = library()
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        self._library, self._dtype = library(dtype), dtype
         self._threads = torch.get_num_threads()
         self._buffers = Buffers()
         self._layers: dict[int, tuple[CLayer, Layer, Tensor]] = {}
@@ -50,7 +50,7 @@ class NativeKernels(ReferenceKernels):
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
         self._sums.clear()  # of a step that did not come to its end
-        if not _is_stem(images, layer, out):
+        if not _is_stem(images, layer, out, self._dtype):
             return super().stem(images, layer, out)
         y = self._buffers.take(out)
         self._library.convolve_pictures(
@@ -62,7 +62,7 @@ class NativeKernels(ReferenceKernels):
     def stem_backward(
         self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
     ) -> None:
-        if not _is_stem(images, layer, out):
+        if not _is_stem(images, layer, out, self._dtype):
             super().stem_backward(saved, images, layer, out, gradient)
             return
         (y,) = saved
@@ -80,9 +80,9 @@ class NativeKernels(ReferenceKernels):
     def branch(
         self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
     ) -> tuple[Tensor, ...]:
-        if not _fits(out, second):
+        if not _fits(out, second, self._dtype):
             return super().branch(self.written(x), first, second, shortcut, out)
-        if _fits(x, first):
+        if _fits(x, first, self._dtype):
             a = self._convolve(self._input(x), first, x)
         else:
             a = self.convolve(self.written(x), first)
@@ -101,7 +101,7 @@ class NativeKernels(ReferenceKernels):
         gradient: Tensor,
         of_shortcut: Callable[[], Tensor],
     ) -> None:
-        if not _fits(out, second):
+        if not _fits(out, second, self._dtype):
             super().branch_backward(saved, x, first, second, out, gradient, of_shortcut)
             return
         a, c = saved
@@ -111,7 +111,7 @@ class NativeKernels(ReferenceKernels):
             self._between(a, first), second, c, gradient, sums, None, of_b
         )
         of_x = of_shortcut()
-        if _fits(x, first):
+        if _fits(x, first, self._dtype):
             of_what = self._convolve_backward(self._input(x), first, a, of_b, sums, of_x, of_x)
             if x in self._sums:
                 self._sums[x].sums = of_what
@@ -130,7 +130,7 @@ class NativeKernels(ReferenceKernels):
         self._buffers.give(c, of_b)
 
     def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
-        if not (_is_image(x) and layer.weight.dtype == torch.float32):
+        if not (_is_image(x, self._dtype) and layer.weight.dtype == torch.float32):
             return super().head(self.written(x), layer, labels, gradient)
         classes = len(layer.bias)
         least, most = (bound.item() for bound in labels.aminmax())
@@ -157,7 +157,7 @@ class NativeKernels(ReferenceKernels):
         return x
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
-        if not _are_pooled(x, out):
+        if not _are_pooled(x, out, self._dtype):
             super().pool_and_pad(self.written(x), out)
             return
         self._library.pool(
@@ -165,7 +165,7 @@ class NativeKernels(ReferenceKernels):
         )
 
     def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
-        if not _are_pooled(of_x, gradient):
+        if not _are_pooled(of_x, gradient, self._dtype):
             super().pool_and_pad_backward(gradient, of_x)
             return
         self._library.pool_backward(
@@ -252,17 +252,17 @@ class NativeKernels(ReferenceKernels):
         return x.numel() // x.shape[1], x.shape[1], self._threads
 
 
-def _is_image(x: Tensor) -> bool:
-    """Whether it is bfloat16, channels_last, in sixteens of channels."""
+def _is_image(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is of this type, channels_last, in sixteens of channels."""
     last = x.is_contiguous(memory_format=torch.channels_last)
-    return x.dtype == torch.bfloat16 and last and x.shape[1] % 16 == 0
+    return x.dtype == dtype and last and x.shape[1] % 16 == 0
 
 
-def _fits(x: Tensor, layer: Layer) -> bool:
+def _fits(x: Tensor, layer: Layer, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for this convolution of x."""
     (out, into), (height, width) = layer.weight.shape[:2], x.shape[2:]
     return (
-        _is_image(x)
+        _is_image(x, dtype)
         and layer.stride == 1
         and x.shape[1] == out == into
         and out in (16, 32, 64)
@@ -271,20 +271,20 @@ def _fits(x: Tensor, layer: Layer) -> bool:
     )
 
 
-def _is_stem(images: Tensor, layer: Layer, out: Tensor) -> bool:
+def _is_stem(images: Tensor, layer: Layer, out: Tensor, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for this convolution of pictures."""
     few, (height, width) = images.shape[1] <= 4, images.shape[2:]
     last = images.is_contiguous(memory_format=torch.channels_last)
-    is_like = images.dtype == out.dtype and last and _is_image(out) and layer.stride == 1
+    is_like = images.dtype == out.dtype and last and _is_image(out, dtype) and layer.stride == 1
     return few and is_like and out.shape[1] == 16 and height == width and width % 16 == 0
 
 
-def _are_pooled(x: Tensor, out: Tensor) -> bool:
+def _are_pooled(x: Tensor, out: Tensor, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for pooling x to out."""
     halved = all(
         before == 2 * after for before, after in zip(x.shape[2:], out.shape[2:], strict=True)
     )
-    return halved and _is_image(x) and _is_image(out)
+    return halved and _is_image(x, dtype) and _is_image(out, dtype)
 
 
 def _pooled(x: Tensor, out: Tensor) -> tuple[int, int, int, int]:

@@ -1,193 +1,299 @@
 // Convolutions of 3x3 with padding 1 and stride 1 from In to Out channels, and their gradients.
 // Images are [n, side, side, channels]; channels are multiples of 16, or FEW; sums are in float32.
 //
-// The instruction multiplies pairs of bfloat16 and adds to sixteen sums. A pair of one operand is
-// broadcast, and multiplied with what three taps need of the other, which is in registers: so there
-// is less than half a load for a multiplication, and the processor multiplies all the time.
+// Each image is copied into a frame of zeros, as factors that the first caches hold. What normalisation,
+// addition and ReLU make of it is computed on the way, so that it need not be read again, or not
+// even stored.
 
 #pragma once
 
-#include "sources.h"
-#include "sums.h"
+#include "statistics.h"
 
-// ---------------------------------------------------------------------------- one image
+// ---------------------------------------------------------------------------- what is convolved
+//
+// `reader(c)` gives what reads CHANNELS channels of a pixel from c on; `fetch` is for pixels to come.
+
+template <int C>
+struct Image {
+  static constexpr int CHANNELS = LANES;
+  const stored* x;
+
+  auto reader(int c) const {
+    return [x = x + c](size_t pixel) { return load_factors(x + pixel * C); };
+  }
+  void fetch(size_t pixel, size_t count) const { prefetch(x + pixel * C, count * C); }
+};
+
+// ReLU(y * scale + shift)
+template <int C>
+struct Activated {
+  static constexpr int CHANNELS = LANES;
+  const stored* y;
+  const float *scale, *shift;
+
+  auto reader(int c) const {
+    return [y = y + c, scale = load(scale + c), shift = load(shift + c)](size_t pixel) {
+      return factors(relu(load(y + pixel * C) * scale + shift));
+    };
+  }
+  void fetch(size_t pixel, size_t count) const { prefetch(y + pixel * C, count * C); }
+};
+
+// x = ReLU(y * scale + shift + shortcut), which is stored as it is read; the shortcut may be null.
+template <int C>
+struct Added {
+  static constexpr int CHANNELS = LANES;
+  const stored *y, *shortcut;
+  const float *scale, *shift;
+  stored* x;
+
+  auto reader(int c) const {
+    return [*this, c, scale = load(scale + c), shift = load(shift + c)](size_t pixel) {
+      const size_t at = pixel * C + c;
+      Floats sum = load(y + at) * scale + shift;
+      if (shortcut) sum += load(shortcut + at);
+      sum = relu(sum);
+      store(x + at, sum);
+      return factors(as_stored(sum));
+    };
+  }
+  void fetch(size_t pixel, size_t count) const {
+    prefetch(y + pixel * C, count * C);
+    if (shortcut) prefetch(shortcut + pixel * C, count * C);
+    prefetch_to_write(x + pixel * C, count * C);
+  }
+};
+
+// The gradient of y from that of BN(y).
+template <int C>
+struct Normalised {
+  static constexpr int CHANNELS = LANES;
+  const stored *gradient, *y;
+  const Coefficients& by;
+
+  auto reader(int c) const {
+    const Floats by_gradient = load(by.by_gradient + c);
+    const Floats by_y = load(by.by_y + c), constant = load(by.constant + c);
+    return [gradient = gradient + c, y = y + c, by_gradient, by_y, constant](size_t pixel) {
+      const Floats of_y = load(y + pixel * C) * by_y + constant;
+      return factors(load(gradient + pixel * C) * by_gradient + of_y);
+    };
+  }
+  void fetch(size_t pixel, size_t count) const {
+    prefetch(y + pixel * C, count * C);
+    prefetch(gradient + pixel * C, count * C);
+  }
+};
+
+// Images of up to FEW channels, which are filled up with zeros.
+constexpr int FEW = 4;
+struct Pictures {
+  static constexpr int CHANNELS = FEW;
+  const stored* x;
+  const int channels;
+
+  auto reader(int) const {
+    return [*this](size_t pixel) {
+      Vector<factor, FEW> result{};
+      for (int c = 0; c < channels; c++) result[c] = one_factor(x[pixel * channels + c]);
+      return result;
+    };
+  }
+  void fetch(size_t pixel, size_t count) const { prefetch(x + pixel * channels, count * channels); }
+};
 
 // A row of the image between two zeros, which are there already: [side + 2][C].
 template <int C, class Source>
-void pad_row(const Source& source, size_t first, bf16* padded, int side) {
-  for (int c = 0; c < C; c += 16) {
+void pad_row(const Source& source, size_t first, factor* padded, int side) {
+  for (int c = 0; c < C; c += Source::CHANNELS) {
     const auto read = source.reader(c);
-    for (int x = 0; x < side; x++) store_bits(padded + (x + 1) * C + c, read(first + x));
+    for (int x = 0; x < side; x++) put(padded + (x + 1) * C + c, read(first + x));
   }
 }
 
-template <int C>
-void pad_row(const Pictures& source, size_t first, bf16* padded, int side) {
-  for (int x = 0; x < side; x++)
-    _mm_storel_epi64((__m128i*)(padded + (x + 1) * C), source.at(first + x));
+// ---------------------------------------------------------------------------- one image
+
+// Results that are summed at a time, in registers, and the taps of a row that share the broadcast of
+// a pixel.
+struct Tile {
+  int pixels, vectors, taps;
+};
+#ifndef TILE
+#define TILE {8, 1, 3}
+#endif
+constexpr Tile tile(int outputs) {
+  if (LANES == 16) return outputs == 16 ? Tile{16, 1, 3} : Tile{8, 2, 3};
+  if (LANES == 8) return Tile TILE;
+  return {4, 4, 1};
 }
-
-constexpr int ROWS = 8;  // of an image at a time, so that they stay in the first cache
-
-template <int Out>
-constexpr int TILE = Out == 16 ? 16 : 8;  // pixels
-template <int Out>
-constexpr int OUTPUTS = Out == 16 ? 1 : 2;  // sixteens of output channels
 
 // padded: [side + 2][side + 2][In]; weight: as `packed` gives it; added: null, or as out.
 // `ahead(pixel, count)` is called on the way with every part of the image.
 template <int In, int Out, class Sums, class Ahead>
-void convolve_image(const bf16* padded, const bf16* weight, const bf16* added, bf16* out, int side,
-                    Sums& sums, const Ahead& ahead) {
-  constexpr int T = TILE<Out>, B = OUTPUTS<Out>;
+void convolve_image(const factor* padded, const factor* weight, const stored* added, stored* out,
+                    int side, Sums& sums, const Ahead& ahead) {
+  constexpr int T = tile(Out).pixels, V = tile(Out).vectors, R = tile(Out).taps;
   const int width = side + 2;
-  for (int block = 0; block < Out / 16; block += B)
+  for (int block = 0; block < Out / LANES; block += V)
     for (int y = 0; y < side; y++)
       for (int x = 0; x < side; x += T) {
         const size_t pixel = (size_t)y * side + x;
         if (block == 0) ahead(pixel, T);
-        __m512 sum[B][T];
-        for (auto& column : sum)
-          for (auto& s : column) s = _mm512_setzero_ps();
-        for (int down = 0; down < 3; down++) {
-          const bf16* in = padded + ((y + down) * width + x) * In;
-          const bf16* w = weight + (block * 9 + 3 * down) * In * 16;
-          for (int c = 0; c < In / 2; c++) {
-            __m512bh k[3][B];
-            for (int right = 0; right < 3; right++)
-              for (int b = 0; b < B; b++)
-                k[right][b] = (__m512bh)_mm512_loadu_si512(w + ((b * 9 + right) * In + 2 * c) * 16);
-#pragma GCC unroll 18
-            for (int t = 0; t < T + 2; t++) {
-              const __m512bh v = pair(in + t * In + 2 * c);
+        Floats sum[V][T] = {};
+        for (int down = 0; down < 3; down++)
+          for (int tap = 0; tap < 3; tap += R) {
+            const factor* in = padded + ((y + down) * width + x + tap) * In;
+            const factor* w = weight + (block * 9 + 3 * down + tap) * In * LANES;
+            for (int c = 0; c < In; c += PER_LANE) {
+              Operand k[R][V];
 #pragma GCC unroll 3
-              for (int right = 0; right < 3; right++) {
-                if (t < right || t >= T + right) continue;
-#pragma GCC unroll 2
-                for (int b = 0; b < B; b++)
-                  sum[b][t - right] = _mm512_dpbf16_ps(sum[b][t - right], k[right][b], v);
+              for (int right = 0; right < R; right++)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++)
+                  k[right][v] = get<Operand>(w + ((v * 9 + right) * In + c) * LANES);
+#pragma GCC unroll 18
+              for (int t = 0; t < T + R - 1; t++) {
+                const Operand pixel = broadcast(in + t * In + c);
+#pragma GCC unroll 3
+                for (int right = 0; right < R; right++) {
+                  if (t < right || t >= T + right) continue;
+#pragma GCC unroll 4
+                  for (int v = 0; v < V; v++)
+                    sum[v][t - right] = multiply_add(sum[v][t - right], k[right][v], pixel);
+                }
               }
             }
           }
-        }
-        for (int b = 0; b < B; b++) {
-          const int c = (block + b) * 16;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+          const int c = (block + v) * LANES;
           if (added)
-            for (int t = 0; t < T; t++)
-              sum[b][t] = _mm512_add_ps(sum[b][t], load(added + (pixel + t) * Out + c));
-          sums.add(pixel, c, sum[b]);
-          for (int t = 0; t < T; t++) store(out + (pixel + t) * Out + c, sum[b][t]);
+#pragma GCC unroll 16
+            for (int t = 0; t < T; t++) sum[v][t] += load(added + (pixel + t) * Out + c);
+          sums.add(pixel, c, sum[v]);
+#pragma GCC unroll 16
+          for (int t = 0; t < T; t++) store(out + (pixel + t) * Out + c, sum[v][t]);
         }
       }
 }
 
-// weight: [Out][9][inputs], as [Out/16][9][In/2][16 outputs][2 inputs].
+// weight: [Out][9][inputs], as [Out/LANES][9][In/PER_LANE][LANES outputs][PER_LANE inputs].
 template <int In, int Out>
-std::vector<bf16> packed(const bf16* weight, int inputs) {
-  std::vector<bf16> result(9 * In * Out);
-  for (int out = 0; out < Out; out++)
+Scratch<factor> packed(const stored* weight, int inputs) {
+  Scratch<factor> result(9 * In * Out);
+  factor* to = result.data();
+  for (int out = 0; out < Out; out += LANES)
     for (int tap = 0; tap < 9; tap++)
-      for (int in = 0; in < inputs; in++)
-        result[((out / 16 * 9 + tap) * In + in / 2 * 2) * 16 + out % 16 * 2 + in % 2] =
-            weight[(out * 9 + tap) * inputs + in];
+      for (int in = 0; in < In; in += PER_LANE)
+        for (int lane = 0; lane < LANES; lane++)
+          for (int i = in; i < in + PER_LANE; i++)
+            *to++ = i < inputs ? one_factor(weight[((out + lane) * 9 + tap) * inputs + i]) : 0;
   return result;
 }
 
 // For the gradient of the input, which is a convolution too: with the taps the other way round, and
 // inputs and outputs exchanged.
 template <int C>
-std::vector<bf16> packed_transposed(const bf16* weight) {
-  std::vector<bf16> result(9 * C * C);
-  for (int out = 0; out < C; out += 16)
+Scratch<factor> packed_transposed(const stored* weight) {
+  Scratch<factor> result(9 * C * C);
+  for (int out = 0; out < C; out += LANES)
     for (int tap = 0; tap < 9; tap++)
-      for (int in = 0; in < C; in += 2) {
-        const bf16* first = weight + (in * 9 + 8 - tap) * C + out;
-        _mm512_storeu_si512(&result[((out / 16 * 9 + tap) * C + in) * 16],
-                            paired(apart(load_bits(first)), apart(load_bits(first + 9 * C))));
+      for (int in = 0; in < C; in += PER_LANE) {
+        factor* to = &result[((out / LANES * 9 + tap) * C + in) * LANES];
+        const stored* from = weight + (in * 9 + 8 - tap) * C + out;
+        if constexpr (PER_LANE == 1)
+          put(to, load_factors(from));
+        else
+          put(to, paired<LANES>(load_factors(from), load_factors(from + 9 * C)));
       }
   return result;
 }
 
-// The gradient of the weight sums over pixels, so pairs are of neighbouring pixels: [pairs][C][2].
+// The gradient of the weight sums over pixels, so that lanes are of PER_LANE neighbouring pixels:
+// [pixels/PER_LANE][C][PER_LANE]. With one there is nothing to pair: padded rows are what is wanted.
 //
 // A row of the input between two zeros: pairs that begin at even pixels and, since taps shift them,
 // those that begin at odd ones.
 template <int C, class Source>
-void pair_row(const Source& source, size_t first, bf16* even, bf16* odd, int side) {
-  for (int c = 0; c < C; c += 16) {
-    const auto read = source.reader(c);
-    __m512i last = _mm512_setzero_si512();
-    for (int x = 0; x < side; x += 2) {
-      const __m512i one = apart(read(first + x)), two = apart(read(first + x + 1));
-      _mm512_storeu_si512(even + x * C + 2 * c, paired(last, one));
-      _mm512_storeu_si512(odd + x * C + 2 * c, paired(one, two));
-      last = two;
+void pair_row(const Source& source, size_t first, factor* even, factor* odd, int side) {
+  if constexpr (PER_LANE == 1) {
+    pad_row<C>(source, first, even, side);
+  } else {
+    constexpr int N = Source::CHANNELS;
+    for (int c = 0; c < C; c += N) {
+      const auto read = source.reader(c);
+      Vector<factor, N> last{};
+      for (int x = 0; x < side; x += 2) {
+        const auto one = read(first + x), two = read(first + x + 1);
+        put(even + x * C + 2 * c, paired<N>(last, one));
+        put(odd + x * C + 2 * c, paired<N>(one, two));
+        last = two;
+      }
+      put(even + side * C + 2 * c, paired<N>(last, Vector<factor, N>{}));
     }
-    _mm512_storeu_si512(even + side * C + 2 * c, last);
+  }
+}
+
+// A row of the gradient, for both uses. pairs: from its first pixel on, [side][C].
+template <int C, class Source>
+void pad_and_pair_row(const Source& source, size_t first, factor* padded, factor* pairs, int side) {
+  if constexpr (PER_LANE == 1) {
+    pad_row<C>(source, first, padded, side);
+  } else {
+    for (int c = 0; c < C; c += LANES) {
+      const auto read = source.reader(c);
+      for (int x = 0; x < side; x += 2) {
+        const Factors one = read(first + x), two = read(first + x + 1);
+        put(padded + (x + 1) * C + c, one);
+        put(padded + (x + 2) * C + c, two);
+        put(pairs + x * C + 2 * c, paired<LANES>(one, two));
+      }
+    }
   }
 }
 
 template <int C>
-void pair_row(const Pictures& source, size_t first, bf16* even, bf16* odd, int side) {
-  __m128i last = _mm_setzero_si128();
-  for (int x = 0; x < side; x += 2) {
-    const __m128i one = source.at(first + x), two = source.at(first + x + 1);
-    _mm_storeu_si128((__m128i*)(even + x * C), _mm_unpacklo_epi16(last, one));
-    _mm_storeu_si128((__m128i*)(odd + x * C), _mm_unpacklo_epi16(one, two));
-    last = two;
-  }
-  _mm_storeu_si128((__m128i*)(even + side * C), _mm_unpacklo_epi16(last, _mm_setzero_si128()));
-}
-
-// A row of the gradient, for both uses.
-template <int C, class Source>
-void pad_and_pair_row(const Source& source, size_t first, bf16* padded, bf16* pairs, int side) {
-  for (int c = 0; c < C; c += 16) {
-    const auto read = source.reader(c);
-    for (int x = 0; x < side; x += 2) {
-      const __m256i one = read(first + x), two = read(first + x + 1);
-      store_bits(padded + (x + 1) * C + c, one);
-      store_bits(padded + (x + 2) * C + c, two);
-      _mm512_storeu_si512(pairs + x * C + 2 * c, paired(apart(one), apart(two)));
-    }
-  }
-}
+constexpr int ROWS = PER_LANE == 1 && C == 16 ? 4 : 8;  // at a time, so that the first cache holds them
 
 // Adds to result, [9][In][Out].
-// even, odd: of ROWS rows of the input, pairs that begin at even and at odd pixels, since taps
-// shift them; pairs: of the gradient, from the row above them to the row below.
+// even, odd: of `rows` rows of the input; pairs: of the gradient, from the row above them to the row
+// below, all of them side + 2 pixels wide.
 template <int In, int Out>
-void add_weight_gradient(const bf16* even, const bf16* odd, const bf16* pairs, float* result,
+void add_weight_gradient(const factor* even, const factor* odd, const factor* pairs, float* result,
                          int side) {
-  constexpr int INPUTS = In < 8 ? In : 8;  // at a time
+  constexpr int INPUTS = In < 8 || LANES == 8 ? 4 : 8;  // at a time
   const int width = side + 2;
   for (int right = 0; right < 3; right++)
-    for (int out = 0; out < Out; out += 16)
+    for (int out = 0; out < Out; out += LANES)
       for (int in = 0; in < In; in += INPUTS) {
-        __m512 sum[INPUTS][3];
+        Floats sum[INPUTS][3];
         float* r = result + (right * In + in) * Out + out;
+#pragma GCC unroll 8
         for (int t = 0; t < INPUTS; t++)
-          for (int down = 0; down < 3; down++)
-            sum[t][down] = _mm512_loadu_ps(r + (3 * down * In + t) * Out);
-        for (int y = 0; y < ROWS; y++) {
-          const bf16* row = (right == 1 ? odd : even + right * In) + y * width * In + in * 2;
-          const bf16* g = pairs + y * side * Out + out * 2;
-          for (int x = 0; x < side; x += 2) {
-            __m512bh k[3];
-            for (int down = 0; down < 3; down++)
-              k[down] = (__m512bh)_mm512_loadu_si512(g + ((2 - down) * side + x) * Out);
+#pragma GCC unroll 3
+          for (int down = 0; down < 3; down++) sum[t][down] = load(r + (3 * down * In + t) * Out);
+        for (int y = 0; y < ROWS<In>; y++) {
+          const factor* row = (right % PER_LANE ? odd : even + right * In) + y * width * In;
+          const factor* x = row + in * PER_LANE;
+          const factor* g = pairs + y * width * Out + out * PER_LANE;
+          for (const factor* end = x + side * In; x < end; x += In * PER_LANE) {
+            Operand k[3];
+#pragma GCC unroll 3
+            for (int down = 0; down < 3; down++) k[down] = get<Operand>(g + (2 - down) * width * Out);
 #pragma GCC unroll 8
             for (int t = 0; t < INPUTS; t++) {
-              const __m512bh v = pair(row + x * In + 2 * t);
+              const Operand v = broadcast(x + t * PER_LANE);
 #pragma GCC unroll 3
               for (int down = 0; down < 3; down++)
-                sum[t][down] = _mm512_dpbf16_ps(sum[t][down], k[down], v);
+                sum[t][down] = multiply_add(sum[t][down], k[down], v);
             }
+            g += Out * PER_LANE;
           }
         }
+#pragma GCC unroll 8
         for (int t = 0; t < INPUTS; t++)
-          for (int down = 0; down < 3; down++)
-            _mm512_storeu_ps(r + (3 * down * In + t) * Out, sum[t][down]);
+#pragma GCC unroll 3
+          for (int down = 0; down < 3; down++) store(r + (3 * down * In + t) * Out, sum[t][down]);
       }
 }
 
@@ -204,13 +310,13 @@ struct Shape {
 
 // The convolution of `source`, and the sums of it.
 template <int In, int Out, class Source>
-void convolve(const Source& source, const std::vector<bf16>& taps, bf16* out, double* sums,
+void convolve(const Source& source, Scratch<factor> taps, stored* out, double* sums,
               const Shape& shape) {
   const int side = shape.side, width = side + 2;
   Totals totals(Out, shape.threads);
 #pragma omp parallel num_threads(shape.threads)
   {
-    std::vector<bf16> padded(width * width * In);
+    Scratch<factor> padded(width * width * In);
 #pragma omp for schedule(static)
     for (int i = 0; i < shape.n; i++) {
       const size_t first = i * shape.pixels(), next = shape.after(i);
@@ -232,25 +338,28 @@ template <int In, int Out, class Input, class Result, class Also>
 void weigh(const Input& input, const Result& gradient, float* of_weight, int inputs,
            const Shape& shape, const Also& also) {
   const int side = shape.side, width = side + 2;
-  std::vector<std::vector<float>> of_weights(shape.threads);
+  std::vector<Scratch<float>> of_weights(shape.threads);
 #pragma omp parallel num_threads(shape.threads)
   {
-    std::vector<bf16> padded(width * width * Out), pairs(width * side * Out);
-    std::vector<bf16> even(ROWS * width * In), odd(ROWS * width * In);
-    std::vector<float>& mine = of_weights[omp_get_thread_num()];
-    mine.resize(9 * In * Out);
+    Scratch<factor> padded(width * width * Out), even(ROWS<In> * width * In);
+    Scratch<factor> odd(PER_LANE == 1 ? 0 : ROWS<In> * width * In);
+    Scratch<factor> apart(PER_LANE == 1 ? 0 : width * width * Out);
+    factor* pairs = PER_LANE == 1 ? &padded[Out] : apart.data();
+    Scratch<float>& mine = of_weights[omp_get_thread_num()] = Scratch<float>(9 * In * Out);
 #pragma omp for schedule(static)
     for (int i = 0; i < shape.n; i++) {
       const size_t first = i * shape.pixels();
-      for (int y = 0; y < side; y++)
-        pad_and_pair_row<Out>(gradient, first + y * side, &padded[(y + 1) * width * Out],
-                              &pairs[(y + 1) * side * Out], side);
-      for (int top = 0; top < side; top += ROWS) {
-        for (int y = 0; y < ROWS; y++)
-          pair_row<In>(input, first + (top + y) * side, &even[y * width * In], &odd[y * width * In],
-                       side);
-        add_weight_gradient<In, Out>(even.data(), odd.data(), &pairs[top * side * Out], mine.data(),
-                                     side);
+      for (int y = 0; y < side; y++) {
+        const int at = (y + 1) * width * Out;
+        pad_and_pair_row<Out>(gradient, first + y * side, &padded[at], pairs + at, side);
+      }
+      for (int top = 0; top < side; top += ROWS<In>) {
+        for (int y = 0; y < ROWS<In>; y++) {
+          const int at = y * width * In;
+          pair_row<In>(input, first + (top + y) * side, &even[at], odd.data() + at, side);
+        }
+        add_weight_gradient<In, Out>(even.data(), odd.data(), pairs + top * width * Out,
+                                     mine.data(), side);
       }
       also(i, padded.data());
     }
@@ -259,8 +368,8 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
       for (int tap = 0; tap < 9; tap++)
         for (int in = 0; in < inputs; in++) {
           float& total = of_weight[(out * 9 + tap) * inputs + in] = 0;
-          for (const auto& each : of_weights)
-            if (!each.empty()) total += each[(tap * In + in) * Out + out];
+          for (int t = 0; t < omp_get_num_threads(); t++)
+            total += of_weights[t][(tap * In + in) * Out + out];
         }
   }
 }
@@ -268,12 +377,12 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
 // Both gradients of a convolution of `input`: of_weight, and of_input with `added`, if that is not
 // null. `sums_of(pixel)` gives what becomes of that of the image that begins there, and its sums.
 template <int C, class Input, class Result, class SumsOf>
-void convolve_backward(const Input& input, const Result& gradient, const bf16* weight,
-                       float* of_weight, const bf16* added, bf16* of_input, const SumsOf& sums_of,
-                       double* sums, const Shape& shape) {
-  const std::vector<bf16> taps = packed_transposed<C>(weight);
+void convolve_backward(const Input& input, const Result& gradient, const stored* weight,
+                       float* of_weight, const stored* added, stored* of_input,
+                       const SumsOf& sums_of, double* sums, const Shape& shape) {
+  Scratch<factor> taps = packed_transposed<C>(weight);
   Totals totals(C, shape.threads);
-  weigh<C, C>(input, gradient, of_weight, C, shape, [&](int i, const bf16* padded) {
+  weigh<C, C>(input, gradient, of_weight, C, shape, [&](int i, const factor* padded) {
     const size_t first = i * shape.pixels(), next = shape.after(i);
     auto of_image = sums_of(first);
     convolve_image<C, C>(padded, taps.data(), added ? added + first * C : nullptr,

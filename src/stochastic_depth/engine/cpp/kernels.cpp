@@ -1,4 +1,4 @@
-// Convolution and batch normalisation of residual networks in bfloat16, for AVX512-BF16.
+// Convolution and batch normalisation of residual networks, for any processor: see vectors.h.
 //
 // Images are [n, side, side, channels] (channels_last), channels a multiple of 16. A null pointer
 // means that there is none. Sums over the pixels of a mini-batch are float64, [2][channels]; those
@@ -6,7 +6,6 @@
 
 #include <type_traits>
 
-#include "classification.h"
 #include "convolution.h"
 #include "passes.h"
 
@@ -27,7 +26,7 @@ extern "C" {
 
 // A convolution of 3x3, and the batch normalisation of its result, y.
 struct Layer {
-  const bf16* weight;  // [out][9][in]
+  const stored* weight;  // [out][9][in]
   float* of_weight;
   Norm norm;
 };
@@ -35,21 +34,20 @@ struct Layer {
 // x = ReLU(BN(y) + shortcut). Without y, x is what is stored there. With it, x is written when it
 // is first convolved, or, if it is null, computed whenever it is needed.
 struct Input {
-  bf16* x;
-  const bf16 *y, *shortcut;
+  stored* x;
+  const stored *y, *shortcut;
   const Norm* norm;
 };
 
 // y = conv(x), and its statistics.
-void convolve3x3(const Input* x, const Layer* layer, bf16* y, int n, int side, int channels,
+void convolve3x3(const Input* x, const Layer* layer, stored* y, int n, int side, int channels,
                  int threads) {
   with_channels(channels, [&](auto count) {
     constexpr int C = decltype(count)::value;
     const Shape shape{n, side, threads};
-    const std::vector<bf16> taps = packed<C, C>(layer->weight, C);
     double sums[2 * MOST];
     const auto convolve_from = [&](const auto& source) {
-      convolve<C, C>(source, taps, y, sums, shape);
+      convolve<C, C>(source, packed<C, C>(layer->weight, C), y, sums, shape);
     };
     if (!x->y)
       convolve_from(Image<C>{x->x});
@@ -63,8 +61,8 @@ void convolve3x3(const Input* x, const Layer* layer, bf16* y, int n, int side, i
 
 // Gradients of the layer's parameters and of x, from that of BN(y) and the sums of it. If x comes
 // from a y of its own, that of what is under its ReLU is given, and the sums of that.
-void convolve3x3_backward(const Input* x, const Layer* layer, const bf16* y, const bf16* gradient,
-                          const double* sums, const bf16* added, bf16* of_x, double* of_x_sums,
+void convolve3x3_backward(const Input* x, const Layer* layer, const stored* y, const stored* gradient,
+                          const double* sums, const stored* added, stored* of_x, double* of_x_sums,
                           int n, int side, int channels, int threads) {
   with_channels(channels, [&](auto count) {
     constexpr int C = decltype(count)::value;
@@ -89,39 +87,38 @@ void convolve3x3_backward(const Input* x, const Layer* layer, const bf16* y, con
 }
 
 // The same for 16 channels of images of up to FEW.
-void convolve_pictures(const bf16* images, const Layer* layer, bf16* y, int n, int side,
+void convolve_pictures(const stored* images, const Layer* layer, stored* y, int n, int side,
                        int channels, int threads) {
   const Shape shape{n, side, threads};
   double sums[2 * 16];
-  convolve<FEW, 16>(Pictures{images, channels, (size_t)shape.rows()},
-                    packed<FEW, 16>(layer->weight, channels), y, sums, shape);
+  convolve<FEW, 16>(Pictures{images, channels}, packed<FEW, 16>(layer->weight, channels), y, sums, shape);
   normalise(layer->norm, sums, shape.rows(), 16);
 }
 
 // The gradient of the images is not wanted.
-void convolve_pictures_backward(const bf16* images, const Layer* layer, const bf16* y,
-                                const bf16* gradient, const double* sums, int n, int side,
+void convolve_pictures_backward(const stored* images, const Layer* layer, const stored* y,
+                                const stored* gradient, const double* sums, int n, int side,
                                 int channels, int threads) {
   const Shape shape{n, side, threads};
   const Coefficients by = normalise_backward(layer->norm, sums, shape.rows(), 16);
-  const Pictures pictures{images, channels, (size_t)shape.rows()};
+  const Pictures pictures{images, channels};
   const Normalised<16> of_y{gradient, y, by};
-  weigh<FEW, 16>(pictures, of_y, layer->of_weight, channels, shape, [&](int i, const bf16*) {
+  weigh<FEW, 16>(pictures, of_y, layer->of_weight, channels, shape, [&](int i, const factor*) {
     pictures.fetch(shape.after(i), shape.pixels());
     of_y.fetch(shape.after(i), shape.pixels());
   });
 }
 
 // The statistics of a y that others have convolved; rows are its pixels.
-void observe(const bf16* y, const Layer* layer, long rows, int channels, int threads) {
+void observe(const stored* y, const Layer* layer, long rows, int channels, int threads) {
   double sums[2 * MOST];
   sum_moments(y, sums, rows, channels, threads);
   normalise(layer->norm, sums, rows, channels);
 }
 
 // The gradient of such a y from that of BN(y).
-void observe_backward(const bf16* y, const Layer* layer, const bf16* gradient, const double* sums,
-                      bf16* of_y, long rows, int channels, int threads) {
+void observe_backward(const stored* y, const Layer* layer, const stored* gradient, const double* sums,
+                      stored* of_y, long rows, int channels, int threads) {
   spread(gradient, y, normalise_backward(layer->norm, sums, rows, channels), of_y, rows, channels,
          threads);
 }
@@ -132,25 +129,40 @@ void complete(const Input* x, long rows, int channels, int threads) {
 }
 
 // The gradient of x becomes that of what is under its ReLU, in place; and the sums of it.
-void complete_backward(const Input* x, bf16* gradient, double* sums, long rows, int channels,
+void complete_backward(const Input* x, stored* gradient, double* sums, long rows, int channels,
                        int threads) {
   activate_backward(gradient, x->x, x->y, *x->norm, sums, rows, channels, threads);
 }
 
 // The cross entropy of what `layer` makes of the mean over the pixels; gradients of that and of x.
-void classify(const bf16* x, const Linear* layer, const int64_t* labels, float* loss,
-              bf16* gradient, int n, int pixels, int channels, int threads) {
+void classify(const stored* x, const Linear* layer, const int64_t* labels, float* loss,
+              stored* gradient, int n, int pixels, int channels, int threads) {
   classify_images(x, *layer, labels, loss, gradient, n, pixels, channels, threads);
 }
 
 // Means over 2x2 of x, and zeros in the channels that out has more; rows, of all images, and
 // columns are those of out.
-void pool(const bf16* x, bf16* out, int rows, int columns, int channels, int out_channels,
+void pool(const stored* x, stored* out, int rows, int columns, int channels, int out_channels,
           int threads) {
   pool_and_pad(x, out, rows, columns, channels, out_channels, threads);
 }
 
-void pool_backward(const bf16* gradient, bf16* of_x, int rows, int columns, int channels,
+// Multiplications and additions of floats, that wait for nothing but the processor; gives their number.
+long multiply(long rounds) {
+  constexpr int CHAINS = 12;
+  const factor zeros[2] = {};
+  const Operand seed = broadcast(zeros);
+  Floats sum[CHAINS] = {};
+  for (long round = 0; round < rounds; round++)
+#pragma GCC unroll 12
+    for (int k = 0; k < CHAINS; k++) {
+      sum[k] = multiply_add(sum[k], seed, seed);
+      asm volatile("" : "+x"(sum[k]));
+    }
+  return 2l * rounds * CHAINS * LANES * PER_LANE;
+}
+
+void pool_backward(const stored* gradient, stored* of_x, int rows, int columns, int channels,
                    int out_channels, int threads) {
   pool_and_pad_backward(gradient, of_x, rows, columns, channels, out_channels, threads);
 }

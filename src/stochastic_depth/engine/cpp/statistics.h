@@ -1,0 +1,150 @@
+// Batch normalisation, and the sums over the pixels of a mini-batch that it needs: two for each
+// channel, in float32 over an image, then in float64.
+
+#pragma once
+
+#include <omp.h>
+
+#include <cmath>
+
+#include "vectors.h"
+
+// The tensors of a normalisation, each [channels]: BN(y) * factor is y * scale + shift.
+struct Norm {
+  const float *weight, *bias;
+  float *of_weight, *of_bias, *running_mean, *running_var, *mean, *rstd, *scale, *shift;
+  float momentum, eps, factor;
+};
+
+// sums: of y and of y * y, [2][channels].
+inline void normalise(const Norm& norm, const double* sums, long rows, int channels) {
+  for (int c = 0; c < channels; c++) {
+    const double m = sums[c] / rows, square = sums[channels + c] / rows;
+    const double variance = std::fmax(0., square - m * m);
+    norm.mean[c] = (float)m;
+    norm.rstd[c] = (float)(1 / std::sqrt(variance + norm.eps));
+    const float unbiased = (float)(variance * rows / (rows - 1));
+    norm.running_mean[c] += norm.momentum * (norm.mean[c] - norm.running_mean[c]);
+    norm.running_var[c] += norm.momentum * (unbiased - norm.running_var[c]);
+    const float scale = norm.weight[c] * norm.rstd[c];
+    norm.scale[c] = scale * norm.factor;
+    norm.shift[c] = (norm.bias[c] - scale * norm.mean[c]) * norm.factor;
+  }
+}
+
+// The gradient of y is gradient * by_gradient + y * by_y + constant.
+struct Coefficients {
+  static constexpr int MOST = 64;  // channels
+  alignas(64) float by_gradient[MOST], by_y[MOST], constant[MOST];
+};
+
+// sums: of the gradient of BN(y) * factor, and of its product with y - mean.
+inline Coefficients normalise_backward(const Norm& norm, const double* sums, long rows,
+                                       int channels) {
+  Coefficients result;
+  for (int c = 0; c < channels; c++) {
+    const double s = sums[c] * norm.factor, q = sums[channels + c] * norm.factor;
+    const double by_weight = (double)norm.weight[c] * norm.rstd[c];
+    const double slope = q / rows * norm.rstd[c] * norm.rstd[c];
+    norm.of_bias[c] = (float)s;
+    norm.of_weight[c] = (float)(q * norm.rstd[c]);
+    result.by_gradient[c] = (float)(by_weight * norm.factor);
+    result.by_y[c] = (float)(-by_weight * slope);
+    result.constant[c] = (float)(by_weight * (slope * norm.mean[c] - s / rows));
+  }
+  return result;
+}
+
+// [threads][2][channels], and in the end [2][channels].
+class Totals {
+ public:
+  Totals(int channels, int threads)
+      : channels_(channels), threads_(threads), totals_((size_t)threads * 2 * channels) {}
+
+  double* first() { return &totals_[(size_t)omp_get_thread_num() * 2 * channels_]; }
+  double* second() { return first() + channels_; }
+
+  void over_threads(double* result) const {
+    for (int at = 0; at < 2 * channels_; at++) {
+      result[at] = 0;
+      for (int t = 0; t < threads_; t++) result[at] += totals_[(size_t)t * 2 * channels_ + at];
+    }
+  }
+
+ private:
+  const int channels_, threads_;
+  std::vector<double> totals_;
+};
+
+// Over an image: of x and of x * x, where x is rounded as it will be stored. In float32 they are of
+// differences to its first pixel, so that a large mean costs no digits.
+template <int C>
+struct Moments {
+  alignas(64) float pivot[C], sum[C] = {}, square[C] = {};
+
+  // result: channels c to c + LANES of T pixels, from this one of the image.
+  template <size_t T>
+  void add(size_t pixel, int c, const Floats (&result)[T]) {
+    if (pixel == 0) store(pivot + c, as_stored(result[0]));
+    const Floats p = load(pivot + c);
+    Floats s = load(sum + c), q = load(square + c);
+#pragma GCC unroll 16
+    for (size_t t = 0; t < T; t++) {
+      const Floats d = as_stored(result[t]) - p;
+      s += d;
+      q += d * d;
+    }
+    store(sum + c, s);
+    store(square + c, q);
+  }
+
+  void end(size_t pixels, double* sums, double* squares) const {
+    for (int c = 0; c < C; c++) {
+      const double p = pivot[c], s = sum[c];
+      sums[c] += s + pixels * p;
+      squares[c] += square[c] + p * (2 * s + pixels * p);
+    }
+  }
+};
+
+// Over an image of the gradient of x = ReLU(y * scale + shift + shortcut): it becomes that of what
+// is under the ReLU, d, and the sums are of d and of d * (y - mean). Where x is not stored, there is
+// no shortcut, and it is computed again.
+template <int C, bool is_stored>
+struct UnderReLU {
+  const stored *x, *y;
+  const float *scale, *shift, *mean;
+  alignas(64) float sum[C] = {}, product[C] = {};
+
+  template <size_t T>
+  void add(size_t pixel, int c, Floats (&d)[T]) {
+    const Floats m = load(mean + c);
+    Floats s = load(sum + c), q = load(product + c);
+#pragma GCC unroll 16
+    for (size_t t = 0; t < T; t++) {
+      const size_t at = (pixel + t) * C + c;
+      const Floats v = load(y + at);
+      d[t] = where_positive(is_stored ? load(x + at) : v * load(scale + c) + load(shift + c), d[t]);
+      s += d[t];
+      q += d[t] * (v - m);
+    }
+    store(sum + c, s);
+    store(product + c, q);
+  }
+
+  void end(size_t, double* sums, double* products) const {
+    for (int c = 0; c < C; c++) {
+      sums[c] += sum[c];
+      products[c] += product[c];
+    }
+  }
+  void fetch(size_t pixel, size_t count) const { prefetch(y + pixel * C, count * C); }
+};
+
+// Nothing is wanted.
+struct Unsummed {
+  template <size_t T>
+  void add(size_t, int, const Floats (&)[T]) {}
+  void end(size_t, double*, double*) const {}
+  void fetch(size_t, size_t) const {}
+};
