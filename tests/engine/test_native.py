@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import stochastic_depth as sd
 from stochastic_depth.engine import Program
 from stochastic_depth.engine.kernels import BatchNorm, Layer, Linear, ReferenceKernels
-from stochastic_depth.engine.library import missing
+from stochastic_depth.engine.library import library, missing
 from stochastic_depth.engine.native import NativeKernels
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer
@@ -66,6 +66,13 @@ def rounded(x):
     return x + (x.bfloat16().double() - x).detach()
 
 
+def between(x):
+    """ReLU of what is between the convolutions, and not stored: it is rounded to be multiplied,
+    where the processor multiplies bfloat16."""
+    x = F.relu(x)
+    return rounded(x) if library(torch.bfloat16).rounds_factors() else x
+
+
 def close(mine, exact, rounding=2 * ROUNDING):
     """By the norm of the difference, since what is rounded on the way is summed afterwards."""
     assert (mine.double() - exact).norm() <= rounding * exact.norm()
@@ -82,7 +89,7 @@ def test_a_branch_and_all_its_gradients(n, channels, side, factor, threads):
     out = torch.full_like(x, torch.nan)
 
     exact_x = x.double().requires_grad_()
-    total = exact_second(rounded(F.relu(exact_first(exact_x)))) + exact_x
+    total = exact_second(between(exact_first(exact_x))) + exact_x
     total.retain_grad()
     exact = F.relu(total)
     exact.backward(gradient.double())
@@ -102,22 +109,22 @@ def test_what_a_branch_gives_is_written_by_the_next(channels, side):
     layers = [layer_of(channels, seed=seed) for seed in range(4)]
     exacts = [Exact(layer) for layer in layers]
     x, gradient = image(5, channels, side, 0).relu_(), image(5, channels, side, 1)
-    between, out = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    middle, out = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
 
     exact_x = x.double().requires_grad_()
     truth = exact_x
     for first, second in (exacts[:2], exacts[2:]):
-        truth = rounded(F.relu(second(rounded(F.relu(first(truth)))) + truth))
+        truth = rounded(F.relu(second(between(first(truth))) + truth))
     truth.backward(gradient.double())
 
     kernels = NativeKernels()
-    one = kernels.branch(x, *layers[:2], x, between)
-    assert between.isnan().all()
-    two = kernels.branch(between, *layers[2:], between, out)
+    one = kernels.branch(x, *layers[:2], x, middle)
+    assert middle.isnan().all()
+    two = kernels.branch(middle, *layers[2:], middle, out)
     close(kernels.written(out), truth.detach())
-    kernels.branch_backward(two, between, *layers[2:], out, gradient, lambda: gradient)
-    assert not gradient[between == 0].any()
-    kernels.branch_backward(one, x, *layers[:2], between, gradient, lambda: gradient)
+    kernels.branch_backward(two, middle, *layers[2:], out, gradient, lambda: gradient)
+    assert not gradient[middle == 0].any()
+    kernels.branch_backward(one, x, *layers[:2], middle, gradient, lambda: gradient)
     close(gradient, exact_x.grad, 4 * ROUNDING)
     for exact, layer in zip(exacts, layers, strict=True):
         exact.check(layer)
@@ -159,7 +166,7 @@ def test_a_first_convolution_of_another_form_is_the_references(into, side, strid
     x, shortcut = image(5, into, side, 0), image(5, 16, side // stride, 1)
     gradient, out, of_x = image(5, 16, side // stride, 2), torch.empty_like(shortcut), x * 0
     exact_x = x.double().requires_grad_()
-    exact = F.relu(exact_second(rounded(F.relu(exact_first(exact_x)))) + shortcut.double())
+    exact = F.relu(exact_second(between(exact_first(exact_x))) + shortcut.double())
     exact.backward(gradient.double())
     kernels = NativeKernels()
     saved = kernels.branch(x, first, second, shortcut, out)
@@ -212,11 +219,10 @@ def test_memory_does_not_grow_from_step_to_step():
     assert [*map(sorted, held)] == [sorted(held[0])] * 4
 
 
-def gradients(closed, dtype, kernels, size=(32, 32)):
+def gradients(closed, dtype, kernels, size, precision):
     """Of stem, blocks and head, each float64, after one step without the blocks `closed`."""
     model = CifarResNet(20).to(dtype, memory_format=torch.channels_last).train()
     handle = sd.apply(model, [1e-9 if block in closed else 1.0 for block in range(9)])
-    precision = torch.float64 if dtype == torch.float64 else torch.bfloat16
     images = image(4, 3, 32, 0)[..., : size[0], : size[1]].to(dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     optimizer = build_optimizer(OptimizerConfig(), model)
@@ -228,15 +234,20 @@ def gradients(closed, dtype, kernels, size=(32, 32)):
     return [program.flat.gradients[segment].double() for segment in program.flat.segments]
 
 
-@pytest.mark.parametrize("size", [(32, 32), (16, 16), (16, 32)])
-@pytest.mark.parametrize("closed", [(), (0,), (3,), (6,), (8,), (2, 3, 4), (3, 5, 6, 7), range(9)])
-def test_a_step_under_gates_is_as_exact_as_by_pytorchs_kernels(closed, size):
-    exact = gradients(closed, torch.float64, ReferenceKernels(), size)
-    pytorchs = gradients(closed, torch.float32, ReferenceKernels(), size)
-    native = gradients(closed, torch.float32, NativeKernels(), size)
+def assert_as_exact(closed, dtype, size):
+    exact = gradients(closed, torch.float64, ReferenceKernels(), size, torch.float64)
+    pytorchs = gradients(closed, torch.float32, ReferenceKernels(), size, dtype)
+    native = gradients(closed, torch.float32, NativeKernels(dtype), size, dtype)
     for block, (mine, theirs, true) in enumerate(zip(native, pytorchs, exact, strict=True), -1):
         assert true.any() != (block in closed)
         assert (mine - true).norm() <= 1.2 * (theirs - true).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (16, 32)])
+@pytest.mark.parametrize("closed", [(), (0,), (3,), (6,), (8,), (2, 3, 4), (3, 5, 6, 7), range(9)])
+def test_a_step_under_gates_is_as_exact_as_by_pytorchs_kernels(closed, size, dtype):
+    assert_as_exact(closed, dtype, size)
 
 
 @pytest.mark.parametrize(("channels", "classes"), [(64, 10), (16, 100), (32, 1)])

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch's own
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
-NO_KERNELS = "the processor has no AVX512-BF16"
+NO_KERNELS = "no C++ compiler was found"
 
 
 def losses(config, path, watch):
@@ -94,7 +94,8 @@ def test_a_mini_batch_that_is_not_whole_goes_by_autograd(float32, tmp_path, sile
     ],
 )
 def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
-    monkeypatch.setattr("stochastic_depth.train.engine_choice.missing", lambda: None)
+    for obstacle in ("missing", "unmeasured"):
+        monkeypatch.setattr(f"stochastic_depth.train.engine_choice.{obstacle}", lambda: None)
     choice = choose_engine(replace(RECIPES["digits"](), **changes), "cpu", "bfloat16")
     assert choice.engine == engine
     assert because in choice.because
@@ -104,7 +105,7 @@ def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "precision", "absent", "because"),
     [
-        ("cpu", "float32", None, "the precision is float32"),
+        ("cpu", "float32", None, "digits's is 8"),
         ("cpu", "bfloat16", NO_KERNELS, NO_KERNELS),
         ("cuda", "bfloat16", None, "not been measured"),
     ],
@@ -114,6 +115,15 @@ def test_auto_falls_back_to_autograd(device, precision, absent, because, monkeyp
     choice = choose_engine(Config(), device, precision)
     assert (choice.engine, choice.kernels) == ("eager", "reference")
     assert because in choice.because
+
+
+def test_auto_takes_the_program_in_float32_where_its_kernels_fit_the_images(monkeypatch):
+    for obstacle in ("missing", "unmeasured"):
+        monkeypatch.setattr(f"stochastic_depth.train.engine_choice.{obstacle}", lambda: None)
+    config = RECIPES["cifar10-resnet110"]()
+    assert choose_engine(config, "cpu", "float32")[:2] == ("graphs", "native")
+    smaller = replace(config, data=replace(config.data, size=16))
+    assert choose_engine(smaller, "cpu", "float32")[:2] == ("eager", "reference")
 
 
 def test_an_engine_that_cannot_train_the_network_leaves_no_folder(small, tmp_path):
@@ -136,6 +146,4 @@ def test_runs_of_before_engines_were_by_autograd(small, tmp_path):
 
 def test_without_a_compiler_native_kernels_say_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    if library.missing() == NO_KERNELS:
-        pytest.skip("needs AVX512-BF16")
     assert "no C++ compiler" in library.missing()

@@ -8,7 +8,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from pathlib import Path
 
@@ -29,6 +31,34 @@ def missing() -> str | None:
     if _compiler() is None:
         return "no C++ compiler was found (g++, or the one that CXX names)"
     return None
+
+
+def unmeasured() -> str | None:
+    """Why nobody knows whether native kernels are faster here; None where they are."""
+    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not (processor.get("avx2") or processor.get("avx512_f")):
+        return "they have been measured on processors with AVX2 or AVX-512, and this has neither"
+    return None
+
+
+def peak(dtype: torch.dtype, threads: int = 1, repeats: int = 9) -> float:
+    """FLOP/s of a loop of independent multiply-adds: the most that kernels could reach.
+
+    A multiply-add counts as 2 FLOPs. The best of `repeats` runs of some milliseconds.
+
+    Args:
+        dtype: what images would be stored in: products are of bfloat16 where the processor has an
+            instruction for it and this is bfloat16, of float32 otherwise.
+    """
+    values, rounds = torch.zeros(threads, 64), 2_000_000
+    multiply = library(dtype).multiply
+
+    def run(row: Tensor) -> float:
+        began = time.thread_time()  # of the processor, so that others do not count
+        return multiply(row.data_ptr(), rounds) / (time.thread_time() - began)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return max(sum(pool.map(run, values)) for _ in range(repeats))
 
 
 def _compiler() -> str | None:
@@ -177,6 +207,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
+    library.multiply.argtypes, library.multiply.restype = (c_void_p, c_long), c_long
     return library
 
 

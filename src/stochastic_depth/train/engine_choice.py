@@ -5,12 +5,16 @@ from typing import Literal, NamedTuple
 import torch
 
 from stochastic_depth.distributed.world import ranks
-from stochastic_depth.engine.library import missing
+from stochastic_depth.engine.library import missing, unmeasured
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train.config import Config
 
 EngineName = Literal["eager", "compiled", "graphs"]
 KernelsName = Literal["reference", "native", "compiled"]
+
+
+SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32}
+"""Pixels of the images' side, where all have the same."""
 
 
 class Choice(NamedTuple):
@@ -29,10 +33,10 @@ def choose_engine(config: Config, device: str, precision: str) -> Choice:
     """
     on_cpu = torch.device(device).type == "cpu"
     obstacle = _obstacle(config)
-    no_kernels = missing() if precision == "bfloat16" else f"the precision is {precision}"
+    no_kernels = missing() or unmeasured()
     kernels: KernelsName = "compiled"
     if on_cpu:
-        kernels = "native" if no_kernels is None else "reference"
+        kernels = "native" if missing() is None else "reference"
     if config.engine == "graphs":
         if obstacle is not None:
             raise ConfigError(f"engine is graphs: {obstacle}; use --engine eager or compiled")
@@ -48,11 +52,24 @@ def choose_engine(config: Config, device: str, precision: str) -> Choice:
         return Choice("eager", "reference", obstacle)
     if not on_cpu:
         return Choice("eager", "reference", "graphs have not been measured on a GPU yet")
+    if no_kernels is None and precision == "float32":
+        no_kernels = _misfit(config)
     if no_kernels is not None:
         return Choice(
             "eager", "reference", f"without native kernels graphs gain little: {no_kernels}"
         )
     return Choice("graphs", "native", "there are native kernels for this processor")
+
+
+def _misfit(config: Config) -> str | None:
+    """Why the native kernels do not fit the images, if they do not.
+
+    Their tiles are of 8 or 16 pixels, and the last stage has a quarter of the columns.
+    """
+    side = config.data.size or SIDES.get(config.data.name)
+    if side is None or side % 32:
+        return f"they are for images whose side 32 divides, and {config.data.name}'s is {side}"
+    return None
 
 
 def _obstacle(config: Config) -> str | None:

@@ -29,11 +29,12 @@ _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _BUFFERS: dict[str, Any] = {_OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False}
 """Statistics of BatchNorm go from rank to rank with evaluations, not with every step."""
 
-KERNELS: dict[KernelsName, Callable[[], Kernels]] = {
-    "reference": ReferenceKernels,
+KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
+    "reference": lambda dtype: ReferenceKernels(),
     "native": NativeKernels,
-    "compiled": CompiledKernels,
+    "compiled": lambda dtype: CompiledKernels(),
 }
+"""By the type that activations are stored in."""
 
 
 class Engine(Protocol):
@@ -94,15 +95,15 @@ class Blocks:
         shape: tuple[int, ...],
     ) -> None:
         device = torch.device(execution.device)
-        bfloat16 = execution.precision == "bfloat16"
+        dtype = torch.bfloat16 if execution.precision == "bfloat16" else first.dtype
         self._shape = torch.Size(shape)
         self._program = Program(
             model,
             handle,
             optimizer,
             shape,
-            torch.bfloat16 if bfloat16 else first.dtype,
-            KERNELS[execution.kernels](),
+            dtype,
+            KERNELS[execution.kernels](dtype),
             CudaGraphs(device) if device.type == "cuda" else Eagerly(),
         )
         self._autograd = Autograd(model, handle, optimizer, first, execution)

@@ -147,23 +147,28 @@ void pool(const stored* x, stored* out, int rows, int columns, int channels, int
   pool_and_pad(x, out, rows, columns, channels, out_channels, threads);
 }
 
-// Multiplications and additions of floats, that wait for nothing but the processor; gives their number.
-long multiply(long rounds) {
-  constexpr int CHAINS = 12;
-  const factor zeros[2] = {};
-  const Operand seed = broadcast(zeros);
-  Floats sum[CHAINS] = {};
-  for (long round = 0; round < rounds; round++)
-#pragma GCC unroll 12
-    for (int k = 0; k < CHAINS; k++) {
-      sum[k] = multiply_add(sum[k], seed, seed);
-      asm volatile("" : "+x"(sum[k]));
-    }
-  return 2l * rounds * CHAINS * LANES * PER_LANE;
-}
-
 void pool_backward(const stored* gradient, stored* of_x, int rows, int columns, int channels,
                    int out_channels, int threads) {
   pool_and_pad_backward(gradient, of_x, rows, columns, channels, out_channels, threads);
+}
+
+// Whether what is multiplied is rounded to bfloat16.
+int rounds_factors() { return sizeof(factor) == 2; }
+
+// Multiply-adds that wait for nothing but each other, in as many chains as keep the processor busy:
+// what it can do at most. values: [64]. Gives the number of multiplications and additions.
+long multiply(float* values, long rounds) {
+  constexpr int CHAINS = 12;
+  Floats sum[CHAINS];
+#pragma GCC unroll 12
+  for (int k = 0; k < CHAINS; k++) sum[k] = load(values + k);
+  const Floats first = load(values);
+  for (long round = 0; round < rounds; round++)
+#pragma GCC unroll 12
+    for (int k = 0; k < CHAINS; k++)
+      sum[k] = multiply_add(first, (Operand)sum[k], (Operand)sum[k]);
+#pragma GCC unroll 12
+  for (int k = 0; k < CHAINS; k++) store(values, load(values) + sum[k]);
+  return 2 * rounds * CHAINS * LANES * PER_LANE;
 }
 }

@@ -68,8 +68,6 @@ def _obstacle(engine: EngineName, kernels: KernelsName, execution: Execution) ->
     if kernels == "native":
         if not on_cpu:
             return "they are for a CPU"
-        if execution.precision != "bfloat16":
-            return f"they are in bfloat16, the precision is {execution.precision}"
         return missing()
     if "compiled" in (engine, kernels) and on_cpu and shutil.which("g++") is None:
         return "no g++ was found, which PyTorch's compiler needs"
@@ -149,13 +147,14 @@ def pieces(depth: int, workload: Workload) -> tuple[Timed, Step]:
     images = workload.images().to(execution.device)
     labels = (torch.arange(workload.batch) % 10).to(execution.device)
     timed = Timed(execution.synchronise)
+    dtype = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
     program = Program(
         model.train(),
         None,
         build_optimizer(OptimizerConfig(), model),
         images.shape,
-        torch.bfloat16 if execution.precision == "bfloat16" else torch.float32,
-        KERNELS[execution.kernels](),
+        dtype,
+        KERNELS[execution.kernels](dtype),
         timed,
     )
     return timed, lambda: program.step(images, labels)

@@ -1,0 +1,90 @@
+// Every function of the kernels, on inputs that are the same everywhere: a line of results for each.
+
+#include <cstdio>
+
+#include "kernels.cpp"
+
+static float drawn() {
+  static uint32_t state = 1;
+  state = state * 1664525u + 1013904223u;
+  return (float)(state >> 8) / (1 << 24) - 0.5f;
+}
+
+template <class T>
+static std::vector<T> values(size_t count, float mean) {
+  std::vector<T> result(count);
+  for (T& each : result) {
+    const float value = mean + drawn();
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if constexpr (sizeof(T) == 4)
+      each = value;
+    else
+      each = bits >> 16;
+  }
+  return result;
+}
+
+template <class T>
+static void say(const char* name, const std::vector<T>& result) {
+  printf("%s", name);
+  for (size_t at = 0; at < result.size(); at += 7) {
+    uint32_t bits = 0;
+    memcpy(&bits, &result[at], sizeof(T));
+    if (sizeof(T) == 2) bits <<= 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    printf(" %.9g", value);
+  }
+  puts("");
+}
+
+int main() {
+  for (int C : {16, 32, 64}) {
+    const int side = C == 16 ? 16 : 8, n = 2, threads = 2;
+    const size_t count = (size_t)n * side * side * C;
+    auto y = values<stored>(count, 0), shortcut = values<stored>(count, 0);
+    auto gradient = values<stored>(count, 0), x = values<stored>(count, 0), out = x, of_x = x;
+    auto weight = values<stored>(9 * C * C, 0);
+    std::vector<float> of_weight(9 * C * C), v(10 * C, 0.7f);
+    const Layer layer{weight.data(), of_weight.data(),
+                      Norm{&v[0], &v[C], &v[2 * C], &v[3 * C], &v[4 * C], &v[5 * C], &v[6 * C],
+                           &v[7 * C], &v[8 * C], &v[9 * C], 0.1f, 1e-5f, 1.25f}};
+    std::vector<double> sums(2 * C, 0.5), of_x_sums(2 * C);
+    const Input inputs[] = {{x.data(), nullptr, nullptr, nullptr},
+                            {nullptr, y.data(), nullptr, &layer.norm},
+                            {x.data(), y.data(), shortcut.data(), &layer.norm}};
+    for (const Input& input : inputs) {
+      convolve3x3(&input, &layer, out.data(), n, side, C, threads);
+      say("forward", out);
+      convolve3x3_backward(&input, &layer, y.data(), gradient.data(), sums.data(), shortcut.data(),
+                           of_x.data(), of_x_sums.data(), n, side, C, threads);
+      std::vector<float> results(of_weight);
+      results.insert(results.end(), of_x_sums.begin(), of_x_sums.end());
+      say("backward", results);
+    }
+    if (C != 16) continue;
+    auto images = values<stored>((size_t)n * side * side * 3, 0);
+    convolve_pictures(images.data(), &layer, out.data(), n, side, 3, threads);
+    say("pictures", out);
+    convolve_pictures_backward(images.data(), &layer, y.data(), gradient.data(), sums.data(), n,
+                               side, 3, threads);
+    say("pictures, backward", std::vector<float>(&of_weight[0], &of_weight[16 * 9 * 3]));
+    observe(y.data(), &layer, n * side * side, C, threads);
+    complete(&inputs[2], n * side * side, C, threads);
+    complete_backward(&inputs[2], gradient.data(), sums.data(), n * side * side, C, threads);
+    observe_backward(y.data(), &layer, gradient.data(), sums.data(), out.data(), n * side * side, C,
+                     threads);
+    say("between", out);
+    std::vector<float> of_linear(11 * C), linear = values<float>(11 * C, 0);
+    const Linear last{&linear[0], &linear[10 * C], &of_linear[0], &of_linear[10 * C], 10};
+    const int64_t labels[] = {3, 7};
+    float loss;
+    classify(x.data(), &last, labels, &loss, out.data(), n, side * side, C, threads);
+    of_linear[10 * C + 10] = loss;
+    say("head", of_linear);
+    pool(x.data(), out.data(), n * side / 2, side / 2, C, 2 * C, threads);
+    pool_backward(out.data(), of_x.data(), n * side / 2, side / 2, C, 2 * C, threads);
+    say("pool", of_x);
+  }
+}

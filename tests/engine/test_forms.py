@@ -1,0 +1,117 @@
+"""The native kernels as they are compiled for other processors, as far as this one can run them.
+
+Vectors of another width are lowered by the compiler to what there is, and the instruction that sums
+products of pairs of bfloat16 is written out; so every form's logic runs everywhere. What only the
+instruction itself could show is compiled, and not run. NEON runs under qemu.
+"""
+
+import shutil
+import subprocess
+
+import pytest
+import test_native as native
+import torch
+
+from stochastic_depth.engine import library
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        library.missing() is not None, reason=f"needs a compiler: {library.missing()}"
+    ),
+]
+FORMS = {
+    "AVX-512": ("-DLANES=16",),
+    "AVX-512 with products of pairs": ("-DLANES=16", "-DPAIRS"),
+    "AVX2 with products of pairs": ("-DLANES=8", "-DPAIRS"),
+    "NEON": ("-DLANES=4",),
+    "NEON with products of pairs": ("-DLANES=4", "-DPAIRS"),
+}
+if torch.cpu.get_capabilities().get("avx512_f"):
+    FORMS["AVX2"] = ("-march=haswell",)
+CROSS = "aarch64-linux-gnu-g++"
+INSTRUCTIONS = {
+    "vdpbf16ps": (("g++",), ("-march=sapphirerapids",)),
+    "vfmadd": (("g++",), ("-march=skylake-avx512",)),
+    "bfdot": ((CROSS,), ("-march=armv8.6-a",)),
+    "fmla": ((CROSS,), ("-march=armv8-a",)),
+}
+
+
+@pytest.fixture(scope="module", params=FORMS, ids=str)
+def form(request):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(library, "FLAGS", (*library.FLAGS, *FORMS[request.param]))
+    library.library.cache_clear()
+    yield request.param
+    patch.undo()
+    library.library.cache_clear()
+
+
+@pytest.mark.parametrize(("n", "channels", "side"), [(3, 16, 32), (2, 32, 16), (3, 64, 8)])
+def test_a_branch(form, n, channels, side):
+    native.test_a_branch_and_all_its_gradients(n, channels, side, 1.25, 2)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(3, 32), (4, 16)])
+def test_the_stem(form, channels, side):
+    native.test_the_stem_and_its_gradients(channels, side)
+
+
+def test_what_is_between_and_the_head(form):
+    native.test_what_a_branch_gives_is_written_by_the_next(32, 16)
+    native.test_pooling_and_padding(16, (16, 16), torch.bfloat16)
+    native.test_a_first_convolution_of_another_form_is_the_references(16, 32, 2)
+    native.test_the_head_and_its_gradients(64, 10)
+    native.test_a_large_mean_costs_no_digits()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_is_as_exact_as_by_pytorchs_kernels(form, dtype):
+    if dtype == torch.float32 and "pairs" in form:
+        pytest.skip("pairs are of bfloat16")
+    native.assert_as_exact((2, 3, 4), dtype, (32, 32))
+
+
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_processors_that_are_not_here_get_their_instruction(instruction, tmp_path):
+    (compiler,), flags = INSTRUCTIONS[instruction]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    flags = [flag for flag in library.FLAGS if flag not in ("-march=native", "-shared")] + [*flags]
+    made = tmp_path / "kernels.s"
+    command = [compiler, *flags, "-S", "-o", str(made), str(library.SOURCE)]
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    if "unrecognized" in outcome.stderr or "bad value" in outcome.stderr:
+        pytest.skip(f"this {compiler} does not know {flags[-1]}")
+    assert outcome.returncode == 0, outcome.stderr
+    assert made.read_text().count(instruction) > 100
+
+
+@pytest.mark.parametrize("flags", [(), ("-DFLOAT32",), ("-march=armv8.6-a",)], ids=str)
+def test_on_arm_the_kernels_give_what_they_give_here(flags, tmp_path):
+    for program in (CROSS, "qemu-aarch64"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program} (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    source = library.SOURCE.parent.parent.parent.parent.parent / "tests/engine/all_kernels.cpp"
+    pairs = ("-DPAIRS",) if "-march=armv8.6-a" in flags else ()
+    here = [flag for flag in flags if flag.startswith("-D")]
+    builds = {
+        "here": ["g++", "-march=native", *here, *pairs],
+        "arm": [CROSS, "-static", *flags],
+    }
+    runs = {"here": [], "arm": ["qemu-aarch64"]}
+    outcomes = {}
+    for name, command in builds.items():
+        made = tmp_path / name
+        rest = ["-O1", "-fopenmp", "-std=c++17", f"-I{library.SOURCE.parent}", "-o", str(made)]
+        subprocess.run([*command, *rest, str(source)], check=True)
+        said = subprocess.run([*runs[name], str(made)], check=True, capture_output=True, text=True)
+        outcomes[name] = [
+            torch.tensor([*map(float, line.split()[1:])]) for line in said.stdout.splitlines()
+        ]
+    assert len(outcomes["here"]) == 6 * 3 + 5
+    for mine, theirs in zip(outcomes["arm"], outcomes["here"], strict=True):
+        assert mine.numel() > 0
+        assert theirs.isfinite().all()
+        assert (mine - theirs).norm() <= 1e-2 * theirs.norm()
