@@ -143,7 +143,7 @@ class Steps:
     shares: tuple[tuple[int, float], ...]
 
     def __init__(self, shares: Mapping[int, float] | Iterable[tuple[int, float]]) -> None:
-        pairs = shares.items() if isinstance(shares, Mapping) else shares
+        pairs: Iterable[tuple[int, float]] = dict(shares).items()
         object.__setattr__(self, "shares", tuple((int(a), float(b)) for a, b in sorted(pairs)))
         for step, share in self.shares:
             _steps(self, "a step", step, least=0)
