@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from readers import READERS, whole_files
-
 from stochastic_depth.cli.recipe import parse
+
 from stochastic_depth.cli.train import Begin
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.train import Config
