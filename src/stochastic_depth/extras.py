@@ -1,9 +1,18 @@
 """Optional dependencies, imported where they are used."""
 
 import importlib
+import json
+import re
+import shlex
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote, urlparse
 
 from stochastic_depth.errors import MissingExtraError
+
+NAME = "stochastic-depth"
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -16,5 +25,41 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
         raise MissingExtraError(
-            f"{module} cannot be imported ({error}): pip install 'stochastic-depth[{extra}]'"
+            f"{module} cannot be imported ({error}): {installing(extra, module)}"
         ) from error
+
+
+def installing(extra: str, module: str) -> str:
+    """The command that installs an extra.
+
+    From where this library was installed, a checkout or a wheel; where that is gone, the packages
+    of the extra by their own names. The library's own name is never given to pip alone: it need not
+    be ours in the index that is asked.
+    """
+    source = _source()
+    if source is not None:
+        return f"pip install {shlex.quote(f'{source}[{extra}]')}"
+    with suppress(metadata.PackageNotFoundError):
+        needed = [
+            requirement.partition(";")[0].strip()
+            for requirement in metadata.requires(NAME) or ()
+            if re.search(rf"extra == ['\"]{extra}['\"]", requirement)
+        ]
+        if needed:
+            return f"pip install {shlex.join(needed)}"
+    return f"pip install {module.partition('.')[0]}"
+
+
+def _source() -> Path | None:
+    """The checkout or the wheel this library was installed from, if it is still there."""
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").is_file() and (checkout / "src" / __package__).is_dir():
+        return checkout
+    with suppress(metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        url = urlparse(
+            json.loads(metadata.distribution(NAME).read_text("direct_url.json") or "")["url"]
+        )
+        path = Path(unquote(url.path))
+        if url.scheme == "file" and path.exists():
+            return path
+    return None

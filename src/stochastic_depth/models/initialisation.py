@@ -23,7 +23,11 @@ def initialise(model: nn.Module, init: Initialisation, seed: int) -> None:
     last gain of each residual branch starts at 0 (Goyal et al. 2017, arXiv:1706.02677), without
     which networks of 110 layers and more do not leave chance level in their first epochs. Modules
     of any other kind are left as they are: on the meta device, where using them is an error.
+
+    Who builds a model under `with torch.device("meta")` gets its shapes alone, at once.
     """
+    if torch.get_default_device().type == "meta":
+        return
     rng = generator("weights", seed)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):

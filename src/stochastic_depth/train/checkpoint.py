@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stochastic_depth.errors import CheckpointError, RunError
 from stochastic_depth.files import (
+    is_there,
     make_folder,
     names_in,
     open_file,
@@ -27,6 +28,7 @@ from stochastic_depth.files import (
     require_file,
     write_whole,
 )
+from stochastic_depth.terminal import visible
 
 MAGIC = b"stochastic-depth checkpoint 1\n"
 _DIGEST = 64
@@ -205,11 +207,15 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, st
     write_whole(path, save(tensors, metadata={**about, "sha256": _checksum(tensors, about)}))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
     """The tensors in `path`, on the CPU.
 
+    Args:
+        run_id: of the run that they must be of; None: of any.
+
     Raises:
-        RunError: when the file is missing, truncated, altered, or has no checksum.
+        RunError: when the file is missing, truncated, altered, has no checksum, or is of another
+            run.
     """
     try:
         require_file(path)
@@ -220,6 +226,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise RunError(f"{path} cannot be read: {reason(error)}") from error
     except SafetensorError as error:
         raise RunError(f"{path} cannot be read: {error}") from error
+    if run_id is not None:
+        _require_run(path, about, run_id)
     if about.pop("sha256", None) != _checksum(tensors, about):
         raise RunError(
             f"{path} is damaged, or older than checksums: going on with its run writes it anew"
@@ -233,3 +241,31 @@ def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def require_weights_of(run_id: str, path: Path) -> None:
+    """Refuse the weights of another run at `path`; that there are none yet is fine.
+
+    Raises:
+        RunError: when they are of another run, or cannot be read.
+    """
+    if not is_there(path):
+        return
+    try:
+        require_file(path)
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {reason(error)}") from error
+    except SafetensorError:
+        return  # damaged: the next to resume the run writes it again, and nobody reads it till then
+    _require_run(path, about, run_id)
+
+
+def _require_run(path: Path, about: Mapping[str, str], run_id: str) -> None:
+    owner = about.get("run", "none")
+    if owner != run_id:
+        raise RunError(
+            f"{path} belongs to another run ({visible(owner)[:40]}, not {run_id}): remove it, and "
+            f"go on by stochastic-depth train --resume {path.parent}, which writes it again"
+        )

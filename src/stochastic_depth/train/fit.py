@@ -228,7 +228,7 @@ def _write_weights(run: Run, training: Training, watch: Watch) -> None:
     """Unless they are there, and whole."""
     if is_there(run.weights):
         try:
-            read_weights(run.weights)
+            read_weights(run.weights, run.id)
             return
         except RunError as error:
             watch.say(f"{error}; written anew")

@@ -29,11 +29,11 @@ from stochastic_depth.files import (
     whole_folder,
     write_new,
 )
-from stochastic_depth.train.checkpoint import Checkpoints
+from stochastic_depth.train.checkpoint import Checkpoints, require_weights_of
 from stochastic_depth.train.config import Config, restore
 from stochastic_depth.train.journal import Record, best_record, read_journal
 from stochastic_depth.train.runtime import Execution, machine, resolve_execution, versions
-from stochastic_depth.train.training import Training
+from stochastic_depth.train.training import build_network, check, fitting
 
 FORMAT = 1
 BEFORE_CHECKSUMS = frozenset(
@@ -263,7 +263,7 @@ def begin(config: Config, path: Path) -> tuple[Run, Batches]:
     on_primary(lambda: refuse_existing(path))
     execution = resolve_execution(config)
     images = open_batches(config, execution)
-    Training(config, execution, images)  # a network that cannot be built leaves no folder either
+    check(config, images)
     about = images.fingerprint, images.classes, images.shape
     return on_primary(lambda: create_run(path, config, execution, *about)), images
 
@@ -316,11 +316,20 @@ def trained_model(
 
     Raises:
         CheckpointError: when there is none, or it cannot be trusted.
+        RunError: when the weights in the folder are those of another run.
     """
+    require_weights_of(run.id, run.weights)
     records, steps = run.records(), run.checkpoints.steps()
     if not records or not steps:
-        raise CheckpointError(f"{run.path} has no evaluated checkpoint yet")
+        raise CheckpointError(
+            f"{run.path} has no evaluated checkpoint yet: go on with it by "
+            f"stochastic-depth train --resume {run.path}"
+        )
     step = best_record(records).step if which == "best" else steps[0]
-    training = Training(run.config, run.execution, images)
-    training.load_state_dict(run.checkpoints.load(step, run.execution.device))
-    return training.model.eval(), step
+    state = run.checkpoints.load(step, run.execution.device)
+    model, handle = build_network(run.config, run.execution, images)
+    with fitting(step):
+        model.load_state_dict(state["model"])
+        if handle is not None:
+            handle.load_state_dict(state["depth"])
+    return model.eval(), step

@@ -1,17 +1,20 @@
 """All that changes while a run trains, which is also what a checkpoint holds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from math import fsum
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochastic_depth.data import Batches, Share
 from stochastic_depth.distributed import gates_by_rank, synchronise_batchnorm
 from stochastic_depth.distributed.world import as_on_primary, rank, ranks, total
 from stochastic_depth.errors import CheckpointError, ConfigError
+from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
     build_depth,
@@ -26,24 +29,84 @@ from stochastic_depth.train.runtime import Execution
 from stochastic_depth.train.step import Measured, Tally
 
 
+def check(config: Config, batches: Batches) -> None:
+    """Refuse what cannot be trained before anything is written. No weights are made.
+
+    Raises:
+        ApplyError: when the network has no residual blocks to skip.
+        ConfigError: when there is no such network, its images are too small for it, or a
+            mini-batch is.
+    """
+    channels, height, width = batches.shape
+    with torch.device("meta"):
+        model = build_model(config.model, channels, len(batches.classes), config.seed).eval()
+        if not any(isinstance(module, Residual) for module in model.modules()):
+            build_depth(model, config.survival, config.seed, 1)
+        try:
+            model(torch.empty(1, *batches.shape))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the images have {height}x{width} pixels, too few for a {config.model.kind} "
+                f"({str(error).splitlines()[0]}): choose a larger --data.size, or leave it out"
+            ) from error
+    first = max(0, batches.steps_per_epoch - 2)
+    images = min(
+        _images_of(step, config, batches) for step in range(first, batches.steps_per_epoch)
+    )
+    if images // ranks() < 2:
+        raise ConfigError(
+            f"optimizer.batch is {config.optimizer.batch}: the last mini-batch of an epoch has "
+            f"{images} images, and each of {ranks()} processes needs 2 of them (BatchNorm)"
+        )
+
+
+def build_network(
+    config: Config, execution: Execution, batches: Batches
+) -> tuple[nn.Module, Handle | None]:
+    """The network of a configuration on its device, and its stochastic depth, if it has any."""
+    model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
+    model = model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if ranks() > 1 and config.distributed.sync_batchnorm:
+        model = synchronise_batchnorm(model)
+    steps = config.epochs * batches.steps_per_epoch
+    return model, build_depth(model, config.survival, config.seed, steps)
+
+
+@contextmanager
+def fitting(step: int) -> Iterator[None]:
+    """Around all that loads the state of a checkpoint.
+
+    Raises:
+        CheckpointError: when it is of another network.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} does not fit this network: {error}"
+        ) from error
+
+
+def _images_of(step: int, config: Config, batches: Batches) -> int:
+    """The number of images in the mini-batch of a step, of all processes."""
+    batch = config.optimizer.batch
+    return min(batch, batches.sizes["train"] - step % batches.steps_per_epoch * batch)
+
+
 class Training:
-    """A network in training: weights, optimizer, gates, step, and the tally of the interval.
+    """A network in training: weights, optimizer, gates, step, and what its interval has measured.
 
     Everything random in it is a function of (seed, step), so that nothing else needs to be saved.
     """
 
     def __init__(self, config: Config, execution: Execution, batches: Batches) -> None:
         self.config, self.execution = config, execution
-        self._image = batches.shape
+        self._batches = batches
         self.steps_per_epoch = batches.steps_per_epoch
         self.steps = config.epochs * batches.steps_per_epoch
-        model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
-        self.model = model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if ranks() > 1 and config.distributed.sync_batchnorm:
-            self.model = synchronise_batchnorm(self.model)
+        self.model, self.handle = build_network(config, execution, batches)
         self.model.train()
         self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
-        self.handle = build_depth(self.model, config.survival, config.seed, self.steps)
         if ranks() > 1 and self.handle is not None and config.distributed.rank_gates:
             gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
@@ -52,20 +115,11 @@ class Training:
         self.tally = Tally()
         interval = config.evaluate_every or batches.steps_per_epoch
         self._sampled_every = max(1, min(10, interval // 5))
-        self._images = batches.sizes["train"]
-        least = min(
-            map(self.images_of, range(max(0, self.steps_per_epoch - 2), self.steps_per_epoch))
-        )
-        if least // ranks() < 2:
-            raise ConfigError(
-                f"optimizer.batch is {config.optimizer.batch}: the last mini-batch of an epoch has "
-                f"{least} images, and each of {ranks()} processes needs 2 of them (BatchNorm)"
-            )
 
     @cached_property
     def _engine(self) -> Engine:
         """Built with the first step: of buffers, graphs or compiled blocks, it has many."""
-        shape = (self.config.optimizer.batch, *self._image)
+        shape = (self.config.optimizer.batch, *self._batches.shape)
         return build_engine(
             self.model, self.handle, self.optimizer, self.first, self.execution, shape
         )
@@ -113,8 +167,7 @@ class Training:
 
     def images_of(self, step: int) -> int:
         """The number of images in the mini-batch of a step, of all processes."""
-        batch = self.config.optimizer.batch
-        return min(batch, self._images - step % self.steps_per_epoch * batch)
+        return _images_of(step, self.config, self._batches)
 
     def advance(self, images: Tensor, labels: Tensor) -> Measured:
         """Do one step, and tally it.
@@ -156,15 +209,11 @@ class Training:
         Raises:
             CheckpointError: when it is of another network or optimizer.
         """
-        try:
+        with fitting(state["step"]):
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.handle is not None:
                 self.handle.load_state_dict(state["depth"])
             self.tally.load_state_dict(state["tally"], self.execution.device)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the checkpoint of step {state['step']} does not fit this network: {error}"
-            ) from error
         self.step = state["step"]
         self.__dict__.pop("_engine", None)  # which holds the momentum of before
