@@ -101,7 +101,7 @@ def test_a_missing_library_is_one_sentence_with_the_command(
     labels = np.arange(20) % 10
     write_parquet(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10], encode)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=rf"{module} .*\[{extra}\]"):
+    with pytest.raises(MissingExtraError, match=rf"{module} .*pip install .*\[{extra}\]"):
         load(name, None if name == "digits" else tmp_path)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from test_checkpoint import STATE
 from test_fit import assert_same_end, finish
 
-from stochastic_depth.errors import CheckpointError, RunError
+from stochastic_depth.errors import CheckpointError, ConfigError, RunError
 from stochastic_depth.files import write_whole
 from stochastic_depth.train import begin, fit, open_run, reopen, trained_model
 from stochastic_depth.train.checkpoint import (
@@ -215,22 +215,25 @@ def test_what_is_no_state_of_a_run_is_refused(tmp_path, state):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "of_the_network"),
     [
-        lambda state: state.pop("optimizer"),
-        lambda state: state.update(model=5),
-        lambda state: state["model"].popitem(),
-        lambda state: state.update(tally=None),
-        lambda state: state["depth"].update(seed="x"),
+        (lambda state: state.pop("optimizer"), False),
+        (lambda state: state.update(model=5), True),
+        (lambda state: state["model"].popitem(), True),
+        (lambda state: state.update(tally=None), False),
+        (lambda state: state["depth"].update(seed="x"), True),
     ],
 )
-def test_a_state_of_another_network_is_refused(small, path, silent, change):
+def test_a_state_of_another_network_is_refused(small, path, silent, change, of_the_network):
     run, images = begin(small, path)
     stopped_after(1, run, images, silent)
     state = run.checkpoints.load(4, "cpu")
     change(state)
     save_checkpoint(run.checkpoints.path(4), state)
-    with pytest.raises(CheckpointError, match="step 4 does not fit this network"):
+    if of_the_network:  # an optimizer is not needed to evaluate it
+        with pytest.raises(CheckpointError, match="step 4 does not fit this network"):
+            trained_model(run, images)
+    else:
         trained_model(run, images)
     with pytest.raises(CheckpointError, match="step 4 does not fit this network"):
         next(fit(run, images, silent))
@@ -297,3 +300,69 @@ def test_a_line_of_the_journal_that_is_none_is_named(tmp_path, line):
     write_whole(tmp_path / "metrics.jsonl", line + b"\n")
     with pytest.raises(RunError, match=re.escape("metrics.jsonl, line 1 is not a record")):
         read_journal(tmp_path / "metrics.jsonl")
+
+
+def test_weights_of_another_run_are_refused_and_written_again(finished, path, silent):
+    """By all that uses them; and the remedy that the error names works."""
+    shutil.copytree(finished, path)
+    run, images = reopen(path)
+    right = load(run.weights.read_bytes())
+    write_weights(run.weights, right, {"run": "f" * 32, "recipe": "digits"})
+    told = f"model.safetensors belongs to another run \\({'f' * 32}, not {run.id}\\): remove it"
+    with pytest.raises(RunError, match=told):
+        read_weights(run.weights, run.id)
+    with pytest.raises(RunError, match=told):
+        trained_model(run, images)
+    run.weights.unlink()
+    assert list(fit(run, images, silent)) == []
+    again = read_weights(run.weights, run.id)
+    assert all(torch.equal(again[name], tensor) for name, tensor in right.items())
+    assert trained_model(run, images)
+
+
+def test_after_no_checkpoint_can_be_trusted_the_remedy_begins_the_run_again(finished, path, silent):
+    shutil.copytree(finished, path)
+    for checkpoint in (path / "checkpoints").iterdir():
+        checkpoint.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="no checkpoint can be trusted") as raised:
+        list(fit(*reopen(path), silent))
+    told = str(raised.value)
+    assert f"delete it and {path / 'metrics.jsonl'}, and resume: the run begins at step 0" in told
+    shutil.rmtree(path / "checkpoints")
+    (path / "metrics.jsonl").unlink()
+    assert len(list(fit(*reopen(path), silent))) == len(open_run(finished).records())
+    assert_same_end(open_run(path), open_run(finished))
+
+
+def test_an_empty_folder_is_begun_in_and_a_folder_of_something_else_is_not(small, path):
+    path.mkdir()
+    run, _ = begin(small, path)
+    assert open_run(path) == run
+    with pytest.raises(RunError, match=f"go on with it by --resume {path}"):
+        begin(small, path)
+    other = path.with_name("other")
+    other.mkdir()
+    (other / "thesis").write_bytes(b"")
+    with pytest.raises(RunError, match="other exists already, and is no run: choose another"):
+        begin(small, other)
+    assert [p.name for p in other.iterdir()] == ["thesis"]
+
+
+def test_images_too_small_for_the_network_are_told_and_leave_no_folder(small, path):
+    tiny = dataclasses.replace(small, data=dataclasses.replace(small.data, size=2))
+    with pytest.raises(ConfigError, match=r"2x2 pixels, too few .*choose a larger --data\.size"):
+        begin(tiny, path)
+    assert not path.exists()
+
+
+def test_a_name_too_long_for_the_system_is_told(small, path):
+    with pytest.raises(RunError, match="cannot be made: File name too long"):
+        begin(small, path.with_name("x" * 300))
+
+
+@pytest.mark.parametrize("name", ["epochs", "evaluate_every", "keep"])
+def test_counts_have_an_end(small, name):
+    with pytest.raises(
+        ConfigError, match=f"{name.replace('_', '-')} is 1{'0' * 30}: it must be at"
+    ):
+        dataclasses.replace(small, **{name: 10**30})

@@ -13,6 +13,9 @@ from stochastic_depth.choices import Closed, GateKind, Initialisation, SkippedPo
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Warmup
 
+MOST = 10**9
+"""Of anything that is counted: more is a typing error, and 64 bits hold its products."""
+
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]
 
 
@@ -170,6 +173,7 @@ class OptimizerConfig:
         )
         _require(self.warmup_rate > 0, "optimizer.warmup-rate", self.warmup_rate, "above 0")
         _require(self.batch >= 2, "optimizer.batch", self.batch, "at least 2 (BatchNorm)")
+        _positive("optimizer.batch", self.batch)
         for milestone in self.milestones:
             _require(0 < milestone < 1, "optimizer.milestones", milestone, "between 0 and 1")
         _finite("optimizer", self)
@@ -270,6 +274,7 @@ def _require(holds: bool, name: str, value: object, right: str) -> None:
 
 def _positive(name: str, value: int | None) -> None:
     _require(value is None or value >= 1, name, value, "at least 1")
+    _require(value is None or value <= MOST, name, value, f"at most {MOST:,}")
 
 
 def _finite(where: str, config: "ScheduleConfig | SurvivalConfig | OptimizerConfig") -> None:
