@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from readers import READERS, whole_files
-from stochastic_depth.cli.recipe import parse
 
+from stochastic_depth.cli.arguments import parse_recipe
 from stochastic_depth.cli.train import Begin
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.train import Config
@@ -134,7 +134,7 @@ WORDS = [
 def test_any_command_line_is_understood_or_refused(arguments, counts, capsys):
     counts["command lines understood or refused"] += 1
     try:
-        begun = parse("train", "", ["digits", *arguments], Begin)
+        begun = parse_recipe("train", "", ["digits", *arguments], Begin)
     except (SystemExit, StochasticDepthError):
         return
     assert isinstance(begun.config, Config)
