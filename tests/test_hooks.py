@@ -1,0 +1,441 @@
+"""Gates belong to their forward pass: around it, in its backward pass, and on other ways in."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+import stochastic_depth as sd
+
+BLOCKS = 5
+HALF = sd.Uniform(0.5)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # in evaluation
+]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.f(x))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.double()
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.features(x))
+
+
+def batch(step: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(step)
+    return torch.randn(6, 3, dtype=torch.float64, generator=rng)
+
+
+def by_hand(model: Net, x: Tensor, gates: Tensor) -> Tensor:
+    """What the net gives under `gates`, bool [L] or [L, batch], written out."""
+    h = nn.functional.linear(x, model.stem.weight, model.stem.bias)
+    for block, gate in zip(model.blocks, gates, strict=True):
+        f = torch.tanh(nn.functional.linear(h, block.f.weight, block.f.bias))
+        h = h + gate.to(h).reshape(-1, 1) * f
+    return nn.functional.linear(h, model.head.weight, model.head.bias)
+
+
+def applied(model: nn.Module | None = None, **options: Any) -> tuple[Any, sd.Handle]:
+    model = Net() if model is None else model
+    options = {"survival": HALF, **options}
+    return model, sd.apply(model, example=batch(), **options)
+
+
+def gradients(model: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def expected_gradients(model: Net, x: Tensor, gates: Tensor) -> list[Tensor]:
+    """By the formula, with the parameters of closed blocks in the graph times 0."""
+    parameters = list(model.parameters())
+    return list(torch.autograd.grad(by_hand(model, x, gates).square().sum(), parameters))
+
+
+# Other ways in.
+
+WAYS_IN = {
+    "a method": lambda model, x: model.features(x),
+    "forward": lambda model, x: model.forward(x),
+    "a part": lambda model, x: model.blocks[2](model.stem(x)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN.values(), ids=WAYS_IN)
+@pytest.mark.parametrize("called", [0, 1, 3])
+def test_another_way_in_is_the_same_error_before_and_after_the_model_was_called(way, called):
+    model, handle = applied()
+    model.train()
+    for step in range(called):
+        model(batch(step)).sum().backward()
+    with pytest.raises(sd.GateError, match=r"with handle\.draw\(\):"):
+        way(model, batch())
+    assert handle.step == called
+
+
+@pytest.mark.parametrize("way", WAYS_IN.values(), ids=WAYS_IN)
+def test_the_remedy_of_that_error_works(way):
+    model, handle = applied()
+    seen = set()
+    for step in range(8):
+        with handle.draw():
+            out = way(model, batch())
+        assert handle.step == step + 1
+        assert torch.equal(handle.gates, handle.gates_at(step))
+        seen.add(round(out.sum().item(), 9))
+        with pytest.raises(sd.GateError):
+            way(model, batch())
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("gate", ["sample", "subset"])
+def test_the_remedy_takes_the_number_of_samples(gate):
+    model, handle = applied(gate=gate)
+    with handle.draw(6):
+        features = model.features(batch())
+    torch.testing.assert_close(model.head(features), by_hand(model, batch(), handle.gates))
+
+
+def test_a_failed_forward_pass_leaves_no_gates():
+    model, handle = applied()
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.randn(2, 7, dtype=torch.float64))
+    assert [block.in_training for block in handle.blocks] == [None] * BLOCKS
+    with pytest.raises(sd.GateError):
+        model.features(batch())
+
+
+@pytest.mark.parametrize("module", [0, 3, -1])
+def test_a_stage_in_training_mode_in_an_evaluating_model_is_drawn_for(module):
+    model, handle = applied()
+    model.eval().blocks[module].train()
+    for step in range(6):
+        out = model(batch())
+        assert handle.step == step + 1
+        share = torch.full((BLOCKS,), 0.5, dtype=torch.float64)
+        share[module] = handle.gates[module].double()
+        torch.testing.assert_close(out, by_hand(model, batch(), share))
+
+
+# Forced gates.
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("way", ["model", *WAYS_IN])
+def test_forced_gates_hold_in_training_and_evaluation_for_every_way_in(training, way):
+    model, handle = applied()
+    model.train(training)
+    pattern = torch.tensor([True, False, True, False, False])
+    with handle.forced(pattern):
+        assert torch.equal(model(batch()), model(batch()))
+        torch.testing.assert_close(model(batch()), by_hand(model, batch(), pattern))
+        if way in ("a method", "forward"):
+            out = WAYS_IN[way](model, batch())
+            out = model.head(out) if way == "a method" else out
+            torch.testing.assert_close(out, by_hand(model, batch(), pattern))
+    assert handle.step == 0
+    if training:
+        model(batch())
+        assert torch.equal(handle.gates, handle.gates_at(0))
+
+
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gates_of_single_samples_can_be_forced(gate, training):
+    model, handle = applied(gate=gate)
+    pattern = torch.rand(BLOCKS, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    with handle.forced(pattern):
+        out = model.train(training)(batch())
+    torch.testing.assert_close(out, by_hand(model, batch(), pattern))
+
+
+def test_forced_gates_are_those_of_the_backward_pass_and_end():
+    model, handle = applied()
+    pattern = torch.tensor([False, True, False, True, True])
+    with handle.forced([True] * BLOCKS), handle.forced(pattern):
+        loss = model(batch()).square().sum()
+    loss.backward()
+    for mine, right in zip(
+        gradients(model), expected_gradients(model, batch(), pattern), strict=True
+    ):
+        torch.testing.assert_close(mine, right)
+    with pytest.raises(sd.GateError):
+        model.features(batch())
+
+
+@pytest.mark.parametrize("wrong", [[True], [[[True] * 2] * BLOCKS], torch.ones(BLOCKS)])
+def test_forced_gates_that_do_not_fit_are_an_error_that_says_what_fits(wrong):
+    _, handle = applied()
+    with pytest.raises(sd.GateError, match=r"bool \[5\], one gate for each block, or bool \[5, b"):
+        handle.forced(wrong).__enter__()
+
+
+# The beginning of the backward pass.
+
+
+@dataclass(frozen=True)
+class Answer:
+    logits: Tensor
+    note: str = ""
+
+
+class Slotted:
+    __slots__ = ("inside",)
+
+    def __init__(self, inside: Any) -> None:
+        self.inside = inside
+
+
+class Named(NamedTuple):
+    logits: Tensor
+
+
+CONTAINERS = {
+    "a tensor": (lambda y: y, lambda out: out),
+    "a dataclass": (Answer, lambda out: out.logits),
+    "slots": (Slotted, lambda out: out.inside),
+    "an object in a list": (
+        lambda y: [Slotted({"a": Answer(y)})],
+        lambda out: out[0].inside["a"].logits,
+    ),
+    "a named tuple": (Named, lambda out: out.logits),
+}
+
+
+class Wrapped(Net):
+    """Gives its result in a container, and recomputes its blocks if asked to."""
+
+    def __init__(self, wrap: Any, recompute: bool | None = None) -> None:
+        super().__init__()
+        self.wrap, self.recompute = wrap, recompute
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.stem(x)
+        for block in self.blocks:
+            if self.recompute is None:
+                h = block(h)
+            else:
+                h = checkpoint(block, h, use_reentrant=self.recompute)
+        return self.wrap(self.head(h))
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("recompute", [None, True, False])
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+def test_wherever_outputs_are_each_backward_pass_has_its_gates(name, recompute, skipped):
+    wrap, unwrap = CONTAINERS[name]
+    model, handle = applied(Wrapped(wrap, recompute), skipped=skipped)
+    losses, right = [], None
+    for step in range(3):
+        losses.append(unwrap(model(batch(step))).square().sum())
+        one = expected_gradients(model, batch(step), handle.gates)
+        right = one if right is None else [a + b for a, b in zip(right, one, strict=True)]
+    never_open = ~torch.stack([handle.gates_at(step) for step in range(3)]).any(0)
+    sum(losses).backward()
+    for (parameter, mine), true in zip(model.named_parameters(), right, strict=True):
+        block = int(parameter.split(".")[1]) if parameter.startswith("blocks") else None
+        if skipped == "freeze" and block is not None and never_open[block]:
+            assert mine.grad is None
+        else:
+            torch.testing.assert_close(mine.grad, true)
+
+
+@pytest.mark.parametrize("recompute", [None, True, False])
+def test_a_loss_of_a_hooked_feature_gives_what_multiplying_by_zero_gives(recompute):
+    model, handle = applied(Wrapped(lambda y: y, recompute))
+    kept: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    for step in range(6):
+        model.zero_grad()
+        model(batch(step))
+        kept.pop().square().sum().backward()
+        trained = [*model.stem.parameters(), *model.blocks.parameters()]
+        h = model.stem(batch(step))
+        for block, gate in zip(model.blocks, handle.gates, strict=True):
+            h = h + gate * torch.tanh(block.f(h))
+        right = torch.autograd.grad(h.square().sum(), trained)
+        for parameter, true in zip(trained, right, strict=True):
+            torch.testing.assert_close(parameter.grad, true)
+
+
+def test_gates_are_not_in_force_after_the_backward_pass_either():
+    model, handle = applied(Wrapped(lambda y: y, recompute=True))
+    model(batch()).sum().backward()
+    assert [block.in_training for block in handle.blocks] == [None] * BLOCKS
+
+
+def test_a_parameter_that_the_model_returns_gets_no_hooks():
+    class Two(Net):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.head.bias
+
+    model, _ = applied(Two())
+    for step in range(5):
+        y, bias = model(batch(step))
+        assert bias is model.head.bias
+        (y * bias).sum().backward()
+        assert not bias._backward_hooks
+    assert all(not block._forward_hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_where_all_that_is_trained_is_closed_a_step_has_a_graph(skipped, name):
+    wrap, unwrap = CONTAINERS[name]
+    model, handle = applied(Wrapped(wrap), skipped=skipped)
+    model.requires_grad_(False)
+    model.blocks[2].requires_grad_(True)
+    closed = 0
+    for step in range(8):
+        model.zero_grad()
+        out = unwrap(model(batch(step)))
+        torch.testing.assert_close(out, by_hand(model, batch(step), handle.gates))
+        out.square().sum().backward()
+        is_open, weight = bool(handle.gates[2]), model.blocks[2].f.weight
+        closed += not is_open
+        if is_open:
+            assert weight.grad.abs().sum() > 0
+        elif skipped == "paper":
+            assert torch.equal(weight.grad, torch.zeros_like(weight))
+        else:
+            assert weight.grad is None
+    assert closed > 1
+
+
+def test_a_model_that_gives_its_input_back_leaves_no_hook_on_it():
+    model = nn.Sequential(Block(), Block()).double()
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    handle = sd.apply(model, HALF, example=x.detach())
+    with handle.forced([False, False]):
+        model(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert not x._backward_hooks
+    assert torch.equal(model[0].f.weight.grad, torch.zeros(4, 4, dtype=torch.float64))
+
+
+# Models that are changed after sd.apply.
+
+
+class LowRank(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Linear(4, 2).double(), nn.Linear(2, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(x))
+
+
+def change_blocks(change: Any) -> Any:
+    def change_all(model: Net) -> None:
+        for number, block in enumerate(model.blocks):
+            changed = change(block)
+            model.blocks[number] = block if changed is None else changed
+
+    return change_all
+
+
+CHANGES = {
+    "checkpoint wrappers": change_blocks(checkpoint_wrapper),
+    "compiled": change_blocks(lambda block: torch.compile(block, backend="eager")),
+    "adapters": change_blocks(lambda block: setattr(block, "f", LowRank(block.f))),
+    "weight norm": change_blocks(lambda b: parametrizations.weight_norm(b.f) and None),
+    "spectral norm": change_blocks(lambda b: parametrizations.spectral_norm(b.f) and None),
+    "pruned": change_blocks(lambda b: prune.random_unstructured(b.f, "weight", 0.5) and None),
+    "frozen": lambda model: model.blocks[1].f.weight.requires_grad_(False),
+    "replaced": lambda model: setattr(model.blocks[0], "f", nn.Linear(4, 4).double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_a_branch_has_now_gets_the_gradients(change):
+    model, _ = applied()
+    model(batch()).sum().backward()
+    change(model)
+    for step in range(4):
+        model.zero_grad()
+        model(batch(step)).sum().backward()
+        trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        assert [name for name, gradient in trained.items() if gradient is None] == []
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_skipped_embeddings_with_sparse_gradients_get_empty_sparse_ones():
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.f = nn.Embedding(9, 4, sparse=True), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, words: Tensor) -> Tensor:
+            return x + self.f(self.table(words) + x)
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(4, 4)
+            self.blocks = nn.ModuleList(Looked() for _ in range(3))
+
+        def forward(self, x: Tensor, words: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x, words)
+            return x
+
+    model, example = Words(), (torch.randn(2, 4), torch.tensor([1, 8]))
+    handle = sd.apply(model, HALF, example=example)
+    optimizer = torch.optim.SparseAdam([block.table.weight for block in model.blocks])
+    with handle.forced([True, False, False]):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(*example).sum().backward()
+            optimizer.step()
+    sizes = [block.table.weight.grad.coalesce().indices().numel() for block in model.blocks]
+    assert sizes == [2, 0, 0]
+
+
+def test_replicas_in_threads_are_refused_and_processes_named():
+    model, _ = applied()
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(sd.GateError, match="DistributedDataParallel"):
+        replica(batch())
+    with pytest.raises(sd.ApplyError, match="DistributedDataParallel"):
+        sd.apply(nn.DataParallel(Net()), HALF, example=batch())
+
+
+def test_a_copy_has_its_own_passes():
+    model, _ = applied(Wrapped(lambda y: y, recompute=True))
+    loss = model(batch()).square().sum()
+    other = copy.deepcopy(model)
+    other(batch(1)).square().sum().backward()
+    loss.backward()
+    twin, _ = applied(Wrapped(lambda y: y))
+    twin(batch()).square().sum().backward()
+    for mine, true in zip(gradients(model), gradients(twin), strict=True):
+        torch.testing.assert_close(mine, true)
+    twin.zero_grad()
+    twin(batch(1)).square().sum().backward()
+    for mine, true in zip(gradients(other), gradients(twin), strict=True):
+        torch.testing.assert_close(mine, true)
