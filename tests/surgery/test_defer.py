@@ -1,13 +1,16 @@
 """Blocks that are deferred: every form that can be rewritten, and those that cannot."""
 
+import copy
 import functools
 import itertools
+import pickle
 import sys
 
 import pytest
 import torch
 from test_foreign import ONE_ADDITION, WIDTH, SaysHow, X, close, closed, network
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.surgery.apply import applied_to
@@ -103,3 +106,132 @@ def test_additions_in_a_loop_of_the_trunk_are_blocks_of_its_layers() -> None:
         expected = expected + 0.5 * first(expected)
         expected = expected + 0.5 * second(expected)
     torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", ["sample", "subset"])
+@pytest.mark.parametrize("scale", ["inference", "training"])
+def test_gates_for_single_samples_weigh_each_sample(gate, scale) -> None:
+    model, plain = Pairs().double(), Pairs().double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X, gate=gate, scale=scale)
+    model.train()
+    for _ in range(4):
+        out, expected = model(X), plain.stem(X)
+        for coins, pair in zip(handle.gates.double(), plain.layers, strict=True):
+            for part in pair:
+                weight = coins[:, None] / (0.5 if scale == "training" else 1)
+                expected = expected + weight * part(expected)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_copies_pickles_and_what_remains_after_removal() -> None:
+    model = Pairs().double()
+    sd.apply(model, sd.Uniform(0.5), example=X)
+    twin, again = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for _ in range(3):
+        assert torch.equal(model(X), twin(X))
+    assert torch.equal(model.eval()(X), again.eval()(X))
+    sd.remove(model)
+    assert type(model) is Pairs
+    assert torch.equal(model(X), Pairs().double()(X))
+
+
+def test_the_plain_model_after_fold_and_the_shorter_one_after_truncate() -> None:
+    model = Pairs().double()
+    for pair in model.layers:
+        for part in pair:
+            part.append(nn.Linear(WIDTH, WIDTH).double())
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    shorter = copy.deepcopy(model)
+    expected = model.eval()(X)
+    with handle.subnetwork([True, False, True], scaled=True):
+        of_two = model(X)
+    sd.fold(model, X)
+    torch.testing.assert_close(model(X), expected, rtol=1e-10, atol=1e-12)
+    sd.truncate(shorter, [0, 2], X)
+    assert len(shorter.layers) == 2
+    torch.testing.assert_close(shorter.eval()(X), of_two, rtol=1e-10, atol=1e-12)
+
+
+class Checkpointed(Pairs):
+    def forward(self, x):
+        x = self.stem(x)
+        for first, second in self.layers:
+            x = checkpoint(first, x, use_reentrant=False) + x
+            x = checkpoint(lambda y, part=second: part(y) + y, x, use_reentrant=False)
+        return x
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    plain, model = Pairs().double(), Checkpointed().double()
+    for m in (plain, model):
+        sd.apply(m, sd.Uniform(0.5), example=X)
+    for _ in range(6):
+        for m in (plain, model):
+            m.zero_grad()
+            m(X).square().sum().backward()
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+class Router(nn.Module):
+    """An expert is chosen, and what chooses is needed for a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.route, self.more = nn.Linear(4, 2), nn.Linear(4, 4)
+        self.expert = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x):
+        logits = self.route(x)
+        y = self.expert(x) * logits.softmax(-1)[:, :1]
+        if y.shape != x.shape or len((y, x)) != 2:
+            raise ValueError
+        return sum([x, self.more(y)]), logits.logsumexp(-1).mean()
+
+
+def test_what_is_needed_elsewhere_runs_and_the_rest_does_not() -> None:
+    model = Router().double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    called = []
+    for name, module in model.named_children():
+        module.register_forward_hook(functools.partial(note, called, name))
+    close(handle, [False])
+    out, loss = model.forward(X)
+    assert called == ["route"]
+    assert torch.equal(out, X)
+    torch.testing.assert_close(loss, model.route(X).logsumexp(-1).mean())
+
+
+def test_a_placeholder_is_computed_for_whoever_asks_and_only_then() -> None:
+    ran = []
+
+    class Peeks(nn.Module):
+        peek = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.one(x)
+            assert y.shape == (len(x), 4)
+            assert y.dtype == x.dtype
+            assert y.device == x.device
+            if self.peek:
+                ran.append(y.sum().item())
+            y = self.two(y.relu()).view(-1, 2, 2).flatten(1)
+            return x + y
+
+    model = Peeks().double()
+    handle = sd.apply(model, example=X)
+    called = []
+    for name, module in model.named_children():
+        module.register_forward_hook(functools.partial(note, called, name))
+    close(handle, [False])
+    assert torch.equal(model.forward(X), X)
+    assert called == []
+    model.peek = True
+    assert torch.equal(model.forward(X), X)
+    assert called == ["one"]
+    assert ran == [pytest.approx(model.one(X).sum().item())]

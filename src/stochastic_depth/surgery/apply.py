@@ -24,6 +24,7 @@ from stochastic_depth.surgery.find import (
     Found,
     Granularity,
     caller,
+    deferred_modules,
     find_blocks,
     find_residuals,
     nothing_found,
@@ -325,7 +326,8 @@ def remove(model: nn.Module) -> None:
     for drop_path in applied.silenced:
         drop_path.restore()
     for block in applied.found:
-        vars(block.module).pop("_compiled_call_impl", None)
+        for module in (block.module, *deferred_modules(block)):
+            vars(module).pop("_compiled_call_impl", None)
     delattr(model, _APPLIED)
     take_gates(model)
 

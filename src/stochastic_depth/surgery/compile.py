@@ -8,6 +8,7 @@ from torch import nn
 
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.find import deferred_modules
 from stochastic_depth.surgery.install import install, is_installed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,7 +23,8 @@ def compile_blocks(model: Model, **options: Any) -> Model:
 
     Blocks are compiled when they first run: in training one graph for an open block and one for a
     closed, in evaluation one more. Blocks that look the same share them, and from then on no gates
-    and no probabilities compile anything. Gates are drawn, and all that is outside of the blocks
+    and no probabilities compile anything. Of a deferred block the modules of its branch are
+    compiled, once each. Gates are drawn, and all that is outside of the blocks
     runs, as before; `state_dict` keys stay. Copies and pickles of the model are not compiled, nor
     is the model after `sd.remove`. `sd.summary` and `sd.verify` run the blocks uncompiled.
 
@@ -44,13 +46,16 @@ def compile_blocks(model: Model, **options: Any) -> Model:
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given, or is itself a block.
     """
-    blocks = dict.fromkeys(block.module for block in applied_to(model).found)
+    applied = applied_to(model)
+    blocks = dict.fromkeys(found.module for found in applied.found if found.mechanism != "deferred")
     if model in blocks:
         raise ApplyError(
             f"{type(model).__name__} is itself a block, and compiled it would draw no gates: "
             "put it into an nn.Sequential, and apply stochastic depth to that"
         )
-    for block in blocks:
+    deferred = [found for found in applied.found if found.mechanism == "deferred"]
+    modules = dict.fromkeys(module for found in deferred for module in deferred_modules(found))
+    for block in [*blocks, *modules]:
         if not is_installed(block) and "forward" not in vars(block):
             install(block, {})  # so that its graphs are not counted with those of other blocks
         block.compile(**{"fullgraph": True, **_LIMIT, **options})

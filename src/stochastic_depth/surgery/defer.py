@@ -159,7 +159,9 @@ class Analysis:
     def _share(self, events: Sequence[Event], of: set[int]) -> float:
         shares = []
         for event in events:
-            mixing = [v for v in event.branch if self.mixes(self.recording.values[v].made_by)]
+            assert event.home is not None
+            inside = [value for value in event.branch if value >= event.home.began]
+            mixing = [v for v in inside if self.mixes(self.recording.values[v].made_by)]
             shares.append(sum(value in of for value in mixing) / max(1, len(mixing)))
         return min(shares)
 
@@ -237,11 +239,11 @@ class Analysis:
             raise UnsupportedBlockError(NEEDED if group.own < LEAST else "no module runs for it")
         made = []
         for number, event in enumerate(group.events):
-            calls: dict[str, list[int]] = {}
+            calls: dict[str, list[Call]] = {}
             for call in group.calls:
                 if len(group.events) == 1 or self._is_of(call, event):
                     inner = call.name[len(group.owner.name) + 1 if group.owner.name else 0 :]
-                    calls.setdefault(inner, []).append(self._ordinal(call, group.owner))
+                    calls.setdefault(inner, []).append(call)
             if not calls:
                 raise UnsupportedBlockError("no module runs for its branch alone")
             made.append(
@@ -251,7 +253,12 @@ class Analysis:
                     frozenset([event.site]),
                     event.side,
                     tuple(
-                        Calls(name, tuple(which), self._number(name, group.owner))
+                        Calls(
+                            name,
+                            tuple(self._ordinal(call, group.owner) for call in which),
+                            self._number(name, group.owner),
+                            all(call.gave_tensor for call in which),
+                        )
                         for name, which in calls.items()
                     ),
                     copies,
@@ -295,13 +302,15 @@ class _Plan:
     """Of one owner: whose calls are put off for which of its additions."""
 
     def __init__(self, owner: nn.Module, edits: Sequence[Deferred]) -> None:
-        self.modules: list[tuple[nn.Module, str, dict[int, list[int]], int]] = []
+        self.modules: list[tuple[nn.Module, str, dict[int, list[int]], int, bool]] = []
         self.of_edit: list[list[int]] = [[] for _ in edits]
         by_name: dict[str, dict[int, list[int]]] = {}
         number: dict[str, int] = {}
+        tensor: dict[str, bool] = {}
         for n, edit in enumerate(edits):
             for calls in edit.calls:
                 number[calls.module] = calls.of
+                tensor[calls.module] = calls.tensor and tensor.get(calls.module, True)
                 for which in calls.which:
                     by_name.setdefault(calls.module, {}).setdefault(which, []).append(n)
         for name, of_call in by_name.items():
@@ -311,7 +320,7 @@ class _Plan:
             for n in {n for edits_of in of_call.values() for n in edits_of}:
                 self.of_edit[n].append(len(self.modules))
             module = owner.get_submodule(name)
-            self.modules.append((module, name, of_call, number[name]))
+            self.modules.append((module, name, of_call, number[name], tensor[name]))
         self.structures: dict[Any, Any] = {}
 
 
@@ -368,10 +377,10 @@ class _Session:
         tape = tape_of_pass()
         assert tape is not None
         for m in sorted({m for n in self.turns for m in self.plan.of_edit[n]}):
-            module, name, of_call, total = self.plan.modules[m]
+            module, *rest = self.plan.modules[m]
             before = module.__dict__.get(_CALL)
             self.before.append((module, before))
-            module.__dict__[_CALL] = _Interceptor(self, tape, module, name, before, of_call, total)
+            module.__dict__[_CALL] = _Interceptor(self, tape, before, module, *rest)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -399,13 +408,15 @@ class _Interceptor:
         self,
         session: _Session,
         tape: Tape,
+        before: Any,
         module: nn.Module,
         name: str,
-        before: Any,
         of_call: Mapping[int, list[int]],
         total: int,
+        gives_tensor: bool,
     ) -> None:
         self.session, self.tape, self.module, self.name = session, tape, module, name
+        self.gives_tensor = gives_tensor
         self.forward = before or module._call_impl
         self.of_call, self.total, self.called = of_call, total, 0
 
@@ -441,7 +452,7 @@ class _Interceptor:
         key = self.name, self.module.training, _form(args), _form(kwargs)
         known = structures.get(key)
         if known is None:
-            made = put_off(node)
+            made = put_off(node, self.gives_tensor)
             leaves, structure = tree_flatten(made)
             free = all(isinstance(leaf, Tensor) or leaf is None for leaf in leaves)
             if free and not node.done:

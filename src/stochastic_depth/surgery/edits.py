@@ -82,8 +82,8 @@ class Registered:
     forward: Callable[..., Any]
 
 
-Site = tuple[str, str, int, int]
-"""An expression in the code: file, function, the line it begins in, and the instruction."""
+Site = tuple[str, str, int, Any]
+"""An expression in the code: file, function, the line in which that begins, and its position."""
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_"}
 """Names of functions that add."""
@@ -98,6 +98,8 @@ class Calls:
     which: tuple[int, ...]
     of: int
     """How many there are in one call of the owner; if all belong to it, any number may come."""
+    tensor: bool
+    """Whether each gave a tensor, and no tuple or other structure."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,22 @@ Sliced = Sum | Argument
 Edit = Sum | Argument | Opaque | Registered | Deferred | Entry
 
 
+_POSITIONS: dict[int, tuple[CodeType, list[Any]]] = {}
+
+
 def site_of(frame: FrameType) -> Site:
-    """The expression that `frame` is evaluating."""
+    """The expression that `frame` is evaluating.
+
+    The instruction alone would not do: a call that the interpreter has specialised is another one.
+    """
     code = frame.f_code
-    return code.co_filename, code.co_qualname, code.co_firstlineno, frame.f_lasti
+    known = _POSITIONS.get(id(code))
+    if known is None:
+        known = _POSITIONS[id(code)] = code, list(code.co_positions())
+    position = known[1][frame.f_lasti // 2]
+    if None in position:
+        position = frame.f_lasti
+    return code.co_filename, code.co_qualname, code.co_firstlineno, position
 
 
 @dataclass(frozen=True)

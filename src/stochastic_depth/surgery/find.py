@@ -159,6 +159,17 @@ NAME_OF = {
 """The mechanism of a block is the first of these that one of its units needs."""
 
 
+def deferred_modules(found: Found) -> list[nn.Module]:
+    """The outermost modules of a deferred block's branches; none of any other block."""
+    return [
+        owner.get_submodule(calls.module)
+        for unit in found.units
+        for owner, edit in unit.edits
+        if isinstance(edit, Deferred)
+        for calls in edit.calls
+    ]
+
+
 def caller(model: Callable[..., Any], example: Example) -> Callable[[], Any]:
     """A function that calls `model` on `example`."""
     if isinstance(example, Mapping):

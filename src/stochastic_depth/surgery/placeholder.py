@@ -162,7 +162,7 @@ class Node:
 
     def _infer(self) -> Any:
         try:
-            args, kwargs = _mapped(_fake, self.args), _mapped(_fake, self.kwargs)
+            args, kwargs = _mapped(_without_numbers, (self.args, self.kwargs))
             function = self.function if self.module is None else _hollow(self.module)
             with (
                 _disable_current_modes(),
@@ -226,14 +226,19 @@ class Placeholder(Tensor):
         return repr(value(self))
 
 
-def put_off(node: Node) -> Any:
+def put_off(node: Node, gives_tensor: bool = False) -> Any:
     """The result of a call that is not made: its structure with placeholders for tensors.
 
     Where even the structure is not known without it, the call is made.
+
+    Args:
+        gives_tensor: whether the result is a tensor if nothing else is known.
     """
     try:
         leaves, structure = node.shapes()
     except Exception:
+        if gives_tensor:
+            return _placeholder(node, -1)
         return marked(node.tape, node.turns, node.result())
     return _structured(node, leaves, structure)
 
@@ -438,7 +443,7 @@ def _fakes_of(placeholder: Placeholder) -> Any:
 
 def _shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     try:
-        inferred = _mapped(_fake, args), _mapped(_fake, kwargs)
+        inferred = _mapped(_without_numbers, args), _mapped(_without_numbers, kwargs)
     except Exception:
         inferred = _values(args, kwargs)
     return func(*inferred[0], **inferred[1])
@@ -470,7 +475,9 @@ def _values(
     ):
         gate = None
 
-    def real(leaf: Tensor) -> Any:
+    def real(leaf: Any) -> Any:
+        if isinstance(leaf, nn.Module):
+            return leaf
         if isinstance(leaf, Placeholder):
             return value(leaf)
         return leaf if gate is None else gate.select(leaf)
@@ -478,9 +485,13 @@ def _values(
     return _mapped(real, args), _mapped(real, kwargs)
 
 
-def _mapped(function: Callable[[Tensor], Any], values: Any) -> Any:
-    """`values` with `function` of each tensor in its place."""
-    if isinstance(values, Tensor):
+def _without_numbers(value: Any) -> Any:
+    return _hollow(value) if isinstance(value, nn.Module) else _fake(value)
+
+
+def _mapped(function: Callable[[Any], Any], values: Any) -> Any:
+    """`values` with `function` of each tensor and module in its place."""
+    if isinstance(values, Tensor | nn.Module):
         return function(values)
     if isinstance(values, slice):
         parts = values.start, values.stop, values.step

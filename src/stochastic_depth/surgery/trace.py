@@ -59,6 +59,7 @@ class Call:
     parent: "Call | None" = None
     ended: int = 0
     """The first value made after it."""
+    gave_tensor: bool = False
 
     def ancestors(self) -> "Iterator[Call]":
         """The calls around it, from the inside out."""
@@ -212,7 +213,7 @@ def _hooks(
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
         call = recording.calls.pop()
-        call.ended = len(recording.values)
+        call.ended, call.gave_tensor = len(recording.values), isinstance(output, Tensor)
         recording.finished.append((call, recording.numbers(output)))
         returned(call, output)
 
