@@ -39,6 +39,18 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(name, tmp_path, monkeypatc
         exec(compile(source, tmp_path / "page.py", "exec"), names)
 
 
+def test_the_architecture_lists_the_tree_as_it_is():
+    tree = re.search(
+        r"^src/stochastic_depth/\n(.*?)^```", PAGES["design/architecture.md"], re.M | re.S
+    )
+    assert tree
+    listed = set(re.findall(r"^  (\w+(?:\.py|/))", tree[1], re.MULTILINE))
+    package = ROOT / "src" / "stochastic_depth"
+    there = {f"{p.name}/" for p in package.iterdir() if (p / "__init__.py").exists()}
+    there |= {p.name for p in package.glob("*.py")} - {"__main__.py"}
+    assert listed == there
+
+
 class Links(HTMLParser):
     """What a page links to, what it makes a browser fetch, and what can be linked to in it."""
 
