@@ -1,4 +1,7 @@
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,3 +68,39 @@ def test_what_cannot_be_skipped_is_an_error_that_names_the_remedy(capsys):
 def test_no_such_model(capsys):
     assert main(["inspect", "resnet50"]) == 1
     assert "timm/NAME" in capsys.readouterr().err
+
+
+def test_a_factory_of_the_current_folder_is_found_and_its_page_is_written(tmp_path):
+    (tmp_path / "mine_alone.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "class Block(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.f = nn.Linear(8, 8)\n\n"
+        "    def forward(self, x):\n"
+        "        return x + self.f(x)\n\n"
+        "def make():\n"
+        "    return nn.Sequential(*(Block() for _ in range(4))), torch.randn(2, 8)\n"
+    )
+    command = "import sys; sys.path.remove(''); from stochastic_depth.cli import main; main()"
+    arguments = ["inspect", "mine_alone:make", "--repeats", "2", "--report", "page.html"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    page = (tmp_path / "page.html").read_text()
+    assert "Skippable blocks" in page
+    assert "sd.apply(model, sd.LinearDecay(0.5), example=inputs)" in page
+    assert len(re.findall(r'<figure id="([^"]+)">', page)) == 2
+    # a cell for each block and step, in two widths
+    assert page.count('aria-label="step ') == 2 * 4 * 24
+    assert "drop rate of the last block" in page
+    assert "NaN" not in page
+
+
+@pytest.mark.parametrize("extra", [[], ["--plan-only"]])
+def test_a_shape_that_the_model_does_not_take_is_one_line(extra, capsys):
+    assert main(["inspect", f"{__name__}:mine", "--shape", "5", *extra]) == 1
+    told = capsys.readouterr().err
+    assert "mine does not run on the example (RuntimeError: " in told
+    assert told.count("\n") == 1

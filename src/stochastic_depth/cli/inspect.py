@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -74,10 +76,13 @@ def inspect(arguments: list[str]) -> int:
         from stochastic_depth.survival import LinearDecay, Uniform
     sys.path.insert(0, os.getcwd())  # a factory of the folder the command is run in
     device = "meta" if asked.plan_only else "cpu"
-    with console.status("building"):
+    with console.status("building"), _on_example(asked, "cannot be built"):
         model, example = published(asked.model, batch=asked.batch, shape=asked.shape, device=device)
     rule = LinearDecay(asked.final) if asked.survival == "linear" else Uniform(asked.final)
-    with console.status("finding the residual blocks"):
+    with (
+        console.status("finding the residual blocks"),
+        _on_example(asked, "does not run on the example"),
+    ):
         planned = plan(model, example, rule, exclude=asked.exclude, granularity=asked.granularity)
     console.print(plan_table(asked.model, planned))
     result = {"model": asked.model, **asdict(planned)}
@@ -109,6 +114,27 @@ def inspect(arguments: list[str]) -> int:
             console.say(str(asked.report))
     _write(asked.out, result)
     return 0
+
+
+@contextmanager
+def _on_example(asked: Inspect, what: str) -> Iterator[None]:
+    """Say in a sentence what a model makes of its example, whatever it raises.
+
+    Raises:
+        ApplyError: with the remedy, in place of the model's own error.
+    """
+    try:
+        yield
+    except StochasticDepthError:
+        raise
+    except Exception as error:
+        said = (str(error) or "no reason given").splitlines()[0]
+        remedy = "give another --shape, or a factory that returns (model, example)"
+        if asked.plan_only:
+            remedy = "leave out --plan-only, with which there are no values to compute with"
+        raise ApplyError(
+            f"{asked.model} {what} ({type(error).__name__}: {said}): {remedy}"
+        ) from error
 
 
 def _incomplete(planned: "Plan") -> StochasticDepthError:

@@ -59,12 +59,15 @@ def data_folder(name: str, root: Path | str | None) -> Path:
     """
     if root is None:
         raise DataError(
-            f"{name} needs files: give root, the folder that holds them, or allow the download "
-            "into that folder with download=True"
+            f"{name} needs files: give --data.root DIR (root, in Python), the folder that holds "
+            "them, and with --data.download (download=True) they are fetched into it"
         )
     path = Path(root).expanduser()
     if not path.exists():
-        raise DataError(f"{path}: does not exist; root must be the folder that holds {name}")
+        raise DataError(
+            f"{path}: does not exist; --data.root (root, in Python) must be the folder that holds "
+            f"{name}"
+        )
     return path
 
 

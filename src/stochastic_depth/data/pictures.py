@@ -1,8 +1,10 @@
 """Pictures: many small ones decoded in threads, large ones one by one, and none trusted."""
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,14 @@ FORMATS = ("PNG", "WEBP", "JPEG", "BMP", "PPM")
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".ppm")
 MODES = ("RGB", "L", "P", "RGBA")
 CHUNK = 1000
+
+
+@contextmanager
+def no_warning(image: Any) -> Iterator[None]:
+    """While entered, Pillow does not warn of large pictures: they are refused in a sentence."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", image.DecompressionBombWarning)
+        yield
 
 
 def decode(
@@ -142,7 +152,7 @@ def open_picture(path: Path) -> Any:
     with file_readable(path):
         file = open_file(path, inside=0)
     try:
-        with file, image.open(file, formats=FORMATS) as picture:
+        with file, no_warning(image), image.open(file, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(
                     f"{path}: an image of {picture.width}x{picture.height} pixels, expected at "

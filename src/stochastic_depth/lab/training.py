@@ -101,7 +101,7 @@ def training_time(experiment: Experiment) -> Figure:
     y = alt.Y(
         "s:N", title=None, sort=None, axis=alt.Axis(labelColor=LIGHT["ink"], labelFontSize=12)
     )
-    x = alt.X("x:Q", title=f"seconds an {interval}", axis=alt.Axis(tickCount=6, format="~g"))
+    x = alt.X("x:Q", title=f"seconds an {interval}", axis=alt.Axis(tickCount=6, format=".6~g"))
     hue = colour(keys(experiment.series)).legend(None)
     bar = {"band": 0.7}
     layers = [

@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -190,14 +192,40 @@ def library(name: str) -> ModuleType:
     """
     package = name.partition(".")[0]
     try:
+        _declare_missing_operators()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"{error}: pip install {package}") from error
     except (ImportError, RuntimeError) as error:
         raise MissingExtraError(
             f"{package} is installed, but cannot be imported with torch {torch.__version__} "
-            f"({error}): install versions that fit each other"
+            f"({error}): install torch and torchvision from the same index"
         ) from error
+
+
+_declared: list[torch.library.Library] = []
+"""Kept, because what a library declares goes with it."""
+
+
+def _declare_missing_operators() -> None:
+    """Let torchvision be imported where it was built for another PyTorch, as by timm and others.
+
+    Beside a PyTorch for the CPU, a torchvision from another index has no compiled operators, and
+    fails to import for want of the two that it refers to. All else in it works.
+    """
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        if "torchvision::" not in str(error) or _declared:
+            return
+        operators = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            operators.define(
+                f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        _declared.append(operators)
 
 
 def _unknown(origin: str, name: str, known: Sequence[str]) -> ConfigError:
