@@ -77,7 +77,7 @@ def _obstacle(config: Config) -> str | None:
     if ranks() > 1:
         return f"a block program is of one process, and {ranks()} train together"
     if config.model.kind != "cifar-resnet":
-        return f"there is no block program for a {config.model.kind}"
+        return f"there is no block program for networks of the kind {config.model.kind}"
     if config.survival.rule != "constant" and config.survival.gate != "batch":
         return f"a block program has no gates for single samples ({config.survival.gate})"
     if config.survival.closed == "forward-only":

@@ -46,7 +46,7 @@ def check(config: Config, batches: Batches) -> None:
             model(torch.empty(1, *batches.shape))
         except RuntimeError as error:
             raise ConfigError(
-                f"the images have {height}x{width} pixels, too few for a {config.model.kind} "
+                f"the images have {height}x{width} pixels, too few for the {config.model.kind} "
                 f"({str(error).splitlines()[0]}): choose a larger --data.size, or leave it out"
             ) from error
     first = max(0, batches.steps_per_epoch - 2)

@@ -1,0 +1,80 @@
+"""Pipes, devices and links among the files of a data set: told, and never waited for."""
+
+import numpy as np
+import pytest
+from special_files import put
+from written import (
+    write_binary,
+    write_folders,
+    write_imagenet,
+    write_parquet,
+    write_pickles,
+    write_svhn,
+)
+
+from stochastic_depth.data import batches, load
+from stochastic_depth.data.cifar import CIFAR10
+from stochastic_depth.data.folders import fetch
+from stochastic_depth.errors import DataError
+
+LABELS = np.arange(20) % 10
+
+
+def written(root, layout, pictures, encode):
+    """A data set in `root`; the file of it that is to be replaced."""
+    data = (CIFAR10, pictures(20), LABELS, pictures(10), LABELS[:10])
+    match layout:
+        case "pickles":
+            write_pickles(root / CIFAR10.pickle_folder, *data)
+            return root / CIFAR10.pickle_folder / "data_batch_3"
+        case "binary":
+            write_binary(root / CIFAR10.binary_folder, *data)
+            return root / CIFAR10.binary_folder / "data_batch_3.bin"
+        case "parquet":
+            write_parquet(root, *data, encode)
+            return root / "train-00001-of-00002.parquet"
+        case "folders":
+            write_folders(root, *data, encode)
+            return next((root / "train").rglob("*.png"))
+        case "svhn":
+            write_svhn(root)
+            return root / "extra_32x32.mat"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to nowhere"])
+@pytest.mark.parametrize("layout", ["pickles", "binary", "parquet", "folders", "svhn"])
+def test_a_special_file_is_told(tmp_path, layout, kind, pictures, encode):
+    path = written(tmp_path, layout, pictures, encode)
+    path.unlink()
+    put(path, kind, tmp_path / "file")
+    with pytest.raises(DataError, match=path.name):
+        load("svhn" if layout == "svhn" else "cifar10", tmp_path, validation=2)
+
+
+@pytest.mark.parametrize("layout", ["pickles", "binary", "parquet", "folders", "svhn"])
+def test_files_that_are_linked_are_read(tmp_path, layout, pictures, encode):
+    path = written(tmp_path, layout, pictures, encode)
+    name = "svhn" if layout == "svhn" else "cifar10"
+    before = load(name, tmp_path, validation=2).fingerprint
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert load(name, tmp_path, validation=2).fingerprint == before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to nowhere"])
+def test_a_special_file_in_a_tree_of_pictures_is_told(tmp_path, kind):
+    write_imagenet(tmp_path)
+    path = next((tmp_path / "train").rglob("*.JPEG"))
+    path.unlink()
+    put(path, kind, tmp_path / "file")
+    tree = batches(
+        "imagenet", tmp_path, batch=50, seed=0, device="cpu", size=32, workers=0, augment=False
+    )
+    with pytest.raises(DataError, match=path.name):
+        list(tree.train(0))
+
+
+def test_what_is_fetched_is_not_waited_for_in_a_pipe(tmp_path, no_network):
+    put(tmp_path / "cifar-10-python.tar.gz", "pipe", tmp_path / "file")
+    with pytest.raises(DataError, match=r"it is a pipe, expected a regular file"):
+        fetch("cifar10", tmp_path)
