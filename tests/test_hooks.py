@@ -18,6 +18,7 @@ HALF = sd.Uniform(0.5)
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # in evaluation
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # the compiler, looking at a tensor
 ]
 
 

@@ -236,3 +236,53 @@ def test_a_search_that_fails_or_is_left_leaves_no_trace():
         next(sd.drop_order(model, fails))
     assert model.training
     assert torch.equal(model.eval()(X), expected)
+
+
+def of_transformers(name):
+    hf = pytest.importorskip("transformers", reason="needs transformers")
+    small = {"vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    ids = torch.arange(6)[None]
+    if name == "T5":
+        config = hf.T5Config(
+            vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2, use_cache=False
+        )
+        return hf.T5Model(config), {"input_ids": ids, "decoder_input_ids": ids}
+    if name == "Swin":
+        config = hf.SwinConfig(
+            image_size=16, patch_size=2, embed_dim=8, depths=[3, 2], num_heads=[1, 2], window_size=2
+        )
+        return hf.SwinModel(config), {"pixel_values": X[:1, :, :16, :16]}
+    config = hf.Qwen3Config(
+        **small, num_hidden_layers=4, num_key_value_heads=1, head_dim=4, use_cache=False,
+        use_sliding_window=True, sliding_window=2, max_window_layers=2,
+    )  # fmt: skip
+    return hf.Qwen3Model(config), {"input_ids": ids}
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [("T5", [0, 1, 2, 3, 5]), ("T5", [0, 2, 3]), ("Swin", [0, 1, 3]), ("Qwen3", [0, 3])],
+)
+def test_a_truncated_model_of_transformers_is_the_same_when_saved_and_loaded(name, keep, tmp_path):
+    torch.manual_seed(0)
+    model, example = of_transformers(name)
+    sd.apply(model, sd.Uniform(0.8), example=example)
+    shared = model.config
+    before = shared.to_dict()
+    sd.truncate(model, keep, example)
+    model.eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**example)[0], model(**example)[0])
+    assert shared.to_dict() == before  # which other models may have too
+
+
+def test_what_a_config_cannot_say_is_refused_before_anything_changes():
+    torch.manual_seed(0)
+    model, example = of_transformers("Swin")  # whose second layer of a stage shifts its windows
+    sd.apply(model, sd.Uniform(0.8), example=example)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(sd.TruncateError, match="its config cannot say which layers are left"):
+        sd.truncate(model, [0, 2, 3], example)
+    assert model.config.depths == [3, 2]
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
@@ -269,3 +270,51 @@ def test_statistics_alone_say_that_weights_were_trained() -> None:
     model(torch.randn(8, 4))
     with pytest.warns(UserWarning, match="the weights look trained"):
         sd.apply(model)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.f = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * torch.tanh(self.f(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2 * value
+
+
+@pytest.mark.parametrize("verb", ["remove", "verify"])
+def test_classes_that_others_put_on_top_of_a_block_stay(verb: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Scaled() for _ in range(3))), torch.randn(2, 4)
+    sd.apply(model, sd.Uniform(1.0), example=x)
+    for block in model:
+        parametrize.register_parametrization(block, "gain", Doubled())
+    expected = model.eval()(x)
+    sd.remove(model) if verb == "remove" else sd.verify(model, x, repeats=1)
+    assert torch.equal(model(x), expected)
+    assert all(isinstance(block, Scaled) for block in model)
+    assert all(parametrize.is_parametrized(block, "gain") for block in model)
+    if verb == "remove":
+        assert [type(block).__mro__[1] for block in model] == [Scaled] * 3
+        for block in model:
+            parametrize.remove_parametrizations(block, "gain")
+        assert [type(block) for block in model] == [Scaled] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda model: torch.compile(model, backend="eager"), "then sd.compile_blocks"),
+        (lambda model: nn.Sequential(torch.compile(model[0], backend="eager")), "sd.compile_bl"),
+        (lambda model: nn.Sequential(torch.jit.script(model[0].f), model[1]), "script what sd.fo"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_what_is_compiled_or_scripted_already_is_refused_with_the_remedy(change, remedy) -> None:
+    model, x = nn.Sequential(Scaled(), Scaled()), torch.randn(2, 4)
+    with pytest.raises(sd.ApplyError, match=remedy):
+        sd.apply(change(model), example=x)

@@ -110,16 +110,15 @@ def _count_layers(config: Any, path: list[str], before: int, kept: list[int]) ->
             setattr(config, setting, [value[number] for number in kept])
 
 
+SAME = 1e-6
+"""Of outputs that the same operations compute from the same weights."""
 _COUNTS = "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"
 _COUNTS_OF_DECODERS = "decoder_layers", "num_decoder_layers"
 _LAYERS_BY_NUMBER = "mlp_only_layers", "moe_layers"
 
 
-def check_configuration(twin: nn.Module, example: Example, truth: Sequence[Tensor]) -> None:
+def check_configuration(twin: nn.Module, example: Example) -> None:
     """Build the models of transformers in `twin` from their configurations, as loading them does.
-
-    Args:
-        truth: the outputs of `twin` on `example`, in evaluation.
 
     Raises:
         TruncateError: when a configuration cannot say what is left of its model.
@@ -144,9 +143,10 @@ def check_configuration(twin: nn.Module, example: Example, truth: Sequence[Tenso
             if name:
                 whole = copy.deepcopy(twin)
                 whole.set_submodule(name, built)
-            with preserve_state(whole), torch.no_grad():
-                difference = largest_difference(truth, tensors_in(caller(whole.eval(), example)()))
-            why = "" if difference <= TOLERANCE else f"its outputs differ by {difference:.2g}"
+            with preserve_state(whole), preserve_state(twin), torch.no_grad():
+                given = tensors_in(caller(twin.eval(), example)())
+                difference = largest_difference(given, tensors_in(caller(whole.eval(), example)()))
+            why = "" if difference <= SAME else f"its outputs differ by {difference:.2g}"
         except Exception as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if why:
@@ -263,6 +263,7 @@ def truncate(
             f"{type(model).__name__} without these blocks differs from itself with them closed by "
             f"{difference:.2g} of its largest output: keep others"
         )
+    check_configuration(twin, example)
     _edit(model, closed, weights)
     if recalibrate is not None:
         was_training = model.training
