@@ -9,7 +9,11 @@ import sys
 
 import sklearn.datasets  # noqa: F401
 
-import stochastic_depth.cli.train  # noqa: F401
+import stochastic_depth.cli.train
+import stochastic_depth.distributed
+import stochastic_depth.train.display
+import stochastic_depth.train.fit
+import stochastic_depth.train.run  # noqa: F401
 from stochastic_depth.cli import main
 
 for line in sys.stdin:

@@ -47,13 +47,15 @@ def bench(arguments: list[str]) -> int:
     console = PlainConsole()
     with console.starting():
         from stochastic_depth.lab.bench.results import write_json
-        from stochastic_depth.train.config import Config
+        from stochastic_depth.train.config import Config, DataConfig
         from stochastic_depth.train.runtime import resolve_execution
 
         module, function = where.split(".")
         measure = getattr(importlib.import_module(f"stochastic_depth.lab.bench.{module}"), function)
+    # What is timed has images of CIFAR's size, if not of the size that is asked for.
+    data = DataConfig(name="cifar10", size=getattr(asked, "size", None))
     execution = resolve_execution(
-        Config(device=asked.device, precision=asked.precision, engine=asked.engine)
+        Config(data=data, device=asked.device, precision=asked.precision, engine=asked.engine)
     )
     console.print(execution.described())
     result = measure(asked, execution, console)
