@@ -235,3 +235,9 @@ def test_a_placeholder_is_computed_for_whoever_asks_and_only_then() -> None:
     assert torch.equal(model.forward(X), X)
     assert called == ["one"]
     assert ran == [pytest.approx(model.one(X).sum().item())]
+
+
+def test_a_plan_says_what_apply_does() -> None:
+    plan = sd.plan(Pairs().double(), X)
+    assert plan.complete
+    assert [block.mechanism for block in plan.blocks] == ["deferred"] * 3

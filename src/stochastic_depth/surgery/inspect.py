@@ -130,10 +130,16 @@ def plan(
         SurvivalError: when a p_l is outside (0, 1].
     """
     refuse_applied(model)
-    found = find_blocks(model, example, granularity, include, exclude, count_flops=True)
-    if not found:
-        raise nothing_found(model, example)
-    found = _tried(model, example, found)
+    found: list[Found] = []
+    for rewrite in (True, False):  # as `sd.apply` tries
+        found = find_blocks(
+            model, example, granularity, include, exclude, count_flops=True, rewrite=rewrite
+        )
+        if not found:
+            raise nothing_found(model, example)
+        found = _tried(model, example, found)
+        if not any(block.refusal for block in found):
+            break
     if drop_rate is not None:
         survival = linear_decay(drop_rate, survival)
     p = chosen_survival(survival, found, stacks).at(0)
