@@ -1,9 +1,10 @@
 import inspect
+from dataclasses import replace
 
 import pytest
 
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.train.build import build_model
+from stochastic_depth.train.build import build_depth, build_model
 
 SHAPES = {"digits": (1, 10), "cifar10": (3, 10), "cifar100": (3, 100), "svhn": (3, 10)}
 
@@ -37,8 +38,10 @@ def test_the_recipes_that_reproduce_the_paper_follow_it():
     for name in ("cifar10-resnet110", "cifar100-resnet110", "svhn-resnet152"):
         config = RECIPES[name]()
         assert (config.survival.rule, config.survival.final) == ("linear", 0.5)
-        assert (config.survival.gate, config.survival.scale) == ("batch", "inference")
-        assert config.survival.skipped == "paper"
+        network = build_model(replace(config.model, depth=8), 3, 10, 0)
+        handle = build_depth(network, config.survival, 0, 100)
+        assert (handle.gate, handle.scale) == ("batch", "inference")
+        assert (handle.skipped, handle.balance, handle.schedule) == ("paper", False, None)
         optimizer = config.optimizer
         assert (optimizer.learning_rate, optimizer.batch) == (0.1, 128)
         assert (optimizer.momentum, optimizer.weight_decay) == (0.9, 1e-4)

@@ -366,3 +366,14 @@ def test_counts_have_an_end(small, name):
         ConfigError, match=f"{name.replace('_', '-')} is 1{'0' * 30}: it must be at"
     ):
         dataclasses.replace(small, **{name: 10**30})
+
+
+def test_a_run_that_has_ended_keeps_its_journal_when_its_checkpoints_are_gone(
+    finished, path, silent
+):
+    shutil.copytree(finished, path)
+    shutil.rmtree(path / "checkpoints")
+    with pytest.raises(CheckpointError, match="has ended, and its checkpoints are gone"):
+        list(fit(*reopen(path), silent))
+    for name in ("metrics.jsonl", "model.safetensors"):
+        assert (path / name).read_bytes() == (finished / name).read_bytes()

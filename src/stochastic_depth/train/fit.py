@@ -16,14 +16,14 @@ from torch import Tensor
 
 from stochastic_depth.data import Batches
 from stochastic_depth.distributed.world import any_rank, on_primary, ranks
-from stochastic_depth.errors import RunError, StochasticDepthError
+from stochastic_depth.errors import CheckpointError, RunError, StochasticDepthError
 from stochastic_depth.files import is_there
 from stochastic_depth.train.checkpoint import read_weights, write_weights
 from stochastic_depth.train.failures import diverged, memory_watched, open_blocks
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.run import Run
 from stochastic_depth.train.runtime import Execution
-from stochastic_depth.train.step import Tally, evaluate_parts
+from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.training import Training
 
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 50}
@@ -96,7 +96,7 @@ def fit(
                 raise diverged(run, training.step, "an evaluation")
             on_primary(partial(append_record, run.journal, record))
             journal = on_primary(run.journal_length)
-            training.tally = Tally()
+            training.tally = IntervalMetrics()
             _save(run, training)
             watch.record(record)
             yield record
@@ -127,6 +127,11 @@ def _restore(run: Run, training: Training, watch: Watch) -> None:
                 "rounded differently (set OMP_NUM_THREADS for the same end bit by bit)"
             )
         training.load_state_dict(state)
+    elif on_primary(lambda: bool(is_there(run.weights) and run.records())):
+        raise CheckpointError(
+            f"{run.path} has ended, and its checkpoints are gone: there is nothing to go on from, "
+            "and its journal and weights are kept as they are"
+        )
     length = 0 if state is None else state["journal_bytes"]
     on_primary(lambda: truncate_journal(run.journal, length))
 

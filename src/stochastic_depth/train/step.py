@@ -120,7 +120,7 @@ _ROWS = ("measured", "block_gradients")
 
 
 @dataclass
-class Tally:
+class IntervalMetrics:
     """Sums over the interval under way; part of every checkpoint."""
 
     measured: list[Tensor] = field(default_factory=list)

@@ -26,7 +26,7 @@ from stochastic_depth.train.build import (
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engines import Engine, build_engine
 from stochastic_depth.train.runtime import Execution
-from stochastic_depth.train.step import Measured, Tally
+from stochastic_depth.train.step import IntervalMetrics, Measured
 
 
 def check(config: Config, batches: Batches) -> None:
@@ -112,7 +112,7 @@ class Training:
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.first = first_convolution(self.model)
         self.step = 0
-        self.tally = Tally()
+        self.tally = IntervalMetrics()
         interval = config.evaluate_every or batches.steps_per_epoch
         self._sampled_every = max(1, min(10, interval // 5))
 
