@@ -518,7 +518,10 @@ def test_what_a_projection_shares_with_the_branch_still_runs():
 
 def test_decorators_are_kept():
     model = network(Decorated)
+    counted = [vars(block).get("calls") for block in model]
     sd.apply(model, example=X)
+    assert [vars(block).get("calls") for block in model] == counted  # the look has left nothing
+    model(X)
     before = [block.calls for block in list(model)[1:]]
     model(X)
     assert [block.calls for block in list(model)[1:]] == [n + 1 for n in before]

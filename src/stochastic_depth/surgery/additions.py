@@ -119,9 +119,18 @@ MIXES = (
     "lstm",
     "gru",
     "rnn",
+    "unseen",
 )
 """Parts of the names of functions of which a branch has at least one: what only adds to, scales or
 bends a value (an activation written out, a rotary embedding, a normalisation) is no branch."""
+
+ACTIVATIONS = ("relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "mish", "softmax", "glu")
+"""Parts of the names of functions that no projection shortcut has."""
+
+SPLITS = {"chunk", "split", "unbind", "__getitem__", "narrow", "tensor_split"}
+UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
+PROJECTIONS = ("short", "skip", "down", "proj", "ident", "res")
+"""Parts of the names of modules that project what could have passed by as it is."""
 
 Edits = tuple[tuple[str, Sliced | None], ...]
 """Modules by name, and where to edit them: the one that adds first; None where no method is."""
@@ -148,18 +157,41 @@ class Addition:
     """Whether the owner returns this sum, and was given its shortcut as first argument."""
     events: tuple[Event, ...] = ()
     """Each time that it was made."""
+    upsamples: bool = False
+    """Whether its branch makes its values larger again."""
+    is_last: bool = False
+    """Whether nothing mixes what comes of it: the model's output, or nearly."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """An addition that was seen and is no residual one."""
+
+    owner: str
+    """Name of the module that adds."""
+    place: str
+    """Where in the source, as far as it is known."""
+    reason: str
 
 
 def discover(
-    model: nn.Module, run: Callable[[], object], count_flops: bool = False
+    model: nn.Module,
+    run: Callable[[], object],
+    count_flops: bool = False,
+    passed: list[Passed] | None = None,
 ) -> tuple[list[Addition], Analysis]:
     """The residual additions of `model` in the order in which `run`, a forward pass, meets them.
 
     In training mode the pass updates statistics as any other: see `preserve_state`.
+
+    Args:
+        passed: gets the additions of computed values that are no residual ones.
     """
     search = _Search(Recording(model))
     with recorded(model, search.recording, search.made, search.returned, count_flops):
         output = run()
+    if passed is not None:
+        passed += search.passed.values()
     outputs = search.recording.numbers(output)
     return search.result(outputs), Analysis(search.recording, outputs, _is_mixing)
 
@@ -177,6 +209,7 @@ class _Search:
         """How often each expression has added."""
         self.added: set[tuple[CodeType, int, int]] = set()
         """Which expressions have added which values."""
+        self.passed: dict[tuple[str, str], Passed] = {}
 
     def result(self, outputs: set[int]) -> list[Addition]:
         """All that were found, once the model has given its outputs."""
@@ -186,6 +219,7 @@ class _Search:
                 edits=with_dead_variables(
                     self.recording, addition.edits, self.snapshots[key], outputs
                 ),
+                is_last=not any(self._is_mixed_later(s.total) for s in self.snapshots[key]),
             )
             for key, addition in self.found.items()
         ]
@@ -212,9 +246,42 @@ class _Search:
         of = self._reaches(left, right, call)
         side = self._side_of_shortcut(left, right, of, call)
         kept = left if side == "left" else right
-        if side is not None and kept not in again and self._mixes(_branch(of, side)):
+        reason = self._why_not(left, right, side, of, call)
+        if side is not None and kept not in again and not reason:
             identity = left in of[1] or right in of[0]
             self._note(left, right, side, identity, self.recording.number(out), frame)
+        elif reason and all(map(self._mixes, of)):
+            place = next((m.place for m in methods_of(call.module, frame) if m.place), None)
+            noted = Passed(call.name, str(place or "in a function"), reason)
+            self.passed.setdefault((noted.owner, noted.place), noted)
+
+    def _why_not(
+        self, left: int, right: int, side: Side | None, of: list[set[int]], call: Call
+    ) -> str:
+        """Why an addition is no residual one; empty if it is one."""
+        if self.recording.values[left].tensor.numel() < 2:
+            return "it adds single numbers, such as losses"
+        if side is None:
+            return (
+                "neither of the two was computed from the other, nor is one a projection of a "
+                "single value that the other starts from too: parallel branches"
+            )
+        branch = _branch(of, side)
+        if not self._mixes(branch):
+            return "what is added mixes nothing: it has no product, convolution, pooling"
+        return ""
+
+    def _is_mixed_later(self, value: int) -> bool:
+        """Whether any function with weights uses what comes of a value."""
+        seen, ahead = {value}, [value]
+        while ahead:
+            for child in self.recording.values[ahead.pop()].children:
+                if self._mixes({child}):
+                    return True
+                if child not in seen:
+                    seen.add(child)
+                    ahead.append(child)
+        return False
 
     def returned(self, call: Call, output: Any) -> None:
         """Note whether a module returns its first argument plus a branch."""
@@ -263,14 +330,33 @@ class _Search:
     def _is_projection(self, shortcut: set[int], branch: set[int]) -> bool:
         """Whether one operand is a projection of a single value from which the other starts too.
 
-        A highway's carry, (1 - t(x)) * x, is computed from two values. A projection convolves once
-        at most, and less often than the branch: parallel branches are none of each other.
+        A highway's carry, (1 - t(x)) * x, is computed from two values. A projection convolves less
+        often than the branch and has no activation function: parallel branches are none of each
+        other. One that does not change the shape has a name that says so. A part of a value is no
+        shortcut for a branch that starts from the other part (a coupling layer).
         """
         shared = shortcut & branch
-        own = shortcut - shared
-        starts = {p for value in own for p in self.recording.values[value].parents if p in shared}
+        own, others = shortcut - shared, branch - shared
+        values = self.recording.values
+        starts = {p for value in own for p in values[value].parents if p in shared}
         convolutions = self._convolutions(own)
-        return len(starts) == 1 and convolutions <= 1 and convolutions < self._convolutions(branch)
+        if len(starts) != 1 or convolutions >= self._convolutions(branch):
+            return False
+        functions = self.recording.functions(own)
+        if any(part in function for function in functions for part in ACTIVATIONS):
+            return False
+        (start,) = starts
+        first = {values[value].made_by for value in others if start in values[value].parents}
+        if not convolutions:
+            return not (functions and set(functions) | first <= SPLITS)
+        changes = values[start].tensor.shape != values[max(own)].tensor.shape
+        return changes or any(part in name for name in self._names(own) for part in PROJECTIONS)
+
+    def _names(self, values: set[int]) -> list[str]:
+        """The last parts of the names of the modules that ran for `values`, and of parameters."""
+        parents = {p for value in values for p in self.recording.values[value].parents}
+        names = [*self.recording.modules(values, 0), *self.recording.parameters(parents)]
+        return [part for name in names for part in name.lower().split(".")[-3:]]
 
     def _mixes(self, values: set[int]) -> list[str]:
         """The functions among those that made `values` of which a branch has at least one."""
@@ -322,6 +408,8 @@ class _Search:
             begins_elsewhere=before.begins_elsewhere or bool(handed),
             modules=before.modules + self.recording.modules(branch, call.began),
             parameters=before.parameters | self.recording.parameters(branch),
+            upsamples=before.upsamples
+            or any(part in f for f in self.recording.functions(branch) for part in UPSAMPLES),
             flops=before.flops + sum(self.recording.values[value].flops for value in branch),
             events=(*before.events, event),
         )
@@ -347,8 +435,10 @@ class _Search:
 
         def is_of_branch(tensor: Tensor) -> bool:
             value = self.recording.number(tensor)
-            before = value in branch and value < call.began
-            return before and kept in self.recording.reach(value, kept)
+            if value not in branch or value >= call.began:
+                return False
+            made = self.recording.reach(value, kept)
+            return kept in made and bool(self._mixes(made - self.recording.reach(kept, kept)))
 
         positional = [((n, None), value) for n, value in enumerate(call.args)]
         named = [((None, name), value) for name, value in call.kwargs.items()]

@@ -1,9 +1,11 @@
 """Make the residual blocks of a model skippable, and undo it."""
 
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,13 @@ from stochastic_depth.gates import BlockGates
 from stochastic_depth.handle import Block, Handle, integer, owned_parameters
 from stochastic_depth.hooks import ForwardHooks, batch_size
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.check import check, check_training, establish
+from stochastic_depth.surgery.check import (
+    check,
+    check_samples,
+    check_training,
+    establish,
+    still_running,
+)
 from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
 from stochastic_depth.surgery.edits import Edit, Entry
 from stochastic_depth.surgery.find import (
@@ -28,6 +36,7 @@ from stochastic_depth.surgery.find import (
     find_blocks,
     find_residuals,
     nothing_found,
+    on_meta,
     unsupported,
 )
 from stochastic_depth.surgery.install import install, is_installed, uninstall
@@ -76,6 +85,7 @@ def apply(
     scale: Scale | None = None,
     skipped: SkippedPolicy = "paper",
     seed: int = 0,
+    budget: float | None = None,
 ) -> Handle:
     """Make the residual blocks of `model` skippable, in place.
 
@@ -129,6 +139,8 @@ def apply(
         skipped: the gradient of a skipped block's parameters: "paper" makes it zero, so that
             momentum and weight decay still move them; "freeze" leaves it None.
         seed: chooses the sequence of gates.
+        budget: seconds that the proof may take, about; the first sets of closed blocks are always
+            tried. The number of its passes grows with log2 L; without a budget all are taken.
 
     Returns:
         The handle: probabilities, gates, and the state for checkpoints. Blocks are numbered in the
@@ -195,12 +207,13 @@ def apply(
             find_blocks(model, example, granularity, include, exclude, rewrite=rewrite)
             for rewrite in (True, False)
         )
-    found, probabilities, silenced, blocks, difference = _first_that_works(
+    found, probabilities, silenced, blocks, difference, left = _first_that_works(
         model,
         tries,
         lambda found: chosen_survival(survival, found, stacks, schedule),
         example,
-        gate == "subset",
+        gate,
+        budget,
     )
     if scale is None and chosen == "inference" and look_trained(model):
         warnings.warn(TRAINED, stacklevel=2)
@@ -220,6 +233,7 @@ def apply(
     hooks = (
         model.register_forward_pre_hook(around.before_forward, with_kwargs=True),
         model.register_forward_hook(around.after_forward, always_call=True),
+        *([model.register_forward_pre_hook(LeftBehind(left))] if left else ()),
     )
     setattr(model, _APPLIED, Applied(handle, found, difference, hooks, silenced))
     return handle
@@ -263,8 +277,9 @@ def _first_that_works(
     tries: Iterable[Sequence[Found]],
     probabilities_of: Callable[[Sequence[Found]], Probabilities],
     example: Example | None,
-    select: bool,
-) -> tuple[Sequence[Found], Probabilities, list[Silenced], list[Block], float]:
+    gate: GateKind,
+    budget: float | None,
+) -> tuple[Sequence[Found], Probabilities, list[Silenced], list[Block], float, dict[str, Any]]:
     """Make blocks skippable in the first way of `tries` that passes the check.
 
     Raises:
@@ -281,8 +296,8 @@ def _first_that_works(
                     raise unsupported(block.name, block.module, block.refusal)
             probabilities = probabilities_of(found)
             silenced = silence(model, found)
-            blocks, difference = _open_up(model, found, example, select)
-            return found, probabilities, silenced, blocks, difference
+            opened = _open_up(model, found, example, gate, budget)
+            return found, probabilities, silenced, *opened
         except BaseException as error:
             for drop_path in silenced:
                 drop_path.restore()
@@ -295,6 +310,23 @@ def _first_that_works(
             break
     assert failure is not None
     raise failure
+
+
+class LeftBehind:
+    """A hook on the model: what closed branches do not leave on their modules is not an old one.
+
+    A balancing loss, say, that experts keep as an attribute for the training loop to add up.
+    """
+
+    def __init__(self, first: dict[str, Any]) -> None:
+        self.first = first
+        """By name of module and attribute, what was there before any pass."""
+
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        if model.training:
+            for path, value in self.first.items():
+                name, _, attribute = path.rpartition(".")
+                setattr(model.get_submodule(name), attribute, value)
 
 
 def chosen_survival(
@@ -362,18 +394,32 @@ def applied_inside(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _open_up(
-    model: nn.Module, found: Sequence[Found], example: Example | None, select: bool
-) -> tuple[list[Block], float]:
+    model: nn.Module,
+    found: Sequence[Found],
+    example: Example | None,
+    gate: GateKind,
+    budget: float | None,
+) -> tuple[list[Block], float, dict[str, Any]]:
     """Give every block its gates, and verify those that were cut."""
+    select = gate == "subset"
     if example is None or not any(block.units for block in found):
-        return put_gates(model, found, select), 0.0
+        return put_gates(model, found, select), 0.0, {}
     run = caller(model, example)
-    batch = batch_size(example) if select else None
-    truth = establish(model, run, found, batch)
+    if on_meta(model, example):  # values are for sd.verify, once there are any
+        blocks = put_gates(model, found, select)
+        for block, why in zip(found, still_running(model, run, found, blocks), strict=True):
+            if why:
+                raise unsupported(block.name, block.module, why)
+        return blocks, math.nan, {}
+    deadline = math.inf if budget is None else time.monotonic() + budget / 2
+    batch = None if gate == "batch" else batch_size(example)
+    if batch is not None:
+        check_samples(model, example, found, batch)
+    truth = establish(model, run, found, batch, deadline)
     blocks = put_gates(model, found, select)
-    difference = check(model, run, found, blocks, truth, batch)
-    check_training(model, run, blocks)
-    return blocks, difference
+    difference = check(model, run, found, blocks, truth, batch, gate)
+    left = check_training(model, run, found, blocks)
+    return blocks, difference, left
 
 
 def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Block]:

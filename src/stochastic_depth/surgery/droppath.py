@@ -1,40 +1,67 @@
 """A model's own drop path and layerdrop, which stochastic depth takes over: never both at once."""
 
+import copy
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stochastic_depth.errors import SurvivalError
 from stochastic_depth.surgery.find import Found
 
-RATE = {"DropPath": "drop_prob", "StochasticDepth": "p"}
-"""The attribute with the drop rate, by how the name of the class ends."""
+KINDS = ("droppath", "stochasticdepth", "layerdrop", "skiplayer")
+"""Parts of the names of classes, in lower case, whose modules drop branches or layers."""
+RATES = ("drop_prob", "drop_path", "drop_rate", "p", "prob", "rate")
+"""Attributes of these with the rate; in the order in which they are looked for."""
 
-LAYER_RATES = ("layerdrop", "speech_encoder_layerdrop")
-"""Attributes with the rate at which transformers leaves whole layers out."""
+LAYER_RATES = (
+    *("layerdrop", "speech_encoder_layerdrop", "encoder_layerdrop", "decoder_layerdrop"),
+    *("layer_drop", "layerdrop_prob", "layer_drop_p", "layer_drop_rate", "layer_drop_prob"),
+    *("stochastic_depth_rate", "p_layer_drop", "layer_dropout_rate", "stochastic_depth_prob"),
+)
+"""Attributes with the rate at which something that loops over layers leaves whole layers out."""
 
 
 @dataclass(frozen=True)
 class Silenced:
-    """A rate that is 0 as long as stochastic depth is applied."""
+    """A rate, or a setting like it, that has another value as long as stochastic depth is applied.
 
-    holder: Any
-    """The drop path; or what loops over the layers, or its configuration."""
+    A configuration may be another model's too, so the model gets a copy of it meanwhile.
+    """
+
+    holders: tuple[Any, ...]
+    """The drop path or what loops over the layers; or all modules with this configuration."""
     attribute: str
-    rate: float
+    rate: Any
+    value: Any = 0.0
+    of_config: bool = False
+
+    def silence(self) -> None:
+        if not self.of_config:
+            setattr(self.holders[0], self.attribute, self.value)
+            return
+        copied = copy.copy(self.holders[0].config)
+        setattr(copied, self.attribute, self.value)
+        for holder in self.holders:
+            holder.config = copied
 
     def restore(self) -> None:
-        setattr(self.holder, self.attribute, self.rate)
+        holder = self.holders[0].config if self.of_config else self.holders[0]
+        setattr(holder, self.attribute, self.rate)
 
 
 def silence(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
-    """Set the rates of the drop paths inside of the blocks, and of layerdrop around them, to 0."""
+    """Set the rates of the drop paths inside of the blocks, and of layerdrop around them, to 0.
+
+    PyTorch's own transformer layers, which compute all of a layer in one call where nothing looks
+    on, do not do so either: their blocks could not be skipped.
+    """
     silenced = [drop_path for block in found for drop_path in _inside(block)]
-    silenced += _around(model, found)
+    silenced += [*_around(model, found), *_fused(model, found)]
     for each in silenced:
-        setattr(each.holder, each.attribute, 0.0)
+        each.silence()
     return silenced
 
 
@@ -44,7 +71,7 @@ def own_rates(found: Sequence[Found]) -> list[float]:
     Raises:
         SurvivalError: when the drop paths of one block have different rates, or none has any.
     """
-    rates = [{drop_path.rate for drop_path in _inside(block)} or {0.0} for block in found]
+    rates = [{_round(drop_path.rate) for drop_path in _inside(block)} or {0.0} for block in found]
     for block, different in zip(found, rates, strict=True):
         if len(different) > 1:
             raise SurvivalError(
@@ -59,27 +86,74 @@ def own_rates(found: Sequence[Found]) -> list[float]:
     return [rate for (rate,) in rates]
 
 
+def _round(rate: Any) -> float:
+    """A rate as the number that was written: 0.1, where it was kept in single precision."""
+    return float(rate) if isinstance(rate, float) else float(f"{float(rate):.6g}")
+
+
 def _around(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
-    holders = {
-        id(holder): holder
+    around = [
+        module
         for name, module in model.named_modules()
         if any(not name or block.name.startswith(f"{name}.") for block in found)
-        for holder in (module, getattr(module, "config", None))
-    }
-    return [
-        Silenced(holder, attribute, rate)
-        for holder in holders.values()
-        for attribute in LAYER_RATES
-        if isinstance(rate := getattr(holder, attribute, None), float) and rate > 0
     ]
+    silenced = [
+        Silenced((module,), attribute, rate)
+        for module in around
+        for attribute in (*LAYER_RATES, *(_rate_of(module) or ()))
+        if is_rate(rate := getattr(module, attribute, None))
+    ]
+    configs = {id(c): c for m in around if (c := getattr(m, "config", None)) is not None}
+    for config in configs.values():
+        sharing = tuple(m for m in model.modules() if getattr(m, "config", None) is config)
+        silenced += [
+            Silenced(sharing, attribute, rate, of_config=True)
+            for attribute in LAYER_RATES
+            if is_rate(rate := getattr(config, attribute, None))
+        ]
+    return silenced
 
 
 def _inside(block: Found) -> list[Silenced]:
     return [
-        Silenced(module, attribute, rate)
+        Silenced((module,), *attribute, rate)
         for module in block.module.modules()
-        for ending, attribute in RATE.items()
-        if type(module).__name__.endswith(ending)
-        and isinstance(rate := getattr(module, attribute, None), float)
-        and rate > 0
+        if (attribute := _rate_of(module)) and is_rate(rate := getattr(module, *attribute))
     ]
+
+
+def _fused(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
+    """What makes PyTorch's encoder layers, and the stacks around them, take their fused path."""
+    holders = {block.module for block in found}
+    holders |= {module for block in found for unit in block.units for module, _ in unit.edits}
+    silenced = []
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and module in holders:
+            now = module.activation_relu_or_gelu
+            silenced.append(Silenced((module,), "activation_relu_or_gelu", now, 0))
+        elif isinstance(module, nn.TransformerEncoder) and holders & set(module.modules()):
+            now = module.use_nested_tensor
+            silenced.append(Silenced((module,), "use_nested_tensor", now, False))
+    return silenced
+
+
+def _rate_of(module: nn.Module) -> tuple[str] | None:
+    """The attribute in which a module that drops branches or layers has its rate."""
+    name = type(module).__name__.lower().replace("_", "")
+    if not any(kind in name for kind in KINDS):
+        return None
+    return next(((name,) for name in RATES if is_number(getattr(module, name, None))), None)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one number, of Python, NumPy or PyTorch."""
+    if isinstance(value, bool) or value is None:
+        return False
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, numbers.Real)
+
+
+def is_rate(value: Any) -> bool:
+    """Whether it is a number above 0."""
+    return is_number(value) and float(value) > 0

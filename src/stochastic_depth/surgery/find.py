@@ -1,5 +1,6 @@
 """The residual blocks of a model, whoever wrote it, and how each addition is made skippable."""
 
+import copy
 import functools
 import inspect
 import operator
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.adapters import registered
-from stochastic_depth.surgery.additions import Addition, discover
+from stochastic_depth.surgery.additions import Addition, Passed, discover
 from stochastic_depth.surgery.defer import LEAST, NEEDED, Analysis, Event, Group
 from stochastic_depth.surgery.edits import (
     Argument,
@@ -25,8 +26,9 @@ from stochastic_depth.surgery.edits import (
     Sum,
 )
 from stochastic_depth.surgery.install import gated_class
-from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.preserve import preserve_state, seed_everything
 from stochastic_depth.surgery.rewrite import in_loop, skipped_when_closed
+from stochastic_depth.tensors import tensors_in
 
 
 def edits_of(
@@ -119,6 +121,8 @@ class Unit:
     """The modules that add, and where."""
     events: tuple[Event, ...] = ()
     """Of a unit that is deferred: its addition in the pass in which it was found."""
+    modules: frozenset[str] = frozenset()
+    """Names of the modules that run for its branch."""
 
 
 @dataclass(frozen=True)
@@ -170,13 +174,28 @@ def deferred_modules(found: Found) -> list[nn.Module]:
     ]
 
 
-def caller(model: Callable[..., Any], example: Example) -> Callable[[], Any]:
-    """A function that calls `model` on `example`."""
-    if isinstance(example, Mapping):
-        return lambda: model(**example)
-    if isinstance(example, tuple):
-        return lambda: model(*example)
-    return lambda: model(example)
+def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
+    """A function that calls `model` on a copy of `example`, each time from the same random state.
+
+    Its argument, 0 if not given, chooses another state.
+    """
+
+    def call(seed: int = 0) -> Any:
+        held = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in tensors}
+        given = copy.deepcopy(example, held)  # which the model may change in place
+        seed_everything(seed)
+        if isinstance(given, Mapping):
+            return model(**given)
+        return model(*given) if isinstance(given, tuple) else model(given)
+
+    tensors = tensors_in(example)
+    return call
+
+
+def on_meta(model: nn.Module, example: Example) -> bool:
+    """Whether there are no values to compare: weights or inputs on the meta device."""
+    tensors = [*model.parameters(), *model.buffers(), *tensors_in(example)]
+    return any(tensor.device.type == "meta" for tensor in tensors)
 
 
 def find_residuals(model: nn.Module, include: Choice | None, exclude: Choice) -> list[Found]:
@@ -197,6 +216,7 @@ def find_blocks(
     exclude: Choice,
     count_flops: bool = False,
     rewrite: bool = True,
+    passed: list[Passed] | None = None,
 ) -> list[Found]:
     """The residual blocks of `model`, in the order in which they run on `example`.
 
@@ -207,7 +227,8 @@ def find_blocks(
     modules = dict(model.named_modules())
     with preserve_state(model):
         model.eval()
-        additions, analysis = discover(model, caller(model, example), count_flops)
+        additions, analysis = discover(model, caller(model, example), count_flops, passed)
+    additions = _residual_ones(additions, modules, [] if passed is None else passed)
     blocks: dict[tuple[str, Any], list[Addition]] = {}
     for addition in additions:
         if not _gathers(addition):
@@ -317,7 +338,7 @@ def _deferred(
         edits = analysis.edits(group, copies, first[owner])
         first[owner] += len(edits)
         units = tuple(
-            Unit(((modules[owner], edit),), (), (event,))
+            Unit(((modules[owner], edit),), (), (event,), frozenset(group.modules))
             for edit, event in zip(edits, group.events, strict=True)
         )
     except UnsupportedBlockError as error:
@@ -334,6 +355,32 @@ def _deferred(
         group.flops,
         refusal,
     )
+
+
+def _residual_ones(
+    additions: list[Addition], modules: Mapping[str, nn.Module], passed: list[Passed]
+) -> list[Addition]:
+    """Those that make a block of what they are around; the others go to `passed`."""
+    names = {addition.owner: repeated_block(addition.owner, modules) for addition in additions}
+    kept = []
+    for addition in additions:
+        name = names[addition.owner]
+        inside = {names[other] for other in addition.modules if names.get(other, name) != name}
+        reason = ""
+        if isinstance(modules[addition.owner], Residual) or is_repeated(name, modules):
+            pass
+        elif len(inside) > 1:
+            reason = f"a long skip connection: {len(inside)} other blocks are inside of it"
+        elif addition.upsamples:
+            reason = "a long skip connection: what is inside of it is scaled down and up again"
+        elif not addition.identity and not name and addition.is_last and len(additions) > 1:
+            reason = "a sum of two outputs of the model"
+        if reason:
+            _, edit = addition.edits[0]
+            passed.append(Passed(addition.owner, str(edit or "in a function"), reason))
+        else:
+            kept.append(addition)
+    return kept
 
 
 def _gathers(addition: Addition) -> bool:
@@ -363,13 +410,18 @@ def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
     """The block that a residual module belongs to: the nearest element of a list of its like."""
     name = owner
     while name:
-        container = name.rpartition(".")[0]
-        siblings = list(modules[container].children())
-        alike = sum(type(sibling) is type(modules[name]) for sibling in siblings)
-        if isinstance(modules[container], CONTAINERS) and (alike > 1 or len(siblings) == 1):
+        if is_repeated(name, modules):
             return name
-        name = container
+        name = name.rpartition(".")[0]
     return owner
+
+
+def is_repeated(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether it names an element of a list of its like."""
+    container = modules[name.rpartition(".")[0]]
+    siblings = list(container.children())
+    alike = sum(type(sibling) is type(modules[name]) for sibling in siblings)
+    return bool(name) and isinstance(container, CONTAINERS) and (alike > 1 or len(siblings) == 1)
 
 
 def nothing_found(model: nn.Module, example: Example | None) -> ApplyError:
@@ -407,8 +459,12 @@ def _found(name: str, additions: list[Addition], modules: Mapping[str, nn.Module
         except UnsupportedBlockError as error:
             refusal = refusal or str(error)
             continue
-        before = units[edits].additions if edits in units else ()
-        units[edits] = Unit(edits, before + _stands(addition, modules))
+        before = units.get(edits) or Unit(edits, ())
+        units[edits] = replace(
+            before,
+            additions=before.additions + _stands(addition, modules),
+            modules=before.modules | frozenset(addition.modules),
+        )
     return Found(
         name,
         module,

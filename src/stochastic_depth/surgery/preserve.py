@@ -1,38 +1,139 @@
 """Run a model and restore all of its state afterwards."""
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that PyTorch keeps: tensors, children and hooks."""
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Put the modes, buffers and gradients of `model`, and the random state, back afterwards.
+    """Restore `model` afterwards: modes, tensors, gradients, attributes; and the random state.
 
-    While entered, no module of it runs compiled: a compiler does not see the hooks and modes that
-    look on, or refuses them.
+    The very tensors come back, with their content, where a forward pass gives a buffer or a
+    parameter a new one. While entered, no module runs compiled, and PyTorch's own transformer
+    layers do not take their fused path: neither sees the hooks and modes that look on.
     """
-    compiled = [(module, module._compiled_call_impl) for module in model.modules()]
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modules = list(model.modules())
+    held = [_Held(module) for module in modules]
+    compiled = [(module, getattr(module, "_compiled_call_impl", None)) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    fused = torch.backends.mha.get_fastpath_enabled()
     for parameter, _ in gradients:
         parameter.grad = None
-    for module, _ in compiled:
-        module._compiled_call_impl = None
+    for module, implementation in compiled:
+        if implementation is not None:
+            module._compiled_call_impl = None
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with preserved_randomness(model):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, implementation in compiled:
+            if implementation is not None:
+                module._compiled_call_impl = implementation
+        for each in held:
+            each.restore()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def preserved_randomness(model: nn.Module) -> Iterator[None]:
+    """Restore the states of all random number generators: PyTorch's, Python's and NumPy's."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    numpy = _numpy()
+    of_python = random.getstate()
+    of_numpy = numpy.random.get_state() if numpy is not None else None
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
             yield
     finally:
-        for module, implementation in compiled:
-            module._compiled_call_impl = implementation
-        for module, training in modes:
-            module.training = training
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
+def seed_everything(seed: int) -> None:
+    """Begin all random number generators anew."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.random.seed(seed)
+
+
+class _Held:
+    """All that one module holds itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind = module, type(module)
+        self.scripted = isinstance(module, torch.jit.ScriptModule)
+        self.training = module.training
+        self.buffers = [] if self.scripted else list(module._buffers.items())
+        self.parameters = [] if self.scripted else list(module._parameters.items())
+        self.attributes = {} if self.scripted else _attributes(module)
+        self.contents = [
+            (tensor, tensor.detach().clone())
+            for tensor in [
+                *(module.buffers(recurse=False) if self.scripted else ()),
+                *(tensor for _, tensor in [*self.buffers, *self.parameters]),
+                *self.attributes.values(),
+            ]
+            if isinstance(tensor, Tensor) and _has_content(tensor)
+        ]
+        self.collections = [
+            (value, type(value)(value))
+            for value in self.attributes.values()
+            if type(value) in (list, dict, set)
+        ]
+
+    def restore(self) -> None:
+        self.module.training = self.training
+        if not self.scripted and type(self.module) is self.kind:  # not one that was lazy
+            attributes = vars(self.module)
+            for name in _attributes(self.module).keys() - self.attributes.keys():
+                del attributes[name]
+            attributes.update(self.attributes)
+            _put_back(self.module._buffers, self.buffers)
+            _put_back(self.module._parameters, self.parameters)
         with torch.no_grad():
-            for buffer, content in buffers:
-                buffer.copy_(content)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+            for tensor, content in self.contents:
+                if not torch.equal(tensor, content):
+                    tensor.copy_(content)
+        for value, content in self.collections:
+            if type(value) is list:
+                value[:] = content
+            else:
+                value.clear()
+                value.update(content)
+
+
+def _numpy() -> Any:
+    """NumPy, if anything has imported it."""
+    return sys.modules.get("numpy")
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def _put_back(now: dict[str, Any], kept: list[tuple[str, Any]]) -> None:
+    """Make `now` hold the very objects that it held."""
+    if len(now) != len(kept) or any(now.get(name) is not value for name, value in kept):
+        now.clear()
+        now.update(kept)
+
+
+def _has_content(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor: neither on the meta device nor sharded nor without a shape."""
+    kinds = (Tensor, nn.Parameter, nn.Buffer)
+    return type(tensor) in kinds and tensor.device.type != "meta" and tensor.layout == torch.strided

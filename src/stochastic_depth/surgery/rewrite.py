@@ -59,7 +59,7 @@ class ReplaceSum(ast.NodeTransformer):
         if not is_at(node, self.edit.place):
             return self.generic_visit(node)
         shortcut, self.branch = _operands(node, self.edit)
-        if self.edit.within is None:
+        if self.branch is not node:
             opened = _Scale(self.branch, self.gate).visit(node)
         else:
             opened = of_gate(self.gate, "rescale", self.branch, copy.deepcopy(shortcut))
@@ -138,7 +138,10 @@ class SelectSamples(ast.NodeTransformer):
 
 
 def _operands(node: ast.AST, edit: Sum) -> tuple[ast.expr, ast.expr]:
-    """Shortcut and branch of an addition: `a + b`, `torch.add(a, b)`, `a.add(b)`, or `f(a, b)`."""
+    """Shortcut and branch of an addition.
+
+    `a + b`, `torch.add(a, b)`, `a.add(b)`, `sum([a, b])`, `torch.addcmul(a, b, c)`, or `f(a, b)`.
+    """
     if edit.within is not None and isinstance(node, ast.Call):
         position, name = edit.within
         named = [keyword.value for keyword in node.keywords if keyword.arg == name]
@@ -149,15 +152,27 @@ def _operands(node: ast.AST, edit: Sum) -> tuple[ast.expr, ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         pair = node.left, node.right
     elif isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Attribute):
+        if len(node.args) == 3 and node.func.attr == "addcmul" and edit.shortcut == "left":
+            return node.args[0], node
         if len(node.args) == 2 and node.func.attr == "add":
             pair = node.args[0], node.args[1]
         elif len(node.args) == 1 and node.func.attr in ("add", "add_"):
             pair = node.func.value, node.args[0]
         else:
             raise UnsupportedBlockError(f"{edit.place}: a call that is not a plain addition")
+    elif _is_sum_of_two(node):
+        pair = tuple(node.args[0].elts)  # type: ignore[attr-defined]
     else:
         raise UnsupportedBlockError(f"{edit.place}: an addition inside another function")
     return pair if edit.shortcut == "left" else (pair[1], pair[0])
+
+
+def _is_sum_of_two(node: ast.AST) -> bool:
+    """Whether it is `sum([a, b])`."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return False
+    what = node.args[0] if len(node.args) == 1 and node.func.id == "sum" else None
+    return isinstance(what, ast.List | ast.Tuple) and len(what.elts) == 2
 
 
 def is_at(node: ast.AST, place: Place) -> bool:
@@ -250,6 +265,21 @@ def in_loop(place: Place) -> bool:
     return any(is_at(node, place) for node in inside)
 
 
+class _Mangle(ast.NodeTransformer):
+    """Private names, as the body of a class has them: `__f` -> `_Block__f`."""
+
+    def __init__(self, qualname: str) -> None:
+        scopes = qualname.split(".")[:-1]
+        self.kind = scopes[-1].lstrip("_") if scopes and scopes[-1] != "<locals>" else ""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for field in ("id", "attr", "arg", "name"):
+            name = getattr(node, field, None)
+            if self.kind and isinstance(name, str) and name[:2] == "__" and name[-2:] != "__":
+                setattr(node, field, f"_{self.kind}{name}")
+        return super().generic_visit(node)
+
+
 def _definition(function: FunctionType) -> ast.FunctionDef:
     """The syntax tree of `function`, its positions those in the file."""
     try:
@@ -259,6 +289,7 @@ def _definition(function: FunctionType) -> ast.FunctionDef:
         raise UnsupportedBlockError(f"{function.__qualname__} has no source to edit") from error
     if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
         raise UnsupportedBlockError(f"{function.__qualname__} is no plain method")
+    _Mangle(function.__qualname__).visit(tree)
     ast.increment_lineno(tree, first - 1)
     indent = len(lines[0]) - len(lines[0].lstrip())
     for node in ast.walk(tree):
@@ -279,7 +310,7 @@ def _edit(
     """
     path, needed = _find(tree.body, edit.place, Needed())
     block, index = path.pop()
-    statement = block[index]
+    statement = block[index] = _as_assignment(block[index])
     branch: list[ast.AST]
     if isinstance(edit, Argument):
         closed, branch = edit_arguments(statement, edit, gate)
@@ -306,6 +337,17 @@ def _edit(
         back.through(block, index, needed)
     ast.fix_missing_locations(tree)
     return back.branch, back.shared, needed.live | frozenset(needed.maybe)
+
+
+def _as_assignment(statement: ast.stmt) -> ast.stmt:
+    """`y.add_(x)` -> `y = y.add_(x)`, so that a closed gate has a variable to give a value."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        function = statement.value.func
+        changed = function.value if isinstance(function, ast.Attribute) else None
+        if isinstance(changed, ast.Name) and ast.unparse(function).endswith("_"):
+            assigned = assign(changed.id, statement.value)
+            return ast.fix_missing_locations(ast.copy_location(assigned, statement))
+    return statement
 
 
 def _find(

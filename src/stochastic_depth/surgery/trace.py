@@ -100,12 +100,24 @@ class Recording:
         self.works_in_place = False
         """Whether a function has changed a tensor that it was given."""
         self._number: dict[int, int] = {}
+        self._aliases: list[Tensor] = []
         self._parameters = {id(p): name for name, p in model.named_parameters()}
+        self._constants = {id(tensor) for tensor in _held_by(model)}
 
     def number(self, tensor: Tensor) -> int:
         """The number of a value; one that no function has made is new."""
         known = self._number.get(id(tensor))
-        return self.add(tensor, ()) if known is None else known
+        if known is not None:
+            return known
+        latest = len(self.values) - 1
+        if not self.calls or id(tensor) in self._constants or latest < self.calls[0].began:
+            return self.add(tensor, ())
+        return self.add(tensor, (latest,), "unseen")  # say by a scripted function
+
+    def alias(self, tensor: Tensor, of: Tensor) -> None:
+        """Note that two tensors are the same value."""
+        self._number[id(tensor)] = self.number(of)
+        self._aliases.append(tensor)
 
     def numbers(self, values: object) -> set[int]:
         """Those of all tensors in `values`."""
@@ -166,12 +178,26 @@ def recorded(
     """
     with ExitStack() as entered:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             for handle in _hooks(name, module, recording, returned):
                 entered.callback(handle.remove)
         entered.enter_context(torch.no_grad())
         counter = entered.enter_context(CountFlops()) if count_flops else None
         entered.enter_context(_Functions(recording, made, counter))
         yield
+
+
+def _held_by(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that the modules of `model` hold: parameters, buffers, attributes."""
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield from tensors_in([module._parameters, module._buffers])
+            yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def _is_zero(value: object) -> bool:
+    return type(value) is int and value == 0
 
 
 class _Functions(TorchFunctionMode):
@@ -192,6 +218,10 @@ class _Functions(TorchFunctionMode):
             self.recording.works_in_place = True
         out = func(*args, **(kwargs or {}))
         flops = 0 if self.counter is None else self.counter.total - before
+        name = getattr(func, "__name__", "")
+        if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins
+            self.recording.alias(out, args[0])
+            return out
         first, made = len(self.recording.values), tensors_in(out)
         for tensor in made:
             number = self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)

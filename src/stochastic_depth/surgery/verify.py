@@ -2,8 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +12,16 @@ from torch import nn
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block
 from stochastic_depth.hooks import batch_size
-from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.apply import applied_to, refuse_sharded
-from stochastic_depth.surgery.check import check, check_training, establish, train_once
+from stochastic_depth.surgery.check import (
+    check,
+    check_training,
+    establish,
+    train_once,
+    ungated,
+)
 from stochastic_depth.surgery.find import Example, caller
 from stochastic_depth.surgery.inspect import plain_table, summary
-from stochastic_depth.surgery.install import is_installed, ungated_class
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.timing import take_turns
 
@@ -80,12 +83,13 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     refuse_sharded(model, "verify")
     blocks = applied.handle.blocks
     run = caller(model, example)
-    batch = batch_size(example) if applied.handle.gate == "subset" else None
-    with _ungated(model):
+    kind = applied.handle.gate
+    batch = None if kind == "batch" else batch_size(example)
+    with ungated(model):
         truth = establish(model, run, applied.found, batch)
-    difference = check(model, run, applied.found, blocks, truth, batch)
+    difference = check(model, run, applied.found, blocks, truth, batch, kind)
     step = caller(model.forward, example)  # not through the model's hooks, which would draw gates
-    check_training(model, step, blocks)
+    check_training(model, step, applied.found, blocks)
     costs = summary(model, example)
     every_other = [n % 2 == 0 and len(blocks) > 1 for n in range(len(blocks))]
     patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}
@@ -125,21 +129,3 @@ def _step(
             train_once(run)
 
     return step
-
-
-@contextmanager
-def _ungated(model: nn.Module) -> Iterator[None]:
-    """While entered, `model` is the original one."""
-    installed = [(module, type(module)) for module in model.modules() if is_installed(module)]
-    residuals = [(m, m.gates) for m in model.modules() if isinstance(m, Residual)]
-    for module, kind in installed:
-        module.__class__ = ungated_class(kind)
-    for residual, _ in residuals:
-        residual.gates = None
-    try:
-        yield
-    finally:
-        for module, kind in installed:
-            module.__class__ = kind
-        for residual, gates in residuals:
-            residual.gates = gates
