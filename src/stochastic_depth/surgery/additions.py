@@ -129,7 +129,7 @@ ACTIVATIONS = ("relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "mish"
 
 SPLITS = {"chunk", "split", "unbind", "__getitem__", "narrow", "tensor_split"}
 UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
-PROJECTIONS = ("short", "skip", "down", "proj", "ident", "res")
+PROJECTIONS = ("shortcut", "skip", "down", "proj", "ident", "res")
 """Parts of the names of modules that project what could have passed by as it is."""
 
 Edits = tuple[tuple[str, Sliced | None], ...]

@@ -504,12 +504,22 @@ def check_training(
         except StochasticDepthError:
             raise
         except Exception as error:
+            if not _original_trains(model, run):
+                return {}  # the example is not one to train on
             raise UnsupportedBlockError(
                 f"a training step of {type(model).__name__} with every other block closed fails: "
-                f"{error} (if the original fails so too, the example is not one to train on); "
-                "exclude= leaves blocks as they are"
+                f"{error}; exclude= leaves blocks as they are"
             ) from error
     return left
+
+
+def _original_trains(model: nn.Module, run: Callable[..., Any]) -> bool:
+    try:
+        with ungated(model):
+            train_once(run)
+    except Exception:
+        return False
+    return True
 
 
 def _counted(model: nn.Module, run: Callable[..., Any], seed: int) -> _Calls:
