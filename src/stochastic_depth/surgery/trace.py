@@ -110,7 +110,7 @@ class Recording:
         if known is not None:
             return known
         latest = len(self.values) - 1
-        if not self.calls or id(tensor) in self._constants or latest < self.calls[0].began:
+        if not self.calls or id(tensor) in self._constants or latest < 0:
             return self.add(tensor, ())
         return self.add(tensor, (latest,), "unseen")  # say by a scripted function
 

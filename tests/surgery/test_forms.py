@@ -1,0 +1,195 @@
+"""What is a residual block and what is not, in the forms in which people write additions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from stochastic_depth.errors import ApplyError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.gamma = nn.Linear(8, 8), nn.Parameter(torch.full((8,), 0.5))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.f(x))
+
+
+class Addcmul(Base):
+    def forward(self, x):
+        return torch.addcmul(x, self.gamma, self.branch(x))
+
+
+class SumOfList(Base):
+    def forward(self, x):
+        return sum([x, self.branch(x)])
+
+
+class AddsShortcutInPlace(Base):
+    def forward(self, x):
+        y = self.branch(x) * 1.0
+        y.add_(x)
+        return y
+
+
+class Private(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__f = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.tanh(self.__f(x))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return x + self.rnn(x[:, None])[0][:, 0]
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(torch.jit.script(nn.Linear(8, 8)), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+FOUND = [Addcmul, SumOfList, AddsShortcutInPlace, Private, Recurrent, Scripted]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("form", FOUND)
+def test_a_form_is_found_and_its_closed_block_is_its_input(form):
+    model = nn.Sequential(form(), form())
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    assert len(handle.blocks) == 2
+    model.eval()
+    with handle.subnetwork([False, False]):
+        assert torch.equal(model(X), X)
+    with handle.subnetwork([True, False]):
+        only_first = model(X)
+    assert not torch.equal(only_first, X)
+
+
+class Parallel(nn.Module):
+    """A sum of two branches, one of them shorter: no shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short = nn.Linear(8, 8)
+        self.long = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.short(x) + self.long(x)
+
+
+class ActivatedParallel(Parallel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.short = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+        self.long = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.widen = nn.Linear(4, 8)
+
+    def forward(self, x):
+        return self.widen(self.short(x) + self.long(x))
+
+
+class Coupling(nn.Module):
+    """One half of the values is changed by the other half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x):
+        one, other = x.chunk(2, -1)
+        return torch.cat([other, one + self.f(other)], -1)
+
+
+@pytest.mark.parametrize("form", [Parallel, ActivatedParallel, Coupling])
+def test_what_has_no_shortcut_is_no_block(form):
+    with pytest.raises(ApplyError, match="no residual block found"):
+        sd.apply(nn.Sequential(form(), form()), example=X)
+
+
+class Plain(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + torch.relu(self.conv(x))
+
+
+class UNet(nn.Module):
+    """Skip connections of an encoder and a decoder that are added."""
+
+    def __init__(self, blocks: int = 2) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.blocks = nn.Sequential(*(Plain() for _ in range(blocks)))
+
+    def forward(self, x):
+        skip = torch.relu(self.down(x))
+        inner = self.blocks(F.max_pool2d(skip, 2))
+        return self.up(F.interpolate(inner, scale_factor=2) + skip)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_skip_connection_around_the_inside_of_a_network_is_no_block(blocks):
+    handle = sd.apply(UNet(blocks), example=torch.randn(2, 4, 8, 8))
+    assert [block.name for block in handle.blocks] == [f"blocks.{n}" for n in range(blocks)]
+
+
+class SeparableProjection(nn.Module):
+    """A projection shortcut of two convolutions, as in GhostNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU()),
+            nn.Conv2d(8, 8, 1),
+        )
+        self.path = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=4), nn.Conv2d(4, 8, 1))
+
+    def forward(self, x):
+        return self.body(x) + self.path(x)
+
+
+def test_a_projection_of_two_convolutions_is_a_shortcut():
+    model, x = nn.Sequential(SeparableProjection(), Plain(8)), torch.randn(2, 4, 8, 8)
+    handle = sd.apply(model, example=x)
+    assert len(handle.blocks) == 2
+    model.eval()
+    with handle.subnetwork([False, False]):
+        assert torch.equal(model(x), model[0].path(x))
+
+
+def test_a_sum_of_two_losses_is_no_block():
+    class Losses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*(Base_() for _ in range(2)))
+            self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x):
+            y = self.blocks(x)
+            return y.pow(2).mean() + self.head(y).logsumexp(-1).mean()
+
+    class Base_(Base):  # noqa: N801
+        def forward(self, x):
+            return x + self.branch(x)
+
+    handle = sd.apply(Losses(), example=X)
+    assert [block.name for block in handle.blocks] == ["blocks.0", "blocks.1"]

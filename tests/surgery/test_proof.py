@@ -1,0 +1,300 @@
+"""What is proved is what runs: training mode, no hooks, samples, and nothing is left behind."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from stochastic_depth.errors import ApplyError, StochasticDepthError, UnsupportedBlockError
+from stochastic_depth.surgery.check import closed_sets
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
+]
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.f(x))
+
+
+class Trunk(nn.Module):
+    """Three blocks behind a stem; `around` wraps what the forward pass does."""
+
+    def __init__(self, block: type[nn.Module] = Plain) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8, 54])
+def test_sets_of_closed_blocks_tell_each_pair_apart_in_logarithmic_number(blocks):
+    sets = closed_sets(blocks)
+    assert len(sets) <= 1 + 2 * max(0, blocks - 1).bit_length()
+    assert set().union(*sets) == set(range(blocks))
+    for one, other in itertools.combinations(range(blocks), 2):
+        assert any(one in each and other not in each for each in sets)
+        assert any(other in each and one not in each for each in sets)
+
+
+class SkipsLayersInTheLoop(Trunk):
+    """As LayerDropModuleList and its copies: under no name that is known."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            if not self.training or torch.rand(()) < 0.5:
+                x = block(x)
+        return x
+
+
+class ThrowsCoinInMethod(Plain):
+    def forward(self, x):
+        if self.training and random.random() < 0.5:
+            return x
+        return x + torch.relu(self.f(x))
+
+
+@pytest.mark.parametrize("model", [SkipsLayersInTheLoop, lambda: Trunk(ThrowsCoinInMethod)])
+def test_a_layer_drop_of_the_models_own_is_refused_whatever_it_is_called(model):
+    with pytest.raises(StochasticDepthError):
+        sd.apply(model(), sd.Uniform(0.5), example=X)
+
+
+class OtherPathInTraining(Plain):
+    def forward(self, x):
+        if self.training:
+            some = torch.arange(len(x) // 2)
+            return x.index_add(0, some, torch.relu(self.f(x[some])))
+        return x + torch.relu(self.f(x))
+
+
+def test_a_path_of_training_alone_that_no_gate_is_on_is_refused():
+    with pytest.raises(StochasticDepthError):
+        sd.apply(Trunk(OtherPathInTraining), example=X)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_torchs_encoder_multiplies_by_p_and_closes_blocks_without_gradients(norm_first, padded):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=not norm_first).eval()
+    example = {"src": torch.randn(2, 5, 8)}
+    if padded:
+        example["src_key_padding_mask"] = torch.arange(5).expand(2, 5) > 3
+    handle = sd.apply(model, sd.Uniform(0.5), example=example)
+    model.eval()
+    slow = model(**example)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**example), slow, rtol=1e-4, atol=1e-5)
+        with handle.subnetwork([False] * 3):
+            closed = model(**example)
+    if norm_first:
+        torch.testing.assert_close(closed, example["src"])
+    else:
+        expected = example["src"]
+        for block in model.layers:
+            expected = block.norm2(block.norm1(expected))
+        torch.testing.assert_close(closed, expected, rtol=1e-4, atol=1e-5)
+    sd.remove(model)
+    assert all(block.activation_relu_or_gelu for block in model.layers)
+
+
+class ReplacesTensors(Trunk):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.codes = nn.Parameter(torch.ones(8), requires_grad=False)
+        self.seen: list[int] = []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.codes = nn.Parameter(self.codes * 0.5, requires_grad=False)
+            self.stem.weight.data.mul_(1.5)
+        x.mul_(2)
+        return super().forward(x - self.mean) + self.codes.sum()
+
+
+def test_a_look_leaves_the_very_tensors_the_input_and_the_random_states():
+    model, example = ReplacesTensors(), X.clone()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    held = model.mean, model.codes
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    sd.apply(model, sd.Uniform(0.5), example=example)
+    assert model.mean is held[0]
+    assert model.codes is held[1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.seen == []
+    assert torch.equal(example, X)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+
+
+def test_a_configuration_that_models_share_is_changed_for_the_model_alone():
+    class Config:
+        layerdrop = 0.5
+
+    class Configured(Trunk):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                if not self.training or torch.rand(()) >= self.config.layerdrop:
+                    x = block(x)
+            return x
+
+    config = Config()
+    one, other = Configured(config), Configured(config)
+    sd.apply(one, example=X)
+    assert (one.config.layerdrop, other.config.layerdrop) == (0.0, 0.5)
+    sd.remove(one)
+    assert one.config.layerdrop == 0.5
+
+
+class DropPath(nn.Module):
+    def __init__(self, rate) -> None:
+        super().__init__()
+        self.drop_prob = rate
+
+    def forward(self, x):
+        if not self.training or not self.drop_prob:
+            return x
+        return x * (torch.rand(len(x), 1) >= float(self.drop_prob))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, np.float32, np.float64])
+def test_a_rate_is_a_number_of_any_library(kind):
+    class Dropped(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop_path = DropPath(kind(0.3))
+
+        def forward(self, x):
+            return x + self.drop_path(torch.relu(self.f(x)))
+
+    model = Trunk(Dropped)
+    handle = sd.apply(model, "own", example=X)
+    assert handle.survival == (0.7, 0.7, 0.7)
+    model.train()
+    with handle.full_depth():
+        assert torch.equal(model(X), model(X))
+    sd.remove(model)
+    assert float(model.blocks[0].drop_path.drop_prob) == pytest.approx(0.3)
+
+
+class LeavesLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.loss = nn.Linear(8, 8), torch.zeros(())
+
+    def forward(self, x):
+        y = self.f(x)
+        self.loss = y.pow(2).mean()
+        return y
+
+
+class WithLoss(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = LeavesLoss()
+
+
+def test_a_loss_that_a_branch_leaves_on_its_module_is_that_of_the_step():
+    model = Trunk(WithLoss)
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    model.train()
+    for _ in range(12):
+        model.zero_grad()
+        y = model(X)
+        losses = [block.f.loss for block in model.blocks]
+        assert [bool(loss != 0) for loss in losses] == handle.gates.tolist()
+        (y.sum() + sum(losses)).backward()
+
+
+def test_samples_first_is_proved_and_time_first_is_refused():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, norm_first=True)
+    time_first = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    for gate in ("sample", "subset"):
+        with pytest.raises(ApplyError, match="not the batch"):
+            sd.apply(time_first, example=torch.randn(5, 2, 8), gate=gate)
+    with pytest.raises(ApplyError, match="at least two samples"):
+        sd.apply(Trunk(), example=X[:1], gate="sample")
+
+
+class Opaque:
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+def test_outputs_are_found_in_objects_and_missed_nowhere():
+    class Wraps(Trunk):
+        def forward(self, x):
+            return Opaque(super().forward(x))
+
+    class Hides(Trunk):
+        def forward(self, x):
+            y = super().forward(x)
+            return lambda: y
+
+    assert len(sd.apply(Wraps(), example=X).blocks) == 3
+    with pytest.raises(ApplyError, match="no tensor was found"):
+        sd.apply(Hides(), example=X)
+
+
+def test_structure_is_found_on_the_meta_device_and_values_are_verified_later():
+    with torch.device("meta"):
+        model, example = Trunk(), torch.randn(4, 8)
+    sd.apply(model, example=example)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    assert sd.verify(model, X, repeats=1).blocks == 3
+
+
+def test_a_model_that_draws_in_evaluation_is_applied():
+    class Noisy(Trunk):
+        def forward(self, x):
+            return super().forward(x + torch.randn_like(x))
+
+    assert len(sd.apply(Noisy(), example=X).blocks) == 3
+
+
+def test_noise_in_a_branch_is_named_as_the_cause():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    class NoisyBranch(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(Noise(), nn.Linear(8, 8))
+
+    with pytest.raises(UnsupportedBlockError, match="draws random numbers in evaluation"):
+        sd.apply(Trunk(NoisyBranch), example=X)
+
+
+def test_a_compiled_model_is_refused_with_the_order_that_works():
+    with pytest.raises(ApplyError, match=r"sd\.compile_blocks"):
+        sd.apply(torch.compile(Trunk(), backend="eager"), example=X)
