@@ -56,19 +56,26 @@ class Recurrent(nn.Module):
         return x + self.rnn(x[:, None])[0][:, 0]
 
 
-class Scripted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Sequential(torch.jit.script(nn.Linear(8, 8)), nn.Linear(8, 8))
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+class CustomFunction(Base):
+    """A function that nothing can look into, inside of the branch."""
 
     def forward(self, x):
-        return x + self.f(x)
+        return x + self.f(Fused.apply(self.f(x)))
 
 
-FOUND = [Addcmul, SumOfList, AddsShortcutInPlace, Private, Recurrent, Scripted]
+FOUND = [Addcmul, SumOfList, AddsShortcutInPlace, Private, Recurrent, CustomFunction]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("form", FOUND)
 def test_a_form_is_found_and_its_closed_block_is_its_input(form):
     model = nn.Sequential(form(), form())
