@@ -200,3 +200,12 @@ def test_a_sum_of_two_losses_is_no_block():
 
     handle = sd.apply(Losses(), example=X)
     assert [block.name for block in handle.blocks] == ["blocks.0", "blocks.1"]
+
+
+def test_plan_lists_the_additions_that_are_not_taken():
+    plan = sd.plan(UNet(), torch.randn(2, 4, 8, 8))
+    assert plan.complete
+    (passed,) = plan.passed
+    assert "UNet.forward" in passed
+    assert "long skip connection" in passed
+    assert f"not taken: {passed}" in str(plan)

@@ -10,6 +10,7 @@ from torch import nn
 
 from stochastic_depth.gates import Closed, Gate
 from stochastic_depth.handle import Block, Handle
+from stochastic_depth.surgery.additions import Passed
 from stochastic_depth.surgery.apply import (
     chosen_survival,
     handle_of,
@@ -84,6 +85,8 @@ class Plan:
     """A model's residual blocks; printed, it is a table."""
 
     blocks: tuple[PlannedBlock, ...]
+    passed: tuple[str, ...] = ()
+    """Additions that were seen and are no residual ones: the module, where it adds, the reason."""
 
     @property
     def complete(self) -> bool:
@@ -106,7 +109,8 @@ class Plan:
         ]
         refused = [f"{b.name!r} ({b.kind}): {b.refusal}" for b in self.blocks if b.refusal]
         skippable = f"{len(self.blocks) - len(refused)} of {len(self.blocks)} blocks skippable"
-        return "\n".join([plain_table(head, rows, left=4), skippable, *refused])
+        passed = [f"not taken: {each}" for each in self.passed]
+        return "\n".join([plain_table(head, rows, left=4), skippable, *refused, *passed])
 
 
 def plan(
@@ -130,10 +134,12 @@ def plan(
         SurvivalError: when a p_l is outside (0, 1].
     """
     refuse_applied(model)
+    passed: list[Passed] = []
     found: list[Found] = []
     for rewrite in (True, False):  # as `sd.apply` tries
+        passed.clear()
         found = find_blocks(
-            model, example, granularity, include, exclude, count_flops=True, rewrite=rewrite
+            model, example, granularity, include, exclude, True, rewrite=rewrite, passed=passed
         )
         if not found:
             raise nothing_found(model, example)
@@ -156,7 +162,8 @@ def plan(
                 block.refusal,
             )
             for block, survival in zip(found, p, strict=True)
-        )
+        ),
+        tuple(f"{each.owner or 'the model'!r}, {each.place}: {each.reason}" for each in passed),
     )
 
 
