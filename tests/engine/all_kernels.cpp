@@ -69,7 +69,7 @@ int main() {
     say("pictures", out);
     convolve_pictures_backward(images.data(), &layer, y.data(), gradient.data(), sums.data(), n,
                                side, 3, threads);
-    say("pictures, backward", std::vector<float>(&of_weight[0], &of_weight[16 * 9 * 3]));
+    say("pictures_backward", std::vector<float>(&of_weight[0], &of_weight[16 * 9 * 3]));
     observe(y.data(), &layer, n * side * side, C, threads);
     complete(&inputs[2], n * side * side, C, threads);
     complete_backward(&inputs[2], gradient.data(), sums.data(), n * side * side, C, threads);
