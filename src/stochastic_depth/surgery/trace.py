@@ -221,6 +221,7 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins
             self.recording.alias(out, args[0])
+            self.made(func, operands, out)
             return out
         first, made = len(self.recording.values), tensors_in(out)
         for tensor in made:
