@@ -328,6 +328,8 @@ def node_number() -> int:
 
 def next_node_number() -> int:
     """The number of the node that this thread makes next. In its place: as for `backward_pass`."""
+    if torch.compiler.is_compiling():  # which cannot look into it
+        return 0
     return torch.autograd._get_sequence_nr()  # pyright: ignore
 
 
