@@ -53,7 +53,7 @@ def installing(extra: str, module: str) -> str:
 def _source() -> Path | None:
     """The checkout or the wheel this library was installed from, if it is still there."""
     checkout = Path(__file__).resolve().parents[2]
-    if (checkout / "pyproject.toml").is_file() and (checkout / "src" / __package__).is_dir():
+    if (checkout / "pyproject.toml").is_file() and (checkout / "src" / "stochastic_depth").is_dir():
         return checkout
     with suppress(metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
         url = urlparse(

@@ -134,7 +134,10 @@ def curves(
     ]
 
 
-ORDERS = {"last": "The last k blocks removed", "least needed": "The k least needed removed"}
+ORDERS: dict[Order, str] = {
+    "last": "The last k blocks removed",
+    "least needed": "The k least needed removed",
+}
 BATCH_NORM = {
     False: Key("as trained", LIGHT["muted"]),
     True: Key("BatchNorm recalibrated", LIGHT["muted"], (4, 3)),

@@ -377,10 +377,12 @@ class _Session:
         tape = tape_of_pass()
         assert tape is not None
         for m in sorted({m for n in self.turns for m in self.plan.of_edit[n]}):
-            module, *rest = self.plan.modules[m]
+            module, name, of_call, total, tensor = self.plan.modules[m]
             before = module.__dict__.get(_CALL)
             self.before.append((module, before))
-            module.__dict__[_CALL] = _Interceptor(self, tape, before, module, *rest)
+            module.__dict__[_CALL] = _Interceptor(
+                self, tape, before, module, name, of_call, total, tensor
+            )
         return self
 
     def __exit__(self, *_: Any) -> None:
