@@ -75,20 +75,6 @@ def poison(program):
         tensor.fill_(math.nan)
 
 
-def force(handle, pattern):
-    """Gates of the next steps, as if drawn."""
-    handle._set_survival(0)
-    draw = type(handle).draw
-
-    def forced(batch=None):
-        draw(handle, batch)
-        handle._coins = torch.tensor(pattern)
-        for block, is_open in zip(handle.blocks, pattern, strict=True):
-            block.open_in_training(block.gates[0].training._replace(open=is_open))
-
-    handle.draw = forced
-
-
 def autograd_step(model, optimizer, images, labels):
     return train_step(model, optimizer, images, labels, first_convolution(model), CPU).loss
 
@@ -117,15 +103,14 @@ def test_every_pattern_of_six_blocks_is_autograds(pattern, replay):
     model, optimizer, program = programmed(6, sd.Uniform(0.5), kernels=counting, replay=replay)
     counting.forward = counting.backward = 0
     twin, handle, twins_optimizer = network(6, sd.Uniform(0.5))
-    force(program.handle, pattern)
-    force(handle, pattern)
-    for step in range(2):
-        images, labels = mini_batch(step)
-        poison(program)
-        loss = program.step(images, labels)
-        torch.testing.assert_close(loss, autograd_step(twin, twins_optimizer, images, labels))
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(program.flat.of(p, program.flat.gradients), q.grad)
+    with program.handle.forced(pattern), handle.forced(pattern):
+        for step in range(2):
+            images, labels = mini_batch(step)
+            poison(program)
+            loss = program.step(images, labels)
+            torch.testing.assert_close(loss, autograd_step(twin, twins_optimizer, images, labels))
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(program.flat.of(p, program.flat.gradients), q.grad)
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)
     assert counting.forward == counting.backward == 2 * (1 + 2 * sum(pattern))
 
@@ -171,8 +156,8 @@ def test_a_skipped_block_keeps_nothing_for_backward(closed, replay):
     kept = []
     for pattern in ([True] * 6, [i != closed for i in range(6)]):
         _, _, program = programmed(6, sd.Uniform(0.5), replay=replay)
-        force(program.handle, pattern)
-        program.step(*mini_batch(0))
+        with program.handle.forced(pattern):
+            program.step(*mini_batch(0))
         kept.append(program.kept)
     block = program.blocks[closed]
     inner = program.blocks[closed].gradient_out.nbytes * 3  # two convolutions, and between them
@@ -182,11 +167,11 @@ def test_a_skipped_block_keeps_nothing_for_backward(closed, replay):
 
 def test_memory_is_asked_for_once():
     _, _, program = programmed(6, sd.Uniform(0.5))
-    force(program.handle, [True] * 6)
     addresses = []
-    for step in range(3):
-        program.step(*mini_batch(step))
-        addresses.append({tensor.data_ptr() for tensor in program.buffers})
+    with program.handle.forced([True] * 6):
+        for step in range(3):
+            program.step(*mini_batch(step))
+            addresses.append({tensor.data_ptr() for tensor in program.buffers})
     assert len(addresses[0]) == 6
     assert addresses[0] == addresses[1] == addresses[2]
 
