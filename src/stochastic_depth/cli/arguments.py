@@ -18,13 +18,14 @@ from stochastic_depth.terminal import visible
 from stochastic_depth.train.config import Config
 
 Arguments = TypeVar("Arguments")
+Name = TypeVar("Name", bound=str)
 DEFAULT = "digits"
 """The recipe of a command that names none."""
 
 
 def choose(
-    program: str, about: str, what: str, choices: Mapping[str, str], arguments: list[str]
-) -> tuple[str, list[str]]:
+    program: str, about: str, what: str, choices: Mapping[Name, str], arguments: list[str]
+) -> tuple[Name, list[str]]:
     """The first argument, one of `choices`, and the others.
 
     Only what was chosen is looked at further, so that the rest need not be imported.
@@ -36,8 +37,9 @@ def choose(
         SystemExit: after printing help, or what is wrong.
     """
     name, *rest = arguments or ["--help"]
-    if name in choices:
-        return name, rest
+    for known in choices:
+        if known == name:
+            return known, rest
     if name in ("-h", "--help"):
         _show_help(program, about, what, choices)
     raise SystemExit(usage_error(what, name, choices))
@@ -67,9 +69,12 @@ def parse(
     Raises:
         SystemExit: after printing help, or what is wrong.
     """
-    given = {} if default is None else {"default": default}
     asked = tyro.cli(
-        kind, prog=f"stochastic-depth {program}", description=about, args=arguments, **given
+        kind,
+        prog=f"stochastic-depth {program}",
+        description=about,
+        args=arguments,
+        default=tyro.MISSING_NONPROP if default is None else default,
     )
     try:
         getattr(asked, "check", lambda: None)()
@@ -125,7 +130,7 @@ def require_run(path: Path) -> None:
 
 
 def _show_help(
-    program: str, about: str, what: str, choices: Mapping[str, str], beside: type = object
+    program: str, about: str, what: str, choices: Mapping[Name, str], beside: type = object
 ) -> None:
     """Print the help that tyro writes of sub-commands that are not looked at further, and leave.
 

@@ -119,8 +119,7 @@ OPTIONS: dict[Kind, type[Survival | Depth | Gates]] = {
 
 
 def sweep(arguments: list[str]) -> int:
-    name, rest = choose("stochastic-depth sweep", ABOUT, "sweep", KINDS, arguments)
-    kind = next(kind for kind in KINDS if kind == name)
+    kind, rest = choose("stochastic-depth sweep", ABOUT, "sweep", KINDS, arguments)
     for argument in rest:
         option = argument.split("=")[0]
         if option in SWEPT[kind]:
