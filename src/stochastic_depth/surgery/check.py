@@ -400,7 +400,8 @@ def check_samples(model: nn.Module, example: Example, found: Sequence[Found], ba
 
     with preserve_state(model), torch.no_grad():
         model.eval()
-        whole = tensors_in(caller(model, example)())
+        with bypassed(found, torch.ones(batch, dtype=torch.bool, device="cpu")):
+            whole = tensors_in(caller(model, example)())
         try:
             with bypassed(found, keep):
                 part = tensors_in(caller(model, tree_map(first, example))())
