@@ -185,7 +185,7 @@ def _rows(series: Series) -> list[Row]:
     ]
 
 
-def _panel(shown: list[Series], rows: list[Row], order: str) -> alt.LayerChart:
+def _panel(shown: list[Series], rows: list[Row], order: Order) -> alt.LayerChart:
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["order"] == order:
