@@ -150,7 +150,7 @@ def removed_blocks(experiment: Experiment) -> Figure | None:
     if not rows:
         return None
     shown = [s for s in experiment.series if any(row["series"] == s.name for row in rows)]
-    orders = [order for order in ORDERS if any(row["order"] == order for row in rows)]
+    orders: list[Order] = [order for order in ORDERS if any(row["order"] == order for row in rows)]
     return Figure(
         id="removed-blocks",
         title="Blocks thrown away after training",
