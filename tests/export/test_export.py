@@ -139,8 +139,8 @@ def test_an_elastic_file_gives_what_it_measured_at_every_depth(elastic, trained,
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--depth", "0"], "--depth 0.0"),
-        (["--depth", "1.5"], "--depth 1.5"),
+        (["--depth", "0"], "--depth is 0.0"),
+        (["--depth", "1.5"], "--depth is 1.5"),
         (["--elastic", "--format", "onnx"], "--elastic"),
         (["--elastic", "--depth", "0.5"], "--elastic"),
         (["--out", "nowhere/net.safetensors"], "nowhere/net.safetensors"),

@@ -267,9 +267,17 @@ def test_what_cannot_be_trained_leaves_no_folder(small, path, change, error):
 
 
 def test_an_existing_folder_is_not_written_over(small, path):
-    path.mkdir()
-    with pytest.raises(RunError, match="exists already"):
+    begin(small, path)
+    config = (path / "config.json").read_bytes()
+    with pytest.raises(RunError, match="exists already: go on with it by --resume"):
         begin(small, path)
+    assert (path / "config.json").read_bytes() == config
+
+
+def test_an_empty_folder_can_be_begun_in(small, path):
+    path.mkdir()
+    run, _ = begin(small, path)
+    assert run.path == path
 
 
 def test_a_folder_that_is_no_run_is_refused(path):
