@@ -31,16 +31,11 @@ if TYPE_CHECKING:
     from stochastic_depth.handle import Handle
     from stochastic_depth.migration import survival_rule
     from stochastic_depth.residual import Residual, residual_step
-    from stochastic_depth.surgery import (
-        apply,
-        compile_blocks,
-        handle_of,
-        plan,
-        register_unit,
-        remove,
-        summary,
-        verify,
-    )
+    from stochastic_depth.surgery.adapters import register_unit
+    from stochastic_depth.surgery.apply import apply, handle_of, remove
+    from stochastic_depth.surgery.compile import compile_blocks
+    from stochastic_depth.surgery.inspect import plan, summary
+    from stochastic_depth.surgery.verify import verify
     from stochastic_depth.survival import (
         Decreasing,
         Early,

@@ -788,6 +788,33 @@ def test_a_block_whose_samples_are_not_first_is_no_block_for_a_subset():
         sd.apply(network(Batchless), example=X, gate="subset")
 
 
+class SequenceFirst(nn.Module):
+    """Its branch attends with the time steps first."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        h = self.norm(x).transpose(0, 1)
+        h, _ = self.attention(h, h, h, need_weights=False)
+        return x + h.transpose(0, 1)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(6, 5), (16, 16), (2, 2)])
+def test_a_branch_selects_samples_where_it_begins_not_wherever_a_length_fits(batch, steps):
+    model = nn.Sequential(*(SequenceFirst() for _ in range(3))).double()
+    original = copy.deepcopy(model)
+    example = torch.randn(2, 5, 8, dtype=torch.float64)
+    handle = sd.apply(model, sd.Uniform(0.5), example=example, gate="subset")
+    for _ in range(8):
+        x = torch.randn(batch, steps, 8, dtype=torch.float64)
+        out, expected = model.train()(x), x
+        for block, keep in zip(original, handle.gates, strict=True):
+            expected = torch.where(keep[:, None, None], block(expected), expected)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
 class HidesItsInput(Base):
     """What the branch runs on is not handed to it as a variable."""
 

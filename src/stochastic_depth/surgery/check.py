@@ -182,11 +182,13 @@ def establish(
 
     Raises:
         ApplyError: when the model gives no tensor that could be compared.
+        GateError: when it gives a cache of keys and values.
     """
     outputs, selected, sets = [], [], []
     with preserve_state(model), torch.no_grad():
         model.eval()
         whole = run()
+        refuse_cache(whole)
         expected = tensors_in(whole)
         if not expected:
             raise ApplyError(
