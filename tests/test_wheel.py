@@ -64,7 +64,7 @@ def test_a_wheel_holds_the_package_its_types_and_its_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "stochastic_depth/py.typed" in names
     for kind in ("html", "css", "js"):
-        assert f"stochastic_depth/report/template/report.{kind}" in names
+        assert f"stochastic_depth/lab/template/report.{kind}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     source = ROOT / "src"
     modules = {str(p.relative_to(source)) for p in (source / "stochastic_depth").rglob("*.py")}

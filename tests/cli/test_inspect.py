@@ -41,7 +41,7 @@ def test_a_model_is_planned_verified_and_timed(capsys, tmp_path):
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "Block" in printed
-    assert "4 blocks verified in 7 sets" in printed
+    assert "4 blocks verified in 5 sets" in printed
     assert "expected depth 2.75 of 4 blocks" in printed
     assert all(len(line) <= 80 for line in printed.splitlines())
     result = json.loads(out.read_text())

@@ -49,5 +49,5 @@ def test_what_was_fetched_is_unpacked_and_read(tmp_path, monkeypatch, pictures):
 
 
 def test_a_download_needs_a_folder():
-    with pytest.raises(DataError, match="give root"):
+    with pytest.raises(DataError, match=r"give --data\.root DIR"):
         load("cifar10", download=True)

@@ -71,7 +71,7 @@ def test_an_unknown_name_lists_the_known():
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
 def test_a_data_set_with_files_needs_a_root(name, tmp_path):
-    with pytest.raises(DataError, match=f"{name} needs files: give --data.root DIR"):
+    with pytest.raises(DataError, match=rf"{name} needs files: give --data\.root DIR"):
         load(name)
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'none'}: does not exist")):
         load(name, tmp_path / "none")
