@@ -27,6 +27,8 @@ FORMS = {
 }
 if torch.cpu.get_capabilities().get("avx512_f"):
     FORMS["AVX2"] = ("-march=haswell",)
+FLAGS = library.FLAGS
+"""Of the form that is for this processor."""
 CROSS = "aarch64-linux-gnu-g++"
 INSTRUCTIONS = {
     "vdpbf16ps": (("g++",), ("-march=sapphirerapids",)),
@@ -76,7 +78,7 @@ def test_processors_that_are_not_here_get_their_instruction(instruction, tmp_pat
     (compiler,), flags = INSTRUCTIONS[instruction]
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler}")
-    flags = [flag for flag in library.FLAGS if flag not in ("-march=native", "-shared")] + [*flags]
+    flags = [flag for flag in FLAGS if flag not in ("-march=native", "-shared")] + [*flags]
     made = tmp_path / "kernels.s"
     command = [compiler, *flags, "-S", "-o", str(made), str(library.SOURCE)]
     outcome = subprocess.run(command, capture_output=True, text=True)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.options import RemovedDepthOptions
 from stochastic_depth.lab.pruning import (
     Pruned,
     as_pruned,
@@ -20,14 +21,14 @@ from stochastic_depth.lab.pruning import (
     recalibrated,
     spread,
 )
-from stochastic_depth.lab.removed_depth import Settings, curves, measured_curves
+from stochastic_depth.lab.removed_depth import curves, measured_curves
 from stochastic_depth.lab.trained import trained
 from stochastic_depth.train import best_record
 from stochastic_depth.train.build import build_model
 from stochastic_depth.train.step import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FEW = Settings(points=3, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
+FEW = RemovedDepthOptions(points=3, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
 KINDS = ("constant", "stochastic")
 
 
@@ -146,7 +147,7 @@ def test_the_first_block_chosen_is_the_one_whose_loss_alone_is_lowest(network, s
         evaluate(plain_without(network, [block]), few, network.run.execution).loss
         for block in range(6)
     ]
-    settings = Settings(points=7, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
+    settings = RemovedDepthOptions(points=7, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
     least = curves(network, settings, silent)[2]
     assert losses[least.points[1].blocks[0]] == pytest.approx(min(losses), rel=1e-5)
 
@@ -172,8 +173,8 @@ def test_what_was_found_is_written_and_read_again(pairs, silent):
 
 @pytest.mark.parametrize("setting", ["points", "choose_on", "recalibrate_on", "batch", "repeats"])
 def test_settings_out_of_range_are_named(setting):
-    with pytest.raises(ConfigError, match=f"{setting.replace('_', '-')}=0: it must be at least"):
-        Settings(**{setting: 0})
+    with pytest.raises(ConfigError, match=f"--{setting.replace('_', '-')} is 0: it must be at least"):
+        RemovedDepthOptions(**{setting: 0}).check()
 
 
 def test_a_network_without_batch_normalisation_has_nothing_to_recalibrate():
