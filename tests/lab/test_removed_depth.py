@@ -173,7 +173,9 @@ def test_what_was_found_is_written_and_read_again(pairs, silent):
 
 @pytest.mark.parametrize("setting", ["points", "choose_on", "recalibrate_on", "batch", "repeats"])
 def test_settings_out_of_range_are_named(setting):
-    with pytest.raises(ConfigError, match=f"--{setting.replace('_', '-')} is 0: it must be at least"):
+    with pytest.raises(
+        ConfigError, match=f"--{setting.replace('_', '-')} is 0: it must be at least"
+    ):
         RemovedDepthOptions(**{setting: 0}).check()
 
 
