@@ -156,7 +156,7 @@ class SelectSamples(ast.NodeTransformer):
         return node
 
 
-def _position(node: ast.AST) -> tuple[int, int]:
+def _in_source(node: ast.AST) -> tuple[int, int]:
     """Where it stands in the source, for sorting."""
     return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
 
@@ -261,7 +261,7 @@ def slice_method(
         branch, *_ = _edit(tree, edit, f"_gate_{number}", copy_shortcut)
         if select:
             select_samples = SelectSamples(set(others), f"_gate_{number}")
-            for node in sorted(branch, key=_position):
+            for node in sorted(branch, key=_in_source):
                 if isinstance(node, ast.stmt):
                     select_samples.visit(node)
                 else:
