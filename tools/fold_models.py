@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import stochastic_depth as sd
 from stochastic_depth.export.algebra import Trace
 from stochastic_depth.models.published import published
-from stochastic_depth.surgery.find import caller
+from stochastic_depth.surgery.example import caller
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from stochastic_depth.errors import FoldError
 from stochastic_depth.export.algebra import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block, force
-from stochastic_depth.surgery.apply import handle_of, refuse_sharded, remove
-from stochastic_depth.surgery.find import Example, caller
+from stochastic_depth.surgery.apply import handle_of, remove
+from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TOLERANCE = 1e-12

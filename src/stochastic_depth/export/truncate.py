@@ -14,9 +14,11 @@ from stochastic_depth.export.fold import multipliers, multiply
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle, force
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.apply import applied_to, handle_of, refuse_sharded, remove
-from stochastic_depth.surgery.find import Example, Found, caller
+from stochastic_depth.surgery.apply import applied_to, handle_of, remove
+from stochastic_depth.surgery.blocks import Found
+from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 

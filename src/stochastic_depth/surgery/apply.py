@@ -7,39 +7,30 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError, UnsupportedBlockError
-from stochastic_depth.gates import BlockGates
-from stochastic_depth.handle import Block, Handle, integer, owned_parameters
+from stochastic_depth.handle import Block, Handle, integer
 from stochastic_depth.hooks import ForwardHooks, batch_size
-from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.check import (
-    check,
-    check_samples,
-    check_training,
-    establish,
-    still_running,
-)
-from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
-from stochastic_depth.surgery.edits import Edit, Entry
-from stochastic_depth.surgery.find import (
-    Choice,
-    Example,
+from stochastic_depth.surgery.blocks import (
     Found,
     Granularity,
-    caller,
     deferred_modules,
-    find_blocks,
-    find_residuals,
     nothing_found,
-    on_meta,
     unsupported,
 )
-from stochastic_depth.surgery.install import install, is_installed, uninstall
+from stochastic_depth.surgery.calls import still_running
+from stochastic_depth.surgery.check import check, establish
+from stochastic_depth.surgery.chosen import Choice
+from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
+from stochastic_depth.surgery.example import Example, caller, on_meta
+from stochastic_depth.surgery.find import find_blocks, find_residuals
+from stochastic_depth.surgery.gating import put_gates, take_gates
+from stochastic_depth.surgery.in_training import check_training
+from stochastic_depth.surgery.refuse import refuse_applied, refuse_wrapped
+from stochastic_depth.surgery.samples import check_samples
 from stochastic_depth.survival import (
     LinearDecay,
     Probabilities,
@@ -48,8 +39,6 @@ from stochastic_depth.survival import (
     probabilities_of,
 )
 
-_SHARDED = "torch.distributed.fsdp"
-_ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
 _APPLIED = "_stochastic_depth_applied"
 """The attribute of a model that holds what `remove` needs."""
 
@@ -420,96 +409,3 @@ def _open_up(
     difference = check(model, run, found, blocks, truth, batch, gate)
     left = check_training(model, run, found, blocks)
     return blocks, difference, left
-
-
-def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Block]:
-    """Install gates in all modules of all blocks: one for each unit."""
-    edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
-    blocks: list[Block] = []
-    for block in found:
-        if isinstance(block.module, Residual):
-            install(block.module, {})
-            block.module.gates = BlockGates()
-            blocks.append(_block(model, block, (block.module.gates,)))
-            continue
-        gates = tuple(BlockGates() for _ in block.units)
-        for unit, of_unit in zip(block.units, gates, strict=True):
-            for module, edit in unit.edits:
-                edits.setdefault(module, {})[edit] = of_unit
-        blocks.append(_block(model, block, gates))
-    if any(block.mechanism == "deferred" for block in found):
-        edits.setdefault(model, {})[Entry()] = BlockGates()
-    names = {block.module: block.name for block in found}
-    for module, of_module in edits.items():
-        try:
-            install(module, of_module, select)
-        except UnsupportedBlockError as error:
-            raise unsupported(names.get(module, "?"), module, error) from error
-    return blocks
-
-
-def _block(model: nn.Module, found: Found, gates: tuple[BlockGates, ...]) -> Block:
-    edited = (module for unit in found.units for module, _ in unit.edits)
-    owned = owned_parameters(model, found.parameters)
-    asking = tuple(dict.fromkeys(edited)) or (found.module,)
-    return Block(found.name, gates, found.parameters, found.module, asking, owned)
-
-
-def take_gates(model: nn.Module) -> None:
-    """Undo `put_gates`, whole or in part."""
-    for module in model.modules():
-        if isinstance(module, Residual):
-            module.gates = None
-        if is_installed(module):
-            uninstall(module)
-
-
-def refuse_applied(model: nn.Module) -> None:
-    """Raise `ApplyError` when a block of `model` has stochastic depth already."""
-    for name, module in model.named_modules():
-        if is_installed(module) or (isinstance(module, Residual) and module.gates is not None):
-            raise ApplyError(
-                f"block {name or type(model).__name__!r} has stochastic depth already: "
-                "sd.remove(model) first"
-            )
-
-
-def refuse_sharded(model: nn.Module, verb: str) -> None:
-    """Raise `ApplyError` when `model` is sharded, so that one process does not have its weights."""
-    for name, module in model.named_modules():
-        if any(base.__module__.startswith(_SHARDED) for base in type(module).__mro__):
-            raise ApplyError(
-                f"{name or 'the model'!r} is sharded: sd.{verb} a model that is not, to which "
-                "sd.apply was given the same settings and load_state_dict the gathered weights "
-                "(torch.distributed.checkpoint.state_dict, full_state_dict=True)"
-            )
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise `ApplyError` when several processes share `model` already.
-
-    What makes them so notes every pass through the model, and would note those of a look at it.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ApplyError(
-                f"{name or type(model).__name__!r} is scripted already, and cannot be looked into: "
-                "sd.apply the original model, and script what sd.fold leaves of it"
-            )
-        for base in type(module).__mro__:
-            if base.__module__.startswith("torch._dynamo"):
-                raise ApplyError(
-                    f"{name or 'the model'!r} is compiled already (torch.compile): sd.apply the "
-                    "original model, then sd.compile_blocks(model)"
-                )
-            if base is nn.DataParallel:
-                raise ApplyError(
-                    "nn.DataParallel runs copies of the model in threads, which would draw "
-                    "different gates: sd.apply its .module, and train it in "
-                    "torch.nn.parallel.DistributedDataParallel, one process for each GPU"
-                )
-            if base.__module__.startswith(_ENGINES):
-                raise ApplyError(
-                    f"{base.__name__} is wrapped around blocks of this model already: "
-                    "sd.apply(model) first, then wrap or shard it"
-                )

@@ -8,7 +8,7 @@ from torch import nn
 
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.surgery.apply import applied_to
-from stochastic_depth.surgery.find import deferred_modules
+from stochastic_depth.surgery.blocks import deferred_modules
 from stochastic_depth.surgery.install import install, is_installed
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stochastic_depth.errors import SurvivalError
-from stochastic_depth.surgery.find import Found
+from stochastic_depth.surgery.blocks import Found
 
 KINDS = ("droppath", "stochasticdepth", "layerdrop", "skiplayer")
 """Parts of the names of classes, in lower case, whose modules drop branches or layers."""

@@ -1,34 +1,35 @@
 """The residual blocks of a model, whoever wrote it, and how each addition is made skippable."""
 
-import copy
 import functools
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from stochastic_depth.errors import ApplyError, UnsupportedBlockError
+from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.adapters import registered
 from stochastic_depth.surgery.additions import Addition, Passed, discover
-from stochastic_depth.surgery.defer import LEAST, NEEDED, Analysis, Event, Group
-from stochastic_depth.surgery.edits import (
-    Argument,
-    Deferred,
-    Edit,
-    Opaque,
-    Registered,
-    Sliced,
-    Sum,
+from stochastic_depth.surgery.blocks import (
+    Found,
+    Granularity,
+    Unit,
+    is_repeated,
+    repeated_block,
+    residual_block,
 )
+from stochastic_depth.surgery.branches import LEAST, NEEDED, Analysis, Event, Group
+from stochastic_depth.surgery.chosen import Choice, chosen_modules
+from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
+from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.install import gated_class
-from stochastic_depth.surgery.preserve import preserve_state, seed_everything
-from stochastic_depth.surgery.rewrite import in_loop, skipped_when_closed
-from stochastic_depth.tensors import tensors_in
+from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.rewrite import skipped_when_closed
+from stochastic_depth.surgery.syntax import in_loop
 
 
 def edits_of(
@@ -76,10 +77,10 @@ def _sliced(
         mine = [edit]
         calls, unused = skipped_when_closed(edit)
         skips |= calls
-        for caller in edit.callers:  # which may compute the branch for the method they call
+        for outer in edit.callers:  # which may compute the branch for the method they call
             if not unused:
                 break
-            mine.append(Argument(caller.place, unused, caller.dead))
+            mine.append(Argument(outer.place, unused, outer.dead))
             calls, unused = skipped_when_closed(mine[-1])
             skips |= calls
         gated_class(type(modules[name]), tuple(mine), False, False, "")
@@ -99,110 +100,11 @@ def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | Non
     return name or None
 
 
-Granularity = Literal["block", "unit"]
-"""One coin for all residual additions of a module, or one for each."""
-
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""The inputs of one forward call: one tensor, positional arguments, or keyword arguments."""
-
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-Named = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-Choice = Named | Iterable[Named]
-"""Modules, with all that is inside of them: by name, by class, or by a function of both."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What gets one gate: a residual addition, or a registered module."""
-
-    edits: tuple[tuple[nn.Module, Edit], ...]
-    additions: tuple[tuple[nn.Module, Sum], ...]
-    """The modules that add, and where."""
-    events: tuple[Event, ...] = ()
-    """Of a unit that is deferred: its addition in the pass in which it was found."""
-    modules: frozenset[str] = frozenset()
-    """Names of the modules that run for its branch."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """One residual block: a `Residual` unit, or additions of other modules that share a coin."""
-
-    name: str
-    module: nn.Module
-    shortcut: str
-    """"identity" or "projection"; both, with a comma, where its additions differ."""
-    units: tuple[Unit, ...]
-    """Empty for a `Residual`, whose addition has a gate already."""
-    modules: Counter[str]
-    """How often each module runs for its branches, by name."""
-    parameters: tuple[str, ...]
-    """Names, in the model, of the parameters of its branches."""
-    flops: int
-    """Of its branches in one forward pass; 0 where they were not asked for."""
-    refusal: str = ""
-    """Why it cannot be made skippable."""
-
-    @property
-    def mechanism(self) -> str:
-        """How it is made skippable."""
-        if self.refusal:
-            return "none"
-        kinds = {type(edit) for unit in self.units for _, edit in unit.edits}
-        return next((name for kind, name in NAME_OF.items() if kind in kinds), "Residual")
-
-
-NAME_OF = {
-    Registered: "registered",
-    Deferred: "deferred",
-    Opaque: "opaque",
-    Argument: "call",
-    Sum: "slice",
-}
-"""The mechanism of a block is the first of these that one of its units needs."""
-
-
-def deferred_modules(found: Found) -> list[nn.Module]:
-    """The outermost modules of a deferred block's branches; none of any other block."""
-    return [
-        owner.get_submodule(calls.module)
-        for unit in found.units
-        for owner, edit in unit.edits
-        if isinstance(edit, Deferred)
-        for calls in edit.calls
-    ]
-
-
-def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
-    """A function that calls `model` on a copy of `example`, each time from the same random state.
-
-    Its argument, 0 if not given, chooses another state.
-    """
-
-    def call(seed: int = 0) -> Any:
-        held = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in tensors}
-        given = copy.deepcopy(example, held)  # which the model may change in place
-        seed_everything(seed)
-        if isinstance(given, Mapping):
-            return model(**given)
-        return model(*given) if isinstance(given, tuple) else model(given)
-
-    tensors = tensors_in(example)
-    return call
-
-
-def on_meta(model: nn.Module, example: Example) -> bool:
-    """Whether there are no values to compare: weights or inputs on the meta device."""
-    tensors = [*model.parameters(), *model.buffers(), *tensors_in(example)]
-    return any(tensor.device.type == "meta" for tensor in tensors)
-
-
 def find_residuals(model: nn.Module, include: Choice | None, exclude: Choice) -> list[Found]:
     """The `Residual` units of `model`, in order of registration."""
-    chosen = _chosen(model, include, exclude)
+    chosen = chosen_modules(model, include, exclude)
     return [
-        _residual(name, module, 0)
+        residual_block(name, module, 0)
         for name, module in model.named_modules()
         if isinstance(module, Residual) and name in chosen
     ]
@@ -223,7 +125,7 @@ def find_blocks(
     Args:
         rewrite: whether blocks whose source can be rewritten are; if not, all are deferred.
     """
-    chosen = _chosen(model, include, exclude)
+    chosen = chosen_modules(model, include, exclude)
     modules = dict(model.named_modules())
     with preserve_state(model):
         model.eval()
@@ -406,50 +308,10 @@ def _block_of(
     return repeated_block(whole or addition.owner, modules), None
 
 
-def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
-    """The block that a residual module belongs to: the nearest element of a list of its like."""
-    name = owner
-    while name:
-        if is_repeated(name, modules):
-            return name
-        name = name.rpartition(".")[0]
-    return owner
-
-
-def is_repeated(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether it names an element of a list of its like."""
-    container = modules[name.rpartition(".")[0]]
-    siblings = list(container.children())
-    alike = sum(type(sibling) is type(modules[name]) for sibling in siblings)
-    return bool(name) and isinstance(container, CONTAINERS) and (alike > 1 or len(siblings) == 1)
-
-
-def nothing_found(model: nn.Module, example: Example | None) -> ApplyError:
-    """The error for a model in which nothing can be skipped."""
-    found = f"no residual block found in {type(model).__name__}, so nothing can be skipped"
-    if example is None:
-        return ApplyError(
-            f"{found}: give example=, the inputs of one forward call, to find those of any model"
-        )
-    return ApplyError(
-        f"{found}: a block must add what it computes to its input, or to a projection of it; "
-        "concatenation (DenseNet), gating and subtraction are not residual"
-    )
-
-
-def unsupported(name: str, module: nn.Module, why: object) -> UnsupportedBlockError:
-    """The error that names a block, its class, the reason and the remedies."""
-    return UnsupportedBlockError(
-        f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}; "
-        f"exclude=[{name!r}] leaves it as it is, sd.register_unit says how it is skipped, or "
-        "build it from sd.Residual"
-    )
-
-
 def _found(name: str, additions: list[Addition], modules: Mapping[str, nn.Module]) -> Found:
     module = modules[name]
     if isinstance(module, Residual):
-        return _residual(name, module, sum(a.flops for a in additions))
+        return residual_block(name, module, sum(a.flops for a in additions))
     units: dict[Any, Unit] = {}
     refusal = ""
     of_owner = Counter(addition.owner for addition in additions)
@@ -482,40 +344,3 @@ def _stands(
 ) -> tuple[tuple[nn.Module, Sum], ...]:
     name, edit = addition.edits[0]
     return ((modules[name], edit),) if isinstance(edit, Sum) else ()
-
-
-def _residual(name: str, module: Residual, flops: int) -> Found:
-    branch = f"{name}.branch" if name else "branch"
-    parameters = tuple(f"{branch}.{inner}" for inner, _ in module.branch.named_parameters())
-    shortcut = "identity" if module.shortcut is None else "projection"
-    return Found(name, module, shortcut, (), Counter(), parameters, flops)
-
-
-def _chosen(model: nn.Module, include: Choice | None, exclude: Choice) -> set[str]:
-    """Names of the modules in `include`, or of all, without those in `exclude`."""
-    chosen = (
-        {name for name, _ in model.named_modules()}
-        if include is None
-        else _matching(model, include, "include")
-    )
-    return chosen - _matching(model, exclude, "exclude")
-
-
-def _matching(model: nn.Module, choice: Choice, option: str) -> set[str]:
-    matching: set[str] = set()
-    for what in [choice] if isinstance(choice, str | type) or callable(choice) else choice:
-        roots = [name for name, module in model.named_modules() if _is_meant(what, name, module)]
-        if not roots:
-            raise ApplyError(f"{option}={what!r} matches no module of {type(model).__name__}")
-        matching |= {
-            name
-            for name, _ in model.named_modules()
-            if any(not root or name == root or name.startswith(f"{root}.") for root in roots)
-        }
-    return matching
-
-
-def _is_meant(what: Any, name: str, module: nn.Module) -> bool:
-    if isinstance(what, str):
-        return name == what
-    return isinstance(module, what) if isinstance(what, type) else what(name, module)

@@ -9,7 +9,6 @@ call.
 import ast
 import copy
 import inspect
-import textwrap
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
@@ -26,6 +25,16 @@ from stochastic_depth.surgery.liveness import (
     negated,
     surely_defines,
     uses,
+)
+from stochastic_depth.surgery.select import SelectSamples, in_source
+from stochastic_depth.surgery.syntax import (
+    call,
+    compiled,
+    definition,
+    is_at,
+    is_open,
+    of_gate,
+    operands,
 )
 
 
@@ -58,7 +67,7 @@ class ReplaceSum(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         if not is_at(node, self.edit.place):
             return self.generic_visit(node)
-        shortcut, self.branch = _operands(node, self.edit)
+        shortcut, self.branch = operands(node, self.edit)
         if self.branch is not node:
             opened = _Scale(self.branch, self.gate).visit(node)
         else:
@@ -121,117 +130,12 @@ class Shortcut(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         if is_at(node, self.edit.place):
-            return _operands(node, self.edit)[0]
+            return operands(node, self.edit)[0]
         return self.generic_visit(node)
-
-
-class SelectSamples(ast.NodeTransformer):
-    """`x` -> `gate.select(x)` for local variables: the samples that a branch runs on.
-
-    A value from outside of the branch is selected from, and only such: what the branch has computed
-    is of the drawn samples already, and may be as long as the batch in another dimension.
-    """
-
-    def __init__(self, variables: set[str], gate: str) -> None:
-        self.outside, self.gate = variables, gate
-
-    def visit_Name(self, node: ast.Name) -> Any:
-        if node.id in self.outside and isinstance(node.ctx, ast.Load):
-            return ast.copy_location(of_gate(self.gate, "select", node), node)
-        return node
-
-    def visit_Assign(self, node: ast.Assign) -> Any:
-        node.value = self.visit(node.value)
-        self.outside = self.outside - set().union(*map(_stored, node.targets))
-        return node
-
-    def visit_If(self, node: ast.If) -> Any:
-        node.test = self.visit(node.test)
-        before, after = self.outside, set[str]()
-        for arm in (node.body, node.orelse):
-            self.outside = before
-            arm[:] = [self.visit(statement) for statement in arm]
-            after |= self.outside
-        self.outside = after
-        return node
-
-
-def _in_source(node: ast.AST) -> tuple[int, int]:
-    """Where it stands in the source, for sorting."""
-    return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
-
-
-def _stored(target: ast.AST) -> set[str]:
-    """The variables that an assignment to `target` gives a value."""
-    names = (node for node in ast.walk(target) if isinstance(node, ast.Name))
-    return {node.id for node in names if isinstance(node.ctx, ast.Store)}
-
-
-def _operands(node: ast.AST, edit: Sum) -> tuple[ast.expr, ast.expr]:
-    """Shortcut and branch of an addition.
-
-    `a + b`, `torch.add(a, b)`, `a.add(b)`, `sum([a, b])`, `torch.addcmul(a, b, c)`, or `f(a, b)`.
-    """
-    if edit.within is not None and isinstance(node, ast.Call):
-        position, name = edit.within
-        named = [keyword.value for keyword in node.keywords if keyword.arg == name]
-        shortcut = (node.args[position : position + 1] if position is not None else []) + named
-        if len(shortcut) != 1 or not isinstance(shortcut[0], ast.Name):
-            raise UnsupportedBlockError(f"{edit}: a function adds something that is no variable")
-        return shortcut[0], node
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        pair = node.left, node.right
-    elif isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Attribute):
-        if len(node.args) == 3 and node.func.attr == "addcmul" and edit.shortcut == "left":
-            return node.args[0], node
-        if len(node.args) == 2 and node.func.attr == "add":
-            pair = node.args[0], node.args[1]
-        elif len(node.args) == 1 and node.func.attr in ("add", "add_"):
-            pair = node.func.value, node.args[0]
-        else:
-            raise UnsupportedBlockError(f"{edit.place}: a call that is not a plain addition")
-    elif _is_sum_of_two(node):
-        pair = tuple(node.args[0].elts)  # type: ignore[attr-defined]
-    else:
-        raise UnsupportedBlockError(f"{edit.place}: an addition inside another function")
-    return pair if edit.shortcut == "left" else (pair[1], pair[0])
-
-
-def _is_sum_of_two(node: ast.AST) -> bool:
-    """Whether it is `sum([a, b])`."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        return False
-    what = node.args[0] if len(node.args) == 1 and node.func.id == "sum" else None
-    return isinstance(what, ast.List | ast.Tuple) and len(what.elts) == 2
-
-
-def is_at(node: ast.AST, place: Place) -> bool:
-    return (
-        isinstance(node, ast.BinOp | ast.Call | ast.AugAssign) and _position(node) == place.position
-    )
-
-
-def _position(node: ast.stmt | ast.expr) -> tuple[int, int | None, int, int | None]:
-    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
 
 
 def _maybe_copy(shortcut: ast.expr, copied: bool) -> ast.expr:
     return ast.Call(ast.Attribute(shortcut, "clone", ast.Load()), [], []) if copied else shortcut
-
-
-def is_open(gate: str) -> ast.expr:
-    return ast.Attribute(ast.Name(gate, ast.Load()), "open", ast.Load())
-
-
-def call(function: str, *arguments: ast.expr | str) -> ast.Call:
-    values = [ast.Name(a, ast.Load()) if isinstance(a, str) else a for a in arguments]
-    return ast.Call(ast.Name(function, ast.Load()), values, [])
-
-
-def of_gate(gate: str, method: str, *arguments: ast.expr) -> ast.Call:
-    """`gate.method(*arguments)`."""
-    function = ast.Attribute(ast.Name(gate, ast.Load()), method, ast.Load())
-    return ast.Call(function, list(arguments), [])
 
 
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
@@ -255,13 +159,13 @@ def slice_method(
     Raises:
         UnsupportedBlockError: when the source is not there or not of a form that can be edited.
     """
-    tree = _definition(function)
+    tree = definition(function)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
     for number, edit in enumerate(edits):
         branch, *_ = _edit(tree, edit, f"_gate_{number}", copy_shortcut)
         if select:
             select_samples = SelectSamples(set(others), f"_gate_{number}")
-            for node in sorted(branch, key=_in_source):
+            for node in sorted(branch, key=in_source):
                 if isinstance(node, ast.stmt):
                     select_samples.visit(node)
                 else:
@@ -270,7 +174,7 @@ def slice_method(
     names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(edits))]
     drawn = call("_gates", ast.Name(module, ast.Load()))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
-    return _compiled(function, tree, {"_gates": gates})
+    return compiled(function, tree, {"_gates": gates})
 
 
 def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
@@ -279,7 +183,7 @@ def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
     Returns:
         The parameters with their positions in a call, if they have one, and names.
     """
-    tree = _definition(inspect.unwrap(vars(edit.place.kind)[edit.place.method]))
+    tree = definition(inspect.unwrap(vars(edit.place.kind)[edit.place.method]))
     used = uses(tree)
     branch, shared, needed = _edit(tree, edit, "_gate", False)
     both = [*branch, *shared]
@@ -288,48 +192,6 @@ def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
     named = [(None, argument.arg) for argument in tree.args.kwonlyargs]
     parameters = [*enumerate(positional), *named]
     return calls, tuple((n, name) for n, name in parameters if name in used - needed)
-
-
-def in_loop(place: Place) -> bool:
-    """Whether the expression at `place` stands in a loop of its method."""
-    loops = ast.For | ast.While
-    tree = _definition(inspect.unwrap(vars(place.kind)[place.method]))
-    inside = (n for loop in ast.walk(tree) if isinstance(loop, loops) for n in ast.walk(loop))
-    return any(is_at(node, place) for node in inside)
-
-
-class _Mangle(ast.NodeTransformer):
-    """Private names, as the body of a class has them: `__f` -> `_Block__f`."""
-
-    def __init__(self, qualname: str) -> None:
-        scopes = qualname.split(".")[:-1]
-        self.kind = scopes[-1].lstrip("_") if scopes and scopes[-1] != "<locals>" else ""
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        for field in ("id", "attr", "arg", "name"):
-            name = getattr(node, field, None)
-            if self.kind and isinstance(name, str) and name[:2] == "__" and name[-2:] != "__":
-                setattr(node, field, f"_{self.kind}{name}")
-        return super().generic_visit(node)
-
-
-def _definition(function: FunctionType) -> ast.FunctionDef:
-    """The syntax tree of `function`, its positions those in the file."""
-    try:
-        lines, first = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError) as error:
-        raise UnsupportedBlockError(f"{function.__qualname__} has no source to edit") from error
-    if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
-        raise UnsupportedBlockError(f"{function.__qualname__} is no plain method")
-    _Mangle(function.__qualname__).visit(tree)
-    ast.increment_lineno(tree, first - 1)
-    indent = len(lines[0]) - len(lines[0].lstrip())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.stmt | ast.expr) and node.end_col_offset is not None:
-            node.col_offset += indent
-            node.end_col_offset += indent
-    return tree
 
 
 def _edit(
@@ -401,28 +263,3 @@ def _find(
                     return [(block, index), *path], needed
         raise UnsupportedBlockError(f"{place}: an addition inside a {type(statement).__name__}")
     raise UnsupportedBlockError(f"{place}: the source has changed since it was imported")
-
-
-def _compiled(
-    function: FunctionType, tree: ast.FunctionDef, names: dict[str, Callable[..., Any]]
-) -> FunctionType:
-    """A function from `tree` with the globals, defaults and closure of `function`."""
-    free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    values = {**names, **{name: cell.cell_contents for name, cell in free.items()}}
-    tree.decorator_list, tree.returns = [], None
-    arguments = tree.args
-    for argument in ast.walk(arguments):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
-    arguments.kw_defaults = [value and ast.Constant(None) for value in arguments.kw_defaults]
-    module = ast.parse(f"def _factory({', '.join(values)}): return {tree.name}")
-    assert isinstance(module.body[0], ast.FunctionDef)
-    module.body[0].body.insert(0, tree)
-    ast.fix_missing_locations(module)
-    made: dict[str, Any] = {}
-    exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, made)
-    result: FunctionType = made["_factory"](**values)
-    result.__defaults__, result.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    result.__qualname__, result.__doc__ = function.__qualname__, function.__doc__
-    return result

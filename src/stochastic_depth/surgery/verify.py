@@ -12,17 +12,14 @@ from torch import nn
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block
 from stochastic_depth.hooks import batch_size
-from stochastic_depth.surgery.apply import applied_to, refuse_sharded
-from stochastic_depth.surgery.check import (
-    check,
-    check_training,
-    establish,
-    train_once,
-    ungated,
-)
-from stochastic_depth.surgery.find import Example, caller
+from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.check import check, establish
+from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.gating import ungated
+from stochastic_depth.surgery.in_training import check_training, train_once
 from stochastic_depth.surgery.inspect import plain_table, summary
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.timing import take_turns
 
 

@@ -1,0 +1,129 @@
+"""What a residual block is: its additions, its modules, and the errors that name it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from stochastic_depth.errors import ApplyError, UnsupportedBlockError
+from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.branches import Event
+from stochastic_depth.surgery.edits import Argument, Deferred, Edit, Opaque, Registered, Sum
+from stochastic_depth.surgery.example import Example
+
+Granularity = Literal["block", "unit"]
+"""One coin for all residual additions of a module, or one for each."""
+
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What gets one gate: a residual addition, or a registered module."""
+
+    edits: tuple[tuple[nn.Module, Edit], ...]
+    additions: tuple[tuple[nn.Module, Sum], ...]
+    """The modules that add, and where."""
+    events: tuple[Event, ...] = ()
+    """Of a unit that is deferred: its addition in the pass in which it was found."""
+    modules: frozenset[str] = frozenset()
+    """Names of the modules that run for its branch."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One residual block: a `Residual` unit, or additions of other modules that share a coin."""
+
+    name: str
+    module: nn.Module
+    shortcut: str
+    """"identity" or "projection"; both, with a comma, where its additions differ."""
+    units: tuple[Unit, ...]
+    """Empty for a `Residual`, whose addition has a gate already."""
+    modules: Counter[str]
+    """How often each module runs for its branches, by name."""
+    parameters: tuple[str, ...]
+    """Names, in the model, of the parameters of its branches."""
+    flops: int
+    """Of its branches in one forward pass; 0 where they were not asked for."""
+    refusal: str = ""
+    """Why it cannot be made skippable."""
+
+    @property
+    def mechanism(self) -> str:
+        """How it is made skippable."""
+        if self.refusal:
+            return "none"
+        kinds = {type(edit) for unit in self.units for _, edit in unit.edits}
+        return next((name for kind, name in NAME_OF.items() if kind in kinds), "Residual")
+
+
+NAME_OF = {
+    Registered: "registered",
+    Deferred: "deferred",
+    Opaque: "opaque",
+    Argument: "call",
+    Sum: "slice",
+}
+"""The mechanism of a block is the first of these that one of its units needs."""
+
+
+def deferred_modules(found: Found) -> list[nn.Module]:
+    """The outermost modules of a deferred block's branches; none of any other block."""
+    return [
+        owner.get_submodule(calls.module)
+        for unit in found.units
+        for owner, edit in unit.edits
+        if isinstance(edit, Deferred)
+        for calls in edit.calls
+    ]
+
+
+def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
+    """The block that a residual module belongs to: the nearest element of a list of its like."""
+    name = owner
+    while name:
+        if is_repeated(name, modules):
+            return name
+        name = name.rpartition(".")[0]
+    return owner
+
+
+def is_repeated(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether it names an element of a list of its like."""
+    container = modules[name.rpartition(".")[0]]
+    siblings = list(container.children())
+    alike = sum(type(sibling) is type(modules[name]) for sibling in siblings)
+    return bool(name) and isinstance(container, CONTAINERS) and (alike > 1 or len(siblings) == 1)
+
+
+def nothing_found(model: nn.Module, example: Example | None) -> ApplyError:
+    """The error for a model in which nothing can be skipped."""
+    found = f"no residual block found in {type(model).__name__}, so nothing can be skipped"
+    if example is None:
+        return ApplyError(
+            f"{found}: give example=, the inputs of one forward call, to find those of any model"
+        )
+    return ApplyError(
+        f"{found}: a block must add what it computes to its input, or to a projection of it; "
+        "concatenation (DenseNet), gating and subtraction are not residual"
+    )
+
+
+def unsupported(name: str, module: nn.Module, why: object) -> UnsupportedBlockError:
+    """The error that names a block, its class, the reason and the remedies."""
+    return UnsupportedBlockError(
+        f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}; "
+        f"exclude=[{name!r}] leaves it as it is, sd.register_unit says how it is skipped, or "
+        "build it from sd.Residual"
+    )
+
+
+def residual_block(name: str, module: Residual, flops: int) -> Found:
+    branch = f"{name}.branch" if name else "branch"
+    parameters = tuple(f"{branch}.{inner}" for inner, _ in module.branch.named_parameters())
+    shortcut = "identity" if module.shortcut is None else "projection"
+    return Found(name, module, shortcut, (), Counter(), parameters, flops)

@@ -1,0 +1,267 @@
+"""What the branches of residual additions consist of: what is computed for the addition alone."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.surgery.edits import Calls, Deferred, Site
+from stochastic_depth.surgery.trace import Call, Recording
+
+LEAST = 0.5
+"""The share of a branch's mixing functions that a closed block must save."""
+
+
+NEEDED = (
+    "most of its branch is needed for more than what is added: an output of the model, or of "
+    "another block, is computed from it"
+)
+
+
+@dataclass(eq=False)
+class Event:
+    """One residual addition of the watched forward pass."""
+
+    kept: int
+    added: int
+    total: int
+    side: int
+    site: Site
+    occurrence: int
+    """How many additions the same expression has made before, in this pass."""
+    stack: tuple[Call, ...]
+    identity: bool
+    home: Call | None = None
+    """The innermost call within which its branch runs."""
+    branch: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The additions that share a gate, as one block."""
+
+    block: str
+    events: tuple[Event, ...]
+    owner: Call
+    calls: tuple[Call, ...]
+    """The outermost calls of modules that run for it alone."""
+    modules: Counter[str]
+    parameters: tuple[str, ...]
+    flops: int
+    saved: float
+    """The share of its mixing functions, from 0 to 1, that are put off; of the addition that saves
+    least."""
+    own: float
+    """The share of those that nothing but the addition needs."""
+
+
+class Analysis:
+    """What the branches of a watched forward pass consist of, once all of it is known."""
+
+    def __init__(self, recording: Recording, outputs: set[int], mixes: Callable[[str], bool]):
+        self.recording, self.outputs, self.mixes = recording, outputs, mixes
+        self.alive: set[int] = set()
+        for output in outputs:
+            if output not in self.alive:
+                self.alive |= recording.reach(output)
+        self.of_module: dict[str, list[Call]] = {}
+        for call in sorted((call for call, _ in recording.finished), key=lambda call: call.serial):
+            self.of_module.setdefault(call.name, []).append(call)
+
+    def place(self, event: Event) -> None:
+        """Find the innermost call that computes all of the branch that is for it alone."""
+        for call in reversed(event.stack):
+            earliest = min([call.began, *call.inputs])
+            kept = self.recording.reach(event.kept, earliest)
+            branch = self.recording.reach(event.added, earliest) - kept
+            own = self.exclusive(branch, {event.total})
+            event.home, event.branch = call, branch
+            if not any(
+                value < call.began and event.kept in self.recording.reach(value, event.kept)
+                for value in own
+            ):
+                return
+
+    def exclusive(self, branch: set[int], totals: set[int]) -> set[int]:
+        """Those values of a branch that nothing else is computed from."""
+        own: set[int] = set()
+        values = self.recording.values
+        for value in sorted(branch, reverse=True):
+            together = values[value].together or (value,)
+            if not self.outputs.isdisjoint(together):
+                continue
+            children = (child for each in together for child in values[each].children)
+            if all(c in totals or c in own or c not in self.alive for c in children):
+                own.add(value)
+        return own
+
+    def group(self, block: str, events: Sequence[Event]) -> Group:
+        """The block that `events` make up, which are of one call or of one iteration of a loop."""
+        branch = set[int]().union(*(event.branch for event in events))
+        own = self.exclusive(branch, {event.total for event in events})
+        home = _common([event.home for event in events if event.home is not None])
+        calls = [
+            (call, outputs)
+            for call, outputs in self.recording.finished
+            if call.is_within(home)
+            and outputs & own
+            and all(n in own or n not in self.alive for n in outputs)
+        ]
+        serials = {call.serial for call, _ in calls}
+        outermost = [
+            call for call, _ in calls if not any(a.serial in serials for a in call.ancestors())
+        ]
+        owner = home
+        while owner.parent is not None and len(self.of_module.get(owner.name, [])) > 1:
+            owner = owner.parent
+        put_off = {value for call in outermost for value in range(call.began, call.ended)}
+        return Group(
+            block,
+            tuple(events),
+            owner,
+            tuple(outermost),
+            Counter(call.name for call, _ in calls),
+            self.parameters(own),
+            sum(self.recording.values[value].flops for value in own & put_off),
+            self._share(events, put_off),
+            self._share(events, own),
+        )
+
+    def _share(self, events: Sequence[Event], of: set[int]) -> float:
+        shares = []
+        for event in events:
+            assert event.home is not None
+            inside = [value for value in event.branch if value >= event.home.began]
+            mixing = [v for v in inside if self.mixes(self.recording.values[v].made_by)]
+            shares.append(sum(value in of for value in mixing) / max(1, len(mixing)))
+        return min(shares)
+
+    def surrounds(self, event: Event, other: Event) -> bool:
+        """Whether all that comes of `other` goes into the branch of `event`."""
+        assert event.home is not None
+        if not event.home.began <= other.total < event.total or other.total not in event.branch:
+            return False
+        return other.total in self.exclusive(event.branch, {event.total})
+
+    def parameters(self, own: set[int]) -> tuple[str, ...]:
+        """Names of the parameters that `own` were computed with."""
+        parents = {p for value in own for p in self.recording.values[value].parents}
+        return tuple(sorted(self.recording.parameters(own | parents)))
+
+    def blocks(self, events: Iterable[Event], block_of: Callable[[str], str]) -> list[Group]:
+        """`events` as blocks: those of one call of a module, or of one round of a loop in it.
+
+        Args:
+            block_of: the name of the block that a module belongs to.
+        """
+        at: dict[int, list[Event]] = {}
+        for event in events:
+            if event.home is None:
+                self.place(event)
+            assert event.home is not None
+            at.setdefault(event.home.serial, []).append(event)
+        keyed: dict[tuple[str, Any], list[Event]] = {}
+        for of_home in at.values():
+            looped = max(Counter(event.site for event in of_home).values()) > 1
+            for event in of_home:
+                key = self._round(event, of_home) if looped else self._call(event, block_of)
+                keyed.setdefault(key, []).append(event)
+        return [self.group(name, _outermost(events)) for (name, _), events in keyed.items()]
+
+    def _call(self, event: Event, block_of: Callable[[str], str]) -> tuple[str, Any]:
+        assert event.home is not None
+        name = block_of(event.home.name)
+        around = [call for call in (event.home, *event.home.ancestors()) if call.name == name]
+        call = around[0] if around else event.home
+        return name, self.of_module[call.name].index(call) if call.name in self.of_module else 0
+
+    def _round(self, event: Event, others: Sequence[Event]) -> tuple[str, Any]:
+        """The outermost module, inside of the one that loops, in which no addition comes again."""
+        assert event.home is not None
+        inside = {id(other): self._runs(other) for other in others}
+        path = inside[id(event)]
+        start = len(event.home.name.split(".")) if event.home.name else 0
+        for length in range(start + 1, len(path) + 1):
+            prefix = path[:length]
+            sites = [o.site for o in others if inside[id(o)][:length] == prefix]
+            if len(sites) == len(set(sites)):
+                return ".".join(prefix), None
+        same = [o for o in others if inside[id(o)] == path and o.site == event.site]
+        return ".".join(path), same.index(event)
+
+    def _runs(self, event: Event) -> list[str]:
+        """The path that the names of the modules in the branch have in common."""
+        assert event.home is not None
+        calls = self.group("", [event]).calls
+        paths = [call.name.split(".") for call in calls] or [event.home.name.split(".")]
+        common = paths[0]
+        for path in paths[1:]:
+            common = [a for a, b in zip(common, path, strict=False) if a == b]
+        start = len(event.home.name.split(".")) if event.home.name else 0
+        return common if len(common) > start else paths[-1]
+
+    def edits(self, group: Group, copies: bool, first: int) -> list[Deferred]:
+        """Where `group` gets its gates.
+
+        Raises:
+            UnsupportedBlockError: when too little of its branch is for the addition alone.
+        """
+        if group.saved < LEAST:
+            raise UnsupportedBlockError(NEEDED if group.own < LEAST else "no module runs for it")
+        made = []
+        for number, event in enumerate(group.events):
+            calls: dict[str, list[Call]] = {}
+            for call in group.calls:
+                if len(group.events) == 1 or self._is_of(call, event):
+                    inner = call.name[len(group.owner.name) + 1 if group.owner.name else 0 :]
+                    calls.setdefault(inner, []).append(call)
+            if not calls:
+                raise UnsupportedBlockError("no module runs for its branch alone")
+            made.append(
+                Deferred(
+                    group.block,
+                    first + number,
+                    frozenset([event.site]),
+                    event.side,
+                    tuple(
+                        Calls(
+                            name,
+                            tuple(self._ordinal(call, group.owner) for call in which),
+                            self._number(name, group.owner),
+                            all(call.gave_tensor for call in which),
+                        )
+                        for name, which in calls.items()
+                    ),
+                    copies,
+                )
+            )
+        return made
+
+    def _is_of(self, call: Call, event: Event) -> bool:
+        return any(value in event.branch for value in range(call.began, call.ended))
+
+    def _all(self, name: str, owner: Call) -> list[Call]:
+        whole = f"{owner.name}.{name}" if owner.name else name
+        return [call for call in self.of_module[whole] if call.is_within(owner)]
+
+    def _ordinal(self, call: Call, owner: Call) -> int:
+        inner = call.name[len(owner.name) + 1 if owner.name else 0 :]
+        return self._all(inner, owner).index(call)
+
+    def _number(self, name: str, owner: Call) -> int:
+        return len(self._all(name, owner))
+
+
+def _outermost(events: Sequence[Event]) -> list[Event]:
+    """Those that are not a part of the branch of another."""
+    return [e for e in events if not any(e.total in other.branch for other in events)]
+
+
+def _common(calls: Sequence[Call]) -> Call:
+    """The innermost call within which all of `calls` are."""
+    first = calls[0]
+    while not all(call is first or call.is_within(first) for call in calls):
+        assert first.parent is not None
+        first = first.parent
+    return first

@@ -1,0 +1,110 @@
+"""The original model with some of its additions bypassed: each returns its shortcut.
+
+This is the truth that closed blocks are held against. All branches run in it.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.blocks import Found
+from stochastic_depth.surgery.edits import ADDITIONS, Site, Sum, find_place, site_of
+
+
+@contextmanager
+def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[None]:
+    """While entered, the additions of `blocks`, of a model without gates, return their shortcut.
+
+    Args:
+        keep: bool [batch]; the samples that the branches are added for all the same.
+    """
+    additions: list[tuple[nn.Module, Sum]] = []
+    occurrences: dict[tuple[Site, int], int] = {}
+    with ExitStack() as entered:
+        for block in blocks:
+            additions += [addition for unit in block.units for addition in unit.additions]
+            for unit in block.units:
+                occurrences |= {(e.site, e.occurrence): e.side for e in unit.events}
+            whole = [u.edits[0][0] for u in block.units if not u.additions and not u.events]
+            for module in whole:
+                entered.enter_context(_returns(module, lambda module, x: x, keep))
+            if isinstance(block.module, Residual):
+                entered.enter_context(_returns(block.module, _around, keep))
+        entered.enter_context(_Bypass(additions, occurrences, keep))
+        yield
+
+
+class _Bypass(TorchFunctionMode):
+    def __init__(
+        self,
+        additions: list[tuple[nn.Module, Sum]],
+        occurrences: dict[tuple[Site, int], int],
+        keep: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.additions, self.occurrences, self.keep = additions, occurrences, keep
+        self.met: Counter[Site] = Counter()
+        """How often each expression has added."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ADDITIONS and len(args) >= 2:
+            site = site_of(sys._getframe(1))
+            side = self.occurrences.get((site, self.met[site]))
+            self.met[site] += 1
+            if side is not None:
+                return self._closed(func, args, kwargs or {}, side)
+            for module, edit in self.additions:
+                if find_place(module, sys._getframe(1)) == edit.place:
+                    side = 0 if edit.shortcut == "left" else 1
+                    return self._closed(func, args, kwargs or {}, side)
+        return func(*args, **(kwargs or {}))
+
+    def _closed(self, func: Callable[..., Any], args: tuple, kwargs: dict, side: int) -> Tensor:
+        shortcut = args[side].clone()
+        if self.keep is not None:
+            shortcut = _mixed(func(args[0].clone(), *args[1:], **kwargs), shortcut, self.keep)
+        if getattr(func, "__name__", "") in ("add_", "__iadd__", "addcmul_"):
+            return args[0].copy_(shortcut)
+        return shortcut
+
+
+@contextmanager
+def _returns(
+    module: Any, closed: Callable[[Any, Tensor], Tensor], keep: Tensor | None
+) -> Iterator[None]:
+    """While entered, `module` returns what `closed` makes of it and its first argument."""
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return _mixed(output, closed(module, args[0]), keep)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _around(module: Residual, x: Tensor) -> Tensor:
+    shortcut = x if module.shortcut is None else module.shortcut(x)
+    return shortcut if module.activation is None else module.activation(shortcut.clone())
+
+
+def _mixed(output: Tensor, shortcut: Tensor, keep: Tensor | None) -> Tensor:
+    if keep is None:
+        return shortcut
+    if len(output) != len(keep):
+        raise UnsupportedBlockError(
+            f"a residual addition is of a tensor {list(output.shape)}, which does not have the "
+            f'{len(keep)} samples first: use gate="batch" for this model, or exclude='
+        )
+    return torch.where(keep.view(-1, *[1] * (output.ndim - 1)), output, shortcut)

@@ -1,0 +1,115 @@
+"""Gates given by hand, and which modules are called under them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stochastic_depth.gates import Gate
+from stochastic_depth.handle import Block, open_in_training
+from stochastic_depth.surgery.blocks import Found
+from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.tensors import tensors_in
+
+CLOSED, OPEN = Gate(open=False), Gate()
+
+
+@dataclass(frozen=True)
+class CallCounts:
+    """How often each module is called, by name, and the sum of the sizes that it is given."""
+
+    number: Counter[str]
+    given: Counter[str]
+
+
+def still_running(
+    model: nn.Module, run: Callable[..., Any], found: Sequence[Found], blocks: Sequence[Block]
+) -> list[str]:
+    """For each block why its branch runs even when it is closed; empty where it does not.
+
+    Looks at which modules are called, not at values: works on the meta device too.
+    """
+    with preserve_state(model), torch.no_grad():
+        model.eval()
+        with counted_calls(model) as usual:
+            run()
+        try:
+            with in_evaluation(blocks, CLOSED), counted_calls(model) as called:
+                run()
+            return [still_called(block, usual, called) for block in found]
+        except Exception:  # one at a time, to see which
+            return [_fails(run, block) for block in blocks]
+
+
+def _fails(run: Callable[..., Any], block: Block) -> str:
+    try:
+        with in_evaluation([block], CLOSED):
+            run()
+    except Exception as error:
+        return f"with it closed the model fails: {type(error).__name__}: {error}"
+    return ""
+
+
+def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
+    running = [
+        name
+        for name, calls in block.modules.items()
+        if called.number[name] > max(0, usual.number[name] - calls)
+    ]
+    if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
+        return (
+            f"{running[0]!r} of its branch must run even when the block is closed, because the "
+            "model needs more of it than what is added"
+        )
+    return ""
+
+
+@contextmanager
+def in_training(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
+    """While entered, what `blocks` do in training."""
+    open_in_training(blocks, gates)
+    try:
+        yield
+    finally:
+        open_in_training(blocks, [None] * len(blocks))
+
+
+@contextmanager
+def in_evaluation(blocks: Sequence[Block], gate: Gate) -> Iterator[None]:
+    """While entered, what `blocks` do in evaluation."""
+    gates = [addition for block in blocks for addition in block.gates]
+    before = [addition.evaluation for addition in gates]
+    for addition in gates:
+        addition.evaluation = gate
+    try:
+        yield
+    finally:
+        for addition, value in zip(gates, before, strict=True):
+            addition.evaluation = value
+
+
+@contextmanager
+def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
+    calls = CallCounts(Counter(), Counter())
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls.number[name] += 1
+            calls.given[name] += sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,44 @@
+"""Which modules of a model are meant: by name, by class, or by a function of both."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from stochastic_depth.errors import ApplyError
+
+Named = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+
+Choice = Named | Iterable[Named]
+"""Modules, with all that is inside of them: by name, by class, or by a function of both."""
+
+
+def chosen_modules(model: nn.Module, include: Choice | None, exclude: Choice) -> set[str]:
+    """Names of the modules in `include`, or of all, without those in `exclude`."""
+    chosen = (
+        {name for name, _ in model.named_modules()}
+        if include is None
+        else _matching(model, include, "include")
+    )
+    return chosen - _matching(model, exclude, "exclude")
+
+
+def _matching(model: nn.Module, choice: Choice, option: str) -> set[str]:
+    matching: set[str] = set()
+    for what in [choice] if isinstance(choice, str | type) or callable(choice) else choice:
+        roots = [name for name, module in model.named_modules() if _is_meant(what, name, module)]
+        if not roots:
+            raise ApplyError(f"{option}={what!r} matches no module of {type(model).__name__}")
+        matching |= {
+            name
+            for name, _ in model.named_modules()
+            if any(not root or name == root or name.startswith(f"{root}.") for root in roots)
+        }
+    return matching
+
+
+def _is_meant(what: Any, name: str, module: nn.Module) -> bool:
+    if isinstance(what, str):
+        return name == what
+    return isinstance(module, what) if isinstance(what, type) else what(name, module)

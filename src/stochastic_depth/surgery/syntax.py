@@ -1,0 +1,141 @@
+"""Methods as syntax trees, and expressions in them."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.surgery.edits import Place, Sum
+
+
+def operands(node: ast.AST, edit: Sum) -> tuple[ast.expr, ast.expr]:
+    """Shortcut and branch of an addition.
+
+    `a + b`, `torch.add(a, b)`, `a.add(b)`, `sum([a, b])`, `torch.addcmul(a, b, c)`, or `f(a, b)`.
+    """
+    if edit.within is not None and isinstance(node, ast.Call):
+        position, name = edit.within
+        named = [keyword.value for keyword in node.keywords if keyword.arg == name]
+        shortcut = (node.args[position : position + 1] if position is not None else []) + named
+        if len(shortcut) != 1 or not isinstance(shortcut[0], ast.Name):
+            raise UnsupportedBlockError(f"{edit}: a function adds something that is no variable")
+        return shortcut[0], node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        pair = node.left, node.right
+    elif isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Attribute):
+        if len(node.args) == 3 and node.func.attr == "addcmul" and edit.shortcut == "left":
+            return node.args[0], node
+        if len(node.args) == 2 and node.func.attr == "add":
+            pair = node.args[0], node.args[1]
+        elif len(node.args) == 1 and node.func.attr in ("add", "add_"):
+            pair = node.func.value, node.args[0]
+        else:
+            raise UnsupportedBlockError(f"{edit.place}: a call that is not a plain addition")
+    elif is_sum_of_two(node):
+        pair = tuple(node.args[0].elts)  # type: ignore[attr-defined]
+    else:
+        raise UnsupportedBlockError(f"{edit.place}: an addition inside another function")
+    return pair if edit.shortcut == "left" else (pair[1], pair[0])
+
+
+def is_sum_of_two(node: ast.AST) -> bool:
+    """Whether it is `sum([a, b])`."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return False
+    what = node.args[0] if len(node.args) == 1 and node.func.id == "sum" else None
+    return isinstance(what, ast.List | ast.Tuple) and len(what.elts) == 2
+
+
+def is_at(node: ast.AST, place: Place) -> bool:
+    return (
+        isinstance(node, ast.BinOp | ast.Call | ast.AugAssign) and _position(node) == place.position
+    )
+
+
+def _position(node: ast.stmt | ast.expr) -> tuple[int, int | None, int, int | None]:
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+
+
+def is_open(gate: str) -> ast.expr:
+    return ast.Attribute(ast.Name(gate, ast.Load()), "open", ast.Load())
+
+
+def call(function: str, *arguments: ast.expr | str) -> ast.Call:
+    values = [ast.Name(a, ast.Load()) if isinstance(a, str) else a for a in arguments]
+    return ast.Call(ast.Name(function, ast.Load()), values, [])
+
+
+def of_gate(gate: str, method: str, *arguments: ast.expr) -> ast.Call:
+    """`gate.method(*arguments)`."""
+    function = ast.Attribute(ast.Name(gate, ast.Load()), method, ast.Load())
+    return ast.Call(function, list(arguments), [])
+
+
+def in_loop(place: Place) -> bool:
+    """Whether the expression at `place` stands in a loop of its method."""
+    loops = ast.For | ast.While
+    tree = definition(inspect.unwrap(vars(place.kind)[place.method]))
+    inside = (n for loop in ast.walk(tree) if isinstance(loop, loops) for n in ast.walk(loop))
+    return any(is_at(node, place) for node in inside)
+
+
+class _Mangle(ast.NodeTransformer):
+    """Private names, as the body of a class has them: `__f` -> `_Block__f`."""
+
+    def __init__(self, qualname: str) -> None:
+        scopes = qualname.split(".")[:-1]
+        self.kind = scopes[-1].lstrip("_") if scopes and scopes[-1] != "<locals>" else ""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for field in ("id", "attr", "arg", "name"):
+            name = getattr(node, field, None)
+            if self.kind and isinstance(name, str) and name[:2] == "__" and name[-2:] != "__":
+                setattr(node, field, f"_{self.kind}{name}")
+        return super().generic_visit(node)
+
+
+def definition(function: FunctionType) -> ast.FunctionDef:
+    """The syntax tree of `function`, its positions those in the file."""
+    try:
+        lines, first = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError) as error:
+        raise UnsupportedBlockError(f"{function.__qualname__} has no source to edit") from error
+    if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
+        raise UnsupportedBlockError(f"{function.__qualname__} is no plain method")
+    _Mangle(function.__qualname__).visit(tree)
+    ast.increment_lineno(tree, first - 1)
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt | ast.expr) and node.end_col_offset is not None:
+            node.col_offset += indent
+            node.end_col_offset += indent
+    return tree
+
+
+def compiled(
+    function: FunctionType, tree: ast.FunctionDef, names: dict[str, Callable[..., Any]]
+) -> FunctionType:
+    """A function from `tree` with the globals, defaults and closure of `function`."""
+    free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    values = {**names, **{name: cell.cell_contents for name, cell in free.items()}}
+    tree.decorator_list, tree.returns = [], None
+    arguments = tree.args
+    for argument in ast.walk(arguments):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.kw_defaults = [value and ast.Constant(None) for value in arguments.kw_defaults]
+    module = ast.parse(f"def _factory({', '.join(values)}): return {tree.name}")
+    assert isinstance(module.body[0], ast.FunctionDef)
+    module.body[0].body.insert(0, tree)
+    ast.fix_missing_locations(module)
+    made: dict[str, Any] = {}
+    exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, made)
+    result: FunctionType = made["_factory"](**values)
+    result.__defaults__, result.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    result.__qualname__, result.__doc__ = function.__qualname__, function.__doc__
+    return result
