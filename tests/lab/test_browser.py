@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from stochastic_depth.files import write_whole
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
 CHROMIUM = next(filter(None, BROWSERS), None)
@@ -15,6 +17,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 CONTRASTS = (Path(__file__).parent / "contrast.js").read_text()
 THEMES = ("light", "dark")
 WIDTHS = (380, 1440)
+expect = playwright.expect
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +140,25 @@ def test_names_do_nothing(hostile, hostile_page, opened):
     assert tab.get_by_text(hostile[0]).first.is_visible()
 
 
-def test_a_page_of_runs_under_way_loads_itself_anew_and_keeps_what_is_open(page, opened, tmp_path):
+def test_a_page_of_runs_under_way_reloads_and_keeps_what_is_open(page, opened, tmp_path):
     out = tmp_path / "report.html"
-    out.write_text(page.read_text().replace("<html ", '<html data-refresh="1" '))
+    write_whole(out, page.read_bytes().replace(b"<html ", b'<html data-refresh="1" '))
     tab = opened(out)
     tab.locator("summary").first.click()
-    out.write_text(out.read_text().replace("<h1>", "<h1>Later: "))
+    write_whole(out, out.read_bytes().replace(b"<h1>", b"<h1>Later: "))
     tab.get_by_text("Later: ").wait_for()
-    assert tab.locator("details").first.get_attribute("open") is not None
+    # The heading is seen before the script has run.
+    expect(tab.locator("details[open]")).to_have_count(1, timeout=30_000)
+    expect(tab.locator("details").first).to_have_attribute("open", "", timeout=30_000)
+
+
+def test_what_is_opened_while_the_page_reloads_is_kept(page, opened, tmp_path):
+    out = tmp_path / "report.html"
+    write_whole(out, page.read_bytes().replace(b"<html ", b'<html data-refresh="900" '))
+    tab = opened(out)
+    with tab.expect_navigation():
+        tab.evaluate("location.reload(); document.querySelector('details').open = true")
+    assert tab.locator("details[open]").count() == 1
+    with tab.expect_navigation():
+        tab.evaluate("location.reload(); document.querySelector('details').open = false")
+    assert tab.locator("details[open]").count() == 0

@@ -42,16 +42,21 @@ for (const svg of document.querySelectorAll("figure svg")) {
   svg.addEventListener("pointerleave", () => hide(svg));
 }
 
-// While runs are under way the file is written anew; whoever reads keeps place and open parts.
+// While runs are under way the file is written again and again; whoever reads keeps place and open
+// parts. They are noted when the page goes: it still takes clicks while the next one is loaded.
 const seconds = Number(document.documentElement.dataset.refresh);
 if (seconds) {
   const parts = [...document.querySelectorAll("details")];
   const key = "open:" + location.pathname;
-  const open = (sessionStorage.getItem(key) || "").split(",");
-  parts.forEach((part, n) => (part.open = open.includes(String(n))));
-  setInterval(() => {
-    if (!tip.hidden || document.hidden) return;
+  for (const n of (sessionStorage.getItem(key) || "").split(",")) {
+    if (n in parts) parts[n].open = true;
+  }
+  addEventListener("pagehide", () => {
     sessionStorage.setItem(key, parts.flatMap((part, n) => (part.open ? [n] : [])).join());
+  });
+  const ticking = setInterval(() => {
+    if (!tip.hidden || document.hidden) return;
+    clearInterval(ticking);
     location.reload();
   }, 1000 * seconds);
 }
