@@ -12,13 +12,13 @@ from stochastic_depth.errors import ConfigError, ExportError
 from stochastic_depth.export.truncate import take_out
 from stochastic_depth.extras import require
 from stochastic_depth.files import reason, require_file
-from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
+from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet, VisionTransformer
 from stochastic_depth.residual import Residual
 
 FORMAT = 1
 KEY = "stochastic_depth"
 """Under which a file carries its description."""
-KINDS = {kind.__name__: kind for kind in (CifarResNet, DenseNet, ImageNetResNet)}
+KINDS = {kind.__name__: kind for kind in (CifarResNet, DenseNet, ImageNetResNet, VisionTransformer)}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ def initialise(model: nn.Module, init: Initialisation, seed: int) -> None:
     Convolutions: normal with variance 2 / fan_out (He et al. 2015, arXiv:1502.01852). Linear
     layers: uniform in +-1 / sqrt(fan_in). Normalisation: gain 1, bias 0; under "zero-gain" the
     last gain of each residual branch starts at 0 (Goyal et al. 2017, arXiv:1706.02677), without
-    which networks of 110 layers and more do not leave chance level in their first epochs. Modules
-    of any other kind are left as they are: on the meta device, where using them is an error.
+    which networks of 110 layers and more do not leave chance level in their first epochs; where a
+    branch has no BatchNorm, its last linear layer starts at 0. Modules of any other kind are left as they are: on the meta device, where using them is an error.
 
     Who builds a model under `with torch.device("meta")` gets its shapes alone, at once.
     """
@@ -30,7 +30,7 @@ def initialise(model: nn.Module, init: Initialisation, seed: int) -> None:
         return
     rng = generator("weights", seed)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d | nn.LayerNorm):
             module.to_empty(device="cpu")
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
@@ -45,8 +45,13 @@ def initialise(model: nn.Module, init: Initialisation, seed: int) -> None:
             module.weight.fill_(1)
             module.bias.zero_()
             module.reset_running_stats()
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
     if init == "zero-gain":
         for module in model.modules():
             if isinstance(module, Residual):
-                norms = [m for m in module.branch.modules() if isinstance(m, nn.BatchNorm2d)]
-                norms[-1].weight.zero_()
+                layers = list(module.branch.modules())
+                norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+                last = norms or [layer for layer in layers if isinstance(layer, nn.Linear)]
+                last[-1].weight.zero_()
+                last[-1].bias.zero_()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stochastic_depth.handle import Handle
-from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
+from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet, VisionTransformer
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
@@ -21,6 +21,8 @@ def architecture(
         return CifarResNet, {"depth": config.depth, "classes": classes, "channels": channels}
     if config.kind == "imagenet-resnet":
         return ImageNetResNet, {"depth": config.depth, "classes": classes}
+    if config.kind == "vit":
+        return VisionTransformer, {"depth": config.depth, "classes": classes, "channels": channels}
     return DenseNet, {
         "depth": config.depth,
         "growth": config.growth,
@@ -82,9 +84,9 @@ def first_convolution(model: nn.Module) -> nn.Parameter:
 
 
 def block_convolutions(model: nn.Module) -> list[nn.Parameter]:
-    """The weight of the first convolution in the branch of each residual block."""
+    """The weight of the first convolution, or linear layer, in the branch of each block."""
     return [
-        first_convolution(module.branch)
+        next(m.weight for m in module.branch.modules() if isinstance(m, nn.Conv2d | nn.Linear))
         for module in model.modules()
         if isinstance(module, Residual)
     ]

@@ -50,10 +50,11 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    kind: Literal["cifar-resnet", "imagenet-resnet", "densenet"] = "cifar-resnet"
+    kind: Literal["cifar-resnet", "imagenet-resnet", "densenet", "vit"] = "cifar-resnet"
     """Family of networks."""
     depth: int = 110
-    """Weighted layers: 6n + 2 for a CIFAR ResNet; 50, 101 or 152 for an ImageNet ResNet."""
+    """Weighted layers: 6n + 2 for a CIFAR ResNet; 50, 101 or 152 for an ImageNet ResNet; or blocks
+    of a vit, each of an attention and an MLP."""
     init: Initialisation = "zero-gain"
     """Blocks start as their shortcut, or as in the original papers (he)."""
     growth: int = 12
