@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from stochastic_depth.engine import Program
 from stochastic_depth.engine.library import missing
 from stochastic_depth.engine.pieces import Block
+from stochastic_depth.lab.bench.machine_peak import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import bench_table, milliseconds, shown, timings
-from stochastic_depth.lab.bench.workload import EngineStep, Step, Workload
+from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Step, Workload
 from stochastic_depth.lab.options import EnginesOptions, ProfileOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.survival import Survival, Uniform
@@ -172,29 +173,40 @@ def bench_engines(
     steps = {f"{name} {100 * share:.0f} %": step for name, share, step in built}
     rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
     timed = timings(rounds)
-    console.print(_engines_table(options, execution, list(names), timed))
+    peak = machine_peak(execution, workload.step(PlainResNet(options.depth)))
+    console.print(_engines_table(options, execution, list(names), timed, peak))
     console.print("milliseconds of a step, median and quartiles, by the share of active blocks")
     for name, reason in absent.items():
         console.print(f"{name}: {reason}")
     return {
         "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
+        "peak": peak and peak.to_json({n: timed[f"{n} 100 %"].median for n in names}),
         "missing": absent,
     }
 
 
 def _engines_table(
-    options: EnginesOptions, execution: Execution, names: list[str], timed: dict[str, Any]
+    options: EnginesOptions,
+    execution: Execution,
+    names: list[str],
+    timed: dict[str, Any],
+    peak: MachinePeak | None,
 ) -> Table:
     title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
     shares = [f"{100 * share:.0f} %" for share in SHARES]
-    table = bench_table(title, execution, "", *shares, "images/s\nat 100 %")
+    more = [] if peak is None else ["of the\npeak"]
+    table = bench_table(title, execution, "", *shares, "images/s\nat 100 %", *more)
     for name in names:
         of_name = [timed[f"{name} {share}"] for share in shares]
         table.add_row(
             name,
             *("{}\n{}-{}".format(*map(milliseconds, (t.median, *t.quartiles))) for t in of_name),
             f"{options.batch / of_name[0].median:,.0f}",
+            *([] if peak is None else [f"{peak.share(of_name[0].median):.2f}"]),
         )
+    if peak is not None:
+        least = peak.timing.median
+        table.add_row(AT_PEAK, milliseconds(least), "", "", f"{options.batch / least:,.0f}", "1")
     return table
 
 

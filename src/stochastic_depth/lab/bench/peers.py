@@ -12,6 +12,7 @@ from torch import nn
 
 from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, ConfigError, MissingExtraError
+from stochastic_depth.lab.bench.machine_peak import AT_PEAK, machine_peak
 from stochastic_depth.lab.bench.results import MEMORY, shown, table_of, timings
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
@@ -229,7 +230,9 @@ def bench_peers(options: PeersOptions, execution: Execution, console: Console) -
     ours = OURS if OURS in timed else None
     of_depth = f"-{options.depth}" if options.network == "cifar-resnet" else ""
     title = f"{options.network}{of_depth}, drop rate {rate:g}, batch {batch}, size {size}"
-    console.print(table_of(title, execution, timed, count, network.unit, memory, ours))
+    peak = machine_peak(execution, steps[CONSTANT])
+    rows = timed if peak is None else {**timed, AT_PEAK: peak.timing}
+    console.print(table_of(title, execution, rows, count, network.unit, memory, ours))
     console.print(f"memory: {MEMORY}")
     for name, reason in missing.items():
         console.print(f"{name}: {reason}")
@@ -247,6 +250,7 @@ def bench_peers(options: PeersOptions, execution: Execution, console: Console) -
             name: mean / means[ours] for name, mean in means.items() if ours and name != ours
         },
         "constant": CONSTANT,
+        "peak": peak and peak.to_json({n: t.median for n, t in timed.items() if CONSTANT in n}),
         "missing": missing,
     }
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.bench.engines import active_share
-from stochastic_depth.lab.bench.results import bench_table, shown, table_of, timings
+from stochastic_depth.lab.bench.machine_peak import AT_PEAK, MachinePeak, machine_peak
+from stochastic_depth.lab.bench.results import (
+    bench_table,
+    milliseconds,
+    shown,
+    table_of,
+    timings,
+)
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
     Step,
@@ -82,6 +89,7 @@ class Skip:
     """The alternatives, each a network of its own."""
 
     def __init__(self, depth: int, workload: Workload) -> None:
+        self.workload = workload
         self._depths: dict[str, Handle] = {}
         self._costs: list[float] = []
         self.steps: dict[str, Step] = {}
@@ -196,7 +204,10 @@ def skip(options: SkipOptions, execution: Execution, console: Console) -> dict[s
     bench = Skip(options.depth, Workload(options.batch, options.size, 3, execution))
     rounds = list(shown(bench.rounds(options.repeats), options.repeats, console))
     title = f"Training steps of ResNet-{options.depth}, batch {options.batch}"
-    columns = ("median", "time", "FLOPs", "efficiency", "kept", "blocks")
+    plain = PlainResNet(options.depth, bench.workload.channels)
+    peak = machine_peak(execution, bench.workload.step(plain))
+    columns = ["median", "time", "FLOPs", "efficiency", "kept", "blocks"]
+    columns += [] if peak is None else ["of the\npeak"]
     table = bench_table(title, execution, "", *columns)
     rows: dict[str, Any] = {}
     for name, result in skippings(rounds).items():
@@ -213,6 +224,9 @@ def skip(options: SkipOptions, execution: Execution, console: Console) -> dict[s
             "kept_for_backward": kept,
             "active_blocks": active,
         }
+        shares = [] if peak is None else _shares(peak, result)
+        if shares:
+            rows[name]["of_the_peak"] = statistics.median(shares)
         table.add_row(
             name,
             f"{1e3 * statistics.median(result.seconds):.1f} ms",
@@ -221,10 +235,18 @@ def skip(options: SkipOptions, execution: Execution, console: Console) -> dict[s
             "{1:.2f} ({0:.2f}-{2:.2f})".format(*quartiles) if quartiles else "",
             f"{kept:.3f}",
             f"{active:.3f}",
+            *([f"{statistics.median(shares):.2f}"] if shares else []),
         )
+    if peak is not None:
+        table.add_row(AT_PEAK, f"{milliseconds(peak.timing.median)} ms", *[""] * 5, "1")
     console.print(table)
     console.print(
         "time, FLOPs, bytes kept for backward, active blocks: of constant depth's\n"
         "efficiency: time saved over FLOPs saved, median and quartiles of the rounds",
     )
-    return {"alternatives": rows}
+    return {"alternatives": rows, "peak": peak and peak.to_json({})}
+
+
+def _shares(peak: MachinePeak, result: Skipping) -> list[float]:
+    """Of the peak that each step reached."""
+    return [peak.share(*step) for step in zip(result.seconds, result.active, strict=True)]
