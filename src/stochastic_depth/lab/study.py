@@ -22,7 +22,12 @@ from stochastic_depth.train import Config, Record, Run, SurvivalConfig, best_rec
 from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.config import ModelConfig, ScheduleConfig
 
-NETWORKS = {"cifar-resnet": "ResNet", "imagenet-resnet": "ResNet", "densenet": "DenseNet", "vit": "ViT"}
+NETWORKS = {
+    "cifar-resnet": "ResNet",
+    "imagenet-resnet": "ResNet",
+    "densenet": "DenseNet",
+    "vit": "ViT",
+}
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "imagenet": "ImageNet"}
 
 

@@ -22,7 +22,8 @@ def initialise(model: nn.Module, init: Initialisation, seed: int) -> None:
     layers: uniform in +-1 / sqrt(fan_in). Normalisation: gain 1, bias 0; under "zero-gain" the
     last gain of each residual branch starts at 0 (Goyal et al. 2017, arXiv:1706.02677), without
     which networks of 110 layers and more do not leave chance level in their first epochs; where a
-    branch has no BatchNorm, its last linear layer starts at 0. Modules of any other kind are left as they are: on the meta device, where using them is an error.
+    branch has no BatchNorm, its last linear layer starts at 0. Modules of any other kind are left
+    as they are: on the meta device, where using them is an error.
 
     Who builds a model under `with torch.device("meta")` gets its shapes alone, at once.
     """

@@ -1,7 +1,7 @@
 """A small vision transformer for images of CIFAR's size, its units made to be skipped.
 
-Pre-norm units, fixed two-dimensional sine and cosine positions, and the mean over patches instead of
-a class token (Beyer, Zhai and Kolesnikov 2022, arXiv:2205.01580).
+Pre-norm units, fixed two-dimensional sine and cosine positions, and the mean over patches instead
+of a class token (Beyer, Zhai and Kolesnikov 2022, arXiv:2205.01580).
 """
 
 import torch

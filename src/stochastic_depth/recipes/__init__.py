@@ -37,7 +37,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         digits_constant,
         cifar10_small,
         cifar10_small_constant,
-    cifar10_small_vit,
+        cifar10_small_vit,
         cifar10_resnet110,
         cifar10_resnet110_constant,
         cifar100_resnet110,
