@@ -2,11 +2,13 @@
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+from stochastic_depth.lab import comparison
 from stochastic_depth.lab.comparison import train_pairs
 from stochastic_depth.lab.pace import LEAST_EPOCHS, Pace, epochs_of, measure_pace
 from stochastic_depth.recipes import RECIPES
@@ -35,10 +37,9 @@ def test_the_faster_number_of_threads_is_taken_and_said():
 def test_as_many_epochs_as_fit_but_never_too_few_to_show_anything():
     pace = Pace({1: 0.1}, steps_per_epoch=10, saving=0.25)
     both = 10 * 0.1 * (1 + 0.75)
-    for seconds in (10, 20, 40):
-        assert (
-            both * pace.epochs_in(seconds, 100) < seconds < 2 * both * pace.epochs_in(seconds, 100)
-        )
+    for seconds in (15, 20, 40):
+        epochs = pace.epochs_in(seconds, 100)
+        assert 1.5 * both * epochs < seconds < 2.5 * both * (epochs + 1)
     assert pace.epochs_in(1000, 20) == 20
     assert pace.epochs_in(1, 20) == LEAST_EPOCHS
     assert pace.epochs_in(1, 2) == 2
@@ -64,3 +65,55 @@ def test_no_seed_is_begun_that_would_end_too_late_and_a_later_call_goes_on(tmp_p
     second = train_pairs(SMALL, [0, 1], tmp_path, display, lambda: None, later)
     assert [run.config.seed for run in second["stochastic"]] == [0, 1]
     assert [run.id for run in first["constant"]] == [run.id for run in second["constant"][:1]]
+
+
+class SlowTurns:
+    """A clock on which a turn takes as many seconds as the list says."""
+
+    def __init__(self, seconds):
+        self.now, self.turns = 0.0, iter(seconds)
+
+    def records(self, epochs):
+        for epoch in range(1, epochs + 1):
+            self.now += next(self.turns)
+            yield SimpleNamespace(epoch=epoch)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "end", "trained"),
+    [
+        ([10] * 4, 40, 4),
+        ([10] * 4, 39, 3),
+        ([10, 25, 10, 10], 69, 3),  # the machine became busy, and may be again
+        ([10, 25, 10, 10], 70, 4),
+        ([10] * 4, 1, 1),
+    ],
+)
+def test_no_epoch_is_begun_that_would_end_too_late_when_the_machine_gets_slower(
+    monkeypatch, seconds, end, trained
+):
+    clock, came = SlowTurns(seconds), []
+    monkeypatch.setattr(comparison.time, "monotonic", lambda: clock.now)
+
+    def counted():
+        for record in clock.records(4):
+            came.append(record)
+            yield record
+
+    done = comparison._take_turns([counted(), (_ for _ in ())], 4, end)
+    assert len(came) == trained
+    assert done is (trained == 4)
+
+
+def test_what_was_cut_short_is_compared_as_far_as_it_came_and_goes_on(tmp_path):
+    display = Display(Console(quiet=True), quiet=True)
+    two = replace(SMALL, epochs=2)
+    first = train_pairs(two, [0, 1], tmp_path, display, lambda: None, time.monotonic())
+    assert {kind: [len(run.records()) for run in of] for kind, of in first.items()} == {
+        "constant": [1],
+        "stochastic": [1],
+    }
+    assert comparison.compare(first).constant.test_error_last.deviation is None
+    again = train_pairs(two, [0], tmp_path, display, lambda: None, time.monotonic() + 1e6)
+    assert [len(run.records()) for of in again.values() for run in of] == [2, 2]
+    assert all(run.weights.exists() for of in again.values() for run in of)

@@ -189,6 +189,7 @@ def _stopped(console: "PlainConsole", interrupted: "Interrupted", again: str) ->
 
 
 def compare(arguments: list[str]) -> int:
+    began = time.monotonic()
     asked = parse_recipe("compare", COMPARE, arguments, Compare)
     from stochastic_depth.cli.console import PlainConsole
 
@@ -198,7 +199,7 @@ def compare(arguments: list[str]) -> int:
             require(module, "report")
         from stochastic_depth.files import write_whole
         from stochastic_depth.lab import comparison
-        from stochastic_depth.lab.pace import START_AND_END
+        from stochastic_depth.lab.pace import AT_THE_END
         from stochastic_depth.train import Interrupted
         from stochastic_depth.train.display import Display
         from stochastic_depth.train.fit import StopSignals
@@ -206,7 +207,7 @@ def compare(arguments: list[str]) -> int:
     seeds = range(config.seed, config.seed + asked.seeds)
     end = None
     if asked.minutes is not None:
-        end = time.monotonic() + 60 * asked.minutes - START_AND_END
+        end = began + 60 * asked.minutes - AT_THE_END
         config = _fitted(config, seeds, folder, end, console)
     with StopSignals() as stop, Display(console, asked.quiet) as display:
         try:
@@ -214,16 +215,25 @@ def compare(arguments: list[str]) -> int:
         except Interrupted as interrupted:
             return _stopped(console, interrupted, shlex.join(["compare", *arguments]))
     found = comparison.compare(runs)
-    title = f"{config.data.name}, {config.model.kind} {config.model.depth}, {config.epochs} epochs"
+    records = comparison.records_of_all(runs)["constant"]
+    epochs, trained = records[0][-1].epoch, len(records)
+    title = f"{config.data.name}, {config.model.kind} {config.model.depth}, {epochs:g} epochs"
+    console.print(comparison.comparison_table(title, found, trained))
+    if epochs < asked.config.epochs / 2:
+        console.print(
+            f"{epochs:g} of {asked.config.epochs} epochs are too few to compare errors by: look at "
+            "the seconds and the active blocks"
+        )
+    if epochs < config.epochs or trained < len(seeds):
+        done = f"{epochs:g} of {config.epochs} epochs"
+        if epochs >= config.epochs:
+            done = f"{trained} of {len(seeds)} seeds"
+        console.print(
+            f"stopped after {done}, to end in {asked.minutes:g} minutes: the same command "
+            "again goes on"
+        )
     comparison.write_comparison(folder / "comparison.json", found, runs)
     write_whole(folder / "comparison.png", comparison.comparison_picture(title, runs))
-    trained = len(runs["constant"])
-    console.print(comparison.comparison_table(title, found, trained))
-    if trained < len(seeds):
-        console.print(
-            f"{trained} of {len(seeds)} seeds, to end in {asked.minutes:g} minutes: the same "
-            "command again goes on with the next"
-        )
     for name in ("comparison.png", "comparison.json"):
         console.say(str(folder / name))
     return 0

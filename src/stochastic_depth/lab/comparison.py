@@ -4,11 +4,10 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from stochastic_depth.lab.training import training_curves, training_time
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
+from stochastic_depth.train.journal import Record
 
 KINDS = ("constant", "stochastic")
 
@@ -54,8 +54,9 @@ def train_pairs(
     are, interrupted ones go on.
 
     Args:
-        end: on the clock of `time.monotonic`: no seed is begun after the first that, at the pace of
-            the last one, would end later.
+        end: on the clock of `time.monotonic`. Turns are timed: where the next one would end later,
+            the runs under way are left as they are, and go on when this is called again. One turn
+            is taken in any case. A later seed that is not finished is not among the runs returned.
 
     Raises:
         ConfigError: when `config` is constant depth itself.
@@ -70,50 +71,76 @@ def train_pairs(
         if end is not None and runs[KINDS[0]] and not begun and time.monotonic() + a_pair > end:
             break
         began = time.monotonic()
-        turns = []
+        pair, turns = [], []
         for kind, chosen in zip(KINDS, (constant_depth(config), config), strict=True):
             path = folder / f"{kind}-seed{seed}"
             run, records = _start(replace(chosen, seed=seed), path, display, stop)
-            runs[kind].append(run)
+            pair.append(run)
             turns.append(records)
-        for _ in zip_longest(*turns):
-            pass
+        finished = _take_turns(turns, config.epochs, end)
+        if finished or not runs[KINDS[0]]:
+            for kind, run in zip(KINDS, pair, strict=True):
+                runs[kind].append(run)
+        if not finished:
+            break
         a_pair = max(a_pair, time.monotonic() - began)
     return runs
 
 
+def _take_turns(turns: Sequence[Generator[Record]], epochs: int, end: float | None) -> bool:
+    """Train one epoch of each in turn to the last; False where another would end after `end`."""
+    longest, began = 0.0, time.monotonic()
+    for records in zip_longest(*turns):
+        longest, began = max(longest, time.monotonic() - began), time.monotonic()
+        epoch = max(record.epoch for record in records if record is not None)
+        if end is not None and epoch < epochs and began + longest > end:
+            for turn in turns:
+                turn.close()
+            return False
+    return True
+
+
 def _start(
     config: Config, path: Path, display: Display, stop: Callable[[], int | None]
-) -> tuple[Run, Iterator[Any]]:
+) -> tuple[Run, Generator[Record]]:
+    images = None
     if not is_there(path):
         run, images = begin(config, path)
     else:
         run = open_run(path)
         if run.config.essential() != config.essential():
             raise RunError(f"{path} has another configuration: choose another --out")
-        if is_there(run.weights):
-            return run, iter(())
-        run, images = reopen(path, config.data.root)
-    watch = display.watch(path.name)
+        if not is_there(run.weights):
+            run, images = reopen(path, config.data.root)
 
-    def records() -> Iterator[Any]:
-        yield from fit(run, images, watch, stop)
-        display.finish(watch)
+    def records() -> Generator[Record]:
+        if images is not None:
+            watch = display.watch(path.name)
+            yield from fit(run, images, watch, stop)
+            display.finish(watch)
 
     return run, records()
 
 
+def records_of_all(runs: dict[str, list[Run]]) -> dict[str, list[list[Record]]]:
+    """The journals of each kind, as far as all runs have come."""
+    journals = {kind: [run.records() for run in of_kind] for kind, of_kind in runs.items()}
+    common = min(len(records) for of_kind in journals.values() for records in of_kind)
+    return {kind: [records[:common] for records in of] for kind, of in journals.items()}
+
+
 def compare(runs: dict[str, list[Run]]) -> Comparison:
-    """Read the journals of finished runs."""
+    """Read the journals, as far as all runs have come."""
     run = runs["stochastic"][0]
     cost = expected_cost(run.config.model, run.config.survival, run.shape, len(run.classes))
+    journals = records_of_all(runs)
     epoch_seconds = {
-        kind: statistics.median(r.seconds for run in runs[kind] for r in run.records())
+        kind: statistics.median(r.seconds for records in journals[kind] for r in records)
         for kind in KINDS
     }
     return Comparison(
-        constant=Outcome.of(run.records() for run in runs["constant"]),
-        stochastic=Outcome.of(run.records() for run in runs["stochastic"]),
+        constant=Outcome.of(journals["constant"]),
+        stochastic=Outcome.of(journals["stochastic"]),
         blocks=len(cost.survival),
         expected_active_blocks=sum(cost.survival),
         saving_measured=1 - epoch_seconds["stochastic"] / epoch_seconds["constant"],
