@@ -1,0 +1,399 @@
+"""Each row of the page "When a run has stopped": what it says is provoked, and its remedy works."""
+
+import errno
+import os
+import re
+import shlex
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_fit import assert_same_end
+from written import write_imagenet
+
+from stochastic_depth.cli import main
+from stochastic_depth.errors import DataError, StochasticDepthError
+from stochastic_depth.train import Config, begin, fit, open_run, reopen, trained_model
+from stochastic_depth.train.checkpoint import read_weights, write_weights
+from stochastic_depth.train.fit import StopSignals
+from stochastic_depth.train.training import Training
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "recover.md").read_text()
+ROWS = re.findall(r"^\| (.+?) \| .+ \| .+ \|$", PAGE, re.MULTILINE)[1:]
+SMALL = "digits --model.depth 14 --survival.final 0.3 --epochs 2 --evaluate-every 4 --quiet"
+"""The fixture `small`, for the command line."""
+SCENES = {}
+
+
+def row(start):
+    """What stands for the row that begins so."""
+    return lambda scene: SCENES.setdefault(start, scene)
+
+
+@dataclass
+class Runs:
+    """Makes runs in all states, and what they would have come to."""
+
+    small: Config
+    path: Path
+    finished: Path
+    watch: object
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture
+
+    def stopped(self) -> Path:
+        """A run of which two of five intervals are done."""
+        run, images = begin(self.small, self.path)
+        under_way = fit(run, images, self.watch)
+        for _ in range(2):
+            next(under_way)
+        under_way.close()
+        return self.path
+
+    def ended(self) -> Path:
+        return Path(shutil.copytree(self.finished, self.path))
+
+    def backup(self) -> Path:
+        return Path(shutil.copytree(self.path, self.path.with_name("backup")))
+
+    def restore(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.copytree(self.path.with_name("backup"), self.path)
+
+    def resume(self, path: Path | None = None) -> None:
+        """By the command that the page begins with."""
+        assert main(["train", "--resume", str(path or self.path), "--quiet"]) == 0
+
+    def refused(self, path: Path | None = None) -> str:
+        with pytest.raises(StochasticDepthError) as raised:
+            list(fit(*reopen(path or self.path), self.watch))
+        return str(raised.value)
+
+    def weights_are_back(self) -> None:
+        here, right = (
+            read_weights(run / "model.safetensors") for run in (self.path, self.finished)
+        )
+        assert all(torch.equal(here[name], tensor) for name, tensor in right.items())
+
+    def ends_as_if_nothing_had_happened(self, path: Path | None = None) -> None:
+        assert_same_end(open_run(path or self.path), open_run(self.finished))
+
+
+@pytest.fixture
+def runs(small, path, finished, silent, monkeypatch, capsys):
+    return Runs(small, path, finished, silent, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("said", ROWS)
+def test_what_a_row_says_comes_and_its_remedy_works(said, runs):
+    (scene,) = [scene for start, scene in SCENES.items() if said.startswith(start)]
+    scene(runs)
+
+
+def test_no_scene_is_of_a_row_that_is_gone():
+    assert all(any(said.startswith(start) for said in ROWS) for start in SCENES)
+
+
+@row("`stopped at step N")
+def _(runs):
+    looks = iter([None] * 12)
+    runs.monkeypatch.setattr(StopSignals, "__call__", lambda self: next(looks, 2))
+    command = f"train {SMALL} --run {runs.path}".replace(" --quiet", "")
+    assert main(shlex.split(command)) == 130
+    runs.monkeypatch.undo()
+    told = " ".join(runs.capsys.readouterr().out.split())
+    assert re.search(r"stopped at step \d+, with a checkpoint", told)
+    (printed,) = re.findall(r"go on: stochastic-depth (.+)", told)
+    assert main(shlex.split(printed)) == 0
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("nothing: it was killed")
+def _(runs):
+    run, images = begin(runs.small, runs.path)
+    under_way = fit(run, images, runs.watch)
+    next(under_way)
+    killed = runs.backup()  # as the folder is while it is written
+    (killed / "checkpoints" / ".unfinished-1").write_bytes(b"half")
+    with (killed / "metrics.jsonl").open("ab") as journal:
+        journal.write(b'{"step": 8, "ep')
+    runs.resume(killed)
+    runs.ends_as_if_nothing_had_happened(killed)
+
+
+@row("`No space left on device")
+def _(runs):
+    path, fsync = runs.stopped(), os.fsync
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    runs.monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device; make room, then go on" in runs.refused()
+    runs.monkeypatch.setattr(os, "fsync", fsync)
+    runs.resume(path)
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`cannot be written: Read-only file system`")
+def _(runs):
+    def read_only(folder, *args, **options):
+        if Path(folder).is_relative_to(runs.path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    runs.stopped()
+    runs.monkeypatch.setattr("stochastic_depth.train.run.remove_unfinished", read_only)
+    assert "cannot be written: Read-only file system" in runs.refused()
+    copy = runs.backup()
+    runs.resume(copy)
+    runs.ends_as_if_nothing_had_happened(copy)
+
+
+@row("`is being written by another process`")
+def _(runs):
+    runs.stopped()
+    with open_run(runs.path).writing():
+        assert "is being written by another process" in runs.refused()
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`was removed or replaced while it was being written`")
+def _(runs):
+    run, images = begin(runs.small, runs.path)
+    under_way = fit(run, images, runs.watch)
+    next(under_way)
+    runs.backup()
+    shutil.rmtree(runs.path)
+    with pytest.raises(StochasticDepthError, match="was removed or replaced while it was being"):
+        list(under_way)
+    assert main(shlex.split(f"train {SMALL} --run {runs.path}")) == 0  # begun anew
+    runs.ends_as_if_nothing_had_happened()
+    runs.restore()
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`step-….ckpt is damaged")
+def _(runs):
+    newest = max((runs.stopped() / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    list(fit(*reopen(runs.path), runs.watch))
+    assert f"{newest.name} is damaged" in runs.watch.said[0]
+    assert runs.watch.said[0].endswith("; using the one before it")
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`step-….ckpt belongs to another run`")
+def _(runs):
+    folder = runs.stopped() / "checkpoints"
+    first = min(folder.iterdir())
+    other, _ = begin(replace(runs.small, seed=1), runs.path.with_name("other"))
+    under_way = fit(*reopen(other.path), runs.watch)
+    next(under_way)
+    under_way.close()
+    shutil.copy(other.checkpoints.path(4), folder / "step-000000012.ckpt")
+    shutil.copy(first, folder / "step-000000016.ckpt")
+    runs.backup()
+    list(fit(*reopen(runs.path), runs.watch))
+    told = " ".join(runs.watch.said)
+    assert "step-000000012.ckpt belongs to another run" in told
+    assert "step-000000016.ckpt is of step 4: it was renamed" in told
+    runs.ends_as_if_nothing_had_happened()
+    runs.restore()
+    (folder / "step-000000012.ckpt").unlink()
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`has ended, and its checkpoints are gone`")
+def _(runs):
+    shutil.rmtree(runs.ended() / "checkpoints")
+    assert "has ended, and its checkpoints are gone" in runs.refused()
+    assert open_run(runs.path).records() == open_run(runs.finished).records()
+    assert read_weights(runs.path / "model.safetensors")
+
+
+@row("`no checkpoint can be trusted`")
+def _(runs):
+    runs.ended()
+    runs.backup()
+
+    def damage():
+        for checkpoint in (runs.path / "checkpoints").iterdir():
+            checkpoint.write_bytes(b"damaged")
+
+    damage()
+    assert "no checkpoint can be trusted" in runs.refused()
+    shutil.copytree(
+        runs.path.with_name("backup") / "checkpoints", runs.path / "checkpoints", dirs_exist_ok=True
+    )
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+    damage()
+    shutil.rmtree(runs.path / "checkpoints")
+    (runs.path / "metrics.jsonl").unlink()
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`lines are lost`")
+def _(runs):
+    journal = runs.stopped() / "metrics.jsonl"
+    runs.backup()
+    whole = journal.read_bytes()
+    journal.write_bytes(whole.splitlines(keepends=True)[0])
+    assert "lines are lost" in runs.refused()
+    max((runs.path / "checkpoints").iterdir()).unlink()
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+    runs.restore()
+    journal.write_bytes(b"")
+    assert "lines are lost" in runs.refused()
+    journal.write_bytes(whole)
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`config.json is damaged or was edited`")
+def _(runs):
+    config = runs.stopped() / "config.json"
+    original = config.read_text()
+    config.write_text(original.replace('"epochs": 2', '"epochs": 3'))
+    assert "config.json is damaged or was edited" in runs.refused()
+    config.write_text(original)
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`model.safetensors belongs to another run`")
+def _(runs):
+    weights = runs.ended() / "model.safetensors"
+    write_weights(weights, {"weight": torch.ones(1)}, {"run": "f" * 32, "recipe": "digits"})
+    run, images = reopen(runs.path)
+    with pytest.raises(StochasticDepthError, match="safetensors belongs to another run"):
+        trained_model(run, images)
+    weights.unlink()
+    runs.resume()
+    runs.weights_are_back()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`it is a link`")
+def _(runs):
+    runs.stopped()
+    elsewhere = runs.path.with_name("elsewhere")
+    for name, told in (
+        ("metrics.jsonl", "a link"),
+        ("lock", "a pipe"),
+        ("config.json", "a device"),
+    ):
+        file = runs.path / name
+        shutil.copyfile(file, elsewhere)
+        file.unlink()
+        match told:
+            case "a link":
+                file.symlink_to(elsewhere)
+            case "a pipe":
+                os.mkfifo(file)
+            case "a device":
+                os.mknod(file, 0o20600, os.makedev(1, 3))
+        assert f"it is {told}" in runs.refused()
+        file.unlink()
+        if name != "lock":  # that one is made when it is missing
+            shutil.copyfile(elsewhere, file)
+    os.link(runs.path / "metrics.jsonl", elsewhere.with_name("second name"))
+    assert "it is a hard link" in runs.refused()
+    content = (runs.path / "metrics.jsonl").read_bytes()
+    (runs.path / "metrics.jsonl").unlink()
+    (runs.path / "metrics.jsonl").write_bytes(content)
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`model.safetensors is damaged")
+def _(runs):
+    weights = runs.ended() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    list(fit(*reopen(runs.path), runs.watch))
+    assert re.search(r"model.safetensors cannot be read.*; written anew", runs.watch.said[-1])
+    runs.weights_are_back()
+    right = weights.read_bytes()
+    weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    list(fit(*reopen(runs.path), runs.watch))
+    assert re.search(r"model.safetensors is damaged.*; written anew", runs.watch.said[-1])
+    runs.weights_are_back()
+
+
+@row("`began on data with fingerprint")
+def _(runs):
+    pictures = runs.path.with_name("pictures")
+    write_imagenet(pictures, train=2, val=1)
+    right = Path(shutil.copytree(pictures, runs.path.with_name("right")))
+    assert main(shlex.split(f"train {PICTURES} --data.root {pictures} --run {runs.path}")) == 0
+    changed = next((pictures / "train").rglob("*.JPEG"))
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    max((runs.path / "checkpoints").iterdir()).unlink()
+    assert re.search("began on data with fingerprint .*, this data has", runs.refused())
+    assert main(["train", "--resume", str(runs.path), "--data", str(right), "--quiet"]) == 0
+
+
+PICTURES = (
+    "imagenet-resnet50 --data.size 32 --data.workers 0 --model.kind cifar-resnet --model.depth 8 "
+    "--optimizer.batch 2 --epochs 1 --evaluate-every 1 --quiet"
+)
+
+
+@row("`not finite at step N`")
+def _(runs):
+    digits = f"train digits --model.depth 8 --epochs 1 --quiet --run {runs.path}"
+    assert main(shlex.split(f"{digits} --optimizer.learning-rate 1e30")) == 1
+    assert "not finite at step" in runs.capsys.readouterr().err
+    for number, remedy in enumerate(
+        (
+            "--optimizer.learning-rate 0.05",
+            "--optimizer.learning-rate 0.05 --optimizer.warmup-epochs 0.5",
+            "--schedule warmup",
+        )
+    ):
+        assert main(shlex.split(f"{digits}-{number} {remedy}")) == 0
+
+
+@row("`out of memory at step N (blocks")
+def _(runs):
+    runs.stopped()
+    advance = Training.advance
+
+    def exhausted(self, *batch):
+        if self.step == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return advance(self, *batch)
+
+    runs.monkeypatch.setattr(Training, "advance", exhausted)
+    assert re.match(r"out of memory at step 9 of \S+ \(blocks .* open\)", runs.refused())
+    runs.monkeypatch.setattr(Training, "advance", advance)
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+    for number, remedy in enumerate(("--optimizer.batch 64", "--precision bfloat16")):
+        other = f"train digits --model.depth 8 --epochs 1 --quiet --run {runs.path}-{number}"
+        assert main(shlex.split(f"{other} {remedy}")) == 0
+
+
+@row("`a process that decodes pictures has died`")
+def _(runs):
+    runs.stopped()
+    advance = Training.advance
+    # How it comes about, with processes, is tested with the failures; here, that the run goes on.
+    runs.monkeypatch.setattr(Training, "advance", died)
+    assert "a process that decodes pictures has died" in runs.refused()
+    runs.monkeypatch.setattr(Training, "advance", advance)
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+def died(*_):
+    raise DataError("a process that decodes pictures has died (EOFError)")
