@@ -101,7 +101,8 @@ def apply(
             keyword arguments. A small batch will do.
         include: modules in which to look for blocks, by name, by class, or by a function of name
             and module that returns a bool; all when not given.
-        exclude: modules to leave as they are, with all that is inside of them.
+        exclude: modules to leave as they are, with all that is inside of them; a block with one
+            of them in its branch is never skipped.
         granularity: "block", one coin for all residual additions of a repeated block; or "unit",
             one each.
         stacks: names of modules, say ("encoder", "decoder"), in each of which the rule counts l and

@@ -1,5 +1,6 @@
 """What the branches of residual additions consist of: what is computed for the addition alone."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -191,15 +192,23 @@ class Analysis:
         return ".".join(path), same.index(event)
 
     def _runs(self, event: Event) -> list[str]:
-        """The path that the names of the modules in the branch have in common."""
+        """The path that the names of the modules of the branch begin with, or one of them.
+
+        Modules that run for several branches tell none of them apart.
+        """
         assert event.home is not None
         calls = self.group("", [event]).calls
-        paths = [call.name.split(".") for call in calls] or [event.home.name.split(".")]
+        calls = [c for c in calls if len(self.of_module[c.name]) == 1] or calls or [event.home]
+        paths = [call.name.split(".") for call in calls]
         common = paths[0]
         for path in paths[1:]:
-            common = [a for a, b in zip(common, path, strict=False) if a == b]
+            same = (a == b for a, b in zip(common, path, strict=False))
+            common = common[: sum(itertools.takewhile(bool, same))]
         start = len(event.home.name.split(".")) if event.home.name else 0
-        return common if len(common) > start else paths[-1]
+        if len(common) > start:
+            return common
+        largest = max(calls, key=lambda call: sum(p.numel() for p in call.module.parameters()))
+        return largest.name.split(".")
 
     def edits(self, group: Group, copies: bool, first: int) -> list[Deferred]:
         """Where `group` gets its gates.

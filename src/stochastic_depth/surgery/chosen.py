@@ -1,6 +1,7 @@
 """Which modules of a model are meant: by name, by class, or by a function of both."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,17 +15,31 @@ Choice = Named | Iterable[Named]
 """Modules, with all that is inside of them: by name, by class, or by a function of both."""
 
 
-def chosen_modules(model: nn.Module, include: Choice | None, exclude: Choice) -> set[str]:
-    """Names of the modules in `include`, or of all, without those in `exclude`."""
-    chosen = (
-        {name for name, _ in model.named_modules()}
-        if include is None
-        else _matching(model, include, "include")
-    )
-    return chosen - _matching(model, exclude, "exclude")
+@dataclass(frozen=True)
+class Chosen:
+    """Names of modules: those that may be skipped, and those that stay as they are."""
+
+    included: frozenset[str]
+    excluded: frozenset[str]
+
+    def has(self, block: str, branch: Iterable[str]) -> bool:
+        """Whether a block may be skipped: no module of its branch is to stay as it is."""
+        kept = block in self.excluded or not self.excluded.isdisjoint(branch)
+        return block in self.included and not kept
 
 
-def _matching(model: nn.Module, choice: Choice, option: str) -> set[str]:
+def chosen_modules(model: nn.Module, include: Choice | None, exclude: Choice) -> Chosen:
+    """The modules in `include`, or all, and those in `exclude`.
+
+    Raises:
+        ApplyError: when a choice matches no module; names it.
+    """
+    everything = frozenset(name for name, _ in model.named_modules())
+    included = everything if include is None else _matching(model, include, "include")
+    return Chosen(included, _matching(model, exclude, "exclude"))
+
+
+def _matching(model: nn.Module, choice: Choice, option: str) -> frozenset[str]:
     matching: set[str] = set()
     for what in [choice] if isinstance(choice, str | type) or callable(choice) else choice:
         roots = [name for name, module in model.named_modules() if _is_meant(what, name, module)]
@@ -35,7 +50,7 @@ def _matching(model: nn.Module, choice: Choice, option: str) -> set[str]:
             for name, _ in model.named_modules()
             if any(not root or name == root or name.startswith(f"{root}.") for root in roots)
         }
-    return matching
+    return frozenset(matching)
 
 
 def _is_meant(what: Any, name: str, module: nn.Module) -> bool:

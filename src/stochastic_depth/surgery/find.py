@@ -23,7 +23,7 @@ from stochastic_depth.surgery.blocks import (
     residual_block,
 )
 from stochastic_depth.surgery.branches import LEAST, NEEDED, Analysis, Event, Group
-from stochastic_depth.surgery.chosen import Choice, chosen_modules
+from stochastic_depth.surgery.chosen import Choice, Chosen, chosen_modules
 from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.install import gated_class
@@ -106,8 +106,14 @@ def find_residuals(model: nn.Module, include: Choice | None, exclude: Choice) ->
     return [
         residual_block(name, module, 0)
         for name, module in model.named_modules()
-        if isinstance(module, Residual) and name in chosen
+        if isinstance(module, Residual) and chosen.has(name, _inside(name, module))
     ]
+
+
+def _inside(name: str, module: Residual) -> list[str]:
+    """Names of the modules of a unit's branch."""
+    branch = f"{name}.branch" if name else "branch"
+    return [inner for inner, _ in module.branch.named_modules(prefix=branch)]
 
 
 def find_blocks(
@@ -136,7 +142,14 @@ def find_blocks(
         if not _gathers(addition):
             key = _block_of(addition, modules, granularity)
             blocks.setdefault(key, []).append(addition)
-    edited = [(_found(name, group, modules), group) for (name, _), group in blocks.items()]
+    for addition in additions:
+        for event in addition.events:
+            analysis.place(event)
+    edited = [
+        (_found(name, outermost, modules), outermost)
+        for (name, _), group in blocks.items()
+        if (outermost := _outermost(group))
+    ]
     return _with_deferred(model, edited, analysis, modules, chosen, granularity, rewrite)
 
 
@@ -145,15 +158,12 @@ def _with_deferred(
     edited: list[tuple[Found, list[Addition]]],
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
-    chosen: set[str],
+    chosen: Chosen,
     granularity: Granularity,
     rewrite: bool,
 ) -> list[Found]:
     """The blocks, deferred where their source cannot be rewritten."""
     kept, others = [], []
-    for _, group in edited:
-        for event in (event for addition in group for event in addition.events):
-            analysis.place(event)
     for found, group in edited:
         fixed = found.mechanism in ("registered", "Residual")
         repeated = not rewrite or any(len(a.events) > 1 for a in group)
@@ -180,12 +190,14 @@ def _with_deferred(
     reasons = {event: found.refusal for found, group in others for a in group for event in a.events}
     placed = []
     for (found, group), (name, of_found) in zip(kept, events_of, strict=False):
-        if group[0].owner in chosen and name not in long:
+        unit = found.module
+        runs = _inside(name, unit) if isinstance(unit, Residual) else found.modules
+        if chosen.has(group[0].owner, runs) and name not in long:
             if found.mechanism in ("slice", "call") and analysis.group(name, of_found).own < LEAST:
                 found = replace(found, refusal=NEEDED)
             placed.append((min(event.total for event in of_found), found))
     for group in groups:
-        if group.block in chosen and group.block not in long:
+        if chosen.has(group.block, group.modules) and group.block not in long:
             found = _deferred(group, analysis, modules, copies, first, reasons)
             placed.append((min(event.total for event in group.events), found))
     return [found for _, found in sorted(placed, key=lambda pair: pair[0])]
@@ -283,6 +295,19 @@ def _residual_ones(
         else:
             kept.append(addition)
     return kept
+
+
+def _outermost(additions: list[Addition]) -> list[Addition]:
+    """Those of one coin that are in no branch of another: the gate of that one covers them."""
+    branches = [(a, event.branch) for a in additions for event in a.events]
+    return [
+        addition
+        for addition in additions
+        if not all(
+            any(event.total in branch for other, branch in branches if other is not addition)
+            for event in addition.events
+        )
+    ]
 
 
 def _gathers(addition: Addition) -> bool:
