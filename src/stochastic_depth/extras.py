@@ -1,14 +1,8 @@
 """Optional dependencies, imported where they are used."""
 
 import importlib
-import json
-import re
-import shlex
-from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from urllib.parse import unquote, urlparse
 
 from stochastic_depth.errors import MissingExtraError
 
@@ -36,6 +30,11 @@ def installing(extra: str, module: str) -> str:
     of the extra by their own names. The library's own name is never given to pip alone: it need not
     be ours in the index that is asked.
     """
+    import re  # loaded only where something is missing
+    import shlex
+    from contextlib import suppress
+    from importlib import metadata
+
     source = _source()
     if source is not None:
         return f"pip install {shlex.quote(f'{source}[{extra}]')}"
@@ -52,6 +51,11 @@ def installing(extra: str, module: str) -> str:
 
 def _source() -> Path | None:
     """The checkout or the wheel this library was installed from, if it is still there."""
+    import json
+    from contextlib import suppress
+    from importlib import metadata
+    from urllib.parse import unquote, urlparse
+
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file() and (checkout / "src" / "stochastic_depth").is_dir():
         return checkout

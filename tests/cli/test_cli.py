@@ -3,11 +3,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from stochastic_depth import __version__
 from stochastic_depth.cli import COMMANDS, main
+from stochastic_depth.errors import MissingExtraError
 from stochastic_depth.recipes import RECIPES
 
 SMALL = ["--model.depth", "8", "--epochs", "2"]
@@ -85,7 +87,7 @@ def test_a_typo_is_met_with_a_suggestion_and_exit_code_2(arguments, hint, capsys
         (["predict", "nowhere.onnx", "picture.png"], "nowhere.onnx does not exist"),
         (["report", "nowhere"], "nowhere holds no run"),
         (["analyze", "active", "nowhere"], "nowhere is not a run folder"),
-        (["train", "--resume", "nowhere", "--epochs", "9"], "--epochs cannot be given with"),
+        (["train", "--resume", "nowhere", "--epochs", "9"], "a run cannot be extended"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(arguments, told, capsys):
@@ -219,3 +221,32 @@ def test_a_reader_that_goes_away_is_no_error(arguments):
     process.stderr.close()
     assert process.wait() == 128 + signal.SIGPIPE
     assert told == ""
+
+
+@pytest.mark.parametrize("becomes", [KeyboardInterrupt, RecursionError, MissingExtraError])
+def test_an_interrupt_is_one_whatever_a_library_makes_of_it(becomes, monkeypatch, capsys):
+    def importing(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise becomes("of the library's own") from None
+
+    monkeypatch.setattr("stochastic_depth.cli.require", importing)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["recipes"]) == 128 + signal.SIGINT
+    assert capsys.readouterr() == ("", "")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_while_pytorch_is_imported_ends_the_command_without_a_traceback():
+    command = [sys.executable, "-X", "importtime", "-m", "stochastic_depth", "train", "digits"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.endswith(" torch._C\n"):
+            break
+    process.send_signal(signal.SIGINT)
+    told = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert [line for line in told.splitlines() if not line.startswith("import time:")] == []

@@ -1,6 +1,9 @@
 """Every data set in every layout, from files to a test error, as a user would."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,3 +97,19 @@ def test_a_data_set_that_has_moved_is_found_by_its_content(tmp_path, capsys):
     for command in (["train", "--resume", run], ["eval", run]):
         assert main([*command, "--data", str(tmp_path / "other")]) == 1
         assert "fingerprint" in capsys.readouterr().err
+
+
+def test_the_page_on_own_pictures_works_as_it_is_written(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs/how-to/own-pictures.md").read_text()
+    code = dict(re.findall(r"^```(python|bash)\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    exec(code["python"], {})
+    for line in code["bash"].splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "stochastic-depth"
+        assert main(arguments) == 0, line
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert "pictures: cifar-resnet 8, 24 images → runs/mine" in told.out
+    assert told.out.count("0.png") == 2
+    assert (told.out.count("dark"), told.out.count("bright")) >= (2, 2)

@@ -57,6 +57,26 @@ def test_the_plan_alone_needs_no_storage(capsys):
     assert "verified" not in printed
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_language_model_is_planned_by_its_type_or_from_a_file(
+    kind, tmp_path, capsys, monkeypatch
+):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    assert main(["inspect", f"transformers/{kind}", "--plan-only"]) == 0
+    by_type = capsys.readouterr().out
+    blocks = transformers.AutoConfig.for_model(kind).num_hidden_layers
+    assert by_type.count("slice") == blocks
+    (tmp_path / f"my_{kind}.py").write_text(
+        "import torch, transformers\n"
+        "def make():\n"
+        f"    config = transformers.AutoConfig.for_model({kind!r}, use_cache=False)\n"
+        "    return transformers.AutoModel.from_config(config), torch.ones(2, 16).long()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", f"my_{kind}:make", "--plan-only"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == by_type.splitlines()[1:]
+
+
 def test_what_cannot_be_skipped_is_an_error_that_names_the_remedy(capsys):
     assert main(["inspect", f"{__name__}:refused"]) == 1
     printed = capsys.readouterr()

@@ -17,11 +17,10 @@ import scipy.io
 import torch
 from PIL import Image
 from safetensors.torch import save
+from written import published
 
-from stochastic_depth.data.cifar import CIFAR10
-from stochastic_depth.data.cifar.binary import read_records
-from stochastic_depth.data.cifar.parquet import read_shard
-from stochastic_depth.data.cifar.pickles import read_batch
+from stochastic_depth.data.cifar import CIFAR10, read_batch, read_records
+from stochastic_depth.data.cifar_parquet import read_shard
 from stochastic_depth.data.folders import unpack
 from stochastic_depth.data.pictures import decode_one, open_picture
 from stochastic_depth.data.svhn import read_mat
@@ -88,9 +87,9 @@ def read_archive(content: bytes) -> None:
 
 
 READERS: dict[str, Callable[[bytes], object]] = {
-    "pickle": in_file(lambda path: read_batch(path, CIFAR10)),
+    "pickle": in_file(lambda path: read_batch(path, CIFAR10), "data_batch_1"),
     "binary": in_file(lambda path: read_records(path, CIFAR10)),
-    "mat": in_file(read_mat),
+    "mat": in_file(read_mat, "test_32x32.mat"),
     "parquet": in_file(lambda path: read_shard(path, CIFAR10)),
     "small picture": lambda content: decode_one(content, "here", (32, 32)),
     "picture": in_file(open_picture),
@@ -174,9 +173,9 @@ def whole_files() -> dict[str, list[bytes]]:
     configurations = [json.dumps(recipe().to_json()).encode() for recipe in RECIPES.values()]
     described, checkpoint = of_run(), of_checkpoint()
     return {
-        "pickle": [pickle.dumps(batch, protocol) for protocol in range(6)],
+        "pickle": [published("data_batch_1", pickle.dumps(batch, 2))],
         "binary": [b"\3" + rows[0].tobytes()],
-        "mat": [of_mat(compressed) for compressed in (False, True)],
+        "mat": [published("test_32x32.mat", of_mat(compressed=True))],
         "parquet": [of_parquet(compression=kind) for kind in ("none", "snappy", "zstd", "gzip")],
         "small picture": pictures,
         "picture": pictures,

@@ -101,35 +101,31 @@ def test_a_missing_or_foreign_shard_is_refused(small, tmp_path, encode):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (lambda batch: batch.pop(b"data"), "expected a dictionary with 'data', found a dict with"),
-        (lambda batch: batch.pop(b"labels"), "expected a dictionary with 'labels'"),
-        (lambda batch: batch[b"labels"].pop(), "4 images and labels of shape"),
-        (lambda batch: batch[b"labels"].append("cat"), "labels are a list, expected a list of int"),
-        (lambda batch: batch[b"labels"].__setitem__(2, 10), "row 2: label 10, expected 0 to 9"),
-        (lambda batch: batch[b"labels"].__setitem__(1, -1), "row 1: label -1, expected 0 to 9"),
-        (lambda batch: batch[b"labels"].__setitem__(1, 2**62), f"row 1: label {2**62}"),
-        (lambda batch: batch[b"labels"].__setitem__(1, 2**70), "an integer of more than 64 bits"),
-        (
-            lambda batch: batch.update({b"data": batch[b"data"][:, :3071].copy()}),
-            r"data is torch.uint8 \[4, 3071\], expected a uint8 array \[n, 3072\]",
-        ),
-        (
-            lambda batch: batch.update({b"data": batch[b"data"].astype("i8")}),
-            r"data is torch.int64 \[4, 3072\]",
-        ),
-        (lambda batch: batch.update({b"data": 3}), "data is a int"),
+        lambda batch: batch.pop(b"data"),
+        lambda batch: batch.pop(b"labels"),
+        lambda batch: batch[b"labels"].pop(),
+        lambda batch: batch[b"labels"].append("cat"),
+        lambda batch: batch[b"labels"].__setitem__(2, 10),
+        lambda batch: batch[b"labels"].__setitem__(1, -1),
+        lambda batch: batch[b"labels"].__setitem__(1, 2**62),
+        lambda batch: batch[b"labels"].__setitem__(1, 2**70),
+        lambda batch: batch.update({b"data": batch[b"data"][:, :3071].copy()}),
+        lambda batch: batch.update({b"data": batch[b"data"].astype("i8")}),
+        lambda batch: batch.update({b"data": 3}),
     ],
 )
-def test_a_pickle_with_other_content_is_refused(change, message, tmp_path, pictures):
+def test_a_pickle_with_other_content_is_refused(change, tmp_path, pictures):
     labels = np.arange(20) % 10
     write_pickles(tmp_path / "x", CIFAR10, pictures(20), labels, pictures(10), labels[:10])
     path = tmp_path / "x" / "data_batch_3"
     batch = pickle.loads(path.read_bytes())
     change(batch)
     path.write_bytes(pickle.dumps(batch, 2))
-    with pytest.raises(DataError, match=f"data_batch_3.*{message}"):
+    with pytest.raises(
+        DataError, match=r"data_batch_3: MD5 checksum .*, or give the binary version"
+    ):
         read_cifar(tmp_path / "x", CIFAR10)
 
 

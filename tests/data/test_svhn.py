@@ -1,11 +1,17 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import scipy.io
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from written import write_svhn
 
 from stochastic_depth.data import Images, load
-from stochastic_depth.data.svhn import SvhnFiles, hold_out_svhn, read_svhn
+from stochastic_depth.data.svhn import SvhnFiles, hold_out_svhn, read_mat, read_svhn
 from stochastic_depth.errors import DataError
 
 
@@ -63,34 +69,74 @@ X = np.zeros((32, 32, 3, 4), np.uint8)
 Y = np.ones((4, 1), np.uint8)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"X": X}, "arrays X, expected X and y"),
-        ({"y": Y}, "arrays y, expected X and y"),
-        ({}, "arrays none, expected X and y"),
-        ({"X": X.astype(float), "y": Y}, r"X is torch.float64 \[32, 32, 3, 4\], expected uint8"),
-        ({"X": X[:31], "y": Y}, r"X is torch.uint8 \[31, 32, 3, 4\]"),
-        ({"X": X, "y": Y[:3]}, "4 images and 3 labels"),
-        ({"X": X[..., :0], "y": Y[:0]}, "0 images|no readable|X is"),
-        ({"X": X, "y": Y * 11}, "image 0: label 11, expected 1 to 10"),
-        ({"X": X, "y": Y * 0}, "image 0: label 0, expected 1 to 10"),
-        ({"X": X, "y": Y * float("nan")}, "image 0: label nan"),
-        ({"X": X, "y": Y * 1.5}, "image 0: label 1.5"),
-        ({"X": X, "y": np.array([["a"]] * 4, dtype=object)}, "arrays X, expected X and y"),
-    ],
-)
-def test_a_file_with_other_content_is_refused(content, message, tmp_path):
+CONTENTS = [
+    {"X": X},
+    {"y": Y},
+    {},
+    {"X": X.astype(float), "y": Y},
+    {"X": X[:31], "y": Y},
+    {"X": X, "y": Y[:3]},
+    {"X": X[..., :0], "y": Y[:0]},
+    {"X": X, "y": Y * 11},
+    {"X": X, "y": Y * 0},
+    {"X": X, "y": Y * float("nan")},
+    {"X": X, "y": Y * 1.5},
+    {"X": X, "y": np.array([["a"]] * 4, dtype=object)},
+]
+
+
+def refused(path, content):
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{path.name}: MD5 checksum .*--data.name folder"):
+        read_mat(path)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_file_with_other_content_is_refused(content, tmp_path):
     write_svhn(tmp_path)
-    scipy.io.savemat(tmp_path / "extra_32x32.mat", content)
-    with pytest.raises(DataError, match=f"extra_32x32.mat.*{message}"):
-        read_svhn(tmp_path)
+    file = io.BytesIO()
+    scipy.io.savemat(file, content)
+    refused(tmp_path / "extra_32x32.mat", file.getvalue())
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
 def test_a_truncated_file_is_refused(share, tmp_path):
     write_svhn(tmp_path)
     path = tmp_path / "test_32x32.mat"
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(DataError, match=r"test_32x32.mat"):
-        read_svhn(tmp_path)
+    refused(path, path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_an_altered_file_is_refused(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("svhn")
+    write_svhn(folder, {"test": 1})
+    path = folder / "test_32x32.mat"
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    refused(path, content)
+
+
+def a_file(*elements):
+    return b" " * 124 + b"\0\x01IM" + b"".join(elements)
+
+
+BOMB = zlib.compress(struct.pack("<II", 14, 64) + bytes(2**26))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\x02IM",
+        b" " * 124 + b"\x01\0MI",
+        a_file(b"\x0e"),
+        a_file(struct.pack("<II", 14, 2**32 - 1)),
+        a_file(struct.pack("<II", 14, 0)),
+        a_file(struct.pack("<II", 9, 8), bytes(8)),
+        a_file(struct.pack("<II", 15, 4), b"abcd"),
+        a_file(struct.pack("<II", 15, len(BOMB)), BOMB),
+    ],
+)
+def test_another_version_or_a_false_size_is_refused(content, tmp_path):
+    refused(tmp_path / "test_32x32.mat", content)

@@ -1,5 +1,7 @@
 """Small data sets in the layouts in which the real ones are published."""
 
+import hashlib
+import io
 import pickle
 
 import numpy as np
@@ -9,9 +11,20 @@ import scipy.io
 from PIL import Image
 
 from stochastic_depth.data.cifar import CIFAR10, CIFAR100
+from stochastic_depth.data.folders import MD5
 
 SVHN_SIZES = {"train": 60, "extra": 90, "test": 30}
 IMAGENET_CLASSES = ("n01", "n02", "n03")
+
+
+PUBLISHED = dict(MD5)
+"""Before a test has put the checksum of a small file in the place of the real one."""
+
+
+def published(name, content):
+    """`content`, its checksum taken for that of the published file `name`."""
+    MD5[name] = hashlib.md5(content).hexdigest()
+    return content
 
 
 def split(names, pixels, labels):
@@ -29,7 +42,7 @@ def write_pickles(folder, variant, train, train_labels, test, test_labels):
         for name, part, part_labels in split(names, pixels, labels):
             rows = np.ascontiguousarray(part.transpose(0, 3, 1, 2)).reshape(len(part), 3072)
             batch = {b"data": rows, key: part_labels.tolist(), b"filenames": [b"x"] * len(part)}
-            (folder / name).write_bytes(pickle.dumps(batch, 2))
+            (folder / name).write_bytes(published(name, pickle.dumps(batch, 2)))
 
 
 def write_binary(folder, variant, train, train_labels, test, test_labels):
@@ -81,7 +94,10 @@ def write_svhn(root, sizes=SVHN_SIZES, **options):
         digits = np.arange(n) % 10
         stored = np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]
         content = {"X": pixels.transpose(1, 2, 3, 0), "y": stored}
-        scipy.io.savemat(root / f"{part}_32x32.mat", content, **options)
+        file = io.BytesIO()
+        scipy.io.savemat(file, content, **options)
+        name = f"{part}_32x32.mat"
+        (root / name).write_bytes(published(name, file.getvalue()))
         made[part] = pixels, digits
     return made
 

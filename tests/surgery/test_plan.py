@@ -44,6 +44,32 @@ def test_the_structure_alone_is_enough():
     assert [block.mechanism for block in plan.blocks] == ["slice", "slice"]
 
 
+class Attention(nn.Module):
+    """The attention of a ViT-S: 6 heads, 384 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(384, 3 * 384), nn.Linear(384, 384)
+
+    def forward(self, x):
+        batch, tokens = x.shape[:2]
+        q, k, v = self.qkv(x).view(batch, tokens, 3, 6, 64).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_flops_of_attention_are_those_of_its_products(device):
+    with torch.device(device):
+        model, x = nn.Sequential(Attention(), Attention()), torch.randn(2, 197, 384)
+    projections = 4 * 2 * (2 * 197) * 384 * 384
+    scores_and_mean = 2 * 2 * (2 * 6) * 197 * 197 * 64
+    assert [b.flops for b in sd.plan(model, x).blocks] == 2 * [projections + scores_and_mean]
+    if device == "cpu":
+        sd.apply(model, example=x)
+        assert sd.summary(model, x).blocks[0].forward == projections + scores_and_mean
+
+
 def test_an_applied_model_and_one_without_blocks_are_errors():
     model = network(Left)
     sd.apply(model, example=X)

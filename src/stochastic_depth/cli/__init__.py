@@ -11,7 +11,9 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.extras import require
@@ -39,18 +41,13 @@ of two cores a training step took 80 times as long without it, and with it less 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     for name, value in SPIN.items():  # before PyTorch is loaded
         os.environ.setdefault(name, value)
     try:
-        code = _run(given)
-        sys.stdout.flush()
-        return code
+        return _interruptible(list(sys.argv[1:] if arguments is None else arguments))
     except StochasticDepthError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -58,6 +55,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(exit.__context__, BrokenPipeError):  # how rich ends when nobody reads
             return 128 + signal.SIGPIPE
         return int(exit.code or 0)
+
+
+def _interruptible(arguments: list[str]) -> int:
+    with _interrupts() as pressed:
+        try:
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+        except BaseException:
+            if not pressed:
+                raise
+            return 128 + signal.SIGINT
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """While entered, Ctrl-C raises KeyboardInterrupt and is noted in the list.
+
+    The exception alone is not enough: a library that is just being imported may catch it and raise
+    another one.
+    """
+    pressed: list[int] = []
+
+    def press(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    # A process in the background may ignore it; another thread cannot change what is done.
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or not _in_main_thread():
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
 
 
 def _run(arguments: list[str]) -> int:

@@ -95,6 +95,12 @@ def _parse_resume(arguments: list[str]) -> Resume:
     known = ("--resume", "--data", "--quiet", "--no-quiet", "--help")
     for argument in arguments:
         name = argument.split("=")[0]
+        if name == "--epochs":
+            raise ConfigError(
+                "--epochs cannot be given with --resume: a run cannot be extended, its learning "
+                "rate and its schedule are fixed by the epochs it began with. Begin another run "
+                "with more: stochastic-depth train RECIPE --epochs N --run FOLDER"
+            )
         if name.startswith("--") and name not in known:
             raise ConfigError(
                 f"{name} cannot be given with --resume, which goes on with the configuration that "

@@ -1,6 +1,7 @@
 """Batches of a tree of pictures that is too large for memory, as ImageNet is published."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -36,8 +37,8 @@ class FolderBatches:
     validation: how many training images to hold out, in proportion to the classes; with 0 the
     `val` folder is the validation part too. train: keep this many of the others, by default all.
     augment: random crops and flips in training, otherwise the view that evaluation uses. workers:
-    processes that decode; their number does not change the batches. image_size: in pixels. share:
-    what to decode and give of each batch.
+    processes that decode, at most one for each core; their number does not change the batches.
+    image_size: in pixels. share: what to decode and give of each batch.
 
     Raises:
         DataError: folders, classes or pictures that are missing, or a count that does not fit.
@@ -120,11 +121,12 @@ class FolderBatches:
         yield from self._load(images, torch.arange(len(images)).split(self.evaluation_batch))
 
     def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
+        chosen = [mine for batch in batches if (mine := self._mine(batch))]
         loader = DataLoader(
             images,
-            batch_sampler=[mine for batch in batches if (mine := self._mine(batch))],
+            batch_sampler=chosen,
             collate_fn=collate,
-            num_workers=self.workers,
+            num_workers=min(self.workers, _cores(), len(chosen)),
             pin_memory=self.device.type == "cuda",
             # Without its own, the loader draws from the global random state.
             generator=generator("workers", self.seed),
@@ -149,6 +151,13 @@ class FolderBatches:
 
     def _mine(self, batch: torch.Tensor) -> list[int]:
         return batch[self.share.of(len(batch))].tolist()
+
+
+def _cores() -> int:
+    """How many this process may use. PyTorch warns where more processes are asked to decode."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:

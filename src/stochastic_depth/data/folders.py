@@ -1,10 +1,12 @@
-"""Find the files of a data set, read them, or fetch them from where they are published."""
+"""Find the files of a data set, check and read them, or fetch them where they are published."""
 
+import hashlib
 import shlex
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from stochastic_depth import files
 from stochastic_depth.errors import DataError
@@ -49,6 +51,49 @@ def file_readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({files.reason(error)})") from error
+
+
+MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
+    "extra_32x32.mat": "a93ce644f1a588dc4d68dda5feec44a7",
+    "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
+}
+"""Checksums of the published CIFAR and SVHN files by name, the same as in torchvision.
+
+Files that collide in MD5 can be made together, but nobody can make one that matches a given file.
+"""
+
+
+@contextmanager
+def open_published(path: Path, instead: str) -> Iterator[BinaryIO]:
+    """Open a file of a known name, if its content is exactly what was published.
+
+    Only then may it be given to a reader that an altered file could harm: unpickling runs what the
+    file asks for, and a damaged MATLAB file can crash scipy.
+
+    Args:
+        instead: for the error, the layouts that can be read whatever is in them.
+
+    Raises:
+        DataError: it cannot be read, or its checksum is another.
+    """
+    with file_readable(path), files.open_file(path, inside=0) as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+        if found != MD5[path.name]:
+            raise DataError(
+                f"{path}: MD5 checksum {found}, that of the published file is {MD5[path.name]}: "
+                f"fetch the file again, or give {instead}"
+            )
+        file.seek(0)
+        yield file
 
 
 def data_folder(name: str, root: Path | str | None) -> Path:

@@ -61,8 +61,8 @@ def load(
     """
     if name not in VALIDATION:
         raise DataError(
-            f"no data set {name!r} to load: choose from {', '.join(VALIDATION)}; imagenet stays on "
-            "the disk and comes through batches()"
+            f"no data set {name!r} to load: choose from {', '.join(VALIDATION)}; imagenet and "
+            "folder stay on the disk and come through batches()"
         )
     if validation is None:
         validation = VALIDATION[name]
@@ -113,8 +113,10 @@ def subset(name: str, training: Images, count: int) -> Images:
     return training[chosen]
 
 
+TREES = ("imagenet", "folder")
+"""Folders of pictures: ImageNet, and pictures of your own."""
 # The paper augments CIFAR and ImageNet, not SVHN (section 4).
-AUGMENTED = ("cifar10", "cifar100", "imagenet")
+AUGMENTED = ("cifar10", "cifar100", *TREES)
 
 
 @files_readable()
@@ -136,12 +138,11 @@ def batches(
 ) -> Batches:
     """Read a data set and cut it into batches on `device`.
 
-    name: `imagenet`, or a name that `load` knows; root, validation, train, size, download: as in
-    `load`.
-    augment: by default for CIFAR and ImageNet, not for SVHN and digits. workers: processes that
-    decode ImageNet's pictures; the other data sets lie in memory and need none. size: of ImageNet's
-    pictures, pixels a side, by default 224. share: what to give of each batch, where several
-    processes train.
+    name: `imagenet`, `folder` (pictures of your own, in train/<class>/ and val/<class>/), or a name
+    that `load` knows. root, validation, train, size, download: as in `load`; pictures of a folder
+    have by default 224 pixels a side. augment: by default for all but SVHN and digits. workers:
+    processes that decode folders of pictures; the other data sets lie in memory and need none.
+    share: what to give of each batch, where several processes train.
 
     Raises:
         DataError: as `load`.
@@ -149,7 +150,7 @@ def batches(
     """
     if augment is None:
         augment = name in AUGMENTED
-    if name != "imagenet":
+    if name not in TREES:
         data = load(name, root, validation=validation, train=train, size=size, download=download)
         return TensorBatches(
             data,
@@ -162,8 +163,8 @@ def batches(
         )
     if download:
         raise DataError(
-            "imagenet cannot be downloaded without an account: fetch it from image-net.org and "
-            "give root, the folder with train/<class>/ and val/<class>/"
+            f"{name} cannot be downloaded: give --data.root DIR (root, in Python), the folder with "
+            "train/<class>/ and val/<class>/; ImageNet is at image-net.org, for those who register"
         )
     return FolderBatches(
         data_folder(name, root),
@@ -176,5 +177,6 @@ def batches(
         train=train,
         augment=augment,
         image_size=size or 224,
+        name=name,
         share=share,
     )

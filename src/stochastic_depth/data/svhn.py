@@ -1,6 +1,5 @@
 """Street View House Numbers, cropped digits (Netzer et al., 2011), as MATLAB files."""
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +7,12 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.data.dataset import Images, check_count, per_class, stratified
-from stochastic_depth.data.folders import contents
-from stochastic_depth.data.mat5 import read_arrays
+from stochastic_depth.data.folders import contents, open_published
 from stochastic_depth.errors import DataError
+from stochastic_depth.extras import require
 
 VALIDATION = 6_000
+INSTEAD = "the digits as pictures in train/<class>/ and val/<class>/, with --data.name folder"
 FILES = ("train_32x32.mat", "extra_32x32.mat", "test_32x32.mat")
 
 
@@ -33,7 +33,7 @@ def read_svhn(root: Path) -> SvhnFiles:
     """Read train_32x32.mat, extra_32x32.mat and test_32x32.mat.
 
     Raises:
-        DataError: names the file that is missing or not as expected.
+        DataError: names the file that is missing, or is not as it was published.
     """
     for name in FILES:
         if not (root / name).is_file():
@@ -46,41 +46,17 @@ def read_svhn(root: Path) -> SvhnFiles:
 
 
 def read_mat(path: Path) -> Images:
-    """One file: X, uint8 [32, 32, 3, n], and y, [n, 1], in which 10 is the digit 0."""
-    try:
-        arrays = read_arrays(path)
-    except (OSError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: no readable MATLAB 5 file ({error}): fetch it again") from error
-    for name in ("X", "y"):
-        if name not in arrays:
-            raise DataError(
-                f"{path}: arrays {', '.join(arrays) or 'none'}, expected X and y: fetch it again"
-            )
-    pixels, labels = arrays["X"], arrays["y"]
-    if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, 32, 32):
-        raise DataError(
-            f"{path}: X is {pixels.dtype} {list(reversed(pixels.shape))}, expected uint8 "
-            "[32, 32, 3, n]: fetch the cropped digits, format 2"
-        )
-    if len(pixels) == 0 or labels.numel() != len(pixels):
-        raise DataError(
-            f"{path}: {len(pixels)} images and {labels.numel()} labels, expected one label for "
-            "each image: fetch it again"
-        )
-    # MATLAB stores an image column by column.
-    return Images(pixels.transpose(2, 3).contiguous(), digits(path, labels.flatten()))
+    """One published file: X, uint8 [32, 32, 3, n], and y, [n, 1], in which 10 is the digit 0.
 
-
-def digits(path: Path, stored: Tensor) -> Tensor:
-    labels = stored.double()
-    right = (labels >= 1) & (labels <= 10) & (labels == labels.round())
-    if not bool(right.all()):
-        row = int((~right).nonzero()[0])
-        raise DataError(
-            f"{path}, image {row}: label {labels[row].item():g}, expected 1 to 10, where 10 is "
-            "digit 0: fetch it again"
-        )
-    return labels.long() % 10
+    Raises:
+        DataError: it cannot be read, or is not as it was published.
+        MissingExtraError: scipy is not installed.
+    """
+    scipy = require("scipy.io", "train")
+    with open_published(path, INSTEAD) as file:
+        arrays = scipy.loadmat(file, variable_names=("X", "y"))
+    pixels = torch.from_numpy(arrays["X"]).permute(3, 2, 0, 1).contiguous()
+    return Images(pixels, torch.from_numpy(arrays["y"].astype("int64")).flatten() % 10)
 
 
 def hold_out_svhn(files: SvhnFiles, count: int) -> tuple[Images, Images]:

@@ -28,7 +28,13 @@ NETWORKS = {
     "densenet": "DenseNet",
     "vit": "ViT",
 }
-DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "imagenet": "ImageNet"}
+DATA = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn": "SVHN",
+    "imagenet": "ImageNet",
+    "folder": "pictures",
+}
 
 
 @dataclass(frozen=True)

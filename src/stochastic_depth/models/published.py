@@ -51,10 +51,16 @@ def published(
     origin, _, rest = name.partition("/")
     with torch.device(device) as on_device:
         if origin in LIBRARIES and rest:
-            return LIBRARIES[origin](rest, batch, shape, on_device, options)
-        if ":" in name:
-            return _of_factory(name, batch, shape)
-    raise ConfigError(
+            model, example = LIBRARIES[origin](rest, batch, shape, on_device, options)
+        elif ":" in name:
+            model, example = _of_factory(name, batch, shape)
+        else:
+            raise _no_model(name)
+        return model, _with_mask(model, example) if device == "meta" else example
+
+
+def _no_model(name: str) -> ConfigError:
+    return ConfigError(
         f"{name!r} is no model: give timm/NAME, torchvision/NAME, transformers/TYPE or "
         "package.module:factory"
     )
@@ -169,6 +175,27 @@ def _of_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, 
             f"{name!r} gives no example of its input: return (model, example), or give --shape"
         )
     return model, example
+
+
+def _with_mask(model: Any, example: Example) -> Example:
+    """`example`, or where its values are asked for, one with a complete attention mask.
+
+    Models of transformers look into the positions of a text, to see whether several texts are
+    packed into one; unless they are given a mask [batch, 1, length, length]. On the meta device
+    there are no values to look at.
+    """
+    inputs = {"input_ids": example} if isinstance(example, Tensor) else example
+    if getattr(model, "main_input_name", None) != "input_ids" or not isinstance(inputs, dict):
+        return example
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except RuntimeError as error:
+        if "meta tensors" in str(error):
+            batch, length = inputs["input_ids"].shape
+            mask = torch.empty(batch, 1, length, length, device="meta")
+            return {**inputs, "attention_mask": mask}
+    return example
 
 
 def _floats(batch: int, shape: Shape, device: Any) -> Tensor:

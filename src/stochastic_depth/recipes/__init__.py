@@ -27,6 +27,7 @@ from stochastic_depth.recipes.small import (
     cifar10_small_vit,
     digits,
     digits_constant,
+    pictures,
 )
 from stochastic_depth.train.config import Config
 
@@ -38,6 +39,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         cifar10_small,
         cifar10_small_constant,
         cifar10_small_vit,
+        pictures,
         cifar10_resnet110,
         cifar10_resnet110_constant,
         cifar100_resnet110,

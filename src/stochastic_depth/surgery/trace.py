@@ -14,12 +14,24 @@ from torch.utils.flop_counter import flop_registry
 
 from stochastic_depth.tensors import tensors_in
 
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATTENTION],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATTENTION_BACKWARD
+    ],
+}
+"""PyTorch's formulas by operator. Attention on a CPU has none there, and costs what it does on a
+GPU."""
+
 
 class CountFlops(TorchDispatchMode):
     """While entered, adds up the FLOPs of products, convolutions and attention in `total`.
 
-    By PyTorch's own formulas. Its `FlopCounterMode` keeps account of modules besides, for which it
-    needs hooks in the backward graph that not every model lets it have.
+    PyTorch's `FlopCounterMode` also attributes them to modules. For that it needs hooks in the
+    backward graph, which not every model allows.
     """
 
     def __init__(self) -> None:
@@ -30,7 +42,7 @@ class CountFlops(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is None:
             with self:
                 out = func.decompose(*args, **kwargs)

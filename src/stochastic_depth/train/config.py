@@ -16,7 +16,7 @@ from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Sche
 MOST = 10**9
 """Of anything that is counted: more is a typing error, and 64 bits hold its products."""
 
-DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]
+DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet", "folder"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class DataConfig:
     """The images."""
 
     name: DataName = "digits"
-    """Data set; digits is embedded, the others are read from `root`."""
+    """Data set; digits is embedded, the others are read from `root`. Pictures of your own are a
+    folder, with train/<class>/ and val/<class>/."""
     root: Path | None = None
     """Folder of the data set, in any of its public layouts."""
     validation: int | None = None
@@ -38,7 +39,7 @@ class DataConfig:
     download: bool = False
     """Fetch the data set into `root` if it is not there."""
     workers: int = 4
-    """Processes that decode images of a folder tree; the result does not depend on it."""
+    """Processes that decode pictures, at most one a core; the result does not depend on it."""
 
     def __post_init__(self) -> None:
         for name in ("validation", "train", "size"):

@@ -68,7 +68,9 @@ def _misfit(config: Config) -> str | None:
     """
     side = config.data.size or SIDES.get(config.data.name)
     if side is None or side % 32:
-        return f"they are for images whose side 32 divides, and {config.data.name}'s is {side}"
+        return (
+            f"they are for images with a multiple of 32 pixels a side, not {side or 'of any size'}"
+        )
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.data.cifar.variants import SIZE, Variant, join
+from stochastic_depth.data.cifar import SIZE, Variant, join
 from stochastic_depth.data.dataset import Images
 from stochastic_depth.data.pictures import decode
 from stochastic_depth.errors import DataError
@@ -23,11 +23,7 @@ ROWS = 8
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
 
 
-def present(folder: Path, variant: Variant) -> bool:
-    return any(any(folder.glob(f"{part}*.parquet")) for part in ("train", "test"))
-
-
-def read(folder: Path, variant: Variant) -> tuple[Images, Images]:
+def read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
     """Training and test part, from `train-*.parquet` and `test-*.parquet`.
 
     Raises:

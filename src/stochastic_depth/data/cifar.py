@@ -1,0 +1,258 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) in each of their public layouts."""
+
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.data.dataset import Images
+from stochastic_depth.data.folders import (
+    all_files,
+    any_file,
+    archives,
+    contents,
+    open_published,
+    read_file,
+    unpacking,
+)
+from stochastic_depth.data.pictures import SUFFIXES, decode
+from stochastic_depth.errors import DataError
+
+SIZE = (32, 32)
+PARTS = ("train", "test")
+INSTEAD = "the binary version, the parquet files, or train/ and test/ with a folder for each class"
+
+# The official order: a name's position is its label.
+NAMES_10 = "airplane automobile bird cat deer dog frog horse ship truck"
+NAMES_100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house
+kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
+plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew
+skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
+telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf
+woman worm
+"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Names in the published files; `label_columns` in the order in which they are tried."""
+
+    name: str
+    classes: tuple[str, ...]
+    pickle_folder: str
+    pickle_files: tuple[tuple[str, ...], tuple[str, ...]]
+    pickle_labels: bytes
+    binary_folder: str
+    binary_files: tuple[tuple[str, ...], tuple[str, ...]]
+    binary_label_bytes: int
+    label_columns: tuple[str, ...]
+
+    def images(self, pixels: Tensor, labels: Tensor, source: Path) -> Images:
+        """Images of this variant, after a look at the labels.
+
+        pixels: uint8 [n, 3, 32, 32]; labels: integers [n]; source: the file they came from.
+
+        Raises:
+            DataError: no images, another number of labels, or a label out of range.
+        """
+        if len(pixels) == 0:
+            raise DataError(f"{source}: holds no images: fetch it again")
+        if labels.shape != pixels.shape[:1]:
+            raise DataError(
+                f"{source}: {len(pixels)} images and labels of shape {list(labels.shape)}, "
+                "expected one label for each image: fetch it again"
+            )
+        labels = labels.long()
+        wrong = ((labels < 0) | (labels >= len(self.classes))).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(
+                f"{source}, row {row}: label {int(labels[row])}, expected 0 to "
+                f"{len(self.classes) - 1}: these are not the labels of {self.name}"
+            )
+        return Images(pixels, labels)
+
+
+def join(parts: list[Images]) -> Images:
+    return Images(
+        torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+    )
+
+
+CIFAR10 = Variant(
+    name="cifar10",
+    classes=tuple(NAMES_10.split()),
+    pickle_folder="cifar-10-batches-py",
+    pickle_files=(tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
+    pickle_labels=b"labels",
+    binary_folder="cifar-10-batches-bin",
+    binary_files=(tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",)),
+    binary_label_bytes=1,
+    label_columns=("label", "labels"),
+)
+
+CIFAR100 = Variant(
+    name="cifar100",
+    classes=tuple(NAMES_100.split()),
+    pickle_folder="cifar-100-python",
+    pickle_files=(("train",), ("test",)),
+    pickle_labels=b"fine_labels",
+    binary_folder="cifar-100-binary",
+    binary_files=(("train.bin",), ("test.bin",)),
+    # The first of the two label bytes is the coarse label.
+    binary_label_bytes=2,
+    label_columns=("fine_label", "fine_labels"),
+)
+
+
+def find_cifar(root: Path, variant: Variant) -> tuple["Layout", Path] | None:
+    """The first layout found in `root` or in a folder that its archives unpack to."""
+    inside = (variant.pickle_folder, variant.binary_folder, "data", "plain_text", variant.name)
+    for folder in (root, *(root / name for name in inside)):
+        for layout in LAYOUTS:
+            if layout.present(folder, variant):
+                return layout, folder
+    return None
+
+
+def read_cifar(root: Path, variant: Variant) -> tuple[Images, Images]:
+    """Training and test part.
+
+    Raises:
+        DataError: no layout found, or one that is damaged or not complete.
+        MissingExtraError: a library that this layout needs is not installed.
+    """
+    found = find_cifar(root, variant)
+    if found:
+        layout, folder = found
+        return layout.read(folder, variant)
+    if packed := archives(root):
+        raise DataError(
+            f"{root}: holds {packed[0].name}, which is not unpacked: {unpacking(packed[0])}"
+        )
+    raise DataError(
+        f"{root}: no {variant.name} found. Expected {variant.pickle_folder}/, "
+        f"{variant.binary_folder}/, train-*.parquet with test-*.parquet, or "
+        f"train/<class>/*.png with test/<class>/*.png; found {contents(root)}"
+    )
+
+
+def read_pickles(folder: Path, variant: Variant) -> tuple[Images, Images]:
+    """Training and test part of the "python version": pickled dictionaries of numpy arrays.
+
+    Raises:
+        DataError: names the file that is missing, or is not as it was published.
+    """
+    parts = all_files(folder, variant.pickle_files)
+    train, test = (join([read_batch(path, variant) for path in part]) for part in parts)
+    return train, test
+
+
+def read_batch(path: Path, variant: Variant) -> Images:
+    """One pickle: data, uint8 [n, 3072], channel by channel, and n labels.
+
+    Raises:
+        DataError: it is not as it was published; then nothing in it is run.
+    """
+    with open_published(path, INSTEAD) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy 2, of what numpy 1 has written
+        batch = pickle.load(file, encoding="bytes")
+    pixels = torch.from_numpy(batch[b"data"]).view(-1, 3, *SIZE)
+    return variant.images(pixels, torch.tensor(batch[variant.pickle_labels]), path)
+
+
+def read_binary(folder: Path, variant: Variant) -> tuple[Images, Images]:
+    """Training and test part of the "binary version".
+
+    Raises:
+        DataError: names the file that is missing or not a whole number of records.
+    """
+    parts = all_files(folder, variant.binary_files)
+    train, test = (join([read_records(path, variant) for path in part]) for part in parts)
+    return train, test
+
+
+def read_records(path: Path, variant: Variant) -> Images:
+    """One file of records: label bytes, of which the last is the (fine) label, and 3,072 pixels."""
+    record = variant.binary_label_bytes + 3 * 32 * 32
+    content = read_file(path)
+    if len(content) == 0 or len(content) % record:
+        raise DataError(
+            f"{path}: {len(content)} bytes, expected records of {record} bytes for "
+            f"{variant.name}: fetch it again"
+        )
+    records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, record)
+    pixels = records[:, variant.binary_label_bytes :].reshape(-1, 3, 32, 32)
+    return variant.images(pixels, records[:, variant.binary_label_bytes - 1], path)
+
+
+def read_folders(folder: Path, variant: Variant) -> tuple[Images, Images]:
+    """Training and test part, from `train/<class>/` and `test/<class>/`.
+
+    Raises:
+        DataError: names the folder or the picture that is not as expected.
+        MissingExtraError: Pillow is not installed.
+    """
+    return read_part(folder / "train", variant), read_part(folder / "test", variant)
+
+
+def read_part(root: Path, variant: Variant) -> Images:
+    """The classes in their official order, the pictures of a class by name."""
+    found = {path.name for path in root.iterdir() if path.is_dir()} if root.is_dir() else set()
+    visible = {name for name in found if not name.startswith(".")}
+    if visible != set(variant.classes):
+        raise DataError(
+            f"{root}: expected one folder for each class of {variant.name}; "
+            f"missing {some(set(variant.classes) - visible)}, "
+            f"unexpected {some(visible - set(variant.classes))}"
+        )
+    paths, labels = [], []
+    for label, name in enumerate(variant.classes):
+        pictures = sorted(
+            path
+            for path in (root / name).iterdir()
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        )
+        if not pictures:
+            raise DataError(f"{root / name}: holds no pictures ({', '.join(SUFFIXES)})")
+        paths += pictures
+        labels += [label] * len(pictures)
+    pixels = decode(len(paths), lambda i: read_file(paths[i]), lambda i: str(paths[i]), size=SIZE)
+    return variant.images(pixels, torch.tensor(labels), root)
+
+
+def some(names: set[str], most: int = 5) -> str:
+    return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "") or "none"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One form in which CIFAR is published: whether a folder has it, and how it is read."""
+
+    present: Callable[[Path, Variant], bool]
+    read: Callable[[Path, Variant], tuple[Images, Images]]
+
+
+def _read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
+    from stochastic_depth.data.cifar_parquet import read_parquet
+
+    return read_parquet(folder, variant)
+
+
+LAYOUTS = (
+    Layout(lambda folder, variant: any_file(folder, variant.pickle_files), read_pickles),
+    Layout(lambda folder, variant: any_file(folder, variant.binary_files), read_binary),
+    Layout(
+        lambda folder, _: any(any(folder.glob(f"{part}*.parquet")) for part in PARTS), _read_parquet
+    ),
+    Layout(lambda folder, _: any((folder / part).is_dir() for part in PARTS), read_folders),
+)
+"""In the order in which they are looked for."""
