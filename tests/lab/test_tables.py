@@ -9,10 +9,11 @@ from scipy.stats import ttest_ind
 
 from stochastic_depth.lab.formatting import difference, duration
 from stochastic_depth.lab.sources import read_sources
-from stochastic_depth.lab.study import Spread, experiments, standard_error
+from stochastic_depth.lab.study import Spread, expected_cost, experiments, standard_error
 from stochastic_depth.lab.tables import overview, published_for, tables, tiles
 from stochastic_depth.recipes import PUBLISHED, RECIPES
 from stochastic_depth.train import DataConfig
+from stochastic_depth.train.config import ScheduleConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -132,3 +133,26 @@ def test_a_difference_is_said_with_what_chance_does(experiment):
 )
 def test_durations_are_told_as_people_do(seconds, told):
     assert duration(seconds) == told
+
+
+def test_under_a_schedule_the_expected_saving_is_the_mean_over_the_steps(experiment):
+    (stochastic,) = experiment.stochastic
+    full = stochastic.cost
+    run = stochastic.runs[0].run
+    steps_per_epoch = stochastic.runs[0].records[-1].step // run.config.epochs
+    whole = run.config.epochs * steps_per_epoch
+    schedule = ScheduleConfig("steps", at=(0.0, 0.5), shares=(0.25, 1.0))
+    half = replace(run.config, survival=replace(run.config.survival, schedule=schedule))
+
+    def saving(steps=None):
+        return expected_cost(half, run.shape, len(run.classes), steps_per_epoch, steps)
+
+    shares = [0.25 if step < round(whole / 2) else 1.0 for step in range(whole)]
+    mean = sum(shares) / whole
+    assert saving().saving == pytest.approx(mean * full.saving)
+    assert saving().survival == pytest.approx([1 - mean * (1 - p) for p in full.survival])
+    assert saving(whole // 2).saving == pytest.approx(0.25 * full.saving)
+    series = replace(stochastic, survival=half.survival)
+    assert series.cost.saving == pytest.approx(mean * full.saving)
+    seconds = [record.seconds for one in series.runs for record in one.records]
+    assert series.interval_seconds == pytest.approx(sum(seconds) / len(seconds))

@@ -6,7 +6,7 @@ import tyro
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Warmup
+from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Steps, Warmup
 from stochastic_depth.train import Config, DataConfig, ModelConfig, OptimizerConfig, SurvivalConfig
 from stochastic_depth.train.config import ScheduleConfig
 
@@ -34,6 +34,11 @@ def test_paths_and_optional_values_survive_json():
         (lambda: SurvivalConfig(final=0.0), "survival.final is 0.0"),
         (lambda: SurvivalConfig(final=1.5), "survival.final is 1.5"),
         (lambda: ScheduleConfig(until=-1), "schedule.until is -1"),
+        (
+            lambda: ScheduleConfig(shares=(0.5, 2.0)),
+            r"schedule.shares is 2.0: it must be from 0 to 1",
+        ),
+        (lambda: ScheduleConfig(at=(0.0,)), "schedule.at has 1 values and schedule.shares 2"),
         (lambda: OptimizerConfig(learning_rate=0), "optimizer.learning-rate is 0"),
         (lambda: OptimizerConfig(momentum=1), "optimizer.momentum is 1"),
         (lambda: OptimizerConfig(batch=1), "optimizer.batch is 1"),
@@ -88,6 +93,10 @@ def test_foreign_json_is_refused_by_the_field(where, value, named):
         (ScheduleConfig("late", until=1.0), Late(200)),
         (ScheduleConfig("decreasing", since=0.25, until=0.75), Decreasing(50, 150)),
         (ScheduleConfig("progressive", gamma=0.01), Progressive(0.01)),
+        (
+            ScheduleConfig("steps", at=(0, 0.25, 150), shares=(0.2, 0.6, 1.0)),
+            Steps({0: 0.2, 50: 0.6, 150: 1.0}),
+        ),
     ],
 )
 def test_a_schedule_ends_after_a_share_of_the_training_or_a_number_of_steps(config, schedule):

@@ -132,11 +132,14 @@ def records_of_all(runs: dict[str, list[Run]]) -> dict[str, list[list[Record]]]:
 def compare(runs: dict[str, list[Run]]) -> Comparison:
     """Read the journals, as far as all runs have come."""
     run = runs["stochastic"][0]
-    cost = expected_cost(run.config.model, run.config.survival, run.shape, len(run.classes))
     journals = records_of_all(runs)
+    last = journals["stochastic"][0][-1]
+    epoch = round(last.step / last.epoch)
+    cost = expected_cost(run.config, run.shape, len(run.classes), epoch, last.step)
+    scheduled = run.config.survival.schedule.kind != "none"
+    typical = statistics.fmean if scheduled else statistics.median
     epoch_seconds = {
-        kind: statistics.median(r.seconds for records in journals[kind] for r in records)
-        for kind in KINDS
+        kind: typical([r.seconds for records in journals[kind] for r in records]) for kind in KINDS
     }
     return Comparison(
         constant=Outcome.of(journals["constant"]),

@@ -68,7 +68,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
     execution = resolve_execution(constant)
     batches = open_batches(constant, execution)
     training = Training(constant, execution, batches)
-    cost = expected_cost(config.model, config.survival, batches.shape, len(batches.classes))
+    cost = expected_cost(config, batches.shape, len(batches.classes), batches.steps_per_epoch)
     mini_batches = cycle([next(iter(batches.train(0)))])
     everything = torch.get_num_threads()
     choices = [1, everything] if everything > 1 and execution.device == "cpu" else [everything]

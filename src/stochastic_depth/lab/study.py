@@ -124,23 +124,43 @@ def survival_name(config: Config) -> str:
 
 @dataclass(frozen=True)
 class ExpectedCost:
-    """Of a training step, once a ramp is over."""
+    """What dropping blocks is expected to save, as the mean over training steps."""
 
     survival: tuple[float, ...]
-    """(p_1, ..., p_L)."""
+    """(p_1, ..., p_L); under a schedule, their means over the steps."""
     saving: float
     """The share of the training FLOPs in dropped blocks."""
 
 
-@lru_cache
 def expected_cost(
-    model: ModelConfig, survival: SurvivalConfig, shape: tuple[int, int, int], classes: int
+    config: Config,
+    shape: tuple[int, int, int],
+    classes: int,
+    steps_per_epoch: int,
+    steps: int | None = None,
 ) -> ExpectedCost:
     """Counted on the network itself, for images of `shape` (channels, height, width).
+
+    Args:
+        steps: of the training so far; all of it if not given.
 
     Raises:
         ApplyError: when the rule is constant depth, which drops nothing.
     """
+    full = _cost_at_full_rates(config.model, config.survival, shape, classes)
+    whole = config.epochs * steps_per_epoch
+    schedule = config.survival.schedule.of(whole)
+    if schedule is None:
+        return full
+    taken = range(0, steps or whole, max(1, (steps or whole) // 1000))
+    mean = statistics.fmean(map(schedule, taken))
+    return ExpectedCost(tuple(1 - mean * (1 - p) for p in full.survival), mean * full.saving)
+
+
+@lru_cache
+def _cost_at_full_rates(
+    model: ModelConfig, survival: SurvivalConfig, shape: tuple[int, int, int], classes: int
+) -> ExpectedCost:
     network = build_model(model, shape[0], classes, 0)
     handle = build_depth(network, replace(survival, schedule=ScheduleConfig()), 0, 1)
     if handle is None:
@@ -166,9 +186,11 @@ class Series:
 
     @property
     def cost(self) -> ExpectedCost:
-        """Of stochastic depth."""
-        run = self.runs[0].run
-        return expected_cost(run.config.model, self.survival, run.shape, len(run.classes))
+        """What stochastic depth is expected to save in the steps that were taken."""
+        run, records = self.runs[0].run, self.runs[0].records
+        steps_per_epoch = round(records[-1].step / records[-1].epoch)
+        config = replace(run.config, survival=self.survival)
+        return expected_cost(config, run.shape, len(run.classes), steps_per_epoch, records[-1].step)
 
     @cached_property
     def outcome(self) -> Outcome:
@@ -177,11 +199,16 @@ class Series:
 
     @property
     def interval_seconds(self) -> float:
-        """Median over the intervals between evaluations (an epoch each, if not said otherwise)."""
-        return statistics.median(record.seconds for run in self.runs for record in run.records)
+        """Median over the intervals between evaluations (an epoch each, if not said otherwise).
+
+        Under a schedule intervals are not alike, and it is their mean.
+        """
+        scheduled = self.survival.schedule.kind != "none"
+        typical = statistics.fmean if scheduled else statistics.median
+        return typical([record.seconds for run in self.runs for record in run.records])
 
     def time_saved(self, constant: "Series") -> float:
-        """The share of constant depth's time, median interval against median interval."""
+        """The share of constant depth's time, by the seconds of an interval."""
         return 1 - self.interval_seconds / constant.interval_seconds
 
 

@@ -91,7 +91,9 @@ def _seconds(now: Experiment, published: Found) -> Table:
                 duration(seconds) if seconds else "",
                 f"{seconds / whole:.3f}" if seconds and whole else "",
             ]
-    note = "Without evaluation. Ratios are to constant depth, of medians."
+    note = (
+        "Without evaluation. Ratios are to constant depth, of medians (under a schedule, of means)."
+    )
     if not on_one_machine(*now.series):
         note += " Not all runs were on one machine: their seconds are not to be compared."
     return Table("Training time", head, rows, note)

@@ -11,7 +11,7 @@ import tyro
 
 from stochastic_depth.choices import Closed, GateKind, Initialisation, SkippedPolicy
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Warmup
+from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Steps, Warmup
 
 MOST = 10**9
 """Of anything that is counted: more is a typing error, and 64 bits hold its products."""
@@ -73,11 +73,12 @@ class ScheduleConfig:
     """How the drop rates change over the training."""
 
     kind: Annotated[
-        Literal["none", "warmup", "early", "late", "decreasing", "progressive"],
+        Literal["none", "warmup", "early", "late", "decreasing", "progressive", "steps"],
         tyro.conf.arg(name="schedule", prefix_name=False),
     ] = "none"
     """Grow to the rule's until `until`; fall to 0 until then; be 0 until then; fall to 0 from
-    `since` to `until`; or approach the rule's with `gamma`."""
+    `since` to `until`; approach the rule's with `gamma`; or have a share of them from each step
+    on."""
     until: float = 0.5
     """A share of the training, or steps if above 1."""
     since: float = 0.0
@@ -86,16 +87,31 @@ class ScheduleConfig:
     """How early drop rates end: evenly, or at once."""
     gamma: float = 0.001
     """Of the progressive schedule."""
+    at: tuple[float, ...] = (0.0, 0.5)
+    """Where each of `shares` begins: shares of the training, or steps if above 1."""
+    shares: tuple[float, ...] = (0.5, 1.0)
+    """Of the rule's drop rates, for steps."""
 
     def __post_init__(self) -> None:
         _require(self.until > 0, "schedule.until", self.until, "above 0")
         _require(self.since >= 0, "schedule.since", self.since, "at least 0")
         _require(self.gamma > 0, "schedule.gamma", self.gamma, "above 0")
+        for start in self.at:
+            _require(start >= 0 and math.isfinite(start), "schedule.at", start, "at least 0")
+        for share in self.shares:
+            _require(0 <= share <= 1, "schedule.shares", share, "from 0 to 1")
+        if len(self.at) != len(self.shares):
+            raise ConfigError(
+                f"schedule.at has {len(self.at)} values and schedule.shares {len(self.shares)}: "
+                "give a share of the drop rates for each step"
+            )
         _finite("schedule", self)
 
     def of(self, steps: int) -> Schedule | None:
         """The schedule of a training of `steps` steps; None where drop rates are constant."""
-        until, since = (round(x * steps if x <= 1 else x) for x in (self.until, self.since))
+        until, since, *at = (
+            round(x * steps if x <= 1 else x) for x in (self.until, self.since, *self.at)
+        )
         until = max(until, since + 1)
         match self.kind:
             case "warmup":
@@ -108,6 +124,8 @@ class ScheduleConfig:
                 return Decreasing(since, until)
             case "progressive":
                 return Progressive(self.gamma)
+            case "steps":
+                return Steps(zip(at, self.shares, strict=True))
             case "none":
                 return None
 

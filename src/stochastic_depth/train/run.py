@@ -188,6 +188,8 @@ def open_run(path: Path) -> Run:
         values["config"].setdefault("engine", "eager")  # runs did not always have these
         values["config"]["data"].setdefault("size", None)
         values["config"].setdefault("distributed", {"sync_batchnorm": False, "rank_gates": False})
+        survival = values["config"]["survival"]
+        survival["schedule"] = {"at": [0.0, 0.5], "shares": [0.5, 1.0], **survival["schedule"]}
         channels, height, width = restore(tuple[int, ...], values["data"]["shape"], "data.shape")
         return Run(
             path,

@@ -28,3 +28,12 @@ def test_bytes_kept_are_those_of_the_steps_and_balanced_ones_are_even():
     assert max(counts) - min(counts) <= 1
     assert even.largest_batch(2, 2**20) >= uneven.largest_batch(2, 2**20)
     assert torch.tensor(even.seconds).min() > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the peak of its allocator")
+def test_on_a_gpu_the_bytes_of_a_step_are_the_peak_of_the_allocator():
+    bench = Steady("cifar-resnet", 32, 0.3, Workload(32, 32, 3, Execution("cuda", "float32", 1)))
+    found = steadiness(list(bench.rounds(6)))
+    kept = saved_for_backward(bench._steps[CONSTANT])
+    assert kept < max(found[CONSTANT].kept) < 3 * kept
+    assert max(found[BALANCED].kept) < max(found[CONSTANT].kept)

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,13 @@ from torch import nn
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.bench.results import bench_table, shown
-from stochastic_depth.lab.bench.workload import Step, Workload, copy_weights, saved_for_backward
+from stochastic_depth.lab.bench.workload import (
+    Step,
+    Workload,
+    allocator_peak,
+    copy_weights,
+    saved_for_backward,
+)
 from stochastic_depth.lab.options import SteadyOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import library
@@ -30,7 +37,7 @@ class Steadiness:
 
     seconds: tuple[float, ...]
     kept: tuple[float, ...]
-    """Bytes that each step keeps for its backward pass."""
+    """Bytes of each step: on a GPU the peak of its allocator, else what is kept for backward."""
 
     @property
     def spread(self) -> float:
@@ -67,11 +74,12 @@ class Steady:
         }
         pairs = zip(self._handles, models, strict=True)
         self._steps: dict[str, Step] = {name: workload.step(model) for name, model in pairs}
-        self._on_gpu = workload.execution.device.startswith("cuda")
+        self._device = workload.execution.device
+        self._on_gpu = self._device.startswith("cuda")
         self._of_all, self._of_block = self._bytes_kept(models[0])
 
     def rounds(self, repeats: int, warmup: int = 2) -> Iterator[dict[str, tuple[float, float]]]:
-        """Take turns: seconds of each step, and the bytes that it keeps.
+        """Take turns: seconds of each step, and its bytes as in `Steadiness`.
 
         On a CPU these are seconds of the processor, so that other programs do not count.
         """
@@ -79,10 +87,12 @@ class Steady:
         for number in range(-warmup, repeats):
             found = {}
             for name, step in self._steps.items():
-                began = clock()
-                step()
-                seconds = clock() - began
-                found[name] = seconds, self.kept(self._handles[name])
+                measured = allocator_peak(self._device) if self._on_gpu else nullcontext()
+                with measured as peak:
+                    began = clock()
+                    step()
+                    seconds = clock() - began
+                found[name] = seconds, peak() if peak else self.kept(self._handles[name])
             if number >= 0:
                 yield found
 
@@ -159,7 +169,8 @@ def bench_steady(options: SteadyOptions, execution: Execution, console: Console)
         )
     console.print(table)
     console.print(
-        "median, bytes kept for backward: of constant depth's; spread: deviation over mean of "
-        f"the\nseconds; batch: the largest that keeps at most {options.limit:,} bytes in any step"
+        "median, bytes (on a GPU the allocator's peak, else kept for backward): of constant "
+        "depth's;\nspread: deviation over mean of the seconds; batch: the largest with at most "
+        f"{options.limit:,} bytes in any step"
     )
     return {"alternatives": rows}

@@ -1,7 +1,8 @@
 """What is timed: training steps on random inputs, and the memory they need."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -150,11 +151,21 @@ def step_memory(step: Step, device: str, steps: int = 5) -> float:
         return statistics.fmean(saved_for_backward(step) for _ in range(steps))
     peaks = []
     for _ in range(steps):
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+        with allocator_peak(device) as peak:
+            step()
+        peaks.append(peak())
     return statistics.fmean(peaks)
+
+
+@contextmanager
+def allocator_peak(device: str) -> Iterator[Callable[[], int]]:
+    """Gives a function that, on leaving, tells the most bytes that were allocated on a GPU inside.
+
+    Those that were there before do not count.
+    """
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield lambda: torch.cuda.max_memory_allocated(device) - before
 
 
 class PlainBlock(nn.Module):
