@@ -52,6 +52,14 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_is(compared, tmp_path)
     assert sources.under_way
 
 
+def test_a_run_with_the_weights_of_another_one_is_refused(compared, tmp_path):
+    shutil.copytree(compared / "constant-seed0", tmp_path / "run")
+    foreign = compared / "constant-seed1" / "model.safetensors"
+    shutil.copy(foreign, tmp_path / "run" / "model.safetensors")
+    with pytest.raises(RunError, match=r"run/model.safetensors belongs to another run"):
+        read_sources([tmp_path / "run"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [

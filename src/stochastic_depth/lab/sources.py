@@ -10,6 +10,7 @@ from typing import Any, Literal
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import LARGE, SMALL, is_there, read_file, reason
 from stochastic_depth.train import Record, Run, open_run
+from stochastic_depth.train.checkpoint import require_weights_of
 
 FORMAT = 1
 """Of the files that an analysis leaves in a run folder, and of `sweep.json`."""
@@ -119,12 +120,13 @@ def read_sources(paths: Sequence[Path]) -> Sources:
 
 
 def read_run(path: Path) -> RecordedRun:
-    """A run folder, now.
+    """What a run folder holds at this moment.
 
     Raises:
-        RunError: when it is none.
+        RunError: when it is no run folder, or has the weights of another run.
     """
     run = open_run(path)
+    require_weights_of(run.id, run.weights)
     finished = is_there(run.weights)  # asked first: afterwards no record is added
     return RecordedRun(run, tuple(run.records()), finished)
 
