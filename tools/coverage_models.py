@@ -1,26 +1,37 @@
-"""Which published architectures `sd.apply` makes skippable: make coverage-models.
+"""Which models that people train can be made skippable: make coverage-models.
 
-Verified: architectures of all three libraries are built without trained weights, applied, which
-holds every block against the original, and removed again.
-Structure: every entry point of timm is built on the meta device; of those that consist of the same
-classes the smallest is planned: every block found, cut, and seen to skip its branch.
+Each model of `coverage_builders` is built small and without trained weights, applied, verified and
+held against `coverage_oracle`, an own account of its residual additions: all blocks closed, every
+other one and a random half, in evaluation and in training, outputs and gradients. A refusal's
+advice is followed as it stands. A process for each library, one line of JSON for each model; what
+is in the file is not tried again.
 
-An architecture that cannot be made skippable must raise the clear error and be left untouched.
+    python tools/coverage_models.py --out FILE [--library timm ...] [--only NAME ...]
+    python tools/coverage_models.py --out FILE --drawn   # the models that were set aside
+    python tools/coverage_models.py --out FILE --report
 """
 
 import argparse
+import ast
 import collections
 import json
+import os
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "YOLO_CONFIG_DIR": "/tmp", "TOKENIZERS_PARALLELISM": "false"}
+
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -29,257 +40,312 @@ if torch.version.cuda is None:  # torchvision's wheels miss two operators on a C
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+from coverage_builders import BUILDERS, drawn
+from coverage_oracle import Watch, counted, matched, missed, tensors, within
+
 import stochastic_depth as sd
-from stochastic_depth.models.published import published
 from stochastic_depth.surgery.apply import applied_to
 
-TORCHVISION = (
-    "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 regnet_y_400mf regnet_x_400mf mnasnet0_5 "
-    "mobilenet_v2 mobilenet_v3_small efficientnet_b0 efficientnet_v2_s convnext_tiny swin_t "
-    "swin_v2_t r3d_18 mc3_18 r2plus1d_18 fcn_resnet50 googlenet squeezenet1_1 vgg11 "
-    "shufflenet_v2_x0_5"
-).split()
-SIZES = {"r3d_18": (3, 4, 32, 32), "mc3_18": (3, 4, 32, 32), "r2plus1d_18": (3, 4, 32, 32)}
-TIMM = (
-    "resnet18 resnet26d resnet50d seresnet50 resnetv2_50 ecaresnet26t skresnet18 resnest14d "
-    "res2net50_26w_4s nf_resnet26 nfnet_f0 regnety_002 convnext_atto convnextv2_atto "
-    "vit_tiny_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224 "
-    "cait_xxs24_224 xcit_nano_12_p16_224 swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 "
-    "mixer_s16_224 resmlp_12_224 gmlp_s16_224 poolformer_s12 caformer_s18 mobilenetv2_050 "
-    "mobilenetv3_small_050 mobilenetv4_conv_small efficientnet_b0 efficientvit_b0 "
-    "maxvit_tiny_rw_224 coatnet_nano_rw_224 levit_128s pit_ti_224 twins_svt_small pvt_v2_b0 "
-    "davit_tiny focalnet_tiny_srf fastvit_t8 edgenext_xx_small mobilevit_xxs repvit_m0_9 "
-    "hiera_tiny_224 tiny_vit_5m_224 visformer_tiny crossvit_tiny_240 inception_resnet_v2 darknet53 "
-    "cspresnet50 hrnet_w18_small sequencer2d_s mvitv2_tiny starnet_s1 mambaout_femto ghostnet_050 "
-    "densenet121 dpn68 rexnet_100 vgg11"
-).split()
-TRANSFORMERS = (
-    "gpt2 gpt_neo gpt_neox gptj opt bloom falcon llama mistral qwen2 qwen3 gemma gemma2 phi phi3 "
-    "olmo2 cohere starcoder2 granite mixtral bert roberta electra distilbert albert deberta-v2 "
-    "mpnet t5 mt5 bart pegasus whisper wav2vec2 hubert vit deit dinov2 beit swin swinv2 convnext "
-    "convnextv2 resnet segformer clip_vision_model siglip_vision_model"
-).split()
-SMALL: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-"""Fields of configurations of transformers; those that a configuration does not know do nothing."""
-OWN: dict[str, dict[str, Any]] = {
-    "bloom": {"n_layer": 3},
-    "falcon": {"num_kv_heads": 2},
-    "gpt_neo": {"attention_types": [[["global"], 3]]},
-    "gptj": {"rotary_dim": 4},
-    "gemma": {"head_dim": 8},
-    "gemma2": {"head_dim": 8},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4},
-    "albert": {"embedding_size": 16},
-    "electra": {"embedding_size": 16},
-    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
-    "mt5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
-    "bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64},
-    "pegasus": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64},
-    "whisper": {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "max_source_positions": 40,
-    },
-    "wav2vec2": {"apply_spec_augment": False},
-    "hubert": {"apply_spec_augment": False},
-}
-STAGED: dict[str, dict[str, Any]] = {
-    "swin": {
-        "image_size": 64,
-        "patch_size": 2,
-        "embed_dim": 12,
-        "depths": [2, 2],
-        "window_size": 4,
-    },
-    "swinv2": {
-        "image_size": 64,
-        "patch_size": 2,
-        "embed_dim": 12,
-        "depths": [2, 2],
-        "window_size": 4,
-    },
-    "convnext": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 2, 1], "image_size": 32},
-    "convnextv2": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 2, 1], "image_size": 32},
-    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "image_size": 32},
-    "segformer": {"hidden_sizes": [8, 16, 32, 64], "image_size": 64},
-}
-"""Of networks in stages, which have no single size."""
+SECONDS, BYTES = 30, 6 << 30
+"""What one model may take, of processor time and of memory."""
+TOLERANCE = 1e-4
+VERDICTS = ("complete", "refused", "missed", "wrong", "slow", "not residual", "unbuilt")
+
+Build = Callable[[], tuple[nn.Module, Any]]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What came of one architecture."""
-
-    library: str
-    architecture: str
-    verdict: str
-    """skippable, refused, not residual, or broken."""
-    blocks: int = 0
-    mechanisms: str = ""
-    difference: float = 0.0
-    """The largest one of verification, relative to the largest output."""
-    seconds: float = 0.0
-    reason: str = ""
-    models: int = 1
-    """How many entry points consist of the same classes."""
+class TooLong(BaseException):
+    pass
 
 
-def architectures() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Library, name, and how to build it."""
-    for name in TORCHVISION:
-        yield "torchvision", name, {"shape": SIZES.get(name, (3, 64, 64))}
-    for name in TIMM:
-        yield "timm", name, {}
-    for name in TRANSFORMERS:
-        small = STAGED.get(name) or {
-            "image_size": 32,
-            "patch_size": 8,
-            **SMALL,
-            **OWN.get(name, {}),
-        }
-        yield "transformers", name, small
+def call(model: nn.Module, example: Any, watch: Watch, gradients: bool) -> list[Any]:
+    """Outputs, and for training the gradients of all parameters."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = None
+    with torch.set_grad_enabled(gradients), watch:
+        if isinstance(example, dict):
+            out = model(**example)
+        else:
+            out = model(*example) if isinstance(example, tuple) else model(example)
+    outputs = tensors(out)
+    if gradients:
+        total = [o.float().square().mean() for o in outputs if o.requires_grad]
+        if total:
+            torch.stack(total).sum().backward()
+        outputs += [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return [o.detach().clone() for o in outputs]
 
 
-def judge(library: str, name: str, **options: Any) -> Verdict:
-    """Apply, remove, and see that a refusal leaves the model as it was."""
+def undropped(model: nn.Module) -> None:
+    """Set all rates of dropout to 0: a closed branch draws no random numbers."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            is_rate = "drop" in name or (name == "p" and "Drop" in type(module).__name__)
+            if is_rate and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def differs(one: list[Any], other: list[Any]) -> str:
+    """How two lists of tensors differ; empty if they do not."""
+    if [o.shape for o in one] != [o.shape for o in other]:
+        return "other shapes"
+    scale = max((float(o.abs().max()) for o in one if o.numel()), default=0.0)
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        if a.numel() and a.dtype.is_floating_point | a.dtype.is_complex:
+            same = (a == b) | (a.isnan() & b.isnan())
+            if not same.all():
+                worst = max(worst, float((a - b)[~same].abs().nan_to_num(9e9).max()))
+    return f"{worst / max(scale, 1e-30):.1g}" if worst > TOLERANCE * scale else ""
+
+
+def oracle(original: nn.Module, model: nn.Module, handle: Any, example: Any) -> tuple[str, int]:
+    """What the own account finds wrong, and how many additions it knows that no block has."""
+    watch = Watch(model=original.eval())
+    torch.backends.mha.set_fastpath_enabled(False)
+    with within(watch, original):
+        call(original, example, watch, True)
+    undropped(original)
+    undropped(model)
+    found = applied_to(model).found
+    blocks = [(f.name, set(f.modules), max(1, len(f.units))) for f in found]
+    mine = matched(watch.found(), blocks)
+    known = [addition for block in mine for addition in block]
+    count = len(missed(watch.found(), known))
+    lost = [f.name for f, additions in zip(found, mine, strict=True) if not additions]
+    if lost:
+        return f"unmatched: {len(lost)} blocks, {lost[0]!r} first", count
+    size = len(found)
+    torch.manual_seed(1)
+    patterns = [[True] * size, [False] * size, [n % 2 == 0 for n in range(size)]]
+    patterns.append((torch.rand(size) < 0.5).tolist())
+    state = {name: value.clone() for name, value in original.state_dict().items()}
+    model.load_state_dict(state)
+    for train in (False, True):
+        original.train(train), model.train(train)
+        usual = call(original, example, Watch(), train)
+        original.load_state_dict(state)
+        if differs(usual, call(original, example, Watch(), train)):
+            continue  # not a function of its input
+        for gates in patterns if size > 1 else patterns[:2]:
+            shut = [a for block, o in zip(mine, gates, strict=True) if not o for a in block]
+            original.load_state_dict(state)
+            model.load_state_dict(state)
+            right = call(original, example, Watch({a.number: a.side for a in shut}), train)
+            with handle.forced(gates), counted(model) as calls:
+                got = call(model, example, Watch(), train)
+            if why := differs(right, got):
+                where = "training" if train else "evaluation"
+                return f"{where}, {gates.count(False)} of {size} closed: {why}", count
+            if not any(gates):
+                own = watch.alone(shut)
+                called = sorted(name for name in own if calls[name])
+                if len(called) * 2 > len(own):
+                    return f"runs closed: {len(called)} of {len(own)} modules, {called[0]}", count
+    original.load_state_dict(state)
+    return "", count
+
+
+def judge(library: str, name: str, build: Build) -> dict[str, Any]:
+    """What comes of one model."""
+    result: dict[str, Any] = {"library": library, "model": name}
+    began = time.process_time()
     torch.manual_seed(0)
     try:
-        model, example = published(f"{library}/{name}", **options)
+        original, example = build()
+        torch.manual_seed(0)
+        model, _ = build()
+        model.load_state_dict(original.state_dict())
+        call(original.eval(), example, Watch(), False)
     except Exception as error:
-        return Verdict(library, name, "broken", reason=f"cannot be built: {_line(error)}")
-    before = _look(model)
-    began = time.perf_counter()
-    blocks, mechanisms, difference, reason = 0, "", 0.0, ""
+        return {**result, "verdict": "unbuilt", "reason": line(error)}
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    built = time.process_time()
+    exclude: list[str] = []
     try:
-        blocks = len(sd.apply(model, example=example).blocks)
-        applied = applied_to(model)
-        mechanisms = ", ".join(sorted({block.mechanism for block in applied.found}))
-        difference = applied.difference
-        verdict = "skippable"
-        sd.remove(model)
+        handle = sd.apply(model, example=example, scale="inference")
+        result["verdict"] = "complete"
+    except sd.UnsupportedBlockError as error:
+        result |= {"verdict": "refused", "reason": line(error)}
+        handle, result["advice"] = advised(model, example, error, exclude)
     except sd.ApplyError as error:
-        refused = isinstance(error, sd.UnsupportedBlockError)
-        verdict, reason = "refused" if refused else "not residual", _line(error)
+        watch = Watch(model=original.eval())
+        with within(watch, original):
+            call(original, example, watch, True)
+        count = len(missed(watch.found(), []))
+        verdict = "missed" if count else "not residual"
+        result |= {"verdict": verdict, "reason": line(error), "missed": count}
+        handle = None
     except Exception as error:
-        verdict, reason = "broken", _line(error)
-    seconds = round(time.perf_counter() - began, 2)
-    if _look(model) != before:
-        verdict, reason = "broken", f"left changed; {reason}"
-    return Verdict(library, name, verdict, blocks, mechanisms, difference, seconds, reason)
-
-
-def structure() -> Iterator[Verdict]:
-    """All of timm, a representative for each set of classes."""
-    import timm
-
-    groups: dict[frozenset[type], list[tuple[int, str]]] = collections.defaultdict(list)
-    for name in track(timm.list_models(), "building all of timm"):
-        model, _ = published(f"timm/{name}", device="meta")
-        size = sum(p.numel() for p in model.parameters())
-        groups[frozenset(map(type, model.modules()))].append((size, name))
-    for group in track(groups.values(), "planning"):
-        name = min(group)[1]
-        model, example = published(f"timm/{name}", device="meta")
-        before = _look(model)
-        blocks, mechanisms, reason = 0, "", ""
+        return {**result, "verdict": "wrong", "reason": line(error)}
+    result["apply_seconds"] = round(time.process_time() - built, 2)
+    if handle is not None:
+        found = applied_to(model).found
+        result["blocks"] = len(found)
+        result["mechanisms"] = ", ".join(sorted({block.mechanism for block in found}))
         try:
-            plan = sd.plan(model, example)
-            blocks = len(plan.blocks)
-            mechanisms = ", ".join(sorted({block.mechanism for block in plan.blocks}))
-            refused = [block for block in plan.blocks if block.refusal]
-            verdict = "refused" if refused else "skippable"
-            if refused:
-                reason = f"{len(refused)} blocks, {refused[0].name!r}: {refused[0].refusal}"
-        except sd.ApplyError as error:
-            verdict, reason = "not residual", _line(error)
+            wrong, count = oracle(original, model, handle, example)
+            if not wrong:
+                sd.verify(model.train(), example, repeats=1)
         except Exception as error:
-            verdict, reason = "broken", _line(error)
-        if _look(model) != before:
-            verdict, reason = "broken", f"left changed; {reason}"
-        yield Verdict("timm", name, verdict, blocks, mechanisms, reason=reason, models=len(group))
+            wrong, count = line(error), 0
+        if wrong:
+            result |= {"verdict": "wrong", "reason": wrong}
+        elif count and not exclude:
+            result |= {"verdict": "missed", "missed": count}
+        sd.remove(model)
+    return {**result, "seconds": round(time.process_time() - began, 2)}
 
 
-def _look(model: nn.Module) -> list[Any]:
-    """What must be as before where a model is refused."""
-    weights = [(name, id(value)) for name, value in model.state_dict(keep_vars=True).items()]
-    modules = [(type(module), module.training, len(vars(module))) for module in model.modules()]
-    return [modules, weights]
+def advised(
+    model: nn.Module, example: Any, error: Exception, exclude: list[str]
+) -> tuple[Any, str]:
+    """Follow the advice of refusals until one of them works: exclude= what they name."""
+    for _ in range(40):
+        found = re.search(r"exclude=(\[.*?\])", str(error)) or re.search(
+            r"exclude= leaves blocks as they are, say ('[^']*')", str(error)
+        )
+        if not found:
+            return None, f"none that can be followed, after {exclude}"
+        named = ast.literal_eval(found[1])
+        exclude += [named] if isinstance(named, str) else named
+        try:
+            return sd.apply(model, example=example, scale="inference", exclude=exclude), "works"
+        except sd.UnsupportedBlockError as again:
+            error = again
+        except sd.ApplyError:
+            return None, f"nothing is left without {exclude}"
+    return None, "does not end"
 
 
-def _line(error: Exception) -> str:
-    name = "" if isinstance(error, sd.StochasticDepthError) else f"{type(error).__name__}: "
-    return " ".join(f"{name}{error}".split())
+def line(error: BaseException) -> str:
+    kind = "" if isinstance(error, sd.StochasticDepthError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:600]
 
 
-def report(title: str, verdicts: list[Verdict]) -> None:
-    """How many, by library; and why not, one by one."""
-    columns = ("skippable", "refused", "not residual", "broken")
-    table = Table(title=title, title_justify="left")
-    for column in ("library", *columns, "of the residual ones"):
+def work(library: str, names: list[str], is_drawn: bool) -> None:
+    """In a process of its own: judge models, and print a line when each begins and ends."""
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+    torch.set_num_threads(1)
+
+    def stop(*_: Any) -> None:
+        raise TooLong
+
+    signal.signal(signal.SIGPROF, stop)
+    builders = drawn(library) if is_drawn else BUILDERS[library]()
+    for name, build in builders:
+        if name not in names:
+            continue
+        print(json.dumps({"begin": name}), flush=True)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            result = judge(library, name, build)
+        except TooLong:
+            reason = f"more than {SECONDS} s"
+            result = {"library": library, "model": name, "verdict": "slow", "reason": reason}
+        except MemoryError:
+            result = {"library": library, "model": name, "verdict": "slow", "reason": "memory"}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print("\n" + json.dumps(result), flush=True)
+
+
+def run(library: str, names: list[str], is_drawn: bool, out: Path) -> None:
+    """Judge the models of a library in another process, and begin anew where one kills it."""
+    while names:
+        command = [sys.executable, __file__, "--work", library, "--only", *names]
+        worker = subprocess.Popen(
+            command + ["--drawn"] * is_drawn, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        assert worker.stdout is not None
+        begun, buffer = names[0], b""
+        while True:
+            ready, _, _ = select.select([worker.stdout], [], [], 10 * SECONDS)
+            some = os.read(worker.stdout.fileno(), 1 << 16) if ready else b""
+            if not some:
+                worker.kill()
+                break
+            *lines, buffer = (buffer + some).split(b"\n")
+            for text in lines:
+                if text.startswith(b'{"begin"'):
+                    begun = json.loads(text)["begin"]
+                elif text.startswith(b'{"library"'):
+                    note(json.loads(text), out)
+                    names.remove(begun)
+                    begun = ""
+        worker.wait()
+        if not begun:
+            if names:
+                print(library, "has no", names)
+            return
+        reason = f"the process ended, {worker.returncode}"
+        note({"library": library, "model": begun, "verdict": "unbuilt", "reason": reason}, out)
+        names.remove(begun)
+
+
+def note(result: dict[str, Any], out: Path) -> None:
+    with out.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+    told = [result.get(key, "") for key in ("blocks", "mechanisms", "seconds", "reason")]
+    print(f"{result['library']:14} {result['model']:32} {result['verdict']:12}", *told, flush=True)
+
+
+def read(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The last line of each model."""
+    lines = out.read_text().splitlines() if out.exists() else []
+    results = [json.loads(text) for text in lines]
+    return {(result["library"], result["model"]): result for result in results}
+
+
+def report(results: list[dict[str, Any]]) -> None:
+    """A table by library, and each model by name that is not complete."""
+    table = Table()
+    for column in ("library", "tried", "residual", *VERDICTS[:5], "complete of residual"):
         table.add_column(column, justify="left" if column == "library" else "right")
-    for library in dict.fromkeys(verdict.library for verdict in verdicts):
-        counts = collections.Counter[str]()
-        for v in verdicts:
-            counts[v.verdict] += v.models if v.library == library else 0
-        residual = counts["skippable"] + counts["refused"]
-        share = f"{100 * counts['skippable'] / max(1, residual):.1f} %"
-        table.add_row(library, *(str(counts[column]) for column in columns), share)
-    console = Console()
-    console.print(table)
-    for v in verdicts:
-        if v.verdict in ("refused", "broken"):
-            console.print(f"{v.library}/{v.architecture} ({v.models}): {v.reason}", markup=False)
+    for library in [*dict.fromkeys(r["library"] for r in results), "all"]:
+        counts = collections.Counter(
+            r["verdict"] for r in results if library in ("all", r["library"])
+        )
+        residual = sum(counts[verdict] for verdict in VERDICTS[:5])
+        share = f"{100 * counts['complete'] / max(1, residual):.1f} %"
+        tried = residual + counts["not residual"]
+        row = [tried, residual, *(counts[verdict] for verdict in VERDICTS[:5])]
+        table.add_row(library, *map(str, row), share)
+    Console(width=120).print(table)
+    for r in results:
+        if r["verdict"] not in ("complete", "not residual", "unbuilt"):
+            told = f"{r.get('reason') or r.get('missed')} {r.get('advice', '')}"
+            print(f"{r['library']}/{r['model']}: {r['verdict']}: {told}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", help="library/architecture, to be verified")
-    parser.add_argument("--part", choices=("verified", "structure"), help="one of the two")
-    parser.add_argument(
-        "--out", type=Path, help="write the verdicts as JSON; with --part or --only into it"
-    )
+    parser.add_argument("--out", type=Path, help="a line of JSON for each model")
+    parser.add_argument("--library", nargs="+", choices=list(BUILDERS), default=list(BUILDERS))
+    parser.add_argument("--only", nargs="+", help="models by name")
+    parser.add_argument("--again", nargs="+", default=[], help="verdicts that are tried again")
+    parser.add_argument("--sample", type=int, help="so many of each library")
+    parser.add_argument("--drawn", action="store_true", help="the models that were set aside")
+    parser.add_argument("--report", action="store_true", help="only the table")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    warnings.simplefilter("ignore")
-    results: dict[str, list[Verdict]] = {}
-    if asked.part != "structure":
-        results["verified"] = []
-        for library, name, options in architectures():
-            if asked.only and f"{library}/{name}" not in asked.only:
-                continue
-            last = judge(library, name, **options)
-            results["verified"].append(last)
-            print(
-                f"{library:12} {name:32} {last.verdict:12} {last.blocks:4} {last.mechanisms:12} "
-                f"{last.difference:7.1g} {last.seconds:6.1f} s  {last.reason[:200]}",
-                flush=True,
-            )
-    if asked.part != "verified" and not asked.only:
-        results["structure"] = list(structure())
-    for title, verdicts in results.items():
-        report(title, verdicts)
-    if asked.out:
-        part = (asked.part or asked.only) and asked.out.exists()
-        before = json.loads(asked.out.read_text()) if part else {}
-        contents = {**before}
-        for title, verdicts in results.items():
-            new = {(v.library, v.architecture): asdict(v) for v in verdicts}
-            kept = before.get(title, []) if asked.only else []
-            old = {(v["library"], v["architecture"]): v for v in kept}
-            contents[title] = list({**old, **new}.values())
-        asked.out.write_text(json.dumps(contents, indent=1) + "\n")
+    if asked.work:
+        work(asked.work, asked.only, asked.drawn)
+        return
+    done = {} if asked.only else read(asked.out)
+    for library in [] if asked.report else asked.library:
+        try:
+            builders = drawn(library) if asked.drawn else BUILDERS[library]()
+            names = [name for name, _ in builders if not asked.only or name in asked.only]
+        except ImportError as error:
+            print(f"{library} is not installed: {error}")
+            continue
+        step = max(1, len(names) // asked.sample) if asked.sample else 1
+        known = {n for n in names if done.get((library, n), {}).get("verdict", "-") in asked.again}
+        names = [n for n in names[::step] if (library, n) not in done or n in known]
+        run(library, names, asked.drawn, asked.out)
+    report(list(read(asked.out).values()))
 
 
 if __name__ == "__main__":
