@@ -27,8 +27,20 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-coverage-models: install
-	$(BIN)/python tools/coverage_models.py --out results/coverage-models.json
+# What is in the file is not tried again: remove it to begin anew.
+coverage-models: .venv-coverage/installed
+	PYTHONPATH=src .venv-coverage/bin/python tools/coverage_models.py --out results/coverage-models.jsonl
+
+# Libraries of models, for this alone: beside .venv, and without what they depend on, which would
+# replace PyTorch. The compiled parts of torchaudio are for CUDA, and its models do without.
+.venv-coverage/installed: .venv/installed-dev pyproject.toml
+	$(BIN)/python -m venv .venv-coverage
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > .venv-coverage/base
+	cp .venv-coverage/base .venv-coverage/lib/python3*/site-packages/base.pth
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["coverage"], sep="\n")' > .venv-coverage/packages
+	.venv-coverage/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement .venv-coverage/packages
+	find .venv-coverage -path '*/torchaudio/*.so' -delete
+	touch $@
 
 soak: install
 	STOCHASTIC_DEPTH_SOAK=1 $(BIN)/pytest -m soak tests
@@ -44,4 +56,4 @@ install: .venv/installed-dev
 	$(PYTHON) tools/install.py $*
 
 clean:
-	rm -rf .venv build dist site .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-coverage build dist site .pytest_cache .ruff_cache .import_linter_cache

@@ -193,20 +193,22 @@ def matched(
     additions: list[Addition], blocks: list[tuple[str, set[str], int]]
 ) -> list[list[Addition]]:
     """The additions of each block: (name, modules of its branches, number of its additions)."""
+    pairs = []
+    for addition in additions:
+        for n, (name, modules, _) in enumerate(blocks):
+            around = {m for m in addition.modules if not m or f"{name}.".startswith(f"{m}.")}
+            own = addition.modules - around
+            share = len(own & modules) / max(1, len(own))
+            if not own and addition.owner.startswith(name):
+                share = 0.6
+            if share > 0.5:
+                order = -share, not addition.identity, -len(addition.inside), addition.number, n
+                pairs.append((order, n, addition))
     result: list[list[Addition]] = [[] for _ in blocks]
     taken: set[int] = set()
-    for addition in sorted(additions, key=lambda a: (not a.identity, a.number)):
-        best, which = 0.5, None
-        for n, (name, modules, wanted) in enumerate(blocks):
-            if len(result[n]) >= wanted or addition.number in taken:
-                continue
-            share = len(addition.modules & modules) / len(addition.modules)
-            if not modules and addition.owner.startswith(name):
-                share = 0.6
-            if share > best:
-                best, which = share, n
-        if which is not None:
-            result[which].append(addition)
+    for _, n, addition in sorted(pairs, key=lambda pair: pair[0]):
+        if len(result[n]) < blocks[n][2] and addition.number not in taken:
+            result[n].append(addition)
             taken.add(addition.number)
     return result
 

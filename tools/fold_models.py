@@ -1,8 +1,8 @@
 """Into which published architectures can p_l be folded? python tools/fold_models.py --out FILE
 
-Each architecture of coverage_models.py that can be made skippable is built without trained weights,
-its zeros and layer scales replaced by random numbers, applied and folded. Told are the largest
-differences of the outputs, in float64 and in float32, relative to the largest output; and why not,
+Each architecture of published_models.py that can be made skippable is built without trained
+weights, its zeros and layer scales replaced by random numbers, applied and folded. Told are the
+largest differences of the outputs, in float64 and in float32, relative to the largest output; and why not,
 where a block cannot take p_l exactly. The last bit: by how much the outputs in float32 differ when
 nothing is folded and every weight becomes a neighbouring number, which is the model's own noise.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_models import architectures
+from published_models import architectures
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

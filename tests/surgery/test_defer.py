@@ -68,6 +68,36 @@ def test_every_pattern_of_gates_gives_outputs_and_gradients_of_the_surviving_net
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
 
 
+class Apart(nn.Module):
+    """The parts of a branch are in lists of their own, as in networks on graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            x = x + torch.relu(norm(linear(x)))
+        return x
+
+
+def test_branches_whose_parts_are_in_several_lists_are_blocks():
+    x = torch.randn(2, WIDTH)
+    original, model = Apart(), Apart()
+    handle = sd.apply(model, example=x)
+    assert len(handle.blocks) == 3
+    called = []
+    model.linears[1].register_forward_hook(functools.partial(note, called, 1))
+    model.norms[1].register_forward_hook(functools.partial(note, called, 1))
+    with handle.forced([True, False, True]):
+        out = model(x)
+    h = x + torch.relu(original.norms[0](original.linears[0](x)))
+    torch.testing.assert_close(out, h + torch.relu(original.norms[2](original.linears[2](h))))
+    assert not called
+
+
 class Pairs(nn.Module):
     """Two branches a layer, added by the trunk."""
 
