@@ -2,9 +2,10 @@
 
 Each architecture of published_models.py that can be made skippable is built without trained
 weights, its zeros and layer scales replaced by random numbers, applied and folded. Told are the
-largest differences of the outputs, in float64 and in float32, relative to the largest output; and why not,
-where a block cannot take p_l exactly. The last bit: by how much the outputs in float32 differ when
-nothing is folded and every weight becomes a neighbouring number, which is the model's own noise.
+largest differences of the outputs, in float64 and in float32, relative to the largest output; and
+why not, where a block cannot take p_l exactly. The last bit: by how much the outputs in float32
+differ when nothing is folded and every weight becomes a neighbouring number, which is the model's
+own noise.
 """
 
 import argparse
