@@ -51,6 +51,15 @@ def test_the_architecture_lists_the_tree_as_it_is():
     assert listed == there
 
 
+def test_the_way_of_a_foreign_model_names_files_that_are_there():
+    page = PAGES["design/architecture.md"]
+    way = page[page.index("**A foreign model.**") : page.index("## How a step goes")]
+    files = {path.stem for path in (ROOT / "src" / "stochastic_depth" / "surgery").glob("*.py")}
+    named = set(re.findall(r"`(\w+)`", way)) - {"remove"}
+    assert len(named) > 10
+    assert named <= files
+
+
 class Links(HTMLParser):
     """What a page links to, what it makes a browser fetch, and what can be linked to in it."""
 
