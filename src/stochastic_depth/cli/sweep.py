@@ -9,6 +9,7 @@ import tyro
 
 from stochastic_depth.cli.arguments import choose, parse_recipe
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.extras import require
 from stochastic_depth.lab.options import at_least
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train.config import Config
@@ -95,6 +96,8 @@ class Gates(Options):
     """The values of p_L."""
     gatings: tuple[str, ...] = tuple(gatings(Config()))
     """Ways of gating; constant depth among them is trained once for each seed."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Draw errors and costs as PNG here."""
 
     def grid(self) -> "Grid":
         from stochastic_depth.lab.sweep.folder import Grid
@@ -109,6 +112,22 @@ class Gates(Options):
             raise ConfigError("sweep gates compares at equal rates: give --survival one value")
         rule, depth = self.config.survival.rule, self.config.model.depth
         return Grid((rule,), self.survival, (depth,), self.chosen_seeds(), self.gatings)
+
+
+def _compare_gatings(sweep: "Sweep", asked: Gates, console: "PlainConsole") -> None:
+    """Measure what a step of each gating costs, and show it beside the errors."""
+    from stochastic_depth.lab.sweep.gates import gates_table, gating_results, write_results
+
+    result = gating_results(sweep, console)
+    write_results(sweep, result)
+    console.print(gates_table(result))
+    if asked.plot is not None:
+        from stochastic_depth.files import write_whole
+        from stochastic_depth.lab.drawing import file_png
+        from stochastic_depth.lab.sweep.gates_chart import gates_figure
+
+        figure = gates_figure(result)
+        write_whole(asked.plot, file_png(figure.title, figure))
 
 
 OPTIONS: dict[Kind, type[Survival | Depth | Gates]] = {
@@ -130,6 +149,9 @@ def sweep(arguments: list[str]) -> int:
 
     console = PlainConsole()
     with console.starting():
+        if isinstance(asked, Gates) and asked.plot is not None:
+            for module in ("altair", "vl_convert"):
+                require(module, "report")
         from stochastic_depth.lab.sweep.folder import open_sweep
     folder = asked.out or Path("runs") / f"sweep-{kind}-{asked.config.recipe}"
     opened = open_sweep(folder, kind, asked.grid(), asked.config)
@@ -162,9 +184,12 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
     failed = [point for point in points if sweep.failure(point)]
     for point in failed:
         console.say(f"{point.name} failed: {sweep.failure(point)}")
-    console.print(sweep_table(sweep))
-    console.say(str(sweep.folder))
     left = sum(not sweep.ended(point) for point in points)
+    if isinstance(asked, Gates) and not left and len(failed) < len(points) and not stop():
+        _compare_gatings(sweep, asked, console)
+    else:
+        console.print(sweep_table(sweep))
+    console.say(str(sweep.folder))
     if left:
         lost = f", {counted(len(killed), 'worker')} killed" if killed else ""
         console.say(f"{left} of {len(points)} runs are not finished{lost}")

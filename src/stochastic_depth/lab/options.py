@@ -110,6 +110,54 @@ class SteadyOptions(ResNetOptions):
 
 
 @dataclass(frozen=True)
+class ClosedOptions(BenchOptions):
+    """What skipped and forward-only blocks save, at equal gates."""
+
+    network: Literal["vit-small", "gpt2"] = "vit-small"
+    """timm's ViT-S/16, or the GPT-2 of transformers."""
+    lora: bool = False
+    """Train adapters of peft alone, beside frozen weights."""
+    final: float = 0.5
+    """p_L of linear decay."""
+    batch: int = 8
+    """Images or texts a step."""
+    size: int = 96
+    """Height and width of the images, pixels; tokens a text."""
+
+    def check(self) -> None:
+        super().check()
+        at_least(2, batch=self.batch)
+        at_least(16, size=self.size)
+
+
+@dataclass(frozen=True)
+class Dinov2Options(BenchOptions):
+    """The subset gate against DINOv2's own block."""
+
+    dinov2: str = "dinov2"
+    """A checkout of https://github.com/facebookresearch/dinov2."""
+    rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
+    """Drop rates, of every block."""
+    blocks: int = 12
+    """Of the network."""
+    width: int = 384
+    """Of the tokens; a head for each 64."""
+    batch: int = 16
+    """Sequences a step."""
+    size: int = 64
+    """Tokens a sequence."""
+
+    def check(self) -> None:
+        super().check()
+        at_least(2, batch=self.batch, size=self.size)
+        at_least(1, blocks=self.blocks)
+        at_least(64, width=self.width)
+        for rate in self.rates:
+            if not 0 < rate < 1:
+                raise ConfigError(f"--rates has {rate}: a drop rate is above 0 and below 1")
+
+
+@dataclass(frozen=True)
 class PeersOptions(BenchOptions):
     """The same network as other libraries train it."""
 

@@ -27,6 +27,8 @@ from stochastic_depth.lab.sources import RecordedRun, Sources, Sweep, read_sourc
 from stochastic_depth.lab.study import Experiment, describe, describe_data, experiments
 from stochastic_depth.lab.style import style_sheet
 from stochastic_depth.lab.sweep.charts import depth_sweep, survival_sweep
+from stochastic_depth.lab.sweep.gates import read_results
+from stochastic_depth.lab.sweep.gates_chart import gates_figure
 from stochastic_depth.lab.tables import Table, Tile, flat, overview, settings, tables, tiles
 from stochastic_depth.lab.training import training_curves, training_time
 
@@ -120,7 +122,11 @@ def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iter
 
 
 def _sweep(sweep: Sweep) -> Section:
-    drawn = (depth_sweep if sweep.kind == "depth" else survival_sweep)(sweep)
+    if sweep.kind == "gates":
+        result = read_results(sweep.path)
+        drawn = gates_figure(result) if result else None
+    else:
+        drawn = (depth_sweep if sweep.kind == "depth" else survival_sweep)(sweep)
     finished = sum(run.finished for run in sweep.runs)
     failed = sum(run.failed for run in sweep.runs)
     said = f"{sweep.path}: {finished} of {sweep.size} runs finished"
@@ -131,6 +137,8 @@ def _sweep(sweep: Sweep) -> Section:
     config = sweep.runs[0].run.config
     if sweep.kind == "depth":
         title = f"p_L against depth, {describe_data(config)}"
+    elif sweep.kind == "gates":
+        title = f"Ways of gating, {describe(config)}"
     else:
         title = f"p_L at one depth, {describe(config)}"
     return Section(title, (drawn,) if drawn else (), said, settings=tuple(shared), runs=runs)

@@ -56,7 +56,7 @@ class Sweep:
 
     path: Path
     kind: str
-    """What varies: "survival" or "depth"."""
+    """What varies: "survival", "depth" or "gates"."""
     size: int
     """Points of the grid: runs that there will be."""
     runs: tuple[RecordedRun, ...]
@@ -150,6 +150,7 @@ def _sweep(path: Path) -> Sweep:
         kind, grid = described["kind"], described["grid"]
         # at constant depth there is no p_L to vary
         pairs = sum(1 if r == "constant" else len(grid["survival"]) for r in grid["rules"])
+        pairs = len(grid.get("gatings", ())) or pairs
         return Sweep(path, kind, pairs * len(grid["depths"]) * len(grid["seeds"]), runs)
     except (KeyError, TypeError) as error:
         raise RunError(f"{path / 'sweep.json'} is not of a sweep: {error!r}") from error

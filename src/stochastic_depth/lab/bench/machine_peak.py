@@ -1,6 +1,6 @@
 """How near to the machine's peak training steps come, both measured in the same run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def machine_peak(execution: Execution, constant: Step) -> MachinePeak | None:
     return MachinePeak(library.peak(dtype, execution.threads), step_flops(constant))
 
 
-def step_flops(step: Step) -> int:
+def step_flops(step: Callable[[], object]) -> int:
     """FLOPs of the convolutions and products of a step, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         step()

@@ -1,6 +1,7 @@
 """What is timed: training steps on random inputs, and the memory they need."""
 
 import statistics
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,22 +124,40 @@ def training_step(
     return step
 
 
-def saved_for_backward(step: Step) -> int:
-    """Bytes of all tensors that a training step keeps for its backward pass, parameters aside."""
-    storages: dict[int, int] = {}
+class _Saved:
+    """A tensor that a graph holds on to."""
 
-    def note(tensor: Tensor) -> Tensor:
+    def __init__(self, tensor: Tensor) -> None:
         whole = tensor if tensor._base is None else tensor._base
-        if not isinstance(whole, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        self.tensor = tensor.detach()  # or a result that is saved would hold its own graph
+        self.counts = not isinstance(whole, nn.Parameter)
+        self.storage = whole.untyped_storage()
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+
+def saved_for_backward(step: Step) -> int:
+    """Bytes of all tensors that wait for the backward pass as it begins, parameters aside."""
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+    found: list[int] = []
+
+    def note(tensor: Tensor) -> _Saved:
+        holder = _Saved(tensor)
+        saved.add(holder)
+        return holder
+
+    def total() -> int:
+        storages = [holder.storage for holder in saved if holder.counts]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+    def give_back(holder: _Saved) -> Tensor:
+        if not found:
+            found.append(total())
+        return holder.tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, give_back):
         step()
     if isinstance(step, EngineStep) and isinstance(step.engine, Blocks):
         return step.engine.kept  # autograd sees its head alone
-    return sum(storages.values())
+    return found[0] if found else 0
 
 
 def step_memory(step: Step, device: str, steps: int = 5) -> float:

@@ -112,7 +112,7 @@ class Grid:
 
 
 FORMAT = 1
-OURS = {"sweep.json", "lock", "runs", "claims"}
+OURS = {"sweep.json", "lock", "runs", "claims", "gates.json"}
 Kind = Literal["survival", "depth", "gates"]
 
 

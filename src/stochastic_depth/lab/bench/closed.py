@@ -1,0 +1,114 @@
+"""What the two ways of closing a block save, at equal gates; adapters included."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from stochastic_depth.lab.bench.costs import show_costs, step_costs
+from stochastic_depth.lab.bench.workload import Step, Workload, training_step
+from stochastic_depth.lab.options import ClosedOptions
+from stochastic_depth.models.published import library
+from stochastic_depth.randomness import generator
+from stochastic_depth.surgery import apply
+from stochastic_depth.survival import LinearDecay
+from stochastic_depth.train.runtime import Execution
+
+CONSTANT, SKIPPED, FORWARD_ONLY = "constant depth", "skipped", "forward-only"
+ADAPTED = {
+    "vit-small": ["qkv", "proj", "fc1", "fc2"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+}
+"""The layers of each network that adapters are put beside."""
+
+
+class Logits(nn.Module):
+    """A model of transformers that gives its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).logits
+
+
+def adapt(model: nn.Module, targets: list[str], rank: int = 8) -> None:
+    """Put adapters beside the layers named, and freeze all else.
+
+    Raises:
+        MissingExtraError: without peft.
+    """
+    peft = library("peft")
+    transposed = any(type(m).__name__ == "Conv1D" for m in model.modules())  # GPT-2's layers
+    config = peft.LoraConfig(r=rank, target_modules=targets, fan_in_fan_out=transposed)
+    with torch.random.fork_rng():
+        peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def closed_steps(
+    options: ClosedOptions, execution: Execution, build: Mapping[str, Any] | None = None
+) -> dict[str, Step]:
+    """A training step of each alternative, on the same weights, inputs and gates.
+
+    Args:
+        build: of the network, in place of its usual arguments; for tests.
+
+    Raises:
+        MissingExtraError: without the library that the network comes from, or peft.
+    """
+    steps: dict[str, Step] = {}
+    for name in (CONSTANT, SKIPPED, FORWARD_ONLY):
+        model, inputs, labels = _network(options, build or {}, execution)
+        if options.lora:
+            adapt(model, ADAPTED[options.network])
+        if name != CONSTANT:
+            closed = "skipped" if name == SKIPPED else "forward-only"
+            scale = "training" if name == SKIPPED else None
+            apply(
+                model,
+                LinearDecay(options.final),
+                example=inputs[:2],
+                closed=closed,
+                scale=scale,
+                skipped="freeze",
+            )
+        steps[name] = training_step(model, inputs, labels, execution)
+    return steps
+
+
+def _network(
+    options: ClosedOptions, build: Mapping[str, Any], execution: Execution
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """One of timm's ViT-S/16, or the GPT-2 of transformers; always the same weights."""
+    batch, size = options.batch, options.size
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if options.network == "vit-small":
+            arguments = {"num_classes": 10, "img_size": size, **build}
+            model = library("timm").create_model("vit_small_patch16_224", **arguments)
+            images = Workload(batch, size, 3, execution).images()
+            return model, images, torch.arange(batch) % 10
+        hf = library("transformers")
+        without = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
+        config = hf.GPT2Config(**{**without, **build})
+        texts = torch.randint(config.vocab_size, (batch, size + 1), generator=generator("bench"))
+        return Logits(hf.GPT2LMHeadModel(config)), texts[:, :-1], texts[:, 1:]
+
+
+def bench_closed(options: ClosedOptions, execution: Execution, console: Console) -> dict[str, Any]:
+    """Compare skipped and forward-only blocks with constant depth."""
+    adapters = ", LoRA" if options.lora else ""
+    unit = "images" if options.network == "vit-small" else "texts"
+    title = (
+        f"{options.network}{adapters}, {options.batch} {unit} of {options.size}, "
+        f"p_L = {options.final:g}"
+    )
+    costs = step_costs(
+        lambda: closed_steps(options, execution), options.repeats, execution, console
+    )
+    return {"alternatives": show_costs(title, costs, CONSTANT, execution, console)}

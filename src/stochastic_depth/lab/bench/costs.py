@@ -1,0 +1,94 @@
+"""What training steps cost: time, FLOPs, and bytes kept for the backward pass."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from stochastic_depth.lab.bench.machine_peak import step_flops
+from stochastic_depth.lab.bench.results import bench_table, shown
+from stochastic_depth.lab.bench.workload import Step, saved_for_backward
+from stochastic_depth.timing import take_turns
+from stochastic_depth.train.runtime import Execution
+
+Build = Callable[[], Mapping[str, Step]]
+"""Makes the steps of all alternatives, each from its first gates on."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Means over the steps of one alternative, but for the peak."""
+
+    seconds: float
+    """On a CPU those of the processor, so that other programs do not count."""
+    flops: float
+    kept: float
+    """Bytes that wait for the backward pass, parameters aside."""
+    peak_kept: float
+    """Those of the step that keeps the most."""
+
+    def relative_to(self, other: "StepCost") -> "StepCost":
+        """Each as a share of the other's; the peak of its peak."""
+        shares = zip(vars(self).values(), vars(other).values(), strict=True)
+        return StepCost(*(mine / theirs for mine, theirs in shares))
+
+
+def step_costs(
+    build: Build, repeats: int, execution: Execution, console: Console, counted: int | None = None
+) -> dict[str, StepCost]:
+    """Take `repeats` timed steps of every alternative in turns, and then steps that are counted.
+
+    Args:
+        counted: how many; as many as are timed if not given. Gates, and what depends on them, are
+            those of the first steps.
+    """
+    on_cpu = torch.device(execution.device).type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    steps = build()
+    for step in steps.values():  # what is allocated and chosen once
+        step()
+    rounds = list(shown(take_turns(steps, repeats, 0, clock), repeats, console))
+    del steps
+    counted = counted or repeats
+
+    def each(measure: Callable[[Step], float]) -> dict[str, list[float]]:
+        """By alternative, in all the same steps; two at once would disturb each other."""
+        return {
+            name: [measure(step) for _ in shown(range(counted), counted, console, "counting")]
+            for name, step in build().items()
+        }
+
+    flops, kept = each(step_flops), each(saved_for_backward)
+    return {
+        name: StepCost(
+            statistics.fmean(of_round[name] for of_round in rounds),
+            statistics.fmean(flops[name]),
+            statistics.fmean(kept[name]),
+            max(kept[name]),
+        )
+        for name in flops
+    }
+
+
+def show_costs(
+    title: str,
+    costs: Mapping[str, StepCost],
+    relative_to: str,
+    execution: Execution,
+    console: Console,
+) -> dict[str, Any]:
+    """Print a row for each alternative, relative to one of them; gives the same for a file."""
+    table = bench_table(title, execution, "", "step", "time", "FLOPs", "bytes kept", "peak bytes")
+    result = {}
+    for name, cost in costs.items():
+        relative = cost.relative_to(costs[relative_to])
+        result[name] = {**asdict(cost), "relative": asdict(relative)}
+        shares = (f"{share:.3f}" for share in vars(relative).values())
+        table.add_row(name, f"{1e3 * cost.seconds:,.1f} ms", *shares)
+    console.print(table)
+    console.print(f"time, FLOPs, bytes kept for backward: means, as shares of {relative_to}'s")
+    return result

@@ -1,0 +1,115 @@
+"""The subset gate against the block of DINOv2, which drops samples of its branches for itself.
+
+Its code is read from a checkout of github.com/facebookresearch/dinov2; nothing of it is here.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.bench.costs import StepCost, show_costs, step_costs
+from stochastic_depth.lab.bench.workload import Step, copy_weights, training_step
+from stochastic_depth.lab.options import Dinov2Options
+from stochastic_depth.randomness import generator
+from stochastic_depth.surgery import apply
+from stochastic_depth.survival import Uniform
+from stochastic_depth.train.runtime import Execution
+
+CONSTANT, THEIRS, OURS = "constant depth", "DINOv2's block", "subset gate, balanced"
+
+
+class Stack(nn.Module):
+    """Blocks, and a linear layer on the mean over tokens."""
+
+    def __init__(self, blocks: list[nn.Module], width: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x).mean(1))
+
+
+@contextmanager
+def _importable(checkout: Path) -> Iterator[None]:
+    sys.path.insert(0, str(checkout))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(checkout))
+
+
+def their_block(checkout: Path) -> type[nn.Module]:
+    """`Block` of a checkout.
+
+    Raises:
+        ConfigError: when it is not there.
+    """
+    if not (checkout / "dinov2/layers/block.py").is_file():
+        raise ConfigError(
+            f"--dinov2 is {checkout}, in which there is no dinov2/layers/block.py: give a checkout "
+            "of https://github.com/facebookresearch/dinov2"
+        )
+    with _importable(checkout), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells that xFormers is missing
+        return importlib.import_module("dinov2.layers.block").Block
+
+
+def dinov2_steps(rate: float, options: Dinov2Options, execution: Execution) -> dict[str, Step]:
+    """A training step of each alternative, on the same weights and tokens."""
+    block = their_block(Path(options.dinov2))
+    shape = {"dim": options.width, "num_heads": options.width // 64, "qkv_bias": True}
+    x = torch.randn(options.batch, options.size, options.width, generator=generator("bench"))
+    labels = torch.arange(options.batch) % 10
+    steps: dict[str, Step] = {}
+    first = None
+    for name in (CONSTANT, THEIRS, OURS):
+        drop = rate if name == THEIRS else 0.0
+        blocks = [block(**shape, drop_path=drop) for _ in range(options.blocks)]
+        model = Stack(blocks, options.width)
+        first = first or model
+        copy_weights(first, model)
+        if name == OURS:
+            apply(
+                model,
+                Uniform(1 - rate),
+                example=x[:2],
+                granularity="unit",
+                gate="subset",
+                balance=True,
+                scale="training",
+            )
+        steps[name] = training_step(model, x, labels, execution)
+    return steps
+
+
+def bench_dinov2(options: Dinov2Options, execution: Execution, console: Console) -> dict[str, Any]:
+    """Time both at several rates, the same for every block."""
+    rates: dict[str, Any] = {}
+    for rate in options.rates:
+        costs = step_costs(
+            lambda rate=rate: dinov2_steps(rate, options, execution),
+            options.repeats,
+            execution,
+            console,
+            counted=3,
+        )
+        title = (
+            f"{options.blocks} blocks, batch {options.batch}, {options.size} tokens, rate {rate:g}"
+        )
+        rates[f"{rate:g}"] = show_costs(title, costs, CONSTANT, execution, console)
+        console.print(f"ours is faster by {_faster(costs):.2f} x")
+    return {"rates": rates}
+
+
+def _faster(costs: dict[str, StepCost]) -> float:
+    return costs[THEIRS].seconds / costs[OURS].seconds

@@ -1,0 +1,116 @@
+"""What the ways of gating come to: test error over seeds, and what a training step costs each."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from stochastic_depth.files import SMALL, read_file, write_whole
+from stochastic_depth.lab.bench.costs import step_costs
+from stochastic_depth.lab.bench.workload import Step, Workload, training_step
+from stochastic_depth.lab.formatting import percent
+from stochastic_depth.lab.study import Outcome, Spread, describe
+from stochastic_depth.lab.sweep.folder import Sweep
+from stochastic_depth.recipes.paper import gatings
+from stochastic_depth.train import Config
+from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.engine_choice import SIDES
+from stochastic_depth.train.runtime import Execution, machine, resolve_execution, versions
+
+CONSTANT = "constant"
+FILE = "gates.json"
+"""In the sweep's folder, written when the sweep is complete."""
+
+
+def gating_steps(
+    config: Config, names: Sequence[str], execution: Execution, steps: int
+) -> dict[str, Step]:
+    """A training step of each gating, by autograd, on random images of the data's shape.
+
+    Args:
+        steps: of the whole training, as far as a schedule is concerned.
+    """
+    channels = 1 if config.data.name == "digits" else 3
+    side = config.data.size or SIDES[config.data.name]
+    workload = Workload(config.optimizer.batch, side, channels, execution)
+    found = {}
+    for name in names:
+        variant = gatings(config)[name]
+        model = build_model(variant.model, channels, 10, config.seed)
+        build_depth(model, variant.survival, config.seed, steps)
+        labels = torch.arange(workload.batch) % 10
+        found[name] = training_step(model, workload.images(), labels, execution)
+    return found
+
+
+def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[str, Any]:
+    """Errors of the finished runs by gating, and the cost of a step of each, for a file.
+
+    Costs are means over a whole training of `repeats` steps, so that a schedule passes too.
+    """
+    config, survival = sweep.config, sweep.grid.survival[0]
+    config = replace(config, survival=replace(config.survival, final=survival))
+    execution = resolve_execution(config)
+    names = dict.fromkeys((CONSTANT, *sweep.grid.gatings))  # which the others are relative to
+    costs = step_costs(
+        lambda: gating_steps(config, [*names], execution, repeats), repeats, execution, console
+    )
+    rows = {}
+    for name in sweep.grid.gatings:
+        points = [point for point in sweep.grid.points() if point.gating == name]
+        journals = [sweep.records(point) for point in points if sweep.done(point)]
+        if not journals:
+            continue
+        outcomes = [Outcome.of([journal]) for journal in journals]
+        rows[name] = {
+            "test_errors": [outcome.test_error_best.mean for outcome in outcomes],
+            "test_errors_last": [outcome.test_error_last.mean for outcome in outcomes],
+            "step": asdict(costs[name]),
+            "relative": asdict(costs[name].relative_to(costs[CONSTANT])),
+        }
+    return {
+        "title": describe(config),
+        "p_L": survival,
+        "steps_measured": repeats,
+        "gatings": rows,
+        "config": config.essential().to_json(),
+        "machine": machine(execution),
+        "versions": versions(),
+    }
+
+
+def write_results(sweep: Sweep, result: dict[str, Any]) -> None:
+    """Put it beside the runs."""
+    write_whole(sweep.folder / FILE, json.dumps(result, indent=1).encode() + b"\n")
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """What `write_results` wrote; None where there is none yet, or none that can be read."""
+    try:
+        return json.loads(read_file(folder / FILE, SMALL))
+    except (OSError, ValueError):
+        return None
+
+
+def gates_table(result: dict[str, Any]) -> Table:
+    """A row for each gating: errors over seeds, costs as shares of constant depth's."""
+    table = Table(
+        title=f"{result['title']}, p_L = {result['p_L']:g}; mean ± deviation over seeds",
+        title_justify="left",
+        caption="time, FLOPs, bytes kept for backward and their peak: of constant depth's, over "
+        f"{result['steps_measured']} steps",
+        caption_justify="left",
+    )
+    table.add_column("gating")
+    for name in ("seeds", "test error", "time", "FLOPs", "bytes", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in result["gatings"].items():
+        shares = (f"{share:.3f}" for share in row["relative"].values())
+        errors = row["test_errors"]
+        table.add_row(name, f"{len(errors)}", percent(Spread.of(errors)), *shares)
+    return table

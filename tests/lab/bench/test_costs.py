@@ -1,0 +1,133 @@
+"""What a step costs, and the two benchmarks that compare by it."""
+
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import stochastic_depth as sd
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.bench import dinov2
+from stochastic_depth.lab.bench.closed import (
+    CONSTANT,
+    FORWARD_ONLY,
+    SKIPPED,
+    bench_closed,
+    closed_steps,
+)
+from stochastic_depth.lab.bench.costs import StepCost, step_costs
+from stochastic_depth.lab.bench.workload import Workload, saved_for_backward
+from stochastic_depth.lab.options import ClosedOptions, Dinov2Options
+from stochastic_depth.models import VisionTransformer
+from stochastic_depth.train.runtime import Execution
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
+CPU = Execution("cpu", "float32", 1)
+QUIET = Console(quiet=True)
+
+
+def test_costs_are_means_but_for_the_peak_and_relative_to_another():
+    workload = Workload(4, 8, 3, CPU)
+    handles = []
+
+    def build():
+        steps = {}
+        for name, p in (("whole", 1.0), ("dropped", 0.5)):
+            model = VisionTransformer(3)
+            handles.append(sd.apply(model, sd.Uniform(p)))
+            steps[name] = workload.step(model)
+        return steps
+
+    costs = step_costs(build, 6, CPU, QUIET)
+    whole, dropped = costs["whole"], costs["dropped"]
+    assert whole.kept == whole.peak_kept
+    gates = torch.stack([handles[-1].gates_at(step) for step in range(6)]).sum(1)
+    relative = dropped.relative_to(whole)
+    assert relative.flops == pytest.approx(gates.float().mean().item() / 6, abs=0.15)
+    assert relative.flops < 1
+    assert dropped.kept <= dropped.peak_kept <= whole.peak_kept
+    assert StepCost(2, 4, 6, 8).relative_to(StepCost(1, 2, 3, 4)) == StepCost(2, 2, 2, 2)
+
+
+def test_a_graph_that_is_given_up_before_the_backward_pass_is_not_kept():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def step(detached):
+        def given(out):
+            return out.detach() if detached else out
+
+        (second(x) + given(torch.tanh(first(x)))).sum().backward()
+
+    assert saved_for_backward(lambda: step(True)) == x.nbytes
+    assert saved_for_backward(lambda: step(False)) == 2 * x.nbytes
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("network", ["vit-small", "gpt2"])
+def test_forward_only_saves_the_bytes_of_skipped_blocks_but_not_their_forward_pass(network, lora):
+    pytest.importorskip({"vit-small": "timm", "gpt2": "transformers"}[network])
+    if lora:
+        pytest.importorskip("peft", reason="needs peft")
+    build = {
+        "vit-small": {"depth": 4, "embed_dim": 64, "num_heads": 2},
+        "gpt2": {"n_layer": 4, "n_embd": 64, "n_head": 2, "vocab_size": 100},
+    }[network]
+    options = ClosedOptions(network=network, lora=lora, batch=2, size=32, final=0.1)
+    costs = step_costs(lambda: closed_steps(options, CPU, build), 4, CPU, QUIET)
+    whole, skipped, forward_only = (costs[name] for name in (CONSTANT, SKIPPED, FORWARD_ONLY))
+    assert skipped.flops < forward_only.flops < whole.flops
+    assert forward_only.kept == pytest.approx(skipped.kept, rel=0.1)
+    assert forward_only.kept < whole.kept
+
+
+def test_without_peft_there_are_no_adapters(monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(sd.errors.MissingExtraError, match="pip install peft"):
+        bench_closed(ClosedOptions(lora=True, batch=2, size=32), CPU, QUIET)
+
+
+BLOCK = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, qkv_bias, drop_path):
+        super().__init__()
+        self.attn, self.mlp, self.rate = nn.Linear(dim, dim), nn.Linear(dim, dim), drop_path
+
+    def forward(self, x):
+        for branch in (self.attn, self.mlp):
+            if self.training and self.rate > 0:
+                chosen = torch.randperm(len(x))[: max(1, int(len(x) * (1 - self.rate)))]
+                x = x.index_add(0, chosen, branch(x[chosen]), alpha=len(x) / len(chosen))
+            else:
+                x = x + branch(x)
+        return x
+"""
+
+
+def test_a_block_of_a_checkout_is_held_against_the_subset_gate(tmp_path, monkeypatch):
+    for name in ("dinov2", "dinov2.layers", "dinov2.layers.block"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "dinov2/layers").mkdir(parents=True)
+    (tmp_path / "dinov2/layers/block.py").write_text(BLOCK)
+    options = Dinov2Options(
+        dinov2=str(tmp_path), rates=(0.5,), blocks=2, width=64, batch=4, size=4, repeats=2
+    )
+    found = dinov2.bench_dinov2(options, CPU, QUIET)["rates"]["0.5"]
+    for name in (dinov2.THEIRS, dinov2.OURS):
+        assert found[name]["relative"]["flops"] == pytest.approx(0.5, abs=0.02)
+    for name in ("dinov2", "dinov2.layers", "dinov2.layers.block"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_a_folder_that_is_no_checkout_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="give a checkout of https"):
+        dinov2.their_block(tmp_path)
