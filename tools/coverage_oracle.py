@@ -5,6 +5,7 @@ one operand was computed from the other and something in between mixes (a produc
 attention, a recurrence, pooling). Closed, it gives its shortcut: the rest of the model is as it is.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -115,8 +116,9 @@ class Watch(TorchFunctionMode):
 
     def found(self) -> list[Addition]:
         """Every addition of two values of which either may be the shortcut of the other."""
-        made = []
-        for number, left, right, _ in self.additions:
+        made: list[Addition] = []
+        sums: set[int] = set()
+        for number, left, right, total in self.additions:
             of = self.values[left].ancestors, self.values[right].ancestors
             for side, kept in enumerate((left, right)):
                 other = (right, left)[side]
@@ -124,11 +126,16 @@ class Watch(TorchFunctionMode):
                 own = bits_of(of[1 - side] & ~of[side])
                 if identity:
                     own = [n for n in own if self.values[n].ancestors >> kept & 1]
-                elif of[side] >> other & 1 or not of[0] & of[1]:
+                elif (
+                    of[side] >> other & 1
+                    or not of[0] & of[1]
+                    or (other in sums and kept not in sums)  # x + f(x) + g(x)
+                ):
                     continue
                 if any(m in self.values[n].function for n in own for m in MIXES):
                     names = frozenset(self.values[n].module for n in own)
                     owner = self.owners[number]
+                    sums.add(total)
                     made.append(Addition(number, side, identity, frozenset(own), names, owner))
         return made
 
@@ -210,6 +217,12 @@ def matched(
         if len(result[n]) < blocks[n][2] and addition.number not in taken:
             result[n].append(addition)
             taken.add(addition.number)
+    for n, (_, modules, _) in enumerate(blocks):  # those that share their modules, in turn
+        alike = [k for k, block in enumerate(blocks) if block[1] == modules]
+        if alike[0] == n and len(alike) > 1:
+            every = iter(sorted((a for k in alike for a in result[k]), key=lambda a: a.number))
+            for k in alike:
+                result[k] = list(itertools.islice(every, blocks[k][2]))
     return result
 
 
