@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import install
+from stochastic_depth.surgery.apply import applied_to
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -390,6 +391,39 @@ def test_copies_and_what_remove_leaves_are_not_compiled():
     again = Graphs(handle=sd.handle_of(copied))
     sd.compile_blocks(copied, backend=again)(x)
     assert again.count() > 0
+
+
+class Trunk(nn.Module):
+    """A loop over layers that are PyTorch's own classes: its blocks are deferred."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.last = nn.Sequential(nn.Identity(), nn.Dropout(0.0), nn.Tanh())
+
+    def forward(self, x):
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + self.last(layer(norm(x)))
+        return x
+
+
+def test_modules_of_pytorchs_own_in_deferred_branches_are_compiled():
+    torch.manual_seed(0)
+    model, x = Trunk().double().train(), torch.randn(5, 4, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    graphs, handle = compiled(model, x)
+    assert {block.mechanism for block in applied_to(model).found} == {"deferred"}
+    seen = set()
+    for _ in range(8):
+        output, expected = model(x), x
+        for norm, layer, gate in zip(twin.norms, twin.layers, handle.gates, strict=True):
+            if gate:
+                expected = expected + torch.tanh(layer(norm(expected)))
+        torch.testing.assert_close(output, expected)
+        seen.add(tuple(handle.gates.tolist()))
+    assert len(seen) > 1
+    assert graphs.count() >= 3
 
 
 def test_what_cannot_be_compiled_is_an_error():

@@ -106,7 +106,9 @@ def gated_class(
         inner = methods.get("forward") or kind.forward
         methods["forward"] = deferring_forward(inner, deferred, GATES, is_entry)
     if "forward" not in methods and isinstance(kind.forward, FunctionType):
-        methods["forward"] = _remade(kind.forward, kind.forward.__closure__)
+        torchs_own = kind.forward.__module__.partition(".")[0] == "torch"
+        remade = _called if torchs_own else _remade
+        methods["forward"] = remade(kind.forward, kind.forward.__closure__)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
@@ -165,6 +167,16 @@ def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> Fun
     made.__annotations__ = function.__annotations__
     made.__dict__.update(function.__dict__)
     return made
+
+
+def _called(function: FunctionType, _: Any) -> FunctionType:
+    """A function that calls `function`, of PyTorch: the compiler begins no graph in its files."""
+
+    @functools.wraps(function)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    return forward  # type: ignore[return-value]
 
 
 def _look(module: nn.Module) -> str:
