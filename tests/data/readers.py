@@ -35,7 +35,7 @@ from stochastic_depth.train.checkpoint import (
 )
 from stochastic_depth.train.journal import read_journal
 from stochastic_depth.train.run import create_run
-from stochastic_depth.train.runtime import resolve_execution
+from stochastic_depth.train.runtime import resolve_runtime
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
@@ -148,7 +148,7 @@ def of_weights() -> bytes:
 def of_run() -> bytes:
     config = replace(RECIPES["digits"](), device="cpu", engine="eager", precision="float32")
     path = folder() / "run"
-    create_run(path, config, resolve_execution(config), "f" * 64, ("a", "b"), (1, 8, 8))
+    create_run(path, config, resolve_runtime(config), "f" * 64, ("a", "b"), (1, 8, 8))
     return (path / "config.json").read_bytes()
 
 

@@ -12,12 +12,12 @@ from stochastic_depth.engine.kernels import ReferenceKernels
 from stochastic_depth.models import CifarResNet, DenseNet
 from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = Execution("cpu", "float32", 1)
+CPU = Runtime("cpu", "float32", 1)
 
 
 class Counting(ReferenceKernels):
@@ -231,11 +231,11 @@ def test_bfloat16_is_that_of_autocast():
     twin, _, twins_optimizer = network(9, sd.Uniform(0.7), torch.float32, init="zero-gain")
     images, labels = mini_batch(0, images=16, dtype=torch.float32)
     program = Program(model, handle, optimizer, images.shape, torch.bfloat16)
-    execution = Execution("cpu", "bfloat16", 1)
+    runtime = Runtime("cpu", "bfloat16", 1)
     for _ in range(3):
         mine = program.step(images, labels)
         theirs = train_step(
-            twin, twins_optimizer, images, labels, first_convolution(twin), execution
+            twin, twins_optimizer, images, labels, first_convolution(twin), runtime
         ).loss
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=2e-2, atol=2e-3)

@@ -14,7 +14,7 @@ from stochastic_depth.train import ModelConfig, begin, fit
 
 
 class Silent:
-    """A `Watch` that says nothing."""
+    """A `Progress` that says nothing."""
 
     def begin(self, run, training): ...
     def step(self, training, loss): ...

@@ -78,7 +78,7 @@ def hostile_page(hostile, tmp_path_factory) -> Path:
 def train(config: Config, path: Path) -> Path:
     run, images = begin(config, path)
     with Display(Console(quiet=True), quiet=True) as display:
-        for _ in fit(run, images, display.watch()):
+        for _ in fit(run, images, display.show()):
             pass
     return path
 

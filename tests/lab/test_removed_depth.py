@@ -91,14 +91,14 @@ def test_recalibration_is_pytorchs_update_bn_on_the_plain_network(network, remov
     before = copy.deepcopy(network.model.state_dict())
     step = network.handle.step
     with as_pruned(network, Pruned(removed, None)):
-        statistics = recalibrated(network.model, batches, network.run.execution)
+        statistics = recalibrated(network.model, batches, network.run.runtime)
     plain = plain_without(network, removed)
     update_bn([images for images, _ in batches], plain)
     images, _ = next(iter(network.images.evaluate("test")))
     thinned = Pruned(removed, statistics)
     with torch.no_grad(), as_pruned(network, thinned):
         torch.testing.assert_close(network.model(images), plain(images), rtol=1e-3, atol=1e-3)
-    expected = evaluate(plain, network.images.evaluate("test"), network.run.execution).error
+    expected = evaluate(plain, network.images.evaluate("test"), network.run.runtime).error
     assert errors(network, [thinned], "test", silent) == pytest.approx([expected], abs=0.21)
     assert network.handle.step == step
     assert not any(module.training for module in network.model.modules())
@@ -136,7 +136,7 @@ def test_the_curves_begin_at_the_journals_errors_and_end_without_a_block(network
         )
     for point in (found[0].points[1], found[2].points[1]):
         plain = plain_without(network, point.blocks)
-        expected = evaluate(plain, network.images.evaluate("test"), network.run.execution).error
+        expected = evaluate(plain, network.images.evaluate("test"), network.run.runtime).error
         assert point.error == pytest.approx(expected, abs=0.21)
     assert found[0].points[2].error == found[2].points[2].error
 
@@ -144,7 +144,7 @@ def test_the_curves_begin_at_the_journals_errors_and_end_without_a_block(network
 def test_the_first_block_chosen_is_the_one_whose_loss_alone_is_lowest(network, silent):
     few = list(spread(network.images.evaluate("validation"), 100, 50))
     losses = [
-        evaluate(plain_without(network, [block]), few, network.run.execution).loss
+        evaluate(plain_without(network, [block]), few, network.run.runtime).loss
         for block in range(6)
     ]
     settings = RemovedDepthOptions(points=7, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
@@ -181,5 +181,5 @@ def test_settings_out_of_range_are_named(setting):
 
 def test_a_network_without_batch_normalisation_has_nothing_to_recalibrate():
     model = nn.Sequential(nn.Linear(2, 2)).eval()
-    execution = SimpleNamespace(autocast=torch.no_grad)
-    assert recalibrated(model, [(torch.zeros(3, 2), torch.zeros(3))], execution) == []
+    runtime = SimpleNamespace(autocast=torch.no_grad)
+    assert recalibrated(model, [(torch.zeros(3, 2), torch.zeros(3))], runtime) == []

@@ -122,7 +122,7 @@ def test_a_watched_report_is_written_anew_until_every_run_is_finished(tmp_path):
     run, images = begin(config, tmp_path / "runs" / "one")
     out = tmp_path / "report.html"
     with Display(Console(quiet=True), quiet=True) as display:
-        training = fit(run, images, display.watch())
+        training = fit(run, images, display.show())
         next(training)
         watching = watch_report([tmp_path / "runs"], out, every=0.05)
         next(watching)

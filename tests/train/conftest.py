@@ -10,7 +10,7 @@ from stochastic_depth.train import Config, ModelConfig, SurvivalConfig, begin, f
 
 
 class Silent:
-    """A `Watch` that remembers what it was told."""
+    """A `Callback` that remembers what it was told."""
 
     def __init__(self):
         self.said = []

@@ -26,11 +26,11 @@ def by_autograd(config, run, images, sampled):
 
     From the weights the training has before the step: one more forward and backward pass of them.
     """
-    training = Training(config, run.execution, images)
+    training = Training(config, run.runtime, images)
     rows = {}
     for step, (pixels, labels) in enumerate(stream(images, config.epochs)):
         if step in sampled:
-            twin = Training(config, run.execution, images)
+            twin = Training(config, run.runtime, images)
             state = training.state_dict()
             twin.load_state_dict({**json_free(state), "step": training.step})
             F.cross_entropy(twin.model(pixels), labels).backward()
@@ -121,7 +121,7 @@ def test_a_network_without_blocks_has_none(small, path, silent):
 def test_long_intervals_sample_every_tenth_step(small, path):
     config = replace(small, optimizer=OptimizerConfig(batch=2), evaluate_every=300)
     run, images = begin(config, path)
-    training = Training(config, run.execution, images)
+    training = Training(config, run.runtime, images)
     for _, (pixels, labels) in zip(range(21), images.train(0), strict=False):
         training.advance(pixels, labels)
     assert len(training.tally.block_gradients) == 3

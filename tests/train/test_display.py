@@ -35,7 +35,7 @@ def test_gates_for_single_samples_are_drawn_in_shades():
 def shown(small, path, console, quiet=False):
     run, images = begin(replace(small, epochs=1), path)
     with Display(console, quiet) as display:
-        view = display.watch("mine")
+        view = display.show("mine")
         list(fit(run, images, view))
         pages = Console(width=80, file=io.StringIO())
         pages.print(view.render(80))

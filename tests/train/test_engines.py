@@ -141,7 +141,7 @@ def test_runs_of_before_engines_were_by_autograd(small, tmp_path):
         del described["execution"][name]
     (run.path / "config.json").write_text(json.dumps(described))
     reopened, _ = reopen(run.path)
-    assert reopened.config.engine == reopened.execution.engine == "eager"
+    assert reopened.config.engine == reopened.runtime.engine == "eager"
 
 
 def test_without_a_compiler_native_kernels_say_so(monkeypatch):

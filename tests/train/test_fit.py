@@ -196,8 +196,8 @@ def test_going_on_with_other_threads_is_told(small, path, silent):
     records = fit(run, images, silent)
     next(records)
     records.close()
-    threads = run.execution.threads + 1
-    run = replace(run, execution=replace(run.execution, threads=threads))
+    threads = run.runtime.threads + 1
+    run = replace(run, runtime=replace(run.runtime, threads=threads))
     next(fit(run, images, silent))
     assert f"begun with {threads} threads" in silent.said[0]
 
@@ -298,7 +298,7 @@ def test_the_trained_model_has_the_errors_of_the_journal(small, path, silent):
     ):
         model, step = trained_model(run, images, which)
         assert step == record.step
-        loss, error = evaluate(model, images.evaluate("test"), run.execution)
+        loss, error = evaluate(model, images.evaluate("test"), run.runtime)
         assert (loss, error) == (record.test_loss, record.test_error)
 
 

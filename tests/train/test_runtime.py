@@ -6,32 +6,32 @@ import torch
 import stochastic_depth
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train import Config
-from stochastic_depth.train.runtime import has_bfloat16, machine, resolve_execution, versions
+from stochastic_depth.train.runtime import has_bfloat16, machine, resolve_runtime, versions
 
 
 def test_auto_takes_a_gpu_if_there_is_one():
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    assert resolve_execution(Config()).device == kind
+    assert resolve_runtime(Config()).device == kind
 
 
 def test_auto_takes_bfloat16_where_the_processor_has_it():
-    chosen = resolve_execution(Config(device="cpu")).precision
+    chosen = resolve_runtime(Config(device="cpu")).precision
     assert chosen == ("bfloat16" if has_bfloat16("cpu") else "float32")
 
 
 def test_what_is_asked_for_is_taken():
-    assert resolve_execution(Config(device="cpu", precision="float32")).precision == "float32"
-    assert resolve_execution(Config(device="cpu", precision="bfloat16")).precision == "bfloat16"
+    assert resolve_runtime(Config(device="cpu", precision="float32")).precision == "float32"
+    assert resolve_runtime(Config(device="cpu", precision="bfloat16")).precision == "bfloat16"
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ConfigError, match=device):
-        resolve_execution(Config(device=device))
+        resolve_runtime(Config(device=device))
 
 
 def test_the_machine_is_described():
-    described = machine(resolve_execution(Config(device="cpu")))
+    described = machine(resolve_runtime(Config(device="cpu")))
     assert described["processor"]
     assert described["threads"] == torch.get_num_threads()
 

@@ -8,10 +8,10 @@ from stochastic_depth.data import FolderBatches
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import evaluate, evaluate_parts, train_step
 
-CPU = Execution("cpu", "float32", 1)
+CPU = Runtime("cpu", "float32", 1)
 
 
 def batch(images: int, seed: int = 0):
@@ -57,7 +57,7 @@ def test_a_step_measures_the_first_convolution():
 def test_bfloat16_changes_the_arithmetic_and_not_the_weights():
     model = CifarResNet(8)
     images, labels = batch(6)
-    execution = Execution("cpu", "bfloat16", 1)
+    runtime = Runtime("cpu", "bfloat16", 1)
     seen = []
     model.stem[0].register_forward_hook(lambda m, i, out: seen.append(out.dtype))
     train_step(
@@ -66,7 +66,7 @@ def test_bfloat16_changes_the_arithmetic_and_not_the_weights():
         images.float(),
         labels,
         first_convolution(model),
-        execution,
+        runtime,
     )
     assert seen == [torch.bfloat16]
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -52,17 +52,17 @@ def bench(arguments: list[str]) -> int:
     with console.starting():
         from stochastic_depth.lab.bench.results import write_json
         from stochastic_depth.train.config import Config, DataConfig
-        from stochastic_depth.train.runtime import resolve_execution
+        from stochastic_depth.train.runtime import resolve_runtime
 
         module, function = where.split(".")
         measure = getattr(importlib.import_module(f"stochastic_depth.lab.bench.{module}"), function)
     # What is timed has images of CIFAR's size, if not of the size that is asked for.
     data = DataConfig(name="cifar10", size=getattr(asked, "size", None))
-    execution = resolve_execution(
+    runtime = resolve_runtime(
         Config(data=data, device=asked.device, precision=asked.precision, engine=asked.engine)
     )
-    console.print(execution.described())
-    result = measure(asked, execution, console)
+    console.print(runtime.described())
+    result = measure(asked, runtime, console)
     if asked.out is not None:
-        write_json(asked.out, asked, execution, result)
+        write_json(asked.out, asked, runtime, result)
     return 0

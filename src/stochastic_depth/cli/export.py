@@ -85,7 +85,7 @@ def export(arguments: list[str]) -> int:
         from stochastic_depth.train import reopen
     from rich.progress import track
 
-    def watch(dropped: "Iterator[Dropped]", count: int) -> "Iterator[Dropped]":
+    def progress(dropped: "Iterator[Dropped]", count: int) -> "Iterator[Dropped]":
         evaluations = 0
         for each in track(
             dropped,
@@ -103,11 +103,11 @@ def export(arguments: list[str]) -> int:
 
     run, images = reopen(asked.run, asked.data)
     if asked.elastic:
-        plain = network.elastic_network(run, images, asked.checkpoint, watch)
-        plain = network.measured(plain, images, run.execution)
+        plain = network.elastic_network(run, images, asked.checkpoint, progress)
+        plain = network.measured(plain, images, run.runtime)
         console.print(choices_table(plain.description))
     elif asked.depth < 1:
-        plain = network.shallower_network(run, images, asked.checkpoint, asked.depth, watch)
+        plain = network.shallower_network(run, images, asked.checkpoint, asked.depth, progress)
     else:
         plain = network.plain_network(run, images, asked.checkpoint)
     path = asked.out or Path(run.path.name + SUFFIX[asked.format])

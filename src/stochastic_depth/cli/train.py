@@ -151,17 +151,17 @@ def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:
     from stochastic_depth.train.display import Display
     from stochastic_depth.train.fit import StopSignals
 
-    config, execution = run.config, run.execution
+    config, runtime = run.config, run.runtime
     console.say(
         f"{config.recipe}: {config.model.kind} {config.model.depth}, {images.sizes['train']:,} "
         f"images → {run.path}"
     )
     processes = f", {ranks()} processes" if ranks() > 1 else ""
     # Broken between words on a terminal, and a line for whoever reads lines.
-    console.print(execution.described() + processes, soft_wrap=not console.is_terminal)
+    console.print(runtime.described() + processes, soft_wrap=not console.is_terminal)
     with StopSignals() as stop, Display(console, console.quiet) as display:
         try:
-            for _ in fit(run, images, display.watch(), stop):
+            for _ in fit(run, images, display.show(), stop):
                 pass
         except Interrupted as interrupted:
             return _stopped(console, interrupted, f"train --resume {shlex.quote(str(run.path))}")
@@ -284,7 +284,7 @@ def eval(arguments: list[str]) -> int:
     )
     for name in ("part", "images", "loss", "error"):
         table.add_column(name, justify="left" if name == "part" else "right")
-    for part, (loss, error) in evaluate_parts(model, images, run.execution).items():
+    for part, (loss, error) in evaluate_parts(model, images, run.runtime).items():
         table.add_row(part, f"{images.sizes[part]:,}", f"{loss:.4f}", f"{error:.2f} %")
     console.print(table)
     return 0

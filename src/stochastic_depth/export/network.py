@@ -30,7 +30,7 @@ from stochastic_depth.survival import Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train import Run, best_record, trained_model
 from stochastic_depth.train.build import architecture
-from stochastic_depth.train.runtime import Execution, versions
+from stochastic_depth.train.runtime import Runtime, versions
 from stochastic_depth.train.step import evaluate, evaluate_parts
 
 CHECKED = 32
@@ -38,7 +38,7 @@ CHECKED = 32
 RECALIBRATION = 64
 """Training batches from which a shallower network gets the statistics of its BatchNorm."""
 
-Watch = Callable[[Iterator[Dropped], int], Iterator[Dropped]]
+Progress = Callable[[Iterator[Dropped], int], Iterator[Dropped]]
 """Looks on while blocks are dropped: given them, and how many there will be."""
 
 
@@ -66,7 +66,7 @@ def plain_network(run: Run, images: Batches, which: Literal["best", "last"] = "b
 
 
 def shallower_network(
-    run: Run, images: Batches, which: Literal["best", "last"], depth: float, watch: Watch
+    run: Run, images: Batches, which: Literal["best", "last"], depth: float, progress: Progress
 ) -> Plain:
     """The same with that share of its blocks; those that validation needs least are taken out.
 
@@ -76,11 +76,11 @@ def shallower_network(
     model, step = trained_model(run, images, which)
     blocks = _skippable(model)
     count = blocks - blocks_at(depth, blocks)
-    return _finished(run, images, model, step, _order(run, images, model, count, watch))
+    return _finished(run, images, model, step, _order(run, images, model, count, progress))
 
 
 def elastic_network(
-    run: Run, images: Batches, which: Literal["best", "last"], watch: Watch
+    run: Run, images: Batches, which: Literal["best", "last"], progress: Progress
 ) -> Plain:
     """The whole network, and the order in which its blocks are needed least.
 
@@ -89,7 +89,7 @@ def elastic_network(
     """
     model, step = trained_model(run, images, which)
     blocks = _skippable(model)
-    order = _order(run, images, model, blocks - 1, watch)
+    order = _order(run, images, model, blocks - 1, progress)
     last = set(range(blocks)) - set(order)
     whole = _finished(run, images, model, step, ())
     return replace(whole, description=replace(whole.description, order=(*order, *last)))
@@ -104,13 +104,13 @@ def _skippable(model: nn.Module) -> int:
 
 
 def _order(
-    run: Run, images: Batches, model: nn.Module, count: int, watch: Watch
+    run: Run, images: Batches, model: nn.Module, count: int, progress: Progress
 ) -> tuple[int, ...]:
     def loss(model: nn.Module) -> float:
-        return evaluate(model, images.evaluate("validation"), run.execution).loss
+        return evaluate(model, images.evaluate("validation"), run.runtime).loss
 
     dropped = itertools.islice(drop_order(model, loss), count)
-    return tuple(each.block for each in watch(dropped, count))
+    return tuple(each.block for each in progress(dropped, count))
 
 
 def _finished(
@@ -170,7 +170,7 @@ BATCH, ROUNDS = 64, 15
 
 
 def measured(
-    plain: Plain, images: Batches, execution: Execution, depths: Sequence[float] = DEPTHS
+    plain: Plain, images: Batches, runtime: Runtime, depths: Sequence[float] = DEPTHS
 ) -> Plain:
     """The same network with what each of `depths` gives, and the statistics that it needs.
 
@@ -200,8 +200,8 @@ def measured(
                 for name, buffer in network.named_buffers()
                 if buffer.is_floating_point()
             }
-        network.to(execution.device)
-        of_parts = evaluate_parts(network, images, execution)
+        network.to(runtime.device)
+        of_parts = evaluate_parts(network, images, runtime)
         choices.append(
             DepthChoice(
                 blocks,

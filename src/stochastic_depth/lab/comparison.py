@@ -115,9 +115,9 @@ def _start(
 
     def records() -> Generator[Record]:
         if images is not None:
-            watch = display.watch(path.name)
-            yield from fit(run, images, watch, stop)
-            display.finish(watch)
+            view = display.show(path.name)
+            yield from fit(run, images, view, stop)
+            display.finish(view)
 
     return run, records()
 

@@ -135,7 +135,7 @@ def ensemble(
     Raises:
         ConfigError: when the run has constant depth, so that there is one subnetwork only.
     """
-    handle, execution = network.handle, network.run.execution
+    handle, runtime = network.handle, network.run.runtime
     refuse_constant(network.run)
     members = [drawn(seed, member, handle.survival) for member in range(subnetworks)]
     scaled, unscaled = Score(), Score()
@@ -149,7 +149,7 @@ def ensemble(
         nonlocal done
         done += len(images)
         progress("predicting", done, total)
-        with execution.autocast():
+        with runtime.autocast():
             return F.log_softmax(network.model(images).double(), 1)
 
     for images, labels in network.images.evaluate("test"):

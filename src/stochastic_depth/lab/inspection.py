@@ -26,7 +26,7 @@ from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.survival import LinearDecay, survival_probabilities
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.config import Config
-from stochastic_depth.train.runtime import machine, resolve_execution
+from stochastic_depth.train.runtime import machine, resolve_runtime
 
 RATES = (0.1, 0.2, 0.5)
 """Drop rates of the last block; the rule is linear decay."""
@@ -122,8 +122,8 @@ def inspection_page(
 ) -> str:
     """The HTML page of what was measured."""
     best = savings[-1]
-    execution = resolve_execution(Config(engine="eager"))
-    about = machine(execution)
+    runtime = resolve_runtime(Config(engine="eager"))
+    about = machine(runtime)
     note = (
         f"Measured on {about['processor']}, {counted(int(about['threads']), 'thread')}, with the "
         f"example of this command; linear decay of the survival probability. A training step at "

@@ -13,7 +13,7 @@ from stochastic_depth.lab.study import expected_cost
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, open_run
 from stochastic_depth.train.run import open_batches
-from stochastic_depth.train.runtime import resolve_execution
+from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.training import Training
 
 LEAST_EPOCHS = 3
@@ -65,13 +65,13 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
         patience: seconds after which no more steps are taken.
     """
     constant = constant_depth(config)
-    execution = resolve_execution(constant)
-    batches = open_batches(constant, execution)
-    training = Training(constant, execution, batches)
+    runtime = resolve_runtime(constant)
+    batches = open_batches(constant, runtime)
+    training = Training(constant, runtime, batches)
     cost = expected_cost(config, batches.shape, len(batches.classes), batches.steps_per_epoch)
     mini_batches = cycle([next(iter(batches.train(0)))])
     everything = torch.get_num_threads()
-    choices = [1, everything] if everything > 1 and execution.device == "cpu" else [everything]
+    choices = [1, everything] if everything > 1 and runtime.device == "cpu" else [everything]
     timed: dict[int, list[float]] = {threads: [] for threads in choices}
     began = time.monotonic()
     for _ in range(4):
@@ -79,7 +79,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
             torch.set_num_threads(threads)
             start = time.perf_counter()
             training.advance(*next(mini_batches))
-            execution.synchronise()
+            runtime.synchronise()
             timed[threads].append(time.perf_counter() - start)
         best = min(min(of_n) for of_n in timed.values())
         choices = [threads for threads in choices if min(timed[threads]) < 2 * best]

@@ -14,7 +14,7 @@ from stochastic_depth.data.batching import Batch, Part
 from stochastic_depth.export import drop_order
 from stochastic_depth.lab.trained import Progress, TrainedNetwork
 from stochastic_depth.timing import Timing, take_turns
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import evaluate
 
 Removed = tuple[int, ...]
@@ -50,7 +50,7 @@ def errors(
     images_seen, total = 0, network.images.sizes[part] * len(variants)
     for images, labels in network.images.evaluate(part):
         for number, variant in enumerate(variants):
-            with as_pruned(network, variant), network.run.execution.autocast():
+            with as_pruned(network, variant), network.run.runtime.autocast():
                 logits = network.model(images)
             wrong[number] = wrong[number] + (logits.argmax(1) != labels).sum()
             progress(f"{part} error", images_seen * len(variants) + number * len(labels), total)
@@ -67,14 +67,14 @@ def seconds_per_image(
     progress: Progress,
 ) -> dict[Removed, float]:
     """Of the forward pass on `batch` test images: the median of `repeats` rounds, in turns."""
-    execution = network.run.execution
+    runtime = network.run.runtime
     images, _ = next(iter(network.images.evaluate("test")))
     images = images[:batch]
 
     def run(removed: Removed) -> None:
-        with as_pruned(network, Pruned(removed, None)), execution.autocast():
+        with as_pruned(network, Pruned(removed, None)), runtime.autocast():
             network.model(images)
-        execution.synchronise()
+        runtime.synchronise()
 
     alternatives = {str(removed): partial(run, removed) for removed in removals}
     rounds = []
@@ -94,7 +94,7 @@ def parameters_without(network: TrainedNetwork, removed: Removed) -> int:
     return sum(p.numel() for p in network.model.parameters()) - gone
 
 
-def recalibrated(model: nn.Module, batches: Iterable[Batch], execution: Execution) -> list[Tensor]:
+def recalibrated(model: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> list[Tensor]:
     """The running statistics that `model` would have on `batches` as it is now; it stays as it is.
 
     As torch.optim.swa_utils.update_bn: the plain mean of the statistics of all batches. But the
@@ -114,7 +114,7 @@ def recalibrated(model: nn.Module, batches: Iterable[Batch], execution: Executio
                 norm.momentum = None  # a cumulative average
                 norm.training = True
             for images, _ in batches:
-                with execution.autocast():
+                with runtime.autocast():
                     model(images)
         finally:
             for norm, momentum, training in zip(norms, momenta, modes, strict=True):
@@ -159,7 +159,7 @@ def pruning_order(network: TrainedNetwork, choose_on: int, progress: Progress) -
 
     def loss(model: nn.Module) -> float:
         progress("choosing", next(done), blocks * (blocks + 1) / 2)
-        return evaluate(model, few, network.run.execution).loss
+        return evaluate(model, few, network.run.runtime).loss
 
     return [dropped.block for dropped in drop_order(network.model, loss)]
 

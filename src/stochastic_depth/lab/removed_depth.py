@@ -78,7 +78,7 @@ def measured_curves(
         "blocks": len(network.handle.blocks),
         "images": network.images.sizes["test"],
         "settings": asdict(settings),
-        "machine": machine(network.run.execution),
+        "machine": machine(network.run.runtime),
     }
 
     def understood(found: dict[str, Any]) -> list[Curve]:
@@ -114,7 +114,7 @@ def curves(
         plain = Pruned(removed, None)
         pruned[removed, False] = plain
         with as_pruned(network, plain):
-            statistics = recalibrated(network.model, training_images, network.run.execution)
+            statistics = recalibrated(network.model, training_images, network.run.runtime)
         pruned[removed, True] = Pruned(removed, statistics)
     of_test = errors(network, pruned.values(), "test", progress)
     of_validation = errors(network, pruned.values(), "validation", progress)

@@ -39,7 +39,7 @@ def picture(gates: Tensor, width: int) -> str:
 
 @dataclass
 class RunView:
-    """The `Watch` of one run: remembers what is to be shown, and shows nothing by itself."""
+    """The `Callback` of one run: remembers what is to be shown, and shows nothing by itself."""
 
     label: str
     say_line: Callable[[str], None]
@@ -165,7 +165,7 @@ class Display(LiveDisplay):
         super().__init__(console, quiet)
         self.views: list[RunView] = []
 
-    def watch(self, label: str = "") -> RunView:
+    def show(self, label: str = "") -> RunView:
         """A new run to show, by `label` where several are shown."""
         view = RunView(label, self.say, live=self.live)
         self.views.append(view)

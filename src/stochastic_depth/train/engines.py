@@ -21,7 +21,7 @@ from stochastic_depth.surgery import apply, compile_blocks
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train.build import block_convolutions
 from stochastic_depth.train.engine_choice import KernelsName
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import Measured, measured, train_step
 
 _OPTION = "forward_sync_buffers"
@@ -57,11 +57,11 @@ class Autograd:
         handle: Handle | None,
         optimizer: torch.optim.Optimizer,
         first: nn.Parameter,
-        execution: Execution,
+        runtime: Runtime,
         compiled: bool = False,
     ) -> None:
         self._model, self._optimizer = model, optimizer
-        self._first, self._execution = first, execution
+        self._first, self._execution = first, runtime
         self._convolutions = block_convolutions(model)
         if compiled:
             if handle is None:
@@ -91,11 +91,11 @@ class Blocks:
         handle: Handle | None,
         optimizer: torch.optim.SGD,
         first: nn.Parameter,
-        execution: Execution,
+        runtime: Runtime,
         shape: tuple[int, ...],
     ) -> None:
-        device = torch.device(execution.device)
-        dtype = torch.bfloat16 if execution.precision == "bfloat16" else first.dtype
+        device = torch.device(runtime.device)
+        dtype = torch.bfloat16 if runtime.precision == "bfloat16" else first.dtype
         self._shape = torch.Size(shape)
         self._program = Program(
             model,
@@ -103,10 +103,10 @@ class Blocks:
             optimizer,
             shape,
             dtype,
-            KERNELS[execution.kernels](dtype),
+            KERNELS[runtime.kernels](dtype),
             CudaGraphs(device) if device.type == "cuda" else Eagerly(),
         )
-        self._autograd = Autograd(model, handle, optimizer, first, execution)
+        self._autograd = Autograd(model, handle, optimizer, first, runtime)
         self._was_whole = True
 
     @property
@@ -132,18 +132,18 @@ def build_engine(
     handle: Handle | None,
     optimizer: torch.optim.SGD,
     first: nn.Parameter,
-    execution: Execution,
+    runtime: Runtime,
     shape: tuple[int, ...],
 ) -> Engine:
-    """The engine that `execution` names.
+    """The engine that `runtime` names.
 
     Args:
         shape: of a whole mini-batch, [batch, channels, height, width].
     """
-    if "compiled" in (execution.engine, execution.kernels):
+    if "compiled" in (runtime.engine, runtime.kernels):
         # PyTorch's own choice is a folder in /tmp whose name anyone can guess, and take.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_cache() / "inductor"))
-    if execution.engine == "graphs":
-        return Blocks(model, handle, optimizer, first, execution, shape)
-    compiled = execution.engine == "compiled"
-    return Autograd(model, handle, optimizer, first, execution, compiled)
+    if runtime.engine == "graphs":
+        return Blocks(model, handle, optimizer, first, runtime, shape)
+    compiled = runtime.engine == "compiled"
+    return Autograd(model, handle, optimizer, first, runtime, compiled)

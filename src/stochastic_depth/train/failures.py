@@ -48,7 +48,7 @@ def memory_watched(run: Run, training: Training) -> Iterator[None]:
             f"out of memory at step {step} of {run.path} ({gates}): {said}; "
             f"{last_good(run)}. Go on where there is more memory, or begin a run with a lower "
             f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
-            f"({config.data.workers}) or --precision bfloat16 ({training.execution.precision})"
+            f"({config.data.workers}) or --precision bfloat16 ({training.runtime.precision})"
         ) from error
 
 

@@ -22,12 +22,12 @@ from stochastic_depth.train.checkpoint import read_weights, write_weights
 from stochastic_depth.train.failures import diverged, memory_watched, open_blocks
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.run import Run
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.training import Training
 
-_STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 50}
-"""Looking at a loss makes the host wait for the device."""
+_STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}
+"""Reading a loss synchronises with the GPU, so it is done rarely."""
 
 
 class Interrupted(StochasticDepthError):
@@ -38,7 +38,7 @@ class Interrupted(StochasticDepthError):
         self.run, self.signal = run, signal
 
 
-class Watch(Protocol):
+class Callback(Protocol):
     """Looks on while a run trains."""
 
     def begin(self, run: Run, training: Training) -> None: ...
@@ -51,7 +51,7 @@ class Watch(Protocol):
 def fit(
     run: Run,
     batches: Batches,
-    watch: Watch,
+    callback: Callback,
     stop: Callable[[], int | None] = lambda: None,
 ) -> Iterator[Record]:
     """Train `run` from its newest checkpoint to its end, giving each record as it is written.
@@ -62,7 +62,7 @@ def fit(
     Args:
         run: the folder to write.
         batches: the data the run was created on.
-        watch: is told of every step and record.
+        callback: is told of every step and record.
         stop: asked after every step; a signal number makes the run write a checkpoint and stop.
 
     Raises:
@@ -76,16 +76,16 @@ def fit(
     run.require_data(batches.fingerprint)
     with ExitStack() as stack:
         still_ours = stack.enter_context(_writing(run))
-        training = Training(run.config, run.execution, batches)
+        training = Training(run.config, run.runtime, batches)
         stack.enter_context(memory_watched(run, training))
-        _restore(run, training, watch)
-        watch.begin(run, training)
+        _restore(run, training, callback)
+        callback.begin(run, training)
         stream = _stream(batches, training.step)
         journal = on_primary(run.journal_length)
         while training.step < training.steps or training.tally.images:
             record = None
-            if _finish_interval(run, training, stream, watch, stop):
-                record = _measure(training, batches, watch, stop)
+            if _finish_interval(run, training, stream, callback, stop):
+                record = _measure(training, batches, callback, stop)
             still_ours()
             # Nobody else has written it meanwhile.
             on_primary(partial(truncate_journal, run.journal, journal))
@@ -98,10 +98,10 @@ def fit(
             journal = on_primary(run.journal_length)
             training.tally = IntervalMetrics()
             _save(run, training)
-            watch.record(record)
+            callback.record(record)
             yield record
         still_ours()
-        on_primary(lambda: _write_weights(run, training, watch))
+        on_primary(lambda: _write_weights(run, training, callback))
 
 
 @contextmanager
@@ -113,17 +113,17 @@ def _writing(run: Run) -> Iterator[Callable[[], None]]:
         yield lambda: on_primary(lambda: checks[0]())
 
 
-def _restore(run: Run, training: Training, watch: Watch) -> None:
+def _restore(run: Run, training: Training, callback: Callback) -> None:
     # Where several processes train, the folder need not be in reach of any but the first.
-    device = run.execution.device if ranks() == 1 else "cpu"
+    device = run.runtime.device if ranks() == 1 else "cpu"
     state, refused = on_primary(lambda: run.checkpoints.newest(device))
     for reason in refused:
-        watch.say(f"{reason}; using the one before it")
+        callback.say(f"{reason}; using the one before it")
     if state is not None:
         threads = torch.get_num_threads()
-        if run.execution.device == "cpu" and threads != run.execution.threads:
-            watch.say(
-                f"begun with {run.execution.threads} threads, going on with {threads}: sums are "
+        if run.runtime.device == "cpu" and threads != run.runtime.threads:
+            callback.say(
+                f"begun with {run.runtime.threads} threads, going on with {threads}: sums are "
                 "rounded differently (set OMP_NUM_THREADS for the same end bit by bit)"
             )
         training.load_state_dict(state)
@@ -147,19 +147,19 @@ def _finish_interval(
     run: Run,
     training: Training,
     stream: Iterator[tuple[Tensor, Tensor]],
-    watch: Watch,
+    callback: Callback,
     stop: Callable[[], int | None],
 ) -> bool:
     """Train up to the next evaluation; False when `stop` comes before."""
     interval = run.config.evaluate_every or training.steps_per_epoch
     intervals_begun = -(-training.step // interval) + (not training.tally.images)
     end = min(training.steps, intervals_begun * interval)
-    look = _STEPS_BETWEEN_LOOKS.get(torch.device(training.execution.device).type, 1)
+    look = _STEPS_BETWEEN_CHECKS.get(torch.device(training.runtime.device).type, 1)
     began = time.perf_counter()
     stopping = any_rank(bool(stop()))
     while training.step < end and not stopping:
         measured = training.advance(*next(stream))
-        watch.step(training, measured.loss)
+        callback.step(training, measured.loss)
         if training.step % look == 0 or training.step == end or (stop() and ranks() == 1):
             position = training.tally.first_diverged(look)
             if position is not None:
@@ -167,20 +167,20 @@ def _finish_interval(
                 gates = open_blocks(training.gates_at(step))
                 raise diverged(run, step, f"with {gates}, the loss")
             stopping = any_rank(bool(stop()))
-    training.execution.synchronise()
+    training.runtime.synchronise()
     training.tally.seconds += time.perf_counter() - began
     return not stopping
 
 
 def _measure(
-    training: Training, batches: Batches, watch: Watch, stop: Callable[[], int | None]
+    training: Training, batches: Batches, callback: Callback, stop: Callable[[], int | None]
 ) -> Record | None:
     """The record of the interval that ends here; None when `stop` comes before it is complete."""
-    watch.evaluating()
-    training.agree()
-    tally, peak = training.tally, peak_memory(training.execution)
+    callback.evaluating()
+    training.synchronise_statistics()
+    tally, peak = training.tally, peak_memory(training.runtime)
     means, active = tally.means(), training.active_counts().tolist()
-    of_parts = evaluate_parts(training.model, batches, training.execution, until=stop)
+    of_parts = evaluate_parts(training.model, batches, training.runtime, until=stop)
     validation, test = of_parts["validation"], of_parts["test"]
     if any_rank(bool(stop())):
         return None
@@ -205,16 +205,16 @@ def _measure(
     )
 
 
-def peak_memory(execution: Execution) -> int:
+def peak_memory(runtime: Runtime) -> int:
     """Bytes: the most the device has held, or the process, on a CPU."""
-    if torch.device(execution.device).type == "cuda":
-        return torch.cuda.max_memory_allocated(execution.device)
+    if torch.device(runtime.device).type == "cuda":
+        return torch.cuda.max_memory_allocated(runtime.device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _save(run: Run, training: Training) -> None:
-    training.agree()
+    training.synchronise_statistics()
     if not training.weights_are_finite():
         raise diverged(run, training.step, "a weight")
 
@@ -229,14 +229,14 @@ def _save(run: Run, training: Training) -> None:
     on_primary(write)
 
 
-def _write_weights(run: Run, training: Training, watch: Watch) -> None:
+def _write_weights(run: Run, training: Training, callback: Callback) -> None:
     """Unless they are there, and whole."""
     if is_there(run.weights):
         try:
             read_weights(run.weights, run.id)
             return
         except RunError as error:
-            watch.say(f"{error}; written anew")
+            callback.say(f"{error}; written anew")
     about = {"run": run.id, "recipe": run.config.recipe}
     write_weights(run.weights, training.model.state_dict(), about)
 

@@ -32,7 +32,7 @@ from stochastic_depth.files import (
 from stochastic_depth.train.checkpoint import Checkpoints, require_weights_of
 from stochastic_depth.train.config import Config, restore
 from stochastic_depth.train.journal import Record, best_record, read_journal
-from stochastic_depth.train.runtime import Execution, machine, resolve_execution, versions
+from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, versions
 from stochastic_depth.train.training import build_network, check, fitting
 
 FORMAT = 1
@@ -50,7 +50,7 @@ class Run:
     path: Path
     id: str
     config: Config
-    execution: Execution
+    runtime: Runtime
     fingerprint: str
     """SHA-256 of the data it trains on."""
     classes: tuple[str, ...]
@@ -131,7 +131,7 @@ class Run:
 def create_run(
     path: Path,
     config: Config,
-    execution: Execution,
+    runtime: Runtime,
     fingerprint: str,
     classes: tuple[str, ...],
     shape: tuple[int, int, int],
@@ -142,17 +142,17 @@ def create_run(
         RunError: when `path` exists or cannot be made.
     """
     refuse_existing(path)
-    run = Run(path, uuid.uuid4().hex, config, execution, fingerprint, classes, shape)
+    run = Run(path, uuid.uuid4().hex, config, runtime, fingerprint, classes, shape)
     description = {
         "format": FORMAT,
         "id": run.id,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_json(),
-        "execution": asdict(execution),
+        "execution": asdict(runtime),
         "data": {"fingerprint": fingerprint, "classes": list(classes), "shape": list(shape)},
         "versions": versions(),
         "git_commit": _git_commit(),
-        "machine": machine(execution),
+        "machine": machine(runtime),
     }
     description["sha256"] = _checksum(description)
     with whole_folder(path) as folder:
@@ -195,7 +195,7 @@ def open_run(path: Path) -> Run:
             path,
             restore(str, values["id"], "id"),
             Config.from_json(values["config"]),
-            restore(Execution, {**_BEFORE_ENGINES, **values["execution"]}, "execution"),
+            restore(Runtime, {**_BEFORE_ENGINES, **values["execution"]}, "execution"),
             restore(str, values["data"]["fingerprint"], "data.fingerprint"),
             restore(tuple[str, ...], values["data"]["classes"], "data.classes"),
             (channels, height, width),
@@ -263,11 +263,11 @@ def begin(config: Config, path: Path) -> tuple[Run, Batches]:
         ConfigError, DataError, RunError: when the configuration, the data or the folder is wrong.
     """
     on_primary(lambda: refuse_existing(path))
-    execution = resolve_execution(config)
-    images = open_batches(config, execution)
+    runtime = resolve_runtime(config)
+    images = open_batches(config, runtime)
     check(config, images)
     about = images.fingerprint, images.classes, images.shape
-    return on_primary(lambda: create_run(path, config, execution, *about)), images
+    return on_primary(lambda: create_run(path, config, runtime, *about)), images
 
 
 def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
@@ -281,22 +281,22 @@ def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
     config = run.config
     if data_root is not None:
         config = replace(config, data=replace(config.data, root=data_root))
-    now = resolve_execution(replace(config, device=run.execution.device))
-    if ranks() > 1 and run.execution.engine == "graphs":
-        run = replace(run, execution=replace(now, precision=run.execution.precision))
-    images = open_batches(config, run.execution)
+    now = resolve_runtime(replace(config, device=run.runtime.device))
+    if ranks() > 1 and run.runtime.engine == "graphs":
+        run = replace(run, runtime=replace(now, precision=run.runtime.precision))
+    images = open_batches(config, run.runtime)
     run.require_data(images.fingerprint)
     return run, images
 
 
-def open_batches(config: Config, execution: Execution) -> Batches:
+def open_batches(config: Config, runtime: Runtime) -> Batches:
     """The data of `config`, on the device it is trained on."""
     return batches(
         config.data.name,
         config.data.root,
         batch=config.optimizer.batch,
         seed=config.seed,
-        device=execution.device,
+        device=runtime.device,
         augment=config.data.augment,
         channels_last=True,
         validation=config.data.validation,
@@ -328,8 +328,8 @@ def trained_model(
             f"stochastic-depth train --resume {run.path}"
         )
     step = best_record(records).step if which == "best" else steps[0]
-    state = run.checkpoints.load(step, run.execution.device)
-    model, handle = build_network(run.config, run.execution, images)
+    state = run.checkpoints.load(step, run.runtime.device)
+    model, handle = build_network(run.config, run.runtime, images)
     with fitting(step):
         model.load_state_dict(state["model"])
         if handle is not None:

@@ -15,7 +15,7 @@ from stochastic_depth.train.engine_choice import EngineName, KernelsName, choose
 
 
 @dataclass(frozen=True)
-class Execution:
+class Runtime:
     """What `device="auto"` and `precision="auto"` came to.
 
     Convolutions always run on channels_last tensors.
@@ -48,7 +48,7 @@ class Execution:
             torch.cuda.synchronize(self.device)
 
 
-def resolve_execution(config: Config) -> Execution:
+def resolve_runtime(config: Config) -> Runtime:
     """Choose the device, the precision and the engine.
 
     Raises:
@@ -68,7 +68,7 @@ def resolve_execution(config: Config) -> Execution:
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16(device) else "float32"
     choice = choose_engine(config, device, precision)
-    return Execution(device, precision, torch.get_num_threads(), *choice)
+    return Runtime(device, precision, torch.get_num_threads(), *choice)
 
 
 def has_bfloat16(device: str) -> bool:
@@ -84,15 +84,15 @@ def _processor() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
-def machine(execution: Execution) -> dict[str, str | int]:
+def machine(runtime: Runtime) -> dict[str, str | int]:
     """What figures of this run were measured on."""
     described: dict[str, str | int] = {
         "system": platform.platform(),
         "processor": str(_processor().get("cpu_name", platform.processor())),
-        "threads": execution.threads,
+        "threads": runtime.threads,
     }
-    if torch.device(execution.device).type == "cuda":
-        described["gpu"] = torch.cuda.get_device_name(execution.device)
+    if torch.device(runtime.device).type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(runtime.device)
     return described
 
 

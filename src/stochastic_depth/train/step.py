@@ -14,7 +14,7 @@ from stochastic_depth.data import Batches
 from stochastic_depth.data.batching import Part
 from stochastic_depth.distributed.world import ranks, total
 from stochastic_depth.gates import open_shares
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 
 class Measured(NamedTuple):
@@ -33,7 +33,7 @@ def train_step(
     images: Tensor,
     labels: Tensor,
     first: nn.Parameter,
-    execution: Execution,
+    runtime: Runtime,
     weight: float = 1,
 ) -> Measured:
     """Forward, backward, update. Gates are drawn by `model` itself.
@@ -46,7 +46,7 @@ def train_step(
             of what they weigh is 1.
     """
     optimizer.zero_grad()
-    with execution.autocast():
+    with runtime.autocast():
         loss = F.cross_entropy(model(images), labels)
     if weight != 1:
         loss = loss * weight
@@ -71,7 +71,7 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], execution: Execution
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime
 ) -> Evaluation:
     """The full network in evaluation mode, every branch scaled by p_l. Counts are exact.
 
@@ -81,9 +81,9 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=execution.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     for images, labels in batches:
-        with execution.autocast():
+        with runtime.autocast():
             logits = model(images)
         loss = F.cross_entropy(logits.double(), labels, reduction="sum")
         wrong = (logits.argmax(1) != labels).sum()
@@ -98,7 +98,7 @@ def evaluate(
 def evaluate_parts(
     model: nn.Module,
     batches: Batches,
-    execution: Execution,
+    runtime: Runtime,
     until: Callable[[], object] = lambda: False,
 ) -> dict[Part, Evaluation]:
     """`evaluate` on the images for validation and for testing: once, where they are the same.
@@ -109,7 +109,7 @@ def evaluate_parts(
 
     def on(part: Part) -> Evaluation:
         images = takewhile(lambda _: not until(), batches.evaluate(part))
-        return evaluate(model, images, execution)
+        return evaluate(model, images, runtime)
 
     validation = on("validation")
     return {"validation": validation, "test": on("test") if batches.held_out else validation}

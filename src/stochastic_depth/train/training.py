@@ -25,7 +25,7 @@ from stochastic_depth.train.build import (
 )
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engines import Engine, build_engine
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, Measured
 
 
@@ -61,11 +61,11 @@ def check(config: Config, batches: Batches) -> None:
 
 
 def build_network(
-    config: Config, execution: Execution, batches: Batches
+    config: Config, runtime: Runtime, batches: Batches
 ) -> tuple[nn.Module, Handle | None]:
     """The network of a configuration on its device, and its stochastic depth, if it has any."""
     model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
-    model = model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if ranks() > 1 and config.distributed.sync_batchnorm:
         model = synchronise_batchnorm(model)
     steps = config.epochs * batches.steps_per_epoch
@@ -99,12 +99,12 @@ class Training:
     Everything random in it is a function of (seed, step), so that nothing else needs to be saved.
     """
 
-    def __init__(self, config: Config, execution: Execution, batches: Batches) -> None:
-        self.config, self.execution = config, execution
+    def __init__(self, config: Config, runtime: Runtime, batches: Batches) -> None:
+        self.config, self.runtime = config, runtime
         self._batches = batches
         self.steps_per_epoch = batches.steps_per_epoch
         self.steps = config.epochs * batches.steps_per_epoch
-        self.model, self.handle = build_network(config, execution, batches)
+        self.model, self.handle = build_network(config, runtime, batches)
         self.model.train()
         self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
         if ranks() > 1 and self.handle is not None and config.distributed.rank_gates:
@@ -121,7 +121,7 @@ class Training:
         """Built with the first step: of buffers, graphs or compiled blocks, it has many."""
         shape = (self.config.optimizer.batch, *self._batches.shape)
         return build_engine(
-            self.model, self.handle, self.optimizer, self.first, self.execution, shape
+            self.model, self.handle, self.optimizer, self.first, self.runtime, shape
         )
 
     @property
@@ -188,7 +188,7 @@ class Training:
         self.step += 1
         return measured
 
-    def agree(self) -> None:
+    def synchronise_statistics(self) -> None:
         """Take over the first process's statistics of BatchNorm, of which each has its own."""
         as_on_primary(self.model.buffers())
 
@@ -214,6 +214,6 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.handle is not None:
                 self.handle.load_state_dict(state["depth"])
-            self.tally.load_state_dict(state["tally"], self.execution.device)
+            self.tally.load_state_dict(state["tally"], self.runtime.device)
         self.step = state["step"]
         self.__dict__.pop("_engine", None)  # which holds the momentum of before

@@ -11,11 +11,11 @@ from stochastic_depth.lab.bench.data import DATA, ORDER, augmented, data_and_ste
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train import Config
 from stochastic_depth.train.config import DataConfig, ModelConfig, OptimizerConfig
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = Execution("cpu", "float32", 1)
+CPU = Runtime("cpu", "float32", 1)
 CONFIG = Config(
     data=DataConfig("cifar10"), model=ModelConfig(depth=8), optimizer=OptimizerConfig(batch=4)
 )

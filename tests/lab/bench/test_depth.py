@@ -15,11 +15,11 @@ from stochastic_depth.lab.bench.depth import (
     training_steps,
 )
 from stochastic_depth.lab.bench.workload import Workload
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = Execution("cpu", "float32", 1)
+CPU = Runtime("cpu", "float32", 1)
 
 
 def test_the_depths_end_with_the_deepest():

@@ -5,10 +5,10 @@ import pytest
 from stochastic_depth.engine.library import missing
 from stochastic_depth.lab.bench.engines import DESIGNS, active_share, designs, engine_steps
 from stochastic_depth.lab.bench.workload import Workload
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXECUTION = Execution("cpu", "float32", 1)
+EXECUTION = Runtime("cpu", "float32", 1)
 
 
 def test_shares_are_spread_over_the_depth():

@@ -8,10 +8,10 @@ from stochastic_depth.lab.bench.peers import bench_peers
 from stochastic_depth.lab.bench.skipping import skip
 from stochastic_depth.lab.bench.workload import PlainResNet, Workload
 from stochastic_depth.lab.options import PeersOptions, SkipOptions
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CPU = Execution("cpu", "float32", 1)
+CPU = Runtime("cpu", "float32", 1)
 needs_a_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 

@@ -6,7 +6,7 @@ from stochastic_depth.lab.bench.workload import Workload, saved_for_backward, st
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ def test_a_parameter_is_not_counted_though_a_view_of_it_is_kept(shape):
 
 
 def test_stochastic_depth_keeps_less():
-    workload = Workload(4, 16, 3, Execution("cpu", "float32", 1))
+    workload = Workload(4, 16, 3, Runtime("cpu", "float32", 1))
     constant, stochastic = CifarResNet(20), CifarResNet(20)
     apply(stochastic, LinearDecay(0.1))
     kept = [step_memory(workload.step(model), "cpu", steps=2) for model in (constant, stochastic)]
@@ -36,7 +36,7 @@ def test_stochastic_depth_keeps_less():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the peak of a step")
 def test_on_a_gpu_the_peak_is_at_least_what_is_kept():
-    workload = Workload(16, 32, 3, Execution("cuda", "float32", 1))
+    workload = Workload(16, 32, 3, Runtime("cuda", "float32", 1))
     step = workload.step(CifarResNet(20))
     step()
     assert step_memory(step, "cuda") > saved_for_backward(step)

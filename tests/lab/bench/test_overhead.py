@@ -4,7 +4,7 @@ from stochastic_depth.lab.bench.skipping import NETWORKS, closed_unit_seconds, o
 from stochastic_depth.lab.bench.workload import PlainResNet, Workload, copy_weights
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.timing import Timing, paired_ratio, take_turns
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 
 def test_the_plain_network_computes_the_same():
@@ -15,7 +15,7 @@ def test_the_plain_network_computes_the_same():
 
 
 def test_both_take_the_same_training_steps():
-    steps = overhead_steps(8, Workload(4, 8, 3, Execution("cpu", "float32", 1)))
+    steps = overhead_steps(8, Workload(4, 8, 3, Runtime("cpu", "float32", 1)))
     losses = {name: [step().item() for _ in range(3)] for name, step in steps.items()}
     assert losses[NETWORKS[0]] == losses[NETWORKS[1]]
 

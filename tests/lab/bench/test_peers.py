@@ -15,14 +15,14 @@ from stochastic_depth.lab.bench.peers import (
     peers,
 )
 from stochastic_depth.lab.bench.workload import step_memory
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
 ]
 
-CPU = Execution("cpu", "float32", 1)
+CPU = Runtime("cpu", "float32", 1)
 MODULES = {"timm": "timm", "torchvision": "torchvision", "x-transformers": "x_transformers"}
 
 

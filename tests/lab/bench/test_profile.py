@@ -5,10 +5,10 @@ import pytest
 from stochastic_depth.lab.bench.engines import operators, pieces
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WORKLOAD = Workload(4, 16, 3, Execution("cpu", "float32", 1, engine="graphs"))
+WORKLOAD = Workload(4, 16, 3, Runtime("cpu", "float32", 1, engine="graphs"))
 
 
 def test_every_piece_is_timed_within_the_step():

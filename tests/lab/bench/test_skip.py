@@ -2,11 +2,11 @@ import pytest
 
 from stochastic_depth.lab.bench.skipping import CONSTANT, Skip, skippings
 from stochastic_depth.lab.bench.workload import Workload
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORKLOAD = Workload(4, 16, 3, Execution("cpu", "float32", 1))
+WORKLOAD = Workload(4, 16, 3, Runtime("cpu", "float32", 1))
 
 
 def test_flops_and_memory_are_those_of_the_blocks_that_ran():

@@ -9,13 +9,13 @@ from stochastic_depth.lab.bench.steadiness import (
     steadiness,
 )
 from stochastic_depth.lab.bench.workload import Workload, saved_for_backward
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_bytes_kept_are_those_of_the_steps_and_balanced_ones_are_even():
-    bench = Steady("cifar-resnet", 32, 0.3, Workload(2, 8, 3, Execution("cpu", "float32", 1)))
+    bench = Steady("cifar-resnet", 32, 0.3, Workload(2, 8, 3, Runtime("cpu", "float32", 1)))
     found = steadiness(list(bench.rounds(12)))
     assert set(found) == {CONSTANT, INDEPENDENT, BALANCED}
     assert len(set(found[CONSTANT].kept)) == 1
@@ -32,7 +32,7 @@ def test_bytes_kept_are_those_of_the_steps_and_balanced_ones_are_even():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the peak of its allocator")
 def test_on_a_gpu_the_bytes_of_a_step_are_the_peak_of_the_allocator():
-    bench = Steady("cifar-resnet", 32, 0.3, Workload(32, 32, 3, Execution("cuda", "float32", 1)))
+    bench = Steady("cifar-resnet", 32, 0.3, Workload(32, 32, 3, Runtime("cuda", "float32", 1)))
     found = steadiness(list(bench.rounds(6)))
     kept = saved_for_backward(bench._steps[CONSTANT])
     assert kept < max(found[CONSTANT].kept) < 3 * kept

@@ -16,16 +16,16 @@ from stochastic_depth.lab.options import BusyOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.survival import LinearDecay
 from stochastic_depth.timing import Timing, take_turns
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 QUIET, BUSY = "quiet", "one core busy"
 BOUND = 2.0
 """With all threads and a core busy a step may take so many times that of one thread."""
 
 
-def bench_busy(options: BusyOptions, execution: Execution, console: Console) -> dict[str, Any]:
+def bench_busy(options: BusyOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time training steps in both situations, and hold them against each other."""
-    workload = Workload(options.batch, options.size, 3, execution)
+    workload = Workload(options.batch, options.size, 3, runtime)
     step = workload.engine_step(CifarResNet(options.depth), LinearDecay(0.5))
     every = torch.get_num_threads()
     threads = sorted({1, every})
@@ -39,7 +39,7 @@ def bench_busy(options: BusyOptions, execution: Execution, console: Console) -> 
         torch.set_num_threads(every)
         found[situation] = {n: Timing(tuple(r[str(n)] for r in rounds)) for n in threads}
     title = f"A training step of ResNet-{options.depth}, batch {options.batch}, p_L = 0.5"
-    table = bench_table(title, execution, "", QUIET, BUSY)
+    table = bench_table(title, runtime, "", QUIET, BUSY)
     for count in threads:
         cells = (found[situation][count] for situation in (QUIET, BUSY))
         table.add_row(

@@ -33,7 +33,7 @@ from stochastic_depth.train.config import (
     OptimizerConfig,
     SurvivalConfig,
 )
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.training import Training
 
 ORDER = "order of an epoch"
@@ -56,7 +56,7 @@ def generated_images(images: int) -> DataSet:
     return DataSet("generated", classes, part("train", images), few, few)
 
 
-def augmented(config: Config, execution: Execution) -> Batches:
+def augmented(config: Config, runtime: Runtime) -> Batches:
     """The batches that `config` trains on, cropped and flipped; generated ones without a folder."""
     if config.data.root is not None:
         return batches(
@@ -64,7 +64,7 @@ def augmented(config: Config, execution: Execution) -> Batches:
             config.data.root,
             batch=config.optimizer.batch,
             seed=config.seed,
-            device=execution.device,
+            device=runtime.device,
             augment=True,
             channels_last=True,
         )
@@ -72,29 +72,29 @@ def augmented(config: Config, execution: Execution) -> Batches:
         generated_images(IMAGES),
         batch=config.optimizer.batch,
         seed=config.seed,
-        device=execution.device,
+        device=runtime.device,
         augment=True,
         channels_last=True,
     )
 
 
 def data_and_steps(
-    configs: dict[str, Config], images: Batches, execution: Execution
+    configs: dict[str, Config], images: Batches, runtime: Runtime
 ) -> dict[str, Callable[[], None]]:
     """What is timed: an epoch's order, one batch, and by the names of `configs` a step on one."""
 
     def order() -> None:
-        epoch_order(images.sizes["train"], 0, 0).to(execution.device)
-        execution.synchronise()
+        epoch_order(images.sizes["train"], 0, 0).to(runtime.device)
+        runtime.synchronise()
 
     stream = _endless(images)
 
     def batch() -> None:
         next(stream)
-        execution.synchronise()
+        runtime.synchronise()
 
     steps = {
-        name: _step(Training(config, execution, images), _endless(images))
+        name: _step(Training(config, runtime, images), _endless(images))
         for name, config in configs.items()
     }
     return {ORDER: order, DATA: batch, **steps}
@@ -103,7 +103,7 @@ def data_and_steps(
 def _step(training: Training, stream: Iterator[Batch]) -> Callable[[], None]:
     def step() -> None:
         training.advance(*next(stream))
-        training.execution.synchronise()
+        training.runtime.synchronise()
 
     return step
 
@@ -181,24 +181,24 @@ def _decoded_a_second(images: FolderBatches, epoch: int) -> float:
 
 
 def taken(
-    configs: dict[str, Config], images: FolderBatches, execution: Execution, repeats: int
+    configs: dict[str, Config], images: FolderBatches, runtime: Runtime, repeats: int
 ) -> Iterator[dict[str, float]]:
     """For each round, the seconds of a training step of each configuration, without its data."""
     images.workers = 0
     batch = next(images.train(0))
     steps = {}
     for name, config in configs.items():
-        training = Training(config, execution, images)
+        training = Training(config, runtime, images)
 
         def step(training: Training = training) -> None:
             training.advance(*batch)
-            execution.synchronise()
+            runtime.synchronise()
 
         steps[name] = step
     return take_turns(steps, repeats, warmup=1)
 
 
-def bench_data(options: DataOptions, execution: Execution, console: Console) -> dict[str, Any]:
+def bench_data(options: DataOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time the order of an epoch, a batch, and training steps on batches."""
     data = DataConfig("cifar10", options.root)
     model, optimizer = ModelConfig(depth=options.depth), OptimizerConfig(batch=options.batch)
@@ -210,13 +210,13 @@ def bench_data(options: DataOptions, execution: Execution, console: Console) -> 
         "step, p_L = 0.5": replace(constant, survival=SurvivalConfig("linear", 0.5)),
     }
     with console.status("reading the images"):
-        images = augmented(constant, execution)
-    steps = data_and_steps(configs, images, execution)
+        images = augmented(constant, runtime)
+    steps = data_and_steps(configs, images, runtime)
     rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
     timed = timings(rounds)
     title = f"ResNet-{options.depth}, batch {options.batch}, {images.name} images"
     console.print(
-        table_of(title, execution, {n: t for n, t in timed.items() if n != ORDER}, options.batch),
+        table_of(title, runtime, {n: t for n, t in timed.items() if n != ORDER}, options.batch),
         f"{ORDER}: {milliseconds(timed[ORDER].median)} ms, once in {images.steps_per_epoch} steps",
     )
     shares = data_shares(rounds, images.steps_per_epoch)
@@ -235,26 +235,24 @@ def bench_data(options: DataOptions, execution: Execution, console: Console) -> 
     }
 
 
-def bench_pictures(
-    options: PicturesOptions, execution: Execution, console: Console
-) -> dict[str, Any]:
+def bench_pictures(options: PicturesOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     with ExitStack() as stack:
         root = options.root
         if root is None:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with console.status("writing pictures"):
                 write_tree(root, options.pictures)
-        return _measured_pictures(options, root, execution, console)
+        return _measured_pictures(options, root, runtime, console)
 
 
 def _measured_pictures(
-    options: PicturesOptions, root: Path, execution: Execution, console: Console
+    options: PicturesOptions, root: Path, runtime: Runtime, console: Console
 ) -> dict[str, Any]:
     images = FolderBatches(
         root,
         batch=options.batch,
         seed=0,
-        device=execution.device,
+        device=runtime.device,
         workers=0,
         channels_last=True,
         train=options.pictures,
@@ -271,14 +269,14 @@ def _measured_pictures(
     }
     rates = list(shown(decoded(images, options.workers, options.repeats), options.repeats, console))
     steps = shown(
-        taken(configs, images, execution, options.repeats), options.repeats, console, "training"
+        taken(configs, images, runtime, options.repeats), options.repeats, console, "training"
     )
     takes = {name: options.batch / t.median for name, t in timings(list(steps)).items()}
     by_workers = dict(zip(options.workers, zip(*rates, strict=True), strict=True))
     cores = (
-        execution.threads if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
+        runtime.threads if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
     )
-    console.print(_pictures_table(execution, by_workers, takes))
+    console.print(_pictures_table(runtime, by_workers, takes))
     console.print(
         f"{cores} core(s) for decoding and training; ResNet-{options.depth} takes "
         + ", ".join(f"{rate:,.1f} a second at {name}" for name, rate in takes.items()),
@@ -293,12 +291,12 @@ def _measured_pictures(
 
 
 def _pictures_table(
-    execution: Execution, by_workers: dict[int, tuple[float, ...]], takes: dict[str, float]
+    runtime: Runtime, by_workers: dict[int, tuple[float, ...]], takes: dict[str, float]
 ) -> Table:
     columns = ["median\npictures/s", "quartiles\npictures/s"]
     columns += [f"of what is taken\nat {name}" for name in takes]
     title = "decoded, cut and scaled to 224 x 224"
-    table = bench_table(title, execution, "workers", *columns)
+    table = bench_table(title, runtime, "workers", *columns)
     for workers, rates in by_workers.items():
         rate = Timing(rates)
         (low, high), median = rate.quartiles, rate.median

@@ -24,7 +24,7 @@ from stochastic_depth.lab.options import DepthOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.survival import LinearDecay
 from stochastic_depth.timing import Timing, take_turns
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 KINDS = ("constant", "stochastic")
 FINAL = 0.5
@@ -100,10 +100,10 @@ def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> in
 
 
 def _peak_memory(depth: int, kind: str, workload: Workload, steps: int) -> int:
-    torch.set_num_threads(workload.execution.threads)
-    first = Workload(2, workload.size, workload.channels, workload.execution)
+    torch.set_num_threads(workload.runtime.threads)
+    first = Workload(2, workload.size, workload.channels, workload.runtime)
     depth_step(8, kind, first)()
-    device = workload.execution.device
+    device = workload.runtime.device
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -135,13 +135,13 @@ def _of_status(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def bench_depth(options: DepthOptions, execution: Execution, console: Console) -> dict[str, Any]:
+def bench_depth(options: DepthOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Measure time and memory at every depth, and fit a line to each."""
     depths = depths_up_to(options.deepest)
     if options.plot is not None:
         require("altair", "report")  # before hours of measuring
         require("vl_convert", "report")
-    workload = Workload(options.batch, options.size, 3, execution)
+    workload = Workload(options.batch, options.size, 3, runtime)
     alternatives = [(kind, depth) for depth in depths for kind in KINDS]
     # The memory first: beside its processes there is nothing yet.
     peaks = {
@@ -161,7 +161,7 @@ def bench_depth(options: DepthOptions, execution: Execution, console: Console) -
         "memory": {kind: fitted_line(depths, memory[kind]) for kind in KINDS},
     }
     title = f"CIFAR ResNets, batch {options.batch} of {options.size}x{options.size}, p_L = {FINAL}"
-    console.print(_depth_table(title, execution, depths, seconds, memory))
+    console.print(_depth_table(title, runtime, depths, seconds, memory))
     for kind in KINDS:
         time, space = lines["seconds"][kind], lines["memory"][kind]
         console.print(
@@ -199,14 +199,14 @@ def _an_image(timing: Timing, batch: int) -> Timing:
 
 def _depth_table(
     title: str,
-    execution: Execution,
+    runtime: Runtime,
     depths: Sequence[int],
     seconds: dict[str, list[Timing]],
     memory: dict[str, list[float]],
 ) -> Table:
     """Milliseconds (median and quartiles) and MiB an image, by depth and kind."""
     columns = [f"{kind}\n{unit}" for unit in ("ms", "MiB") for kind in KINDS]
-    table = bench_table(title, execution, "\nd", *columns)
+    table = bench_table(title, runtime, "\nd", *columns)
     for n, depth in enumerate(depths):
         table.add_row(
             str(depth),

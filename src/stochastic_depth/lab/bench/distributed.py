@@ -34,7 +34,7 @@ from stochastic_depth.survival import LinearDecay, Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 
 class Collectives(TorchDispatchMode):
@@ -203,10 +203,10 @@ class _Step:
 
 
 def bench_distributed(
-    options: DistributedOptions, execution: Execution, console: Console
+    options: DistributedOptions, runtime: Runtime, console: Console
 ) -> dict[str, Any]:
     """Measure every way of training in several processes, at constant depth and at p_L = 0.5."""
-    execution = replace(execution, precision="float32", engine="eager", engine_because="DDP, FSDP2")
+    runtime = replace(runtime, precision="float32", engine="eager", engine_because="DDP, FSDP2")
     threads = max(1, (os.cpu_count() or 1) // max(options.ranks))
     results: dict[str, Any] = {}
     for ranks in options.ranks:
@@ -214,7 +214,7 @@ def bench_distributed(
             sent = measure(
                 ranks, options.depth, options.batch, options.size, options.repeats, threads
             )
-        console.print(_sent_table(options, execution, ranks, sent))
+        console.print(_sent_table(options, runtime, ranks, sent))
         results[str(ranks)] = {
             way: {name: asdict(of_depth) for name, of_depth in of_way.items()}
             for way, of_way in sent.items()
@@ -228,11 +228,11 @@ def bench_distributed(
 
 
 def _sent_table(
-    options: DistributedOptions, execution: Execution, ranks: int, sent: dict[str, dict[str, Sent]]
+    options: DistributedOptions, runtime: Runtime, ranks: int, sent: dict[str, dict[str, Sent]]
 ) -> Table:
     title = f"ResNet-{options.depth}, {ranks} processes, {options.batch} images a step"
     columns = ("sent\nMiB", "collectives", "median\nms", "open")
-    table = bench_table(title, execution, "", *columns)
+    table = bench_table(title, runtime, "", *columns)
     for way, of_way in sent.items():
         constant, stochastic = (of_way[name] for name in DEPTHS)
         pairs = [

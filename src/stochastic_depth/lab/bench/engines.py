@@ -29,7 +29,7 @@ from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.engine_choice import EngineName, KernelsName
 from stochastic_depth.train.engines import KERNELS
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 SHARES = 1.0, 0.75, 0.5
 CLOSED = 1e-12
@@ -52,20 +52,20 @@ def active_share(blocks: int, share: float) -> Survival:
     return [1.0 if after > before else CLOSED for before, after in itertools.pairwise(count)]
 
 
-def designs(execution: Execution) -> tuple[dict[str, Execution], dict[str, str]]:
+def designs(runtime: Runtime) -> tuple[dict[str, Runtime], dict[str, str]]:
     """The designs that this machine can run, and why it cannot run the others."""
     there, absent = {}, {}
     for name, (engine, kernels) in DESIGNS.items():
-        reason = _obstacle(engine, kernels, execution)
+        reason = _obstacle(engine, kernels, runtime)
         if reason is None:
-            there[name] = replace(execution, engine=engine, kernels=kernels)
+            there[name] = replace(runtime, engine=engine, kernels=kernels)
         else:
             absent[name] = reason
     return there, absent
 
 
-def _obstacle(engine: EngineName, kernels: KernelsName, execution: Execution) -> str | None:
-    on_cpu = torch.device(execution.device).type == "cpu"
+def _obstacle(engine: EngineName, kernels: KernelsName, runtime: Runtime) -> str | None:
+    on_cpu = torch.device(runtime.device).type == "cpu"
     if kernels == "native":
         if not on_cpu:
             return "they are for a CPU"
@@ -76,14 +76,14 @@ def _obstacle(engine: EngineName, kernels: KernelsName, execution: Execution) ->
 
 
 def engine_steps(
-    depth: int, workload: Workload, names: dict[str, Execution]
+    depth: int, workload: Workload, names: dict[str, Runtime]
 ) -> Iterator[tuple[str, float, EngineStep]]:
     """Design, share of active blocks and training step, each of a network of its own."""
-    for name, execution in names.items():
+    for name, runtime in names.items():
         for share in SHARES:
             model = CifarResNet(depth, channels=workload.channels)
             survival = active_share((depth - 2) // 2, share)
-            step = replace(workload, execution=execution).engine_step(model, survival)
+            step = replace(workload, runtime=runtime).engine_step(model, survival)
             yield name, share, step
 
 
@@ -142,39 +142,37 @@ def _named(work: Any) -> str:
 
 def pieces(depth: int, workload: Workload) -> tuple[Timed, Step]:
     """What notes the seconds of each piece of a ResNet's block program, and a step of it."""
-    execution = workload.execution
+    runtime = workload.runtime
     model = CifarResNet(depth, channels=workload.channels)
-    model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    images = workload.images().to(execution.device)
-    labels = (torch.arange(workload.batch) % 10).to(execution.device)
-    timed = Timed(execution.synchronise)
-    dtype = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
+    model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    images = workload.images().to(runtime.device)
+    labels = (torch.arange(workload.batch) % 10).to(runtime.device)
+    timed = Timed(runtime.synchronise)
+    dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
     program = Program(
         model.train(),
         None,
         build_optimizer(OptimizerConfig(), model),
         images.shape,
         dtype,
-        KERNELS[execution.kernels](dtype),
+        KERNELS[runtime.kernels](dtype),
         timed,
     )
     return timed, lambda: program.step(images, labels)
 
 
-def bench_engines(
-    options: EnginesOptions, execution: Execution, console: Console
-) -> dict[str, Any]:
+def bench_engines(options: EnginesOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time every design that this machine can run, with all blocks active and with fewer."""
-    workload = Workload(options.batch, options.size, 3, execution)
-    names, absent = designs(execution)
+    workload = Workload(options.batch, options.size, 3, runtime)
+    names, absent = designs(runtime)
     built = shown(
         engine_steps(options.depth, workload, names), len(names) * len(SHARES), console, "building"
     )
     steps = {f"{name} {100 * share:.0f} %": step for name, share, step in built}
     rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
     timed = timings(rounds)
-    peak = machine_peak(execution, workload.step(PlainResNet(options.depth)))
-    console.print(_engines_table(options, execution, list(names), timed, peak))
+    peak = machine_peak(runtime, workload.step(PlainResNet(options.depth)))
+    console.print(_engines_table(options, runtime, list(names), timed, peak))
     console.print("milliseconds of a step, median and quartiles, by the share of active blocks")
     for name, reason in absent.items():
         console.print(f"{name}: {reason}")
@@ -187,7 +185,7 @@ def bench_engines(
 
 def _engines_table(
     options: EnginesOptions,
-    execution: Execution,
+    runtime: Runtime,
     names: list[str],
     timed: dict[str, Any],
     peak: MachinePeak | None,
@@ -195,7 +193,7 @@ def _engines_table(
     title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
     shares = [f"{100 * share:.0f} %" for share in SHARES]
     more = [] if peak is None else ["of the\npeak"]
-    table = bench_table(title, execution, "", *shares, "images/s\nat 100 %", *more)
+    table = bench_table(title, runtime, "", *shares, "images/s\nat 100 %", *more)
     for name in names:
         of_name = [timed[f"{name} {share}"] for share in shares]
         table.add_row(
@@ -214,25 +212,21 @@ SHOWN = 15
 """Operators in the table; the file has all."""
 
 
-def bench_profile(
-    options: ProfileOptions, execution: Execution, console: Console
-) -> dict[str, Any]:
+def bench_profile(options: ProfileOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Show where the time of a step goes, by operator and by piece of the block program."""
-    workload = Workload(options.batch, options.size, 3, execution)
+    workload = Workload(options.batch, options.size, 3, runtime)
     by_operator = operators(workload.step(CifarResNet(options.depth)), steps=3)
-    console.print(_operators_table(options, execution, by_operator))
+    console.print(_operators_table(options, runtime, by_operator))
     result: dict[str, Any] = {"operators": by_operator}
-    if execution.engine == "graphs":
+    if runtime.engine == "graphs":
         result["pieces"] = _timed_pieces(options, workload, console)
     return result
 
 
-def _operators_table(
-    options: ProfileOptions, execution: Execution, seconds: dict[str, float]
-) -> Table:
+def _operators_table(options: ProfileOptions, runtime: Runtime, seconds: dict[str, float]) -> Table:
     whole = sum(seconds.values())
     title = f"ResNet-{options.depth} by autograd, {1e3 * whole:,.0f} ms a step"
-    table = bench_table(title, execution, "operator", "ms", "share")
+    table = bench_table(title, runtime, "operator", "ms", "share")
     for name, of_operator in list(seconds.items())[:SHOWN]:
         table.add_row(name, f"{1e3 * of_operator:.2f}", f"{100 * of_operator / whole:.1f} %")
     return table
@@ -253,9 +247,9 @@ def _timed_pieces(options: ProfileOptions, workload: Workload, console: Console)
         step - (after - before)
         for step, (before, after) in zip(whole, itertools.pairwise(inside), strict=True)
     ]
-    kernels, step_ms = workload.execution.kernels, 1e3 * statistics.median(whole)
+    kernels, step_ms = workload.runtime.kernels, 1e3 * statistics.median(whole)
     title = f"ResNet-{options.depth} by block program, {kernels} kernels, {step_ms:,.0f} ms a step"
-    table = bench_table(title, workload.execution, "piece", "median, ms", "in a step")
+    table = bench_table(title, workload.runtime, "piece", "median, ms", "in a step")
     result = {}
     for name, seconds in timed.seconds.items():
         count = len(seconds) // options.repeats

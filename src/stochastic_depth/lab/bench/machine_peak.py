@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stochastic_depth.engine import library
 from stochastic_depth.lab.bench.workload import Step
 from stochastic_depth.timing import Timing
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 AT_PEAK = "constant depth, at the machine's peak"
 
@@ -45,16 +45,16 @@ class MachinePeak:
         return {**asdict(self), "of_the_peak": of_the_peak}
 
 
-def machine_peak(execution: Execution, constant: Step) -> MachinePeak | None:
+def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
     """Measure it; None on a GPU, and where no compiler builds the loop.
 
     Args:
         constant: a step at constant depth, by autograd, whose FLOPs are counted.
     """
-    if torch.device(execution.device).type != "cpu" or library.missing() is not None:
+    if torch.device(runtime.device).type != "cpu" or library.missing() is not None:
         return None
-    dtype = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
-    return MachinePeak(library.peak(dtype, execution.threads), step_flops(constant))
+    dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
+    return MachinePeak(library.peak(dtype, runtime.threads), step_flops(constant))
 
 
 def step_flops(step: Callable[[], object]) -> int:

@@ -29,7 +29,7 @@ from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform, survival_probabilities
 from stochastic_depth.timing import take_turns
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 CONSTANT = "constant depth"
 OURS = "stochastic-depth"
@@ -58,10 +58,10 @@ def cifar_resnet_peers(
             library("torchvision.ops").StochasticDepth(rate, "row") for rate in rates
         ],
     }
-    if workload.execution.engine != "eager":
+    if workload.runtime.engine != "eager":
         constant = CifarResNet(depth, channels=workload.channels)
         copy_weights(ours, constant)
-        steps[f"{CONSTANT}, {workload.execution.engine} engine"] = workload.engine_step(constant)
+        steps[f"{CONSTANT}, {workload.runtime.engine} engine"] = workload.engine_step(constant)
     for name, tutorial in ((CONSTANT, False), (TUTORIAL, True)):
         plain = PlainResNet(depth, workload.channels)
         copy_weights(ours, plain)
@@ -74,7 +74,7 @@ def cifar_resnet_peers(
             continue
         copy_weights(ours, masked)
         steps[name] = workload.step(masked)
-    if workload.execution.engine != "eager":
+    if workload.runtime.engine != "eager":
         by_autograd = CifarResNet(depth, channels=workload.channels)
         copy_weights(ours, by_autograd)
         apply(by_autograd, linear_decay)
@@ -125,7 +125,7 @@ TOKENS, DIMENSION, LAYERS, HEADS = 1000, 384, 6, 6
 
 
 def x_transformer_peers(
-    rate: float, batch: int, length: int, execution: Execution
+    rate: float, batch: int, length: int, runtime: Runtime
 ) -> tuple[dict[str, Step], dict[str, str]]:
     """A training step of each peer, all from the same weights, and why others are missing.
 
@@ -151,7 +151,7 @@ def x_transformer_peers(
         except ApplyError as error:
             missing[name] = str(error).splitlines()[0]
             continue
-        steps[name] = training_step(model, inputs, labels, execution)
+        steps[name] = training_step(model, inputs, labels, runtime)
     return steps, missing
 
 
@@ -187,7 +187,7 @@ NETWORKS: dict[NetworkName, Network] = {
 
 
 def peers(
-    name: NetworkName, depth: int, rate: float, batch: int, size: int, execution: Execution
+    name: NetworkName, depth: int, rate: float, batch: int, size: int, runtime: Runtime
 ) -> tuple[dict[str, Step], dict[str, str]]:
     """A training step of each peer, all from the same weights, and why others are missing.
 
@@ -203,7 +203,7 @@ def peers(
     """
     if not 0 <= rate < 1:
         raise ConfigError(f"rate={rate}: a drop rate is at least 0 and below 1")
-    workload = Workload(batch, size, 3, execution)
+    workload = Workload(batch, size, 3, runtime)
     match name:
         case "cifar-resnet":
             return cifar_resnet_peers(depth, rate, workload)
@@ -212,27 +212,27 @@ def peers(
         case "convnext-tiny":
             return timm_peers("convnext_tiny", rate, workload), {}
         case "x-transformer":
-            return x_transformer_peers(rate, batch, size, execution)
+            return x_transformer_peers(rate, batch, size, runtime)
 
 
-def bench_peers(options: PeersOptions, execution: Execution, console: Console) -> dict[str, Any]:
+def bench_peers(options: PeersOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time a network as this library and as others train it, and the memory of each."""
     network = NETWORKS[options.network]
     rate = network.rate if options.rate is None else options.rate
     batch, size = options.batch or network.batch, options.size or network.size
     with console.status(f"building {options.network}"):
-        steps, missing = peers(options.network, options.depth, rate, batch, size, execution)
+        steps, missing = peers(options.network, options.depth, rate, batch, size, runtime)
     rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
     timed = timings(rounds)
     with console.status("memory"):
-        memory = {name: step_memory(step, execution.device) for name, step in steps.items()}
+        memory = {name: step_memory(step, runtime.device) for name, step in steps.items()}
     count = batch * (size if network.unit == "tokens" else 1)
     ours = OURS if OURS in timed else None
     of_depth = f"-{options.depth}" if options.network == "cifar-resnet" else ""
     title = f"{options.network}{of_depth}, drop rate {rate:g}, batch {batch}, size {size}"
-    peak = machine_peak(execution, steps[CONSTANT])
+    peak = machine_peak(runtime, steps[CONSTANT])
     rows = timed if peak is None else {**timed, AT_PEAK: peak.timing}
-    console.print(table_of(title, execution, rows, count, network.unit, memory, ours))
+    console.print(table_of(title, runtime, rows, count, network.unit, memory, ours))
     console.print(f"memory: {MEMORY}")
     for name, reason in missing.items():
         console.print(f"{name}: {reason}")

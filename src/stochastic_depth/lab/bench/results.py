@@ -15,7 +15,7 @@ from stochastic_depth.files import write_whole
 from stochastic_depth.lab.formatting import counted
 from stochastic_depth.lab.options import BenchOptions
 from stochastic_depth.timing import Timing
-from stochastic_depth.train.runtime import Execution, machine, versions
+from stochastic_depth.train.runtime import Runtime, machine, versions
 
 T = TypeVar("T")
 
@@ -39,11 +39,11 @@ def timings(rounds: list[dict[str, float]]) -> dict[str, Timing]:
     return {name: Timing(tuple(seconds[name] for seconds in rounds)) for name in rounds[0]}
 
 
-def bench_table(title: str, execution: Execution, first: str, *columns: str) -> Table:
+def bench_table(title: str, runtime: Runtime, first: str, *columns: str) -> Table:
     """A table that says what it was measured on; the column `first` names the row."""
-    about = machine(execution)
+    about = machine(runtime)
     place = about.get("gpu", about["processor"]) or "processor unknown"
-    caption = f"{place}, {counted(execution.threads, 'thread')}; ours: {execution.described()}"
+    caption = f"{place}, {counted(runtime.threads, 'thread')}; ours: {runtime.described()}"
     table = Table(title=title, caption=caption, caption_justify="left")
     table.add_column(first)
     for name in columns:
@@ -53,7 +53,7 @@ def bench_table(title: str, execution: Execution, first: str, *columns: str) -> 
 
 def table_of(
     title: str,
-    execution: Execution,
+    runtime: Runtime,
     timings: Mapping[str, Timing],
     count: int,
     unit: str = "images",
@@ -68,7 +68,7 @@ def table_of(
         relative_to: the one whose speed is compared.
     """
     more = ["memory\nMiB"] * (memory is not None) + ["ours is\nfaster by"] * bool(relative_to)
-    table = bench_table(title, execution, "", "median\nms", "quartiles\nms", f"\n{unit}/s", *more)
+    table = bench_table(title, runtime, "", "median\nms", "quartiles\nms", f"\n{unit}/s", *more)
     for name, timing in timings.items():
         low, high = timing.quartiles
         mean = statistics.fmean(timing.seconds)
@@ -91,16 +91,14 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.{1 if seconds < 1 else 0}f}"
 
 
-def write_json(
-    out: Path, options: BenchOptions, execution: Execution, result: dict[str, Any]
-) -> None:
+def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: dict[str, Any]) -> None:
     """The settings but for files, what they were measured on and with, and the result."""
     files = ("out", "plot", "root")
     settings = {name: value for name, value in asdict(options).items() if name not in files}
     content = {
         "settings": settings,
-        "execution": asdict(execution),
-        "machine": machine(execution),
+        "execution": asdict(runtime),
+        "machine": machine(runtime),
         "versions": versions(),
         **result,
     }

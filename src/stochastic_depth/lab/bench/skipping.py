@@ -32,7 +32,7 @@ from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import apply, summary
 from stochastic_depth.survival import LinearDecay, Survival, Uniform
 from stochastic_depth.timing import paired_ratio, take_turns
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 CONSTANT = "constant depth"
 
@@ -171,13 +171,13 @@ def closed_unit_seconds(units: int = 100, passes: int = 10, repeats: int = 100) 
     return (best[0] - best[1]) / (units * passes)
 
 
-def overhead(options: OverheadOptions, execution: Execution, console: Console) -> dict[str, Any]:
+def overhead(options: OverheadOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time the library with all gates open against the same network written without it."""
-    steps = overhead_steps(options.depth, Workload(options.batch, options.size, 3, execution))
+    steps = overhead_steps(options.depth, Workload(options.batch, options.size, 3, runtime))
     rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
     timed = timings(rounds)
     title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
-    console.print(table_of(title, execution, timed, options.batch))
+    console.print(table_of(title, runtime, timed, options.batch))
     without, applied = NETWORKS
     ratio = timed[applied].median / timed[without].median
     paired = paired_ratio(rounds, applied, without)
@@ -199,16 +199,16 @@ def overhead(options: OverheadOptions, execution: Execution, console: Console) -
     }
 
 
-def skip(options: SkipOptions, execution: Execution, console: Console) -> dict[str, Any]:
+def skip(options: SkipOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time constant depth, two p_L and fixed shares of the blocks, in turns."""
-    bench = Skip(options.depth, Workload(options.batch, options.size, 3, execution))
+    bench = Skip(options.depth, Workload(options.batch, options.size, 3, runtime))
     rounds = list(shown(bench.rounds(options.repeats), options.repeats, console))
     title = f"Training steps of ResNet-{options.depth}, batch {options.batch}"
     plain = PlainResNet(options.depth, bench.workload.channels)
-    peak = machine_peak(execution, bench.workload.step(plain))
+    peak = machine_peak(runtime, bench.workload.step(plain))
     columns = ["median", "time", "FLOPs", "efficiency", "kept", "blocks"]
     columns += [] if peak is None else ["of the\npeak"]
-    table = bench_table(title, execution, "", *columns)
+    table = bench_table(title, runtime, "", *columns)
     rows: dict[str, Any] = {}
     for name, result in skippings(rounds).items():
         kept, active = bench.memory(name, 3)

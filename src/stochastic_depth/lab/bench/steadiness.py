@@ -26,7 +26,7 @@ from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import library
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 CONSTANT, INDEPENDENT, BALANCED = "constant depth", "independent gates", "balanced gates"
 
@@ -74,7 +74,7 @@ class Steady:
         }
         pairs = zip(self._handles, models, strict=True)
         self._steps: dict[str, Step] = {name: workload.step(model) for name, model in pairs}
-        self._device = workload.execution.device
+        self._device = workload.runtime.device
         self._on_gpu = self._device.startswith("cuda")
         self._of_all, self._of_block = self._bytes_kept(models[0])
 
@@ -136,16 +136,16 @@ def _built(network: str, depth: int, workload: Workload) -> nn.Module:
         return library("timm").create_model(network, **options)
 
 
-def bench_steady(options: SteadyOptions, execution: Execution, console: Console) -> dict[str, Any]:
+def bench_steady(options: SteadyOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Take steps under independent and balanced gates, and compare their evenness."""
-    workload = Workload(options.batch, options.size, 3, execution)
+    workload = Workload(options.batch, options.size, 3, runtime)
     bench = Steady(options.network, options.depth, options.final, workload)
     found = steadiness(list(shown(bench.rounds(options.repeats), options.repeats, console)))
     seconds = statistics.median(found[CONSTANT].seconds)
     kept = statistics.fmean(found[CONSTANT].kept)
     columns = ("median", "spread", "mean bytes", "peak bytes", "peak/mean", "batch")
     title = f"{options.repeats} training steps, batch {options.batch}"
-    table = bench_table(title, execution, "", *columns)
+    table = bench_table(title, runtime, "", *columns)
     rows: dict[str, Any] = {}
     for name, result in found.items():
         largest = result.largest_batch(options.batch, options.limit)

@@ -18,7 +18,7 @@ from stochastic_depth.survival import Survival
 from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.engines import Blocks, build_engine
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 Step = Callable[[], Tensor]
 """One training step; gives its loss."""
@@ -32,30 +32,30 @@ class Workload:
     size: int
     """Height and width of the images."""
     channels: int
-    execution: Execution
+    runtime: Runtime
 
     def step(self, model: nn.Module, tutorial: bool = False) -> Step:
         """A training step of `model`: forward, backward, SGD.
 
         Args:
-            tutorial: in float32 and PyTorch's default memory format, whatever `execution` says.
+            tutorial: in float32 and PyTorch's default memory format, whatever `runtime` says.
         """
-        execution = self.execution
+        runtime = self.runtime
         if tutorial:
-            execution = Execution(execution.device, "float32", execution.threads)
+            runtime = Runtime(runtime.device, "float32", runtime.threads)
         layout = torch.contiguous_format if tutorial else torch.channels_last
         labels = torch.arange(self.batch) % 10
-        return training_step(model, self.images(), labels, execution, layout)
+        return training_step(model, self.images(), labels, runtime, layout)
 
     def engine_step(self, model: CifarResNet, survival: Survival | None = None) -> "EngineStep":
-        """A training step of `model` as `train` takes it: by the engine of `execution`.
+        """A training step of `model` as `train` takes it: by the engine of `runtime`.
 
         Args:
             survival: of its blocks; constant depth if not given.
         """
         depth = None if survival is None else apply(model, survival)
         labels = torch.arange(self.batch) % 10
-        return EngineStep(model, depth, self.images(), labels, self.execution)
+        return EngineStep(model, depth, self.images(), labels, self.runtime)
 
     def images(self) -> Tensor:
         """Random ones: float32 [batch, channels, size, size], always the same."""
@@ -72,19 +72,19 @@ class EngineStep:
         handle: Handle | None,
         images: Tensor,
         labels: Tensor,
-        execution: Execution,
+        runtime: Runtime,
     ) -> None:
         self.model, self.handle = model, handle
-        model.to(device=execution.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        images = images.contiguous(memory_format=torch.channels_last).to(execution.device)
-        self._batch = images, labels.to(execution.device)
-        self._execution = execution
+        model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        images = images.contiguous(memory_format=torch.channels_last).to(runtime.device)
+        self._batch = images, labels.to(runtime.device)
+        self._execution = runtime
         self.engine = build_engine(
             model,
             handle,
             build_optimizer(OptimizerConfig(), model),
             first_convolution(model),
-            execution,
+            runtime,
             tuple(images.shape),
         )
 
@@ -98,7 +98,7 @@ def training_step(
     model: nn.Module,
     inputs: Tensor,
     labels: Tensor,
-    execution: Execution,
+    runtime: Runtime,
     layout: torch.memory_format = torch.channels_last,
 ) -> Step:
     """Forward, backward, SGD with the cross-entropy of logits [..., classes] and labels [...].
@@ -106,19 +106,19 @@ def training_step(
     Args:
         layout: the memory format of the weights, and of inputs that are images.
     """
-    model.to(device=execution.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
-    inputs, labels = inputs.to(execution.device), labels.to(execution.device).flatten()
+    model.to(device=runtime.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+    inputs, labels = inputs.to(runtime.device), labels.to(runtime.device).flatten()
     if inputs.ndim == 4:
         inputs = inputs.contiguous(memory_format=layout)
     optimizer = build_optimizer(OptimizerConfig(), model)
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        with execution.autocast():
+        with runtime.autocast():
             loss = F.cross_entropy(model(inputs).flatten(0, -2), labels)
         loss.backward()
         optimizer.step()
-        execution.synchronise()
+        runtime.synchronise()
         return loss.detach()
 
     return step

@@ -179,7 +179,7 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
     run, images = reopen(path, config.data.root)
     if run.config.essential() != config.essential():
         raise RunError(f"{path} has another configuration than its sweep: take it away")
-    torch.set_num_threads(run.execution.threads)  # the same sums as those it began with
+    torch.set_num_threads(run.runtime.threads)  # the same sums as those it began with
     return run, images
 
 
