@@ -19,7 +19,7 @@ from stochastic_depth.lab.options import at_least
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from stochastic_depth.surgery import Plan, Verification
+    from stochastic_depth.surgery import Plan
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,8 @@ def inspect(arguments: list[str]) -> int:
         with console.status("timing training steps"):
             verification = verify(model, example, repeats=asked.repeats)
             costs = summary(model, example)
-        console.print(verification_table(verification))
+        console.print(str(verification))
         console.print(
-            f"{verification.blocks} blocks verified in {verification.sets} sets, largest "
-            f"difference {verification.difference:.1g}\n"
-            f"time saved over FLOPs saved, every other block open: {verification.efficiency:.2f}\n"
             f"expected depth {costs.expected_depth:.4g} of {len(costs.blocks)} blocks; "
             f"{100 * costs.expected_saving:.1f} % of FLOPs saved",
         )
@@ -148,42 +145,18 @@ def _incomplete(planned: "Plan") -> StochasticDepthError:
 
 
 def plan_table(name: str, planned: "Plan") -> "Table":
-    """The blocks of a model, and how each is skipped."""
+    """The table of a plan, which folds long names where the terminal is narrow."""
     from rich.table import Table
 
-    from stochastic_depth.surgery.inspect import si
+    from stochastic_depth.surgery.inspect import PLAN_HEAD
 
     table = Table(title=name, title_justify="left", box=None, pad_edge=False)
-    for column in ("block", "class", "shortcut", "mechanism"):
+    for column in PLAN_HEAD[:4]:
         table.add_column(column, overflow="fold")
-    for column in ("p", "params", "FLOPs"):
+    for column in PLAN_HEAD[4:]:
         table.add_column(column, justify="right", no_wrap=True)
-    for block in planned.blocks:
-        table.add_row(
-            block.name,
-            block.kind,
-            block.shortcut,
-            block.mechanism,
-            f"{block.survival:.3f}",
-            si(block.parameters),
-            si(block.flops),
-        )
-    return table
-
-
-def verification_table(verification: "Verification") -> "Table":
-    """Training steps with all, half and none of the blocks."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("blocks open")
-    for column in ("FLOPs", "training step", "time"):
-        table.add_column(column, justify="right")
-    for name, flops, seconds in zip(
-        ("all", "every other", "none"), verification.flops, verification.seconds, strict=True
-    ):
-        share = seconds / verification.seconds[0]
-        table.add_row(name, f"{flops:.3f}", f"{1000 * seconds:.4g} ms", f"{share:.3f}")
+    for row in planned.rows:
+        table.add_row(*row)
     return table
 
 

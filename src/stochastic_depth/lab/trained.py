@@ -12,11 +12,11 @@ from stochastic_depth.data import Batches
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import LARGE, make_folder, read_file, reason, write_whole
 from stochastic_depth.handle import Handle
+from stochastic_depth.lab.sources import FORMAT
 from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train import Run, reopen, trained_model
 
-FORMAT = 1
 T = TypeVar("T")
 
 

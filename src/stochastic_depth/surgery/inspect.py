@@ -70,6 +70,9 @@ class PlannedBlock:
     """Why it cannot be made skippable; empty where it can."""
 
 
+PLAN_HEAD = ("block", "class", "shortcut", "mechanism", "p", "parameters", "FLOPs")
+
+
 @dataclass(frozen=True)
 class Plan:
     """A model's residual blocks; printed, it is a table."""
@@ -83,9 +86,10 @@ class Plan:
         """Whether every block can be made skippable."""
         return not any(block.refusal for block in self.blocks)
 
-    def __str__(self) -> str:
-        head = ("block", "class", "shortcut", "mechanism", "p", "parameters", "FLOPs")
-        rows = [
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """Of its table, a row for each block, under `PLAN_HEAD`."""
+        return [
             (
                 block.name,
                 block.kind,
@@ -97,10 +101,12 @@ class Plan:
             )
             for block in self.blocks
         ]
+
+    def __str__(self) -> str:
         refused = [f"{b.name!r} ({b.kind}): {b.refusal}" for b in self.blocks if b.refusal]
         skippable = f"{len(self.blocks) - len(refused)} of {len(self.blocks)} blocks skippable"
         passed = [f"not taken: {each}" for each in self.passed]
-        return "\n".join([plain_table(head, rows, left=4), skippable, *refused, *passed])
+        return "\n".join([plain_table(PLAN_HEAD, self.rows, left=4), skippable, *refused, *passed])
 
 
 def plan(

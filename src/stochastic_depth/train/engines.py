@@ -1,33 +1,21 @@
-"""How a training step is taken: by autograd, by compiled blocks, or by the block program."""
+"""Which engine takes the training steps: autograd, compiled blocks, or the block program."""
 
-import inspect
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from stochastic_depth.distributed import skip_closed
-from stochastic_depth.distributed.world import ranks
 from stochastic_depth.engine import CudaGraphs, Eagerly, Program
 from stochastic_depth.engine.compiled import CompiledKernels
 from stochastic_depth.engine.kernels import Kernels, ReferenceKernels
 from stochastic_depth.engine.library import private_cache
 from stochastic_depth.engine.native import NativeKernels
 from stochastic_depth.handle import Handle
-from stochastic_depth.surgery import apply, compile_blocks
-from stochastic_depth.survival import Uniform
-from stochastic_depth.train.build import block_convolutions
 from stochastic_depth.train.engine_choice import KernelsName
 from stochastic_depth.train.runtime import Runtime
-from stochastic_depth.train.step import Measured, measured, train_step
-
-_OPTION = "forward_sync_buffers"
-_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
-_BUFFERS: dict[str, Any] = {_OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False}
-"""Statistics of BatchNorm go from rank to rank with evaluations, not with every step."""
+from stochastic_depth.train.step import Autograd, Measured, measured
 
 KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
     "reference": lambda dtype: ReferenceKernels(),
@@ -46,40 +34,6 @@ class Engine(Protocol):
     def block_gradients(self) -> Sequence[Tensor | None]:
         """Of the first convolution of each block, as the last step left them."""
         ...
-
-
-class Autograd:
-    """PyTorch's own way, with the branch of a closed block left out; compiled or not."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        handle: Handle | None,
-        optimizer: torch.optim.Optimizer,
-        first: nn.Parameter,
-        runtime: Runtime,
-        compiled: bool = False,
-    ) -> None:
-        self._model, self._optimizer = model, optimizer
-        self._first, self._execution = first, runtime
-        self._convolutions = block_convolutions(model)
-        if compiled:
-            if handle is None:
-                apply(model, Uniform(1.0))  # compiling goes by blocks, and these are always open
-            compile_blocks(model)
-        if ranks() > 1:
-            self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, **_BUFFERS)
-            if handle is not None:
-                skip_closed(self._model)
-
-    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
-        return train_step(
-            self._model, self._optimizer, images, labels, self._first, self._execution, weight
-        )
-
-    @property
-    def block_gradients(self) -> Sequence[Tensor | None]:
-        return [weight.grad for weight in self._convolutions]
 
 
 class Blocks:

@@ -1,5 +1,6 @@
 """One training step, one evaluation, and what the steps of an interval have measured."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,16 +10,27 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.data import Batches
 from stochastic_depth.data.batching import Part
+from stochastic_depth.distributed import skip_closed
 from stochastic_depth.distributed.world import ranks, total
 from stochastic_depth.gates import open_shares
+from stochastic_depth.handle import Handle
+from stochastic_depth.surgery import apply, compile_blocks
+from stochastic_depth.survival import Uniform
+from stochastic_depth.train.build import block_convolutions
 from stochastic_depth.train.runtime import Runtime
+
+_OPTION = "forward_sync_buffers"
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_BUFFERS: dict[str, Any] = {_OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False}
+"""Statistics of BatchNorm go from rank to rank with evaluations, not with every step."""
 
 
 class Measured(NamedTuple):
-    """What one training step tells: scalars on the device, so that nothing waits for them."""
+    """Results of one training step: scalars on the device, so that nothing waits for them."""
 
     loss: Tensor
     gradient_norm: Tensor
@@ -57,9 +69,43 @@ def train_step(
 
 
 def measured(loss: Tensor, gradient: Tensor) -> Measured:
-    """What a step tells, given the gradient at the first convolution."""
+    """The results of a step, given its loss and the gradient at the first convolution."""
     gradient = gradient.flatten()
     return Measured(loss, gradient.norm(), gradient.abs().mean())
+
+
+class Autograd:
+    """Takes training steps by PyTorch's autograd, with the blocks compiled or not."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        handle: Handle | None,
+        optimizer: torch.optim.Optimizer,
+        first: nn.Parameter,
+        runtime: Runtime,
+        compiled: bool = False,
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._first, self._runtime = first, runtime
+        self._convolutions = block_convolutions(model)
+        if compiled:
+            if handle is None:
+                apply(model, Uniform(1.0))  # compiling goes by blocks, and these are always open
+            compile_blocks(model)
+        if ranks() > 1:
+            self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, **_BUFFERS)
+            if handle is not None:
+                skip_closed(self._model)
+
+    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
+        return train_step(
+            self._model, self._optimizer, images, labels, self._first, self._runtime, weight
+        )
+
+    @property
+    def block_gradients(self) -> Sequence[Tensor | None]:
+        return [weight.grad for weight in self._convolutions]
 
 
 class Evaluation(NamedTuple):
@@ -75,9 +121,8 @@ def evaluate(
 ) -> Evaluation:
     """The full network in evaluation mode, every branch scaled by p_l. Counts are exact.
 
-    Where several processes train, `batches` are the shares of each, and the figures of all.
-
-    Without any batch there is nothing to tell, and both figures are nan.
+    Where several processes train, each passes its share as `batches`, and all get the results over
+    all shares. Without any batch, loss and error are nan.
     """
     was_training = model.training
     model.eval()
@@ -101,10 +146,10 @@ def evaluate_parts(
     runtime: Runtime,
     until: Callable[[], object] = lambda: False,
 ) -> dict[Part, Evaluation]:
-    """`evaluate` on the images for validation and for testing: once, where they are the same.
+    """Evaluate on the validation and the test images: once, where they are the same.
 
     Args:
-        until: asked before each batch; when it says so, the rest is left out.
+        until: called before each batch; when it returns true, the remaining batches are left out.
     """
 
     def on(part: Part) -> Evaluation:
@@ -116,12 +161,12 @@ def evaluate_parts(
 
 
 _ROWS = ("measured", "block_gradients")
-"""What lies on the device."""
+"""Fields whose tensors are on the device."""
 
 
 @dataclass
 class IntervalMetrics:
-    """Sums over the interval under way; part of every checkpoint."""
+    """What the steps since the last evaluation have measured; part of every checkpoint."""
 
     measured: list[Tensor] = field(default_factory=list)
     """One `Measured` a step, as a tensor [3] on the device."""
@@ -162,14 +207,14 @@ class IntervalMetrics:
         return start + diverged[0] if diverged else None
 
     def means(self) -> Measured:
-        """The loss, over images; what was measured of gradients, over steps. float64."""
+        """The mean of the loss over images, and of the gradients over steps: float64."""
         values = torch.stack(self.measured).double().cpu()
         images = torch.tensor(self.images, dtype=torch.float64)
         loss = (values[:, 0] * images).sum() / images.sum()
         return Measured(loss, *values[:, 1:].mean(0))
 
     def block_means(self, blocks: int) -> list[float | None]:
-        """Of each of `blocks` over the sampled steps in which it was open; None without any."""
+        """Mean gradient of each block over the sampled steps in which it was open, else None."""
         if not self.block_gradients:
             return [None] * blocks
         means = torch.stack(self.block_gradients).double().nanmean(0)
@@ -182,7 +227,7 @@ class IntervalMetrics:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        # States did not always have all of these, and had others.
+        # Older checkpoints lack some of these fields, and have others.
         vars(self).update({name: state[name] for name in vars(self) if name in state})
         for name in _ROWS:
             setattr(self, name, [row.to(device) for row in getattr(self, name)])
