@@ -3,7 +3,7 @@
 Nothing here imports PyTorch before it is known that a command can be carried out, so that help and
 what is wrong with a command line come at once.
 
-Exit codes: 0 done; 1 an error, told in one line; 2 a command line that cannot be understood;
+Exit codes: 0 done; 1 an error, printed in one line; 2 a command line that cannot be understood;
 128 + n stopped by signal n, with a checkpoint where a run was under way.
 """
 
@@ -33,10 +33,10 @@ COMMANDS = {
     "recipes": "the published results that can be reproduced",
 }
 MODULES = {"compare": "train", "eval": "train", "predict": "export"}
-"""Where a command is that has no module of its own name."""
+"""The modules of commands that are not in a module of the same name."""
 SPIN = {"GOMP_SPINCOUNT": "10000"}
-"""A thread of OpenMP that waits for others gives its core back soon: with another program on one
-of two cores a training step took 80 times as long without it, and with it less than twice."""
+"""Makes OpenMP threads that wait for others release their core soon. With another program on one
+of two cores a training step took 80 times as long without this, and less than twice with it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

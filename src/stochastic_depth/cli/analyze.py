@@ -34,7 +34,7 @@ class Analysis:
             raise ConfigError("no RUN is given: name one run folder or several")
 
     def opened(self) -> list["Run"]:
-        """The runs, for their journals; a run and its copies count once."""
+        """The opened runs; a run and its copies count once."""
         from stochastic_depth.train import open_run
 
         runs = {run.id: run for run in map(open_run, reversed(self.runs))}
@@ -43,14 +43,14 @@ class Analysis:
 
 @dataclass(frozen=True)
 class NetworkAnalysis(Analysis):
-    """One that runs the trained networks."""
+    """A question that needs the trained networks, not only their journals."""
 
     checkpoint: Literal["best", "last"] = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where their data is now (none: where it was)."""
     again: bool = False
-    """Measure again what was measured before with the same settings."""
+    """Measure again even if there is a result with the same settings."""
 
     def networks(self, runs: list["Run"]) -> Iterator["TrainedNetwork"]:
         """The trained networks, one at a time."""
@@ -109,7 +109,7 @@ class Ensemble(NetworkAnalysis):
     """Test error and calibration of the full network and of sampled subnetworks."""
 
     subnetworks: int = 64
-    """How many are sampled; means are told for 1, 2, 4, ... of them."""
+    """How many are sampled; means are shown for 1, 2, 4, ... of them."""
     seed: int = 0
     """Which are sampled."""
 
@@ -195,7 +195,7 @@ def analyze(arguments: list[str]) -> int:
 
 @contextmanager
 def shown(console: "PlainConsole", name: str) -> Iterator["Progress"]:
-    """Progress on what goes on in the run `name`: a bar on a terminal, a line a stage elsewhere."""
+    """Show the progress of analysing run `name`: a bar on a terminal, elsewhere a line a stage."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     stage = ""

@@ -28,7 +28,7 @@ def choose(
 ) -> tuple[Name, list[str]]:
     """The first argument, one of `choices`, and the others.
 
-    Only what was chosen is looked at further, so that the rest need not be imported.
+    Only the chosen one is parsed further, so that the modules of the others are not imported.
 
     Args:
         choices: what each does, by name.
@@ -46,7 +46,7 @@ def choose(
 
 
 def usage_error(what: str, given: str, known: Iterable[str]) -> int:
-    """Say that `given` is no `what`, and which one may have been meant."""
+    """Print that there is no `what` named `given`, and similar names; returns the exit code."""
     close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
     print(f"error: there is no {what} {visible(given)!r}; {hint}", file=sys.stderr)
@@ -115,12 +115,12 @@ def parse_recipe(
 
 
 def described(recipe: str) -> str:
-    """What a recipe's docstring says."""
+    """The docstring of a recipe, without its indentation."""
     return "\n".join(line.strip() for line in (RECIPES[recipe].__doc__ or "").splitlines())
 
 
 def require_run(path: Path) -> None:
-    """Refuse what is no run folder, before PyTorch is loaded.
+    """Raise an error if `path` is not a run folder, before PyTorch is loaded.
 
     Raises:
         RunError: naming the file that is missing.
@@ -132,7 +132,7 @@ def require_run(path: Path) -> None:
 def _show_help(
     program: str, about: str, what: str, choices: Mapping[Name, str], beside: type = object
 ) -> None:
-    """Print the help that tyro writes of sub-commands that are not looked at further, and leave.
+    """Print help on sub-commands, in the layout of tyro's help, and exit.
 
     Raises:
         SystemExit: always.

@@ -1,4 +1,4 @@
-"""The console of every command: whatever is printed on it is text and nothing else."""
+"""The console of every command: it escapes whatever could control the terminal."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -30,12 +30,12 @@ class PlainConsole(Console):
             yield Segment(text if control else visible(text), style, control)
 
     def say(self, text: str) -> None:
-        """A line that is not broken, so that what is in it can be copied."""
+        """Print a line without breaking it, so that paths and commands in it can be copied."""
         self.print(text, soft_wrap=True)
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """While entered, tell a terminal that PyTorch is being loaded, which takes seconds."""
+        """While entered, show on a terminal that PyTorch is being loaded, which takes seconds."""
         if "torch" in sys.modules:
             yield
             return

@@ -1,4 +1,4 @@
-"""stochastic-depth export and predict: a trained network as a file, and what it sees."""
+"""stochastic-depth export and predict: a trained network as a file, and its predictions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Predict:
-    """What a trained network sees in pictures: classes and their probabilities."""
+    """Classify pictures with a trained network: classes and their probabilities."""
 
     network: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_FILE")]
     """A run folder, or a .safetensors or .onnx file that export wrote."""
@@ -57,9 +57,9 @@ class Predict:
     top: int = 3
     """How many classes to show for each picture."""
     checkpoint: Checkpoint = "best"
-    """Of a run: the checkpoint of the lowest validation error, or the newest."""
+    """For a run folder: the checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of a run: where its data is now (none: where it was)."""
+    """For a run folder: where its data is now (none: where it was)."""
 
     def check(self) -> None:
         if not self.pictures:
@@ -120,7 +120,7 @@ def export(arguments: list[str]) -> int:
 
 
 def choices_table(description: "Description") -> "Table":
-    """What each depth errs and costs."""
+    """The table of error and cost at each depth."""
     from rich.table import Table
 
     from stochastic_depth.surgery.inspect import si

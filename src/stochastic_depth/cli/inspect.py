@@ -37,7 +37,7 @@ class Inspect:
     batch: int = 2
     """Samples in the example."""
     shape: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N ...")] = None
-    """Of one sample; the published one if not given."""
+    """Shape of one sample; the published one if not given."""
     granularity: Literal["block", "unit"] = "block"
     """One coin for all residual additions of a block, or one for each."""
     exclude: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ def inspect(arguments: list[str]) -> int:
 
 @contextmanager
 def _on_example(asked: Inspect, what: str) -> Iterator[None]:
-    """Say in a sentence what a model makes of its example, whatever it raises.
+    """Turn whatever a model raises on its example into one sentence.
 
     Raises:
         ApplyError: with the remedy, in place of the model's own error.

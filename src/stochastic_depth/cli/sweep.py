@@ -38,7 +38,7 @@ SWEPT: dict[Kind, dict[str, str]] = {
         ("--survival.gate", "--survival.balance", "--survival.closed", "--schedule"), "--gatings"
     ),
 }
-"""Options of the recipe that the grid would override in silence, and what to give instead."""
+"""Options of the recipe that the grid would silently override, and the option to give instead."""
 SURVIVAL = tuple(tenths / 10 for tenths in range(1, 11))
 
 
@@ -52,7 +52,7 @@ class Options:
     workers: int = 1
     """Processes that train at the same time (1, where seconds are to be compared)."""
     threads: int | None = None
-    """Of each worker (none: the processor's, shared out)."""
+    """Threads of each worker (none: the processor's, divided among the workers)."""
     out: Path | None = None
     """Folder for the runs (none: runs/sweep-KIND-RECIPE)."""
     quiet: bool = False

@@ -1,4 +1,4 @@
-"""stochastic-depth train, compare and eval: runs, and what came of them."""
+"""stochastic-depth train, compare and eval."""
 
 import shlex
 import time
@@ -113,7 +113,7 @@ def _parse_resume(arguments: list[str]) -> Resume:
 
 
 def _joined(work, quiet: bool) -> int:
-    """Do `work` as one of the processes that torchrun started; the first of them prints."""
+    """Call `work` in each process that torchrun started; only the first one prints."""
     from stochastic_depth.cli.console import PlainConsole
 
     with PlainConsole(quiet=quiet).starting():
@@ -188,7 +188,7 @@ def run_table(run: "Run") -> "Table":
 
 
 def _stopped(console: "PlainConsole", interrupted: "Interrupted", again: str) -> int:
-    """Say how to go on; returns the exit code."""
+    """Print how to resume; returns the exit code."""
     console.say(f"{interrupted}")
     console.say(f"go on:  stochastic-depth {again}")
     return 128 + interrupted.signal
@@ -248,7 +248,7 @@ def compare(arguments: list[str]) -> int:
 def _fitted(
     config: Config, seeds: Sequence[int], folder: Path, end: float, console: "PlainConsole"
 ) -> Config:
-    """`config` with as many epochs as fit until `end`; says what was measured and decided."""
+    """`config` with as many epochs as fit until `end`; prints what was measured and decided."""
     from stochastic_depth.lab.pace import epochs_of, measure_pace
 
     console.print("measuring how long a training step takes here")

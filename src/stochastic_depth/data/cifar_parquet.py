@@ -16,7 +16,7 @@ from stochastic_depth.files import require_file
 
 IMAGE_COLUMNS = ("img", "image")
 MOST_BYTES = 2**15
-"""Of one picture; without compression its pixels have 3,072."""
+"""The most bytes of one encoded picture; its pixels have 3,072."""
 MOST_PACKING = 100
 ROWS = 8
 """Read at a time: a few bytes can stand for one large value, a million times over."""

@@ -83,12 +83,12 @@ class DataSet:
 
     @cached_property
     def mean(self) -> Tensor:
-        """Of the training part: float32 [channels], of pixel values in 0..1."""
+        """Mean of the training part: float32 [channels], for pixel values in 0..1."""
         return self._moments[0]
 
     @cached_property
     def std(self) -> Tensor:
-        """Standard deviation (of the population) of the training part, as `mean`.
+        """Standard deviation (population) of the training part: float32 [channels].
 
         Raises:
             DataError: a channel that has one value everywhere cannot be normalised.

@@ -23,7 +23,7 @@ from stochastic_depth.errors import EngineError
 SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
 FLAGS = ("-O3", "-march=native", "-mtune=generic", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 DEFINED = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
-"""What images are stored in, as the source is told."""
+"""Types in which images are stored, by their names in the C++ source."""
 
 
 def missing() -> str | None:

@@ -102,11 +102,11 @@ class Block:
             self.saved = ()
 
     def skip_forward(self) -> None:
-        """Of a transition: the shortcut. Its ReLU is the identity, as x has come from one."""
+        """The shortcut of a transition. Its ReLU is the identity, because x comes from a ReLU."""
         self.kernels.pool_and_pad(self.x, self.out)
 
     def skip_backward(self) -> None:
-        """Of a transition: back through average pooling and padding."""
+        """The backward pass of a transition's shortcut: through average pooling and padding."""
         self._of_shortcut()
 
     def _of_shortcut(self) -> Tensor:

@@ -131,7 +131,7 @@ class Program:
 
     @property
     def block_gradients(self) -> list[Tensor]:
-        """Of the first convolution of each block, as the last step left them."""
+        """Gradients of each block's first convolution after the last step."""
         return [block.layers[0].weight_gradient for block in self.blocks]
 
     def _join_counters(self, model: nn.Module) -> Tensor:

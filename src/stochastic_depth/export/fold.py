@@ -19,7 +19,7 @@ from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TOLERANCE = 1e-12
-"""Of a branch's output in float64, relative to its largest value."""
+"""Tolerance of a branch's output in float64, relative to its largest value."""
 SINGLE = 1e-5
 """The same where the model itself computes in single precision in between."""
 

@@ -28,7 +28,7 @@ class Architecture:
     kind: str
     """The name of its class in `stochastic_depth.models`."""
     arguments: dict[str, Any]
-    """Of the class."""
+    """Arguments of the class."""
     removed: tuple[int, ...] = ()
     """Positions of the blocks of which only the shortcut is left, from 0."""
 
@@ -79,7 +79,7 @@ class ImageInput:
     shorter_side: int
     """To how many pixels a picture is scaled before its middle is cut out."""
     mean: tuple[float, ...]
-    """Of each channel, of values from 0 to 1; subtracted."""
+    """Mean of each channel, for values from 0 to 1; it is subtracted."""
     std: tuple[float, ...]
     """What the difference is divided by."""
 
@@ -96,7 +96,7 @@ class DepthChoice:
     """Percent."""
     parameters: int
     flops: int
-    """Of one image, 2 for each multiply-add."""
+    """FLOPs of one image, 2 for each multiply-add."""
     seconds: float
     """For one image in a batch, median."""
 

@@ -51,9 +51,9 @@ class Plain:
     images: Tensor
     """float32 [32, channels, height, width]."""
     expected: Tensor
-    """What the trained network gives for them."""
+    """Outputs of the trained network for these images."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """Of BatchNorm at lower depths: "N/name" with N blocks left."""
+    """BatchNorm statistics at lower depths, named "N/name" with N blocks left."""
 
 
 def plain_network(run: Run, images: Batches, which: Literal["best", "last"] = "best") -> Plain:
@@ -96,7 +96,7 @@ def elastic_network(
 
 
 def _skippable(model: nn.Module) -> int:
-    """How many blocks there are, which have gates from now on."""
+    """The number of blocks; a model of constant depth gets gates."""
     try:
         return len(handle_of(model).blocks)
     except ApplyError:  # of constant depth
@@ -129,7 +129,7 @@ def _finished(
 
 
 def training_batches(images: Batches) -> Iterator[Tensor]:
-    """The first ones, on the CPU."""
+    """The first training batches, on the CPU."""
     return (batch.cpu() for batch, _ in itertools.islice(images.train(0), RECALIBRATION))
 
 
@@ -172,9 +172,9 @@ BATCH, ROUNDS = 64, 15
 def measured(
     plain: Plain, images: Batches, runtime: Runtime, depths: Sequence[float] = DEPTHS
 ) -> Plain:
-    """The same network with what each of `depths` gives, and the statistics that it needs.
+    """Add the error and cost at each of `depths`, and the statistics that each needs.
 
-    Lower depths get statistics of BatchNorm of their own, from training images. Times are of a
+    Each lower depth gets its own statistics of BatchNorm, from training images. Times are of a
     batch of 64 images, in turns.
     """
     order = plain.description.order

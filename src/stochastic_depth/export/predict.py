@@ -1,4 +1,4 @@
-"""Classify pictures with a network, wherever it is kept."""
+"""Classify pictures with the network of a run or of an exported file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from stochastic_depth.files import LARGE, read_file, reason
 from stochastic_depth.train import reopen
 
 LONGEST = 20
-"""Times the shorter side: what is longer would need too much memory to scale, and shows nothing."""
+"""The largest ratio of the sides; scaling longer pictures would need too much memory."""
 
 
 def read_pictures(paths: Sequence[Path], wanted: ImageInput) -> Tensor:

@@ -1,4 +1,4 @@
-"""Shallower models: which blocks are needed least, and take them out."""
+"""Make shallower models: find the blocks that are needed least, and remove them."""
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from stochastic_depth.tensors import largest_difference, tensors_in
 
 
 class ShortcutOnly(nn.Module):
-    """What is left of a residual unit without its branch: act(shortcut(x))."""
+    """A residual unit without its branch: act(shortcut(x))."""
 
     def __init__(self, unit: Residual) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def _remove(model: nn.Module, name: str, children: Collection[str]) -> None:
 
 
 def _renumber(modules: Iterable[nn.Module], kept: list[int]) -> None:
-    """Where layers know their number, keep it right."""
+    """Update the layer numbers that layers store."""
     for new, (old, layer) in enumerate(zip(kept, modules, strict=True)):
         for module in layer.modules():
             if getattr(module, "layer_idx", None) == old:
@@ -113,7 +113,7 @@ def _count_layers(config: Any, path: list[str], before: int, kept: list[int]) ->
 
 
 SAME = 1e-6
-"""Of outputs that the same operations compute from the same weights."""
+"""Relative tolerance for outputs that the same operations compute from the same weights."""
 _COUNTS = "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"
 _COUNTS_OF_DECODERS = "decoder_layers", "num_decoder_layers"
 _LAYERS_BY_NUMBER = "mlp_only_layers", "moe_layers"
@@ -164,11 +164,11 @@ class Dropped:
     """One block, closed for the rest of the search."""
 
     block: int
-    """Its position, from 0."""
+    """Position of the block, from 0."""
     loss: float
-    """Without it and all before."""
+    """Loss without this block and those dropped before."""
     evaluations: int
-    """How often the loss was taken for this choice."""
+    """How often the loss was evaluated for this choice."""
 
 
 def drop_order(model: nn.Module, loss: Callable[[nn.Module], float]) -> Iterator[Dropped]:
@@ -214,7 +214,7 @@ def _dropped(
 
 
 TOLERANCE = 1e-4
-"""Of outputs in the model's own precision, relative to their largest value."""
+"""Tolerance of outputs in the model's precision, relative to their largest value."""
 
 
 def truncate(
@@ -238,7 +238,7 @@ def truncate(
             or with another list of blocks); or the positions of the blocks to keep, from 0.
         example: inputs of one forward call.
         recalibrate: batches, [batch, ...] or pairs that begin with it, from which the statistics of
-            BatchNorm are taken anew (`torch.optim.swa_utils.update_bn`).
+            BatchNorm are measured again (`torch.optim.swa_utils.update_bn`).
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.

@@ -1,4 +1,4 @@
-"""The files of an exported network: written, read back, and held against the network."""
+"""Write an exported network to a file, read it back, and compare its outputs."""
 
 import io
 import tempfile
@@ -19,7 +19,7 @@ from stochastic_depth.files import write_whole
 Format = Literal["safetensors", "torch", "onnx"]
 SUFFIX: dict[Format, str] = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 LIMIT = 1e-4
-"""Of the difference of outputs, relative to the largest one."""
+"""Tolerance of the difference of outputs, relative to the largest output."""
 
 
 def write_export(path: Path, plain: Plain, form: Format) -> float:
@@ -110,7 +110,7 @@ def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
     runtime = require("onnxruntime", "export")
     try:
         session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a dozen types of its own
+    except Exception as error:  # onnxruntime has a dozen exception types
         raise ExportError(f"onnxruntime cannot take it ({str(error).splitlines()[0]})") from error
     description = session.get_modelmeta().custom_metadata_map.get(KEY)
     if description is None:

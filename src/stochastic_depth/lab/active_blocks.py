@@ -66,7 +66,7 @@ class ActiveBlocks:
         return _moments(drawn), _moments(self.expected)
 
     def p_value(self) -> float:
-        """Of Pearson's chi-square test that the counts follow the exact distribution.
+        """P-value of Pearson's chi-square test that the counts follow the exact distribution.
 
         Neighbouring n are pooled until 5 are expected in each; 1.0 where one pool remains.
         """
@@ -137,7 +137,7 @@ def _moments(chances: Sequence[float]) -> tuple[float, float]:
 
 
 def active_blocks_figure(series: Series) -> Figure | None:
-    """Of stochastic depth; None when the journals do not tell, or gates are for single samples."""
+    """Figure of a series; None if its journals lack counts, or gates are for single samples."""
     plain = series.survival.schedule.kind == "none" and not series.survival.balance
     if series.survival.gate != "batch" or not plain:
         return None

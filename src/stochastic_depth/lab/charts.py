@@ -15,7 +15,7 @@ from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.train import Record
 
 Row = Mapping[str, Any]
-"""One observation: texts and numbers, None where there is none."""
+"""One observation: texts and numbers; None for a missing value."""
 Panel = alt.Chart | alt.LayerChart
 
 
@@ -45,7 +45,7 @@ class Figure:
     note: str = ""
     """How it was measured, and what is averaged."""
     height: int = 240
-    """Of the plot in each panel, pixels."""
+    """Height of the plot in each panel, in pixels."""
     axis: int = 58
     """What stands to the left of the plot in each panel, pixels."""
 
@@ -65,7 +65,7 @@ def _cell(value: Any) -> Any:
 
 
 def chart(values: Sequence[Row]) -> alt.Chart:
-    """Of rows alone, without types to be guessed."""
+    """A chart of `rows`; Vega-Lite does not guess their types."""
     return alt.Chart(alt.InlineData(values=[dict(row) for row in values]))
 
 
@@ -75,25 +75,25 @@ def layered(*layers: alt.Chart, title: str = "") -> alt.LayerChart:
 
 
 def hover(values: Sequence[Row]) -> alt.Chart:
-    """Points that are seen when they are pointed at, each with its `told`."""
+    """Points that appear under the pointer, each described by its `told`."""
     points = chart(values).mark_point(filled=True, opacity=0, size=50)
     return points.encode(description="told:N")
 
 
 def keys(series: Sequence[Series]) -> tuple[Key, ...]:
-    """Of each series its colour."""
+    """The colour of each series."""
     return tuple(Key(one.name, one.colour) for one in series)
 
 
 def colour(shown: Sequence[Key]) -> alt.Color:
-    """Of the column `s`, with a legend."""
+    """Colours by the column `s`, with a legend."""
     scale = alt.Scale(domain=[key.name for key in shown], range=[key.colour for key in shown])
     legend = alt.Legend(symbolType="stroke", symbolOpacity=1, columns=2 if len(shown) > 3 else 0)
     return alt.Color("s:N", scale=scale, sort=None, legend=legend)
 
 
 def dashes(shown: Sequence[Key], column: str = "s", legend: bool = False) -> alt.StrokeDash:
-    """Of `column`."""
+    """Dashes by `column`."""
     scale = alt.Scale(domain=[key.name for key in shown], range=[list(key.dash) for key in shown])
     told = alt.Legend(symbolType="stroke", symbolOpacity=1) if legend else None
     return alt.StrokeDash(f"{column}:N", scale=scale, sort=None, legend=told)

@@ -25,7 +25,7 @@ def page_svg(figure: Figure, width: int) -> str:
 
 
 def file_svg(title: str, *figures: Figure) -> bytes:
-    """Figures below each other in a file of its own, that follows the theme of who shows it."""
+    """Figures below each other in one file, which follows the light or dark theme of its viewer."""
     drawn = vl_convert.vegalite_to_svg(_picture(title, figures))
     head, rest = drawn.split(">", 1)
     return f"{head}><style>{style_sheet()}</style>{rest}\n".encode()

@@ -22,7 +22,7 @@ from stochastic_depth.randomness import uniforms
 from stochastic_depth.train import Run
 
 BINS = 15
-"""Of confidence, of equal width (Guo et al. 2017, arXiv:1706.04599)."""
+"""Bins of confidence, of equal width (Guo et al. 2017, arXiv:1706.04599)."""
 
 
 class Score:
@@ -129,7 +129,7 @@ def ensemble(
     """Every predictor on every test image, each image read once.
 
     Args:
-        subnetworks: how many are drawn; "mean" is told for 1, 2, 4, ... of them.
+        subnetworks: how many are drawn; "mean" is measured for 1, 2, 4, ... of them.
         seed: which are drawn; a function of (seed, member), p_l as of the checkpoint.
 
     Raises:
@@ -224,7 +224,7 @@ PREDICTORS = {
 
 
 def ensemble_figure(series: Series) -> Figure | None:
-    """Of the runs whose sampled subnetworks were evaluated; None when none were."""
+    """Figure of the runs whose sampled subnetworks were evaluated; None without any."""
     found = [(run, run.analysis("ensemble")) for run in series.runs]
     rows: list[Row] = [
         {"run": run.name, "seed": run.run.config.seed, **predictor}

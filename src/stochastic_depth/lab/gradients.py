@@ -26,7 +26,7 @@ from stochastic_depth.train import Record, Run
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of runs that differ in their seed alone: mean absolute gradients, epoch by epoch."""
+    """Mean absolute gradients, epoch by epoch, of runs that differ only in their seed."""
 
     first: list[Spread]
     """At the first convolution, mean over the steps up to each epoch, spread over the seeds."""

@@ -57,9 +57,9 @@ class BenchOptions:
     device: str = "auto"
     """cpu or cuda (auto: a GPU if there is one)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions and products."""
+    """Precision of convolutions and products."""
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
-    """Of our own training steps, as for train; all others are by autograd."""
+    """Engine of our own training steps, as for train; all others use autograd."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result as JSON here."""
 
@@ -72,7 +72,7 @@ class ResNetOptions(BenchOptions):
     """A benchmark of training steps of one CIFAR ResNet."""
 
     depth: int = 110
-    """Of the CIFAR ResNet."""
+    """Layers of the CIFAR ResNet."""
     batch: int = 128
     """Images a step."""
     size: int = 32
@@ -102,7 +102,7 @@ class SteadyOptions(ResNetOptions):
     """How even steps are in time and memory: independent and balanced gates, constant depth."""
 
     network: str = "cifar-resnet"
-    """Of `depth` layers; or the name of a model of timm's (vit_small_patch16_224)."""
+    """cifar-resnet, of `depth` layers, or the name of a timm model (vit_small_patch16_224)."""
     final: float = 0.5
     """p_L of linear decay."""
     limit: int = 2**30
@@ -165,7 +165,7 @@ class PeersOptions(BenchOptions):
     """CIFAR ResNet, timm's ViT-S/16 or ConvNeXt-T, or a GPT of x-transformers (384 wide, 6
     layers)."""
     depth: int = 110
-    """Of the CIFAR ResNet."""
+    """Layers of the CIFAR ResNet."""
     rate: float | None = None
     """Drop rate of the last block, 1 - p_L and timm's drop_path_rate; of every block for
     x-transformer (none: 0.5 for cifar-resnet, 0.3 for others)."""
@@ -212,7 +212,7 @@ class DistributedOptions(BenchOptions):
     ranks: tuple[int, ...] = (2, 4)
     """Numbers of processes."""
     depth: int = 110
-    """Of the CIFAR ResNet."""
+    """Layers of the CIFAR ResNet."""
     batch: int = 32
     """Images a step, of all processes."""
     size: int = 32
@@ -235,7 +235,7 @@ class DataOptions(BenchOptions):
     """The share of a training step that is its data."""
 
     depth: int = 110
-    """Of the CIFAR ResNet."""
+    """Layers of the CIFAR ResNet."""
     batch: int = 128
     """Images a step."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -254,11 +254,11 @@ class PicturesOptions(BenchOptions):
     repeats: int = 5
     """Rounds, each of one pass over the pictures with every number of workers."""
     engine: Literal["auto", "eager", "compiled", "graphs"] = "eager"
-    """Of the training steps; there are no graphs of this network."""
+    """Engine of the training steps; graphs cannot train this network."""
     workers: tuple[int, ...] = (0, 1, 2, 4)
     """Numbers of processes that decode (0: this one)."""
     depth: int = 152
-    """Of the ImageNet ResNet: 50, 101 or 152."""
+    """Layers of the ImageNet ResNet: 50, 101 or 152."""
     batch: int = 16
     """Pictures a step."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None

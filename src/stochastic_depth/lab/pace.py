@@ -17,7 +17,7 @@ from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.training import Training
 
 LEAST_EPOCHS = 3
-"""Of a comparison: fewer show nothing."""
+"""The fewest epochs of a comparison; fewer show nothing."""
 AT_THE_END = 10.0
 """Seconds for the last checkpoint and the table."""
 SLOWER_THAN_MEASURED = 2.0
@@ -29,7 +29,7 @@ class Pace:
     """How long a training step of constant depth takes here."""
 
     seconds: dict[int, float]
-    """Of a step, by the number of threads."""
+    """Seconds of a step, by the number of threads."""
     steps_per_epoch: int
     saving: float
     """The share of a step that stochastic depth is expected to save."""
@@ -93,7 +93,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
 
 
 def epochs_of(folder: Path, config: Config, seeds: Sequence[int]) -> int | None:
-    """The number of epochs that runs of a comparison in `folder` have; None where there is none."""
+    """Epochs of the runs of a comparison in `folder`; None if it has no runs."""
     for seed in seeds:
         path = folder / f"constant-seed{seed}"
         if path.exists():

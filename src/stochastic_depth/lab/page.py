@@ -1,4 +1,4 @@
-"""What runs came to, on one HTML page that asks nothing of any network."""
+"""The results of runs on one HTML page, which loads nothing from the network."""
 
 import base64
 import hashlib
@@ -41,12 +41,12 @@ COMMANDS = {
     "depth-sweep": ("Error over p_L and depth", "stochastic-depth sweep depth RECIPE"),
     "depth-cost": ("Time and memory against depth", "stochastic-depth bench depth --out FILE"),
 }
-"""What brings the data of a figure that is not there."""
+"""For figures without data: the title, and the command that measures it."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """What belongs to one experiment, sweep or benchmark."""
+    """The part of a page on one experiment, sweep or benchmark."""
 
     title: str
     figures: tuple[Figure, ...]
@@ -61,13 +61,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is shown."""
+    """All sections of a page."""
 
     sections: tuple[Section, ...]
     overview: Table | None
-    """Of several experiments."""
+    """A table of all experiments, where there are several."""
     missing: tuple[tuple[str, str], ...]
-    """Title of a figure that is not there, and the command that brings its data."""
+    """Title of each figure without data, and the command that measures it."""
 
 
 def report(sources: Sources) -> Report:
@@ -200,7 +200,7 @@ def render(report: Report, state: str, refresh: int | None = None) -> str:
 
     Args:
         state: a sentence on what was read.
-        refresh: seconds after which the page loads itself anew (none: never).
+        refresh: seconds after which the page reloads itself (none: never).
     """
     folder = files("stochastic_depth.lab") / "template"
     script = (folder / "report.js").read_text()
@@ -236,7 +236,7 @@ def _state(sources: Sources) -> str:
 
 
 REFRESH = 10
-"""Seconds after which a page that is watched loads itself anew."""
+"""Seconds after which a page that is watched reloads itself."""
 
 
 def write_report(paths: Sequence[Path], out: Path, figures: Path | None = None) -> Report:
@@ -254,7 +254,7 @@ def watch_report(
 ) -> Iterator[Report]:
     """Write it, and again whenever a journal has changed, until every run is finished.
 
-    Whoever looks at `out` sees a whole page at any time, which loads itself anew.
+    `out` holds a complete page at any time; the page reloads itself.
 
     Args:
         every: seconds between looks at the journals.

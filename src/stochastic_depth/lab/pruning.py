@@ -1,4 +1,4 @@
-"""A trained network without some of its blocks: which ones, its errors, its time and its size."""
+"""Errors, time and size of a trained network without some of its blocks."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ Removed = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pruned:
-    """A network without some of its blocks, and with what it normalises."""
+    """Blocks to remove, and the BatchNorm statistics to use without them."""
 
     removed: Removed
     statistics: list[Tensor] | None
@@ -66,7 +66,7 @@ def seconds_per_image(
     repeats: int,
     progress: Progress,
 ) -> dict[Removed, float]:
-    """Of the forward pass on `batch` test images: the median of `repeats` rounds, in turns."""
+    """Seconds of the forward pass on `batch` test images: medians of `repeats` rounds, in turns."""
     runtime = network.run.runtime
     images, _ = next(iter(network.images.evaluate("test")))
     images = images[:batch]
@@ -88,7 +88,7 @@ def seconds_per_image(
 
 
 def parameters_without(network: TrainedNetwork, removed: Removed) -> int:
-    """Of the network that is left: branches of removed blocks are gone."""
+    """Parameters of the network that is left, without the branches of removed blocks."""
     names = [name for block in removed for name in network.handle.blocks[block].parameters]
     gone = sum(network.model.get_parameter(name).numel() for name in names)
     return sum(p.numel() for p in network.model.parameters()) - gone

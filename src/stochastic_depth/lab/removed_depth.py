@@ -61,7 +61,7 @@ class Curve:
 
     order: Order
     recalibrated: bool
-    """Whether BatchNorm's statistics were measured anew after the removal."""
+    """Whether BatchNorm's statistics were measured again after the removal."""
     points: list[Point]
 
 
@@ -145,7 +145,7 @@ BATCH_NORM = {
 
 
 def removed_blocks(experiment: Experiment) -> Figure | None:
-    """Of the runs whose networks were cut; None when none were."""
+    """Figure of the runs whose networks were cut; None without any."""
     rows: list[Row] = [row for series in experiment.series for row in _rows(series)]
     if not rows:
         return None
@@ -159,7 +159,7 @@ def removed_blocks(experiment: Experiment) -> Figure | None:
         panels=tuple(_panel(shown, rows, order) for order in orders),
         legend=(*keys(shown), *BATCH_NORM.values()),
         note="Which blocks are least needed is chosen on validation images. Solid: as trained. "
-        "Dashed: the statistics of BatchNorm measured anew. Mean over seeds.",
+        "Dashed: the statistics of BatchNorm measured again. Mean over seeds.",
     )
 
 
@@ -293,7 +293,7 @@ def depth_table(order: Order, of_kinds: dict[str, list[list[Curve]]]) -> Table:
 
 
 def _points_at(of_kind: list[list[Curve]], order: Order, recalibrated: bool, k: int) -> list[Point]:
-    """Of every run of a kind, the point at which `k` blocks are removed."""
+    """The point at which `k` blocks are removed, for every run of a kind."""
     return [
         point
         for curves in of_kind

@@ -13,14 +13,14 @@ from stochastic_depth.train import Record, Run, open_run
 from stochastic_depth.train.checkpoint import require_weights_of
 
 FORMAT = 1
-"""Of the files that an analysis leaves in a run folder, and of `sweep.json`."""
+"""Format number of the files of an analysis, and of `sweep.json`."""
 
 Analysis = Literal["ensemble", "depth"]
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """One run, finished or under way, as its folder told it at one moment."""
+    """The content of a run folder at one moment, finished or under way."""
 
     run: Run
     records: tuple[Record, ...]
@@ -41,7 +41,7 @@ class RecordedRun:
         return json.loads(read_file(self.run.path / "config.json", SMALL))
 
     def analysis(self, name: Analysis) -> dict[str, Any] | None:
-        """What `stochastic-depth analyze` found, if it was asked.
+        """The result of `stochastic-depth analyze`; None if it was not run.
 
         Raises:
             RunError: when the file is not of a format that is known.
@@ -69,7 +69,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Sources:
-    """All that one report is about."""
+    """Everything that one report shows."""
 
     runs: tuple[RecordedRun, ...]
     sweeps: tuple[Sweep, ...]
@@ -78,12 +78,12 @@ class Sources:
 
     @property
     def under_way(self) -> bool:
-        """Whether there is more to come."""
+        """Whether a run or a sweep is not finished."""
         going = any(not run.finished for run in self.runs)
         return going or any(sweep.under_way for sweep in self.sweeps)
 
     def all_runs(self) -> Iterator[RecordedRun]:
-        """Those of sweeps too."""
+        """All runs, including those of sweeps."""
         yield from self.runs
         for sweep in self.sweeps:
             yield from sweep.runs
@@ -96,7 +96,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
         paths: run folders, sweep folders, folders of those, or JSON files of `bench depth`.
 
     Raises:
-        RunError: when one of them is none of these, or cannot be understood.
+        RunError: when one of them is something else, or cannot be understood.
     """
     runs: dict[Path, RecordedRun] = {}
     sweeps: dict[Path, Sweep] = {}

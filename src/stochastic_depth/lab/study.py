@@ -1,4 +1,4 @@
-"""Runs put together: those that differ in their seed alone, what each group came to, as means.
+"""Results of runs: groups that differ only in their seed, and their means and deviations.
 
 Runs become groups (`grouped`, or the `Series` of an `Experiment`), and the journals of a group
 become an `Outcome`. Every table, chart and sentence of the laboratory takes its numbers from here.
@@ -59,7 +59,7 @@ class RunOutcome:
     test_error_last: float
     """Percent, after the last epoch there is."""
     seconds: float
-    """Of training, without evaluation."""
+    """Seconds of training, without evaluation."""
     active_blocks: float
     """Mean over the intervals between evaluations."""
 
@@ -221,7 +221,7 @@ class Experiment:
 
     @property
     def config(self) -> Config:
-        """Of one of its runs; they differ in survival, seed and where they ran."""
+        """Configuration of one of its runs; they differ in survival, seed and where they ran."""
         return self.series[0].runs[0].run.config
 
     @property
@@ -239,7 +239,7 @@ class Experiment:
 
     @property
     def main(self) -> Series:
-        """What a headline tells: stochastic depth as in the paper, or what is nearest to it."""
+        """The series for the headline: stochastic depth as in the paper, or the nearest to it."""
         if not self.stochastic:
             return self.series[0]
         return min(
@@ -254,7 +254,7 @@ class Experiment:
         return tuple(config.epochs * fraction for fraction in config.optimizer.milestones)
 
     def settled(self) -> "Experiment":
-        """What may be compared now: finished runs where every kind has one, else equal epochs."""
+        """What can be compared: finished runs if every series has one, else equal epochs."""
         if all(any(run.finished for run in series.runs) for series in self.series):
             return self._of(lambda run: run if run.finished else None)
         reached = min(run.records[-1].epoch for run in self.runs)
@@ -317,7 +317,7 @@ def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
 
 
 def _names(stochastic: list[SurvivalConfig]) -> list[str]:
-    """Of each, what sets it apart."""
+    """A name for each, from what distinguishes it."""
     if len(stochastic) == 1:
         return ["stochastic depth"]
     values = [asdict(survival) for survival in stochastic]
@@ -339,7 +339,10 @@ def on_one_machine(*series: Series) -> bool:
 
 
 def standard_error(a: Spread, b: Spread, of_a: int, of_b: int) -> float | None:
-    """Of the difference of two means over so many seeds each (Welch); None without a spread."""
+    """Standard error of the difference of two means over `of_a` and `of_b` seeds (Welch).
+
+    None where one has a single seed.
+    """
     if a.deviation is None or b.deviation is None:
         return None
     return math.sqrt(a.deviation**2 / of_a + b.deviation**2 / of_b)

@@ -30,7 +30,7 @@ DARK = {
 
 CONSTANT = LIGHT["umber"]
 STOCHASTIC = tuple(LIGHT[name] for name in ("blue", "magenta", "teal", "violet"))
-"""Of stochastic depth, and of its variants beside it."""
+"""Colours of stochastic depth and its variants."""
 
 HEAT = ("#eef4fd", "#b9d3f8", "#6ea4ef", "#2f6fd0", "#123f86")
 """From low to high."""
@@ -86,7 +86,7 @@ CONFIG = {
         "subtitlePadding": 6,
     },
 }
-"""Of Vega-Lite."""
+"""Configuration of Vega-Lite."""
 
 
 def style_sheet() -> str:

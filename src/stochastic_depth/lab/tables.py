@@ -22,7 +22,7 @@ class Table:
 
 
 def tables(experiment: Experiment) -> list[Table]:
-    """Of what may be compared now."""
+    """Tables of the comparable part of an experiment."""
     now = experiment.settled()
     published = {series.name: published_for(series) for series in now.series}
     made = [_errors(now, published), _seconds(now, published)]
@@ -121,7 +121,7 @@ def _savings(now: Experiment) -> Table:
 
 
 def _sources(now: Experiment, found: Sequence[tuple[Config, Published] | None]) -> list[str]:
-    """Who published, and with what other schedule."""
+    """Sentences on who published, and after how many other epochs."""
     matches = [match for match in found if match]
     said = []
     for source in dict.fromkeys(published.source for _, published in matches):
@@ -134,7 +134,7 @@ def _sources(now: Experiment, found: Sequence[tuple[Config, Published] | None]) 
 
 @dataclass(frozen=True)
 class Tile:
-    """One number, large, and what to hold it against."""
+    """One number in large type, and a number to compare it with."""
 
     label: str
     value: str
@@ -142,7 +142,7 @@ class Tile:
 
 
 def tiles(experiment: Experiment) -> list[Tile]:
-    """Of stochastic depth, or of constant depth if that is all there is."""
+    """Tiles of stochastic depth, or of constant depth where there is nothing else."""
     now = experiment.settled()
     series = now.main
     base = now.constant if now.stochastic else None
@@ -218,7 +218,7 @@ def _state(run: RecordedRun) -> list[str]:
 
 
 def flat(described: dict[str, Any]) -> dict[str, str]:
-    """Of nested values, by dotted names as on the command line."""
+    """Nested values under dotted names, as on the command line."""
     values: dict[str, str] = {}
 
     def put(name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Trained networks to be analysed, and what was found out about them, as files of their run."""
+"""Load trained networks for analysis, and keep the results in their run folders."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Is told how far something has come."""
+    """Called with what is being done, how much is done, and how much there is."""
 
     def __call__(self, doing: str, done: float, total: float) -> None: ...
 
@@ -34,7 +34,7 @@ class TrainedNetwork:
     images: Batches
     model: nn.Module
     handle: Handle
-    """Of a run of constant depth: with p_l = 1 for every block."""
+    """For a run of constant depth, p_l = 1 for every block."""
     step: int
 
 
@@ -60,7 +60,7 @@ def found_path(run: Run, name: str) -> Path:
 
 
 def write_found(run: Run, name: str, found: dict[str, Any]) -> None:
-    """Put `found` there, whole.
+    """Write the result of an analysis.
 
     Raises:
         RunError: when it cannot be written.
@@ -76,7 +76,7 @@ def write_found(run: Run, name: str, found: dict[str, Any]) -> None:
 def read_found(
     run: Run, name: str, settings: dict[str, Any], understood: Callable[[dict[str, Any]], T]
 ) -> T | None:
-    """What was found before with the same `settings`; None if nothing of the kind can be read.
+    """The earlier result of an analysis with the same `settings`; None if there is none to read.
 
     Args:
         understood: what the content of the file means.

@@ -24,7 +24,7 @@ from stochastic_depth.lab.style import LIGHT
 
 
 def training_curves(experiment: Experiment) -> Figure:
-    """Of every run of an experiment."""
+    """Figure of every run of an experiment."""
     panels = (
         curve_panel(
             experiment,

@@ -18,7 +18,7 @@ from stochastic_depth.randomness import generator
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 Shape = Sequence[int]
-"""Of one sample, without the batch."""
+"""Shape of one sample, without the batch dimension."""
 
 TOKENS, SAMPLES = 16, 8000
 """Length of example texts, and of recorded speech."""
@@ -128,7 +128,7 @@ LIBRARIES: dict[str, Callable[..., tuple[nn.Module, Example]]] = {
 
 
 def inputs_of(model: Any, batch: int, shape: Shape | None, device: Any) -> dict[str, Any]:
-    """What a model of transformers takes, by the name of its main input and its configuration."""
+    """Example inputs of a transformers model, made from its main input and its configuration."""
     config, main = model.config, model.main_input_name
     inputs: dict[str, Any] = {}
     texts = getattr(config, "text_config", None) or config
@@ -231,7 +231,7 @@ def library(name: str) -> ModuleType:
 
 
 _declared: list[torch.library.Library] = []
-"""Kept, because what a library declares goes with it."""
+"""Kept alive, because the declarations of a library end with it."""
 
 
 def _declare_missing_operators() -> None:

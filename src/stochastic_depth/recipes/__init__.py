@@ -56,6 +56,6 @@ RECIPES: dict[str, Callable[[], Config]] = {
         cifar10_densenet_bc190,
     )
 }
-"""By the name on the command line."""
+"""Recipes by their name on the command line."""
 
 __all__ = ["PUBLISHED", "RECIPES", "Published", "constant_depth"]

@@ -46,7 +46,7 @@ class Published:
     """Percent: the test error; of ImageNet, the validation error."""
     source: str
     seconds: float | None = None
-    """Of training, on the authors' GPU."""
+    """Seconds of training on the authors' GPU."""
 
 
 PAPER = "Huang et al. 2016"
@@ -72,7 +72,7 @@ PUBLISHED = {
     "cifar100-densenet-bc100": Published(22.27, DENSENET),
     "cifar10-densenet-bc190": Published(3.46, DENSENET),
 }
-"""By the name of the recipe."""
+"""Published results by the name of the recipe."""
 
 
 def cifar10_resnet110() -> Config:

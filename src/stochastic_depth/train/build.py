@@ -16,7 +16,7 @@ from stochastic_depth.train.config import ModelConfig, OptimizerConfig, Survival
 def architecture(
     config: ModelConfig, channels: int, classes: int
 ) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The class of the network, and what it is built from besides its first weights."""
+    """The class of the network, and its arguments except those for its initial weights."""
     if config.kind == "cifar-resnet":
         return CifarResNet, {"depth": config.depth, "classes": classes, "channels": channels}
     if config.kind == "imagenet-resnet":
@@ -77,7 +77,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.SG
 
 
 def first_convolution(model: nn.Module) -> nn.Parameter:
-    """The weight of the first convolution: of a network, in no block, so never skipped."""
+    """The weight of the first convolution, which is in no block of a network: never skipped."""
     weight = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
     assert isinstance(weight, nn.Parameter)
     return weight

@@ -36,7 +36,7 @@ _NAME = re.compile(r"step-([0-9]{9,})\.ckpt")
 _NAMES_OF_TENSORS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage"
 )
-"""All that a state of tensors and plain values mentions."""
+"""The only global names in a pickled state of tensors and plain values."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, A
 
 
 def _read_payload(path: Path) -> bytes:
-    """What follows the header, if its checksum is right: held in memory only then.
+    """The bytes after the header, read into memory only if their checksum is right.
 
     Raises:
         CheckpointError: when the file is no checkpoint, or damaged.
@@ -98,8 +98,8 @@ def _read_payload(path: Path) -> bytes:
 
 
 def _check_entries(file: io.BytesIO, size: int) -> None:
-    """Refuse what even `weights_only=True` would spend memory on far beyond the size of the file:
-    packed entries, and calls of anything that is not needed for tensors (`bytearray`, say).
+    """Refuse content for which even `weights_only=True` would allocate far more than the file has:
+    compressed entries, and calls that tensors do not need (`bytearray`, for example).
 
     Raises:
         pickle.UnpicklingError: naming it.
@@ -211,7 +211,7 @@ def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
     """The tensors in `path`, on the CPU.
 
     Args:
-        run_id: of the run that they must be of; None: of any.
+        run_id: the run that they must belong to; None accepts any.
 
     Raises:
         RunError: when the file is missing, truncated, altered, has no checksum, or is of another
@@ -230,7 +230,7 @@ def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
         _require_run(path, about, run_id)
     if about.pop("sha256", None) != _checksum(tensors, about):
         raise RunError(
-            f"{path} is damaged, or older than checksums: going on with its run writes it anew"
+            f"{path} is damaged, or older than checksums: resuming its run writes it again"
         )
     return tensors
 
@@ -244,7 +244,7 @@ def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
 
 
 def require_weights_of(run_id: str, path: Path) -> None:
-    """Refuse the weights of another run at `path`; that there are none yet is fine.
+    """Raise an error if the weights at `path` are those of another run; a missing file is fine.
 
     Raises:
         RunError: when they are of another run, or cannot be read.

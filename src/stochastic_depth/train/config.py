@@ -14,7 +14,7 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Steps, Warmup
 
 MOST = 10**9
-"""Of anything that is counted: more is a typing error, and 64 bits hold its products."""
+"""The largest count accepted: more is a typing error, and products of two counts fit in 64 bits."""
 
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet", "folder"]
 
@@ -86,11 +86,11 @@ class ScheduleConfig:
     shape: Literal["linear", "constant"] = "linear"
     """How early drop rates end: evenly, or at once."""
     gamma: float = 0.001
-    """Of the progressive schedule."""
+    """Rate of the progressive schedule."""
     at: tuple[float, ...] = (0.0, 0.5)
     """Where each of `shares` begins: shares of the training, or steps if above 1."""
     shares: tuple[float, ...] = (0.5, 1.0)
-    """Of the rule's drop rates, for steps."""
+    """For steps: shares of the rule's drop rates."""
 
     def __post_init__(self) -> None:
         _require(self.until > 0, "schedule.until", self.until, "above 0")
@@ -145,7 +145,7 @@ class SurvivalConfig:
     closed: Closed = "skipped"
     """What a closed block saves: all of its branch, or its backward pass alone."""
     scale: Literal["inference", "training"] | None = None
-    """Multiply by p_l in evaluation (none: so), or divide by it in training."""
+    """Multiply by p_l in evaluation (the default), or divide by it in training."""
     skipped: SkippedPolicy = "paper"
     """Gradient of a skipped block: zero (paper), or none (freeze)."""
     schedule: Annotated[ScheduleConfig, tyro.conf.arg(name="schedule", prefix_name=False)] = field(
@@ -201,12 +201,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """What processes that train together do together; nothing, where there is one."""
+    """What several processes share; without effect where there is one process."""
 
     sync_batchnorm: bool = False
     """Normalise over the images of all processes, not of each."""
     rank_gates: bool = False
-    """Each process draws gates of its own (all are sent, and all wait for the deepest)."""
+    """Each process draws its own gates (all gradients are sent, all wait for the deepest)."""
 
     def __post_init__(self) -> None:
         if self.sync_batchnorm and self.rank_gates:
@@ -221,7 +221,7 @@ class Config:
     """One training run."""
 
     recipe: str = "custom"
-    """Name of the recipe this began as."""
+    """Name of the recipe that this configuration started from."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
@@ -238,9 +238,9 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, ... (auto: a GPU if there is one)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions and products (auto: bfloat16 where the processor has it)."""
+    """Precision of convolutions and products (auto: bfloat16 where the processor has it)."""
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
-    """Of the training step: autograd, autograd with compiled blocks, or a block program
+    """How training steps are taken: autograd, autograd with compiled blocks, or a block program
     (graphs: captured as CUDA graphs on a GPU, run piece by piece on a CPU)."""
 
     def __post_init__(self) -> None:
@@ -256,17 +256,17 @@ class Config:
             )
 
     def essential(self) -> "Config":
-        """This configuration without what does not change a result.
+        """This configuration without the fields that do not change a result.
 
-        That is where the data was found and how it is read, and how many checkpoints are kept.
+        They are where the data is and how it is read, and how many checkpoints are kept.
         """
         data = replace(self.data, root=None, workers=0, download=False)
         return replace(self, keep=1, data=data)
 
     def kind(self) -> "Config":
-        """What runs have in common that are the same but for their seed.
+        """What runs have in common that differ only in their seed.
 
-        The name of the recipe is left out too, and under constant depth p_L, which nothing uses.
+        The name of the recipe is left out too, and under constant depth p_L, which is not used.
         """
         survival = self.survival
         if survival.rule == "constant":
@@ -313,10 +313,10 @@ def _plain(value: Any) -> Any:
 
 
 def restore(kind: Any, value: Any, where: str) -> Any:
-    """`value`, plain JSON, as a `kind`.
+    """Convert plain JSON to an instance of `kind`.
 
     Raises:
-        ConfigError: naming `where` it is of another type.
+        ConfigError: when the type is another; the message names `where`.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)

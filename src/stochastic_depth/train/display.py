@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live picture on a terminal, plain lines in a pipe, or nothing."""
+"""Progress of runs: a live picture on a terminal, plain lines elsewhere, or nothing."""
 
 import time
 from abc import ABC, abstractmethod
@@ -39,12 +39,12 @@ def picture(gates: Tensor, width: int) -> str:
 
 @dataclass
 class RunView:
-    """The `Callback` of one run: remembers what is to be shown, and shows nothing by itself."""
+    """The `Callback` of one run. It only remembers what `Display` shows."""
 
     label: str
     say_line: Callable[[str], None]
     live: bool = False
-    """Whether it is rendered as well, so that lines need not tell speed and time left."""
+    """Whether there is a live picture too: then lines leave out speed and time left."""
     epochs: int = 0
     steps: int = 1
     step_done: int = 0
@@ -97,7 +97,7 @@ class RunView:
         return str(timedelta(seconds=round(a_step * (self.steps - self.step_done))))
 
     def render(self, width: int) -> Group:
-        """Three lines or a few more: progress, the gates, the figures."""
+        """Progress, gates and figures, in about three lines."""
         epoch = self.step_done * self.epochs / self.steps
         head = Table.grid(expand=True, padding=(0, 1))
         head.add_column(no_wrap=True)
@@ -127,7 +127,7 @@ class RunView:
 
 
 class LiveDisplay(ABC):
-    """Shows what is under way on a console; entered meanwhile.
+    """Shows progress on a console while it is entered.
 
     Args:
         console: where to; a terminal gets a live picture, anything else plain lines.
@@ -159,20 +159,20 @@ class LiveDisplay(ABC):
 
 
 class Display(LiveDisplay):
-    """Shows runs while they train; where there is no live picture, a line for each record."""
+    """Shows runs while they train; without a live picture, as one line for each record."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         super().__init__(console, quiet)
         self.views: list[RunView] = []
 
     def show(self, label: str = "") -> RunView:
-        """A new run to show, by `label` where several are shown."""
+        """Begin to show a run, named `label` where several are shown."""
         view = RunView(label, self.say, live=self.live)
         self.views.append(view)
         return view
 
     def finish(self, view: RunView) -> None:
-        """A run to show no more."""
+        """Stop showing a run."""
         self.views.remove(view)
 
     def render(self) -> Group:

@@ -18,7 +18,7 @@ SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32}
 
 
 class Choice(NamedTuple):
-    """What `engine="auto"` comes to."""
+    """The chosen engine and kernels, and the reason."""
 
     engine: EngineName
     kernels: KernelsName
@@ -62,7 +62,7 @@ def choose_engine(config: Config, device: str, precision: str) -> Choice:
 
 
 def _misfit(config: Config) -> str | None:
-    """Why the native kernels do not fit the images, if they do not.
+    """Why the native kernels cannot take images of this size; None if they can.
 
     Their tiles are of 8 or 16 pixels, and the last stage has a quarter of the columns.
     """
@@ -75,7 +75,7 @@ def _misfit(config: Config) -> str | None:
 
 
 def _obstacle(config: Config) -> str | None:
-    """Why there is no block program for a configuration, if there is none."""
+    """Why the block program cannot train this configuration; None if it can."""
     if ranks() > 1:
         return f"a block program is of one process, and {ranks()} train together"
     if config.model.kind != "cifar-resnet":

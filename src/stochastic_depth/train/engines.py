@@ -22,7 +22,7 @@ KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
     "native": NativeKernels,
     "compiled": lambda dtype: CompiledKernels(),
 }
-"""By the type that activations are stored in."""
+"""Called with the type in which activations are stored."""
 
 
 class Engine(Protocol):
@@ -32,7 +32,7 @@ class Engine(Protocol):
 
     @property
     def block_gradients(self) -> Sequence[Tensor | None]:
-        """Of the first convolution of each block, as the last step left them."""
+        """Gradients of each block's first convolution after the last step."""
         ...
 
 
@@ -65,7 +65,7 @@ class Blocks:
 
     @property
     def kept(self) -> int:
-        """Bytes that waited for the backward pass in the last step."""
+        """Bytes that the last step kept for its backward pass."""
         return self._program.kept
 
     def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
@@ -95,7 +95,7 @@ def build_engine(
         shape: of a whole mini-batch, [batch, channels, height, width].
     """
     if "compiled" in (runtime.engine, runtime.kernels):
-        # PyTorch's own choice is a folder in /tmp whose name anyone can guess, and take.
+        # PyTorch's default is a folder in /tmp whose name another user can guess and create first.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_cache() / "inductor"))
     if runtime.engine == "graphs":
         return Blocks(model, handle, optimizer, first, runtime, shape)

@@ -1,4 +1,4 @@
-"""What is said of a run that cannot go on: the step, its gates, the last good checkpoint."""
+"""Error messages of a run that cannot go on: the step, its gates, the last good checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ _SIGNS_OF_EXHAUSTION = (
 
 
 def diverged(run: Run, step: int, what: str) -> DivergedError:
-    """Of a value that is not finite in `step`, or after it."""
+    """The error for a value that is not finite in `step` or after it."""
     return DivergedError(
         f"{what} is not finite at step {step} of {run.path}; {last_good(run)}. Try a lower "
         "--optimizer.learning-rate, a --optimizer.warmup-epochs or --schedule warmup"
@@ -30,10 +30,10 @@ def diverged(run: Run, step: int, what: str) -> DivergedError:
 
 @contextmanager
 def memory_watched(run: Run, training: Training) -> Iterator[None]:
-    """Tell where memory ran out, and what can be done about it.
+    """Turn errors of exhausted memory into one that names the step and the remedies.
 
     Raises:
-        OutOfMemoryError: in place of what PyTorch and Python raise.
+        OutOfMemoryError: in place of the errors of PyTorch and Python.
     """
     try:
         yield
@@ -69,12 +69,12 @@ def open_blocks(gates: Tensor) -> str:
     if not numbers:
         return f"none of {len(gates)} blocks open"
     runs = [list(group) for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    told = [f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs]
-    return f"blocks {', '.join(told)} of {len(gates)} open"
+    ranges = [f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs]
+    return f"blocks {', '.join(ranges)} of {len(gates)} open"
 
 
 def last_good(run: Run) -> str:
-    """Where the run can go on from."""
+    """A phrase that names the last checkpoint."""
     steps = run.checkpoints.steps()
     if not steps:
         return "there is no checkpoint before it"

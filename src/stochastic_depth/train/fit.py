@@ -39,7 +39,7 @@ class Interrupted(StochasticDepthError):
 
 
 class Callback(Protocol):
-    """Looks on while a run trains."""
+    """Methods that `fit` calls while a run trains."""
 
     def begin(self, run: Run, training: Training) -> None: ...
     def step(self, training: Training, loss: Tensor) -> None: ...
@@ -62,8 +62,9 @@ def fit(
     Args:
         run: the folder to write.
         batches: the data the run was created on.
-        callback: is told of every step and record.
-        stop: asked after every step; a signal number makes the run write a checkpoint and stop.
+        callback: called after every step and with every record.
+        stop: called after every step; when it returns the number of a signal, the run writes a
+            checkpoint and stops.
 
     Raises:
         RunError: when another process writes the folder, it is removed, or nothing can be written;
@@ -87,7 +88,7 @@ def fit(
             if _finish_interval(run, training, stream, callback, stop):
                 record = _measure(training, batches, callback, stop)
             still_ours()
-            # Nobody else has written it meanwhile.
+            # No other process has written to the journal in the meantime.
             on_primary(partial(truncate_journal, run.journal, journal))
             if record is None:
                 _save(run, training)
@@ -106,7 +107,7 @@ def fit(
 
 @contextmanager
 def _writing(run: Run) -> Iterator[Callable[[], None]]:
-    """`run.writing()` in the first of several processes; all can ask its check."""
+    """Enter `run.writing()` in the first of several processes; the check it gives works in all."""
     checks: list[Callable[[], None]] = []
     with ExitStack() as stack:
         on_primary(lambda: checks.append(stack.enter_context(run.writing())))
@@ -150,7 +151,7 @@ def _finish_interval(
     callback: Callback,
     stop: Callable[[], int | None],
 ) -> bool:
-    """Train up to the next evaluation; False when `stop` comes before."""
+    """Train up to the next evaluation; returns False if a stop signal comes before."""
     interval = run.config.evaluate_every or training.steps_per_epoch
     intervals_begun = -(-training.step // interval) + (not training.tally.images)
     end = min(training.steps, intervals_begun * interval)
@@ -175,7 +176,7 @@ def _finish_interval(
 def _measure(
     training: Training, batches: Batches, callback: Callback, stop: Callable[[], int | None]
 ) -> Record | None:
-    """The record of the interval that ends here; None when `stop` comes before it is complete."""
+    """The record of the interval that ends here; None if a stop signal comes before it is done."""
     callback.evaluating()
     training.synchronise_statistics()
     tally, peak = training.tally, peak_memory(training.runtime)
@@ -206,7 +207,7 @@ def _measure(
 
 
 def peak_memory(runtime: Runtime) -> int:
-    """Bytes: the most the device has held, or the process, on a CPU."""
+    """Peak bytes: allocated on the GPU, or of the resident set of the process on a CPU."""
     if torch.device(runtime.device).type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -230,13 +231,13 @@ def _save(run: Run, training: Training) -> None:
 
 
 def _write_weights(run: Run, training: Training, callback: Callback) -> None:
-    """Unless they are there, and whole."""
+    """Write the final weights, unless they are there and undamaged."""
     if is_there(run.weights):
         try:
             read_weights(run.weights, run.id)
             return
         except RunError as error:
-            callback.say(f"{error}; written anew")
+            callback.say(f"{error}; written again")
     about = {"run": run.id, "recipe": run.config.recipe}
     write_weights(run.weights, training.model.state_dict(), about)
 
@@ -245,9 +246,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM are remembered; called, it tells which came, if any.
+    """While entered, remember a SIGINT or SIGTERM; calling the object returns its number, or None.
 
-    A second signal acts at once, as it would have without this.
+    A second signal takes effect at once, as it would have without this.
 
     Args:
         numbers: the signals, where others are meant.

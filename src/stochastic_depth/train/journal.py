@@ -27,7 +27,7 @@ class Record:
     epoch: float
     """Passes over the training images done since the start of the run."""
     learning_rate: float
-    """Of the interval's last step."""
+    """Learning rate of the interval's last step."""
     train_loss: float
     validation_loss: float
     validation_error: float
@@ -42,17 +42,17 @@ class Record:
     gradient_mean: float
     """Mean absolute gradient at the first convolution, mean over the interval's steps."""
     seconds: float
-    """Of training, without evaluation."""
+    """Seconds of training, without evaluation."""
     images_per_second: float
     peak_memory: int
     """Bytes: of the device, or the resident set of the process on a CPU."""
     block_gradients: list[float | None] = field(default_factory=list)
-    """Of each residual block, the mean absolute gradient at its first convolution, mean over those
+    """For each residual block, the mean absolute gradient at its first convolution, mean over those
     of the interval's sampled steps in which the block was open; None if it was open in none.
     Every tenth step is sampled, more often where an interval has fewer than 50."""
     active_counts: dict[str, int] = field(default_factory=dict)
     """How many of the interval's steps had n active blocks, by n as text. With gates for single
-    samples, how many samples; where each process has gates of its own, steps of all of them."""
+    samples, how many samples; where each process has its own gates, steps of all of them."""
 
     @property
     def is_finite(self) -> bool:
@@ -89,7 +89,7 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def truncate_journal(path: Path, length: int) -> None:
-    """Drop the lines after a checkpoint, of work that is about to be repeated.
+    """Cut the lines after a checkpoint: that work is about to be repeated.
 
     Raises:
         RunError: when the journal is shorter than it was at the checkpoint, or cannot be written.
@@ -110,7 +110,7 @@ def truncate_journal(path: Path, length: int) -> None:
 
 
 def read_journal(path: Path) -> list[Record]:
-    """All whole lines, none where there is no file; one that is being written is left out.
+    """All complete lines; without a file, none. A line that is being written is left out.
 
     Raises:
         RunError: naming the line that is not a record.

@@ -55,7 +55,7 @@ class Run:
     """SHA-256 of the data it trains on."""
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
-    """Of one image: channels, height, width."""
+    """Shape of one image: channels, height, width."""
 
     @property
     def journal(self) -> Path:
@@ -165,7 +165,7 @@ def open_run(path: Path) -> Run:
     """An existing run folder.
 
     Raises:
-        RunError: when there is none at `path`, or its `config.json` cannot be understood.
+        RunError: when `path` holds no run, or its `config.json` cannot be understood.
     """
     described = path / "config.json"
     try:
@@ -205,12 +205,12 @@ def open_run(path: Path) -> Run:
 
 
 def _checksum(description: dict[str, Any]) -> str:
-    """SHA-256 of all that `config.json` says besides."""
+    """SHA-256 of the other fields of `config.json`."""
     return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse to begin a run where there is something already; an empty folder is nothing.
+    """Raise an error if `path` exists, unless it is an empty folder.
 
     Raises:
         RunError: with what can be done.
@@ -317,7 +317,7 @@ def trained_model(
         which: "best" is the one of the lowest validation error.
 
     Raises:
-        CheckpointError: when there is none, or it cannot be trusted.
+        CheckpointError: when there is no checkpoint, or it cannot be trusted.
         RunError: when the weights in the folder are those of another run.
     """
     require_weights_of(run.id, run.weights)

@@ -16,7 +16,7 @@ from stochastic_depth.train.engine_choice import EngineName, KernelsName, choose
 
 @dataclass(frozen=True)
 class Runtime:
-    """What `device="auto"` and `precision="auto"` came to.
+    """Device, precision, threads and engine of a run, after `auto` was resolved.
 
     Convolutions always run on channels_last tensors.
     """
@@ -27,7 +27,7 @@ class Runtime:
     engine: EngineName = "eager"
     """How a training step is taken."""
     kernels: KernelsName = "reference"
-    """Of a block program."""
+    """Kernels of the block program."""
     engine_because: str = "as asked"
 
     def described(self) -> str:
@@ -43,7 +43,7 @@ class Runtime:
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def synchronise(self) -> None:
-        """Wait until the device has done all that was asked of it."""
+        """Wait until the device has finished all queued work."""
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -80,12 +80,12 @@ def has_bfloat16(device: str) -> bool:
 
 
 def _processor() -> Mapping[str, Any]:
-    """What PyTorch knows of the processor; versions that cannot tell know nothing."""
+    """The capabilities of the processor, empty in versions of PyTorch that cannot list them."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def machine(runtime: Runtime) -> dict[str, str | int]:
-    """What figures of this run were measured on."""
+    """Description of the machine, for results that are measured on it."""
     described: dict[str, str | int] = {
         "system": platform.platform(),
         "processor": str(_processor().get("cpu_name", platform.processor())),
@@ -97,6 +97,6 @@ def machine(runtime: Runtime) -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, of PyTorch and of Python."""
+    """Versions of this package, of PyTorch and of Python."""
     of_packages = {name: version(name) for name in ("stochastic-depth", "torch")}
     return {**of_packages, "python": platform.python_version()}

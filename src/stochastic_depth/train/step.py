@@ -172,7 +172,7 @@ class IntervalMetrics:
     """One `Measured` a step, as a tensor [3] on the device."""
     images: list[int] = field(default_factory=list)
     block_gradients: list[Tensor] = field(default_factory=list)
-    """Of each sampled step, the mean absolute gradient at the first convolution of each block, nan
+    """For each sampled step, the mean absolute gradient at the first convolution of each block, nan
     where it was closed: [L] on the device."""
     seconds: float = 0.0
 

@@ -30,7 +30,7 @@ from stochastic_depth.train.step import IntervalMetrics, Measured
 
 
 def check(config: Config, batches: Batches) -> None:
-    """Refuse what cannot be trained before anything is written. No weights are made.
+    """Raise an error for what cannot be trained, before anything is written. Allocates no weights.
 
     Raises:
         ApplyError: when the network has no residual blocks to skip.
@@ -74,10 +74,10 @@ def build_network(
 
 @contextmanager
 def fitting(step: int) -> Iterator[None]:
-    """Around all that loads the state of a checkpoint.
+    """Turn errors of loading the state of a checkpoint into one sentence.
 
     Raises:
-        CheckpointError: when it is of another network.
+        CheckpointError: when the state does not fit the network.
     """
     try:
         yield
@@ -118,7 +118,7 @@ class Training:
 
     @cached_property
     def _engine(self) -> Engine:
-        """Built with the first step: of buffers, graphs or compiled blocks, it has many."""
+        """Built at the first step: it may allocate buffers, capture graphs or compile blocks."""
         shape = (self.config.optimizer.batch, *self._batches.shape)
         return build_engine(
             self.model, self.handle, self.optimizer, self.first, self.runtime, shape
@@ -130,16 +130,16 @@ class Training:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return learning_rate(self.config.optimizer, self.step, self.steps, self.steps_per_epoch)
 
     @property
     def gates(self) -> Tensor:
-        """Of the step just done: bool [L], or [L, batch]."""
+        """Gates of the last step: bool [L], or [L, batch]."""
         return self.handle.gates if self.handle else torch.ones(self.blocks, dtype=torch.bool)
 
     def gates_at(self, step: int) -> Tensor:
-        """Of any step and the images of all processes: they are a function of (seed, step)."""
+        """Gates of any step, for the images of all processes: a function of (seed, step)."""
         if self.handle is None:
             return torch.ones(self.blocks, dtype=torch.bool)
         return self.handle.gates_at(step, self.images_of(step))
@@ -147,8 +147,8 @@ class Training:
     def active_counts(self) -> Tensor:
         """How many steps of the interval under way had n active blocks, int64 [L + 1].
 
-        How many samples, where each has gates of its own; and how many steps of all processes,
-        where each of these has.
+        Where each sample has its own gates, samples are counted; where each process has, the steps
+        of all processes.
         """
         counts = torch.zeros(self.blocks + 1, dtype=torch.int64)
         for step in self._interval():
@@ -162,7 +162,7 @@ class Training:
         return fmean(fsum(self.handle.survival_at(step)) for step in self._interval())
 
     def _interval(self) -> range:
-        """The steps in the tally."""
+        """The steps since the last evaluation."""
         return range(self.step - len(self.tally.images), self.step)
 
     def images_of(self, step: int) -> int:
@@ -170,7 +170,7 @@ class Training:
         return _images_of(step, self.config, self._batches)
 
     def advance(self, images: Tensor, labels: Tensor) -> Measured:
-        """Do one step, and tally it.
+        """Take one training step, and add what it measured to the interval.
 
         Args:
             images, labels: this process's share of the mini-batch.
@@ -189,7 +189,7 @@ class Training:
         return measured
 
     def synchronise_statistics(self) -> None:
-        """Take over the first process's statistics of BatchNorm, of which each has its own."""
+        """Copy the BatchNorm statistics of the first process to all others."""
         as_on_primary(self.model.buffers())
 
     def weights_are_finite(self) -> bool:

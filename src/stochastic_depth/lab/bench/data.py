@@ -132,7 +132,7 @@ def data_shares(rounds: list[dict[str, float]], steps_per_epoch: int) -> dict[st
 
 
 HEIGHT, WIDTH = 375, 500
-"""Of most of ImageNet's pictures, whose files take 108 KB on average."""
+"""Size of most ImageNet pictures, whose files have 108 KB on average."""
 QUALITY = 95
 
 
@@ -171,7 +171,7 @@ def decoded(images: FolderBatches, workers: Sequence[int], repeats: int) -> Iter
 
 
 def _decoded_a_second(images: FolderBatches, epoch: int) -> float:
-    """Once all workers are at work, each of which makes batches of its own."""
+    """Begins when all workers run; each makes whole batches."""
     stream = images.train(epoch)
     for _ in itertools.islice(stream, max(1, images.workers)):
         pass

@@ -33,7 +33,7 @@ DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 
 
 def depths_up_to(deepest: int) -> list[int]:
-    """Those of `DEPTHS` that are not deeper, and `deepest` itself.
+    """The `DEPTHS` up to `deepest`, and `deepest` itself.
 
     Raises:
         ConfigError: when that is one depth alone, which gives no line.
@@ -44,7 +44,7 @@ def depths_up_to(deepest: int) -> list[int]:
 
 
 def depth_step(depth: int, kind: str, workload: Workload) -> Step:
-    """Of a CIFAR ResNet of one of `KINDS`."""
+    """A training step of a CIFAR ResNet of one of `KINDS`."""
     model = CifarResNet(depth, channels=workload.channels)
     return workload.engine_step(model, LinearDecay(FINAL) if kind == "stochastic" else None)
 
@@ -74,7 +74,7 @@ def fitted_line(depths: Sequence[int], values: Sequence[float]) -> Line:
 
 
 def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> int:
-    """Bytes that training one network takes at the most, measured in a process of its own.
+    """Peak bytes of training one network, measured in a separate process.
 
     Everything is in it: weights, gradients, momentum, images, what is kept for the backward pass,
     the work space of the kernels, and what the allocator of memory holds beyond that. On a GPU it
@@ -118,7 +118,7 @@ STATUS = Path("/proc/self/status")
 
 
 def _resident() -> int:
-    """Bytes of this process that are in memory; where that is not told, the most that ever were."""
+    """Resident bytes of this process; where the system does not say, the peak."""
     return _of_status("VmRSS") if STATUS.exists() else _peak_resident()
 
 
@@ -170,7 +170,7 @@ def bench_depth(options: DepthOptions, runtime: Runtime, console: Console) -> di
         )
     console.print(
         "all for an image, 1 / batch of a step: time, median and quartiles; peak memory,\n"
-        "weights and all, each in a process of its own; lines by least squares",
+        "weights included, each in a separate process; lines by least squares",
     )
     result = {
         "depths": depths,

@@ -16,7 +16,7 @@ LEGEND = (Key(NAMES["constant"], CONSTANT), Key(NAMES["stochastic"], STOCHASTIC[
 
 
 def depth_cost(result: Mapping[str, Any]) -> Figure:
-    """Of the result of `bench depth`: medians, quartiles, peaks, and lines by least squares."""
+    """Figure of the result of `bench depth`: medians, quartiles, peaks, and least-squares lines."""
     time: list[Row] = []
     memory: list[Row] = []
     for kind in KINDS:

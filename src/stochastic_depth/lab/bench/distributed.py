@@ -104,13 +104,13 @@ class Sent:
     """Means over the steps of one alternative."""
 
     seconds: list[float]
-    """Of each round."""
+    """Seconds of each round."""
     bytes: float
     """That each process sends in a step."""
     calls: float
     """Collectives in a step."""
     open_share: float
-    """Of the parameters of the network, those that are in no closed block."""
+    """The share of parameters that are in no closed block."""
 
 
 def measure(
@@ -166,7 +166,7 @@ def _process(
 
 
 class _Step:
-    """A training step of a network of its own."""
+    """A training step of a new network."""
 
     def __init__(
         self,

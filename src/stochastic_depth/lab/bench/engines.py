@@ -78,7 +78,7 @@ def _obstacle(engine: EngineName, kernels: KernelsName, runtime: Runtime) -> str
 def engine_steps(
     depth: int, workload: Workload, names: dict[str, Runtime]
 ) -> Iterator[tuple[str, float, EngineStep]]:
-    """Design, share of active blocks and training step, each of a network of its own."""
+    """Design, share of active blocks and training step, each for its own network."""
     for name, runtime in names.items():
         for share in SHARES:
             model = CifarResNet(depth, channels=workload.channels)
@@ -113,7 +113,7 @@ class Timed:
     def __init__(self, synchronise: Callable[[], None]) -> None:
         self._synchronise = synchronise
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-        """Of each call, by piece."""
+        """Seconds of each call, by piece."""
 
     def warm_up(self, work: Callable[[], None]) -> None:
         pass

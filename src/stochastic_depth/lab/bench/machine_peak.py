@@ -20,7 +20,7 @@ class MachinePeak:
     """The most that this machine could do, and what a step at constant depth asks of it."""
 
     flops_per_second: float
-    """Of a loop of independent multiply-adds, on as many threads."""
+    """FLOPs per second of a loop of independent multiply-adds, on as many threads."""
     flops_per_step: int
     """2 for each multiply-add, forward and backward."""
 
@@ -31,7 +31,7 @@ class MachinePeak:
         return Timing((seconds, seconds))
 
     def share(self, seconds: float, active: float = 1.0) -> float:
-        """Of the peak that a step reaches.
+        """The share of the peak that a step reaches.
 
         Args:
             seconds: that it takes.

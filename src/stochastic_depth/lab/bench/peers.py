@@ -198,7 +198,7 @@ def peers(
         size: height and width of the images in pixels, or tokens a text.
 
     Raises:
-        ConfigError: when the rate is none.
+        ConfigError: when the drop rate is out of range.
         MissingExtraError: without the library that the network comes from.
     """
     if not 0 <= rate < 1:

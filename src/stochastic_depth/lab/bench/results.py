@@ -35,7 +35,7 @@ def shown(rounds: Iterable[T], total: int, console: Console, doing: str = "timin
 
 
 def timings(rounds: list[dict[str, float]]) -> dict[str, Timing]:
-    """Of each alternative, from the seconds of each round."""
+    """Timings of each alternative, from the seconds of each round."""
     return {name: Timing(tuple(seconds[name] for seconds in rounds)) for name in rounds[0]}
 
 

@@ -86,7 +86,7 @@ def skippings(rounds: Sequence[Round]) -> dict[str, Skipping]:
 
 
 class Skip:
-    """The alternatives, each a network of its own."""
+    """The alternatives, each with its own network."""
 
     def __init__(self, depth: int, workload: Workload) -> None:
         self.workload = workload
@@ -248,5 +248,5 @@ def skip(options: SkipOptions, runtime: Runtime, console: Console) -> dict[str, 
 
 
 def _shares(peak: MachinePeak, result: Skipping) -> list[float]:
-    """Of the peak that each step reached."""
+    """The share of the machine's peak that each step reached."""
     return [peak.share(*step) for step in zip(result.seconds, result.active, strict=True)]

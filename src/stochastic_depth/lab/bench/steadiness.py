@@ -46,7 +46,7 @@ class Steadiness:
 
     @property
     def peak_over_mean(self) -> float:
-        """Of the bytes kept."""
+        """The largest bytes of a step over their mean."""
         return max(self.kept) / statistics.fmean(self.kept)
 
     def largest_batch(self, batch: int, limit: int) -> int:
@@ -103,7 +103,7 @@ class Steady:
         return self._of_all - sum(closed)
 
     def _bytes_kept(self, model: nn.Module) -> tuple[int, list[int]]:
-        """Of a step at constant depth, and of each branch: what is missing with it closed."""
+        """Bytes of a step at constant depth, and those that each closed branch saves."""
         step, handle = self._steps[CONSTANT], self._handles[CONSTANT]
         whole = saved_for_backward(step)
         of_block = []

@@ -22,7 +22,7 @@ Place = tuple[str, float, Series]
 
 
 def survival_sweep(sweep: Sweep) -> Figure | None:
-    """Of the finished runs; None when there are none with stochastic depth."""
+    """Figure of the finished runs; None without any of stochastic depth."""
     points = _points(sweep)
     if not any(rule != "constant" for rule, _, _ in points):
         return None

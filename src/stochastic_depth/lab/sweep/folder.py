@@ -42,7 +42,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Of the run folder."""
+        """Name of the run folder."""
         survival = "" if self.survival is None else f"-{self.survival}"
         gating = f"{self.gating}-" if self.gating else ""
         return f"{gating}{self.rule}{survival}-depth{self.depth}-seed{self.seed}"
@@ -67,7 +67,7 @@ class Grid:
     depths: tuple[int, ...]
     seeds: tuple[int, ...]
     gatings: tuple[str, ...] = ()
-    """Of `recipes.variant.gatings`, in place of the one that is configured."""
+    """A key of `recipes.variant.gatings`, which replaces the configured gating."""
 
     def __post_init__(self) -> None:
         for name, values in asdict(self).items():
@@ -118,7 +118,7 @@ Kind = Literal["survival", "depth", "gates"]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid of runs in one folder; what they came to is read from their run folders alone."""
+    """A grid of runs in one folder; results are read from the run folders alone."""
 
     folder: Path
     kind: Kind
@@ -155,7 +155,7 @@ class Sweep:
 
 
 def open_sweep(folder: Path, kind: Kind, grid: Grid, config: Config) -> Sweep:
-    """The sweep in `folder`, begun if there is none.
+    """Open the sweep in `folder`, or begin it.
 
     Raises:
         ConfigError: when the grid has a run that cannot be trained; no folder is made.

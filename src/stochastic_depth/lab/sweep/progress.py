@@ -88,7 +88,7 @@ class Progress(LiveDisplay):
 
 
 def _cost(point: Point) -> float:
-    """Of a run, in expected layers."""
+    """Work of a run, in expected layers."""
     survival = 1.0 if point.survival is None else point.survival
     mean = statistics.fmean((1.0, survival)) if point.rule == "linear" else survival
     return mean * point.depth

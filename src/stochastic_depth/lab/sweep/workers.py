@@ -1,6 +1,6 @@
 """Workers: processes that train one run after the other until the sweep has none left.
 
-A worker holds a lock of its own on the point that it trains, its claim. What has ended is read from
+A worker holds a lock on the point that it trains, its claim. What has ended is read from
 the run folders alone. The system drops the locks of a process that dies, however it dies, so the
 next worker that asks takes over its point, from its last checkpoint. Nothing else is shared but the
 folder: on one machine or on many, no queue has to be kept in step with it.
@@ -44,7 +44,7 @@ class Claim:
 
 
 def claim_next(sweep: Sweep) -> Claim | None:
-    """The first point of the grid that has not ended and that nobody trains; None if there is none.
+    """The first point of the grid that has not ended and that no worker trains, or None.
 
     Raises:
         RunError: when the folder of the claims cannot be written.
