@@ -237,7 +237,7 @@ def _write_weights(run: Run, training: Training, callback: Callback) -> None:
             read_weights(run.weights, run.id)
             return
         except RunError as error:
-            callback.say(f"{error}; written again")
+            callback.say(f"{error}; written anew")
     about = {"run": run.id, "recipe": run.config.recipe}
     write_weights(run.weights, training.model.state_dict(), about)
 
