@@ -78,18 +78,19 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.SG
 
 def first_convolution(model: nn.Module) -> nn.Parameter:
     """The weight of the first convolution, which is in no block of a network: never skipped."""
-    weight = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
+    return _first_weight(model, nn.Conv2d)
+
+
+def _first_weight(model: nn.Module, *kinds: type[nn.Module]) -> nn.Parameter:
+    weight = next(m.weight for m in model.modules() if isinstance(m, kinds))
     assert isinstance(weight, nn.Parameter)
     return weight
 
 
 def block_convolutions(model: nn.Module) -> list[nn.Parameter]:
     """The weight of the first convolution, or linear layer, in the branch of each block."""
-    return [
-        next(m.weight for m in module.branch.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-        for module in model.modules()
-        if isinstance(module, Residual)
-    ]
+    branches = [module.branch for module in model.modules() if isinstance(module, Residual)]
+    return [_first_weight(branch, nn.Conv2d, nn.Linear) for branch in branches]
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int, steps_per_epoch: int) -> float:
