@@ -21,13 +21,13 @@ from stochastic_depth.lab.bench.costs import StepCost, step_costs
 from stochastic_depth.lab.bench.workload import Workload, saved_for_backward
 from stochastic_depth.lab.options import ClosedOptions, Dinov2Options
 from stochastic_depth.models import VisionTransformer
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
 ]
-CPU = Execution("cpu", "float32", 1)
+CPU = Runtime("cpu", "float32", 1)
 QUIET = Console(quiet=True)
 
 

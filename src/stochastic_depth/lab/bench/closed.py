@@ -14,7 +14,7 @@ from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 CONSTANT, SKIPPED, FORWARD_ONLY = "constant depth", "skipped", "forward-only"
 ADAPTED = {
@@ -51,7 +51,7 @@ def adapt(model: nn.Module, targets: list[str], rank: int = 8) -> None:
 
 
 def closed_steps(
-    options: ClosedOptions, execution: Execution, build: Mapping[str, Any] | None = None
+    options: ClosedOptions, runtime: Runtime, build: Mapping[str, Any] | None = None
 ) -> dict[str, Step]:
     """A training step of each alternative, on the same weights, inputs and gates.
 
@@ -63,7 +63,7 @@ def closed_steps(
     """
     steps: dict[str, Step] = {}
     for name in (CONSTANT, SKIPPED, FORWARD_ONLY):
-        model, inputs, labels = _network(options, build or {}, execution)
+        model, inputs, labels = _network(options, build or {}, runtime)
         if options.lora:
             adapt(model, ADAPTED[options.network])
         if name != CONSTANT:
@@ -77,12 +77,12 @@ def closed_steps(
                 scale=scale,
                 skipped="freeze",
             )
-        steps[name] = training_step(model, inputs, labels, execution)
+        steps[name] = training_step(model, inputs, labels, runtime)
     return steps
 
 
 def _network(
-    options: ClosedOptions, build: Mapping[str, Any], execution: Execution
+    options: ClosedOptions, build: Mapping[str, Any], runtime: Runtime
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """One of timm's ViT-S/16, or the GPT-2 of transformers; always the same weights."""
     batch, size = options.batch, options.size
@@ -91,7 +91,7 @@ def _network(
         if options.network == "vit-small":
             arguments = {"num_classes": 10, "img_size": size, **build}
             model = library("timm").create_model("vit_small_patch16_224", **arguments)
-            images = Workload(batch, size, 3, execution).images()
+            images = Workload(batch, size, 3, runtime).images()
             return model, images, torch.arange(batch) % 10
         hf = library("transformers")
         without = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
@@ -100,7 +100,7 @@ def _network(
         return Logits(hf.GPT2LMHeadModel(config)), texts[:, :-1], texts[:, 1:]
 
 
-def bench_closed(options: ClosedOptions, execution: Execution, console: Console) -> dict[str, Any]:
+def bench_closed(options: ClosedOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Compare skipped and forward-only blocks with constant depth."""
     adapters = ", LoRA" if options.lora else ""
     unit = "images" if options.network == "vit-small" else "texts"
@@ -108,7 +108,5 @@ def bench_closed(options: ClosedOptions, execution: Execution, console: Console)
         f"{options.network}{adapters}, {options.batch} {unit} of {options.size}, "
         f"p_L = {options.final:g}"
     )
-    costs = step_costs(
-        lambda: closed_steps(options, execution), options.repeats, execution, console
-    )
-    return {"alternatives": show_costs(title, costs, CONSTANT, execution, console)}
+    costs = step_costs(lambda: closed_steps(options, runtime), options.repeats, runtime, console)
+    return {"alternatives": show_costs(title, costs, CONSTANT, runtime, console)}

@@ -13,7 +13,7 @@ from stochastic_depth.lab.bench.machine_peak import step_flops
 from stochastic_depth.lab.bench.results import bench_table, shown
 from stochastic_depth.lab.bench.workload import Step, saved_for_backward
 from stochastic_depth.timing import take_turns
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 Build = Callable[[], Mapping[str, Step]]
 """Makes the steps of all alternatives, each from its first gates on."""
@@ -38,7 +38,7 @@ class StepCost:
 
 
 def step_costs(
-    build: Build, repeats: int, execution: Execution, console: Console, counted: int | None = None
+    build: Build, repeats: int, runtime: Runtime, console: Console, counted: int | None = None
 ) -> dict[str, StepCost]:
     """Take `repeats` timed steps of every alternative in turns, and then steps that are counted.
 
@@ -46,7 +46,7 @@ def step_costs(
         counted: how many; as many as are timed if not given. Gates, and what depends on them, are
             those of the first steps.
     """
-    on_cpu = torch.device(execution.device).type == "cpu"
+    on_cpu = torch.device(runtime.device).type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     steps = build()
     for step in steps.values():  # what is allocated and chosen once
@@ -78,11 +78,11 @@ def show_costs(
     title: str,
     costs: Mapping[str, StepCost],
     relative_to: str,
-    execution: Execution,
+    runtime: Runtime,
     console: Console,
 ) -> dict[str, Any]:
     """Print a row for each alternative, relative to one of them; gives the same for a file."""
-    table = bench_table(title, execution, "", "step", "time", "FLOPs", "bytes kept", "peak bytes")
+    table = bench_table(title, runtime, "", "step", "time", "FLOPs", "bytes kept", "peak bytes")
     result = {}
     for name, cost in costs.items():
         relative = cost.relative_to(costs[relative_to])

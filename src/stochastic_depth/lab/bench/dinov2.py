@@ -22,7 +22,7 @@ from stochastic_depth.lab.options import Dinov2Options
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import Uniform
-from stochastic_depth.train.runtime import Execution
+from stochastic_depth.train.runtime import Runtime
 
 CONSTANT, THEIRS, OURS = "constant depth", "DINOv2's block", "subset gate, balanced"
 
@@ -64,7 +64,7 @@ def their_block(checkout: Path) -> type[nn.Module]:
         return importlib.import_module("dinov2.layers.block").Block
 
 
-def dinov2_steps(rate: float, options: Dinov2Options, execution: Execution) -> dict[str, Step]:
+def dinov2_steps(rate: float, options: Dinov2Options, runtime: Runtime) -> dict[str, Step]:
     """A training step of each alternative, on the same weights and tokens."""
     block = their_block(Path(options.dinov2))
     shape = {"dim": options.width, "num_heads": options.width // 64, "qkv_bias": True}
@@ -88,25 +88,25 @@ def dinov2_steps(rate: float, options: Dinov2Options, execution: Execution) -> d
                 balance=True,
                 scale="training",
             )
-        steps[name] = training_step(model, x, labels, execution)
+        steps[name] = training_step(model, x, labels, runtime)
     return steps
 
 
-def bench_dinov2(options: Dinov2Options, execution: Execution, console: Console) -> dict[str, Any]:
+def bench_dinov2(options: Dinov2Options, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time both at several rates, the same for every block."""
     rates: dict[str, Any] = {}
     for rate in options.rates:
         costs = step_costs(
-            lambda rate=rate: dinov2_steps(rate, options, execution),
+            lambda rate=rate: dinov2_steps(rate, options, runtime),
             options.repeats,
-            execution,
+            runtime,
             console,
             counted=3,
         )
         title = (
             f"{options.blocks} blocks, batch {options.batch}, {options.size} tokens, rate {rate:g}"
         )
-        rates[f"{rate:g}"] = show_costs(title, costs, CONSTANT, execution, console)
+        rates[f"{rate:g}"] = show_costs(title, costs, CONSTANT, runtime, console)
         console.print(f"ours is faster by {_faster(costs):.2f} x")
     return {"rates": rates}
 

@@ -20,7 +20,7 @@ from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config
 from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.engine_choice import SIDES
-from stochastic_depth.train.runtime import Execution, machine, resolve_execution, versions
+from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, versions
 
 CONSTANT = "constant"
 FILE = "gates.json"
@@ -28,7 +28,7 @@ FILE = "gates.json"
 
 
 def gating_steps(
-    config: Config, names: Sequence[str], execution: Execution, steps: int
+    config: Config, names: Sequence[str], runtime: Runtime, steps: int
 ) -> dict[str, Step]:
     """A training step of each gating, by autograd, on random images of the data's shape.
 
@@ -37,14 +37,14 @@ def gating_steps(
     """
     channels = 1 if config.data.name == "digits" else 3
     side = config.data.size or SIDES[config.data.name]
-    workload = Workload(config.optimizer.batch, side, channels, execution)
+    workload = Workload(config.optimizer.batch, side, channels, runtime)
     found = {}
     for name in names:
         variant = gatings(config)[name]
         model = build_model(variant.model, channels, 10, config.seed)
         build_depth(model, variant.survival, config.seed, steps)
         labels = torch.arange(workload.batch) % 10
-        found[name] = training_step(model, workload.images(), labels, execution)
+        found[name] = training_step(model, workload.images(), labels, runtime)
     return found
 
 
@@ -55,10 +55,10 @@ def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[st
     """
     config, survival = sweep.config, sweep.grid.survival[0]
     config = replace(config, survival=replace(config.survival, final=survival))
-    execution = resolve_execution(config)
+    runtime = resolve_runtime(config)
     names = dict.fromkeys((CONSTANT, *sweep.grid.gatings))  # which the others are relative to
     costs = step_costs(
-        lambda: gating_steps(config, [*names], execution, repeats), repeats, execution, console
+        lambda: gating_steps(config, [*names], runtime, repeats), repeats, runtime, console
     )
     rows = {}
     for name in sweep.grid.gatings:
@@ -79,7 +79,7 @@ def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[st
         "steps_measured": repeats,
         "gatings": rows,
         "config": config.essential().to_json(),
-        "machine": machine(execution),
+        "machine": machine(runtime),
         "versions": versions(),
     }
 
