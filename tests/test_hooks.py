@@ -282,6 +282,30 @@ def test_a_loss_of_a_hooked_feature_gives_what_multiplying_by_zero_gives(recompu
             torch.testing.assert_close(parameter.grad, true)
 
 
+def test_gradients_that_are_asked_for_are_given_and_written_nowhere():
+    model, handle = applied()
+    gates = torch.arange(BLOCKS) % 2 == 1
+    with handle.forced(gates):
+        loss = model(batch()).square().sum()
+    right = expected_gradients(model, batch(), gates)
+    parameters = list(model.parameters())
+    for wanted in (parameters, [model.stem.weight]):
+        given = torch.autograd.grad(
+            loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for one, parameter in zip(given, wanted, strict=True):
+            true = next(t for p, t in zip(parameters, right, strict=True) if p is parameter)
+            torch.testing.assert_close(one, true)
+        assert all(parameter.grad is None for parameter in parameters)
+    loss.backward(inputs=[model.stem.weight], retain_graph=True)
+    written = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert written == ["stem.weight"]
+    model.zero_grad()
+    loss.backward()
+    for parameter, true in zip(parameters, right, strict=True):
+        torch.testing.assert_close(parameter.grad, true)
+
+
 def test_gates_are_not_in_force_after_the_backward_pass_either():
     model, handle = applied(Wrapped(lambda y: y, recompute=True))
     model(batch()).sum().backward()

@@ -238,6 +238,8 @@ class ForwardPass:
     def _reached(self, parameters: Sequence[nn.Parameter], _: Tensor | None = None) -> None:
         """A gradient has come to closed blocks: give their parameters the one that they get."""
         without = [p for p in parameters if p.grad is None]
+        if without and not gradients_are_kept():
+            return
         for parameter in without:
             layout = torch.sparse_coo if parameter in self._sparse else None
             parameter.grad = torch.zeros_like(parameter, layout=layout)
@@ -283,6 +285,29 @@ def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
     attached = _Attach.apply(len(places), *places, *reversed(parameters))
     new = {id(old): tensor for old, tensor in zip(places, attached, strict=True)}
     return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
+
+
+def gradients_are_kept() -> bool:
+    """Whether the backward pass under way writes `.grad`: `loss.backward()`, not `autograd.grad`.
+
+    The engine says so of a leaf of the graph: the nearest, which is asked. In `autograd.grad` it
+    does not come to that leaf, or raises. With `backward(inputs=...)` the leaf speaks for all. In
+    its place: a public way to ask what kind of backward pass is under way.
+    """
+    node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    level, seen = [node], {node}
+    while level:
+        below: list[Any] = []
+        for node in level:
+            if hasattr(node, "variable"):
+                try:
+                    return torch._C._will_engine_execute_node(node)
+                except RuntimeError:
+                    return False
+            below += dict.fromkeys(n for n, _ in node.next_functions if n is not None)
+        level = [node for node in dict.fromkeys(below) if node not in seen]
+        seen.update(level)
+    return True
 
 
 class _Attach(torch.autograd.Function):
