@@ -1,16 +1,14 @@
 """What training steps cost: time, FLOPs, and bytes kept for the backward pass."""
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from stochastic_depth.lab.bench.machine_peak import step_flops
-from stochastic_depth.lab.bench.results import bench_table, shown
+from stochastic_depth.lab.bench.results import bench_table, clock, shown
 from stochastic_depth.lab.bench.workload import Step, saved_for_backward
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
@@ -24,7 +22,7 @@ class StepCost:
     """Means over the steps of one alternative, but for the peak."""
 
     seconds: float
-    """On a CPU those of the processor, so that other programs do not count."""
+    """As `clock` counts them."""
     flops: float
     kept: float
     """Bytes that wait for the backward pass, parameters aside."""
@@ -46,12 +44,10 @@ def step_costs(
         counted: how many; as many as are timed if not given. Gates, and what depends on them, are
             those of the first steps.
     """
-    on_cpu = torch.device(runtime.device).type == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
     steps = build()
     for step in steps.values():  # what is allocated and chosen once
         step()
-    rounds = list(shown(take_turns(steps, repeats, 0, clock), repeats, console))
+    rounds = list(shown(take_turns(steps, repeats, 0, clock(runtime)), repeats, console))
     del steps
     counted = counted or repeats
 

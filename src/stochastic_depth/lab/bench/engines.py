@@ -19,7 +19,7 @@ from stochastic_depth.engine import Program
 from stochastic_depth.engine.library import missing
 from stochastic_depth.engine.pieces import Block
 from stochastic_depth.lab.bench.machine_peak import AT_PEAK, MachinePeak, machine_peak
-from stochastic_depth.lab.bench.results import bench_table, milliseconds, shown, timings
+from stochastic_depth.lab.bench.results import bench_table, clock, milliseconds, shown, timings
 from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Step, Workload
 from stochastic_depth.lab.options import EnginesOptions, ProfileOptions
 from stochastic_depth.models import CifarResNet
@@ -169,7 +169,9 @@ def bench_engines(options: EnginesOptions, runtime: Runtime, console: Console) -
         engine_steps(options.depth, workload, names), len(names) * len(SHARES), console, "building"
     )
     steps = {f"{name} {100 * share:.0f} %": step for name, share, step in built}
-    rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
+    rounds = list(
+        shown(take_turns(steps, options.repeats, clock=clock(runtime)), options.repeats, console)
+    )
     timed = timings(rounds)
     peak = machine_peak(runtime, workload.step(PlainResNet(options.depth)))
     console.print(_engines_table(options, runtime, list(names), timed, peak))

@@ -13,7 +13,7 @@ from torch import nn
 from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, ConfigError, MissingExtraError
 from stochastic_depth.lab.bench.machine_peak import AT_PEAK, machine_peak
-from stochastic_depth.lab.bench.results import MEMORY, shown, table_of, timings
+from stochastic_depth.lab.bench.results import MEMORY, clock, shown, table_of, timings
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
     Step,
@@ -222,7 +222,9 @@ def bench_peers(options: PeersOptions, runtime: Runtime, console: Console) -> di
     batch, size = options.batch or network.batch, options.size or network.size
     with console.status(f"building {options.network}"):
         steps, missing = peers(options.network, options.depth, rate, batch, size, runtime)
-    rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
+    rounds = list(
+        shown(take_turns(steps, options.repeats, clock=clock(runtime)), options.repeats, console)
+    )
     timed = timings(rounds)
     with console.status("memory"):
         memory = {name: step_memory(step, runtime.device) for name, step in steps.items()}

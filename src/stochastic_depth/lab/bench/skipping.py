@@ -15,6 +15,7 @@ from stochastic_depth.lab.bench.engines import active_share
 from stochastic_depth.lab.bench.machine_peak import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import (
     bench_table,
+    clock,
     milliseconds,
     shown,
     table_of,
@@ -102,7 +103,8 @@ class Skip:
 
     def rounds(self, repeats: int) -> Iterator[Round]:
         """Take turns: seconds, and the share of FLOPs that was active, by alternative."""
-        for seconds in take_turns(self.steps, repeats):
+        by = clock(self.workload.runtime)
+        for seconds in take_turns(self.steps, repeats, clock=by):
             yield {name: (seconds[name], self.active_flops(name)) for name in self.steps}
 
     def active_flops(self, name: str) -> float:
