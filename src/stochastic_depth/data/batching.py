@@ -1,4 +1,4 @@
-"""Batches as training sees them, and those of a data set in memory, augmented where it lies."""
+"""The interface of batches, and batches of a data set in memory, augmented on its device."""
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
@@ -15,7 +15,7 @@ Part = Literal["validation", "test"]
 
 
 class Share(NamedTuple):
-    """What one of several processes takes of every batch: as much as the others, give or take one.
+    """The share of every batch that one of several processes takes; shares differ by one at most.
 
     rank: which process this is, from 0. ranks: how many there are.
     """
@@ -24,7 +24,7 @@ class Share(NamedTuple):
     ranks: int = 1
 
     def of(self, images: int) -> slice:
-        """The images that are its own, of a batch of `images`."""
+        """The slice of this process, of a batch of `images`."""
         return slice(self.rank * images // self.ranks, (self.rank + 1) * images // self.ranks)
 
 
@@ -32,7 +32,7 @@ ALONE = Share()
 
 
 class Batches(Protocol):
-    """A data set as training sees it, wherever the images live.
+    """A data set as training uses it, in memory or on disk.
 
     shape: (channels, height, width) of one image as the network sees it. sizes: the number of
     images in `train`, `validation` and `test`. held_out: whether images for validation were held
@@ -107,7 +107,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def draw_crops(batch: int, padding: int, *key: int | str) -> tuple[Tensor, Tensor, Tensor]:
-    """Where `crop_and_flip` cuts, as a pure function of `key`.
+    """Draw the positions for `crop_and_flip`, as a pure function of `key`.
 
     Returns rows and columns, int64 [batch], uniform in 0..2 * padding, and flips, bool [batch],
     true with probability 1/2: on the CPU, so that the numbers are the same for every device.
@@ -121,7 +121,7 @@ def draw_crops(batch: int, padding: int, *key: int | str) -> tuple[Tensor, Tenso
 def crop_and_flip(
     images: Tensor, rows: Tensor, columns: Tensor, flips: Tensor, padding: int
 ) -> Tensor:
-    """Surround each image by `padding` zeros, cut a window of its own size, mirror some of them.
+    """Pad each image with `padding` zeros, cut a window of the original size, mirror some windows.
 
     The standard augmentation of CIFAR (paper, section 4; the authors' code pads after it
     normalises, so the border is the mean colour, not black).

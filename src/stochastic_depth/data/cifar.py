@@ -43,7 +43,7 @@ woman worm
 
 @dataclass(frozen=True)
 class Variant:
-    """Names in the published files; `label_columns` in the order in which they are tried."""
+    """Names in the published files; `label_columns` are tried in this order."""
 
     name: str
     classes: tuple[str, ...]
@@ -56,7 +56,7 @@ class Variant:
     label_columns: tuple[str, ...]
 
     def images(self, pixels: Tensor, labels: Tensor, source: Path) -> Images:
-        """Images of this variant, after a look at the labels.
+        """Images of this variant, after checking the labels.
 
         pixels: uint8 [n, 3, 32, 32]; labels: integers [n]; source: the file they came from.
 
@@ -160,7 +160,7 @@ def read_batch(path: Path, variant: Variant) -> Images:
     """One pickle: data, uint8 [n, 3072], channel by channel, and n labels.
 
     Raises:
-        DataError: it is not as it was published; then nothing in it is run.
+        DataError: the file is not the published one; then it is not unpickled.
     """
     with open_published(path, INSTEAD) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy 2, of what numpy 1 has written

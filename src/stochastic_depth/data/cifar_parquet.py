@@ -19,7 +19,7 @@ MOST_BYTES = 2**15
 """The most bytes of one encoded picture; its pixels have 3,072."""
 MOST_PACKING = 100
 ROWS = 8
-"""Read at a time: a few bytes can stand for one large value, a million times over."""
+"""Rows read at a time, because a few bytes can encode one large value a million times."""
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
 
 
@@ -88,7 +88,7 @@ def read_shard(path: Path, variant: Variant) -> Images:
 
 
 def pictures(path: Path, name: str, values: Any, first: int) -> list[bytes | None]:
-    """The encoded pictures of some rows, of which `first` is the number of the first."""
+    """The encoded pictures of some rows; `first` is the number of the first row."""
     types = require("pyarrow", "data").types
     found = values.type
     if types.is_struct(found) and found.get_field_index("bytes") >= 0:

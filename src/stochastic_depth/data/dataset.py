@@ -48,7 +48,7 @@ class Images:
 class DataSet:
     """Three parts with the same classes and the same shape of image.
 
-    Your own data set is one function that returns this.
+    To use your own data set, write one function that returns a `DataSet`.
 
     Raises:
         DataError: an empty part, images of another shape, a label without a class.
@@ -164,7 +164,7 @@ def per_class(labels: Tensor, count: int, *key: int | str) -> tuple[Tensor, Tens
 
 
 def check_count(what: str, count: int, most: int) -> None:
-    """Refuse a number of training images outside 1..most.
+    """Raise an error for a number of training images outside 1..most.
 
     Raises:
         DataError: names `what`, its value and what would be right.

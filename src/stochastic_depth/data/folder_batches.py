@@ -1,4 +1,4 @@
-"""Batches of a tree of pictures that is too large for memory, as ImageNet is published."""
+"""Batches from a tree of pictures that is too large for memory, such as ImageNet."""
 
 import hashlib
 import os
@@ -128,13 +128,13 @@ class FolderBatches:
             collate_fn=collate,
             num_workers=min(self.workers, _cores(), len(chosen)),
             pin_memory=self.device.type == "cuda",
-            # Without its own, the loader draws from the global random state.
+            # Without this the loader would draw from the global random state.
             generator=generator("workers", self.seed),
         )
         try:
             for loaded in loader:
                 if isinstance(loaded, DataError):
-                    trouble = loaded
+                    failure = loaded
                     break
                 pictures, labels = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
                 batch = normalise(pictures, self.mean, self.std)
@@ -142,19 +142,19 @@ class FolderBatches:
             else:
                 return
         except (ConnectionError, EOFError) as error:
-            trouble = DataError(
+            failure = DataError(
                 f"a process that decodes pictures has died ({type(error).__name__}): is there "
                 "memory for all of them? Take fewer by --data.workers"
             )
-        # Here, where nothing refers to the loader any more, which stops the workers.
-        raise trouble
+        # Raised here, after the last reference to the loader is gone, which stops its workers.
+        raise failure
 
     def _mine(self, batch: torch.Tensor) -> list[int]:
         return batch[self.share.of(len(batch))].tolist()
 
 
 def _cores() -> int:
-    """How many this process may use. PyTorch warns where more processes are asked to decode."""
+    """Cores that this process may use; PyTorch warns if there are more workers than that."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

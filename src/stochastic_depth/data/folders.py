@@ -18,10 +18,10 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 
 @contextmanager
 def files_readable() -> Iterator[None]:
-    """Around all that reads a data set.
+    """Turn system errors of reading a data set into one sentence.
 
     Raises:
-        DataError: in place of what the system says of a file or a folder.
+        DataError: in place of the OSError, naming the file or folder.
     """
     try:
         yield
@@ -31,7 +31,7 @@ def files_readable() -> Iterator[None]:
 
 
 def read_file(path: Path) -> bytes:
-    """All of a file.
+    """The whole content of a file.
 
     Raises:
         DataError: it cannot be read, is a device or a pipe, or too large.
@@ -42,10 +42,10 @@ def read_file(path: Path) -> bytes:
 
 @contextmanager
 def file_readable(path: Path) -> Iterator[None]:
-    """Around all that reads one file.
+    """Turn system errors of reading one file into one sentence.
 
     Raises:
-        DataError: in place of what the system says of it.
+        DataError: in place of the OSError, naming the file.
     """
     try:
         yield
@@ -123,12 +123,12 @@ def archives(root: Path) -> list[Path]:
 
 
 def unpacking(archive: Path) -> str:
-    """The command for it, whatever the archive is called."""
+    """The command that unpacks an archive."""
     return shlex.join(["tar", "-xf", str(archive), "-C", str(archive.parent)])
 
 
 def contents(root: Path, most: int = 8) -> str:
-    """What is in a folder, for messages."""
+    """The names in a folder, for error messages."""
     if not root.is_dir():
         return "a file"
     names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
@@ -170,10 +170,10 @@ MOST_UNPACKED = 2**30
 
 
 def fetch(name: str, folder: Path) -> None:
-    """Put the files of `name` into `folder`, through torchvision, which checks their sums.
+    """Download the files of `name` into `folder` with torchvision, which checks their checksums.
 
     Raises:
-        DataError: no way to the files.
+        DataError: the files cannot be downloaded.
         MissingExtraError: torchvision is not installed.
     """
     datasets = require("torchvision.datasets", "data")
@@ -188,7 +188,7 @@ def fetch(name: str, folder: Path) -> None:
             datasets.utils.download_url(cifar.url, str(folder), cifar.filename, cifar.tgz_md5)
             unpack(folder / cifar.filename, folder)
     except Exception as error:
-        # Whatever goes wrong between here and the server, the remedy is the same.
+        # Whatever fails between here and the server, the remedy is the same.
         raise DataError(
             f"{name} could not be fetched into {folder} ({type(error).__name__}: {error}): "
             f"fetch {BY_HAND[name]} by hand, put it there and unpack it"
@@ -196,7 +196,7 @@ def fetch(name: str, folder: Path) -> None:
 
 
 def _refuse_special(folder: Path) -> None:
-    """What is there already is read by torchvision, to see whether it is whole.
+    """Refuse pipes and devices among files that torchvision will read to check them.
 
     Raises:
         OSError: when it is a pipe or a device.
@@ -207,11 +207,10 @@ def _refuse_special(folder: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """The files of a tar archive into `folder`, and nothing outside of it, no links out of it, no
-    devices.
+    """Unpack a tar archive into `folder`: nothing outside of it, no links out of it, no devices.
 
     Raises:
-        tarfile.TarError: anything else in it, or more than `MOST_UNPACKED` bytes.
+        tarfile.TarError: when it holds anything else, or more than `MOST_UNPACKED` bytes.
     """
     room = MOST_UNPACKED
     with tarfile.open(archive) as members:

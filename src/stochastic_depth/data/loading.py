@@ -91,7 +91,7 @@ def load(
 def prepare(
     name: str, root: Path | str | None, download: bool, present: Callable[[Path], object]
 ) -> Path:
-    """The folder with the files, which are fetched if that is allowed and needed."""
+    """The folder with the files; they are downloaded if that is allowed and needed."""
     if download and root is not None and not present(Path(root).expanduser()):
         fetch(name, Path(root).expanduser())
     return data_folder(name, root)

@@ -1,4 +1,4 @@
-"""Pictures: many small ones decoded in threads, large ones one by one, and none trusted."""
+"""Decode untrusted pictures: many small ones in threads, large ones one by one."""
 
 import os
 import warnings
@@ -27,7 +27,7 @@ CHUNK = 1000
 
 @contextmanager
 def no_warning(image: Any) -> Iterator[None]:
-    """While entered, Pillow does not warn of large pictures: they are refused in a sentence."""
+    """While entered, Pillow does not warn of large pictures; we raise an error for them instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", image.DecompressionBombWarning)
         yield
@@ -181,5 +181,5 @@ def evaluation_view(size: int) -> View:
 
 
 def shorter_side(size: int) -> int:
-    """In pixels, before the middle of `size` pixels is cut out."""
+    """Pixels of the shorter side before the middle of `size` pixels is cut out."""
     return size * 256 // 224

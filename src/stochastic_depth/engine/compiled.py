@@ -13,7 +13,7 @@ PIXELS = (0, 2, 3)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In the precision of sums: float32, or x's own where that is more."""
+    """Convert x to the precision of sums: float32, or higher if x has it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -63,7 +63,7 @@ def spread(
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """With one graph for each shape: a network has six."""
+    """Compile with one graph for each shape; a network has six."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

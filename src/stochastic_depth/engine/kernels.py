@@ -119,7 +119,7 @@ aten = torch.ops.aten
 
 
 class ReferenceKernels:
-    """The same operators as autograd calls, so that the results are the same."""
+    """Calls the same PyTorch operators as autograd does, so that results are identical."""
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
         a = self.convolve(images, layer)

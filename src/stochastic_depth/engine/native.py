@@ -221,7 +221,7 @@ class NativeKernels(ReferenceKernels):
         return of_x_sums
 
     def _under_relu(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """`gradient` of x becomes that of what is under its ReLU; gives the sums of it."""
+        """Turn the gradient of x, in place, into that of its ReLU's input; returns the sums."""
         made = self._sums[x]
         if made.sums is None:
             made.sums = _sums(x)
@@ -232,7 +232,7 @@ class NativeKernels(ReferenceKernels):
         return made.sums
 
     def _input(self, x: Tensor) -> CInput:
-        """x, which whoever takes this will have written."""
+        """Arguments that describe x; the kernel that takes them computes x if it is not stored yet."""
         made = self._sums.get(x)
         if made is None:
             return CInput(x.data_ptr(), None, None, None)
@@ -242,12 +242,12 @@ class NativeKernels(ReferenceKernels):
         return CInput(x.data_ptr(), made.y.data_ptr(), shortcut, norm)
 
     def _between(self, y: Tensor, layer: Layer) -> CInput:
-        """ReLU(BN(y)), which is never stored."""
+        """Arguments that describe ReLU(BN(y)), which is never stored."""
         norm = ctypes.pointer(self._layer(layer).norm)
         return CInput(None, y.data_ptr(), None, norm)
 
     def _layer(self, layer: Layer) -> CLayer:
-        """As the kernels see it."""
+        """The arguments of a layer for the C++ kernels."""
         known = self._layers.get(id(layer))
         if known is None:
             seen, noted = c_layer(layer)
@@ -257,12 +257,12 @@ class NativeKernels(ReferenceKernels):
         return known[0]
 
     def _geometry(self, x: Tensor) -> tuple[int, int, int, int]:
-        """Images, side, channels, threads."""
+        """Arguments of a shape: images, side, channels, threads."""
         n, channels, side, _ = x.shape
         return n, side, channels, self._threads
 
     def _rows(self, x: Tensor) -> tuple[int, int, int]:
-        """Number of pixels, channels, threads."""
+        """Arguments of a shape by rows: number of pixels, channels, threads."""
         return x.numel() // x.shape[1], x.shape[1], self._threads
 
 
@@ -271,7 +271,7 @@ def _widened(layer: Layer) -> Layer:
 
 
 def _is_image(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether it is of this type, channels_last, in sixteens of channels."""
+    """Whether a tensor has this type, is channels_last, and has a multiple of 16 channels."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     return x.dtype == dtype and last and x.shape[1] % 16 == 0
 
@@ -306,7 +306,7 @@ def _are_pooled(x: Tensor, out: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _pooled(x: Tensor, out: Tensor) -> tuple[int, int, int, int]:
-    """Rows of all images and columns of out, channels of both."""
+    """Sizes for pooling: rows of all images, columns of out, channels of both."""
     return len(out) * out.shape[2], out.shape[3], x.shape[1], out.shape[1]
 
 

@@ -14,7 +14,7 @@ from stochastic_depth.engine.memory import FlatParameters
 
 
 def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> Layer:
-    """What kernels need of a convolution and its batch normalisation."""
+    """The tensors of a convolution and its batch normalisation, for the kernels."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.momentum is not None
@@ -36,7 +36,7 @@ def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> Lay
 
 
 def linear_of(module: nn.Linear, flat: FlatParameters) -> Linear:
-    """What kernels need of the last layer."""
+    """The tensors of the last layer, for the kernels."""
     return Linear(
         module.weight.detach(),
         module.bias.detach(),
@@ -133,7 +133,7 @@ Work = Callable[[], None]
 
 
 class Replay(Protocol):
-    """Turns work on static buffers into something that does it again.
+    """Turns work on static buffers into a callable that repeats it.
 
     `keeps` says that the memory which the work allocates stays its own.
     """
@@ -148,7 +148,7 @@ class Replay(Protocol):
 
 
 class Eagerly:
-    """The work itself."""
+    """Calls the work itself, without capturing it."""
 
     keeps = False
 
@@ -174,7 +174,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Work) -> None:
-        """Libraries choose their algorithms, and compilers compile, before anything is captured."""
+        """Let libraries choose algorithms and compilers compile before anything is captured."""
         current = torch.cuda.current_stream(self._device)
         aside = torch.cuda.Stream(self._device)
         aside.wait_stream(current)

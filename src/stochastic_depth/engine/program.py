@@ -186,7 +186,7 @@ class Program:
         self._stem_backward()
 
     def _bytes_kept(self, is_open: Sequence[bool]) -> int:
-        """What waits for the backward pass."""
+        """Bytes that are kept for the backward pass."""
         kept = self.stem.x.nbytes
         for block, b in zip(self.blocks, is_open, strict=True):
             written = self._is_fixed or b or block.is_transition
@@ -208,7 +208,7 @@ class Program:
             self._stem_backward = replay(self.stem.backward)
 
     def _warm_up(self, replay: Replay) -> None:
-        """Let `replay` run every piece once or more; statistics are put back."""
+        """Run every piece at least once, then restore the statistics."""
         layers = [self.stem.layer, *(layer for block in self.blocks for layer in block.layers)]
         changed = [t for y in layers for t in (y.norm.running_mean, y.norm.running_var)]
         before = [tensor.clone() for tensor in changed]
@@ -236,10 +236,10 @@ class Program:
 def supported(
     model: nn.Module, handle: Handle | None, optimizer: torch.optim.Optimizer
 ) -> CifarResNet:
-    """`model`, if a program can be written for it.
+    """Return `model` if the block program can train it.
 
     Raises:
-        EngineError: when not, naming what is in the way.
+        EngineError: otherwise, naming the reason.
     """
     if not isinstance(model, CifarResNet):
         raise EngineError(

@@ -1,4 +1,4 @@
-"""Out of training: plain and shallower models, files of them, and what they say of a picture."""
+"""Plain and shallower models of trained networks, their files, and predictions with them."""
 
 from stochastic_depth.export.fold import fold
 from stochastic_depth.export.load import Exported, load_export

@@ -42,7 +42,7 @@ def operands(arguments: object) -> Iterator[TracedValue]:
 
 
 def ancestors(values: Sequence[TracedValue]) -> set[TracedValue]:
-    """What `values` were computed from, themselves included."""
+    """All values that `values` were computed from, including themselves."""
     seen, ahead = set(values), list(values)
     while ahead:
         for operand in ahead.pop().operands():
@@ -54,7 +54,7 @@ def ancestors(values: Sequence[TracedValue]) -> set[TracedValue]:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A branch's output, times the factor of its gate."""
+    """The output of a branch, times the factor of its gate."""
 
     branch: TracedValue
     product: TracedValue
@@ -62,7 +62,7 @@ class Scaled:
 
 
 class Trace(TorchDispatchMode):
-    """While entered, notes every value, and what is multiplied by one of `factors`.
+    """While entered, records every value, and which are multiplied by one of `factors`.
 
     Args:
         model: whose `state_dict` has names for tensors.
@@ -214,7 +214,7 @@ Exponents = dict[TracedValue, int]
 
 
 class Inexact(Exception):
-    """No weights can be multiplied; says what is in the way."""
+    """Raised when no weights can be multiplied; the message names the reason."""
 
 
 def exponents(scaled: Sequence[Scaled]) -> dict[str, int]:
@@ -242,7 +242,7 @@ def exponents(scaled: Sequence[Scaled]) -> dict[str, int]:
 
 
 def _branch(value: TracedValue, around: set[TracedValue]) -> tuple[TracedValue, list[TracedValue]]:
-    """What is added to the shortcut; where it was given as a sum less the shortcut, the sum too."""
+    """The value that is added to the shortcut; for a sum minus the shortcut, the sum too."""
     if value.operation == "sub":
         whole, shortcut = value.arguments["self"], value.arguments["other"]
         if shortcut in around and isinstance(whole, TracedValue) and whole.operation == "add":
@@ -287,7 +287,7 @@ def _demand(value: TracedValue, e: int, found: Exponents, inside: set[TracedValu
 def _settle(
     origin: TracedValue, found: Exponents, inside: set[TracedValue], ends: set[TracedValue]
 ) -> None:
-    """Follow a value that changes to all that uses it, and make up for it there."""
+    """Follow a changed value to all of its uses, and compensate for it there."""
     ahead = [origin]
     while ahead:
         value = ahead.pop()
@@ -322,7 +322,7 @@ def _agrees(user: TracedValue, value: TracedValue, found: Exponents) -> bool:
 
 
 def _is_fixed(value: TracedValue) -> bool:
-    """Whether it is computed from nothing but the `state_dict`."""
+    """Whether a value depends on nothing but the `state_dict`."""
     parts = list(value.operands())
     return bool(value.state) or (bool(value.operation) and all(map(_is_fixed, parts)))
 

@@ -58,7 +58,7 @@ def multiply(model: nn.Module, by: Mapping[str, float]) -> None:
 def multipliers(
     model: nn.Module, example: Example, closed: Collection[int] = ()
 ) -> dict[str, float]:
-    """What each weight is to be multiplied by, by its name; those that are not named stay.
+    """The factor of each weight that has to be multiplied, by its name.
 
     Proved on a copy in float64, or as it is where it does not run in float64.
 
@@ -108,7 +108,7 @@ def multipliers(
 
 
 def _factor(block: Block) -> float | None:
-    """p_l in evaluation; None where training has made up for it."""
+    """p_l in evaluation; None where training divides by it instead."""
     if not block.gates[0].evaluation.open:
         return 0.0  # it does not run yet
     factor = block.gates[0].evaluation.factor

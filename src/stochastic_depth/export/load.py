@@ -1,4 +1,4 @@
-"""The file of an exported network: what it says of the network, and the network built from it."""
+"""Load the file of an exported network: its description and the network."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ KINDS = {kind.__name__: kind for kind in (CifarResNet, DenseNet, ImageNetResNet,
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of this library's networks, and the blocks that it has no more."""
+    """One of this library's networks, and which of its blocks were removed."""
 
     kind: str
     """The name of its class in `stochastic_depth.models`."""
@@ -72,7 +72,7 @@ def blocks_at(depth: float, blocks: int) -> int:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """How a picture becomes what the network takes."""
+    """How a picture is converted to the input of the network."""
 
     shape: tuple[int, int, int]
     """Channels, height and width."""
@@ -86,7 +86,7 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class DepthChoice:
-    """What the network does with some of its blocks, measured when it was exported."""
+    """Error and cost of the network at one depth, measured when it was exported."""
 
     blocks: int
     """How many run."""
@@ -103,7 +103,7 @@ class DepthChoice:
 
 @dataclass(frozen=True)
 class Description:
-    """All that a file says besides its weights."""
+    """Everything in a file besides the weights."""
 
     architecture: Architecture
     input: ImageInput
@@ -118,7 +118,7 @@ class Description:
     choices: tuple[DepthChoice, ...] = ()
 
     def choice_at(self, depth: float) -> DepthChoice | None:
-        """What was measured at a share of the blocks, if it was."""
+        """Error and cost at a share of the blocks; None if they were not measured."""
         if not 0 < depth <= 1:
             raise ExportError(f"depth={depth}: it is a share of the blocks, above 0 and at most 1")
         blocks = blocks_at(depth, len(self.order))
@@ -130,7 +130,7 @@ class Description:
 
 
 def read_description(text: str) -> Description:
-    """What `to_json` gave.
+    """The description that `to_json` wrote.
 
     Raises:
         ExportError: when it is something else.
@@ -163,7 +163,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(read: Description) -> None:
-    """Raise `ExportError` where numbers are not what they are used as."""
+    """Raise `ExportError` for numbers that are out of range."""
     shape, mean, std = read.input.shape, read.input.mean, read.input.std
     right = (
         len(shape) == 3
@@ -182,7 +182,7 @@ def _check(read: Description) -> None:
 
 
 class Exported(NamedTuple):
-    """A plain network in evaluation mode, and what its file says of it."""
+    """A plain network in evaluation mode, and the description in its file."""
 
     model: nn.Module
     description: Description
@@ -236,7 +236,7 @@ def load_export(path: Path | str, depth: float = 1.0) -> Exported:
 def _lower(
     model: nn.Module, description: Description, depth: float, weights: dict[str, Tensor]
 ) -> None:
-    """Leave out the blocks that are needed least, with the statistics that belong to that."""
+    """Remove the least needed blocks, and load the statistics measured without them."""
     if not description.order:
         raise ExportError(f"depth={depth}: its depth is fixed; export with --elastic to choose it")
     choice = description.choice_at(depth)

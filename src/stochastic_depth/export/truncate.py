@@ -39,7 +39,7 @@ class ShortcutOnly(nn.Module):
 
 
 def take_out(model: nn.Module, names: Collection[str]) -> None:
-    """Make the named `Residual` units their shortcuts, and remove other blocks, in place.
+    """Replace the named `Residual` units by their shortcuts, and remove other blocks, in place.
 
     Raises:
         TruncateError: when a block is no element of another module.
@@ -301,7 +301,7 @@ def _closed(found: Sequence[Found], keep: int | Sequence[int]) -> list[int]:
 
 
 def _closed_outputs(twin: nn.Module, closed: Sequence[int], example: Example) -> list[Tensor]:
-    """The outputs with these blocks closed; refuses those that then do more than nothing."""
+    """The outputs with these blocks closed; raises an error for blocks that still compute then."""
     applied = applied_to(twin)
     handles = []
     for number in closed:

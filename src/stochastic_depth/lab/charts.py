@@ -31,7 +31,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Figure:
-    """Drawn from its rows alone, so that whoever has them can check it."""
+    """A figure, drawn only from its rows, so that it can be checked against them."""
 
     id: str
     """A file name: lower-case letters, digits and hyphens."""
@@ -60,7 +60,7 @@ class Figure:
 
 
 def _cell(value: Any) -> Any:
-    """A text that begins like a formula, with the apostrophe that keeps spreadsheets calm."""
+    """Prefix a text that begins like a formula with an apostrophe, so that spreadsheets show it."""
     return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" else value
 
 

@@ -1,4 +1,4 @@
-"""Stochastic against constant depth: the same network, data, seeds and machine, epoch by epoch."""
+"""Compare stochastic with constant depth: same network, data, seeds and machine, in turns."""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
-"""What analyses and benchmarks can be asked: their options, their defaults, and what is refused.
+"""Options of analyses and benchmarks: their defaults, and which values are errors.
 
 The command line reads this before anything is measured, so nothing here imports PyTorch. `check`
-says what is wrong with options that were given, by their names on the command line.
+raises an error for wrong values, with the name of the option on the command line.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transform
 
 
 def at_least(least: int, **values: int | None) -> None:
-    """Refuse numbers below `least`, by the names of their options.
+    """Raise an error for numbers below `least`; names are those of options.
 
     Raises:
         ConfigError: naming the option and its value.
@@ -29,7 +29,7 @@ def at_least(least: int, **values: int | None) -> None:
 
 @dataclass(frozen=True)
 class RemovedDepthOptions:
-    """What is measured on networks that lost blocks, and on how many images."""
+    """How networks without some blocks are measured, and on how many images."""
 
     points: int = 19
     """How many numbers of removed blocks, evenly from none to all."""
@@ -50,7 +50,7 @@ class RemovedDepthOptions:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """One benchmark, and how to compute in it."""
+    """Options of every benchmark."""
 
     repeats: int = 20
     """Rounds, each of one step of every alternative."""

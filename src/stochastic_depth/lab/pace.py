@@ -36,7 +36,7 @@ class Pace:
 
     @property
     def threads(self) -> int:
-        """The better number of them."""
+        """The number of threads with the shorter step."""
         return min(self.seconds, key=lambda threads: self.seconds[threads])
 
     @property
@@ -50,7 +50,7 @@ class Pace:
         return max(min(LEAST_EPOCHS, wanted), min(wanted, int(seconds / self.epoch)))
 
     def described(self) -> str:
-        """A step's time with each number of threads, and which is taken."""
+        """A sentence: the time of a step with each number of threads, and the chosen one."""
         of_each = ", ".join(
             f"{seconds:.2f} s with {threads} thread{'s' if threads > 1 else ''}"
             for threads, seconds in sorted(self.seconds.items())

@@ -95,7 +95,7 @@ def parameters_without(network: TrainedNetwork, removed: Removed) -> int:
 
 
 def recalibrated(model: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> list[Tensor]:
-    """The running statistics that `model` would have on `batches` as it is now; it stays as it is.
+    """Measure the running statistics of `model` on `batches`, without changing the model.
 
     As torch.optim.swa_utils.update_bn: the plain mean of the statistics of all batches. But the
     model stays in evaluation mode, its normalisations alone are in training mode, so that no gates
@@ -149,7 +149,7 @@ def _put(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def pruning_order(network: TrainedNetwork, choose_on: int, progress: Progress) -> list[int]:
-    """All blocks, the least needed one on the validation part first, as it was trained.
+    """All blocks in the order of removal, the least needed on the validation part first.
 
     L (L + 1) / 2 evaluations of `choose_on` images.
     """

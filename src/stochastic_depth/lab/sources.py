@@ -32,7 +32,7 @@ class RecordedRun:
 
     @property
     def failed(self) -> bool:
-        """Whether the sweep it belongs to has given it up."""
+        """Whether its sweep has recorded that it cannot be trained."""
         return is_there(self.run.path / "failed.txt")
 
     @cached_property
@@ -90,7 +90,7 @@ class Sources:
 
 
 def read_sources(paths: Sequence[Path]) -> Sources:
-    """Read everything that `paths` name, now.
+    """Read everything that `paths` name, as it is at this moment.
 
     Args:
         paths: run folders, sweep folders, folders of those, or JSON files of `bench depth`.
@@ -132,7 +132,7 @@ def read_run(path: Path) -> RecordedRun:
 
 
 def watched_files(sources: Sources, paths: Iterable[Path]) -> Iterator[Path]:
-    """What changes when a run goes on, another one begins, or an analysis ends."""
+    """Files that change when a run continues, another one begins, or an analysis ends."""
     yield from paths
     for sweep in sources.sweeps:
         yield sweep.path / "runs"

@@ -271,7 +271,7 @@ class Experiment:
 
 
 def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
-    """`runs` that have begun to be measured: those that differ in survival and seed together."""
+    """Group the runs that have records: those that differ only in survival and seed together."""
     measured = [run for run in distinct(runs) if run.records]
     alike: dict[Config, list[RecordedRun]] = {}
     for run in measured:

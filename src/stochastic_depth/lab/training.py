@@ -84,7 +84,7 @@ POINTS_OF_SERIES = 150
 
 
 def training_time(experiment: Experiment) -> Figure:
-    """Every interval a stroke, their median a bar, and a mark where the FLOPs say it should end."""
+    """Each interval as a stroke, the median as a bar, the time expected from FLOPs as a mark."""
     interval = "epoch" if experiment.config.evaluate_every is None else "interval"
     rows: list[Row] = [
         {

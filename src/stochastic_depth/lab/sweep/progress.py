@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: its progress, and then its table."""
+"""The progress of a sweep on the console, and its table at the end."""
 
 import statistics
 import time

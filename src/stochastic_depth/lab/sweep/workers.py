@@ -68,7 +68,7 @@ def claim_next(sweep: Sweep) -> Claim | None:
 
 
 def claimed(sweep: Sweep) -> list[Point]:
-    """The points under way, or left by a worker that is gone."""
+    """The points that are being trained, or whose worker died."""
     return [
         point
         for point in sweep.grid.points()
@@ -203,7 +203,7 @@ def _work(sweep: Sweep, threads: int) -> None:
 
 
 class _Silent:
-    """The callback of a run that prints what is unusual, and nothing else."""
+    """A callback that prints only what is unusual."""
 
     def __init__(self, label: str) -> None:
         self._label = label
