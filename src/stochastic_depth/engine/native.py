@@ -232,7 +232,7 @@ class NativeKernels(ReferenceKernels):
         return made.sums
 
     def _input(self, x: Tensor) -> CInput:
-        """Arguments that describe x; the kernel that takes them computes x if it is not stored yet."""
+        """Arguments that describe x; the kernel that takes them computes x if it must."""
         made = self._sums.get(x)
         if made is None:
             return CInput(x.data_ptr(), None, None, None)
