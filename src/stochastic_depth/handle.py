@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -113,14 +113,18 @@ class Block:
                     yield module.get_parameter("weight")
 
 
-def owned_parameters(model: nn.Module, names: Iterable[str]) -> tuple[Owned, ...]:
+def owned_parameters(
+    model: nn.Module, names: Iterable[str], there: Mapping[str, int]
+) -> tuple[Owned, ...]:
     """The parameters of `model` with these names, by the modules that own them.
 
     As few and as large modules as there are, each with no other parameters.
+
+    Args:
+        there: `count_inside` of the names of all parameters of the model.
     """
     names = list(dict.fromkeys(names))
-    wanted = _inside(names)
-    there = _inside(dict(model.named_parameters()))
+    wanted = count_inside(names)
     result: dict[Owned, None] = {}
     for name in names:
         path = name.split(".")
@@ -133,7 +137,7 @@ def owned_parameters(model: nn.Module, names: Iterable[str]) -> tuple[Owned, ...
     return tuple(result)
 
 
-def _inside(names: Iterable[str]) -> dict[str, int]:
+def count_inside(names: Iterable[str]) -> dict[str, int]:
     """How many of `names` are inside of each module that they go through."""
     count: dict[str, int] = {}
     for name in names:

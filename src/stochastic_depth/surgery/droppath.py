@@ -92,11 +92,9 @@ def _round(rate: Any) -> float:
 
 
 def _around(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
-    around = [
-        module
-        for name, module in model.named_modules()
-        if any(not name or block.name.startswith(f"{name}.") for block in found)
-    ]
+    paths = [block.name.split(".") for block in found]
+    above = {".".join(path[:length]) for path in paths for length in range(len(path))}
+    around = [module for name, module in model.named_modules() if name in above]
     silenced = [
         Silenced((module,), attribute, rate)
         for module in around

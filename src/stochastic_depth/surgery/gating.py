@@ -1,13 +1,13 @@
 """Put gates into all blocks of a model, and take them out again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates
-from stochastic_depth.handle import Block, owned_parameters
+from stochastic_depth.handle import Block, count_inside, owned_parameters
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.edits import Edit, Entry
@@ -18,17 +18,18 @@ def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Bl
     """Install gates in all modules of all blocks: one for each unit."""
     edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
     blocks: list[Block] = []
+    there = count_inside(name for name, _ in model.named_parameters())
     for block in found:
         if isinstance(block.module, Residual):
             install(block.module, {})
             block.module.gates = BlockGates()
-            blocks.append(_block(model, block, (block.module.gates,)))
+            blocks.append(_block(model, there, block, (block.module.gates,)))
             continue
         gates = tuple(BlockGates() for _ in block.units)
         for unit, of_unit in zip(block.units, gates, strict=True):
             for module, edit in unit.edits:
                 edits.setdefault(module, {})[edit] = of_unit
-        blocks.append(_block(model, block, gates))
+        blocks.append(_block(model, there, block, gates))
     if any(block.mechanism == "deferred" for block in found):
         edits.setdefault(model, {})[Entry()] = BlockGates()
     names = {block.module: block.name for block in found}
@@ -40,9 +41,11 @@ def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Bl
     return blocks
 
 
-def _block(model: nn.Module, found: Found, gates: tuple[BlockGates, ...]) -> Block:
+def _block(
+    model: nn.Module, there: Mapping[str, int], found: Found, gates: tuple[BlockGates, ...]
+) -> Block:
     edited = (module for unit in found.units for module, _ in unit.edits)
-    owned = owned_parameters(model, found.parameters)
+    owned = owned_parameters(model, found.parameters, there)
     asking = tuple(dict.fromkeys(edited)) or (found.module,)
     return Block(found.name, gates, found.parameters, found.module, asking, owned)
 
