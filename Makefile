@@ -9,9 +9,10 @@ export GOMP_SPINCOUNT ?= 10000
 demo: .venv/installed-demo
 	$(BIN)/stochastic-depth compare digits --seeds 3 --minutes 3 --out runs/demo
 
-# A process for each core, up to eight, with one thread: most tests compute on small tensors.
+# A process for each core, up to eight, with one thread: most tests compute on small tensors. Files
+# are handed out as tests/conftest.py orders them, the longest first.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff format --check .

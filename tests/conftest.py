@@ -1,17 +1,15 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-# torchvision's wheels bring compiled operators only for CUDA builds of torch; with a CPU build
-# it imports once the two operators it refers to are declared.
-if torch.version.cuda is None:
-    _operators = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+pytest.register_assert_rewrite("support")  # its assertions say as much as those of tests
+
+import support.operators  # noqa: E402, F401
 
 SOAK = bool(os.environ.get("STOCHASTIC_DEPTH_SOAK"))
 hypothesis.settings.register_profile("soak", max_examples=1_000, deadline=None)
@@ -19,6 +17,28 @@ if SOAK:
     hypothesis.settings.load_profile("soak")
 
 COUNTS: Counter[str] = Counter()
+
+LONG = (
+    "distributed/test_train.py",
+    "distributed/test_loops_on_ranks.py",
+    "train/test_kill.py",
+    "cli/test_sweep.py",
+    "cli/test_bench.py",
+    "data/test_hostile.py",
+    "lab/sweep/test_worker.py",
+    "engine/test_forms.py",
+    "engine/test_library.py",
+    "lab/bench/test_depth.py",
+    "test_examples.py",
+    "test_notebook.py",
+)
+"""Files that take longest, which several processes begin with: none is left alone with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 @pytest.fixture

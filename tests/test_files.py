@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from special_files import KINDS, put
 
 from stochastic_depth import files
 from stochastic_depth.errors import RunError
+from support.special_files import KINDS, put
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path += [str(TESTS / "data"), str(TESTS / "train")]
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 
 def fuzz(name: str, corpus: str, seconds: int) -> None:
@@ -23,9 +22,8 @@ def fuzz(name: str, corpus: str, seconds: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["stochastic_depth", "pickletools", "tarfile"]):
-        from readers import READERS, whole_files
-
         from stochastic_depth.errors import StochasticDepthError
+        from support.readers import READERS, whole_files
 
     for number, content in enumerate(whole_files()[name]):
         (Path(corpus) / f"{number}").write_bytes(content)
@@ -55,7 +53,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.corpus:
         fuzz(asked.readers[0], asked.corpus, asked.seconds)
-    from readers import READERS
+    from support.readers import READERS
 
     broken = []
     for name in asked.readers or READERS:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from written import (
+
+from stochastic_depth.cli import main
+from stochastic_depth.data.cifar import CIFAR10, CIFAR100
+from support.data_sets import (
     write_binary,
     write_folders,
     write_imagenet,
@@ -15,9 +18,6 @@ from written import (
     write_pickles,
     write_svhn,
 )
-
-from stochastic_depth.cli import main
-from stochastic_depth.data.cifar import CIFAR10, CIFAR100
 
 SMALL = ["--model.depth", "8", "--epochs", "1", "--data.validation", "20", "--quiet"]
 

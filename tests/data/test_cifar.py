@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from written import table, write_binary, write_folders, write_parquet, write_pickles
 
 from stochastic_depth.data.cifar import CIFAR10, CIFAR100, read_cifar
 from stochastic_depth.errors import DataError
+from support.data_sets import table, write_binary, write_folders, write_parquet, write_pickles
 
 VARIANTS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 

@@ -3,11 +3,11 @@ import tarfile
 import numpy as np
 import pytest
 import torchvision
-from written import write_binary, write_pickles
 
 from stochastic_depth.data import load
 from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.errors import DataError
+from support.data_sets import write_binary, write_pickles
 
 
 def refuse(*_, **__):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from written import IMAGENET_CLASSES, write_imagenet
 
 from stochastic_depth.data import Batches, FolderBatches
 from stochastic_depth.errors import DataError
+from support.data_sets import IMAGENET_CLASSES, write_imagenet
 
 SIZE = 28
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from readers import READERS, whole_files
 
 from stochastic_depth.cli.arguments import parse_recipe
 from stochastic_depth.cli.train import Begin
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.train import Config
+from support.readers import READERS, whole_files
 
 INTERESTING = [0, 1, -1, 0x7F, 0x80, 0xFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1]
 

@@ -1,14 +1,13 @@
 """Files that lie about themselves: one error each, in bounded memory and time."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from support.processes import environment, program
+
 MOST_MEMORY = 600 * 2**20
 MOST_SECONDS = 60
 
@@ -16,18 +15,8 @@ MOST_SECONDS = 60
 @pytest.fixture(scope="module")
 def told():
     """What each hostile file came to."""
-    # From the folder whose conftest makes torchvision importable.
-    done = subprocess.run(
-        [sys.executable, "-c", "import conftest, hostile; hostile.main()"],
-        capture_output=True,
-        text=True,
-        cwd=HERE.parent,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{HERE}",
-        },
-    )
+    command = [sys.executable, program("hostile")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

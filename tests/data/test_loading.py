@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from written import write_parquet
 
 import stochastic_depth.data
 from stochastic_depth.data import load
 from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.errors import DataError, MissingExtraError
+from support.data_sets import write_parquet
 
 
 def as_set(part):

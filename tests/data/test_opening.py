@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from written import write_binary, write_imagenet, write_svhn
 
 from stochastic_depth.data import FolderBatches, TensorBatches, batches
 from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.errors import DataError
+from support.data_sets import write_binary, write_imagenet, write_svhn
 
 SETTINGS = {"batch": 5, "seed": 0, "device": "cpu"}
 

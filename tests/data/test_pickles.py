@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from written import PUBLISHED, published
 
 from stochastic_depth.data.cifar import CIFAR10, read_batch
 from stochastic_depth.errors import DataError
+from support.data_sets import PUBLISHED, published
 
 PROTOCOLS = range(6)
 ARRAY = np.random.default_rng(0).integers(0, 256, (3, 3072), dtype=np.uint8)

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from written import write_imagenet
 
 from stochastic_depth.data import Share, batches
+from support.data_sets import write_imagenet
 
 
 def test_shares_are_all_of_a_batch_and_differ_by_one_image_at_most():

@@ -2,8 +2,12 @@
 
 import numpy as np
 import pytest
-from special_files import put
-from written import (
+
+from stochastic_depth.data import batches, load
+from stochastic_depth.data.cifar import CIFAR10
+from stochastic_depth.data.folders import fetch
+from stochastic_depth.errors import DataError
+from support.data_sets import (
     write_binary,
     write_folders,
     write_imagenet,
@@ -11,11 +15,7 @@ from written import (
     write_pickles,
     write_svhn,
 )
-
-from stochastic_depth.data import batches, load
-from stochastic_depth.data.cifar import CIFAR10
-from stochastic_depth.data.folders import fetch
-from stochastic_depth.errors import DataError
+from support.special_files import put
 
 LABELS = np.arange(20) % 10
 

@@ -8,11 +8,11 @@ import scipy.io
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from written import write_svhn
 
 from stochastic_depth.data import Images, load
 from stochastic_depth.data.svhn import SvhnFiles, hold_out_svhn, read_mat, read_svhn
 from stochastic_depth.errors import DataError
+from support.data_sets import write_svhn
 
 
 @pytest.mark.parametrize("compressed", [False, True])

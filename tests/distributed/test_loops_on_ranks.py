@@ -1,36 +1,27 @@
-from pathlib import Path
+"""What `user_loop` and `train_loop` say holds on every rank, each in one group of processes."""
 
 import pytest
-import train_loop
-import user_loop
-from processes import run_checks
 
-LOOPS = {"user_loop": user_loop.CHECKS, "train_loop": train_loop.CHECKS}
-RANKS = {"one": 1, "two": 2, "four": 4}
-Failures = dict[str, str]
+from support import train_loop, user_loop
+from support.ranks import run_checks
+
+LOOPS = {"user_loop": user_loop, "train_loop": train_loop}
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Failures]:
-    """Of each loop and stage; what one stage leaves in its loop's folder, the next one finds."""
-    outcome = {}
-    for loop, stages in LOOPS.items():
-        script, folder = Path(__file__).with_name(f"{loop}.py"), tmp_path_factory.mktemp(loop)
-        for stage in stages:
-            outcome[loop, stage] = run_checks(script, RANKS[stage], folder, stage)
-    return outcome
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], str]]:
+    """Of each loop; what one stage leaves in the folder, the next one finds."""
+    return {loop: run_checks(loop, tmp_path_factory.mktemp(loop)) for loop in LOOPS}
 
 
 @pytest.mark.parametrize(
     ("loop", "stage", "check"),
     [
         (loop, stage, check.__name__)
-        for loop, stages in LOOPS.items()
-        for stage, checks in stages.items()
+        for loop, module in LOOPS.items()
+        for stage, checks in module.CHECKS.items()
         for check in checks
     ],
 )
-def test_on_ranks(
-    loop: str, stage: str, check: str, failures: dict[tuple[str, str], Failures]
-) -> None:
-    assert not failures[loop, stage][check], failures[loop, stage][check]
+def test_on_ranks(loop, stage, check, failures) -> None:
+    assert failures[loop][stage, check] == ""

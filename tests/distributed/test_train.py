@@ -11,27 +11,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fit import assert_same_end
-from written import write_imagenet
 
 from stochastic_depth.train import begin, fit, open_run, reopen
 from stochastic_depth.train.config import Config, DistributedConfig
 from stochastic_depth.train.display import RunView
+from support.data_sets import write_imagenet
+from support.processes import environment, program
+from support.runs import assert_same_end
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = "--model.depth 14 --survival.final 0.3 --epochs 2 --evaluate-every 4".split()
 SYNCED = ["--distributed.sync-batchnorm"]
 TIMEOUT = 150
-COMMAND = Path(__file__).with_name("command.py")
 
 
-def torchrun(*arguments: object, ranks: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
-    command = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} "
-    command += f"--max-restarts {restarts} {COMMAND} -- train"
+def torchrun(*arguments: object) -> subprocess.Popen[str]:
+    """`torchrun -m stochastic_depth train ...`, as users start two processes."""
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    return start(*command, program("command_line"), "--", "train", *arguments)
+
+
+def forked(*arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
+    """The same by torchrun's own agent, whose processes need not import all anew."""
+    return start(program("torchrun"), 2, restarts, "train", *arguments)
+
+
+def start(*command: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *command.split(), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        [sys.executable, *map(str, command)],
+        env={**environment(), "COLUMNS": "80"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -116,14 +125,14 @@ def test_a_run_of_one_is_gone_on_with_by_two(alone, folder):
     for _ in range(2):
         next(records)
     records.close()
-    assert "going on at step 8 of 20" in finish(torchrun("--resume", run.path))
+    assert "going on at step 8 of 20" in finish(forked("--resume", run.path))
     assert_close(run.path, alone)
 
 
 def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, folder):
     """Bit for bit; what happens to more of them is in tests/train/test_kill.py."""
     (preserve_state, _), killed = together, folder / "killed"
-    group = torchrun("digits", *OPTIONS, *SYNCED, "--run", killed, restarts=2)
+    group = forked("digits", *OPTIONS, *SYNCED, "--run", killed, restarts=2)
     began = time.monotonic()
     while not list((killed / "checkpoints").glob("step-*")):
         assert time.monotonic() < began + TIMEOUT
@@ -142,7 +151,7 @@ def test_a_tree_of_pictures_is_trained_on(folder):
     write_imagenet(folder / "pictures", train=8, val=3)
     options = "--model.depth 50 --data.size 32 --data.workers 1 --optimizer.batch 8 --epochs 1"
     options += f" --data.root {folder / 'pictures'} --precision float32"
-    finish(torchrun("imagenet-resnet152", *options.split(), "--run", folder / "imagenet"))
+    finish(forked("imagenet-resnet152", *options.split(), "--run", folder / "imagenet"))
     (record,) = journal(folder / "imagenet")
     assert record["step"] == 3  # of 8 images each, of 24
     assert record["test_error"] in [pytest.approx(100 * wrong / 9) for wrong in range(10)]

@@ -9,10 +9,10 @@ import shutil
 import subprocess
 
 import pytest
-import test_native as native
 import torch
 
 from stochastic_depth.engine import library
+from support import kernels
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -50,27 +50,27 @@ def form(request):
 
 @pytest.mark.parametrize(("n", "channels", "side"), [(3, 16, 32), (2, 32, 16), (3, 64, 8)])
 def test_a_branch(form, n, channels, side):
-    native.test_a_branch_and_all_its_gradients(n, channels, side, 1.25, 2)
+    kernels.check_a_branch(n, channels, side, 1.25, 2)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(3, 32), (4, 16)])
 def test_the_stem(form, channels, side):
-    native.test_the_stem_and_its_gradients(channels, side)
+    kernels.check_the_stem(channels, side)
 
 
 def test_what_is_between_and_the_head(form):
-    native.test_what_a_branch_gives_is_written_by_the_next(32, 16)
-    native.test_pooling_and_padding(16, (16, 16), torch.bfloat16)
-    native.test_a_first_convolution_of_another_form_is_the_references(16, 32, 2)
-    native.test_the_head_and_its_gradients(64, 10)
-    native.test_a_large_mean_costs_no_digits()
+    kernels.check_two_branches(32, 16)
+    kernels.check_pooling_and_padding(16, (16, 16), torch.bfloat16)
+    kernels.check_another_first_convolution(16, 32, 2)
+    kernels.check_the_head(64, 10)
+    kernels.check_a_large_mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_step_is_as_exact_as_by_pytorchs_kernels(form, dtype):
     if dtype == torch.float32 and "pairs" in form:
         pytest.skip("pairs are of bfloat16")
-    native.assert_as_exact((2, 3, 4), dtype, (32, 32))
+    kernels.assert_as_exact((2, 3, 4), dtype, (32, 32))
 
 
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)

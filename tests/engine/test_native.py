@@ -2,179 +2,59 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import stochastic_depth as sd
 from stochastic_depth.engine import Program
-from stochastic_depth.engine.kernels import BatchNorm, Layer, Linear, ReferenceKernels
-from stochastic_depth.engine.library import library, missing
+from stochastic_depth.engine.kernels import Linear, ReferenceKernels
+from stochastic_depth.engine.library import missing
 from stochastic_depth.engine.native import NativeKernels
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
+from support.kernels import (
+    assert_as_exact,
+    check_a_branch,
+    check_a_large_mean,
+    check_another_first_convolution,
+    check_pooling_and_padding,
+    check_the_head,
+    check_the_stem,
+    check_two_branches,
+    image,
+    layer_of,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(missing() is not None, reason=f"needs native kernels: {missing()}"),
 ]
 SHAPES = [(4, 16, 32), (5, 16, 16), (5, 32, 16), (9, 64, 8), (2, 64, 16)]
-ROUNDING = 2**-8
-"""Half a unit in the last place of bfloat16, relative."""
-
-
-def image(n, channels, side, seed, mean=0.0):
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, channels, side, side, generator=rng) + mean
-    return x.bfloat16().contiguous(memory_format=torch.channels_last)
-
-
-def layer_of(channels, into=None, factor=None, seed=5):
-    rng = torch.Generator().manual_seed(seed)
-    vectors = torch.rand(6, channels, generator=rng) + 0.5
-    factor = None if factor is None else torch.tensor(factor)
-    norm = BatchNorm(*vectors.unbind(), momentum=0.1, eps=1e-5, factor=factor)
-    weight = torch.randn(channels, into or channels, 3, 3, generator=rng) / channels
-    weight = weight.bfloat16().contiguous(memory_format=torch.channels_last)
-    return Layer(weight, torch.full_like(weight, torch.nan, dtype=torch.float32), 1, norm)
-
-
-class Exact:
-    """conv and BN in float64, rounded to bfloat16 where a network in bfloat16 stores."""
-
-    def __init__(self, layer):
-        norm, self.layer = layer.norm, layer
-        self.weight, self.gain, self.bias = (
-            v.double().requires_grad_() for v in (layer.weight, norm.weight, norm.bias)
-        )
-        self.running = norm.running_mean.double(), norm.running_var.double()
-        self.factor = 1.0 if norm.factor is None else norm.factor.item()
-
-    def __call__(self, x):
-        a = rounded(F.conv2d(x, self.weight, stride=self.layer.stride, padding=1))
-        return self.factor * F.batch_norm(a, *self.running, self.gain, self.bias, True, 0.1, 1e-5)
-
-    def check(self, layer):
-        close(layer.norm.running_mean, self.running[0], 1e-4)
-        close(layer.norm.running_var, self.running[1], 1e-4)
-        close(layer.weight_gradient, self.weight.grad)
-        close(layer.norm.weight_gradient, self.gain.grad)
-        close(layer.norm.bias_gradient, self.bias.grad)
-
-
-def rounded(x):
-    """In bfloat16, with the gradient of what was not rounded."""
-    return x + (x.bfloat16().double() - x).detach()
-
-
-def between(x):
-    """ReLU of what is between the convolutions, and not stored: it is rounded to be multiplied,
-    where the processor multiplies bfloat16."""
-    x = F.relu(x)
-    return rounded(x) if library(torch.bfloat16).rounds_factors() else x
-
-
-def close(mine, exact, rounding=2 * ROUNDING):
-    """By the norm of the difference, since what is rounded on the way is summed afterwards."""
-    assert (mine.double() - exact).norm() <= rounding * exact.norm()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("factor", [None, 1.25])
 @pytest.mark.parametrize(("n", "channels", "side"), SHAPES)
 def test_a_branch_and_all_its_gradients(n, channels, side, factor, threads):
-    torch.set_num_threads(threads)
-    first, second = layer_of(channels), layer_of(channels, factor=factor, seed=6)
-    exact_first, exact_second = Exact(first), Exact(second)
-    x, gradient = image(n, channels, side, 0).relu_(), image(n, channels, side, 1)
-    out = torch.full_like(x, torch.nan)
-
-    exact_x = x.double().requires_grad_()
-    total = exact_second(between(exact_first(exact_x))) + exact_x
-    total.retain_grad()
-    exact = F.relu(total)
-    exact.backward(gradient.double())
-
-    kernels = NativeKernels()
-    saved = kernels.branch(x, first, second, x, out)
-    assert sum(tensor.numel() for tensor in saved) < 2.1 * x.numel()
-    close(kernels.written(out), exact.detach())
-    kernels.branch_backward(saved, x, first, second, out, gradient, lambda: gradient)
-    close(gradient, exact_x.grad)
-    exact_first.check(first)
-    exact_second.check(second)
+    check_a_branch(n, channels, side, factor, threads)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(16, 16), (32, 16), (64, 8)])
 def test_what_a_branch_gives_is_written_by_the_next(channels, side):
-    layers = [layer_of(channels, seed=seed) for seed in range(4)]
-    exacts = [Exact(layer) for layer in layers]
-    x, gradient = image(5, channels, side, 0).relu_(), image(5, channels, side, 1)
-    middle, out = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-
-    exact_x = x.double().requires_grad_()
-    truth = exact_x
-    for first, second in (exacts[:2], exacts[2:]):
-        truth = rounded(F.relu(second(between(first(truth))) + truth))
-    truth.backward(gradient.double())
-
-    kernels = NativeKernels()
-    one = kernels.branch(x, *layers[:2], x, middle)
-    assert middle.isnan().all()
-    two = kernels.branch(middle, *layers[2:], middle, out)
-    close(kernels.written(out), truth.detach())
-    kernels.branch_backward(two, middle, *layers[2:], out, gradient, lambda: gradient)
-    assert not gradient[middle == 0].any()
-    kernels.branch_backward(one, x, *layers[:2], middle, gradient, lambda: gradient)
-    close(gradient, exact_x.grad, 4 * ROUNDING)
-    for exact, layer in zip(exacts, layers, strict=True):
-        exact.check(layer)
+    check_two_branches(channels, side)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("channels", "size"), [(16, (16, 16)), (32, (8, 12)), (6, (6, 4))])
 def test_pooling_and_padding(channels, size, dtype):
-    half = tuple(side // 2 for side in size)
-    x, gradient = (
-        torch.randn(3, c, *s).to(dtype, memory_format=torch.channels_last)
-        for c, s in ((channels, size), (2 * channels, half))
-    )
-    mine, of_mine = torch.full_like(gradient, torch.nan), torch.full_like(x, torch.nan)
-    exact_x = x.double().requires_grad_()
-    exact = F.pad(F.avg_pool2d(exact_x, 2), (0, 0, 0, 0, 0, channels))
-    exact.backward(gradient.double())
-    kernels = NativeKernels()
-    kernels.pool_and_pad(x, mine)
-    close(mine, exact.detach(), ROUNDING)
-    kernels.pool_and_pad_backward(gradient, of_mine)
-    close(of_mine, exact_x.grad, ROUNDING)
+    check_pooling_and_padding(channels, size, dtype)
 
 
 def test_a_large_mean_costs_no_digits():
-    kernels, layer = NativeKernels(), layer_of(16)
-    x = image(4, 16, 16, 0, mean=1000.0)
-    kernels._library.observe(x.data_ptr(), kernels._layer(layer), *kernels._rows(x))
-    exact = x.double()
-    close(layer.norm.mean, exact.mean((0, 2, 3)), 1e-6)
-    close(layer.norm.rstd, (exact.var((0, 2, 3), correction=0) + 1e-5).rsqrt(), 1e-5)
+    check_a_large_mean()
 
 
 @pytest.mark.parametrize(("into", "side", "stride"), [(8, 16, 1), (16, 32, 2)])
 def test_a_first_convolution_of_another_form_is_the_references(into, side, stride):
-    first, second = layer_of(16, into), layer_of(16)
-    first.stride = stride
-    exact_first, exact_second = Exact(first), Exact(second)
-    x, shortcut = image(5, into, side, 0), image(5, 16, side // stride, 1)
-    gradient, out, of_x = image(5, 16, side // stride, 2), torch.empty_like(shortcut), x * 0
-    exact_x = x.double().requires_grad_()
-    exact = F.relu(exact_second(between(exact_first(exact_x))) + shortcut.double())
-    exact.backward(gradient.double())
-    kernels = NativeKernels()
-    saved = kernels.branch(x, first, second, shortcut, out)
-    close(kernels.written(out), exact.detach())
-    kernels.branch_backward(saved, x, first, second, out, gradient, lambda: of_x)
-    close(of_x, exact_x.grad)
-    exact_first.check(first)
-    exact_second.check(second)
+    check_another_first_convolution(into, side, stride)
 
 
 @pytest.mark.parametrize(("side", "dtype"), [(12, torch.bfloat16), (16, torch.float32)])
@@ -194,15 +74,7 @@ def test_a_branch_of_another_form_is_the_references(side, dtype):
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 16), (3, 32), (4, 16), (3, 10), (5, 16)])
 def test_the_stem_and_its_gradients(channels, side):
-    layer, gradient = layer_of(16, channels), image(4, 16, side, 1)
-    exact, images, out = Exact(layer), image(4, channels, side, 0), torch.empty_like(gradient)
-    truth = F.relu(exact(images.double()))
-    truth.backward(gradient.double())
-    kernels = NativeKernels()
-    saved = kernels.stem(images, layer, out)
-    close(kernels.written(out), truth.detach())
-    kernels.stem_backward(saved, images, layer, out, gradient)
-    exact.check(layer)
+    check_the_stem(channels, side)
 
 
 def test_memory_does_not_grow_from_step_to_step():
@@ -219,30 +91,6 @@ def test_memory_does_not_grow_from_step_to_step():
     assert [*map(sorted, held)] == [sorted(held[0])] * 4
 
 
-def gradients(closed, dtype, kernels, size, precision):
-    """Of stem, blocks and head, each float64, after one step without the blocks `closed`."""
-    model = CifarResNet(20).to(dtype, memory_format=torch.channels_last).train()
-    handle = sd.apply(model, [1e-9 if block in closed else 1.0 for block in range(9)])
-    images = image(4, 3, 32, 0)[..., : size[0], : size[1]].to(dtype)
-    images = images.contiguous(memory_format=torch.channels_last)
-    optimizer = build_optimizer(OptimizerConfig(), model)
-    program = Program(model, handle, optimizer, images.shape, precision, kernels)
-    for buffer in program.gradients:
-        buffer.fill_(torch.nan)
-    program.step(images, torch.arange(4))
-    assert handle.gates.tolist() == [block not in closed for block in range(9)]
-    return [program.flat.gradients[segment].double() for segment in program.flat.segments]
-
-
-def assert_as_exact(closed, dtype, size):
-    exact = gradients(closed, torch.float64, ReferenceKernels(), size, torch.float64)
-    pytorchs = gradients(closed, torch.float32, ReferenceKernels(), size, dtype)
-    native = gradients(closed, torch.float32, NativeKernels(dtype), size, dtype)
-    for block, (mine, theirs, true) in enumerate(zip(native, pytorchs, exact, strict=True), -1):
-        assert true.any() != (block in closed)
-        assert (mine - true).norm() <= 1.2 * (theirs - true).norm()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [(32, 32), (16, 16), (16, 32)])
 @pytest.mark.parametrize("closed", [(), (0,), (3,), (6,), (8,), (2, 3, 4), (3, 5, 6, 7), range(9)])
@@ -252,24 +100,7 @@ def test_a_step_under_gates_is_as_exact_as_by_pytorchs_kernels(closed, size, dty
 
 @pytest.mark.parametrize(("channels", "classes"), [(64, 10), (16, 100), (32, 1)])
 def test_the_head_and_its_gradients(channels, classes):
-    x, labels = image(9, channels, 8, 0), torch.arange(9) * 7 % classes
-    rng = torch.Generator().manual_seed(1)
-    weight, bias = (
-        torch.randn(classes, channels, generator=rng),
-        torch.randn(classes, generator=rng),
-    )
-    exact = [v.double().requires_grad_() for v in (x, weight, bias)]
-    loss = F.cross_entropy(F.linear(exact[0].mean((2, 3)), *exact[1:]), labels)
-    loss.backward()
-    layer = Linear(
-        weight, bias, torch.full_like(weight, torch.nan), torch.full_like(bias, torch.nan)
-    )
-    gradient = torch.full_like(x, torch.nan)
-    mine = NativeKernels().head(x, layer, labels, gradient)
-    close(mine, loss.detach(), 1e-6)
-    close(gradient, exact[0].grad, ROUNDING)
-    close(layer.weight_gradient, exact[1].grad, 1e-6)
-    close(layer.bias_gradient, exact[2].grad, 1e-6)
+    check_the_head(channels, classes)
 
 
 def test_a_label_of_no_class_is_refused():

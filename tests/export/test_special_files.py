@@ -1,9 +1,9 @@
 """Exported networks and pictures that are links, pipes or devices."""
 
 import pytest
-from special_files import put
 
 from stochastic_depth.cli import main
+from support.special_files import put
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from test_foreign import ONE_ADDITION, WIDTH, SaysHow, X, close, closed, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.surgery.apply import applied_to
 from stochastic_depth.surgery.find import find_blocks
+from support.blocks import ONE_ADDITION, WIDTH, SaysHow, X, close, closed, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_foreign import WIDTH, Left, Projection, SideOutput, X, network
 from torch import nn
 
 import stochastic_depth as sd
+from support.blocks import WIDTH, Left, Projection, SideOutput, X, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,13 +2,13 @@ import itertools
 
 import pytest
 import torch
-from test_foreign import InPlace, X, network
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
 from stochastic_depth.gates import Gate
 from stochastic_depth.models import CifarResNet
+from support.blocks import InPlace, X, network
 
 IMAGES = torch.zeros(2, 3, 16, 16)
 

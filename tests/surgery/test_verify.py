@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_foreign import WIDTH, InPlace, Left, X, network
 from torch import nn
 
 import stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
+from support.blocks import WIDTH, InPlace, Left, X, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

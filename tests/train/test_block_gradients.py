@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fit import interrupted_and_resumed, without_clock
 
 from stochastic_depth.gates import draw
 from stochastic_depth.train import ModelConfig, OptimizerConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.checkpoint import load_checkpoint, save_checkpoint
 from stochastic_depth.train.run import reopen
 from stochastic_depth.train.training import Training
+from support.runs import interrupted_and_resumed, without_clock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ENGINES = ["eager", "graphs"]

@@ -8,8 +8,7 @@ import torch
 
 from stochastic_depth.errors import CheckpointError
 from stochastic_depth.train.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
-
-STATE = {"run": "a", "step": 7, "weights": torch.arange(50.0), "nested": [1, {"x": None}]}
+from support.runs import STATE
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ from contextlib import suppress
 import pytest
 import torch
 from safetensors.torch import load
-from test_checkpoint import STATE
-from test_fit import assert_same_end, finish
 
 from stochastic_depth.errors import CheckpointError, ConfigError, RunError
 from stochastic_depth.files import write_whole
@@ -28,6 +26,7 @@ from stochastic_depth.train.checkpoint import (
     write_weights,
 )
 from stochastic_depth.train.journal import read_journal
+from support.runs import STATE, assert_same_end, finish
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,14 +10,13 @@ from collections import deque
 
 import pytest
 import torch
-from test_fit import assert_same_end, finish
-from test_journal import record
 
 from stochastic_depth.cli import main
 from stochastic_depth.errors import CheckpointError, RunError
 from stochastic_depth.train import begin, fit, reopen
 from stochastic_depth.train.checkpoint import load_checkpoint, save_checkpoint
 from stochastic_depth.train.journal import append_record, read_journal
+from support.runs import assert_same_end, finish, record
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a small file system"),

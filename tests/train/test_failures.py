@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fit import assert_same_end, finish
-from written import write_imagenet
 
 import stochastic_depth as sd
 from stochastic_depth.errors import DivergedError, RunError
 from stochastic_depth.gates import draw
 from stochastic_depth.train import DataConfig, ModelConfig, SurvivalConfig, begin, fit, reopen
 from stochastic_depth.train.failures import open_blocks
+from support.data_sets import write_imagenet
+from support.processes import environment
+from support.runs import assert_same_end, finish
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,7 +88,7 @@ except OutOfMemoryError as error:
 KILLED_LOADER = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-import conftest
+import support.operators
 from stochastic_depth.errors import DataError, OutOfMemoryError
 from stochastic_depth.train import fit, reopen
 from stochastic_depth.train.display import RunView
@@ -110,8 +111,7 @@ def child(program: str, path: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", program, path],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
 
 

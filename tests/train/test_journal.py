@@ -1,20 +1,13 @@
-import dataclasses
-
 import pytest
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.train.journal import (
-    Record,
     append_record,
     best_record,
     read_journal,
     truncate_journal,
 )
-
-
-def record(step: int, error: float = 1.0) -> Record:
-    values = {field.name: 0.5 for field in dataclasses.fields(Record)}
-    return Record(**{**values, "step": step, "validation_error": error, "peak_memory": 1})
+from support.runs import record
 
 
 def test_records_come_back_in_order(tmp_path):

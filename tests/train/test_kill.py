@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_fit import assert_same_end
 
 from stochastic_depth.train import open_run
+from support.processes import environment, program
+from support.runs import assert_same_end
 
-HERE = Path(__file__).parent
 OPTIONS = ["--model.depth", "8", "--epochs", "10", "--evaluate-every", "2"]
 
 
@@ -54,11 +54,11 @@ class Zygote:
     def __init__(self, folder: Path) -> None:
         self.output = folder / "output.txt"
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "zygote.py"],
+            [sys.executable, program("zygote")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=environment(),
         )
 
     def start(self, *arguments: object) -> int:
@@ -83,7 +83,7 @@ def zygote(tmp_path):
 def observed(tmp_path):
     """`observed()`: what an observer saw of `tmp_path / "killed"` up to then."""
     process = subprocess.Popen(
-        [sys.executable, HERE / "observer.py", tmp_path / "killed"],
+        [sys.executable, program("observer"), tmp_path / "killed"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -141,14 +141,14 @@ class Group:
 
     def __init__(self, run: Path, restarts: int, epochs: int) -> None:
         options = [*OPTIONS, "--epochs", epochs, "--run", run]
-        arguments = [HERE / "group.py", 2, restarts, "train", "digits", *options]
+        arguments = [program("torchrun"), 2, restarts, "train", "digits", *options]
         self.run, self.output = run, run.with_suffix(".txt")
         with self.output.open("wb") as file:
             self.agent = subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env=environment(),
             )
 
     def workers(self, besides: Sequence[int] = ()) -> list[int]:

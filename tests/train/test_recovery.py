@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fit import assert_same_end
-from written import write_imagenet
 
 from stochastic_depth.cli import main
 from stochastic_depth.errors import DataError, StochasticDepthError
@@ -19,6 +17,8 @@ from stochastic_depth.train import Config, begin, fit, open_run, reopen, trained
 from stochastic_depth.train.checkpoint import read_weights, write_weights
 from stochastic_depth.train.fit import StopSignals
 from stochastic_depth.train.training import Training
+from support.data_sets import write_imagenet
+from support.runs import assert_same_end
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

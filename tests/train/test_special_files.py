@@ -7,12 +7,12 @@ import sys
 import time
 
 import pytest
-from special_files import KINDS, put
-from test_fit import assert_same_end, finish
 
 from stochastic_depth.cli import main
 from stochastic_depth.errors import CheckpointError, RunError
 from stochastic_depth.train import fit, open_run, reopen, trained_model
+from support.runs import assert_same_end, finish
+from support.special_files import KINDS, put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

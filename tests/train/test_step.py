@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from written import write_imagenet
 
 import stochastic_depth as sd
 from stochastic_depth.data import FolderBatches
@@ -10,6 +9,7 @@ from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import evaluate, evaluate_parts, train_step
+from support.data_sets import write_imagenet
 
 CPU = Runtime("cpu", "float32", 1)
 

@@ -3,7 +3,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from written import write_pickles
 
 from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.lab.bench import data as bench
@@ -12,6 +11,7 @@ from stochastic_depth.timing import take_turns
 from stochastic_depth.train import Config
 from stochastic_depth.train.config import DataConfig, ModelConfig, OptimizerConfig
 from stochastic_depth.train.runtime import Runtime
+from support.data_sets import write_pickles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,9 +1,9 @@
 """Sweeps of seconds."""
 
 import pytest
-from small_sweep import GRID, SMALL
 
 from stochastic_depth.lab.sweep.folder import open_sweep
+from support.small_sweep import GRID, SMALL
 
 
 @pytest.fixture

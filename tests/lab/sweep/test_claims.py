@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from small_sweep import GRID, SMALL
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.lab.sweep.workers import claim_next, claimed
+from support.small_sweep import GRID, SMALL
 
 
 def end(sweep, claim):

@@ -2,11 +2,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from small_sweep import GRID, SMALL
 
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.train import DataConfig
+from support.small_sweep import GRID, SMALL
 
 
 def test_the_folder_tells_kind_grid_and_recipe(sweep):

@@ -2,11 +2,11 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from small_sweep import GRID, SMALL
 
 from stochastic_depth.errors import ApplyError, ConfigError
 from stochastic_depth.lab.sweep.folder import Grid
 from stochastic_depth.train import ModelConfig
+from support.small_sweep import GRID, SMALL
 
 
 def test_every_rule_meets_every_p_and_constant_depth_has_none():

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from small_sweep import GRID, SMALL
 
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.lab.sweep.progress import Progress, sweep_table
 from stochastic_depth.lab.sweep.workers import train_point
+from support.small_sweep import GRID, SMALL
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 import os
 
 import pytest
-from small_sweep import GRID, SMALL
-from special_files import KINDS, put
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.lab.sweep.workers import train_point
+from support.small_sweep import GRID, SMALL
+from support.special_files import KINDS, put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

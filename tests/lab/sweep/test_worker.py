@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_sweep import GRID, SMALL
-from test_fit import assert_same_end
 
 from stochastic_depth.errors import DataError, RunError
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.lab.sweep.workers import Workers, claim_next, train_point, work
 from stochastic_depth.train import DataConfig, Interrupted, OptimizerConfig, open_run
+from support.runs import assert_same_end
+from support.small_sweep import GRID, SMALL
 
 KILLS = int(os.environ.get("STOCHASTIC_DEPTH_KILLS", "1"))
 LONGER = replace(SMALL, epochs=8, evaluate_every=4)

@@ -20,7 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from written import (
+
+import support.operators  # noqa: F401
+from stochastic_depth.data import batches, load
+from stochastic_depth.data.cifar import CIFAR10
+from stochastic_depth.data.folders import unpack
+from stochastic_depth.errors import StochasticDepthError
+from support.data_sets import (
     table,
     write_binary,
     write_folders,
@@ -29,12 +35,6 @@ from written import (
     write_pickles,
     write_svhn,
 )
-
-import conftest  # noqa: F401
-from stochastic_depth.data import batches, load
-from stochastic_depth.data.cifar import CIFAR10
-from stochastic_depth.data.folders import unpack
-from stochastic_depth.errors import StochasticDepthError
 
 HUGE = 100_000
 
@@ -348,3 +348,7 @@ def main() -> None:
                 "seconds": time.perf_counter() - began,
             }
         print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()

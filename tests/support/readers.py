@@ -17,7 +17,6 @@ import scipy.io
 import torch
 from PIL import Image
 from safetensors.torch import save
-from written import published
 
 from stochastic_depth.data.cifar import CIFAR10, read_batch, read_records
 from stochastic_depth.data.cifar_parquet import read_shard
@@ -36,6 +35,7 @@ from stochastic_depth.train.checkpoint import (
 from stochastic_depth.train.journal import read_journal
 from stochastic_depth.train.run import create_run
 from stochastic_depth.train.runtime import resolve_runtime
+from support.data_sets import published
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
@@ -159,7 +159,7 @@ def without_checksum(described: bytes) -> bytes:
 
 
 def of_journal() -> bytes:
-    from test_journal import record
+    from support.runs import record
 
     return b"".join(json.dumps(asdict(record(step))).encode() + b"\n" for step in (1, 2))
 

@@ -8,11 +8,7 @@ import sys
 import sklearn.datasets  # noqa: F401
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import stochastic_depth.cli.train
-import stochastic_depth.distributed
-import stochastic_depth.train.display
-import stochastic_depth.train.fit
-import stochastic_depth.train.run  # noqa: F401
+import support.operators  # noqa: F401
 from stochastic_depth.cli import main
 
 

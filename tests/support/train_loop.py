@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from processes import report
-from test_fit import assert_same_end, finish, interrupted_and_resumed
 
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.errors import ConfigError
@@ -21,6 +19,8 @@ from stochastic_depth.survival import LinearDecay
 from stochastic_depth.train import Config, ModelConfig, Record, Run, SurvivalConfig, open_run
 from stochastic_depth.train.config import DistributedConfig
 from stochastic_depth.train.display import RunView
+from support.ranks import report
+from support.runs import assert_same_end, finish, interrupted_and_resumed
 
 BLOCKS, FINAL = 3, 0.3
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import report
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
@@ -35,6 +34,7 @@ from stochastic_depth.distributed import (
     skip_closed,
     synchronise_batchnorm,
 )
+from support.ranks import report
 
 BLOCKS, WIDTH, BATCH, STEPS = 6, 8, 12, 8
 OF_BLOCK = 2 * (WIDTH * WIDTH + WIDTH)

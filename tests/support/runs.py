@@ -1,0 +1,75 @@
+"""Runs from beginning to end, and whether two of them ended alike, bit for bit."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stochastic_depth.train import Interrupted, Record, begin, fit, reopen
+from stochastic_depth.train.checkpoint import load_checkpoint
+
+CLOCK = {"seconds", "images_per_second", "peak_memory"}
+STATE = {"run": "a", "step": 7, "weights": torch.arange(50.0), "nested": [1, {"x": None}]}
+"""Of a checkpoint."""
+
+
+def finish(path, config, watch):
+    run, images = begin(config, path)
+    return run, list(fit(run, images, watch))
+
+
+def without_clock(records):
+    return [
+        {k: v for k, v in dataclasses.asdict(record).items() if k not in CLOCK}
+        for record in records
+    ]
+
+
+def end_state(run):
+    """All that a run ends with and the clock does not touch."""
+    state = load_checkpoint(run.checkpoints.path(run.checkpoints.steps()[0]), run.id)
+    tensors = {f"model.{k}": v for k, v in state["model"].items()}
+    for number, values in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items()}
+    tensors |= {f"weights.{k}": v for k, v in load_file(run.weights).items()}
+    return tensors, state["depth"], state["optimizer"]["param_groups"]
+
+
+def assert_same_end(run, other):
+    (tensors, depth, groups), (tensors2, depth2, groups2) = end_state(run), end_state(other)
+    assert tensors.keys() == tensors2.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, tensors2[name]), name
+    assert depth == depth2
+    assert groups == groups2
+    assert without_clock(run.records()) == without_clock(other.records())
+
+
+def interrupted_and_resumed(path, config, watch, stops):
+    """The run at `path`, stopped by a signal after each of `stops` steps and gone on with."""
+    run, images = begin(config, path)
+    for stop_at in stops:
+        asked = iter(range(10**9))
+        steps = []
+
+        class Counting(type(watch)):
+            def step(self, training, loss, steps=steps):
+                steps.append(training.step)
+
+        def stop(steps=steps, stop_at=stop_at, asked=asked):
+            next(asked)
+            return 15 if steps and steps[-1] >= stop_at else None
+
+        with pytest.raises(Interrupted) as interrupted:
+            list(fit(run, images, Counting(), stop))
+        assert interrupted.value.signal == 15
+        assert run.checkpoints.steps()[0] == stop_at
+        run, images = reopen(path)
+    list(fit(run, images, watch))
+    return run
+
+
+def record(step: int, error: float = 1.0) -> Record:
+    values = {field.name: 0.5 for field in dataclasses.fields(Record)}
+    return Record(**{**values, "step": step, "validation_error": error, "peak_memory": 1})
