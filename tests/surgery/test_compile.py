@@ -459,3 +459,27 @@ def test_compiled_training_is_that_of_the_interpreter(backend):
         train(model, handle, x, 12)
         outcomes.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*outcomes)
+
+
+def test_compiled_as_a_whole_a_model_draws_its_gates_outside_of_its_graphs():
+    """In silence, where the compiler would warn of what it cannot look into."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(sd.Residual(nn.Linear(4, 4)) for _ in range(2)))
+    plain = copy.deepcopy(model)
+    handles = [sd.apply(each, [0.5, 0.5]) for each in (model, plain)]
+    run, seen = torch.compile(model, backend="eager"), set()
+    for _ in range(12):
+        x = torch.randn(3, 4)
+        outcomes = [each(x) for each in (run, plain)]
+        seen.add(tuple(handles[0].gates.tolist()))
+        assert torch.equal(handles[0].gates, handles[1].gates)
+        assert torch.equal(*outcomes)
+        for each, out in zip((model, plain), outcomes, strict=True):
+            each.zero_grad()
+            if out.requires_grad:
+                out.sum().backward()
+        for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (mine.grad is None) == (other.grad is None)
+            assert mine.grad is None or torch.equal(mine.grad, other.grad)
+    assert len(seen) == 4
+    assert torch.equal(run.eval()(x), plain.eval()(x))
