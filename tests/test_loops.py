@@ -186,8 +186,8 @@ def test_full_depth_ends_and_the_gates_go_on_where_they_were() -> None:
         model(batch(step))
         twin(batch(step))
         assert torch.equal(handle.gates, other.gates)
-    with pytest.raises(RuntimeError, match="mine"), handle.full_depth():
-        raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="raised under full depth"), handle.full_depth():
+        raise RuntimeError("raised under full depth")
     model(batch(0))
     assert handle.step == 7
 

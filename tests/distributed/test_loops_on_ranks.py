@@ -6,6 +6,7 @@ from support import train_loop, user_loop
 from support.ranks import run_checks
 
 LOOPS = {"user_loop": user_loop, "train_loop": train_loop}
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from support.data_sets import write_imagenet
 from support.processes import environment, program
 from support.runs import assert_same_end
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(900)]
 
 OPTIONS = "--model.depth 14 --survival.final 0.3 --epochs 2 --evaluate-every 4".split()
 SYNCED = ["--distributed.sync-batchnorm"]
-TIMEOUT = 150
+TIMEOUT = 400
 
 
 def torchrun(*arguments: object) -> subprocess.Popen[str]:

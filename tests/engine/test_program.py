@@ -259,5 +259,5 @@ def test_what_it_was_not_written_for_is_refused(build, named):
 
 def test_other_optimizers_are_refused():
     model, handle, _ = network(3)
-    with pytest.raises(sd.errors.EngineError, match="AdamW"):
+    with pytest.raises(sd.errors.EngineError, match="this is AdamW with 1: use --engine eager"):
         Program(model, handle, torch.optim.AdamW(model.parameters()), (4, 3, 8, 8), torch.float64)

@@ -130,7 +130,7 @@ def test_what_the_module_has_applied_itself_is_taken_over(loader, tmp_path):
     callback = StochasticDepth()
     trainer(callback, tmp_path, max_epochs=1).fit(module, loader)
     assert callback.handle is handle
-    with pytest.raises(sd.ApplyError, match="already"):
+    with pytest.raises(sd.ApplyError, match=r"has stochastic depth already: sd\.remove"):
         trainer(StochasticDepth(sd.Uniform(0.5)), tmp_path, max_epochs=1).fit(module, loader)
 
 

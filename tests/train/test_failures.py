@@ -228,7 +228,7 @@ def test_an_image_that_changes_between_start_and_resume_is_noticed(pictures_conf
     begin(pictures_config, path)
     picture = next((pictures_config.data.root / "train").rglob("*.JPEG"))
     picture.write_bytes(picture.read_bytes() + b"\0")
-    with pytest.raises(RunError, match="fingerprint"):
+    with pytest.raises(RunError, match=r"data with fingerprint \w{12}, this data has \w{12}:"):
         reopen(path)
 
 

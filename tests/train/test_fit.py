@@ -186,7 +186,7 @@ def test_two_cannot_write_one_folder(small, path, silent):
 def test_other_data_than_the_run_began_on_is_refused(small, path, silent):
     run, _ = begin(small, path)
     _, other = begin(replace(small, data=DataConfig(train=500)), path.parent / "other")
-    with pytest.raises(RunError, match="fingerprint"):
+    with pytest.raises(RunError, match=r"data with fingerprint \w{12}, this data has \w{12}:"):
         next(fit(run, other, silent))
 
 

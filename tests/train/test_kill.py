@@ -208,7 +208,9 @@ def test_a_group_of_two_killed_at_random_moments_ends_where_it_would_have(
 def test_a_signal_writes_a_checkpoint_and_tells_how_to_go_on(tmp_path, number):
     process = train("digits", *OPTIONS, "--run", tmp_path / "run", "--epochs", "100")
     has_begun(process)
-    time.sleep(1)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
     process.send_signal(number)
     code, output = finish(process)
     assert code == 128 + number
@@ -222,7 +224,8 @@ def test_a_second_process_is_told_that_the_folder_is_being_written(tmp_path):
     process = train("digits", *OPTIONS, "--run", tmp_path / "run", "--epochs", "1000")
     has_begun(process)
     while not (tmp_path / "run" / "lock").exists():
-        time.sleep(0.1)
+        assert process.poll() is None
+        time.sleep(0.02)
     second = subprocess.run(
         command("train", "--resume", tmp_path / "run"), capture_output=True, text=True
     )

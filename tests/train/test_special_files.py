@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -153,7 +152,6 @@ def test_a_pipe_among_the_checkpoints_does_not_keep_a_process_from_ending(copied
     for checkpoint in (copied / "checkpoints").iterdir():
         checkpoint.unlink()
         put(checkpoint, "pipe", mine)
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "stochastic_depth", "train", "--resume", str(copied)],
         capture_output=True,
@@ -163,4 +161,3 @@ def test_a_pipe_among_the_checkpoints_does_not_keep_a_process_from_ending(copied
     assert done.returncode == 1
     assert "no checkpoint can be trusted" in done.stderr
     assert "it is a pipe, expected a regular file" in done.stderr
-    assert time.monotonic() - began < 100
