@@ -5,6 +5,8 @@ import functools
 import itertools
 import pickle
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -151,6 +153,44 @@ def test_gates_for_single_samples_weigh_each_sample(gate, scale) -> None:
                 weight = coins[:, None] / (0.5 if scale == "training" else 1)
                 expected = expected + weight * part(expected)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+class Meeting(nn.Module):
+    """Lets two threads begin, and each of three layers run, at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)).double()
+        self.last = nn.Dropout(0.0)
+        self.two: threading.Barrier | None = None
+
+    def forward(self, x: torch.Tensor, late: bool = False) -> torch.Tensor:
+        for number, layer in enumerate(self.layers):
+            if self.two is not None and (number or not late):
+                self.two.wait(timeout=60)
+            x = x + self.last(torch.tanh(layer(x)))
+        if self.two is not None and late:
+            self.two.wait(timeout=60)
+        return x
+
+
+def test_threads_that_evaluate_at_once_do_not_disturb_each_other() -> None:
+    torch.manual_seed(0)
+    model, x = Meeting(), torch.randn(2, 4, WIDTH, dtype=torch.float64)
+    handle = sd.apply(model, sd.Uniform(0.5), example=x[0])
+    assert {found.mechanism for found in applied_to(model).found} == {"deferred"}
+    expected = x
+    for layer in model.layers:
+        expected = expected + 0.5 * torch.tanh(layer(expected))
+    model.eval()
+    model.two = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:  # the second is one layer behind, and ends later
+        outputs = list(pool.map(model, x, [False, True]))
+    model.two = None
+    for output, right in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, right)
+    with handle.subnetwork([False] * 3):
+        assert torch.equal(model(x[0]), x[0])
 
 
 def test_copies_pickles_and_what_remains_after_removal() -> None:

@@ -6,9 +6,11 @@ Where a gate scales a branch, or counts it for some samples, its values are mark
 that the addition knows them.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,26 +110,25 @@ class _Session:
             for n, (edit, gate) in enumerate(zip(edits, gates, strict=True))
             if not _is_plain(gate)
         }
-        self.before: list[tuple[nn.Module, Any]] = []
+        self.before: list[tuple[_Switch, Any]] = []
 
     def __enter__(self) -> "_Session":
         tape = tape_of_pass()
         assert tape is not None
         for m in sorted({m for n in self.turns for m in self.plan.of_edit[n]}):
             module, name, of_call, total, tensor = self.plan.modules[m]
-            before = module.__dict__.get(_CALL)
-            self.before.append((module, before))
-            module.__dict__[_CALL] = _Interceptor(
-                self, tape, before, module, name, of_call, total, tensor
+            switch = _Switch.on(module)
+            before = switch.here()
+            self.before.append((switch, before))
+            stand_in = _Interceptor(
+                self, tape, before or switch.otherwise, module, name, of_call, total, tensor
             )
+            switch.turn(stand_in)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for module, before in self.before:
-            if before is None:
-                module.__dict__.pop(_CALL, None)
-            else:
-                module.__dict__[_CALL] = before
+        for switch, before in self.before:
+            switch.turn(before)
 
     def see_that_all_were_met(self) -> None:
         """Raise `GateError` when a branch was put off, and its addition did not come."""
@@ -140,6 +141,48 @@ class _Session:
                 )
 
 
+class _Switch:
+    """Takes the calls of one module to whatever stands in for it in the thread that calls."""
+
+    lock = threading.Lock()
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.before = module, module.__dict__.get(_CALL)
+        self.otherwise: Callable[..., Any] = self.before or module._call_impl
+        self.of_thread: dict[int, Callable[..., Any] | None] = {}
+
+    @classmethod
+    def on(cls, module: nn.Module) -> "_Switch":
+        """That of `module`, which this thread has a place in until it is turned to None."""
+        with cls.lock:
+            switch = module.__dict__.get(_CALL)
+            if not isinstance(switch, _Switch):
+                switch = module.__dict__[_CALL] = _Switch(module)
+            switch.of_thread.setdefault(get_ident(), None)
+            return switch
+
+    def here(self) -> Callable[..., Any] | None:
+        """What stands in for the module in this thread, if anything does."""
+        return self.of_thread.get(get_ident())
+
+    def turn(self, to: Callable[..., Any] | None) -> None:
+        """From now on `to` stands in for the module in this thread; None: nothing does."""
+        with self.lock:
+            if to is not None:
+                self.of_thread[get_ident()] = to
+                return
+            del self.of_thread[get_ident()]
+            if self.of_thread:
+                return
+            if self.before is None:
+                self.module.__dict__.pop(_CALL, None)
+            else:
+                self.module.__dict__[_CALL] = self.before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.of_thread.get(get_ident()) or self.otherwise)(*args, **kwargs)
+
+
 class _Interceptor:
     """Stands in for the calls of one module during a session."""
 
@@ -147,7 +190,7 @@ class _Interceptor:
         self,
         session: _Session,
         tape: Tape,
-        before: Any,
+        forward: Callable[..., Any],
         module: nn.Module,
         name: str,
         of_call: Mapping[int, list[int]],
@@ -156,7 +199,7 @@ class _Interceptor:
     ) -> None:
         self.session, self.tape, self.module, self.name = session, tape, module, name
         self.gives_tensor = gives_tensor
-        self.forward = before or module._call_impl
+        self.forward = forward
         self.of_call, self.total, self.called = of_call, total, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
