@@ -318,3 +318,21 @@ def test_what_is_compiled_or_scripted_already_is_refused_with_the_remedy(change,
     model, x = nn.Sequential(Scaled(), Scaled()), torch.randn(2, 4)
     with pytest.raises(sd.ApplyError, match=remedy):
         sd.apply(change(model), example=x)
+
+
+class Shifted(nn.Module):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.branch = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x).tanh()
+
+
+def test_a_module_that_is_made_anew_from_a_class_with_gates_has_none() -> None:
+    model, x = nn.Sequential(Shifted(), Shifted()), torch.randn(2, 3)
+    sd.apply(model, example=x)
+    new = type(model[0])(width=3)
+    assert type(new) is Shifted
+    assert torch.equal(new(x), x + new.branch(x).tanh())
+    sd.apply(nn.Sequential(new), example=x)

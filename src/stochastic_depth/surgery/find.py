@@ -136,15 +136,16 @@ def find_blocks(
     with preserve_state(model):
         model.eval()
         additions, analysis = discover(model, caller(model, example), count_flops, passed)
-    additions = _residual_ones(additions, modules, [] if passed is None else passed)
+    noted: list[Passed] = [] if passed is None else passed
+    additions = _residual_ones(additions, modules, noted)
+    for event in (event for addition in additions for event in addition.events):
+        analysis.place(event)
+    additions = _without_sums(additions, analysis, noted)
     blocks: dict[tuple[str, Any], list[Addition]] = {}
     for addition in additions:
         if not _gathers(addition):
             key = _block_of(addition, modules, granularity)
             blocks.setdefault(key, []).append(addition)
-    for addition in additions:
-        for event in addition.events:
-            analysis.place(event)
     edited = [
         (_found(name, outermost, modules), outermost)
         for (name, _), group in blocks.items()
@@ -291,6 +292,25 @@ def _residual_ones(
             reason = "a sum of two outputs of the model"
         if reason:
             _, edit = addition.edits[0]
+            passed.append(Passed(addition.owner, str(edit or "in a function"), reason))
+        else:
+            kept.append(addition)
+    return kept
+
+
+def _without_sums(
+    additions: list[Addition], analysis: Analysis, passed: list[Passed]
+) -> list[Addition]:
+    """Those that add a branch, not the trunk to what it was before; the others go to `passed`."""
+    totals = {event.total for addition in additions for event in addition.events}
+    kept = []
+    for addition in additions:
+        if all(
+            event.added in totals and not analysis.exclusive(event.branch, {event.total})
+            for event in addition.events
+        ):
+            _, edit = addition.edits[0]
+            reason = "a sum of hidden states: what it adds is what the next block begins with"
             passed.append(Passed(addition.owner, str(edit or "in a function"), reason))
         else:
             kept.append(addition)

@@ -114,11 +114,18 @@ def gated_class(
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
         return _build, (build, kind, edits, copy_shortcut, select, look, *arguments[1:]), *rest
 
+    @functools.wraps(kind.__init__)
+    def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if type(self) is made:  # a module that is made anew has no gates
+            self.__class__ = kind
+        kind.__init__(self, *args, **kwargs)
+
     made: type[nn.Module] = type(
         kind.__name__,
         (kind, *parents),
         {
             **methods,
+            "__init__": initialise,
             "__reduce_ex__": reduce,
             _ORIGINAL: kind,
             "__module__": kind.__module__,
