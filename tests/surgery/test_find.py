@@ -78,3 +78,33 @@ def test_a_unit_with_an_excluded_module_stays_as_it_is() -> None:
     units = [sd.Residual(nn.Sequential(nn.Linear(6, 6), nn.Tanh())) for _ in range(3)]
     handle = sd.apply(nn.Sequential(*units).double(), exclude=["1.branch.0"])
     assert [block.name for block in handle.blocks] == ["0", "2"]
+
+
+class WrittenOut(nn.Module):
+    """A trunk without a loop, which calls one of its layers twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.first(x))
+        x = x + torch.tanh(self.second(x))
+        return x + torch.sin(self.first(x))
+
+
+def test_additions_that_a_model_writes_out_itself_are_a_block_each() -> None:
+    model = WrittenOut().double()
+    handle = sd.apply(model, example=X)
+    assert [block.name for block in handle.blocks] == ["first", "second", "first"]
+    branches = (
+        lambda x: torch.tanh(model.first(x)),
+        lambda x: torch.tanh(model.second(x)),
+        lambda x: torch.sin(model.first(x)),
+    )
+    for pattern in itertools.product((False, True), repeat=3):
+        expected = X
+        for is_open, branch in zip(pattern, branches, strict=True):
+            expected = expected + branch(expected) if is_open else expected
+        with handle.forced(pattern):
+            torch.testing.assert_close(model.train()(X), expected, rtol=1e-12, atol=1e-12)

@@ -103,8 +103,9 @@ def apply(
             and module that returns a bool; all when not given.
         exclude: modules to leave as they are, with all that is inside of them; a block with one
             of them in its branch is never skipped.
-        granularity: "block", one coin for all residual additions of a repeated block; or "unit",
-            one each.
+        granularity: "block", one coin for all residual additions of a repeated block (an element
+            of a list of its like), for those of one round of a loop, and for each that the model
+            itself writes out; or "unit", one coin for each addition.
         stacks: names of modules, say ("encoder", "decoder"), in each of which the rule counts l and
             L anew; the whole model is one stack when not given.
         gate: "batch", one coin a block and mini-batch (the paper): a closed block costs nothing;

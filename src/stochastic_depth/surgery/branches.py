@@ -173,6 +173,8 @@ class Analysis:
     def _call(self, event: Event, block_of: Callable[[str], str]) -> tuple[str, Any]:
         assert event.home is not None
         name = block_of(event.home.name)
+        if not name:  # the model is no block of its own: what it adds one by one are
+            return ".".join(self._runs(event)), (event.site, event.occurrence)
         around = [call for call in (event.home, *event.home.ancestors()) if call.name == name]
         call = around[0] if around else event.home
         return name, self.of_module[call.name].index(call) if call.name in self.of_module else 0

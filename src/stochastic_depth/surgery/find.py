@@ -168,6 +168,7 @@ def _with_deferred(
     for found, group in edited:
         fixed = found.mechanism in ("registered", "Residual")
         repeated = not rewrite or any(len(a.events) > 1 for a in group)
+        repeated |= not found.name and len(group) > 1  # written out one by one, as in a trunk
         (others if found.refusal or (repeated and not fixed) else kept).append((found, group))
     while True:  # a method is rewritten, or it is as it was
         events = [event for _, group in others for a in group for event in a.events]
