@@ -208,8 +208,7 @@ def skip(options: SkipOptions, runtime: Runtime, console: Console) -> dict[str, 
     title = f"Training steps of ResNet-{options.depth}, batch {options.batch}"
     plain = PlainResNet(options.depth, bench.workload.channels)
     peak = machine_peak(runtime, bench.workload.step(plain))
-    columns = ["median", "time", "FLOPs", "efficiency", "kept", "blocks"]
-    columns += [] if peak is None else ["of the\npeak"]
+    columns = ("median", "time", "FLOPs", "efficiency", "kept", "blocks")
     table = bench_table(title, runtime, "", *columns)
     rows: dict[str, Any] = {}
     for name, result in skippings(rounds).items():
@@ -237,15 +236,17 @@ def skip(options: SkipOptions, runtime: Runtime, console: Console) -> dict[str, 
             "{1:.2f} ({0:.2f}-{2:.2f})".format(*quartiles) if quartiles else "",
             f"{kept:.3f}",
             f"{active:.3f}",
-            *([f"{statistics.median(shares):.2f}"] if shares else []),
         )
     if peak is not None:
-        table.add_row(AT_PEAK, f"{milliseconds(peak.timing.median)} ms", *[""] * 5, "1")
+        table.add_row(AT_PEAK, f"{milliseconds(peak.timing.median)} ms", *[""] * 5)
     console.print(table)
     console.print(
         "time, FLOPs, bytes kept for backward, active blocks: of constant depth's\n"
         "efficiency: time saved over FLOPs saved, median and quartiles of the rounds",
     )
+    if peak is not None:
+        reached = ", ".join(f"{row['of_the_peak']:.2f}" for row in rows.values())
+        console.print(f"of the machine's peak, of which the last row is 1: {reached}")
     return {"alternatives": rows, "peak": peak and peak.to_json({})}
 
 

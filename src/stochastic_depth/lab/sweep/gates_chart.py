@@ -100,4 +100,6 @@ def _sentence(gatings: Mapping[str, Any]) -> str:
     pair = [f"{name} {percent(errors[name])}" for name in ("batch", "sample") if name in errors]
     if len(pair) == 2:
         told.append(f"one coin for all samples or for each: {' and '.join(pair)}")
+    if any(spread.deviation is None for spread in errors.values()):
+        told.append("of one seed there is no telling whether that is chance")
     return f"{'; '.join(told)}."
