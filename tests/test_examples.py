@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 NEEDS = {
     "accelerate_loop": "accelerate",
+    "detection_ultralytics": "ultralytics",
     "diffusion": "diffusers",
     "graphs": "torch_geometric",
     "huggingface_trainer": "transformers",

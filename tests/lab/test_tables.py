@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from stochastic_depth.lab.formatting import difference, duration
+from stochastic_depth.lab.formatting import difference, duration, share
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.study import Spread, expected_cost, experiments, standard_error
 from stochastic_depth.lab.tables import overview, published_for, tables, tiles
@@ -156,3 +156,7 @@ def test_under_a_schedule_the_expected_saving_is_the_mean_over_the_steps(experim
     assert series.cost.saving == pytest.approx(mean * full.saving)
     seconds = [record.seconds for one in series.runs for record in one.records]
     assert series.interval_seconds == pytest.approx(sum(seconds) / len(seconds))
+
+
+def test_a_share_that_is_nothing_has_no_sign():
+    assert [share(value) for value in (-0.0001, 0.2549, -0.02)] == ["0.0 %", "25.5 %", "-2.0 %"]

@@ -15,7 +15,7 @@ def plus_minus(spread: Spread, digits: int = 2) -> str:
 
 def share(value: float) -> str:
     """A share from 0 to 1, in percent."""
-    return f"{100 * value:.1f} %"
+    return f"{round(100 * value, 1) + 0.0:.1f} %"  # never -0.0
 
 
 def duration(seconds: float) -> str:

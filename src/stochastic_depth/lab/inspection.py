@@ -159,6 +159,7 @@ def paste(name: str) -> str:
     """The lines that give a model of one's own stochastic depth."""
     return (
         "import stochastic_depth as sd\n\n"
+        "# inputs: a small batch, as the model is called with\n"
         f"handle = sd.apply(model, sd.LinearDecay({1 - RATES[-1]:g}), example=inputs)\n"
         "# the training loop stays as it is; sd.remove(model) undoes it"
     )
