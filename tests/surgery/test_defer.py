@@ -100,6 +100,21 @@ def test_branches_whose_parts_are_in_several_lists_are_blocks():
     assert not called
 
 
+class AsksForDevice(Apart):
+    def forward(self, x):
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            h = norm(linear(x))
+            x = x + (torch.relu(h) if not h.is_cuda else h.relu())
+        return x
+
+
+def test_flops_are_counted_of_a_branch_that_is_asked_for_its_device():
+    model, x = AsksForDevice(), torch.randn(2, WIDTH)
+    sd.apply(model, example=x)
+    costs = sd.summary(model, x)
+    assert [block.forward for block in costs.blocks] == [2 * 2 * WIDTH * WIDTH] * 3
+
+
 class Pairs(nn.Module):
     """Two branches a layer, added by the trunk."""
 

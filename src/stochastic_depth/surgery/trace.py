@@ -42,6 +42,8 @@ class CountFlops(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # what a tensor without numbers is asked: its device, say
+            return NotImplemented
         formula = FORMULAS.get(func._overloadpacket)
         if formula is None:
             with self:
