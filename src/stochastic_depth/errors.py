@@ -13,12 +13,21 @@ class GateError(StochasticDepthError, ValueError):
     """Gates that do not fit the model: never drawn, or drawn for another batch."""
 
 
+class UnmetError(GateError):
+    """A pass that does not come to the addition of a closed block, as the example did."""
+
+
 class ApplyError(StochasticDepthError, ValueError):
     """A model in which nothing can be skipped, or that is skippable already."""
 
 
 class UnsupportedBlockError(ApplyError):
     """A residual unit that cannot be made skippable; names it, why, and the remedies."""
+
+    blocks: tuple[str, ...] = ()
+    """The names of the blocks that are meant, where they are known."""
+    of_model: bool = False
+    """Whether it is about the model: no other way of skipping its blocks would help."""
 
 
 class FoldError(ApplyError):

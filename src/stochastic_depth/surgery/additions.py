@@ -7,7 +7,7 @@ values computed from the same input of one module (a projection shortcut).
 import itertools
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
@@ -112,6 +112,7 @@ def discover(
     run: Callable[[], object],
     count_flops: bool = False,
     passed: list[Passed] | None = None,
+    gradients: bool = False,
 ) -> tuple[list[Addition], Analysis]:
     """The residual additions of `model` in the order in which `run`, a forward pass, meets them.
 
@@ -119,14 +120,16 @@ def discover(
 
     Args:
         passed: gets the additions of computed values that are no residual ones.
+        gradients: whether autograd is on, as in a training step.
     """
     search = _Search(Recording(model))
-    with recorded(model, search.recording, search.made, search.returned, count_flops):
+    with recorded(model, search.recording, search.made, search.returned, count_flops, gradients):
         output = run()
     if passed is not None:
         passed += search.passed.values()
     outputs = search.recording.numbers(output)
-    return search.result(outputs), Analysis(search.recording, outputs, _is_mixing)
+    analysis = Analysis(search.recording, outputs, _is_mixing, search.occurrences)
+    return search.result(outputs), analysis
 
 
 class _Search:
@@ -162,6 +165,8 @@ class _Search:
     ) -> None:
         """Look at what a function has computed from `operands`."""
         name = getattr(function, "__name__", "")
+        if name == "sum":
+            self._sum_of_stack(operands, sys._getframe(2))
         if name not in ADDITIONS or len(operands) < 2:
             return
         frame = sys._getframe(2)  # of the expression that adds
@@ -172,7 +177,10 @@ class _Search:
             right = max(branches, key=lambda n: len(self.recording.reach(n)), default=None)
         if not self.recording.calls:
             return
-        if left is None or right is None or left == right or not self._are_alike(left, right):
+        if left is None or right is None or left == right:
+            return
+        if not self._are_alike(left, right):
+            self._pass(frame, [left, right], "what is added is of another shape than the sum")
             return
         again = self._added_again(left, right, frame)
         call = self.recording.calls[-1]
@@ -183,10 +191,34 @@ class _Search:
         if side is not None and kept not in again and not reason:
             identity = left in of[1] or right in of[0]
             self._note(left, right, side, identity, self.recording.number(out), frame)
-        elif reason and all(map(self._mixes, of)):
-            place = next((m.place for m in methods_of(call.module, frame) if m.place), None)
-            noted = Passed(call.name, str(place or "in a function"), reason)
-            self.passed.setdefault((noted.owner, noted.place), noted)
+        else:
+            reason = reason or "it adds the same value again and again, as a bias that layers share"
+            self._pass(frame, [left, right], reason)
+
+    def _pass(self, frame: FrameType, operands: Sequence[int], reason: str) -> None:
+        """Note an addition of computed values that is no residual one."""
+        if not all(map(self._is_computed, operands)):
+            return
+        call = self.recording.calls[-1]
+        place = next((m.place for m in methods_of(call.module, frame) if m.place), None)
+        noted = Passed(call.name, str(place or "in a function"), reason)
+        self.passed.setdefault((noted.owner, noted.place), noted)
+
+    def _is_computed(self, number: int) -> bool:
+        """Whether a value is an input of the module at work, or mixes what comes of one."""
+        call = self.recording.calls[-1]
+        if number in call.inputs:
+            return True
+        return bool(self._mixes(self.recording.reach(number, min([call.began, *call.inputs]))))
+
+    def _sum_of_stack(self, operands: tuple[int | None, ...], frame: FrameType) -> None:
+        """Note `torch.stack([x, f(x)]).sum(0)`."""
+        stacked = operands[0] if operands else None
+        if stacked is None or not self.recording.calls:
+            return
+        value = self.recording.values[stacked]
+        if value.made_by in ("stack", "vstack", "dstack", "hstack") and len(value.parents) > 1:
+            self._pass(frame, value.parents, "a sum over a stack of tensors: write it as x + f(x)")
 
     def _why_not(
         self, left: int, right: int, side: Side | None, of: list[set[int]], call: Call

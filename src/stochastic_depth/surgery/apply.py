@@ -3,7 +3,8 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from stochastic_depth.surgery.blocks import (
     deferred_modules,
     nothing_found,
     unsupported,
+    with_remedy,
 )
 from stochastic_depth.surgery.calls import still_running
 from stochastic_depth.surgery.check import check, establish
@@ -30,7 +32,7 @@ from stochastic_depth.surgery.find import find_blocks, find_residuals
 from stochastic_depth.surgery.gating import put_gates, take_gates
 from stochastic_depth.surgery.in_training import check_training
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_wrapped
-from stochastic_depth.surgery.samples import check_samples
+from stochastic_depth.surgery.samples import check_samples, halves, learn_samples, refuse_one
 from stochastic_depth.survival import (
     LinearDecay,
     Probabilities,
@@ -191,16 +193,15 @@ def apply(
     seed = integer("seed", seed)
     refuse_applied(model)
     refuse_wrapped(model)
-    if example is None:
-        tries = [find_residuals(model, include, exclude)]
-    else:
-        tries = (
-            find_blocks(model, example, granularity, include, exclude, rewrite=rewrite)
-            for rewrite in (True, False)
-        )
-    found, probabilities, silenced, blocks, difference, left = _first_that_works(
+
+    def find(defer: Container[str]) -> Sequence[Found]:
+        if example is None:
+            return find_residuals(model, include, exclude)
+        return find_blocks(model, example, granularity, include, exclude, defer=defer)
+
+    found, probabilities, silenced, blocks, difference, left = _made_skippable(
         model,
-        tries,
+        find,
         lambda found: chosen_survival(survival, found, stacks, schedule),
         example,
         gate,
@@ -263,44 +264,72 @@ def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
     return LinearDecay(1 - drop_rate)
 
 
-def _first_that_works(
+def _made_skippable(
     model: nn.Module,
-    tries: Iterable[Sequence[Found]],
+    find: Callable[[Container[str]], Sequence[Found]],
     probabilities_of: Callable[[Sequence[Found]], Probabilities],
     example: Example | None,
     gate: GateKind,
     budget: float | None,
 ) -> tuple[Sequence[Found], Probabilities, list[Silenced], list[Block], float, dict[str, Any]]:
-    """Make blocks skippable in the first way of `tries` that passes the check.
+    """Make all blocks skippable, and prove it.
+
+    A block whose rewritten methods do not pass the proof is deferred. Where that does not help, the
+    others are tried without it, so that the error can say what to leave out.
 
     Raises:
-        UnsupportedBlockError: when none does.
+        UnsupportedBlockError: when a block cannot be made skippable.
     """
+    blamed: Counter[str] = Counter()
+    """How many blocks of a class have failed; from the second on all of its like go together."""
+    deferred, left_out = set[str](), set[str]()
     failure: UnsupportedBlockError | None = None
-    for found in tries:
-        if not found:
-            raise nothing_found(model, example)
+    found = find(deferred)
+    if not found:
+        raise nothing_found(model, example)
+    while kept := [block for block in found if block.name not in left_out]:
         silenced: list[Silenced] = []
         try:
-            for block in found:
-                if block.refusal:
-                    raise unsupported(block.name, block.module, block.refusal)
-            probabilities = probabilities_of(found)
-            silenced = silence(model, found)
-            opened = _open_up(model, found, example, gate, budget)
-            return found, probabilities, silenced, *opened
-        except BaseException as error:
-            for drop_path in silenced:
-                drop_path.restore()
-            take_gates(model)
-            if not isinstance(error, UnsupportedBlockError):
-                raise
-            refused = any(block.refusal for block in found)
-            failure = failure if failure is not None and refused else error
-        if not any(block.mechanism in ("slice", "call", "opaque") for block in found):
+            if refused := [block for block in kept if block.refusal]:
+                first, *others = refused
+                names = [block.name for block in others]
+                raise unsupported(first.name, first.module, first.refusal, names)
+            probabilities = probabilities_of(kept)
+            silenced = silence(model, kept)
+            opened = _open_up(model, kept, example, gate, budget)
+            if failure is None:
+                return kept, probabilities, silenced, *opened
+            _undo(model, silenced)
             break
+        except UnsupportedBlockError as error:
+            _undo(model, silenced)
+            if error.of_model:
+                raise failure or error from None
+            culprits = [block for block in kept if block.name in error.blocks]
+            kinds = Counter(type(block.module).__name__ for block in culprits)
+            again = {kind for kind in kinds if blamed[kind]}
+            blamed += kinds
+            culprits += [block for block in kept if type(block.module).__name__ in again]
+            more = {b.name for b in culprits or kept if b.mechanism in ("slice", "call", "opaque")}
+            if more and example is not None:
+                deferred |= more
+                found = find(deferred)
+                continue
+            failure = failure or error
+            if not culprits:
+                raise
+            left_out |= {block.name for block in culprits}
+        except BaseException:
+            _undo(model, silenced)
+            raise
     assert failure is not None
-    raise failure
+    raise with_remedy(failure, left_out, (block.name for block in kept)) from failure
+
+
+def _undo(model: nn.Module, silenced: Sequence[Silenced]) -> None:
+    for drop_path in silenced:
+        drop_path.restore()
+    take_gates(model)
 
 
 class LeftBehind:
@@ -396,18 +425,23 @@ def _open_up(
     if example is None or not any(block.units for block in found):
         return put_gates(model, found, select), 0.0, {}
     run = caller(model, example)
+    batch = None if gate == "batch" else batch_size(example)
     if on_meta(model, example):  # values are for sd.verify, once there are any
         blocks = put_gates(model, found, select)
+        if batch is not None and select:
+            refuse_one(batch)
+            half = next(halves(example, batch))
+            learn_samples(model, (example, half), batch, found, blocks)
         for block, why in zip(found, still_running(model, run, found, blocks), strict=True):
             if why:
                 raise unsupported(block.name, block.module, why)
         return blocks, math.nan, {}
     deadline = math.inf if budget is None else time.monotonic() + budget / 2
-    batch = None if gate == "batch" else batch_size(example)
-    if batch is not None:
-        check_samples(model, example, found, batch)
+    half = example if batch is None else check_samples(model, example, found, batch)
     truth = establish(model, run, found, batch, deadline)
     blocks = put_gates(model, found, select)
+    if batch is not None and select:
+        learn_samples(model, (example, half), batch, found, blocks)
     difference = check(model, run, found, blocks, truth, batch, gate)
     left = check_training(model, run, found, blocks)
     return blocks, difference, left

@@ -1,7 +1,7 @@
 """What a residual block is: its additions, its modules, and the errors that name it."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,13 +113,54 @@ def nothing_found(model: nn.Module, example: Example | None) -> ApplyError:
     )
 
 
-def unsupported(name: str, module: nn.Module, why: object) -> UnsupportedBlockError:
-    """The error that names a block, its class, the reason and the remedies."""
-    return UnsupportedBlockError(
-        f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}; "
-        f"exclude=[{name!r}] leaves it as it is, sd.register_unit says how it is skipped, or "
-        "build it from sd.Residual"
+def unsupported(
+    name: str, module: nn.Module, why: object, others: Sequence[str] = ()
+) -> UnsupportedBlockError:
+    """The error that names a block, its class and the reason; and `others` that it holds for."""
+    error = UnsupportedBlockError(
+        f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}"
     )
+    error.blocks = (name, *others)
+    return error
+
+
+def with_remedy(
+    error: UnsupportedBlockError, left_out: Iterable[str], kept: Iterable[str]
+) -> UnsupportedBlockError:
+    """`error`, and what can be done.
+
+    Args:
+        left_out: names of the blocks without which stochastic depth can be applied.
+        kept: those of all others.
+    """
+    out, rest = list(dict.fromkeys(left_out)), list(dict.fromkeys(kept))
+    if rest and any(is_inside(name, of) for name in rest for of in out):
+        remedy = f"include={_around(rest, out)!r} leaves what cannot be skipped as it is"
+    elif rest:
+        what = "it as it is" if len(out) == 1 else "them as they are"
+        remedy = f"exclude={out!r} leaves {what}"
+    else:
+        remedy = "no other block of the model can be skipped"
+    told = UnsupportedBlockError(
+        f"{error}; {remedy}; sd.register_unit says how one is skipped, or build it from sd.Residual"
+    )
+    told.blocks = error.blocks
+    return told
+
+
+def is_inside(name: str, of: str) -> bool:
+    """Whether a module is inside of another, by name."""
+    return name != of and (not of or name.startswith(f"{of}."))
+
+
+def _around(names: Sequence[str], apart: Sequence[str]) -> list[str]:
+    """The outermost modules that hold `names` and none of `apart`."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        paths = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+        found[next(p for p in paths if not any(a == p or is_inside(a, p) for a in apart))] = None
+    return list(found)
 
 
 def residual_block(name: str, module: Residual, flops: int) -> Found:

@@ -60,8 +60,16 @@ class Group:
 class Analysis:
     """What the branches of a watched forward pass consist of, once all of it is known."""
 
-    def __init__(self, recording: Recording, outputs: set[int], mixes: Callable[[str], bool]):
+    def __init__(
+        self,
+        recording: Recording,
+        outputs: set[int],
+        mixes: Callable[[str], bool],
+        sites: Iterable[Site],
+    ) -> None:
         self.recording, self.outputs, self.mixes = recording, outputs, mixes
+        self.sites = frozenset(sites)
+        """The expressions that have added anything."""
         self.alive: set[int] = set()
         for output in outputs:
             if output not in self.alive:
@@ -233,8 +241,7 @@ class Analysis:
                 Deferred(
                     group.block,
                     first + number,
-                    frozenset([event.site]),
-                    event.side,
+                    ((event.site, event.side),),
                     tuple(
                         Calls(
                             name,

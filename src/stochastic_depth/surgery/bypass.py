@@ -103,8 +103,10 @@ def _mixed(output: Tensor, shortcut: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return shortcut
     if len(output) != len(keep):
-        raise UnsupportedBlockError(
+        error = UnsupportedBlockError(
             f"a residual addition is of a tensor {list(output.shape)}, which does not have the "
-            f'{len(keep)} samples first: use gate="batch" for this model, or exclude='
+            f'{len(keep)} samples first: use gate="batch" for this model'
         )
+        error.of_model = True
+        raise error
     return torch.where(keep.view(-1, *[1] * (output.ndim - 1)), output, shortcut)

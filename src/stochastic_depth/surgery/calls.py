@@ -11,7 +11,7 @@ from torch import nn
 
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Block, open_in_training
-from stochastic_depth.surgery.blocks import Found
+from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.tensors import tensors_in
 
@@ -66,6 +66,18 @@ def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
             "model needs more of it than what is added"
         )
     return ""
+
+
+def refuse_running(
+    blocks: Sequence[Found], usual: CallCounts, called: CallCounts, remark: str = ""
+) -> None:
+    """Raise `UnsupportedBlockError` for closed blocks of whose branches something is called."""
+    reasons = [(block, still_called(block, usual, called)) for block in blocks]
+    running = [(block, why) for block, why in reasons if why]
+    if running:
+        (first, why), *others = running
+        names = [block.name for block, _ in others]
+        raise unsupported(first.name, first.module, remark + why, names)
 
 
 @contextmanager

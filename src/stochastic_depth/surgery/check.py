@@ -4,16 +4,18 @@ The truth comes from an independent way: the whole original model runs, branches
 the results of the chosen additions are replaced by their shortcut (`bypassed`).
 """
 
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.errors import ApplyError, UnsupportedBlockError
+from stochastic_depth.errors import ApplyError, UnmetError, UnsupportedBlockError
 from stochastic_depth.gates import Gate, GateKind
 from stochastic_depth.handle import Block
 from stochastic_depth.hooks import refuse_cache
@@ -25,7 +27,7 @@ from stochastic_depth.surgery.calls import (
     CallCounts,
     counted_calls,
     in_evaluation,
-    still_called,
+    refuse_running,
 )
 from stochastic_depth.surgery.gating import ungated
 from stochastic_depth.surgery.preserve import preserve_state
@@ -34,6 +36,12 @@ from stochastic_depth.tensors import largest_difference, tensors_in
 TOLERANCE = 1e-5
 """Of closed blocks, relative to the largest output: other sums may be reordered."""
 
+
+UNMET = (
+    "what its modules give does not come to the addition as one tensor: it is put into another "
+    "tensor in place, or the model branches on its numbers"
+)
+"""Why a deferred block cannot be closed on the very example on which it was found."""
 
 Outputs = list[Tensor]
 
@@ -131,16 +139,14 @@ def check(
     with preserve_state(model):
         model.eval()
         with in_evaluation(blocks, OPEN), counted_calls(model) as usual:
-            proof.compare(truth.open, "every gate open", tolerance=0.0)
+            proof.open(truth.open)
         for number, (closed, expected) in enumerate(zip(truth.closed, truth.outputs, strict=True)):
             with in_evaluation(blocks, OPEN), in_evaluation([blocks[n] for n in closed], CLOSED):
                 with counted_calls(model) as called:
                     difference = max(difference, proof.closed(closed, expected))
-                for n in sorted(closed):
-                    if why := still_called(found[n], usual, called):
-                        raise unsupported(found[n].name, found[n].module, why)
+                refuse_running([found[n] for n in sorted(closed)], usual, called)
                 if number < 2:
-                    proof.unwatched(expected)
+                    proof.unwatched(closed, expected)
         if batch is not None:
             for closed, expected in zip(truth.closed, truth.selected, strict=True):
                 proof.selected(closed, expected, usual, batch, kind)
@@ -161,39 +167,34 @@ class _Proof:
         self.model, self.run, self.found, self.blocks = model, run, found, blocks
         self.random = random
 
-    def compare(self, expected: Outputs, when: str, tolerance: float) -> float:
-        """The largest relative difference of the outputs, which must not exceed `tolerance`."""
+    def open(self, expected: Outputs) -> None:
+        """Every gate open gives the original outputs bit for bit."""
         difference, why = self._outcome(expected)
-        if not difference <= tolerance:
-            raise UnsupportedBlockError(f"with {when} {why}{self._remark()}; {self._advice()}")
-        return difference
+        if difference:
+            raise UnsupportedBlockError(f"with every gate open {why}{self._remark()}")
 
     def closed(self, closed: frozenset[int], expected: Outputs) -> float:
-        """As `compare`, with a set of blocks closed; names the one that is wrong."""
+        """The largest relative difference of the outputs with a set of blocks closed."""
         difference, why = self._outcome(expected)
-        if difference <= TOLERANCE:
-            return difference
-        culprits, why = self._culprit(sorted(closed), why)
-        names = " and ".join(repr(self.found[n].name) for n in culprits[:3])
-        first = self.found[culprits[0]]
-        raise unsupported(first.name, first.module, f"with {names} closed {why}{self._remark()}")
+        if not difference <= TOLERANCE:
+            self._blame(sorted(closed), why, lambda part: self._wrong(part, CLOSED), "closed")
+        return difference
 
-    def unwatched(self, expected: Outputs) -> None:
+    def unwatched(self, closed: frozenset[int], expected: Outputs) -> None:
         """The same without hooks, as users run it, with and without gradients."""
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(True)
-        try:
-            for gradients in (False, True):
+        for gradients in (False, True):
+            with _fast_path():
                 difference, why = self._outcome(expected, gradients)
-                if difference > 10 * TOLERANCE:
-                    how = "with" if gradients else "without"
-                    raise UnsupportedBlockError(
-                        f"with blocks closed, in evaluation {how} gradients and without hooks, "
-                        f"{type(self.model).__name__} takes another path, on which {why}: replace "
-                        f"the fused or cached computation, or {self._advice()}"
-                    )
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
+            if difference > 10 * TOLERANCE:
+                wrong = functools.partial(self._wrong_unwatched, gradients=gradients)
+                how = "with" if gradients else "without"
+                self._blame(
+                    sorted(closed),
+                    why,
+                    wrong,
+                    f"closed, in evaluation {how} gradients and without hooks, where the model "
+                    "takes a fused or cached path,",
+                )
 
     def selected(
         self,
@@ -216,19 +217,47 @@ class _Proof:
             in_evaluation(blocks, half),
             counted_calls(self.model) as called,
         ):
-            names = " and ".join(repr(self.found[n].name) for n in sorted(chosen)[:3])
-            what = f"half of the samples in the branches of {names}"
-            self.compare(expected, what, 10 * TOLERANCE)
+            difference, why = self._outcome(expected)
+        if not difference <= 10 * TOLERANCE:
+            wrong = functools.partial(self._wrong, gate=half, keep=keep)
+            self._blame(sorted(chosen), why, wrong, "open for half of the samples")
         for n in sorted(chosen) if kind == "subset" else ():
             block = self.found[n]
             if block.modules and all(called.given[m] == usual.given[m] for m in block.modules):
                 raise unsupported(block.name, block.module, "its branch runs on all samples")
+
+    def _wrong(self, part: list[int], gate: Gate, keep: Tensor | None = None) -> str:
+        """What is wrong with `gate` at some of the blocks; empty if nothing is."""
+        with ungated(self.model), bypassed([self.found[n] for n in part], keep), torch.no_grad():
+            expected = tensors_in(self.run())
+        with in_evaluation(self.blocks, OPEN), in_evaluation([self.blocks[n] for n in part], gate):
+            difference, why = self._outcome(expected)
+        return "" if difference <= (TOLERANCE if keep is None else 10 * TOLERANCE) else why
+
+    def _wrong_unwatched(self, part: list[int], gradients: bool) -> str:
+        with ungated(self.model), bypassed([self.found[n] for n in part]), torch.no_grad():
+            expected = tensors_in(self.run())
+        closed = [self.blocks[n] for n in part]
+        with in_evaluation(self.blocks, OPEN), in_evaluation(closed, CLOSED), _fast_path():
+            difference, why = self._outcome(expected, gradients)
+        return "" if difference <= 10 * TOLERANCE else why
+
+    def _blame(
+        self, numbers: list[int], why: str, wrong: Callable[[list[int]], str], when: str
+    ) -> NoReturn:
+        culprits, why = smallest(numbers, why, wrong)
+        names = [self.found[n].name for n in culprits]
+        first = self.found[culprits[0]]
+        told = f"with {' and '.join(map(repr, names[:3]))} {when} {why}{self._remark()}"
+        raise unsupported(first.name, first.module, told, names[1:])
 
     def _outcome(self, expected: Outputs, gradients: bool = False) -> tuple[float, str]:
         """How far the outputs are from `expected`, and that as a sentence."""
         try:
             with torch.set_grad_enabled(gradients):
                 outputs = tensors_in(self.run())
+        except UnmetError:
+            return math.inf, UNMET
         except Exception as error:
             return math.inf, f"the model fails: {type(error).__name__}: {error}"
         if [x.shape for x in outputs] != [x.shape for x in expected]:
@@ -239,26 +268,6 @@ class _Proof:
             "where it should not"
         )
 
-    def _culprit(self, closed: list[int], why: str) -> tuple[list[int], str]:
-        """The smallest set that a bisection finds to be wrong, and what is wrong with it."""
-        for part in (closed[: len(closed) // 2], closed[len(closed) // 2 :]):
-            if not part or len(part) == len(closed):
-                continue
-            with ungated(self.model), bypassed([self.found[n] for n in part]), torch.no_grad():
-                expected = tensors_in(self.run())
-            with (
-                in_evaluation(self.blocks, OPEN),
-                in_evaluation([self.blocks[n] for n in part], CLOSED),
-            ):
-                difference, wrong = self._outcome(expected)
-            if difference > TOLERANCE:
-                return self._culprit(part, wrong)
-        return closed, why
-
-    def _advice(self) -> str:
-        names = ", ".join(repr(block.name) for block in self.found[:1] if block.name)
-        return f"exclude= leaves blocks as they are{', say ' + names if names else ''}"
-
     def _remark(self) -> str:
         if not self.random:
             return ""
@@ -266,6 +275,33 @@ class _Proof:
             " (the model itself gives different outputs for the same input: it draws random "
             "numbers in evaluation, and a closed branch draws none)"
         )
+
+
+def smallest(
+    numbers: list[int], why: str, wrong: Callable[[list[int]], str]
+) -> tuple[list[int], str]:
+    """The smallest set of blocks that a bisection finds to be wrong, and what is.
+
+    Args:
+        why: what is wrong with all of `numbers`.
+        wrong: what is wrong with a part of them; empty if nothing is.
+    """
+    middle = len(numbers) // 2
+    for part in (numbers[:middle], numbers[middle:]):
+        if part and len(part) < len(numbers) and (found := wrong(part)):
+            return smallest(part, found, wrong)
+    return numbers, why
+
+
+@contextmanager
+def _fast_path() -> Iterator[None]:
+    """While entered, PyTorch's transformer layers take their fused path, as they do for users."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _are_equal(one: Outputs, other: Outputs) -> bool:

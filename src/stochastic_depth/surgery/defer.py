@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from stochastic_depth.errors import GateError
+from stochastic_depth.errors import GateError, UnmetError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.surgery.edits import Deferred
 from stochastic_depth.surgery.placeholder import (
@@ -25,6 +25,7 @@ from stochastic_depth.surgery.placeholder import (
     Tape,
     Turn,
     begin_tape,
+    chosen,
     marked,
     no_graph,
     put_off,
@@ -106,7 +107,7 @@ class _Session:
             plan = _PLANS[owner] = _Plan(owner, edits)
         self.plan, self.edits = plan, edits
         self.turns = {
-            n: Turn(edit.block, edit.sites, edit.side, gate, edit.copies)
+            n: Turn(edit.block, dict(edit.sites), gate, edit.copies, owner)
             for n, (edit, gate) in enumerate(zip(edits, gates, strict=True))
             if not _is_plain(gate)
         }
@@ -134,7 +135,7 @@ class _Session:
         """Raise `GateError` when a branch was put off, and its addition did not come."""
         for n, turn in self.turns.items():
             if turn.handed and not turn.met:
-                raise GateError(
+                raise UnmetError(
                     f"block {turn.name!r}: {self.edits[n]}, by which it was found, was not met in "
                     "this pass: the model takes another way here than on the example; give "
                     "sd.apply an example that takes it"
@@ -220,11 +221,13 @@ class _Interceptor:
             turn.handed += 1
         if not all(turn.gate.open for turn in turns):
             return self.put_off(tuple(turns), args, kwargs)
-        samples = {id(turn.gate.samples): turn.gate for turn in turns}
+        drawn = {id(turn.gate.samples): turn.gate for turn in turns}
+        if len(drawn) == 1 and len(turns) == len(mine):
+            (gate,) = drawn.values()
+            of = frozenset(turns)
+            place = self.name, -1 if -1 in self.of_call else self.called
+            args, kwargs = chosen(turns[0].owner, gate, of, (args, kwargs), place)
         args, kwargs = resolved(args), resolved(kwargs)
-        if len(samples) == 1 and len(turns) == len(mine):
-            (gate,) = samples.values()
-            args, kwargs = gate.select(args), gate.select(kwargs)
         with no_graph(turns if len(turns) == len(mine) else []):
             return marked(self.tape, tuple(turns), self.forward(*args, **kwargs))
 

@@ -101,6 +101,11 @@ class Calls:
     tensor: bool
     """Whether each gave a tensor, and no tuple or other structure."""
 
+    @property
+    def always(self) -> bool:
+        """Whether all calls of the module belong to the branch."""
+        return len(self.which) == self.of
+
 
 @dataclass(frozen=True)
 class Deferred:
@@ -109,15 +114,15 @@ class Deferred:
     block: str
     number: int
     """Tells apart the additions of one owner."""
-    sites: frozenset[Site]
-    side: int
-    """Which argument of the addition is the shortcut."""
+    sites: tuple[tuple[Site, int], ...]
+    """Where the addition stands, and which argument of it is the shortcut; in training mode it may
+    stand elsewhere than in evaluation."""
     calls: tuple[Calls, ...]
     copies: bool
     """Whether something later may overwrite the shortcut."""
 
     def __str__(self) -> str:
-        return f"the addition in {min(self.sites)[1]}"
+        return f"the addition in {self.sites[0][0][1]}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import functools
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from stochastic_depth.surgery.chosen import Choice, Chosen, chosen_modules
 from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.install import gated_class
+from stochastic_depth.surgery.modes import added_in_training, joined
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.rewrite import skipped_when_closed
 from stochastic_depth.surgery.syntax import in_loop
@@ -123,35 +124,43 @@ def find_blocks(
     include: Choice | None,
     exclude: Choice,
     count_flops: bool = False,
-    rewrite: bool = True,
+    defer: Container[str] = frozenset(),
     passed: list[Passed] | None = None,
 ) -> list[Found]:
     """The residual blocks of `model`, in the order in which they run on `example`.
 
     Args:
-        rewrite: whether blocks whose source can be rewritten are; if not, all are deferred.
+        defer: names of blocks that are deferred even where their source can be rewritten.
+        passed: gets the additions that are not taken, with the reason.
     """
     chosen = chosen_modules(model, include, exclude)
     modules = dict(model.named_modules())
     with preserve_state(model):
         model.eval()
         additions, analysis = discover(model, caller(model, example), count_flops, passed)
-    noted: list[Passed] = [] if passed is None else passed
-    additions = _residual_ones(additions, modules, noted)
+    passed = [] if passed is None else passed
+    additions = _residual_ones(additions, modules, passed)
     for event in (event for addition in additions for event in addition.events):
         analysis.place(event)
-    additions = _without_sums(additions, analysis, noted)
+    additions = _without_sums(additions, analysis, passed)
     blocks: dict[tuple[str, Any], list[Addition]] = {}
     for addition in additions:
-        if not _gathers(addition):
-            key = _block_of(addition, modules, granularity)
-            blocks.setdefault(key, []).append(addition)
+        key = _block_of(addition, modules, granularity)
+        blocks.setdefault(key, []).append(addition)
     edited = [
         (_found(name, outermost, modules), outermost)
         for (name, _), group in blocks.items()
         if (outermost := _outermost(group))
     ]
-    return _with_deferred(model, edited, analysis, modules, chosen, granularity, rewrite)
+    found = _with_deferred(model, edited, analysis, modules, chosen, granularity, defer, passed)
+    more = added_in_training(model, caller(model, example), found, analysis.sites)
+    if more is None:
+        return found
+    additions = _residual_ones(more[0], modules, passed)
+    of_block = [(_block_of(a, modules, granularity)[0], a) for a in additions]
+    of_block = [(name, addition) for name, addition in of_block if addition.owner in chosen]
+    cut = functools.partial(_unit, modules=modules)
+    return joined(found, of_block, more[1], modules, cut, passed)
 
 
 def _with_deferred(
@@ -161,13 +170,14 @@ def _with_deferred(
     modules: Mapping[str, nn.Module],
     chosen: Chosen,
     granularity: Granularity,
-    rewrite: bool,
+    defer: Container[str],
+    passed: list[Passed],
 ) -> list[Found]:
     """The blocks, deferred where their source cannot be rewritten."""
     kept, others = [], []
     for found, group in edited:
         fixed = found.mechanism in ("registered", "Residual")
-        repeated = not rewrite or any(len(a.events) > 1 for a in group)
+        repeated = found.name in defer or any(len(a.events) > 1 for a in group)
         repeated |= not found.name and len(group) > 1  # written out one by one, as in a trunk
         (others if found.refusal or (repeated and not fixed) else kept).append((found, group))
     while True:  # a method is rewritten, or it is as it was
@@ -188,6 +198,10 @@ def _with_deferred(
     long = {name for name, _ in events_of if _is_long(name, events_of, analysis)}
     loops = {_round(event) for name, events in events_of if name in long for event in events}
     long |= {name for name, events in events_of if loops.issuperset(map(_round, events))}
+    for _, group in edited:
+        of_group = {event for addition in group for event in addition.events}
+        if any(name in long and of_group.intersection(events) for name, events in events_of):
+            passed += [_passed(a, "a long skip connection: other blocks are inside") for a in group]
     first: Counter[str] = Counter()
     reasons = {event: found.refusal for found, group in others for a in group for event in a.events}
     placed = []
@@ -280,6 +294,9 @@ def _residual_ones(
     names = {addition.owner: repeated_block(addition.owner, modules) for addition in additions}
     kept = []
     for addition in additions:
+        if _gathers(addition):
+            passed.append(_passed(addition, "it gathers the parts of a sum in a loop"))
+            continue
         name = names[addition.owner]
         inside = {names[other] for other in addition.modules if names.get(other, name) != name}
         reason = ""
@@ -292,8 +309,7 @@ def _residual_ones(
         elif not addition.identity and not name and addition.is_last and len(additions) > 1:
             reason = "a sum of two outputs of the model"
         if reason:
-            _, edit = addition.edits[0]
-            passed.append(Passed(addition.owner, str(edit or "in a function"), reason))
+            passed.append(_passed(addition, reason))
         else:
             kept.append(addition)
     return kept
@@ -329,6 +345,11 @@ def _outermost(additions: list[Addition]) -> list[Addition]:
             for event in addition.events
         )
     ]
+
+
+def _passed(addition: Addition, reason: str) -> Passed:
+    _, edit = addition.edits[0]
+    return Passed(addition.owner, str(edit or "in a function"), reason)
 
 
 def _gathers(addition: Addition) -> bool:
@@ -383,6 +404,16 @@ def _found(name: str, additions: list[Addition], modules: Mapping[str, nn.Module
         sum(a.flops for a in additions),
         refusal,
     )
+
+
+def _unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit:
+    """An addition whose methods are rewritten.
+
+    Raises:
+        UnsupportedBlockError: when they cannot be.
+    """
+    edits = edits_of(addition, modules, alone=False)
+    return Unit(edits, _stands(addition, modules), modules=frozenset(addition.modules))
 
 
 def _stands(

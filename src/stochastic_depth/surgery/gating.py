@@ -32,12 +32,13 @@ def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Bl
         blocks.append(_block(model, there, block, gates))
     if any(block.mechanism == "deferred" for block in found):
         edits.setdefault(model, {})[Entry()] = BlockGates()
-    names = {block.module: block.name for block in found}
+    holds = {m: block for block in found for unit in block.units for m, _ in unit.edits}
     for module, of_module in edits.items():
         try:
             install(module, of_module, select)
         except UnsupportedBlockError as error:
-            raise unsupported(names.get(module, "?"), module, error) from error
+            block = holds.get(module, found[0])
+            raise unsupported(block.name, block.module, error) from error
     return blocks
 
 

@@ -1,26 +1,30 @@
 """Prove that a model does in training mode what it was seen to do in evaluation."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from stochastic_depth.errors import StochasticDepthError, UnsupportedBlockError
+from stochastic_depth.errors import StochasticDepthError, UnmetError, UnsupportedBlockError
 from stochastic_depth.handle import Block
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.bypass import bypassed
 from stochastic_depth.surgery.calls import (
     CLOSED,
     OPEN,
     CallCounts,
     counted_calls,
     in_training,
-    still_called,
+    refuse_running,
 )
+from stochastic_depth.surgery.check import TOLERANCE, smallest
 from stochastic_depth.surgery.gating import ungated
 from stochastic_depth.surgery.preserve import preserve_state
-from stochastic_depth.tensors import tensors_in
+from stochastic_depth.tensors import largest_difference, tensors_in
 
 TRAINING_PASSES = 4
 """Passes in training mode with every gate open, in which each block must be reached."""
@@ -49,29 +53,107 @@ def check_training(
             with in_training(blocks, [OPEN] * len(blocks)):
                 passes = [_counted(model, run, seed) for seed in range(TRAINING_PASSES)]
             left = _left_behind(model, found, before)
+            names = {module: name for name, module in model.named_modules()}
             for block in found:
-                if why := _left_out(block, passes):
+                if why := _left_out(block, passes, names):
                     raise unsupported(block.name, block.module, why)
-            with in_training(blocks, [CLOSED] * len(blocks)):
-                called = _counted(model, run, 0)
-            for block in found:
-                if why := still_called(block, passes[0], called):
-                    if block.mechanism != "Residual":
-                        why += "; or it takes another path in training mode than in evaluation"
-                    raise unsupported(block.name, block.module, why)
-            every_other = [CLOSED if n % 2 else OPEN for n in range(len(blocks))]
-            with in_training(blocks, every_other):
-                train_once(run)
+            try:
+                with in_training(blocks, [CLOSED] * len(blocks)):
+                    called = _counted(model, run, 0)
+                refuse_running(found, passes[0], called, "in training mode ")
+                _compare(model, run, found, blocks)
+                closed = list(range(1, len(blocks), 2))
+                if why := _why_not_trained(run, blocks, closed):
+                    if not _original_trains(model, run):
+                        return {}  # the example is not one to train on
+                    wrong = functools.partial(_why_not_trained, run, blocks)
+                    closed, why = smallest(closed, why, wrong)
+                    block = found[closed[0] if closed else 0]
+                    names = [found[n].name for n in closed[1:]]
+                    told = f"with it closed a training step fails: {why}"
+                    raise unsupported(block.name, block.module, told, names)
+            except UnmetError as error:
+                raise _unlike(error, found) from error
         except StochasticDepthError:
             raise
-        except Exception as error:
-            if not _original_trains(model, run):
-                return {}  # the example is not one to train on
-            raise UnsupportedBlockError(
-                f"a training step of {type(model).__name__} with every other block closed fails: "
-                f"{error}; exclude= leaves blocks as they are"
-            ) from error
+        except Exception:
+            if _original_trains(model, run):
+                raise
+            return {}
     return left
+
+
+def _compare(
+    model: nn.Module,
+    run: Callable[..., Any],
+    found: Sequence[Found],
+    blocks: Sequence[Block],
+) -> None:
+    """Hold all blocks closed, in training mode, against the original whose additions are bypassed.
+
+    Dropout is left out on both sides, since a closed branch draws no random numbers. A model that
+    draws others, or keeps a state of its own, gives different outputs by itself: nothing is said.
+
+    Raises:
+        UnsupportedBlockError: when the outputs differ.
+    """
+
+    def wrong(part: list[int]) -> str:
+        gates = [CLOSED if n in part else OPEN for n in range(len(blocks))]
+        with in_training(blocks, gates):
+            outputs = tensors_in(run())
+        with ungated(model), bypassed([found[n] for n in part]):
+            expected = tensors_in(run())
+        same = largest_difference(expected, outputs) <= TOLERANCE
+        return (
+            ""
+            if same
+            else (
+                "in training mode, with it closed, the output is not that of the original whose "
+                "addition returns its shortcut"
+            )
+        )
+
+    everything = list(range(len(blocks)))
+    with torch.no_grad(), _NoDropout():
+        why = wrong(everything)
+        if why and _is_reproducible(model, run):
+            culprits, why = smallest(everything, why, wrong)
+            first, *others = (found[n] for n in culprits)
+            raise unsupported(first.name, first.module, why, [block.name for block in others])
+
+
+def _is_reproducible(model: nn.Module, run: Callable[..., Any]) -> bool:
+    """Whether the original gives the same outputs again, from another random state too."""
+    with ungated(model):
+        outputs = [tensors_in(run(seed)) for seed in (0, 1)]
+    return largest_difference(*outputs) <= TOLERANCE
+
+
+class _NoDropout(TorchFunctionMode):
+    """While entered, dropout keeps everything."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if "dropout" in name and args and isinstance(args[0], Tensor):
+            return args[0] + 0
+        if name == "scaled_dot_product_attention":
+            kwargs.pop("dropout_p", None)
+            args = (*args[:4], 0.0, *args[5:])
+        elif name == "multi_head_attention_forward":
+            kwargs["training"] = False
+        return func(*args, **kwargs)
+
+
+def _unlike(error: UnmetError, found: Sequence[Found]) -> UnsupportedBlockError:
+    """The error for a block whose addition does not come in training mode."""
+    named = next((block for block in found if f"block {block.name!r}" in str(error)), None)
+    why = "in training mode it does not add where it does in evaluation"
+    if named is None:
+        return UnsupportedBlockError(f"{why}: {error}")
+    return unsupported(named.name, named.module, why)
 
 
 def _original_trains(model: nn.Module, run: Callable[..., Any]) -> bool:
@@ -83,17 +165,35 @@ def _original_trains(model: nn.Module, run: Callable[..., Any]) -> bool:
     return True
 
 
+def _why_not_trained(run: Callable[..., Any], blocks: Sequence[Block], closed: list[int]) -> str:
+    """Why a training step with some blocks closed fails; empty if it does not."""
+    gates = [CLOSED if n in closed else OPEN for n in range(len(blocks))]
+    try:
+        with in_training(blocks, gates):
+            train_once(run)
+    except StochasticDepthError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def _counted(model: nn.Module, run: Callable[..., Any], seed: int) -> CallCounts:
     with counted_calls(model) as calls:
         refuse_cache(run(seed))
     return calls
 
 
-def _left_out(block: Found, passes: Sequence[CallCounts]) -> str:
-    """Why a block is not reached in each of some passes with every gate open."""
+def _left_out(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]) -> str:
+    """Why a block is not reached in each of some passes with every gate open.
+
+    Args:
+        names: of all modules; where no module runs for a branch, the one that adds must run.
+    """
     for unit in block.units:
-        reached = [any(calls.number[name] for name in unit.modules) for calls in passes]
-        if unit.modules and not all(reached):
+        runs = unit.modules or {names[module] for module, _ in unit.edits if module in names}
+        reached = [any(calls.number[name] for name in runs) for calls in passes]
+        if runs and not all(reached):
             often = f"{len(reached) - sum(reached)} of {len(reached)}"
             return (
                 f"in {often} passes in training mode the model leaves it out by itself: set its "

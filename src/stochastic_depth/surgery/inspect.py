@@ -131,17 +131,22 @@ def plan(
     """
     refuse_applied(model)
     passed: list[Passed] = []
-    found: list[Found] = []
-    for rewrite in (True, False):  # as `sd.apply` tries
+    deferred = set[str]()
+    while True:  # as `sd.apply` does
         passed.clear()
-        found = find_blocks(
-            model, example, granularity, include, exclude, True, rewrite=rewrite, passed=passed
-        )
+        found = find_blocks(model, example, granularity, include, exclude, True, deferred, passed)
         if not found:
             raise nothing_found(model, example)
-        found = _tried(model, example, found)
-        if not any(block.refusal for block in found):
+        tried = _tried(model, example, found)
+        more = {
+            block.name
+            for block, after in zip(found, tried, strict=True)
+            if after.refusal and block.mechanism in ("slice", "call", "opaque")
+        }
+        if not more:
             break
+        deferred |= more
+    found = tried
     if drop_rate is not None:
         survival = linear_decay(drop_rate, survival)
     p = chosen_survival(survival, found, stacks).at(0)
@@ -159,7 +164,19 @@ def plan(
             )
             for block, survival in zip(found, p, strict=True)
         ),
-        tuple(f"{each.owner or 'the model'!r}, {each.place}: {each.reason}" for each in passed),
+        _listed(passed),
+    )
+
+
+def _listed(passed: Sequence[Passed]) -> tuple[str, ...]:
+    """Additions that are not taken, those that are made by the same expression as one."""
+    owners: dict[tuple[str, str], dict[str, None]] = {}
+    for each in passed:
+        owners.setdefault((each.place, each.reason), {})[each.owner or "the model"] = None
+    return tuple(
+        f"{next(iter(names))!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, "
+        f"{place}: {reason}"
+        for (place, reason), names in owners.items()
     )
 
 

@@ -14,6 +14,7 @@ from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.surgery.defer import deferring_forward
 from stochastic_depth.surgery.edits import Deferred, Edit, Entry, Opaque, Registered, Sliced
 from stochastic_depth.surgery.rewrite import slice_method
+from stochastic_depth.surgery.subset import SAMPLES, samples
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each edit."""
@@ -45,6 +46,7 @@ def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
     module.__class__ = ungated_class(type(module))
     del module.__dict__[GATES]
+    module.__dict__.pop(SAMPLES, None)
 
 
 def ungated_class(kind: type) -> Any:
@@ -214,7 +216,8 @@ def _opaque_forward(kind: Any, number: int) -> FunctionType:
         if not gate.open:
             return x
         with gate.forward_only():
-            out = kind.forward(self, gate.select(x), *gate.select(args), **gate.select(kwargs))
+            given = samples(self, gate, ([x, *args], kwargs), number)
+            out = kind.forward(self, *given[0], **given[1])
         return gate.rescale(out, x)
 
     return forward  # type: ignore[return-value]

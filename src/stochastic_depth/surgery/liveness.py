@@ -16,11 +16,11 @@ def only_assigns(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.Assign):
         return all(_are_names(target) for target in statement.targets)
     if isinstance(statement, ast.Expr):
-        return _changed_in_place(statement) is not None
+        return changed_in_place(statement) is not None
     return isinstance(statement, ast.AugAssign | ast.AnnAssign) and _are_names(statement.target)
 
 
-def _changed_in_place(node: ast.AST) -> str | None:
+def changed_in_place(node: ast.AST) -> str | None:
     """The variable that `x.mul_(...)` or `x.append(...)`, as a statement, changes."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         function = node.value.func
@@ -74,7 +74,7 @@ def defines(node: ast.AST) -> frozenset[str]:
     loops = (n.target for n in ast.walk(node) if isinstance(n, ast.comprehension))
     of_comprehensions = {id(name) for target in loops for name in _names(target)}
     stored = (n for n in _names(node) if isinstance(n.ctx, ast.Store))
-    changed = (name for n in ast.walk(node) if (name := _changed_in_place(n)) is not None)
+    changed = (name for n in ast.walk(node) if (name := changed_in_place(n)) is not None)
     return frozenset([*(n.id for n in stored if id(n) not in of_comprehensions), *changed])
 
 

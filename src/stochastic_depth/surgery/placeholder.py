@@ -9,7 +9,7 @@ needs numbers gets them, computed then by the operations that the model itself h
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.edits import ADDITIONS, Site, site_of
+from stochastic_depth.surgery.subset import samples
 from stochastic_depth.surgery.trace import IN_PLACE
 
 SHAPES = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex"}
@@ -54,10 +55,13 @@ _LEAF = object()
 class Turn:
     """One residual addition in one call of its owner, under a gate that is not plainly open."""
 
-    __slots__ = ("copies", "gate", "handed", "met", "name", "side", "sites")
+    __slots__ = ("copies", "gate", "handed", "met", "name", "owner", "sites")
 
-    def __init__(self, name: str, sites: frozenset[Site], side: int, gate: Gate, copies: bool):
-        self.name, self.sites, self.side, self.gate, self.copies = name, sites, side, gate, copies
+    def __init__(
+        self, name: str, sites: Mapping[Site, int], gate: Gate, copies: bool, owner: nn.Module
+    ) -> None:
+        self.name, self.sites, self.gate, self.copies = name, sites, gate, copies
+        self.owner = owner
         self.handed = self.met = 0
 
 
@@ -203,18 +207,19 @@ class Placeholder(Tensor):
         found = placeholders((args, kwargs))
         turns = _turns(found)
         if name in ADDITIONS and turns:
-            turn = _addition(turns, _caller())
-            if turn is not None and _is_branch(turn, args):
-                return _add(turn, func, name, args, kwargs)
+            site = _caller()
+            turn = _addition(turns, site)
+            if turn is not None and _is_branch(turn, turn.sites[site], args):
+                return _add(turn, turn.sites[site], func, name, args, kwargs)
         if name in SHAPES:
             return _shape(func, args, kwargs)
         if name in ASKS or name == "__set__" or not turns:
             return func(*_values(args, {})[0], **_values((), kwargs)[1])
         in_place = name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
         if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
-            return _change(func, turns, found, args, kwargs)
+            return _change(func, turns, found, args, kwargs, _caller())
         if all(p._node.done for p in found):
-            args, kwargs = _values(args, kwargs, turns)
+            args, kwargs = _chosen_values(args, kwargs, turns, _caller)
             with no_graph(turns):
                 return marked(found[0]._node.tape, turns, func(*args, **kwargs))
         node = Node(found[0]._node.tape, turns, func, args, kwargs)
@@ -363,24 +368,26 @@ def _addition(turns: tuple[Turn, ...], site: Site) -> Turn | None:
     return next((turn for turn in turns if site in turn.sites), None)
 
 
-def _is_branch(turn: Turn, args: tuple[Any, ...]) -> bool:
+def _is_branch(turn: Turn, side: int, args: tuple[Any, ...]) -> bool:
     """Whether what is added is the branch, and what it is added to is not."""
-    if len(args) < 2 or not isinstance(args[turn.side], Tensor):
+    if len(args) < 2 or not isinstance(args[side], Tensor):
         return False
-    shortcut = args[turn.side]
-    others = [arg for n, arg in enumerate(args) if n != turn.side]
+    shortcut = args[side]
+    others = [arg for n, arg in enumerate(args) if n != side]
     own = isinstance(shortcut, Placeholder) and turn in shortcut._node.turns
     return not own and any(turn in p._node.turns for p in placeholders(others))
 
 
-def _add(turn: Turn, func: Any, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+def _add(
+    turn: Turn, side: int, func: Any, name: str, args: tuple, kwargs: Mapping[str, Any]
+) -> Any:
     """A residual addition under a gate."""
     turn.met += 1
-    shortcut, target = args[turn.side], args[0]
+    shortcut, target = args[side], args[0]
     changes = name in ("add_", "__iadd__", "addcmul_")
     if turn.gate.open:
         shortcut = resolved(shortcut)
-        new = [shortcut if n == turn.side else _scaled(turn, arg) for n, arg in enumerate(args)]
+        new = [shortcut if n == side else _scaled(turn, arg) for n, arg in enumerate(args)]
         if changes and isinstance(target, Placeholder):
             func = {"addcmul_": torch.addcmul}.get(name, torch.add)
         result = func(*new, **kwargs)
@@ -409,11 +416,12 @@ def _change(
     found: list[Placeholder],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    site: Site,
 ) -> Any:
-    """Something works in place."""
+    """Something works in place, at `site` in the code."""
     target = kwargs.get("out") if kwargs.get("out") is not None else args[0]
     if not isinstance(target, Placeholder) or all(p._node.done for p in found):
-        new_args, new_kwargs = _values(args, kwargs, turns)
+        new_args, new_kwargs = _chosen_values(args, kwargs, turns, lambda: site)
         result = func(*new_args, **new_kwargs)
         return target if result is not None else None
     before = _placeholder(target._node, target._leaf)
@@ -464,25 +472,43 @@ def _requires_grad(placeholder: Placeholder) -> bool:
     )
 
 
-def _values(
-    args: Any, kwargs: Mapping[str, Any], turns: tuple[Turn, ...] = ()
-) -> tuple[Any, Mapping[str, Any]]:
-    """Arguments with tensors in place of placeholders; under a gate for samples, those samples."""
-    gate = next((turn.gate for turn in turns if turn.gate.samples is not None), None)
-    if gate is not None and not any(
-        p._node.done and value(p).ndim and len(value(p)) != gate.batch
-        for p in placeholders((args, kwargs))
-    ):
-        gate = None
+def _values(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """Arguments with tensors in place of placeholders."""
 
     def real(leaf: Any) -> Any:
-        if isinstance(leaf, nn.Module):
-            return leaf
-        if isinstance(leaf, Placeholder):
-            return value(leaf)
-        return leaf if gate is None else gate.select(leaf)
+        return value(leaf) if isinstance(leaf, Placeholder) else leaf
 
     return _mapped(real, args), _mapped(real, kwargs)
+
+
+def _chosen_values(
+    args: Any, kwargs: Mapping[str, Any], turns: tuple[Turn, ...], site: Callable[[], Site]
+) -> tuple[Any, Mapping[str, Any]]:
+    """As `_values`; under a gate for samples, those samples of what is not of the branch."""
+    turn = next((turn for turn in turns if turn.gate.samples is not None), None)
+    if turn is not None:
+        args, kwargs = chosen(turn.owner, turn.gate, frozenset(turns), (args, kwargs), site())
+    return _values(args, kwargs)
+
+
+def chosen(
+    owner: nn.Module, gate: Gate, turns: frozenset[Turn], values: Any, place: Hashable
+) -> Any:
+    """The drawn samples of what comes into a branch; what is of it already stays as it is."""
+    if gate.samples is None:
+        return values
+    if isinstance(values, Placeholder):
+        if not turns.isdisjoint(values._node.turns):
+            return values
+        return samples(owner, gate, value(values), place)
+    kind = type(values)
+    if kind is tuple or kind is list:
+        parts = [chosen(owner, gate, turns, each, (place, n)) for n, each in enumerate(values)]
+        changed = any(new is not old for new, old in zip(parts, values, strict=True))
+        return kind(parts) if changed else values
+    if kind is dict:
+        return {k: chosen(owner, gate, turns, each, (place, k)) for k, each in values.items()}
+    return samples(owner, gate, values, place)
 
 
 def _without_numbers(value: Any) -> Any:

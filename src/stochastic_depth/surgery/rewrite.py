@@ -26,7 +26,8 @@ from stochastic_depth.surgery.liveness import (
     surely_defines,
     uses,
 )
-from stochastic_depth.surgery.select import SelectSamples, in_source
+from stochastic_depth.surgery.select import select_samples
+from stochastic_depth.surgery.subset import samples
 from stochastic_depth.surgery.syntax import (
     call,
     compiled,
@@ -162,19 +163,13 @@ def slice_method(
     tree = definition(function)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
     for number, edit in enumerate(edits):
-        branch, *_ = _edit(tree, edit, f"_gate_{number}", copy_shortcut)
+        branch, shared, _ = _edit(tree, edit, f"_gate_{number}", copy_shortcut)
         if select:
-            select_samples = SelectSamples(set(others), f"_gate_{number}")
-            for node in sorted(branch, key=in_source):
-                if isinstance(node, ast.stmt):
-                    select_samples.visit(node)
-                else:
-                    select_samples.generic_visit(node)
-            ast.fix_missing_locations(tree)
+            select_samples(tree, branch, shared, set(others), f"_gate_{number}")
     names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(edits))]
     drawn = call("_gates", ast.Name(module, ast.Load()))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
-    return compiled(function, tree, {"_gates": gates})
+    return compiled(function, tree, {"_gates": gates, "_samples": samples})
 
 
 def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:

@@ -1,60 +1,175 @@
-"""Prove which dimension is the batch, for gates of single samples."""
+"""Prove which dimension is the batch, for gates of single samples; learn what holds samples."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
-from stochastic_depth.surgery.blocks import Found
+from stochastic_depth.gates import Gate
+from stochastic_depth.handle import Block
+from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.bypass import bypassed
+from stochastic_depth.surgery.calls import in_evaluation, in_training
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.subset import SAMPLES, Seen, noted
 from stochastic_depth.tensors import largest_difference, tensors_in
 
+REMEDY = 'use gate="batch", or put the batch first'
 
-def check_samples(model: nn.Module, example: Example, found: Sequence[Found], batch: int) -> None:
+
+def check_samples(
+    model: nn.Module, example: Example, found: Sequence[Found], batch: int
+) -> Example:
     """Prove that the first dimension is the batch: half of the samples alone give the same.
+
+    Returns:
+        The example with half of the samples.
 
     Raises:
         ApplyError: when they do not, as time steps do not, or there are too few samples to see.
     """
-    remedy = 'use gate="batch", or put the batch first'
+    refuse_one(batch)
+    half = half_of(batch)
+    with preserve_state(model), torch.no_grad():
+        model.eval()
+        with bypassed(found, torch.ones(batch, dtype=torch.bool, device="cpu")):
+            whole = tensors_in(caller(model, example)())
+        failure: ApplyError | None = None
+        for part in halves(example, batch):
+            try:
+                with bypassed(found, torch.ones(half, dtype=torch.bool, device="cpu")):
+                    outputs = tensors_in(caller(model, part)())
+            except UnsupportedBlockError:
+                raise
+            except Exception as error:
+                failure = failure or ApplyError(
+                    "gates for single samples need the batch as first dimension of all inputs: "
+                    f"with {half} of {batch} {type(model).__name__} fails "
+                    f"({type(error).__name__}: {error}); {REMEDY}"
+                )
+                continue
+            if _are_first(outputs, whole):
+                return part
+            failure = failure or ApplyError(
+                f"the first dimension of the inputs of {type(model).__name__} is not the batch: "
+                f"the first {half} of {batch} alone give other outputs than among the others, as "
+                f"time steps do and samples do not; {REMEDY}"
+            )
+    assert failure is not None
+    raise failure
+
+
+def refuse_one(batch: int) -> None:
+    """Raise `ApplyError` where an example has too few samples to see anything of them."""
     if batch < 2:
         raise ApplyError(
             "gates for single samples need an example of at least two samples, to see that its "
             f"first dimension is the batch; this one has {batch}"
         )
-    half = (batch + 1) // 2
-    keep = torch.ones(half, dtype=torch.bool, device="cpu")
 
-    def first(value: Any) -> Any:
-        is_one = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-        return value[:half] if is_one else value
 
-    with preserve_state(model), torch.no_grad():
-        model.eval()
-        with bypassed(found, torch.ones(batch, dtype=torch.bool, device="cpu")):
-            whole = tensors_in(caller(model, example)())
-        try:
-            with bypassed(found, keep):
-                part = tensors_in(caller(model, tree_map(first, example))())
-        except UnsupportedBlockError:
-            raise
-        except Exception as error:
-            raise ApplyError(
-                f"gates for single samples need the batch as first dimension of all inputs: with "
-                f"{half} of {batch} {type(model).__name__} fails ({type(error).__name__}: "
-                f"{error}); {remedy}"
-            ) from error
+def half_of(batch: int) -> int:
+    return (batch + 1) // 2
+
+
+def halves(example: Example, batch: int) -> Iterator[Example]:
+    """`example` with half of the samples, in all ways in which its tensors may hold them.
+
+    The first tensor does. Others that are as long may be masks [time, time].
+    """
+    long = [x for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim]
+    first, *others = [id(x) for x in long if len(x) == batch]
+    for kept in range(len(others[:3]) + 1):
+        for whole in itertools.combinations(others[:3], kept):
+            cut = {first, *others} - set(whole)
+            yield tree_map(lambda x, c=cut: x[: half_of(batch)] if id(x) in c else x, example)
+
+
+def _are_first(part: list[Tensor], whole: list[Tensor]) -> bool:
+    """Whether outputs of some samples are the first of those of all."""
+    if len(part) != len(whole):
+        return False
     expected = [x[: len(y)] if x.ndim and y.ndim else y for x, y in zip(whole, part, strict=True)]
     compared = [(x, y) for x, y in zip(expected, part, strict=True) if x.ndim and y.ndim]
-    same = all(x.shape == y.shape for x, y in compared)
-    if not same or largest_difference(*map(list, zip(*compared, strict=True))) > 1e-3:
-        raise ApplyError(
-            f"the first dimension of the inputs of {type(model).__name__} is not the batch: the "
-            f"first {half} of {batch} alone give other outputs than among the others, as time "
-            f"steps do and samples do not; {remedy}"
-        )
+    if not compared:
+        return True
+    if any(x.shape != y.shape for x, y in compared):
+        return False
+    return largest_difference(*map(list, zip(*compared, strict=True))) <= 1e-3
+
+
+def learn_samples(
+    model: nn.Module,
+    examples: tuple[Example, Example],
+    batch: int,
+    found: Sequence[Found],
+    blocks: Sequence[Block],
+) -> None:
+    """Note in the modules which tensors that come into a branch hold samples.
+
+    Args:
+        examples: with all samples and with half of them.
+
+    Raises:
+        UnsupportedBlockError: when samples come into a branch in another dimension than the first.
+    """
+    sizes = batch, half_of(batch)
+    known: dict[nn.Module, dict[Any, bool]] = {}
+    holds = {m: block for block in found for unit in block.units for m, _ in unit.edits}
+    handed = {m for b in found for u in b.units if len(u.edits) > 1 for m, _ in u.edits}
+    for training in (False, True):
+        seen = [
+            _shapes(model, caller(model, each), blocks, size, training)
+            for each, size in zip(examples, sizes, strict=True)
+        ]
+        for (module, place), shapes in seen[0].items():
+            pairs = zip(shapes, seen[1].get((module, place), ()), strict=False)
+            verdicts = {_verdict(one, other, sizes) for one, other in pairs}
+            verdict = verdicts.pop() if len(verdicts) == 1 else None
+            if verdicts or (verdict is None and module not in handed):
+                block = holds.get(module, found[0])
+                why = (
+                    f"a tensor {list(shapes[0])} comes into its branch that does not hold the "
+                    f'{batch} samples first: use gate="batch" for this model'
+                )
+                raise unsupported(block.name, block.module, why)
+            known.setdefault(module, {})[place] = bool(verdict)
+    for module, places in known.items():
+        module.__dict__[SAMPLES] = places
+
+
+def _verdict(one: tuple[int, ...], other: tuple[int, ...], sizes: tuple[int, int]) -> bool | None:
+    """Whether a tensor of these shapes holds the samples first; None if elsewhere."""
+    if one == other:
+        return False
+    if one[:1] == sizes[:1] and other[:1] == sizes[1:] and one[1:] == other[1:]:
+        return True
+    return None
+
+
+def _shapes(
+    model: nn.Module,
+    run: Callable[..., Any],
+    blocks: Sequence[Block],
+    batch: int,
+    training: bool,
+) -> Mapping[Any, Any]:
+    """What comes into the branches; nothing where the example is not one to train on."""
+    gate = Gate(samples=torch.arange(batch, device="cpu"), batch=batch)
+    gates = in_training(blocks, [gate] * len(blocks)) if training else in_evaluation(blocks, gate)
+    seen: Seen = {}
+    with preserve_state(model), torch.no_grad():
+        model.train(training)
+        try:
+            with gates, noted() as seen:
+                run()
+        except Exception:
+            if not training:
+                raise
+            return {}
+    return seen

@@ -182,6 +182,7 @@ def recorded(
     made: Callable[[Callable[..., Any], tuple[int | None, ...], Any], None],
     returned: Callable[[Call, Any], None],
     count_flops: bool,
+    gradients: bool = False,
 ) -> Iterator[None]:
     """While entered, what `model` computes goes into `recording`.
 
@@ -196,7 +197,7 @@ def recorded(
                 continue
             for handle in _hooks(name, module, recording, returned):
                 entered.callback(handle.remove)
-        entered.enter_context(torch.no_grad())
+        entered.enter_context(torch.set_grad_enabled(gradients))
         counter = entered.enter_context(CountFlops()) if count_flops else None
         entered.enter_context(_Functions(recording, made, counter))
         yield

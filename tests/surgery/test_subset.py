@@ -1,0 +1,218 @@
+"""Subset gates where samples, time steps and channels are equally many: nothing tells by length."""
+
+import functools
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import stochastic_depth as sd
+from stochastic_depth.surgery.apply import applied_to
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+N = 4
+"""Samples, time steps and channels alike."""
+
+
+class Attention(nn.Module):
+    """Attention over [samples, time, channels] with a mask [time, time], time first inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.value = nn.LayerNorm(N), nn.Linear(N, N)
+
+    def forward(self, x, mask):
+        h = self.norm(x)
+        scores = torch.einsum("btc,bsc->bts", h, h) + mask
+        steps = self.value(h).transpose(0, 1)
+        return torch.einsum("bts,sbc->btc", scores.softmax(-1), steps)
+
+
+class Sliced(nn.Module):
+    """Uses a mask, a scale for each channel and a condition [samples, channels] in its method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.value = nn.LayerNorm(N), nn.Linear(N, N)
+        self.gamma = nn.Parameter(torch.rand(N))
+
+    def forward(self, x, mask, condition):
+        gamma = self.gamma * 2
+        h = self.norm(x) + condition[:, None]
+        scores = torch.einsum("btc,bsc->bts", h, h) + mask
+        steps = self.value(h).transpose(0, 1)
+        h = torch.einsum("bts,sbc->btc", scores.softmax(-1), steps)
+        return x + gamma * h
+
+
+class Looping(nn.Module):
+    """Its branch changes a variable from outside in each turn of a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Linear(N, N) for _ in range(3))
+
+    def forward(self, x, mask, condition):
+        h = x
+        for step in self.steps:
+            h = torch.tanh(step(h)).transpose(0, 1)
+            condition = condition * 0.5
+            h = h + condition[None]
+            h = torch.einsum("ts,sbc->btc", mask, h)
+        return x + h
+
+
+class Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(N))
+
+    def forward(self, x, steps):
+        return x + steps.transpose(0, 1) * self.scale
+
+
+class Handing(nn.Module):
+    """Computes its branch, time first, for a module that adds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.add = Attention(), Adds()
+
+    def forward(self, x, mask, condition):
+        steps = self.attention(x + condition[:, None], mask).transpose(0, 1)
+        return self.add(x, steps)
+
+
+SOURCELESS = """
+def forward(self, x, mask, condition):
+    return x + self.attention(x + condition[:, None], mask)
+"""
+
+
+class Opaque(nn.Module):
+    """Nothing knows its source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    made: ClassVar[dict] = {}
+    exec(SOURCELESS, {}, made)
+    forward = made["forward"]
+
+
+class Model(nn.Module):
+    def __init__(self, kind) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(N, N)
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x, mask, condition):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, mask, condition)
+        return x
+
+
+class Trunk(nn.Module):
+    """Adds itself, in a loop; uses the mask and the condition on what its modules give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(N, N)
+        self.blocks = nn.ModuleList(nn.ModuleList([Attention()]) for _ in range(3))
+        self.gamma = nn.Parameter(torch.rand(N))
+
+    def forward(self, x, mask, condition):
+        x = self.stem(x)
+        for (attention,) in self.blocks:
+            x = x + self.branch(attention, x, mask, condition)
+        return x
+
+    def branch(self, attention, x, mask, condition):
+        h = attention(x, mask) * condition.unsqueeze(1)
+        return torch.einsum("ts,bsc->btc", mask, h) * self.gamma
+
+
+def inputs(time: int = N):
+    torch.manual_seed(1)
+    x, mask = torch.randn(N, time, N), torch.randn(time, time)
+    return x.double(), mask.double(), torch.randn(N, N).double()
+
+
+def one_block(model, n, x, mask, condition):
+    """The original block, on all samples."""
+    if isinstance(model, Trunk):
+        return x + model.branch(model.blocks[n][0], x, mask, condition)
+    return model.blocks[n](x, mask, condition)
+
+
+WAYS = {Sliced: "slice", Looping: "slice", Handing: "call", Opaque: "opaque", Trunk: "deferred"}
+
+
+@pytest.mark.parametrize("kind", WAYS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("times", [(N, N), (3, N)], ids=["equal", "equal-later"])
+def test_every_sample_gets_the_branches_that_were_drawn_for_it(kind, times):
+    make = Trunk if kind is Trunk else functools.partial(Model, kind)
+    original, model = make().double(), make().double()
+    on_example, later = times
+    handle = sd.apply(model, sd.Uniform(0.5), example=inputs(on_example), gate="subset")
+    assert {block.mechanism for block in applied_to(model).found} == {WAYS[kind]}
+    x, mask, condition = inputs(later)
+    for _ in range(12):
+        found = model(x, mask, condition)
+        expected = original.stem(x)
+        for n, keep in enumerate(handle.gates):
+            branch = one_block(original, n, expected, mask, condition)
+            expected = torch.where(keep[:, None, None], branch, expected)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_mask_that_comes_later_is_not_taken_for_samples():
+    class Optional(Sliced):
+        def forward(self, x, mask=None):
+            h = self.norm(x)
+            if mask is not None:
+                h = torch.einsum("ts,bsc->btc", mask, h)
+            return x + self.value(h)
+
+    model = nn.Sequential(Optional()).double()
+    x, mask, _ = inputs()
+    sd.apply(model, sd.Uniform(0.5), example=x, gate="subset")
+    handle = sd.handle_of(model)
+    keep = torch.tensor([[True, False, True, False]])
+    with handle.forced(keep), pytest.raises(sd.GateError, match="not there on the example"):
+        model[0](x, mask)
+
+
+class Across(Sliced):
+    """Is handed the condition as [channels, samples]."""
+
+    def forward(self, x, mask, condition):
+        return x + (self.value(x) + self.norm(condition.T)[:, None])
+
+
+class AcrossModel(Model):
+    def __init__(self) -> None:
+        super().__init__(Across)
+
+    def forward(self, x, mask, condition):
+        x, condition = self.stem(x), condition.T
+        for block in self.blocks:
+            x = block(x, mask, condition)
+        return x
+
+
+def test_samples_in_another_dimension_are_selected_where_they_come_first():
+    model, original = AcrossModel().double(), AcrossModel().double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=inputs(), gate="subset")
+    x, mask, condition = inputs()
+    found, expected = model(x, mask, condition), original.stem(x)
+    for n, keep in enumerate(handle.gates):
+        branch = original.blocks[n](expected, mask, condition.T)
+        expected = torch.where(keep[:, None, None], branch, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
