@@ -141,7 +141,7 @@ class _NoDropout(TorchFunctionMode):
             return args[0] + 0
         if name == "scaled_dot_product_attention":
             kwargs.pop("dropout_p", None)
-            args = (*args[:4], 0.0, *args[5:])
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
         elif name == "multi_head_attention_forward":
             kwargs["training"] = False
         return func(*args, **kwargs)

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.additions import Addition, Passed, discover
-from stochastic_depth.surgery.blocks import Found, Unit
-from stochastic_depth.surgery.branches import Analysis
+from stochastic_depth.surgery.blocks import Found, Unit, repeated_block
+from stochastic_depth.surgery.branches import Analysis, Event, Group
 from stochastic_depth.surgery.droppath import silence
 from stochastic_depth.surgery.edits import ADDITIONS, Deferred, Site, site_of
 from stochastic_depth.surgery.preserve import preserve_state
@@ -83,90 +83,88 @@ def joined(
         passed: gets the additions of modules that have no block in evaluation.
     """
     blocks = list(found)
+    put_off: list[Addition] = []
     for name in dict.fromkeys(name for name, _ in additions):
         own = [addition for of, addition in additions if of == name]
         numbers = [n for n, block in enumerate(blocks) if block.name == name]
-        if not numbers:
-            passed += [
-                Passed(
-                    addition.owner,
-                    str(addition.edits[0][1] or "in a function"),
-                    "it is made in training mode only: no block of evaluation belongs to it",
-                )
-                for addition in own
-            ]
+        if not numbers or any(blocks[n].mechanism == "deferred" for n in numbers):
+            put_off += own
             continue
-        shared = len(numbers) == 1
-        for n, of_block in (
-            [(numbers[0], own)] if shared else zip(numbers, _each(own), strict=False)
-        ):
-            blocks[n] = _with(blocks[n], of_block, analysis, modules, cut)
-        if not shared and len(own) != len(numbers):
-            n = numbers[-1]
-            blocks[n] = replace(blocks[n], refusal=_UNLIKE)
+        if len(numbers) == 1:
+            blocks[numbers[0]] = _with(blocks[numbers[0]], own, cut)
+            continue
+        for n, addition in zip(numbers, own, strict=False):
+            blocks[n] = _with(blocks[n], [addition], cut)
+        if len(own) != len(numbers):
+            blocks[numbers[-1]] = replace(blocks[numbers[-1]], refusal=_UNLIKE)
+    of_event = {event: addition for addition in put_off for event in addition.events}
+    for group in analysis.blocks(of_event, lambda name: repeated_block(name, modules)):
+        numbers = [n for n, block in enumerate(blocks) if block.name == group.block]
+        for n in numbers[:1]:
+            blocks[n] = _put_off_too(blocks[n], group, analysis, modules)
+        if not numbers:
+            alone = dict.fromkeys(of_event[event] for event in group.events)
+            passed += [
+                Passed(a.owner, str(a.edits[0][1] or "in a function"), _ALONE) for a in alone
+            ]
     return blocks
 
 
+_ALONE = "it is made in training mode only: no block of evaluation belongs to it"
 _UNLIKE = (
     "in training mode its module makes another number of residual additions than in evaluation: "
     'granularity="block" gives all of them one gate'
 )
 
 
-def _each(additions: Sequence[Addition]) -> list[list[Addition]]:
-    return [[addition] for addition in additions]
-
-
-def _with(
-    block: Found,
-    additions: Sequence[Addition],
-    analysis: Analysis,
-    modules: Mapping[str, nn.Module],
-    cut: Cut,
-) -> Found:
+def _with(block: Found, additions: Sequence[Addition], cut: Cut) -> Found:
+    """A block whose methods are rewritten at `additions` too."""
     if block.refusal or block.mechanism in ("registered", "opaque", "Residual"):
         return block
-    called = Counter(name for addition in additions for name in addition.modules)
     try:
-        if block.mechanism == "deferred":
-            units = _put_off_too(block, additions, analysis, modules)
-        else:
-            units = (*block.units, *map(cut, additions))
+        units = (*block.units, *map(cut, additions))
     except UnsupportedBlockError as error:
         return replace(block, refusal=f"in training mode it adds in another way: {error}")
+    called = Counter(name for addition in additions for name in addition.modules)
     return replace(block, units=units, modules=block.modules | called)
 
 
 def _put_off_too(
-    block: Found,
-    additions: Sequence[Addition],
-    analysis: Analysis,
-    modules: Mapping[str, nn.Module],
-) -> tuple[Unit, ...]:
-    """The units of a deferred block, which know their additions in training mode too."""
-    events = [event for addition in additions for event in addition.events]
-    for event in events:
-        analysis.place(event)
-    group = analysis.group(block.name, events)
+    block: Found, group: Group, analysis: Analysis, modules: Mapping[str, nn.Module]
+) -> Found:
+    """A deferred block that knows its additions in training mode too."""
+    if block.refusal:
+        return block
     units = list(block.units)
-    for event, edit in zip(group.events, analysis.edits(group, False, 0), strict=True):
-        names = {calls.module for calls in edit.calls}
-        n = max(range(len(units)), key=lambda n: len(names & _names(units[n])))
-        owner, before = units[n].edits[0]
-        assert isinstance(before, Deferred)
-        if modules[group.owner.name] is not owner or not names & _names(units[n]):
-            raise UnsupportedBlockError("other modules run for its branch than in evaluation")
-        calls = {each.module: each for each in before.calls}
-        for each in edit.calls:
-            known = calls.setdefault(each.module, each)
-            if known != each and not (known.always and each.always):
-                raise UnsupportedBlockError(
-                    f"{each.module!r} is called more or less often than in evaluation"
-                )
-        sites = tuple(dict.fromkeys((*before.sites, *edit.sites)))
-        after = replace(before, sites=sites, calls=tuple(calls.values()))
-        units[n] = replace(units[n], edits=((owner, after),), events=(*units[n].events, event))
-    return tuple(units)
+    try:
+        edits = analysis.edits(group, False, 0)
+        for event, edit in zip(group.events, edits, strict=True):
+            names = {calls.module for calls in edit.calls}
+            n = max(range(len(units)), key=lambda n: len(names & _names(units[n])))
+            if modules[group.owner.name] is not units[n].edits[0][0] or not names & _names(
+                units[n]
+            ):
+                raise UnsupportedBlockError("other modules run for its branch than in evaluation")
+            units[n] = _joined(units[n], event, edit)
+    except UnsupportedBlockError as error:
+        return replace(block, refusal=f"in training mode it adds in another way: {error}")
+    return replace(block, units=tuple(units), modules=block.modules | group.modules)
+
+
+def _joined(unit: Unit, event: Event, edit: Deferred) -> Unit:
+    """A deferred unit whose addition stands elsewhere in training mode."""
+    owner, before = unit.edits[0]
+    assert isinstance(before, Deferred)
+    calls = {each.module: each for each in before.calls}
+    for each in edit.calls:
+        known = calls.setdefault(each.module, each)
+        if known != each and not (known.always and each.always):
+            raise UnsupportedBlockError(
+                f"{each.module!r} is called more or less often than in evaluation"
+            )
+    sites = tuple(dict.fromkeys((*before.sites, *edit.sites)))
+    after = replace(before, sites=sites, calls=tuple(calls.values()))
+    return replace(unit, edits=((owner, after),), events=(*unit.events, event))
 
 
 def _names(unit: Unit) -> set[str]:
