@@ -158,7 +158,7 @@ def find_blocks(
         return found
     additions = _residual_ones(more[0], modules, passed)
     of_block = [(_block_of(a, modules, granularity)[0], a) for a in additions]
-    of_block = [(name, addition) for name, addition in of_block if chosen.has(name, addition.modules)]
+    of_block = [(name, a) for name, a in of_block if not name or chosen.has(name, a.modules)]
     cut = functools.partial(_unit, modules=modules)
     return joined(found, of_block, more[1], modules, cut, passed)
 
