@@ -105,7 +105,7 @@ def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "precision", "absent", "because"),
     [
-        ("cpu", "float32", None, "digits's is 8"),
+        ("cpu", "float32", None, "32 pixels a side, not 8"),
         ("cpu", "bfloat16", NO_KERNELS, NO_KERNELS),
         ("cuda", "bfloat16", None, "not been measured"),
     ],
