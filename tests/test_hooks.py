@@ -187,7 +187,10 @@ def test_forced_gates_are_those_of_the_backward_pass_and_end():
         model.features(batch())
 
 
-@pytest.mark.parametrize("wrong", [[True], [[[True] * 2] * BLOCKS], torch.ones(BLOCKS)])
+WRONG_GATES = [True], [[[True] * 2] * BLOCKS], torch.ones(BLOCKS), "abc", None
+
+
+@pytest.mark.parametrize("wrong", WRONG_GATES)
 def test_forced_gates_that_do_not_fit_are_an_error_that_says_what_fits(wrong):
     _, handle = applied()
     with pytest.raises(sd.GateError, match=r"bool \[5\], one gate for each block, or bool \[5, b"):

@@ -87,6 +87,11 @@ def test_a_probability_outside_of_0_to_1_names_rule_block_and_value(p: float) ->
     assert "above 0 and at most 1" in str(error.value)
 
 
+def test_a_probability_outside_of_0_to_1_in_a_list_is_said_of_the_list() -> None:
+    with pytest.raises(sd.SurvivalError, match=r"^survival gives block 2 of 3 the .* 0\.0;"):
+        survival_of([1.0, 0.0, 0.5], ["a", "b", "c"])
+
+
 @pytest.mark.parametrize("answer", [None, "often", [0.5], 1j])
 def test_a_rule_that_gives_no_number_names_rule_and_block(answer: object) -> None:
     def odd(block: int, blocks: int) -> object:

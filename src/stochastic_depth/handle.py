@@ -443,13 +443,17 @@ class Handle:
     def _chosen(
         self, gates: Sequence[bool] | Tensor, scaled: bool, dimensions: tuple[int, ...]
     ) -> Forced:
-        coins = torch.as_tensor(gates, device="cpu").clone()
         blocks = len(self.blocks)
-        right = coins.dtype == torch.bool and coins.ndim in dimensions and len(coins) == blocks
-        if not right:
+        try:
+            coins = torch.as_tensor(gates, device="cpu").clone()
+            shape = coins.dtype == torch.bool and coins.ndim in dimensions and len(coins)
+            given = f"{coins.dtype} {list(coins.shape)}"
+        except (TypeError, ValueError, RuntimeError):  # no numbers, or rows of several lengths
+            coins, shape, given = torch.empty(0), None, repr(gates)
+        if shape != blocks:
             form = f"bool [{blocks}], one gate for each block"
             form += f", or bool [{blocks}, batch]" if 2 in dimensions else ""
-            raise GateError(f"gates are given as {form}, not as {coins.dtype} {list(coins.shape)}")
+            raise GateError(f"gates are given as {form}, not as {given}")
         return Forced(coins, scaled)
 
     def _gates_of(self, chosen: Forced, closed: Closed = "skipped") -> list[Gate]:

@@ -50,6 +50,37 @@ def uncompiled(hook: Callable[P, T]) -> Callable[P, T]:
     return maybe_compiled
 
 
+def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which torch.compile calls as it is: with it a graph ends, and another begins.
+
+    In its place: `torch.compiler.disable`, which loads the compiler, for seconds, when it is
+    called; or an answer of PyTorch's own for who has not loaded it.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    swap = frames.set_eval_frame
+
+    @wraps(function)
+    def as_it_is(*args: Any, **kwargs: Any) -> Any:
+        compiler = swap(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            swap(compiler)
+
+    if hasattr(frames, "skip_code"):  # in older versions
+        frames.skip_code(as_it_is.__code__)
+    else:
+        action = frames._FrameAction
+        strategy = frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
+        frames.set_code_exec_strategy(as_it_is.__code__, strategy)
+    as_it_is._torchdynamo_disable = True  # type: ignore[attr-defined]
+    as_it_is._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "stochastic depth draws and reads its gates outside of graphs: sd.compile_blocks(model) "
+        "compiles the blocks of a model, instead of torch.compile(model)"
+    )
+    return as_it_is
+
+
 class ForwardHooks:
     """Hooks on a model: gates are drawn when its forward pass begins in training mode.
 
@@ -72,6 +103,7 @@ class ForwardHooks:
         """For each backward pass under way the forward pass that it is in."""
 
     @uncompiled
+    @never_traced
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw, unless this is evaluation or a recomputation."""
         self._under_way.append(None)
@@ -98,6 +130,7 @@ class ForwardHooks:
         self._begin(self.handle.next_gates(batch), is_replicated(model))
 
     @uncompiled
+    @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
         """Hook on the model, also when its forward pass has failed."""
         if not self._under_way:  # a hook before ours has failed
@@ -210,6 +243,7 @@ class ForwardPass:
             if not is_compiled(module):  # it would keep its hook for good
                 self._on_modules.append(module.register_forward_hook(self._passed))
 
+    @never_traced
     def _passed(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Hook on the module of a closed block."""
         parameters = self._left.get(module)

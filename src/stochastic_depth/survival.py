@@ -327,7 +327,10 @@ def survival_of(
             "sd.plan shows them"
         )
     given = list(survival)
-    return survival_probabilities(lambda block, blocks: given[block - 1], len(names), zero)
+    return tuple(
+        _checked(lambda block, _: given[block - 1], n + 1, len(names), zero, "survival")
+        for n in range(len(names))
+    )
 
 
 def _positions(names: Sequence[str], stacks: Sequence[str]) -> tuple[tuple[int, int], ...]:
@@ -350,10 +353,14 @@ def _checked(
     try:
         p = float(rule(block, blocks))
     except (TypeError, ValueError) as error:
-        raise SurvivalError(f"{of or rule!r} gives no number for block {block}: {error}") from error
+        raise SurvivalError(f"{_shown(of or rule)} gives no number for block {block}: {error}") from error
     if not (0 <= p <= 1 if zero else 0 < p <= 1):
         raise SurvivalError(
-            f"{of or rule!r} gives block {block} of {blocks} the survival probability {p}; "
+            f"{_shown(of or rule)} gives block {block} of {blocks} the survival probability {p}; "
             f"it must be {'at least' if zero else 'above'} 0 and at most 1"
         )
     return p
+
+
+def _shown(rule: object) -> str:
+    return rule if isinstance(rule, str) else repr(rule)

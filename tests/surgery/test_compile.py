@@ -426,6 +426,32 @@ def test_modules_of_pytorchs_own_in_deferred_branches_are_compiled():
     assert graphs.count() >= 3
 
 
+def test_a_model_compiled_as_a_whole_runs_as_its_gates_say():
+    for model, f in (
+        (stack(Block, [4, 4]), lambda block, x: block.linear(block.norm(x))),
+        (Trunk(), None),
+    ):
+        torch._dynamo.reset()
+        model = model.double().train()
+        twin, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
+        handle = sd.apply(model, sd.Uniform(0.5), example=x)
+        whole = torch.compile(model, backend="eager")
+        parts = list(twin) if f else list(zip(twin.norms, twin.layers, strict=True))
+        for step in range(4):
+            model.zero_grad(), twin.zero_grad()
+            output, expected = whole(x), x
+            for part, gate in zip(parts, handle.gates, strict=True):
+                branch = f(part, expected) if f else part[1](part[0](expected))
+                expected = expected + gate * torch.tanh(branch)
+            assert handle.step == step + 1
+            torch.testing.assert_close(output, expected)
+            if output.requires_grad:
+                output.square().sum().backward()
+            expected.square().sum().backward()
+            for mine, right in zip(model.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(mine.grad, right.grad)
+
+
 def test_what_cannot_be_compiled_is_an_error():
     class Breaking(Block):
         def forward(self, x):

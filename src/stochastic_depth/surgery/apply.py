@@ -153,7 +153,7 @@ def apply(
     for option, value, known in (
         ("gate", gate, get_args(GateKind)),
         ("closed", closed, get_args(Closed)),
-        ("scale", scale or "inference", ("inference", "training")),
+        ("scale", "inference" if scale is None else scale, ("inference", "training")),
         ("skipped", skipped, get_args(SkippedPolicy)),
         ("granularity", granularity, get_args(Granularity)),
     ):

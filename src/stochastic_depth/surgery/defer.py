@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from stochastic_depth.errors import GateError, UnmetError
 from stochastic_depth.gates import BlockGates, Gate
+from stochastic_depth.hooks import never_traced
 from stochastic_depth.surgery.edits import Deferred
 from stochastic_depth.surgery.placeholder import (
     Node,
@@ -90,7 +91,7 @@ def deferring_forward(
                 begin_tape(tape)
         return forward(self, *args, **kwargs)
 
-    return deferring
+    return never_traced(deferring)
 
 
 def _is_plain(gate: Gate) -> bool:

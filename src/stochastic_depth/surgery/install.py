@@ -136,7 +136,7 @@ def gated_class(
         },
     )
     forward = vars(made).get("forward")  # transformers wraps it as the class is made
-    if isinstance(forward, FunctionType):
+    if isinstance(forward, FunctionType) and not (deferred or is_entry):
         forward.__code__ = forward.__code__.replace(co_name=f"forward_{look}")
     return made
 
