@@ -353,7 +353,9 @@ def _checked(
     try:
         p = float(rule(block, blocks))
     except (TypeError, ValueError) as error:
-        raise SurvivalError(f"{_shown(of or rule)} gives no number for block {block}: {error}") from error
+        raise SurvivalError(
+            f"{_shown(of or rule)} gives no number for block {block}: {error}"
+        ) from error
     if not (0 <= p <= 1 if zero else 0 < p <= 1):
         raise SurvivalError(
             f"{_shown(of or rule)} gives block {block} of {blocks} the survival probability {p}; "
