@@ -63,7 +63,8 @@ def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
     if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
         return (
             f"{running[0]!r} of its branch must run even when the block is closed, because the "
-            "model needs more of it than what is added"
+            "model needs more of it than what is added, or hands it on in what is no tensor (a "
+            "packed sequence)"
         )
     return ""
 

@@ -56,7 +56,7 @@ class Truth:
     selected: tuple[Outputs, ...]
     """With each of `closed` open for every other sample."""
     random: bool
-    """Whether the model draws random numbers in evaluation."""
+    """Whether the model gives other outputs when it is called again: by chance, or by memory."""
 
 
 def closed_sets(blocks: int) -> list[frozenset[int]]:
@@ -273,7 +273,8 @@ class _Proof:
             return ""
         return (
             " (the model itself gives different outputs for the same input: it draws random "
-            "numbers in evaluation, and a closed branch draws none)"
+            "numbers in evaluation, or keeps something from one call for the next, and a closed "
+            "branch does neither)"
         )
 
 
