@@ -12,11 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.autograd import Variable
 from torch.distributed._composable.replicate import DDP as Replicated  # noqa: N811
 from torch.nn.parallel import DistributedDataParallel
@@ -28,26 +27,8 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle, open_in_training
 from stochastic_depth.tensors import replace_tensors, tensors_in
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _REMEMBERED = 64
 """So many passes are kept of which nothing that was computed can be seen."""
-
-
-def uncompiled(hook: Callable[P, T]) -> Callable[P, T]:
-    """`hook`, which `torch.compile` leaves to the interpreter where it compiles a whole model.
-
-    In its place: `torch.compiler.disable`, if it did not load the compiler.
-    """
-    interpreted = _disable_dynamo(hook)
-
-    @wraps(hook)
-    def maybe_compiled(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling():
-            return interpreted(*args, **kwargs)
-        return hook(*args, **kwargs)
-
-    return maybe_compiled
 
 
 def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +83,6 @@ class ForwardHooks:
         self._in_backward: dict[int, ForwardPass] = {}
         """For each backward pass under way the forward pass that it is in."""
 
-    @uncompiled
     @never_traced
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw, unless this is evaluation or a recomputation."""
@@ -129,7 +109,6 @@ class ForwardHooks:
         batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
         self._begin(self.handle.next_gates(batch), is_replicated(model))
 
-    @uncompiled
     @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
         """Hook on the model, also when its forward pass has failed."""
