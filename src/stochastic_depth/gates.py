@@ -114,7 +114,7 @@ class Gate(NamedTuple):
         return zeros.index_copy(0, samples.to(f.device), f)
 
 
-OPEN = Gate()
+OPEN, SHUT = Gate(), Gate(open=False)
 
 
 @dataclass(slots=True)
@@ -287,6 +287,8 @@ def training_gates(
         factors = _each([1 / share if share else 1.0 for share in shares])
     if closed == "forward-only":
         return [Gate(detached=not b) for b in coins.tolist()]
+    if kind == "batch" and scale != "training":
+        return [OPEN if b else SHUT for b in coins.tolist()]
     if kind == "batch":
         return [Gate(b, factor) for b, factor in zip(coins.tolist(), factors, strict=True)]
     if kind == "sample":

@@ -2,18 +2,17 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stochastic_depth.block import Block, open_in_training
 from stochastic_depth.choices import GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gates import (
-    BlockGates,
     Closed,
     Gate,
     draw,
@@ -21,152 +20,6 @@ from stochastic_depth.gates import (
     training_gates,
 )
 from stochastic_depth.survival import Probabilities
-
-
-class Owned(NamedTuple):
-    """Parameters of a branch, by the module that owns them: wrapping a model changes names."""
-
-    owner: nn.Module
-    name: str
-    """Of a child of `owner` that is all branch, or of one parameter."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those that are there now: of whatever has taken the place of a module since."""
-        child = self.owner._modules.get(self.name)
-        if child is not None:
-            yield from child.parameters()
-            return
-        own = self.owner._parameters
-        changed = self.owner._modules.get("parametrizations")
-        if own.get(self.name) is not None:
-            yield own[self.name]  # pyright: ignore[reportReturnType]
-        elif isinstance(changed, nn.ModuleDict) and self.name in changed:
-            yield from changed[self.name].parameters()
-        else:  # pruned, or normalised by torch.nn.utils.weight_norm or spectral_norm
-            parts = (own.get(f"{self.name}_{part}") for part in ("orig", "g", "v"))
-            yield from (part for part in parts if part is not None)
-
-
-@dataclass
-class Block:
-    """One residual block of a model: open or closed as a whole."""
-
-    name: str
-    gates: tuple[BlockGates, ...]
-    """One for each of its additions."""
-    parameters: tuple[str, ...]
-    """Names, in the model that was given to `sd.apply`, of the parameters of its branch."""
-    module: nn.Module
-    asking: tuple[nn.Module, ...]
-    """The modules that ask for its gates: in their training mode for those of training."""
-    owned: tuple[Owned, ...]
-    """The same parameters as `parameters`."""
-    _looked_at: list[tuple[dict, tuple]] = field(default_factory=list, repr=False)
-    """What the modules held when the parameters were looked for, which takes a while."""
-    _parameters: list[nn.Parameter] = field(default_factory=list, repr=False)
-
-    @property
-    def in_training(self) -> Gate | None:
-        """What the block does in the training pass under way."""
-        return self.gates[0].training
-
-    @property
-    def in_evaluation(self) -> Gate:
-        """What it does in evaluation."""
-        return self.gates[0].evaluation
-
-    def open_in_training(self, gate: Gate | None) -> None:
-        """Set what the block does in the training pass under way."""
-        for addition in self.gates:
-            addition.training = gate
-
-    @property
-    def is_in_training(self) -> bool:
-        """Whether some of it is in training mode."""
-        return any(module.training for module in self.asking)
-
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that its branch has now, and that need a gradient."""
-        same = self._looked_at and all(
-            len(now) == len(then) and all(map(operator.is_, now.values(), then))
-            for now, then in self._looked_at
-        )
-        if not same:
-            modules = {owned.owner for owned in self.owned}
-            children = (owned.owner._modules.get(owned.name) for owned in self.owned)
-            modules |= {m for child in children if child is not None for m in child.modules()}
-            held = [d for module in modules for d in (module._modules, module._parameters)]
-            self._looked_at = [(d, tuple(d.values())) for d in held]
-            parameters = (p for owned in self.owned for p in owned.parameters())
-            self._parameters = list(dict.fromkeys(parameters))
-        return [p for p in self._parameters if p.requires_grad]
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy looks for itself
-        return {**self.__dict__, "_looked_at": [], "_parameters": []}
-
-    def sparse_weights(self) -> Iterator[nn.Parameter]:
-        """Those whose gradients are sparse: of embeddings that were made so."""
-        for owned in self.owned:
-            child = owned.owner._modules.get(owned.name)
-            for module in (owned.owner if child is None else child).modules():
-                if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-                    yield module.get_parameter("weight")
-
-
-def owned_parameters(
-    model: nn.Module, names: Iterable[str], there: Mapping[str, int]
-) -> tuple[Owned, ...]:
-    """The parameters of `model` with these names, by the modules that own them.
-
-    As few and as large modules as there are, each with no other parameters.
-
-    Args:
-        there: `count_inside` of the names of all parameters of the model.
-    """
-    names = list(dict.fromkeys(names))
-    wanted = count_inside(names)
-    result: dict[Owned, None] = {}
-    for name in names:
-        path = name.split(".")
-        for length in range(1, len(path) + 1):
-            inside = ".".join(path[:length])
-            if length == len(path) or wanted[inside] == there.get(inside):
-                owner = model.get_submodule(".".join(path[: length - 1]))
-                result[Owned(owner, path[length - 1])] = None
-                break
-    return tuple(result)
-
-
-def count_inside(names: Iterable[str]) -> dict[str, int]:
-    """How many of `names` are inside of each module that they go through."""
-    count: dict[str, int] = {}
-    for name in names:
-        while name := name.rpartition(".")[0]:
-            count[name] = count.get(name, 0) + 1
-    return count
-
-
-def open_in_training(blocks: Iterable[Block], gates: Iterable[Gate | None]) -> None:
-    """Set what each block does in the training pass under way."""
-    for block, gate in zip(blocks, gates, strict=True):
-        block.open_in_training(gate)
-
-
-@contextmanager
-def force(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
-    """While entered, `blocks` have these gates, in training and in evaluation.
-
-    For a model that has no handle yet, and for gates of any form; else `Handle.forced`.
-    """
-    additions = [(a, g) for b, g in zip(blocks, gates, strict=True) for a in b.gates]
-    before = [(addition.training, addition.evaluation) for addition, _ in additions]
-    for addition, gate in additions:
-        addition.training = addition.evaluation = gate
-    try:
-        yield
-    finally:
-        for (addition, _), (training, evaluation) in zip(additions, before, strict=True):
-            addition.training, addition.evaluation = training, evaluation
 
 
 class Forced(NamedTuple):

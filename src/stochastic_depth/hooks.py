@@ -2,64 +2,42 @@
 
 A gate belongs to the forward pass that it was drawn for. When that is over no gate is in force any
 more; when its backward pass recomputes a block, the block asks for its gate of then.
-
-What this library uses of PyTorch that is not public is named here, at the end, each with what will
-replace it.
 """
 
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
-from torch.distributed._composable.replicate import DDP as Replicated  # noqa: N811
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
+from stochastic_depth.block import open_in_training
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
-from stochastic_depth.handle import Handle, open_in_training
+from stochastic_depth.handle import Handle
 from stochastic_depth.tensors import replace_tensors, tensors_in
+from stochastic_depth.torch_private import (
+    at_end_of_backward,
+    backward_pass,
+    call_of,
+    gradients_are_awaited,
+    gradients_are_kept,
+    is_compiled,
+    is_replica,
+    is_replicated,
+    never_traced,
+    next_node_number,
+    node_number,
+    set_call,
+    tree_leaves,
+    whole_call,
+)
 
 _REMEMBERED = 64
 """So many passes are kept of which nothing that was computed can be seen."""
-
-
-def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which torch.compile calls as it is: with it a graph ends, and another begins.
-
-    In its place: `torch.compiler.disable`, which loads the compiler, for seconds, when it is
-    called; or an answer of PyTorch's own for who has not loaded it.
-    """
-    frames: Any = torch._C._dynamo.eval_frame
-    swap = frames.set_eval_frame
-
-    @wraps(function)
-    def as_it_is(*args: Any, **kwargs: Any) -> Any:
-        compiler = swap(None)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            swap(compiler)
-
-    if hasattr(frames, "skip_code"):  # in older versions
-        frames.skip_code(as_it_is.__code__)
-    else:
-        action = frames._FrameAction
-        strategy = frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
-        frames.set_code_exec_strategy(as_it_is.__code__, strategy)
-    as_it_is._torchdynamo_disable = True  # type: ignore[attr-defined]
-    as_it_is._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-        "stochastic depth draws and reads its gates outside of graphs: sd.compile_blocks(model) "
-        "compiles the blocks of a model, instead of torch.compile(model)"
-    )
-    return as_it_is
 
 
 class ForwardHooks:
@@ -203,45 +181,68 @@ class ForwardPass:
         self._clears = hooks.handle.skipped == "freeze"
         self.first = self.end_ = next_node_number()
         """Nodes of the graph that are made meanwhile have a number from `first` to below `end_`."""
-        self._on_modules: list[RemovableHandle] = []
+        self._watched: list[_Watched] = []
         self._blocks = [b for b, g in zip(hooks.blocks, gates, strict=True) if not g.learns]
         """Those that pass no gradient."""
         self._left: dict[nn.Module, list[nn.Parameter]] = {}
         """Parameters of closed blocks whose place in the graph is not known (yet), by module."""
         self._sparse: set[nn.Parameter] = set()
+        self._last_place: tuple[Any, int] | None = None
+        """Where in the graph what the last closed block gave is, while this pass is under way."""
+        self._of_last_place: list[nn.Parameter] = []
         if awaited or not self._clears:
             for block in self._blocks:  # now: while FSDP has gathered them they are others
-                self._left.setdefault(block.module, []).extend(block.trained())
-                self._sparse.update(block.sparse_weights())
+                parameters = block.trained()
+                if parameters:
+                    self._left.setdefault(block.module, []).extend(parameters)
+                    self._sparse.update(block.sparse_weights())
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._watch()
 
     def _watch(self) -> None:
-        """Look at what closed blocks give: where a gradient passes it, it passes the block."""
+        """Look at what closed blocks give: where a gradient passes it, it passes the block.
+
+        As the call of their modules, which costs less than a hook on each.
+        """
         for module in self._left:
-            if not is_compiled(module):  # it would keep its hook for good
-                self._on_modules.append(module.register_forward_hook(self._passed))
+            before = call_of(module)
+            if before is None or not is_compiled(module):
+                watched = _Watched(self, module, before)
+                self._watched.append(watched)
+                set_call(module, watched)
 
     @never_traced
-    def _passed(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Hook on the module of a closed block."""
+    def passed(self, module: nn.Module, output: Any) -> Any:
+        """What the module of a closed block has given, whose place in the graph is noted."""
         parameters = self._left.get(module)
-        places = [t for t in tensors_in(output) if t.grad_fn is not None]
-        if not places or not parameters:
+        if parameters is None:
             return output
-        if self._awaited:
+        places = [t for t in tensors_in(output) if t.grad_fn is not None]
+        if places and self._awaited:
             output = attach(output, parameters)
             places = [t for t in tensors_in(output) if t.grad_fn is not None]
         for tensor in places:
-            tensor.register_hook(partial(self._reached, parameters))
-        del self._left[module]
+            self._tell(tensor, parameters)
+        if places:
+            del self._left[module]
         return output
+
+    def _tell(self, tensor: Tensor, parameters: list[nn.Parameter]) -> None:
+        """When the backward pass comes to `tensor`, it comes to the closed blocks with these."""
+        place = tensor.grad_fn, tensor.output_nr
+        if place == self._last_place:  # its shortcut has given what the closed block before gave
+            self._of_last_place.extend(parameters)
+            return
+        self._last_place, self._of_last_place = place, list(parameters)
+        hook = partial(self._reached_at, tensor.output_nr, self._of_last_place)
+        place[0].register_prehook(hook)  # pyright: ignore[reportOptionalMemberAccess]
 
     def end(self, output: Any) -> Any:
         """The output of the pass, made part of the graph where nothing else makes it one."""
-        for hook in self._on_modules:
-            hook.remove()
-        self._on_modules.clear()
+        for watched in reversed(self._watched):
+            set_call(watched.module, watched.before)
+        self._watched.clear()
+        self._last_place, self._of_last_place = None, []
         if torch.is_grad_enabled() and output is not None:
             output = self._attached(output)
             for tensor in tensors_in(output):
@@ -269,7 +270,14 @@ class ForwardPass:
             open_in_training(self._hooks.blocks, self.gates)  # which the compiler looks at
             at_end_of_backward(self._hooks.handle.rest)
 
-    def _reached(self, parameters: Sequence[nn.Parameter], _: Tensor | None = None) -> None:
+    def _reached_at(
+        self, number: int, parameters: Sequence[nn.Parameter], gradients: tuple[Tensor | None, ...]
+    ) -> None:
+        """A backward pass has come to a node of the graph, perhaps by the result with a number."""
+        if gradients[number] is not None:
+            self._reached(parameters)
+
+    def _reached(self, parameters: Sequence[nn.Parameter]) -> None:
         """A gradient has come to closed blocks: give their parameters the one that they get."""
         without = [p for p in parameters if p.grad is None]
         if without and not gradients_are_kept():
@@ -279,6 +287,22 @@ class ForwardPass:
             parameter.grad = torch.zeros_like(parameter, layout=layout)
         if self._clears and without:
             at_end_of_backward(partial(_clear, without), after_others=True)
+
+
+class _Watched:
+    """The call of a module whose output is looked at."""
+
+    __slots__ = ("before", "by", "call", "module")
+    is_watching = True
+
+    def __init__(self, by: ForwardPass, module: nn.Module, before: Callable[..., Any] | None):
+        self.by, self.module = by, module
+        self.before = before
+        """What is called in place of its forward method and hooks otherwise."""
+        self.call = before or whole_call(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.by.passed(self.module, self.call(*args, **kwargs))
 
 
 def refuse_cache(output: object) -> None:
@@ -321,29 +345,6 @@ def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
     return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
 
 
-def gradients_are_kept() -> bool:
-    """Whether the backward pass under way writes `.grad`: `loss.backward()`, not `autograd.grad`.
-
-    The engine says so of a leaf of the graph: the nearest, which is asked. In `autograd.grad` it
-    does not come to that leaf, or raises. With `backward(inputs=...)` the leaf speaks for all. In
-    its place: a public way to ask what kind of backward pass is under way.
-    """
-    node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
-    level, seen = [node], {node}
-    while level:
-        below: list[Any] = []
-        for node in level:
-            if hasattr(node, "variable"):
-                try:
-                    return torch._C._will_engine_execute_node(node)
-                except RuntimeError:
-                    return False
-            below += dict.fromkeys(n for n, _ in node.next_functions if n is not None)
-        level = [node for node in dict.fromkeys(below) if node not in seen]
-        seen.update(level)
-    return True
-
-
 class _Attach(torch.autograd.Function):
     """The identity of the first `count` tensors."""
 
@@ -361,71 +362,3 @@ class _Attach(torch.autograd.Function):
 def _clear(parameters: Sequence[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
-
-
-# What is not public in PyTorch. Each says what could take its place.
-
-
-def backward_pass() -> int | None:
-    """A number for the backward pass that this thread is in, or None.
-
-    A forward pass in there is a recomputation. In its place: a public hook of
-    `torch.utils.checkpoint` around recomputation.
-    """
-    number = torch._C._current_graph_task_id()
-    return None if number == -1 else number
-
-
-def node_number() -> int:
-    """The number of the node of the graph whose backward pass is under way in this thread.
-
-    Nodes are numbered as they are made, in each thread. In its place: as for `backward_pass`.
-    """
-    node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
-    return -1 if node is None else node._sequence_nr()
-
-
-def next_node_number() -> int:
-    """The number of the node that this thread makes next. In its place: as for `backward_pass`."""
-    if torch.compiler.is_compiling():  # which cannot look into it
-        return 0
-    return torch.autograd._get_sequence_nr()  # pyright: ignore
-
-
-def at_end_of_backward(act: Callable[[], Any], after_others: bool = False) -> None:
-    """Within a backward pass: do something when it has ended.
-
-    In its place: a public form of it, which PyTorch's own DDP and FSDP would use too.
-
-    Args:
-        after_others: after all that others have asked for, and will ask for, until then.
-    """
-    engine = Variable._execution_engine
-    engine.queue_callback(partial(engine.queue_callback, act) if after_others else act)
-
-
-def gradients_are_awaited() -> bool:
-    """Whether a forward pass of `DistributedDataParallel` is under way, which awaits all gradients.
-
-    In its place: `find_unused_parameters=True`, which costs a walk through the graph in every step;
-    or a public way to tell DDP which parameters are unused.
-    """
-    return DistributedDataParallel._get_active_ddp_module() is not None
-
-
-def is_replicated(model: nn.Module) -> bool:
-    """Whether it is under the composable `replicate`, whose own hook comes after ours."""
-    return isinstance(model, Replicated)
-
-
-def is_replica(model: nn.Module) -> bool:
-    """Whether it is one of the copies that `nn.DataParallel` makes for each step.
-
-    In its place: nothing, when `nn.DataParallel` is gone, which PyTorch advises against.
-    """
-    return "_is_replica" in vars(model)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called. In its place: a public property of modules."""
-    return module._compiled_call_impl is not None

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from stochastic_depth.torch_private import tree_leaves, tree_map
 
 _DEPTH = 4
 """How deep objects inside of objects are looked into."""
@@ -24,7 +25,7 @@ def tensors_in(value: object) -> list[Tensor]:
     They are looked for in tuples, lists, mappings and all that is registered with PyTorch's pytree;
     in dataclasses, and in the attributes of any other object.
     """
-    return list(_tensors(value, 0, set()))
+    return [value] if isinstance(value, Tensor) else list(_tensors(value, 0, set()))
 
 
 def replace_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:

@@ -6,15 +6,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.distributed.rank_gates import GateConsistency
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
-from stochastic_depth.hooks import Replicated
 from stochastic_depth.surgery.apply import applied_inside, handle_of
+from stochastic_depth.torch_private import Replicated
 
 
 def skip_closed(ddp: nn.Module) -> None:
@@ -97,7 +96,7 @@ class _Reduction:
         self._blocks, self._group = blocks, group
         self._consistency = GateConsistency([of_one.handle for of_one in blocks], group)
 
-    def reduce(self, bucket: GradBucket) -> Future[Tensor]:
+    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
         if bucket.index() == 0:
             self._consistency.check(buffer.device)
@@ -124,7 +123,7 @@ class _Reduction:
 
         return work.get_future().then(put_back)
 
-    def _open_runs(self, bucket: GradBucket) -> Iterator[slice]:
+    def _open_runs(self, bucket: dist.GradBucket) -> Iterator[slice]:
         """The stretches of a bucket that hold gradients which are not of closed blocks."""
         start = end = 0
         for parameter in bucket.parameters():

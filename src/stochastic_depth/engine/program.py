@@ -30,6 +30,7 @@ from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.resnet import PoolAndPad
 from stochastic_depth.residual import Residual
+from stochastic_depth.torch_private import zero
 
 
 class Program:
@@ -154,7 +155,7 @@ class Program:
         of_blocks = zip(self.flat.segments[1:-1], is_open, strict=True)
         closed = [self.flat.gradients[segment] for segment, b in of_blocks if not b]
         if closed:
-            torch._foreach_zero_(closed)  # pyright: ignore[reportPrivateImportUsage]
+            zero(closed)
 
     def _forward(self, is_open: Sequence[bool]) -> None:
         self._stem_forward()

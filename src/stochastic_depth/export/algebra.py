@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves, tree_map_only
 
 
 @dataclass(eq=False)

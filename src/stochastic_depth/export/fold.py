@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from stochastic_depth.block import Block, force
 from stochastic_depth.errors import FoldError
 from stochastic_depth.export.algebra import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
-from stochastic_depth.handle import Block, force
 from stochastic_depth.surgery.apply import handle_of, remove
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.tensors import largest_difference, tensors_in
+from stochastic_depth.torch_private import tree_map_only
 
 TOLERANCE = 1e-12
 """Tolerance of a branch's output in float64, relative to its largest value."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from stochastic_depth.block import force
 from stochastic_depth.errors import TruncateError
 from stochastic_depth.export.fold import multipliers, multiply
 from stochastic_depth.gates import Gate
-from stochastic_depth.handle import Handle, force
+from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.apply import applied_to, handle_of, remove
 from stochastic_depth.surgery.blocks import Found

@@ -9,7 +9,6 @@ from typing import Any
 import altair as alt
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.files import write_whole
 from stochastic_depth.gates import draw
@@ -25,6 +24,7 @@ from stochastic_depth.surgery.inspect import si
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.survival import LinearDecay, survival_probabilities
 from stochastic_depth.timing import take_turns
+from stochastic_depth.torch_private import tree_leaves
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.runtime import machine, resolve_runtime
 

@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stochastic_depth.block import Block
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError, UnsupportedBlockError
-from stochastic_depth.handle import Block, Handle, integer
+from stochastic_depth.handle import Handle, integer
 from stochastic_depth.hooks import ForwardHooks, batch_size
 from stochastic_depth.surgery.blocks import (
     Found,
@@ -40,6 +41,7 @@ from stochastic_depth.survival import (
     Survival,
     probabilities_of,
 )
+from stochastic_depth.torch_private import set_call
 
 _APPLIED = "_stochastic_depth_applied"
 """The attribute of a model that holds what `remove` needs."""
@@ -379,7 +381,7 @@ def remove(model: nn.Module) -> None:
         drop_path.restore()
     for block in applied.found:
         for module in (block.module, *deferred_modules(block)):
-            vars(module).pop("_compiled_call_impl", None)
+            set_call(module, None)
     delattr(model, _APPLIED)
     take_gates(model)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stochastic_depth.block import Block, open_in_training
 from stochastic_depth.gates import Gate
-from stochastic_depth.handle import Block, open_in_training
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.tensors import tensors_in

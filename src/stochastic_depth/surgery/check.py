@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.block import Block
 from stochastic_depth.errors import ApplyError, UnmetError, UnsupportedBlockError
 from stochastic_depth.gates import Gate, GateKind
-from stochastic_depth.handle import Block
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.bypass import bypassed

@@ -14,7 +14,6 @@ from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from stochastic_depth.errors import GateError, UnmetError
 from stochastic_depth.gates import BlockGates, Gate
@@ -34,9 +33,7 @@ from stochastic_depth.surgery.placeholder import (
     resolved,
     tape_of_pass,
 )
-
-_CALL = "_compiled_call_impl"
-"""The attribute of a module that is called in place of its forward method and hooks."""
+from stochastic_depth.torch_private import call_of, set_call, tree_flatten, whole_call
 
 
 class _Plan:
@@ -86,6 +83,7 @@ def deferring_forward(
                 with _Session(self, only, now) as session:
                     output = forward(self, *args, **kwargs)
                 session.see_that_all_were_met()
+                session.see_that_none_is_recomputed()
                 return resolved(output, everything=tape is None and is_entry)
             finally:
                 begin_tape(tape)
@@ -142,6 +140,17 @@ class _Session:
                     "sd.apply an example that takes it"
                 )
 
+    def see_that_none_is_recomputed(self) -> None:
+        """Raise `GateError` when a checkpoint would compute a branch again without its gate."""
+        for n, turn in self.turns.items():
+            if turn.recomputed and any(again() for again in turn.recomputed):
+                raise GateError(
+                    f"block {turn.name!r}: {self.edits[n]} is within a function that "
+                    "torch.utils.checkpoint computes again in the backward pass, where its gate "
+                    "cannot be asked: checkpoint the branch alone, x = x + checkpoint(branch, x), "
+                    "or the module that adds, checkpoint(layer, x)"
+                )
+
 
 class _Switch:
     """Takes the calls of one module to whatever stands in for it in the thread that calls."""
@@ -149,17 +158,18 @@ class _Switch:
     lock = threading.Lock()
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.before = module, module.__dict__.get(_CALL)
-        self.otherwise: Callable[..., Any] = self.before or module._call_impl
+        self.module, self.before = module, call_of(module)
+        self.otherwise: Callable[..., Any] = self.before or whole_call(module)
         self.of_thread: dict[int, Callable[..., Any] | None] = {}
 
     @classmethod
     def on(cls, module: nn.Module) -> "_Switch":
         """That of `module`, which this thread has a place in until it is turned to None."""
         with cls.lock:
-            switch = module.__dict__.get(_CALL)
+            switch = call_of(module)
             if not isinstance(switch, _Switch):
-                switch = module.__dict__[_CALL] = _Switch(module)
+                switch = _Switch(module)
+                set_call(module, switch)
             switch.of_thread.setdefault(get_ident(), None)
             return switch
 
@@ -176,10 +186,7 @@ class _Switch:
             del self.of_thread[get_ident()]
             if self.of_thread:
                 return
-            if self.before is None:
-                self.module.__dict__.pop(_CALL, None)
-            else:
-                self.module.__dict__[_CALL] = self.before
+            set_call(self.module, self.before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self.of_thread.get(get_ident()) or self.otherwise)(*args, **kwargs)

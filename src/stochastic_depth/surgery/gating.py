@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from stochastic_depth.block import Block, count_inside, owned_parameters
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates
-from stochastic_depth.handle import Block, count_inside, owned_parameters
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.edits import Edit, Entry

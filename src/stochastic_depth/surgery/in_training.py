@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from stochastic_depth.block import Block
 from stochastic_depth.errors import StochasticDepthError, UnmetError, UnsupportedBlockError
-from stochastic_depth.handle import Block
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.bypass import bypassed

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from stochastic_depth.block import Block
 from stochastic_depth.gates import Closed, Gate
-from stochastic_depth.handle import Block, Handle
+from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.additions import Passed
 from stochastic_depth.surgery.apply import chosen_survival, handle_of, linear_decay
 from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found

@@ -15,15 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.edits import ADDITIONS, Site, site_of
 from stochastic_depth.surgery.subset import samples
 from stochastic_depth.surgery.trace import IN_PLACE
+from stochastic_depth.torch_private import (
+    FakeTensorMode,
+    changes_of,
+    no_modes,
+    recomputation,
+    set_call,
+    subclass_of,
+    tree_flatten,
+    tree_unflatten,
+)
 
 SHAPES = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex"}
 SHAPES |= {"__len__", "element_size", "get_device", "is_contiguous", "stride", "is_signed"}
@@ -48,6 +55,7 @@ SEVERAL |= {"multi_head_attention_forward", "native_layer_norm", "native_batch_n
 SEVERAL |= {"max_pool1d", "max_pool2d", "max_pool3d", "lstsq", "nanmedian", "rnn_tanh", "rnn_relu"}
 """Functions that may give more than one tensor: their results are known once their shapes are."""
 _NOTHING = torch.empty(0, device="meta")
+_PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
 _LEAF = object()
 """Where a tensor stands in the structure of an output."""
 
@@ -55,7 +63,7 @@ _LEAF = object()
 class Turn:
     """One residual addition in one call of its owner, under a gate that is not plainly open."""
 
-    __slots__ = ("copies", "gate", "handed", "met", "name", "owner", "sites")
+    __slots__ = ("copies", "gate", "handed", "met", "name", "owner", "recomputed", "sites")
 
     def __init__(
         self, name: str, sites: Mapping[Site, int], gate: Gate, copies: bool, owner: nn.Module
@@ -63,6 +71,8 @@ class Turn:
         self.name, self.sites, self.gate, self.copies = name, sites, gate, copies
         self.owner = owner
         self.handed = self.met = 0
+        self.recomputed: list[Callable[[], bool]] | None = [] if torch.is_grad_enabled() else None
+        """Of the checkpoints that the addition is in: whether they compute again what they call."""
 
 
 class Tape:
@@ -114,7 +124,7 @@ class Node:
         self.args, self.kwargs = args, kwargs or {}
         self.done, self.value, self.fakes = False, None, None
         self.context = _context()
-        self.versions = [(t, t._version) for t in _real(args, self.kwargs)]
+        self.versions = [(t, changes_of(t)) for t in _real(args, self.kwargs)]
         tape.nodes.append(weakref.ref(self))
 
     def result(self) -> Any:
@@ -126,7 +136,7 @@ class Node:
     def run(self) -> Any:
         if not self.done:
             for tensor, version in self.versions:
-                if tensor._version != version:
+                if changes_of(tensor) != version:
                     raise GateError(
                         f"{_name(self)} in a closed branch is needed outside of it, after a tensor "
                         f"{list(tensor.shape)} that it reads was changed in place: exclude= leaves "
@@ -169,7 +179,7 @@ class Node:
             args, kwargs = _mapped(_without_numbers, (self.args, self.kwargs))
             function = self.function if self.module is None else _hollow(self.module)
             with (
-                _disable_current_modes(),
+                no_modes(),
                 _FAKE,
                 torch.no_grad(),
                 _in(self.context[1:], grad=False),
@@ -204,15 +214,15 @@ class Placeholder(Tensor):
                 return _requires_grad(args[0])
             if name not in LAZY and name not in SHAPES:
                 name = "item"
-        found = placeholders((args, kwargs))
+        if name in SHAPES:
+            return _shape(func, args, kwargs)
+        found = placeholders((args, kwargs) if kwargs else args)
         turns = _turns(found)
         if name in ADDITIONS and turns:
             site = _caller()
             turn = _addition(turns, site)
             if turn is not None and _is_branch(turn, turn.sites[site], args):
                 return _add(turn, turn.sites[site], func, name, args, kwargs)
-        if name in SHAPES:
-            return _shape(func, args, kwargs)
         if name in ASKS or name == "__set__" or not turns:
             return func(*_values(args, {})[0], **_values((), kwargs)[1])
         in_place = name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
@@ -304,11 +314,13 @@ def resolved(output: Any, everything: bool = True) -> Any:
     """
     if isinstance(output, Placeholder):
         return value(output) if everything or output._node.done else output
-    if not placeholders(output):
-        leaves, structure = tree_flatten(output)
-        if not any(isinstance(leaf, Placeholder) for leaf in leaves):
-            return output
+    if isinstance(output, Tensor) or (
+        type(output) is tuple and _PLAIN.issuperset(map(type, output))
+    ):
+        return output
     leaves, structure = tree_flatten(output)
+    if not any(isinstance(leaf, Placeholder) for leaf in leaves):
+        return output
     new = [
         value(leaf) if isinstance(leaf, Placeholder) and (everything or leaf._node.done) else leaf
         for leaf in leaves
@@ -319,19 +331,16 @@ def resolved(output: Any, everything: bool = True) -> Any:
 def placeholders(values: Any) -> list[Placeholder]:
     """All placeholders in tuples, lists and mappings."""
     found: list[Placeholder] = []
-
-    def look(value: Any) -> None:
-        if isinstance(value, Placeholder):
-            found.append(value)
-        elif isinstance(value, tuple | list):
-            for each in value:
-                look(each)
-        elif isinstance(value, dict):
-            for each in value.values():
-                look(each)
-
-    look(values)
+    _look(values, found)
     return found
+
+
+def _look(values: Any, found: list[Placeholder]) -> None:
+    for each in values.values() if isinstance(values, dict) else values:
+        if isinstance(each, Placeholder):
+            found.append(each)
+        elif isinstance(each, tuple | list | dict):
+            _look(each, found)
 
 
 def _caller() -> Site:
@@ -342,7 +351,7 @@ def _caller() -> Site:
 
 
 def _placeholder(node: Node, leaf: int) -> Placeholder:
-    made = Tensor._make_subclass(Placeholder, _NOTHING)
+    made = subclass_of(Placeholder, _NOTHING)
     made._node, made._leaf = node, leaf
     return made
 
@@ -383,6 +392,8 @@ def _add(
 ) -> Any:
     """A residual addition under a gate."""
     turn.met += 1
+    if turn.recomputed is not None:
+        turn.recomputed += _checkpoints_around(turn)
     shortcut, target = args[side], args[0]
     changes = name in ("add_", "__iadd__", "addcmul_")
     if turn.gate.open:
@@ -400,6 +411,20 @@ def _add(
         node = _done(target._node.tape, (), resolved(result))._node
         target._node, target._leaf = node, -1
     return result
+
+
+def _checkpoints_around(turn: Turn) -> Iterator[Callable[[], bool]]:
+    """Those that are at work between the call of the owner and its addition."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "deferring":
+            session = frame.f_locals.get("session")
+            if session is not None and turn in session.turns.values():
+                return
+        found = recomputation(frame)
+        if found is not None:
+            yield found
+        frame = frame.f_back
 
 
 def _scaled(turn: Turn, operand: Any) -> Any:
@@ -450,6 +475,8 @@ def _fakes_of(placeholder: Placeholder) -> Any:
 
 
 def _shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if len(args) == 1 and args[0]._node.done:
+        return func(value(args[0]), **kwargs)
     try:
         inferred = _mapped(_without_numbers, args), _mapped(_without_numbers, kwargs)
     except Exception:
@@ -555,7 +582,7 @@ def _fake(tensor: Tensor) -> Tensor:
         if not isinstance(fake, Tensor):
             raise TypeError("not a tensor")
         return fake
-    with _disable_current_modes(), _FAKE:
+    with no_modes(), _FAKE:
         return torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
@@ -583,7 +610,7 @@ def _hollow(module: nn.Module) -> nn.Module:
     for name in vars(module):
         if name.endswith(("_hooks", "_hooks_with_kwargs")):
             twin.__dict__[name] = type(vars(module)[name])()
-    twin.__dict__["_compiled_call_impl"] = None
+    set_call(twin, None)
     twin.__dict__["_buffers"] = dict(module._buffers)
     twin.__dict__["_parameters"] = dict(module._parameters)
     twin.__dict__["_modules"] = {

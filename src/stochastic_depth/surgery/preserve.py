@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.torch_private import call_of, set_call
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 """Attributes that PyTorch keeps: tensors, children and hooks."""
 
@@ -23,14 +25,13 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     held = [_Held(module) for module in modules]
-    compiled = [(module, getattr(module, "_compiled_call_impl", None)) for module in modules]
+    compiled = [(module, call_of(module)) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     fused = torch.backends.mha.get_fastpath_enabled()
     for parameter, _ in gradients:
         parameter.grad = None
-    for module, implementation in compiled:
-        if implementation is not None:
-            module._compiled_call_impl = None
+    for module, _ in compiled:
+        set_call(module, None)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with preserved_randomness(model):
@@ -38,8 +39,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, implementation in compiled:
-            if implementation is not None:
-                module._compiled_call_impl = implementation
+            set_call(module, implementation)
         for each in held:
             each.restore()
         for parameter, gradient in gradients:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stochastic_depth.block import Block
 from stochastic_depth.gates import Gate
-from stochastic_depth.handle import Block
 from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.apply import applied_to
 from stochastic_depth.surgery.check import check, establish

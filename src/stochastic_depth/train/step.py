@@ -20,6 +20,7 @@ from stochastic_depth.gates import open_shares
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import apply, compile_blocks
 from stochastic_depth.survival import Uniform
+from stochastic_depth.torch_private import norms
 from stochastic_depth.train.build import block_convolutions
 from stochastic_depth.train.runtime import Runtime
 
@@ -194,7 +195,7 @@ class IntervalMetrics:
         of_open = [gradient for gradient, b in pairs if b and gradient is not None]
         means = self.measured[-1].new_full(opened.shape, math.nan)
         if of_open:
-            sums = torch.stack(torch._foreach_norm(of_open, 1))  # pyright: ignore[reportPrivateImportUsage]
+            sums = torch.stack(norms(of_open, 1))
             sizes = torch.tensor([gradient.numel() for gradient in of_open])
             means[opened] = (sums / sizes.to(sums.device)).to(means.dtype)
         self.block_gradients.append(means)

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.distributed import shard_branches, skip_closed
 from stochastic_depth.lab.bench.results import bench_table
@@ -32,6 +30,7 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.survival import LinearDecay, Uniform
 from stochastic_depth.timing import take_turns
+from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves
 from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.runtime import Runtime

@@ -1,0 +1,173 @@
+"""One residual block of an applied model: its gates, and the parameters that its branch has now."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from stochastic_depth.gates import BlockGates, Gate
+
+
+class Owned(NamedTuple):
+    """Parameters of a branch, by the module that owns them: wrapping a model changes names."""
+
+    owner: nn.Module
+    name: str
+    """Of a child of `owner` that is all branch, or of one parameter."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that are there now: of whatever has taken the place of a module since."""
+        child = self.owner._modules.get(self.name)
+        if child is not None:
+            yield from child.parameters()
+            return
+        own = self.owner._parameters
+        changed = self.owner._modules.get("parametrizations")
+        if own.get(self.name) is not None:
+            yield own[self.name]  # pyright: ignore[reportReturnType]
+        elif isinstance(changed, nn.ModuleDict) and self.name in changed:
+            yield from changed[self.name].parameters()
+        else:  # pruned, or normalised by torch.nn.utils.weight_norm or spectral_norm
+            parts = (own.get(f"{self.name}_{part}") for part in ("orig", "g", "v"))
+            yield from (part for part in parts if part is not None)
+
+
+@dataclass
+class Block:
+    """One residual block of a model: open or closed as a whole."""
+
+    name: str
+    gates: tuple[BlockGates, ...]
+    """One for each of its additions."""
+    parameters: tuple[str, ...]
+    """Names, in the model that was given to `sd.apply`, of the parameters of its branch."""
+    module: nn.Module
+    asking: tuple[nn.Module, ...]
+    """The modules that ask for its gates: in their training mode for those of training."""
+    owned: tuple[Owned, ...]
+    """The same parameters as `parameters`."""
+    _found: "_Found | None" = field(default=None, repr=False)
+    """What was found when parameters were looked for, which takes a while."""
+
+    @property
+    def in_training(self) -> Gate | None:
+        """What the block does in the training pass under way."""
+        return self.gates[0].training
+
+    @property
+    def in_evaluation(self) -> Gate:
+        """What it does in evaluation."""
+        return self.gates[0].evaluation
+
+    def open_in_training(self, gate: Gate | None) -> None:
+        """Set what the block does in the training pass under way."""
+        for addition in self.gates:
+            addition.training = gate
+
+    @property
+    def is_in_training(self) -> bool:
+        """Whether some of it is in training mode."""
+        return any(module.training for module in self.asking)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that its branch has now, and that need a gradient."""
+        found = self._found
+        if found is None or not found.holds():
+            found = self._found = _Found(self.owned)
+        return [p for p in found.parameters if p.requires_grad]
+
+    def sparse_weights(self) -> list[nn.Parameter]:
+        """Those whose gradients are sparse: of embeddings that were made so."""
+        found = self._found or _Found(self.owned)
+        return [t.get_parameter("weight") for t in found.tables if t.sparse] if found.tables else []
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy looks for itself
+        return {**self.__dict__, "_found": None}
+
+
+class _Found:
+    """What the modules of a branch held when somebody looked."""
+
+    def __init__(self, owned: Sequence[Owned]) -> None:
+        names = [(each.owner._modules, each.name) for each in owned]
+        names += [(each.owner._modules, "parametrizations") for each in owned]
+        names = [(held, name) for held, name in names if name in held]
+        self._names = [(held, name, held[name]) for held, name in names]
+        inside = [m for _, _, module in self._names if module is not None for m in module.modules()]
+        owners = [each.owner for each in owned if each.name not in each.owner._modules]
+        dictionaries = [d for m in inside for d in (m._modules, m._parameters)]
+        dictionaries += [owner._parameters for owner in owners]
+        self._views = [dictionary.values() for dictionary in dictionaries]
+        self._values = list(chain.from_iterable(self._views))
+        self._numbers = list(map(id, self._values))
+        self.parameters = list(dict.fromkeys(p for each in owned for p in each.parameters()))
+        mine = set(self.parameters)
+        tables = [m for m in [*inside, *owners] if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        self.tables = [table for table in tables if table._parameters.get("weight") in mine]
+
+    def holds(self) -> bool:
+        """Whether they hold the very same modules and parameters now."""
+        for held, name, value in self._names:
+            if held.get(name) is not value:
+                return False
+        return self._numbers == list(map(id, chain.from_iterable(self._views)))
+
+
+def owned_parameters(
+    model: nn.Module, names: Iterable[str], there: Mapping[str, int]
+) -> tuple[Owned, ...]:
+    """The parameters of `model` with these names, by the modules that own them.
+
+    As few and as large modules as there are, each with no other parameters.
+
+    Args:
+        there: `count_inside` of the names of all parameters of the model.
+    """
+    names = list(dict.fromkeys(names))
+    wanted = count_inside(names)
+    result: dict[Owned, None] = {}
+    for name in names:
+        path = name.split(".")
+        for length in range(1, len(path) + 1):
+            inside = ".".join(path[:length])
+            if length == len(path) or wanted[inside] == there.get(inside):
+                owner = model.get_submodule(".".join(path[: length - 1]))
+                result[Owned(owner, path[length - 1])] = None
+                break
+    return tuple(result)
+
+
+def count_inside(names: Iterable[str]) -> dict[str, int]:
+    """How many of `names` are inside of each module that they go through."""
+    count: dict[str, int] = {}
+    for name in names:
+        while name := name.rpartition(".")[0]:
+            count[name] = count.get(name, 0) + 1
+    return count
+
+
+def open_in_training(blocks: Iterable[Block], gates: Iterable[Gate | None]) -> None:
+    """Set what each block does in the training pass under way."""
+    for block, gate in zip(blocks, gates, strict=True):
+        for addition in block.gates:
+            addition.training = gate
+
+
+@contextmanager
+def force(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
+    """While entered, `blocks` have these gates, in training and in evaluation.
+
+    For a model that has no handle yet, and for gates of any form; else `Handle.forced`.
+    """
+    additions = [(a, g) for b, g in zip(blocks, gates, strict=True) for a in b.gates]
+    before = [(addition.training, addition.evaluation) for addition, _ in additions]
+    for addition, gate in additions:
+        addition.training = addition.evaluation = gate
+    try:
+        yield
+    finally:
+        for (addition, _), (training, evaluation) in zip(additions, before, strict=True):
+            addition.training, addition.evaluation = training, evaluation

@@ -1,0 +1,255 @@
+"""What this library uses of PyTorch that is not public, each with what will replace it.
+
+The dictionaries in `nn.Module` of its children, parameters and buffers are used where they are
+needed, because there is no public way to see or set what is in them without more.
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # the meta device, if it kept devices
+from torch.autograd import Variable
+from torch.distributed._composable.replicate import DDP as Replicated  # noqa: N811  # torch.distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import (  # torch.utils, as its documentation already has it
+    TorchDispatchMode,
+)
+from torch.utils._python_dispatch import (
+    _disable_current_modes as no_modes,
+)
+from torch.utils._pytree import (  # torch.utils.pytree, which is not released yet
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
+
+__all__ = [
+    "FakeTensorMode",
+    "Replicated",
+    "TorchDispatchMode",
+    "at_end_of_backward",
+    "backward_pass",
+    "call_of",
+    "changes_of",
+    "gradients_are_awaited",
+    "gradients_are_kept",
+    "is_compiled",
+    "is_replica",
+    "is_replicated",
+    "never_traced",
+    "next_node_number",
+    "no_modes",
+    "node_number",
+    "norms",
+    "recomputation",
+    "set_call",
+    "subclass_of",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+    "whole_call",
+    "zero",
+]
+
+Call = Callable[..., Any]
+
+# Of the backward pass.
+
+
+def backward_pass() -> int | None:
+    """A number for the backward pass that this thread is in, or None.
+
+    A forward pass in there is a recomputation. In its place: a public hook of
+    `torch.utils.checkpoint` around recomputation.
+    """
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def node_number() -> int:
+    """The number of the node of the graph whose backward pass is under way in this thread.
+
+    Nodes are numbered as they are made, in each thread. In its place: as for `backward_pass`.
+    """
+    node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    return -1 if node is None else node._sequence_nr()
+
+
+def next_node_number() -> int:
+    """The number of the node that this thread makes next. In its place: as for `backward_pass`."""
+    if torch.compiler.is_compiling():  # which cannot look into it
+        return 0
+    return torch.autograd._get_sequence_nr()  # pyright: ignore
+
+
+def at_end_of_backward(act: Callable[[], Any], after_others: bool = False) -> None:
+    """Within a backward pass: do something when it has ended.
+
+    In its place: a public form of it, which PyTorch's own DDP and FSDP would use too.
+
+    Args:
+        after_others: after all that others have asked for, and will ask for, until then.
+    """
+    engine = Variable._execution_engine
+    engine.queue_callback(partial(engine.queue_callback, act) if after_others else act)
+
+
+def recomputation(frame: FrameType) -> Callable[[], bool] | None:
+    """Of a frame of `torch.utils.checkpoint`: whether what it has called is to be computed again.
+
+    That is known when it has ended. None for other frames. In its place: as for `backward_pass`.
+    """
+    code = frame.f_code
+    if code.co_filename != _CHECKPOINT:
+        return None
+    if code.co_name == "forward":  # of the reentrant kind, which keeps nothing but inputs
+        return lambda: True
+    generator = frame.f_locals.get("gen") if code.co_name == "checkpoint" else None
+    if generator is None or generator.gi_frame is None:
+        return None
+    kept = generator.gi_frame.f_locals.get("new_frame")
+    return None if kept is None else lambda: len(kept.weak_holders) > 0
+
+
+_CHECKPOINT = torch.utils.checkpoint.__file__
+
+
+def gradients_are_kept() -> bool:
+    """Whether the backward pass under way writes `.grad`: `loss.backward()`, not `autograd.grad`.
+
+    The engine says so of a leaf of the graph: the nearest, which is asked. In `autograd.grad` it
+    does not come to that leaf, or raises. With `backward(inputs=...)` the leaf speaks for all. In
+    its place: a public way to ask what kind of backward pass is under way.
+    """
+    node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    level, seen = [node], {node}
+    while level:
+        below: list[Any] = []
+        for node in level:
+            if hasattr(node, "variable"):
+                try:
+                    return torch._C._will_engine_execute_node(node)
+                except RuntimeError:
+                    return False
+            below += dict.fromkeys(n for n, _ in node.next_functions if n is not None)
+        level = [node for node in dict.fromkeys(below) if node not in seen]
+        seen.update(level)
+    return True
+
+
+def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which torch.compile calls as it is: with it a graph ends, and another begins.
+
+    In its place: `torch.compiler.disable`, which loads the compiler, for seconds, when it is
+    called; or an answer of PyTorch's own for who has not loaded it.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    swap = frames.set_eval_frame
+
+    @wraps(function)
+    def as_it_is(*args: Any, **kwargs: Any) -> Any:
+        compiler = swap(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            swap(compiler)
+
+    if hasattr(frames, "skip_code"):  # in older versions
+        frames.skip_code(as_it_is.__code__)
+    else:
+        action = frames._FrameAction
+        strategy = frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
+        frames.set_code_exec_strategy(as_it_is.__code__, strategy)
+    as_it_is._torchdynamo_disable = True  # type: ignore[attr-defined]
+    as_it_is._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "stochastic depth draws and reads its gates outside of graphs: sd.compile_blocks(model) "
+        "compiles the blocks of a model, instead of torch.compile(model)"
+    )
+    return as_it_is
+
+
+# Of data parallelism.
+
+
+def gradients_are_awaited() -> bool:
+    """Whether a forward pass of `DistributedDataParallel` is under way, which awaits all gradients.
+
+    In its place: `find_unused_parameters=True`, which costs a walk through the graph in every step;
+    or a public way to tell DDP which parameters are unused.
+    """
+    return DistributedDataParallel._get_active_ddp_module() is not None
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether it is under the composable `replicate`, whose own hook comes after ours."""
+    return isinstance(model, Replicated)
+
+
+def is_replica(model: nn.Module) -> bool:
+    """Whether it is one of the copies that `nn.DataParallel` makes for each step.
+
+    In its place: nothing, when `nn.DataParallel` is gone, which PyTorch advises against.
+    """
+    return "_is_replica" in vars(model)
+
+
+# Of modules: what is called in place of a forward method and its hooks.
+# In its place: a public hook around a call, which may leave it out.
+
+_CALL = "_compiled_call_impl"
+
+
+def call_of(module: nn.Module) -> Call | None:
+    """What is called in place of its forward method and hooks, if anything: compiled code, say."""
+    return module.__dict__.get(_CALL)
+
+
+def set_call(module: nn.Module, call: Call | None) -> None:
+    """Have `call` called in place of its forward method and hooks; None: these."""
+    if call is None:
+        module.__dict__.pop(_CALL, None)
+    else:
+        module.__dict__[_CALL] = call
+
+
+def whole_call(module: nn.Module) -> Call:
+    """Its forward method, with its hooks."""
+    return module._call_impl
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called. In its place: a public property of modules."""
+    call = call_of(module)
+    return call is not None and not getattr(call, "is_watching", False)
+
+
+# Of tensors.
+
+
+def changes_of(tensor: Tensor) -> int:
+    """How often it was changed in place. In its place: the same, which only lacks a public name."""
+    return tensor._version
+
+
+def subclass_of(kind: type[Any], tensor: Tensor) -> Any:
+    """A tensor of class `kind` over the same storage. In its place: a faster `as_subclass`."""
+    return Tensor._make_subclass(kind, tensor)
+
+
+def zero(tensors: list[Tensor]) -> None:
+    """Fill them with zeros, all in one go. In its place: the same, documented as a beta."""
+    torch._foreach_zero_(tensors)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def norms(tensors: list[Tensor], order: float) -> tuple[Tensor, ...]:
+    """The norm of each, all in one go. In its place: the same, documented as a beta."""
+    return torch._foreach_norm(tensors, order)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,0 +1,169 @@
+"""Deferred blocks under checkpointing, compilers and many processes: a home-made transformer."""
+
+import copy
+import functools
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from deferred_loop import CHECKS, Transformer, example, gradients, surviving
+from processes import run_checks
+from torch.utils.checkpoint import checkpoint
+
+import stochastic_depth as sd
+from stochastic_depth.surgery.apply import applied_to
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch's own
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
+]
+
+LOOP = Path(__file__).with_name("deferred_loop.py")
+
+
+def applied(**options):
+    model = Transformer()
+    return model, sd.apply(model, sd.Uniform(0.5), example=example(), **options)
+
+
+class Recomputed(Transformer):
+    """Each branch, or each whole layer, is computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool, whole: bool) -> None:
+        super().__init__()
+        self.again = functools.partial(checkpoint, use_reentrant=reentrant)
+        self.whole = whole
+
+    def forward(self, x):
+        x = self.stem(x)
+        for attention, feed_forward in self.layers:
+            if self.whole:
+                x = self.again(self.layer, attention, feed_forward, x)
+            else:
+                x = self.again(attention, x) + x
+                x = self.again(feed_forward, x) + x
+        return self.head(x)
+
+    @staticmethod
+    def layer(attention, feed_forward, x):
+        x = attention(x) + x
+        return feed_forward(x) + x
+
+
+@pytest.mark.parametrize(("reentrant", "whole"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+def test_recomputed_branches_have_the_gates_and_gradients_of_their_pass(reentrant, whole, skipped):
+    model = Recomputed(reentrant, whole)
+    handle = sd.apply(model, sd.Uniform(0.5), example=example(), skipped=skipped)
+    assert {found.mechanism for found in applied_to(model).found} == {"deferred"}
+    for step in range(6):
+        model.zero_grad()
+        out = model(example(step))
+        expected = surviving(model, example(step), handle.gates)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        out.square().sum().backward()
+        mine = gradients(model)
+        model.zero_grad()
+        expected.square().sum().backward()
+        for (name, true), found in zip(gradients(model).items(), mine.values(), strict=True):
+            if true is None:
+                assert found is None if skipped == "freeze" else not found.any(), name
+            else:
+                torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
+
+
+def test_additions_within_a_reentrant_checkpoint_are_refused():
+    model = Recomputed(reentrant=True, whole=True)
+    with pytest.raises(sd.StochasticDepthError, match="checkpoint the branch alone"):
+        sd.apply(model, sd.Uniform(0.5), example=example())
+    assert type(model) is Recomputed
+
+
+@pytest.mark.parametrize("options", [{"scale": "training"}, {"gate": "sample"}])
+def test_an_addition_that_would_be_computed_again_without_its_gate_is_an_error(options):
+    model = Recomputed(reentrant=False, whole=True)
+    handle = sd.apply(model, sd.Uniform(0.5), example=example(), **options)
+    every = torch.ones(3, *[4] * ("gate" in options), dtype=torch.bool)
+    with handle.forced(every), pytest.raises(sd.GateError, match="checkpoint the branch alone"):
+        model(example())
+
+
+def test_two_passes_before_their_backward_passes_keep_their_own_gates():
+    model = Recomputed(reentrant=False, whole=True)
+    handle = sd.apply(model, sd.Uniform(0.5), example=example())
+    losses, right = [], []
+    for step in range(2):
+        losses.append(model(example(step)).square().sum())
+        right.append(surviving(model, example(step), handle.gates).square().sum())
+    sum(losses).backward()
+    mine = gradients(model)
+    model.zero_grad()
+    sum(right).backward()
+    for name, true in gradients(model).items():
+        expected = torch.zeros_like(mine[name]) if true is None else true
+        torch.testing.assert_close(mine[name], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_three_hundred_patterns_compile_nothing_beyond_the_first():
+    model, handle = applied()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    sd.compile_blocks(model, backend=backend)
+    blocks = len(handle.blocks)
+    with handle.forced([True] * blocks):
+        model(example()).sum().backward()
+    first, source = len(graphs), torch.Generator().manual_seed(0)
+    assert first
+    for _ in range(300):
+        pattern = torch.rand(blocks, generator=source) < 0.5
+        with handle.forced(pattern):
+            out = model(example())
+        torch.testing.assert_close(out, surviving(model, example(), pattern))
+    assert len(graphs) == first
+
+
+def test_copies_and_pickles_draw_the_same_gates_and_are_models_of_their_own():
+    model, handle = applied()
+    model(example()).sum().backward()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own = applied_to(twin).handle
+        assert own is not handle
+        assert own.state_dict() == handle.state_dict()
+        before = handle.step
+        out = twin(example(1))
+        assert handle.step == before
+        torch.testing.assert_close(out, surviving(twin, example(1), own.gates))
+
+
+def test_what_is_folded_cut_or_taken_off_computes_what_the_handle_said():
+    model, handle = applied()
+    x, pattern = example(1), [True, False, True]
+    whole = copy.deepcopy(model).eval()(x)
+    with handle.subnetwork(pattern, scaled=True):
+        of_two = model.eval()(x)
+    shorter, folded = copy.deepcopy(model), copy.deepcopy(model)
+    sd.truncate(shorter, [0, 2], x)
+    assert len(shorter.layers) == 2
+    torch.testing.assert_close(shorter.eval()(x), of_two, rtol=1e-10, atol=1e-12)
+    sd.fold(folded, x)
+    torch.testing.assert_close(folded.eval()(x), whole, rtol=1e-10, atol=1e-12)
+    sd.remove(model)
+    assert type(model) is Transformer
+    full = surviving(model, x, [True] * 3)
+    torch.testing.assert_close(model.train()(x), full, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    return run_checks(LOOP, 2, tmp_path_factory.mktemp("deferred"), "two")
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS["two"]])
+def test_on_two_ranks(check, failures):
+    assert not failures[check], failures[check]
