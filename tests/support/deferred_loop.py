@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from processes import report
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -12,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import stochastic_depth as sd
 from stochastic_depth.surgery.apply import applied_to
+from support.ranks import report
 
 WIDTH, LENGTH, LAYERS, STEPS = 8, 5, 3, 6
 
