@@ -113,6 +113,10 @@ class Handle:
     def gates(self) -> Tensor:
         """The gates of the last step: bool [L], or [L, batch] with gates for single samples.
 
+        They are what was drawn. As with `nn.Dropout`, a block follows the mode of the module that
+        makes its addition: one that is in evaluation mode in the middle of training (frozen layers)
+        runs, and is scaled as in evaluation.
+
         Raises:
             GateError: before the first draw.
         """

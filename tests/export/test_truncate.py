@@ -291,3 +291,31 @@ def test_what_a_config_cannot_say_is_refused_before_anything_changes():
         sd.truncate(model, [0, 2, 3], example)
     assert model.config.depths == [3, 2]
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
+class Lists(nn.Module):
+    """A trunk whose layers and norms are in lists of their own, and share a dropout."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(layers))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + self.dropout(layer(norm(x)))
+        return x
+
+
+@pytest.mark.parametrize("keep", [[0], [2], [0, 2], [1, 2]])
+def test_of_several_lists_each_gives_what_belongs_to_the_block(keep):
+    model, x = Lists(3), torch.randn(4, 6)
+    sd.apply(model, sd.Uniform(0.5), example=x)
+    expected = x
+    for number in keep:
+        branch = model.layers[number](model.norms[number](expected))
+        expected = expected + 0.5 * branch
+    sd.truncate(model, keep, x)
+    assert len(model.layers) == len(model.norms) == len(keep)
+    torch.testing.assert_close(model.eval()(x), expected)

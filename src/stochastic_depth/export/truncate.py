@@ -16,7 +16,7 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.apply import applied_to, handle_of, remove
-from stochastic_depth.surgery.blocks import Found
+from stochastic_depth.surgery.blocks import CONTAINERS, Found
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
@@ -333,7 +333,22 @@ def _must_pass(block: Found) -> Any:
 
 
 def _edit(model: nn.Module, closed: Sequence[int], weights: dict[str, float]) -> None:
-    names = [applied_to(model).found[number].name for number in closed]
+    found = applied_to(model).found
+    used = {name for n, block in enumerate(found) if n not in closed for name in block.modules}
+    names = [name for number in closed for name in _of(found[number], model, used)]
     multiply(model, weights)
     remove(model)
     take_out(model, names)
+
+
+def _of(found: Found, model: nn.Module, used: Collection[str]) -> list[str]:
+    """The block, and what else of its branch is in lists of its own: norms beside layers."""
+    beside = [
+        name
+        for name in found.modules
+        if name not in used
+        and not name.startswith(f"{found.name}.")
+        and isinstance(model.get_submodule(name.rpartition(".")[0]), CONTAINERS)
+    ]
+    outermost = [n for n in beside if not any(n.startswith(f"{other}.") for other in beside)]
+    return list(dict.fromkeys([found.name, *outermost]))

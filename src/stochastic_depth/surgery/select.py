@@ -29,9 +29,8 @@ def select_samples(
         gate: the name of the variable with the gate.
     """
     module = tree.args.args[0].arg
-    bound = {argument.arg for argument in ast.walk(tree.args) if isinstance(argument, ast.arg)}
     for_all = set(map(id, shared))
-    selecting = _Selecting(variables, gate, module, bound)
+    selecting = _Selecting(variables, gate, module, _first_bound(tree))
     for node in sorted([*branch, *shared], key=_in_source):
         if id(node) in for_all:
             selecting.outside |= defines(node)
@@ -39,7 +38,6 @@ def select_samples(
             selecting.visit(node)
         else:
             selecting.generic_visit(node)
-        selecting.bound |= defines(node)
     _Inserting(selecting.before).visit(tree)
     ast.fix_missing_locations(tree)
 
@@ -51,7 +49,9 @@ class _Selecting(ast.NodeTransformer):
     variable from outside, a loop, say, gets the samples of it once, before.
     """
 
-    def __init__(self, variables: set[str], gate: str, module: str, bound: set[str]) -> None:
+    def __init__(
+        self, variables: set[str], gate: str, module: str, bound: dict[str, tuple[int, int]]
+    ) -> None:
         self.outside, self.gate, self.module, self.bound = variables, gate, module, bound
         self.before: dict[int, list[ast.stmt]] = {}
 
@@ -65,7 +65,10 @@ class _Selecting(ast.NodeTransformer):
         return call("_samples", self.module, self.gate, name, place)
 
     def _select_before(self, node: ast.stmt, names: Iterable[str]) -> None:
+        here = _in_source(node)
         for name in sorted(self.outside.intersection(names)):
+            if self.bound.get(name, here) >= here:  # which the statement itself gives its value
+                continue
             value = self._samples(ast.Name(name, ast.Load()))
             self.before.setdefault(id(node), []).append(assign(name, value))
             self.outside = self.outside - {name}
@@ -103,7 +106,7 @@ class _Selecting(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> Any:
-        self._select_before(node, (defines(node) - surely_defines(node)) & self.bound)
+        self._select_before(node, defines(node) - surely_defines(node))
         node.test = self.visit(node.test)
         before, after = self.outside, set[str]()
         for arm in (node.body, node.orelse):
@@ -126,6 +129,16 @@ class _Inserting(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         self.generic_visit(node)
         return [*self.before[id(node)], node] if id(node) in self.before else node
+
+
+def _first_bound(tree: ast.FunctionDef) -> dict[str, tuple[int, int]]:
+    """Where in the source each variable of a function gets a value first."""
+    first = {a.arg: (0, 0) for a in ast.walk(tree.args) if isinstance(a, ast.arg)}
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    stores = [node for node in names if not isinstance(node.ctx, ast.Load)]
+    for node in sorted(stores, key=_in_source):
+        first.setdefault(node.id, _in_source(node))
+    return first
 
 
 def _in_source(node: ast.AST) -> tuple[int, int]:
