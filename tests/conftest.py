@@ -1,4 +1,5 @@
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,12 @@ LONG = (
     "test_notebook.py",
 )
 """Files that take longest, which several processes begin with: none is left alone with one."""
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach tests and the processes they start: in the background it may be ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
