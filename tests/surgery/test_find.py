@@ -108,3 +108,26 @@ def test_additions_that_a_model_writes_out_itself_are_a_block_each() -> None:
             expected = expected + branch(expected) if is_open else expected
         with handle.forced(pattern):
             torch.testing.assert_close(model.train()(X), expected, rtol=1e-12, atol=1e-12)
+
+
+class ParallelBranches(nn.Module):
+    """As in GPS: two branches of one input, each added to it, are summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+        self.other = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+
+    def forward(self, x):
+        return (x + self.proj(x)) + (x + self.other(x))
+
+
+def test_a_sum_of_two_residual_sums_is_no_projected_shortcut() -> None:
+    model = nn.Sequential(*(ParallelBranches() for _ in range(2))).double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    with handle.forced([False, False]):
+        torch.testing.assert_close(model.train()(X), 4 * X, rtol=1e-12, atol=1e-12)
+    expected = X
+    for block in model:
+        expected = 2 * expected + 0.5 * (block.proj(expected) + block.other(expected))
+    torch.testing.assert_close(model.eval()(X), expected, rtol=1e-12, atol=1e-12)

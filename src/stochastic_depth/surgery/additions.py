@@ -298,7 +298,8 @@ class _Search:
         A highway's carry, (1 - t(x)) * x, is computed from two values. A projection convolves less
         often than the branch and has no activation function: parallel branches are none of each
         other. One that does not change the shape has a name that says so. A part of a value is no
-        shortcut for a branch that starts from the other part (a coupling layer).
+        shortcut for a branch that starts from the other part (a coupling layer). What adds a branch
+        of its own is none.
         """
         shared = shortcut & branch
         own, others = shortcut - shared, branch - shared
@@ -309,6 +310,8 @@ class _Search:
             return False
         functions = self.recording.functions(own)
         if any(part in function for function in functions for part in ACTIVATIONS):
+            return False
+        if not own.isdisjoint(self.sums):
             return False
         (start,) = starts
         first = {values[value].made_by for value in others if start in values[value].parents}
