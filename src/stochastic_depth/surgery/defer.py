@@ -25,14 +25,11 @@ from stochastic_depth.surgery.placeholder import (
     Tape,
     Turn,
     begin_tape,
-    chosen,
-    marked,
-    no_graph,
-    put_off,
-    put_off_as,
     resolved,
     tape_of_pass,
 )
+from stochastic_depth.surgery.placeholder_dispatch import marked, put_off, put_off_as
+from stochastic_depth.surgery.placeholder_gates import chosen, no_graph
 from stochastic_depth.torch_private import call_of, set_call, tree_flatten, whole_call
 
 

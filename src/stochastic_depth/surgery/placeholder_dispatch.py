@@ -1,0 +1,195 @@
+"""What PyTorch's functions do with placeholders: put off, answer, or compute.
+
+`put_off` and `marked` are where placeholders come from. From then on every function that is called
+with one comes to `__torch_function__`, which sorts it:
+
+- shapes, dtypes and devices are answered without computing anything;
+- a residual addition under a gate takes the branch that it was waiting for;
+- whatever asks for numbers, `.item()` or an `if`, gets them computed now;
+- every other function is put off in its turn, or made at once if all its placeholders are computed;
+  in both cases the result is a placeholder.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.surgery.edits import ADDITIONS, Site, site_of
+from stochastic_depth.surgery.placeholder import (
+    Node,
+    Placeholder,
+    Tape,
+    Turn,
+    placeholders,
+    value,
+    with_values,
+)
+from stochastic_depth.surgery.placeholder_gates import (
+    add,
+    addition_at,
+    adds_branch,
+    chosen_values,
+    no_graph,
+    turns_of,
+)
+from stochastic_depth.surgery.placeholder_shapes import (
+    SHAPES,
+    answer_from_shape,
+    requires_grad,
+    shapes,
+    shapes_of,
+)
+from stochastic_depth.surgery.trace import IN_PLACE
+from stochastic_depth.torch_private import subclass_of, tree_flatten, tree_unflatten
+
+LAZY = {"T", "mT", "H", "mH", "real", "imag", "data"}
+"""Attributes that are tensors themselves."""
+ASKS = {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "__repr__"}
+ASKS |= {"__format__", "__deepcopy__", "__reduce_ex__", "__array__", "__dlpack__", "item", "tolist"}
+ASKS |= {"numpy", "equal", "allclose", "is_nonzero", "data_ptr", "storage", "untyped_storage"}
+ASKS |= {"backward", "retain_grad", "register_hook", "nonzero", "unique", "masked_select"}
+ASKS |= {"storage_offset", "share_memory_", "pin_memory", "is_pinned", "_typed_storage"}
+ASKS |= {"unique_consecutive", "argwhere", "bincount", "__array_wrap__", "is_set_to", "is_shared"}
+"""Whatever gives numbers, or tensors whose shape depends on numbers."""
+SEVERAL = {"chunk", "split", "unbind", "split_with_sizes", "tensor_split", "topk", "sort", "max"}
+SEVERAL |= {"min", "median", "mode", "kthvalue", "cummax", "cummin", "std_mean", "var_mean", "qr"}
+SEVERAL |= {"svd", "eigh", "eig", "lu", "aminmax", "broadcast_tensors", "meshgrid", "frexp"}
+SEVERAL |= {"hsplit", "vsplit", "dsplit", "slogdet", "unsafe_chunk", "unsafe_split", "lstm", "gru"}
+SEVERAL |= {"multi_head_attention_forward", "native_layer_norm", "native_batch_norm", "where"}
+SEVERAL |= {"max_pool1d", "max_pool2d", "max_pool3d", "lstsq", "nanmedian", "rnn_tanh", "rnn_relu"}
+"""Functions that may give more than one tensor: the shapes are inferred at once to know."""
+_NOTHING = torch.empty(0, device="meta")
+"""The storage of every placeholder."""
+
+
+class _Dispatching(Placeholder):
+    """The class of all placeholders that are made: it answers PyTorch's functions."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__ if hasattr(func, "__name__") else ""
+        if name == "__get__":
+            name = func.__self__.__name__
+            if name == "requires_grad":
+                return requires_grad(args[0])
+            if name not in LAZY and name not in SHAPES:
+                name = "item"
+        if name in SHAPES:
+            return answer_from_shape(func, args, kwargs)
+        found = placeholders((args, kwargs) if kwargs else args)
+        turns = turns_of(found)
+        if name in ADDITIONS and turns:
+            site = _caller()
+            turn = addition_at(turns, site)
+            if turn is not None and adds_branch(turn, turn.sites[site], args):
+                return add(turn, turn.sites[site], func, name, args, kwargs)
+        if name in ASKS or name == "__set__" or not turns:
+            args, kwargs = with_values(args, kwargs)
+            return func(*args, **kwargs)
+        in_place = name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
+        if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
+            return _change(func, turns, found, args, kwargs, _caller())
+        if all(p._node.done for p in found):
+            args, kwargs = chosen_values(args, kwargs, turns, _caller)
+            with no_graph(turns):
+                return marked(found[0]._node.tape, turns, func(*args, **kwargs))
+        node = Node(found[0]._node.tape, turns, func, args, kwargs)
+        if name in SEVERAL or name == "":
+            return put_off(node)
+        return _placeholder(node, -1)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return repr(value(self))
+
+
+def put_off(node: Node, gives_tensor: bool = False) -> Any:
+    """The result of a call that is not made: its structure with placeholders for tensors.
+
+    Where even the structure cannot be known without it, the call is made.
+
+    Args:
+        gives_tensor: whether the result is a tensor if nothing else is known.
+    """
+    try:
+        leaves, structure = shapes(node)
+    except Exception:
+        if gives_tensor:
+            return _placeholder(node, -1)
+        return marked(node.tape, node.turns, node.result())
+    return put_off_as(node, leaves, structure)
+
+
+def put_off_as(node: Node, leaves: list[Any], structure: Any) -> Any:
+    """As `put_off`, where the structure is known: `leaves` has True in place of tensors."""
+    if len(leaves) == 1 and structure.num_nodes == 1:
+        return _placeholder(node, -1)
+    made = [
+        _placeholder(node, n) if leaf is True or isinstance(leaf, Tensor) else leaf
+        for n, leaf in enumerate(leaves)
+    ]
+    return tree_unflatten(made, structure)
+
+
+def marked(tape: Tape, turns: tuple[Turn, ...], result: Any) -> Any:
+    """`result`, which is computed, with its tensors marked as those of the branches of `turns`."""
+    if isinstance(result, Tensor):
+        return _placeholder(Node.finished(tape, turns, result), -1)
+    if isinstance(result, tuple | list | dict) or hasattr(result, "__dataclass_fields__"):
+        leaves, structure = tree_flatten(result)
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            return tree_unflatten([marked(tape, turns, leaf) for leaf in leaves], structure)
+    return result
+
+
+def _placeholder(node: Node, leaf: int) -> Placeholder:
+    made = subclass_of(_Dispatching, _NOTHING)
+    made._node, made._leaf = node, leaf
+    return made
+
+
+def _change(
+    func: Any,
+    turns: tuple[Turn, ...],
+    found: list[Placeholder],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    site: Site,
+) -> Any:
+    """`func(*args, **kwargs)`, which changes a tensor in place, at `site` in the code.
+
+    A placeholder that is changed stands for the changed tensor from now on.
+    """
+    target = kwargs.get("out") if kwargs.get("out") is not None else args[0]
+    if not isinstance(target, Placeholder) or all(p._node.done for p in found):
+        new_args, new_kwargs = chosen_values(args, kwargs, turns, lambda: site)
+        result = func(*new_args, **new_kwargs)
+        return target if result is not None else None
+    before = _placeholder(target._node, target._leaf)
+    args = tuple(before if arg is target else arg for arg in args)
+    kwargs = {name: before if arg is target else arg for name, arg in kwargs.items()}
+    node = Node(target._node.tape, turns, func, args, kwargs)
+    if func.__name__ == "__setitem__":
+        node.function = _set_item
+    node.fakes = shapes_of(before)
+    node.tape.in_place.append(node)
+    target._node, target._leaf = node, -1
+    return target
+
+
+def _set_item(target: Tensor, key: Any, new: Any) -> Tensor:
+    target[key] = new
+    return target
+
+
+def _caller() -> Site:
+    """Where in the code the function was called that a placeholder answers."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return site_of(frame)

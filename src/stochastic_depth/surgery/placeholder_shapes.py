@@ -1,0 +1,162 @@
+"""Shape, dtype and device of placeholders, inferred without computing them.
+
+A call that was put off is made on fake tensors, which have a shape and no numbers; its module is
+called as a copy without hooks. The result is remembered by module or function and by the shapes of
+the arguments, so that a call is inferred once for each kind of inputs.
+"""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.surgery.placeholder import (
+    Node,
+    Placeholder,
+    mapped,
+    placeholders,
+    tensors_of,
+    under,
+    value,
+    with_values,
+)
+from stochastic_depth.torch_private import FakeTensorMode, no_modes, set_call, tree_flatten
+
+SHAPES = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex"}
+SHAPES |= {"__len__", "element_size", "get_device", "is_contiguous", "stride", "is_signed"}
+SHAPES |= {"shape", "ndim", "dtype", "device", "layout", "itemsize", "nbytes", "names", "is_meta"}
+SHAPES |= {"is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_mps", "is_xpu", "is_nested"}
+SHAPES |= {"is_mkldnn", "is_sparse_csr", "is_same_size", "is_inference", "is_conj", "is_neg"}
+"""Methods and attributes that are answered from the shape and the dtype."""
+_FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+_UNKNOWN: Any = object()
+"""Remembered where the shapes cannot be inferred."""
+_MODULES: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_FUNCTIONS: dict[Any, dict[Any, Any]] = {}
+
+
+def shapes(node: Node) -> tuple[list[Any], Any]:
+    """Leaves and structure of the result of `node`, with fake tensors for its tensors.
+
+    Raises:
+        Exception: of any kind, where they cannot be inferred.
+    """
+    if node.fakes is None:
+        key = (_signature(node.args), _signature(node.kwargs), node.context)
+        if node.module is not None:
+            known = _MODULES.setdefault(node.module, {})
+            key = (node.module.training, *key)
+        else:
+            known = _FUNCTIONS.setdefault(node.function, {})
+        if key not in known:
+            if len(known) > 1000:
+                known.clear()
+            known[key] = _infer(node)
+        node.fakes = known[key]
+    if node.fakes is _UNKNOWN:
+        raise TypeError("not known without computing it")
+    return node.fakes
+
+
+def _infer(node: Node) -> Any:
+    try:
+        args, kwargs = mapped(_without_numbers, (node.args, node.kwargs))
+        function = node.function if node.module is None else _hollow(node.module)
+        with (
+            no_modes(),
+            _FAKE,
+            torch.no_grad(),
+            under(node.context[1:], grad=False),
+        ):
+            return tree_flatten(function(*args, **kwargs))
+    except Exception:
+        return _UNKNOWN
+
+
+def shapes_of(placeholder: Placeholder) -> tuple[list[Any], Any] | None:
+    """As `shapes`, of one placeholder, which may be computed already; None if unknown."""
+    try:
+        leaves, structure = tree_flatten(_fake(placeholder))
+    except Exception:
+        return None
+    return leaves, structure
+
+
+def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a function in `SHAPES` gives; arguments of unknown shape are computed for it."""
+    if len(args) == 1 and args[0]._node.done:
+        return func(value(args[0]), **kwargs)
+    try:
+        inferred = mapped(_without_numbers, args), mapped(_without_numbers, kwargs)
+    except Exception:
+        inferred = with_values(args, kwargs)
+    return func(*inferred[0], **inferred[1])
+
+
+def requires_grad(placeholder: Placeholder) -> bool:
+    """Whether autograd would track the tensor, as far as can be said without computing it."""
+    node = placeholder._node
+    if node.done:
+        return value(placeholder).requires_grad
+    if not node.context[0]:
+        return False
+    if node.module is not None and any(p.requires_grad for p in node.module.parameters()):
+        return True
+    given = placeholders((node.args, node.kwargs))
+    return any(t.requires_grad for t in tensors_of(node.args, node.kwargs)) or any(
+        map(requires_grad, given)
+    )
+
+
+def _without_numbers(given: Tensor | nn.Module) -> Tensor | nn.Module:
+    return _hollow(given) if isinstance(given, nn.Module) else _fake(given)
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and kind without numbers."""
+    if isinstance(tensor, Placeholder):
+        node = tensor._node
+        if node.done:
+            return _fake(value(tensor))
+        leaves, _ = shapes(node)
+        fake = leaves[max(0, tensor._leaf)]
+        if not isinstance(fake, Tensor):
+            raise TypeError("not a tensor")
+        return fake
+    with no_modes(), _FAKE:
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+
+
+def _signature(values: Any) -> Any:
+    """Equal for arguments whose results have the same shapes."""
+    if isinstance(values, Placeholder) and not values._node.done:
+        values = _fake(values)
+    if isinstance(values, Tensor):
+        return tuple(values.shape), values.stride(), values.dtype, values.device
+    if isinstance(values, tuple | list):
+        return type(values), tuple(_signature(each) for each in values)
+    if isinstance(values, Mapping):
+        return tuple((name, _signature(each)) for name, each in values.items())
+    if isinstance(values, slice):
+        return _signature((values.start, values.stop, values.step))
+    return type(values), values
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    """A copy of `module` that has the same tensors and no hooks, to be run on fake tensors."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__ = dict(module.__dict__)
+    for name in vars(module):
+        if name.endswith(("_hooks", "_hooks_with_kwargs")):
+            twin.__dict__[name] = type(vars(module)[name])()
+    set_call(twin, None)
+    twin.__dict__["_buffers"] = dict(module._buffers)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    twin.__dict__["_modules"] = {
+        name: child if child is None else _hollow(child) for name, child in module._modules.items()
+    }
+    return twin
