@@ -65,6 +65,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.nodes: list[weakref.ref[Node]] = []
+        """Weak, as a call whose result nobody holds any more need not be made."""
         self.in_place: list[Node] = []
         """Those that change a tensor."""
 
@@ -124,7 +125,9 @@ class Node:
         self.fakes: Any = None
         """The result's shapes, once `placeholder_shapes` has inferred them."""
         self.context = _context()
+        """Gradient mode and autocast of the model's call, under which it is made later."""
         self.versions = [(t, changes_of(t)) for t in tensors_of(args, self.kwargs)]
+        """Tensors that it reads, and how often each was changed in place until now."""
         tape.nodes.append(weakref.ref(self))
 
     def result(self) -> Any:

@@ -4,10 +4,12 @@
 with one comes to `__torch_function__`, which sorts it:
 
 - shapes, dtypes and devices are answered without computing anything;
-- a residual addition under a gate takes the branch that it was waiting for;
+- the residual addition that a branch belongs to goes to `placeholder_gates`, and gives the sum or
+  the shortcut;
 - whatever asks for numbers, `.item()` or an `if`, gets them computed now;
-- every other function is put off in its turn, or made at once if all its placeholders are computed;
-  in both cases the result is a placeholder.
+- a change in place makes the placeholder stand for the changed tensor;
+- any other call is put off as well, or made at once if its placeholders are all computed. Either
+  way the result is a placeholder again.
 """
 
 import sys
@@ -79,7 +81,7 @@ class _Dispatching(Placeholder):
             if name == "requires_grad":
                 return requires_grad(args[0])
             if name not in LAZY and name not in SHAPES:
-                name = "item"
+                name = "item"  # `grad`, say: it needs the tensor itself
         if name in SHAPES:
             return answer_from_shape(func, args, kwargs)
         found = placeholders((args, kwargs) if kwargs else args)
@@ -174,7 +176,7 @@ def _change(
     args = tuple(before if arg is target else arg for arg in args)
     kwargs = {name: before if arg is target else arg for name, arg in kwargs.items()}
     node = Node(target._node.tape, turns, func, args, kwargs)
-    if func.__name__ == "__setitem__":
+    if func.__name__ == "__setitem__":  # which returns None
         node.function = _set_item
     node.fakes = shapes_of(before)
     node.tape.in_place.append(node)
@@ -188,7 +190,7 @@ def _set_item(target: Tensor, key: Any, new: Any) -> Tensor:
 
 
 def _caller() -> Site:
-    """Where in the code the function was called that a placeholder answers."""
+    """The place in the code of the call that `__torch_function__` is answering."""
     frame = sys._getframe(2)
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back

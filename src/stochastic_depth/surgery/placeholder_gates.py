@@ -82,7 +82,11 @@ def add(turn: Turn, side: int, func: Any, name: str, args: tuple, kwargs: Mappin
 
 
 def _checkpoints_around(turn: Turn) -> Iterator[Callable[[], bool]]:
-    """The checkpoints under way between the call of the owner and its addition."""
+    """The checkpoints under way between the call of the owner and its addition.
+
+    The owner's call is found as a frame of `deferring`, the forward method that `defer` makes,
+    whose session has this turn.
+    """
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == "deferring":
@@ -96,6 +100,7 @@ def _checkpoints_around(turn: Turn) -> Iterator[Callable[[], bool]]:
 
 
 def _scaled(turn: Turn, operand: Any) -> Any:
+    """The value of an operand, multiplied as the gate says if it is of the branch of `turn`."""
     if isinstance(operand, Placeholder):
         of_branch = turn in operand._node.turns
         operand = value(operand)

@@ -64,12 +64,7 @@ def _infer(node: Node) -> Any:
     try:
         args, kwargs = mapped(_without_numbers, (node.args, node.kwargs))
         function = node.function if node.module is None else _hollow(node.module)
-        with (
-            no_modes(),
-            _FAKE,
-            torch.no_grad(),
-            under(node.context[1:], grad=False),
-        ):
+        with no_modes(), _FAKE, torch.no_grad(), under(node.context[1:], grad=False):
             return tree_flatten(function(*args, **kwargs))
     except Exception:
         return _UNKNOWN
@@ -115,7 +110,7 @@ def _without_numbers(given: Tensor | nn.Module) -> Tensor | nn.Module:
 
 
 def _fake(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and kind without numbers."""
+    """A fake tensor of the same shape, strides, dtype and device."""
     if isinstance(tensor, Placeholder):
         node = tensor._node
         if node.done:
@@ -132,7 +127,7 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 def _signature(values: Any) -> Any:
-    """Equal for arguments whose results have the same shapes."""
+    """A key that is equal for arguments with which a call gives the same shapes."""
     if isinstance(values, Placeholder) and not values._node.done:
         values = _fake(values)
     if isinstance(values, Tensor):
