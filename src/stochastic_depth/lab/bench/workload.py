@@ -135,7 +135,10 @@ class _Saved:
 
 
 def saved_for_backward(step: Step) -> int:
-    """Bytes of all tensors that wait for the backward pass as it begins, parameters aside."""
+    """Bytes of all tensors that wait for the backward pass as it begins, parameters aside.
+
+    Of a step without one: those that wait when it ends.
+    """
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
     found: list[int] = []
 
@@ -154,10 +157,12 @@ def saved_for_backward(step: Step) -> int:
         return holder.tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, give_back):
-        step()
+        result = step()  # which keeps its graph
     if isinstance(step, EngineStep) and isinstance(step.engine, Blocks):
         return step.engine.kept  # autograd sees its head alone
-    return found[0] if found else 0
+    waiting = found[0] if found else total()
+    del result
+    return waiting
 
 
 def step_memory(step: Step, device: str, steps: int = 5) -> float:
