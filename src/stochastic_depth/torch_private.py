@@ -152,25 +152,27 @@ def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     In its place: `torch.compiler.disable`, which loads the compiler, for seconds, when it is
     called; or an answer of PyTorch's own for who has not loaded it.
     """
-    frames: Any = torch._C._dynamo.eval_frame
+    torch_c: Any = torch._C
+    frames = torch_c._dynamo.eval_frame
     swap = frames.set_eval_frame
 
     @wraps(function)
-    def as_it_is(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         compiler = swap(None)
         try:
             return function(*args, **kwargs)
         finally:
             swap(compiler)
 
+    as_it_is: Any = call
     if hasattr(frames, "skip_code"):  # in older versions
         frames.skip_code(as_it_is.__code__)
     else:
         action = frames._FrameAction
         strategy = frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
         frames.set_code_exec_strategy(as_it_is.__code__, strategy)
-    as_it_is._torchdynamo_disable = True  # type: ignore[attr-defined]
-    as_it_is._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    as_it_is._torchdynamo_disable = True
+    as_it_is._torchdynamo_disable_msg = (
         "stochastic depth draws and reads its gates outside of graphs: sd.compile_blocks(model) "
         "compiles the blocks of a model, instead of torch.compile(model)"
     )

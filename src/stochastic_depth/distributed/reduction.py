@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -96,7 +97,7 @@ class _Reduction:
         self._blocks, self._group = blocks, group
         self._consistency = GateConsistency([of_one.handle for of_one in blocks], group)
 
-    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
         if bucket.index() == 0:
             self._consistency.check(buffer.device)
@@ -123,7 +124,7 @@ class _Reduction:
 
         return work.get_future().then(put_back)
 
-    def _open_runs(self, bucket: dist.GradBucket) -> Iterator[slice]:
+    def _open_runs(self, bucket: GradBucket) -> Iterator[slice]:
         """The stretches of a bucket that hold gradients which are not of closed blocks."""
         start = end = 0
         for parameter in bucket.parameters():
