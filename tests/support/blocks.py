@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.gates import Gate
 
 WIDTH = 6
 
@@ -317,9 +316,3 @@ def network(kind: type[nn.Module], blocks: int = 3) -> nn.Sequential:
 
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def close(handle: sd.Handle, pattern) -> None:
-    """Open and close the blocks by hand, in training mode."""
-    for block, is_open in zip(handle.blocks, pattern, strict=True):
-        block.open_in_training(Gate(is_open))

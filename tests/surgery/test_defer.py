@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import stochastic_depth as sd
 from stochastic_depth.surgery.apply import applied_to
 from stochastic_depth.surgery.find import find_blocks
-from support.blocks import ONE_ADDITION, WIDTH, SaysHow, X, close, closed, network
+from support.blocks import ONE_ADDITION, WIDTH, SaysHow, X, closed, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,8 +57,9 @@ def test_every_pattern_of_gates_gives_outputs_and_gradients_of_the_surviving_net
             for number, block in enumerate(list(model)[1:])
             for part in (block.norm, block.one, block.two)
         ]
-        close(handle, pattern)
-        h, expected = model.forward(X), stem(X)
+        with handle.forced(pattern):
+            h = model.forward(X)
+        expected = stem(X)
         for block, is_open in zip(blocks, pattern, strict=True):
             expected = block(expected) if is_open else closed(block, expected)
         torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-12)
@@ -146,12 +147,13 @@ def test_additions_in_a_loop_of_the_trunk_are_blocks_of_its_layers() -> None:
     handle = sd.apply(model, sd.Uniform(0.5), example=X)
     assert [block.name for block in handle.blocks] == ["layers.0", "layers.1", "layers.2"]
     for pattern in itertools.product((False, True), repeat=3):
-        close(handle, pattern)
+        with handle.forced(pattern):
+            out = model.forward(X)
         expected = model.stem(X)
         for is_open, (first, second) in zip(pattern, model.layers, strict=True):
             for part in (first, second) if is_open else ():
                 expected = part(expected) + expected
-        torch.testing.assert_close(model.forward(X), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     model.eval()
     expected = model.stem(X)
     for first, second in model.layers:
@@ -286,8 +288,8 @@ def test_what_is_needed_elsewhere_runs_and_the_rest_does_not() -> None:
     called = []
     for name, module in model.named_children():
         module.register_forward_hook(functools.partial(note, called, name))
-    close(handle, [False])
-    out, loss = model.forward(X)
+    with handle.forced([False]):
+        out, loss = model.forward(X)
     assert called == ["route"]
     assert torch.equal(out, X)
     torch.testing.assert_close(loss, model.route(X).logsumexp(-1).mean())
@@ -318,11 +320,11 @@ def test_a_placeholder_is_computed_for_whoever_asks_and_only_then() -> None:
     called = []
     for name, module in model.named_children():
         module.register_forward_hook(functools.partial(note, called, name))
-    close(handle, [False])
-    assert torch.equal(model.forward(X), X)
-    assert called == []
-    model.peek = True
-    assert torch.equal(model.forward(X), X)
+    with handle.forced([False]):
+        assert torch.equal(model.forward(X), X)
+        assert called == []
+        model.peek = True
+        assert torch.equal(model.forward(X), X)
     assert called == ["one"]
     assert ran == [pytest.approx(model.one(X).sum().item())]
 

@@ -25,7 +25,6 @@ from support.blocks import (
     Scaled,
     WithSuper,
     X,
-    close,
     closed,
     network,
     skip_or_sum,
@@ -40,12 +39,11 @@ def test_every_pattern_of_gates_gives_outputs_and_gradients_of_the_surviving_net
     handle = sd.apply(model, sd.LinearDecay(0.5), example=X)
     assert len(handle.survival) == 3
     stem, *blocks = original
-    sliced = list(model)[1:]
     for pattern in itertools.product((False, True), repeat=3):
-        close(handle, pattern)
-        h, expected = model[0](X), stem(X)
-        for mine, block, is_open in zip(sliced, blocks, pattern, strict=True):
-            h = mine(h)
+        with handle.forced(pattern):
+            h = model.forward(X)
+        expected = stem(X)
+        for block, is_open in zip(blocks, pattern, strict=True):
             expected = block(expected) if is_open else closed(block, expected)
         torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-12)
         for network_, out in ((model, h), (original, expected)):
@@ -66,10 +64,8 @@ def test_a_closed_block_calls_nothing_of_its_branch(kind):
     for block in list(model)[1:]:
         for part in (block.norm, block.one, block.two):
             part.register_forward_hook(lambda *_: called.append(1))
-    close(handle, [False] * 3)
-    h = X
-    for block in model:
-        h = block(h)
+    with handle.forced([False] * 3):
+        model.forward(X)
     assert called == []
 
 
@@ -155,16 +151,14 @@ def test_two_additions_share_a_coin_or_have_one_each(kind):
     handle = sd.apply(model, example=X, granularity="unit")
     assert len(handle.survival) == 6
     for pattern in itertools.product((False, True), repeat=6):
-        close(handle, pattern)
+        with handle.forced(pattern):
+            out = model.forward(X)
         h = original[0](X)
         for n, block in enumerate(list(original)[1:]):
             first, second = pattern[2 * n : 2 * n + 2]
             a = block.a.f(h) if first else 0
             after = h + a
             h = after + (block.b.f(after if kind is PreNorm else h) if second else 0)
-        out = X
-        for part in model:
-            out = part(out)
         torch.testing.assert_close(out, h, rtol=1e-12, atol=1e-12)
 
 
@@ -222,8 +216,9 @@ def test_what_a_projection_shares_with_the_branch_still_runs():
     block = PreActivation("project").double()
     model = nn.Sequential(nn.Linear(4, WIDTH), block).double()
     handle = sd.apply(model, example=X)
-    close(handle, [False])
-    torch.testing.assert_close(model[1](model[0](X)), block.project(block.norm(model[0](X))))
+    with handle.forced([False]):
+        out = model.forward(X)
+    torch.testing.assert_close(out, block.project(block.norm(model[0](X))))
 
 
 def test_decorators_are_kept():
@@ -440,8 +435,8 @@ def test_the_units_of_a_repeated_block_share_a_coin():
     model = network(Layer)
     handle = sd.apply(model, example=X)
     assert [block.name for block in handle.blocks] == ["1", "2", "3"]
-    close(handle, [False] * 3)
-    assert torch.equal(nn.Sequential(*list(model)[1:])(model[0](X)), model[0](X))
+    with handle.forced([False] * 3):
+        assert torch.equal(model.forward(X), model[0](X))
     sd.remove(model)
     names = [block.name for block in sd.apply(model, example=X, granularity="unit").blocks]
     assert names == ["1.first", "1.second", "2.first", "2.second", "3.first", "3.second"]
