@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth.errors import ApplyError, StochasticDepthError, UnsupportedBlockError
-from stochastic_depth.surgery.check import closed_sets
+from stochastic_depth.surgery.proof.check import closed_sets
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stochastic_depth.surgery.branches import Analysis, Event
-from stochastic_depth.surgery.dead import Snapshot, take_snapshot, with_dead_variables
+from stochastic_depth.surgery.dead_variables import Snapshot, take_snapshot, with_dead_variables
 from stochastic_depth.surgery.edits import (
     ADDITIONS,
     Argument,

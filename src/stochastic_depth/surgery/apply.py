@@ -24,16 +24,16 @@ from stochastic_depth.surgery.blocks import (
     unsupported,
     with_remedy,
 )
-from stochastic_depth.surgery.calls import still_running
-from stochastic_depth.surgery.check import check, establish
-from stochastic_depth.surgery.chosen import Choice
 from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
 from stochastic_depth.surgery.example import Example, caller, on_meta
 from stochastic_depth.surgery.find import find_blocks, find_residuals
 from stochastic_depth.surgery.gating import put_gates, take_gates
-from stochastic_depth.surgery.in_training import check_training
+from stochastic_depth.surgery.proof.batch import check_samples, halves, learn_samples, refuse_one
+from stochastic_depth.surgery.proof.calls import still_running
+from stochastic_depth.surgery.proof.check import check, establish
+from stochastic_depth.surgery.proof.training_mode import check_training
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_wrapped
-from stochastic_depth.surgery.samples import check_samples, halves, learn_samples, refuse_one
+from stochastic_depth.surgery.select_modules import Choice
 from stochastic_depth.survival import (
     LinearDecay,
     Probabilities,

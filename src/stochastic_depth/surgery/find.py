@@ -23,14 +23,14 @@ from stochastic_depth.surgery.blocks import (
     residual_block,
 )
 from stochastic_depth.surgery.branches import LEAST, NEEDED, Analysis, Event, Group
-from stochastic_depth.surgery.chosen import Choice, Chosen, chosen_modules
 from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.install import gated_class
-from stochastic_depth.surgery.modes import added_in_training, joined
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.rewrite import skipped_when_closed
+from stochastic_depth.surgery.select_modules import Choice, Chosen, chosen_modules
 from stochastic_depth.surgery.syntax import in_loop
+from stochastic_depth.surgery.training_additions import added_in_training, joined
 
 
 def edits_of(

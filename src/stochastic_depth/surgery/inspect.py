@@ -14,13 +14,13 @@ from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.additions import Passed
 from stochastic_depth.surgery.apply import chosen_survival, handle_of, linear_decay
 from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
-from stochastic_depth.surgery.calls import still_running
-from stochastic_depth.surgery.chosen import Choice
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find import find_blocks
 from stochastic_depth.surgery.gating import put_gates, take_gates
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.proof.calls import still_running
 from stochastic_depth.surgery.refuse import refuse_applied
+from stochastic_depth.surgery.select_modules import Choice
 from stochastic_depth.surgery.trace import CountFlops
 from stochastic_depth.survival import Survival
 from stochastic_depth.tensors import tensors_in

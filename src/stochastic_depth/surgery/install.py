@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Gate
-from stochastic_depth.surgery.defer import deferring_forward
+from stochastic_depth.surgery.deferred.forward import deferring_forward
 from stochastic_depth.surgery.edits import Deferred, Edit, Entry, Opaque, Registered, Sliced
 from stochastic_depth.surgery.rewrite import slice_method
-from stochastic_depth.surgery.subset import SAMPLES, samples
+from stochastic_depth.surgery.sample_places import SAMPLES, samples
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each edit."""

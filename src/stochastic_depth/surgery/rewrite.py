@@ -26,8 +26,8 @@ from stochastic_depth.surgery.liveness import (
     surely_defines,
     uses,
 )
-from stochastic_depth.surgery.select import select_samples
-from stochastic_depth.surgery.subset import samples
+from stochastic_depth.surgery.sample_places import samples
+from stochastic_depth.surgery.select_samples import select_samples
 from stochastic_depth.surgery.syntax import (
     call,
     compiled,

@@ -13,12 +13,12 @@ from stochastic_depth.block import Block
 from stochastic_depth.gates import Gate
 from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.apply import applied_to
-from stochastic_depth.surgery.check import check, establish
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.gating import ungated
-from stochastic_depth.surgery.in_training import check_training, train_once
 from stochastic_depth.surgery.inspect import plain_table, summary
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.proof.check import check, establish
+from stochastic_depth.surgery.proof.training_mode import check_training, train_once
 from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.timing import take_turns
 

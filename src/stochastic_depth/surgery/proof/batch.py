@@ -11,11 +11,11 @@ from stochastic_depth.block import Block
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.blocks import Found, unsupported
-from stochastic_depth.surgery.bypass import bypassed
-from stochastic_depth.surgery.calls import in_evaluation, in_training
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
-from stochastic_depth.surgery.subset import SAMPLES, Seen, noted
+from stochastic_depth.surgery.proof.bypass import bypassed
+from stochastic_depth.surgery.proof.calls import in_evaluation, in_training
+from stochastic_depth.surgery.sample_places import SAMPLES, Seen, noted
 from stochastic_depth.tensors import largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_leaves, tree_map
 

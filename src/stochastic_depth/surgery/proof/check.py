@@ -20,8 +20,10 @@ from stochastic_depth.errors import ApplyError, UnmetError, UnsupportedBlockErro
 from stochastic_depth.gates import Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
-from stochastic_depth.surgery.bypass import bypassed
-from stochastic_depth.surgery.calls import (
+from stochastic_depth.surgery.gating import ungated
+from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.proof.bypass import bypassed
+from stochastic_depth.surgery.proof.calls import (
     CLOSED,
     OPEN,
     CallCounts,
@@ -29,8 +31,6 @@ from stochastic_depth.surgery.calls import (
     in_evaluation,
     refuse_running,
 )
-from stochastic_depth.surgery.gating import ungated
-from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TOLERANCE = 1e-5

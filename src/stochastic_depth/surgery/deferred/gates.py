@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.edits import Site
-from stochastic_depth.surgery.placeholder import (
+from stochastic_depth.surgery.deferred.placeholder import (
     Node,
     Placeholder,
     Turn,
@@ -24,7 +23,8 @@ from stochastic_depth.surgery.placeholder import (
     value,
     with_values,
 )
-from stochastic_depth.surgery.subset import samples
+from stochastic_depth.surgery.edits import Site
+from stochastic_depth.surgery.sample_places import samples
 from stochastic_depth.torch_private import recomputation
 
 

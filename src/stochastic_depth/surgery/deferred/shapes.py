@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.surgery.placeholder import (
+from stochastic_depth.surgery.deferred.placeholder import (
     Node,
     Placeholder,
     mapped,

@@ -13,8 +13,10 @@ from stochastic_depth.block import Block
 from stochastic_depth.errors import StochasticDepthError, UnmetError, UnsupportedBlockError
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
-from stochastic_depth.surgery.bypass import bypassed
-from stochastic_depth.surgery.calls import (
+from stochastic_depth.surgery.gating import ungated
+from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.proof.bypass import bypassed
+from stochastic_depth.surgery.proof.calls import (
     CLOSED,
     OPEN,
     CallCounts,
@@ -22,9 +24,7 @@ from stochastic_depth.surgery.calls import (
     in_training,
     refuse_running,
 )
-from stochastic_depth.surgery.check import TOLERANCE, smallest
-from stochastic_depth.surgery.gating import ungated
-from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.proof.check import TOLERANCE, smallest
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TRAINING_PASSES = 4

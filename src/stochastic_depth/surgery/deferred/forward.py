@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from stochastic_depth.errors import GateError, UnmetError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.hooks import never_traced
-from stochastic_depth.surgery.edits import Deferred
-from stochastic_depth.surgery.placeholder import (
+from stochastic_depth.surgery.deferred.dispatch import marked, put_off, put_off_as
+from stochastic_depth.surgery.deferred.gates import chosen, no_graph
+from stochastic_depth.surgery.deferred.placeholder import (
     Node,
     Placeholder,
     Tape,
@@ -28,8 +29,7 @@ from stochastic_depth.surgery.placeholder import (
     resolved,
     tape_of_pass,
 )
-from stochastic_depth.surgery.placeholder_dispatch import marked, put_off, put_off_as
-from stochastic_depth.surgery.placeholder_gates import chosen, no_graph
+from stochastic_depth.surgery.edits import Deferred
 from stochastic_depth.torch_private import call_of, set_call, tree_flatten, whole_call
 
 

@@ -19,8 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.surgery.edits import ADDITIONS, Site, site_of
-from stochastic_depth.surgery.placeholder import (
+from stochastic_depth.surgery.deferred.gates import (
+    add,
+    addition_at,
+    adds_branch,
+    chosen_values,
+    no_graph,
+    turns_of,
+)
+from stochastic_depth.surgery.deferred.placeholder import (
     Node,
     Placeholder,
     Tape,
@@ -29,21 +36,14 @@ from stochastic_depth.surgery.placeholder import (
     value,
     with_values,
 )
-from stochastic_depth.surgery.placeholder_gates import (
-    add,
-    addition_at,
-    adds_branch,
-    chosen_values,
-    no_graph,
-    turns_of,
-)
-from stochastic_depth.surgery.placeholder_shapes import (
+from stochastic_depth.surgery.deferred.shapes import (
     SHAPES,
     answer_from_shape,
     requires_grad,
     shapes,
     shapes_of,
 )
+from stochastic_depth.surgery.edits import ADDITIONS, Site, site_of
 from stochastic_depth.surgery.trace import IN_PLACE
 from stochastic_depth.torch_private import subclass_of, tree_flatten, tree_unflatten
 
