@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stochastic_depth.block import Block
-from stochastic_depth.gates import Closed, Gate
+from stochastic_depth.gates import Closed
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.additions import Passed
 from stochastic_depth.surgery.apply import chosen_survival, handle_of, linear_decay
@@ -18,7 +18,7 @@ from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find import find_blocks
 from stochastic_depth.surgery.gating import put_gates, take_gates
 from stochastic_depth.surgery.preserve import preserve_state
-from stochastic_depth.surgery.proof.calls import still_running
+from stochastic_depth.surgery.proof.calls import CLOSED, OPEN, in_evaluation, still_running
 from stochastic_depth.surgery.refuse import refuse_applied
 from stochastic_depth.surgery.select_modules import Choice
 from stochastic_depth.surgery.trace import CountFlops
@@ -288,29 +288,22 @@ def summary(model: nn.Module, example: Example) -> Summary:
     """
     handle = handle_of(model)
     run = caller(model, example)
-    before = [block.gates[0].evaluation for block in handle.blocks]
-    try:
-        with preserve_state(model), torch.enable_grad():
-            model.eval()
-            _set(handle.blocks, Gate())
-            shapes = _input_shapes(model, handle.blocks, run)
-            forward, backward = _count(run)
-            counted: dict[tuple[str, str], tuple[int, int]] = {}
-            summaries = []
-            for block, p in zip(handle.blocks, handle.probabilities.full, strict=True):
-                module = block.module
-                look = (repr(module), f"{shapes.get(block.name)} of {len(block.gates)} gates")
-                if look not in counted:
-                    _set([block], Gate(open=False))
+    with preserve_state(model), torch.enable_grad(), in_evaluation(handle.blocks, OPEN):
+        model.eval()
+        shapes = _input_shapes(model, handle.blocks, run)
+        forward, backward = _count(run)
+        counted: dict[tuple[str, str], tuple[int, int]] = {}
+        summaries = []
+        for block, p in zip(handle.blocks, handle.probabilities.full, strict=True):
+            module = block.module
+            look = (repr(module), f"{shapes.get(block.name)} of {len(block.gates)} gates")
+            if look not in counted:
+                with in_evaluation([block], CLOSED):
                     without = _count(run)
-                    counted[look] = forward - without[0], backward - without[1]
-                    _set([block], Gate())
-                size = sum(p.numel() for owned in block.owned for p in owned.parameters())
-                kind = type(module).__name__
-                summaries.append(BlockSummary(block.name, kind, p, size, *counted[look]))
-    finally:
-        for block, gate in zip(handle.blocks, before, strict=True):
-            _set([block], gate)
+                counted[look] = forward - without[0], backward - without[1]
+            size = sum(p.numel() for owned in block.owned for p in owned.parameters())
+            kind = type(module).__name__
+            summaries.append(BlockSummary(block.name, kind, p, size, *counted[look]))
     return Summary(tuple(summaries), forward, backward, handle.closed, _gating(handle))
 
 
@@ -327,12 +320,6 @@ def _gating(handle: Handle) -> str:
         values = ", ".join(f"{k}={v}" for k, v in schedule.items() if k != "name")
         told.append(f"schedule: {schedule['name']}({values})")
     return "; ".join(told)
-
-
-def _set(blocks: list[Block], gate: Gate) -> None:
-    for block in blocks:
-        for addition in block.gates:
-            addition.evaluation = gate
 
 
 def _count(run: Callable[[], Any]) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""Skip a branch by putting it off: closed, its addition gives the shortcut, and nothing asks for it."""
+"""Skip a branch by putting it off: the addition gives its shortcut, and nothing asks for more."""
