@@ -257,6 +257,21 @@ def of_transformers(name):
             image_size=16, patch_size=2, embed_dim=8, depths=[3, 2], num_heads=[1, 2], window_size=2
         )
         return hf.SwinModel(config), {"pixel_values": X[:1, :, :16, :16]}
+    if name == "Whisper":
+        config = hf.WhisperConfig(
+            vocab_size=20, d_model=8, encoder_layers=3, decoder_layers=3, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=4,
+            max_source_positions=8, max_target_positions=8, use_cache=False, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )  # fmt: skip
+        features = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+        return hf.WhisperModel(config), {"input_features": features, "decoder_input_ids": ids}
+    if name == "Qwen3Moe":  # of which two layers are no mixtures
+        config = hf.Qwen3MoeConfig(
+            **small, num_hidden_layers=4, num_key_value_heads=1, head_dim=4, use_cache=False,
+            num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, mlp_only_layers=[1, 3],
+        )  # fmt: skip
+        return hf.Qwen3MoeModel(config), {"input_ids": ids}
     config = hf.Qwen3Config(
         **small, num_hidden_layers=4, num_key_value_heads=1, head_dim=4, use_cache=False,
         use_sliding_window=True, sliding_window=2, max_window_layers=2,
@@ -266,7 +281,14 @@ def of_transformers(name):
 
 @pytest.mark.parametrize(
     ("name", "keep"),
-    [("T5", [0, 1, 2, 3, 5]), ("T5", [0, 2, 3]), ("Swin", [0, 1, 3]), ("Qwen3", [0, 3])],
+    [
+        ("T5", [0, 1, 2, 3, 5]),
+        ("T5", [0, 2, 3]),
+        ("Swin", [0, 1, 3]),
+        ("Qwen3", [0, 3]),
+        ("Whisper", [0, 2, 3, 5]),
+        ("Qwen3Moe", [0, 1, 3]),
+    ],
 )
 def test_a_truncated_model_of_transformers_is_the_same_when_saved_and_loaded(name, keep, tmp_path):
     torch.manual_seed(0)

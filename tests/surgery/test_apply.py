@@ -336,3 +336,13 @@ def test_a_module_that_is_made_anew_from_a_class_with_gates_has_none() -> None:
     assert type(new) is Shifted
     assert torch.equal(new(x), x + new.branch(x).tanh())
     sd.apply(nn.Sequential(new), example=x)
+
+
+def test_nothing_of_the_library_is_put_on_the_default_device() -> None:
+    model, x = nn.Sequential(Shifted(), Shifted()), torch.randn(4, 3)
+    with torch.device("meta"):
+        handle = sd.apply(model, sd.Uniform(0.5), example=x, gate="subset")
+        model(x).sum().backward()
+        sd.verify(model, x)
+        assert handle.gates.device == torch.device("cpu")
+    assert all(p.grad is None or p.grad.device.type == "cpu" for p in model.parameters())
