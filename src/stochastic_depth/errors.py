@@ -21,6 +21,10 @@ class ApplyError(StochasticDepthError, ValueError):
     """A model in which nothing can be skipped, or that is skippable already."""
 
 
+class ExampleError(ApplyError):
+    """An example that the model does not run on; the model's own error is its cause."""
+
+
 class UnsupportedBlockError(ApplyError):
     """A residual unit that cannot be made skippable; names it, why, and the remedies."""
 

@@ -346,3 +346,12 @@ def test_nothing_of_the_library_is_put_on_the_default_device() -> None:
         sd.verify(model, x)
         assert handle.gates.device == torch.device("cpu")
     assert all(p.grad is None or p.grad.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.parametrize("example", [3, torch.randn(4, 5), (torch.randn(4, 3),) * 2])
+@pytest.mark.parametrize("verb", [sd.apply, sd.plan])
+def test_an_example_that_does_not_fit_is_told_with_what_would(verb, example) -> None:
+    model = nn.Sequential(Shifted(), Shifted())
+    with pytest.raises(sd.errors.ExampleError, match=r"does not run on the example .*example= is"):
+        verb(model, example=example)
+    assert is_untouched(model)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from stochastic_depth.cli.arguments import parse
-from stochastic_depth.errors import ApplyError, ConfigError, StochasticDepthError
+from stochastic_depth.errors import ApplyError, ConfigError, ExampleError, StochasticDepthError
 from stochastic_depth.extras import require
 from stochastic_depth.lab.options import at_least
 
@@ -124,16 +124,17 @@ def _on_example(asked: Inspect, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except StochasticDepthError:
-        raise
     except Exception as error:
-        said = (str(error) or "no reason given").splitlines()[0]
+        if isinstance(error, StochasticDepthError) and not isinstance(error, ExampleError):
+            raise
+        raised = error.__cause__ or error if isinstance(error, ExampleError) else error
+        said = (str(raised) or "no reason given").splitlines()[0]
         remedy = "give another --shape, or a factory that returns (model, example)"
         if asked.plan_only:
             remedy = "leave out --plan-only, with which there are no values to compute with"
         raise ApplyError(
-            f"{asked.model} {what} ({type(error).__name__}: {said}): {remedy}"
-        ) from error
+            f"{asked.model} {what} ({type(raised).__name__}: {said}): {remedy}"
+        ) from raised
 
 
 def _incomplete(planned: "Plan") -> StochasticDepthError:

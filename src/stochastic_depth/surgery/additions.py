@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stochastic_depth.errors import ExampleError, StochasticDepthError
 from stochastic_depth.surgery.branches import Analysis, Event
 from stochastic_depth.surgery.dead_variables import Snapshot, take_snapshot, with_dead_variables
 from stochastic_depth.surgery.edits import (
@@ -124,7 +125,17 @@ def discover(
     """
     search = _Search(Recording(model))
     with recorded(model, search.recording, search.made, search.returned, count_flops, gradients):
-        output = run()
+        try:
+            output = run()
+        except StochasticDepthError:
+            raise
+        except Exception as error:
+            said = (str(error) or "no reason given").splitlines()[0]
+            raise ExampleError(
+                f"{type(model).__name__} does not run on the example ({type(error).__name__}: "
+                f"{said}): example= is the inputs of one forward call, a tensor, a "
+                "tuple of arguments, or a mapping of keyword arguments"
+            ) from error
     if passed is not None:
         passed += search.passed.values()
     outputs = search.recording.numbers(output)
