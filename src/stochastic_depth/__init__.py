@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     )
     from stochastic_depth.export.fold import fold
     from stochastic_depth.export.truncate import drop_order, truncate
+    from stochastic_depth.foreign_rules import survival_rule
     from stochastic_depth.gates import Gate
     from stochastic_depth.handle import Handle
-    from stochastic_depth.migration import survival_rule
     from stochastic_depth.residual import Residual, residual_step
     from stochastic_depth.surgery.adapters import register_unit
     from stochastic_depth.surgery.apply import apply, handle_of, remove
@@ -61,7 +61,7 @@ _HOMES = {
     "export.truncate": ("drop_order", "truncate"),
     "gates": ("Gate",),
     "handle": ("Handle",),
-    "migration": ("survival_rule",),
+    "foreign_rules": ("survival_rule",),
     "residual": ("Residual", "residual_step"),
     "surgery": (
         "apply",

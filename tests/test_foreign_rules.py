@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import stochastic_depth as sd
-from stochastic_depth.migration import SHAPES, drop_schedule
+from stochastic_depth.foreign_rules import SHAPES, drop_schedule
 from stochastic_depth.survival import probabilities_of, survival_probabilities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
