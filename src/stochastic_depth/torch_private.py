@@ -4,6 +4,7 @@ The dictionaries in `nn.Module` of its children, parameters and buffers are used
 needed, because there is no public way to see or set what is in them without more.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from types import FrameType
@@ -43,6 +44,7 @@ __all__ = [
     "is_compiled",
     "is_replica",
     "is_replicated",
+    "is_sharded",
     "never_traced",
     "next_node_number",
     "no_modes",
@@ -194,6 +196,15 @@ def gradients_are_awaited() -> bool:
 def is_replicated(model: nn.Module) -> bool:
     """Whether it is under the composable `replicate`, whose own hook comes after ours."""
     return isinstance(model, Replicated)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was called on it, or on a module in it.
+
+    Whatever imports FSDP waits seconds for it; where nothing has, nothing is sharded.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
 
 
 def is_replica(model: nn.Module) -> bool:

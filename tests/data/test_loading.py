@@ -90,7 +90,7 @@ def test_the_package_imports_no_optional_library_by_itself():
 @pytest.mark.parametrize(
     ("name", "module", "extra"),
     [
-        ("digits", "sklearn.datasets", "train"),
+        ("digits", "sklearn", "train"),
         ("cifar10", "pyarrow.parquet", "data"),
         ("cifar10", "PIL.Image", "data"),
     ],

@@ -5,7 +5,6 @@ Arguments: the number of processes, how often they may be restarted, then those 
 
 import sys
 
-import sklearn.datasets  # noqa: F401
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import support.operators  # noqa: F401

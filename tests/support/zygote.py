@@ -7,8 +7,6 @@ import json
 import os
 import sys
 
-import sklearn.datasets  # noqa: F401
-
 import stochastic_depth.cli.train
 import stochastic_depth.distributed
 import stochastic_depth.train.display

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.handle import Handle
 from stochastic_depth.randomness import digest
 from stochastic_depth.surgery.apply import handle_of
+from stochastic_depth.torch_private import is_sharded
 
 _BETWEEN_LOOKS = {"cpu": 1}
 """Looking makes the host wait for a GPU: there, once in a hundred times."""
@@ -92,7 +92,7 @@ def gates_by_rank(model: nn.Module, rank: int | None = None) -> None:
             gathering its parameters, and the others wait for it.
     """
     handle = handle_of(model)
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if is_sharded(model):
         raise GateError(
             "a sharded model needs the same gates on every rank, because all of them gather the "
             "parameters of an open block: use DistributedDataParallel for gates by rank"

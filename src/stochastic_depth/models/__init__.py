@@ -4,4 +4,6 @@ from stochastic_depth.models.densenet import DenseNet
 from stochastic_depth.models.resnet import CifarResNet, ImageNetResNet
 from stochastic_depth.models.transformer import VisionTransformer
 
-__all__ = ["CifarResNet", "DenseNet", "ImageNetResNet", "VisionTransformer"]
+Network = CifarResNet | DenseNet | ImageNetResNet | VisionTransformer
+
+__all__ = ["CifarResNet", "DenseNet", "ImageNetResNet", "Network", "VisionTransformer"]

@@ -96,5 +96,10 @@ class DenseNet(nn.Module):
             self.head = nn.Linear(width, classes)
         initialise(self, "he", seed)
 
+    @staticmethod
+    def takes(height: int, width: int) -> bool:
+        """Whether images may have that many pixels."""
+        return min(height, width) >= 4
+
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).mean((2, 3)))

@@ -86,6 +86,12 @@ class CifarResNet(nn.Module):
             self.head = nn.Linear(CIFAR_WIDTHS[-1], classes)
         initialise(self, init, seed)
 
+    @staticmethod
+    def takes(height: int, width: int) -> bool:
+        """Whether images may have that many pixels."""
+        # Of an odd side, branch and shortcut would make different halves.
+        return height % 4 == width % 4 == 0
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem(x))
         return self.head(x.mean((2, 3)))
@@ -170,6 +176,11 @@ class ImageNetResNet(nn.Module):
             self.blocks = nn.Sequential(*blocks)
             self.head = nn.Linear(channels, classes)
         initialise(self, init, seed)
+
+    @staticmethod
+    def takes(height: int, width: int) -> bool:
+        """Whether images may have that many pixels."""
+        return min(height, width) >= 1
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem(x))

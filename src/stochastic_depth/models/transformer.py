@@ -84,6 +84,11 @@ class VisionTransformer(nn.Module):
             self.head = nn.Linear(WIDTH, classes)
         initialise(self, init, seed)
 
+    @staticmethod
+    def takes(height: int, width: int) -> bool:
+        """Whether images may have that many pixels."""
+        return min(height, width) >= PATCH
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = x.flatten(2).transpose(1, 2) + positions(*x.shape[2:]).to(x)

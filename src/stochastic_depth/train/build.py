@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from stochastic_depth.handle import Handle
-from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet, VisionTransformer
+from stochastic_depth.models import (
+    CifarResNet,
+    DenseNet,
+    ImageNetResNet,
+    Network,
+    VisionTransformer,
+)
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
@@ -15,7 +21,7 @@ from stochastic_depth.train.config import ModelConfig, OptimizerConfig, Survival
 
 def architecture(
     config: ModelConfig, channels: int, classes: int
-) -> tuple[type[nn.Module], dict[str, Any]]:
+) -> tuple[type[Network], dict[str, Any]]:
     """The class of the network, and its arguments except those for its initial weights."""
     if config.kind == "cifar-resnet":
         return CifarResNet, {"depth": config.depth, "classes": classes, "channels": channels}
@@ -33,7 +39,7 @@ def architecture(
     }
 
 
-def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> nn.Module:
+def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> Network:
     """The network for images of `channels` channels, its weights a function of `seed`."""
     kind, shape = architecture(config, channels, classes)
     if kind is not DenseNet:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import count
 from math import fsum
 from statistics import fmean
 from typing import Any
@@ -39,16 +40,15 @@ def check(config: Config, batches: Batches) -> None:
     """
     channels, height, width = batches.shape
     with torch.device("meta"):
-        model = build_model(config.model, channels, len(batches.classes), config.seed).eval()
+        model = build_model(config.model, channels, len(batches.classes), config.seed)
         if not any(isinstance(module, Residual) for module in model.modules()):
             build_depth(model, config.survival, config.seed, 1)
-        try:
-            model(torch.empty(1, *batches.shape))
-        except RuntimeError as error:
-            raise ConfigError(
-                f"the images have {height}x{width} pixels, too few for the {config.model.kind} "
-                f"({str(error).splitlines()[0]}): choose a larger --data.size, or leave it out"
-            ) from error
+    if not model.takes(height, width):
+        size = next(size for size in count(max(height, width)) if model.takes(size, size))
+        raise ConfigError(
+            f"the images have {height}x{width} pixels, which no {config.model.kind} takes: "
+            f"give --data.size {size}, or leave it out"
+        )
     first = max(0, batches.steps_per_epoch - 2)
     images = min(
         _images_of(step, config, batches) for step in range(first, batches.steps_per_epoch)

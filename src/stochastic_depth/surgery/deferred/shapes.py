@@ -7,6 +7,7 @@ the arguments, so that a call is inferred once for each kind of inputs.
 
 import weakref
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,11 +31,16 @@ SHAPES |= {"shape", "ndim", "dtype", "device", "layout", "itemsize", "nbytes", "
 SHAPES |= {"is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_mps", "is_xpu", "is_nested"}
 SHAPES |= {"is_mkldnn", "is_sparse_csr", "is_same_size", "is_inference", "is_conj", "is_neg"}
 """Methods and attributes that are answered from the shape and the dtype."""
-_FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 _UNKNOWN: Any = object()
 """Remembered where the shapes cannot be inferred."""
 _MODULES: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _FUNCTIONS: dict[Any, dict[Any, Any]] = {}
+
+
+@cache
+def _fake_tensors() -> FakeTensorMode:
+    """Made when a shape is first asked for: PyTorch imports its compiler to make it."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def shapes(node: Node) -> tuple[list[Any], Any]:
@@ -64,7 +70,7 @@ def _infer(node: Node) -> Any:
     try:
         args, kwargs = mapped(_without_numbers, (node.args, node.kwargs))
         function = node.function if node.module is None else _hollow(node.module)
-        with no_modes(), _FAKE, torch.no_grad(), under(node.context[1:], grad=False):
+        with no_modes(), _fake_tensors(), torch.no_grad(), under(node.context[1:], grad=False):
             return tree_flatten(function(*args, **kwargs))
     except Exception:
         return _UNKNOWN
@@ -120,7 +126,7 @@ def _fake(tensor: Tensor) -> Tensor:
         if not isinstance(fake, Tensor):
             raise TypeError("not a tensor")
         return fake
-    with no_modes(), _FAKE:
+    with no_modes(), _fake_tensors():
         return torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
