@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import stochastic_depth.data
-from stochastic_depth.data import load
+from stochastic_depth.data import Images, load
 from stochastic_depth.data.cifar import CIFAR10
+from stochastic_depth.data.dataset import reduced
 from stochastic_depth.errors import DataError, MissingExtraError
 from support.data_sets import write_parquet
 
@@ -119,5 +120,8 @@ def test_the_real_cifar_10_is_what_its_authors_published(real_cifar10_root, no_n
     std = np.sqrt(counts @ values**2 / pixels - mean**2)
     assert mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=6e-5)
     assert std == pytest.approx((0.2470, 0.2435, 0.2616), abs=6e-5)
+    some = Images(data.train.images[:500], data.train.labels[:500])
+    halves = some.images.double().reshape(500, 3, 16, 2, 16, 2).mean((3, 5))
+    assert (reduced("cifar10", some, 16).images - halves).abs().max() <= 0.5
     # Decoding and the choice of the validation images never change between versions.
     assert data.fingerprint.startswith("e81f4617ce9095bc78a963f74afd2a97")

@@ -46,11 +46,3 @@ def test_every_part_is_reduced_and_the_fingerprint_follows():
         assert torch.equal(small.parts[part].labels, whole.parts[part].labels)
     assert small.fingerprint != whole.fingerprint
     assert not torch.equal(small.std, whole.std)
-
-
-def test_the_real_cifar_10_at_half_its_size(real_cifar10_root):
-    whole, small = (load("cifar10", real_cifar10_root, train=5000, size=s) for s in (None, 16))
-    assert small.train.images.shape == (5000, 3, 16, 16)
-    assert small.train.labels.bincount().tolist() == [500] * 10
-    mean = whole.train.images[:500].double().reshape(500, 3, 16, 2, 16, 2).mean((3, 5))
-    assert (small.train.images[:500] - mean).abs().max() <= 0.5
