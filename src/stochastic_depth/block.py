@@ -62,11 +62,6 @@ class Block:
         """What it does in evaluation."""
         return self.gates[0].evaluation
 
-    def open_in_training(self, gate: Gate | None) -> None:
-        """Set what the block does in the training pass under way."""
-        for addition in self.gates:
-            addition.training = gate
-
     @property
     def is_in_training(self) -> bool:
         """Whether some of it is in training mode."""

@@ -67,8 +67,6 @@ def measure_rates(
     """
     handle = handle_of(model)
     blocks = len(costs.blocks)
-    full = costs.forward + costs.backward
-    shares = [(block.forward + block.backward) / full for block in costs.blocks]
     rules = {rate: survival_probabilities(LinearDecay(1 - rate), blocks) for rate in RATES}
     patterns: dict[str, Tensor] = {"full": torch.ones(blocks, dtype=torch.bool)}
     for rate, survival in rules.items():
@@ -94,11 +92,8 @@ def measure_rates(
     for rate, survival in rules.items():
         keys = [f"{rate} {number}" for number in range(DRAWS)]
         # The draws are few: time and memory are scaled from the FLOPs they saved to the expected.
-        drawn = statistics.fmean(
-            sum(s for s, b in zip(shares, patterns[key].tolist(), strict=True) if not b)
-            for key in keys
-        )
-        expected = sum((1 - p) * s for p, s in zip(survival, shares, strict=True))
+        drawn = statistics.fmean(costs.saving(patterns[key].tolist()) for key in keys)
+        expected = costs.saving(survival)
         time = 1 - statistics.median(
             statistics.fmean(r[key] for key in keys) / r["full"] for r in rounds
         )

@@ -250,9 +250,16 @@ class Summary:
 
         A block costs its branch with probability p_l, and nothing else depends on the gates.
         """
+        return self.saving([block.survival for block in self.blocks])
+
+    def saving(self, open_shares: Sequence[float]) -> float:
+        """The same where block l is open in the share `open_shares[l - 1]` of the steps.
+
+        With gates (True, False) it is what one step saves.
+        """
         saved = sum(
-            (1 - b.survival) * (b.backward + (b.forward if self.closed == "skipped" else 0))
-            for b in self.blocks
+            (1 - share) * (b.backward + (b.forward if self.closed == "skipped" else 0))
+            for b, share in zip(self.blocks, open_shares, strict=True)
         )
         return saved / (self.forward + self.backward)
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stochastic_depth.block import Block
-from stochastic_depth.gates import Gate
+from stochastic_depth.handle import Handle
 from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.apply import applied_to
 from stochastic_depth.surgery.example import Example, caller
@@ -93,20 +92,9 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}
     with preserve_state(model):
         model.train()
-        steps = {name: _step(step, blocks, pattern) for name, pattern in patterns.items()}
+        steps = {name: _step(step, applied.handle, gates) for name, gates in patterns.items()}
         rounds = list(take_turns(steps, repeats, warmup=1))
-        for block in blocks:
-            block.open_in_training(None)
-    full = costs.forward + costs.backward
-    closed = [
-        sum(
-            b.forward + b.backward
-            for b, is_open in zip(costs.blocks, p, strict=True)
-            if not is_open
-        )
-        for p in patterns.values()
-    ]
-    all_open, half, none = (1 - flops / full for flops in closed)
+    all_open, half, none = (1 - costs.saving(gates) for gates in patterns.values())
     seconds = {name: statistics.median(r[name] for r in rounds) for name in steps}
     return Verification(
         len(blocks),
@@ -117,13 +105,9 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     )
 
 
-def _step(
-    run: Callable[[], Any], blocks: Sequence[Block], pattern: Sequence[bool]
-) -> Callable[[], None]:
+def _step(run: Callable[[], Any], handle: Handle, gates: Sequence[bool]) -> Callable[[], None]:
     def step() -> None:
-        for block, is_open in zip(blocks, pattern, strict=True):
-            block.open_in_training(Gate(is_open))
-        with torch.enable_grad():
+        with handle.forced(gates), torch.enable_grad():
             train_once(run)
 
     return step

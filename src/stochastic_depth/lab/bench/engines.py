@@ -23,7 +23,7 @@ from stochastic_depth.lab.bench.results import bench_table, clock, milliseconds,
 from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Step, Workload
 from stochastic_depth.lab.options import EnginesOptions, ProfileOptions
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.survival import Survival, Uniform
+from stochastic_depth.survival import Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
@@ -32,8 +32,6 @@ from stochastic_depth.train.engines import KERNELS
 from stochastic_depth.train.runtime import Runtime
 
 SHARES = 1.0, 0.75, 0.5
-CLOSED = 1e-12
-"""The survival probability of a block that is closed in every step."""
 
 DESIGNS: dict[str, tuple[EngineName, KernelsName]] = {
     "eager": ("eager", "reference"),
@@ -44,12 +42,10 @@ DESIGNS: dict[str, tuple[EngineName, KernelsName]] = {
 }
 
 
-def active_share(blocks: int, share: float) -> Survival:
-    """`share` of the blocks always open, spread evenly over the depth, the others always closed."""
-    if share == 1:
-        return Uniform(1.0)
+def active_share(blocks: int, share: float) -> list[bool]:
+    """Gates that open `share` of the blocks, spread evenly over the depth."""
     count = [int(share * n) for n in range(blocks + 1)]
-    return [1.0 if after > before else CLOSED for before, after in itertools.pairwise(count)]
+    return [after > before for before, after in itertools.pairwise(count)]
 
 
 def designs(runtime: Runtime) -> tuple[dict[str, Runtime], dict[str, str]]:
@@ -82,8 +78,8 @@ def engine_steps(
     for name, runtime in names.items():
         for share in SHARES:
             model = CifarResNet(depth, channels=workload.channels)
-            survival = active_share((depth - 2) // 2, share)
-            step = replace(workload, runtime=runtime).engine_step(model, survival)
+            gates = active_share((depth - 2) // 2, share)
+            step = replace(workload, runtime=runtime).engine_step(model, Uniform(1.0), gates)
             yield name, share, step
 
 

@@ -38,16 +38,16 @@ from stochastic_depth.train.runtime import Runtime
 CONSTANT = "constant depth"
 
 
-def alternatives(blocks: int) -> dict[str, Survival]:
-    """The survival probabilities that are timed: linear decay, and fixed shares of the blocks."""
-    fixed = {
-        f"{100 * share:.0f} % of blocks": active_share(blocks, share) for share in (0.75, 0.5, 0.25)
-    }
+def alternatives(blocks: int) -> dict[str, tuple[Survival, list[bool] | None]]:
+    """What is timed: linear decay, and fixed shares of the blocks, whose gates are forced."""
     return {
-        CONSTANT: Uniform(1.0),
-        "p_L = 0.5": LinearDecay(0.5),
-        "p_L = 0.2": LinearDecay(0.2),
-        **fixed,
+        CONSTANT: (Uniform(1.0), None),
+        "p_L = 0.5": (LinearDecay(0.5), None),
+        "p_L = 0.2": (LinearDecay(0.2), None),
+        **{
+            f"{100 * share:.0f} % of blocks": (Uniform(1.0), active_share(blocks, share))
+            for share in (0.75, 0.5, 0.25)
+        },
     }
 
 
@@ -91,15 +91,16 @@ class Skip:
 
     def __init__(self, depth: int, workload: Workload) -> None:
         self.workload = workload
-        self._depths: dict[str, Handle] = {}
-        self._costs: list[float] = []
+        self._handles: dict[str, Handle] = {}
         self.steps: dict[str, Step] = {}
-        for name, survival in alternatives((depth - 2) // 2).items():
+        for name, (survival, gates) in alternatives((depth - 2) // 2).items():
             model = CifarResNet(depth, channels=workload.channels)
-            step = self.steps[name] = workload.engine_step(model, survival)
+            step = self.steps[name] = workload.engine_step(model, survival, gates)
             assert step.handle is not None
-            self._depths[name] = step.handle
-            self._costs = self._costs or _costs(model, workload)
+            self._handles[name] = step.handle
+            if name == CONSTANT:
+                image = torch.randn(1, workload.channels, workload.size, workload.size)
+                self._costs = summary(model, image)
 
     def rounds(self, repeats: int) -> Iterator[Round]:
         """Take turns: seconds, and the share of FLOPs that was active, by alternative."""
@@ -109,8 +110,7 @@ class Skip:
 
     def active_flops(self, name: str) -> float:
         """The share of the FLOPs of constant depth that the last step has spent."""
-        gates = self._depths[name].gates.tolist()
-        return 1 - sum(c for c, is_open in zip(self._costs, gates, strict=True) if not is_open)
+        return 1 - self._costs.saving(self._handles[name].gates.tolist())
 
     def memory(self, name: str, steps: int) -> tuple[float, float]:
         """What is kept for backward, and the share of active blocks, relative to constant depth.
@@ -121,15 +121,8 @@ class Skip:
         saved, active = [], []
         for _ in range(steps):
             saved.append(saved_for_backward(self.steps[name]) / full)
-            active.append(self._depths[name].gates.double().mean().item())
+            active.append(self._handles[name].gates.double().mean().item())
         return statistics.mean(saved), statistics.mean(active)
-
-
-def _costs(model: nn.Module, workload: Workload) -> list[float]:
-    """The share of the FLOPs of a training step that is in each block."""
-    costs = summary(model, torch.randn(1, workload.channels, workload.size, workload.size))
-    full = costs.forward + costs.backward
-    return [(block.forward + block.backward) / full for block in costs.blocks]
 
 
 NETWORKS = ("without the library", "applied, all gates open")

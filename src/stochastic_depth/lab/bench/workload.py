@@ -3,7 +3,7 @@
 import statistics
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +47,24 @@ class Workload:
         labels = torch.arange(self.batch) % 10
         return training_step(model, self.images(), labels, runtime, layout)
 
-    def engine_step(self, model: CifarResNet, survival: Survival | None = None) -> "EngineStep":
+    def engine_step(
+        self,
+        model: CifarResNet,
+        survival: Survival | None = None,
+        gates: Sequence[bool] | None = None,
+    ) -> "EngineStep":
         """A training step of `model` as `train` takes it: by the engine of `runtime`.
 
         Args:
             survival: of its blocks; constant depth if not given.
+            gates: those of every step; drawn if not given.
         """
-        depth = None if survival is None else apply(model, survival)
+        handle = None if survival is None else apply(model, survival)
         labels = torch.arange(self.batch) % 10
-        return EngineStep(model, depth, self.images(), labels, self.runtime)
+        step = EngineStep(model, handle, self.images(), labels, self.runtime)
+        if handle is not None and gates is not None:
+            step.forced.enter_context(handle.forced(gates))
+        return step
 
     def images(self) -> Tensor:
         """Random ones: float32 [batch, channels, size, size], always the same."""
@@ -75,10 +84,12 @@ class EngineStep:
         runtime: Runtime,
     ) -> None:
         self.model, self.handle = model, handle
+        self.forced = ExitStack()
+        """Gates that are forced as long as there is this step."""
         model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         images = images.contiguous(memory_format=torch.channels_last).to(runtime.device)
         self._batch = images, labels.to(runtime.device)
-        self._execution = runtime
+        self._runtime = runtime
         self.engine = build_engine(
             model,
             handle,
@@ -90,7 +101,7 @@ class EngineStep:
 
     def __call__(self) -> Tensor:
         loss = self.engine.step(*self._batch).loss
-        self._execution.synchronise()
+        self._runtime.synchronise()
         return loss
 
 
