@@ -10,26 +10,9 @@ import pytest
 
 from stochastic_depth.cli import main
 from stochastic_depth.data.cifar import CIFAR10, CIFAR100
-from support.data_sets import (
-    write_binary,
-    write_folders,
-    write_imagenet,
-    write_parquet,
-    write_pickles,
-    write_svhn,
-)
+from support.data_sets import write_cifar, write_imagenet, write_svhn
 
 SMALL = ["--model.depth", "8", "--epochs", "1", "--data.validation", "20", "--quiet"]
-
-
-def png(pixels, kind="PNG", **options):
-    import io
-
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
-    return file.getvalue()
 
 
 def images(count, classes, seed):
@@ -37,24 +20,13 @@ def images(count, classes, seed):
     return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % classes
 
 
-LAYOUTS = {
-    "pickles": lambda root, variant, *parts: write_pickles(
-        root / variant.pickle_folder, variant, *parts
-    ),
-    "binary": lambda root, variant, *parts: write_binary(
-        root / variant.binary_folder, variant, *parts
-    ),
-    "parquet": lambda root, variant, *parts: write_parquet(root, variant, *parts, png),
-    "folders": lambda root, variant, *parts: write_folders(root, variant, *parts, png),
-}
-
-
 @pytest.mark.parametrize("variant", [CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["pickles", "binary", "parquet", "folders"])
 def test_cifar_trains_from_every_layout(tmp_path, variant, layout):
     classes = len(variant.classes)
     root = tmp_path / "data"
-    LAYOUTS[layout](root, variant, *images(3 * classes, classes, 0), *images(classes, classes, 1))
+    parts = (*images(3 * classes, classes, 0), *images(classes, classes, 1))
+    write_cifar(layout, root, variant, *parts)
     name = "cifar10" if variant is CIFAR10 else "cifar100"
     arguments = ["train", f"{name}-resnet110", *SMALL, "--data.root", str(root)]
     assert main([*arguments, "--run", str(tmp_path / "run")]) == 0
@@ -85,7 +57,7 @@ def test_imagenet_trains_from_a_folder_tree_with_workers(tmp_path):
 
 def test_a_data_set_that_has_moved_is_found_by_its_content(tmp_path, capsys):
     parts = (*images(40, 10, 0), *images(10, 10, 1))
-    LAYOUTS["binary"](tmp_path / "here", CIFAR10, *parts)
+    write_cifar("binary", tmp_path / "here", CIFAR10, *parts)
     run = str(tmp_path / "run")
     arguments = ["train", "cifar10-resnet110", *SMALL, "--data.root", str(tmp_path / "here")]
     assert main([*arguments, "--run", run]) == 0
@@ -93,7 +65,7 @@ def test_a_data_set_that_has_moved_is_found_by_its_content(tmp_path, capsys):
     assert main(["eval", run]) == 1
     assert "here" in capsys.readouterr().err
     assert main(["eval", run, "--data", str(tmp_path / "there")]) == 0
-    LAYOUTS["binary"](tmp_path / "other", CIFAR10, *images(40, 10, 7), *images(10, 10, 8))
+    write_cifar("binary", tmp_path / "other", CIFAR10, *images(40, 10, 7), *images(10, 10, 8))
     for command in (["train", "--resume", run], ["eval", run]):
         assert main([*command, "--data", str(tmp_path / "other")]) == 1
         assert "fingerprint" in capsys.readouterr().err

@@ -1,10 +1,8 @@
-import io
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 REAL = Path(__file__).parents[2] / "../shared/data"
 
@@ -32,15 +30,3 @@ def pictures():
     return lambda n, seed=0: np.random.default_rng(seed).integers(
         0, 256, (n, 32, 32, 3), dtype=np.uint8
     )
-
-
-@pytest.fixture
-def encode():
-    """The bytes of one uint8 [height, width, 3] picture, lossless by default."""
-
-    def encode(pixels, kind="PNG", **options):
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, kind, **options)
-        return file.getvalue()
-
-    return encode

@@ -7,7 +7,14 @@ import pytest
 
 from stochastic_depth.data.cifar import CIFAR10, CIFAR100, read_cifar
 from stochastic_depth.errors import DataError
-from support.data_sets import table, write_binary, write_folders, write_parquet, write_pickles
+from support.data_sets import (
+    encode,
+    table,
+    write_binary,
+    write_folders,
+    write_parquet,
+    write_pickles,
+)
 
 VARIANTS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -59,18 +66,18 @@ def test_the_binary_version_is_read_from_its_folder_or_the_one_around(small, tmp
 
 
 @pytest.mark.parametrize("inside", [".", "data", "plain_text"])
-def test_parquet_is_read_from_the_folder_or_those_inside(small, inside, tmp_path, encode):
-    write_parquet(tmp_path / inside, *small, encode)
+def test_parquet_is_read_from_the_folder_or_those_inside(small, inside, tmp_path):
+    write_parquet(tmp_path / inside, *small)
     check(tmp_path, small)
 
 
-def test_parquet_may_name_its_column_image_and_hold_bare_bytes(small, tmp_path, encode):
-    write_parquet(tmp_path, *small, encode, image="image", bare=True)
+def test_parquet_may_name_its_column_image_and_hold_bare_bytes(small, tmp_path):
+    write_parquet(tmp_path, *small, image="image", bare=True)
     check(tmp_path, small)
 
 
-def test_one_folder_per_class_is_read(small, tmp_path, encode):
-    write_folders(tmp_path, *small, encode)
+def test_one_folder_per_class_is_read(small, tmp_path):
+    write_folders(tmp_path, *small)
     (tmp_path / "train" / small[0].classes[0] / ".DS_Store").write_bytes(b"x")
     (tmp_path / "train" / ".cache").mkdir()
     check(tmp_path, small, order=np.argsort(small[2], kind="stable"))
@@ -86,8 +93,8 @@ def test_a_missing_file_is_named(small, write, tmp_path):
         read_cifar(folder, small[0])
 
 
-def test_a_missing_or_foreign_shard_is_refused(small, tmp_path, encode):
-    write_parquet(tmp_path, *small, encode)
+def test_a_missing_or_foreign_shard_is_refused(small, tmp_path):
+    write_parquet(tmp_path, *small)
     shard = tmp_path / "train-00000-of-00002.parquet"
     shard.rename(tmp_path / "train-00000-of-00003.parquet")
     with pytest.raises(DataError, match="expected the 3 shards"):
@@ -140,9 +147,9 @@ def test_a_binary_file_that_is_not_whole_or_not_of_this_variant_is_refused(
         read_cifar(tmp_path / "x", CIFAR10)
 
 
-def test_cifar_100_where_cifar_10_is_expected_is_refused(tmp_path, pictures, encode):
+def test_cifar_100_where_cifar_10_is_expected_is_refused(tmp_path, pictures):
     labels = np.arange(200) % 100
-    write_parquet(tmp_path, CIFAR100, pictures(200), labels, pictures(100), labels[:100], encode)
+    write_parquet(tmp_path, CIFAR100, pictures(200), labels, pictures(100), labels[:100])
     with pytest.raises(DataError, match="columns img, fine_label, expected one named label"):
         read_cifar(tmp_path, CIFAR10)
 
@@ -162,18 +169,18 @@ def test_cifar_100_where_cifar_10_is_expected_is_refused(tmp_path, pictures, enc
         (lambda good: pa.table({"img": ["a.png"], "label": [1]}), "column img is string"),
     ],
 )
-def test_a_parquet_file_with_other_content_is_refused(make, message, tmp_path, pictures, encode):
+def test_a_parquet_file_with_other_content_is_refused(make, message, tmp_path, pictures):
     labels = np.arange(20) % 10
-    write_parquet(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10], encode)
+    write_parquet(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10])
     pq.write_table(make(encode(pictures(1)[0])), tmp_path / "test-00000-of-00001.parquet")
     with pytest.raises(DataError, match=f"test-00000-of-00001.parquet.*{message}"):
         read_cifar(tmp_path, CIFAR10)
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.999])
-def test_a_truncated_parquet_file_is_refused(share, tmp_path, pictures, encode):
+def test_a_truncated_parquet_file_is_refused(share, tmp_path, pictures):
     labels = np.arange(20) % 10
-    write_parquet(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10], encode)
+    write_parquet(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10])
     path = tmp_path / "train-00001-of-00002.parquet"
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
@@ -181,9 +188,9 @@ def test_a_truncated_parquet_file_is_refused(share, tmp_path, pictures, encode):
         read_cifar(tmp_path, CIFAR10)
 
 
-def test_class_folders_of_other_classes_or_without_pictures_are_refused(tmp_path, pictures, encode):
+def test_class_folders_of_other_classes_or_without_pictures_are_refused(tmp_path, pictures):
     labels = np.arange(20) % 10
-    write_folders(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10], encode)
+    write_folders(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10])
     (tmp_path / "test" / "cat" / "00003.png").rename(tmp_path / "test" / "cat" / "readme.txt")
     with pytest.raises(DataError, match="cat: holds no pictures"):
         read_cifar(tmp_path, CIFAR10)
@@ -192,9 +199,9 @@ def test_class_folders_of_other_classes_or_without_pictures_are_refused(tmp_path
         read_cifar(tmp_path, CIFAR10)
 
 
-def test_a_picture_that_is_none_is_named_by_its_path(tmp_path, pictures, encode):
+def test_a_picture_that_is_none_is_named_by_its_path(tmp_path, pictures):
     labels = np.arange(20) % 10
-    write_folders(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10], encode)
+    write_folders(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10])
     (tmp_path / "train" / "ship" / "00008.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"ship/00008.png: holds no bytes"):
         read_cifar(tmp_path, CIFAR10)

@@ -97,10 +97,10 @@ def test_the_package_imports_no_optional_library_by_itself():
     ],
 )
 def test_a_missing_library_is_one_sentence_with_the_command(
-    name, module, extra, tmp_path, pictures, encode, monkeypatch
+    name, module, extra, tmp_path, pictures, monkeypatch
 ):
     labels = np.arange(20) % 10
-    write_parquet(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10], encode)
+    write_parquet(tmp_path, CIFAR10, pictures(20), labels, pictures(10), labels[:10])
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"{module} .*pip install .*\[{extra}\]"):
         load(name, None if name == "digits" else tmp_path)

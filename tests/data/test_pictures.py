@@ -10,12 +10,13 @@ from PIL import Image
 
 from stochastic_depth.data.pictures import decode, decode_one
 from stochastic_depth.errors import DataError
+from support.data_sets import encode
 
 SIZE = (32, 32)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
-def test_many_pictures_come_out_in_order(pictures, encode, kind):
+def test_many_pictures_come_out_in_order(pictures, kind):
     pixels = pictures(1100)
     options = {"lossless": True, "quality": 0} if kind == "WEBP" else {}
     encoded = [encode(image, kind, **options) for image in pixels]
@@ -39,14 +40,14 @@ def test_no_bytes_are_no_picture(encoded):
         decode_one(encoded, "row 3", SIZE)
 
 
-def test_the_first_bad_picture_is_named(pictures, encode):
+def test_the_first_bad_picture_is_named(pictures):
     encoded = [encode(image) for image in pictures(1500)]
     encoded[1203] = b"GIF89a, but not really"
     with pytest.raises(DataError, match="row 1203: 22 bytes that are no readable"):
         decode(len(encoded), encoded.__getitem__, lambda i: f"row {i}", SIZE)
 
 
-def test_another_size_is_refused(pictures, encode):
+def test_another_size_is_refused(pictures):
     with pytest.raises(DataError, match="32x31 pixels, expected 32x32"):
         decode_one(encode(pictures(1)[0, :31]), "here", SIZE)
 
@@ -76,8 +77,7 @@ def test_a_picture_that_claims_to_be_huge_is_not_decoded(side, monkeypatch):
 @given(share=st.floats(0.01, 0.9))
 def test_a_truncated_picture_is_refused(kind, share):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    encoded = file.getvalue()[: int(share * len(file.getvalue()))]
+    whole = encode(pixels, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    encoded = whole[: int(share * len(whole))]
     with pytest.raises(DataError, match="here: "):
         decode_one(encoded, "here", SIZE)

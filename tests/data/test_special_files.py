@@ -7,44 +7,24 @@ from stochastic_depth.data import batches, load
 from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.data.folders import fetch
 from stochastic_depth.errors import DataError
-from support.data_sets import (
-    write_binary,
-    write_folders,
-    write_imagenet,
-    write_parquet,
-    write_pickles,
-    write_svhn,
-)
+from support.data_sets import write_cifar, write_imagenet, write_svhn
 from support.special_files import put
 
 LABELS = np.arange(20) % 10
 
 
-def written(root, layout, pictures, encode):
+def written(root, layout, pictures):
     """A data set in `root`; the file of it that is to be replaced."""
-    data = (CIFAR10, pictures(20), LABELS, pictures(10), LABELS[:10])
-    match layout:
-        case "pickles":
-            write_pickles(root / CIFAR10.pickle_folder, *data)
-            return root / CIFAR10.pickle_folder / "data_batch_3"
-        case "binary":
-            write_binary(root / CIFAR10.binary_folder, *data)
-            return root / CIFAR10.binary_folder / "data_batch_3.bin"
-        case "parquet":
-            write_parquet(root, *data, encode)
-            return root / "train-00001-of-00002.parquet"
-        case "folders":
-            write_folders(root, *data, encode)
-            return next((root / "train").rglob("*.png"))
-        case "svhn":
-            write_svhn(root)
-            return root / "extra_32x32.mat"
+    if layout == "svhn":
+        write_svhn(root)
+        return root / "extra_32x32.mat"
+    return write_cifar(layout, root, CIFAR10, pictures(20), LABELS, pictures(10), LABELS[:10])
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to nowhere"])
 @pytest.mark.parametrize("layout", ["pickles", "binary", "parquet", "folders", "svhn"])
-def test_a_special_file_is_told(tmp_path, layout, kind, pictures, encode):
-    path = written(tmp_path, layout, pictures, encode)
+def test_a_special_file_is_told(tmp_path, layout, kind, pictures):
+    path = written(tmp_path, layout, pictures)
     path.unlink()
     put(path, kind, tmp_path / "file")
     with pytest.raises(DataError, match=path.name):
@@ -52,8 +32,8 @@ def test_a_special_file_is_told(tmp_path, layout, kind, pictures, encode):
 
 
 @pytest.mark.parametrize("layout", ["pickles", "binary", "parquet", "folders", "svhn"])
-def test_files_that_are_linked_are_read(tmp_path, layout, pictures, encode):
-    path = written(tmp_path, layout, pictures, encode)
+def test_files_that_are_linked_are_read(tmp_path, layout, pictures):
+    path = written(tmp_path, layout, pictures)
     name = "svhn" if layout == "svhn" else "cifar10"
     before = load(name, tmp_path, validation=2).fingerprint
     path.rename(tmp_path / "elsewhere")

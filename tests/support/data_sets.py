@@ -27,6 +27,13 @@ def published(name, content):
     return content
 
 
+def encode(pixels, kind="PNG", **options):
+    """The bytes of one uint8 picture [height, width, 3], lossless by default."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
 def split(names, pixels, labels):
     """One equal part for each file."""
     pixels, labels = np.array_split(pixels, len(names)), np.array_split(labels, len(names))
@@ -66,7 +73,7 @@ def table(encoded, labels, image="img", label="label", bare=False):
     return pa.table({image: pa.array(column, kind), label: pa.array(labels)})
 
 
-def write_parquet(folder, variant, train, train_labels, test, test_labels, encode, **options):
+def write_parquet(folder, variant, train, train_labels, test, test_labels, **options):
     folder.mkdir(parents=True, exist_ok=True)
     options = {"label": variant.label_columns[0]} | options
     halves = np.array_split(np.arange(len(train)), 2)
@@ -78,12 +85,29 @@ def write_parquet(folder, variant, train, train_labels, test, test_labels, encod
     pq.write_table(table(encoded, test_labels, **options), folder / "test-00000-of-00001.parquet")
 
 
-def write_folders(folder, variant, train, train_labels, test, test_labels, encode):
+def write_folders(folder, variant, train, train_labels, test, test_labels):
     for part, pixels, labels in (("train", train, train_labels), ("test", test, test_labels)):
         for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
             path = folder / part / variant.classes[label] / f"{i:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode(image))
+
+
+def write_cifar(layout, root, variant, *parts):
+    """In the folders that the published layout has; gives one of the files with training images."""
+    match layout:
+        case "pickles":
+            write_pickles(root / variant.pickle_folder, variant, *parts)
+            return root / variant.pickle_folder / variant.pickle_files[0][-1]
+        case "binary":
+            write_binary(root / variant.binary_folder, variant, *parts)
+            return root / variant.binary_folder / variant.binary_files[0][-1]
+        case "parquet":
+            write_parquet(root, variant, *parts)
+            return root / "train-00001-of-00002.parquet"
+        case "folders":
+            write_folders(root, variant, *parts)
+            return next((root / "train").rglob("*.png"))
 
 
 def write_svhn(root, sizes=SVHN_SIZES, **options):

@@ -27,6 +27,7 @@ from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.data.folders import unpack
 from stochastic_depth.errors import StochasticDepthError
 from support.data_sets import (
+    encode,
     table,
     write_binary,
     write_folders,
@@ -154,21 +155,15 @@ PICKLES = {
 }
 
 
-def cifar(folder: Path, write, *more) -> None:
+def cifar(folder: Path, write) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(20) % 10
-    write(folder, CIFAR10, pixels, labels, pixels, labels, *more)
-
-
-def encode(pixels, kind="PNG", **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
-    return file.getvalue()
+    write(folder, CIFAR10, pixels, labels, pixels, labels)
 
 
 def in_parquet(content: pa.Table, **options):
     def make(folder: Path) -> None:
-        cifar(folder, write_parquet, encode)
+        cifar(folder, write_parquet)
         pq.write_table(content, folder / "test-00000-of-00001.parquet", **options)
         load("cifar10", folder, validation=2)
 
@@ -177,7 +172,7 @@ def in_parquet(content: pa.Table, **options):
 
 def in_folder(content: bytes):
     def make(folder: Path) -> None:
-        cifar(folder, write_folders, encode)
+        cifar(folder, write_folders)
         next((folder / "test" / "cat").iterdir()).write_bytes(content)
         load("cifar10", folder, validation=2)
 
@@ -275,7 +270,7 @@ HOSTILE = {
     "tree: a link to /dev/zero": in_tree(replaced(lambda path: path.symlink_to("/dev/zero"))),
     "tree: a link to nothing": in_tree(replaced(lambda path: path.symlink_to("nothing"))),
     "parquet: text": lambda folder: (
-        cifar(folder, write_parquet, encode),
+        cifar(folder, write_parquet),
         (folder / "test-00000-of-00001.parquet").write_bytes(b"a,b\n1,2\n" * 99),
         load("cifar10", folder),
     ),

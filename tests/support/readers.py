@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.io
 import torch
-from PIL import Image
 from safetensors.torch import save
 
 from stochastic_depth.data.cifar import CIFAR10, read_batch, read_records
@@ -35,7 +34,7 @@ from stochastic_depth.train.checkpoint import (
 from stochastic_depth.train.journal import read_journal
 from stochastic_depth.train.run import create_run
 from stochastic_depth.train.runtime import resolve_runtime
-from support.data_sets import published
+from support.data_sets import encode, published
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
@@ -103,12 +102,6 @@ READERS: dict[str, Callable[[bytes], object]] = {
 }
 
 
-def of_picture(kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(PIXELS[0]).save(file, kind, **options)
-    return file.getvalue()
-
-
 def of_mat(compressed: bool) -> bytes:
     file = io.BytesIO()
     content = {"X": PIXELS.transpose(1, 2, 3, 0)[..., :1], "y": np.ones((1, 1), np.uint8)}
@@ -117,7 +110,7 @@ def of_mat(compressed: bool) -> bytes:
 
 
 def of_parquet(**options) -> bytes:
-    column = pa.array([{"bytes": of_picture("PNG"), "path": None}])
+    column = pa.array([{"bytes": encode(PIXELS[0], "PNG"), "path": None}])
     file = io.BytesIO()
     pq.write_table(pa.table({"img": column, "label": pa.array([3])}), file, **options)
     return file.getvalue()
@@ -169,7 +162,7 @@ def whole_files() -> dict[str, list[bytes]]:
     """Good files of each reader, to begin with."""
     rows = PIXELS.transpose(0, 3, 1, 2).reshape(4, 3072)
     batch = {b"data": rows[:1].copy(), b"labels": [3]}
-    pictures = [of_picture(kind) for kind in ("PNG", "JPEG", "BMP", "WEBP", "PPM")]
+    pictures = [encode(PIXELS[0], kind) for kind in ("PNG", "JPEG", "BMP", "WEBP", "PPM")]
     configurations = [json.dumps(recipe().to_json()).encode() for recipe in RECIPES.values()]
     described, checkpoint = of_run(), of_checkpoint()
     return {
