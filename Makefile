@@ -36,8 +36,8 @@ coverage-models: .venv-coverage/installed
 # replace PyTorch. The compiled parts of torchaudio are for CUDA, and its models do without.
 .venv-coverage/installed: .venv/installed-dev pyproject.toml
 	$(BIN)/python -m venv .venv-coverage
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > .venv-coverage/base
-	cp .venv-coverage/base .venv-coverage/lib/python3*/site-packages/base.pth
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > .venv-coverage/base.pth
+	mv .venv-coverage/base.pth .venv-coverage/lib/python3*/site-packages
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["coverage"], sep="\n")' > .venv-coverage/packages
 	.venv-coverage/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement .venv-coverage/packages
 	find .venv-coverage -path '*/torchaudio/*.so' -delete

@@ -3,8 +3,8 @@
 Each model of `coverage_builders` is built small and without trained weights, applied, verified and
 held against `coverage_oracle`, an own account of its residual additions: all blocks closed, every
 other one and a random half, in evaluation and in training, outputs and gradients. A refusal's
-advice is followed as it stands. A process for each library, one line of JSON for each model; what
-is in the file is not tried again.
+advice is followed as it stands. A process for each model, and one line of JSON; what is in the file
+is not tried again.
 
     python tools/coverage_models.py --out FILE [--library timm ...] [--only NAME ...]
     python tools/coverage_models.py --out FILE --drawn   # the models that were set aside
@@ -14,17 +14,17 @@ is in the file is not tried again.
 import argparse
 import ast
 import collections
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import resource
-import select
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,9 @@ from coverage_oracle import Watch, counted, matched, missed, tensors, within
 import stochastic_depth as sd
 from stochastic_depth.surgery.apply import applied_to
 
-SECONDS, BYTES = 30, 6 << 30
-"""What one model may take, of processor time and of memory."""
+SECONDS, WALL, BYTES = 60, 600, 6 << 30
+"""What one model may take: seconds of processor time and of the clock, and memory."""
+PROCESSES = multiprocessing.get_context("fork")
 TOLERANCE = 1e-4
 VERDICTS = ("complete", "refused", "missed", "wrong", "slow", "not residual", "unbuilt")
 
@@ -147,8 +148,8 @@ def oracle(original: nn.Module, model: nn.Module, handle: Any, example: Any) -> 
     return "", count
 
 
-def judge(library: str, name: str, build: Build) -> dict[str, Any]:
-    """What comes of one model."""
+def judge(library: str, name: str, build: Build, is_built: Callable[[], None]) -> dict[str, Any]:
+    """What comes of one model; `is_built` is called when it is there."""
     result: dict[str, Any] = {"library": library, "model": name}
     began = time.process_time()
     torch.manual_seed(0)
@@ -161,6 +162,7 @@ def judge(library: str, name: str, build: Build) -> dict[str, Any]:
     except Exception as error:
         return {**result, "verdict": "unbuilt", "reason": line(error)}
     result["parameters"] = sum(p.numel() for p in model.parameters())
+    is_built()
     built = time.process_time()
     exclude: list[str] = []
     try:
@@ -224,64 +226,64 @@ def line(error: BaseException) -> str:
     return " ".join(f"{kind}{error}".split())[:600]
 
 
-def work(library: str, names: list[str], is_drawn: bool) -> None:
-    """In a process of its own: judge models, and print a line when each begins and ends."""
+def work(library: str, name: str, build: Build, out: Connection) -> None:
+    """In a process of its own: judge a model, and send when it is built and what comes of it."""
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
-    torch.set_num_threads(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1), os.dup2(nowhere, 2)
 
     def stop(*_: Any) -> None:
         raise TooLong
 
     signal.signal(signal.SIGPROF, stop)
-    builders = drawn(library) if is_drawn else BUILDERS[library]()
-    for name, build in builders:
-        if name not in names:
-            continue
-        print(json.dumps({"begin": name}), flush=True)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        try:
-            result = judge(library, name, build)
-        except TooLong:
-            reason = f"more than {SECONDS} s"
-            result = {"library": library, "model": name, "verdict": "slow", "reason": reason}
-        except MemoryError:
-            result = {"library": library, "model": name, "verdict": "slow", "reason": "memory"}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print("\n" + json.dumps(result), flush=True)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        result = judge(library, name, build, lambda: out.send("built"))
+    except (TooLong, MemoryError) as error:
+        reason = "memory" if isinstance(error, MemoryError) else f"more than {SECONDS} s"
+        result = {"library": library, "model": name, "verdict": "slow", "reason": reason}
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    out.send(result)
+    os._exit(0)  # libraries leave threads behind
 
 
-def run(library: str, names: list[str], is_drawn: bool, out: Path) -> None:
-    """Judge the models of a library in another process, and begin anew where one kills it."""
-    while names:
-        command = [sys.executable, __file__, "--work", library, "--only", *names]
-        worker = subprocess.Popen(
-            command + ["--drawn"] * is_drawn, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        assert worker.stdout is not None
-        begun, buffer = names[0], b""
-        while True:
-            ready, _, _ = select.select([worker.stdout], [], [], 10 * SECONDS)
-            some = os.read(worker.stdout.fileno(), 1 << 16) if ready else b""
-            if not some:
+def run(library: str, wanted: Callable[[list[str]], list[str]], is_drawn: bool, out: Path) -> None:
+    """In a process of its own, which has imported the library: judge models of it, each in another.
+
+    Args:
+        wanted: which of the models.
+    """
+    torch.set_num_threads(1)
+    try:
+        builders = dict(drawn(library) if is_drawn else BUILDERS[library]())
+    except ImportError as error:
+        print(f"{library} is not installed: {error}")
+        return
+    for name in wanted(list(builders)):
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        worker = PROCESSES.Process(target=work, args=(library, name, builders[name], sender))
+        worker.start()
+        sender.close()
+        is_built, result = False, None
+        reason = f"more than {WALL} s"
+        with contextlib.suppress(EOFError):
+            while result is None and receiver.poll(WALL):
+                message = receiver.recv()
+                is_built |= message == "built"
+                result = message if isinstance(message, dict) else None
+        if worker.exitcode is not None or result is None:
+            worker.join(1)
+        if result is None:
+            if worker.exitcode is None:
                 worker.kill()
-                break
-            *lines, buffer = (buffer + some).split(b"\n")
-            for text in lines:
-                if text.startswith(b'{"begin"'):
-                    begun = json.loads(text)["begin"]
-                elif text.startswith(b'{"library"'):
-                    note(json.loads(text), out)
-                    names.remove(begun)
-                    begun = ""
-        worker.wait()
-        if not begun:
-            if names:
-                print(library, "has no", names)
-            return
-        reason = f"the process ended, {worker.returncode}"
-        note({"library": library, "model": begun, "verdict": "unbuilt", "reason": reason}, out)
-        names.remove(begun)
+                verdict = "slow"
+            else:
+                verdict = "wrong" if is_built else "unbuilt"
+                reason = f"the process ended with {worker.exitcode}"
+            result = {"library": library, "model": name, "verdict": verdict, "reason": reason}
+        worker.join()
+        note(result, out)
 
 
 def note(result: dict[str, Any], out: Path) -> None:
@@ -328,23 +330,19 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="so many of each library")
     parser.add_argument("--drawn", action="store_true", help="the models that were set aside")
     parser.add_argument("--report", action="store_true", help="only the table")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.work:
-        work(asked.work, asked.only, asked.drawn)
-        return
     done = {} if asked.only else read(asked.out)
     for library in [] if asked.report else asked.library:
-        try:
-            builders = drawn(library) if asked.drawn else BUILDERS[library]()
-            names = [name for name, _ in builders if not asked.only or name in asked.only]
-        except ImportError as error:
-            print(f"{library} is not installed: {error}")
-            continue
-        step = max(1, len(names) // asked.sample) if asked.sample else 1
-        known = {n for n in names if done.get((library, n), {}).get("verdict", "-") in asked.again}
-        names = [n for n in names[::step] if (library, n) not in done or n in known]
-        run(library, names, asked.drawn, asked.out)
+
+        def wanted(names: list[str], library: str = library) -> list[str]:
+            names = [name for name in names if not asked.only or name in asked.only]
+            known = {n: done[library, n]["verdict"] for n in names if (library, n) in done}
+            step = max(1, len(names) // asked.sample) if asked.sample else 1
+            return [n for n in names[::step] if known.get(n) in (None, *asked.again)]
+
+        importing = PROCESSES.Process(target=run, args=(library, wanted, asked.drawn, asked.out))
+        importing.start()
+        importing.join()
     report(list(read(asked.out).values()))
 
 
