@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -46,6 +47,18 @@ def vit_pytorch() -> Table:
     image = randn(2, 3, 64, 64)
     k = {"image_size": 64, "patch_size": 16, "num_classes": 10, "dim": 32, "depth": 2, "heads": 2,
         "mlp_dim": 64}
+    others = (
+        "learnable_memory_vit.ViT vit_with_patch_merger.ViT normalized_vit.nViT "
+        "simple_flash_attn_vit.SimpleViT simple_uvit.SimpleUViT "
+        "simple_vit_with_qk_norm.SimpleViT simple_vit_with_register_tokens.SimpleViT rvt.RvT "
+        "simple_vit_with_value_residual.SimpleViT "
+        "vit_with_keel_post_ln.ViT vit_with_decorr.ViT "
+        "simple_vit_with_patch_dropout.SimpleViT vit_with_patch_dropout.ViT"
+    ).split()
+
+    def simple(file: str, kind: str) -> tuple[nn.Module, Any]:
+        return getattr(import_module(f"vit_pytorch.{file}"), kind)(**k), image
+
     return {
         "ViT": lambda: (v.ViT(**k), image),
         "SimpleViT": lambda: (v.SimpleViT(**k), image),
@@ -54,19 +67,18 @@ def vit_pytorch() -> Table:
         "CCT": lambda: (cct.cct_2(img_size=64, num_classes=10), image),
         "T2T": lambda: (t2t.T2TViT(dim=32, image_size=64, depth=2, heads=2, mlp_dim=64,
             num_classes=10, t2t_layers=((7, 4), (3, 2))), image),
-        "PiT": lambda: (pit.PiT(image_size=64, patch_size=14, dim=32, num_classes=10, depth=(2, 2),
+        "PiT": lambda: (pit.PiT(image_size=64, patch_size=16, dim=32, num_classes=10, depth=(2, 2),
             heads=2, mlp_dim=64), image),
         "LeViT": lambda: (levit.LeViT(image_size=64, num_classes=10, stages=2, dim=(32, 48),
             depth=2, heads=(2, 3), mlp_mult=2), image),
         "CvT": lambda: (cvt.CvT(num_classes=10, s1_emb_dim=16, s1_depth=1, s2_emb_dim=32,
             s2_depth=1, s3_emb_dim=48, s3_depth=2, s3_heads=2, s2_heads=2), image),
-        "TwinsSVT": lambda: (twins_svt.TwinsSVT(num_classes=10, s1_emb_dim=16, s1_depth=1,
-            s1_local_patch_size=4, s2_emb_dim=16, s2_local_patch_size=4, s2_depth=1, s3_emb_dim=16,
-            s3_local_patch_size=2, s3_depth=1, s4_emb_dim=16, s4_local_patch_size=2, s4_depth=1),
-            randn(2, 3, 128, 128)),
+        "TwinsSVT": lambda: (twins_svt.TwinsSVT(num_classes=10, **{f"s{n}_{key}": value
+            for n in (1, 2, 3, 4) for key, value in {"emb_dim": 16, "depth": 1,
+            "local_patch_size": 2, "global_k": 2}.items()}), randn(2, 3, 128, 128)),
         "RegionViT": lambda: (regionvit.RegionViT(dim=(16, 32, 48, 64), depth=(1, 1, 2, 1),
             window_size=7, num_classes=10), randn(1, 3, 224, 224)),
-        "CrossFormer": lambda: (crossformer.CrossFormer(num_classes=10, dim=(16, 32, 48, 64),
+        "CrossFormer": lambda: (crossformer.CrossFormer(num_classes=10, dim=(32, 32, 64, 64),
             depth=(1, 1, 2, 1), global_window_size=(8, 4, 2, 1), local_window_size=7),
             randn(1, 3, 224, 224)),
         "ScalableViT": lambda: (scalable_vit.ScalableViT(num_classes=10, dim=16, heads=(1, 2, 2, 4),
@@ -94,9 +106,10 @@ def vit_pytorch() -> Table:
         "ViT3D": lambda: (vit_3d.ViT(image_size=32, image_patch_size=16, frames=4,
             frame_patch_size=2, num_classes=10, dim=32, depth=2, heads=2, mlp_dim=64),
             randn(2, 3, 4, 32, 32)),
-        "ViViT": lambda: (vivit.ViT(image_size=32, image_patch_size=16, frames=4,
+        "ViViT": lambda: (vivit.ViViT(image_size=32, image_patch_size=16, frames=4,
             frame_patch_size=2, num_classes=10, dim=32, spatial_depth=2, temporal_depth=2, heads=2,
             mlp_dim=64), randn(2, 3, 4, 32, 32)),
+        **{name.split(".")[0]: partial(simple, *name.split(".")) for name in others},
     }
 
 
@@ -179,7 +192,11 @@ def diffusers() -> Table:
         "Hunyuan": lambda: (d.HunyuanDiT2DModel(num_attention_heads=2, attention_head_dim=16,
             in_channels=4, patch_size=2, sample_size=8, hidden_size=32, num_layers=2,
             cross_attention_dim=32, cross_attention_dim_t5=32, pooled_projection_dim=16, text_len=5,
-            text_len_t5=5), None),
+            text_len_t5=5), {"hidden_states": randn(2, 4, 8, 8), "timestep": t.float(),
+            "encoder_hidden_states": randn(2, 5, 32), "text_embedding_mask": torch.ones(2, 5),
+            "encoder_hidden_states_t5": randn(2, 5, 32), "style": torch.zeros(2).long(),
+            "text_embedding_mask_t5": torch.ones(2, 5), "image_meta_size": torch.ones(2, 6),
+            "image_rotary_emb": (randn(16, 16), randn(16, 16))}),
         "Sana": lambda: (d.SanaTransformer2DModel(in_channels=4, out_channels=4,
             num_attention_heads=2, attention_head_dim=16, num_layers=2, num_cross_attention_heads=2,
             cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=16, sample_size=8,
@@ -230,7 +247,7 @@ def diffusers() -> Table:
         "ControlNet": lambda: (d.ControlNetModel(block_out_channels=(32, 64), layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
             attention_head_dim=8, norm_num_groups=8, conditioning_embedding_out_channels=(16, 32)),
-            (randn(2, 4, 16, 16), t, randn(2, 5, 32), randn(2, 3, 128, 128))),
+            (randn(2, 4, 16, 16), t, randn(2, 5, 32), randn(2, 3, 32, 32))),
         "AutoencoderTiny": lambda: (d.AutoencoderTiny(encoder_block_out_channels=(16, 16),
             decoder_block_out_channels=(16, 16), num_encoder_blocks=(1, 2),
             num_decoder_blocks=(2, 1)), randn(2, 3, 16, 16)),
@@ -271,10 +288,10 @@ def monai() -> Table:
             num_heads=2), V),
         "SwinUNETR": lambda: (n.SwinUNETR(1, 2, feature_size=12, spatial_dims=2,
             depths=(2, 2, 2, 2), num_heads=(1, 1, 2, 2)), randn(1, 1, 64, 64)),
-        "VNet": lambda: (n.VNet(2, 1, 2, dropout_prob_up=(None, None)), randn(1, 1, 32, 32)),
+        "VNet": lambda: (n.VNet(2, 1, 2, dropout_prob_up=(0.5, 0.5)), randn(1, 1, 32, 32)),
         "ViT": lambda: (n.ViT(1, (32, 32), (8, 8), hidden_size=32, mlp_dim=64, num_layers=2,
             num_heads=2, spatial_dims=2), S),
-        "ViTAutoEnc": lambda: (n.ViTAutoEnc(1, (32, 32), (8, 8), hidden_size=32, mlp_dim=64,
+        "ViTAutoEnc": lambda: (n.ViTAutoEnc(1, (32, 32), (4, 4), hidden_size=32, mlp_dim=64,
             num_layers=2, num_heads=2, spatial_dims=2), S),
         "ResNet18": lambda: (n.resnet18(spatial_dims=2, n_input_channels=1, num_classes=2), S),
         "SEResNet50": lambda: (n.SEResNet50(spatial_dims=2, in_channels=1, num_classes=2),
@@ -287,7 +304,7 @@ def monai() -> Table:
             norm_num_groups=4), (S, torch.tensor([1]))),
         "AutoencoderKL": lambda: (n.AutoencoderKL(2, 1, 1, (1, 1), (8, 16), (False, True),
             latent_channels=3, norm_num_groups=4), S),
-        "MedNeXt": lambda: (n.MedNeXtS(spatial_dims=2, in_channels=1, out_channels=2,
+        "MedNeXt": lambda: (n.MedNeXt(spatial_dims=2, in_channels=1, out_channels=2,
             init_filters=8), randn(1, 1, 64, 64)),
         "EfficientNet": lambda: (n.EfficientNetBN("efficientnet-b0", pretrained=False,
             spatial_dims=2, in_channels=1, num_classes=2), randn(1, 1, 64, 64)),
@@ -332,6 +349,11 @@ def torch_geometric() -> Table:
         "GATv2": lambda: g.GATv2Conv(16, 16), "Cheb": lambda: g.ChebConv(16, 16, 2),
         "GEN": lambda: g.GENConv(16, 16), "Graph": lambda: g.GraphConv(16, 16),
     }
+
+    def near(positions: Tensor, *_: Any, **__: Any) -> Tensor:  # without the compiled package
+        return torch.combinations(torch.arange(len(positions))).T
+
+    g.models.schnet.radius_graph = g.models.visnet.radius_graph = near
     atoms = torch.randint(1, 9, (8,)), randn(8, 3), torch.zeros(8, dtype=torch.long)
     return {
         **{f"residual-{name}": partial(residual, conv) for name, conv in convs.items()},
@@ -339,7 +361,6 @@ def torch_geometric() -> Table:
         "DeepGCN-res": lambda: (Stack(lambda: deep("res"), 3), (x, e)),
         "GPS": lambda: (Stack(lambda: g.GPSConv(16, g.GCNConv(16, 16), heads=2), 2), (x, e)),
         "SchNet": lambda: (g.SchNet(16, 16, 3, 10), atoms),
-        "DimeNet++": lambda: (g.DimeNetPlusPlus(16, 1, 2, 8, 8, 4, 3, 3), atoms),
         "ViSNet": lambda: (g.models.ViSNet(num_heads=2, num_layers=2, hidden_channels=16,
             num_rbf=8), atoms),
     }
@@ -415,11 +436,11 @@ def speechbrain() -> Table:
             (randn(2, 7, 16), torch.randint(0, 20, (2, 5)), torch.ones(2))),
         "ConformerASR": lambda: (TransformerASR(tgt_vocab=20, input_size=16, d_model=16, nhead=2,
             num_encoder_layers=2, num_decoder_layers=2, d_ffn=32, encoder_module="conformer",
-            attention_type="RelPosMHAXL"), (randn(2, 7, 16), torch.randint(0, 20, (2, 5)),
-            torch.ones(2))),
+            normalize_before=True, attention_type="RelPosMHAXL"), (randn(2, 7, 16),
+            torch.randint(0, 20, (2, 5)), torch.ones(2))),
         "ECAPA": lambda: (ECAPA_TDNN(16, channels=[16] * 5, attention_channels=8, lin_neurons=8,
             res2net_scale=2, se_channels=8), randn(2, 20, 16)),
-        "ResNet": lambda: (ResNet(in_channels=1, input_size=40, channels=[8, 8, 16, 16],
+        "ResNet": lambda: (ResNet(input_size=40, channels=[8, 8, 16, 16],
             block_sizes=[1, 2, 1, 1]), randn(2, 40, 40)),
         "Xvector": lambda: (Xvector(in_channels=16, tdnn_channels=[16] * 5, lin_neurons=8),
             randn(2, 30, 16)),
