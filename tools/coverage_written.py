@@ -158,7 +158,7 @@ def diffusers() -> Table:
     return {
         "DiT": lambda: (d.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16,
             in_channels=4, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=10),
-            {"hidden_states": randn(2, 4, 8, 8), "timestep": t, "class_labels": t}),
+            {"hidden_states": randn(2, 4, 8, 8), "timestep": t, "class_labels": t.clone()}),
         "UNet2D": lambda: (d.UNet2DModel(sample_size=16, block_out_channels=(32, 64),
             layers_per_block=1, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8), (randn(2, 3, 16, 16),
