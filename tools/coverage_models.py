@@ -15,6 +15,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
@@ -104,28 +105,29 @@ def differs(one: list[Any], other: list[Any]) -> str:
 
 def oracle(original: nn.Module, model: nn.Module, handle: Any, example: Any) -> tuple[str, int]:
     """What the own account finds wrong, and how many additions it knows that no block has."""
-    watch = Watch(model=original.eval())
     torch.backends.mha.set_fastpath_enabled(False)
-    with within(watch, original):
-        call(original, example, watch, True)
     undropped(original)
     undropped(model)
     found = applied_to(model).found
     blocks = [(f.name, set(f.modules), max(1, len(f.units))) for f in found]
-    mine = matched(watch.found(), blocks)
-    known = [addition for block in mine for addition in block]
-    count = len(missed(watch.found(), known))
-    lost = [f.name for f, additions in zip(found, mine, strict=True) if not additions]
-    if lost:
-        return f"unmatched: {len(lost)} blocks, {lost[0]!r} first", count
-    size = len(found)
+    size, count = len(found), 0
     torch.manual_seed(1)
     patterns = [[True] * size, [False] * size, [n % 2 == 0 for n in range(size)]]
     patterns.append((torch.rand(size) < 0.5).tolist())
-    state = {name: value.clone() for name, value in original.state_dict().items()}
+    state = copy.deepcopy(original.state_dict())
     model.load_state_dict(state)
     for train in (False, True):
         original.train(train), model.train(train)
+        watch = Watch(model=original)
+        with within(watch, original):
+            call(original, example, watch, True)
+        mine = matched(watch.found(), blocks)
+        if not train:
+            count = len(missed(watch.found(), [a for block in mine for a in block]))
+        lost = [f.name for f, additions in zip(found, mine, strict=True) if not additions]
+        if lost:
+            return f"unmatched: {len(lost)} blocks, {lost[0]!r} first", count
+        original.load_state_dict(state)
         usual = call(original, example, Watch(), train)
         original.load_state_dict(state)
         if differs(usual, call(original, example, Watch(), train)):

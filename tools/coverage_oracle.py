@@ -204,17 +204,24 @@ def matched(
     for addition in additions:
         for n, (name, modules, _) in enumerate(blocks):
             around = {m for m in addition.modules if not m or f"{name}.".startswith(f"{m}.")}
+            around -= modules  # a block may be called as the one module of its branch
             own = addition.modules - around
             share = len(own & modules) / max(1, len(own))
-            if not own and addition.owner.startswith(name):
-                share = 0.6
+            if all(f"{m}.".startswith(f"{name}.") for m in {addition.owner, *own}):
+                share = max(share, 0.6)
             if share > 0.5:
-                order = -share, not addition.identity, -len(addition.inside), addition.number, n
-                pairs.append((order, n, addition))
+                order = -share, -len(name), not addition.identity, -len(addition.inside)
+                pairs.append(((*order, addition.number, n), n, addition))
     result: list[list[Addition]] = [[] for _ in blocks]
     taken: set[int] = set()
-    for _, n, addition in sorted(pairs, key=lambda pair: pair[0]):
+    pairs = sorted(pairs, key=lambda pair: pair[0])
+    for _, n, addition in pairs:
         if len(result[n]) < blocks[n][2] and addition.number not in taken:
+            result[n].append(addition)
+            taken.add(addition.number)
+    sets = Counter(frozenset(modules) for _, modules, _ in blocks)
+    for _, n, addition in pairs:  # more of the same branches: closed with them
+        if addition.identity and addition.number not in taken and sets[frozenset(blocks[n][1])] < 2:
             result[n].append(addition)
             taken.add(addition.number)
     for n, (_, modules, _) in enumerate(blocks):  # those that share their modules, in turn

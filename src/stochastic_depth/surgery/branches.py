@@ -151,7 +151,14 @@ class Analysis:
         assert event.home is not None
         if not event.home.began <= other.total < event.total or other.total not in event.branch:
             return False
-        return other.total in self.exclusive(event.branch, {event.total})
+        return other.total in self.inside(event)
+
+    def inside(self, event: Event) -> set[int]:
+        """What is computed for `event` alone: what comes of another addition is, in its branch.
+
+        Of two streams that feed each other, each is computed from the other, and neither is inside.
+        """
+        return self.exclusive(event.branch, {event.total})
 
     def parameters(self, own: set[int]) -> tuple[str, ...]:
         """Names of the parameters that `own` were computed with."""
@@ -176,7 +183,16 @@ class Analysis:
             for event in of_home:
                 key = self._round(event, of_home) if looped else self._call(event, block_of)
                 keyed.setdefault(key, []).append(event)
-        return [self.group(name, _outermost(events)) for (name, _), events in keyed.items()]
+        return [self.group(name, self._outermost(events)) for (name, _), events in keyed.items()]
+
+    def _outermost(self, events: Sequence[Event]) -> list[Event]:
+        """Those that are not a part of the branch of another, and that the outputs need if any do.
+
+        A stream of its own that ends in the last block is added to there, and never read.
+        """
+        events = [e for e in events if e.total in self.alive] or events
+        inner = {event: self.inside(event) for event in events}
+        return [e for e in events if not any(e.total in inner[o] for o in events if o is not e)]
 
     def _call(self, event: Event, block_of: Callable[[str], str]) -> tuple[str, Any]:
         assert event.home is not None
@@ -269,11 +285,6 @@ class Analysis:
 
     def _number(self, name: str, owner: Call) -> int:
         return len(self._all(name, owner))
-
-
-def _outermost(events: Sequence[Event]) -> list[Event]:
-    """Those that are not a part of the branch of another."""
-    return [e for e in events if not any(e.total in other.branch for other in events)]
 
 
 def _common(calls: Sequence[Call]) -> Call:

@@ -150,7 +150,7 @@ def find_blocks(
     edited = [
         (_found(name, outermost, modules), outermost)
         for (name, _), group in blocks.items()
-        if (outermost := _outermost(group))
+        if (outermost := _outermost(group, analysis))
     ]
     found = _with_deferred(model, edited, analysis, modules, chosen, granularity, defer, passed)
     more = added_in_training(model, caller(model, example), found, analysis.sites)
@@ -334,14 +334,14 @@ def _without_sums(
     return kept
 
 
-def _outermost(additions: list[Addition]) -> list[Addition]:
+def _outermost(additions: list[Addition], analysis: Analysis) -> list[Addition]:
     """Those of one coin that are in no branch of another: the gate of that one covers them."""
-    branches = [(a, event.branch) for a in additions for event in a.events]
+    inner = {event: analysis.inside(event) for a in additions for event in a.events}
     return [
         addition
         for addition in additions
         if not all(
-            any(event.total in branch for other, branch in branches if other is not addition)
+            any(event.total in inner[e] for a in additions if a is not addition for e in a.events)
             for event in addition.events
         )
     ]
