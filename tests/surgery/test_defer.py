@@ -121,6 +121,47 @@ def test_flops_are_counted_of_a_branch_that_is_asked_for_its_device():
     assert [block.forward for block in costs.blocks] == [2 * 2 * WIDTH * WIDTH] * 3
 
 
+class Streams(nn.Module):
+    """Two streams that feed each other; the last block's second one is never read."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(2 * WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, 2 * WIDTH)
+
+        def forward(self, x, y):
+            parts = self.one(torch.cat([x, y], dim=-1)).tanh()
+            x = x + parts[:, :WIDTH]
+            y = y + parts[:, WIDTH:]
+            parts = self.two(torch.cat([x, y], dim=-1)).tanh()
+            return x + parts[:, :WIDTH], y + parts[:, WIDTH:]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, x):
+        y = x.flip(-1)
+        for block in self.blocks:
+            x, y = block(x, y)
+        return x
+
+
+def test_streams_that_feed_each_other_are_closed_together() -> None:
+    torch.manual_seed(0)
+    model, given = Streams().double(), torch.randn(5, WIDTH).double()
+    original = copy.deepcopy(model)
+    handle = sd.apply(model, sd.LinearDecay(0.5), example=given)
+    assert [block.name for block in applied_to(model).found] == ["blocks.0", "blocks.1", "blocks.2"]
+    for pattern in itertools.product((False, True), repeat=3):
+        with handle.forced(pattern):
+            out = model(given)
+        x, y = given, given.flip(-1)
+        for block, is_open in zip(original.blocks, pattern, strict=True):
+            x, y = block(x, y) if is_open else (x, y)
+        torch.testing.assert_close(out, x, rtol=1e-12, atol=1e-12)
+
+
 class Pairs(nn.Module):
     """Two branches a layer, added by the trunk."""
 
