@@ -30,7 +30,7 @@ format: install
 
 # What is in the file is not tried again: remove it to begin anew.
 coverage-models: .venv-coverage/installed
-	PYTHONPATH=src .venv-coverage/bin/python tools/coverage_models.py --out results/coverage-models.jsonl
+	PYTHONPATH=src .venv-coverage/bin/python tools/coverage_models.py --out runs/coverage-models.jsonl --summary results/coverage-models.json
 
 # Libraries of models, for this alone: beside .venv, and without what they depend on, which would
 # replace PyTorch. The compiled parts of torchaudio are for CUDA, and its models do without.

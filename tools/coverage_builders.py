@@ -150,7 +150,7 @@ def torchvision() -> Builders:
                 model, [torch.randn(2, 3, 8, 64, 64), torch.randn(1, 3, 16, 224, 224)]
             )
         if name.startswith("raft"):
-            return model, (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128), None, 2)
+            return model, (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128), 2)
         return first_that_runs(model, images(64, 96, 224, 299))
 
     names = [name for name in models.list_models() if not name.startswith("quantized")]

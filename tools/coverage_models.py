@@ -8,7 +8,7 @@ is not tried again.
 
     python tools/coverage_models.py --out FILE [--library timm ...] [--only NAME ...]
     python tools/coverage_models.py --out FILE --drawn   # the models that were set aside
-    python tools/coverage_models.py --out FILE --report
+    python tools/coverage_models.py --out FILE --report --summary SMALL-FILE
 """
 
 import argparse
@@ -318,20 +318,40 @@ def report(results: list[dict[str, Any]]) -> None:
     Console(width=120).print(table)
     for r in results:
         if r["verdict"] not in ("complete", "not residual", "unbuilt"):
-            told = f"{r.get('reason') or r.get('missed')} {r.get('advice', '')}"
-            print(f"{r['library']}/{r['model']}: {r['verdict']}: {told}")
+            print(f"{r['library']}/{r['model']}: {r['verdict']}: {told(r)}")
+
+
+def told(result: dict[str, Any]) -> str:
+    """Why a model is not complete, and what came of the advice."""
+    if result["verdict"] == "missed":
+        return f"{result['missed']} additions that no block has"
+    advice = f" (the advice: {result['advice']})" if "advice" in result else ""
+    return result["reason"].split("; exclude=")[0].split("; no other block")[0] + advice
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """By library and verdict: names, with the number of blocks or the reason."""
+    of_library: dict[str, dict[str, Any]] = {}
+    for r in results:
+        same = of_library.setdefault(r["library"], {}).setdefault(r["verdict"], {})
+        same[r["model"]] = r["blocks"] if r["verdict"] == "complete" else told(r)
+    for verdicts in of_library.values():
+        verdicts["not residual"] = " ".join(verdicts.get("not residual", {}))
+    return of_library
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="a line of JSON for each model")
+    parser.add_argument("--out", type=Path, required=True, help="a line of JSON for each model")
     parser.add_argument("--library", nargs="+", choices=list(BUILDERS), default=list(BUILDERS))
     parser.add_argument("--only", nargs="+", help="models by name")
     parser.add_argument("--again", nargs="+", default=[], help="verdicts that are tried again")
     parser.add_argument("--sample", type=int, help="so many of each library")
     parser.add_argument("--drawn", action="store_true", help="the models that were set aside")
     parser.add_argument("--report", action="store_true", help="only the table")
+    parser.add_argument("--summary", type=Path, help="what came of them, in one small file")
     asked = parser.parse_args()
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
     done = {} if asked.only else read(asked.out)
     for library in [] if asked.report else asked.library:
 
@@ -344,7 +364,10 @@ def main() -> None:
         importing = PROCESSES.Process(target=run, args=(library, wanted, asked.drawn, asked.out))
         importing.start()
         importing.join()
-    report(list(read(asked.out).values()))
+    results = list(read(asked.out).values())
+    report(results)
+    if asked.summary:
+        asked.summary.write_text(json.dumps(summary(results), indent=1) + "\n")
 
 
 if __name__ == "__main__":
