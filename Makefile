@@ -4,7 +4,7 @@ BIN := .venv/bin
 # long without. Costs nothing on a quiet machine.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test check docs install format coverage-models soak fuzz clean
+.PHONY: demo test check check-types check-style check-layers check-docs docs install format coverage-models soak fuzz clean
 
 demo: .venv/installed-demo
 	$(BIN)/stochastic-depth compare digits --seeds 3 --minutes 3 --out runs/demo
@@ -14,11 +14,18 @@ demo: .venv/installed-demo
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
+# Two at a time: the types take a minute of one core.
 check: install
+	$(MAKE) --no-print-directory -j2 check-types check-style check-layers check-docs
+
+check-types:
+	$(BIN)/pyright
+check-style:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+check-layers:
 	$(BIN)/lint-imports
+check-docs:
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: install
