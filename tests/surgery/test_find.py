@@ -131,3 +131,32 @@ def test_a_sum_of_two_residual_sums_is_no_projected_shortcut() -> None:
     for block in model:
         expected = 2 * expected + 0.5 * (block.proj(expected) + block.other(expected))
     torch.testing.assert_close(model.eval()(X), expected, rtol=1e-12, atol=1e-12)
+
+
+class Heads(nn.Module):
+    """Several networks begin with the same value, and are of one class."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.proj(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, x):
+        x = x.tanh()
+        return torch.cat([head(x) for head in self.heads], dim=-1)
+
+
+def test_networks_that_begin_with_the_same_value_all_have_blocks() -> None:
+    model = Heads().double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    with handle.forced([False, True, False]):
+        open_one = X.tanh() + model.heads[1].proj(X.tanh())
+        expected = torch.cat([X.tanh(), open_one, X.tanh()], dim=-1)
+        torch.testing.assert_close(model.train()(X), expected, rtol=1e-12, atol=1e-12)

@@ -154,7 +154,7 @@ class _Search:
         """Results of residual additions: which one, and the value of its shortcut."""
         self.occurrences: Counter[Site] = Counter()
         """How often each expression has added."""
-        self.added: set[tuple[CodeType, int, int]] = set()
+        self.added: dict[tuple[CodeType, int, int], list[int]] = {}
         """Which expressions have added which values."""
         self.passed: dict[tuple[str, str], Passed] = {}
 
@@ -193,7 +193,7 @@ class _Search:
         if not self._are_alike(left, right):
             self._pass(frame, [left, right], "what is added is of another shape than the sum")
             return
-        again = self._added_again(left, right, frame)
+        again = self._added_again(left, right, self.recording.number(out), frame)
         call = self.recording.calls[-1]
         of = self._reaches(left, right, call)
         side = self._side_of_shortcut(left, right, of, call)
@@ -272,12 +272,19 @@ class _Search:
         values = self.recording.values
         return values[left].tensor.shape == values[right].tensor.shape
 
-    def _added_again(self, left: int, right: int, frame: FrameType) -> set[int]:
-        """Which of the two the same expression has added before: a bias that layers share."""
-        added = {(frame.f_code, frame.f_lasti, value) for value in (left, right)}
-        again = added & self.added
-        self.added |= added
-        return {value for _, _, value in again}
+    def _added_again(self, left: int, right: int, total: int | None, frame: FrameType) -> set[int]:
+        """Which of the two the same expression has added before: a bias that layers share.
+
+        Parallel networks that begin with the same value add it too, each to what is its own.
+        """
+        again = set[int]()
+        for value, other in ((left, right), (right, left)):
+            before = self.added.setdefault((frame.f_code, frame.f_lasti, value), [])
+            if before and not self.recording.reach(other, min(before)).isdisjoint(before):
+                again.add(value)
+            if total is not None:
+                before.append(total)
+        return again
 
     def _reaches(self, left: int, right: int, call: Call) -> list[set[int]]:
         """What the two were computed from, no further back than what `call` was given."""
