@@ -221,7 +221,9 @@ def matched(
             taken.add(addition.number)
     sets = Counter(frozenset(modules) for _, modules, _ in blocks)
     for _, n, addition in pairs:  # more of the same branches: closed with them
-        if addition.identity and addition.number not in taken and sets[frozenset(blocks[n][1])] < 2:
+        name, modules, _ = blocks[n]
+        is_within = f"{addition.owner}.".startswith(f"{name}.") and addition.identity
+        if is_within and addition.number not in taken and sets[frozenset(modules)] < 2:
             result[n].append(addition)
             taken.add(addition.number)
     for n, (_, modules, _) in enumerate(blocks):  # those that share their modules, in turn

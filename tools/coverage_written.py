@@ -361,7 +361,7 @@ def torch_geometric() -> Table:
         "DeepGCN-res": lambda: (Stack(lambda: deep("res"), 3), (x, e)),
         "GPS": lambda: (Stack(lambda: g.GPSConv(16, g.GCNConv(16, 16), heads=2), 2), (x, e)),
         "SchNet": lambda: (g.SchNet(16, 16, 3, 10), atoms),
-        "ViSNet": lambda: (g.models.ViSNet(num_heads=2, num_layers=2, hidden_channels=16,
+        "ViSNet": lambda: (g.models.ViSNet(num_heads=2, num_layers=4, hidden_channels=16,
             num_rbf=8), atoms),
     }
 

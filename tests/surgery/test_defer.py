@@ -128,12 +128,13 @@ class Streams(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.one, self.two = nn.Linear(2 * WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, 2 * WIDTH)
+            self.drop_path = nn.Identity()
 
         def forward(self, x, y):
-            parts = self.one(torch.cat([x, y], dim=-1)).tanh()
+            parts = self.drop_path(self.one(torch.cat([x, y], dim=-1)).tanh())
             x = x + parts[:, :WIDTH]
             y = y + parts[:, WIDTH:]
-            parts = self.two(torch.cat([x, y], dim=-1)).tanh()
+            parts = self.drop_path(self.two(torch.cat([x, y], dim=-1)).tanh())
             return x + parts[:, :WIDTH], y + parts[:, WIDTH:]
 
     def __init__(self) -> None:

@@ -74,6 +74,7 @@ class Analysis:
         for output in outputs:
             if output not in self.alive:
                 self.alive |= recording.reach(output)
+        self.gave = {call.serial: outputs for call, outputs in recording.finished}
         self.of_module: dict[str, list[Call]] = {}
         for call in sorted((call for call, _ in recording.finished), key=lambda call: call.serial):
             self.of_module.setdefault(call.name, []).append(call)
@@ -273,7 +274,8 @@ class Analysis:
         return made
 
     def _is_of(self, call: Call, event: Event) -> bool:
-        return any(value in event.branch for value in range(call.began, call.ended))
+        computed = range(call.began, call.ended)  # nothing, where it gives what it is given
+        return not event.branch.isdisjoint([*computed, *self.gave[call.serial]])
 
     def _all(self, name: str, owner: Call) -> list[Call]:
         whole = f"{owner.name}.{name}" if owner.name else name
