@@ -1,6 +1,7 @@
 """Gates belong to their forward pass: around it, in its backward pass, and on other ways in."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -451,6 +452,48 @@ def test_replicas_in_threads_are_refused_and_processes_named():
         replica(batch())
     with pytest.raises(sd.ApplyError, match="DistributedDataParallel"):
         sd.apply(nn.DataParallel(Net()), HALF, example=batch())
+
+
+def in_a_thread(work):
+    """What `work` returns or raises in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_what_another_thread_calls_is_not_taken_for_the_pass_under_way():
+    model, handle = applied()
+    other = 2 * torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+
+    def call_the_next(*_):
+        in_a_thread(lambda: model.blocks[1](other))
+
+    model.blocks[0].register_forward_hook(call_the_next)
+    with handle.forced([True, False, True, True, True]):
+        model(batch()).square().sum().backward()
+    closed = model.blocks[1].f
+    assert torch.equal(closed.weight.grad, torch.zeros_like(closed.weight))
+    assert torch.equal(closed.bias.grad, torch.zeros_like(closed.bias))
+
+
+def test_a_second_thread_in_training_mode_is_refused_and_the_first_goes_on():
+    model, handle = applied()
+    refused = []
+
+    def call_again(*_):
+        if not refused:
+            refused.append(None)
+            with pytest.raises(sd.GateError, match=r"copy\.deepcopy") as caught:
+                in_a_thread(lambda: model(batch(1)))
+            refused[0] = caught
+
+    model.blocks[0].register_forward_hook(call_again)
+    output = model(batch())
+    assert refused
+    assert handle.step == 1
+    expected = by_hand(model, batch(), handle.gates)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_a_copy_has_its_own_passes():

@@ -74,12 +74,17 @@ def models() -> dict[str, tuple[nn.Module, sd.Handle | None]]:
     return made
 
 
+class _All:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 @contextlib.contextmanager
 def all_deferred():
     """While entered, `sd.apply` rewrites nothing."""
     module = importlib.import_module("stochastic_depth.surgery.apply")
     before = module.find_blocks
-    module.find_blocks = lambda *args, rewrite, **kwargs: before(*args, **kwargs, rewrite=False)
+    module.find_blocks = lambda *args, defer, **kwargs: before(*args, **kwargs, defer=_All())
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from stochastic_depth.block import open_in_training
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
-from stochastic_depth.tensors import replace_tensors, tensors_in
+from stochastic_depth.tensors import in_graph, replace_tensors, tensors_in
 from stochastic_depth.torch_private import (
     at_end_of_backward,
     backward_pass,
@@ -84,6 +85,7 @@ class ForwardHooks:
             again.backward_begins()
             open_in_training(self.blocks, again.gates)
             return
+        self._refuse_threads()
         batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
         self._begin(self.handle.next_gates(batch), is_replicated(model))
 
@@ -101,12 +103,22 @@ class ForwardHooks:
     @contextmanager
     def during(self, gates: list[Gate]) -> Iterator[None]:
         """While entered, parts of the model that are called have these gates."""
+        self._refuse_threads()
         self._under_way.append(None)
         self._begin(gates, replicated=False)
         try:
             yield
         finally:
             self._end(None)
+
+    def _refuse_threads(self) -> None:
+        """Raise `GateError` when a pass of another thread is under way."""
+        if any(there is not None and there.thread != get_ident() for there in self._under_way):
+            raise GateError(
+                "the model is called from two threads at once, in training mode, and its gates are "
+                "those of one pass at a time: call it from one thread, or a copy in each "
+                "(copy.deepcopy(model))"
+            )
 
     def _begin(self, gates: list[Gate], replicated: bool) -> None:
         self._in_backward.clear()  # of one that has failed
@@ -176,6 +188,7 @@ class ForwardPass:
 
     def __init__(self, hooks: ForwardHooks, gates: list[Gate], awaited: bool) -> None:
         self._hooks, self.gates = hooks, gates
+        self.thread = get_ident()
         self._awaited = awaited
         """Whether somebody waits for a gradient of every parameter."""
         self._clears = hooks.handle.skipped == "freeze"
@@ -215,12 +228,15 @@ class ForwardPass:
     def passed(self, module: nn.Module, output: Any) -> Any:
         """What the module of a closed block has given, whose place in the graph is noted."""
         parameters = self._left.get(module)
-        if parameters is None:
+        if parameters is None or get_ident() != self.thread:
             return output
-        places = [t for t in tensors_in(output) if t.grad_fn is not None]
+        if type(output) is Tensor:
+            places = [output] if output.grad_fn is not None else []
+        else:
+            places = in_graph(output)
         if places and self._awaited:
             output = attach(output, parameters)
-            places = [t for t in tensors_in(output) if t.grad_fn is not None]
+            places = in_graph(output)
         for tensor in places:
             self._tell(tensor, parameters)
         if places:
@@ -240,7 +256,7 @@ class ForwardPass:
     def end(self, output: Any) -> Any:
         """The output of the pass, made part of the graph where nothing else makes it one."""
         for watched in reversed(self._watched):
-            set_call(watched.module, watched.before)
+            watched.end()
         self._watched.clear()
         self._last_place, self._of_last_place = None, []
         if torch.is_grad_enabled() and output is not None:
@@ -296,13 +312,26 @@ class _Watched:
     is_watching = True
 
     def __init__(self, by: ForwardPass, module: nn.Module, before: Callable[..., Any] | None):
-        self.by, self.module = by, module
-        self.before = before
-        """What is called in place of its forward method and hooks otherwise."""
+        self.by: ForwardPass | None = by
+        self.module, self.before = module, before
+        """`before` is what is called in place of its forward method and hooks otherwise."""
         self.call = before or whole_call(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.by.passed(self.module, self.call(*args, **kwargs))
+        output = self.call(*args, **kwargs)
+        return output if self.by is None else self.by.passed(self.module, output)
+
+    def end(self) -> None:
+        """Look no more; another thread may have begun to look since, and go on."""
+        self.by = None
+        now = call_of(self.module)
+        if now is self:
+            set_call(self.module, self.before)
+            return
+        while isinstance(now, _Watched) and now.before is not self:
+            now = now.before
+        if isinstance(now, _Watched):
+            now.before, now.call = self.before, self.call
 
 
 def refuse_cache(output: object) -> None:
@@ -337,7 +366,7 @@ def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
     """
     tensors = [t for t in tensors_in(output) if not isinstance(t, nn.Parameter)]
     tensors = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-    places = [t for t in tensors if t.grad_fn is not None] or tensors
+    places = in_graph(tensors) or tensors
     if not places or not parameters:
         return output
     attached = _Attach.apply(len(places), *places, *reversed(parameters))

@@ -28,6 +28,15 @@ def tensors_in(value: object) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(_tensors(value, 0, set()))
 
 
+def in_graph(value: object) -> list[Tensor]:
+    """Those tensors in `value` that the autograd graph has computed.
+
+    What a closed block has put off is not computed for being looked at.
+    """
+    computed = (t for t in tensors_in(value) if not getattr(type(t), "is_put_off", False))
+    return [tensor for tensor in computed if tensor.grad_fn is not None]
+
+
 def replace_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
     """`value` with `new(tensor)` in place of each tensor; containers are copied, not changed."""
     return _replaced(value, new, 0)

@@ -1,5 +1,7 @@
 """What is a residual block and what is not, in the forms in which people write additions."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,3 +211,82 @@ def test_plan_lists_the_additions_that_are_not_taken():
     assert "UNet.forward" in passed
     assert "long skip connection" in passed
     assert f"not taken: {passed}" in str(plan)
+
+
+class Layers(nn.Module):
+    """Adds in a loop of its own, in one of these forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.add(x, torch.tanh(layer(x)), 1.0)
+        return x
+
+    def by_hand(self, x, gates):
+        for layer, gate in zip(self.layers, gates, strict=True):
+            x = self.add(x, torch.tanh(x @ layer.weight.T + layer.bias), gate)
+        return x
+
+
+class ByKeyword(Layers):
+    def add(self, x, y, gate):
+        return torch.add(input=x, other=y * gate)
+
+
+class NormalisedShortcut(Layers):
+    def add(self, x, y, gate):
+        return F.layer_norm(x, (8,)) + y * gate
+
+
+class PartOfTheValues(Layers):
+    def add(self, x, y, gate):
+        return torch.cat([x[:, :3] + (y * gate)[:, :3], x[:, 3:]], -1)
+
+
+def gradients(output, model):
+    parameters = list(model.parameters())
+    return torch.autograd.grad(output.pow(2).sum(), parameters, materialize_grads=True)
+
+
+@pytest.mark.parametrize("form", [ByKeyword, NormalisedShortcut, PartOfTheValues])
+def test_every_pattern_of_gates_is_the_sum_written_out(form):
+    torch.manual_seed(0)
+    model, x = form().double(), X.double()
+    handle = sd.apply(model, sd.Uniform(0.7), example=x)
+    assert len(handle.blocks) == 3
+    for gates in itertools.product([False, True], repeat=3):
+        expected = model.by_hand(x, gates)
+        with handle.forced(list(gates)):
+            output = model.train()(x)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+        if any(gates):
+            pairs = zip(gradients(output, model), gradients(expected, model), strict=True)
+            for ours, truth in pairs:
+                torch.testing.assert_close(ours, truth, rtol=0, atol=1e-11)
+    torch.testing.assert_close(model.eval()(x), model.by_hand(x, [0.7] * 3), rtol=0, atol=1e-12)
+
+
+class InProduct(Layers):
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.addmm(x, torch.tanh(layer(x)), layer.weight)
+        return x
+
+
+class Stacked(Layers):
+    def add(self, x, y, gate):
+        return torch.stack([x, y * gate]).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [(InProduct, r"inside of a product \(addmm\)"), (Stacked, "a sum over a stack of tensors")],
+)
+def test_an_addition_that_is_not_taken_is_the_reason_where_there_is_no_other(form, reason):
+    with pytest.raises(ApplyError, match=f"not taken: .*{reason}"):
+        sd.apply(form(), example=X)
+    with pytest.raises(ApplyError, match=f"not taken: .*{reason}"):
+        sd.plan(form(), X)

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import rnn
 
 import stochastic_depth as sd
 
@@ -221,3 +222,158 @@ def test_samples_that_are_not_first_need_one_coin_for_all(gate):
     with pytest.raises(sd.ApplyError, match="is not the batch") as refused:
         sd.apply(TimeFirst(), example=x, gate=gate)
     assert len(applies(TimeFirst, x, str(refused.value), gate=gate)) == 2
+
+
+class PackedTrunk(nn.Module):
+    """Runs a recurrent layer on a packed sequence, in its own loop."""
+
+    def __init__(self, layer=lambda: nn.LSTM(8, 8, batch_first=True)) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(2))
+
+    def forward(self, x, lengths):
+        for layer in self.layers:
+            x = x + packed(layer, x, lengths)
+        return x
+
+
+def packed(layer, x, lengths):
+    y, _ = layer(rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+    return rnn.pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])[0]
+
+
+class PackedLayer(nn.LSTM):
+    def forward(self, x, lengths):
+        y, _ = super().forward(
+            rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        )
+        return x + rnn.pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])[0]
+
+
+class PackedLayers(PackedTrunk):
+    def forward(self, x, lengths):
+        for layer in self.layers:
+            x = layer(x, lengths)
+        return x
+
+
+def test_a_packed_sequence_is_the_reason_and_a_layer_the_remedy():
+    example = torch.randn(3, 5, 8), torch.tensor([5, 2, 3])
+    with pytest.raises(sd.UnsupportedBlockError) as caught:
+        sd.apply(PackedTrunk(), example=example)
+    assert "a packed sequence" in str(caught.value)
+    assert "in the forward method of a layer" in str(caught.value)
+    assert "needs more of it" not in str(caught.value)
+    model = PackedLayers(lambda: PackedLayer(8, 8, batch_first=True))
+    assert len(sd.apply(model, example=example).blocks) == 2
+
+
+def test_what_a_block_keeps_between_calls_is_the_reason():
+    class Echo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.last = nn.Linear(8, 8), None
+
+        def forward(self, x):
+            y = self.f(x)
+            if self.last is not None:
+                y = y + 0.1 * self.last
+            self.last = y.detach()
+            return x + y.tanh()
+
+    with pytest.raises(sd.UnsupportedBlockError, match="keeps something from one call") as caught:
+        sd.apply(nn.Sequential(Echo(), Echo(), Echo()), example=torch.randn(4, 8))
+    assert "random" not in str(caught.value)
+
+
+class WaveNetLayer(nn.Module):
+    """One large convolution for two outputs: the next layer's input, and a sum over all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dilated = nn.Conv1d(8, 16, 3, padding=1)
+        self.residual, self.skip = nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1)
+
+    def forward(self, x):
+        signal, gate = self.dilated(x).chunk(2, 1)
+        inner = torch.tanh(signal) * torch.sigmoid(gate)
+        return x + self.residual(inner), self.skip(inner)
+
+
+class WaveNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(WaveNetLayer() for _ in range(3))
+
+    def forward(self, x):
+        total = 0
+        for layer in self.layers:
+            x, skip = layer(x)
+            total = total + skip
+        return total
+
+
+def test_a_block_most_of_which_runs_when_it_is_closed_is_refused():
+    x = torch.randn(2, 8, 12)
+    own, shared = 8 * 8, 8 * 16 * 3
+    with pytest.raises(sd.UnsupportedBlockError, match="is needed for more than what") as caught:
+        sd.apply(WaveNet(), example=x)
+    assert f"{shared / (own + shared):.0%} of its FLOPs" in str(caught.value)
+    plan = sd.plan(WaveNet(), x)
+    assert all("of its FLOPs" in block.refusal for block in plan.blocks)
+
+
+class Observed(nn.Module):
+    """A residual block whose branch goes out too, so that it cannot be skipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.f(x)
+        return x + y, y.mean()
+
+
+class Holder(nn.Module):
+    """Has such blocks in its own branch, most of which is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(Observed() for _ in range(2))
+        self.out = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
+
+    def forward(self, x):
+        h, total = x, 0
+        for block in self.inner:
+            h, mean = block(h)
+            total = total + mean
+        return x + self.out(h), total
+
+
+class Nested(nn.Module):
+    def __init__(self, plain: int) -> None:
+        super().__init__()
+        self.around = nn.ModuleList(Holder() for _ in range(2))
+        self.plain = nn.ModuleList(Plain() for _ in range(plain))
+
+    def forward(self, x):
+        total = 0
+        for block in self.around:
+            x, mean = block(x)
+            total = total + mean
+        for block in self.plain:
+            x = block(x)
+        return x, total
+
+
+def test_what_excluding_takes_along_is_no_block_that_is_left():
+    x = torch.randn(3, 8)
+    with pytest.raises(sd.UnsupportedBlockError, match="no other block of the model"):
+        sd.apply(Nested(0), example=x)
+    with pytest.raises(sd.UnsupportedBlockError) as caught:
+        sd.apply(Nested(2), example=x)
+    told = re.search(r"exclude=(\[.*?\])", str(caught.value))
+    assert told
+    handle = sd.apply(Nested(2), example=x, exclude=ast.literal_eval(told[1]))
+    assert [block.name for block in handle.blocks] == ["plain.0", "plain.1"]

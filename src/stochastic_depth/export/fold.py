@@ -11,7 +11,7 @@ from stochastic_depth.block import Block, force
 from stochastic_depth.errors import FoldError
 from stochastic_depth.export.algebra import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.apply import handle_of, remove
+from stochastic_depth.surgery.apply import applied_to, handle_of, remove
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
@@ -68,8 +68,11 @@ def multipliers(
     Raises:
         FoldError: as `fold`.
     """
-    blocks = handle_of(model).blocks
-    survival = [0.0 if n in closed else _factor(block) for n, block in enumerate(blocks)]
+    blocks, found = handle_of(model).blocks, applied_to(model).found
+    survival = [
+        0.0 if n in closed else None if of_block.training_only else _factor(block)
+        for n, (block, of_block) in enumerate(zip(blocks, found, strict=True))
+    ]
     if all(p in (None, 0, 1) for p in survival):
         return {}
     try:

@@ -31,39 +31,21 @@ from stochastic_depth.surgery.edits import (
     methods_of,
     site_of,
 )
+from stochastic_depth.surgery.shortcuts import Shortcuts, is_mixing
 from stochastic_depth.surgery.trace import Call, Recording, recorded
 from stochastic_depth.tensors import tensors_in
-
-MIXES = (
-    "linear",
-    "conv",
-    "mm",
-    "matmul",
-    "einsum",
-    "attention",
-    "pool",
-    "fft",
-    "lstm",
-    "gru",
-    "rnn",
-    "unseen",
-)
-"""Parts of the names of functions of which a branch has at least one: what only adds to, scales or
-bends a value (an activation written out, a rotary embedding, a normalisation) is no branch."""
-
-
-ACTIVATIONS = ("relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "mish", "softmax", "glu")
-"""Parts of the names of functions that no projection shortcut has."""
-
-
-SPLITS = {"chunk", "split", "unbind", "__getitem__", "narrow", "tensor_split"}
-
 
 UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
 
 
-PROJECTIONS = ("shortcut", "skip", "down", "proj", "ident", "res")
-"""Parts of the names of modules that project what could have passed by as it is."""
+PRODUCTS = {"addmm", "baddbmm", "addbmm", "addmv", "addr"}
+"""Names of functions that add to a product."""
+
+
+COUPLING = (
+    "a coupling: it adds to one part of a value, or to one stream, what is computed from another "
+    "alone, and nothing is added to that in turn"
+)
 
 
 Edits = tuple[tuple[str, Sliced | None], ...]
@@ -78,15 +60,14 @@ class Addition:
     """Name of the module in which its branch begins: the one that adds, or one that calls it."""
     edits: Edits
     identity: bool
-    """Whether the shortcut is the very value that the branch was computed from."""
+    """Whether the shortcut is what the branch was computed from, or another part of that, as it is:
+    no projection."""
     begins_elsewhere: bool = False
     """Whether not even the owner computes all of the branch."""
     modules: tuple[str, ...] = ()
     """Names of the modules that ran for the branch, inside of the owner; one for each call."""
     parameters: frozenset[str] = frozenset()
     """Names of the parameters that the branch uses, inside of the owner."""
-    flops: int = 0
-    """Of the branch, in one forward pass; 0 where they were not asked for."""
     whole: bool = False
     """Whether the owner returns this sum, and was given its shortcut as first argument."""
     events: tuple[Event, ...] = ()
@@ -111,7 +92,6 @@ class Passed:
 def discover(
     model: nn.Module,
     run: Callable[[], object],
-    count_flops: bool = False,
     passed: list[Passed] | None = None,
     gradients: bool = False,
 ) -> tuple[list[Addition], Analysis]:
@@ -124,7 +104,7 @@ def discover(
         gradients: whether autograd is on, as in a training step.
     """
     search = _Search(Recording(model))
-    with recorded(model, search.recording, search.made, search.returned, count_flops, gradients):
+    with recorded(model, search.recording, search.made, search.returned, gradients):
         try:
             output = run()
         except StochasticDepthError:
@@ -136,11 +116,34 @@ def discover(
                 f"{said}): example= is the inputs of one forward call, a tensor, a "
                 "tuple of arguments, or a mapping of keyword arguments"
             ) from error
+    outputs = search.recording.numbers(output)
+    analysis = Analysis(search.recording, outputs, is_mixing, search.sites)
+    analysis.output = output
+    additions = search.result(outputs)
     if passed is not None:
         passed += search.passed.values()
-    outputs = search.recording.numbers(output)
-    analysis = Analysis(search.recording, outputs, _is_mixing, search.occurrences)
-    return search.result(outputs), analysis
+    return additions, analysis
+
+
+def listed(passed: Sequence[Passed]) -> tuple[str, ...]:
+    """Additions that are not taken, those that are made by the same expression as one."""
+    owners: dict[tuple[str, str], dict[str, None]] = {}
+    for each in passed:
+        owners.setdefault((each.place, each.reason), {})[each.owner or "the model"] = None
+    return tuple(
+        f"{next(iter(names))!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, "
+        f"{place}: {reason}"
+        for (place, reason), names in owners.items()
+    )
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """One residual addition, as it was followed while its methods were at work."""
+
+    addition: Addition
+    branch: set[int]
+    snapshot: Snapshot
 
 
 class _Search:
@@ -154,12 +157,19 @@ class _Search:
         """Results of residual additions: which one, and the value of its shortcut."""
         self.occurrences: Counter[Site] = Counter()
         """How often each expression has added."""
+        self.sites: Counter[Site] = Counter()
+        """How often each has added two tensors."""
         self.added: dict[tuple[CodeType, int, int], list[int]] = {}
         """Which expressions have added which values."""
         self.passed: dict[tuple[str, str], Passed] = {}
+        self.couplings: dict[int, tuple[_Followed, Passed]] = {}
+        """Results of additions that are residual if the other part is added to in turn."""
+        self.shortcuts = Shortcuts(recording, self.sums)
 
     def result(self, outputs: set[int]) -> list[Addition]:
         """All that were found, once the model has given its outputs."""
+        for _, noted in self.couplings.values():
+            self.passed.setdefault((noted.owner, noted.place), noted)
         return [
             replace(
                 addition,
@@ -176,6 +186,8 @@ class _Search:
     ) -> None:
         """Look at what a function has computed from `operands`."""
         name = getattr(function, "__name__", "")
+        if name.removesuffix("_") in PRODUCTS:
+            self._inside_product(name, operands, sys._getframe(2))
         if name == "sum":
             self._sum_of_stack(operands, sys._getframe(2))
         if name not in ADDITIONS or len(operands) < 2:
@@ -188,7 +200,10 @@ class _Search:
             right = max(branches, key=lambda n: len(self.recording.reach(n)), default=None)
         if not self.recording.calls:
             return
-        if left is None or right is None or left == right:
+        if left is None or right is None:
+            return
+        self.sites[site_of(frame)] += 1
+        if left == right:
             return
         if not self._are_alike(left, right):
             self._pass(frame, [left, right], "what is added is of another shape than the sum")
@@ -196,31 +211,39 @@ class _Search:
         again = self._added_again(left, right, self.recording.number(out), frame)
         call = self.recording.calls[-1]
         of = self._reaches(left, right, call)
-        side = self._side_of_shortcut(left, right, of, call)
+        side = self.shortcuts.side(left, right, of, call)
         kept = left if side == "left" else right
         reason = self._why_not(left, right, side, of, call)
+        total = self.recording.number(out)
         if side is not None and kept not in again and not reason:
             identity = left in of[1] or right in of[0]
-            self._note(left, right, side, identity, self.recording.number(out), frame)
+            self._join(self._followed(left, right, side, identity, total, frame))
+        elif side is None and (part := self.shortcuts.part(of, call)):
+            followed = self._followed(left, right, part, True, total, frame)
+            self.couplings[total] = followed, self._passed(frame, COUPLING)
         else:
             reason = reason or "it adds the same value again and again, as a bias that layers share"
             self._pass(frame, [left, right], reason)
 
     def _pass(self, frame: FrameType, operands: Sequence[int], reason: str) -> None:
         """Note an addition of computed values that is no residual one."""
-        if not all(map(self._is_computed, operands)):
-            return
+        if all(map(self._is_computed, operands)):
+            noted = self._passed(frame, reason)
+            self.passed.setdefault((noted.owner, noted.place), noted)
+
+    def _passed(self, frame: FrameType, reason: str) -> Passed:
         call = self.recording.calls[-1]
         place = next((m.place for m in methods_of(call.module, frame) if m.place), None)
-        noted = Passed(call.name, str(place or "in a function"), reason)
-        self.passed.setdefault((noted.owner, noted.place), noted)
+        return Passed(call.name, str(place or "in a function"), reason)
 
     def _is_computed(self, number: int) -> bool:
         """Whether a value is an input of the module at work, or mixes what comes of one."""
         call = self.recording.calls[-1]
         if number in call.inputs:
             return True
-        return bool(self._mixes(self.recording.reach(number, min([call.began, *call.inputs]))))
+        return bool(
+            self.shortcuts.mixes(self.recording.reach(number, min([call.began, *call.inputs])))
+        )
 
     def _sum_of_stack(self, operands: tuple[int | None, ...], frame: FrameType) -> None:
         """Note `torch.stack([x, f(x)]).sum(0)`."""
@@ -230,6 +253,18 @@ class _Search:
         value = self.recording.values[stacked]
         if value.made_by in ("stack", "vstack", "dstack", "hstack") and len(value.parents) > 1:
             self._pass(frame, value.parents, "a sum over a stack of tensors: write it as x + f(x)")
+
+    def _inside_product(
+        self, name: str, operands: tuple[int | None, ...], frame: FrameType
+    ) -> None:
+        """Note `torch.addmm(x, f(x), w)`."""
+        first, *others = operands
+        factors = [number for number in others if number is not None]
+        if first is None or not self.recording.calls:
+            return
+        if any(first in self.recording.reach(number, first) for number in factors):
+            reason = f"it is added inside of a product ({name}): write it as x + a @ b"
+            self._pass(frame, [first, *factors[:1]], reason)
 
     def _why_not(
         self, left: int, right: int, side: Side | None, of: list[set[int]], call: Call
@@ -243,7 +278,7 @@ class _Search:
                 "single value that the other starts from too: parallel branches"
             )
         branch = _branch(of, side)
-        if not self._mixes(branch):
+        if not self.shortcuts.mixes(branch):
             return "what is added mixes nothing: it has no product, convolution, pooling"
         return ""
 
@@ -252,7 +287,7 @@ class _Search:
         seen, ahead = {value}, [value]
         while ahead:
             for child in self.recording.values[ahead.pop()].children:
-                if self._mixes({child}):
+                if self.shortcuts.mixes({child}):
                     return True
                 if child not in seen:
                     seen.add(child)
@@ -291,72 +326,10 @@ class _Search:
         earliest = min([call.began, *call.inputs])
         return [self.recording.reach(left, earliest), self.recording.reach(right, earliest)]
 
-    def _side_of_shortcut(
-        self, left: int, right: int, of: list[set[int]], call: Call
-    ) -> Side | None:
-        """Which operand is the shortcut, if the addition is residual."""
-        if left in of[1]:
-            return "left"
-        if right in of[0]:
-            return "right"
-        if not (call.inputs & of[0] and call.inputs & of[1]):
-            return None
-        if (left in self.sums) != (right in self.sums):  # x + f(x) + g(x)
-            return "left" if left in self.sums else "right"
-        made = [sum(value >= call.began for value in values) for values in of]
-        if made[0] < made[1] and self._is_projection(of[0], of[1]):
-            return "left"
-        if made[1] < made[0] and self._is_projection(of[1], of[0]):
-            return "right"
-        return None
-
-    def _is_projection(self, shortcut: set[int], branch: set[int]) -> bool:
-        """Whether one operand is a projection of a single value from which the other starts too.
-
-        A highway's carry, (1 - t(x)) * x, is computed from two values. A projection convolves less
-        often than the branch and has no activation function: parallel branches are none of each
-        other. One that does not change the shape has a name that says so. A part of a value is no
-        shortcut for a branch that starts from the other part (a coupling layer). What adds a branch
-        of its own is none.
-        """
-        shared = shortcut & branch
-        own, others = shortcut - shared, branch - shared
-        values = self.recording.values
-        starts = {p for value in own for p in values[value].parents if p in shared}
-        convolutions = self._convolutions(own)
-        if len(starts) != 1 or convolutions >= self._convolutions(branch):
-            return False
-        functions = self.recording.functions(own)
-        if any(part in function for function in functions for part in ACTIVATIONS):
-            return False
-        if not own.isdisjoint(self.sums):
-            return False
-        (start,) = starts
-        first = {values[value].made_by for value in others if start in values[value].parents}
-        if not convolutions:
-            return not (functions and set(functions) | first <= SPLITS)
-        changes = values[start].tensor.shape != values[max(own)].tensor.shape
-        return changes or any(part in name for name in self._names(own) for part in PROJECTIONS)
-
-    def _names(self, values: set[int]) -> list[str]:
-        """The last parts of the names of the modules that ran for `values`, and of parameters."""
-        parents = {p for value in values for p in self.recording.values[value].parents}
-        names = [*self.recording.modules(values, 0), *self.recording.parameters(parents)]
-        return [part for name in names for part in name.lower().split(".")[-3:]]
-
-    def _mixes(self, values: set[int]) -> list[str]:
-        """The functions among those that made `values` of which a branch has at least one."""
-        functions = self.recording.functions(values)
-        return list(filter(_is_mixing, functions))
-
-    def _convolutions(self, values: set[int]) -> int:
-        """How many of `values` were made by a function with weights."""
-        return sum("pool" not in function for function in self._mixes(values))
-
-    def _note(
+    def _followed(
         self, left: int, right: int, side: Side, identity: bool, total: int, frame: FrameType
-    ) -> None:
-        """Follow a residual addition to where its branch begins, and note it."""
+    ) -> "_Followed":
+        """A residual addition, followed to where its branch begins."""
         kept = left if side == "left" else right
         edits: list[tuple[str, Sliced | None]] = []
         frames: list[list[FrameType]] = []
@@ -376,8 +349,6 @@ class _Search:
             handed = self._handed(call, branch, kept)
             if not handed:
                 break
-        key = call.name, tuple(edits)
-        before = self.found.get(key) or Addition(*key, identity)
         site = site_of(frame)
         event = Event(
             kept,
@@ -389,18 +360,43 @@ class _Search:
             tuple(self.recording.calls),
             identity,
         )
-        self.found[key] = replace(
-            before,
-            begins_elsewhere=before.begins_elsewhere or bool(handed),
-            modules=before.modules + self.recording.modules(branch, call.began),
-            parameters=before.parameters | self.recording.parameters(branch),
-            upsamples=before.upsamples
-            or any(part in f for f in self.recording.functions(branch) for part in UPSAMPLES),
-            flops=before.flops + sum(self.recording.values[value].flops for value in branch),
-            events=(*before.events, event),
+        functions = self.recording.functions(branch)
+        addition = Addition(
+            call.name,
+            tuple(edits),
+            identity,
+            begins_elsewhere=bool(handed),
+            modules=self.recording.modules(branch, call.began),
+            parameters=self.recording.parameters(branch),
+            events=(event,),
+            upsamples=any(part in function for function in functions for part in UPSAMPLES),
         )
-        self.sums[total] = key, kept
-        self.snapshots[key].append(take_snapshot(self.recording, total, frames, branch))
+        return _Followed(addition, branch, take_snapshot(self.recording, total, frames, branch))
+
+    def _join(self, followed: "_Followed") -> None:
+        """Note a residual addition; and one that it shows to be residual, of another part."""
+        new, (event,) = followed.addition, followed.addition.events
+        for total in [total for total in self.couplings if total in followed.branch]:
+            coupling, _ = self.couplings[total]
+            if event.kept in self.recording.reach(coupling.addition.events[0].added):
+                del self.couplings[total]
+                self._join(coupling)
+        key = new.owner, new.edits
+        before = self.found.get(key)
+        self.found[key] = (
+            new
+            if before is None
+            else replace(
+                before,
+                begins_elsewhere=before.begins_elsewhere or new.begins_elsewhere,
+                modules=before.modules + new.modules,
+                parameters=before.parameters | new.parameters,
+                upsamples=before.upsamples or new.upsamples,
+                events=before.events + new.events,
+            )
+        )
+        self.sums[event.total] = key, event.kept
+        self.snapshots[key].append(followed.snapshot)
 
     def _sum(self, methods: list[Method], side: Side, kept: int) -> Sum | None:
         """Where the innermost of `methods` adds, or calls a function that does."""
@@ -424,7 +420,9 @@ class _Search:
             if value not in branch or value >= call.began:
                 return False
             made = self.recording.reach(value, kept)
-            return kept in made and bool(self._mixes(made - self.recording.reach(kept, kept)))
+            return kept in made and bool(
+                self.shortcuts.mixes(made - self.recording.reach(kept, kept))
+            )
 
         positional = [((n, None), value) for n, value in enumerate(call.args)]
         named = [((None, name), value) for name, value in call.kwargs.items()]
@@ -433,10 +431,6 @@ class _Search:
             for parameter, value in [*positional, *named]
             if any(map(is_of_branch, tensors_in(value)))
         )
-
-
-def _is_mixing(function: str) -> bool:
-    return any(part in function for part in MIXES)
 
 
 def _branch(of: list[set[int]], side: Side) -> set[int]:

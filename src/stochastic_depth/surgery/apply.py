@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,10 +16,14 @@ from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError, UnsupportedBlockError
 from stochastic_depth.handle import Handle, integer
 from stochastic_depth.hooks import ForwardHooks, batch_size
+from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.additions import Passed, listed
 from stochastic_depth.surgery.blocks import (
     Found,
     Granularity,
+    branch_modules,
     deferred_modules,
+    is_inside,
     nothing_found,
     unsupported,
     with_remedy,
@@ -33,7 +37,7 @@ from stochastic_depth.surgery.proof.calls import still_running
 from stochastic_depth.surgery.proof.check import check, establish
 from stochastic_depth.surgery.proof.training_mode import check_training
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_wrapped
-from stochastic_depth.surgery.select_modules import Choice
+from stochastic_depth.surgery.select_modules import Choice, chosen_modules
 from stochastic_depth.survival import (
     LinearDecay,
     Probabilities,
@@ -199,7 +203,13 @@ def apply(
     def find(defer: Container[str]) -> Sequence[Found]:
         if example is None:
             return find_residuals(model, include, exclude)
-        return find_blocks(model, example, granularity, include, exclude, defer=defer)
+        passed: list[Passed] = []
+        found = find_blocks(
+            model, example, granularity, include, exclude, defer=defer, passed=passed
+        )
+        if not found:
+            raise nothing_found(model, example, listed(passed))
+        return found
 
     found, probabilities, silenced, blocks, difference, left = _made_skippable(
         model,
@@ -289,7 +299,7 @@ def _made_skippable(
     found = find(deferred)
     if not found:
         raise nothing_found(model, example)
-    while kept := [block for block in found if block.name not in left_out]:
+    while kept := _others(model, found, left_out):
         silenced: list[Silenced] = []
         try:
             if refused := [block for block in kept if block.refusal]:
@@ -325,7 +335,29 @@ def _made_skippable(
             _undo(model, silenced)
             raise
     assert failure is not None
-    raise with_remedy(failure, left_out, (block.name for block in kept)) from failure
+    out = [block.name for block in found if block.name in left_out]
+    raise with_remedy(failure, out, [block.name for block in kept]) from failure
+
+
+def _others(model: nn.Module, found: Sequence[Found], left_out: Set[str]) -> list[Found]:
+    """The blocks that are left without some, by the rule by which the error tells to do so.
+
+    `exclude=` leaves those out, too, in whose branch one of them is; `include=` does not.
+    """
+    rest = [block for block in found if block.name not in left_out]
+    if not left_out or any(is_inside(block.name, of) for block in rest for of in left_out):
+        return rest
+    chosen = chosen_modules(model, None, sorted(left_out))
+    return [
+        block
+        for block in rest
+        if chosen.has(
+            block.name,
+            branch_modules(block.name, block.module)
+            if isinstance(block.module, Residual)
+            else block.modules,
+        )
+    ]
 
 
 def _undo(model: nn.Module, silenced: Sequence[Silenced]) -> None:
@@ -445,5 +477,5 @@ def _open_up(
     if batch is not None and select:
         learn_samples(model, (example, half), batch, found, blocks)
     difference = check(model, run, found, blocks, truth, batch, gate)
-    left = check_training(model, run, found, blocks)
+    left = check_training(model, run, found, blocks, batch, gate)
     return blocks, difference, left

@@ -48,9 +48,11 @@ class Found:
     parameters: tuple[str, ...]
     """Names, in the model, of the parameters of its branches."""
     flops: int
-    """Of its branches in one forward pass; 0 where they were not asked for."""
+    """Of its branches in one forward pass."""
     refusal: str = ""
     """Why it cannot be made skippable."""
+    training_only: bool = False
+    """Whether the model runs it in training mode alone."""
 
     @property
     def mechanism(self) -> str:
@@ -100,8 +102,14 @@ def is_repeated(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return bool(name) and isinstance(container, CONTAINERS) and (alike > 1 or len(siblings) == 1)
 
 
-def nothing_found(model: nn.Module, example: Example | None) -> ApplyError:
-    """The error for a model in which nothing can be skipped."""
+def nothing_found(
+    model: nn.Module, example: Example | None, passed: Sequence[str] = ()
+) -> ApplyError:
+    """The error for a model in which nothing can be skipped.
+
+    Args:
+        passed: the additions that were seen and are not taken, with the reason.
+    """
     found = f"no residual block found in {type(model).__name__}, so nothing can be skipped"
     if example is None:
         return ApplyError(
@@ -110,6 +118,7 @@ def nothing_found(model: nn.Module, example: Example | None) -> ApplyError:
     return ApplyError(
         f"{found}: a block must add what it computes to its input, or to a projection of it; "
         "concatenation (DenseNet), gating and subtraction are not residual"
+        + "".join(f"; not taken: {each}" for each in passed[:3])
     )
 
 
@@ -161,6 +170,12 @@ def _around(names: Sequence[str], apart: Sequence[str]) -> list[str]:
         paths = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
         found[next(p for p in paths if not any(a == p or is_inside(a, p) for a in apart))] = None
     return list(found)
+
+
+def branch_modules(name: str, module: Residual) -> list[str]:
+    """Names of the modules of a unit's branch."""
+    branch = f"{name}.branch" if name else "branch"
+    return [inner for inner, _ in module.branch.named_modules(prefix=branch)]
 
 
 def residual_block(name: str, module: Residual, flops: int) -> Found:

@@ -6,18 +6,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.edits import Calls, Deferred, Site
 from stochastic_depth.surgery.trace import Call, Recording
 
 LEAST = 0.5
-"""The share of a branch's mixing functions that a closed block must save."""
+"""The share of a branch's FLOPs that a closed block must save."""
 
 
-NEEDED = (
-    "most of its branch is needed for more than what is added: an output of the model, or of "
-    "another block, is computed from it"
-)
+def needed(own: float) -> str:
+    """Why a block with too small an own share of its branch, from 0 to 1, is not skipped."""
+    return (
+        f"most of its branch is needed for more than what is added ({1 - own:.0%} of its FLOPs): "
+        "an output of the model, or of another block, is computed from it"
+    )
 
 
 @dataclass(eq=False)
@@ -51,7 +55,7 @@ class Group:
     parameters: tuple[str, ...]
     flops: int
     saved: float
-    """The share of its mixing functions, from 0 to 1, that are put off; of the addition that saves
+    """The share of its branch's FLOPs, from 0 to 1, that is put off; of the addition that saves
     least."""
     own: float
     """The share of those that nothing but the addition needs."""
@@ -65,11 +69,14 @@ class Analysis:
         recording: Recording,
         outputs: set[int],
         mixes: Callable[[str], bool],
-        sites: Iterable[Site],
+        sites: Counter[Site],
     ) -> None:
         self.recording, self.outputs, self.mixes = recording, outputs, mixes
-        self.sites = frozenset(sites)
-        """The expressions that have added anything."""
+        self.sites = sites
+        """How often each expression has added two tensors."""
+        self.output: Any = None
+        """What the model has returned."""
+        self._inside: dict[Event, set[int]] = {}
         self.alive: set[int] = set()
         for output in outputs:
             if output not in self.alive:
@@ -78,6 +85,10 @@ class Analysis:
         self.of_module: dict[str, list[Call]] = {}
         for call in sorted((call for call, _ in recording.finished), key=lambda call: call.serial):
             self.of_module.setdefault(call.name, []).append(call)
+
+    def of(self, module: str) -> list[Call]:
+        """The calls of a module, by its name."""
+        return self.of_module.get(module, [])
 
     def place(self, event: Event) -> None:
         """Find the innermost call that computes all of the branch that is for it alone."""
@@ -108,7 +119,8 @@ class Analysis:
 
     def group(self, block: str, events: Sequence[Event]) -> Group:
         """The block that `events` make up, which are of one call or of one iteration of a loop."""
-        branch = set[int]().union(*(event.branch for event in events))
+        kept = {event.kept for event in events}
+        branch = set[int]().union(*(event.branch for event in events)) - kept
         own = self.exclusive(branch, {event.total for event in events})
         home = _common([event.home for event in events if event.home is not None])
         calls = [
@@ -142,10 +154,21 @@ class Analysis:
         shares = []
         for event in events:
             assert event.home is not None
-            inside = [value for value in event.branch if value >= event.home.began]
-            mixing = [v for v in inside if self.mixes(self.recording.values[v].made_by)]
-            shares.append(sum(value in of for value in mixing) / max(1, len(mixing)))
+            began = event.home.began
+            costs = {value: self._cost(value) for value in event.branch if value >= began}
+            saved = sum(cost for value, cost in costs.items() if value in of)
+            shares.append(saved / max(1, sum(costs.values())))
         return min(shares)
+
+    def _cost(self, number: int) -> int:
+        """FLOPs of what made a value, about; 0 of what does not mix."""
+        value = self.recording.values[number]
+        if value.flops or not self.mixes(value.made_by):
+            return value.flops
+        weights = (self.recording.values[parent].tensor for parent in value.parents)
+        held = sum(weight.numel() for weight in weights if isinstance(weight, nn.Parameter))
+        size = value.tensor.numel()  # of a pooling; a recurrent layer's, which has no formula
+        return size + 2 * held * (size // max(1, value.tensor.shape[-1] if size > 1 else 1))
 
     def surrounds(self, event: Event, other: Event) -> bool:
         """Whether all that comes of `other` goes into the branch of `event`."""
@@ -159,7 +182,15 @@ class Analysis:
 
         Of two streams that feed each other, each is computed from the other, and neither is inside.
         """
-        return self.exclusive(event.branch, {event.total})
+        known = self._inside.get(event)
+        if known is None:
+            known = self._inside[event] = self.exclusive(event.branch, {event.total})
+        return known
+
+    def flops(self, events: Iterable[Event]) -> int:
+        """Of the branches of `events`, each function counted once."""
+        branch = set[int]().union(*(event.branch for event in events))
+        return sum(self.recording.values[value].flops for value in branch)
 
     def parameters(self, own: set[int]) -> tuple[str, ...]:
         """Names of the parameters that `own` were computed with."""
@@ -192,8 +223,7 @@ class Analysis:
         A stream of its own that ends in the last block is added to there, and never read.
         """
         events = [e for e in events if e.total in self.alive] or events
-        inner = {event: self.inside(event) for event in events}
-        return [e for e in events if not any(e.total in inner[o] for o in events if o is not e)]
+        return [e for e in events if not any(e.total in self.inside(o) for o in events)]
 
     def _call(self, event: Event, block_of: Callable[[str], str]) -> tuple[str, Any]:
         assert event.home is not None
@@ -244,7 +274,9 @@ class Analysis:
             UnsupportedBlockError: when too little of its branch is for the addition alone.
         """
         if group.saved < LEAST:
-            raise UnsupportedBlockError(NEEDED if group.own < LEAST else "no module runs for it")
+            raise UnsupportedBlockError(
+                needed(group.own) if group.own < LEAST else "no module runs for it"
+            )
         made = []
         for number, event in enumerate(group.events):
             calls: dict[str, list[Call]] = {}

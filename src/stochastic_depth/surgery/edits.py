@@ -1,7 +1,7 @@
 """What of a module is put under a gate, and where it stands in the source."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, Literal
@@ -87,6 +87,14 @@ Site = tuple[str, str, int, Any]
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_"}
 """Names of functions that add."""
+
+
+def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of an addition, `torch.add(input=x, other=y)` too, with operands first."""
+    others = dict(kwargs)
+    first = (others.pop("input"),) if "input" in others else ()
+    last = (others.pop("other"),) if "other" in others else ()
+    return (*first, *args, *last), others
 
 
 @dataclass(frozen=True)

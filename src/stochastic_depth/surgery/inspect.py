@@ -8,17 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stochastic_depth.block import Block
+from stochastic_depth.block import Block, force
 from stochastic_depth.gates import Closed
 from stochastic_depth.handle import Handle
-from stochastic_depth.surgery.additions import Passed
-from stochastic_depth.surgery.apply import chosen_survival, handle_of, linear_decay
+from stochastic_depth.surgery.additions import Passed, listed
+from stochastic_depth.surgery.apply import applied_to, chosen_survival, handle_of, linear_decay
 from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find import find_blocks
 from stochastic_depth.surgery.gating import put_gates, take_gates
 from stochastic_depth.surgery.preserve import preserve_state
-from stochastic_depth.surgery.proof.calls import CLOSED, OPEN, in_evaluation, still_running
+from stochastic_depth.surgery.proof.calls import CLOSED, OPEN, still_running
 from stochastic_depth.surgery.refuse import refuse_applied
 from stochastic_depth.surgery.select_modules import Choice
 from stochastic_depth.surgery.trace import CountFlops
@@ -69,6 +69,8 @@ class PlannedBlock:
     """Of its branches in one forward pass on the example, 2 for each multiply-add."""
     refusal: str
     """Why it cannot be made skippable; empty where it can."""
+    training_only: bool = False
+    """Whether the model runs it in training mode alone."""
 
 
 PLAN_HEAD = ("block", "class", "shortcut", "mechanism", "p", "parameters", "FLOPs")
@@ -106,8 +108,12 @@ class Plan:
     def __str__(self) -> str:
         refused = [f"{b.name!r} ({b.kind}): {b.refusal}" for b in self.blocks if b.refusal]
         skippable = f"{len(self.blocks) - len(refused)} of {len(self.blocks)} blocks skippable"
+        only = [b.name for b in self.blocks if b.training_only]
+        told = [f"in training mode alone: {', '.join(map(repr, only))}"] if only else []
         passed = [f"not taken: {each}" for each in self.passed]
-        return "\n".join([plain_table(PLAN_HEAD, self.rows, left=4), skippable, *refused, *passed])
+        return "\n".join(
+            [plain_table(PLAN_HEAD, self.rows, left=4), skippable, *told, *refused, *passed]
+        )
 
 
 def plan(
@@ -135,9 +141,11 @@ def plan(
     deferred = set[str]()
     while True:  # as `sd.apply` does
         passed.clear()
-        found = find_blocks(model, example, granularity, include, exclude, True, deferred, passed)
+        found = find_blocks(
+            model, example, granularity, include, exclude, defer=deferred, passed=passed
+        )
         if not found:
-            raise nothing_found(model, example)
+            raise nothing_found(model, example, listed(passed))
         tried = _tried(model, example, found)
         more = {
             block.name
@@ -162,22 +170,11 @@ def plan(
                 sum(model.get_parameter(name).numel() for name in block.parameters),
                 block.flops,
                 block.refusal,
+                block.training_only,
             )
             for block, survival in zip(found, p, strict=True)
         ),
-        _listed(passed),
-    )
-
-
-def _listed(passed: Sequence[Passed]) -> tuple[str, ...]:
-    """Additions that are not taken, those that are made by the same expression as one."""
-    owners: dict[tuple[str, str], dict[str, None]] = {}
-    for each in passed:
-        owners.setdefault((each.place, each.reason), {})[each.owner or "the model"] = None
-    return tuple(
-        f"{next(iter(names))!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, "
-        f"{place}: {reason}"
-        for (place, reason), names in owners.items()
+        listed(passed),
     )
 
 
@@ -294,9 +291,12 @@ def summary(model: nn.Module, example: Example) -> Summary:
         ApplyError: when `model` is not one that `sd.apply` was given.
     """
     handle = handle_of(model)
-    run = caller(model, example)
-    with preserve_state(model), torch.enable_grad(), in_evaluation(handle.blocks, OPEN):
-        model.eval()
+    opened = force(handle.blocks, [OPEN] * len(handle.blocks))
+    found = applied_to(model).found
+    training = any(block.training_only for block in found)
+    run = caller(model.forward if training else model, example)  # past the hooks that draw gates
+    with preserve_state(model), torch.enable_grad(), opened:
+        model.train(training)
         shapes = _input_shapes(model, handle.blocks, run)
         forward, backward = _count(run)
         counted: dict[tuple[str, str], tuple[int, int]] = {}
@@ -305,7 +305,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
             module = block.module
             look = (repr(module), f"{shapes.get(block.name)} of {len(block.gates)} gates")
             if look not in counted:
-                with in_evaluation([block], CLOSED):
+                with force([block], [CLOSED]):
                     without = _count(run)
                 counted[look] = forward - without[0], backward - without[1]
             size = sum(p.numel() for owned in block.owned for p in owned.parameters())

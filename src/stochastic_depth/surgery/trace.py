@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
+from stochastic_depth.surgery.edits import ADDITIONS, by_position
 from stochastic_depth.tensors import tensors_in
 from stochastic_depth.torch_private import TorchDispatchMode
 
@@ -50,7 +51,8 @@ class CountFlops(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         out = func(*args, **kwargs)
-        self.total += formula(*args, **kwargs, out_val=out)
+        with suppress(Exception):  # of operands that a formula does not know: nested tensors, say
+            self.total += formula(*args, **kwargs, out_val=out)
         return out
 
 
@@ -181,7 +183,6 @@ def recorded(
     recording: Recording,
     made: Callable[[Callable[..., Any], tuple[int | None, ...], Any], None],
     returned: Callable[[Call, Any], None],
-    count_flops: bool,
     gradients: bool = False,
 ) -> Iterator[None]:
     """While entered, what `model` computes goes into `recording`.
@@ -198,7 +199,7 @@ def recorded(
             for handle in _hooks(name, module, recording, returned):
                 entered.callback(handle.remove)
         entered.enter_context(torch.set_grad_enabled(gradients))
-        counter = entered.enter_context(CountFlops()) if count_flops else None
+        counter = entered.enter_context(CountFlops())
         entered.enter_context(_Functions(recording, made, counter))
         yield
 
@@ -217,7 +218,7 @@ def _is_zero(value: object) -> bool:
 
 class _Functions(TorchFunctionMode):
     def __init__(
-        self, recording: Recording, made: Callable[..., None], counter: CountFlops | None
+        self, recording: Recording, made: Callable[..., None], counter: CountFlops
     ) -> None:
         super().__init__()
         self.recording, self.made, self.counter = recording, made, counter
@@ -226,13 +227,16 @@ class _Functions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         parents = tuple(map(self.recording.number, tensors_in((args, kwargs))))
-        operands = tuple(self.recording.number(x) if isinstance(x, Tensor) else None for x in args)
-        before = 0 if self.counter is None else self.counter.total
+        given = args
+        if kwargs and getattr(func, "__name__", "") in ADDITIONS:
+            given, _ = by_position(args, kwargs)
+        operands = tuple(self.recording.number(x) if isinstance(x, Tensor) else None for x in given)
+        before = self.counter.total
         name = getattr(func, "__name__", "_")
         if name in IN_PLACE or (name[-1] == "_" and name[-2:] != "__"):
             self.recording.works_in_place = True
         out = func(*args, **(kwargs or {}))
-        flops = 0 if self.counter is None else self.counter.total - before
+        flops = self.counter.total - before
         name = getattr(func, "__name__", "")
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins
             self.recording.alias(out, args[0])

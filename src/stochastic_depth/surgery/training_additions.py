@@ -1,17 +1,18 @@
-"""Additions that a model makes in training mode only: they belong to the block that adds otherwise.
+"""Additions that a model makes in training mode only.
 
 A block may add in another expression in training mode than in evaluation (`if self.training:`). It
-has one gate all the same, which must close both.
+has one gate all the same, which must close both. Other blocks run in training mode alone, say those
+of an auxiliary head.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
@@ -19,22 +20,39 @@ from stochastic_depth.surgery.additions import Addition, Passed, discover
 from stochastic_depth.surgery.blocks import Found, Unit, repeated_block
 from stochastic_depth.surgery.branches import Analysis, Event, Group
 from stochastic_depth.surgery.droppath import silence
-from stochastic_depth.surgery.edits import ADDITIONS, Deferred, Site, site_of
+from stochastic_depth.surgery.edits import ADDITIONS, Deferred, Site, by_position, site_of
 from stochastic_depth.surgery.preserve import preserve_state
 
 Cut = Callable[[Addition], Unit]
 """Rewrites the methods that make an addition; raises `UnsupportedBlockError` where it cannot."""
 
 
+@dataclass(frozen=True)
+class InTraining:
+    """What a pass in training mode has shown, where it adds more than one in evaluation."""
+
+    additions: list[Addition]
+    """All residual ones."""
+    new: tuple[Event, ...]
+    """Those that evaluation does not make."""
+    analysis: Analysis
+    passed: list[Passed]
+
+
 def added_in_training(
-    model: nn.Module, run: Callable[[], Any], found: Sequence[Found], known: frozenset[Site]
-) -> tuple[list[Addition], Analysis] | None:
-    """The additions that are made in training mode only; None where there are none.
+    model: nn.Module,
+    run: Callable[[], Any],
+    found: Sequence[Found],
+    additions: Sequence[Addition],
+    analysis: Analysis,
+) -> InTraining | None:
+    """What is added in training mode only; None where nothing is.
 
     Args:
-        known: the expressions that add in evaluation.
+        additions: those of evaluation, in which `analysis` was made.
     """
     silenced = silence(model, found)
+    passed: list[Passed] = []
     try:
         with preserve_state(model), torch.enable_grad():
             model.train()
@@ -43,28 +61,56 @@ def added_in_training(
                     run()
             except Exception:  # the example is not one to train on
                 return None
-            if sites.seen <= known:
+            if sites.seen <= analysis.sites:
                 return None
-            additions, analysis = discover(model, run, gradients=True)
+            now, of_now = discover(model, run, passed, gradients=True)
     finally:
         for each in silenced:
             each.restore()
-    new = [a for a in additions if not known.issuperset(event.site for event in a.events)]
-    return new, analysis
+    known: dict[object, list[frozenset[str]]] = {}
+    for event in (event for addition in additions for event in addition.events):
+        known.setdefault(_expression(event), []).append(_runs(event, analysis))
+    new = tuple(
+        event
+        for addition in now
+        for event in addition.events
+        if not _is_known(_runs(event, of_now), known.get(_expression(event), ()))
+    )
+    return InTraining(now, new, of_now, passed)
+
+
+def _expression(event: Event) -> object:
+    """Where an addition stands, and in which module."""
+    return event.site, event.stack[-1].name
+
+
+def _runs(event: Event, analysis: Analysis) -> frozenset[str]:
+    """Names of the parameters that its branch uses; where it uses none, of its modules."""
+    if event.home is None:
+        analysis.place(event)
+    parameters = analysis.parameters(event.branch)
+    return frozenset(parameters or analysis.group("", [event]).modules)
+
+
+def _is_known(runs: frozenset[str], known: Iterable[frozenset[str]]) -> bool:
+    """Whether a branch is one of those that the same expression adds in evaluation."""
+    return any(runs == before or not runs.isdisjoint(before) for before in known)
 
 
 class _Sites(TorchFunctionMode):
-    """While entered, notes the expressions that add."""
+    """While entered, counts how often each expression adds two tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[Site] = set()
+        self.seen: Counter[Site] = Counter()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if getattr(func, "__name__", "") in ADDITIONS:
-            self.seen.add(site_of(sys._getframe(1)))
+            operands, _ = by_position(args, kwargs or {})
+            both = all(isinstance(operand, Tensor) for operand in operands[:2])
+            self.seen[site_of(sys._getframe(1))] += both and len(operands) > 1
         return func(*args, **(kwargs or {}))
 
 
@@ -74,13 +120,11 @@ def joined(
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
     cut: Cut,
-    passed: list[Passed],
-) -> list[Found]:
-    """`found`, each with what it adds in training mode only.
+) -> tuple[list[Found], set[Event]]:
+    """`found`, each with what it adds in training mode only; and additions that belong to none.
 
     Args:
         additions: with the name of the block that each belongs to.
-        passed: gets the additions of modules that have no block in evaluation.
     """
     blocks = list(found)
     put_off: list[Addition] = []
@@ -97,20 +141,37 @@ def joined(
             blocks[n] = _with(blocks[n], [addition], cut)
         if len(own) != len(numbers):
             blocks[numbers[-1]] = replace(blocks[numbers[-1]], refusal=_UNLIKE)
-    of_event = {event: addition for addition in put_off for event in addition.events}
-    for group in analysis.blocks(of_event, lambda name: repeated_block(name, modules)):
+    alone = set[Event]()
+    events = [event for addition in put_off for event in addition.events]
+    for group in analysis.blocks(events, lambda name: repeated_block(name, modules)):
         numbers = [n for n, block in enumerate(blocks) if block.name == group.block]
         for n in numbers[:1]:
             blocks[n] = _put_off_too(blocks[n], group, analysis, modules)
         if not numbers:
-            alone = dict.fromkeys(of_event[event] for event in group.events)
-            passed += [
-                Passed(a.owner, str(a.edits[0][1] or "in a function"), _ALONE) for a in alone
-            ]
+            alone.update(group.events)
+    return blocks, alone
+
+
+def with_training_only(
+    found: Sequence[Found], alone: Sequence[Found], analysis: Analysis
+) -> list[Found]:
+    """`found` and the blocks `alone`, of training mode only, in the order in which they run there.
+
+    Args:
+        analysis: of a pass in training mode.
+    """
+
+    def begins(block: Found) -> int:
+        calls = [call for name in (block.name, *block.modules) for call in analysis.of(name)]
+        return min((call.serial for call in calls), default=0)
+
+    blocks = list(found)
+    for block in alone:
+        later = (n for n, other in enumerate(blocks) if begins(other) > begins(block))
+        blocks.insert(next(later, len(blocks)), replace(block, training_only=True))
     return blocks
 
 
-_ALONE = "it is made in training mode only: no block of evaluation belongs to it"
 _UNLIKE = (
     "in training mode its module makes another number of residual additions than in evaluation: "
     'granularity="block" gives all of them one gate'

@@ -32,6 +32,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     Placeholder,
     Tape,
     Turn,
+    because,
     placeholders,
     value,
     with_values,
@@ -43,7 +44,7 @@ from stochastic_depth.surgery.deferred.shapes import (
     shapes,
     shapes_of,
 )
-from stochastic_depth.surgery.edits import ADDITIONS, Site, site_of
+from stochastic_depth.surgery.edits import ADDITIONS, Site, by_position, site_of
 from stochastic_depth.surgery.trace import IN_PLACE
 from stochastic_depth.torch_private import subclass_of, tree_flatten, tree_unflatten
 
@@ -63,6 +64,11 @@ SEVERAL |= {"hsplit", "vsplit", "dsplit", "slogdet", "unsafe_chunk", "unsafe_spl
 SEVERAL |= {"multi_head_attention_forward", "native_layer_norm", "native_batch_norm", "where"}
 SEVERAL |= {"max_pool1d", "max_pool2d", "max_pool3d", "lstsq", "nanmedian", "rnn_tanh", "rnn_relu"}
 """Functions that may give more than one tensor: the shapes are inferred at once to know."""
+UNKNOWN = (
+    "in what form it returns its values is known only when they are computed (a packed sequence, "
+    "say, depends on lengths)"
+)
+"""Why a call is made that could have been put off."""
 _NOTHING = torch.empty(0, device="meta")
 """The storage of every placeholder."""
 
@@ -87,12 +93,14 @@ class _Dispatching(Placeholder):
         found = placeholders((args, kwargs) if kwargs else args)
         turns = turns_of(found)
         if name in ADDITIONS and turns:
+            args, kwargs = by_position(args, kwargs)
             site = _caller()
             turn = addition_at(turns, site)
             if turn is not None and adds_branch(turn, turn.sites[site], args):
                 return add(turn, turn.sites[site], func, name, args, kwargs)
         if name in ASKS or name == "__set__" or not turns:
-            args, kwargs = with_values(args, kwargs)
+            with because(f"its numbers are asked for ({name})"):
+                args, kwargs = with_values(args, kwargs)
             return func(*args, **kwargs)
         in_place = name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
         if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
@@ -123,7 +131,8 @@ def put_off(node: Node, gives_tensor: bool = False) -> Any:
     except Exception:
         if gives_tensor:
             return _placeholder(node, -1)
-        return marked(node.tape, node.turns, node.result())
+        with because(UNKNOWN):
+            return marked(node.tape, node.turns, node.result())
     return put_off_as(node, leaves, structure)
 
 

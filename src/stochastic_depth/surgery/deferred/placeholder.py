@@ -87,6 +87,22 @@ def begin_tape(tape: Tape | None) -> None:
     _local.tape = tape
 
 
+@contextmanager
+def because(reason: str) -> Iterator[None]:
+    """While entered, what was put off is computed for this reason."""
+    before = why_computed()
+    _local.reason = reason
+    try:
+        yield
+    finally:
+        _local.reason = before
+
+
+def why_computed() -> str:
+    """The reason for which a call that was put off is being made; empty where none was given."""
+    return getattr(_local, "reason", "")
+
+
 class Node:
     """A call of a function or module that was put off, or the result that it has given.
 
@@ -173,6 +189,7 @@ class Placeholder(Tensor):
     Only its subclass in `placeholder_dispatch` is ever made, which answers PyTorch's functions.
     """
 
+    is_put_off = True
     _node: Node
     _leaf: int
     """Which of the tensors in the node's result; -1 where that is a tensor itself."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stochastic_depth.surgery.deferred.placeholder import (
     Node,
     Placeholder,
+    because,
     mapped,
     placeholders,
     tensors_of,
@@ -92,7 +93,8 @@ def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
     try:
         inferred = mapped(_without_numbers, args), mapped(_without_numbers, kwargs)
     except Exception:
-        inferred = with_values(args, kwargs)
+        with because("its shape is asked for, and depends on its numbers"):
+            inferred = with_values(args, kwargs)
     return func(*inferred[0], **inferred[1])
 
 

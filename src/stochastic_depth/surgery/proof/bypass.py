@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import Found
-from stochastic_depth.surgery.edits import ADDITIONS, Site, Sum, find_place, site_of
+from stochastic_depth.surgery.edits import ADDITIONS, Site, Sum, by_position, find_place, site_of
 
 
 @contextmanager
@@ -30,6 +30,8 @@ def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[No
     occurrences: dict[tuple[Site, int], int] = {}
     with ExitStack() as entered:
         for block in blocks:
+            if block.training_only and not block.module.training:
+                continue  # it does not run, and others may add in the same place
             additions += [addition for unit in block.units for addition in unit.additions]
             for unit in block.units:
                 occurrences |= {(e.site, e.occurrence): e.side for e in unit.events}
@@ -57,6 +59,8 @@ class _Bypass(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if getattr(func, "__name__", "") in ADDITIONS:
+            args, kwargs = by_position(args, kwargs or {})
         if getattr(func, "__name__", "") in ADDITIONS and len(args) >= 2:
             site = site_of(sys._getframe(1))
             side = self.occurrences.get((site, self.met[site]))

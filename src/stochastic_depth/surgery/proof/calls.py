@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from stochastic_depth.block import Block, open_in_training
+from stochastic_depth.block import Block, force, open_in_training
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.deferred.dispatch import UNKNOWN
+from stochastic_depth.surgery.deferred.placeholder import why_computed
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.tensors import tensors_in
 
@@ -24,6 +26,8 @@ class CallCounts:
 
     number: Counter[str]
     given: Counter[str]
+    why: dict[str, str]
+    """Of modules whose call was put off, and made all the same, the reason."""
 
 
 def still_running(
@@ -31,23 +35,42 @@ def still_running(
 ) -> list[str]:
     """For each block why its branch runs even when it is closed; empty where it does not.
 
-    Looks at which modules are called, not at values: works on the meta device too.
+    Looks at which modules are called, not at values: works on the meta device too. Blocks that run
+    in training mode alone are looked at in training mode.
     """
-    with preserve_state(model), torch.no_grad():
-        model.eval()
+    reasons = _running(model, run, found, blocks, training=False)
+    if any(block.training_only for block in found):
+        there = _running(model, run, found, blocks, training=True)
+        pairs = zip(reasons, there, found, strict=True)
+        reasons = [why or (other if block.training_only else "") for why, other, block in pairs]
+    return reasons
+
+
+def _running(
+    model: nn.Module,
+    run: Callable[..., Any],
+    found: Sequence[Found],
+    blocks: Sequence[Block],
+    training: bool,
+) -> list[str]:
+    def closed(which: Sequence[Block]) -> AbstractContextManager[None]:
+        return force(which, [CLOSED] * len(which))
+
+    with preserve_state(model), torch.no_grad(), force(blocks, [OPEN] * len(blocks)):
+        model.train(training)
         with counted_calls(model) as usual:
             run()
         try:
-            with in_evaluation(blocks, CLOSED), counted_calls(model) as called:
+            with closed(blocks), counted_calls(model) as called:
                 run()
             return [still_called(block, usual, called) for block in found]
         except Exception:  # one at a time, to see which
-            return [_fails(run, block) for block in blocks]
+            return [_fails(run, closed([block])) for block in blocks]
 
 
-def _fails(run: Callable[..., Any], block: Block) -> str:
+def _fails(run: Callable[..., Any], closed: AbstractContextManager[None]) -> str:
     try:
-        with in_evaluation([block], CLOSED):
+        with closed:
             run()
     except Exception as error:
         return f"with it closed the model fails: {type(error).__name__}: {error}"
@@ -61,11 +84,10 @@ def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
         if called.number[name] > max(0, usual.number[name] - calls)
     ]
     if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
-        return (
-            f"{running[0]!r} of its branch must run even when the block is closed, because the "
-            "model needs more of it than what is added, or hands it on in what is no tensor (a "
-            "packed sequence)"
-        )
+        why = called.why[running[0]] or "the model needs more of it than what is added"
+        if why == UNKNOWN and block.units[0].edits[0][0] is not block.module:
+            why += "; in the forward method of a layer the same lines can be cut in the source"
+        return f"{running[0]!r} of its branch must run even when the block is closed: {why}"
     return ""
 
 
@@ -107,11 +129,12 @@ def in_evaluation(blocks: Sequence[Block], gate: Gate) -> Iterator[None]:
 
 @contextmanager
 def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
-    calls = CallCounts(Counter(), Counter())
+    calls = CallCounts(Counter(), Counter(), {})
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             calls.number[name] += 1
+            calls.why.setdefault(name, why_computed())
             calls.given[name] += sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
 
         return hook

@@ -55,8 +55,8 @@ class Truth:
     outputs: tuple[Outputs, ...]
     selected: tuple[Outputs, ...]
     """With each of `closed` open for every other sample."""
-    random: bool
-    """Whether the model gives other outputs when it is called again: by chance, or by memory."""
+    remembers: bool
+    """Whether the same call gives other outputs the second time."""
 
 
 def closed_sets(blocks: int) -> list[frozenset[int]]:
@@ -102,8 +102,8 @@ def establish(
                 f"{type(whole).__name__}, so nothing can be proved: return a tensor, a tuple, a "
                 "dict or a dataclass of them, or register the class with torch.utils._pytree"
             )
-        random = not _are_equal(expected, tensors_in(run(1)))
-        keep = None if batch is None else torch.arange(batch, device="cpu") % 2 == 0
+        remembers = not _are_equal(expected, tensors_in(run()))
+        keep = None if batch is None else half_gate(batch)[1]
         for closed in closed_sets(len(found)):
             if sets and time.monotonic() > deadline:
                 break
@@ -114,7 +114,7 @@ def establish(
                 with bypassed(blocks, keep):
                     selected.append(tensors_in(run()))
             sets.append(closed)
-    return Truth(expected, tuple(sets), tuple(outputs), tuple(selected), random)
+    return Truth(expected, tuple(sets), tuple(outputs), tuple(selected), remembers)
 
 
 def check(
@@ -135,7 +135,7 @@ def check(
         UnsupportedBlockError: naming the block that differs, or whose branch still runs.
     """
     difference = 0.0
-    proof = _Proof(model, run, found, blocks, truth.random)
+    proof = _Proof(model, run, found, blocks, truth.remembers)
     with preserve_state(model):
         model.eval()
         with in_evaluation(blocks, OPEN), counted_calls(model) as usual:
@@ -153,6 +153,14 @@ def check(
     return difference
 
 
+def half_gate(batch: int, kind: GateKind = "subset") -> tuple[Gate, Tensor]:
+    """A gate that is open for every other sample, and which those are: bool [batch]."""
+    keep = torch.arange(batch, device="cpu") % 2 == 0
+    if kind == "sample":
+        return Gate(keep=keep, batch=batch), keep
+    return Gate(samples=keep.nonzero().flatten(), batch=batch), keep
+
+
 class _Proof:
     """Compares outputs of a model with gates, and says what is wrong where they differ."""
 
@@ -162,10 +170,10 @@ class _Proof:
         run: Callable[..., Any],
         found: Sequence[Found],
         blocks: Sequence[Block],
-        random: bool,
+        remembers: bool,
     ) -> None:
         self.model, self.run, self.found, self.blocks = model, run, found, blocks
-        self.random = random
+        self.remembers = remembers
 
     def open(self, expected: Outputs) -> None:
         """Every gate open gives the original outputs bit for bit."""
@@ -205,12 +213,7 @@ class _Proof:
         kind: GateKind,
     ) -> None:
         """A set of blocks with their branches counted for every other sample only."""
-        keep = torch.arange(batch, device="cpu") % 2 == 0
-        half = (
-            Gate(keep=keep, batch=batch)
-            if kind == "sample"
-            else Gate(samples=keep.nonzero().flatten(), batch=batch)
-        )
+        half, keep = half_gate(batch, kind)
         blocks = [self.blocks[n] for n in chosen]
         with (
             in_evaluation(self.blocks, OPEN),
@@ -223,6 +226,8 @@ class _Proof:
             self._blame(sorted(chosen), why, wrong, "open for half of the samples")
         for n in sorted(chosen) if kind == "subset" else ():
             block = self.found[n]
+            if block.training_only:
+                continue
             if block.modules and all(called.given[m] == usual.given[m] for m in block.modules):
                 raise unsupported(block.name, block.module, "its branch runs on all samples")
 
@@ -269,13 +274,28 @@ class _Proof:
         )
 
     def _remark(self) -> str:
-        if not self.random:
-            return ""
+        return REMEMBERS if self.remembers else unsteady(self.model, self.run)
+
+
+REMEMBERS = (
+    " (the model itself gives different outputs when it is called again with the same input: it "
+    "keeps something from one call for the next, which a closed branch does not)"
+)
+
+
+def unsteady(model: nn.Module, run: Callable[..., Any]) -> str:
+    """Why the original model gives different outputs for the same input; empty if it does not."""
+    with preserve_state(model), ungated(model), torch.no_grad():
+        outputs, again, other = (tensors_in(run(seed)) for seed in (0, 0, 1))
+    if not _are_equal(outputs, again):
+        return REMEMBERS
+    if not _are_equal(outputs, other):
+        mode = "training mode" if model.training else "evaluation"
         return (
-            " (the model itself gives different outputs for the same input: it draws random "
-            "numbers in evaluation, or keeps something from one call for the next, and a closed "
-            "branch does neither)"
+            f" (the model itself draws random numbers in {mode}, and a closed branch draws none, "
+            "so that what comes later draws others)"
         )
+    return ""
 
 
 def smallest(

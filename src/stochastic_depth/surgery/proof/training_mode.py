@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.block import Block
 from stochastic_depth.errors import StochasticDepthError, UnmetError, UnsupportedBlockError
+from stochastic_depth.gates import Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.gating import ungated
@@ -24,7 +25,13 @@ from stochastic_depth.surgery.proof.calls import (
     in_training,
     refuse_running,
 )
-from stochastic_depth.surgery.proof.check import TOLERANCE, smallest
+from stochastic_depth.surgery.proof.check import (
+    TOLERANCE,
+    closed_sets,
+    half_gate,
+    smallest,
+    unsteady,
+)
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TRAINING_PASSES = 4
@@ -36,8 +43,13 @@ def check_training(
     run: Callable[..., Any],
     found: Sequence[Found],
     blocks: Sequence[Block],
+    batch: int | None = None,
+    kind: GateKind = "batch",
 ) -> dict[str, Any]:
     """Passes in training mode: each block is reached when open, and runs nothing when closed.
+
+    Args:
+        batch: the number of samples in the example, for gates for single samples.
 
     Returns:
         What modules of branches held before a pass that leaves a part of its graph on them, by
@@ -62,7 +74,7 @@ def check_training(
                 with in_training(blocks, [CLOSED] * len(blocks)):
                     called = _counted(model, run, 0)
                 refuse_running(found, passes[0], called, "in training mode ")
-                _compare(model, run, found, blocks)
+                _compare(model, run, found, blocks, batch, kind)
                 closed = list(range(1, len(blocks), 2))
                 if why := _why_not_trained(run, blocks, closed):
                     if not _original_trains(model, run):
@@ -89,6 +101,8 @@ def _compare(
     run: Callable[..., Any],
     found: Sequence[Found],
     blocks: Sequence[Block],
+    batch: int | None,
+    kind: GateKind,
 ) -> None:
     """Hold all blocks closed, in training mode, against the original whose additions are bypassed.
 
@@ -99,37 +113,47 @@ def _compare(
         UnsupportedBlockError: when the outputs differ.
     """
 
-    def wrong(part: list[int]) -> str:
-        gates = [CLOSED if n in part else OPEN for n in range(len(blocks))]
+    def wrong(part: list[int], gate: Gate = CLOSED, keep: Tensor | None = None) -> str:
+        gates = [gate if n in part else OPEN for n in range(len(blocks))]
         with in_training(blocks, gates):
             outputs = tensors_in(run())
-        with ungated(model), bypassed([found[n] for n in part]):
+        with ungated(model), bypassed([found[n] for n in part], keep):
             expected = tensors_in(run())
-        same = largest_difference(expected, outputs) <= TOLERANCE
+        if largest_difference(expected, outputs) <= TOLERANCE:
+            return ""
         return (
-            ""
-            if same
-            else (
-                "in training mode, with it closed, the output is not that of the original whose "
-                "addition returns its shortcut"
-            )
+            "in training mode, with it closed, the output is not that of the original whose "
+            "addition returns its shortcut"
+            if keep is None
+            else "in training mode, with it open for half of the samples, the output is not that "
+            "of the original; a BatchNorm in its branch, say, sees others then"
         )
 
-    everything = list(range(len(blocks)))
+    only = [n for n, block in enumerate(found) if block.training_only]
+    trials = [(closed, wrong) for closed in _closed_in_training(found, only)]
+    if only and batch is not None:
+        half, keep = half_gate(batch, kind)
+        trials.append((only, functools.partial(wrong, gate=half, keep=keep)))
     with torch.no_grad(), _NoDropout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # reentrant checkpoints want gradients
-        why = wrong(everything)
-        if why and _is_reproducible(model, run):
-            culprits, why = smallest(everything, why, wrong)
+        for part, is_wrong in trials:
+            why = is_wrong(part)
+            if not why:
+                continue
+            random = unsteady(model, run)
+            if random and not only:
+                return
+            culprits, why = smallest(part, why, is_wrong)
             first, *others = (found[n] for n in culprits)
-            raise unsupported(first.name, first.module, why, [block.name for block in others])
+            names = [block.name for block in others]
+            raise unsupported(first.name, first.module, why + random, names)
 
 
-def _is_reproducible(model: nn.Module, run: Callable[..., Any]) -> bool:
-    """Whether the original gives the same outputs again, from another random state too."""
-    with ungated(model):
-        outputs = [tensors_in(run(seed)) for seed in (0, 1)]
-    return largest_difference(*outputs) <= TOLERANCE
+def _closed_in_training(found: Sequence[Found], only: Sequence[int]) -> list[list[int]]:
+    """Sets of blocks to close: all; and, of those that run in training mode alone, `only`, such
+    that each and each pair is told apart, as evaluation does for the others."""
+    parts = [[only[n] for n in sorted(part)] for part in closed_sets(len(only))] if only else []
+    return [list(range(len(found))), *(part for part in parts if len(part) < len(found))]
 
 
 class _NoDropout(TorchFunctionMode):

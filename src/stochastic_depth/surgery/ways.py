@@ -1,0 +1,189 @@
+"""The way in which each residual block is made skippable: the first that fits."""
+
+import functools
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.adapters import registered
+from stochastic_depth.surgery.additions import Addition
+from stochastic_depth.surgery.blocks import Found, Unit, residual_block
+from stochastic_depth.surgery.branches import Analysis, Event, Group
+from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
+from stochastic_depth.surgery.install import gated_class
+from stochastic_depth.surgery.rewrite import skipped_when_closed
+
+
+def edited_block(
+    name: str, additions: list[Addition], modules: Mapping[str, nn.Module], analysis: Analysis
+) -> Found:
+    module = modules[name]
+    flops = analysis.flops(event for addition in additions for event in addition.events)
+    if isinstance(module, Residual):
+        return residual_block(name, module, flops)
+    units: dict[Any, Unit] = {}
+    refusal = ""
+    of_owner = Counter(addition.owner for addition in additions)
+    for addition in additions:
+        try:
+            edits = edits_of(addition, modules, of_owner[addition.owner] == 1)
+        except UnsupportedBlockError as error:
+            refusal = refusal or str(error)
+            continue
+        before = units.get(edits) or Unit(edits, ())
+        units[edits] = replace(
+            before,
+            additions=before.additions + _stands(addition, modules),
+            modules=before.modules | frozenset(addition.modules),
+        )
+    return Found(
+        name,
+        module,
+        ", ".join(dict.fromkeys("identity" if a.identity else "projection" for a in additions)),
+        tuple(units.values()),
+        functools.reduce(operator.or_, (Counter(a.modules) for a in additions)),
+        tuple(sorted(frozenset[str]().union(*(a.parameters for a in additions)))),
+        flops,
+        refusal,
+    )
+
+
+def unit_of(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit:
+    """An addition whose methods are rewritten.
+
+    Raises:
+        UnsupportedBlockError: when they cannot be.
+    """
+    edits = edits_of(addition, modules, alone=False)
+    return Unit(edits, _stands(addition, modules), modules=frozenset(addition.modules))
+
+
+def edits_of(
+    addition: Addition, modules: Mapping[str, nn.Module], alone: bool
+) -> tuple[tuple[nn.Module, Edit], ...]:
+    """Where the modules get the gate of `addition`, the one that adds first.
+
+    Args:
+        modules: by name.
+        alone: whether it is the only addition of its owner.
+
+    Raises:
+        UnsupportedBlockError: when there is no way; says what was tried.
+    """
+    whole = registered_around(addition.owner, modules)
+    if whole is not None:
+        forward = registered(type(modules[whole]))
+        assert forward is not None
+        return ((modules[whole], Registered(forward)),)
+    try:
+        return _sliced(addition, modules)
+    except UnsupportedBlockError as error:
+        if addition.whole and alone:
+            return ((modules[addition.owner], Opaque()),)
+        raise UnsupportedBlockError(
+            f"{error}; nor can it be skipped as a whole, because it is more than its input plus "
+            "one branch"
+        ) from error
+
+
+def _sliced(
+    addition: Addition, modules: Mapping[str, nn.Module]
+) -> tuple[tuple[nn.Module, Edit], ...]:
+    if addition.begins_elsewhere:
+        raise UnsupportedBlockError("its branch begins outside of the model's modules")
+    edits: list[tuple[nn.Module, Edit]] = []
+    skips = False
+    for name, edit in addition.edits:
+        mine: list[Sliced]
+        if edit is None:
+            raise UnsupportedBlockError(
+                f"its addition is not in a method of {type(modules[name]).__name__}, but in a "
+                "function that one calls"
+            )
+        mine = [edit]
+        calls, unused = skipped_when_closed(edit)
+        skips |= calls
+        for outer in edit.callers:  # which may compute the branch for the method they call
+            if not unused:
+                break
+            mine.append(Argument(outer.place, unused, outer.dead))
+            calls, unused = skipped_when_closed(mine[-1])
+            skips |= calls
+        gated_class(type(modules[name]), tuple(mine), False, False, "")
+        edits += [(modules[name], each) for each in mine]
+    if not skips:
+        raise UnsupportedBlockError(
+            f"{edits[0][1]}: the model needs all of its branch for other things too"
+        )
+    return tuple(edits)
+
+
+def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The nearest module, from `owner` outwards, of a registered class."""
+    name = owner
+    while name and registered(type(modules[name])) is None:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def _stands(
+    addition: Addition, modules: Mapping[str, nn.Module]
+) -> tuple[tuple[nn.Module, Sum], ...]:
+    name, edit = addition.edits[0]
+    return ((modules[name], edit),) if isinstance(edit, Sum) else ()
+
+
+def clashes(found: Found, events: Sequence[Event]) -> bool:
+    """Whether rewriting the methods of `found` would move one of the additions `events`."""
+    for unit in found.units:
+        for module, edit in unit.edits:
+            if isinstance(edit, Sliced):
+                code = inspect.unwrap(vars(edit.place.kind)[edit.place.method]).__code__
+                if any(
+                    event.site[:2] == (code.co_filename, code.co_qualname)
+                    and any(call.module is module for call in event.stack)
+                    for event in events
+                ):
+                    return True
+    return False
+
+
+def deferred_block(
+    group: Group,
+    analysis: Analysis,
+    modules: Mapping[str, nn.Module],
+    copies: bool,
+    first: Counter[str],
+    reasons: Mapping[Event, str],
+) -> Found:
+    owner = group.owner.name
+    units: tuple[Unit, ...] = ()
+    refusal = ""
+    try:
+        edits = analysis.edits(group, copies, first[owner])
+        first[owner] += len(edits)
+        units = tuple(
+            Unit(((modules[owner], edit),), (), (event,), frozenset(group.modules))
+            for edit, event in zip(edits, group.events, strict=True)
+        )
+    except UnsupportedBlockError as error:
+        before = next(filter(None, (reasons[event] for event in group.events)), "")
+        refusal = f"{before}; nor can it be deferred: {error}" if before else str(error)
+    shortcuts = dict.fromkeys("identity" if e.identity else "projection" for e in group.events)
+    return Found(
+        group.block,
+        modules[group.block],
+        ", ".join(shortcuts),
+        units,
+        group.modules,
+        group.parameters,
+        group.flops,
+        refusal,
+    )

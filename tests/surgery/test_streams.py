@@ -1,0 +1,197 @@
+"""Models with two streams: parts of a value, or two values, that are added to in turn."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import stochastic_depth as sd
+
+X = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Reversible(nn.Module):
+    """A block of a reversible network: each half of the values is changed by the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, a, b):
+        a = a + torch.tanh(self.f(b))
+        b = b + torch.tanh(self.g(a))
+        return a, b
+
+    def by_hand(self, a, b, f, g):
+        a = a + f * torch.tanh(b @ self.f.weight.T + self.f.bias)
+        return a, b + g * torch.tanh(a @ self.g.weight.T + self.g.bias)
+
+
+class Joint(Reversible):
+    """The first branch sees both streams, and the second one its result."""
+
+    def forward(self, a, b):
+        a = a + torch.tanh(self.f(a + b))
+        b = b + torch.tanh(self.g(a))
+        return a, b
+
+    def by_hand(self, a, b, f, g):
+        a = a + f * torch.tanh((a + b) @ self.f.weight.T + self.f.bias)
+        return a, b + g * torch.tanh(a @ self.g.weight.T + self.g.bias)
+
+
+class OfHalves(Reversible):
+    """The halves come as one value."""
+
+    def forward(self, x):
+        return torch.cat(super().forward(*x.chunk(2, -1)), -1)
+
+
+class Streams(nn.Module):
+    """Hands two values from block to block."""
+
+    def __init__(self, kind: type[Reversible]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        for block in self.blocks:
+            a, b = block(a, b)
+        return torch.cat([a, b], -1)
+
+
+class Trunk(Streams):
+    """Adds to its halves itself."""
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        for block in self.blocks:
+            a = a + torch.tanh(block.f(b))
+            b = b + torch.tanh(block.g(a))
+        return torch.cat([a, b], -1)
+
+
+def by_hand(blocks, gates, x):
+    a, b = x.chunk(2, -1)
+    for block, (f, g) in zip(blocks, gates, strict=True):
+        a, b = block.by_hand(a, b, f, g)
+    return torch.cat([a, b], -1)
+
+
+def gradients(output, model):
+    return torch.autograd.grad(
+        output.pow(2).sum(), list(model.parameters()), allow_unused=True, materialize_grads=True
+    )
+
+
+MODELS = {
+    "sequential": lambda: nn.Sequential(OfHalves(), OfHalves(), OfHalves()),
+    "reversible": lambda: Streams(Reversible),
+    "joint": lambda: Streams(Joint),
+    "trunk": lambda: Trunk(Reversible),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_pattern_of_gates_is_the_sum_written_out(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    blocks = list(model if name == "sequential" else model.blocks)
+    handle = sd.apply(model, sd.Uniform(0.7), example=X)
+    assert len(handle.blocks) == 3
+    for pattern in itertools.product([False, True], repeat=3):
+        gates = [(gate, gate) for gate in pattern]
+        expected = by_hand(blocks, gates, X)
+        with handle.forced(list(pattern)):
+            output = model.train()(X)
+        assert torch.allclose(output, expected, rtol=0, atol=1e-12)
+        pairs = zip(gradients(output, model), gradients(expected, model), strict=True)
+        assert all(torch.allclose(ours, truth, atol=1e-12) for ours, truth in pairs)
+    expected = by_hand(blocks, [(0.7, 0.7)] * 3, X)
+    assert torch.allclose(model.eval()(X), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_closed_block_of_two_streams_runs_nothing(name):
+    model = MODELS[name]().double()
+    handle = sd.apply(model, example=X)
+    called = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, *_: called.append(module))
+    with handle.forced([False] * len(handle.blocks)):
+        assert torch.equal(model.train()(X), X)
+    assert not called
+
+
+def test_half_a_coupling_is_listed():
+    class Coupling(Reversible):
+        def forward(self, x):
+            one, other = x.chunk(2, -1)
+            return torch.cat([other, one + self.f(other)], -1)
+
+    class Plain(Reversible):
+        def forward(self, x):
+            return x + torch.cat([self.f(x[:, 4:]), self.g(x[:, :4])], -1)
+
+    plan = sd.plan(nn.Sequential(Plain(), Coupling(), Plain(), Coupling()).double(), X)
+    assert [block.name for block in plan.blocks] == ["0", "2"]
+    (passed,) = plan.passed
+    assert "'1' and 1 more" in passed
+    assert "Coupling.forward" in passed
+    assert "a coupling" in passed
+
+
+class Discards(Streams):
+    """Drops its second stream in the end, to which the last block adds all the same."""
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        for block in self.blocks:
+            a, b = block(a, b)
+        return a
+
+
+class Both(Reversible):
+    """One module computes what is added to both streams, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, a, b):
+        first, second = torch.tanh(self.f(torch.cat([a, b], -1))).chunk(2, -1)
+        a = a + first
+        b = b + second
+        first, second = torch.tanh(self.g(torch.cat([a, b], -1))).chunk(2, -1)
+        a = a + first
+        b = b + second
+        return a, b
+
+    def by_hand(self, a, b, f, g):
+        for gate, layer in ((f, self.f), (g, self.g)):
+            inner = torch.tanh(torch.cat([a, b], -1) @ layer.weight.T + layer.bias)
+            a, b = a + gate * inner[:, :4], b + gate * inner[:, 4:]
+        return a, b
+
+
+def test_a_stream_that_is_dropped_in_the_end_keeps_no_block_open():
+    torch.manual_seed(0)
+    model = Discards(Both).double()
+    handle = sd.apply(model, example=X)
+    for pattern in itertools.product([False, True], repeat=3):
+        expected = by_hand(model.blocks, [(gate, gate) for gate in pattern], X)[:, :4]
+        with handle.forced(list(pattern)):
+            output = model.train()(X)
+        assert torch.allclose(output, expected, rtol=0, atol=1e-12)
+        pairs = zip(gradients(output, model), gradients(expected, model), strict=True)
+        assert all(torch.allclose(ours, truth, atol=1e-12) for ours, truth in pairs)
+    called = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, *_: called.append(module))
+    with handle.forced([False] * 3):
+        model(X)
+    assert not called
