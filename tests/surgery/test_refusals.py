@@ -377,3 +377,24 @@ def test_what_excluding_takes_along_is_no_block_that_is_left():
     assert told
     handle = sd.apply(Nested(2), example=x, exclude=ast.literal_eval(told[1]))
     assert [block.name for block in handle.blocks] == ["plain.0", "plain.1"]
+
+
+class Modulated(nn.Module):
+    """All blocks share what is computed of a condition, which is more work than their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition = nn.Linear(8, 24)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, condition):
+        shift, scale, gate = self.condition(condition).chunk(3, -1)
+        for layer in self.layers:
+            x = x + gate * torch.tanh(layer(x * (1 + scale) + shift))
+        return x
+
+
+def test_what_blocks_share_is_no_work_of_the_first_one():
+    x, condition = torch.randn(3, 8), torch.randn(3, 8)
+    handle = sd.apply(Modulated(), example=(x, condition))
+    assert [block.name for block in handle.blocks] == ["layers.0", "layers.1", "layers.2"]

@@ -48,6 +48,19 @@ class OfHalves(Reversible):
         return torch.cat(super().forward(*x.chunk(2, -1)), -1)
 
 
+class AtOnce(Reversible):
+    """Each stream is changed by the other as that was before."""
+
+    def forward(self, a, b):
+        new = a + torch.tanh(self.f(b))
+        b = b + torch.tanh(self.g(a))
+        return new, b
+
+    def by_hand(self, a, b, f, g):
+        new = a + f * torch.tanh(b @ self.f.weight.T + self.f.bias)
+        return new, b + g * torch.tanh(a @ self.g.weight.T + self.g.bias)
+
+
 class Streams(nn.Module):
     """Hands two values from block to block."""
 
@@ -89,6 +102,7 @@ def gradients(output, model):
 MODELS = {
     "sequential": lambda: nn.Sequential(OfHalves(), OfHalves(), OfHalves()),
     "reversible": lambda: Streams(Reversible),
+    "at once": lambda: Streams(AtOnce),
     "joint": lambda: Streams(Joint),
     "trunk": lambda: Trunk(Reversible),
 }

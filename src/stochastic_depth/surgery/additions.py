@@ -43,8 +43,8 @@ PRODUCTS = {"addmm", "baddbmm", "addbmm", "addmv", "addr"}
 
 
 COUPLING = (
-    "a coupling: it adds to one part of a value, or to one stream, what is computed from another "
-    "alone, and nothing is added to that in turn"
+    "a coupling: it adds to one part of a value, or to one stream, what is computed from another, "
+    "to which nothing that comes of it is added in turn"
 )
 
 
@@ -218,9 +218,10 @@ class _Search:
         if side is not None and kept not in again and not reason:
             identity = left in of[1] or right in of[0]
             self._join(self._followed(left, right, side, identity, total, frame))
-        elif side is None and (part := self.shortcuts.part(of, call)):
+        elif side is None and (part := self.shortcuts.part(left, right, of, call)):
             followed = self._followed(left, right, part, True, total, frame)
-            self.couplings[total] = followed, self._passed(frame, COUPLING)
+            if not self._joins_both(followed):
+                self.couplings[total] = followed, self._passed(frame, COUPLING)
         else:
             reason = reason or "it adds the same value again and again, as a bias that layers share"
             self._pass(frame, [left, right], reason)
@@ -372,6 +373,20 @@ class _Search:
             upsamples=any(part in function for function in functions for part in UPSAMPLES),
         )
         return _Followed(addition, branch, take_snapshot(self.recording, total, frames, branch))
+
+    def _joins_both(self, followed: "_Followed") -> bool:
+        """Note a coupling and one before it, each of which adds what comes of the other's part."""
+        (new,) = followed.addition.events
+        for total, (before, _) in self.couplings.items():
+            (old,) = before.addition.events
+            if old.kept in self.recording.reach(new.added) and new.kept in self.recording.reach(
+                old.added
+            ):
+                del self.couplings[total]
+                self._join(before)
+                self._join(followed)
+                return True
+        return False
 
     def _join(self, followed: "_Followed") -> None:
         """Note a residual addition; and one that it shows to be residual, of another part."""

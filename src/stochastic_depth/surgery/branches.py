@@ -154,11 +154,26 @@ class Analysis:
         shares = []
         for event in events:
             assert event.home is not None
-            began = event.home.began
-            costs = {value: self._cost(value) for value in event.branch if value >= began}
+            inside = {value for value in event.branch if value >= event.home.began}
+            for values in (self._from_shortcut(event, inside), inside):
+                costs = {value: self._cost(value) for value in values}
+                if any(costs.values()):
+                    break
             saved = sum(cost for value, cost in costs.items() if value in of)
             shares.append(saved / max(1, sum(costs.values())))
         return min(shares)
+
+    def _from_shortcut(self, event: Event, inside: set[int]) -> set[int]:
+        """What of a branch is computed from its shortcut, if anything is.
+
+        What is computed of something else, such as the shifts and scales of a diffusion transformer
+        that all of its blocks share, is no work of the branch's own.
+        """
+        reached = {event.kept}
+        for value in sorted(inside):
+            if not reached.isdisjoint(self.recording.values[value].parents):
+                reached.add(value)
+        return reached - {event.kept}
 
     def _cost(self, number: int) -> int:
         """FLOPs of what made a value, about; 0 of what does not mix."""

@@ -66,23 +66,28 @@ class Shortcuts:
             return "right"
         return None
 
-    def part(self, of: list[set[int]], call: Call) -> Side | None:
+    def part(self, left: int, right: int, of: list[set[int]], call: Call) -> Side | None:
         """Which operand is a part of what `call` was given, or one of its streams, as it came.
 
         The other one mixes what it was given too: `a + f(b)`, as in reversible networks.
         """
         sides: tuple[Side, Side] = "left", "right"
-        for side, own, other in zip(sides, of, reversed(of), strict=True):
-            if self._is_given(own, call) and call.inputs & other and self.mixes(other - own):
+        pairs = zip(sides, (left, right), of, reversed(of), strict=True)
+        for side, number, own, other in pairs:
+            mixes = call.inputs & other and self.mixes(other - own)
+            if mixes and self._is_stream(number, call):
                 return side
         return None
 
-    def _is_given(self, reach: set[int], call: Call) -> bool:
-        given = call.inputs & reach
-        values = self.recording.values
-        return bool(given) and all(
-            value in given or value in self.sums or values[value].made_by in REARRANGES
-            for value in reach
+    def _is_stream(self, number: int, call: Call) -> bool:
+        """Whether a value is an input, a residual sum, or a part of one of these."""
+        if number in call.inputs or number in self.sums:
+            return True
+        value = self.recording.values[number]
+        return (
+            value.made_by in REARRANGES
+            and bool(value.parents)
+            and all(self._is_stream(parent, call) for parent in value.parents)
         )
 
     def _is_projection(self, shortcut: set[int], branch: set[int]) -> bool:
