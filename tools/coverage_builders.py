@@ -111,6 +111,10 @@ def timm() -> Builders:
     import timm
 
     def build(name: str) -> tuple[nn.Module, Any]:
+        for options in ({"depth": 4, "img_size": 64}, {"img_size": 64}, {"depth": 4}):
+            with contextlib.suppress(Exception):  # not every model has them
+                model = small(lambda options=options: timm.create_model(name, **options))
+                return first_that_runs(model, images(64))
         model = small(lambda: timm.create_model(name))
         native = max(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:])
         return first_that_runs(model, images(64, 96, 128, native))

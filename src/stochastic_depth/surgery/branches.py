@@ -135,7 +135,10 @@ class Analysis:
             call for call, _ in calls if not any(a.serial in serials for a in call.ancestors())
         ]
         owner = home
-        while owner.parent is not None and len(self.of_module.get(owner.name, [])) > 1:
+        while owner.parent is not None and (
+            len(self.of_module.get(owner.name, [])) > 1
+            or not all(f"{call.name}.".startswith(f"{owner.name}.") for call in outermost)
+        ):  # a module that blocks share may be called, but have its name in another
             owner = owner.parent
         put_off = {value for call in outermost for value in range(call.began, call.ended)}
         return Group(
