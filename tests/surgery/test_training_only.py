@@ -52,6 +52,21 @@ class First(Base):
         return x, self.norm(y)
 
 
+class TrunkFirst(First):
+    """Before the others, in a loop that both modes share."""
+
+    def forward(self, x):
+        y = x
+        if self.training:
+            x = self.run(self.auxiliary, x)
+        return self.run(self.blocks, x), self.norm(y)
+
+    def run(self, blocks, x):
+        for block in blocks:
+            x = x + torch.tanh(block.f(x))
+        return x
+
+
 class Trunk(Base):
     """Added by the model itself, in a loop that both modes share."""
 
@@ -91,13 +106,13 @@ def gradients(outputs, model):
     return torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
 
 
-@pytest.mark.parametrize("kind", [Head, First, Trunk])
+@pytest.mark.parametrize("kind", [Head, First, Trunk, TrunkFirst])
 def test_every_pattern_of_gates_is_the_sum_written_out(kind):
     torch.manual_seed(0)
     model = kind().double()
     handle = sd.apply(model, sd.Uniform(0.7), example=X)
     names = ["blocks.0", "blocks.1", "auxiliary.0", "auxiliary.1"]
-    names = names[2:] + names[:2] if kind is First else names
+    names = names[2:] + names[:2] if issubclass(kind, First) else names
     assert [block.name for block in handle.blocks] == names
     for gates in itertools.product([False, True], repeat=4):
         expected = by_hand(model, gates, X)
@@ -199,3 +214,15 @@ def test_what_training_mode_needs_of_a_branch_is_the_reason():
 
     with pytest.raises(sd.UnsupportedBlockError, match=r"in training mode 'blocks\.0\.f' of its"):
         sd.apply(Regularised().double(), example=X)
+
+
+@pytest.mark.parametrize("kind", [Head, First, Trunk])
+def test_their_samples_are_drawn_and_they_are_verified(kind):
+    model = kind().double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X, gate="subset")
+    gates = handle.gates_at(0, len(X))
+    for output, truth in zip(
+        model.train()(X), by_hand(model, gates.double()[:, :, None], X), strict=True
+    ):
+        assert torch.allclose(output, truth, rtol=0, atol=1e-12)
+    assert sd.verify(model, X, repeats=1).blocks == 4

@@ -103,7 +103,7 @@ def discover(
         passed: gets the additions of computed values that are no residual ones.
         gradients: whether autograd is on, as in a training step.
     """
-    search = _Search(Recording(model))
+    search = _Search(Recording(model), gradients)
     with recorded(model, search.recording, search.made, search.returned, gradients):
         try:
             output = run()
@@ -149,8 +149,8 @@ class _Followed:
 class _Search:
     """Looks at every addition of a forward pass while it is recorded."""
 
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
+    def __init__(self, recording: Recording, training: bool) -> None:
+        self.recording, self.training = recording, training
         self.found: dict[tuple[str, Edits], Addition] = {}
         self.snapshots: defaultdict[tuple[str, Edits], list[Snapshot]] = defaultdict(list)
         self.sums: dict[int, tuple[tuple[str, Edits], int]] = {}
@@ -360,6 +360,7 @@ class _Search:
             self.occurrences[site] - 1,
             tuple(self.recording.calls),
             identity,
+            self.training,
         )
         functions = self.recording.functions(branch)
         addition = Addition(

@@ -37,6 +37,8 @@ class Event:
     """How many additions the same expression has made before, in this pass."""
     stack: tuple[Call, ...]
     identity: bool
+    training: bool = False
+    """Whether the pass was one in training mode."""
     home: Call | None = None
     """The innermost call within which its branch runs."""
     branch: set[int] = field(default_factory=set)

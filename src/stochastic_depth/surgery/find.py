@@ -28,6 +28,7 @@ from stochastic_depth.surgery.syntax import in_loop
 from stochastic_depth.surgery.training_additions import (
     added_in_training,
     joined,
+    with_events,
     with_training_only,
 )
 from stochastic_depth.surgery.ways import (
@@ -82,7 +83,9 @@ def find_blocks(
     more = added_in_training(model, run, found, additions, analysis)
     if more is None:
         return found
-    found = [_called_alike(block, analysis, more.analysis) for block in found]
+    found = [
+        with_events(_called_alike(block, analysis, more.analysis), more.again) for block in found
+    ]
     additions, new = _residual_ones(more.additions, look.modules, []), set(more.new)
     of_block = [
         (_block_of(a, look.modules, granularity)[0], replace(a, events=events))

@@ -35,6 +35,8 @@ class InTraining:
     """All residual ones."""
     new: tuple[Event, ...]
     """Those that evaluation does not make."""
+    again: Mapping[Event, Event]
+    """Of those of evaluation, the same one in training mode."""
     analysis: Analysis
     passed: list[Passed]
 
@@ -67,16 +69,21 @@ def added_in_training(
     finally:
         for each in silenced:
             each.restore()
-    known: dict[object, list[frozenset[str]]] = {}
+    left: dict[object, list[tuple[Event, frozenset[str]]]] = {}
     for event in (event for addition in additions for event in addition.events):
-        known.setdefault(_expression(event), []).append(_runs(event, analysis))
-    new = tuple(
-        event
-        for addition in now
-        for event in addition.events
-        if not _is_known(_runs(event, of_now), known.get(_expression(event), ()))
-    )
-    return InTraining(now, new, of_now, passed)
+        left.setdefault(_expression(event), []).append((event, _runs(event, analysis)))
+    known = {of: [runs for _, runs in each] for of, each in left.items()}
+    new: list[Event] = []
+    again: dict[Event, Event] = {}
+    for event in (event for addition in now for event in addition.events):
+        of, runs = _expression(event), _runs(event, of_now)
+        if not _is_known(runs, known.get(of, ())):
+            new.append(event)
+            continue
+        same = (n for n, (_, before) in enumerate(left[of]) if _is_known(runs, [before]))
+        if (n := next(same, None)) is not None:
+            again[left[of].pop(n)[0]] = event
+    return InTraining(now, tuple(new), again, of_now, passed)
 
 
 def _expression(event: Event) -> object:
@@ -150,6 +157,15 @@ def joined(
         if not numbers:
             alone.update(group.events)
     return blocks, alone
+
+
+def with_events(block: Found, again: Mapping[Event, Event]) -> Found:
+    """A deferred block that knows which of the additions in training mode are its own."""
+    units = [
+        replace(unit, events=(*unit.events, *(again[e] for e in unit.events if e in again)))
+        for unit in block.units
+    ]
+    return replace(block, units=tuple(units))
 
 
 def with_training_only(

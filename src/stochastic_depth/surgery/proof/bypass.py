@@ -34,7 +34,9 @@ def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[No
                 continue  # it does not run, and others may add in the same place
             additions += [addition for unit in block.units for addition in unit.additions]
             for unit in block.units:
-                occurrences |= {(e.site, e.occurrence): e.side for e in unit.events}
+                here = [e for e in unit.events if e.training == block.module.training]
+                events = here or unit.events  # where no pass in training mode was looked at
+                occurrences |= {(e.site, e.occurrence): e.side for e in events}
             whole = [u.edits[0][0] for u in block.units if not u.additions and not u.events]
             for module in whole:
                 entered.enter_context(_returns(module, lambda module, x: x, keep))
