@@ -92,6 +92,7 @@ class Passed:
 def discover(
     model: nn.Module,
     run: Callable[[], object],
+    count_flops: bool = False,
     passed: list[Passed] | None = None,
     gradients: bool = False,
 ) -> tuple[list[Addition], Analysis]:
@@ -104,7 +105,7 @@ def discover(
         gradients: whether autograd is on, as in a training step.
     """
     search = _Search(Recording(model), gradients)
-    with recorded(model, search.recording, search.made, search.returned, gradients):
+    with recorded(model, search.recording, search.made, search.returned, count_flops, gradients):
         try:
             output = run()
         except StochasticDepthError:

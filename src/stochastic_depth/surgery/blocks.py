@@ -48,7 +48,7 @@ class Found:
     parameters: tuple[str, ...]
     """Names, in the model, of the parameters of its branches."""
     flops: int
-    """Of its branches in one forward pass."""
+    """Of its branches in one forward pass; 0 where they were not asked for."""
     refusal: str = ""
     """Why it cannot be made skippable."""
     training_only: bool = False

@@ -57,8 +57,8 @@ class Group:
     parameters: tuple[str, ...]
     flops: int
     saved: float
-    """The share of its branch's FLOPs, from 0 to 1, that is put off; of the addition that saves
-    least."""
+    """The share of its branch's multiplications, from 0 to 1, that is put off; of the addition that
+    saves least."""
     own: float
     """The share of those that nothing but the addition needs."""
 
@@ -181,14 +181,28 @@ class Analysis:
         return reached - {event.kept}
 
     def _cost(self, number: int) -> int:
-        """FLOPs of what made a value, about; 0 of what does not mix."""
+        """Multiplications of what made a value, about; 0 of what does not mix.
+
+        By the shapes of what it was given. Counting them exactly takes PyTorch's dispatcher, which
+        loads the compiler, for seconds.
+        """
         value = self.recording.values[number]
-        if value.flops or not self.mixes(value.made_by):
-            return value.flops
-        weights = (self.recording.values[parent].tensor for parent in value.parents)
-        held = sum(weight.numel() for weight in weights if isinstance(weight, nn.Parameter))
-        size = value.tensor.numel()  # of a pooling; a recurrent layer's, which has no formula
-        return size + 2 * held * (size // max(1, value.tensor.shape[-1] if size > 1 else 1))
+        if not self.mixes(value.made_by):
+            return 0
+        name, size = value.made_by, value.tensor.numel()
+        given = [self.recording.values[parent].tensor for parent in value.parents]
+        if any(part in name for part in ("lstm", "gru", "rnn")):
+            rows = size // max(1, value.tensor.shape[-1])
+            return rows * sum(t.numel() for t in given if isinstance(t, nn.Parameter))
+        if any(part in name for part in ("conv", "linear")) and len(given) > 1 and given[1].ndim:
+            return size * (given[1].numel() // max(1, given[1].shape[0]))
+        if "attention" in name and len(given) > 2:
+            return 2 * given[0].numel() * given[1].shape[-2]
+        if name.startswith(("add", "baddbmm")):
+            given = given[1:]
+        if "pool" in name or not given or not given[0].ndim:
+            return size
+        return size * given[0].shape[-1]
 
     def surrounds(self, event: Event, other: Event) -> bool:
         """Whether all that comes of `other` goes into the branch of `event`."""

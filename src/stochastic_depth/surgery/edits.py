@@ -1,7 +1,7 @@
 """What of a module is put under a gate, and where it stands in the source."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, Literal
@@ -171,9 +171,21 @@ class Method:
     """Of the function or method that the expression calls, if it is a call."""
 
 
-def find_place(module: nn.Module, frame: FrameType | None) -> Place | None:
-    """The expression in a method of `module` that is being evaluated, seen from `frame`."""
-    return next((method.place for method in methods_of(module, frame)), None)
+def find_places(
+    modules: Container[nn.Module], frame: FrameType | None
+) -> Iterator[tuple[nn.Module, Place | None]]:
+    """Which of `modules` are at work, seen from `frame`, and where in its innermost method each is.
+
+    In one walk over the frames, whose variables take a while to read.
+    """
+    seen = set[nn.Module]()
+    while frame is not None:
+        code = frame.f_code
+        held = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(held, nn.Module) and held in modules and held not in seen:
+            seen.add(held)
+            yield held, _in_method(held, code, frame.f_lasti // 2)
+        frame = frame.f_back
 
 
 def methods_of(module: nn.Module, frame: FrameType | None) -> Iterator[Method]:

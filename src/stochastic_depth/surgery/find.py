@@ -59,6 +59,7 @@ def find_blocks(
     granularity: Granularity,
     include: Choice | None,
     exclude: Choice,
+    count_flops: bool = False,
     *,
     defer: Container[str] = frozenset(),
     passed: list[Passed] | None = None,
@@ -75,12 +76,12 @@ def find_blocks(
     run = caller(model, example)
     with preserve_state(model):
         model.eval()
-        additions, analysis = discover(model, run, passed)
+        additions, analysis = discover(model, run, count_flops, passed)
     taken = look.blocks(additions, analysis, passed)
     found = [block for block, _ in taken]
     if any(block.refusal for block in found):
         refuse_cache(analysis.output)  # which branches fill, and nothing else may need them
-    more = added_in_training(model, run, found, additions, analysis)
+    more = added_in_training(model, run, found, additions, analysis, count_flops)
     if more is None:
         return found
     found = [

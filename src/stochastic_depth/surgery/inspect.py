@@ -142,7 +142,7 @@ def plan(
     while True:  # as `sd.apply` does
         passed.clear()
         found = find_blocks(
-            model, example, granularity, include, exclude, defer=deferred, passed=passed
+            model, example, granularity, include, exclude, True, defer=deferred, passed=passed
         )
         if not found:
             raise nothing_found(model, example, listed(passed))

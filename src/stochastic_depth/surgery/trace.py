@@ -183,6 +183,7 @@ def recorded(
     recording: Recording,
     made: Callable[[Callable[..., Any], tuple[int | None, ...], Any], None],
     returned: Callable[[Call, Any], None],
+    count_flops: bool,
     gradients: bool = False,
 ) -> Iterator[None]:
     """While entered, what `model` computes goes into `recording`.
@@ -199,7 +200,7 @@ def recorded(
             for handle in _hooks(name, module, recording, returned):
                 entered.callback(handle.remove)
         entered.enter_context(torch.set_grad_enabled(gradients))
-        counter = entered.enter_context(CountFlops())
+        counter = entered.enter_context(CountFlops()) if count_flops else None
         entered.enter_context(_Functions(recording, made, counter))
         yield
 
@@ -218,7 +219,7 @@ def _is_zero(value: object) -> bool:
 
 class _Functions(TorchFunctionMode):
     def __init__(
-        self, recording: Recording, made: Callable[..., None], counter: CountFlops
+        self, recording: Recording, made: Callable[..., None], counter: CountFlops | None
     ) -> None:
         super().__init__()
         self.recording, self.made, self.counter = recording, made, counter
@@ -231,12 +232,12 @@ class _Functions(TorchFunctionMode):
         if kwargs and getattr(func, "__name__", "") in ADDITIONS:
             given, _ = by_position(args, kwargs)
         operands = tuple(self.recording.number(x) if isinstance(x, Tensor) else None for x in given)
-        before = self.counter.total
+        before = 0 if self.counter is None else self.counter.total
         name = getattr(func, "__name__", "_")
         if name in IN_PLACE or (name[-1] == "_" and name[-2:] != "__"):
             self.recording.works_in_place = True
         out = func(*args, **(kwargs or {}))
-        flops = self.counter.total - before
+        flops = 0 if self.counter is None else self.counter.total - before
         name = getattr(func, "__name__", "")
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins
             self.recording.alias(out, args[0])

@@ -47,6 +47,7 @@ def added_in_training(
     found: Sequence[Found],
     additions: Sequence[Addition],
     analysis: Analysis,
+    count_flops: bool,
 ) -> InTraining | None:
     """What is added in training mode only; None where nothing is.
 
@@ -65,7 +66,7 @@ def added_in_training(
                 return None
             if sites.seen <= analysis.sites:
                 return None
-            now, of_now = discover(model, run, passed, gradients=True)
+            now, of_now = discover(model, run, count_flops, passed, gradients=True)
     finally:
         for each in silenced:
             each.restore()

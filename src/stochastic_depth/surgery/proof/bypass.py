@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import Found
-from stochastic_depth.surgery.edits import ADDITIONS, Site, Sum, by_position, find_place, site_of
+from stochastic_depth.surgery.edits import ADDITIONS, Site, Sum, by_position, find_places, site_of
 
 
 @contextmanager
@@ -54,7 +54,10 @@ class _Bypass(TorchFunctionMode):
         keep: Tensor | None,
     ) -> None:
         super().__init__()
-        self.additions, self.occurrences, self.keep = additions, occurrences, keep
+        self.additions: dict[nn.Module, list[Sum]] = {}
+        for module, edit in additions:
+            self.additions.setdefault(module, []).append(edit)
+        self.occurrences, self.keep = occurrences, keep
         self.met: Counter[Site] = Counter()
         """How often each expression has added."""
 
@@ -69,10 +72,11 @@ class _Bypass(TorchFunctionMode):
             self.met[site] += 1
             if side is not None:
                 return self._closed(func, args, kwargs or {}, side)
-            for module, edit in self.additions:
-                if find_place(module, sys._getframe(1)) == edit.place:
-                    side = 0 if edit.shortcut == "left" else 1
-                    return self._closed(func, args, kwargs or {}, side)
+            for module, place in find_places(self.additions, sys._getframe(1)):
+                for edit in self.additions[module]:
+                    if edit.place == place:
+                        side = 0 if edit.shortcut == "left" else 1
+                        return self._closed(func, args, kwargs or {}, side)
         return func(*args, **(kwargs or {}))
 
     def _closed(self, func: Callable[..., Any], args: tuple, kwargs: dict, side: int) -> Tensor:
