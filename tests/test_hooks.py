@@ -125,7 +125,7 @@ def test_a_failed_forward_pass_leaves_no_gates():
     model, handle = applied()
     with pytest.raises(RuntimeError, match="shapes"):
         model(torch.randn(2, 7, dtype=torch.float64))
-    assert [block.in_training for block in handle.blocks] == [None] * BLOCKS
+    assert [block.training_gate for block in handle.blocks] == [None] * BLOCKS
     with pytest.raises(sd.GateError):
         model.features(batch())
 
@@ -313,7 +313,7 @@ def test_gradients_that_are_asked_for_are_given_and_written_nowhere():
 def test_gates_are_not_in_force_after_the_backward_pass_either():
     model, handle = applied(Wrapped(lambda y: y, recompute=True))
     model(batch()).sum().backward()
-    assert [block.in_training for block in handle.blocks] == [None] * BLOCKS
+    assert [block.training_gate for block in handle.blocks] == [None] * BLOCKS
 
 
 def test_a_parameter_that_the_model_returns_gets_no_hooks():

@@ -106,7 +106,7 @@ def test_every_error_is_of_the_one_tree() -> None:
     assert at_the_top < {error.__name__ for error in errors}
 
 
-LABORATORY = {"analysis", "bench", "cli", "engine", "lab", "recipes", "report", "train"}
+LABORATORY = {"analysis", "bench", "block_program", "cli", "lab", "recipes", "report", "train"}
 
 
 def test_no_two_classes_of_the_library_share_a_name() -> None:

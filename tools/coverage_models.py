@@ -45,7 +45,7 @@ from coverage_builders import BUILDERS, drawn
 from coverage_oracle import Watch, counted, matched, missed, tensors, within
 
 import stochastic_depth as sd
-from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.applied import applied_to
 
 SECONDS, WALL, BYTES = 120, 900, 6 << 30
 """What one model may take: seconds of processor time and of the clock, and memory."""

@@ -16,10 +16,10 @@ class Owned(NamedTuple):
 
     owner: nn.Module
     name: str
-    """Of a child of `owner` that is all branch, or of one parameter."""
+    """The name of a child of `owner` that belongs to the branch as a whole, or of a parameter."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those that are there now: of whatever has taken the place of a module since."""
+        """The parameters at that name now, whatever has replaced them since."""
         child = self.owner._modules.get(self.name)
         if child is not None:
             yield from child.parameters()
@@ -49,42 +49,42 @@ class Block:
     """The modules that ask for its gates: in their training mode for those of training."""
     owned: tuple[Owned, ...]
     """The same parameters as `parameters`."""
-    _found: "_Found | None" = field(default=None, repr=False)
-    """What was found when parameters were looked for, which takes a while."""
+    _state: "_BranchState | None" = field(default=None, repr=False)
+    """The branch's modules and parameters when they were last collected, which takes a while."""
 
     @property
-    def in_training(self) -> Gate | None:
-        """What the block does in the training pass under way."""
+    def training_gate(self) -> Gate | None:
+        """What the block does in the training pass under way; None between passes."""
         return self.gates[0].training
 
     @property
-    def in_evaluation(self) -> Gate:
+    def evaluation_gate(self) -> Gate:
         """What it does in evaluation."""
         return self.gates[0].evaluation
 
     @property
-    def is_in_training(self) -> bool:
+    def is_training(self) -> bool:
         """Whether some of it is in training mode."""
         return any(module.training for module in self.asking)
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that its branch has now, and that need a gradient."""
-        found = self._found
-        if found is None or not found.holds():
-            found = self._found = _Found(self.owned)
-        return [p for p in found.parameters if p.requires_grad]
+        state = self._state
+        if state is None or not state.is_current():
+            state = self._state = _BranchState(self.owned)
+        return [p for p in state.parameters if p.requires_grad]
 
     def sparse_weights(self) -> list[nn.Parameter]:
-        """Those whose gradients are sparse: of embeddings that were made so."""
-        found = self._found or _Found(self.owned)
-        return [t.get_parameter("weight") for t in found.tables if t.sparse] if found.tables else []
+        """The weights whose gradients are sparse: of embeddings with `sparse=True`."""
+        state = self._state or _BranchState(self.owned)
+        return [t.get_parameter("weight") for t in state.tables if t.sparse] if state.tables else []
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy looks for itself
-        return {**self.__dict__, "_found": None}
+    def __getstate__(self) -> dict[str, Any]:  # a copy collects its own
+        return {**self.__dict__, "_state": None}
 
 
-class _Found:
-    """What the modules of a branch held when somebody looked."""
+class _BranchState:
+    """What the modules of a branch held when it was collected."""
 
     def __init__(self, owned: Sequence[Owned]) -> None:
         names = [(each.owner._modules, each.name) for each in owned]
@@ -103,8 +103,8 @@ class _Found:
         tables = [m for m in [*inside, *owners] if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
         self.tables = [table for table in tables if table._parameters.get("weight") in mine]
 
-    def holds(self) -> bool:
-        """Whether they hold the very same modules and parameters now."""
+    def is_current(self) -> bool:
+        """Whether the branch holds the very same modules and parameters now."""
         for held, name, value in self._names:
             if held.get(name) is not value:
                 return False
@@ -144,11 +144,18 @@ def count_inside(names: Iterable[str]) -> dict[str, int]:
     return count
 
 
-def open_in_training(blocks: Iterable[Block], gates: Iterable[Gate | None]) -> None:
-    """Set what each block does in the training pass under way."""
+def set_training_gates(blocks: Iterable[Block], gates: Iterable[Gate | None]) -> None:
+    """Hand each block its gate of the training pass under way; None between passes."""
     for block, gate in zip(blocks, gates, strict=True):
         for addition in block.gates:
             addition.training = gate
+
+
+def set_evaluation_gates(blocks: Iterable[Block], gates: Iterable[Gate]) -> None:
+    """Hand each block its gate of evaluation."""
+    for block, gate in zip(blocks, gates, strict=True):
+        for addition in block.gates:
+            addition.evaluation = gate
 
 
 @contextmanager

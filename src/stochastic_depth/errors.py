@@ -14,7 +14,7 @@ class GateError(StochasticDepthError, ValueError):
 
 
 class UnmetError(GateError):
-    """A pass that does not come to the addition of a closed block, as the example did."""
+    """A pass that never reaches the addition of a closed block, which the example reached."""
 
 
 class ApplyError(StochasticDepthError, ValueError):

@@ -40,13 +40,13 @@ def open_file(path: Path, inside: int = 1) -> BufferedReader:
     """Open a regular file for reading.
 
     Raises:
-        OSError: when it is none, cannot be opened, or is reached through a link.
+        OSError: when it is not a regular file, cannot be opened, or is reached through a link.
     """
     return os.fdopen(_open(path, os.O_RDONLY, inside), "rb")
 
 
 def open_for_appending(path: Path, inside: int = 1) -> FileIO:
-    """Open a regular file for writing at its end, unbuffered, and make it where there is none.
+    """Open a regular file for writing at its end, unbuffered; it is made if it does not exist.
 
     Raises:
         OSError: as `open_file`; and when the file has a second name, which would change with it.
@@ -280,3 +280,10 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def visible(text: str) -> str:
+    """`text` with what could drive a terminal, or cannot be encoded, written as an escape."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )

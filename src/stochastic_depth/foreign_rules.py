@@ -19,7 +19,7 @@ def _to_the_last(n: int, blocks: int) -> float:
 
 
 def _to_the_last_or_all(shape: Callable[[float, int], float]) -> Shape:
-    """As torchtune: the last block has the full rate, also where it is the only one."""
+    """torchtune's scale: the last block has the full rate, also where it is the only block."""
 
     def scale(n: int, blocks: int) -> float:
         period = blocks - 1

@@ -41,15 +41,15 @@ class Gate(NamedTuple):
         return self.open and not self.detached
 
     def forward_only(self) -> AbstractContextManager[Any]:
-        """Give the context that the branch runs in: without a graph where it is detached."""
+        """The context that the branch runs in: without a graph where it is detached."""
         return torch.no_grad() if self.detached else nullcontext()
 
     def select(self, value: Any) -> Any:
-        """Give the samples that the branch runs on: of tensors [batch, ...], [k, ...].
+        """Select the samples that the branch runs on: [batch, ...] -> [k, ...].
 
         Args:
-            value: a tensor, or tuples, lists and mappings of anything; what is no tensor
-                [batch, ...] stays as it is.
+            value: a tensor, or tuples, lists and mappings that hold some; anything that is not a
+                tensor [batch, ...] stays as it is.
         """
         if self.samples is None:
             return value
@@ -66,7 +66,7 @@ class Gate(NamedTuple):
         return value
 
     def scale(self, f: Tensor) -> Tensor:
-        """Give what is added of a branch's output `f` when the gate is open, [batch, ...].
+        """The output `f` of a branch as an open gate adds it: [batch, ...].
 
         Args:
             f: [batch, ...]; under `samples` [k, ...], and the other samples get 0.
@@ -87,7 +87,7 @@ class Gate(NamedTuple):
         return f if self.factor is None else f * self.factor
 
     def rescale(self, out: Tensor, shortcut: Tensor) -> Tensor:
-        """Give `shortcut` plus the scaled branch, where `out` is their sum without scaling.
+        """`shortcut` plus the scaled branch, where `out` is their sum without scaling.
 
         Args:
             out: [batch, ...]; under `samples` [k, ...].
@@ -124,7 +124,8 @@ class BlockGates:
     training: Gate | None = None
     evaluation: Gate = OPEN
     recall: Callable[[], Gate | None] | None = field(default=None, repr=False, compare=False)
-    """While a backward pass recomputes the block: its gate in the forward pass of that; or None."""
+    """Returns the gate of the original forward pass while a backward pass recomputes the block;
+    else None."""
 
     def now(self, training: bool) -> Gate:
         """What the block does in the forward pass under way.
@@ -172,7 +173,7 @@ def draw(
             of each block, see `subset_size`; which samples is drawn at random.
         multiple_of: of balanced samples, what their number is rounded to a multiple of.
         parts: how many processes share the batch, in equal parts; each part is balanced.
-        rank: of a process that draws gates of its own.
+        rank: of this process, if each process draws different gates.
     """
     blocks = len(survival)
     own = seed if rank is None else seed_of_rank(seed, rank)
@@ -259,7 +260,7 @@ def _smallest(u: Tensor, survival: tuple[float, ...], min_samples: int, multiple
 
 
 def seed_of_rank(seed: int, rank: int) -> int:
-    """The seed of one of several processes that each draw gates of their own."""
+    """The seed of one process, where each process draws different gates."""
     return int.from_bytes(digest(7, "gates of a rank", seed, rank), "little")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stochastic_depth.block import Block, open_in_training
+from stochastic_depth.block import Block, set_evaluation_gates, set_training_gates
 from stochastic_depth.choices import GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gates import (
@@ -23,7 +23,7 @@ from stochastic_depth.survival import Probabilities
 
 
 class Forced(NamedTuple):
-    """Gates that are given instead of drawn."""
+    """Gates that are given in place of those drawn."""
 
     coins: Tensor
     scaled: bool
@@ -38,7 +38,7 @@ class Handle:
 
     Attributes:
         seed: chooses the sequence of gates.
-        rank: which of several processes this is, if each draws gates of its own.
+        rank: which of several processes this is, if each draws different gates.
         share: where the samples of this process begin in a mini-batch of several, and how many
             samples that has; for gates for single samples.
         parts: how many processes share a mini-batch, in equal parts: each of them is balanced.
@@ -70,8 +70,8 @@ class Handle:
         self.balance = balance
         self.multiple_of = multiple_of
         self.closed: Closed = closed
-        self.scope: Callable[[list[Gate]], AbstractContextManager[None]] = _no_scope
-        """While entered, these gates are those of one forward pass: from `ForwardHooks`."""
+        self.forward_pass: Callable[[list[Gate]], AbstractContextManager[None]] = _no_pass
+        """Given gates, a context in which they are those of a forward pass: of `ForwardHooks`."""
         self._coins: Tensor | None = None
         self._survival: tuple[float, ...] = ()
         self._in_training: Forced | Literal["full depth"] | None = None
@@ -82,9 +82,9 @@ class Handle:
     def step(self) -> int:
         """How many training forward passes have drawn gates; the next draw is for this step.
 
-        It may be set, to count otherwise. Set to the number of the optimizer's step before each
-        forward pass, all micro-batches of that step run under the same gates, a schedule counts the
-        optimizer's steps, and a checkpoint that has that number has the gates.
+        It may be set. Set to the number of the optimizer's step before each forward pass, it makes
+        all micro-batches of that step run under the same gates, makes a schedule count the
+        optimizer's steps, and lets a checkpoint restore the gates from that number alone.
 
         Raises:
             GateError: when set to what is no integer, or to a negative one.
@@ -137,20 +137,20 @@ class Handle:
             batch: number of samples; needed by the "sample" and "subset" gates.
 
         Returns:
-            What can be entered: the gates are in force until it is left, and again in the backward
-            pass of what was computed. Gates that were drawn and not entered are for looking at.
+            A context: the gates are in force until it is left, and again in the backward pass of
+            what was computed in it. Without entering it, the gates are only in `handle.gates`.
         """
-        return self.scope(self.next_gates(batch))
+        return self.forward_pass(self.next_gates(batch))
 
     def next_gates(self, batch: int | None = None) -> list[Gate]:
-        """What each block does in the next training step, which is counted.
+        """Draw what each block does in the next training step, and count the step.
 
-        While gates are forced they are those, and no step is counted.
+        While gates are forced, these are returned and no step is counted.
         """
         if self._in_training is not None:
             if self._in_training != "full depth":
                 self._coins = self._in_training.coins
-            return self._standing()
+            return self._gates_while_forced()
         if self.gate != "batch" and batch is None:
             raise GateError(f'gate="{self.gate}" draws a gate for each sample: handle.draw(batch)')
         self._set_survival(self.step)
@@ -206,17 +206,17 @@ class Handle:
             GateError: when `gates` is not bool [L] or [L, batch]; or a model gives back a cache of
                 keys and values, into which closed blocks put nothing.
         """
-        chosen = self._chosen(gates, scaled, dimensions=(1, 2))
+        forced = self._as_forced(gates, scaled, dimensions=(1, 2))
         before = self._in_training, self._in_evaluation
-        self._in_training = self._in_evaluation = chosen
+        self._in_training = self._in_evaluation = forced
         self._set_evaluation()
-        self.rest()
+        self.clear_gates()
         try:
             yield
         finally:
             self._in_training, self._in_evaluation = before
             self._set_evaluation()
-            self.rest()
+            self.clear_gates()
 
     @contextmanager
     def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
@@ -235,7 +235,7 @@ class Handle:
             GateError: as `forced`.
         """
         before = self._in_evaluation
-        self._in_evaluation = self._chosen(gates, scaled, dimensions=(1,))
+        self._in_evaluation = self._as_forced(gates, scaled, dimensions=(1,))
         self._set_evaluation()
         try:
             yield
@@ -257,12 +257,12 @@ class Handle:
         happened to be closed would see nothing, and the others a network that is never evaluated.
         """
         before, self._in_training = self._in_training, "full depth"
-        self.rest()
+        self.clear_gates()
         try:
             yield
         finally:
             self._in_training = before
-            self.rest()
+            self.clear_gates()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs for the same gates after a resume."""
@@ -288,7 +288,7 @@ class Handle:
                 )
         self.step, self.seed = state["step"], state["seed"]
         self._coins = None
-        self.rest()
+        self.clear_gates()
 
     def _set_survival(self, step: int) -> None:
         survival = self.survival_at(step)
@@ -297,9 +297,14 @@ class Handle:
         self._survival = survival
         self._set_evaluation()
 
-    def _chosen(
+    def _as_forced(
         self, gates: Sequence[bool] | Tensor, scaled: bool, dimensions: tuple[int, ...]
     ) -> Forced:
+        """`gates` as they are given by a user.
+
+        Raises:
+            GateError: when they have another type or shape.
+        """
         blocks = len(self.blocks)
         try:
             coins = torch.as_tensor(gates, device="cpu").clone()
@@ -313,36 +318,35 @@ class Handle:
             raise GateError(f"gates are given as {form}, not as {given}")
         return Forced(coins, scaled)
 
-    def _gates_of(self, chosen: Forced, closed: Closed = "skipped") -> list[Gate]:
-        kind = "batch" if chosen.coins.ndim == 1 else self.gate
-        kind = "sample" if kind == "batch" and chosen.coins.ndim == 2 else kind
-        closed = closed if chosen.coins.ndim == 1 else "skipped"
-        gates = training_gates(chosen.coins, self._survival, kind, self.scale, closed=closed)
-        if not chosen.scaled:
+    def _gates_of(self, forced: Forced, closed: Closed = "skipped") -> list[Gate]:
+        kind = "batch" if forced.coins.ndim == 1 else self.gate
+        kind = "sample" if kind == "batch" and forced.coins.ndim == 2 else kind
+        closed = closed if forced.coins.ndim == 1 else "skipped"
+        gates = training_gates(forced.coins, self._survival, kind, self.scale, closed=closed)
+        if not forced.scaled:
             return gates
         whole = evaluation_gates(self._survival, self.scale)
         return [g._replace(factor=w.factor) for g, w in zip(gates, whole, strict=True)]
 
-    def _standing(self) -> list[Gate]:
+    def _gates_while_forced(self) -> list[Gate]:
         """What each block does in training while gates are forced."""
         if isinstance(self._in_training, Forced):
             return self._gates_of(self._in_training, self.closed)
-        return [block.in_evaluation for block in self.blocks]
+        return [block.evaluation_gate for block in self.blocks]
 
     @torch.inference_mode(False)  # in which a factor would be one that no gradient can pass
-    def rest(self) -> None:
-        """Between forward passes no block has a gate in training, unless gates are forced."""
+    def clear_gates(self) -> None:
+        """After a forward pass: no block has a gate in training any more, unless it is forced."""
         nothing = [None] * len(self.blocks)
-        open_in_training(self.blocks, nothing if self._in_training is None else self._standing())
+        forced = self._in_training is not None
+        set_training_gates(self.blocks, self._gates_while_forced() if forced else nothing)
 
     @torch.inference_mode(False)
     def _set_evaluation(self) -> None:
         evaluation = evaluation_gates(self._survival, self.scale)
         if self._in_evaluation is not None:
             evaluation = self._gates_of(self._in_evaluation)
-        for block, gate in zip(self.blocks, evaluation, strict=True):
-            for addition in block.gates:
-                addition.evaluation = gate
+        set_evaluation_gates(self.blocks, evaluation)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -372,15 +376,15 @@ class Handle:
         return f"{named}{closed}scale={self.scale!r}, "
 
 
-def _no_scope(_: list[Gate]) -> AbstractContextManager[None]:
+def _no_pass(_: list[Gate]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
 def integer(name: str, value: object) -> int:
-    """`value` as the integer that it is, of whatever library.
+    """`value` as a Python integer, from an integer of any library.
 
     Raises:
-        GateError: when it is none.
+        GateError: when it is not an integer.
     """
     try:
         return operator.index(value)  # type: ignore[arg-type]

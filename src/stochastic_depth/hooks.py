@@ -1,7 +1,7 @@
 """What happens around the forward and the backward pass of a model with stochastic depth.
 
-A gate belongs to the forward pass that it was drawn for. When that is over no gate is in force any
-more; when its backward pass recomputes a block, the block asks for its gate of then.
+A gate belongs to the forward pass that it was drawn for. When that pass is over, no gate is in
+force; when its backward pass recomputes a block, the block gets the gate of that forward pass.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import open_in_training
+from stochastic_depth.block import set_training_gates
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
@@ -38,35 +38,35 @@ from stochastic_depth.torch_private import (
 )
 
 _REMEMBERED = 64
-"""So many passes are kept of which nothing that was computed can be seen."""
+"""How many of the latest forward passes are kept even if no output of theirs is."""
 
 
 class ForwardHooks:
     """Hooks on a model: gates are drawn when its forward pass begins in training mode.
 
-    In the backward pass of that forward pass the blocks that are computed again have the same
-    gates, and the parameters of closed blocks get the gradient that `handle.skipped` says.
+    In the backward pass of that forward pass, recomputed blocks have the same gates, and the
+    parameters of closed blocks get the gradient that `handle.skipped` names.
     """
 
     def __init__(self, handle: Handle) -> None:
         self.handle, self.blocks = handle, handle.blocks
-        handle.scope = self.during
+        handle.forward_pass = self.forward_pass
         for number, block in enumerate(self.blocks):
             for addition in block.gates:
                 addition.recall = partial(self._recall, number)
-        self._under_way: list[ForwardPass | None] = []
-        """Passes that have begun and not ended; None in evaluation and while recomputing."""
+        self._stack: list[ForwardPass | None] = []
+        """The forward passes under way; None for one in evaluation, or that recomputes."""
         self._passes: list[weakref.ref[ForwardPass]] = []
-        """Those that may still have a backward pass: what they computed holds them."""
+        """Passes that may still have a backward pass; their outputs keep them alive."""
         self._recent: deque[ForwardPass] = deque(maxlen=_REMEMBERED)
         self._in_backward: dict[int, ForwardPass] = {}
-        """For each backward pass under way the forward pass that it is in."""
+        """By backward pass under way, the forward pass whose graph it has reached."""
 
     @never_traced
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw, unless this is evaluation or a recomputation."""
-        self._under_way.append(None)
-        if not (model.training or any(block.is_in_training for block in self.blocks)):
+        self._stack.append(None)
+        if not (model.training or any(block.is_training for block in self.blocks)):
             return
         if is_replica(model):
             raise GateError(
@@ -83,7 +83,7 @@ class ForwardHooks:
                     "checkpoint(..., use_reentrant=False)"
                 )
             again.backward_begins()
-            open_in_training(self.blocks, again.gates)
+            set_training_gates(self.blocks, again.gates)
             return
         self._refuse_threads()
         batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
@@ -91,20 +91,20 @@ class ForwardHooks:
 
     @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        """Hook on the model, also when its forward pass has failed."""
-        if not self._under_way:  # a hook before ours has failed
+        """Hook on the model, called too when its forward pass has failed."""
+        if not self._stack:  # a hook before ours has failed
             return output
-        trained = self._under_way[-1] is not None and torch.is_grad_enabled()
+        trained = self._stack[-1] is not None and torch.is_grad_enabled()
         output = self._end(output)
         if trained or self.handle.is_subnetwork:
             refuse_cache(output)
         return output
 
     @contextmanager
-    def during(self, gates: list[Gate]) -> Iterator[None]:
-        """While entered, parts of the model that are called have these gates."""
+    def forward_pass(self, gates: list[Gate]) -> Iterator[None]:
+        """While entered, a forward pass is under way in which the blocks have these gates."""
         self._refuse_threads()
-        self._under_way.append(None)
+        self._stack.append(None)
         self._begin(gates, replicated=False)
         try:
             yield
@@ -113,7 +113,7 @@ class ForwardHooks:
 
     def _refuse_threads(self) -> None:
         """Raise `GateError` when a pass of another thread is under way."""
-        if any(there is not None and there.thread != get_ident() for there in self._under_way):
+        if any(there is not None and there.thread != get_ident() for there in self._stack):
             raise GateError(
                 "the model is called from two threads at once, in training mode, and its gates are "
                 "those of one pass at a time: call it from one thread, or a copy in each "
@@ -123,23 +123,23 @@ class ForwardHooks:
     def _begin(self, gates: list[Gate], replicated: bool) -> None:
         self._in_backward.clear()  # of one that has failed
         begun = ForwardPass(self, gates, replicated or gradients_are_awaited())
-        self._under_way[-1] = begun
+        self._stack[-1] = begun
         self._recent.append(begun)
         self._passes = [ref for ref in self._passes if ref() is not None]
         self._passes.append(weakref.ref(begun))
-        open_in_training(self.blocks, gates)
+        set_training_gates(self.blocks, gates)
 
     def _end(self, output: Any) -> Any:
-        ended = self._under_way.pop()
-        around = next((outer for outer in reversed(self._under_way) if outer is not None), None)
+        ended = self._stack.pop()
+        around = next((outer for outer in reversed(self._stack) if outer is not None), None)
         if around is None:
-            self.handle.rest()
+            self.handle.clear_gates()
         else:
-            open_in_training(self.blocks, around.gates)
+            set_training_gates(self.blocks, around.gates)
         return output if ended is None else ended.end(output)
 
     def _recall(self, number: int) -> Gate | None:
-        """The gate of a block that a backward pass recomputes; None elsewhere."""
+        """The gate of block `number`, if a backward pass is recomputing it; else None."""
         if backward_pass() is None:
             return None
         again = self._pass_of_backward()
@@ -149,27 +149,27 @@ class ForwardHooks:
         return again.gates[number]
 
     def _pass_of_backward(self) -> "ForwardPass | None":
-        """The forward pass whose backward pass is under way here."""
+        """The forward pass that the backward pass under way in this thread belongs to."""
         backward = backward_pass()
         assert backward is not None
         outer = [number for number in self._in_backward if number != backward]
         if outer:  # this one is part of another, and differentiates what that has recomputed
             return self._in_backward[max(outer)]
-        return self._pass_of(node_number()) or self._in_backward.get(backward)
+        return self._pass_of_node(node_number()) or self._in_backward.get(backward)
 
-    def _pass_of(self, node: int) -> "ForwardPass | None":
-        """The forward pass in which the node with this number was made, or which it is around."""
+    def _pass_of_node(self, node: int) -> "ForwardPass | None":
+        """The forward pass that made the autograd node with this number, or that it encloses."""
         passes = [there for ref in self._passes if (there := ref()) is not None]
         for there in passes:
-            if there.first <= node < there.end_:
+            if there.first_node <= node < there.end_node:
                 return there
-        around = [there for there in passes if there.first == node + 1]
-        if len([there for there in around if there.first == there.end_]) > 1:
+        around = [there for there in passes if there.first_node == node + 1]
+        if len([there for there in around if there.first_node == there.end_node]) > 1:
             return None  # several within one reentrant checkpoint
         return around[0] if around else None
 
     def entered_backward(self, of: "ForwardPass") -> bool:
-        """Note that the backward pass under way is in `of`; whether that is news."""
+        """Note that the backward pass under way has reached `of`; False if that was known."""
         backward = backward_pass()
         if backward is None or self._in_backward.get(backward) is of:
             return False
@@ -179,7 +179,7 @@ class ForwardHooks:
         return True
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has no passes under way
-        nothing: dict[str, Any] = {"_under_way": [], "_passes": [], "_in_backward": {}}
+        nothing: dict[str, Any] = {"_stack": [], "_passes": [], "_in_backward": {}}
         return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
 
 
@@ -189,88 +189,88 @@ class ForwardPass:
     def __init__(self, hooks: ForwardHooks, gates: list[Gate], awaited: bool) -> None:
         self._hooks, self.gates = hooks, gates
         self.thread = get_ident()
-        self._awaited = awaited
-        """Whether somebody waits for a gradient of every parameter."""
-        self._clears = hooks.handle.skipped == "freeze"
-        self.first = self.end_ = next_node_number()
-        """Nodes of the graph that are made meanwhile have a number from `first` to below `end_`."""
-        self._watched: list[_Watched] = []
+        self._needs_all_gradients = awaited
+        """Whether DDP waits for a gradient of every parameter."""
+        self._freezes = hooks.handle.skipped == "freeze"
+        self.first_node = self.end_node = next_node_number()
+        """The pass makes the autograd nodes numbered from `first_node` to below `end_node`."""
+        self._observed: list[_ObservedCall] = []
         self._blocks = [b for b, g in zip(hooks.blocks, gates, strict=True) if not g.learns]
-        """Those that pass no gradient."""
-        self._left: dict[nn.Module, list[nn.Parameter]] = {}
-        """Parameters of closed blocks whose place in the graph is not known (yet), by module."""
+        """Blocks through whose branch no gradient passes."""
+        self._unplaced: dict[nn.Module, list[nn.Parameter]] = {}
+        """By module, parameters of closed blocks whose output has not been seen in the graph."""
         self._sparse: set[nn.Parameter] = set()
-        self._last_place: tuple[Any, int] | None = None
-        """Where in the graph what the last closed block gave is, while this pass is under way."""
-        self._of_last_place: list[nn.Parameter] = []
-        if awaited or not self._clears:
-            for block in self._blocks:  # now: while FSDP has gathered them they are others
+        self._last_node: tuple[Any, int] | None = None
+        """The autograd node, and which of its results, of the last closed block's output."""
+        self._last_parameters: list[nn.Parameter] = []
+        if awaited or not self._freezes:
+            for block in self._blocks:  # now: FSDP replaces parameters while it has gathered them
                 parameters = block.trained()
                 if parameters:
-                    self._left.setdefault(block.module, []).extend(parameters)
+                    self._unplaced.setdefault(block.module, []).extend(parameters)
                     self._sparse.update(block.sparse_weights())
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._watch()
+                self._observe()
 
-    def _watch(self) -> None:
-        """Look at what closed blocks give: where a gradient passes it, it passes the block.
+    def _observe(self) -> None:
+        """Observe the outputs of closed blocks: a gradient that reaches one reaches the block.
 
-        As the call of their modules, which costs less than a hook on each.
+        By replacing the call of their modules, which costs less than a hook on each.
         """
-        for module in self._left:
+        for module in self._unplaced:
             before = call_of(module)
             if before is None or not is_compiled(module):
-                watched = _Watched(self, module, before)
-                self._watched.append(watched)
-                set_call(module, watched)
+                observed = _ObservedCall(self, module, before)
+                self._observed.append(observed)
+                set_call(module, observed)
 
     @never_traced
-    def passed(self, module: nn.Module, output: Any) -> Any:
-        """What the module of a closed block has given, whose place in the graph is noted."""
-        parameters = self._left.get(module)
+    def note_output(self, module: nn.Module, output: Any) -> Any:
+        """Note where in the graph the output of a closed block's module is, and return it."""
+        parameters = self._unplaced.get(module)
         if parameters is None or get_ident() != self.thread:
             return output
         if type(output) is Tensor:
             places = [output] if output.grad_fn is not None else []
         else:
             places = in_graph(output)
-        if places and self._awaited:
+        if places and self._needs_all_gradients:
             output = attach(output, parameters)
             places = in_graph(output)
         for tensor in places:
-            self._tell(tensor, parameters)
+            self._hook_node(tensor, parameters)
         if places:
-            del self._left[module]
+            del self._unplaced[module]
         return output
 
-    def _tell(self, tensor: Tensor, parameters: list[nn.Parameter]) -> None:
-        """When the backward pass comes to `tensor`, it comes to the closed blocks with these."""
+    def _hook_node(self, tensor: Tensor, parameters: list[nn.Parameter]) -> None:
+        """Give these parameters their gradients when the backward pass reaches `tensor`."""
         place = tensor.grad_fn, tensor.output_nr
-        if place == self._last_place:  # its shortcut has given what the closed block before gave
-            self._of_last_place.extend(parameters)
+        if place == self._last_node:  # an identity shortcut: the output of the closed block before
+            self._last_parameters.extend(parameters)
             return
-        self._last_place, self._of_last_place = place, list(parameters)
-        hook = partial(self._reached_at, tensor.output_nr, self._of_last_place)
+        self._last_node, self._last_parameters = place, list(parameters)
+        hook = partial(self._at_node, tensor.output_nr, self._last_parameters)
         place[0].register_prehook(hook)  # pyright: ignore[reportOptionalMemberAccess]
 
     def end(self, output: Any) -> Any:
-        """The output of the pass, made part of the graph where nothing else makes it one."""
-        for watched in reversed(self._watched):
-            watched.end()
-        self._watched.clear()
-        self._last_place, self._of_last_place = None, []
+        """End the pass; returns its output, with all that is trained in its graph."""
+        for observed in reversed(self._observed):
+            observed.end()
+        self._observed.clear()
+        self._last_node, self._last_parameters = None, []
         if torch.is_grad_enabled() and output is not None:
             output = self._attached(output)
             for tensor in tensors_in(output):
-                if tensor.grad_fn is not None:  # on a leaf a hook would stay for good
+                if tensor.grad_fn is not None:  # a hook on a leaf would never be removed
                     tensor.register_hook(self.backward_begins)
-        self.end_ = next_node_number()
+        self.end_node = next_node_number()
         return output
 
     def _attached(self, output: Any) -> Any:
-        """`output` with closed branches attached if they are awaited, or all that is trained."""
-        if self._awaited:
-            parameters = [p for left in self._left.values() for p in left]
+        """`output`, to whose graph closed branches are attached where DDP or autograd needs it."""
+        if self._needs_all_gradients:
+            parameters = [p for left in self._unplaced.values() for p in left]
         elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
             return output
         else:
@@ -278,35 +278,35 @@ class ForwardPass:
         return attach(output, parameters)
 
     def backward_begins(self, _: Tensor | None = None) -> None:
-        """A backward pass has come to what this pass has computed."""
+        """Hook: a backward pass has reached something that this pass has computed."""
         if not self._hooks.entered_backward(self):
             return
-        self._reached([p for left in self._left.values() for p in left])
+        self._give_gradients([p for left in self._unplaced.values() for p in left])
         if any(is_compiled(block.module) for block in self._hooks.blocks):
-            open_in_training(self._hooks.blocks, self.gates)  # which the compiler looks at
-            at_end_of_backward(self._hooks.handle.rest)
+            set_training_gates(self._hooks.blocks, self.gates)  # which the compiler looks at
+            at_end_of_backward(self._hooks.handle.clear_gates)
 
-    def _reached_at(
+    def _at_node(
         self, number: int, parameters: Sequence[nn.Parameter], gradients: tuple[Tensor | None, ...]
     ) -> None:
-        """A backward pass has come to a node of the graph, perhaps by the result with a number."""
+        """Hook: a backward pass has reached a node, maybe through its result `number`."""
         if gradients[number] is not None:
-            self._reached(parameters)
+            self._give_gradients(parameters)
 
-    def _reached(self, parameters: Sequence[nn.Parameter]) -> None:
-        """A gradient has come to closed blocks: give their parameters the one that they get."""
+    def _give_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give the parameters of closed blocks zero gradients, under "freeze" for a moment only."""
         without = [p for p in parameters if p.grad is None]
         if without and not gradients_are_kept():
             return
         for parameter in without:
             layout = torch.sparse_coo if parameter in self._sparse else None
             parameter.grad = torch.zeros_like(parameter, layout=layout)
-        if self._clears and without:
+        if self._freezes and without:
             at_end_of_backward(partial(_clear, without), after_others=True)
 
 
-class _Watched:
-    """The call of a module whose output is looked at."""
+class _ObservedCall:
+    """Stands in for the call of a module whose output is observed."""
 
     __slots__ = ("before", "by", "call", "module")
     is_watching = True
@@ -319,18 +319,18 @@ class _Watched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.call(*args, **kwargs)
-        return output if self.by is None else self.by.passed(self.module, output)
+        return output if self.by is None else self.by.note_output(self.module, output)
 
     def end(self) -> None:
-        """Look no more; another thread may have begun to look since, and go on."""
+        """Observe no more; another thread may have begun to observe since, and goes on."""
         self.by = None
         now = call_of(self.module)
         if now is self:
             set_call(self.module, self.before)
             return
-        while isinstance(now, _Watched) and now.before is not self:
+        while isinstance(now, _ObservedCall) and now.before is not self:
             now = now.before
-        if isinstance(now, _Watched):
+        if isinstance(now, _ObservedCall):
             now.before, now.call = self.before, self.call
 
 
@@ -356,13 +356,13 @@ def batch_size(inputs: object) -> int:
 
 
 def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
-    """`output`, in whose backward pass each of `parameters` reports that it has no gradient.
+    """`output`, in whose backward pass autograd reaches each of `parameters` without a gradient.
 
-    `DistributedDataParallel`, and so `replicate`, ends a backward pass when every parameter has
-    reported, and a branch that did not run reports nothing. Attached to the output of its block,
-    its parameters report when they would have reported a gradient: the order of the first backward
-    pass is the order in which gradients are sent ever after. `output` itself, where nothing in it
-    could have a gradient.
+    `DistributedDataParallel`, and so `replicate`, ends a backward pass when autograd has reached
+    every parameter, which it does not in a branch that did not run. Attached to the output of their
+    block, parameters are reached when they would have been with a gradient: DDP sends gradients in
+    the order of the first backward pass ever after. Returns `output` itself where nothing in it can
+    have a gradient.
     """
     tensors = [t for t in tensors_in(output) if not isinstance(t, nn.Parameter)]
     tensors = [t for t in tensors if t.is_floating_point() or t.is_complex()]

@@ -4,51 +4,57 @@
 load; nor does a program that only reads configurations.
 """
 
+import ast
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
 
-def lazily(
-    package: str, homes: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package whose names live in submodules.
+def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """The `__getattr__`, `__dir__` and `__all__` of a package, from the stub file beside it.
+
+    `__init__.pyi` is the one list of a package's names, each with the module that it is imported
+    from: type checkers and editors read it as they read any stub, and so does this. Submodules
+    load when they are touched, whether the stub names them or not.
 
     Args:
         package: its `__name__`.
-        homes: the names that each submodule gives, by the submodule's name within the package.
-
-    Returns:
-        Functions that find those names, and the submodules themselves.
     """
-    home = {name: module for module, names in homes.items() for name in names}
+    module: Any = sys.modules[package]
+    stub = ast.parse(Path(module.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    home = {
+        name.name: node.module
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom) and node.module not in (None, package)
+        for name in node.names
+    }
 
     class Package(ModuleType):
         def __setattr__(self, name: str, value: Any) -> None:
             # Once imported, a submodule would stand in place of the function that it is named for.
-            if isinstance(value, ModuleType) and home.get(name) == name:
+            if isinstance(value, ModuleType) and home.get(name) == f"{package}.{name}":
                 value = getattr(value, name)
             super().__setattr__(name, value)
 
-    sys.modules[package].__class__ = Package
+    module.__class__ = Package
 
     def submodules() -> set[str]:
-        path = sys.modules[package].__path__
-        return {module.name for module in iter_modules(path) if not module.name.startswith("_")}
+        return {one.name for one in iter_modules(module.__path__) if not one.name.startswith("_")}
 
     def find(name: str) -> Any:
         if name in home:
-            value = getattr(import_module(f"{package}.{home[name]}"), name)
-            setattr(sys.modules[package], name, value)
+            value = getattr(import_module(home[name]), name)
+            setattr(module, name, value)
             return value
         if name in submodules():
             return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *home, *submodules()})
+        return sorted({*vars(module), *home, *submodules()})
 
-    return find, names
+    return find, names, sorted(home)

@@ -164,7 +164,7 @@ class Probabilities:
     """(p_1, ..., p_L) in every training step."""
 
     final: tuple[float, ...]
-    """Those at the full drop rates."""
+    """(p_1, ..., p_L) at the full drop rates."""
     schedule: Schedule | None = None
     rule: TimedRule | None = None
     """A rule of block, blocks and step, in place of `final`."""
@@ -190,11 +190,11 @@ class Probabilities:
 
     @property
     def full(self) -> tuple[float, ...]:
-        """At the full drop rates; under a rule of the step, in the first one."""
+        """(p_1, ..., p_L) at the full drop rates; under a rule of the step, in the first step."""
         return self.final if self.rule is None else self.at(0)
 
     def described(self) -> dict[str, Any]:
-        """What tells these probabilities from others, in plain values."""
+        """These probabilities and their schedule as plain values, for checkpoints."""
         return {
             "survival": list(self.final),
             "schedule": _described(self.rule if self.schedule is None else self.schedule),
@@ -255,8 +255,8 @@ def probabilities_of(
     """(p_1, ..., p_L) over time of the blocks with these names.
 
     Args:
-        stacks: names of modules in each of which a rule counts l and L anew; blocks outside of all
-            of them are one more stack.
+        stacks: names of modules in each of which a rule counts l from 1 to its L; blocks outside
+            all of them are one more stack.
         schedule: how the drop rates change; not for a rule that is itself one of the step.
 
     Raises:

@@ -33,7 +33,7 @@ def in_graph(value: object) -> list[Tensor]:
 
     What a closed block has put off is not computed for being looked at.
     """
-    computed = (t for t in tensors_in(value) if not getattr(type(t), "is_put_off", False))
+    computed = (t for t in tensors_in(value) if not getattr(type(t), "is_deferred", False))
     return [tensor for tensor in computed if tensor.grad_fn is not None]
 
 

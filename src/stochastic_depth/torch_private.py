@@ -106,9 +106,10 @@ def at_end_of_backward(act: Callable[[], Any], after_others: bool = False) -> No
 
 
 def recomputation(frame: FrameType) -> Callable[[], bool] | None:
-    """Of a frame of `torch.utils.checkpoint`: whether what it has called is to be computed again.
+    """For a frame of `torch.utils.checkpoint`: a function that tells if it will be recomputed.
 
-    That is known when it has ended. None for other frames. In its place: as for `backward_pass`.
+    That is known when the frame has ended. None for other frames. In its place: as for
+    `backward_pass`.
     """
     code = frame.f_code
     if code.co_filename != _CHECKPOINT:
@@ -152,7 +153,7 @@ def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which torch.compile calls as it is: with it a graph ends, and another begins.
 
     In its place: `torch.compiler.disable`, which loads the compiler, for seconds, when it is
-    called; or an answer of PyTorch's own for who has not loaded it.
+    called; or a public way that does not load it.
     """
     torch_c: Any = torch._C
     frames = torch_c._dynamo.eval_frame

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from stochastic_depth.cli import main
 from stochastic_depth.cli.console import PlainConsole
-from stochastic_depth.terminal import visible
+from stochastic_depth.files import visible
 
 NAMES = [
     "[bold]x[/bold]",

@@ -19,7 +19,7 @@ from stochastic_depth.lab.gradients import block_gradients
 from stochastic_depth.lab.removed_depth import removed_blocks
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep import charts
-from stochastic_depth.lab.training import training_curves, training_time
+from stochastic_depth.lab.training_curves import training_curves, training_time
 from stochastic_depth.train.config import ScheduleConfig
 
 
@@ -36,7 +36,7 @@ def test_curves_hold_every_number_of_the_journals(experiment):
 
 
 def test_curves_tell_mean_and_every_seed_at_a_point(experiment):
-    values = _values(training_curves(experiment), "told")
+    values = _values(training_curves(experiment), "label")
     series = experiment.stochastic[0]
     errors = sorted(run.records[-1].test_error for run in series.runs)
     seen = ", ".join(f"{error:.2f} %" for error in errors)

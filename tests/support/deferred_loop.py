@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import stochastic_depth as sd
-from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.applied import applied_to
 from support.ranks import report
 
 WIDTH, LENGTH, LAYERS, STEPS = 8, 5, 3, 6

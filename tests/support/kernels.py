@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 
 import stochastic_depth as sd
-from stochastic_depth.engine import Program
-from stochastic_depth.engine.kernels import BatchNorm, Layer, Linear, ReferenceKernels
-from stochastic_depth.engine.library import library
-from stochastic_depth.engine.native import NativeKernels
+from stochastic_depth.block_program import Program
+from stochastic_depth.block_program.kernels import BatchNorm, Kernels, Layer, Linear
+from stochastic_depth.block_program.library import library
+from stochastic_depth.block_program.native import NativeKernels
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
@@ -213,8 +213,8 @@ def gradients(closed, dtype, kernels, size, precision):
 
 
 def assert_as_exact(closed, dtype, size):
-    exact = gradients(closed, torch.float64, ReferenceKernels(), size, torch.float64)
-    pytorchs = gradients(closed, torch.float32, ReferenceKernels(), size, dtype)
+    exact = gradients(closed, torch.float64, Kernels(), size, torch.float64)
+    pytorchs = gradients(closed, torch.float32, Kernels(), size, dtype)
     native = gradients(closed, torch.float32, NativeKernels(dtype), size, dtype)
     for block, (mine, theirs, true) in enumerate(zip(native, pytorchs, exact, strict=True), -1):
         assert true.any() != (block in closed)

@@ -32,7 +32,7 @@ from stochastic_depth.train.checkpoint import (
     write_weights,
 )
 from stochastic_depth.train.journal import read_journal
-from stochastic_depth.train.run import create_run
+from stochastic_depth.train.run_folder import create_run
 from stochastic_depth.train.runtime import resolve_runtime
 from support.data_sets import encode, published
 

@@ -11,7 +11,7 @@ import stochastic_depth.cli.train
 import stochastic_depth.distributed
 import stochastic_depth.train.display
 import stochastic_depth.train.fit
-import stochastic_depth.train.run  # noqa: F401
+import stochastic_depth.train.run_folder  # noqa: F401
 from stochastic_depth.cli import main
 
 for line in sys.stdin:

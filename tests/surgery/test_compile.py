@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import install
-from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.applied import applied_to
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -2,9 +2,9 @@
 
 import copy
 import functools
+import importlib
 import itertools
 import pickle
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
-from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.find import find_blocks
 from support.blocks import ONE_ADDITION, WIDTH, SaysHow, X, closed, network
 
@@ -26,7 +26,7 @@ FORMS = [kind for kind in ONE_ADDITION if kind is not SaysHow]
 @pytest.fixture
 def all_deferred(monkeypatch):
     """Whatever could be rewritten is deferred all the same."""
-    module = sys.modules["stochastic_depth.surgery.apply"]
+    module = importlib.import_module("stochastic_depth.surgery.apply")
     monkeypatch.setattr(module, "find_blocks", _never_rewriting)
 
 

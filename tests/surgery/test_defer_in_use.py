@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
-from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.applied import applied_to
 from support.deferred_loop import CHECKS, Transformer, example, gradients, surviving
 from support.ranks import run_checks
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.applied import applied_to
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from stochastic_depth.gates import draw
 from stochastic_depth.train import ModelConfig, OptimizerConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.checkpoint import load_checkpoint, save_checkpoint
-from stochastic_depth.train.run import reopen
-from stochastic_depth.train.training import Training
+from stochastic_depth.train.run_folder import reopen
+from stochastic_depth.train.train_state import TrainState
 from support.runs import interrupted_and_resumed, without_clock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,13 +26,13 @@ def by_autograd(config, run, images, sampled):
 
     From the weights the training has before the step: one more forward and backward pass of them.
     """
-    training = Training(config, run.runtime, images)
+    train_state = TrainState(config, run.runtime, images)
     rows = {}
     for step, (pixels, labels) in enumerate(stream(images, config.epochs)):
         if step in sampled:
-            twin = Training(config, run.runtime, images)
-            state = training.state_dict()
-            twin.load_state_dict({**json_free(state), "step": training.step})
+            twin = TrainState(config, run.runtime, images)
+            state = train_state.state_dict()
+            twin.load_state_dict({**json_free(state), "step": train_state.step})
             F.cross_entropy(twin.model(pixels), labels).backward()
             gates = twin.gates.tolist()
             gradients = [unit.branch[0].weight.grad for unit in twin.model.blocks]
@@ -40,7 +40,7 @@ def by_autograd(config, run, images, sampled):
                 gradient.double().abs().mean().item() if is_open else math.nan
                 for gradient, is_open in zip(gradients, gates, strict=True)
             ]
-        training.advance(pixels, labels)
+        train_state.advance(pixels, labels)
     return rows
 
 
@@ -121,10 +121,10 @@ def test_a_network_without_blocks_has_none(small, path, silent):
 def test_long_intervals_sample_every_tenth_step(small, path):
     config = replace(small, optimizer=OptimizerConfig(batch=2), evaluate_every=300)
     run, images = begin(config, path)
-    training = Training(config, run.runtime, images)
+    train_state = TrainState(config, run.runtime, images)
     for _, (pixels, labels) in zip(range(21), images.train(0), strict=False):
-        training.advance(pixels, labels)
-    assert len(training.tally.block_gradients) == 3
+        train_state.advance(pixels, labels)
+    assert len(train_state.metrics.block_gradients) == 3
 
 
 @pytest.mark.parametrize("engine", ENGINES)

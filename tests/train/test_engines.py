@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from stochastic_depth.engine import library
+from stochastic_depth.block_program import library
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import Config, ModelConfig, SurvivalConfig, begin, fit, reopen

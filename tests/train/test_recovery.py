@@ -16,7 +16,7 @@ from stochastic_depth.errors import DataError, StochasticDepthError
 from stochastic_depth.train import Config, begin, fit, open_run, reopen, trained_model
 from stochastic_depth.train.checkpoint import read_weights, write_weights
 from stochastic_depth.train.fit import StopSignals
-from stochastic_depth.train.training import Training
+from stochastic_depth.train.train_state import TrainState
 from support.data_sets import write_imagenet
 from support.runs import assert_same_end
 
@@ -146,7 +146,7 @@ def _(runs):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     runs.stopped()
-    runs.monkeypatch.setattr("stochastic_depth.train.run.remove_unfinished", read_only)
+    runs.monkeypatch.setattr("stochastic_depth.train.run_folder.remove_unfinished", read_only)
     assert "cannot be written: Read-only file system" in runs.refused()
     copy = runs.backup()
     runs.resume(copy)
@@ -366,16 +366,16 @@ def _(runs):
 @row("`out of memory at step N (blocks")
 def _(runs):
     runs.stopped()
-    advance = Training.advance
+    advance = TrainState.advance
 
     def exhausted(self, *batch):
         if self.step == 9:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return advance(self, *batch)
 
-    runs.monkeypatch.setattr(Training, "advance", exhausted)
+    runs.monkeypatch.setattr(TrainState, "advance", exhausted)
     assert re.match(r"out of memory at step 9 of \S+ \(blocks .* open\)", runs.refused())
-    runs.monkeypatch.setattr(Training, "advance", advance)
+    runs.monkeypatch.setattr(TrainState, "advance", advance)
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
     for number, remedy in enumerate(("--optimizer.batch 64", "--precision bfloat16")):
@@ -386,11 +386,11 @@ def _(runs):
 @row("`a process that decodes pictures has died`")
 def _(runs):
     runs.stopped()
-    advance = Training.advance
+    advance = TrainState.advance
     # How it comes about, with processes, is tested with the failures; here, that the run goes on.
-    runs.monkeypatch.setattr(Training, "advance", died)
+    runs.monkeypatch.setattr(TrainState, "advance", died)
     assert "a process that decodes pictures has died" in runs.refused()
-    runs.monkeypatch.setattr(Training, "advance", advance)
+    runs.monkeypatch.setattr(TrainState, "advance", advance)
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
 

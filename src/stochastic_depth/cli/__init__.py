@@ -17,7 +17,7 @@ from types import FrameType
 
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.extras import require
-from stochastic_depth.terminal import visible
+from stochastic_depth.files import visible
 
 COMMANDS = {
     "train": "train a recipe, or go on with a run",
@@ -32,11 +32,11 @@ COMMANDS = {
     "inspect": "what can be skipped in a model, and what that saves",
     "recipes": "the published results that can be reproduced",
 }
-MODULES = {"compare": "train", "eval": "train", "predict": "export"}
+MODULES = {"compare": "train", "eval": "train", "predict": "export", "recipes": "train"}
 """The modules of commands that are not in a module of the same name."""
 SPIN = {"GOMP_SPINCOUNT": "10000"}
-"""Makes OpenMP threads that wait for others release their core soon. With another program on one
-of two cores a training step took 80 times as long without this, and less than twice with it."""
+"""Makes waiting OpenMP threads release their core soon. With another program on one of two cores a
+training step took 80 times as long without this, and less than twice as long with it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except SystemExit as exit:  # the parser has said what is wrong, or printed help
-        if isinstance(exit.__context__, BrokenPipeError):  # how rich ends when nobody reads
+        if isinstance(exit.__context__, BrokenPipeError):  # how rich ends when its output is closed
             return 128 + signal.SIGPIPE
         return int(exit.code or 0)
 

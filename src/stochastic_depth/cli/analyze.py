@@ -15,7 +15,8 @@ from stochastic_depth.lab.options import RemovedDepthOptions, at_least
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
-    from stochastic_depth.lab.trained import Progress, TrainedNetwork
+    from stochastic_depth.export.depths import Progress
+    from stochastic_depth.lab.trained import TrainedNetwork
     from stochastic_depth.train import Run
 
 
@@ -121,7 +122,7 @@ class Ensemble(NetworkAnalysis):
         from stochastic_depth.lab import ensemble as question
         from stochastic_depth.lab.formatting import runs_text
         from stochastic_depth.lab.study import grouped
-        from stochastic_depth.lab.trained import found_path
+        from stochastic_depth.lab.trained import analysis_path
 
         runs = self.opened()
         for run in runs:
@@ -132,7 +133,7 @@ class Ensemble(NetworkAnalysis):
                 found[network.run.id] = question.measured_ensemble(
                     network, self.subnetworks, self.seed, progress, self.again
                 )
-            console.say(str(found_path(network.run, "ensemble")))
+            console.say(str(analysis_path(network.run, "ensemble")))
         for name, of_kind in grouped(runs).items():
             of_runs = [found[run.id] for run in of_kind]
             alone = len(of_kind) == 1
@@ -151,7 +152,7 @@ class Depth(NetworkAnalysis):
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import removed_depth as question
         from stochastic_depth.lab.study import grouped
-        from stochastic_depth.lab.trained import found_path
+        from stochastic_depth.lab.trained import analysis_path
 
         runs = self.opened()
         found: dict[str, Any] = {}
@@ -160,7 +161,7 @@ class Depth(NetworkAnalysis):
                 found[network.run.id] = question.measured_curves(
                     network, self.settings, progress, self.again
                 )
-            console.say(str(found_path(network.run, "depth")))
+            console.say(str(analysis_path(network.run, "depth")))
         of_kinds = {
             name: [found[run.id] for run in of_kind] for name, of_kind in grouped(runs).items()
         }

@@ -13,8 +13,8 @@ from typing import Annotated, TypeVar, Union
 import tyro
 
 from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.files import visible
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.terminal import visible
 from stochastic_depth.train.config import Config
 
 Arguments = TypeVar("Arguments")

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from stochastic_depth.terminal import visible
+from stochastic_depth.files import visible
 
 
 class PlainConsole(Console):

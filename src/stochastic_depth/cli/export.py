@@ -32,7 +32,7 @@ class Export:
     """The share of blocks to keep; those that validation needs least are taken out."""
     elastic: bool = False
     """Keep all blocks, note in which order they can be left out (predict --depth chooses), and
-    measure what each depth errs and costs; safetensors only."""
+    measure error and cost of each depth; safetensors only."""
     checkpoint: Checkpoint = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None

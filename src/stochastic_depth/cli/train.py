@@ -1,5 +1,6 @@
-"""stochastic-depth train, compare and eval."""
+"""stochastic-depth train, compare and eval, and the recipes that they take."""
 
+import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from stochastic_depth.cli.arguments import parse, parse_recipe, require_run
+from stochastic_depth.cli.arguments import choose, described, parse, parse_recipe, require_run
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
 from stochastic_depth.lab.options import at_least
+from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train.config import Config
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ as a table and a picture: errors, seconds, the saving measured and expected.
 
 Started again it goes on where it stopped, and trains nothing twice.
 """
+
+RECIPES_ABOUT = "List the recipes, or show one: source, command, published result and cost."
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _resume(asked: Resume, console: "PlainConsole") -> int:
 def _begin(begun: Begin, console: "PlainConsole") -> int:
     from stochastic_depth.distributed.world import may_restart, on_primary, restarts
     from stochastic_depth.train import begin, reopen
-    from stochastic_depth.train.run import free_path
+    from stochastic_depth.train.run_folder import free_path
 
     if begun.run is None and may_restart():
         raise ConfigError("torchrun may start this again: say --run DIR, to go on with that run")
@@ -287,4 +291,25 @@ def eval(arguments: list[str]) -> int:
     for part, (loss, error) in evaluate_parts(model, images, run.runtime).items():
         table.add_row(part, f"{images.sizes[part]:,}", f"{loss:.4f}", f"{error:.2f} %")
     console.print(table)
+    return 0
+
+
+def recipes(arguments: list[str]) -> int:
+    from stochastic_depth.cli.console import PlainConsole
+
+    console = PlainConsole()
+    summaries = {name: described(name).splitlines()[0] for name in RECIPES}
+    if not arguments:
+        from rich.table import Table
+
+        table = Table()
+        table.add_column("recipe", no_wrap=True)
+        table.add_column("what")
+        for name, summary in summaries.items():
+            table.add_row(name, summary)
+        console.print(table)
+        return 0
+    name, _ = choose("stochastic-depth recipes", RECIPES_ABOUT, "recipe", summaries, arguments)
+    console.print(described(name).strip())
+    console.print_json(json.dumps(RECIPES[name]().to_json()))
     return 0

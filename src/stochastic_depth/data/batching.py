@@ -15,13 +15,12 @@ Part = Literal["validation", "test"]
 
 
 class Share(NamedTuple):
-    """The share of every batch that one of several processes takes; shares differ by one at most.
-
-    rank: which process this is, from 0. ranks: how many there are.
-    """
+    """The share of every batch that one process takes; shares differ by one image at most."""
 
     rank: int = 0
+    """Which process this is, from 0."""
     ranks: int = 1
+    """How many processes there are."""
 
     def of(self, images: int) -> slice:
         """The slice of this process, of a batch of `images`."""
@@ -34,11 +33,15 @@ ALONE = Share()
 class Batches(Protocol):
     """A data set as training uses it, in memory or on disk.
 
-    shape: (channels, height, width) of one image as the network sees it. sizes: the number of
-    images in `train`, `validation` and `test`. held_out: whether images for validation were held
-    out of those for training; if not, they are those of `test`. fingerprint: changes with the data.
-    mean, std: float32 [channels], what images are normalised by. shorter_side: how many pixels the
-    shorter side of a picture has before the middle is cut out.
+    Attributes:
+        shape: (channels, height, width) of one image as the network sees it.
+        fingerprint: changes with the data.
+        sizes: the number of images in `train`, `validation` and `test`.
+        held_out: whether validation images were held out of the training images; if not, they are
+            the test images.
+        mean, std: float32 [channels], by which images are normalised.
+        shorter_side: how many pixels the shorter side of a picture has before its middle is cut
+            out.
     """
 
     @property
@@ -65,9 +68,9 @@ class Batches(Protocol):
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `start` on.
 
-        Images, float32 [batch, channels, height, width], normalised; labels, int64 [batch]: of
-        each batch the share that is asked for. A pure function of the seed, the epoch and the
-        step, so an epoch can be resumed in its middle.
+        Images, float32 [batch, channels, height, width], normalised, and labels, int64 [batch]; of
+        each batch the share of this process. A pure function of the seed, the epoch and the step,
+        so that an epoch can be resumed in the middle.
         """
         ...
 
@@ -80,7 +83,7 @@ def steps(images: int, batch: int) -> int:
     """Batches in an epoch; a last batch of one image is left out, BatchNorm cannot train on it.
 
     Raises:
-        DataError: no batch remains, or `batch` is not positive.
+        DataError: when no batch remains, or `batch` is not positive.
     """
     if batch < 1:
         raise DataError(f"batch={batch}: a batch has at least one image")
@@ -100,8 +103,12 @@ def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(images / 255 - mean) / std, channel by channel.
 
-    images: uint8 [batch, channels, height, width]; mean, std: float32 [channels], of pixel values
-    in 0..1. Returns float32 of the images' shape and memory format.
+    Args:
+        images: uint8 [batch, channels, height, width].
+        mean, std: float32 [channels], of pixel values in 0..1.
+
+    Returns:
+        float32, of the images' shape and memory format.
     """
     return (images / 255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
@@ -109,8 +116,9 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def draw_crops(batch: int, padding: int, *key: int | str) -> tuple[Tensor, Tensor, Tensor]:
     """Draw the positions for `crop_and_flip`, as a pure function of `key`.
 
-    Returns rows and columns, int64 [batch], uniform in 0..2 * padding, and flips, bool [batch],
-    true with probability 1/2: on the CPU, so that the numbers are the same for every device.
+    Returns:
+        Rows and columns, int64 [batch], uniform in 0..2 * padding, and flips, bool [batch], true
+        with probability 1/2. They are on the CPU, so that they are the same for every device.
     """
     source = generator(*key)
     rows, columns = torch.randint(2 * padding + 1, (2, batch), generator=source)
@@ -126,9 +134,13 @@ def crop_and_flip(
     The standard augmentation of CIFAR (paper, section 4; the authors' code pads after it
     normalises, so the border is the mean colour, not black).
 
-    images: [batch, channels, height, width]; rows, columns: [batch], the window's upper left
-    corner in the padded image; flips: bool [batch], mirror left and right. All on one device.
-    Returns a tensor of the images' shape.
+    Args:
+        images: [batch, channels, height, width]; all arguments are on one device.
+        rows, columns: [batch], the window's upper left corner in the padded image.
+        flips: bool [batch], which windows are mirrored left and right.
+
+    Returns:
+        A tensor of the images' shape.
     """
     batch, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
@@ -142,12 +154,14 @@ def crop_and_flip(
 
 
 class TensorBatches:
-    """`Batches` over a data set that lives on `device` as a whole, as uint8.
+    """`Batches` over a data set that is on `device` as a whole, as uint8.
 
-    augment: crop and flip the training images, after normalising them with the training part's
-    mean and standard deviation; they are padded by an eighth of their height (the paper, section 4:
-    4 of 32 pixels). evaluation_batch: images in a batch of `evaluate`. share: what to give of each
-    batch.
+    Args:
+        augment: crop and flip the training images, after normalising them with the training part's
+            mean and standard deviation; they are padded by an eighth of their height (the paper,
+            section 4: 4 of 32 pixels).
+        evaluation_batch: images in a batch of `evaluate`.
+        share: the share of each batch that this process gets.
     """
 
     def __init__(

@@ -58,10 +58,13 @@ class Variant:
     def images(self, pixels: Tensor, labels: Tensor, source: Path) -> Images:
         """Images of this variant, after checking the labels.
 
-        pixels: uint8 [n, 3, 32, 32]; labels: integers [n]; source: the file they came from.
+        Args:
+            pixels: uint8 [n, 3, 32, 32].
+            labels: integers [n].
+            source: the file that they come from.
 
         Raises:
-            DataError: no images, another number of labels, or a label out of range.
+            DataError: when there are no images, another number of labels, or a label out of range.
         """
         if len(pixels) == 0:
             raise DataError(f"{source}: holds no images: fetch it again")
@@ -127,8 +130,8 @@ def read_cifar(root: Path, variant: Variant) -> tuple[Images, Images]:
     """Training and test part.
 
     Raises:
-        DataError: no layout found, or one that is damaged or not complete.
-        MissingExtraError: a library that this layout needs is not installed.
+        DataError: when no layout is found, or one that is damaged or incomplete.
+        MissingExtraError: when a library that this layout needs is not installed.
     """
     found = find_cifar(root, variant)
     if found:
@@ -149,7 +152,7 @@ def read_pickles(folder: Path, variant: Variant) -> tuple[Images, Images]:
     """Training and test part of the "python version": pickled dictionaries of numpy arrays.
 
     Raises:
-        DataError: names the file that is missing, or is not as it was published.
+        DataError: when a file is missing, or is not as it was published; names it.
     """
     parts = all_files(folder, variant.pickle_files)
     train, test = (join([read_batch(path, variant) for path in part]) for part in parts)
@@ -160,10 +163,10 @@ def read_batch(path: Path, variant: Variant) -> Images:
     """One pickle: data, uint8 [n, 3072], channel by channel, and n labels.
 
     Raises:
-        DataError: the file is not the published one; then it is not unpickled.
+        DataError: when the file is not the published one; it is not unpickled then.
     """
     with open_published(path, INSTEAD) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy 2, of what numpy 1 has written
+        warnings.simplefilter("ignore")  # numpy 2 warns of files that numpy 1 has written
         batch = pickle.load(file, encoding="bytes")
     pixels = torch.from_numpy(batch[b"data"]).view(-1, 3, *SIZE)
     return variant.images(pixels, torch.tensor(batch[variant.pickle_labels]), path)
@@ -173,7 +176,7 @@ def read_binary(folder: Path, variant: Variant) -> tuple[Images, Images]:
     """Training and test part of the "binary version".
 
     Raises:
-        DataError: names the file that is missing or not a whole number of records.
+        DataError: when a file is missing or is not a whole number of records; names it.
     """
     parts = all_files(folder, variant.binary_files)
     train, test = (join([read_records(path, variant) for path in part]) for part in parts)
@@ -198,8 +201,8 @@ def read_folders(folder: Path, variant: Variant) -> tuple[Images, Images]:
     """Training and test part, from `train/<class>/` and `test/<class>/`.
 
     Raises:
-        DataError: names the folder or the picture that is not as expected.
-        MissingExtraError: Pillow is not installed.
+        DataError: when a folder or a picture is not as expected; names it.
+        MissingExtraError: when Pillow is not installed.
     """
     return read_part(folder / "train", variant), read_part(folder / "test", variant)
 
@@ -255,4 +258,4 @@ LAYOUTS = (
     ),
     Layout(lambda folder, _: any((folder / part).is_dir() for part in PARTS), read_folders),
 )
-"""In the order in which they are looked for."""
+"""All layouts, in the order in which they are looked for."""

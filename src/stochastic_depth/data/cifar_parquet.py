@@ -27,8 +27,8 @@ def read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
     """Training and test part, from `train-*.parquet` and `test-*.parquet`.
 
     Raises:
-        DataError: names the file, and the row, that is missing or not as expected.
-        MissingExtraError: pyarrow or Pillow is not installed.
+        DataError: when a file or a row is missing or not as expected; names it.
+        MissingExtraError: when pyarrow or Pillow is not installed.
     """
     train, test = (
         join([read_shard(path, variant) for path in shards(folder, part)])

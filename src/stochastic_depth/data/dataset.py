@@ -15,14 +15,14 @@ from stochastic_depth.randomness import generator
 class Images:
     """One part of a data set.
 
-    images: uint8 [n, channels, height, width]. labels: int64 [n].
-
     Raises:
-        DataError: other types or shapes, or not one label for each image.
+        DataError: when types or shapes are others, or there is not one label for each image.
     """
 
     images: Tensor
+    """uint8 [n, channels, height, width]."""
     labels: Tensor
+    """int64 [n]."""
 
     def __post_init__(self):
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -51,7 +51,7 @@ class DataSet:
     To use your own data set, write one function that returns a `DataSet`.
 
     Raises:
-        DataError: an empty part, images of another shape, a label without a class.
+        DataError: when a part is empty, an image has another shape, or a label has no class.
     """
 
     name: str
@@ -91,7 +91,7 @@ class DataSet:
         """Standard deviation (population) of the training part: float32 [channels].
 
         Raises:
-            DataError: a channel that has one value everywhere cannot be normalised.
+            DataError: when a channel has one value everywhere, which cannot be normalised.
         """
         std = self._moments[1]
         if not bool((std > 0).all()):
@@ -126,8 +126,12 @@ class DataSet:
 def stratified(labels: Tensor, count: int, *key: int | str) -> tuple[Tensor, Tensor]:
     """Take `count` of the samples, from every class in proportion to its size.
 
-    labels: int64 [n]. Returns the indices (taken, rest), each in ascending order: a pure function
-    of the labels, the count and the key.
+    Args:
+        labels: int64 [n].
+
+    Returns:
+        The indices (taken, rest), each in ascending order: a pure function of the labels, the
+        count and the key.
     """
     shuffled = torch.randperm(len(labels), generator=generator("split", *key))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
@@ -143,10 +147,10 @@ def stratified(labels: Tensor, count: int, *key: int | str) -> tuple[Tensor, Ten
 
 
 def per_class(labels: Tensor, count: int, *key: int | str) -> tuple[Tensor, Tensor]:
-    """Take exactly `count` samples of every class; otherwise as `stratified`.
+    """`stratified`, but with exactly `count` samples of every class.
 
     Raises:
-        DataError: a class has fewer samples.
+        DataError: when a class has fewer samples.
     """
     sizes = torch.bincount(labels)
     if int(sizes.min()) < count:
@@ -167,7 +171,7 @@ def check_count(what: str, count: int, most: int) -> None:
     """Raise an error for a number of training images outside 1..most.
 
     Raises:
-        DataError: names `what`, its value and what would be right.
+        DataError: naming `what`, its value and what would be right.
     """
     if not 1 <= count <= most:
         raise DataError(f"{what}={count}: choose from 1 to {most} training images")
@@ -180,7 +184,7 @@ def reduced(name: str, part: Images, size: int) -> Images:
     machine.
 
     Raises:
-        DataError: images that are not square, or whose side is no multiple of `size`.
+        DataError: when images are not square, or their side is not a multiple of `size`.
     """
     count, channels, height, width = part.images.shape
     if height != width or height % size:

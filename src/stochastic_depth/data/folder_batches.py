@@ -34,15 +34,20 @@ class FolderBatches:
     """`Batches` over `root/train/<class>/*.JPEG` and `root/val/<class>/*.JPEG`.
 
     The test part is the `val` folder, because the paper reports ImageNet's validation error.
-    validation: how many training images to hold out, in proportion to the classes; with 0 the
-    `val` folder is the validation part too. train: keep this many of the others, by default all.
-    augment: random crops and flips in training, otherwise the view that evaluation uses. workers:
-    processes that decode, at most one for each core; their number does not change the batches.
-    image_size: in pixels. share: what to decode and give of each batch.
+
+    Args:
+        workers: processes that decode, at most one for each core; their number does not change the
+            batches.
+        image_size: pixels of a side.
+        validation: how many training images to hold out, in proportion to the classes; with 0 the
+            `val` folder is the validation part too.
+        train: keep this many of the others; all if not given.
+        augment: random crops and flips in training, otherwise the view that evaluation uses.
+        share: the share of each batch that this process decodes and gets.
 
     Raises:
-        DataError: folders, classes or pictures that are missing, or a count that does not fit.
-        MissingExtraError: torchvision is not installed.
+        DataError: when folders, classes or pictures are missing, or a count does not fit.
+        MissingExtraError: when torchvision is not installed.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ def read_file(path: Path) -> bytes:
     """The whole content of a file.
 
     Raises:
-        DataError: it cannot be read, is a device or a pipe, or too large.
+        DataError: when it cannot be read, is a device or a pipe, or is too large.
     """
     with file_readable(path):
         return files.read_file(path, files.LARGE, inside=0)
@@ -80,10 +80,10 @@ def open_published(path: Path, instead: str) -> Iterator[BinaryIO]:
     file asks for, and a damaged MATLAB file can crash scipy.
 
     Args:
-        instead: for the error, the layouts that can be read whatever is in them.
+        instead: for the error, layouts that can be read safely whatever they hold.
 
     Raises:
-        DataError: it cannot be read, or its checksum is another.
+        DataError: when it cannot be read, or has another checksum.
     """
     with file_readable(path), files.open_file(path, inside=0) as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
@@ -100,7 +100,7 @@ def data_folder(name: str, root: Path | str | None) -> Path:
     """`root` as a path.
 
     Raises:
-        DataError: it is not given, or does not exist.
+        DataError: when it is not given, or does not exist.
     """
     if root is None:
         raise DataError(
@@ -145,7 +145,7 @@ def all_files(folder: Path, parts: tuple[tuple[str, ...], ...]) -> list[list[Pat
     """The files of each part.
 
     Raises:
-        DataError: some of them are missing.
+        DataError: when some of them are missing.
     """
     found = [[folder / name for name in part] for part in parts]
     missing = [path.name for part in found for path in part if not path.is_file()]
@@ -173,8 +173,8 @@ def fetch(name: str, folder: Path) -> None:
     """Download the files of `name` into `folder` with torchvision, which checks their checksums.
 
     Raises:
-        DataError: the files cannot be downloaded.
-        MissingExtraError: torchvision is not installed.
+        DataError: when the files cannot be downloaded.
+        MissingExtraError: when torchvision is not installed.
     """
     datasets = require("torchvision.datasets", "data")
     try:

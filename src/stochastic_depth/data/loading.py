@@ -23,7 +23,7 @@ def read_digits() -> tuple[Images, Images]:
     """1,297 training and 500 test images, 8x8, grey, their 17 levels spread over 0..255.
 
     Raises:
-        MissingExtraError: scikit-learn is not installed.
+        MissingExtraError: when scikit-learn is not installed.
     """
     library = find_spec("sklearn")
     if library is None or library.origin is None:
@@ -53,17 +53,22 @@ def load(
 ) -> DataSet:
     """Read and split a data set.
 
-    name: `digits` (comes with scikit-learn, needs no root), `cifar10`, `cifar100` or `svhn`.
-    root: the folder with the files. validation: how many training images to hold out, by default
-    100, 5,000, 5,000 and 6,000. train: keep this many of the others, by default all. Both choices
-    are random, in proportion to the classes, and the same in every run. size: reduce every image to
-    this many pixels a side, by default none is reduced. download: fetch the files into root if they
-    are not there; otherwise the network is never touched.
+    Held-out and kept images are chosen at random, in proportion to the classes, and are the same in
+    every run.
+
+    Args:
+        name: `digits` (comes with scikit-learn, needs no root), `cifar10`, `cifar100` or `svhn`.
+        root: the folder with the files.
+        validation: how many training images to hold out; 100, 5,000, 5,000 and 6,000 if not given.
+        train: keep this many of the others; all if not given.
+        size: reduce every image to this many pixels a side; none is reduced if not given.
+        download: fetch the files into `root` if they are not there. Otherwise the network is never
+            touched.
 
     Raises:
-        DataError: an unknown name, a file that is missing or damaged, a count or a size that does
-            not fit.
-        MissingExtraError: a library that this data set needs is not installed.
+        DataError: when the name is unknown, a file is missing or damaged, or a count or the size
+            does not fit.
+        MissingExtraError: when a library that this data set needs is not installed.
     """
     if name not in VALIDATION:
         raise DataError(
@@ -144,15 +149,18 @@ def batches(
 ) -> Batches:
     """Read a data set and cut it into batches on `device`.
 
-    name: `imagenet`, `folder` (pictures of your own, in train/<class>/ and val/<class>/), or a name
-    that `load` knows. root, validation, train, size, download: as in `load`; pictures of a folder
-    have by default 224 pixels a side. augment: by default for all but SVHN and digits. workers:
-    processes that decode folders of pictures; the other data sets lie in memory and need none.
-    share: what to give of each batch, where several processes train.
+    Args:
+        name: `imagenet`, `folder` (your own pictures, in train/<class>/ and val/<class>/), or a
+            name that `load` knows.
+        root, validation, train, size, download: as in `load`; pictures of a folder have 224 pixels
+            a side if no size is given.
+        augment: crop and flip training images; all but SVHN and digits if not given.
+        workers: processes that decode folders of pictures; the other data sets are in memory.
+        share: the share of each batch that this process gets, where several train.
 
     Raises:
         DataError: as `load`.
-        MissingExtraError: a library that this data set needs is not installed.
+        MissingExtraError: when a library that this data set needs is not installed.
     """
     if augment is None:
         augment = name in AUGMENTED

@@ -41,13 +41,17 @@ def decode(
 ) -> Tensor:
     """Decode `count` pictures.
 
-    read: the encoded bytes of picture i; where: its name for messages; size: (width, height) in
-    pixels that every picture must have. Both functions are called from several threads. Returns
-    uint8 [count, 3, height, width].
+    Args:
+        read: returns the encoded bytes of picture i; called from several threads, as `where` is.
+        where: returns the name of picture i for messages.
+        size: (width, height) in pixels that every picture must have.
+
+    Returns:
+        uint8 [count, 3, height, width].
 
     Raises:
-        DataError: names the first picture that is empty, foreign, truncated or of another size.
-        MissingExtraError: Pillow is not installed.
+        DataError: naming the first picture that is empty, foreign, truncated or of another size.
+        MissingExtraError: when Pillow is not installed.
     """
     require("PIL.Image", "data")
     pixels = torch.empty(count, size[1], size[0], 3, dtype=torch.uint8)
@@ -105,9 +109,11 @@ class FolderImages(torch.utils.data.Dataset[tuple[Tensor, int] | DataError]):
     A picture that cannot be read gives its error as a value: one raised in a worker process
     would reach the user wrapped in that process's traceback.
 
-    samples: path and label of each picture. view: from a Pillow image to a tensor. key: random
-    views are a pure function of the key and the index, whichever process cuts them, and the
-    global random state is left as it was.
+    Args:
+        samples: path and label of each picture.
+        view: from a Pillow image to a tensor.
+        key: random views are a pure function of the key and the index, whichever process cuts
+            them, and the global random state is left as it was.
     """
 
     def __init__(self, samples: list[tuple[str, int]], view: View, key: tuple[int | str, ...]):
@@ -145,8 +151,8 @@ def open_picture(path: Path) -> Any:
     """A decoded Pillow image in RGB.
 
     Raises:
-        DataError: no picture, a truncated one, or one that claims to be huge.
-        MissingExtraError: Pillow is not installed.
+        DataError: when it is no picture, a truncated one, or one that claims to be huge.
+        MissingExtraError: when Pillow is not installed.
     """
     image = require("PIL.Image", "data")
     with file_readable(path):

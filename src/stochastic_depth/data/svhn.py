@@ -33,7 +33,7 @@ def read_svhn(root: Path) -> SvhnFiles:
     """Read train_32x32.mat, extra_32x32.mat and test_32x32.mat.
 
     Raises:
-        DataError: names the file that is missing, or is not as it was published.
+        DataError: when a file is missing, or is not as it was published; names it.
     """
     for name in FILES:
         if not (root / name).is_file():
@@ -49,8 +49,8 @@ def read_mat(path: Path) -> Images:
     """One published file: X, uint8 [32, 32, 3, n], and y, [n, 1], in which 10 is the digit 0.
 
     Raises:
-        DataError: it cannot be read, or is not as it was published.
-        MissingExtraError: scipy is not installed.
+        DataError: when it cannot be read, or is not as it was published.
+        MissingExtraError: when scipy is not installed.
     """
     scipy = require("scipy.io", "train")
     with open_published(path, INSTEAD) as file:

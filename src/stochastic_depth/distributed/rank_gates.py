@@ -9,17 +9,17 @@ from torch import nn
 from stochastic_depth.errors import GateError
 from stochastic_depth.handle import Handle
 from stochastic_depth.randomness import digest
-from stochastic_depth.surgery.apply import handle_of
+from stochastic_depth.surgery.applied import handle_of
 from stochastic_depth.torch_private import is_sharded
 
-_BETWEEN_LOOKS = {"cpu": 1}
-"""Looking makes the host wait for a GPU: there, once in a hundred times."""
+_CALLS_PER_CHECK = {"cpu": 1}
+"""Calls per check: a check synchronises with a GPU, so it is done every hundredth time there."""
 
 
 class GateConsistency:
-    """Looks from time to time whether all ranks have the same gates.
+    """Checks from time to time that all ranks have the same gates.
 
-    Every rank must ask for a look at the same places of its program.
+    Every rank must call `check` at the same points of its program.
     """
 
     def __init__(self, handles: Sequence[Handle], group: dist.ProcessGroup | None = None) -> None:
@@ -27,18 +27,18 @@ class GateConsistency:
         self._asked = 0
 
     def check(self, device: torch.device) -> None:
-        """At every time on a CPU, at the first and every hundredth on a GPU.
+        """Check every time on a CPU; on a GPU the first time and every hundredth.
 
         Raises:
             GateError: as `require_same_gates`.
         """
-        if self._asked % _BETWEEN_LOOKS.get(device.type, 100) == 0:
+        if self._asked % _CALLS_PER_CHECK.get(device.type, 100) == 0:
             require_same_gates(self._handles, self._group)
         self._asked += 1
 
 
 def require_same_gates(handles: Sequence[Handle], group: dist.ProcessGroup | None = None) -> None:
-    """A collective: refuse gates that depend on the rank.
+    """Refuse gates that depend on the rank; a collective.
 
     Raises:
         GateError: on every rank, naming what differs.
@@ -71,13 +71,13 @@ def _difference(states: Sequence[Sequence[dict]]) -> str:
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a collective of `group` can find its tensors."""
+    """The device that collectives of `group` need tensors on."""
     gpu_only = dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if gpu_only else torch.device("cpu")
 
 
 def gates_by_rank(model: nn.Module, rank: int | None = None) -> None:
-    """Draw gates of its own for each rank: more of them in a step, at the price of the saving.
+    """Draw different gates on each rank: more patterns in a step, but less is saved.
 
     They are a function of (seed, rank, step), and `handle.state_dict()` is the same on every rank.
     A step takes as long as that of the rank with the most open blocks, and a gradient is sent when

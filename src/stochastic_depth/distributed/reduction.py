@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stochastic_depth.distributed.rank_gates import GateConsistency
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
-from stochastic_depth.surgery.apply import applied_inside, handle_of
+from stochastic_depth.surgery.applied import applied_inside, handle_of
 from stochastic_depth.torch_private import Replicated
 
 
@@ -23,9 +23,9 @@ def skip_closed(ddp: nn.Module) -> None:
     `ddp` is a `DistributedDataParallel`, or a model under the composable `replicate`.
 
     Every rank has the same gates, so that all of them leave out the same gradients; `ddp` overlaps
-    the others with the backward pass as ever. With gradient accumulation (`ddp.no_sync()`) a block
-    is sent when it was open in any of the forward passes. Under gates for single samples, and gates
-    by rank, everything is sent.
+    sending the others with the backward pass as usual. With gradient accumulation (`ddp.no_sync()`)
+    a block is sent when it was open in any of the forward passes. Under gates for single samples,
+    and per-rank gates, everything is sent.
 
     Raises:
         ApplyError: when `ddp` is neither, or there is no stochastic depth in it.
@@ -52,7 +52,7 @@ def skip_closed(ddp: nn.Module) -> None:
 
 
 class _Blocks:
-    """The blocks of one model: whose gradients there are, and which were open."""
+    """The blocks of one applied model: their parameters, and which of them were open."""
 
     def __init__(self, whole: nn.Module, name: str, model: nn.Module) -> None:
         self.handle: Handle = handle_of(model)
@@ -125,7 +125,7 @@ class _Reduction:
         return work.get_future().then(put_back)
 
     def _open_runs(self, bucket: GradBucket) -> Iterator[slice]:
-        """The stretches of a bucket that hold gradients which are not of closed blocks."""
+        """The ranges of a bucket that hold gradients of anything but closed blocks."""
         start = end = 0
         for parameter in bucket.parameters():
             size = parameter.numel()

@@ -16,15 +16,15 @@ from torch.distributed.fsdp import fully_shard
 
 from stochastic_depth.distributed.rank_gates import GateConsistency
 from stochastic_depth.errors import CheckpointError, GateError
-from stochastic_depth.surgery.apply import applied_to, handle_of
+from stochastic_depth.surgery.applied import applied_to, handle_of
 
 
 def branch_modules(model: nn.Module) -> list[list[nn.Module]]:
     """For each residual block of `model`, the outermost modules that run in its branch alone.
 
-    They hold all parameters of the branches but those that a block itself owns, or a module that
-    also runs under a closed gate. A module that several blocks use is told for one of them. Blocks
-    inside of the branch of another one come first.
+    They hold all parameters of the branches, except those of a block itself and of modules that
+    also run under a closed gate. A module that several blocks use is listed for one of them. Blocks
+    inside the branch of another block come first.
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
@@ -55,9 +55,9 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
-        GateError: when each rank draws gates of its own, or subsets that may be empty; or in a
-            forward pass, on every rank, when their gates differ. On a GPU this is looked at in
-            every hundredth.
+        GateError: when each rank draws different gates, or subsets that may be empty; or in a
+            forward pass, on every rank, when their gates differ, which is checked in every
+            hundredth pass on a GPU.
     """
     handle = handle_of(model)
     if handle.gate == "subset" and not handle.balance:

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every batch normalisation of `model` by one over all ranks; parameters stay.
 
-    Every rank must run the same layers: under gates by rank, or subsets of which a rank has no
-    sample (balanced ones always have some), the others would wait for ever. On a GPU by
-    `nn.SyncBatchNorm`, which runs nowhere else.
+    Every rank must run the same layers: with per-rank gates, or subsets that may be empty on a rank
+    (balanced ones are not), the others would wait for ever. On a GPU this is `nn.SyncBatchNorm`,
+    which runs nowhere else.
 
     Returns:
         `model`, or what takes its place if it is itself a batch normalisation.

@@ -1,6 +1,6 @@
-"""The processes of one run, as torchrun starts them: which one is this, and what do all agree on.
+"""The processes of one run, as torchrun starts them: rank, collectives, and the first process.
 
-In a process that nobody started so, everything here is as if there were no others.
+Without torchrun everything here works as with a single process.
 """
 
 import os
@@ -73,7 +73,7 @@ def is_primary() -> bool:
 
 
 def restarts() -> int:
-    """How often torchrun has started these processes anew, after one of them had died."""
+    """How often torchrun has restarted these processes, because one of them had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -103,20 +103,20 @@ def as_on_primary(tensors: Iterable[Tensor]) -> None:
 
 
 def on_primary(act: Callable[[], Value]) -> Value:
-    """Do something on the first rank only, and have what it returns or raises on every rank.
+    """Call `act` on the first rank only; every rank returns or raises what it did there.
 
-    What goes from rank to rank is pickled; all of them are this program.
+    Results are pickled between the ranks, which all run this program.
     """
     if ranks() == 1:
         return act()
-    told: list = [None, None]
+    outcome: list = [None, None]
     if is_primary():
         try:
-            told[0] = act()
+            outcome[0] = act()
         except StochasticDepthError as error:
-            told[1] = error
-    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
-    value, error = told
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
+    value, error = outcome
     if error is not None:
         raise error
     return value

@@ -1,10 +1,10 @@
 """Which weights to multiply so that a branch's output is multiplied by p, and nothing else changes.
 
-Every value of a forward pass gets an exponent e: the value is to become p^e times what it was. The
-exponent of the branch's output is 1, that of everything outside of the branch is 0, and every
-operation relates the exponents of its arguments to that of its result. The search starts at the
-output and changes weights as near to it as possible. Where a changed value is used a second time,
-as by squeeze and excitation, the change is cancelled there.
+Every value of a forward pass gets an exponent e: it is to be multiplied by p^e. The exponent of the
+branch's output is 1, that of everything outside the branch is 0, and every operation relates the
+exponents of its arguments to that of its result. The search starts at the output and changes
+weights as near to it as possible. Where a changed value is used a second time, as by squeeze and
+excitation, the change is cancelled there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ class TracedValue:
     operation: str = ""
     """Its name in PyTorch's schema, without namespace and the mark of working in place."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """By name, with values in place of tensors."""
+    """Its arguments by name, with values in place of tensors."""
     state: str = ""
     """Its name in the `state_dict`."""
     single: bool = False
@@ -113,7 +113,7 @@ class Trace(TorchDispatchMode):
         return self._values.get(id(tensor)) or self._note(tensor, TracedValue())
 
     def _note(self, tensor: Tensor, value: TracedValue) -> TracedValue:
-        self._kept.append(tensor)  # so that no other one gets its identity
+        self._kept.append(tensor)  # so that no other tensor gets its id
         self._values[id(tensor)] = value
         return value
 
@@ -157,7 +157,7 @@ FORMS: dict[str, Form] = {
     "zeros_like": Form(),
     "new_zeros": Form(),
 }
-"""By the operation's name in PyTorch's schema."""
+"""Forms by the operation's name in PyTorch's schema."""
 FORMS |= dict.fromkeys(
     "view _unsafe_view reshape permute transpose t expand slice select squeeze unsqueeze clone "
     "_to_copy alias detach unbind split split_with_sizes chunk roll flip index index_select gather "
@@ -218,7 +218,7 @@ class Inexact(Exception):
 
 
 def exponents(scaled: Sequence[Scaled]) -> dict[str, int]:
-    """By name, of the tensors of the `state_dict` that are to be multiplied.
+    """The exponents of the tensors that are to be multiplied, by name in the `state_dict`.
 
     Args:
         scaled: the outputs of the branches that one factor is for.
@@ -253,7 +253,7 @@ def _branch(value: TracedValue, around: set[TracedValue]) -> tuple[TracedValue, 
 
 
 def _demand(value: TracedValue, e: int, found: Exponents, inside: set[TracedValue]) -> Exponents:
-    """`found`, and what makes the exponent of `value` e.
+    """`found`, extended so that the exponent of `value` is e.
 
     Args:
         inside: the values of the branch, which may change, as those of the `state_dict` may.
@@ -301,7 +301,7 @@ def _settle(
 
 
 def _agrees(user: TracedValue, value: TracedValue, found: Exponents) -> bool:
-    """Whether `user` is right as it is, or can be: itself or another factor is given its due."""
+    """Whether the exponents around `user` agree; adds the one that is missing, if one can be."""
     form = form_of(user)
     if form is None or value in others(user, form):
         return False

@@ -11,7 +11,7 @@ from stochastic_depth.block import Block, force
 from stochastic_depth.errors import FoldError
 from stochastic_depth.export.algebra import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.apply import applied_to, handle_of, remove
+from stochastic_depth.surgery.applied import applied_to, handle_of, remove
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
@@ -30,7 +30,7 @@ def fold(model: nn.Module, example: Example) -> None:
     What is left is a model of the original class with the original names, whose outputs in
     evaluation are those of `model`. The weights that change are the last in each branch: gain and
     bias of a normalisation, weight and bias of a convolution or linear layer, a layer scale. They
-    are found by watching a forward pass, and every branch is held against the one before in
+    are found by watching a forward pass, and every branch is compared with its original in
     float64. With `scale="training"` there is nothing to multiply, and this is `sd.remove`.
 
     Args:
@@ -60,7 +60,7 @@ def multipliers(
 ) -> dict[str, float]:
     """The factor of each weight that has to be multiplied, by its name.
 
-    Proved on a copy in float64, or as it is where it does not run in float64.
+    They are checked on a copy in float64, or in the model's own types where that does not run.
 
     Args:
         closed: positions of blocks whose branch is not run at all.
@@ -84,7 +84,7 @@ def multipliers(
         run = caller(twin, example)
         before, outputs = _traced(twin, run, survival)
     result: dict[str, float] = {}
-    calls: dict[tuple[nn.Module, float], list[int]] = {}  # of one module are blocks of one branch
+    calls: dict[tuple[nn.Module, float], list[int]] = {}  # blocks of one module share their branch
     for number, (block, p) in enumerate(zip(blocks, survival, strict=True)):
         if p is not None and p not in (0, 1):
             calls.setdefault((block.module, p), []).append(number)

@@ -3,8 +3,9 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from statistics import median
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.data import Batches
-from stochastic_depth.errors import ApplyError
+from stochastic_depth.export.depths import errors_of, least_needed_first, seconds_of
 from stochastic_depth.export.fold import fold
 from stochastic_depth.export.load import (
     Architecture,
@@ -22,24 +23,21 @@ from stochastic_depth.export.load import (
     blocks_at,
     remove_blocks,
 )
-from stochastic_depth.export.truncate import Dropped, drop_order, truncate
-from stochastic_depth.surgery import apply, handle_of
-from stochastic_depth.surgery.apply import applied_inside
+from stochastic_depth.export.truncate import Dropped, truncate
+from stochastic_depth.surgery import handle_of
+from stochastic_depth.surgery.applied import applied_inside
 from stochastic_depth.surgery.trace import CountFlops
-from stochastic_depth.survival import Uniform
-from stochastic_depth.timing import take_turns
 from stochastic_depth.train import Run, best_record, trained_model
-from stochastic_depth.train.build import architecture
+from stochastic_depth.train.build import architecture, skippable
 from stochastic_depth.train.runtime import Runtime, versions
-from stochastic_depth.train.step import evaluate, evaluate_parts
 
 CHECKED = 32
-"""Test images on which a written file is held against the network."""
+"""Test images on which a written file is compared with the network."""
 RECALIBRATION = 64
 """Training batches from which a shallower network gets the statistics of its BatchNorm."""
 
-Progress = Callable[[Iterator[Dropped], int], Iterator[Dropped]]
-"""Looks on while blocks are dropped: given them, and how many there will be."""
+Observer = Callable[[Iterator[Dropped], int], Iterator[Dropped]]
+"""Passes blocks on as they are dropped; called with them and with how many there will be."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def plain_network(run: Run, images: Batches, which: Literal["best", "last"] = "b
 
 
 def shallower_network(
-    run: Run, images: Batches, which: Literal["best", "last"], depth: float, progress: Progress
+    run: Run, images: Batches, which: Literal["best", "last"], depth: float, observer: Observer
 ) -> Plain:
     """The same with that share of its blocks; those that validation needs least are taken out.
 
@@ -74,13 +72,13 @@ def shallower_network(
         ApplyError: when it has no residual blocks.
     """
     model, step = trained_model(run, images, which)
-    blocks = _skippable(model)
+    blocks = len(skippable(model).blocks)
     count = blocks - blocks_at(depth, blocks)
-    return _finished(run, images, model, step, _order(run, images, model, count, progress))
+    return _finished(run, images, model, step, _order(run, images, model, count, observer))
 
 
 def elastic_network(
-    run: Run, images: Batches, which: Literal["best", "last"], progress: Progress
+    run: Run, images: Batches, which: Literal["best", "last"], observer: Observer
 ) -> Plain:
     """The whole network, and the order in which its blocks are needed least.
 
@@ -88,29 +86,19 @@ def elastic_network(
         ApplyError: when it has no residual blocks.
     """
     model, step = trained_model(run, images, which)
-    blocks = _skippable(model)
-    order = _order(run, images, model, blocks - 1, progress)
+    blocks = len(skippable(model).blocks)
+    order = _order(run, images, model, blocks - 1, observer)
     last = set(range(blocks)) - set(order)
     whole = _finished(run, images, model, step, ())
     return replace(whole, description=replace(whole.description, order=(*order, *last)))
 
 
-def _skippable(model: nn.Module) -> int:
-    """The number of blocks; a model of constant depth gets gates."""
-    try:
-        return len(handle_of(model).blocks)
-    except ApplyError:  # of constant depth
-        return len(apply(model, Uniform(1.0)).blocks)
-
-
 def _order(
-    run: Run, images: Batches, model: nn.Module, count: int, progress: Progress
+    run: Run, images: Batches, model: nn.Module, count: int, observer: Observer
 ) -> tuple[int, ...]:
-    def loss(model: nn.Module) -> float:
-        return evaluate(model, images.evaluate("validation"), run.runtime).loss
-
-    dropped = itertools.islice(drop_order(model, loss), count)
-    return tuple(each.block for each in progress(dropped, count))
+    order = least_needed_first(model, lambda: images.evaluate("validation"), run.runtime)
+    dropped = itertools.islice(order, count)
+    return tuple(each.block for each in observer(dropped, count))
 
 
 def _finished(
@@ -186,35 +174,29 @@ def measured(
             update_bn(training_batches(images), networks[blocks])
         networks[blocks].eval()
     batch = sample(images, BATCH)
-    with torch.inference_mode():
-        calls = {str(blocks): _call(network, batch) for blocks, network in networks.items()}
-        rounds = list(take_turns(calls, ROUNDS, warmup=1))
-    choices: list[DepthChoice] = []
+    flops: list[int] = []
     statistics: dict[str, Tensor] = {}
     for blocks, network in networks.items():
         with torch.no_grad(), CountFlops() as count:
             network(batch[:1])
+        flops.append(count.total)
         if blocks < len(order):
             statistics |= {
                 f"{blocks}/{name}": buffer.clone()
                 for name, buffer in network.named_buffers()
                 if buffer.is_floating_point()
             }
+    shallower = {str(n): partial(nullcontext, network) for n, network in networks.items()}
+    on_cpu = replace(runtime, device="cpu", precision="float32")
+    seconds = seconds_of(shallower, batch, on_cpu, ROUNDS)
+    for network in networks.values():
         network.to(runtime.device)
-        of_parts = evaluate_parts(network, images, runtime)
-        choices.append(
-            DepthChoice(
-                blocks,
-                of_parts["validation"].error,
-                of_parts["test"].error,
-                sum(parameter.numel() for parameter in network.parameters()),
-                count.total,
-                median(seconds[str(blocks)] for seconds in rounds) / len(batch),
-            )
-        )
-    description = replace(plain.description, choices=tuple(choices))
+    validation = errors_of(list(shallower.values()), images, "validation", runtime)
+    test = validation
+    if images.held_out:
+        test = errors_of(list(shallower.values()), images, "test", runtime)
+    sizes = [sum(p.numel() for p in network.parameters()) for network in networks.values()]
+    columns = networks, validation, test, sizes, flops, seconds.values()
+    choices = tuple(DepthChoice(*row) for row in zip(*columns, strict=True))
+    description = replace(plain.description, choices=choices)
     return replace(plain, description=description, statistics=statistics)
-
-
-def _call(network: nn.Module, batch: Tensor) -> Callable[[], Tensor]:
-    return lambda: network(batch)

@@ -15,7 +15,7 @@ from stochastic_depth.export.fold import multipliers, multiply
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.apply import applied_to, handle_of, remove
+from stochastic_depth.surgery.applied import applied_to, handle_of, remove
 from stochastic_depth.surgery.blocks import CONTAINERS, Found
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
@@ -83,7 +83,7 @@ def _renumber(modules: Iterable[nn.Module], kept: list[int]) -> None:
 
 
 def _tell_transformers(model: nn.Module, name: str, before: int, kept: list[int]) -> None:
-    """Change the configurations of transformers above the list `name`, of which `kept` are left."""
+    """Update the configurations of transformers above the list `name`, of which `kept` are left."""
     path = name.split(".")
     for length in range(len(path) + 1):
         above: Any = model.get_submodule(".".join(path[:length]))
@@ -228,10 +228,11 @@ def truncate(
     """Take the other blocks out of `model`, fold p_l into those that stay, and leave it plain.
 
     A `Residual` unit becomes its shortcut and activation, so that the names of all other weights
-    stay. A block of any other class must give its input when it is closed, and is taken out of its
-    list; where the list is numbered those behind it move up, as in the same architecture built
-    shallower, and a `config` of transformers says so. The outputs are held against those of `model`
-    with the same blocks closed. What is left trains on, and takes `sd.apply` again.
+    stay. A block of any other class must return its input when it is closed, and is taken out of
+    its list; in a numbered list those behind it move up, as in the same architecture built
+    shallower, and a `config` of transformers is updated. The outputs are compared with those of
+    `model` with the same blocks closed. What is left can be trained further, and `sd.apply` can be
+    called on it again.
 
     Args:
         model: one that `sd.apply` was given.
@@ -302,7 +303,7 @@ def _closed(found: Sequence[Found], keep: int | Sequence[int]) -> list[int]:
 
 
 def _closed_outputs(twin: nn.Module, closed: Sequence[int], example: Example) -> list[Tensor]:
-    """The outputs with these blocks closed; raises an error for blocks that still compute then."""
+    """The outputs with these blocks closed; refuses blocks that compute something even then."""
     applied = applied_to(twin)
     handles = []
     for number in closed:
@@ -342,7 +343,7 @@ def _edit(model: nn.Module, closed: Sequence[int], weights: dict[str, float]) ->
 
 
 def _of(found: Found, model: nn.Module, used: Collection[str]) -> list[str]:
-    """The block, and what else of its branch is in lists of its own: norms beside layers."""
+    """The block, and modules of its branch that are in other lists, as norms beside layers."""
     beside = [
         name
         for name in found.modules

@@ -17,7 +17,8 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.gates import open_shares
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import handle_of
-from stochastic_depth.surgery.apply import applied_inside, apply
+from stochastic_depth.surgery.applied import applied_inside
+from stochastic_depth.surgery.apply import apply
 from stochastic_depth.survival import Survival
 
 GatesPer = Literal["step", "pass"]
@@ -41,7 +42,7 @@ def metrics(handle: Handle) -> dict[str, float]:
 
 
 class Settings:
-    """What a callback passes on to `sd.apply`, once."""
+    """The settings with which a callback calls `sd.apply`, once."""
 
     def __init__(
         self, survival: Survival | None, gates_per: GatesPer, options: dict[str, Any]
@@ -51,10 +52,10 @@ class Settings:
         self.survival, self.gates_per, self.options = survival, gates_per, options
 
     def taken_over(self, module: nn.Module, own: Handle | None) -> Handle | None:
-        """The handle of what is applied inside of `module` already, unless `apply` must refuse it.
+        """The handle of stochastic depth already applied in `module`; None if it must be applied.
 
         Args:
-            own: the handle that these settings led to before.
+            own: the handle from an earlier call with these settings.
         """
         handles = [handle_of(applied) for applied in applied_inside(module).values()]
         if handles and (handles[0] is own or (self.survival is None and not self.options)):

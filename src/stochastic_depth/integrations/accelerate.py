@@ -11,7 +11,7 @@ from torch import nn
 from stochastic_depth.errors import ApplyError, CheckpointError
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import handle_of
-from stochastic_depth.surgery.apply import applied_inside
+from stochastic_depth.surgery.applied import applied_inside
 
 FILE = "stochastic_depth.json"
 """In the folder of `accelerator.save_state`."""

@@ -9,7 +9,7 @@ from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
 from stochastic_depth.integrations import GatesPer, Settings, metrics
 from stochastic_depth.models.published import inputs_of
-from stochastic_depth.surgery.apply import applied_inside
+from stochastic_depth.surgery.applied import applied_inside
 from stochastic_depth.survival import Survival
 
 

@@ -1,4 +1,4 @@
-"""How many blocks are active: the exact distribution, what a run has drawn, and its figure."""
+"""How many blocks are active: the exact distribution, the counts of a run, and their figure."""
 
 import math
 from collections import Counter
@@ -87,29 +87,31 @@ class ActiveBlocks:
 
 
 def active_blocks(run: Run) -> ActiveBlocks:
-    """What `run` has drawn so far against what it should, from its journal alone.
+    """The counts of `run` so far, and their exact distribution, from its journal alone.
 
     Raises:
-        RunError: when the journal does not tell.
+        RunError: when the journal has no counts.
     """
     spans = [
         (before, record)
         for before, record in pairwise([None, *run.records()])
         if record is not None
     ]
-    told = [(before, record) for before, record in spans if record.active_counts]
-    if not told:
+    counted = [(before, record) for before, record in spans if record.active_counts]
+    if not counted:
         raise RunError(
             f"{run.journal} does not tell how many blocks were active: it is empty, or of an "
             "older version"
         )
-    survival_at, blocks = survival_of_run(run, told[-1][1])
+    survival_at, blocks = survival_of_run(run, counted[-1][1])
     counts = [0] * (blocks + 1)
-    for _, record in told:
+    for _, record in counted:
         for active, steps in record.active_counts.items():
             counts[int(active)] += steps
     steps = [
-        step for before, record in told for step in range(before.step if before else 0, record.step)
+        step
+        for before, record in counted
+        for step in range(before.step if before else 0, record.step)
     ]
     balanced = run.config.survival.balance and run.config.survival.gate == "batch"
     distribution = balanced_distribution if balanced else active_distribution
@@ -191,7 +193,7 @@ def drop_rates_figure(experiment: Experiment) -> Figure | None:
             "s": row["series"],
             "x": row["epoch"],
             "y": row["drop_rate"],
-            "told": f"{row['series']}, epoch {row['epoch']:g}: {100 * row['drop_rate']:.1f} %",
+            "label": f"{row['series']}, epoch {row['epoch']:g}: {100 * row['drop_rate']:.1f} %",
         }
         for row in rows
     ]
@@ -204,7 +206,7 @@ def drop_rates_figure(experiment: Experiment) -> Figure | None:
         title="Drop rate over time",
         sentence=f"The drop rates follow a schedule in {named}.",
         rows=rows,
-        panels=(layered(drawn.encode(x, y, colour(keys(scheduled)), description="told:N")),),
+        panels=(layered(drawn.encode(x, y, colour(keys(scheduled)), description="label:N")),),
         legend=keys(scheduled),
         note="The mean over all blocks, and over the steps of each interval.",
         height=180,
@@ -219,7 +221,7 @@ def _panel(series: Series, rows: Sequence[Row], steps: int) -> alt.LayerChart:
             "x": row["active_blocks"],
             "share": 100 * row["share_of_steps"],
             "exact": 100 * row["probability"],
-            "told": f"{row['active_blocks']} blocks: {row['steps']:,} steps, "
+            "label": f"{row['active_blocks']} blocks: {row['steps']:,} steps, "
             f"{100 * row['share_of_steps']:.2f} %; expected "
             f"{steps * row['probability']:,.1f}",
         }
@@ -229,7 +231,7 @@ def _panel(series: Series, rows: Sequence[Row], steps: int) -> alt.LayerChart:
     base = chart(values).encode(x=alt.X("x:O", title="active blocks", axis=axis))
     return layered(
         base.mark_bar(color=series.colour, opacity=0.45, width={"band": 0.8}).encode(
-            y=alt.Y("share:Q", title="percent of steps"), description="told:N"
+            y=alt.Y("share:Q", title="percent of steps"), description="label:N"
         ),
         base.mark_line(color=LIGHT["ink"], strokeWidth=1.6, aria=False).encode(y="exact:Q"),
         base.mark_point(color=LIGHT["ink"], filled=True, opacity=1, size=14, aria=False).encode(
@@ -254,7 +256,7 @@ def _sentence(series: Series, counts: Counter[int], exact: Sequence[float]) -> s
 
 
 def active_table(name: str, found: ActiveBlocks) -> Table:
-    """Every number of active blocks that was drawn, or should have been at least once."""
+    """Every number of active blocks that was drawn, or that was expected at least once."""
     total = sum(found.counts)
     table = Table(title=name, title_justify="left")
     for column in ("active blocks", "drawn", "expected"):

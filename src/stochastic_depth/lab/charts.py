@@ -60,7 +60,7 @@ class Figure:
 
 
 def _cell(value: Any) -> Any:
-    """Prefix a text that begins like a formula with an apostrophe, so that spreadsheets show it."""
+    """Prefix text that begins like a formula with an apostrophe, so that spreadsheets show it."""
     return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" else value
 
 
@@ -75,9 +75,9 @@ def layered(*layers: alt.Chart, title: str = "") -> alt.LayerChart:
 
 
 def hover(values: Sequence[Row]) -> alt.Chart:
-    """Points that appear under the pointer, each described by its `told`."""
+    """Points that appear under the pointer, each described by its `label`."""
     points = chart(values).mark_point(filled=True, opacity=0, size=50)
-    return points.encode(description="told:N")
+    return points.encode(description="label:N")
 
 
 def keys(series: Sequence[Series]) -> tuple[Key, ...]:
@@ -95,8 +95,8 @@ def colour(shown: Sequence[Key]) -> alt.Color:
 def dashes(shown: Sequence[Key], column: str = "s", legend: bool = False) -> alt.StrokeDash:
     """Dashes by `column`."""
     scale = alt.Scale(domain=[key.name for key in shown], range=[list(key.dash) for key in shown])
-    told = alt.Legend(symbolType="stroke", symbolOpacity=1) if legend else None
-    return alt.StrokeDash(f"{column}:N", scale=scale, sort=None, legend=told)
+    shown_legend = alt.Legend(symbolType="stroke", symbolOpacity=1) if legend else None
+    return alt.StrokeDash(f"{column}:N", scale=scale, sort=None, legend=shown_legend)
 
 
 def log_axis(values: Sequence[float | None], title: str) -> alt.Y:
@@ -110,7 +110,7 @@ def log_axis(values: Sequence[float | None], title: str) -> alt.Y:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """As many round numbers as can be read."""
+    """Round numbers, as many as are readable."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     inside: list[float] = []
     for mantissas in ((1,), (1, 3), (1, 2, 5), range(1, 10), [n / 10 for n in range(10, 100)]):
@@ -122,7 +122,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 POINTS_OF_CURVE = 200
-"""As many points of a curve tell their number."""
+"""The most points of a curve that show their number under the pointer."""
 
 Quantity = Callable[[Record], float]
 
@@ -148,9 +148,9 @@ def curve_panel(
     quantity: Quantity,
     title: str,
     unit: str,
-    told: Callable[[float], str],
+    label: Callable[[float], str],
 ) -> alt.LayerChart:
-    """`quantity` of every run on a logarithmic axis; what is not above zero is left out.
+    """`quantity` of every run on a logarithmic axis; values that are not above zero are left out.
 
     Args:
         told: its text at a point.
@@ -171,8 +171,8 @@ def curve_panel(
         thick += [{"s": series.name, "x": x, "y": y} for x, y, _ in means if y > 0]
         every = math.ceil(len(means) / POINTS_OF_CURVE)
         points += [
-            {"s": series.name, "x": x, "y": y, "told": f"{series.name}, epoch {x:g}: {text}"}
-            for x, y, text in ((x, y, _told(values, told)) for x, y, values in means[::-every])
+            {"s": series.name, "x": x, "y": y, "label": f"{series.name}, epoch {x:g}: {text}"}
+            for x, y, text in ((x, y, _label(values, label)) for x, y, values in means[::-every])
             if y > 0
         ]
     x = alt.X("x:Q", title="epoch", axis=alt.Axis(tickCount=6, tickMinStep=1)).scale(
@@ -212,8 +212,8 @@ def _means(series: Series, quantity: Quantity) -> list[tuple[float, float, list[
     ]
 
 
-def _told(values: list[float], told: Callable[[float], str]) -> str:
-    mean = told(statistics.fmean(values))
+def _label(values: list[float], label: Callable[[float], str]) -> str:
+    mean = label(statistics.fmean(values))
     if len(values) == 1:
         return mean
-    return f"{mean}, mean of {', '.join(map(told, sorted(values)))}"
+    return f"{mean}, mean of {', '.join(map(label, sorted(values)))}"

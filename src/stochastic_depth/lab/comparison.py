@@ -17,7 +17,7 @@ from stochastic_depth.lab.drawing import file_png
 from stochastic_depth.lab.formatting import plus_minus
 from stochastic_depth.lab.sources import read_run
 from stochastic_depth.lab.study import Outcome, expected_cost, experiments
-from stochastic_depth.lab.training import training_curves, training_time
+from stochastic_depth.lab.training_curves import training_curves, training_time
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
@@ -50,13 +50,12 @@ def train_pairs(
 ) -> dict[str, list[Run]]:
     """Train `config` and its constant-depth twin for each seed; the two take turns by the epoch.
 
-    So whatever the machine does besides, it does to both. Runs that are finished are kept as they
-    are, interrupted ones go on.
+    Other load on the machine then affects both. Finished runs are kept, interrupted ones go on.
 
     Args:
-        end: on the clock of `time.monotonic`. Turns are timed: where the next one would end later,
-            the runs under way are left as they are, and go on when this is called again. One turn
-            is taken in any case. A later seed that is not finished is not among the runs returned.
+        end: on the clock of `time.monotonic`. Before a turn that would end later, the runs under
+            way are interrupted; they go on when this is called again. One turn is taken in any
+            case. Runs of a later seed that are not finished are not returned.
 
     Raises:
         ConfigError: when `config` is constant depth itself.

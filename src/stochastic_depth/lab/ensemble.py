@@ -1,4 +1,4 @@
-"""The implicit ensemble: is the network scaled by p_l as good as the 2^L networks it stands for?"""
+"""The implicit ensemble: is the network scaled by p_l as good as the mean of its subnetworks?"""
 
 import math
 import statistics
@@ -13,11 +13,12 @@ from rich.table import Table
 from torch import Tensor
 
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.export.depths import Progress
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, dashes, layered
 from stochastic_depth.lab.formatting import plus_minus, seeds
 from stochastic_depth.lab.study import Series, Spread
 from stochastic_depth.lab.style import CONSTANT, STOCHASTIC
-from stochastic_depth.lab.trained import Progress, TrainedNetwork, read_found, write_found
+from stochastic_depth.lab.trained import TrainedNetwork, read_analysis, write_analysis
 from stochastic_depth.randomness import uniforms
 from stochastic_depth.train import Run
 
@@ -75,18 +76,19 @@ class Predictor:
     """One way to predict, measured on the test images."""
 
     name: Literal["scaled", "single", "mean", "unscaled"]
-    """The full network times p_l; one subnetwork, drawn as in training; the mean of the
-    probabilities of several; the full network without p_l, each branch as in a training step.
+    """The full network times p_l; one subnetwork, drawn as in training; the mean probabilities of
+    several; the full network without p_l, each branch as in a training step.
 
-    Of "single" and "mean" all figures are means: over the subnetworks drawn, and over the disjoint
-    groups of `members` that they make.
+    All figures of "single" are means over the subnetworks drawn, those of "mean" over disjoint
+    groups of `members` of them.
     """
     members: int
     """How many networks predict together."""
     error: float
     """Percent."""
     error_deviation: float | None
-    """Of "single" over the subnetworks, of "mean" over the groups of subnetworks; None of one."""
+    """Deviation over the subnetworks ("single") or groups of them ("mean"); None where there is
+    one."""
     nll: float
     """Mean negative log-likelihood, nats."""
     nll_deviation: float | None
@@ -98,7 +100,7 @@ class Predictor:
 def measured_ensemble(
     network: TrainedNetwork, subnetworks: int, seed: int, progress: Progress, again: bool = False
 ) -> list[Predictor]:
-    """`ensemble`, written to the run's `analysis/ensemble.json`, or read where it was before.
+    """The result of `ensemble`, read from the run's `analysis/ensemble.json` or written there.
 
     Args:
         again: measure again what was measured before.
@@ -110,15 +112,15 @@ def measured_ensemble(
         "subnetworks": subnetworks,
     }
 
-    def understood(found: dict[str, Any]) -> list[Predictor]:
+    def parse(found: dict[str, Any]) -> list[Predictor]:
         return [Predictor(**predictor) for predictor in found["predictors"]]
 
-    before = None if again else read_found(network.run, "ensemble", settings, understood)
+    before = None if again else read_analysis(network.run, "ensemble", settings, parse)
     if before is not None:
         return before
     predictors = ensemble(network, subnetworks, seed, progress)
     rows = [asdict(predictor) for predictor in predictors]
-    write_found(network.run, "ensemble", {**settings, "predictors": rows})
+    write_analysis(network.run, "ensemble", {**settings, "predictors": rows})
     return predictors
 
 
@@ -185,7 +187,7 @@ def refuse_constant(run: Run) -> None:
 
 
 def drawn(seed: int, member: int, survival: tuple[float, ...]) -> Tensor:
-    """The gates of one member, bool [L]: other ones than those of any training step."""
+    """The gates of one member, bool [L]; independent of those of training steps."""
     p = torch.tensor(survival, dtype=torch.float64)
     return uniforms(len(survival), "subnetwork", seed, member) < p
 
@@ -262,7 +264,7 @@ def _panel(rows: list[Row], measure: str, runs: int) -> alt.LayerChart:
                 "s": PREDICTORS[name].name,
                 "members": members,
                 "y": spread.mean,
-                "told": f"{label}: {plus_minus(spread, 3)} {unit}",
+                "label": f"{label}: {plus_minus(spread, 3)} {unit}",
             }
         )
     means = [point for point in points if point["s"] == PREDICTORS["mean"].name]
@@ -280,10 +282,10 @@ def _panel(rows: list[Row], measure: str, runs: int) -> alt.LayerChart:
             y=y,
             color=hue,
             strokeDash=dashes(shown),
-            description="told:N",
+            description="label:N",
         ),
         curve.mark_line(strokeWidth=2.2, aria=False),
-        curve.mark_point(filled=True, opacity=1, size=36).encode(description="told:N"),
+        curve.mark_point(filled=True, opacity=1, size=36).encode(description="label:N"),
         title=title,
     )
 
@@ -299,7 +301,7 @@ def _sentence(rows: list[Row]) -> str:
         return statistics.fmean(_values(rows, name, members, measure))
 
     only = {str(row["name"]): row["members"] for row in rows if row["name"] != "mean"}
-    told = [
+    clauses = [
         f"{words} has {mean(name, members, 'error'):.2f} % error and "
         f"{mean(name, members, 'nll'):.3f} nats"
         for name, members, words in (
@@ -308,7 +310,7 @@ def _sentence(rows: list[Row]) -> str:
             ("single", only.get("single", 1), "one sampled network"),
         )
     ]
-    sentence = "; ".join(told)
+    sentence = "; ".join(clauses)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 

@@ -1,4 +1,4 @@
-"""Numbers in words, the same way everywhere."""
+"""Numbers and their units as text, the same way everywhere."""
 
 from stochastic_depth.lab.study import Series, Spread, standard_error
 
@@ -47,7 +47,7 @@ def runs_text(*counts: int) -> str:
 
 
 def difference(a: Spread, b: Spread, of_a: Series, of_b: Series) -> str:
-    """How far the error of `of_a` is from that of `of_b`, and what chance alone does."""
+    """The difference of two mean errors, and whether it may be chance."""
     points = a.mean - b.mean
     if not points:
         return "the two means are the same"

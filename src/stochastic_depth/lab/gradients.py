@@ -36,10 +36,10 @@ class Gradients:
 
 
 def gradients(runs: Sequence[Run], epochs: Sequence[float]) -> Gradients:
-    """What the journals of `runs` tell of these epochs.
+    """The gradients that the journals of `runs` have for these epochs.
 
     Raises:
-        RunError: when a run has not come to one of them.
+        RunError: when a run has not reached one of them.
     """
     at = [[record_at(run, epoch) for run in runs] for epoch in epochs]
     return Gradients(
@@ -52,7 +52,7 @@ def record_at(run: Run, epoch: float) -> Record:
     """The record of the interval in which `epoch` ends.
 
     Raises:
-        RunError: when there is none yet.
+        RunError: when the run has not reached it.
     """
     records = run.records()
     for record in records:
@@ -112,15 +112,15 @@ def gradient_strength(experiment: Experiment) -> Figure:
 
 def _strength_sentence(experiment: Experiment) -> str:
     if experiment.constant is None:
-        told = ", ".join(f"{s.name} {_mean_strength(s):.3g}" for s in experiment.series)
-        return f"Averaged over training: {told}."
+        clauses = ", ".join(f"{s.name} {_mean_strength(s):.3g}" for s in experiment.series)
+        return f"Averaged over training: {clauses}."
     base = _mean_strength(experiment.constant)
-    told = ", ".join(
+    clauses = ", ".join(
         f"the gradient with {s.name} is {_mean_strength(s) / base:.2f} times that with constant "
         "depth"
         for s in experiment.stochastic
     )
-    return f"Averaged over training, {told or f'the gradient is {base:.3g}'}."
+    return f"Averaged over training, {clauses or f'the gradient is {base:.3g}'}."
 
 
 def _mean_strength(series: Series) -> float:
@@ -197,7 +197,7 @@ def _blocks_panel(experiment: Experiment, epoch: float, y: alt.Y) -> alt.LayerCh
             "s": series.name,
             "x": block,
             "y": spread.mean,
-            "told": f"{series.name}, block {block}, epoch {epoch:g}: {spread.mean:.3g}",
+            "label": f"{series.name}, block {block}, epoch {epoch:g}: {spread.mean:.3g}",
         }
         for series in experiment.series
         for block, spread in _of_blocks(series, epoch)
@@ -209,22 +209,22 @@ def _blocks_panel(experiment: Experiment, epoch: float, y: alt.Y) -> alt.LayerCh
     )
     return layered(
         base.mark_line(strokeWidth=1.6, aria=False),
-        base.mark_point(filled=True, opacity=1, size=14).encode(description="told:N"),
+        base.mark_point(filled=True, opacity=1, size=14).encode(description="label:N"),
         title=f"Epoch {epoch:g}",
     )
 
 
 def _blocks_sentence(experiment: Experiment, epoch: float) -> str:
-    told = []
+    clauses = []
     for series in experiment.series:
         gradients = _of_blocks(series, epoch)
         if len(gradients) > 1:
             (first, at_first), (last, at_last) = gradients[0], gradients[-1]
-            told.append(
+            clauses.append(
                 f"{at_last.mean / at_first.mean:.2g} times as strong at block {last} as at block "
                 f"{first} with {series.name} ({seeds(len(series.runs))})"
             )
-    return f"At epoch {epoch:g} the gradient is {'; '.join(told)}."
+    return f"At epoch {epoch:g} the gradient is {'; '.join(clauses)}."
 
 
 def first_table(epochs: Sequence[float], found: dict[str, Gradients]) -> Table:

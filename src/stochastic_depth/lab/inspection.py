@@ -51,7 +51,7 @@ class Saving:
 def write_inspection(
     out: Path, name: str, model: nn.Module, example: Any, costs: Summary, repeats: int
 ) -> None:
-    """Measure drop rates on a model that has stochastic depth, and write the page of it."""
+    """Measure what drop rates save on a model with stochastic depth, and write its page."""
     seconds, savings = measure_rates(model, example, costs, repeats)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, inspection_page(name, example, costs, seconds, savings).encode())
@@ -182,7 +182,7 @@ def gates_figure(costs: Summary) -> Figure:
         {
             **row,
             "s": (OPEN if row["open"] else CLOSED).name,
-            "told": f"step {row['step']}, {row['name']}: {'open' if row['open'] else 'closed'}",
+            "label": f"step {row['step']}, {row['name']}: {'open' if row['open'] else 'closed'}",
         }
         for row in rows
     ]
@@ -195,7 +195,7 @@ def gates_figure(costs: Summary) -> Figure:
             x=alt.X("block:O", title="block, from input to output", axis=axis),
             y=alt.Y("step:O", title="training step", axis=axis),
             color=alt.Color("s:N", scale=scale, legend=None),
-            description="told:N",
+            description="label:N",
         )
     )
     runs = sum(row["open"] for row in rows) / STEPS
@@ -213,7 +213,7 @@ def gates_figure(costs: Summary) -> Figure:
 
 
 def cost_figure(costs: Summary) -> Figure:
-    """The share of a training step that each block costs, and what is expected of it."""
+    """The share of a training step that each block costs when it runs, and on average."""
     full = costs.forward + costs.backward
     rows: list[Row] = [
         {
@@ -235,7 +235,7 @@ def cost_figure(costs: Summary) -> Figure:
                 "x": row["block"],
                 "cost": cost,
                 "expected": cost * row["survival"],
-                "told": f"{row['name']}: {cost:.2f} % of a step, p = {row['survival']:.3f}, "
+                "label": f"{row['name']}: {cost:.2f} % of a step, p = {row['survival']:.3f}, "
                 f"{si(row['parameters'])} parameters",
             }
         )
@@ -244,7 +244,7 @@ def cost_figure(costs: Summary) -> Figure:
     bars = {"width": {"band": 0.8}, "color": STOCHASTIC[0]}
     panel = layered(
         base.mark_bar(opacity=0.3, **bars).encode(
-            y=alt.Y("cost:Q", title="percent of a step's FLOPs"), description="told:N"
+            y=alt.Y("cost:Q", title="percent of a step's FLOPs"), description="label:N"
         ),
         base.mark_bar(opacity=0.75, aria=False, **bars).encode(y="expected:Q"),
     )

@@ -139,9 +139,9 @@ class Dinov2Options(BenchOptions):
     rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
     """Drop rates, of every block."""
     blocks: int = 12
-    """Of the network."""
+    """Blocks of the network."""
     width: int = 384
-    """Of the tokens; a head for each 64."""
+    """Width of the tokens; there is a head for each 64."""
     batch: int = 16
     """Sequences a step."""
     size: int = 64

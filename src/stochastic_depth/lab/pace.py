@@ -1,4 +1,4 @@
-"""How much of a comparison a machine trains in a given time: measured first, then decided."""
+"""How many epochs of a comparison fit into a given time on this machine, from measured steps."""
 
 import statistics
 import time
@@ -12,16 +12,16 @@ import torch
 from stochastic_depth.lab.study import expected_cost
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, open_run
-from stochastic_depth.train.run import open_batches
+from stochastic_depth.train.run_folder import open_batches
 from stochastic_depth.train.runtime import resolve_runtime
-from stochastic_depth.train.training import Training
+from stochastic_depth.train.train_state import TrainState
 
 LEAST_EPOCHS = 3
 """The fewest epochs of a comparison; fewer show nothing."""
 AT_THE_END = 10.0
 """Seconds for the last checkpoint and the table."""
 SLOWER_THAN_MEASURED = 2.0
-"""What is kept for evaluations, checkpoints, and for other work that may begin."""
+"""The reserve for evaluations, checkpoints and other load: real over measured time."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
     constant = constant_depth(config)
     runtime = resolve_runtime(constant)
     batches = open_batches(constant, runtime)
-    training = Training(constant, runtime, batches)
+    train_state = TrainState(constant, runtime, batches)
     cost = expected_cost(config, batches.shape, len(batches.classes), batches.steps_per_epoch)
     mini_batches = cycle([next(iter(batches.train(0)))])
     everything = torch.get_num_threads()
@@ -78,7 +78,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
         for threads in choices:
             torch.set_num_threads(threads)
             start = time.perf_counter()
-            training.advance(*next(mini_batches))
+            train_state.advance(*next(mini_batches))
             runtime.synchronise()
             timed[threads].append(time.perf_counter() - start)
         best = min(min(of_n) for of_n in timed.values())

@@ -30,7 +30,7 @@ from stochastic_depth.lab.sweep.charts import depth_sweep, survival_sweep
 from stochastic_depth.lab.sweep.gates import read_results
 from stochastic_depth.lab.sweep.gates_chart import gates_figure
 from stochastic_depth.lab.tables import Table, Tile, flat, overview, settings, tables, tiles
-from stochastic_depth.lab.training import training_curves, training_time
+from stochastic_depth.lab.training_curves import training_curves, training_time
 
 COMMANDS = {
     "block-gradients": ("Gradient strength over depth", "stochastic-depth train RECIPE"),
@@ -81,9 +81,11 @@ def report(sources: Sources) -> Report:
         *map(_benchmark, sources.benchmarks),
     ]
     drawn = {figure.id for section in sections for figure in section.figures}
-    missing = tuple(told for id, told in COMMANDS.items() if id not in drawn)
+    missing = tuple(command for id, command in COMMANDS.items() if id not in drawn)
     return Report(
-        tuple(_told_apart(sections)), overview(trained) if len(trained) > 1 else None, missing
+        tuple(_with_distinct_ids(sections)),
+        overview(trained) if len(trained) > 1 else None,
+        missing,
     )
 
 
@@ -149,7 +151,7 @@ def _benchmark(result: dict[str, Any]) -> Section:
     return Section("Cost of depth", (depth_cost(result),), settings=tuple(flat(described).items()))
 
 
-def _told_apart(sections: list[Section]) -> Iterable[Section]:
+def _with_distinct_ids(sections: list[Section]) -> Iterable[Section]:
     if len(sections) == 1:
         return sections
     taken: dict[str, int] = {}
@@ -158,8 +160,8 @@ def _told_apart(sections: list[Section]) -> Iterable[Section]:
         slug = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-")[:60]
         taken[slug] = taken.get(slug, 0) + 1
         prefix = slug if taken[slug] == 1 else f"{slug}-{taken[slug]}"
-        told = tuple(replace(f, id=f"{prefix}-{f.id}") for f in section.figures)
-        made.append(replace(section, figures=told))
+        figures = tuple(replace(f, id=f"{prefix}-{f.id}") for f in section.figures)
+        made.append(replace(section, figures=figures))
     return made
 
 
@@ -261,7 +263,7 @@ def watch_report(
     """
     sources, seen = read_sources(paths), None
     while True:
-        # Asked before reading: what comes meanwhile is seen next time.
+        # Asked before reading, so that changes in the meantime are seen next time.
         now = _changes(sources, paths)
         if now == seen:
             time.sleep(every)

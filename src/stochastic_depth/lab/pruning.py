@@ -1,4 +1,4 @@
-"""Errors, time and size of a trained network without some of its blocks."""
+"""A trained network without some of its blocks, closed by their gates: errors, time and size."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochastic_depth.data.batching import Batch, Part
-from stochastic_depth.export import drop_order
-from stochastic_depth.lab.trained import Progress, TrainedNetwork
-from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.export.depths import Progress, errors_of, least_needed_first, seconds_of
+from stochastic_depth.lab.trained import TrainedNetwork
 from stochastic_depth.train.runtime import Runtime
-from stochastic_depth.train.step import evaluate
 
 Removed = tuple[int, ...]
 """The numbers of removed blocks, from 0, ascending."""
@@ -31,34 +29,23 @@ class Pruned:
 
 
 @contextmanager
-def as_pruned(network: TrainedNetwork, thinned: Pruned) -> Iterator[None]:
-    """While entered, the network without these blocks; the others keep their p_l."""
-    gates = [block not in thinned.removed for block in range(len(network.handle.blocks))]
-    statistics = thinned.statistics
+def as_pruned(network: TrainedNetwork, pruned: Pruned) -> Iterator[nn.Module]:
+    """While entered, the network is without these blocks; the others keep their p_l."""
+    gates = [block not in pruned.removed for block in range(len(network.handle.blocks))]
+    statistics = pruned.statistics
     normalised = with_statistics(network.model, statistics) if statistics else nullcontext()
     with network.handle.subnetwork(gates, scaled=True), normalised:
-        yield
+        yield network.model
 
 
-@torch.inference_mode()
 def errors(
     network: TrainedNetwork, variants: Iterable[Pruned], part: Part, progress: Progress
 ) -> list[float]:
     """Percent of a part's images, of each variant; every image is read once."""
-    variants = list(variants)
-    wrong: list[Tensor | int] = [0] * len(variants)
-    images_seen, total = 0, network.images.sizes[part] * len(variants)
-    for images, labels in network.images.evaluate(part):
-        for number, variant in enumerate(variants):
-            with as_pruned(network, variant), network.run.runtime.autocast():
-                logits = network.model(images)
-            wrong[number] = wrong[number] + (logits.argmax(1) != labels).sum()
-            progress(f"{part} error", images_seen * len(variants) + number * len(labels), total)
-        images_seen += len(labels)
-    return [100 * float(count) / images_seen for count in wrong]
+    networks = [partial(as_pruned, network, variant) for variant in variants]
+    return errors_of(networks, network.images, part, network.run.runtime, progress)
 
 
-@torch.inference_mode()
 def seconds_per_image(
     network: TrainedNetwork,
     removals: Sequence[Removed],
@@ -67,24 +54,10 @@ def seconds_per_image(
     progress: Progress,
 ) -> dict[Removed, float]:
     """Seconds of the forward pass on `batch` test images: medians of `repeats` rounds, in turns."""
-    runtime = network.run.runtime
     images, _ = next(iter(network.images.evaluate("test")))
-    images = images[:batch]
-
-    def run(removed: Removed) -> None:
-        with as_pruned(network, Pruned(removed, None)), runtime.autocast():
-            network.model(images)
-        runtime.synchronise()
-
-    alternatives = {str(removed): partial(run, removed) for removed in removals}
-    rounds = []
-    for seconds in take_turns(alternatives, repeats, warmup=1):
-        rounds.append(seconds)
-        progress("timing", len(rounds), repeats)
-    return {
-        removed: Timing(tuple(r[str(removed)] for r in rounds)).median / len(images)
-        for removed in removals
-    }
+    networks = {str(r): partial(as_pruned, network, Pruned(r, None)) for r in removals}
+    seconds = seconds_of(networks, images[:batch], network.run.runtime, repeats, progress)
+    return {removed: seconds[str(removed)] for removed in removals}
 
 
 def parameters_without(network: TrainedNetwork, removed: Removed) -> int:
@@ -157,11 +130,12 @@ def pruning_order(network: TrainedNetwork, choose_on: int, progress: Progress) -
     few = list(spread(network.images.evaluate("validation"), validation, choose_on))
     done = itertools.count(1)
 
-    def loss(model: nn.Module) -> float:
+    def batches() -> list[Batch]:
         progress("choosing", next(done), blocks * (blocks + 1) / 2)
-        return evaluate(model, few, network.run.runtime).loss
+        return few
 
-    return [dropped.block for dropped in drop_order(network.model, loss)]
+    order = least_needed_first(network.model, batches, network.run.runtime)
+    return [dropped.block for dropped in order]
 
 
 def spread(batches: Iterable[Batch], images: int, count: int) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import altair as alt
 from rich.table import Table
 
+from stochastic_depth.export.depths import Progress
 from stochastic_depth.lab.charts import (
     Figure,
     Key,
@@ -34,7 +35,7 @@ from stochastic_depth.lab.pruning import (
 )
 from stochastic_depth.lab.study import Experiment, Series, Spread
 from stochastic_depth.lab.style import LIGHT
-from stochastic_depth.lab.trained import Progress, TrainedNetwork, read_found, write_found
+from stochastic_depth.lab.trained import TrainedNetwork, read_analysis, write_analysis
 from stochastic_depth.train.runtime import machine
 
 Order = Literal["last", "least needed"]
@@ -46,7 +47,7 @@ class Point:
 
     removed: int
     blocks: list[int]
-    """Which ones, from 0: their branches are gone, their shortcuts stay."""
+    """Their numbers, from 0; their branches are removed, their shortcuts stay."""
     error: float
     """Percent of the test images."""
     validation_error: float
@@ -68,7 +69,7 @@ class Curve:
 def measured_curves(
     network: TrainedNetwork, settings: RemovedDepthOptions, progress: Progress, again: bool = False
 ) -> list[Curve]:
-    """`curves`, written to the run's `analysis/depth.json`, or read where it was before.
+    """The result of `curves`, read from the run's `analysis/depth.json` or written there.
 
     Args:
         again: measure again what was measured before.
@@ -81,17 +82,17 @@ def measured_curves(
         "machine": machine(network.run.runtime),
     }
 
-    def understood(found: dict[str, Any]) -> list[Curve]:
+    def parse(found: dict[str, Any]) -> list[Curve]:
         return [
             Curve(**{**curve, "points": [Point(**point) for point in curve["points"]]})
             for curve in found["curves"]
         ]
 
-    before = None if again else read_found(network.run, "depth", what, understood)
+    before = None if again else read_analysis(network.run, "depth", what, parse)
     if before is not None:
         return before
     measured = curves(network, settings, progress)
-    write_found(network.run, "depth", {**what, "curves": [asdict(curve) for curve in measured]})
+    write_analysis(network.run, "depth", {**what, "curves": [asdict(curve) for curve in measured]})
     return measured
 
 
@@ -197,7 +198,7 @@ def _panel(shown: list[Series], rows: list[Row], order: Order) -> alt.LayerChart
             "norm": norm,
             "x": removed,
             "y": spread.mean,
-            "told": f"{series}, {removed} removed, {norm}: {percent(spread)}; "
+            "label": f"{series}, {removed} removed, {norm}: {percent(spread)}; "
             f"{members[0]['parameters']:,} parameters, "
             f"{duration(_mean(members, 'seconds_per_image'))} an image",
         }
@@ -213,7 +214,7 @@ def _panel(shown: list[Series], rows: list[Row], order: Order) -> alt.LayerChart
     return layered(
         base.mark_line(strokeWidth=1.8, aria=False).encode(strokeDash=dash),
         base.mark_point(filled=True, opacity=1, size=20).encode(
-            detail="norm:N", description="told:N"
+            detail="norm:N", description="label:N"
         ),
         title=ORDERS[order],
     )
@@ -221,7 +222,7 @@ def _panel(shown: list[Series], rows: list[Row], order: Order) -> alt.LayerChart
 
 def _sentence(shown: list[Series], rows: list[Row]) -> str:
     """How many of the last blocks can go before 5 % of the accuracy is lost."""
-    told = []
+    clauses = []
     for series in shown:
         curve = {
             removed: _mean(
@@ -246,10 +247,10 @@ def _sentence(shown: list[Series], rows: list[Row]) -> str:
         most = 100 - 0.95 * (100 - curve[0])
         spoilt = [k for k, error in curve.items() if error > most]
         within = max(k for k in curve if not spoilt or k < spoilt[0])
-        told.append(f"{within} of the last blocks with {series.name} ({curve[0]:.2f} % whole)")
-    if not told:
+        clauses.append(f"{within} of the last blocks with {series.name} ({curve[0]:.2f} % whole)")
+    if not clauses:
         return "Test error against the number of blocks removed."
-    return f"95 % of the accuracy is left without {', '.join(told)}."
+    return f"95 % of the accuracy is left without {', '.join(clauses)}."
 
 
 def _mean(rows: list[Row], key: str) -> float:

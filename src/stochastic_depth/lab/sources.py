@@ -127,7 +127,7 @@ def read_run(path: Path) -> RecordedRun:
     """
     run = open_run(path)
     require_weights_of(run.id, run.weights)
-    finished = is_there(run.weights)  # asked first: afterwards no record is added
+    finished = is_there(run.weights)  # asked before the journal is read, which may still grow
     return RecordedRun(run, tuple(run.records()), finished)
 
 

@@ -124,7 +124,7 @@ def survival_name(config: Config) -> str:
 
 @dataclass(frozen=True)
 class ExpectedCost:
-    """What dropping blocks is expected to save, as the mean over training steps."""
+    """Expected saving by dropped blocks, as the mean over training steps."""
 
     survival: tuple[float, ...]
     """(p_1, ..., p_L); under a schedule, their means over the steps."""
@@ -172,7 +172,7 @@ def _cost_at_full_rates(
 
 @dataclass(frozen=True)
 class Series:
-    """The seeds of one kind of training."""
+    """The runs of one kind of training, one for each seed."""
 
     name: str
     colour: str
@@ -254,7 +254,7 @@ class Experiment:
         return tuple(config.epochs * fraction for fraction in config.optimizer.milestones)
 
     def settled(self) -> "Experiment":
-        """What can be compared: finished runs if every series has one, else equal epochs."""
+        """The comparable part: finished runs if every series has one, else equal epochs."""
         if all(any(run.finished for run in series.runs) for series in self.series):
             return self._of(lambda run: run if run.finished else None)
         reached = min(run.records[-1].epoch for run in self.runs)
@@ -317,7 +317,7 @@ def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
 
 
 def _names(stochastic: list[SurvivalConfig]) -> list[str]:
-    """A name for each, from what distinguishes it."""
+    """A name for each, from the settings in which they differ."""
     if len(stochastic) == 1:
         return ["stochastic depth"]
     values = [asdict(survival) for survival in stochastic]

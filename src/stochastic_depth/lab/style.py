@@ -1,8 +1,8 @@
 """Colours and type of every figure, in light and in dark.
 
-Figures are drawn in the light colours. On a page, style sheets put the dark ones in their place: so
-one drawing serves both themes, and print. The five colours of series keep apart in lightness too,
-for eyes that do not tell hues apart.
+Figures are drawn in the light colours. On a page, style sheets replace them by the dark ones, so
+that one drawing serves both themes, and print. The five colours of series differ in lightness too,
+for readers who do not distinguish hues.
 """
 
 LIGHT = {
@@ -36,7 +36,7 @@ HEAT = ("#eef4fd", "#b9d3f8", "#6ea4ef", "#2f6fd0", "#123f86")
 """From low to high."""
 
 FONT = "Arial, Liberation Sans, Helvetica, sans-serif"
-"""All of the same widths, which the layout of a drawing goes by."""
+"""Fonts of the same widths, on which the layout of a drawing depends."""
 
 CONFIG = {
     "background": None,

@@ -121,7 +121,7 @@ def _savings(now: Experiment) -> Table:
 
 
 def _sources(now: Experiment, found: Sequence[tuple[Config, Published] | None]) -> list[str]:
-    """Sentences on who published, and after how many other epochs."""
+    """Sentences that name the publications, and their epochs where these differ from ours."""
     matches = [match for match in found if match]
     said = []
     for source in dict.fromkeys(published.source for _, published in matches):
@@ -189,7 +189,7 @@ DESCRIBED = ("execution", "machine", "versions", "git_commit", "created")
 
 
 def settings(runs: Sequence[RecordedRun]) -> tuple[list[tuple[str, str]], Table]:
-    """(What all runs share, a row for each run with the rest.)"""
+    """The settings that all runs share, and a table with those in which they differ."""
     described = [
         flat({**run.described["config"], **{k: run.described.get(k) for k in DESCRIBED}})
         for run in runs

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -13,17 +13,10 @@ from stochastic_depth.errors import RunError
 from stochastic_depth.files import LARGE, make_folder, read_file, reason, write_whole
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.sources import FORMAT
-from stochastic_depth.surgery import apply, handle_of
-from stochastic_depth.survival import Uniform
 from stochastic_depth.train import Run, reopen, trained_model
+from stochastic_depth.train.build import skippable
 
 T = TypeVar("T")
-
-
-class Progress(Protocol):
-    """Called with what is being done, how much is done, and how much there is."""
-
-    def __call__(self, doing: str, done: float, total: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,23 +42,21 @@ def trained(
     """
     run, images = reopen(path, data)
     model, step = trained_model(run, images, which)
-    if run.config.survival.rule == "constant":
-        apply(model, Uniform(1.0))
-    return TrainedNetwork(run, images, model, handle_of(model), step)
+    return TrainedNetwork(run, images, model, skippable(model), step)
 
 
-def found_path(run: Run, name: str) -> Path:
+def analysis_path(run: Run, name: str) -> Path:
     """Where the analysis `name` of a run is written."""
     return run.path / "analysis" / f"{name}.json"
 
 
-def write_found(run: Run, name: str, found: dict[str, Any]) -> None:
+def write_analysis(run: Run, name: str, found: dict[str, Any]) -> None:
     """Write the result of an analysis.
 
     Raises:
         RunError: when it cannot be written.
     """
-    path = found_path(run, name)
+    path = analysis_path(run, name)
     try:
         make_folder(path.parent)
     except OSError as error:
@@ -73,18 +64,18 @@ def write_found(run: Run, name: str, found: dict[str, Any]) -> None:
     write_whole(path, json.dumps({"format": FORMAT, **found}, indent=1).encode() + b"\n", inside=2)
 
 
-def read_found(
-    run: Run, name: str, settings: dict[str, Any], understood: Callable[[dict[str, Any]], T]
+def read_analysis(
+    run: Run, name: str, settings: dict[str, Any], parse: Callable[[dict[str, Any]], T]
 ) -> T | None:
-    """The earlier result of an analysis with the same `settings`; None if there is none to read.
+    """An earlier result of an analysis with the same `settings`; None without a readable one.
 
     Args:
-        understood: what the content of the file means.
+        parse: makes the result from the content of the file.
     """
     asked = {"format": FORMAT, **settings}
     try:
-        found = json.loads(read_file(found_path(run, name), LARGE, inside=2))
+        found = json.loads(read_file(analysis_path(run, name), LARGE, inside=2))
         same = all(found[key] == value for key, value in asked.items())
-        return understood(found) if same else None
+        return parse(found) if same else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

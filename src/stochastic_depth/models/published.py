@@ -182,7 +182,7 @@ def _with_mask(model: Any, example: Example) -> Example:
 
     Models of transformers look into the positions of a text, to see whether several texts are
     packed into one; unless they are given a mask [batch, 1, length, length]. On the meta device
-    there are no values to look at.
+    there are no values to compute with.
     """
     inputs = {"input_ids": example} if isinstance(example, Tensor) else example
     if getattr(model, "main_input_name", None) != "input_ids" or not isinstance(inputs, dict):

@@ -1,15 +1,13 @@
-"""Make the residual blocks of a model skippable, and undo it."""
+"""Make the residual blocks of a model skippable, and prove it."""
 
 import math
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Sequence, Set
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.block import Block
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
@@ -18,11 +16,11 @@ from stochastic_depth.handle import Handle, integer
 from stochastic_depth.hooks import ForwardHooks, batch_size
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.additions import Passed, listed
+from stochastic_depth.surgery.applied import Applied, note_applied
 from stochastic_depth.surgery.blocks import (
     Found,
     Granularity,
     branch_modules,
-    deferred_modules,
     is_inside,
     nothing_found,
     unsupported,
@@ -34,9 +32,9 @@ from stochastic_depth.surgery.find import find_blocks, find_residuals
 from stochastic_depth.surgery.gating import put_gates, take_gates
 from stochastic_depth.surgery.proof.batch import check_samples, halves, learn_samples, refuse_one
 from stochastic_depth.surgery.proof.calls import still_running
-from stochastic_depth.surgery.proof.check import check, establish
+from stochastic_depth.surgery.proof.check import check, reference_outputs
 from stochastic_depth.surgery.proof.training_mode import check_training
-from stochastic_depth.surgery.refuse import refuse_applied, refuse_wrapped
+from stochastic_depth.surgery.refuse import refuse_applied, refuse_settings, refuse_wrapped
 from stochastic_depth.surgery.select_modules import Choice, chosen_modules
 from stochastic_depth.survival import (
     LinearDecay,
@@ -45,22 +43,6 @@ from stochastic_depth.survival import (
     Survival,
     probabilities_of,
 )
-from stochastic_depth.torch_private import set_call
-
-_APPLIED = "_stochastic_depth_applied"
-"""The attribute of a model that holds what `remove` needs."""
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What there is to know about a model that `apply` was given."""
-
-    handle: Handle
-    found: Sequence[Found]
-    difference: float
-    """The largest one that verification found, relative to the largest output."""
-    hooks: tuple[RemovableHandle, ...]
-    silenced: list[Silenced]
 
 
 def apply(
@@ -156,39 +138,7 @@ def apply(
         SurvivalError: when a p_l is outside (0, 1].
         GateError: when `seed` is no integer.
     """
-    for option, value, known in (
-        ("gate", gate, get_args(GateKind)),
-        ("closed", closed, get_args(Closed)),
-        ("scale", "inference" if scale is None else scale, ("inference", "training")),
-        ("skipped", skipped, get_args(SkippedPolicy)),
-        ("granularity", granularity, get_args(Granularity)),
-    ):
-        if value not in known:
-            raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
-    if min_samples < 0:
-        raise ApplyError(f"min_samples={min_samples}: give a number of samples, 0 or more")
-    if min_samples > 0 and gate != "subset":
-        raise ApplyError(
-            f'min_samples={min_samples} needs gate="subset", this is gate="{gate}": '
-            "leave it out, or choose the subset gate"
-        )
-    if multiple_of < 1:
-        raise ApplyError(f"multiple_of={multiple_of}: give a number of samples, 1 or more")
-    if multiple_of > 1 and not (balance and gate == "subset"):
-        raise ApplyError(
-            f'multiple_of={multiple_of} needs gate="subset" and balance=True, this is '
-            f'gate="{gate}" and balance={balance}'
-        )
-    if closed == "forward-only" and gate != "batch":
-        raise ApplyError(
-            f'closed="forward-only" needs gate="batch", this is gate="{gate}": leave it '
-            "out, the branch of a block learns from the whole mini-batch or not at all"
-        )
-    if closed == "forward-only" and scale is not None:
-        raise ApplyError(
-            f'scale="{scale}" with closed="forward-only": every branch is added in every step, so '
-            "that there is no expectation to correct; leave scale out"
-        )
+    refuse_settings(gate, closed, scale, skipped, granularity, balance, min_samples, multiple_of)
     if drop_rate is not None:
         survival = linear_decay(drop_rate, survival)
     chosen = scale
@@ -239,7 +189,7 @@ def apply(
         model.register_forward_hook(around.after_forward, always_call=True),
         *([model.register_forward_pre_hook(LeftBehind(left))] if left else ()),
     )
-    setattr(model, _APPLIED, Applied(handle, found, difference, hooks, silenced))
+    note_applied(model, Applied(handle, found, difference, hooks, silenced))
     return handle
 
 
@@ -284,7 +234,7 @@ def _made_skippable(
     gate: GateKind,
     budget: float | None,
 ) -> tuple[Sequence[Found], Probabilities, list[Silenced], list[Block], float, dict[str, Any]]:
-    """Make all blocks skippable, and prove it.
+    """Make all blocks skippable, and prove it; defer or leave out those that fail the proof.
 
     A block whose rewritten methods do not pass the proof is deferred. Where that does not help, the
     others are tried without it, so that the error can say what to leave out.
@@ -367,14 +317,15 @@ def _undo(model: nn.Module, silenced: Sequence[Silenced]) -> None:
 
 
 class LeftBehind:
-    """A hook on the model: what closed branches do not leave on their modules is not an old one.
+    """A hook on the model that resets attributes which branches leave on their modules.
 
-    A balancing loss, say, that experts keep as an attribute for the training loop to add up.
+    For example a balancing loss that experts keep for the training loop to add up: without the
+    reset, a closed branch would leave that of an earlier step.
     """
 
     def __init__(self, first: dict[str, Any]) -> None:
         self.first = first
-        """By name of module and attribute, what was there before any pass."""
+        """By name of module and attribute, the value before any pass."""
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if model.training:
@@ -389,62 +340,13 @@ def chosen_survival(
     stacks: Sequence[str],
     schedule: Schedule | None = None,
 ) -> Probabilities:
-    """(p_1, ..., p_L) over time, whichever way they are given."""
+    """(p_1, ..., p_L) over time, from any form that `sd.apply` takes."""
     names = [block.name for block in found]
     if survival == "own":
         survival = [1 - rate for rate in own_rates(found)]
     return probabilities_of(
         LinearDecay() if survival is None else survival, names, stacks, schedule
     )
-
-
-def remove(model: nn.Module) -> None:
-    """Undo `sd.apply`: the original model of constant depth, with the weights it has now.
-
-    Blocks that were compiled are no longer.
-
-    Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
-    """
-    applied = applied_to(model)
-    for hook in applied.hooks:
-        hook.remove()
-    for drop_path in applied.silenced:
-        drop_path.restore()
-    for block in applied.found:
-        for module in (block.module, *deferred_modules(block)):
-            set_call(module, None)
-    delattr(model, _APPLIED)
-    take_gates(model)
-
-
-def handle_of(model: nn.Module) -> Handle:
-    """The handle that `sd.apply` returned for `model`, or for the model that it is a copy of.
-
-    Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
-    """
-    return applied_to(model).handle
-
-
-def applied_to(model: nn.Module) -> Applied:
-    """What `apply` noted about `model`.
-
-    Raises:
-        ApplyError: when `model` is not one that it was given.
-    """
-    applied: Applied | None = getattr(model, _APPLIED, None)
-    if applied is None:
-        raise ApplyError(
-            f"{type(model).__name__} has no stochastic depth: give the model that sd.apply was "
-            "given"
-        )
-    return applied
-
-
-def applied_inside(model: nn.Module) -> dict[str, nn.Module]:
-    """The models that `apply` was given, among `model` and the modules in it, by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, _APPLIED)}
 
 
 def _open_up(
@@ -454,7 +356,7 @@ def _open_up(
     gate: GateKind,
     budget: float | None,
 ) -> tuple[list[Block], float, dict[str, Any]]:
-    """Give every block its gates, and verify those that were cut."""
+    """Give every block its gates, and prove those that are not `Residual` units."""
     select = gate == "subset"
     if example is None or not any(block.units for block in found):
         return put_gates(model, found, select), 0.0, {}
@@ -472,10 +374,10 @@ def _open_up(
         return blocks, math.nan, {}
     deadline = math.inf if budget is None else time.monotonic() + budget / 2
     half = example if batch is None else check_samples(model, example, found, batch)
-    truth = establish(model, run, found, batch, deadline)
+    reference = reference_outputs(model, run, found, batch, deadline)
     blocks = put_gates(model, found, select)
     if batch is not None and select:
         learn_samples(model, (example, half), batch, found, blocks)
-    difference = check(model, run, found, blocks, truth, batch, gate)
+    difference = check(model, run, found, blocks, reference, batch, gate)
     left = check_training(model, run, found, blocks, batch, gate)
     return blocks, difference, left

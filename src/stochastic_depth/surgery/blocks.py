@@ -28,7 +28,7 @@ class Unit:
     additions: tuple[tuple[nn.Module, Sum], ...]
     """The modules that add, and where."""
     events: tuple[Event, ...] = ()
-    """Of a unit that is deferred: its addition in the pass in which it was found."""
+    """The additions of a deferred unit in the pass in which it was found."""
     modules: frozenset[str] = frozenset()
     """Names of the modules that run for its branch."""
 
@@ -48,7 +48,7 @@ class Found:
     parameters: tuple[str, ...]
     """Names, in the model, of the parameters of its branches."""
     flops: int
-    """Of its branches in one forward pass; 0 where they were not asked for."""
+    """FLOPs of its branches in one forward pass; 0 where they were not counted."""
     refusal: str = ""
     """Why it cannot be made skippable."""
     training_only: bool = False
@@ -125,7 +125,7 @@ def nothing_found(
 def unsupported(
     name: str, module: nn.Module, why: object, others: Sequence[str] = ()
 ) -> UnsupportedBlockError:
-    """The error that names a block, its class and the reason; and `others` that it holds for."""
+    """The error for a block, with its class and the reason, which holds for `others` too."""
     error = UnsupportedBlockError(
         f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}"
     )
@@ -150,11 +150,11 @@ def with_remedy(
         remedy = f"exclude={out!r} leaves {what}"
     else:
         remedy = "no other block of the model can be skipped"
-    told = UnsupportedBlockError(
+    advised = UnsupportedBlockError(
         f"{error}; {remedy}; sd.register_unit says how one is skipped, or build it from sd.Residual"
     )
-    told.blocks = error.blocks
-    return told
+    advised.blocks = error.blocks
+    return advised
 
 
 def is_inside(name: str, of: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the branches of residual additions consist of: what is computed for the addition alone."""
+"""Which values and modules belong to the branch of a residual addition alone."""
 
 import itertools
 from collections import Counter
@@ -57,14 +57,14 @@ class Group:
     parameters: tuple[str, ...]
     flops: int
     saved: float
-    """The share of its branch's multiplications, from 0 to 1, that is put off; of the addition that
-    saves least."""
+    """The share of its branch's multiplications, from 0 to 1, that is deferred; of the addition
+    that saves least."""
     own: float
-    """The share of those that nothing but the addition needs."""
+    """The share of its mixing functions that nothing but the addition needs."""
 
 
 class Analysis:
-    """What the branches of a watched forward pass consist of, once all of it is known."""
+    """Which values and modules belong to which branch, of a forward pass that was recorded."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Analysis:
         return self.of_module.get(module, [])
 
     def place(self, event: Event) -> None:
-        """Find the innermost call that computes all of the branch that is for it alone."""
+        """Find the innermost call that computes all of the branch that nothing else needs."""
         for call in reversed(event.stack):
             earliest = min([call.began, *call.inputs])
             kept = self.recording.reach(event.kept, earliest)
@@ -107,7 +107,7 @@ class Analysis:
                 return
 
     def exclusive(self, branch: set[int], totals: set[int]) -> set[int]:
-        """Those values of a branch that nothing else is computed from."""
+        """The values of a branch that nothing else is computed from."""
         own: set[int] = set()
         values = self.recording.values
         for value in sorted(branch, reverse=True):
@@ -120,7 +120,7 @@ class Analysis:
         return own
 
     def group(self, block: str, events: Sequence[Event]) -> Group:
-        """The block that `events` make up, which are of one call or of one iteration of a loop."""
+        """The block of `events`, which are made in one call or one iteration of a loop."""
         kept = {event.kept for event in events}
         branch = set[int]().union(*(event.branch for event in events)) - kept
         own = self.exclusive(branch, {event.total for event in events})
@@ -142,7 +142,7 @@ class Analysis:
             or not all(f"{call.name}.".startswith(f"{owner.name}.") for call in outermost)
         ):  # a module that blocks share may be called, but have its name in another
             owner = owner.parent
-        put_off = {value for call in outermost for value in range(call.began, call.ended)}
+        deferred = {value for call in outermost for value in range(call.began, call.ended)}
         return Group(
             block,
             tuple(events),
@@ -150,8 +150,8 @@ class Analysis:
             tuple(outermost),
             Counter(call.name for call, _ in calls),
             self.parameters(own),
-            sum(self.recording.values[value].flops for value in own & put_off),
-            self._share(events, put_off),
+            sum(self.recording.values[value].flops for value in own & deferred),
+            self._share(events, deferred),
             self._share(events, own),
         )
 
@@ -205,7 +205,7 @@ class Analysis:
         return size * given[0].shape[-1]
 
     def surrounds(self, event: Event, other: Event) -> bool:
-        """Whether all that comes of `other` goes into the branch of `event`."""
+        """Whether everything computed from `other` goes into the branch of `event`."""
         assert event.home is not None
         if not event.home.began <= other.total < event.total or other.total not in event.branch:
             return False
@@ -232,7 +232,7 @@ class Analysis:
         return tuple(sorted(self.recording.parameters(own | parents)))
 
     def blocks(self, events: Iterable[Event], block_of: Callable[[str], str]) -> list[Group]:
-        """`events` as blocks: those of one call of a module, or of one round of a loop in it.
+        """Group `events` into blocks: by call of a module, or by iteration of a loop in it.
 
         Args:
             block_of: the name of the block that a module belongs to.
@@ -262,7 +262,7 @@ class Analysis:
     def _call(self, event: Event, block_of: Callable[[str], str]) -> tuple[str, Any]:
         assert event.home is not None
         name = block_of(event.home.name)
-        if not name:  # the model is no block of its own: what it adds one by one are
+        if not name:  # the model itself is not a block: each of its additions is one
             return ".".join(self._runs(event)), (event.site, event.occurrence)
         around = [call for call in (event.home, *event.home.ancestors()) if call.name == name]
         call = around[0] if around else event.home
@@ -283,9 +283,9 @@ class Analysis:
         return ".".join(path), same.index(event)
 
     def _runs(self, event: Event) -> list[str]:
-        """The path that the names of the modules of the branch begin with, or one of them.
+        """The common prefix of the names of the branch's modules, or the name of one of them.
 
-        Modules that run for several branches tell none of them apart.
+        Modules that run for several branches are ignored, as they do not distinguish them.
         """
         assert event.home is not None
         calls = self.group("", [event]).calls

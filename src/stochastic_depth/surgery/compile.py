@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stochastic_depth.errors import ApplyError
-from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.blocks import deferred_modules
 from stochastic_depth.surgery.install import install, is_installed
 

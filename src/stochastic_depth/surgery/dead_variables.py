@@ -1,4 +1,4 @@
-"""Variables that are dead when an addition is made: None, or used by nobody later."""
+"""Variables that are dead when an addition is made: None, or not used later."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Snapshot:
 def take_snapshot(
     recording: Recording, total: int, frames: Sequence[Sequence[FrameType]], branch: set[int]
 ) -> Snapshot:
-    """What may turn out to be dead.
+    """The variables that may turn out to be dead.
 
     Args:
         frames: of the methods at work, module by module.

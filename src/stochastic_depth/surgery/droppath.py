@@ -1,4 +1,4 @@
-"""A model's own drop path and layerdrop, which stochastic depth takes over: never both at once."""
+"""A model's own drop path and layerdrop, which are off while stochastic depth is applied."""
 
 import copy
 import numbers
@@ -26,13 +26,13 @@ LAYER_RATES = (
 
 @dataclass(frozen=True)
 class Silenced:
-    """A rate, or a setting like it, that has another value as long as stochastic depth is applied.
+    """A drop rate, or a similar setting, that is changed while stochastic depth is applied.
 
-    A configuration may be another model's too, so the model gets a copy of it meanwhile.
+    A configuration may belong to another model too, so the model gets a copy of it meanwhile.
     """
 
     holders: tuple[Any, ...]
-    """The drop path or what loops over the layers; or all modules with this configuration."""
+    """The drop path, or the module that loops over layers; or all that share this configuration."""
     attribute: str
     rate: Any
     value: Any = 0.0
@@ -53,10 +53,10 @@ class Silenced:
 
 
 def silence(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
-    """Set the rates of the drop paths inside of the blocks, and of layerdrop around them, to 0.
+    """Set the rates of the drop paths inside the blocks, and of layerdrop around them, to 0.
 
-    PyTorch's own transformer layers, which compute all of a layer in one call where nothing looks
-    on, do not do so either: their blocks could not be skipped.
+    PyTorch's own transformer layers are also kept from computing a whole layer in one fused call,
+    in which their blocks could not be skipped.
     """
     silenced = [drop_path for block in found for drop_path in _inside(block)]
     silenced += [*_around(model, found), *_fused(model, found)]
@@ -66,7 +66,7 @@ def silence(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
 
 
 def own_rates(found: Sequence[Found]) -> list[float]:
-    """The drop rate that each block has of its own, 0 where it has no drop path.
+    """The drop rate of each block's own drop path, 0 where it has none.
 
     Raises:
         SurvivalError: when the drop paths of one block have different rates, or none has any.

@@ -1,4 +1,4 @@
-"""What of a module is put under a gate, and where it stands in the source."""
+"""Which expression of a module is put under a gate, and its position in the source."""
 
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -27,7 +27,7 @@ class Place:
 
 
 Parameter = tuple[int | None, str | None]
-"""Of a function: its position, if it has one, and its name, if it is known."""
+"""A parameter of a function: its position, if it has one, and its name, if it is known."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Caller:
 
     place: Place
     dead: frozenset[str] = frozenset()
-    """Variables of the method that were None, or that nobody used later: a closed branch, which
-    does not compute them, makes them None."""
+    """Variables of the method that were None or not used later: a closed branch, which does not
+    compute them, sets them to None."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Sum:
     within: Parameter | None = None
     """Where a function that is called there adds: which of its parameters is the shortcut."""
     dead: frozenset[str] = frozenset()
-    """As a caller's."""
+    """As `Caller.dead`."""
     callers: tuple[Caller, ...] = ()
     """Where other methods of the module call this one, from the inside out."""
 
@@ -72,7 +72,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A whole module that returns its input plus a branch: closed, it returns its input."""
+    """A whole module that returns its input plus a branch; closed, it returns its input."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class Calls:
     """Its name, in the owner."""
     which: tuple[int, ...]
     of: int
-    """How many there are in one call of the owner; if all belong to it, any number may come."""
+    """How many there are in one call of the owner; if all are of the branch any number may come."""
     tensor: bool
-    """Whether each gave a tensor, and no tuple or other structure."""
+    """Whether each returned a tensor, not a tuple or another structure."""
 
     @property
     def always(self) -> bool:
@@ -117,11 +117,11 @@ class Calls:
 
 @dataclass(frozen=True)
 class Deferred:
-    """One residual addition whose branch is put off, of the module within which all of it runs."""
+    """One residual addition whose branch is deferred, in the module in which all of it runs."""
 
     block: str
     number: int
-    """Tells apart the additions of one owner."""
+    """Numbers the additions of one owner."""
     sites: tuple[tuple[Site, int], ...]
     """Where the addition stands, and which argument of it is the shortcut; in training mode it may
     stand elsewhere than in evaluation."""
@@ -135,7 +135,7 @@ class Deferred:
 
 @dataclass(frozen=True)
 class Entry:
-    """The model itself, whose outputs are computed at the latest when it returns them."""
+    """The model itself: all deferred outputs are computed when it returns."""
 
 
 Sliced = Sum | Argument
@@ -168,7 +168,7 @@ class Method:
     """The expression that is being evaluated; None where its source is not known."""
     frame: FrameType
     called: FrameType | None
-    """Of the function or method that the expression calls, if it is a call."""
+    """The frame of the function that the expression calls, if it is a call."""
 
 
 def find_places(

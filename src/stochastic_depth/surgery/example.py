@@ -1,4 +1,4 @@
-"""The example that a model is looked at with."""
+"""The example inputs with which a model is inspected."""
 
 import copy
 from collections.abc import Callable, Mapping

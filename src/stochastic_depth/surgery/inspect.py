@@ -12,7 +12,8 @@ from stochastic_depth.block import Block, force
 from stochastic_depth.gates import Closed
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.additions import Passed, listed
-from stochastic_depth.surgery.apply import applied_to, chosen_survival, handle_of, linear_decay
+from stochastic_depth.surgery.applied import applied_to, handle_of
+from stochastic_depth.surgery.apply import chosen_survival, linear_decay
 from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find import find_blocks

@@ -1,4 +1,4 @@
-"""Give a module of somebody else's class gates: swap its class for one with sliced methods."""
+"""Give a module of any class gates: replace its class by a subclass with sliced methods."""
 
 import functools
 import hashlib
@@ -78,7 +78,7 @@ def gated_class(
     """A subclass of `kind`, of the same name, which has gates at `edits`.
 
     torch.compile keeps the graphs of a method with its code object, a few at most, and what it
-    knows of changing sizes with the code's name. So each `look` gets both of its own.
+    knows of changing sizes with the code's name. So each `look` gets its own code and name.
 
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
@@ -118,7 +118,7 @@ def gated_class(
 
     @functools.wraps(kind.__init__)
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if type(self) is made:  # a module that is made anew has no gates
+        if type(self) is made:  # a newly constructed module has no gates
             self.__class__ = kind
         kind.__init__(self, *args, **kwargs)
 
@@ -179,7 +179,7 @@ def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> Fun
 
 
 def _called(function: FunctionType, _: Any) -> FunctionType:
-    """A function that calls `function`, of PyTorch: the compiler begins no graph in its files."""
+    """A function that calls `function` of PyTorch, in whose files the compiler begins no graph."""
 
     @functools.wraps(function)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -242,7 +242,7 @@ def _build(
     look: str,
     *rest: Any,
 ) -> Any:
-    """What unpickling and copying call; raises where the source has changed since."""
+    """Called by unpickling and copying; raises an error if the source has changed since."""
     try:
         return build(gated_class(kind, edits, copy_shortcut, select, look), *rest)
     except UnsupportedBlockError as error:

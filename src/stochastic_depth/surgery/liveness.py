@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 def only_assigns(statement: ast.stmt) -> bool:
-    """Whether all it does is to compute values of variables."""
+    """Whether it only computes values of variables."""
     if isinstance(statement, ast.If | ast.For | ast.While):
         return all(map(only_assigns, [*statement.body, *statement.orelse]))
     if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
@@ -79,7 +79,7 @@ def defines(node: ast.AST) -> frozenset[str]:
 
 
 def surely_defines(statement: ast.stmt) -> frozenset[str]:
-    """The variables that have a new value after it, whatever it does."""
+    """The variables that certainly have a new value after it."""
     if isinstance(statement, ast.If):
         both = [
             frozenset[str]().union(*map(surely_defines, part))
@@ -193,7 +193,7 @@ class Backward:
             self.dead -= defined  # which earlier statements gave another value
 
     def skipped(self, statement: ast.stmt, beside: frozenset[str], needed: Needed) -> ast.stmt:
-        """A statement that runs with the branch only; what it defines `beside` it is else None."""
+        """Make a statement run with the branch only; otherwise the variables `beside` are None."""
         needed.live -= beside
         conditions = [
             test for name in sorted(defines(statement)) for test in needed.maybe.pop(name, [])

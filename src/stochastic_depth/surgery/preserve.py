@@ -21,7 +21,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 
     The very tensors come back, with their content, where a forward pass gives a buffer or a
     parameter a new one. While entered, no module runs compiled, and PyTorch's own transformer
-    layers do not take their fused path: neither sees the hooks and modes that look on.
+    layers do not take their fused path: both bypass hooks and modes.
     """
     modules = list(model.modules())
     held = [_Held(module) for module in modules]
@@ -63,7 +63,7 @@ def preserved_randomness(model: nn.Module) -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Begin all random number generators anew."""
+    """Seed all random number generators."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy = _numpy()
@@ -72,7 +72,7 @@ def seed_everything(seed: int) -> None:
 
 
 class _Held:
-    """All that one module holds itself."""
+    """The state of one module without its children."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, type(module)

@@ -1,15 +1,17 @@
 """Models and settings that `sd.apply` refuses before it looks at anything."""
 
+from typing import get_args
+
 import torch
 from torch import nn
 
+from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.blocks import Granularity
 from stochastic_depth.surgery.install import is_installed
 
 _SHARDED = "torch.distributed.fsdp"
-
-
 _ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
 
 
@@ -37,7 +39,7 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise `ApplyError` when several processes share `model` already.
 
-    What makes them so notes every pass through the model, and would note those of a look at it.
+    The wrapper counts every pass through the model, and would count those of `sd.apply` too.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -62,3 +64,49 @@ def refuse_wrapped(model: nn.Module) -> None:
                     f"{base.__name__} is wrapped around blocks of this model already: "
                     "sd.apply(model) first, then wrap or shard it"
                 )
+
+
+def refuse_settings(
+    gate: GateKind,
+    closed: Closed,
+    scale: Scale | None,
+    skipped: SkippedPolicy,
+    granularity: Granularity,
+    balance: bool,
+    min_samples: int,
+    multiple_of: int,
+) -> None:
+    """Raise `ApplyError` when a setting has no such value, or two do not go together."""
+    for option, value, known in (
+        ("gate", gate, get_args(GateKind)),
+        ("closed", closed, get_args(Closed)),
+        ("scale", "inference" if scale is None else scale, ("inference", "training")),
+        ("skipped", skipped, get_args(SkippedPolicy)),
+        ("granularity", granularity, get_args(Granularity)),
+    ):
+        if value not in known:
+            raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
+    if min_samples < 0:
+        raise ApplyError(f"min_samples={min_samples}: give a number of samples, 0 or more")
+    if min_samples > 0 and gate != "subset":
+        raise ApplyError(
+            f'min_samples={min_samples} needs gate="subset", this is gate="{gate}": '
+            "leave it out, or choose the subset gate"
+        )
+    if multiple_of < 1:
+        raise ApplyError(f"multiple_of={multiple_of}: give a number of samples, 1 or more")
+    if multiple_of > 1 and not (balance and gate == "subset"):
+        raise ApplyError(
+            f'multiple_of={multiple_of} needs gate="subset" and balance=True, this is '
+            f'gate="{gate}" and balance={balance}'
+        )
+    if closed == "forward-only" and gate != "batch":
+        raise ApplyError(
+            f'closed="forward-only" needs gate="batch", this is gate="{gate}": leave it '
+            "out, the branch of a block learns from the whole mini-batch or not at all"
+        )
+    if closed == "forward-only" and scale is not None:
+        raise ApplyError(
+            f'scale="{scale}" with closed="forward-only": every branch is added in every step, so '
+            "that there is no expectation to correct; leave scale out"
+        )

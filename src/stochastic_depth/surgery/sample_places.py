@@ -1,9 +1,9 @@
-"""Which values that come into a branch hold samples: learnt on the example, for subset gates.
+"""Which values that enter a branch hold samples: learnt from the example, for subset gates.
 
-A branch runs on the drawn samples only: of all that comes into it from outside they are selected.
-The length of a tensor does not say what it holds, a mask [time, time] may be as long as the batch.
-So the model runs on all samples of the example and on half of them, and what has half the length
-then holds samples, at this place in the code, for good.
+A branch runs on the drawn samples only, which are selected from every value that enters it. The
+length of a tensor does not say what it holds: a mask [time, time] may be as long as the batch. So
+the model runs on all samples of the example and on half of them; a value that has half the length
+then is taken to hold samples, at this place in the code, from then on.
 """
 
 from collections.abc import Hashable, Iterator

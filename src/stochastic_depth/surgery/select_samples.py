@@ -21,7 +21,7 @@ def select_samples(
     variables: set[str],
     gate: str,
 ) -> None:
-    """Let the expressions and statements of a branch use the drawn samples, in place.
+    """Make the expressions and statements of a branch use the drawn samples, in place.
 
     Args:
         shared: statements that run for all samples, because others need them too.
@@ -45,8 +45,8 @@ def select_samples(
 class _Selecting(ast.NodeTransformer):
     """`x` -> `_samples(self, gate, x, "x")` for variables from outside of the branch.
 
-    What the branch has computed is of the drawn samples already. A statement that changes a
-    variable from outside, a loop, say, gets the samples of it once, before.
+    Values computed in the branch are of the drawn samples already. For a statement that changes a
+    variable from outside, such as a loop, the samples are selected once before it.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class _Selecting(ast.NodeTransformer):
     def _select_before(self, node: ast.stmt, names: Iterable[str]) -> None:
         here = _in_source(node)
         for name in sorted(self.outside.intersection(names)):
-            if self.bound.get(name, here) >= here:  # which the statement itself gives its value
+            if self.bound.get(name, here) >= here:  # first assigned by the statement itself
                 continue
             value = self._samples(ast.Name(name, ast.Load()))
             self.before.setdefault(id(node), []).append(assign(name, value))

@@ -43,7 +43,7 @@ class CountFlops(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # what a tensor without numbers is asked: its device, say
+        if func.namespace == "prim":  # queries of fake tensors, such as their device
             return NotImplemented
         formula = FORMULAS.get(func._overloadpacket)
         if formula is None:
@@ -63,7 +63,7 @@ IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__", "__imatmul__"}
 
 @dataclass(eq=False)
 class Call:
-    """A module at work: the values it was given, and the first value made since it began."""
+    """One call of a module: its input values, and the first value made in it."""
 
     name: str
     module: nn.Module
@@ -109,9 +109,9 @@ class Recording:
     def __init__(self, model: nn.Module) -> None:
         self.values: list[Value] = []
         self.calls: list[Call] = []
-        """Those at work, the innermost last."""
+        """The calls under way, the innermost last."""
         self.finished: list[tuple[Call, set[int]]] = []
-        """Those that are done, and what they returned."""
+        """The finished calls, and the values that they returned."""
         self.serial = itertools.count()
         self.works_in_place = False
         """Whether a function has changed a tensor that it was given."""
@@ -128,7 +128,7 @@ class Recording:
         latest = len(self.values) - 1
         if not self.calls or id(tensor) in self._constants or latest < 0:
             return self.add(tensor, ())
-        return self.add(tensor, (latest,), "unseen")  # say by a scripted function
+        return self.add(tensor, (latest,), "unseen")  # for example by a scripted function
 
     def alias(self, tensor: Tensor, of: Tensor) -> None:
         """Note that two tensors are the same value."""
@@ -136,7 +136,7 @@ class Recording:
         self._aliases.append(tensor)
 
     def numbers(self, values: object) -> set[int]:
-        """Those of all tensors in `values`."""
+        """The numbers of all tensors in `values`."""
         return {self.number(tensor) for tensor in tensors_in(values)}
 
     def add(
@@ -189,9 +189,9 @@ def recorded(
     """While entered, what `model` computes goes into `recording`.
 
     Args:
-        made: told of every function called, the numbers of its positional arguments (None of what
-            is no tensor), and its result.
-        returned: told of every module that is done, and its output.
+        made: called with every function that is called, the numbers of its positional arguments
+            (None for other values than tensors), and its result.
+        returned: called with every finished call of a module, and its output.
     """
     with ExitStack() as entered:
         for name, module in model.named_modules():

@@ -135,12 +135,12 @@ def joined(
         additions: with the name of the block that each belongs to.
     """
     blocks = list(found)
-    put_off: list[Addition] = []
+    deferred: list[Addition] = []
     for name in dict.fromkeys(name for name, _ in additions):
         own = [addition for of, addition in additions if of == name]
         numbers = [n for n, block in enumerate(blocks) if block.name == name]
         if not numbers or any(blocks[n].mechanism == "deferred" for n in numbers):
-            put_off += own
+            deferred += own
             continue
         if len(numbers) == 1:
             blocks[numbers[0]] = _with(blocks[numbers[0]], own, cut)
@@ -150,11 +150,11 @@ def joined(
         if len(own) != len(numbers):
             blocks[numbers[-1]] = replace(blocks[numbers[-1]], refusal=_UNLIKE)
     alone = set[Event]()
-    events = [event for addition in put_off for event in addition.events]
+    events = [event for addition in deferred for event in addition.events]
     for group in analysis.blocks(events, lambda name: repeated_block(name, modules)):
         numbers = [n for n, block in enumerate(blocks) if block.name == group.block]
         for n in numbers[:1]:
-            blocks[n] = _put_off_too(blocks[n], group, analysis, modules)
+            blocks[n] = _deferred_also(blocks[n], group, analysis, modules)
         if not numbers:
             alone.update(group.events)
     return blocks, alone
@@ -196,7 +196,7 @@ _UNLIKE = (
 
 
 def _with(block: Found, additions: Sequence[Addition], cut: Cut) -> Found:
-    """A block whose methods are rewritten at `additions` too."""
+    """`block`, whose methods are rewritten at `additions` too."""
     if block.refusal or block.mechanism in ("registered", "opaque", "Residual"):
         return block
     try:
@@ -207,10 +207,10 @@ def _with(block: Found, additions: Sequence[Addition], cut: Cut) -> Found:
     return replace(block, units=units, modules=block.modules | called)
 
 
-def _put_off_too(
+def _deferred_also(
     block: Found, group: Group, analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> Found:
-    """A deferred block that knows its additions in training mode too."""
+    """The deferred `block` with its additions of training mode."""
     if block.refusal:
         return block
     units = list(block.units)

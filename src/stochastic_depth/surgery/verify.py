@@ -11,12 +11,12 @@ from torch import nn
 
 from stochastic_depth.handle import Handle
 from stochastic_depth.hooks import batch_size
-from stochastic_depth.surgery.apply import applied_to
+from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.gating import ungated
 from stochastic_depth.surgery.inspect import plain_table, summary
 from stochastic_depth.surgery.preserve import preserve_state
-from stochastic_depth.surgery.proof.check import check, establish
+from stochastic_depth.surgery.proof.check import check, reference_outputs
 from stochastic_depth.surgery.proof.training_mode import check_training, train_once
 from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.timing import take_turns
@@ -28,13 +28,14 @@ class Verification:
 
     blocks: int
     sets: int
-    """How many sets of closed blocks were held against the original model."""
+    """How many sets of closed blocks were compared with the original model."""
     difference: float
-    """The largest one there, relative to the largest output; with all gates open it is 0."""
+    """The largest difference there, relative to the largest output; 0 with all gates open."""
     flops: tuple[float, float, float]
-    """Of a training step with all blocks open, every other one, and none, relative to the first."""
+    """FLOPs of a training step with all blocks open, every other one, and none, relative to the
+    first."""
     seconds: tuple[float, float, float]
-    """Of these steps, medians."""
+    """Median seconds of these steps."""
 
     @property
     def efficiency(self) -> float:
@@ -83,10 +84,10 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     kind = applied.handle.gate
     batch = None if kind == "batch" else batch_size(example)
     with ungated(model):
-        truth = establish(model, run, applied.found, batch)
-    difference = check(model, run, applied.found, blocks, truth, batch, kind)
+        reference = reference_outputs(model, run, applied.found, batch)
+    difference = check(model, run, applied.found, blocks, reference, batch, kind)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:  # past the hooks that draw gates
+    def forward(*args: Any, **kwargs: Any) -> Any:  # not the hooks of the model, which draw gates
         return model.forward(*args, **kwargs)
 
     step = caller(forward, example)
@@ -102,7 +103,7 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     seconds = {name: statistics.median(r[name] for r in rounds) for name in steps}
     return Verification(
         len(blocks),
-        len(truth.closed),
+        len(reference.closed),
         difference,
         (all_open, half, none),
         (seconds["all"], seconds["half"], seconds["none"]),

@@ -1,10 +1,15 @@
 """Build the network, its stochastic depth and its optimizer, as a configuration names them."""
 
+from itertools import count
 from typing import Any
 
 import torch
 from torch import nn
 
+from stochastic_depth.data import Batches
+from stochastic_depth.distributed import synchronise_batchnorm
+from stochastic_depth.distributed.world import ranks
+from stochastic_depth.errors import ApplyError, ConfigError
 from stochastic_depth.handle import Handle
 from stochastic_depth.models import (
     CifarResNet,
@@ -14,9 +19,10 @@ from stochastic_depth.models import (
     VisionTransformer,
 )
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery import apply
+from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
-from stochastic_depth.train.config import ModelConfig, OptimizerConfig, SurvivalConfig
+from stochastic_depth.train.config import Config, ModelConfig, OptimizerConfig, SurvivalConfig
+from stochastic_depth.train.runtime import Runtime
 
 
 def architecture(
@@ -69,6 +75,66 @@ def build_depth(model: nn.Module, config: SurvivalConfig, seed: int, steps: int)
         skipped=config.skipped,
         seed=seed,
     )
+
+
+def skippable(model: nn.Module) -> Handle:
+    """The handle of `model`; one of constant depth gets gates, which are always open.
+
+    Raises:
+        ApplyError: when it has no residual blocks.
+    """
+    try:
+        return handle_of(model)
+    except ApplyError:
+        return apply(model, Uniform(1.0))
+
+
+def build_network(
+    config: Config, runtime: Runtime, batches: Batches
+) -> tuple[nn.Module, Handle | None]:
+    """The network of a configuration on its device, and its stochastic depth, if it has any."""
+    model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
+    model = model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if ranks() > 1 and config.distributed.sync_batchnorm:
+        model = synchronise_batchnorm(model)
+    steps = config.epochs * batches.steps_per_epoch
+    return model, build_depth(model, config.survival, config.seed, steps)
+
+
+def require_trainable(config: Config, batches: Batches) -> None:
+    """Raise an error for what cannot be trained, before anything is written.
+
+    Allocates no weights.
+
+    Raises:
+        ApplyError: when the network has no residual blocks to skip.
+        ConfigError: when there is no such network, its images are too small for it, or a
+            mini-batch is.
+    """
+    channels, height, width = batches.shape
+    with torch.device("meta"):
+        model = build_model(config.model, channels, len(batches.classes), config.seed)
+        if not any(isinstance(module, Residual) for module in model.modules()):
+            build_depth(model, config.survival, config.seed, 1)
+    if not model.takes(height, width):
+        size = next(size for size in count(max(height, width)) if model.takes(size, size))
+        raise ConfigError(
+            f"the images have {height}x{width} pixels, which no {config.model.kind} takes: "
+            f"give --data.size {size}, or leave it out"
+        )
+    first = max(0, batches.steps_per_epoch - 2)
+    images = min(images_in(step, config, batches) for step in range(first, batches.steps_per_epoch))
+    if images // ranks() < 2:
+        raise ConfigError(
+            f"optimizer.batch is {config.optimizer.batch}: the last mini-batch of an epoch has "
+            f"{images} images, and each of {ranks()} processes needs 2 of them (BatchNorm)"
+        )
+
+
+def images_in(step: int, config: Config, batches: Batches) -> int:
+    """The number of images in the mini-batch of a step, of all processes."""
+    batch = config.optimizer.batch
+    return min(batch, batches.sizes["train"] - step % batches.steps_per_epoch * batch)
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.SGD:

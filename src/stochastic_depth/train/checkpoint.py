@@ -6,8 +6,8 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from stochastic_depth.files import (
     reason,
     remove_file,
     require_file,
+    visible,
     write_whole,
 )
-from stochastic_depth.terminal import visible
 
 MAGIC = b"stochastic-depth checkpoint 1\n"
 _DIGEST = 64
@@ -70,7 +70,7 @@ def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, A
         _check_entries(file, len(payload))
         state = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:
-        # Whoever made the checksum fit can make the reader raise nearly anything.
+        # Hostile content with a right checksum can make the reader raise nearly anything.
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise CheckpointError(f"{path} is not the state of a run")
@@ -98,8 +98,9 @@ def _read_payload(path: Path) -> bytes:
 
 
 def _check_entries(file: io.BytesIO, size: int) -> None:
-    """Refuse content for which even `weights_only=True` would allocate far more than the file has:
-    compressed entries, and calls that tensors do not need (`bytearray`, for example).
+    """Refuse content that would allocate far more than the file has, even with `weights_only=True`.
+
+    That is compressed entries, and calls that tensors do not need (`bytearray`, for example).
 
     Raises:
         pickle.UnpicklingError: naming it.
@@ -150,7 +151,7 @@ class Checkpoints:
             before = self.steps()
             kept = f"{self.path(before[0])} is intact" if before else "there was none before"
             raise CheckpointError(f"{error}; {kept}") from error
-        # Later ones are not of this run's past: they were refused when it was resumed.
+        # Later ones were refused when the run was resumed.
         past = [other for other in self.steps() if other <= step]
         for old in past[self.keep :]:
             if old != best:
@@ -195,6 +196,21 @@ def _make(folder: Path) -> None:
         make_folder(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made: {reason(error)}") from error
+
+
+@contextmanager
+def fitting(step: int) -> Iterator[None]:
+    """Turn errors of loading the state of a checkpoint into one sentence.
+
+    Raises:
+        CheckpointError: when the state does not fit the network.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} does not fit this network: {error}"
+        ) from error
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, str]) -> None:
@@ -258,7 +274,7 @@ def require_weights_of(run_id: str, path: Path) -> None:
     except OSError as error:
         raise RunError(f"{path} cannot be read: {reason(error)}") from error
     except SafetensorError:
-        return  # damaged: the next to resume the run writes it again, and nobody reads it till then
+        return  # damaged: resuming the run writes it again
     _require_run(path, about, run_id)
 
 

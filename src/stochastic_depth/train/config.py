@@ -264,7 +264,7 @@ class Config:
         return replace(self, keep=1, data=data)
 
     def kind(self) -> "Config":
-        """What runs have in common that differ only in their seed.
+        """The configuration without its seed: equal for runs that differ in their seed only.
 
         The name of the recipe is left out too, and under constant depth p_L, which is not used.
         """

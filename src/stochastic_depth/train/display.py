@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from stochastic_depth.files import visible
 from stochastic_depth.gates import open_shares
-from stochastic_depth.terminal import visible
 from stochastic_depth.train.journal import Record
-from stochastic_depth.train.run import Run
-from stochastic_depth.train.training import Training
+from stochastic_depth.train.run_folder import Run
+from stochastic_depth.train.train_state import TrainState
 
 
 def picture(gates: Tensor, width: int) -> str:
@@ -39,7 +39,7 @@ def picture(gates: Tensor, width: int) -> str:
 
 @dataclass
 class RunView:
-    """The `Callback` of one run. It only remembers what `Display` shows."""
+    """The `Callback` of one run; it keeps what `Display` shows."""
 
     label: str
     say_line: Callable[[str], None]
@@ -56,16 +56,16 @@ class RunView:
     began: float = field(default_factory=time.monotonic)
     began_at_step: int = 0
 
-    def begin(self, run: Run, training: Training) -> None:
-        self.epochs, self.steps = run.config.epochs, training.steps
-        self.blocks = training.blocks
-        self.step_done = self.began_at_step = training.step
+    def begin(self, run: Run, train_state: TrainState) -> None:
+        self.epochs, self.steps = run.config.epochs, train_state.steps
+        self.blocks = train_state.blocks
+        self.step_done = self.began_at_step = train_state.step
         self.began = time.monotonic()
-        if training.step:
-            self.say(f"going on at step {training.step} of {training.steps}")
+        if train_state.step:
+            self.say(f"going on at step {train_state.step} of {train_state.steps}")
 
-    def step(self, training: Training, loss: Tensor) -> None:
-        self.step_done, self.loss, self.gates = training.step, loss, training.gates
+    def step(self, train_state: TrainState, loss: Tensor) -> None:
+        self.step_done, self.loss, self.gates = train_state.step, loss, train_state.gates
         self.doing = "training"
 
     def evaluating(self) -> None:

@@ -4,8 +4,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from stochastic_depth.block_program.library import missing, unmeasured
 from stochastic_depth.distributed.world import ranks
-from stochastic_depth.engine.library import missing, unmeasured
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train.config import Config
 

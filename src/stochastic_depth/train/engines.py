@@ -7,18 +7,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.engine import CudaGraphs, Eagerly, Program
-from stochastic_depth.engine.compiled import CompiledKernels
-from stochastic_depth.engine.kernels import Kernels, ReferenceKernels
-from stochastic_depth.engine.library import private_cache
-from stochastic_depth.engine.native import NativeKernels
+from stochastic_depth.block_program import CudaGraphs, Eagerly, Program
+from stochastic_depth.block_program.compiled import CompiledKernels
+from stochastic_depth.block_program.kernels import Kernels
+from stochastic_depth.block_program.library import private_cache
+from stochastic_depth.block_program.native import NativeKernels
 from stochastic_depth.handle import Handle
 from stochastic_depth.train.engine_choice import KernelsName
 from stochastic_depth.train.runtime import Runtime
-from stochastic_depth.train.step import Autograd, Measured, measured
+from stochastic_depth.train.step import AutogradEngine, Measured, measured
 
 KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
-    "reference": lambda dtype: ReferenceKernels(),
+    "reference": lambda dtype: Kernels(),
     "native": NativeKernels,
     "compiled": lambda dtype: CompiledKernels(),
 }
@@ -36,7 +36,7 @@ class Engine(Protocol):
         ...
 
 
-class Blocks:
+class ProgramEngine:
     """The block program for whole mini-batches, autograd for the rest of an epoch."""
 
     def __init__(
@@ -44,12 +44,12 @@ class Blocks:
         model: nn.Module,
         handle: Handle | None,
         optimizer: torch.optim.SGD,
-        first: nn.Parameter,
+        first_weight: nn.Parameter,
         runtime: Runtime,
         shape: tuple[int, ...],
     ) -> None:
         device = torch.device(runtime.device)
-        dtype = torch.bfloat16 if runtime.precision == "bfloat16" else first.dtype
+        dtype = torch.bfloat16 if runtime.precision == "bfloat16" else first_weight.dtype
         self._shape = torch.Size(shape)
         self._program = Program(
             model,
@@ -60,7 +60,7 @@ class Blocks:
             KERNELS[runtime.kernels](dtype),
             CudaGraphs(device) if device.type == "cuda" else Eagerly(),
         )
-        self._autograd = Autograd(model, handle, optimizer, first, runtime)
+        self._autograd = AutogradEngine(model, handle, optimizer, first_weight, runtime)
         self._was_whole = True
 
     @property
@@ -85,7 +85,7 @@ def build_engine(
     model: nn.Module,
     handle: Handle | None,
     optimizer: torch.optim.SGD,
-    first: nn.Parameter,
+    first_weight: nn.Parameter,
     runtime: Runtime,
     shape: tuple[int, ...],
 ) -> Engine:
@@ -98,6 +98,6 @@ def build_engine(
         # PyTorch's default is a folder in /tmp whose name another user can guess and create first.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_cache() / "inductor"))
     if runtime.engine == "graphs":
-        return Blocks(model, handle, optimizer, first, runtime, shape)
+        return ProgramEngine(model, handle, optimizer, first_weight, runtime, shape)
     compiled = runtime.engine == "compiled"
-    return Autograd(model, handle, optimizer, first, runtime, compiled)
+    return AutogradEngine(model, handle, optimizer, first_weight, runtime, compiled)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from stochastic_depth.errors import DivergedError, OutOfMemoryError
 from stochastic_depth.gates import open_shares
-from stochastic_depth.train.run import Run
-from stochastic_depth.train.training import Training
+from stochastic_depth.train.run_folder import Run
+from stochastic_depth.train.train_state import TrainState
 
 _SIGNS_OF_EXHAUSTION = (
     "can't allocate memory",  # PyTorch's allocator on a CPU
@@ -29,7 +29,7 @@ def diverged(run: Run, step: int, what: str) -> DivergedError:
 
 
 @contextmanager
-def memory_watched(run: Run, training: Training) -> Iterator[None]:
+def memory_watched(run: Run, train_state: TrainState) -> Iterator[None]:
     """Turn errors of exhausted memory into one that names the step and the remedies.
 
     Raises:
@@ -41,19 +41,19 @@ def memory_watched(run: Run, training: Training) -> Iterator[None]:
         if not is_exhaustion(error):
             raise
         said = (str(error) or "no more")[:200].splitlines()[0]
-        step, config = training.step, training.config
-        evaluating = not training.model.training
-        gates = "in evaluation" if evaluating else open_blocks(training.gates_at(step))
+        step, config = train_state.step, train_state.config
+        evaluating = not train_state.model.training
+        gates = "in evaluation" if evaluating else open_blocks(train_state.gates_at(step))
         raise OutOfMemoryError(
             f"out of memory at step {step} of {run.path} ({gates}): {said}; "
             f"{last_good(run)}. Go on where there is more memory, or begin a run with a lower "
             f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
-            f"({config.data.workers}) or --precision bfloat16 ({training.runtime.precision})"
+            f"({config.data.workers}) or --precision bfloat16 ({train_state.runtime.precision})"
         ) from error
 
 
 def is_exhaustion(error: Exception) -> bool:
-    """Whether memory has run out, here or in a process that decodes pictures."""
+    """Whether memory is exhausted, in this process or in one that decodes pictures."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(sign in str(error) for sign in _SIGNS_OF_EXHAUSTION)

@@ -21,10 +21,10 @@ from stochastic_depth.files import is_there
 from stochastic_depth.train.checkpoint import read_weights, write_weights
 from stochastic_depth.train.failures import diverged, memory_watched, open_blocks
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
-from stochastic_depth.train.run import Run
+from stochastic_depth.train.run_folder import Run
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
-from stochastic_depth.train.training import Training
+from stochastic_depth.train.train_state import TrainState
 
 _STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}
 """Reading a loss synchronises with the GPU, so it is done rarely."""
@@ -41,8 +41,8 @@ class Interrupted(StochasticDepthError):
 class Callback(Protocol):
     """Methods that `fit` calls while a run trains."""
 
-    def begin(self, run: Run, training: Training) -> None: ...
-    def step(self, training: Training, loss: Tensor) -> None: ...
+    def begin(self, run: Run, train_state: TrainState) -> None: ...
+    def step(self, train_state: TrainState, loss: Tensor) -> None: ...
     def evaluating(self) -> None: ...
     def record(self, record: Record) -> None: ...
     def say(self, text: str) -> None: ...
@@ -77,45 +77,45 @@ def fit(
     run.require_data(batches.fingerprint)
     with ExitStack() as stack:
         still_ours = stack.enter_context(_writing(run))
-        training = Training(run.config, run.runtime, batches)
-        stack.enter_context(memory_watched(run, training))
-        _restore(run, training, callback)
-        callback.begin(run, training)
-        stream = _stream(batches, training.step)
+        train_state = TrainState(run.config, run.runtime, batches)
+        stack.enter_context(memory_watched(run, train_state))
+        _restore(run, train_state, callback)
+        callback.begin(run, train_state)
+        stream = _stream(batches, train_state.step)
         journal = on_primary(run.journal_length)
-        while training.step < training.steps or training.tally.images:
+        while train_state.step < train_state.steps or train_state.metrics.images:
             record = None
-            if _finish_interval(run, training, stream, callback, stop):
-                record = _measure(training, batches, callback, stop)
+            if _finish_interval(run, train_state, stream, callback, stop):
+                record = _measure(train_state, batches, callback, stop)
             still_ours()
             # No other process has written to the journal in the meantime.
             on_primary(partial(truncate_journal, run.journal, journal))
             if record is None:
-                _save(run, training)
-                raise Interrupted(run.path, training.step, stop() or 0)
+                _save(run, train_state)
+                raise Interrupted(run.path, train_state.step, stop() or 0)
             if not record.is_finite:
-                raise diverged(run, training.step, "an evaluation")
+                raise diverged(run, train_state.step, "an evaluation")
             on_primary(partial(append_record, run.journal, record))
             journal = on_primary(run.journal_length)
-            training.tally = IntervalMetrics()
-            _save(run, training)
+            train_state.metrics = IntervalMetrics()
+            _save(run, train_state)
             callback.record(record)
             yield record
         still_ours()
-        on_primary(lambda: _write_weights(run, training, callback))
+        on_primary(lambda: _write_weights(run, train_state, callback))
 
 
 @contextmanager
 def _writing(run: Run) -> Iterator[Callable[[], None]]:
-    """Enter `run.writing()` in the first of several processes; the check it gives works in all."""
+    """Enter `run.writing()` in the first process; the check that it yields works in all of them."""
     checks: list[Callable[[], None]] = []
     with ExitStack() as stack:
         on_primary(lambda: checks.append(stack.enter_context(run.writing())))
         yield lambda: on_primary(lambda: checks[0]())
 
 
-def _restore(run: Run, training: Training, callback: Callback) -> None:
-    # Where several processes train, the folder need not be in reach of any but the first.
+def _restore(run: Run, train_state: TrainState, callback: Callback) -> None:
+    # Where several processes train, only the first needs access to the folder.
     device = run.runtime.device if ranks() == 1 else "cpu"
     state, refused = on_primary(lambda: run.checkpoints.newest(device))
     for reason in refused:
@@ -127,7 +127,7 @@ def _restore(run: Run, training: Training, callback: Callback) -> None:
                 f"begun with {run.runtime.threads} threads, going on with {threads}: sums are "
                 "rounded differently (set OMP_NUM_THREADS for the same end bit by bit)"
             )
-        training.load_state_dict(state)
+        train_state.load_state_dict(state)
     elif on_primary(lambda: bool(is_there(run.weights) and run.records())):
         raise CheckpointError(
             f"{run.path} has ended, and its checkpoints are gone: there is nothing to go on from, "
@@ -146,62 +146,62 @@ def _stream(batches: Batches, step: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _finish_interval(
     run: Run,
-    training: Training,
+    train_state: TrainState,
     stream: Iterator[tuple[Tensor, Tensor]],
     callback: Callback,
     stop: Callable[[], int | None],
 ) -> bool:
     """Train up to the next evaluation; returns False if a stop signal comes before."""
-    interval = run.config.evaluate_every or training.steps_per_epoch
-    intervals_begun = -(-training.step // interval) + (not training.tally.images)
-    end = min(training.steps, intervals_begun * interval)
-    look = _STEPS_BETWEEN_CHECKS.get(torch.device(training.runtime.device).type, 1)
+    interval = run.config.evaluate_every or train_state.steps_per_epoch
+    intervals_begun = -(-train_state.step // interval) + (not train_state.metrics.images)
+    end = min(train_state.steps, intervals_begun * interval)
+    look = _STEPS_BETWEEN_CHECKS.get(torch.device(train_state.runtime.device).type, 1)
     began = time.perf_counter()
     stopping = any_rank(bool(stop()))
-    while training.step < end and not stopping:
-        measured = training.advance(*next(stream))
-        callback.step(training, measured.loss)
-        if training.step % look == 0 or training.step == end or (stop() and ranks() == 1):
-            position = training.tally.first_diverged(look)
+    while train_state.step < end and not stopping:
+        measured = train_state.advance(*next(stream))
+        callback.step(train_state, measured.loss)
+        if train_state.step % look == 0 or train_state.step == end or (stop() and ranks() == 1):
+            position = train_state.metrics.first_diverged(look)
             if position is not None:
-                step = training.step - len(training.tally.measured) + position
-                gates = open_blocks(training.gates_at(step))
+                step = train_state.step - len(train_state.metrics.measured) + position
+                gates = open_blocks(train_state.gates_at(step))
                 raise diverged(run, step, f"with {gates}, the loss")
             stopping = any_rank(bool(stop()))
-    training.runtime.synchronise()
-    training.tally.seconds += time.perf_counter() - began
+    train_state.runtime.synchronise()
+    train_state.metrics.seconds += time.perf_counter() - began
     return not stopping
 
 
 def _measure(
-    training: Training, batches: Batches, callback: Callback, stop: Callable[[], int | None]
+    train_state: TrainState, batches: Batches, callback: Callback, stop: Callable[[], int | None]
 ) -> Record | None:
     """The record of the interval that ends here; None if a stop signal comes before it is done."""
     callback.evaluating()
-    training.synchronise_statistics()
-    tally, peak = training.tally, peak_memory(training.runtime)
-    means, active = tally.means(), training.active_counts().tolist()
-    of_parts = evaluate_parts(training.model, batches, training.runtime, until=stop)
+    train_state.synchronise_statistics()
+    metrics, peak = train_state.metrics, peak_memory(train_state.runtime)
+    means, active = metrics.means(), train_state.active_counts().tolist()
+    of_parts = evaluate_parts(train_state.model, batches, train_state.runtime, until=stop)
     validation, test = of_parts["validation"], of_parts["test"]
     if any_rank(bool(stop())):
         return None
     return Record(
-        step=training.step,
-        epoch=training.epoch,
-        learning_rate=training.optimizer.param_groups[0]["lr"],
+        step=train_state.step,
+        epoch=train_state.epoch,
+        learning_rate=train_state.optimizer.param_groups[0]["lr"],
         train_loss=means.loss.item(),
         validation_loss=validation.loss,
         validation_error=validation.error,
         test_loss=test.loss,
         test_error=test.error,
         active_blocks=sum(n * count for n, count in enumerate(active)) / sum(active),
-        expected_active_blocks=training.expected_active_blocks(),
+        expected_active_blocks=train_state.expected_active_blocks(),
         gradient_norm=means.gradient_norm.item(),
         gradient_mean=means.gradient_mean.item(),
-        seconds=tally.seconds,
-        images_per_second=sum(tally.images) / tally.seconds,
+        seconds=metrics.seconds,
+        images_per_second=sum(metrics.images) / metrics.seconds,
         peak_memory=peak,
-        block_gradients=tally.block_means(training.blocks),
+        block_gradients=metrics.block_means(train_state.blocks),
         active_counts={str(n): count for n, count in enumerate(active) if count},
     )
 
@@ -214,23 +214,23 @@ def peak_memory(runtime: Runtime) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _save(run: Run, training: Training) -> None:
-    training.synchronise_statistics()
-    if not training.weights_are_finite():
-        raise diverged(run, training.step, "a weight")
+def _save(run: Run, train_state: TrainState) -> None:
+    train_state.synchronise_statistics()
+    if not train_state.weights_are_finite():
+        raise diverged(run, train_state.step, "a weight")
 
     def write() -> None:
         records = run.records()
         run.checkpoints.save(
-            training.step,
+            train_state.step,
             best_record(records).step if records else None,
-            {**training.state_dict(), "journal_bytes": run.journal_length()},
+            {**train_state.state_dict(), "journal_bytes": run.journal_length()},
         )
 
     on_primary(write)
 
 
-def _write_weights(run: Run, training: Training, callback: Callback) -> None:
+def _write_weights(run: Run, train_state: TrainState, callback: Callback) -> None:
     """Write the final weights, unless they are there and undamaged."""
     if is_there(run.weights):
         try:
@@ -239,7 +239,7 @@ def _write_weights(run: Run, training: Training, callback: Callback) -> None:
         except RunError as error:
             callback.say(f"{error}; written anew")
     about = {"run": run.id, "recipe": run.config.recipe}
-    write_weights(run.weights, training.model.state_dict(), about)
+    write_weights(run.weights, train_state.model.state_dict(), about)
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)

@@ -17,9 +17,8 @@ from stochastic_depth.files import LARGE, is_there, open_for_appending, read_fil
 class Record:
     """One interval of training (an epoch, unless `evaluate_every` is set) and its evaluation.
 
-    Losses are mean cross-entropies in nats, errors are percent. What is measured by the clock or
-    of the machine is in `seconds`, `images_per_second` and `peak_memory`; all else is the same
-    whenever the run is repeated.
+    Losses are mean cross-entropies in nats, errors are percent. `seconds`, `images_per_second` and
+    `peak_memory` depend on the machine; all other fields are the same whenever the run is repeated.
     """
 
     step: int
@@ -74,7 +73,7 @@ def append_record(path: Path, record: Record) -> None:
     """
     line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
     try:
-        # Unbuffered: a buffer would try again on closing, and leave the end of a line behind.
+        # Unbuffered: a buffer would be written again on closing, and leave half a line behind.
         with open_for_appending(path) as file:
             before = os.fstat(file.fileno()).st_size
             try:

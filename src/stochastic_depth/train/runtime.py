@@ -72,7 +72,7 @@ def resolve_runtime(config: Config) -> Runtime:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether the processor multiplies bfloat16 in hardware, and so gains from it."""
+    """Whether the device multiplies bfloat16 in hardware, so that it is faster."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     processor = _processor()

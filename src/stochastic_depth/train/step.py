@@ -18,10 +18,9 @@ from stochastic_depth.distributed import skip_closed
 from stochastic_depth.distributed.world import ranks, total
 from stochastic_depth.gates import open_shares
 from stochastic_depth.handle import Handle
-from stochastic_depth.surgery import apply, compile_blocks
-from stochastic_depth.survival import Uniform
+from stochastic_depth.surgery import compile_blocks
 from stochastic_depth.torch_private import norms
-from stochastic_depth.train.build import block_convolutions
+from stochastic_depth.train.build import block_convolutions, skippable
 from stochastic_depth.train.runtime import Runtime
 
 _OPTION = "forward_sync_buffers"
@@ -45,7 +44,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
-    first: nn.Parameter,
+    first_weight: nn.Parameter,
     runtime: Runtime,
     weight: float = 1,
 ) -> Measured:
@@ -54,9 +53,9 @@ def train_step(
     Args:
         images: [batch, channels, height, width], normalised.
         labels: int64 [batch].
-        first: the weight of the first convolution, which no gate can skip.
-        weight: of these images, where other processes have more or fewer: the mean over processes
-            of what they weigh is 1.
+        first_weight: of the first convolution, which no gate can skip.
+        weight: of this process's loss, where processes have different numbers of images; its mean
+            over the processes is 1.
     """
     optimizer.zero_grad()
     with runtime.autocast():
@@ -65,8 +64,8 @@ def train_step(
         loss = loss * weight
     loss.backward()
     optimizer.step()
-    assert first.grad is not None
-    return measured(total(loss.detach() / ranks()), first.grad)
+    assert first_weight.grad is not None
+    return measured(total(loss.detach() / ranks()), first_weight.grad)
 
 
 def measured(loss: Tensor, gradient: Tensor) -> Measured:
@@ -75,7 +74,7 @@ def measured(loss: Tensor, gradient: Tensor) -> Measured:
     return Measured(loss, gradient.norm(), gradient.abs().mean())
 
 
-class Autograd:
+class AutogradEngine:
     """Takes training steps by PyTorch's autograd, with the blocks compiled or not."""
 
     def __init__(
@@ -83,16 +82,15 @@ class Autograd:
         model: nn.Module,
         handle: Handle | None,
         optimizer: torch.optim.Optimizer,
-        first: nn.Parameter,
+        first_weight: nn.Parameter,
         runtime: Runtime,
         compiled: bool = False,
     ) -> None:
         self._model, self._optimizer = model, optimizer
-        self._first, self._runtime = first, runtime
+        self._first_weight, self._runtime = first_weight, runtime
         self._convolutions = block_convolutions(model)
         if compiled:
-            if handle is None:
-                apply(model, Uniform(1.0))  # compiling goes by blocks, and these are always open
+            skippable(model)  # blocks are what is compiled
             compile_blocks(model)
         if ranks() > 1:
             self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, **_BUFFERS)
@@ -101,7 +99,7 @@ class Autograd:
 
     def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
         return train_step(
-            self._model, self._optimizer, images, labels, self._first, self._runtime, weight
+            self._model, self._optimizer, images, labels, self._first_weight, self._runtime, weight
         )
 
     @property
@@ -162,7 +160,7 @@ def evaluate_parts(
 
 
 _ROWS = ("measured", "block_gradients")
-"""Fields whose tensors are on the device."""
+"""Fields that are lists of tensors on the device."""
 
 
 @dataclass
@@ -186,8 +184,8 @@ class IntervalMetrics:
         """Sample one step.
 
         Args:
-            gradients: of the weight of each block's first convolution; where the block was closed
-                they are not looked at.
+            gradients: of the weight of each block's first convolution; ignored where the block was
+                closed.
             gates: bool [L], or [L, batch].
         """
         opened = open_shares(gates) > 0

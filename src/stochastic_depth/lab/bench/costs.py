@@ -22,12 +22,12 @@ class StepCost:
     """Means over the steps of one alternative, but for the peak."""
 
     seconds: float
-    """As `clock` counts them."""
+    """Mean seconds of a step, by `clock`."""
     flops: float
     kept: float
     """Bytes that wait for the backward pass, parameters aside."""
     peak_kept: float
-    """Those of the step that keeps the most."""
+    """The bytes of the step that keeps the most."""
 
     def relative_to(self, other: "StepCost") -> "StepCost":
         """Each as a share of the other's; the peak of its peak."""
@@ -45,7 +45,7 @@ def step_costs(
             those of the first steps.
     """
     steps = build()
-    for step in steps.values():  # what is allocated and chosen once
+    for step in steps.values():  # allocate and choose algorithms once
         step()
     rounds = list(shown(take_turns(steps, repeats, 0, clock(runtime)), repeats, console))
     del steps

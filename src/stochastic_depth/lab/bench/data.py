@@ -34,7 +34,7 @@ from stochastic_depth.train.config import (
     SurvivalConfig,
 )
 from stochastic_depth.train.runtime import Runtime
-from stochastic_depth.train.training import Training
+from stochastic_depth.train.train_state import TrainState
 
 ORDER = "order of an epoch"
 DATA = "data and augmentation"
@@ -94,16 +94,16 @@ def data_and_steps(
         runtime.synchronise()
 
     steps = {
-        name: _step(Training(config, runtime, images), _endless(images))
+        name: _step(TrainState(config, runtime, images), _endless(images))
         for name, config in configs.items()
     }
     return {ORDER: order, DATA: batch, **steps}
 
 
-def _step(training: Training, stream: Iterator[Batch]) -> Callable[[], None]:
+def _step(train_state: TrainState, stream: Iterator[Batch]) -> Callable[[], None]:
     def step() -> None:
-        training.advance(*next(stream))
-        training.runtime.synchronise()
+        train_state.advance(*next(stream))
+        train_state.runtime.synchronise()
 
     return step
 
@@ -188,10 +188,10 @@ def taken(
     batch = next(images.train(0))
     steps = {}
     for name, config in configs.items():
-        training = Training(config, runtime, images)
+        train_state = TrainState(config, runtime, images)
 
-        def step(training: Training = training) -> None:
-            training.advance(*batch)
+        def step(train_state: TrainState = train_state) -> None:
+            train_state.advance(*batch)
             runtime.synchronise()
 
         steps[name] = step

@@ -26,11 +26,11 @@ def depth_cost(result: Mapping[str, Any]) -> Figure:
             peak = result["bytes_per_image"][kind][n] / 2**20
             time.append(
                 {"s": NAMES[kind], "x": depth, "y": timing.median, "low": low, "high": high}
-                | {"told": f"{NAMES[kind]}, {depth} layers: {timing.median:.3g} ms an image"}
+                | {"label": f"{NAMES[kind]}, {depth} layers: {timing.median:.3g} ms an image"}
             )
             memory.append(
                 {"s": NAMES[kind], "x": depth, "y": peak}
-                | {"told": f"{NAMES[kind]}, {depth} layers: {peak:.3g} MiB an image"}
+                | {"label": f"{NAMES[kind]}, {depth} layers: {peak:.3g} MiB an image"}
             )
     rows: list[Row] = [
         {"kind": t["s"], "layers": t["x"], "milliseconds_per_image": t["y"]}
@@ -72,7 +72,7 @@ def _panel(
     if "low" in values[0]:
         layers.append(points.mark_rule(aria=False).encode(y=alt.Y("low:Q"), y2="high:Q"))
     dots = points.mark_point(filled=True, opacity=1, size=46)
-    return layered(*layers, dots.encode(y=y, description="told:N"), title=title)
+    return layered(*layers, dots.encode(y=y, description="label:N"), title=title)
 
 
 def _sentence(result: Mapping[str, Any]) -> str:
@@ -80,8 +80,8 @@ def _sentence(result: Mapping[str, Any]) -> str:
     deepest = result["depths"][-1]
     seconds = {kind: statistics.median(result["seconds_per_image"][kind][-1]) for kind in KINDS}
     saved = 1 - seconds["stochastic"] / seconds["constant"]
-    told = " and ".join(f"{1e6 * slopes[kind]:.3g} µs with {NAMES[kind]}" for kind in KINDS)
+    clauses = " and ".join(f"{1e6 * slopes[kind]:.3g} µs with {NAMES[kind]}" for kind in KINDS)
     return (
-        f"Each layer more costs {told} for an image; at {deepest} layers stochastic depth saves "
+        f"Each layer more costs {clauses} for an image; at {deepest} layers stochastic depth saves "
         f"{100 * saved:.1f} % of the time."
     )

@@ -1,4 +1,4 @@
-"""What the ways of training in several processes send and take, at constant depth and p_L = 0.5."""
+"""Bytes sent and time of training in several processes, at constant depth and at p_L = 0.5."""
 
 import itertools
 import json
@@ -105,7 +105,7 @@ class Sent:
     seconds: list[float]
     """Seconds of each round."""
     bytes: float
-    """That each process sends in a step."""
+    """Bytes that each process sends in a step."""
     calls: float
     """Collectives in a step."""
     open_share: float
@@ -124,10 +124,10 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         arguments = ranks, folder, depth, batch, size, repeats, threads
         spawn(_process, args=arguments, nprocs=ranks)
-        told = json.loads((Path(folder) / "result.json").read_text())
+        result = json.loads((Path(folder) / "result.json").read_text())
     return {
         way: {name: Sent(**values) for name, values in of_way.items()}
-        for way, of_way in told.items()
+        for way, of_way in result.items()
     }
 
 

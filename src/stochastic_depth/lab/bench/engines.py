@@ -1,4 +1,4 @@
-"""The ways of taking a training step side by side, and where the time of a step goes."""
+"""All engines and kernels side by side, and where the time of a training step goes."""
 
 import itertools
 import os
@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from stochastic_depth.engine import Program
-from stochastic_depth.engine.library import missing
-from stochastic_depth.engine.pieces import Block
+from stochastic_depth.block_program import Program
+from stochastic_depth.block_program.library import missing
+from stochastic_depth.block_program.pieces import Block
 from stochastic_depth.lab.bench.machine_peak import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import bench_table, clock, milliseconds, shown, timings
 from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Step, Workload
@@ -137,7 +137,7 @@ def _named(work: Any) -> str:
 
 
 def pieces(depth: int, workload: Workload) -> tuple[Timed, Step]:
-    """What notes the seconds of each piece of a ResNet's block program, and a step of it."""
+    """A step of a ResNet's block program, and the recorder of the seconds of its pieces."""
     runtime = workload.runtime
     model = CifarResNet(depth, channels=workload.channels)
     model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

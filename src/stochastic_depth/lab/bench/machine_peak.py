@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stochastic_depth.engine import library
+from stochastic_depth.block_program import library
 from stochastic_depth.lab.bench.workload import Step
 from stochastic_depth.timing import Timing
 from stochastic_depth.train.runtime import Runtime

@@ -75,7 +75,7 @@ Round = dict[str, tuple[float, float]]
 
 
 def skippings(rounds: Sequence[Round]) -> dict[str, Skipping]:
-    """What came of `rounds`, by alternative."""
+    """The results of `rounds`, by alternative."""
     return {
         name: Skipping(
             tuple(r[name][0] for r in rounds),

@@ -113,7 +113,7 @@ class Steady:
 
 
 def steadiness(rounds: list[dict[str, tuple[float, float]]]) -> Mapping[str, Steadiness]:
-    """What came of `rounds`, by alternative."""
+    """The results of `rounds`, by alternative."""
     return {
         name: Steadiness(tuple(r[name][0] for r in rounds), tuple(r[name][1] for r in rounds))
         for name in rounds[0]

@@ -17,7 +17,7 @@ from stochastic_depth.surgery import apply
 from stochastic_depth.survival import Survival
 from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
-from stochastic_depth.train.engines import Blocks, build_engine
+from stochastic_depth.train.engines import ProgramEngine, build_engine
 from stochastic_depth.train.runtime import Runtime
 
 Step = Callable[[], Tensor]
@@ -169,7 +169,7 @@ def saved_for_backward(step: Step) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, give_back):
         result = step()  # which keeps its graph
-    if isinstance(step, EngineStep) and isinstance(step.engine, Blocks):
+    if isinstance(step, EngineStep) and isinstance(step.engine, ProgramEngine):
         return step.engine.kept  # autograd sees its head alone
     waiting = found[0] if found else total()
     del result

@@ -15,7 +15,7 @@ KEYS = {
     "uniform": Key("uniform", STOCHASTIC[1]),
     "constant": Key("constant depth", CONSTANT, (6, 3)),
 }
-"""By the name of the rule."""
+"""Legend keys by the name of the rule."""
 
 Place = tuple[str, float, Series]
 """Rule, p_L, and the runs with these."""
@@ -87,14 +87,14 @@ def _survival_panel(
     measure: Callable[[Series], Spread],
     title: str,
     unit: str,
-    told: Callable[[Spread], str],
+    label: Callable[[Spread], str],
 ) -> alt.LayerChart:
     rows: list[Row] = []
     for rule, final, series in points:
         spread = measure(series)
         deviation = spread.deviation or 0.0
         where = "" if rule == "constant" else f", p_L = {final:g}"
-        text = f"{KEYS[rule].name}{where}: {told(spread)} ({seeds(len(series.runs))})"
+        text = f"{KEYS[rule].name}{where}: {label(spread)} ({seeds(len(series.runs))})"
         low, high = spread.mean - deviation, spread.mean + deviation
         rows.append(
             {
@@ -103,7 +103,7 @@ def _survival_panel(
                 "y": spread.mean,
                 "low": low,
                 "high": high,
-                "told": text,
+                "label": text,
             }
         )
     constant = [row for row in rows if row["s"] == KEYS["constant"].name]
@@ -118,10 +118,10 @@ def _survival_panel(
     base = chart(varied).encode(x=x, y=y, color=hue)
     return layered(
         band.encode(y=alt.Y("low:Q"), y2="high:Q", color=hue),
-        line.mark_rule(strokeDash=[6, 3], strokeWidth=1.6).encode(description="told:N"),
+        line.mark_rule(strokeDash=[6, 3], strokeWidth=1.6).encode(description="label:N"),
         base.mark_rule(strokeWidth=1.4, aria=False).encode(y=alt.Y("low:Q"), y2="high:Q"),
         base.mark_line(strokeWidth=2, aria=False),
-        base.mark_point(filled=True, opacity=1, size=42).encode(description="told:N"),
+        base.mark_point(filled=True, opacity=1, size=42).encode(description="label:N"),
         title=title,
     )
 
@@ -137,15 +137,15 @@ def _survival_axis(rows: list[Row], unit: str) -> alt.Y:
 def _survival_sentence(points: list[Place]) -> str:
     errors = {(rule, final): series.outcome.test_error_best for rule, final, series in points}
     rules = [rule for rule in ("linear", "uniform") if any(r == rule for r, _ in errors)]
-    told = []
+    clauses = []
     for rule in rules:
         best = min((final for r, final in errors if r == rule), key=lambda f: errors[rule, f].mean)
-        told.append(
+        clauses.append(
             f"{KEYS[rule].name} is best at p_L = {best:g} with {percent(errors[rule, best])}"
         )
     if ("constant", 1.0) in errors:
-        told.append(f"constant depth has {percent(errors['constant', 1.0])}")
-    sentence = "; ".join(told)
+        clauses.append(f"constant depth has {percent(errors['constant', 1.0])}")
+    sentence = "; ".join(clauses)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
@@ -198,7 +198,7 @@ def _heat_map(cells: Cells) -> alt.LayerChart:
             "shown": f"{spread.mean:.{1 if high >= 10 else 2}f}",
             # the three lighter of five steps carry dark text
             "dark": spread.mean > low + 0.55 * (high - low),
-            "told": f"depth {depth}, p_L = {final:g}: {percent(spread)} "
+            "label": f"depth {depth}, p_L = {final:g}: {percent(spread)} "
             f"({seeds(len(cells[depth, final]))})",
         }
         for (depth, final), spread in means.items()
@@ -214,7 +214,7 @@ def _heat_map(cells: Cells) -> alt.LayerChart:
     )
     text = alt.condition("datum.dark", alt.value("#fffffe"), alt.value("#1c2025"))
     return layered(
-        base.mark_rect(cornerRadius=2).encode(color=colour, description="told:N"),
+        base.mark_rect(cornerRadius=2).encode(color=colour, description="label:N"),
         base.mark_text(fontSize=10, aria=False).encode(text="shown:N", color=text),
     )
 
@@ -226,8 +226,8 @@ def _depth_sentence(cells: Cells) -> str:
     depths = sorted({d for d, _ in means})
     if len(depths) == 1:
         return f"{sentence}."
-    told = []
+    clauses = []
     for d in (depths[0], depths[-1]):
         at = min((p for other, p in means if other == d), key=lambda p: means[d, p])
-        told.append(f"{at:g} at depth {d}")
-    return f"{sentence}; the best p_L is {' and '.join(told)}."
+        clauses.append(f"{at:g} at depth {d}")
+    return f"{sentence}; the best p_L is {' and '.join(clauses)}."

@@ -1,4 +1,4 @@
-"""What the ways of gating come to: test error over seeds, and what a training step costs each."""
+"""Results of the ways of gating: test error over seeds, and the cost of a training step."""
 
 import json
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def write_results(sweep: Sweep, result: dict[str, Any]) -> None:
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
-    """What `write_results` wrote; None where there is none yet, or none that can be read."""
+    """The results that `write_results` wrote; None without a readable file."""
     try:
         return json.loads(read_file(folder / FILE, SMALL))
     except (OSError, ValueError):

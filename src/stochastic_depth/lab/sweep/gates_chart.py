@@ -15,7 +15,7 @@ TIME, PEAK = Key("time of a step", STOCHASTIC[0]), Key("peak memory of a step", 
 
 
 def gates_figure(result: Mapping[str, Any]) -> Figure:
-    """Of what `gating_results` gave."""
+    """The figure of the results of `gating_results`."""
     gatings = result["gatings"]
     rows: list[Row] = [
         {"gating": name, "seed": number, "test_error": error, **row["relative"]}
@@ -54,7 +54,7 @@ def _errors(gatings: Mapping[str, Any]) -> alt.LayerChart:
                 "x": spread.mean,
                 "low": spread.mean - deviation,
                 "high": spread.mean + deviation,
-                "told": f"{name}: {percent(spread)} ({seeds(len(row['test_errors']))})",
+                "label": f"{name}: {percent(spread)} ({seeds(len(row['test_errors']))})",
             }
         )
     y, hue = _gatings(gatings), colour((ERROR, TIME, PEAK))
@@ -65,7 +65,7 @@ def _errors(gatings: Mapping[str, Any]) -> alt.LayerChart:
             x=alt.X("low:Q", title="percent", scale=alt.Scale(zero=False)), x2="high:Q"
         ),
         chart(points).mark_point(opacity=0.5, size=24, aria=False).encode(x=x, y=y, color=hue),
-        base.mark_point(filled=True, opacity=1, size=60).encode(x=x, description="told:N"),
+        base.mark_point(filled=True, opacity=1, size=60).encode(x=x, description="label:N"),
         title="Test error",
     )
 
@@ -76,7 +76,7 @@ def _costs(gatings: Mapping[str, Any]) -> alt.LayerChart:
             "s": key.name,
             "gating": name,
             "x": row["relative"][which],
-            "told": f"{name}: {key.name} {row['relative'][which]:.3f} of constant depth's",
+            "label": f"{name}: {key.name} {row['relative'][which]:.3f} of constant depth's",
         }
         for name, row in gatings.items()
         for key, which in ((TIME, "seconds"), (PEAK, "peak_kept"))
@@ -85,7 +85,7 @@ def _costs(gatings: Mapping[str, Any]) -> alt.LayerChart:
     return layered(
         chart(values)
         .mark_point(filled=True, opacity=1, size=60)
-        .encode(x=x, y=_gatings(gatings), color=colour((ERROR, TIME, PEAK)), description="told:N"),
+        .encode(x=x, y=_gatings(gatings), color=colour((ERROR, TIME, PEAK)), description="label:N"),
         title="Cost of a training step",
     )
 
@@ -94,12 +94,12 @@ def _sentence(gatings: Mapping[str, Any]) -> str:
     """The best gating, constant depth, and one coin a batch against one a sample."""
     errors = {name: Spread.of(row["test_errors"]) for name, row in gatings.items()}
     best = min(errors, key=lambda name: errors[name].mean)
-    told = [f"The lowest error has {best}, {percent(errors[best])}"]
+    clauses = [f"The lowest error has {best}, {percent(errors[best])}"]
     if best != "constant" and "constant" in errors:
-        told.append(f"constant depth has {percent(errors['constant'])}")
+        clauses.append(f"constant depth has {percent(errors['constant'])}")
     pair = [f"{name} {percent(errors[name])}" for name in ("batch", "sample") if name in errors]
     if len(pair) == 2:
-        told.append(f"one coin for all samples or for each: {' and '.join(pair)}")
+        clauses.append(f"one coin for all samples or for each: {' and '.join(pair)}")
     if any(spread.deviation is None for spread in errors.values()):
-        told.append("of one seed there is no telling whether that is chance")
-    return f"{'; '.join(told)}."
+        clauses.append("of one seed there is no telling whether that is chance")
+    return f"{'; '.join(clauses)}."

@@ -22,12 +22,11 @@ from filelock import FileLock, Timeout
 
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import DivergedError, RunError, StochasticDepthError
-from stochastic_depth.files import is_there, reason, require_writable
+from stochastic_depth.files import is_there, reason, require_writable, visible
 from stochastic_depth.lab.sweep.folder import Point, Sweep
-from stochastic_depth.terminal import visible
 from stochastic_depth.train import Interrupted, Record, Run, begin, fit, reopen
 from stochastic_depth.train.fit import StopSignals
-from stochastic_depth.train.training import Training
+from stochastic_depth.train.train_state import TrainState
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -63,7 +62,7 @@ def claim_next(sweep: Sweep) -> Claim | None:
             raise RunError(f"{path} cannot be written: {reason(error)}") from error
         if not sweep.ended(point):
             return Claim(point, lock)
-        lock.release()  # somebody ended it after the first look
+        lock.release()  # another worker has ended it in the meantime
     return None
 
 
@@ -125,7 +124,7 @@ class Workers:
 
 
 def work(sweep: Sweep, stop: Callable[[], int | None]) -> None:
-    """Train the points that nobody else trains until every one has ended.
+    """Train points that no other worker trains, until every point has ended.
 
     While others train the last points it waits, to take over from one that dies.
 
@@ -208,8 +207,8 @@ class _Silent:
     def __init__(self, label: str) -> None:
         self._label = label
 
-    def begin(self, run: Run, training: Training) -> None: ...
-    def step(self, training: Training, loss: torch.Tensor) -> None: ...
+    def begin(self, run: Run, train_state: TrainState) -> None: ...
+    def step(self, train_state: TrainState, loss: torch.Tensor) -> None: ...
     def evaluating(self) -> None: ...
     def record(self, record: Record) -> None: ...
 

@@ -1,1 +1,1 @@
-"""Skip a branch by putting it off: the addition gives its shortcut, and nothing asks for more."""
+"""Skip a branch by deferring its calls: the addition returns its shortcut."""

@@ -1,14 +1,13 @@
-"""What PyTorch's functions do with placeholders: put off, answer, or compute.
+"""What PyTorch's functions do with placeholders: defer, answer, or compute.
 
-`put_off` and `marked` are where placeholders come from. From then on every function that is called
-with one comes to `__torch_function__`, which sorts it:
+`defer_call` and `mark_as_branch` make placeholders. Every function that is called with one comes to
+`__torch_function__`, which decides:
 
 - shapes, dtypes and devices are answered without computing anything;
-- the residual addition that a branch belongs to goes to `placeholder_gates`, and gives the sum or
-  the shortcut;
-- whatever asks for numbers, `.item()` or an `if`, gets them computed now;
+- the residual addition of the branch is made by `add` of `gates`: the sum, or the shortcut;
+- whatever needs numbers, `.item()` or an `if`, has them computed now;
 - a change in place makes the placeholder stand for the changed tensor;
-- any other call is put off as well, or made at once if its placeholders are all computed. Either
+- any other call is deferred as well, or made at once if its placeholders are all computed. Either
   way the result is a placeholder again.
 """
 
@@ -22,16 +21,16 @@ from torch import Tensor
 from stochastic_depth.surgery.deferred.gates import (
     add,
     addition_at,
+    additions_of,
     adds_branch,
     chosen_values,
     no_graph,
-    turns_of,
 )
 from stochastic_depth.surgery.deferred.placeholder import (
+    GatedAddition,
     Node,
     Placeholder,
     Tape,
-    Turn,
     because,
     placeholders,
     value,
@@ -91,34 +90,34 @@ class _Dispatching(Placeholder):
         if name in SHAPES:
             return answer_from_shape(func, args, kwargs)
         found = placeholders((args, kwargs) if kwargs else args)
-        turns = turns_of(found)
-        if name in ADDITIONS and turns:
+        additions = additions_of(found)
+        if name in ADDITIONS and additions:
             args, kwargs = by_position(args, kwargs)
             site = _caller()
-            turn = addition_at(turns, site)
-            if turn is not None and adds_branch(turn, turn.sites[site], args):
-                return add(turn, turn.sites[site], func, name, args, kwargs)
-        if name in ASKS or name == "__set__" or not turns:
+            addition = addition_at(additions, site)
+            if addition is not None and adds_branch(addition, addition.sites[site], args):
+                return add(addition, addition.sites[site], func, name, args, kwargs)
+        if name in ASKS or name == "__set__" or not additions:
             with because(f"its numbers are asked for ({name})"):
                 args, kwargs = with_values(args, kwargs)
             return func(*args, **kwargs)
         in_place = name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
         if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
-            return _change(func, turns, found, args, kwargs, _caller())
+            return _change(func, additions, found, args, kwargs, _caller())
         if all(p._node.done for p in found):
-            args, kwargs = chosen_values(args, kwargs, turns, _caller)
-            with no_graph(turns):
-                return marked(found[0]._node.tape, turns, func(*args, **kwargs))
-        node = Node(found[0]._node.tape, turns, func, args, kwargs)
+            args, kwargs = chosen_values(args, kwargs, additions, _caller)
+            with no_graph(additions):
+                return mark_as_branch(found[0]._node.tape, additions, func(*args, **kwargs))
+        node = Node(found[0]._node.tape, additions, func, args, kwargs)
         if name in SEVERAL or name == "":
-            return put_off(node)
+            return defer_call(node)
         return _placeholder(node, -1)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(value(self))
 
 
-def put_off(node: Node, gives_tensor: bool = False) -> Any:
+def defer_call(node: Node, gives_tensor: bool = False) -> Any:
     """The result of a call that is not made: its structure with placeholders for tensors.
 
     Where even the structure cannot be known without it, the call is made.
@@ -132,12 +131,12 @@ def put_off(node: Node, gives_tensor: bool = False) -> Any:
         if gives_tensor:
             return _placeholder(node, -1)
         with because(UNKNOWN):
-            return marked(node.tape, node.turns, node.result())
-    return put_off_as(node, leaves, structure)
+            return mark_as_branch(node.tape, node.additions, node.result())
+    return defer_call_as(node, leaves, structure)
 
 
-def put_off_as(node: Node, leaves: list[Any], structure: Any) -> Any:
-    """As `put_off`, where the structure is known: `leaves` has True in place of tensors."""
+def defer_call_as(node: Node, leaves: list[Any], structure: Any) -> Any:
+    """`defer_call` where the structure is known: `leaves` has True in place of tensors."""
     if len(leaves) == 1 and structure.num_nodes == 1:
         return _placeholder(node, -1)
     made = [
@@ -147,14 +146,16 @@ def put_off_as(node: Node, leaves: list[Any], structure: Any) -> Any:
     return tree_unflatten(made, structure)
 
 
-def marked(tape: Tape, turns: tuple[Turn, ...], result: Any) -> Any:
-    """`result`, which is computed, with its tensors marked as those of the branches of `turns`."""
+def mark_as_branch(tape: Tape, additions: tuple[GatedAddition, ...], result: Any) -> Any:
+    """A computed `result` with its tensors marked as of the branches of `additions`."""
     if isinstance(result, Tensor):
-        return _placeholder(Node.finished(tape, turns, result), -1)
+        return _placeholder(Node.finished(tape, additions, result), -1)
     if isinstance(result, tuple | list | dict) or hasattr(result, "__dataclass_fields__"):
         leaves, structure = tree_flatten(result)
         if any(isinstance(leaf, Tensor) for leaf in leaves):
-            return tree_unflatten([marked(tape, turns, leaf) for leaf in leaves], structure)
+            return tree_unflatten(
+                [mark_as_branch(tape, additions, leaf) for leaf in leaves], structure
+            )
     return result
 
 
@@ -166,7 +167,7 @@ def _placeholder(node: Node, leaf: int) -> Placeholder:
 
 def _change(
     func: Any,
-    turns: tuple[Turn, ...],
+    additions: tuple[GatedAddition, ...],
     found: list[Placeholder],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -178,13 +179,13 @@ def _change(
     """
     target = kwargs.get("out") if kwargs.get("out") is not None else args[0]
     if not isinstance(target, Placeholder) or all(p._node.done for p in found):
-        new_args, new_kwargs = chosen_values(args, kwargs, turns, lambda: site)
+        new_args, new_kwargs = chosen_values(args, kwargs, additions, lambda: site)
         result = func(*new_args, **new_kwargs)
         return target if result is not None else None
     before = _placeholder(target._node, target._leaf)
     args = tuple(before if arg is target else arg for arg in args)
     kwargs = {name: before if arg is target else arg for name, arg in kwargs.items()}
-    node = Node(target._node.tape, turns, func, args, kwargs)
+    node = Node(target._node.tape, additions, func, args, kwargs)
     if func.__name__ == "__setitem__":  # which returns None
         node.function = _set_item
     node.fakes = shapes_of(before)

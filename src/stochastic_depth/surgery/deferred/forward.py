@@ -1,9 +1,9 @@
-"""Residual blocks whose branch is put off while they are closed: nothing of the model is rewritten.
+"""Residual blocks whose branch is deferred while they are closed; nothing is rewritten.
 
-While a gate is closed the modules that run for the branch alone are not called; each gives a
-`Placeholder`, and the addition, which is known by where it stands in the code, gives its shortcut.
-Where a gate scales a branch, or counts it for some samples, its values are marked the same way, so
-that the addition knows them.
+While a gate is closed the modules that run for the branch alone are not called; each returns a
+`Placeholder`, and the addition, recognised by its position in the code, returns its shortcut. Where
+a gate scales a branch, or counts it for some samples only, the values of the branch are marked as
+placeholders too, so that the addition recognises them.
 """
 
 import threading
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from stochastic_depth.errors import GateError, UnmetError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.hooks import never_traced
-from stochastic_depth.surgery.deferred.dispatch import marked, put_off, put_off_as
+from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
 from stochastic_depth.surgery.deferred.gates import chosen, no_graph
 from stochastic_depth.surgery.deferred.placeholder import (
+    GatedAddition,
     Node,
     Placeholder,
     Tape,
-    Turn,
-    begin_tape,
     resolved,
+    set_tape,
     tape_of_pass,
 )
 from stochastic_depth.surgery.edits import Deferred
 from stochastic_depth.torch_private import call_of, set_call, tree_flatten, whole_call
 
 
-class _Plan:
-    """Of one owner: whose calls are put off for which of its additions."""
+class _DeferredCalls:
+    """Which calls of which modules are deferred for which additions of one owner."""
 
     def __init__(self, owner: nn.Module, edits: Sequence[Deferred]) -> None:
         self.modules: list[tuple[nn.Module, str, dict[int, list[int]], int, bool]] = []
@@ -59,7 +59,7 @@ class _Plan:
         self.structures: dict[Any, Any] = {}
 
 
-_PLANS: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.WeakKeyDictionary()
 
 
 def deferring_forward(
@@ -75,15 +75,15 @@ def deferring_forward(
         now = [of_all[number].now(self.training) for number in numbers]
         tape = tape_of_pass()
         if (is_entry and tape is None) or not all(map(_is_plain, now)):
-            begin_tape(tape or Tape())
+            set_tape(tape or Tape())
             try:
                 with _Session(self, only, now) as session:
                     output = forward(self, *args, **kwargs)
-                session.see_that_all_were_met()
-                session.see_that_none_is_recomputed()
+                session.require_additions_met()
+                session.refuse_recomputed()
                 return resolved(output, everything=tape is None and is_entry)
             finally:
-                begin_tape(tape)
+                set_tape(tape)
         return forward(self, *args, **kwargs)
 
     return never_traced(deferring)
@@ -95,15 +95,15 @@ def _is_plain(gate: Gate) -> bool:
 
 
 class _Session:
-    """One call of an owner, during which modules of its branches are put off or marked."""
+    """One call of an owner, during which modules of its branches are deferred or marked."""
 
     def __init__(self, owner: nn.Module, edits: Sequence[Deferred], gates: Sequence[Gate]) -> None:
         plan = _PLANS.get(owner)
         if plan is None:
-            plan = _PLANS[owner] = _Plan(owner, edits)
+            plan = _PLANS[owner] = _DeferredCalls(owner, edits)
         self.plan, self.edits = plan, edits
-        self.turns = {
-            n: Turn(edit.block, dict(edit.sites), gate, edit.copies, owner)
+        self.additions = {
+            n: GatedAddition(edit.block, dict(edit.sites), gate, edit.copies, owner)
             for n, (edit, gate) in enumerate(zip(edits, gates, strict=True))
             if not _is_plain(gate)
         }
@@ -112,7 +112,7 @@ class _Session:
     def __enter__(self) -> "_Session":
         tape = tape_of_pass()
         assert tape is not None
-        for m in sorted({m for n in self.turns for m in self.plan.of_edit[n]}):
+        for m in sorted({m for n in self.additions for m in self.plan.of_edit[n]}):
             module, name, of_call, total, tensor = self.plan.modules[m]
             switch = _Switch.on(module)
             before = switch.here()
@@ -120,29 +120,29 @@ class _Session:
             stand_in = _Interceptor(
                 self, tape, before or switch.otherwise, module, name, of_call, total, tensor
             )
-            switch.turn(stand_in)
+            switch.switch_to(stand_in)
         return self
 
     def __exit__(self, *_: Any) -> None:
         for switch, before in self.before:
-            switch.turn(before)
+            switch.switch_to(before)
 
-    def see_that_all_were_met(self) -> None:
-        """Raise `GateError` when a branch was put off, and its addition did not come."""
-        for n, turn in self.turns.items():
-            if turn.handed and not turn.met:
+    def require_additions_met(self) -> None:
+        """Raise `GateError` when a branch was deferred and its addition was never reached."""
+        for n, addition in self.additions.items():
+            if addition.handed and not addition.met:
                 raise UnmetError(
-                    f"block {turn.name!r}: {self.edits[n]}, by which it was found, was not met in "
-                    "this pass: the model takes another way here than on the example; give "
+                    f"block {addition.name!r}: {self.edits[n]}, by which it was found, was not "
+                    "met in this pass: the model takes another way here than on the example; give "
                     "sd.apply an example that takes it"
                 )
 
-    def see_that_none_is_recomputed(self) -> None:
+    def refuse_recomputed(self) -> None:
         """Raise `GateError` when a checkpoint would compute a branch again without its gate."""
-        for n, turn in self.turns.items():
-            if turn.recomputed and any(again() for again in turn.recomputed):
+        for n, addition in self.additions.items():
+            if addition.recomputed and any(again() for again in addition.recomputed):
                 raise GateError(
-                    f"block {turn.name!r}: {self.edits[n]} is within a function that "
+                    f"block {addition.name!r}: {self.edits[n]} is within a function that "
                     "torch.utils.checkpoint computes again in the backward pass, where its gate "
                     "cannot be asked: checkpoint the branch alone, x = x + checkpoint(branch, x), "
                     "or the module that adds, checkpoint(layer, x)"
@@ -150,7 +150,7 @@ class _Session:
 
 
 class _Switch:
-    """Takes the calls of one module to whatever stands in for it in the thread that calls."""
+    """Routes the calls of one module to what stands in for it in the calling thread."""
 
     lock = threading.Lock()
 
@@ -161,7 +161,7 @@ class _Switch:
 
     @classmethod
     def on(cls, module: nn.Module) -> "_Switch":
-        """That of `module`, which this thread has a place in until it is turned to None."""
+        """The switch of `module`, on which this thread is registered until it switches to None."""
         with cls.lock:
             switch = call_of(module)
             if not isinstance(switch, _Switch):
@@ -174,8 +174,8 @@ class _Switch:
         """What stands in for the module in this thread, if anything does."""
         return self.of_thread.get(get_ident())
 
-    def turn(self, to: Callable[..., Any] | None) -> None:
-        """From now on `to` stands in for the module in this thread; None: nothing does."""
+    def switch_to(self, to: Callable[..., Any] | None) -> None:
+        """Make `to` stand in for the module in this thread; None: nothing does any more."""
         with self.lock:
             if to is not None:
                 self.of_thread[get_ident()] = to
@@ -219,36 +219,38 @@ class _Interceptor:
                 )
             mine = self.of_call.get(self.called, [])
             self.called += 1
-        turns = [self.session.turns[n] for n in mine if n in self.session.turns]
-        if not turns:
+        additions = [self.session.additions[n] for n in mine if n in self.session.additions]
+        if not additions:
             return self.forward(*args, **kwargs)
-        for turn in turns:
-            turn.handed += 1
-        if not all(turn.gate.open for turn in turns):
-            return self.put_off(tuple(turns), args, kwargs)
-        drawn = {id(turn.gate.samples): turn.gate for turn in turns}
-        if len(drawn) == 1 and len(turns) == len(mine):
+        for addition in additions:
+            addition.handed += 1
+        if not all(addition.gate.open for addition in additions):
+            return self.defer_call(tuple(additions), args, kwargs)
+        drawn = {id(addition.gate.samples): addition.gate for addition in additions}
+        if len(drawn) == 1 and len(additions) == len(mine):
             (gate,) = drawn.values()
-            of = frozenset(turns)
+            of = frozenset(additions)
             place = self.name, -1 if -1 in self.of_call else self.called
-            args, kwargs = chosen(turns[0].owner, gate, of, (args, kwargs), place)
+            args, kwargs = chosen(additions[0].owner, gate, of, (args, kwargs), place)
         args, kwargs = resolved(args), resolved(kwargs)
-        with no_graph(turns if len(turns) == len(mine) else []):
-            return marked(self.tape, tuple(turns), self.forward(*args, **kwargs))
+        with no_graph(additions if len(additions) == len(mine) else []):
+            return mark_as_branch(self.tape, tuple(additions), self.forward(*args, **kwargs))
 
-    def put_off(self, turns: tuple[Turn, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
-        node = Node(self.tape, turns, self.forward, args, kwargs, self.module)
+    def defer_call(
+        self, additions: tuple[GatedAddition, ...], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        node = Node(self.tape, additions, self.forward, args, kwargs, self.module)
         structures = self.session.plan.structures
         key = self.name, self.module.training, _form(args), _form(kwargs)
         known = structures.get(key)
         if known is None:
-            made = put_off(node, self.gives_tensor)
+            made = defer_call(node, self.gives_tensor)
             leaves, structure = tree_flatten(made)
             free = all(isinstance(leaf, Tensor) or leaf is None for leaf in leaves)
             if free and not node.done:
                 structures[key] = [isinstance(leaf, Tensor) or None for leaf in leaves], structure
             return made
-        return put_off_as(node, *known)
+        return defer_call_as(node, *known)
 
 
 def _form(values: Any) -> Any:

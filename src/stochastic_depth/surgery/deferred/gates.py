@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.deferred.placeholder import (
+    GatedAddition,
     Node,
     Placeholder,
-    Turn,
     placeholders,
     resolved,
     value,
@@ -28,52 +28,54 @@ from stochastic_depth.surgery.sample_places import samples
 from stochastic_depth.torch_private import recomputation
 
 
-def turns_of(found: list[Placeholder]) -> tuple[Turn, ...]:
+def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
     """The residual additions in whose branches the placeholders are, each once."""
-    turns = found[0]._node.turns if found else ()
+    additions = found[0]._node.additions if found else ()
     for placeholder in found[1:]:
-        if placeholder._node.turns is not turns:
-            turns = tuple(dict.fromkeys((*turns, *placeholder._node.turns)))
-    return turns
+        if placeholder._node.additions is not additions:
+            additions = tuple(dict.fromkeys((*additions, *placeholder._node.additions)))
+    return additions
 
 
-def addition_at(turns: tuple[Turn, ...], site: Site) -> Turn | None:
-    """The turn whose residual addition stands at `site`, if one does."""
-    return next((turn for turn in turns if site in turn.sites), None)
+def addition_at(additions: tuple[GatedAddition, ...], site: Site) -> GatedAddition | None:
+    """The addition that stands at `site`, if one does."""
+    return next((addition for addition in additions if site in addition.sites), None)
 
 
-def adds_branch(turn: Turn, side: int, args: tuple[Any, ...]) -> bool:
-    """Whether the operands are a shortcut, at position `side`, and the branch of `turn`."""
+def adds_branch(addition: GatedAddition, side: int, args: tuple[Any, ...]) -> bool:
+    """Whether the operands are a shortcut, at position `side`, and the branch of `addition`."""
     if len(args) < 2 or not isinstance(args[side], Tensor):
         return False
     shortcut = args[side]
     others = [arg for n, arg in enumerate(args) if n != side]
-    own = isinstance(shortcut, Placeholder) and turn in shortcut._node.turns
-    return not own and any(turn in p._node.turns for p in placeholders(others))
+    own = isinstance(shortcut, Placeholder) and addition in shortcut._node.additions
+    return not own and any(addition in p._node.additions for p in placeholders(others))
 
 
-def add(turn: Turn, side: int, func: Any, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """The residual addition `func(*args, **kwargs)` under the gate of `turn`.
+def add(
+    addition: GatedAddition, side: int, func: Any, name: str, args: tuple, kwargs: Mapping[str, Any]
+) -> Any:
+    """The residual addition `func(*args, **kwargs)` under the gate of `addition`.
 
     Args:
         side: the position of the shortcut in `args`.
         name: of `func`; an addition in place changes the first operand.
     """
-    turn.met += 1
-    if turn.recomputed is not None:
-        turn.recomputed += _checkpoints_around(turn)
+    addition.met += 1
+    if addition.recomputed is not None:
+        addition.recomputed += _checkpoints_around(addition)
     shortcut, target = args[side], args[0]
     changes = name in ("add_", "__iadd__", "addcmul_")
-    if turn.gate.open:
+    if addition.gate.open:
         shortcut = resolved(shortcut)
-        new = [shortcut if n == side else _scaled(turn, arg) for n, arg in enumerate(args)]
+        new = [shortcut if n == side else _scaled(addition, arg) for n, arg in enumerate(args)]
         if changes and isinstance(target, Placeholder):
             func = {"addcmul_": torch.addcmul}.get(name, torch.add)
         result = func(*new, **kwargs)
     elif changes and target is shortcut:
         return shortcut
     else:
-        copies = turn.copies or changes
+        copies = addition.copies or changes
         result = shortcut.clone() if copies else shortcut
     if changes and isinstance(target, Placeholder):  # from now on it is this sum
         target._node = Node.finished(target._node.tape, (), resolved(result))
@@ -81,17 +83,17 @@ def add(turn: Turn, side: int, func: Any, name: str, args: tuple, kwargs: Mappin
     return result
 
 
-def _checkpoints_around(turn: Turn) -> Iterator[Callable[[], bool]]:
+def _checkpoints_around(addition: GatedAddition) -> Iterator[Callable[[], bool]]:
     """The checkpoints under way between the call of the owner and its addition.
 
-    The owner's call is found as a frame of `deferring`, the forward method that `defer` makes,
-    whose session has this turn.
+    The owner's call is found as a frame of `deferring`, the method that `deferring_forward` makes,
+    whose session has this addition.
     """
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == "deferring":
             session = frame.f_locals.get("session")
-            if session is not None and turn in session.turns.values():
+            if session is not None and addition in session.additions.values():
                 return
         found = recomputation(frame)
         if found is not None:
@@ -99,33 +101,38 @@ def _checkpoints_around(turn: Turn) -> Iterator[Callable[[], bool]]:
         frame = frame.f_back
 
 
-def _scaled(turn: Turn, operand: Any) -> Any:
-    """The value of an operand, multiplied as the gate says if it is of the branch of `turn`."""
+def _scaled(addition: GatedAddition, operand: Any) -> Any:
+    """The value of an operand, multiplied as the gate says if it is of the branch of `addition`."""
     if isinstance(operand, Placeholder):
-        of_branch = turn in operand._node.turns
+        of_branch = addition in operand._node.additions
         operand = value(operand)
-        return turn.gate.scale(operand) if of_branch else operand
+        return addition.gate.scale(operand) if of_branch else operand
     return operand
 
 
 def chosen_values(
-    args: Any, kwargs: Mapping[str, Any], turns: tuple[Turn, ...], site: Callable[[], Site]
+    args: Any,
+    kwargs: Mapping[str, Any],
+    additions: tuple[GatedAddition, ...],
+    site: Callable[[], Site],
 ) -> tuple[Any, Mapping[str, Any]]:
-    """As `with_values`; under a gate for samples, with those samples of what comes in from outside.
+    """`with_values`, and under a gate for single samples only the drawn samples of outside values.
 
     Args:
         site: says where in the code this is; called only under such a gate.
     """
-    turn = next((turn for turn in turns if turn.gate.samples is not None), None)
-    if turn is not None:
-        args, kwargs = chosen(turn.owner, turn.gate, frozenset(turns), (args, kwargs), site())
+    addition = next((addition for addition in additions if addition.gate.samples is not None), None)
+    if addition is not None:
+        args, kwargs = chosen(
+            addition.owner, addition.gate, frozenset(additions), (args, kwargs), site()
+        )
     return with_values(args, kwargs)
 
 
 def chosen(
-    owner: nn.Module, gate: Gate, turns: frozenset[Turn], values: Any, place: Hashable
+    owner: nn.Module, gate: Gate, additions: frozenset[GatedAddition], values: Any, place: Hashable
 ) -> Any:
-    """`values` with the drawn samples of what comes in from outside of the branches of `turns`.
+    """`values` with the drawn samples of what comes in from outside of the branches of `additions`.
 
     Args:
         owner: the module whose code adds.
@@ -134,20 +141,20 @@ def chosen(
     if gate.samples is None:
         return values
     if isinstance(values, Placeholder):
-        if not turns.isdisjoint(values._node.turns):
+        if not additions.isdisjoint(values._node.additions):
             return values
         return samples(owner, gate, value(values), place)
     kind = type(values)
     if kind is tuple or kind is list:
-        parts = [chosen(owner, gate, turns, each, (place, n)) for n, each in enumerate(values)]
+        parts = [chosen(owner, gate, additions, each, (place, n)) for n, each in enumerate(values)]
         changed = any(new is not old for new, old in zip(parts, values, strict=True))
         return kind(parts) if changed else values
     if kind is dict:
-        return {k: chosen(owner, gate, turns, each, (place, k)) for k, each in values.items()}
+        return {k: chosen(owner, gate, additions, each, (place, k)) for k, each in values.items()}
     return samples(owner, gate, values, place)
 
 
-def no_graph(turns: Sequence[Turn]) -> AbstractContextManager[Any]:
-    """A context for the branches of `turns`: without a graph if all of them run forward only."""
-    detached = bool(turns) and all(turn.gate.detached for turn in turns)
+def no_graph(additions: Sequence[GatedAddition]) -> AbstractContextManager[Any]:
+    """A context for the branches of `additions`: without a graph if all run forward only."""
+    detached = bool(additions) and all(addition.gate.detached for addition in additions)
     return torch.no_grad() if detached else nullcontext()

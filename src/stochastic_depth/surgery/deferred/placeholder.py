@@ -1,13 +1,13 @@
-"""Calls of a branch that are put off, and the placeholders that stand for their results.
+"""Deferred calls of a branch, and the placeholders that stand for their results.
 
 While a block is closed, a call that only its branch needs is not made. A `Node` remembers the call
 with its arguments, a `Placeholder` stands for a tensor in its result, and a `Tape` keeps the nodes
 of a forward pass in the order of the code. `value` and `resolved` give the tensors themselves: they
 make the call then, as the model made it, under the gradient mode and autocast of that time. A
 placeholder may also stand for a tensor that is already computed, so that the residual addition
-recognises the branch (`Turn` is that addition, in one call of the module that adds).
+recognises the branch (a `GatedAddition` is one addition in one call of the module that adds).
 
-What PyTorch's functions do with a placeholder is in `placeholder_dispatch`.
+What PyTorch's functions do with a placeholder is in `dispatch`.
 """
 
 import threading
@@ -29,11 +29,11 @@ _PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
 _local = threading.local()
 
 
-class Turn:
+class GatedAddition:
     """One residual addition in one call of its owner, under a gate that is not plainly open.
 
-    The owner is the module whose code adds. A placeholder carries the turns whose branches it was
-    computed in, and the addition looks for its own turn among them.
+    The owner is the module whose code adds. A placeholder carries the additions in whose
+    branches it was computed, and an addition looks for itself among them.
 
     Args:
         name: the block, as errors name it.
@@ -49,7 +49,7 @@ class Turn:
         self.name, self.sites, self.gate, self.copies = name, sites, gate, copies
         self.owner = owner
         self.handed = 0
-        """How many calls of modules have given placeholders of this branch."""
+        """How many module calls have returned placeholders of this branch."""
         self.met = 0
         """How often the addition was reached."""
         self.recomputed: list[Callable[[], bool]] | None = [] if torch.is_grad_enabled() else None
@@ -57,7 +57,7 @@ class Turn:
 
 
 class Tape:
-    """The calls that a forward pass has put off, in the order of the code.
+    """The calls that a forward pass has deferred, in the order of the code.
 
     When one of them works in place, all are made in this order as soon as one result is needed, so
     that views, and values read before the change, are as they would have been.
@@ -78,12 +78,12 @@ class Tape:
 
 
 def tape_of_pass() -> Tape | None:
-    """The tape of the outermost call under way that puts calls off, in this thread."""
+    """The tape of the outermost call in this thread that defers calls; None without any."""
     return getattr(_local, "tape", None)
 
 
-def begin_tape(tape: Tape | None) -> None:
-    """From now on `tape` is that of the pass in this thread; None: there is none."""
+def set_tape(tape: Tape | None) -> None:
+    """Set the tape of the pass in this thread; None: no pass defers calls."""
     _local.tape = tape
 
 
@@ -104,15 +104,16 @@ def why_computed() -> str:
 
 
 class Node:
-    """A call of a function or module that was put off, or the result that it has given.
+    """A deferred call of a function or module, or its result once it was made.
 
     Args:
-        turns: the residual additions in whose branches the call is.
+        additions: the residual additions in whose branches the call is.
         module: the module that is called, if it is one; `function` is then its forward pass.
     """
 
     __slots__ = (
         "__weakref__",
+        "additions",
         "args",
         "context",
         "done",
@@ -121,7 +122,6 @@ class Node:
         "kwargs",
         "module",
         "tape",
-        "turns",
         "value",
         "versions",
     )
@@ -129,17 +129,17 @@ class Node:
     def __init__(
         self,
         tape: Tape,
-        turns: tuple[Turn, ...],
+        additions: tuple[GatedAddition, ...],
         function: Callable[..., Any],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         module: nn.Module | None = None,
     ) -> None:
-        self.tape, self.turns, self.function, self.module = tape, turns, function, module
+        self.tape, self.additions, self.function, self.module = tape, additions, function, module
         self.args, self.kwargs = args, kwargs or {}
         self.done, self.value = False, None
         self.fakes: Any = None
-        """The result's shapes, once `placeholder_shapes` has inferred them."""
+        """The result's shapes, once `shapes` has inferred them."""
         self.context = _context()
         """Gradient mode and autocast of the model's call, under which it is made later."""
         self.versions = [(t, changes_of(t)) for t in tensors_of(args, self.kwargs)]
@@ -169,10 +169,15 @@ class Node:
         return self.value
 
     @classmethod
-    def finished(cls, tape: Tape, turns: tuple[Turn, ...], tensor: Tensor) -> "Node":
+    def finished(cls, tape: Tape, additions: tuple[GatedAddition, ...], tensor: Tensor) -> "Node":
         """A node of a tensor that is already computed; it takes no place on the tape."""
         node = cls.__new__(cls)
-        node.tape, node.turns, node.function, node.module = tape, turns, torch.Tensor.view_as, None
+        node.tape, node.additions, node.function, node.module = (
+            tape,
+            additions,
+            torch.Tensor.view_as,
+            None,
+        )
         node.context, node.fakes = (), None
         node.finish(tensor)
         return node
@@ -184,12 +189,12 @@ class Node:
 
 
 class Placeholder(Tensor):
-    """A tensor of a branch: put off, or computed and marked as the branch's.
+    """A tensor of a branch: deferred, or computed and marked as the branch's.
 
-    Only its subclass in `placeholder_dispatch` is ever made, which answers PyTorch's functions.
+    Only its subclass in `dispatch` is ever made, which answers PyTorch's functions.
     """
 
-    is_put_off = True
+    is_deferred = True
     _node: Node
     _leaf: int
     """Which of the tensors in the node's result; -1 where that is a tensor itself."""
@@ -212,7 +217,7 @@ def resolved(output: Any, everything: bool = True) -> Any:
     """`output` with tensors in place of placeholders.
 
     Args:
-        everything: whether to make calls that were put off; otherwise their placeholders stay.
+        everything: whether to make deferred calls; otherwise their placeholders stay.
     """
     if isinstance(output, Placeholder):
         return value(output) if everything or output._node.done else output

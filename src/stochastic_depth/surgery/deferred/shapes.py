@@ -1,6 +1,6 @@
 """Shape, dtype and device of placeholders, inferred without computing them.
 
-A call that was put off is made on fake tensors, which have a shape and no numbers; its module is
+A deferred call is made on fake tensors, which have a shape and no numbers; its module is
 called as a copy without hooks. The result is remembered by module or function and by the shapes of
 the arguments, so that a call is inferred once for each kind of inputs.
 """
@@ -69,8 +69,8 @@ def shapes(node: Node) -> tuple[list[Any], Any]:
 
 def _infer(node: Node) -> Any:
     try:
-        args, kwargs = mapped(_without_numbers, (node.args, node.kwargs))
-        function = node.function if node.module is None else _hollow(node.module)
+        args, kwargs = mapped(_faked, (node.args, node.kwargs))
+        function = node.function if node.module is None else _without_hooks(node.module)
         with no_modes(), _fake_tensors(), torch.no_grad(), under(node.context[1:], grad=False):
             return tree_flatten(function(*args, **kwargs))
     except Exception:
@@ -78,7 +78,7 @@ def _infer(node: Node) -> Any:
 
 
 def shapes_of(placeholder: Placeholder) -> tuple[list[Any], Any] | None:
-    """As `shapes`, of one placeholder, which may be computed already; None if unknown."""
+    """The `shapes` of one placeholder, which may be computed already; None if unknown."""
     try:
         leaves, structure = tree_flatten(_fake(placeholder))
     except Exception:
@@ -91,7 +91,7 @@ def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if len(args) == 1 and args[0]._node.done:
         return func(value(args[0]), **kwargs)
     try:
-        inferred = mapped(_without_numbers, args), mapped(_without_numbers, kwargs)
+        inferred = mapped(_faked, args), mapped(_faked, kwargs)
     except Exception:
         with because("its shape is asked for, and depends on its numbers"):
             inferred = with_values(args, kwargs)
@@ -113,8 +113,8 @@ def requires_grad(placeholder: Placeholder) -> bool:
     )
 
 
-def _without_numbers(given: Tensor | nn.Module) -> Tensor | nn.Module:
-    return _hollow(given) if isinstance(given, nn.Module) else _fake(given)
+def _faked(given: Tensor | nn.Module) -> Tensor | nn.Module:
+    return _without_hooks(given) if isinstance(given, nn.Module) else _fake(given)
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _signature(values: Any) -> Any:
     return type(values), values
 
 
-def _hollow(module: nn.Module) -> nn.Module:
+def _without_hooks(module: nn.Module) -> nn.Module:
     """A copy of `module` that has the same tensors and no hooks, to be run on fake tensors."""
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__ = dict(module.__dict__)
@@ -160,6 +160,7 @@ def _hollow(module: nn.Module) -> nn.Module:
     twin.__dict__["_buffers"] = dict(module._buffers)
     twin.__dict__["_parameters"] = dict(module._parameters)
     twin.__dict__["_modules"] = {
-        name: child if child is None else _hollow(child) for name, child in module._modules.items()
+        name: child if child is None else _without_hooks(child)
+        for name, child in module._modules.items()
     }
     return twin

@@ -1,1 +1,1 @@
-"""Prove that a model with gates is what it was: open, closed, in both modes, for each sample."""
+"""Prove that a model with gates computes what it should: open, closed, in both modes, by sample."""

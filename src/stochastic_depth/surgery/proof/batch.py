@@ -25,8 +25,9 @@ REMEDY = 'use gate="batch", or put the batch first'
 def check_samples(
     model: nn.Module, example: Example, found: Sequence[Found], batch: int
 ) -> Example:
-    """Prove that the first dimension is the batch: half of the samples, in another order, give the
-    same. Neither what looks back in time nor what looks ahead does.
+    """Prove that the first dimension is the batch: half of the samples, reordered, give the same.
+
+    Half of the time steps do not, whether a model looks back in time or ahead.
 
     Returns:
         The example with half of the samples.
@@ -66,7 +67,7 @@ def check_samples(
 
 
 def refuse_one(batch: int) -> None:
-    """Raise `ApplyError` where an example has too few samples to see anything of them."""
+    """Raise `ApplyError` when an example has too few samples to recognise the batch."""
     if batch < 2:
         raise ApplyError(
             "gates for single samples need an example of at least two samples, to see that its "
@@ -84,9 +85,9 @@ def every_other(x: Tensor) -> Tensor:
 
 
 def halves(example: Example, batch: int) -> Iterator[Example]:
-    """`example` with half of the samples, in all ways in which its tensors may hold them.
+    """`example` with half of the samples, for each guess of which of its tensors hold samples.
 
-    The first tensor does. Others that are as long may be masks [time, time].
+    The first tensor does; others of the same length may be masks [time, time].
     """
     long = [x for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim]
     first, *others = [id(x) for x in long if len(x) == batch]
@@ -169,7 +170,7 @@ def _shapes(
     batch: int,
     training: bool,
 ) -> Mapping[Any, Any]:
-    """What comes into the branches; nothing where the example is not one to train on."""
+    """Shapes of what enters the branches; empty where the example cannot be trained on."""
     gate = Gate(samples=torch.arange(batch, device="cpu"), batch=batch)
     gates = in_training(blocks, [gate] * len(blocks)) if training else in_evaluation(blocks, gate)
     seen: Seen = {}

@@ -1,6 +1,6 @@
 """The original model with some of its additions bypassed: each returns its shortcut.
 
-This is the truth that closed blocks are held against. All branches run in it.
+Closed blocks are compared with it. All branches run in it.
 """
 
 import sys
@@ -24,7 +24,7 @@ def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[No
     """While entered, the additions of `blocks`, of a model without gates, return their shortcut.
 
     Args:
-        keep: bool [batch]; the samples that the branches are added for all the same.
+        keep: bool [batch]; the samples for which the branches are added nevertheless.
     """
     additions: list[tuple[nn.Module, Sum]] = []
     occurrences: dict[tuple[Site, int], int] = {}
@@ -92,7 +92,7 @@ class _Bypass(TorchFunctionMode):
 def _returns(
     module: Any, closed: Callable[[Any, Tensor], Tensor], keep: Tensor | None
 ) -> Iterator[None]:
-    """While entered, `module` returns what `closed` makes of it and its first argument."""
+    """While entered, `module` returns `closed(module, x)`, with x its first argument."""
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return _mixed(output, closed(module, args[0]), keep)

@@ -1,4 +1,4 @@
-"""Gates given by hand, and which modules are called under them."""
+"""Set the gates of a model that has no handle yet, and count the module calls under them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stochastic_depth.block import Block, force, open_in_training
+from stochastic_depth.block import Block, force, set_training_gates
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.deferred.dispatch import UNKNOWN
@@ -94,7 +94,7 @@ def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
 def refuse_running(
     blocks: Sequence[Found], usual: CallCounts, called: CallCounts, remark: str = ""
 ) -> None:
-    """Raise `UnsupportedBlockError` for closed blocks of whose branches something is called."""
+    """Raise `UnsupportedBlockError` for closed blocks in whose branches a module is called."""
     reasons = [(block, still_called(block, usual, called)) for block in blocks]
     running = [(block, why) for block, why in reasons if why]
     if running:
@@ -105,17 +105,17 @@ def refuse_running(
 
 @contextmanager
 def in_training(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
-    """While entered, what `blocks` do in training."""
-    open_in_training(blocks, gates)
+    """While entered, `blocks` have these gates in training."""
+    set_training_gates(blocks, gates)
     try:
         yield
     finally:
-        open_in_training(blocks, [None] * len(blocks))
+        set_training_gates(blocks, [None] * len(blocks))
 
 
 @contextmanager
 def in_evaluation(blocks: Sequence[Block], gate: Gate) -> Iterator[None]:
-    """While entered, what `blocks` do in evaluation."""
+    """While entered, `blocks` have this gate in evaluation."""
     gates = [addition for block in blocks for addition in block.gates]
     before = [addition.evaluation for addition in gates]
     for addition in gates:

@@ -1,7 +1,7 @@
 """Prove on a model and an example that its blocks do what they should under their gates.
 
-The truth comes from an independent way: the whole original model runs, branches included, and only
-the results of the chosen additions are replaced by their shortcut (`bypassed`).
+The reference is computed in an independent way: the whole original model runs, branches included,
+and only the results of the chosen additions are replaced by their shortcut (`bypassed`).
 """
 
 import functools
@@ -34,7 +34,8 @@ from stochastic_depth.surgery.proof.calls import (
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TOLERANCE = 1e-5
-"""Of closed blocks, relative to the largest output: other sums may be reordered."""
+"""Largest accepted difference with blocks closed, relative to the largest output: sums may be
+computed in another order."""
 
 
 UNMET = (
@@ -47,7 +48,7 @@ Outputs = list[Tensor]
 
 
 @dataclass(frozen=True)
-class Truth:
+class Reference:
     """Outputs of the original model, with no block closed and with each of `closed`."""
 
     open: Outputs
@@ -60,10 +61,10 @@ class Truth:
 
 
 def closed_sets(blocks: int) -> list[frozenset[int]]:
-    """Sets of blocks to close, in which each block and each pair of blocks is told apart.
+    """Sets of blocks to close that distinguish each block, and each pair, from all others.
 
-    All of them; and for each bit of their numbers those that have it, and those that do not:
-    1 + 2 log2 L passes instead of L.
+    The set of all blocks, and for each bit of their numbers the blocks that have it and those that
+    do not: 1 + 2 log2 L sets instead of L.
     """
     numbers = range(blocks)
     sets = [frozenset(numbers)]
@@ -72,13 +73,13 @@ def closed_sets(blocks: int) -> list[frozenset[int]]:
     return list(dict.fromkeys(each for each in sets if each))
 
 
-def establish(
+def reference_outputs(
     model: nn.Module,
     run: Callable[..., Any],
     found: Sequence[Found],
     batch: int | None = None,
     deadline: float = math.inf,
-) -> Truth:
+) -> Reference:
     """Run the original model in evaluation mode, its additions bypassed set by set.
 
     Args:
@@ -114,7 +115,7 @@ def establish(
                 with bypassed(blocks, keep):
                     selected.append(tensors_in(run()))
             sets.append(closed)
-    return Truth(expected, tuple(sets), tuple(outputs), tuple(selected), remembers)
+    return Reference(expected, tuple(sets), tuple(outputs), tuple(selected), remembers)
 
 
 def check(
@@ -122,11 +123,11 @@ def check(
     run: Callable[..., Any],
     found: Sequence[Found],
     blocks: Sequence[Block],
-    truth: Truth,
+    reference: Reference,
     batch: int | None = None,
     kind: GateKind = "batch",
 ) -> float:
-    """Hold the model with gates, which are in `blocks`, against the truth.
+    """Compare the model with gates, which are in `blocks`, with the reference.
 
     Returns:
         The largest difference with blocks closed, relative to the largest output.
@@ -135,12 +136,14 @@ def check(
         UnsupportedBlockError: naming the block that differs, or whose branch still runs.
     """
     difference = 0.0
-    proof = _Proof(model, run, found, blocks, truth.remembers)
+    proof = _Proof(model, run, found, blocks, reference.remembers)
     with preserve_state(model):
         model.eval()
         with in_evaluation(blocks, OPEN), counted_calls(model) as usual:
-            proof.open(truth.open)
-        for number, (closed, expected) in enumerate(zip(truth.closed, truth.outputs, strict=True)):
+            proof.open(reference.open)
+        for number, (closed, expected) in enumerate(
+            zip(reference.closed, reference.outputs, strict=True)
+        ):
             with in_evaluation(blocks, OPEN), in_evaluation([blocks[n] for n in closed], CLOSED):
                 with counted_calls(model) as called:
                     difference = max(difference, proof.closed(closed, expected))
@@ -148,7 +151,7 @@ def check(
                 if number < 2:
                     proof.unwatched(closed, expected)
         if batch is not None:
-            for closed, expected in zip(truth.closed, truth.selected, strict=True):
+            for closed, expected in zip(reference.closed, reference.selected, strict=True):
                 proof.selected(closed, expected, usual, batch, kind)
     return difference
 
@@ -176,20 +179,20 @@ class _Proof:
         self.remembers = remembers
 
     def open(self, expected: Outputs) -> None:
-        """Every gate open gives the original outputs bit for bit."""
+        """Check that with every gate open the outputs are the original ones, bit for bit."""
         difference, why = self._outcome(expected)
         if difference:
             raise UnsupportedBlockError(f"with every gate open {why}{self._remark()}")
 
     def closed(self, closed: frozenset[int], expected: Outputs) -> float:
-        """The largest relative difference of the outputs with a set of blocks closed."""
+        """Check a set of closed blocks; returns the largest relative difference of the outputs."""
         difference, why = self._outcome(expected)
         if not difference <= TOLERANCE:
             self._blame(sorted(closed), why, lambda part: self._wrong(part, CLOSED), "closed")
         return difference
 
     def unwatched(self, closed: frozenset[int], expected: Outputs) -> None:
-        """The same without hooks, as users run it, with and without gradients."""
+        """Check the same without hooks, as users run the model, with and without gradients."""
         for gradients in (False, True):
             with _fast_path():
                 difference, why = self._outcome(expected, gradients)
@@ -212,7 +215,7 @@ class _Proof:
         batch: int,
         kind: GateKind,
     ) -> None:
-        """A set of blocks with their branches counted for every other sample only."""
+        """Check a set of blocks whose branches count for every other sample only."""
         half, keep = half_gate(batch, kind)
         blocks = [self.blocks[n] for n in chosen]
         with (
@@ -253,8 +256,8 @@ class _Proof:
         culprits, why = smallest(numbers, why, wrong)
         names = [self.found[n].name for n in culprits]
         first = self.found[culprits[0]]
-        told = f"with {' and '.join(map(repr, names[:3]))} {when} {why}{self._remark()}"
-        raise unsupported(first.name, first.module, told, names[1:])
+        reason = f"with {' and '.join(map(repr, names[:3]))} {when} {why}{self._remark()}"
+        raise unsupported(first.name, first.module, reason, names[1:])
 
     def _outcome(self, expected: Outputs, gradients: bool = False) -> tuple[float, str]:
         """How far the outputs are from `expected`, and that as a sentence."""

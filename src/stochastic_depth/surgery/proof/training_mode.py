@@ -1,4 +1,4 @@
-"""Prove that a model does in training mode what it was seen to do in evaluation."""
+"""Prove that a model does in training mode what was proved of it in evaluation."""
 
 import functools
 import warnings
@@ -52,12 +52,12 @@ def check_training(
         batch: the number of samples in the example, for gates for single samples.
 
     Returns:
-        What modules of branches held before a pass that leaves a part of its graph on them, by
-        name of module and attribute: a closed branch must leave that.
+        By name of module and attribute, the earlier values of attributes on which a branch leaves a
+        part of its graph: a closed branch must restore them.
 
     Raises:
         UnsupportedBlockError: when a block is left out by the model itself, runs on another path
-            in training mode, or backward fails, say because something works in place.
+            in training mode, or its backward pass fails, for example because of a change in place.
     """
     with preserve_state(model), torch.enable_grad():
         model.train()
@@ -83,8 +83,8 @@ def check_training(
                     closed, why = smallest(closed, why, wrong)
                     block = found[closed[0] if closed else 0]
                     names = [found[n].name for n in closed[1:]]
-                    told = f"with it closed a training step fails: {why}"
-                    raise unsupported(block.name, block.module, told, names)
+                    reason = f"with it closed a training step fails: {why}"
+                    raise unsupported(block.name, block.module, reason, names)
             except UnmetError as error:
                 raise _unlike(error, found) from error
         except StochasticDepthError:
@@ -104,10 +104,11 @@ def _compare(
     batch: int | None,
     kind: GateKind,
 ) -> None:
-    """Hold all blocks closed, in training mode, against the original whose additions are bypassed.
+    """Compare all blocks closed, in training mode, with the original with bypassed additions.
 
-    Dropout is left out on both sides, since a closed branch draws no random numbers. A model that
-    draws others, or keeps a state of its own, gives different outputs by itself: nothing is said.
+    Dropout is switched off in both, since a closed branch draws no random numbers. A model that
+    draws other random numbers or keeps a state gives different outputs in any case; it is not
+    judged.
 
     Raises:
         UnsupportedBlockError: when the outputs differ.
@@ -255,7 +256,7 @@ def _left_behind(
 
 
 def train_once(run: Callable[..., Any]) -> None:
-    """A forward pass, and the backward pass of the sum of all that it gives."""
+    """A forward pass, and the backward pass of the sum of all its outputs."""
     output = run()
     refuse_cache(output)
     differentiable = [out for out in tensors_in(output) if out.requires_grad]

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-import stochastic_depth.engine.compiled as compiled
-from stochastic_depth.engine.compiled import CompiledKernels
-from stochastic_depth.engine.kernels import BatchNorm, ReferenceKernels
+import stochastic_depth.block_program.compiled as compiled
+from stochastic_depth.block_program.compiled import CompiledKernels
+from stochastic_depth.block_program.kernels import BatchNorm, Kernels
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -44,7 +44,7 @@ def test_the_functions_are_the_reference_in_float64(factor, has_shortcut, monkey
     monkeypatch.setattr(compiled, "_compiled", lambda function: function)
     mine, reference = (
         outcome(kernels, torch.float64, factor, has_shortcut)
-        for kernels in (CompiledKernels(), ReferenceKernels())
+        for kernels in (CompiledKernels(), Kernels())
     )
     torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-13)
 
@@ -54,6 +54,6 @@ def test_the_functions_are_the_reference_in_float64(factor, has_shortcut, monkey
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str
 )
 def test_compiled_they_are_the_functions(dtype, tolerance):
-    exact = outcome(ReferenceKernels(), torch.float64, 1.25, True)
+    exact = outcome(Kernels(), torch.float64, 1.25, True)
     for mine, truth in zip(outcome(CompiledKernels(), dtype, 1.25, True), exact, strict=True):
         assert (mine - truth).norm() <= tolerance * truth.norm()

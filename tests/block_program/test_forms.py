@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import torch
 
-from stochastic_depth.engine import library
+from stochastic_depth.block_program import library
 from support import kernels
 
 pytestmark = [
@@ -93,7 +93,9 @@ def test_on_arm_the_kernels_give_what_they_give_here(flags, tmp_path):
     for program in (CROSS, "qemu-aarch64"):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program} (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    source = library.SOURCE.parent.parent.parent.parent.parent / "tests/engine/all_kernels.cpp"
+    source = (
+        library.SOURCE.parent.parent.parent.parent.parent / "tests/block_program/all_kernels.cpp"
+    )
     pairs = ("-DPAIRS",) if "-march=armv8.6-a" in flags else ()
     here = [flag for flag in flags if flag.startswith("-D")]
     builds = {

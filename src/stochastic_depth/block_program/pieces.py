@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.engine.kernels import BatchNorm, Kernels, Layer, Linear
-from stochastic_depth.engine.memory import FlatParameters
+from stochastic_depth.block_program.kernels import BatchNorm, Kernels, Layer, Linear
+from stochastic_depth.block_program.memory import FlatParameters
 
 
 def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> Layer:
@@ -135,7 +135,7 @@ Work = Callable[[], None]
 class Replay(Protocol):
     """Turns work on static buffers into a callable that repeats it.
 
-    `keeps` says that the memory which the work allocates stays its own.
+    `keeps` says whether the memory that the work allocates stays reserved for it.
     """
 
     keeps: bool
@@ -162,9 +162,9 @@ class Eagerly:
 class CudaGraphs:
     """One CUDA graph for each piece of work, all in one pool of memory.
 
-    A piece may reuse what an earlier one has used for its own, but nothing that is still referred
-    to: what a forward piece saves stays until its backward piece. Pieces must be captured in the
-    order in which they will run; they may then be left out.
+    A piece may reuse memory of earlier pieces that nothing refers to any more; what a forward piece
+    saves stays until its backward piece. Pieces must be captured in the order in which they will
+    run, and any of them may be left out of a step.
     """
 
     keeps = True

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from stochastic_depth.engine import Program
-from stochastic_depth.engine.kernels import Linear, ReferenceKernels
-from stochastic_depth.engine.library import missing
-from stochastic_depth.engine.native import NativeKernels
+from stochastic_depth.block_program import Program
+from stochastic_depth.block_program.kernels import Kernels, Linear
+from stochastic_depth.block_program.library import missing
+from stochastic_depth.block_program.native import NativeKernels
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
@@ -60,7 +60,7 @@ def test_a_first_convolution_of_another_form_is_the_references(into, side, strid
 @pytest.mark.parametrize(("side", "dtype"), [(12, torch.bfloat16), (16, torch.float32)])
 def test_a_branch_of_another_form_is_the_references(side, dtype):
     outcomes = []
-    for kernels in (NativeKernels(), ReferenceKernels()):
+    for kernels in (NativeKernels(), Kernels()):
         layers = layer_of(16), layer_of(16)
         for layer in layers:
             layer.weight = layer.weight.to(dtype)

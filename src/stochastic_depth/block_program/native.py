@@ -1,4 +1,4 @@
-"""The kernels in `cpp/`: bfloat16 on processors that multiply it."""
+"""The kernels in `cpp/`, as `Kernels`: in bfloat16 or float32, for a CPU."""
 
 import ctypes
 from collections.abc import Callable
@@ -7,34 +7,34 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stochastic_depth.engine.kernels import Layer, Linear, ReferenceKernels
-from stochastic_depth.engine.library import CInput, CLayer, c_layer, c_linear, library
-from stochastic_depth.engine.memory import Buffers
+from stochastic_depth.block_program.kernels import Kernels, Layer, Linear
+from stochastic_depth.block_program.library import CInput, CLayer, c_layer, c_linear, library
+from stochastic_depth.block_program.memory import Buffers
 
 
 @dataclass
 class Sum:
-    """x = ReLU(BN(y) + shortcut): what a stem or a branch makes, and the next branch reads."""
+    """x = ReLU(BN(y) + shortcut), the output of a stem or branch, which the next branch reads."""
 
     y: Tensor
     layer: Layer
-    """Whose convolution y is."""
+    """The layer whose convolution y is."""
     shortcut: Tensor | None
     is_written: bool = False
-    """Whether x is in memory: who convolves it first writes it on the way."""
+    """Whether x is in memory: the first convolution that reads it writes it."""
     sums: Tensor | None = None
-    """In backward, those of the gradient of what is under the ReLU, float64 [2, channels]."""
+    """In the backward pass, sums of the gradient under the ReLU: float64 [2, channels]."""
 
 
-class NativeKernels(ReferenceKernels):
-    """bfloat16 on a CPU: convolutions close to the processor's peak, which compute on the way what
-    normalisation, addition and ReLU make of their input and of the gradient of their result, so
-    that nothing is passed over only for that.
+class NativeKernels(Kernels):
+    """Convolutions on a CPU with normalisation, addition and ReLU fused into them.
 
-    A branch keeps the results of its two convolutions, nothing else; what it gives is written by
-    the next branch that reads it. Sums are in float32 and rounded once, so results differ from the
-    reference's in the last bits of bfloat16. What is not of a form for it (strides, other numbers
-    of channels, other types) the reference computes.
+    They are computed while a convolution reads its input, and in the backward pass the gradient of
+    its result, so that no pass over the images is made for them alone. A branch keeps the results
+    of its two convolutions and nothing else; its output is written by the next branch that reads
+    it. Sums are in float32 and rounded once, so results differ from PyTorch's in the last bits.
+    PyTorch computes what these kernels are not written for (strides, other numbers of channels,
+    other types).
 
     Raises:
         EngineError: where it cannot be compiled, saying why.
@@ -46,10 +46,10 @@ class NativeKernels(ReferenceKernels):
         self._buffers = Buffers()
         self._layers: dict[int, tuple[CLayer, Layer, Tensor]] = {}
         self._sums: dict[Tensor, Sum] = {}
-        """By the x they are, those whose gradient is still to come."""
+        """By x, the sums whose gradient is not computed yet."""
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
-        self._sums.clear()  # of a step that did not come to its end
+        self._sums.clear()  # of a step that failed
         if not _is_stem(images, layer, out, self._dtype):
             return super().stem(images, layer, out)
         y = self._buffers.take(out)
@@ -173,9 +173,9 @@ class NativeKernels(ReferenceKernels):
         )
 
     def _convolve_strided(self, x: Tensor, layer: Layer) -> Tensor:
-        """By PyTorch; in float32 where the processor has no products of bfloat16.
+        """A convolution by PyTorch, in float32 where the processor does not multiply bfloat16.
 
-        PyTorch's own in bfloat16 take four times as long there.
+        PyTorch's convolutions in bfloat16 take four times as long there.
         """
         if self._library.rounds_factors() or x.dtype != torch.bfloat16:
             return self.convolve(x, layer)
@@ -204,7 +204,7 @@ class NativeKernels(ReferenceKernels):
     ) -> Tensor:
         """Both gradients of the convolution y of x, from that of BN(y) and the sums of that.
 
-        If x is a ReLU's, of_x becomes the gradient of what is under that, and its sums are given.
+        If x is the output of a ReLU, of_x becomes the gradient under it; returns the sums of that.
         """
         of_x_sums = _sums(y)
         self._library.convolve3x3_backward(
@@ -232,7 +232,7 @@ class NativeKernels(ReferenceKernels):
         return made.sums
 
     def _input(self, x: Tensor) -> CInput:
-        """Arguments that describe x; the kernel that takes them computes x if it must."""
+        """Arguments that describe x; a kernel that takes them computes x if it is not in memory."""
         made = self._sums.get(x)
         if made is None:
             return CInput(x.data_ptr(), None, None, None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.engine.kernels import BatchNorm, ReferenceKernels
+from stochastic_depth.block_program.kernels import BatchNorm, Kernels
 
 PIXELS = (0, 2, 3)
 
@@ -36,7 +36,7 @@ def activate(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None, o
 def reduce(
     gradient: Tensor, out: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of bias and gain; `gradient` becomes that of what is under the ReLU, in place."""
+    """Gradients of bias and gain; `gradient` becomes that under the ReLU, in place."""
     masked = torch.where(out > 0, gradient, 0)
     gradient.copy_(masked)
     d = _wide(masked)
@@ -67,9 +67,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-class CompiledKernels(ReferenceKernels):
-    """Convolutions by PyTorch's operators; all that is between them in one pass, or two where sums
-    are needed first. On a GPU the compiler writes Triton, on a CPU C++.
+class CompiledKernels(Kernels):
+    """Convolutions by PyTorch's operators; what is between two of them in one compiled pass.
+
+    Two passes where sums are needed first. On a GPU the compiler writes Triton, on a CPU C++.
 
     Sums are rounded once, so results differ from the reference's in the last bits.
     """

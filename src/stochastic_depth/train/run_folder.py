@@ -29,11 +29,11 @@ from stochastic_depth.files import (
     whole_folder,
     write_new,
 )
-from stochastic_depth.train.checkpoint import Checkpoints, require_weights_of
+from stochastic_depth.train.build import build_network, require_trainable
+from stochastic_depth.train.checkpoint import Checkpoints, fitting, require_weights_of
 from stochastic_depth.train.config import Config, restore
 from stochastic_depth.train.journal import Record, best_record, read_journal
 from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, versions
-from stochastic_depth.train.training import build_network, check, fitting
 
 FORMAT = 1
 BEFORE_CHECKSUMS = frozenset(
@@ -265,7 +265,7 @@ def begin(config: Config, path: Path) -> tuple[Run, Batches]:
     on_primary(lambda: refuse_existing(path))
     runtime = resolve_runtime(config)
     images = open_batches(config, runtime)
-    check(config, images)
+    require_trainable(config, images)
     about = images.fingerprint, images.classes, images.shape
     return on_primary(lambda: create_run(path, config, runtime, *about)), images
 

@@ -2,10 +2,10 @@
 
     stem -> block 0 -> block 1 -> ... -> block L-1 -> head
 
-A skipped block does nothing: the next one reads what the last open one has written. It reads it
-there; or, if pieces are captured as CUDA graphs and work on fixed addresses, in a copy, one for a
-whole run of skipped blocks. The gradient flows back through one buffer for each resolution, which a
-skipped block leaves as it is.
+A skipped block does nothing: the next one reads the output of the last open one. If pieces are
+captured as CUDA graphs, which work on fixed addresses, it reads a copy, made once for a whole run
+of skipped blocks. The gradient flows back through one buffer for each resolution, which a skipped
+block leaves unchanged.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.engine.kernels import Kernels, ReferenceKernels
-from stochastic_depth.engine.memory import Buffers, FlatParameters, FlatSGD
-from stochastic_depth.engine.pieces import (
+from stochastic_depth.block_program.kernels import Kernels
+from stochastic_depth.block_program.memory import Buffers, FlatParameters, FlatSGD
+from stochastic_depth.block_program.pieces import (
     Block,
     Eagerly,
     Head,
@@ -41,7 +41,8 @@ class Program:
     autograd on a mini-batch of another size.
 
     Args:
-        model: in training mode, with `depth` applied or none.
+        model: in training mode.
+        handle: of `model`; None for constant depth.
         optimizer: of all parameters, in one group.
         shape: of the images, [batch, channels, height, width].
         dtype: of images and activations; other than the parameters' it means autocast.
@@ -49,7 +50,7 @@ class Program:
         replay: how pieces are run again; eagerly if not given.
 
     Raises:
-        EngineError: when the model, its gates or the optimizer are others than it was written for.
+        EngineError: when it is not written for the model, its gates or the optimizer.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Program:
     ) -> None:
         model = supported(model, handle, optimizer)
         self.handle = handle
-        kernels, replay = kernels or ReferenceKernels(), replay or Eagerly()
+        kernels, replay = kernels or Kernels(), replay or Eagerly()
         units = [unit for unit in model.blocks if isinstance(unit, Residual)]
         self.flat = flat = FlatParameters([model.stem, *units, model.head], dtype)
         self.update = FlatSGD(flat, optimizer)
@@ -88,7 +89,7 @@ class Program:
             last = self.gradients[-1]
             self.gradients.append(images(last.shape[1] + added, size) if added else last)
         self._is_fixed, self.buffers = replay.keeps, Buffers()
-        # What blocks write; if not fixed, no more than what it will look like.
+        # The outputs of blocks; if addresses are not fixed, only their shapes.
         x = [
             torch.empty_like(g) if i == 0 or self._is_fixed else g
             for i, g in enumerate(self.gradients)
@@ -113,7 +114,7 @@ class Program:
 
     @torch.no_grad()
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Forward, backward, update under the next gates; gives the loss, []."""
+        """Forward, backward, update under the next gates; returns the loss, []."""
         is_open = self._draw()
         self.images.copy_(images)
         self.labels.copy_(labels)
@@ -171,7 +172,7 @@ class Program:
         self._read(self.head, x)
 
     def _read(self, piece: Block | Head, x: Tensor) -> None:
-        """Let a piece read x, where it stands or where the piece reads."""
+        """Make a piece read x: in place, or copied to the fixed address that it reads."""
         if not self._is_fixed:
             piece.x = x
         elif piece.x is not x:
@@ -195,7 +196,7 @@ class Program:
         return kept
 
     def _record(self, replay: Replay) -> None:
-        """In the order in which the pieces run, as graphs that share memory must be captured."""
+        """Make the pieces replayable, in the order in which they run: graphs share memory."""
         blocks = self.blocks
         transitions = [(i, block) for i, block in enumerate(blocks) if block.is_transition]
         with torch.no_grad():

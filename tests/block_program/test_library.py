@@ -6,8 +6,8 @@ import stat
 import pytest
 import torch
 
-from stochastic_depth.engine import library
-from stochastic_depth.engine.library import only_we_write, private_cache
+from stochastic_depth.block_program import library
+from stochastic_depth.block_program.library import only_we_write, private_cache
 from stochastic_depth.errors import EngineError
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes files of another user")

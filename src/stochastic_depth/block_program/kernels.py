@@ -1,8 +1,7 @@
-"""The arithmetic of a residual network's pieces: its interface, and PyTorch's operators for it."""
+"""The arithmetic of a residual network's pieces, by PyTorch's operators, for others to override."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,80 +47,19 @@ class Linear:
     bias_gradient: Tensor
 
 
-class Kernels(Protocol):
-    """Images are [batch, channels, height, width], channels_last.
-
-    Statistics of a mini-batch are noted in the layers' norms and added to the running ones.
-    Gradients of parameters are written where they belong.
-    """
-
-    def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
-        """out = ReLU(BN(conv(images))); gives what the backward pass needs."""
-        ...
-
-    def stem_backward(
-        self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
-    ) -> None:
-        """Gradients of the stem's parameters from that of `out`."""
-        ...
-
-    def branch(
-        self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
-    ) -> tuple[Tensor, ...]:
-        """out = ReLU(shortcut + factor * BN(conv(ReLU(BN(conv(x)))))).
-
-        Gives what the backward pass needs, besides x and out.
-        """
-        ...
-
-    def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
-        """The cross entropy, [], of what `layer` makes of the mean over x's pixels; all gradients.
-
-        Args:
-            labels: int64 [batch].
-            gradient: becomes that of x.
-        """
-        ...
-
-    def written(self, x: Tensor) -> Tensor:
-        """x, for others to read: what `stem` and `branch` give may be put off until it is read."""
-        ...
-
-    def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
-        """out = means over 2x2 of x, and zeros in the channels that it has more."""
-        ...
-
-    def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
-        """The gradient of x from that of `out`."""
-        ...
-
-    def branch_backward(
-        self,
-        saved: tuple[Tensor, ...],
-        x: Tensor,
-        first: Layer,
-        second: Layer,
-        out: Tensor,
-        gradient: Tensor,
-        of_shortcut: Callable[[], Tensor],
-    ) -> None:
-        """Gradients of the parameters, and of x; where x is 0, its gradient may be left out.
-
-        Args:
-            gradient: of `out`; becomes that of the sum under the ReLU, in place.
-            of_shortcut: called after that, it gives the gradient of x that comes by the shortcut,
-                to which the branch's is added in place.
-        """
-        ...
-
-
 aten = torch.ops.aten
 
 
-class ReferenceKernels:
-    """Calls the same PyTorch operators as autograd does, so that results are identical."""
+class Kernels:
+    """By PyTorch's operators, the same that autograd calls, so that results are identical.
+
+    Other kernels override what they compute in another way. Images are [batch, channels, height,
+    width], channels_last. Statistics of a mini-batch are noted in the layers' norms and added to
+    the running ones. Gradients of parameters are written where they belong.
+    """
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
+        """out = ReLU(BN(conv(images))); returns what the backward pass needs."""
         a = self.convolve(images, layer)
         self.normalise(a, layer.norm, out=out)
         return (a,)
@@ -129,6 +67,7 @@ class ReferenceKernels:
     def stem_backward(
         self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
     ) -> None:
+        """Gradients of the stem's parameters from that of `out`."""
         (a,) = saved
         of_a = self.normalise_backward(gradient, out, a, layer.norm)
         self.convolve_backward(of_a, images, layer, needs_input=False)
@@ -136,6 +75,10 @@ class ReferenceKernels:
     def branch(
         self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
     ) -> tuple[Tensor, ...]:
+        """out = ReLU(shortcut + factor * BN(conv(ReLU(BN(conv(x)))))).
+
+        Returns what the backward pass needs besides x and out.
+        """
         a = self.convolve(x, first)
         b = self.normalise(a, first.norm)
         c = self.convolve(b, second)
@@ -152,6 +95,13 @@ class ReferenceKernels:
         gradient: Tensor,
         of_shortcut: Callable[[], Tensor],
     ) -> None:
+        """Gradients of the parameters and of x; x's may be left out where x is 0.
+
+        Args:
+            gradient: of `out`; becomes that of the sum under the ReLU, in place.
+            of_shortcut: called after that; returns the gradient of x through the shortcut, to which
+                that through the branch is added in place.
+        """
         a, b, c = saved
         of_c = self.normalise_backward(gradient, out, c, second.norm)
         of_b = self.convolve_backward(of_c, b, second)
@@ -159,6 +109,12 @@ class ReferenceKernels:
         of_shortcut().add_(self.convolve_backward(of_a, x, first))
 
     def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
+        """The cross-entropy, [], of `layer` applied to the mean over x's pixels; and all gradients.
+
+        Args:
+            labels: int64 [batch].
+            gradient: becomes that of x.
+        """
         pixels = x.shape[2] * x.shape[3]
         pooled = x.mean((2, 3)).to(layer.weight.dtype)
         log_p = torch.log_softmax(torch.addmm(layer.bias, pooled, layer.weight.T), 1)
@@ -170,14 +126,16 @@ class ReferenceKernels:
         return loss
 
     def written(self, x: Tensor) -> Tensor:
-        """x, which is."""
+        """x, ready to be read: `stem` and `branch` may leave its computation until then."""
         return x
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
+        """out = means over 2x2 pixels of x, and zeros in the channels that x does not have."""
         added = out.shape[1] - x.shape[1]
         out.copy_(F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, added)))
 
     def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
+        """The gradient of x from that of `out`."""
         spread = F.interpolate(gradient[:, : of_x.shape[1]], scale_factor=2, mode="nearest")
         torch.mul(spread, 0.25, out=of_x)
 

@@ -1,6 +1,6 @@
 import torch
 
-from stochastic_depth.engine.memory import Buffers
+from stochastic_depth.block_program.memory import Buffers
 
 
 def image(channels=4, dtype=torch.float32):

@@ -1,99 +1,32 @@
-"""All that changes while a run trains, which is also what a checkpoint holds."""
+"""The state of a training: all that changes while a run trains, and what a checkpoint holds."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
-from itertools import count
 from math import fsum
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stochastic_depth.data import Batches, Share
-from stochastic_depth.distributed import gates_by_rank, synchronise_batchnorm
+from stochastic_depth.distributed import gates_by_rank
 from stochastic_depth.distributed.world import as_on_primary, rank, ranks, total
-from stochastic_depth.errors import CheckpointError, ConfigError
-from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
-    build_depth,
-    build_model,
+    build_network,
     build_optimizer,
     first_convolution,
+    images_in,
     learning_rate,
 )
+from stochastic_depth.train.checkpoint import fitting
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engines import Engine, build_engine
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, Measured
 
 
-def check(config: Config, batches: Batches) -> None:
-    """Raise an error for what cannot be trained, before anything is written. Allocates no weights.
-
-    Raises:
-        ApplyError: when the network has no residual blocks to skip.
-        ConfigError: when there is no such network, its images are too small for it, or a
-            mini-batch is.
-    """
-    channels, height, width = batches.shape
-    with torch.device("meta"):
-        model = build_model(config.model, channels, len(batches.classes), config.seed)
-        if not any(isinstance(module, Residual) for module in model.modules()):
-            build_depth(model, config.survival, config.seed, 1)
-    if not model.takes(height, width):
-        size = next(size for size in count(max(height, width)) if model.takes(size, size))
-        raise ConfigError(
-            f"the images have {height}x{width} pixels, which no {config.model.kind} takes: "
-            f"give --data.size {size}, or leave it out"
-        )
-    first = max(0, batches.steps_per_epoch - 2)
-    images = min(
-        _images_of(step, config, batches) for step in range(first, batches.steps_per_epoch)
-    )
-    if images // ranks() < 2:
-        raise ConfigError(
-            f"optimizer.batch is {config.optimizer.batch}: the last mini-batch of an epoch has "
-            f"{images} images, and each of {ranks()} processes needs 2 of them (BatchNorm)"
-        )
-
-
-def build_network(
-    config: Config, runtime: Runtime, batches: Batches
-) -> tuple[nn.Module, Handle | None]:
-    """The network of a configuration on its device, and its stochastic depth, if it has any."""
-    model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
-    model = model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if ranks() > 1 and config.distributed.sync_batchnorm:
-        model = synchronise_batchnorm(model)
-    steps = config.epochs * batches.steps_per_epoch
-    return model, build_depth(model, config.survival, config.seed, steps)
-
-
-@contextmanager
-def fitting(step: int) -> Iterator[None]:
-    """Turn errors of loading the state of a checkpoint into one sentence.
-
-    Raises:
-        CheckpointError: when the state does not fit the network.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the checkpoint of step {step} does not fit this network: {error}"
-        ) from error
-
-
-def _images_of(step: int, config: Config, batches: Batches) -> int:
-    """The number of images in the mini-batch of a step, of all processes."""
-    batch = config.optimizer.batch
-    return min(batch, batches.sizes["train"] - step % batches.steps_per_epoch * batch)
-
-
-class Training:
+class TrainState:
     """A network in training: weights, optimizer, gates, step, and what its interval has measured.
 
     Everything random in it is a function of (seed, step), so that nothing else needs to be saved.
@@ -110,9 +43,9 @@ class Training:
         if ranks() > 1 and self.handle is not None and config.distributed.rank_gates:
             gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
-        self.first = first_convolution(self.model)
+        self.first_weight = first_convolution(self.model)
         self.step = 0
-        self.tally = IntervalMetrics()
+        self.metrics = IntervalMetrics()
         interval = config.evaluate_every or batches.steps_per_epoch
         self._sampled_every = max(1, min(10, interval // 5))
 
@@ -121,7 +54,7 @@ class Training:
         """Built at the first step: it may allocate buffers, capture graphs or compile blocks."""
         shape = (self.config.optimizer.batch, *self._batches.shape)
         return build_engine(
-            self.model, self.handle, self.optimizer, self.first, self.runtime, shape
+            self.model, self.handle, self.optimizer, self.first_weight, self.runtime, shape
         )
 
     @property
@@ -163,11 +96,11 @@ class Training:
 
     def _interval(self) -> range:
         """The steps since the last evaluation."""
-        return range(self.step - len(self.tally.images), self.step)
+        return range(self.step - len(self.metrics.images), self.step)
 
     def images_of(self, step: int) -> int:
         """The number of images in the mini-batch of a step, of all processes."""
-        return _images_of(step, self.config, self._batches)
+        return images_in(step, self.config, self._batches)
 
     def advance(self, images: Tensor, labels: Tensor) -> Measured:
         """Take one training step, and add what it measured to the interval.
@@ -182,9 +115,9 @@ class Training:
             self.handle.share = Share(rank(), ranks()).of(whole).start, whole
             self.handle.parts = ranks()
         measured = self._engine.step(images, labels, len(labels) * ranks() / whole)
-        self.tally.add(measured, whole)
+        self.metrics.add(measured, whole)
         if self.step % self._sampled_every == 0:
-            self.tally.add_block_gradients(self._engine.block_gradients, self.gates)
+            self.metrics.add_block_gradients(self._engine.block_gradients, self.gates)
         self.step += 1
         return measured
 
@@ -200,7 +133,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "depth": self.handle.state_dict() if self.handle else None,
-            "tally": self.tally.state_dict(),
+            "tally": self.metrics.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -214,6 +147,6 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.handle is not None:
                 self.handle.load_state_dict(state["depth"])
-            self.tally.load_state_dict(state["tally"], self.runtime.device)
+            self.metrics.load_state_dict(state["tally"], self.runtime.device)
         self.step = state["step"]
-        self.__dict__.pop("_engine", None)  # which holds the momentum of before
+        self.__dict__.pop("_engine", None)  # it holds the earlier momentum

@@ -67,11 +67,11 @@ def _curves_sentence(experiment: Experiment) -> str:
     now = experiment.settled()
     errors = {series.name: series.outcome.test_error_last for series in now.series}
     epoch = max(run.records[-1].epoch for run in now.runs)
-    told = "; ".join(
+    clauses = "; ".join(
         f"{series.name} {percent(errors[series.name])} ({seeds(len(series.runs))})"
         for series in now.series
     )
-    sentence = f"Test error after epoch {epoch:g}: {told}."
+    sentence = f"Test error after epoch {epoch:g}: {clauses}."
     if now.constant is None or len(now.stochastic) != 1:
         return sentence
     constant, stochastic = now.constant, now.stochastic[0]
@@ -105,13 +105,13 @@ def training_time(experiment: Experiment) -> Figure:
     hue = colour(keys(experiment.series)).legend(None)
     bar = {"band": 0.7}
     layers = [
-        chart(bars).mark_bar(opacity=0.3, height=bar).encode(x, y, hue, description="told:N"),
+        chart(bars).mark_bar(opacity=0.3, height=bar).encode(x, y, hue, description="label:N"),
         chart([dot for series in experiment.series for dot in _dots(series)])
         .mark_tick(opacity=0.5, thickness=1.5, height=bar)
-        .encode(x, y, hue, description="told:N"),
+        .encode(x, y, hue, description="label:N"),
         chart(expected)
         .mark_tick(color=LIGHT["ink"], thickness=3, height={"band": 0.95})
-        .encode(x, y, description="told:N"),
+        .encode(x, y, description="label:N"),
     ]
     return Figure(
         id="training-time",
@@ -133,7 +133,7 @@ def _bars(experiment: Experiment) -> tuple[list[Row], list[Row]]:
     """The medians, and where they are expected."""
     medians = {series.name: series.interval_seconds for series in experiment.series}
     bars: list[Row] = [
-        {"s": name, "x": median, "told": f"{name}: median {duration(median)}"}
+        {"s": name, "x": median, "label": f"{name}: median {duration(median)}"}
         for name, median in medians.items()
     ]
     if experiment.constant is None:
@@ -143,7 +143,7 @@ def _bars(experiment: Experiment) -> tuple[list[Row], list[Row]]:
         {
             "s": series.name,
             "x": base * (1 - series.cost.saving),
-            "told": f"{series.name}: {duration(base * (1 - series.cost.saving))} expected",
+            "label": f"{series.name}: {duration(base * (1 - series.cost.saving))} expected",
         }
         for series in experiment.stochastic
     ]
@@ -156,15 +156,15 @@ def _dots(series: Series) -> list[Row]:
         {
             "s": series.name,
             "x": record.seconds,
-            "told": f"{name}, epoch {record.epoch:g}: {duration(record.seconds)}",
+            "label": f"{name}, epoch {record.epoch:g}: {duration(record.seconds)}",
         }
         for name, record in chosen
     ]
 
 
 def _time_sentence(experiment: Experiment, interval: str) -> str:
-    told = [f"{series.name} {duration(series.interval_seconds)}" for series in experiment.series]
-    sentence = f"The median {interval} takes: {', '.join(told)}."
+    clauses = [f"{series.name} {duration(series.interval_seconds)}" for series in experiment.series]
+    sentence = f"The median {interval} takes: {', '.join(clauses)}."
     constant = experiment.constant
     if constant is None:
         return sentence

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import stochastic_depth as sd
-from stochastic_depth.engine import Eagerly, Program
-from stochastic_depth.engine.kernels import ReferenceKernels
+from stochastic_depth.block_program import Eagerly, Program
+from stochastic_depth.block_program.kernels import Kernels
 from stochastic_depth.models import CifarResNet, DenseNet
 from stochastic_depth.train.build import build_optimizer, first_convolution
 from stochastic_depth.train.config import OptimizerConfig
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = Runtime("cpu", "float32", 1)
 
 
-class Counting(ReferenceKernels):
+class Counting(Kernels):
     """Counts what is convolved forward, and how often it goes backward."""
 
     def __init__(self):

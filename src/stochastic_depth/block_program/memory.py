@@ -1,4 +1,4 @@
-"""The memory of a training step: parameters in one piece, and activations that are used again."""
+"""The memory of a training step: flat parameters and their optimizer, and reused activations."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ class FlatParameters:
 class FlatSGD:
     """SGD on `flat`, whole or by segments: the same arithmetic as `optimizer` on single parameters.
 
-    Momentum and hyperparameters stay `optimizer`'s, so that a checkpoint of it is as ever.
+    Momentum and hyperparameters stay in `optimizer`, so that its checkpoints do not change.
     """
 
     def __init__(self, flat: FlatParameters, optimizer: torch.optim.SGD) -> None:
@@ -102,22 +102,22 @@ class FlatSGD:
 
 
 class Buffers:
-    """Keeps what is given back: memory from the system is slow to touch for the first time."""
+    """Keeps tensors for reuse: memory from the system is slow when it is first touched."""
 
     def __init__(self) -> None:
         self._free: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
 
     def take(self, like: Tensor) -> Tensor:
-        """One of the shape, type and layout of `like`, with anything in it."""
+        """An uninitialised tensor of the shape, type and layout of `like`."""
         free = self._free[like.shape, like.dtype]
         return free.pop() if free else torch.empty_like(like)
 
     def give(self, *tensors: Tensor) -> None:
-        """Nobody reads them any more."""
+        """Return tensors that are not needed any more."""
         for tensor in tensors:
             self._free[tensor.shape, tensor.dtype].append(tensor)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """All that are free."""
+        """All free tensors."""
         for free in self._free.values():
             yield from free

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stochastic_depth.engine.kernels import Layer, Linear
+from stochastic_depth.block_program.kernels import Layer, Linear
 from stochastic_depth.errors import EngineError
 
 SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
@@ -27,14 +27,14 @@ DEFINED = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 
 
 def missing() -> str | None:
-    """Why native kernels cannot be had here; None where they can."""
+    """Why native kernels cannot be compiled here; None where they can."""
     if _compiler() is None:
         return "no C++ compiler was found (g++, or the one that CXX names)"
     return None
 
 
 def unmeasured() -> str | None:
-    """Why nobody knows whether native kernels are faster here; None where they are."""
+    """Why native kernels may not be faster on this processor; None where they are."""
     processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not (processor.get("avx2") or processor.get("avx512_f")):
         return "they have been measured on processors with AVX2 or AVX-512, and this has neither"
@@ -102,7 +102,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _compile(compiler: Sequence[str], path: Path) -> None:
-    """Make the library at `path`, which is whole or not there."""
+    """Compile the library to `path`, which is complete or does not exist."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [*compiler, "-o", str(made), str(SOURCE)]
@@ -155,7 +155,7 @@ def only_we_write(path: Path) -> bool:
 
 
 class CNorm(ctypes.Structure):
-    """See `normalisation.h`."""
+    """`Norm` of `statistics.h`."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("weight", "bias", "of_weight", "of_bias")),
@@ -166,17 +166,19 @@ class CNorm(ctypes.Structure):
 
 
 class CLayer(ctypes.Structure):
+    """`Layer` of `kernels.cpp`."""
+
     _fields_ = [("weight", c_void_p), ("of_weight", c_void_p), ("norm", CNorm)]
 
 
 class CInput(ctypes.Structure):
-    """What is convolved: x, which may be made of others on the way."""
+    """`Input` of `kernels.cpp`: what is convolved, x, which may be made of others on the way."""
 
     _fields_ = [("x", c_void_p), ("y", c_void_p), ("shortcut", c_void_p), ("norm", POINTER(CNorm))]
 
 
 class CLinear(ctypes.Structure):
-    """See `classification.h`."""
+    """`Linear` of `passes.h`."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("weight", "bias", "of_weight", "of_bias")),
@@ -203,7 +205,7 @@ _SIGNATURES = {
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Let the functions of `library` check what they are called with."""
+    """Declare the arguments of the functions of `library`, so that ctypes checks them."""
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
@@ -212,7 +214,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def c_layer(of: Layer) -> tuple[CLayer, Tensor]:
-    """`of`, as the kernels see it, and the memory that they note statistics in, [4, channels]."""
+    """`of` as a C structure, and the memory in which the kernels note statistics, [4, channels]."""
     norm, channels = of.norm, of.weight.shape[0]
     noted = torch.empty(4, channels)
     norm.mean, norm.rstd = noted[:2].unbind()
@@ -224,6 +226,6 @@ def c_layer(of: Layer) -> tuple[CLayer, Tensor]:
 
 
 def c_linear(of: Linear) -> CLinear:
-    """`of`, as the kernels see it."""
+    """`of` as a C structure."""
     tensors = of.weight, of.bias, of.weight_gradient, of.bias_gradient
     return CLinear(*(tensor.data_ptr() for tensor in tensors), len(of.bias))

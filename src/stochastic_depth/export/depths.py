@@ -1,0 +1,86 @@
+"""A trained network at several depths: which blocks it needs least, its errors and seconds."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from statistics import median
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.data import Batches
+from stochastic_depth.data.batching import Batch, Part
+from stochastic_depth.export.truncate import Dropped, drop_order
+from stochastic_depth.timing import take_turns
+from stochastic_depth.train.runtime import Runtime
+from stochastic_depth.train.step import evaluate
+
+Shallower = Callable[[], AbstractContextManager[nn.Module]]
+"""Returns a context with a network without some blocks, which are closed or were taken out."""
+
+
+class Progress(Protocol):
+    """Called with what is being done, how much is done, and how much there is."""
+
+    def __call__(self, doing: str, done: float, total: float) -> None: ...
+
+
+def silent(doing: str, done: float, total: float) -> None:
+    """Shows no progress."""
+
+
+def least_needed_first(
+    model: nn.Module, batches: Callable[[], Iterable[Batch]], runtime: Runtime
+) -> Iterator[Dropped]:
+    """All blocks of `model`, in the order in which their loss costs least: see `drop_order`.
+
+    Args:
+        model: one that `sd.apply` was given.
+        batches: called for each evaluation; gives the validation images.
+    """
+    return drop_order(model, lambda model: evaluate(model, batches(), runtime).loss)
+
+
+@torch.inference_mode()
+def errors_of(
+    networks: Sequence[Shallower],
+    images: Batches,
+    part: Part,
+    runtime: Runtime,
+    progress: Progress = silent,
+) -> list[float]:
+    """Percent of a part's images, of each network; every image is read once. Without any, nan."""
+    wrong: list[Tensor | int] = [0] * len(networks)
+    seen, total = 0, images.sizes[part] * len(networks)
+    for pixels, labels in images.evaluate(part):
+        for number, network in enumerate(networks):
+            with network() as model, runtime.autocast():
+                logits = model(pixels)
+            wrong[number] = wrong[number] + (logits.argmax(1) != labels).sum()
+            progress(f"{part} error", seen * len(networks) + number * len(labels), total)
+        seen += len(labels)
+    return [100 * float(count) / seen if seen else math.nan for count in wrong]
+
+
+@torch.inference_mode()
+def seconds_of(
+    networks: Mapping[str, Shallower],
+    images: Tensor,
+    runtime: Runtime,
+    repeats: int,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """Seconds of the forward pass for one of `images`, together: medians of rounds, in turns."""
+
+    def run(network: Shallower) -> None:
+        with network() as model, runtime.autocast():
+            model(images)
+        runtime.synchronise()
+
+    alternatives = {name: (lambda one=one: run(one)) for name, one in networks.items()}
+    rounds = []
+    for seconds in take_turns(alternatives, repeats, warmup=1):
+        rounds.append(seconds)
+        progress("timing", len(rounds), repeats)
+    return {name: median(seconds[name] for seconds in rounds) / len(images) for name in networks}

@@ -1,0 +1,83 @@
+"""What is known about a model with stochastic depth, and how it is undone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from stochastic_depth.errors import ApplyError
+from stochastic_depth.handle import Handle
+from stochastic_depth.surgery.blocks import Found, deferred_modules
+from stochastic_depth.surgery.droppath import Silenced
+from stochastic_depth.surgery.gating import take_gates
+from stochastic_depth.torch_private import set_call
+
+_APPLIED = "_stochastic_depth_applied"
+"""The attribute of a model that holds what `remove` needs."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `sd.apply` has found and done in a model."""
+
+    handle: Handle
+    found: Sequence[Found]
+    difference: float
+    """The largest that the proof found, relative to the largest output."""
+    hooks: tuple[RemovableHandle, ...]
+    silenced: list[Silenced]
+
+
+def note_applied(model: nn.Module, applied: Applied) -> None:
+    """Keep `applied` on the model, whose copies have a copy of it."""
+    setattr(model, _APPLIED, applied)
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `sd.apply`: the original model of constant depth, with the weights it has now.
+
+    Blocks that were compiled are no longer.
+
+    Raises:
+        ApplyError: when `model` is not one that `sd.apply` was given.
+    """
+    applied = applied_to(model)
+    for hook in applied.hooks:
+        hook.remove()
+    for drop_path in applied.silenced:
+        drop_path.restore()
+    for block in applied.found:
+        for module in (block.module, *deferred_modules(block)):
+            set_call(module, None)
+    delattr(model, _APPLIED)
+    take_gates(model)
+
+
+def handle_of(model: nn.Module) -> Handle:
+    """The handle that `sd.apply` returned for `model`, or for the model that it is a copy of.
+
+    Raises:
+        ApplyError: when `model` is not one that `sd.apply` was given.
+    """
+    return applied_to(model).handle
+
+
+def applied_to(model: nn.Module) -> Applied:
+    """What `apply` noted about `model`.
+
+    Raises:
+        ApplyError: when `model` is not one that it was given.
+    """
+    applied: Applied | None = getattr(model, _APPLIED, None)
+    if applied is None:
+        raise ApplyError(
+            f"{type(model).__name__} has no stochastic depth: give the model that sd.apply was "
+            "given"
+        )
+    return applied
+
+
+def applied_inside(model: nn.Module) -> dict[str, nn.Module]:
+    """The models that `apply` was given, among `model` and the modules in it, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, _APPLIED)}
