@@ -19,8 +19,8 @@ LEAST = 0.5
 def needed(own: float) -> str:
     """Why a block with too small an own share of its branch, from 0 to 1, is not skipped."""
     return (
-        f"most of its branch is needed for more than what is added ({1 - own:.0%} of its FLOPs): "
-        "an output of the model, or of another block, is computed from it"
+        f"most of its branch is needed for more than what is added (about {1 - own:.0%} of its "
+        "FLOPs): an output of the model, or of another block, is computed from it"
     )
 
 
