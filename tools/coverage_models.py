@@ -120,7 +120,7 @@ def oracle(original: nn.Module, model: nn.Module, handle: Any, example: Any) -> 
         original.train(train), model.train(train)
         watch = Watch(model=original)
         with within(watch, original):
-            call(original, example, watch, True)
+            call(original, example, watch, train)
         mine = matched(watch.found(), blocks)
         if not train:
             count = len(missed(watch.found(), [a for block in mine for a in block]))

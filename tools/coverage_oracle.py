@@ -90,7 +90,7 @@ class Watch(TorchFunctionMode):
         if watched and name != "__set__":
             changed = args[0] if name == "__setitem__" else out
             for tensor in tensors(changed):
-                if self.ids.get(id(tensor)) is None or name[-1:] == "_" or name in ADDS:
+                if self.ids.get(id(tensor)) is None or changes(name) or name in ADDS:
                     self.note(tensor, parents, name)
             if adds and args[0].shape == args[1].shape and args[0].numel() > 1:
                 self.additions.append((number, parents[0], max(parents[1:]), self.value(out)))
@@ -110,7 +110,7 @@ class Watch(TorchFunctionMode):
         self.kept.append(tensor)
         self.ids[id(tensor)] = number
         base = tensor._base
-        if base is not None and function[-1:] == "_" and id(base) in self.ids:
+        if base is not None and changes(function) and id(base) in self.ids:
             self.ids[id(base)] = number
         return number
 
@@ -152,6 +152,13 @@ class Watch(TorchFunctionMode):
                 needed.update(self.values[n].parents)
         names = {self.values[n].module for n in own - needed}
         return names - {v.module for n, v in enumerate(self.values) if n not in own - needed}
+
+
+def changes(function: str) -> bool:
+    """Whether it works in place, by its name."""
+    if function[-2:] == "__":
+        return function == "__setitem__" or function[:3] == "__i"
+    return function[-1:] == "_"
 
 
 def bits_of(bits: int) -> list[int]:
