@@ -39,6 +39,7 @@ __all__ = [
     "backward_pass",
     "call_of",
     "changes_of",
+    "function_around",
     "gradients_are_awaited",
     "gradients_are_kept",
     "is_compiled",
@@ -123,6 +124,23 @@ def recomputation(frame: FrameType) -> Callable[[], bool] | None:
     return None if kept is None else lambda: len(kept.weak_holders) > 0
 
 
+def function_around(frame: FrameType | None) -> str | None:
+    """The `autograd.Function` in whose forward pass `frame` is, by name; None outside of all.
+
+    Its backward pass is its own: what it computes again it computes without gates. That of
+    `torch.utils.checkpoint` is not counted, which calls modules again and keeps to their gates. In
+    its place: a public way to ask which function is under way.
+    """
+    while frame is not None:
+        if frame.f_code is _FUNCTION_APPLY:
+            function = frame.f_locals["cls"]
+            if function.__module__ != "torch.utils.checkpoint":
+                return function.__name__
+        frame = frame.f_back
+    return None
+
+
+_FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
 

@@ -209,3 +209,40 @@ def test_a_stream_that_is_dropped_in_the_end_keeps_no_block_open():
     with handle.forced([False] * 3):
         model(X)
     assert not called
+
+
+class Inverting(torch.autograd.Function):
+    """Keeps outputs alone, as implementations of reversible layers do."""
+
+    @staticmethod
+    def forward(ctx, layers, a, b):
+        for layer in layers:
+            a, b = layer(a, b)
+        return a, b
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise AssertionError("takes off again what each layer has added, and is not reached here")
+
+
+class Inverted(nn.Module):
+    def __init__(self, always):
+        super().__init__()
+        self.layers = nn.ModuleList(Reversible() for _ in range(3))
+        self.always = always
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        if self.training or self.always:
+            return torch.cat(Inverting.apply(self.layers, a, b), -1)
+        for layer in self.layers:
+            a, b = layer(a, b)
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_what_is_added_within_a_function_with_a_backward_pass_of_its_own_is_refused(always):
+    """Its backward pass would take off again what a closed block never added."""
+    model = Inverted(always).double()
+    with pytest.raises(sd.ApplyError, match=r"within Inverting, an autograd\.Function .* no gates"):
+        sd.apply(model, sd.Uniform(0.5), example=X)

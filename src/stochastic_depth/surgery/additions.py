@@ -34,6 +34,7 @@ from stochastic_depth.surgery.edits import (
 from stochastic_depth.surgery.shortcuts import Shortcuts, is_mixing
 from stochastic_depth.surgery.trace import Call, Recording, recorded
 from stochastic_depth.tensors import tensors_in
+from stochastic_depth.torch_private import function_around
 
 UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
 
@@ -87,6 +88,15 @@ class Passed:
     place: str
     """Where in the source, as far as it is known."""
     reason: str
+
+
+def own_backward(function: str) -> str:
+    """Why an addition within an `autograd.Function` cannot be gated."""
+    return (
+        f"it is computed within {function}, an autograd.Function whose own backward pass knows no "
+        "gates (that of reversible layers computes every branch again): run the layers without it, "
+        "or under torch.utils.checkpoint"
+    )
 
 
 def discover(
@@ -216,10 +226,12 @@ class _Search:
         kept = left if side == "left" else right
         reason = self._why_not(left, right, side, of, call)
         total = self.recording.number(out)
+        if around := function_around(frame):
+            reason = own_backward(around)
         if side is not None and kept not in again and not reason:
             identity = left in of[1] or right in of[0]
             self._join(self._followed(left, right, side, identity, total, frame))
-        elif side is None and (part := self.shortcuts.part(left, right, of, call)):
+        elif side is None and not around and (part := self.shortcuts.part(left, right, of, call)):
             followed = self._followed(left, right, part, True, total, frame)
             if not self._joins_both(followed):
                 self.couplings[total] = followed, self._passed(frame, COUPLING)

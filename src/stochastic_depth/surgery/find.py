@@ -11,7 +11,7 @@ from torch import nn
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.additions import Addition, Passed, discover
+from stochastic_depth.surgery.additions import Addition, Passed, discover, own_backward
 from stochastic_depth.surgery.blocks import (
     Found,
     Granularity,
@@ -21,6 +21,7 @@ from stochastic_depth.surgery.blocks import (
     residual_block,
 )
 from stochastic_depth.surgery.branches import LEAST, Analysis, Event, needed
+from stochastic_depth.surgery.edits import Site
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.select_modules import Choice, Chosen, chosen_modules
@@ -85,7 +86,8 @@ def find_blocks(
     if more is None:
         return found
     found = [
-        with_events(_called_alike(block, analysis, more.analysis), more.again) for block in found
+        with_events(_called_alike(block, analysis, more.analysis), more.again)
+        for block in (_outside_functions(*block, more.within) for block in taken)
     ]
     additions, new = _residual_ones(more.additions, look.modules, []), set(more.new)
     of_block = [
@@ -105,6 +107,12 @@ def find_blocks(
         [block for block, events in blocks if alone.issuperset(events)],
         more.analysis,
     )
+
+
+def _outside_functions(block: Found, events: Sequence[Event], within: Mapping[Site, str]) -> Found:
+    """A block, with the reason where training mode adds its branch in an `autograd.Function`."""
+    functions = [within[event.site] for event in events if event.site in within]
+    return replace(block, refusal=own_backward(functions[0])) if functions else block
 
 
 def _called_alike(block: Found, evaluation: Analysis, training: Analysis) -> Found:

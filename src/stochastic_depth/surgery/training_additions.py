@@ -22,6 +22,7 @@ from stochastic_depth.surgery.branches import Analysis, Event, Group
 from stochastic_depth.surgery.droppath import silence
 from stochastic_depth.surgery.edits import ADDITIONS, Deferred, Site, by_position, site_of
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.torch_private import function_around
 
 Cut = Callable[[Addition], Unit]
 """Rewrites the methods that make an addition; raises `UnsupportedBlockError` where it cannot."""
@@ -39,6 +40,8 @@ class InTraining:
     """Of those of evaluation, the same one in training mode."""
     analysis: Analysis
     passed: list[Passed]
+    within: Mapping[Site, str]
+    """Expressions that add within an `autograd.Function`, and its name."""
 
 
 def added_in_training(
@@ -64,7 +67,7 @@ def added_in_training(
                     run()
             except Exception:  # the example is not one to train on
                 return None
-            if sites.seen <= analysis.sites:
+            if sites.seen <= analysis.sites and not sites.within:
                 return None
             now, of_now = discover(model, run, count_flops, passed, gradients=True)
     finally:
@@ -84,7 +87,7 @@ def added_in_training(
         same = (n for n, (_, before) in enumerate(left[of]) if _is_known(runs, [before]))
         if (n := next(same, None)) is not None:
             again[left[of].pop(n)[0]] = event
-    return InTraining(now, tuple(new), again, of_now, passed)
+    return InTraining(now, tuple(new), again, of_now, passed, sites.within)
 
 
 def _expression(event: Event) -> object:
@@ -111,6 +114,8 @@ class _Sites(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[Site] = Counter()
+        self.within: dict[Site, str] = {}
+        """Which of them do so within an `autograd.Function`, and its name."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -118,7 +123,11 @@ class _Sites(TorchFunctionMode):
         if getattr(func, "__name__", "") in ADDITIONS:
             operands, _ = by_position(args, kwargs or {})
             both = all(isinstance(operand, Tensor) for operand in operands[:2])
-            self.seen[site_of(sys._getframe(1))] += both and len(operands) > 1
+            if both and len(operands) > 1:
+                frame = sys._getframe(1)
+                self.seen[site_of(frame)] += 1
+                if function := function_around(frame):
+                    self.within[site_of(frame)] = function
         return func(*args, **(kwargs or {}))
 
 
