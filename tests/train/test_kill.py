@@ -99,7 +99,7 @@ def test_a_run_killed_at_random_moments_ends_where_it_would_have(
     tmp_path, zygote, observed, soak, counts
 ):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    begin = ["digits", *OPTIONS, "--epochs", "24", "--run"]
+    begin = ["digits", *OPTIONS, "--epochs", "16", "--run"]
     durations = []
     # The second finds nothing to do: the time it takes is that of every start.
     for arguments in ([*begin, undisturbed], ["--resume", undisturbed]):
@@ -109,7 +109,7 @@ def test_a_run_killed_at_random_moments_ends_where_it_would_have(
         durations.append(time.monotonic() - began)
     training, start = durations[0] - durations[1], durations[1]
 
-    wanted, kills, moments = 100 if soak else 4, 0, random.Random(0)
+    wanted, kills, moments = 100 if soak else 3, 0, random.Random(0)
     going_on = ["--resume", killed]
     while kills < wanted and not (killed / "model.safetensors").exists():
         pid = zygote.start("train", *(going_on if killed.exists() else [*begin, killed]))
