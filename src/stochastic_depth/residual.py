@@ -46,6 +46,10 @@ class Residual(nn.Module):
     On its own it is the plain unit of constant depth. `sd.apply` on the model that holds it gives
     it gates. Parameters are found under `branch.`, `shortcut.` and `activation.`.
 
+    An `autograd.Function` around it whose own backward pass computes branches again, as that of
+    reversible layers does, gives wrong gradients, for it knows no gates. `sd.apply` refuses it
+    where an example is given; without one it cannot see it.
+
     Args:
         branch: f_l, from [batch, ...] to the shape of the shortcut's output.
         shortcut: None for the identity, or a downsampling or projection path.
