@@ -1,8 +1,8 @@
-"""Every error this library raises on purpose, in one tree."""
+"""All errors that this library raises on purpose, as one tree of classes."""
 
 
 class StochasticDepthError(Exception):
-    """The root: `except sd.StochasticDepthError` catches all that follows."""
+    """The root of the tree: `except sd.StochasticDepthError` catches all of them."""
 
 
 class SurvivalError(StochasticDepthError, ValueError):
@@ -10,15 +10,15 @@ class SurvivalError(StochasticDepthError, ValueError):
 
 
 class GateError(StochasticDepthError, ValueError):
-    """Gates that do not fit the model: never drawn, or drawn for another batch."""
+    """Gates that do not fit the model: not drawn yet, or drawn for another batch."""
 
 
-class UnmetError(GateError):
-    """A pass that never reaches the addition of a closed block, which the example reached."""
+class AdditionNotReachedError(GateError):
+    """A pass in which the addition of a closed block is not reached, as it was on the example."""
 
 
 class ApplyError(StochasticDepthError, ValueError):
-    """A model in which nothing can be skipped, or that is skippable already."""
+    """A model in which nothing can be skipped, or that has stochastic depth already."""
 
 
 class ExampleError(ApplyError):
@@ -26,20 +26,20 @@ class ExampleError(ApplyError):
 
 
 class UnsupportedBlockError(ApplyError):
-    """A residual unit that cannot be made skippable; names it, why, and the remedies."""
+    """A residual block that cannot be made skippable; names it, the reason and the remedies."""
 
     blocks: tuple[str, ...] = ()
-    """The names of the blocks that are meant, where they are known."""
+    """The names of the blocks that it is about, where they are known."""
     of_model: bool = False
-    """Whether it is about the model: no other way of skipping its blocks would help."""
+    """Whether it is about the whole model, so that no other mechanism would help."""
 
 
 class FoldError(ApplyError):
-    """A block whose p_l cannot be multiplied into its weights exactly; names it and why."""
+    """A block whose p_l cannot be multiplied into its weights exactly; names it and the reason."""
 
 
 class TruncateError(ApplyError):
-    """A choice of blocks that does not fit the model, or a block that cannot be taken out."""
+    """A choice of blocks that does not fit the model, or a block that cannot be removed."""
 
 
 class StateError(StochasticDepthError, ValueError):
@@ -55,19 +55,19 @@ class ConfigError(StochasticDepthError, ValueError):
 
 
 class EngineError(StochasticDepthError, ValueError):
-    """A training step that an engine cannot take; names what is in the way and another engine."""
+    """A training step that an engine cannot take; names the obstacle and another engine."""
 
 
 class DataError(StochasticDepthError, ValueError):
-    """A data file that is missing, truncated, mislabelled or foreign."""
+    """A data file that is missing, truncated, mislabelled or not of the expected format."""
 
 
 class ExportError(StochasticDepthError, ValueError):
-    """An exported network that cannot be written, read or trusted; names the file and why."""
+    """An exported network that cannot be written, read or trusted; names the file, and why."""
 
 
 class RunError(StochasticDepthError):
-    """A run folder that is missing, taken, in use, or not of this run."""
+    """A run folder that is missing, in use, or of another run."""
 
 
 class CheckpointError(RunError):
@@ -75,7 +75,7 @@ class CheckpointError(RunError):
 
 
 class OutOfMemoryError(RunError):
-    """A step that needs more memory than there is; names the step, its gates and remedies."""
+    """A training step that ran out of memory; names the step, its gates and the remedies."""
 
 
 class DivergedError(RunError):

@@ -29,9 +29,9 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 def in_graph(value: object) -> list[Tensor]:
-    """Those tensors in `value` that the autograd graph has computed.
+    """The tensors in `value` that autograd has computed.
 
-    What a closed block has put off is not computed for being looked at.
+    Placeholders of deferred calls are left out; looking at them would compute them.
     """
     computed = (t for t in tensors_in(value) if not getattr(type(t), "is_deferred", False))
     return [tensor for tensor in computed if tensor.grad_fn is not None]

@@ -207,10 +207,10 @@ def test_a_sum_of_two_losses_is_no_block():
 def test_plan_lists_the_additions_that_are_not_taken():
     plan = sd.plan(UNet(), torch.randn(2, 4, 8, 8))
     assert plan.complete
-    (passed,) = plan.passed
-    assert "UNet.forward" in passed
-    assert "long skip connection" in passed
-    assert f"not taken: {passed}" in str(plan)
+    (rejected,) = plan.rejected
+    assert "UNet.forward" in rejected
+    assert "long skip connection" in rejected
+    assert f"not taken: {rejected}" in str(plan)
 
 
 class Layers(nn.Module):

@@ -152,10 +152,10 @@ def test_half_a_coupling_is_listed():
 
     plan = sd.plan(nn.Sequential(Plain(), Coupling(), Plain(), Coupling()).double(), X)
     assert [block.name for block in plan.blocks] == ["0", "2"]
-    (passed,) = plan.passed
-    assert "'1' and 1 more" in passed
-    assert "Coupling.forward" in passed
-    assert "a coupling" in passed
+    (rejected,) = plan.rejected
+    assert "'1' and 1 more" in rejected
+    assert "Coupling.forward" in rejected
+    assert "a coupling" in rejected
 
 
 class Discards(Streams):

@@ -163,9 +163,9 @@ def test_an_addition_of_training_mode_that_is_none_is_listed():
 
     plan = sd.plan(Listed().double(), X)
     assert len(plan.blocks) == 2
-    (passed,) = plan.passed
-    assert "Listed.forward" in passed
-    assert "parallel branches" in passed
+    (rejected,) = plan.rejected
+    assert "Listed.forward" in rejected
+    assert "parallel branches" in rejected
 
 
 def test_one_that_cannot_be_closed_is_refused_and_the_remedy_works():

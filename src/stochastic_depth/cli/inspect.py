@@ -85,7 +85,7 @@ def inspect(arguments: list[str]) -> int:
     ):
         planned = plan(model, example, rule, exclude=asked.exclude, granularity=asked.granularity)
     console.print(plan_table(asked.model, planned))
-    for each in planned.passed:
+    for each in planned.rejected:
         console.print(f"not taken: {each}")
     result = {"model": asked.model, **asdict(planned)}
     if not planned.complete:

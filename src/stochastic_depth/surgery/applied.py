@@ -1,4 +1,4 @@
-"""What is known about a model with stochastic depth, and how it is undone."""
+"""`sd.remove` and `sd.handle_of`: what `sd.apply` notes on a model, and how it is undone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _APPLIED = "_stochastic_depth_applied"
 
 @dataclass(frozen=True)
 class Applied:
-    """What `sd.apply` has found and done in a model."""
+    """What `sd.apply` has found in a model and changed in it."""
 
     handle: Handle
     found: Sequence[Found]

@@ -1,41 +1,24 @@
-"""Make the residual blocks of a model skippable, and prove it."""
+"""`sd.apply`: make the residual blocks of a model skippable, and prove it."""
 
-import math
-import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Container, Sequence, Set
+from collections.abc import Container, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from stochastic_depth.block import Block
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
-from stochastic_depth.errors import ApplyError, SurvivalError, UnsupportedBlockError
+from stochastic_depth.errors import ApplyError, SurvivalError
 from stochastic_depth.handle import Handle, integer
-from stochastic_depth.hooks import ForwardHooks, batch_size
-from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.additions import Passed, listed
+from stochastic_depth.hooks import ForwardHooks
 from stochastic_depth.surgery.applied import Applied, note_applied
-from stochastic_depth.surgery.blocks import (
-    Found,
-    Granularity,
-    branch_modules,
-    is_inside,
-    nothing_found,
-    unsupported,
-    with_remedy,
-)
-from stochastic_depth.surgery.droppath import Silenced, own_rates, silence
-from stochastic_depth.surgery.example import Example, caller, on_meta
+from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
+from stochastic_depth.surgery.droppath import own_rates
+from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.find import find_blocks, find_residuals
-from stochastic_depth.surgery.gating import put_gates, take_gates
-from stochastic_depth.surgery.proof.batch import check_samples, halves, learn_samples, refuse_one
-from stochastic_depth.surgery.proof.calls import still_running
-from stochastic_depth.surgery.proof.check import check, reference_outputs
-from stochastic_depth.surgery.proof.training_mode import check_training
+from stochastic_depth.surgery.make_skippable import make_skippable
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_settings, refuse_wrapped
-from stochastic_depth.surgery.select_modules import Choice, chosen_modules
+from stochastic_depth.surgery.rejected import Rejected, listed
+from stochastic_depth.surgery.select_modules import Choice
 from stochastic_depth.survival import (
     LinearDecay,
     Probabilities,
@@ -82,9 +65,9 @@ def apply(
     Args:
         model: holds residual blocks.
         survival: p_l: a rule, `sd.LinearDecay(0.5)` when not given; a sequence of L numbers; a
-            mapping from names of blocks, in which those that are not named have 1; a rule of
-            (block, blocks, step); or "own", 1 less the rate of each block's own drop path.
-        drop_rate: in place of `survival`, 1 - p_L of linear decay, as other libraries count.
+            mapping from names of blocks to numbers, where blocks that are not named have 1; a
+            function of (block, blocks, step); or "own", 1 minus the rate of each block's drop path.
+        drop_rate: 1 - p_L of linear decay, in place of `survival`, as other libraries count.
         schedule: how drop rates change over the steps: `sd.Warmup(1000)`, `sd.Early(1000)`, or any
             function of the step that gives the share of them that is in force, from 0 to 1.
         example: inputs of one forward call: a tensor, a tuple of arguments, or a mapping of
@@ -94,8 +77,8 @@ def apply(
         exclude: modules to leave as they are, with all that is inside of them; a block with one
             of them in its branch is never skipped.
         granularity: "block", one coin for all residual additions of a repeated block (an element
-            of a list of its like), for those of one round of a loop, and for each that the model
-            itself writes out; or "unit", one coin for each addition.
+            of a list of modules of one class), for those of one iteration of a loop, and for each
+            that the model itself writes out; or "unit", one coin for each addition.
         stacks: names of modules, say ("encoder", "decoder"), in each of which the rule counts l and
             L anew; the whole model is one stack when not given.
         gate: "batch", one coin a block and mini-batch (the paper): a closed block costs nothing;
@@ -153,15 +136,15 @@ def apply(
     def find(defer: Container[str]) -> Sequence[Found]:
         if example is None:
             return find_residuals(model, include, exclude)
-        passed: list[Passed] = []
+        rejected: list[Rejected] = []
         found = find_blocks(
-            model, example, granularity, include, exclude, defer=defer, passed=passed
+            model, example, granularity, include, exclude, defer=defer, rejected=rejected
         )
         if not found:
-            raise nothing_found(model, example, listed(passed))
+            raise nothing_found(model, example, listed(rejected))
         return found
 
-    found, probabilities, silenced, blocks, difference, left = _made_skippable(
+    made = make_skippable(
         model,
         find,
         lambda found: chosen_survival(survival, found, stacks, schedule),
@@ -172,8 +155,8 @@ def apply(
     if scale is None and chosen == "inference" and look_trained(model):
         warnings.warn(TRAINED, stacklevel=2)
     handle = Handle(
-        blocks,
-        probabilities,
+        made.proved.blocks,
+        made.probabilities,
         gate,
         chosen,
         skipped,
@@ -183,13 +166,13 @@ def apply(
         multiple_of,
         closed,
     )
-    around = ForwardHooks(handle)
+    around, resets = ForwardHooks(handle), made.proved.resets
     hooks = (
         model.register_forward_pre_hook(around.before_forward, with_kwargs=True),
         model.register_forward_hook(around.after_forward, always_call=True),
-        *([model.register_forward_pre_hook(LeftBehind(left))] if left else ()),
+        *([model.register_forward_pre_hook(ResetAttributes(resets))] if resets else ()),
     )
-    note_applied(model, Applied(handle, found, difference, hooks, silenced))
+    note_applied(model, Applied(handle, made.found, made.proved.difference, hooks, made.silenced))
     return handle
 
 
@@ -201,7 +184,7 @@ TRAINED = (
 
 
 def look_trained(model: nn.Module) -> bool:
-    """Whether a normalisation of `model` has statistics or uneven weights, as no new one has."""
+    """Whether a normalisation of `model` has statistics or uneven weights: new ones have none."""
     for module in model.modules():
         if "Norm" not in type(module).__name__:
             continue
@@ -216,7 +199,7 @@ def look_trained(model: nn.Module) -> bool:
 
 
 def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
-    """The rule of `drop_rate`, which is in place of `survival`."""
+    """The survival rule for `drop_rate`, which is given in place of `survival`."""
     if survival is not None:
         raise ApplyError(
             f"drop_rate={drop_rate} and survival={survival!r}: give one of them, they say the same"
@@ -226,106 +209,16 @@ def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
     return LinearDecay(1 - drop_rate)
 
 
-def _made_skippable(
-    model: nn.Module,
-    find: Callable[[Container[str]], Sequence[Found]],
-    probabilities_of: Callable[[Sequence[Found]], Probabilities],
-    example: Example | None,
-    gate: GateKind,
-    budget: float | None,
-) -> tuple[Sequence[Found], Probabilities, list[Silenced], list[Block], float, dict[str, Any]]:
-    """Make all blocks skippable, and prove it; defer or leave out those that fail the proof.
+class ResetAttributes:
+    """A hook on the model that resets attributes which branches set on their modules.
 
-    A block whose rewritten methods do not pass the proof is deferred. Where that does not help, the
-    others are tried without it, so that the error can say what to leave out.
-
-    Raises:
-        UnsupportedBlockError: when a block cannot be made skippable.
-    """
-    blamed: Counter[str] = Counter()
-    """How many blocks of a class have failed; from the second on all of its like go together."""
-    deferred, left_out = set[str](), set[str]()
-    failure: UnsupportedBlockError | None = None
-    found = find(deferred)
-    if not found:
-        raise nothing_found(model, example)
-    while kept := _others(model, found, left_out):
-        silenced: list[Silenced] = []
-        try:
-            if refused := [block for block in kept if block.refusal]:
-                first, *others = refused
-                names = [block.name for block in others]
-                raise unsupported(first.name, first.module, first.refusal, names)
-            probabilities = probabilities_of(kept)
-            silenced = silence(model, kept)
-            opened = _open_up(model, kept, example, gate, budget)
-            if failure is None:
-                return kept, probabilities, silenced, *opened
-            _undo(model, silenced)
-            break
-        except UnsupportedBlockError as error:
-            _undo(model, silenced)
-            if error.of_model:
-                raise failure or error from None
-            culprits = [block for block in kept if block.name in error.blocks]
-            kinds = Counter(type(block.module).__name__ for block in culprits)
-            again = {kind for kind in kinds if blamed[kind]}
-            blamed += kinds
-            culprits += [block for block in kept if type(block.module).__name__ in again]
-            more = {b.name for b in culprits or kept if b.mechanism in ("slice", "call", "opaque")}
-            if more and example is not None:
-                deferred |= more
-                found = find(deferred)
-                continue
-            failure = failure or error
-            if not culprits:
-                raise
-            left_out |= {block.name for block in culprits}
-        except BaseException:
-            _undo(model, silenced)
-            raise
-    assert failure is not None
-    out = [block.name for block in found if block.name in left_out]
-    raise with_remedy(failure, out, [block.name for block in kept]) from failure
-
-
-def _others(model: nn.Module, found: Sequence[Found], left_out: Set[str]) -> list[Found]:
-    """The blocks that are left without some, by the rule by which the error tells to do so.
-
-    `exclude=` leaves those out, too, in whose branch one of them is; `include=` does not.
-    """
-    rest = [block for block in found if block.name not in left_out]
-    if not left_out or any(is_inside(block.name, of) for block in rest for of in left_out):
-        return rest
-    chosen = chosen_modules(model, None, sorted(left_out))
-    return [
-        block
-        for block in rest
-        if chosen.has(
-            block.name,
-            branch_modules(block.name, block.module)
-            if isinstance(block.module, Residual)
-            else block.modules,
-        )
-    ]
-
-
-def _undo(model: nn.Module, silenced: Sequence[Silenced]) -> None:
-    for drop_path in silenced:
-        drop_path.restore()
-    take_gates(model)
-
-
-class LeftBehind:
-    """A hook on the model that resets attributes which branches leave on their modules.
-
-    For example a balancing loss that experts keep for the training loop to add up: without the
-    reset, a closed branch would leave that of an earlier step.
+    An example is a balancing loss that experts keep for the training loop to add up. Without the
+    reset a closed branch would keep that of an earlier step.
     """
 
     def __init__(self, first: dict[str, Any]) -> None:
         self.first = first
-        """By name of module and attribute, the value before any pass."""
+        """The value before any pass, by name of module and attribute."""
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if model.training:
@@ -340,44 +233,10 @@ def chosen_survival(
     stacks: Sequence[str],
     schedule: Schedule | None = None,
 ) -> Probabilities:
-    """(p_1, ..., p_L) over time, from any form that `sd.apply` takes."""
+    """(p_1, ..., p_L) over time, from any of the forms that `sd.apply` takes."""
     names = [block.name for block in found]
     if survival == "own":
         survival = [1 - rate for rate in own_rates(found)]
     return probabilities_of(
         LinearDecay() if survival is None else survival, names, stacks, schedule
     )
-
-
-def _open_up(
-    model: nn.Module,
-    found: Sequence[Found],
-    example: Example | None,
-    gate: GateKind,
-    budget: float | None,
-) -> tuple[list[Block], float, dict[str, Any]]:
-    """Give every block its gates, and prove those that are not `Residual` units."""
-    select = gate == "subset"
-    if example is None or not any(block.units for block in found):
-        return put_gates(model, found, select), 0.0, {}
-    run = caller(model, example)
-    batch = None if gate == "batch" else batch_size(example)
-    if on_meta(model, example):  # values are for sd.verify, once there are any
-        blocks = put_gates(model, found, select)
-        if batch is not None and select:
-            refuse_one(batch)
-            half = next(halves(example, batch))
-            learn_samples(model, (example, half), batch, found, blocks)
-        for block, why in zip(found, still_running(model, run, found, blocks), strict=True):
-            if why:
-                raise unsupported(block.name, block.module, why)
-        return blocks, math.nan, {}
-    deadline = math.inf if budget is None else time.monotonic() + budget / 2
-    half = example if batch is None else check_samples(model, example, found, batch)
-    reference = reference_outputs(model, run, found, batch, deadline)
-    blocks = put_gates(model, found, select)
-    if batch is not None and select:
-        learn_samples(model, (example, half), batch, found, blocks)
-    difference = check(model, run, found, blocks, reference, batch, gate)
-    left = check_training(model, run, found, blocks, batch, gate)
-    return blocks, difference, left

@@ -1,4 +1,4 @@
-"""What a residual block is: its additions, its modules, and the errors that name it."""
+"""The record of a residual block that was found, and the errors that name it."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets one gate: a residual addition, or a registered module."""
+    """A part of a block under one gate: a residual addition, or a registered module."""
 
     edits: tuple[tuple[nn.Module, Edit], ...]
     additions: tuple[tuple[nn.Module, Sum], ...]
@@ -35,7 +35,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Found:
-    """One residual block: a `Residual` unit, or additions of other modules that share a coin."""
+    """A residual block: a `Residual` unit, or additions of other modules that share a coin."""
 
     name: str
     module: nn.Module
@@ -60,10 +60,10 @@ class Found:
         if self.refusal:
             return "none"
         kinds = {type(edit) for unit in self.units for _, edit in unit.edits}
-        return next((name for kind, name in NAME_OF.items() if kind in kinds), "Residual")
+        return next((name for kind, name in MECHANISM_OF.items() if kind in kinds), "Residual")
 
 
-NAME_OF = {
+MECHANISM_OF = {
     Registered: "registered",
     Deferred: "deferred",
     Opaque: "opaque",
@@ -85,7 +85,10 @@ def deferred_modules(found: Found) -> list[nn.Module]:
 
 
 def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
-    """The block that a residual module belongs to: the nearest element of a list of its like."""
+    """The block that a residual module belongs to.
+
+    It is the module, or the one around it, that is an element of a list of modules of one class.
+    """
     name = owner
     while name:
         if is_repeated(name, modules):
@@ -95,7 +98,7 @@ def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def is_repeated(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether it names an element of a list of its like."""
+    """Whether it names an element of a list of modules of one class."""
     container = modules[name.rpartition(".")[0]]
     siblings = list(container.children())
     alike = sum(type(sibling) is type(modules[name]) for sibling in siblings)
@@ -103,12 +106,12 @@ def is_repeated(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def nothing_found(
-    model: nn.Module, example: Example | None, passed: Sequence[str] = ()
+    model: nn.Module, example: Example | None, rejected: Sequence[str] = ()
 ) -> ApplyError:
     """The error for a model in which nothing can be skipped.
 
     Args:
-        passed: the additions that were seen and are not taken, with the reason.
+        rejected: the additions that were seen and are not taken, with the reason.
     """
     found = f"no residual block found in {type(model).__name__}, so nothing can be skipped"
     if example is None:
@@ -118,7 +121,7 @@ def nothing_found(
     return ApplyError(
         f"{found}: a block must add what it computes to its input, or to a projection of it; "
         "concatenation (DenseNet), gating and subtraction are not residual"
-        + "".join(f"; not taken: {each}" for each in passed[:3])
+        + "".join(f"; not taken: {each}" for each in rejected[:3])
     )
 
 
@@ -136,7 +139,7 @@ def unsupported(
 def with_remedy(
     error: UnsupportedBlockError, left_out: Iterable[str], kept: Iterable[str]
 ) -> UnsupportedBlockError:
-    """`error`, and what can be done.
+    """`error` with the remedy.
 
     Args:
         left_out: names of the blocks without which stochastic depth can be applied.

@@ -1,4 +1,8 @@
-"""Which values and modules belong to the branch of a residual addition alone."""
+"""Which values and module calls of a forward pass belong to the branch of one residual addition.
+
+What a branch shares with other parts of the model (a condition, a position bias) has to be computed
+even when the block is closed; only what belongs to the branch alone can be skipped.
+"""
 
 import itertools
 from collections import Counter
@@ -12,12 +16,12 @@ from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.edits import Calls, Deferred, Site
 from stochastic_depth.surgery.trace import Call, Recording
 
-LEAST = 0.5
+MIN_SAVED = 0.5
 """The share of a branch's FLOPs that a closed block must save."""
 
 
-def needed(own: float) -> str:
-    """Why a block with too small an own share of its branch, from 0 to 1, is not skipped."""
+def mostly_shared(own: float) -> str:
+    """Why a block is not skipped whose branch is its own only to the share `own`, from 0 to 1."""
     return (
         f"most of its branch is needed for more than what is added (about {1 - own:.0%} of its "
         "FLOPs): an output of the model, or of another block, is computed from it"
@@ -26,45 +30,69 @@ def needed(own: float) -> str:
 
 @dataclass(eq=False)
 class Event:
-    """One residual addition of the watched forward pass."""
+    """One time that a residual addition was made in the recorded forward pass.
 
-    kept: int
+    Values are given by their numbers in the recording.
+    """
+
+    shortcut: int
     added: int
+    """The result of the branch."""
     total: int
+    """The sum."""
     side: int
+    """Which operand is the shortcut: 0 or 1."""
     site: Site
     occurrence: int
     """How many additions the same expression has made before, in this pass."""
     stack: tuple[Call, ...]
+    """The module calls within which it was made, the innermost last."""
     identity: bool
+    """Whether the shortcut is no projection."""
     training: bool = False
-    """Whether the pass was one in training mode."""
-    home: Call | None = None
-    """The innermost call within which its branch runs."""
+    """Whether the pass was in training mode."""
+    enclosing: Call | None = None
+    """The innermost module call that computes all of the branch, once `place` has found it."""
     branch: set[int] = field(default_factory=set)
+    """The values of the branch computed there."""
+
+    def branch_within(self, recording: Recording, call: Call) -> set[int]:
+        """The values of the branch, no further back than what `call` was given."""
+        within = recording.reach_within
+        return within(self.added, call) - within(self.shortcut, call)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The additions that share a gate, as one block."""
+    """The additions that share one gate, and what runs for them alone."""
 
     block: str
+    """The name of the block that they make up."""
     events: tuple[Event, ...]
     owner: Call
+    """The module call within which the branches run."""
     calls: tuple[Call, ...]
-    """The outermost calls of modules that run for it alone."""
+    """The outermost module calls that run for these additions alone."""
     modules: Counter[str]
+    """How often each module runs for them alone, by name."""
     parameters: tuple[str, ...]
     flops: int
+    """Of `calls`, in one forward pass."""
     saved: float
-    """The share of its branch's multiplications, from 0 to 1, that is deferred; of the addition
-    that saves least."""
+    """The share of the branch's multiplications, from 0 to 1, that is saved by not making `calls`;
+    of the addition that saves least."""
     own: float
-    """The share of its mixing functions that nothing but the addition needs."""
+    """The share of the branch's multiplications that only the addition needs."""
 
 
 class Analysis:
-    """Which values and modules belong to which branch, of a forward pass that was recorded."""
+    """Finds which values and modules of a recorded forward pass belong to which branch.
+
+    Args:
+        outputs: the numbers of the values that the model has returned.
+        mixes: whether a function, by name, is one of those of which a branch has at least one.
+        sites: how often each expression has added two tensors.
+    """
 
     def __init__(
         self,
@@ -75,33 +103,31 @@ class Analysis:
     ) -> None:
         self.recording, self.outputs, self.mixes = recording, outputs, mixes
         self.sites = sites
-        """How often each expression has added two tensors."""
         self.output: Any = None
         """What the model has returned."""
         self._inside: dict[Event, set[int]] = {}
         self.alive: set[int] = set()
+        """The values that the outputs are computed from."""
         for output in outputs:
             if output not in self.alive:
                 self.alive |= recording.reach(output)
-        self.gave = {call.serial: outputs for call, outputs in recording.finished}
-        self.of_module: dict[str, list[Call]] = {}
+        self.outputs_of = {call.serial: outputs for call, outputs in recording.finished}
+        self.calls_by_name: dict[str, list[Call]] = {}
         for call in sorted((call for call, _ in recording.finished), key=lambda call: call.serial):
-            self.of_module.setdefault(call.name, []).append(call)
+            self.calls_by_name.setdefault(call.name, []).append(call)
 
-    def of(self, module: str) -> list[Call]:
+    def calls_of(self, module: str) -> list[Call]:
         """The calls of a module, by its name."""
-        return self.of_module.get(module, [])
+        return self.calls_by_name.get(module, [])
 
     def place(self, event: Event) -> None:
         """Find the innermost call that computes all of the branch that nothing else needs."""
         for call in reversed(event.stack):
-            earliest = min([call.began, *call.inputs])
-            kept = self.recording.reach(event.kept, earliest)
-            branch = self.recording.reach(event.added, earliest) - kept
+            branch = event.branch_within(self.recording, call)
             own = self.exclusive(branch, {event.total})
-            event.home, event.branch = call, branch
+            event.enclosing, event.branch = call, branch
             if not any(
-                value < call.began and event.kept in self.recording.reach(value, event.kept)
+                value < call.began and event.shortcut in self.recording.reach(value, event.shortcut)
                 for value in own
             ):
                 return
@@ -121,14 +147,14 @@ class Analysis:
 
     def group(self, block: str, events: Sequence[Event]) -> Group:
         """The block of `events`, which are made in one call or one iteration of a loop."""
-        kept = {event.kept for event in events}
-        branch = set[int]().union(*(event.branch for event in events)) - kept
+        shortcuts = {event.shortcut for event in events}
+        branch = set[int]().union(*(event.branch for event in events)) - shortcuts
         own = self.exclusive(branch, {event.total for event in events})
-        home = _common([event.home for event in events if event.home is not None])
+        enclosing = _common([event.enclosing for event in events if event.enclosing is not None])
         calls = [
             (call, outputs)
             for call, outputs in self.recording.finished
-            if call.is_within(home)
+            if call.is_within(enclosing)
             and outputs & own
             and all(n in own or n not in self.alive for n in outputs)
         ]
@@ -136,11 +162,11 @@ class Analysis:
         outermost = [
             call for call, _ in calls if not any(a.serial in serials for a in call.ancestors())
         ]
-        owner = home
+        owner = enclosing
         while owner.parent is not None and (
-            len(self.of_module.get(owner.name, [])) > 1
+            len(self.calls_by_name.get(owner.name, [])) > 1
             or not all(f"{call.name}.".startswith(f"{owner.name}.") for call in outermost)
-        ):  # a module that blocks share may be called, but have its name in another
+        ):  # a module that blocks share may run here, and have its name in another block
             owner = owner.parent
         deferred = {value for call in outermost for value in range(call.began, call.ended)}
         return Group(
@@ -156,10 +182,11 @@ class Analysis:
         )
 
     def _share(self, events: Sequence[Event], of: set[int]) -> float:
+        """The share of the branch's multiplications, 0 to 1, that makes the values `of`."""
         shares = []
         for event in events:
-            assert event.home is not None
-            inside = {value for value in event.branch if value >= event.home.began}
+            assert event.enclosing is not None
+            inside = {value for value in event.branch if value >= event.enclosing.began}
             for values in (self._from_shortcut(event, inside), inside):
                 costs = {value: self._cost(value) for value in values}
                 if any(costs.values()):
@@ -171,20 +198,20 @@ class Analysis:
     def _from_shortcut(self, event: Event, inside: set[int]) -> set[int]:
         """What of a branch is computed from its shortcut, if anything is.
 
-        What is computed of something else, such as the shifts and scales of a diffusion transformer
-        that all of its blocks share, is no work of the branch's own.
+        What is computed from something else, such as the shifts and scales that all blocks of a
+        diffusion transformer share, does not count as work of the branch.
         """
-        reached = {event.kept}
+        reached = {event.shortcut}
         for value in sorted(inside):
             if not reached.isdisjoint(self.recording.values[value].parents):
                 reached.add(value)
-        return reached - {event.kept}
+        return reached - {event.shortcut}
 
     def _cost(self, number: int) -> int:
-        """Multiplications of what made a value, about; 0 of what does not mix.
+        """About how many multiplications made a value; 0 where the function does not mix.
 
-        By the shapes of what it was given. Counting them exactly takes PyTorch's dispatcher, which
-        loads the compiler, for seconds.
+        They are estimated from the shapes of the arguments. To count them exactly, PyTorch's
+        dispatcher would load the compiler, which takes seconds.
         """
         value = self.recording.values[number]
         if not self.mixes(value.made_by):
@@ -206,13 +233,16 @@ class Analysis:
 
     def surrounds(self, event: Event, other: Event) -> bool:
         """Whether everything computed from `other` goes into the branch of `event`."""
-        assert event.home is not None
-        if not event.home.began <= other.total < event.total or other.total not in event.branch:
+        assert event.enclosing is not None
+        if (
+            not event.enclosing.began <= other.total < event.total
+            or other.total not in event.branch
+        ):
             return False
         return other.total in self.inside(event)
 
     def inside(self, event: Event) -> set[int]:
-        """What is computed for `event` alone: what comes of another addition is, in its branch.
+        """The values that are computed for `event` alone, the sums of other additions included.
 
         Of two streams that feed each other, each is computed from the other, and neither is inside.
         """
@@ -222,12 +252,12 @@ class Analysis:
         return known
 
     def flops(self, events: Iterable[Event]) -> int:
-        """Of the branches of `events`, each function counted once."""
+        """FLOPs of the branches of `events`; a function that several of them share counts once."""
         branch = set[int]().union(*(event.branch for event in events))
         return sum(self.recording.values[value].flops for value in branch)
 
     def parameters(self, own: set[int]) -> tuple[str, ...]:
-        """Names of the parameters that `own` were computed with."""
+        """Names of the parameters that the values `own` were computed with."""
         parents = {p for value in own for p in self.recording.values[value].parents}
         return tuple(sorted(self.recording.parameters(own | parents)))
 
@@ -239,41 +269,50 @@ class Analysis:
         """
         at: dict[int, list[Event]] = {}
         for event in events:
-            if event.home is None:
+            if event.enclosing is None:
                 self.place(event)
-            assert event.home is not None
-            at.setdefault(event.home.serial, []).append(event)
+            assert event.enclosing is not None
+            at.setdefault(event.enclosing.serial, []).append(event)
         keyed: dict[tuple[str, Any], list[Event]] = {}
-        for of_home in at.values():
-            looped = max(Counter(event.site for event in of_home).values()) > 1
-            for event in of_home:
-                key = self._round(event, of_home) if looped else self._call(event, block_of)
+        for of_call in at.values():
+            looped = max(Counter(event.site for event in of_call).values()) > 1
+            for event in of_call:
+                key = self._iteration(event, of_call) if looped else self._call(event, block_of)
                 keyed.setdefault(key, []).append(event)
         return [self.group(name, self._outermost(events)) for (name, _), events in keyed.items()]
 
     def _outermost(self, events: Sequence[Event]) -> list[Event]:
-        """Those that are not a part of the branch of another, and that the outputs need if any do.
+        """The events that are not a part of the branch of another.
 
-        A stream of its own that ends in the last block is added to there, and never read.
+        Those whose sums the outputs do not need are left out if there are others: a second stream
+        that ends in the last block is added to there, and never read.
         """
         events = [e for e in events if e.total in self.alive] or events
         return [e for e in events if not any(e.total in self.inside(o) for o in events)]
 
     def _call(self, event: Event, block_of: Callable[[str], str]) -> tuple[str, Any]:
-        assert event.home is not None
-        name = block_of(event.home.name)
+        """The block of an addition that is not made in a loop, and the number of its call."""
+        assert event.enclosing is not None
+        name = block_of(event.enclosing.name)
         if not name:  # the model itself is not a block: each of its additions is one
-            return ".".join(self._runs(event)), (event.site, event.occurrence)
-        around = [call for call in (event.home, *event.home.ancestors()) if call.name == name]
-        call = around[0] if around else event.home
-        return name, self.of_module[call.name].index(call) if call.name in self.of_module else 0
+            return ".".join(self._module_path(event)), (event.site, event.occurrence)
+        around = [
+            call for call in (event.enclosing, *event.enclosing.ancestors()) if call.name == name
+        ]
+        call = around[0] if around else event.enclosing
+        return name, self.calls_by_name[call.name].index(
+            call
+        ) if call.name in self.calls_by_name else 0
 
-    def _round(self, event: Event, others: Sequence[Event]) -> tuple[str, Any]:
-        """The outermost module, inside of the one that loops, in which no addition comes again."""
-        assert event.home is not None
-        inside = {id(other): self._runs(other) for other in others}
+    def _iteration(self, event: Event, others: Sequence[Event]) -> tuple[str, Any]:
+        """The block of an addition in a loop over modules.
+
+        It is the outermost module, inside of the one that loops, in which no expression adds twice.
+        """
+        assert event.enclosing is not None
+        inside = {id(other): self._module_path(other) for other in others}
         path = inside[id(event)]
-        start = len(event.home.name.split(".")) if event.home.name else 0
+        start = len(event.enclosing.name.split(".")) if event.enclosing.name else 0
         for length in range(start + 1, len(path) + 1):
             prefix = path[:length]
             sites = [o.site for o in others if inside[id(o)][:length] == prefix]
@@ -282,34 +321,40 @@ class Analysis:
         same = [o for o in others if inside[id(o)] == path and o.site == event.site]
         return ".".join(path), same.index(event)
 
-    def _runs(self, event: Event) -> list[str]:
-        """The common prefix of the names of the branch's modules, or the name of one of them.
+    def _module_path(self, event: Event) -> list[str]:
+        """The common beginning of the names of the branch's modules, or the name of the largest.
 
-        Modules that run for several branches are ignored, as they do not distinguish them.
+        Modules that run for several branches do not tell these apart, so they are left out.
         """
-        assert event.home is not None
+        assert event.enclosing is not None
         calls = self.group("", [event]).calls
-        calls = [c for c in calls if len(self.of_module[c.name]) == 1] or calls or [event.home]
+        calls = (
+            [c for c in calls if len(self.calls_by_name[c.name]) == 1] or calls or [event.enclosing]
+        )
         paths = [call.name.split(".") for call in calls]
         common = paths[0]
         for path in paths[1:]:
             same = (a == b for a, b in zip(common, path, strict=False))
             common = common[: sum(itertools.takewhile(bool, same))]
-        start = len(event.home.name.split(".")) if event.home.name else 0
+        start = len(event.enclosing.name.split(".")) if event.enclosing.name else 0
         if len(common) > start:
             return common
         largest = max(calls, key=lambda call: sum(p.numel() for p in call.module.parameters()))
         return largest.name.split(".")
 
-    def edits(self, group: Group, copies: bool, first: int) -> list[Deferred]:
-        """Where `group` gets its gates.
+    def deferred_edits(self, group: Group, copies: bool, first: int) -> list[Deferred]:
+        """Where `group` gets its gates, one for each addition.
+
+        Args:
+            copies: whether a closed addition must copy its shortcut.
+            first: the number of the first of these additions within their owner.
 
         Raises:
             UnsupportedBlockError: when too little of its branch is for the addition alone.
         """
-        if group.saved < LEAST:
+        if group.saved < MIN_SAVED:
             raise UnsupportedBlockError(
-                needed(group.own) if group.own < LEAST else "no module runs for it"
+                mostly_shared(group.own) if group.own < MIN_SAVED else "no module runs for it"
             )
         made = []
         for number, event in enumerate(group.events):
@@ -329,7 +374,7 @@ class Analysis:
                         Calls(
                             name,
                             tuple(self._ordinal(call, group.owner) for call in which),
-                            self._number(name, group.owner),
+                            len(self._all(name, group.owner)),
                             all(call.gave_tensor for call in which),
                         )
                         for name, which in calls.items()
@@ -340,19 +385,19 @@ class Analysis:
         return made
 
     def _is_of(self, call: Call, event: Event) -> bool:
-        computed = range(call.began, call.ended)  # nothing, where it gives what it is given
-        return not event.branch.isdisjoint([*computed, *self.gave[call.serial]])
+        """Whether a call computes a part of the branch of `event`."""
+        computed = range(call.began, call.ended)  # empty where it returns its input
+        return not event.branch.isdisjoint([*computed, *self.outputs_of[call.serial]])
 
     def _all(self, name: str, owner: Call) -> list[Call]:
+        """The calls of a module within a call of its owner; its name is that in the owner."""
         whole = f"{owner.name}.{name}" if owner.name else name
-        return [call for call in self.of_module[whole] if call.is_within(owner)]
+        return [call for call in self.calls_by_name[whole] if call.is_within(owner)]
 
     def _ordinal(self, call: Call, owner: Call) -> int:
+        """Which of the calls of its module within `owner` this is."""
         inner = call.name[len(owner.name) + 1 if owner.name else 0 :]
         return self._all(inner, owner).index(call)
-
-    def _number(self, name: str, owner: Call) -> int:
-        return len(self._all(name, owner))
 
 
 def _common(calls: Sequence[Call]) -> Call:

@@ -1,4 +1,4 @@
-"""Compile the blocks of a model one by one, so that no gate makes the compiler start again."""
+"""`sd.compile_blocks`: compile the blocks one by one, so that gates cause no recompilation."""
 
 import inspect
 from typing import Any, TypeVar

@@ -28,7 +28,7 @@ LAYER_RATES = (
 class Silenced:
     """A drop rate, or a similar setting, that is changed while stochastic depth is applied.
 
-    A configuration may belong to another model too, so the model gets a copy of it meanwhile.
+    A configuration object may belong to other models too, so this model gets a changed copy of it.
     """
 
     holders: tuple[Any, ...]
@@ -39,6 +39,7 @@ class Silenced:
     of_config: bool = False
 
     def silence(self) -> None:
+        """Change the setting."""
         if not self.of_config:
             setattr(self.holders[0], self.attribute, self.value)
             return
@@ -48,6 +49,7 @@ class Silenced:
             holder.config = copied
 
     def restore(self) -> None:
+        """Put the setting back."""
         holder = self.holders[0].config if self.of_config else self.holders[0]
         setattr(holder, self.attribute, self.rate)
 
@@ -92,6 +94,7 @@ def _round(rate: Any) -> float:
 
 
 def _around(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
+    """The layerdrop rates of the modules around the blocks, and of their configurations."""
     paths = [block.name.split(".") for block in found]
     above = {".".join(path[:length]) for path in paths for length in range(len(path))}
     around = [module for name, module in model.named_modules() if name in above]
@@ -113,6 +116,7 @@ def _around(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
 
 
 def _inside(block: Found) -> list[Silenced]:
+    """The drop paths inside of a block whose rate is above 0."""
     return [
         Silenced((module,), *attribute, rate)
         for module in block.module.modules()

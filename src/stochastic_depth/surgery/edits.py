@@ -1,4 +1,9 @@
-"""Which expression of a module is put under a gate, and its position in the source."""
+"""What is edited in a module to put a branch under a gate, and how it is found in the source.
+
+A `Place` is an expression in a method of a class, where that method is rewritten. A `Site` is an
+expression in any function, as the interpreter's frames give it; by it a deferred addition is
+recognised while it runs.
+"""
 
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -90,7 +95,7 @@ ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcm
 
 
 def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of an addition, `torch.add(input=x, other=y)` too, with operands first."""
+    """The arguments of an addition with both operands first: `torch.add(input=x, other=y)` too."""
     others = dict(kwargs)
     first = (others.pop("input"),) if "input" in others else ()
     last = (others.pop("other"),) if "other" in others else ()
@@ -99,13 +104,14 @@ def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple
 
 @dataclass(frozen=True)
 class Calls:
-    """Which calls of a module, within one of the owner, belong to a branch."""
+    """Which calls of a module, within one call of the owner, belong to a branch."""
 
     module: str
     """Its name, in the owner."""
     which: tuple[int, ...]
+    """Numbers of those calls, from 0."""
     of: int
-    """How many there are in one call of the owner; if all are of the branch any number may come."""
+    """How many calls there are; if all belong to the branch, their number may change."""
     tensor: bool
     """Whether each returned a tensor, not a tuple or another structure."""
 
@@ -148,7 +154,7 @@ _POSITIONS: dict[int, tuple[CodeType, list[Any]]] = {}
 def site_of(frame: FrameType) -> Site:
     """The expression that `frame` is evaluating.
 
-    The instruction alone would not do: a call that the interpreter has specialised is another one.
+    The number of the instruction is not enough: it changes when the interpreter specialises a call.
     """
     code = frame.f_code
     known = _POSITIONS.get(id(code))
@@ -162,7 +168,7 @@ def site_of(frame: FrameType) -> Site:
 
 @dataclass(frozen=True)
 class Method:
-    """A method of a module at work."""
+    """A running method of a module."""
 
     place: Place | None
     """The expression that is being evaluated; None where its source is not known."""
@@ -174,9 +180,9 @@ class Method:
 def find_places(
     modules: Container[nn.Module], frame: FrameType | None
 ) -> Iterator[tuple[nn.Module, Place | None]]:
-    """Which of `modules` are at work, seen from `frame`, and where in its innermost method each is.
+    """Which of `modules` are running around `frame`, and the expression each is evaluating.
 
-    In one walk over the frames, whose variables take a while to read.
+    The frames are walked once for all modules, because their variables take a while to read.
     """
     seen = set[nn.Module]()
     while frame is not None:
@@ -189,7 +195,7 @@ def find_places(
 
 
 def methods_of(module: nn.Module, frame: FrameType | None) -> Iterator[Method]:
-    """The methods of `module` that are at work, seen from `frame`, from the inside out."""
+    """The running methods of `module` around `frame`, from the inside out."""
     called = None
     while frame is not None:
         code = frame.f_code

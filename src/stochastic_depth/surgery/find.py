@@ -1,8 +1,12 @@
-"""What of a model is a residual block, whoever wrote it."""
+"""Find the residual blocks of any model, and the mechanism by which each is made skippable.
+
+Additions that one forward pass has made are grouped into blocks; long skip connections, sums of
+hidden states and the like are left out. A block whose source cannot be rewritten is deferred.
+"""
 
 import functools
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +15,7 @@ from torch import nn
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.additions import Addition, Passed, discover, own_backward
+from stochastic_depth.surgery.additions import discover
 from stochastic_depth.surgery.blocks import (
     Found,
     Granularity,
@@ -20,28 +24,33 @@ from stochastic_depth.surgery.blocks import (
     repeated_block,
     residual_block,
 )
-from stochastic_depth.surgery.branches import LEAST, Analysis, Event, needed
+from stochastic_depth.surgery.branch_source import Addition
+from stochastic_depth.surgery.branches import MIN_SAVED, Analysis, Event, mostly_shared
 from stochastic_depth.surgery.edits import Site
 from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.mechanisms import (
+    clashes,
+    deferred_block,
+    edited_block,
+    registered_around,
+    rewritten_unit,
+)
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.rejected import Rejected, own_backward
 from stochastic_depth.surgery.select_modules import Choice, Chosen, chosen_modules
 from stochastic_depth.surgery.syntax import in_loop
 from stochastic_depth.surgery.training_additions import (
+    InTraining,
     added_in_training,
     joined,
     with_events,
     with_training_only,
 )
-from stochastic_depth.surgery.ways import (
-    clashes,
-    deferred_block,
-    edited_block,
-    registered_around,
-    unit_of,
-)
 
-CUT = ("slice", "call")
+REWRITTEN = ("slice", "call")
 """The mechanisms by which a method is rewritten."""
+
+LONG_SKIP = "a long skip connection: "
 
 
 def find_residuals(model: nn.Module, include: Choice | None, exclude: Choice) -> list[Found]:
@@ -63,64 +72,41 @@ def find_blocks(
     count_flops: bool = False,
     *,
     defer: Container[str] = frozenset(),
-    passed: list[Passed] | None = None,
+    rejected: list[Rejected] | None = None,
 ) -> list[Found]:
     """The residual blocks of `model`, in the order in which they run on `example`.
 
     Args:
         defer: names of blocks that are deferred even where their source can be rewritten.
-        passed: gets the additions that are not taken, with the reason.
+        rejected: gets the additions that are not taken, with the reason.
     """
-    passed = [] if passed is None else passed
+    rejected = [] if rejected is None else rejected
     chosen = chosen_modules(model, include, exclude)
-    look = _Look(model, dict(model.named_modules()), chosen, granularity, defer)
+    finder = _Finder(model, dict(model.named_modules()), chosen, granularity, defer)
     run = caller(model, example)
     with preserve_state(model):
         model.eval()
-        additions, analysis = discover(model, run, count_flops, passed)
-    taken = look.blocks(additions, analysis, passed)
-    found = [block for block, _ in taken]
+        additions, analysis = discover(model, run, count_flops, rejected)
+    pairs = finder.blocks(additions, analysis, rejected)
+    found = [block for block, _ in pairs]
     if any(block.refusal for block in found):
         refuse_cache(analysis.output)  # which branches fill, and nothing else may need them
-    more = added_in_training(model, run, found, additions, analysis, count_flops)
-    if more is None:
-        return found
-    found = [
-        with_events(_called_alike(block, analysis, more.analysis), more.again)
-        for block in (_outside_functions(*block, more.within) for block in taken)
-    ]
-    additions, new = _residual_ones(more.additions, look.modules, []), set(more.new)
-    of_block = [
-        (_block_of(a, look.modules, granularity)[0], replace(a, events=events))
-        for a in additions
-        if (events := tuple(event for event in a.events if event in new))
-    ]
-    of_block = [(name, a) for name, a in of_block if not name or chosen.has(name, a.modules)]
-    cut = functools.partial(unit_of, modules=look.modules)
-    found, alone = joined(found, of_block, more.analysis, look.modules, cut)
-    later: list[Passed] = more.passed
-    blocks = look.blocks(more.additions, more.analysis, later) if alone else []
-    known = {(each.owner, each.place) for each in passed}
-    passed += [each for each in later if (each.owner, each.place) not in known]
-    return with_training_only(
-        found,
-        [block for block, events in blocks if alone.issuperset(events)],
-        more.analysis,
-    )
+    training = added_in_training(model, run, found, additions, analysis, count_flops)
+    return found if training is None else finder.with_training(pairs, analysis, training, rejected)
 
 
 def _outside_functions(block: Found, events: Sequence[Event], within: Mapping[Site, str]) -> Found:
-    """A block, with the reason where training mode adds its branch in an `autograd.Function`."""
+    """`block`, refused if training mode adds its branch in an `autograd.Function`."""
     functions = [within[event.site] for event in events if event.site in within]
     return replace(block, refusal=own_backward(functions[0])) if functions else block
 
 
 def _called_alike(block: Found, evaluation: Analysis, training: Analysis) -> Found:
-    """A block, with the reason where training mode calls a deferred one more often."""
+    """`block`, refused if it is deferred and training mode calls its modules more often."""
     if block.mechanism != "deferred":
         return block
     for name in block.modules:
-        before, now = len(evaluation.of(name)), len(training.of(name))
+        before, now = len(evaluation.calls_of(name)), len(training.calls_of(name))
         if now > before:
             why = (
                 f"{name!r} of its branch is called {now} times in training mode and {before} in "
@@ -131,8 +117,8 @@ def _called_alike(block: Found, evaluation: Analysis, training: Analysis) -> Fou
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What was asked for of one model."""
+class _Finder:
+    """Makes blocks of the additions of one model, as the user has chosen."""
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
@@ -140,15 +126,16 @@ class _Look:
     chosen: Chosen
     granularity: Granularity
     defer: Container[str]
+    """Names of blocks that are deferred even where their source can be rewritten."""
 
     def blocks(
-        self, additions: list[Addition], analysis: Analysis, passed: list[Passed]
+        self, additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
     ) -> list[tuple[Found, tuple[Event, ...]]]:
-        """The blocks that `additions` make up, each with its additions as they came."""
-        additions = _residual_ones(additions, self.modules, passed)
+        """The blocks that `additions` make up, in order, each with its events."""
+        additions = _residual_ones(additions, self.modules, rejected)
         for event in (event for addition in additions for event in addition.events):
             analysis.place(event)
-        additions = _without_sums(additions, analysis, passed)
+        additions = _without_sums(additions, analysis, rejected)
         blocks: dict[tuple[str, Any], list[Addition]] = {}
         for addition in additions:
             key = _block_of(addition, self.modules, self.granularity)
@@ -158,67 +145,134 @@ class _Look:
             for (name, _), group in blocks.items()
             if (outermost := _outermost(group, analysis))
         ]
-        return _with_deferred(self, edited, analysis, passed)
+        rewritten, others = self._divided(edited)
+        return self._assembled(edited, rewritten, others, analysis, rejected)
+
+    def _divided(
+        self, edited: list[tuple[Found, list[Addition]]]
+    ) -> tuple[list[tuple[Found, list[Addition]]], list[tuple[Found, list[Addition]]]]:
+        """The blocks whose methods are rewritten, and those that are deferred."""
+        rewritten, others = [], []
+        for found, group in edited:
+            fixed = found.mechanism in ("registered", "Residual")
+            repeated = found.name in self.defer or any(len(a.events) > 1 for a in group)
+            repeated |= not found.name and len(group) > 1  # written out one by one, as in a trunk
+            deferred = found.refusal or (repeated and not fixed)
+            (others if deferred else rewritten).append((found, group))
+        while True:  # a deferred addition must stay where it is in the source
+            events = _events(others)
+            clash = [clashes(found, events) for found, _ in rewritten]
+            if not any(clash):
+                return rewritten, others
+            others += [pair for pair, clashes in zip(rewritten, clash, strict=True) if clashes]
+            rewritten = [
+                pair for pair, clashes in zip(rewritten, clash, strict=True) if not clashes
+            ]
+
+    def _assembled(
+        self,
+        edited: list[tuple[Found, list[Addition]]],
+        rewritten: list[tuple[Found, list[Addition]]],
+        others: list[tuple[Found, list[Addition]]],
+        analysis: Analysis,
+        rejected: list[Rejected],
+    ) -> list[tuple[Found, tuple[Event, ...]]]:
+        """All blocks in the order in which they add; long skip connections go to `rejected`.
+
+        Args:
+            edited: `rewritten` and `others` together.
+        """
+        modules, chosen = self.modules, self.chosen
+        groups = analysis.blocks(_events(others), lambda name: repeated_block(name, modules))
+        if self.granularity == "unit":
+            groups = [analysis.group(g.block, [event]) for g in groups for event in g.events]
+        events_of = [(found.name, _events([(found, group)])) for found, group in rewritten]
+        events_of += [(group.block, list(group.events)) for group in groups]
+        long = _long_skips(events_of, analysis)
+        for found, group in edited:
+            events = set(_events([(found, group)]))
+            if any(name in long and not events.isdisjoint(own) for name, own in events_of):
+                reason = f"{LONG_SKIP}other blocks are inside"
+                rejected += [_rejected(addition, reason) for addition in group]
+        blocks = []
+        for (found, group), (name, events) in zip(rewritten, events_of, strict=False):
+            unit = found.module
+            runs = branch_modules(name, unit) if isinstance(unit, Residual) else found.modules
+            if chosen.has(group[0].owner, runs) and name not in long:
+                own = analysis.group(name, events).own if found.mechanism in REWRITTEN else 1
+                if own < MIN_SAVED:
+                    found = replace(found, refusal=mostly_shared(own))
+                blocks.append((found, tuple(events)))
+        copies = analysis.recording.works_in_place or any(
+            getattr(module, "inplace", False) for module in modules.values()
+        )
+        first: Counter[str] = Counter()
+        reasons = {event: pair[0].refusal for pair in others for event in _events([pair])}
+        for group in groups:
+            if chosen.has(group.block, group.modules) and group.block not in long:
+                found = deferred_block(group, analysis, modules, copies, first, reasons)
+                blocks.append((found, group.events))
+        return sorted(blocks, key=lambda pair: min(event.total for event in pair[1]))
+
+    def with_training(
+        self,
+        pairs: Sequence[tuple[Found, tuple[Event, ...]]],
+        evaluation: Analysis,
+        training: InTraining,
+        rejected: list[Rejected],
+    ) -> list[Found]:
+        """The blocks with what they add in training mode, and those that run there alone.
+
+        Args:
+            pairs: the blocks of evaluation, each with its events.
+        """
+        found = [
+            with_events(
+                _called_alike(
+                    _outside_functions(block, events, training.within),
+                    evaluation,
+                    training.analysis,
+                ),
+                training.again,
+            )
+            for block, events in pairs
+        ]
+        new = set(training.new)
+        of_block = [
+            (_block_of(a, self.modules, self.granularity)[0], replace(a, events=events))
+            for a in _residual_ones(training.additions, self.modules, [])
+            if (events := tuple(event for event in a.events if event in new))
+        ]
+        of_block = [(n, a) for n, a in of_block if not n or self.chosen.has(n, a.modules)]
+        rewrite = functools.partial(rewritten_unit, modules=self.modules)
+        found, alone = joined(found, of_block, training.analysis, self.modules, rewrite)
+        later: list[Rejected] = training.rejected
+        blocks = self.blocks(training.additions, training.analysis, later) if alone else []
+        known = {(each.owner, each.place) for each in rejected}
+        rejected += [each for each in later if (each.owner, each.place) not in known]
+        return with_training_only(
+            found,
+            [block for block, events in blocks if alone.issuperset(events)],
+            training.analysis,
+        )
 
 
-def _with_deferred(
-    look: _Look,
-    edited: list[tuple[Found, list[Addition]]],
-    analysis: Analysis,
-    passed: list[Passed],
-) -> list[tuple[Found, tuple[Event, ...]]]:
-    """The blocks, deferred where their source cannot be rewritten."""
-    modules, chosen = look.modules, look.chosen
-    kept, others = [], []
-    for found, group in edited:
-        fixed = found.mechanism in ("registered", "Residual")
-        repeated = found.name in look.defer or any(len(a.events) > 1 for a in group)
-        repeated |= not found.name and len(group) > 1  # written out one by one, as in a trunk
-        (others if found.refusal or (repeated and not fixed) else kept).append((found, group))
-    while True:  # a method is rewritten, or it is as it was
-        events = [event for _, group in others for a in group for event in a.events]
-        clash = [clashes(found, events) for found, _ in kept]
-        if not any(clash):
-            break
-        others += [pair for pair, clashes in zip(kept, clash, strict=True) if clashes]
-        kept = [pair for pair, clashes in zip(kept, clash, strict=True) if not clashes]
-    copies = analysis.recording.works_in_place or any(
-        getattr(module, "inplace", False) for module in look.modules.values()
-    )
-    groups = analysis.blocks(events, lambda name: repeated_block(name, modules))
-    if look.granularity == "unit":
-        groups = [analysis.group(g.block, [event]) for g in groups for event in g.events]
-    events_of = [(found.name, [e for a in group for e in a.events]) for found, group in kept]
-    events_of += [(group.block, list(group.events)) for group in groups]
-    long = {name for name, _ in events_of if _is_long(name, events_of, analysis)}
-    loops = {_round(event) for name, events in events_of if name in long for event in events}
-    long |= {name for name, events in events_of if loops.issuperset(map(_round, events))}
-    for _, group in edited:
-        of_group = {event for addition in group for event in addition.events}
-        if any(name in long and of_group.intersection(events) for name, events in events_of):
-            passed += [_passed(a, "a long skip connection: other blocks are inside") for a in group]
-    first: Counter[str] = Counter()
-    reasons = {event: found.refusal for found, group in others for a in group for event in a.events}
-    placed = []
-    for (found, group), (name, of_found) in zip(kept, events_of, strict=False):
-        unit = found.module
-        runs = branch_modules(name, unit) if isinstance(unit, Residual) else found.modules
-        if chosen.has(group[0].owner, runs) and name not in long:
-            own = analysis.group(name, of_found).own if found.mechanism in CUT else 1
-            if own < LEAST:
-                found = replace(found, refusal=needed(own))
-            placed.append((found, tuple(of_found)))
-    for group in groups:
-        if chosen.has(group.block, group.modules) and group.block not in long:
-            found = deferred_block(group, analysis, modules, copies, first, reasons)
-            placed.append((found, group.events))
-    return sorted(placed, key=lambda pair: min(event.total for event in pair[1]))
+def _events(pairs: Iterable[tuple[Found, list[Addition]]]) -> list[Event]:
+    """All events of the additions of some blocks."""
+    return [event for _, group in pairs for addition in group for event in addition.events]
 
 
-def _round(event: Event) -> object:
+def _long_skips(blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis) -> set[str]:
+    """Names of the blocks that are long skip connections, or made by the same loop as those."""
+    long = {name for name, _ in blocks if _is_long(name, blocks, analysis)}
+    loops = {_loop(event) for name, events in blocks if name in long for event in events}
+    return long | {name for name, events in blocks if loops.issuperset(map(_loop, events))}
+
+
+def _loop(event: Event) -> object:
     """Equal for additions that are made by the same expression, in one call of one module."""
-    assert event.home is not None
-    return event.site, event.home.serial
+    assert event.enclosing is not None
+    return event.site, event.enclosing.serial
 
 
 def _is_long(name: str, blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis) -> bool:
@@ -235,14 +289,14 @@ def _is_long(name: str, blocks: Sequence[tuple[str, Sequence[Event]]], analysis:
 
 
 def _residual_ones(
-    additions: list[Addition], modules: Mapping[str, nn.Module], passed: list[Passed]
+    additions: list[Addition], modules: Mapping[str, nn.Module], rejected: list[Rejected]
 ) -> list[Addition]:
-    """Those that make a block of what they are around; the others go to `passed`."""
+    """The additions around one block; those around more, or around none, go to `rejected`."""
     names = {addition.owner: repeated_block(addition.owner, modules) for addition in additions}
     kept = []
     for addition in additions:
-        if _gathers(addition):
-            passed.append(_passed(addition, "it gathers the parts of a sum in a loop"))
+        if _accumulates(addition):
+            rejected.append(_rejected(addition, "it gathers the parts of a sum in a loop"))
             continue
         name = names[addition.owner]
         inside = {names[other] for other in addition.modules if names.get(other, name) != name}
@@ -250,22 +304,22 @@ def _residual_ones(
         if isinstance(modules[addition.owner], Residual) or is_repeated(name, modules):
             pass
         elif len(inside) > 1:
-            reason = f"a long skip connection: {len(inside)} other blocks are inside of it"
+            reason = f"{LONG_SKIP}{len(inside)} other blocks are inside of it"
         elif addition.upsamples:
-            reason = "a long skip connection: what is inside of it is scaled down and up again"
+            reason = f"{LONG_SKIP}what is inside of it is scaled down and up again"
         elif not addition.identity and not name and addition.is_last and len(additions) > 1:
             reason = "a sum of two outputs of the model"
         if reason:
-            passed.append(_passed(addition, reason))
+            rejected.append(_rejected(addition, reason))
         else:
             kept.append(addition)
     return kept
 
 
 def _without_sums(
-    additions: list[Addition], analysis: Analysis, passed: list[Passed]
+    additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
 ) -> list[Addition]:
-    """Those that add a branch, not the trunk to what it was before; the others go to `passed`."""
+    """The additions of a branch; those of the trunk to an earlier state of it go to `rejected`."""
     totals = {event.total for addition in additions for event in addition.events}
     kept = []
     for addition in additions:
@@ -273,18 +327,18 @@ def _without_sums(
             event.added in totals and not analysis.exclusive(event.branch, {event.total})
             for event in addition.events
         ):
-            _, edit = addition.edits[0]
             reason = "a sum of hidden states: what it adds is what the next block begins with"
-            passed.append(Passed(addition.owner, str(edit or "in a function"), reason))
+            rejected.append(_rejected(addition, reason))
         else:
             kept.append(addition)
     return kept
 
 
 def _outermost(additions: list[Addition], analysis: Analysis) -> list[Addition]:
-    """Those of one coin that are in no branch of another: the gate of that one covers them.
+    """The additions under one coin that are in no branch of another of them.
 
-    Nor is one of which nothing comes, where something comes of others.
+    The gate of that other one covers them. Those whose sum no output needs are left out if there
+    are others.
     """
     alive = [a for a in additions if any(e.total in analysis.alive for e in a.events)]
     additions = alive or additions
@@ -299,29 +353,29 @@ def _outermost(additions: list[Addition], analysis: Analysis) -> list[Addition]:
     ]
 
 
-def _passed(addition: Addition, reason: str) -> Passed:
+def _rejected(addition: Addition, reason: str) -> Rejected:
     _, edit = addition.edits[0]
-    return Passed(addition.owner, str(edit or "in a function"), reason)
+    return Rejected(addition.owner, str(edit or "in a function"), reason)
 
 
-def _gathers(addition: Addition) -> bool:
-    """Whether it sums parts up in a loop, which is no residual unit."""
+def _accumulates(addition: Addition) -> bool:
+    """Whether it adds up the parts of one sum in a loop, which is no residual addition."""
     _, edit = addition.edits[0]
     if edit is None or addition.identity:
         return False
     if len(addition.events) > 1:  # its shortcut is then what it has summed up by now
         totals = {event.total for event in addition.events}
-        return any(event.kept in totals for event in addition.events)
+        return any(event.shortcut in totals for event in addition.events)
     try:
         return in_loop(edit.place)
-    except UnsupportedBlockError:  # whose source is not there
+    except UnsupportedBlockError:  # its source is not there
         return False
 
 
 def _block_of(
     addition: Addition, modules: Mapping[str, nn.Module], granularity: Granularity
 ) -> tuple[str, Any]:
-    """The name of the block that an addition belongs to, and which coin there is its own."""
+    """The name of the block that an addition belongs to, and which of its coins is its own."""
     if isinstance(modules[addition.owner], Residual):
         return addition.owner, None
     whole = registered_around(addition.owner, modules)

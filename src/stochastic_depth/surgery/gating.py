@@ -1,4 +1,4 @@
-"""Put gates into all blocks of a model, and take them out again."""
+"""Put gates into the blocks of a model, and take them out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

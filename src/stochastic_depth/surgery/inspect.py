@@ -1,4 +1,4 @@
-"""What stochastic depth would do to a model (`plan`), and what its blocks cost (`summary`)."""
+"""`sd.plan` and `sd.summary`: what `sd.apply` would do, and what each block costs."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,6 @@ from torch import nn
 from stochastic_depth.block import Block, force
 from stochastic_depth.gates import Closed
 from stochastic_depth.handle import Handle
-from stochastic_depth.surgery.additions import Passed, listed
 from stochastic_depth.surgery.applied import applied_to, handle_of
 from stochastic_depth.surgery.apply import chosen_survival, linear_decay
 from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
@@ -21,6 +20,7 @@ from stochastic_depth.surgery.gating import put_gates, take_gates
 from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.proof.calls import CLOSED, OPEN, still_running
 from stochastic_depth.surgery.refuse import refuse_applied
+from stochastic_depth.surgery.rejected import Rejected, listed
 from stochastic_depth.surgery.select_modules import Choice
 from stochastic_depth.surgery.trace import CountFlops
 from stochastic_depth.survival import Survival
@@ -28,7 +28,7 @@ from stochastic_depth.tensors import tensors_in
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """Columns under their `head`; the first `left` of them begin, the others end, in one line."""
+    """A table under its `head`; the first `left` columns are aligned left, the others right."""
     lines = [list(head), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -41,7 +41,7 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -
 
 
 def si(count: float) -> str:
-    """With three figures and a unit: 1.23 G."""
+    """A count with three digits and a unit prefix: 1.23 G."""
     for unit in ("", "k", "M", "G", "T"):
         if count < 1000:
             return f"{count:.3g} {unit}".rstrip()
@@ -59,10 +59,10 @@ class PlannedBlock:
     shortcut: str
     """"identity" or "projection"; both, with a comma, where its additions differ."""
     mechanism: str
-    """"Residual": built to be skipped; "slice": its method is cut at the addition; "call": and so
-    is the one that calls it, because the branch begins there; "registered": by
-    `sd.register_unit`; "opaque": as a whole; "deferred": its modules are not called, and nothing
-    is rewritten; "none": not at all, see `refusal`."""
+    """"Residual": built to be skipped; "slice": the method that adds is rewritten at the addition;
+    "call": the method that calls it is rewritten too, because the branch begins there;
+    "registered": by `sd.register_unit`; "opaque": skipped as a whole; "deferred": nothing is
+    rewritten, the modules of its branch are not called; "none": not at all, see `refusal`."""
     survival: float
     parameters: int
     """Of its branches."""
@@ -82,8 +82,8 @@ class Plan:
     """A model's residual blocks; printed, it is a table."""
 
     blocks: tuple[PlannedBlock, ...]
-    passed: tuple[str, ...] = ()
-    """Additions that were seen and are no residual ones: the module, where it adds, the reason."""
+    rejected: tuple[str, ...] = ()
+    """Additions that are not residual: the module, where it adds, and the reason."""
 
     @property
     def complete(self) -> bool:
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """Of its table, a row for each block, under `PLAN_HEAD`."""
+        """The rows of its table, one for each block, under `PLAN_HEAD`."""
         return [
             (
                 block.name,
@@ -110,10 +110,10 @@ class Plan:
         refused = [f"{b.name!r} ({b.kind}): {b.refusal}" for b in self.blocks if b.refusal]
         skippable = f"{len(self.blocks) - len(refused)} of {len(self.blocks)} blocks skippable"
         only = [b.name for b in self.blocks if b.training_only]
-        told = [f"in training mode alone: {', '.join(map(repr, only))}"] if only else []
-        passed = [f"not taken: {each}" for each in self.passed]
+        notes = [f"in training mode alone: {', '.join(map(repr, only))}"] if only else []
+        rejected = [f"not taken: {each}" for each in self.rejected]
         return "\n".join(
-            [plain_table(PLAN_HEAD, self.rows, left=4), skippable, *told, *refused, *passed]
+            [plain_table(PLAN_HEAD, self.rows, left=4), skippable, *notes, *refused, *rejected]
         )
 
 
@@ -130,23 +130,23 @@ def plan(
 ) -> Plan:
     """A dry run of `sd.apply`, with the same arguments: `model` is not changed.
 
-    Every block is found, cut and closed once on trial, and must call nothing of its branch then.
-    Values are not compared, which is left to `sd.apply`: this works on the meta device too.
+    Every block is found, made skippable and closed once for a trial, and must then call nothing of
+    its branch. Values are not compared as in `sd.apply`, so this works on the meta device too.
 
     Raises:
         ApplyError: when `model` has no residual block.
         SurvivalError: when a p_l is outside (0, 1].
     """
     refuse_applied(model)
-    passed: list[Passed] = []
+    rejected: list[Rejected] = []
     deferred = set[str]()
     while True:  # as `sd.apply` does
-        passed.clear()
+        rejected.clear()
         found = find_blocks(
-            model, example, granularity, include, exclude, True, defer=deferred, passed=passed
+            model, example, granularity, include, exclude, True, defer=deferred, rejected=rejected
         )
         if not found:
-            raise nothing_found(model, example, listed(passed))
+            raise nothing_found(model, example, listed(rejected))
         tried = _tried(model, example, found)
         more = {
             block.name
@@ -175,16 +175,16 @@ def plan(
             )
             for block, survival in zip(found, p, strict=True)
         ),
-        listed(passed),
+        listed(rejected),
     )
 
 
 def _tried(model: nn.Module, example: Example, found: list[Found]) -> list[Found]:
-    """`found`, with the refusals that show when each block is closed."""
-    edit = [block for block in found if not block.refusal]
+    """`found`, with the reason for each block that still runs when it is closed."""
+    accepted = [block for block in found if not block.refusal]
     try:
-        blocks = put_gates(model, edit, select=False)
-        reasons = still_running(model, caller(model, example), edit, blocks)
+        blocks = put_gates(model, accepted, select=False)
+        reasons = still_running(model, caller(model, example), accepted, blocks)
     finally:
         take_gates(model)
     tried = iter(reasons)
@@ -206,7 +206,7 @@ class BlockSummary:
 
 
 SHALLOW = 20
-"""Blocks; fewer are a shallow network."""
+"""A network of fewer blocks is a shallow one."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Give a module of any class gates: replace its class by a subclass with sliced methods."""
+"""Give a module of any class gates, by replacing its class with a subclass of it."""
 
 import functools
 import hashlib
@@ -77,36 +77,16 @@ def gated_class(
 ) -> Any:
     """A subclass of `kind`, of the same name, which has gates at `edits`.
 
-    torch.compile keeps the graphs of a method with its code object, a few at most, and what it
-    knows of changing sizes with the code's name. So each `look` gets its own code and name.
+    torch.compile keeps a limited number of graphs with the code object of a method, and remembers
+    changing sizes by the name of the code. So each `look` gets its own code and name.
+
+    Args:
+        look: equal for modules that a compiler may give the same graphs.
 
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
     """
-    methods: dict[str, Any] = {}
-    parents: list[type[nn.Module]] = []
-    sliced = [edit for edit in edits if isinstance(edit, Sliced)]
-    for defined, name in dict.fromkeys((edit.place.kind, edit.place.method) for edit in sliced):
-        mine = [edit for edit in sliced if (edit.place.kind, edit.place.method) == (defined, name)]
-        gates = functools.partial(_gates_now, [edits.index(edit) for edit in mine])
-        outer = vars(defined)[name]
-        inner = inspect.unwrap(outer)
-        new = slice_method(inner, mine, gates, copy_shortcut, select)
-        method = _wrapped_as(outer, inner, new)
-        if getattr(kind, name) is vars(defined)[name]:
-            methods[name] = method
-        else:  # reached by super(): a class between `defined` and its children
-            parents.append(type(defined.__name__, (defined,), {name: method}))
-    for number, edit in enumerate(edits):
-        if isinstance(edit, Opaque):
-            methods["forward"] = _opaque_forward(kind, number)
-        elif isinstance(edit, Registered):
-            methods["forward"] = _registered_forward(edit.forward, number)
-    deferred = [(n, edit) for n, edit in enumerate(edits) if isinstance(edit, Deferred)]
-    is_entry = any(isinstance(edit, Entry) for edit in edits)
-    if deferred or is_entry:
-        inner = methods.get("forward") or kind.forward
-        methods["forward"] = deferring_forward(inner, deferred, GATES, is_entry)
+    methods, parents = _gated_methods(kind, edits, copy_shortcut, select)
     if "forward" not in methods and isinstance(kind.forward, FunctionType):
         torchs_own = kind.forward.__module__.partition(".")[0] == "torch"
         remade = _called if torchs_own else _remade
@@ -136,9 +116,48 @@ def gated_class(
         },
     )
     forward = vars(made).get("forward")  # transformers wraps it as the class is made
-    if isinstance(forward, FunctionType) and not (deferred or is_entry):
+    deferring = any(isinstance(edit, Deferred | Entry) for edit in edits)
+    if isinstance(forward, FunctionType) and not deferring:
         forward.__code__ = forward.__code__.replace(co_name=f"forward_{look}")
     return made
+
+
+def _gated_methods(
+    kind: type[nn.Module], edits: tuple[Edit, ...], copy_shortcut: bool, select: bool
+) -> tuple[dict[str, Any], list[type[nn.Module]]]:
+    """The methods of `kind` with gates at `edits`, by name.
+
+    Returns:
+        Also the classes, with such a method, that belong between a parent and its children.
+
+    Raises:
+        UnsupportedBlockError: when a method cannot be edited.
+    """
+    methods: dict[str, Any] = {}
+    parents: list[type[nn.Module]] = []
+    sliced = [edit for edit in edits if isinstance(edit, Sliced)]
+    for defined, name in dict.fromkeys((edit.place.kind, edit.place.method) for edit in sliced):
+        mine = [edit for edit in sliced if (edit.place.kind, edit.place.method) == (defined, name)]
+        gates = functools.partial(_gates_now, [edits.index(edit) for edit in mine])
+        outer = vars(defined)[name]
+        inner = inspect.unwrap(outer)
+        new = slice_method(inner, mine, gates, copy_shortcut, select)
+        method = _wrapped_as(outer, inner, new)
+        if getattr(kind, name) is vars(defined)[name]:
+            methods[name] = method
+        else:  # reached by super(): a class between `defined` and its children
+            parents.append(type(defined.__name__, (defined,), {name: method}))
+    for number, edit in enumerate(edits):
+        if isinstance(edit, Opaque):
+            methods["forward"] = _opaque_forward(kind, number)
+        elif isinstance(edit, Registered):
+            methods["forward"] = _registered_forward(edit.forward, number)
+    if any(isinstance(edit, Deferred | Entry) for edit in edits):
+        inner = methods.get("forward") or kind.forward
+        deferred = [(n, edit) for n, edit in enumerate(edits) if isinstance(edit, Deferred)]
+        is_entry = any(isinstance(edit, Entry) for edit in edits)
+        methods["forward"] = deferring_forward(inner, deferred, GATES, is_entry)
+    return methods, parents
 
 
 def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> FunctionType:

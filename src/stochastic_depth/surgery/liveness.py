@@ -1,4 +1,4 @@
-"""Which statements of a method only the branch needs: from the addition backwards."""
+"""Find the statements of a method that only the branch needs, from the addition backwards."""
 
 import ast
 import copy

@@ -1,4 +1,4 @@
-"""Which values that enter a branch hold samples: learnt from the example, for subset gates.
+"""Learn from the example which values that enter a branch hold samples, for subset gates.
 
 A branch runs on the drawn samples only, which are selected from every value that enters it. The
 length of a tensor does not say what it holds: a mask [time, time] may be as long as the batch. So

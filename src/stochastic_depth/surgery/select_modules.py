@@ -1,4 +1,4 @@
-"""Which modules of a model are meant: by name, by class, or by a function of both."""
+"""The modules that `include=` and `exclude=` choose: by name, class, or a function of both."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -19,12 +19,16 @@ MIXES = (
     "rnn",
     "unseen",
 )
-"""Parts of the names of functions of which a branch has at least one: what only adds to, scales or
-bends a value (an activation written out, a rotary embedding, a normalisation) is no branch."""
+"""Parts of the names of the functions that mix values; a branch has at least one of them.
+
+What only adds to a value, scales it or applies a function to each number is no branch: an
+activation that is written out, a rotary embedding, a normalisation. "unseen" is a function that the
+recording did not see.
+"""
 
 
 ACTIVATIONS = ("relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "mish", "softmax", "glu")
-"""Parts of the names of functions that no projection shortcut has."""
+"""Parts of the names of functions that a projection shortcut does not have."""
 
 
 SPLITS = {"chunk", "split", "unbind", "__getitem__", "narrow", "tensor_split"}
@@ -32,15 +36,15 @@ SPLITS = {"chunk", "split", "unbind", "__getitem__", "narrow", "tensor_split"}
 
 REARRANGES = SPLITS | {"view", "reshape", "permute", "transpose", "contiguous", "flatten", "clone"}
 REARRANGES |= {"unflatten", "squeeze", "unsqueeze", "to", "float", "rearrange", "movedim", "select"}
-"""Names of functions that give what they are given in another form, or a part of it."""
+"""Names of functions that return their argument in another form, or a part of it."""
 
 
 PROJECTIONS = ("shortcut", "skip", "down", "proj", "ident", "res")
-"""Parts of the names of modules that project what could have passed by as it is."""
+"""Parts of the names of modules that project a shortcut whose shape does not change."""
 
 
 class Shortcuts:
-    """Judges additions of a watched forward pass.
+    """Tells which operand of an addition in a recorded forward pass is the shortcut.
 
     Args:
         sums: the results of residual additions until now.
@@ -50,7 +54,11 @@ class Shortcuts:
         self.recording, self.sums = recording, sums
 
     def side(self, left: int, right: int, of: list[set[int]], call: Call) -> Side | None:
-        """Which operand is the shortcut, if the addition is residual."""
+        """Which operand is the shortcut, if the addition is residual.
+
+        Args:
+            of: what the left and the right operand were computed from, within `call`.
+        """
         if left in of[1]:
             return "left"
         if right in of[0]:
@@ -67,9 +75,9 @@ class Shortcuts:
         return None
 
     def part(self, left: int, right: int, of: list[set[int]], call: Call) -> Side | None:
-        """Which operand is a part of what `call` was given, or one of its streams, as it came.
+        """Which operand is an unchanged part of the input of `call`, or one of its streams.
 
-        The other one mixes what it was given too: `a + f(b)`, as in reversible networks.
+        The other operand is computed from the input as well: `a + f(b)`, as in reversible networks.
         """
         sides: tuple[Side, Side] = "left", "right"
         pairs = zip(sides, (left, right), of, reversed(of), strict=True)
@@ -91,13 +99,15 @@ class Shortcuts:
         )
 
     def _is_projection(self, shortcut: set[int], branch: set[int]) -> bool:
-        """Whether one operand is a projection of a single value from which the other starts too.
+        """Whether `shortcut` is a projection of a single value from which `branch` starts too.
 
-        A highway's carry, (1 - t(x)) * x, is computed from two values. A projection convolves less
-        often than the branch and has no activation function: parallel branches are none of each
-        other. One that does not change the shape has a name that says so. A part of a value is no
-        shortcut for a branch that starts from the other part (a coupling layer). What adds a branch
-        of its own is none.
+        - It is computed from one value; the carry of a highway network, (1 - t(x)) * x, is not.
+        - It has fewer functions with weights than the branch, and no activation function. So one of
+          two parallel branches is not the projection of the other.
+        - If it has weights and does not change the shape, the name of its module says that it is a
+          projection.
+        - It is not the other part of a split value (a coupling layer).
+        - It contains no residual addition.
         """
         shared = shortcut & branch
         own, others = shortcut - shared, branch - shared
@@ -119,13 +129,13 @@ class Shortcuts:
         return changes or any(part in name for name in self._names(own) for part in PROJECTIONS)
 
     def _names(self, values: set[int]) -> list[str]:
-        """The last parts of the names of the modules that ran for `values`, and of parameters."""
+        """The last parts of the names of the modules and parameters that made `values`."""
         parents = {p for value in values for p in self.recording.values[value].parents}
         names = [*self.recording.modules(values, 0), *self.recording.parameters(parents)]
         return [part for name in names for part in name.lower().split(".")[-3:]]
 
     def mixes(self, values: set[int]) -> list[str]:
-        """The functions among those that made `values` of which a branch has at least one."""
+        """The functions that made `values` and mix: see `MIXES`."""
         functions = self.recording.functions(values)
         return list(filter(is_mixing, functions))
 
@@ -135,4 +145,5 @@ class Shortcuts:
 
 
 def is_mixing(function: str) -> bool:
+    """Whether a function, by name, is one of those in `MIXES`."""
     return any(part in function for part in MIXES)

@@ -1,4 +1,4 @@
-"""Watch one forward pass: which value is computed from which, in which module, at what cost."""
+"""Record one forward pass: which value is computed from which, in which module, at what cost."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
         _ATTENTION_BACKWARD
     ],
 }
-"""PyTorch's formulas by operator. Attention on a CPU has none there, and costs what it does on a
-GPU."""
+"""PyTorch's FLOP formulas by operator. It has none for attention on a CPU, which costs the same
+as on a GPU."""
 
 
 class CountFlops(TorchDispatchMode):
@@ -51,7 +51,7 @@ class CountFlops(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         out = func(*args, **kwargs)
-        with suppress(Exception):  # of operands that a formula does not know: nested tensors, say
+        with suppress(Exception):  # a formula may not know the operands, such as nested tensors
             self.total += formula(*args, **kwargs, out_val=out)
         return out
 
@@ -63,15 +63,18 @@ IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__", "__imatmul__"}
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: its input values, and the first value made in it."""
+    """One call of a module. Values are given by their numbers in the recording."""
 
     name: str
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: set[int]
+    """The tensors in its arguments."""
     began: int
+    """The first value made in it."""
     serial: int = 0
+    """Numbers the calls of the pass."""
     parent: "Call | None" = None
     ended: int = 0
     """The first value made after it."""
@@ -90,17 +93,17 @@ class Call:
 
 @dataclass
 class Value:
-    """A tensor, and what made it."""
+    """A tensor, and the function that made it."""
 
     tensor: Tensor
-    """Kept, so that no other one can get its identity."""
+    """Kept alive, so that no other tensor can get its `id`."""
     parents: tuple[int, ...]
     made_by: str
-    """The name of the function."""
+    """The name of the function; "unseen" where none was seen, empty for inputs and parameters."""
     flops: int
     children: list[int] = field(default_factory=list)
     together: range = range(0)
-    """All that the same call of a function has given."""
+    """All values that the same call of the function returned."""
 
 
 class Recording:
@@ -121,14 +124,14 @@ class Recording:
         self._constants = {id(tensor) for tensor in _held_by(model)}
 
     def number(self, tensor: Tensor) -> int:
-        """The number of a value; one that no function has made is new."""
+        """The number of a value; a tensor that no function has returned becomes a new value."""
         known = self._number.get(id(tensor))
         if known is not None:
             return known
         latest = len(self.values) - 1
         if not self.calls or id(tensor) in self._constants or latest < 0:
             return self.add(tensor, ())
-        return self.add(tensor, (latest,), "unseen")  # for example by a scripted function
+        return self.add(tensor, (latest,), "unseen")  # for example made by a scripted function
 
     def alias(self, tensor: Tensor, of: Tensor) -> None:
         """Note that two tensors are the same value."""
@@ -159,6 +162,10 @@ class Recording:
                     ahead.append(parent)
         return seen
 
+    def reach_within(self, value: int, call: Call) -> set[int]:
+        """What `value` was computed from, no further back than what `call` was given."""
+        return self.reach(value, min([call.began, *call.inputs]))
+
     def functions(self, values: set[int]) -> list[str]:
         """The names of the functions that made them."""
         return [self.values[value].made_by for value in values]
@@ -169,7 +176,7 @@ class Recording:
         return frozenset(self._parameters[one] for one in held if one in self._parameters)
 
     def modules(self, values: set[int], since: int) -> tuple[str, ...]:
-        """Names of the modules that have returned nothing but `values`, one for each call."""
+        """Names of the modules all of whose outputs are among `values`, one for each call."""
         return tuple(
             call.name
             for call, outputs in self.finished
@@ -181,27 +188,27 @@ class Recording:
 def recorded(
     model: nn.Module,
     recording: Recording,
-    made: Callable[[Callable[..., Any], tuple[int | None, ...], Any], None],
-    returned: Callable[[Call, Any], None],
+    on_function: Callable[[Callable[..., Any], tuple[int | None, ...], Any], None],
+    on_return: Callable[[Call, Any], None],
     count_flops: bool,
     gradients: bool = False,
 ) -> Iterator[None]:
-    """While entered, what `model` computes goes into `recording`.
+    """While entered, record what `model` computes in `recording`.
 
     Args:
-        made: called with every function that is called, the numbers of its positional arguments
-            (None for other values than tensors), and its result.
-        returned: called with every finished call of a module, and its output.
+        on_function: called after every function, with that function, the numbers of its positional
+            arguments (None for those that are not tensors), and its result.
+        on_return: called after every call of a module, with that call and its output.
     """
     with ExitStack() as entered:
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 continue
-            for handle in _hooks(name, module, recording, returned):
+            for handle in _hooks(name, module, recording, on_return):
                 entered.callback(handle.remove)
         entered.enter_context(torch.set_grad_enabled(gradients))
         counter = entered.enter_context(CountFlops()) if count_flops else None
-        entered.enter_context(_Functions(recording, made, counter))
+        entered.enter_context(_Functions(recording, on_function, counter))
         yield
 
 
@@ -218,11 +225,13 @@ def _is_zero(value: object) -> bool:
 
 
 class _Functions(TorchFunctionMode):
+    """Records every function that PyTorch is asked for."""
+
     def __init__(
-        self, recording: Recording, made: Callable[..., None], counter: CountFlops | None
+        self, recording: Recording, on_function: Callable[..., None], counter: CountFlops | None
     ) -> None:
         super().__init__()
-        self.recording, self.made, self.counter = recording, made, counter
+        self.recording, self.on_function, self.counter = recording, on_function, counter
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
@@ -241,19 +250,19 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins
             self.recording.alias(out, args[0])
-            self.made(func, operands, out)
+            self.on_function(func, operands, out)
             return out
-        first, made = len(self.recording.values), tensors_in(out)
-        for tensor in made:
+        first, tensors = len(self.recording.values), tensors_in(out)
+        for tensor in tensors:
             number = self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)
-            self.recording.values[number].together = range(first, first + len(made))
+            self.recording.values[number].together = range(first, first + len(tensors))
             flops = 0
-        self.made(func, operands, out)
+        self.on_function(func, operands, out)
         return out
 
 
 def _hooks(
-    name: str, module: nn.Module, recording: Recording, returned: Callable[[Call, Any], None]
+    name: str, module: nn.Module, recording: Recording, on_return: Callable[[Call, Any], None]
 ) -> tuple[Any, Any]:
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = recording.numbers((args, kwargs))
@@ -266,7 +275,7 @@ def _hooks(
         call = recording.calls.pop()
         call.ended, call.gave_tensor = len(recording.values), isinstance(output, Tensor)
         recording.finished.append((call, recording.numbers(output)))
-        returned(call, output)
+        on_return(call, output)
 
     return (
         module.register_forward_pre_hook(begin, with_kwargs=True),

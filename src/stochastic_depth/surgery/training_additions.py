@@ -1,8 +1,8 @@
 """Additions that a model makes in training mode only.
 
-A block may add in another expression in training mode than in evaluation (`if self.training:`). It
-has one gate all the same, which must close both. Other blocks run in training mode alone, say those
-of an auxiliary head.
+A block may add in another expression in training mode than in evaluation (`if self.training:`). Its
+one gate must close both. Other blocks run in training mode only, for example those of an auxiliary
+head.
 """
 
 import sys
@@ -16,32 +16,34 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.additions import Addition, Passed, discover
+from stochastic_depth.surgery.additions import discover
 from stochastic_depth.surgery.blocks import Found, Unit, repeated_block
+from stochastic_depth.surgery.branch_source import Addition
 from stochastic_depth.surgery.branches import Analysis, Event, Group
 from stochastic_depth.surgery.droppath import silence
 from stochastic_depth.surgery.edits import ADDITIONS, Deferred, Site, by_position, site_of
 from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.rejected import Rejected
 from stochastic_depth.torch_private import function_around
 
-Cut = Callable[[Addition], Unit]
-"""Rewrites the methods that make an addition; raises `UnsupportedBlockError` where it cannot."""
+Rewrite = Callable[[Addition], Unit]
+"""Rewrites the methods that make an addition, or raises `UnsupportedBlockError`."""
 
 
 @dataclass(frozen=True)
 class InTraining:
-    """What a pass in training mode has shown, where it adds more than one in evaluation."""
+    """What a pass in training mode has shown that makes other additions than one in evaluation."""
 
     additions: list[Addition]
-    """All residual ones."""
+    """All residual additions of the pass in training mode."""
     new: tuple[Event, ...]
-    """Those that evaluation does not make."""
+    """The times an addition was made that evaluation does not make."""
     again: Mapping[Event, Event]
-    """Of those of evaluation, the same one in training mode."""
+    """For each of evaluation, the same one in training mode."""
     analysis: Analysis
-    passed: list[Passed]
+    rejected: list[Rejected]
     within: Mapping[Site, str]
-    """Expressions that add within an `autograd.Function`, and its name."""
+    """Expressions that add within an `autograd.Function`, and the name of that."""
 
 
 def added_in_training(
@@ -52,13 +54,13 @@ def added_in_training(
     analysis: Analysis,
     count_flops: bool,
 ) -> InTraining | None:
-    """What is added in training mode only; None where nothing is.
+    """What is added in training mode only, or None if nothing is.
 
     Args:
-        additions: those of evaluation, in which `analysis` was made.
+        additions: those of evaluation; `analysis` is of the same pass.
     """
     silenced = silence(model, found)
-    passed: list[Passed] = []
+    rejected: list[Rejected] = []
     try:
         with preserve_state(model), torch.enable_grad():
             model.train()
@@ -69,13 +71,25 @@ def added_in_training(
                 return None
             if sites.seen <= analysis.sites and not sites.within:
                 return None
-            now, of_now = discover(model, run, count_flops, passed, gradients=True)
+            now, of_now = discover(model, run, count_flops, rejected, gradients=True)
     finally:
         for each in silenced:
             each.restore()
+    new, again = _matched(additions, analysis, now, of_now)
+    return InTraining(now, tuple(new), again, of_now, rejected, sites.within)
+
+
+def _matched(
+    before: Sequence[Addition], of_before: Analysis, now: Sequence[Addition], of_now: Analysis
+) -> tuple[list[Event], dict[Event, Event]]:
+    """The events of `now` that `before` does not have; and for each of `before` the same in `now`.
+
+    Two are the same if one expression makes them in one module, and common parameters, or the same
+    modules, run for their branches.
+    """
     left: dict[object, list[tuple[Event, frozenset[str]]]] = {}
-    for event in (event for addition in additions for event in addition.events):
-        left.setdefault(_expression(event), []).append((event, _runs(event, analysis)))
+    for event in (event for addition in before for event in addition.events):
+        left.setdefault(_expression(event), []).append((event, _runs(event, of_before)))
     known = {of: [runs for _, runs in each] for of, each in left.items()}
     new: list[Event] = []
     again: dict[Event, Event] = {}
@@ -84,20 +98,20 @@ def added_in_training(
         if not _is_known(runs, known.get(of, ())):
             new.append(event)
             continue
-        same = (n for n, (_, before) in enumerate(left[of]) if _is_known(runs, [before]))
+        same = (n for n, (_, its) in enumerate(left[of]) if _is_known(runs, [its]))
         if (n := next(same, None)) is not None:
             again[left[of].pop(n)[0]] = event
-    return InTraining(now, tuple(new), again, of_now, passed, sites.within)
+    return new, again
 
 
 def _expression(event: Event) -> object:
-    """Where an addition stands, and in which module."""
+    """Where an addition stands in the source, and in which module."""
     return event.site, event.stack[-1].name
 
 
 def _runs(event: Event, analysis: Analysis) -> frozenset[str]:
     """Names of the parameters that its branch uses; where it uses none, of its modules."""
-    if event.home is None:
+    if event.enclosing is None:
         analysis.place(event)
     parameters = analysis.parameters(event.branch)
     return frozenset(parameters or analysis.group("", [event]).modules)
@@ -115,7 +129,7 @@ class _Sites(TorchFunctionMode):
         super().__init__()
         self.seen: Counter[Site] = Counter()
         self.within: dict[Site, str] = {}
-        """Which of them do so within an `autograd.Function`, and its name."""
+        """Those that do so within an `autograd.Function`, and the name of that."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -136,9 +150,12 @@ def joined(
     additions: Sequence[tuple[str, Addition]],
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
-    cut: Cut,
+    rewrite: Rewrite,
 ) -> tuple[list[Found], set[Event]]:
-    """`found`, each with what it adds in training mode only; and additions that belong to none.
+    """The blocks of `found`, each with what it adds in training mode only; and what is left.
+
+    Returns:
+        The blocks, and the events that belong to none of them.
 
     Args:
         additions: with the name of the block that each belongs to.
@@ -152,10 +169,10 @@ def joined(
             deferred += own
             continue
         if len(numbers) == 1:
-            blocks[numbers[0]] = _with(blocks[numbers[0]], own, cut)
+            blocks[numbers[0]] = _with_rewritten(blocks[numbers[0]], own, rewrite)
             continue
         for n, addition in zip(numbers, own, strict=False):
-            blocks[n] = _with(blocks[n], [addition], cut)
+            blocks[n] = _with_rewritten(blocks[n], [addition], rewrite)
         if len(own) != len(numbers):
             blocks[numbers[-1]] = replace(blocks[numbers[-1]], refusal=_UNLIKE)
     alone = set[Event]()
@@ -163,14 +180,14 @@ def joined(
     for group in analysis.blocks(events, lambda name: repeated_block(name, modules)):
         numbers = [n for n, block in enumerate(blocks) if block.name == group.block]
         for n in numbers[:1]:
-            blocks[n] = _deferred_also(blocks[n], group, analysis, modules)
+            blocks[n] = _with_deferred(blocks[n], group, analysis, modules)
         if not numbers:
             alone.update(group.events)
     return blocks, alone
 
 
 def with_events(block: Found, again: Mapping[Event, Event]) -> Found:
-    """A deferred block that knows which of the additions in training mode are its own."""
+    """A deferred block with the events of training mode that are its own."""
     units = [
         replace(unit, events=(*unit.events, *(again[e] for e in unit.events if e in again)))
         for unit in block.units
@@ -181,14 +198,14 @@ def with_events(block: Found, again: Mapping[Event, Event]) -> Found:
 def with_training_only(
     found: Sequence[Found], alone: Sequence[Found], analysis: Analysis
 ) -> list[Found]:
-    """`found` and the blocks `alone`, of training mode only, in the order in which they run there.
+    """`found` and the blocks `alone`, which run in training mode only, in the order of running.
 
     Args:
         analysis: of a pass in training mode.
     """
 
     def begins(block: Found) -> int:
-        calls = [call for name in (block.name, *block.modules) for call in analysis.of(name)]
+        calls = [call for name in (block.name, *block.modules) for call in analysis.calls_of(name)]
         return min((call.serial for call in calls), default=0)
 
     blocks = list(found)
@@ -204,19 +221,19 @@ _UNLIKE = (
 )
 
 
-def _with(block: Found, additions: Sequence[Addition], cut: Cut) -> Found:
+def _with_rewritten(block: Found, additions: Sequence[Addition], rewrite: Rewrite) -> Found:
     """`block`, whose methods are rewritten at `additions` too."""
     if block.refusal or block.mechanism in ("registered", "opaque", "Residual"):
         return block
     try:
-        units = (*block.units, *map(cut, additions))
+        units = (*block.units, *map(rewrite, additions))
     except UnsupportedBlockError as error:
         return replace(block, refusal=f"in training mode it adds in another way: {error}")
     called = Counter(name for addition in additions for name in addition.modules)
     return replace(block, units=units, modules=block.modules | called)
 
 
-def _deferred_also(
+def _with_deferred(
     block: Found, group: Group, analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> Found:
     """The deferred `block` with its additions of training mode."""
@@ -224,7 +241,7 @@ def _deferred_also(
         return block
     units = list(block.units)
     try:
-        edits = analysis.edits(group, False, 0)
+        edits = analysis.deferred_edits(group, False, 0)
         for event, edit in zip(group.events, edits, strict=True):
             names = {calls.module for calls in edit.calls}
             n = max(range(len(units)), key=lambda n: len(names & _names(units[n])))
@@ -232,14 +249,14 @@ def _deferred_also(
                 units[n]
             ):
                 raise UnsupportedBlockError("other modules run for its branch than in evaluation")
-            units[n] = _joined(units[n], event, edit)
+            units[n] = _with_edit(units[n], event, edit)
     except UnsupportedBlockError as error:
         return replace(block, refusal=f"in training mode it adds in another way: {error}")
     return replace(block, units=tuple(units), modules=block.modules | group.modules)
 
 
-def _joined(unit: Unit, event: Event, edit: Deferred) -> Unit:
-    """A deferred unit whose addition stands elsewhere in training mode."""
+def _with_edit(unit: Unit, event: Event, edit: Deferred) -> Unit:
+    """A deferred unit that also has the place where its addition stands in training mode."""
     owner, before = unit.edits[0]
     assert isinstance(before, Deferred)
     calls = {each.module: each for each in before.calls}
@@ -255,6 +272,7 @@ def _joined(unit: Unit, event: Event, edit: Deferred) -> Unit:
 
 
 def _names(unit: Unit) -> set[str]:
+    """Names, in the owner, of the modules whose calls a deferred unit skips."""
     _, edit = unit.edits[0]
     assert isinstance(edit, Deferred)
     return {calls.module for calls in edit.calls}

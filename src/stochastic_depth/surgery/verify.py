@@ -1,4 +1,4 @@
-"""Prove what stochastic depth does to a model, and time what it saves."""
+"""`sd.verify`: prove what stochastic depth does to a model, and time what it saves."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ from stochastic_depth.timing import take_turns
 
 @dataclass(frozen=True)
 class Verification:
-    """What was seen to hold; printed, it is a table of what skipping saves."""
+    """What the proof has found; printed, it is a table of what skipping saves."""
 
     blocks: int
     sets: int

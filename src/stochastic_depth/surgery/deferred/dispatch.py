@@ -55,19 +55,20 @@ ASKS |= {"numpy", "equal", "allclose", "is_nonzero", "data_ptr", "storage", "unt
 ASKS |= {"backward", "retain_grad", "register_hook", "nonzero", "unique", "masked_select"}
 ASKS |= {"storage_offset", "share_memory_", "pin_memory", "is_pinned", "_typed_storage"}
 ASKS |= {"unique_consecutive", "argwhere", "bincount", "__array_wrap__", "is_set_to", "is_shared"}
-"""Whatever gives numbers, or tensors whose shape depends on numbers."""
+"""Functions and attributes that need the numbers of a tensor, or where the shape of the result
+depends on them."""
 SEVERAL = {"chunk", "split", "unbind", "split_with_sizes", "tensor_split", "topk", "sort", "max"}
 SEVERAL |= {"min", "median", "mode", "kthvalue", "cummax", "cummin", "std_mean", "var_mean", "qr"}
 SEVERAL |= {"svd", "eigh", "eig", "lu", "aminmax", "broadcast_tensors", "meshgrid", "frexp"}
 SEVERAL |= {"hsplit", "vsplit", "dsplit", "slogdet", "unsafe_chunk", "unsafe_split", "lstm", "gru"}
 SEVERAL |= {"multi_head_attention_forward", "native_layer_norm", "native_batch_norm", "where"}
 SEVERAL |= {"max_pool1d", "max_pool2d", "max_pool3d", "lstsq", "nanmedian", "rnn_tanh", "rnn_relu"}
-"""Functions that may give more than one tensor: the shapes are inferred at once to know."""
+"""Functions that may return several tensors: shapes are inferred at once, to know how many."""
 UNKNOWN = (
     "in what form it returns its values is known only when they are computed (a packed sequence, "
     "say, depends on lengths)"
 )
-"""Why a call is made that could have been put off."""
+"""Why a call is made that could have been deferred."""
 _NOTHING = torch.empty(0, device="meta")
 """The storage of every placeholder."""
 
@@ -86,7 +87,7 @@ class _Dispatching(Placeholder):
             if name == "requires_grad":
                 return requires_grad(args[0])
             if name not in LAZY and name not in SHAPES:
-                name = "item"  # `grad`, say: it needs the tensor itself
+                name = "item"  # for example `grad`, which needs the tensor itself
         if name in SHAPES:
             return answer_from_shape(func, args, kwargs)
         found = placeholders((args, kwargs) if kwargs else args)

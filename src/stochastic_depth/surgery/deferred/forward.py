@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stochastic_depth.errors import GateError, UnmetError
+from stochastic_depth.errors import AdditionNotReachedError, GateError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.hooks import never_traced
 from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
@@ -34,11 +34,11 @@ from stochastic_depth.torch_private import call_of, set_call, tree_flatten, whol
 
 
 class _DeferredCalls:
-    """Which calls of which modules are deferred for which additions of one owner."""
+    """The calls of modules that are deferred for the additions of one owner."""
 
     def __init__(self, owner: nn.Module, edits: Sequence[Deferred]) -> None:
         self.modules: list[tuple[nn.Module, str, dict[int, list[int]], int, bool]] = []
-        self.of_edit: list[list[int]] = [[] for _ in edits]
+        self.modules_of_edit: list[list[int]] = [[] for _ in edits]
         by_name: dict[str, dict[int, list[int]]] = {}
         number: dict[str, int] = {}
         tensor: dict[str, bool] = {}
@@ -53,13 +53,13 @@ class _DeferredCalls:
             if len(same) == 1 and len(of_call) == number[name]:
                 of_call, number[name] = {-1: next(iter(of_call.values()))}, 0
             for n in {n for edits_of in of_call.values() for n in edits_of}:
-                self.of_edit[n].append(len(self.modules))
+                self.modules_of_edit[n].append(len(self.modules))
             module = owner.get_submodule(name)
             self.modules.append((module, name, of_call, number[name], tensor[name]))
         self.structures: dict[Any, Any] = {}
 
 
-_PLANS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.WeakKeyDictionary()
+_DEFERRED_CALLS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.WeakKeyDictionary()
 
 
 def deferring_forward(
@@ -79,7 +79,7 @@ def deferring_forward(
             try:
                 with _Session(self, only, now) as session:
                     output = forward(self, *args, **kwargs)
-                session.require_additions_met()
+                session.require_additions_reached()
                 session.refuse_recomputed()
                 return resolved(output, everything=tape is None and is_entry)
             finally:
@@ -90,7 +90,7 @@ def deferring_forward(
 
 
 def _is_plain(gate: Gate) -> bool:
-    """Whether a branch is added as it is."""
+    """Whether a gate adds its branch unchanged."""
     return gate.learns and gate.factor is None and gate.batch is None
 
 
@@ -98,9 +98,9 @@ class _Session:
     """One call of an owner, during which modules of its branches are deferred or marked."""
 
     def __init__(self, owner: nn.Module, edits: Sequence[Deferred], gates: Sequence[Gate]) -> None:
-        plan = _PLANS.get(owner)
+        plan = _DEFERRED_CALLS.get(owner)
         if plan is None:
-            plan = _PLANS[owner] = _DeferredCalls(owner, edits)
+            plan = _DEFERRED_CALLS[owner] = _DeferredCalls(owner, edits)
         self.plan, self.edits = plan, edits
         self.additions = {
             n: GatedAddition(edit.block, dict(edit.sites), gate, edit.copies, owner)
@@ -112,7 +112,7 @@ class _Session:
     def __enter__(self) -> "_Session":
         tape = tape_of_pass()
         assert tape is not None
-        for m in sorted({m for n in self.additions for m in self.plan.of_edit[n]}):
+        for m in sorted({m for n in self.additions for m in self.plan.modules_of_edit[n]}):
             module, name, of_call, total, tensor = self.plan.modules[m]
             switch = _Switch.on(module)
             before = switch.here()
@@ -127,13 +127,13 @@ class _Session:
         for switch, before in self.before:
             switch.switch_to(before)
 
-    def require_additions_met(self) -> None:
+    def require_additions_reached(self) -> None:
         """Raise `GateError` when a branch was deferred and its addition was never reached."""
         for n, addition in self.additions.items():
-            if addition.handed and not addition.met:
-                raise UnmetError(
+            if addition.deferred and not addition.reached:
+                raise AdditionNotReachedError(
                     f"block {addition.name!r}: {self.edits[n]}, by which it was found, was not "
-                    "met in this pass: the model takes another way here than on the example; give "
+                    "reached in this pass: the model takes another path than on the example; give "
                     "sd.apply an example that takes it"
                 )
 
@@ -150,7 +150,7 @@ class _Session:
 
 
 class _Switch:
-    """Routes the calls of one module to what stands in for it in the calling thread."""
+    """Calls, in place of one module, what the calling thread has set for it, or else the module."""
 
     lock = threading.Lock()
 
@@ -190,7 +190,7 @@ class _Switch:
 
 
 class _Interceptor:
-    """Stands in for the calls of one module during a session."""
+    """Is called in place of one module during a session: defers the call, or marks its result."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class _Interceptor:
         if not additions:
             return self.forward(*args, **kwargs)
         for addition in additions:
-            addition.handed += 1
+            addition.deferred += 1
         if not all(addition.gate.open for addition in additions):
             return self.defer_call(tuple(additions), args, kwargs)
         drawn = {id(addition.gate.samples): addition.gate for addition in additions}

@@ -61,7 +61,7 @@ def add(
         side: the position of the shortcut in `args`.
         name: of `func`; an addition in place changes the first operand.
     """
-    addition.met += 1
+    addition.reached += 1
     if addition.recomputed is not None:
         addition.recomputed += _checkpoints_around(addition)
     shortcut, target = args[side], args[0]

@@ -25,7 +25,7 @@ from stochastic_depth.surgery.edits import Site
 from stochastic_depth.torch_private import changes_of, tree_flatten, tree_unflatten
 
 _PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
-"""What holds no placeholder."""
+"""Types of values that cannot hold a placeholder."""
 _local = threading.local()
 
 
@@ -41,16 +41,16 @@ class GatedAddition:
         copies: whether a closed addition returns a copy of its shortcut.
     """
 
-    __slots__ = ("copies", "gate", "handed", "met", "name", "owner", "recomputed", "sites")
+    __slots__ = ("copies", "deferred", "gate", "name", "owner", "reached", "recomputed", "sites")
 
     def __init__(
         self, name: str, sites: Mapping[Site, int], gate: Gate, copies: bool, owner: nn.Module
     ) -> None:
         self.name, self.sites, self.gate, self.copies = name, sites, gate, copies
         self.owner = owner
-        self.handed = 0
+        self.deferred = 0
         """How many module calls have returned placeholders of this branch."""
-        self.met = 0
+        self.reached = 0
         """How often the addition was reached."""
         self.recomputed: list[Callable[[], bool]] | None = [] if torch.is_grad_enabled() else None
         """One function for each checkpoint around the addition: whether it will recompute."""
@@ -65,9 +65,9 @@ class Tape:
 
     def __init__(self) -> None:
         self.nodes: list[weakref.ref[Node]] = []
-        """Weak, as a call whose result nobody holds any more need not be made."""
+        """Weak references: a call whose result nobody holds any more need not be made."""
         self.in_place: list[Node] = []
-        """Those that change a tensor."""
+        """The calls that change a tensor."""
 
     def run(self) -> None:
         """Make all of the calls whose results may still be asked for."""
@@ -89,7 +89,7 @@ def set_tape(tape: Tape | None) -> None:
 
 @contextmanager
 def because(reason: str) -> Iterator[None]:
-    """While entered, what was put off is computed for this reason."""
+    """While entered, deferred calls that are made are made for this reason."""
     before = why_computed()
     _local.reason = reason
     try:
@@ -99,7 +99,7 @@ def because(reason: str) -> Iterator[None]:
 
 
 def why_computed() -> str:
-    """The reason for which a call that was put off is being made; empty where none was given."""
+    """The reason for which a deferred call is being made; empty where none was given."""
     return getattr(_local, "reason", "")
 
 
@@ -141,7 +141,7 @@ class Node:
         self.fakes: Any = None
         """The result's shapes, once `shapes` has inferred them."""
         self.context = _context()
-        """Gradient mode and autocast of the model's call, under which it is made later."""
+        """Gradient mode and autocast of the model's call; a later call is made under the same."""
         self.versions = [(t, changes_of(t)) for t in tensors_of(args, self.kwargs)]
         """Tensors that it reads, and how often each was changed in place until now."""
         tape.nodes.append(weakref.ref(self))

@@ -1,8 +1,8 @@
 """Shape, dtype and device of placeholders, inferred without computing them.
 
-A deferred call is made on fake tensors, which have a shape and no numbers; its module is
-called as a copy without hooks. The result is remembered by module or function and by the shapes of
-the arguments, so that a call is inferred once for each kind of inputs.
+A deferred call is made on fake tensors, which have a shape and no numbers; of its module, a copy
+without hooks is called. The result is remembered by module or function and by the shapes of the
+arguments, so that a call is inferred once for each kind of inputs.
 """
 
 import weakref
@@ -99,7 +99,7 @@ def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def requires_grad(placeholder: Placeholder) -> bool:
-    """Whether autograd would track the tensor, as far as can be said without computing it."""
+    """Whether autograd would track the tensor, as far as that is known without computing it."""
     node = placeholder._node
     if node.done:
         return value(placeholder).requires_grad

@@ -1,4 +1,4 @@
-"""Prove which dimension is the batch, for gates of single samples; learn what holds samples."""
+"""For gates of single samples: prove that the batch is first, learn which tensors hold it."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +25,16 @@ REMEDY = 'use gate="batch", or put the batch first'
 def check_samples(
     model: nn.Module, example: Example, found: Sequence[Found], batch: int
 ) -> Example:
-    """Prove that the first dimension is the batch: half of the samples, reordered, give the same.
+    """Prove that the first dimension is the batch.
 
-    Half of the time steps do not, whether a model looks back in time or ahead.
+    Half of the samples, in another order, must give the same outputs as among all. Half of the time
+    steps do not, whether a model looks back in time or ahead.
 
     Returns:
         The example with half of the samples.
 
     Raises:
-        ApplyError: when they do not, as time steps do not, or there are too few samples to see.
+        ApplyError: when the outputs differ, or the example has fewer than two samples.
     """
     refuse_one(batch)
     half = half_of(batch)
@@ -55,7 +56,7 @@ def check_samples(
                     f"({type(error).__name__}: {error}); {REMEDY}"
                 )
                 continue
-            if _are_some(outputs, whole, batch):
+            if _are_among(outputs, whole, batch):
                 return part
             failure = failure or ApplyError(
                 f"the first dimension of the inputs of {type(model).__name__} is not the batch: "
@@ -97,8 +98,8 @@ def halves(example: Example, batch: int) -> Iterator[Example]:
             yield tree_map(lambda x, c=cut: every_other(x) if id(x) in c else x, example)
 
 
-def _are_some(part: list[Tensor], whole: list[Tensor], batch: int) -> bool:
-    """Whether outputs of every other sample are those among the outputs of all."""
+def _are_among(part: list[Tensor], whole: list[Tensor], batch: int) -> bool:
+    """Whether the outputs `part`, of every other sample, are among the outputs `whole` of all."""
 
     def same_samples(x: Tensor, y: Tensor) -> Tensor:
         if x.shape == y.shape or not x.ndim or len(x) % batch:

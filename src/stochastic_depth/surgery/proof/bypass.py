@@ -31,11 +31,11 @@ def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[No
     with ExitStack() as entered:
         for block in blocks:
             if block.training_only and not block.module.training:
-                continue  # it does not run, and others may add in the same place
+                continue  # it does not run, and other blocks may add at the same place
             additions += [addition for unit in block.units for addition in unit.additions]
             for unit in block.units:
                 here = [e for e in unit.events if e.training == block.module.training]
-                events = here or unit.events  # where no pass in training mode was looked at
+                events = here or unit.events  # if no pass in training mode was recorded
                 occurrences |= {(e.site, e.occurrence): e.side for e in events}
             whole = [u.edits[0][0] for u in block.units if not u.additions and not u.events]
             for module in whole:
@@ -47,6 +47,8 @@ def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[No
 
 
 class _Bypass(TorchFunctionMode):
+    """Makes the chosen additions return their shortcut, recognised by their place in the source."""
+
     def __init__(
         self,
         additions: list[tuple[nn.Module, Sum]],
@@ -58,7 +60,7 @@ class _Bypass(TorchFunctionMode):
         for module, edit in additions:
             self.additions.setdefault(module, []).append(edit)
         self.occurrences, self.keep = occurrences, keep
-        self.met: Counter[Site] = Counter()
+        self.reached: Counter[Site] = Counter()
         """How often each expression has added."""
 
     def __torch_function__(
@@ -68,8 +70,8 @@ class _Bypass(TorchFunctionMode):
             args, kwargs = by_position(args, kwargs or {})
         if getattr(func, "__name__", "") in ADDITIONS and len(args) >= 2:
             site = site_of(sys._getframe(1))
-            side = self.occurrences.get((site, self.met[site]))
-            self.met[site] += 1
+            side = self.occurrences.get((site, self.reached[site]))
+            self.reached[site] += 1
             if side is not None:
                 return self._closed(func, args, kwargs or {}, side)
             for module, place in find_places(self.additions, sys._getframe(1)):

@@ -22,31 +22,32 @@ CLOSED, OPEN = Gate(open=False), Gate()
 
 @dataclass(frozen=True)
 class CallCounts:
-    """How often each module is called, by name, and the sum of the sizes that it is given."""
+    """The calls of each module in some forward passes, by name of the module."""
 
     number: Counter[str]
     given: Counter[str]
+    """How many numbers the tensors in its arguments had, all calls together."""
     why: dict[str, str]
-    """Of modules whose call was put off, and made all the same, the reason."""
+    """Why a deferred call was made; empty for calls that were not deferred."""
 
 
 def still_running(
     model: nn.Module, run: Callable[..., Any], found: Sequence[Found], blocks: Sequence[Block]
 ) -> list[str]:
-    """For each block why its branch runs even when it is closed; empty where it does not.
+    """For each block, why its branch runs even when the block is closed; empty where it does not.
 
-    Looks at which modules are called, not at values: works on the meta device too. Blocks that run
-    in training mode alone are looked at in training mode.
+    Only calls of modules are compared, no values, so this works on the meta device too. Blocks that
+    run in training mode only are closed in training mode.
     """
-    reasons = _running(model, run, found, blocks, training=False)
+    reasons = _still_running(model, run, found, blocks, training=False)
     if any(block.training_only for block in found):
-        there = _running(model, run, found, blocks, training=True)
+        there = _still_running(model, run, found, blocks, training=True)
         pairs = zip(reasons, there, found, strict=True)
         reasons = [why or (other if block.training_only else "") for why, other, block in pairs]
     return reasons
 
 
-def _running(
+def _still_running(
     model: nn.Module,
     run: Callable[..., Any],
     found: Sequence[Found],
@@ -65,10 +66,11 @@ def _running(
                 run()
             return [still_called(block, usual, called) for block in found]
         except Exception:  # one at a time, to see which
-            return [_fails(run, closed([block])) for block in blocks]
+            return [_failure(run, closed([block])) for block in blocks]
 
 
-def _fails(run: Callable[..., Any], closed: AbstractContextManager[None]) -> str:
+def _failure(run: Callable[..., Any], closed: AbstractContextManager[None]) -> str:
+    """How the model fails in the context `closed`; empty if it does not."""
     try:
         with closed:
             run()
@@ -78,6 +80,12 @@ def _fails(run: Callable[..., Any], closed: AbstractContextManager[None]) -> str
 
 
 def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
+    """Why a closed block calls modules of its branch; empty if it does not.
+
+    Args:
+        usual: the calls with every block open.
+        called: those with this one closed.
+    """
     running = [
         name
         for name, calls in block.modules.items()
@@ -94,7 +102,7 @@ def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
 def refuse_running(
     blocks: Sequence[Found], usual: CallCounts, called: CallCounts, remark: str = ""
 ) -> None:
-    """Raise `UnsupportedBlockError` for closed blocks in whose branches a module is called."""
+    """Raise `UnsupportedBlockError` if a closed block calls a module of its branch."""
     reasons = [(block, still_called(block, usual, called)) for block in blocks]
     running = [(block, why) for block, why in reasons if why]
     if running:
@@ -129,6 +137,7 @@ def in_evaluation(blocks: Sequence[Block], gate: Gate) -> Iterator[None]:
 
 @contextmanager
 def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
+    """While entered, count the calls of all modules of `model`."""
     calls = CallCounts(Counter(), Counter(), {})
 
     def note(name: str) -> Callable[..., None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.block import Block
-from stochastic_depth.errors import ApplyError, UnmetError, UnsupportedBlockError
+from stochastic_depth.errors import AdditionNotReachedError, ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
@@ -38,24 +38,26 @@ TOLERANCE = 1e-5
 computed in another order."""
 
 
-UNMET = (
+UNREACHED = (
     "what its modules give does not come to the addition as one tensor: it is put into another "
     "tensor in place, or the model branches on its numbers"
 )
-"""Why a deferred block cannot be closed on the very example on which it was found."""
+"""Why a deferred block cannot be closed on the example on which it was found."""
 
 Outputs = list[Tensor]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Outputs of the original model, with no block closed and with each of `closed`."""
+    """Outputs of the original model: with no block closed, and with each set of blocks closed."""
 
     open: Outputs
     closed: tuple[frozenset[int], ...]
+    """The sets, by numbers of blocks."""
     outputs: tuple[Outputs, ...]
+    """For each set, with its blocks closed."""
     selected: tuple[Outputs, ...]
-    """With each of `closed` open for every other sample."""
+    """For each set, with its blocks open for every other sample only."""
     remembers: bool
     """Whether the same call gives other outputs the second time."""
 
@@ -103,7 +105,7 @@ def reference_outputs(
                 f"{type(whole).__name__}, so nothing can be proved: return a tensor, a tuple, a "
                 "dict or a dataclass of them, or register the class with torch.utils._pytree"
             )
-        remembers = not _are_equal(expected, tensors_in(run()))
+        remembers = not _equal(expected, tensors_in(run()))
         keep = None if batch is None else half_gate(batch)[1]
         for closed in closed_sets(len(found)):
             if sets and time.monotonic() > deadline:
@@ -188,7 +190,9 @@ class _Proof:
         """Check a set of closed blocks; returns the largest relative difference of the outputs."""
         difference, why = self._outcome(expected)
         if not difference <= TOLERANCE:
-            self._blame(sorted(closed), why, lambda part: self._wrong(part, CLOSED), "closed")
+            self._raise_for_smallest(
+                sorted(closed), why, lambda part: self._wrong(part, CLOSED), "closed"
+            )
         return difference
 
     def unwatched(self, closed: frozenset[int], expected: Outputs) -> None:
@@ -199,7 +203,7 @@ class _Proof:
             if difference > 10 * TOLERANCE:
                 wrong = functools.partial(self._wrong_unwatched, gradients=gradients)
                 how = "with" if gradients else "without"
-                self._blame(
+                self._raise_for_smallest(
                     sorted(closed),
                     why,
                     wrong,
@@ -215,7 +219,7 @@ class _Proof:
         batch: int,
         kind: GateKind,
     ) -> None:
-        """Check a set of blocks whose branches count for every other sample only."""
+        """Check a set of blocks that are open for every other sample only."""
         half, keep = half_gate(batch, kind)
         blocks = [self.blocks[n] for n in chosen]
         with (
@@ -226,7 +230,7 @@ class _Proof:
             difference, why = self._outcome(expected)
         if not difference <= 10 * TOLERANCE:
             wrong = functools.partial(self._wrong, gate=half, keep=keep)
-            self._blame(sorted(chosen), why, wrong, "open for half of the samples")
+            self._raise_for_smallest(sorted(chosen), why, wrong, "open for half of the samples")
         for n in sorted(chosen) if kind == "subset" else ():
             block = self.found[n]
             if block.training_only:
@@ -250,9 +254,16 @@ class _Proof:
             difference, why = self._outcome(expected, gradients)
         return "" if difference <= 10 * TOLERANCE else why
 
-    def _blame(
+    def _raise_for_smallest(
         self, numbers: list[int], why: str, wrong: Callable[[list[int]], str], when: str
     ) -> NoReturn:
+        """Raise `UnsupportedBlockError` for the smallest set that a bisection finds to be wrong.
+
+        Args:
+            numbers: the blocks of a set that is wrong, and `why` it is.
+            wrong: why a part of them is wrong; empty if it is not.
+            when: in which state of the blocks they are wrong.
+        """
         culprits, why = smallest(numbers, why, wrong)
         names = [self.found[n].name for n in culprits]
         first = self.found[culprits[0]]
@@ -260,12 +271,12 @@ class _Proof:
         raise unsupported(first.name, first.module, reason, names[1:])
 
     def _outcome(self, expected: Outputs, gradients: bool = False) -> tuple[float, str]:
-        """How far the outputs are from `expected`, and that as a sentence."""
+        """The largest difference from `expected`, relative to its largest value; and a sentence."""
         try:
             with torch.set_grad_enabled(gradients):
                 outputs = tensors_in(self.run())
-        except UnmetError:
-            return math.inf, UNMET
+        except AdditionNotReachedError:
+            return math.inf, UNREACHED
         except Exception as error:
             return math.inf, f"the model fails: {type(error).__name__}: {error}"
         if [x.shape for x in outputs] != [x.shape for x in expected]:
@@ -290,9 +301,9 @@ def unsteady(model: nn.Module, run: Callable[..., Any]) -> str:
     """Why the original model gives different outputs for the same input; empty if it does not."""
     with preserve_state(model), ungated(model), torch.no_grad():
         outputs, again, other = (tensors_in(run(seed)) for seed in (0, 0, 1))
-    if not _are_equal(outputs, again):
+    if not _equal(outputs, again):
         return REMEMBERS
-    if not _are_equal(outputs, other):
+    if not _equal(outputs, other):
         mode = "training mode" if model.training else "evaluation"
         return (
             f" (the model itself draws random numbers in {mode}, and a closed branch draws none, "
@@ -328,6 +339,6 @@ def _fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _are_equal(one: Outputs, other: Outputs) -> bool:
+def _equal(one: Outputs, other: Outputs) -> bool:
     shapes = [x.shape for x in one] == [x.shape for x in other]
     return shapes and largest_difference(one, other) == 0

@@ -1,4 +1,4 @@
-"""Prove that a model does in training mode what was proved of it in evaluation."""
+"""Prove in training mode what `check` proves in evaluation, and that a training step works."""
 
 import functools
 import warnings
@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.block import Block
-from stochastic_depth.errors import StochasticDepthError, UnmetError, UnsupportedBlockError
+from stochastic_depth.errors import (
+    AdditionNotReachedError,
+    StochasticDepthError,
+    UnsupportedBlockError,
+)
 from stochastic_depth.gates import Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
@@ -46,14 +50,14 @@ def check_training(
     batch: int | None = None,
     kind: GateKind = "batch",
 ) -> dict[str, Any]:
-    """Passes in training mode: each block is reached when open, and runs nothing when closed.
+    """Check that in training mode open blocks are reached, and closed ones run nothing.
 
     Args:
         batch: the number of samples in the example, for gates for single samples.
 
     Returns:
-        By name of module and attribute, the earlier values of attributes on which a branch leaves a
-        part of its graph: a closed branch must restore them.
+        The attributes to which a branch assigns a part of its graph, by name of module and
+        attribute, with their values from before: they have to be reset before each pass.
 
     Raises:
         UnsupportedBlockError: when a block is left out by the model itself, runs on another path
@@ -65,10 +69,10 @@ def check_training(
         try:
             with in_training(blocks, [OPEN] * len(blocks)):
                 passes = [_counted(model, run, seed) for seed in range(TRAINING_PASSES)]
-            left = _left_behind(model, found, before)
+            resets = _attributes_set(model, found, before)
             names = {module: name for name, module in model.named_modules()}
             for block in found:
-                if why := _left_out(block, passes, names):
+                if why := _model_skips(block, passes, names):
                     raise unsupported(block.name, block.module, why)
             try:
                 with in_training(blocks, [CLOSED] * len(blocks)):
@@ -85,15 +89,15 @@ def check_training(
                     names = [found[n].name for n in closed[1:]]
                     reason = f"with it closed a training step fails: {why}"
                     raise unsupported(block.name, block.module, reason, names)
-            except UnmetError as error:
-                raise _unlike(error, found) from error
+            except AdditionNotReachedError as error:
+                raise _unreached(error, found) from error
         except StochasticDepthError:
             raise
         except Exception:
             if _original_trains(model, run):
                 raise
             return {}
-    return left
+    return resets
 
 
 def _compare(
@@ -107,8 +111,8 @@ def _compare(
     """Compare all blocks closed, in training mode, with the original with bypassed additions.
 
     Dropout is switched off in both, since a closed branch draws no random numbers. A model that
-    draws other random numbers or keeps a state gives different outputs in any case; it is not
-    judged.
+    draws other random numbers or keeps a state gives different outputs in any case, so its outputs
+    are not compared.
 
     Raises:
         UnsupportedBlockError: when the outputs differ.
@@ -151,8 +155,11 @@ def _compare(
 
 
 def _closed_in_training(found: Sequence[Found], only: Sequence[int]) -> list[list[int]]:
-    """Sets of blocks to close: all; and, of those that run in training mode alone, `only`, such
-    that each and each pair is told apart, as evaluation does for the others."""
+    """Sets of blocks to close: all, and those that tell the blocks of `only` apart.
+
+    Args:
+        only: the blocks that run in training mode only; evaluation has told the others apart.
+    """
     parts = [[only[n] for n in sorted(part)] for part in closed_sets(len(only))] if only else []
     return [list(range(len(found))), *(part for part in parts if len(part) < len(found))]
 
@@ -174,8 +181,8 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _unlike(error: UnmetError, found: Sequence[Found]) -> UnsupportedBlockError:
-    """The error for a block whose addition does not come in training mode."""
+def _unreached(error: AdditionNotReachedError, found: Sequence[Found]) -> UnsupportedBlockError:
+    """The error for a block whose addition is not reached in training mode."""
     named = next((block for block in found if f"block {block.name!r}" in str(error)), None)
     why = "in training mode it does not add where it does in evaluation"
     if named is None:
@@ -184,6 +191,7 @@ def _unlike(error: UnmetError, found: Sequence[Found]) -> UnsupportedBlockError:
 
 
 def _original_trains(model: nn.Module, run: Callable[..., Any]) -> bool:
+    """Whether the original model takes a training step on the example."""
     try:
         with ungated(model):
             train_once(run)
@@ -211,8 +219,8 @@ def _counted(model: nn.Module, run: Callable[..., Any], seed: int) -> CallCounts
     return calls
 
 
-def _left_out(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]) -> str:
-    """Why a block is not reached in each of some passes with every gate open.
+def _model_skips(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]) -> str:
+    """Why a block is not reached in all of `passes`, which have every gate open; empty if it is.
 
     Args:
         names: of all modules; where no module runs for a branch, the one that adds must run.
@@ -229,10 +237,10 @@ def _left_out(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.Modu
     return ""
 
 
-def _left_behind(
+def _attributes_set(
     model: nn.Module, found: Sequence[Found], before: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Attributes of modules of branches that hold a part of a graph, and what was there before."""
+    """Attributes of modules of branches that hold a part of a graph, with their earlier values."""
     left: dict[str, Any] = {}
     names = {name: block for block in found for name in block.modules}
     for name, block in names.items():

@@ -1,4 +1,8 @@
-"""The way in which each residual block is made skippable: the first that fits."""
+"""Choose the mechanism by which each residual block is made skippable: the first that fits.
+
+A registered forward method comes first, then slicing the methods that add, then the module as a
+whole; a block for which none of them will do is deferred.
+"""
 
 import functools
 import inspect
@@ -13,8 +17,8 @@ from torch import nn
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.adapters import registered
-from stochastic_depth.surgery.additions import Addition
 from stochastic_depth.surgery.blocks import Found, Unit, residual_block
+from stochastic_depth.surgery.branch_source import Addition
 from stochastic_depth.surgery.branches import Analysis, Event, Group
 from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
 from stochastic_depth.surgery.install import gated_class
@@ -24,6 +28,7 @@ from stochastic_depth.surgery.rewrite import skipped_when_closed
 def edited_block(
     name: str, additions: list[Addition], modules: Mapping[str, nn.Module], analysis: Analysis
 ) -> Found:
+    """The block of `additions` with its modules edited; refused where they cannot be."""
     module = modules[name]
     flops = analysis.flops(event for addition in additions for event in addition.events)
     if isinstance(module, Residual):
@@ -40,7 +45,7 @@ def edited_block(
         before = units.get(edits) or Unit(edits, ())
         units[edits] = replace(
             before,
-            additions=before.additions + _stands(addition, modules),
+            additions=before.additions + _sums(addition, modules),
             modules=before.modules | frozenset(addition.modules),
         )
     return Found(
@@ -55,27 +60,27 @@ def edited_block(
     )
 
 
-def unit_of(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit:
+def rewritten_unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit:
     """An addition whose methods are rewritten.
 
     Raises:
         UnsupportedBlockError: when they cannot be.
     """
     edits = edits_of(addition, modules, alone=False)
-    return Unit(edits, _stands(addition, modules), modules=frozenset(addition.modules))
+    return Unit(edits, _sums(addition, modules), modules=frozenset(addition.modules))
 
 
 def edits_of(
     addition: Addition, modules: Mapping[str, nn.Module], alone: bool
 ) -> tuple[tuple[nn.Module, Edit], ...]:
-    """Where the modules get the gate of `addition`, the one that adds first.
+    """Where the modules get the gate of `addition`; the module that adds comes first.
 
     Args:
         modules: by name.
         alone: whether it is the only addition of its owner.
 
     Raises:
-        UnsupportedBlockError: when there is no way; says what was tried.
+        UnsupportedBlockError: when no mechanism fits; says what was tried.
     """
     whole = registered_around(addition.owner, modules)
     if whole is not None:
@@ -96,28 +101,32 @@ def edits_of(
 def _sliced(
     addition: Addition, modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[nn.Module, Edit], ...]:
+    """The expressions at which methods are rewritten, from the addition to where its branch begins.
+
+    Raises:
+        UnsupportedBlockError: when a method cannot be rewritten, or that would skip nothing.
+    """
     if addition.begins_elsewhere:
         raise UnsupportedBlockError("its branch begins outside of the model's modules")
     edits: list[tuple[nn.Module, Edit]] = []
     skips = False
     for name, edit in addition.edits:
-        mine: list[Sliced]
         if edit is None:
             raise UnsupportedBlockError(
                 f"its addition is not in a method of {type(modules[name]).__name__}, but in a "
                 "function that one calls"
             )
-        mine = [edit]
+        of_module: list[Sliced] = [edit]
         calls, unused = skipped_when_closed(edit)
         skips |= calls
         for outer in edit.callers:  # which may compute the branch for the method they call
             if not unused:
                 break
-            mine.append(Argument(outer.place, unused, outer.dead))
-            calls, unused = skipped_when_closed(mine[-1])
+            of_module.append(Argument(outer.place, unused, outer.dead))
+            calls, unused = skipped_when_closed(of_module[-1])
             skips |= calls
-        gated_class(type(modules[name]), tuple(mine), False, False, "")
-        edits += [(modules[name], each) for each in mine]
+        gated_class(type(modules[name]), tuple(of_module), False, False, "")
+        edits += [(modules[name], each) for each in of_module]
     if not skips:
         raise UnsupportedBlockError(
             f"{edits[0][1]}: the model needs all of its branch for other things too"
@@ -133,9 +142,10 @@ def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | Non
     return name or None
 
 
-def _stands(
+def _sums(
     addition: Addition, modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[nn.Module, Sum], ...]:
+    """The module that adds and the sum in its source, if it is known."""
     name, edit = addition.edits[0]
     return ((modules[name], edit),) if isinstance(edit, Sum) else ()
 
@@ -163,11 +173,18 @@ def deferred_block(
     first: Counter[str],
     reasons: Mapping[Event, str],
 ) -> Found:
+    """The block of `group`, deferred; refused where too little of its branch is its own.
+
+    Args:
+        copies: whether a closed addition must copy its shortcut.
+        first: how many additions of each owner have a number already; is counted up.
+        reasons: why the methods that make an addition could not be rewritten, if that was tried.
+    """
     owner = group.owner.name
     units: tuple[Unit, ...] = ()
     refusal = ""
     try:
-        edits = analysis.edits(group, copies, first[owner])
+        edits = analysis.deferred_edits(group, copies, first[owner])
         first[owner] += len(edits)
         units = tuple(
             Unit(((modules[owner], edit),), (), (event,), frozenset(group.modules))

@@ -1,0 +1,235 @@
+"""Where in the source a residual addition stands, and where its branch begins.
+
+While an addition is being made, the methods that lead to it are running. Their frames give the
+expressions that have to be edited, and the variables that a closed branch need not compute.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+
+from torch import Tensor
+
+from stochastic_depth.surgery.branches import Event
+from stochastic_depth.surgery.edits import (
+    Argument,
+    Caller,
+    Method,
+    Parameter,
+    Place,
+    Side,
+    Sliced,
+    Sum,
+    methods_of,
+)
+from stochastic_depth.surgery.trace import Call, Recording
+from stochastic_depth.tensors import tensors_in
+
+UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
+"""Parts of the names of functions that make values larger."""
+
+Edits = tuple[tuple[str, Sliced | None], ...]
+"""Modules by name, and where to edit them: the one that adds first; None where no method is."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A residual addition in the source, and the computation of its branch."""
+
+    owner: str
+    """Name of the module in which its branch begins: the one that adds, or one that calls it."""
+    edits: Edits
+    identity: bool
+    """Whether the shortcut is the value that the branch was computed from, or another part of it,
+    unchanged: no projection."""
+    begins_elsewhere: bool = False
+    """Whether not even the owner computes all of the branch."""
+    modules: tuple[str, ...] = ()
+    """Names of the modules that ran for the branch, inside of the owner; one for each call."""
+    parameters: frozenset[str] = frozenset()
+    """Names of the parameters that the branch uses, inside of the owner."""
+    whole: bool = False
+    """Whether the owner returns this sum, and was given its shortcut as first argument."""
+    events: tuple[Event, ...] = ()
+    """Each time that it was made in the recorded pass."""
+    upsamples: bool = False
+    """Whether its branch makes its values larger again."""
+    is_last: bool = False
+    """Whether no function with weights uses what is computed from it: it gives the model's output,
+    or nearly."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Variables of the running methods at the time of an addition, for each module to be edited."""
+
+    total: int
+    """The result of the addition."""
+    variables: tuple[tuple[dict[str, int | None], ...], ...]
+    """Module by module, method by method: None, or the number of a value that only the branch has
+    used until now."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """One time that an addition was made."""
+
+    addition: Addition
+    branch: set[int]
+    snapshot: Snapshot
+
+
+def locate(
+    recording: Recording, event: Event, frame: FrameType, mixes: Callable[[set[int]], list[str]]
+) -> Located:
+    """Find what has to be edited so that the branch of `event` can be skipped.
+
+    Looks at the module that adds, and from there outwards at its callers, up to the one within
+    which the branch begins.
+
+    Args:
+        frame: of the expression that adds.
+        mixes: the functions of which a branch has at least one, among those that made some values.
+    """
+    edits: list[tuple[str, Sliced | None]] = []
+    frames: list[list[FrameType]] = []
+    handed: tuple[Parameter, ...] = ()
+    branch: set[int] = set()
+    call = event.stack[-1]
+    for call in reversed(event.stack):
+        methods = list(methods_of(call.module, frame))
+        frames.append([method.frame for method in methods])
+        edit = _argument(methods, handed) if edits else _sum(recording, methods, event)
+        edits.append((call.name, edit))
+        branch = event.branch_within(recording, call)
+        handed = _handed(recording, call, branch, event.shortcut, mixes)
+        if not handed:
+            break
+    functions = recording.functions(branch)
+    addition = Addition(
+        call.name,
+        tuple(edits),
+        event.identity,
+        begins_elsewhere=bool(handed),
+        modules=recording.modules(branch, call.began),
+        parameters=recording.parameters(branch),
+        events=(event,),
+        upsamples=any(part in function for function in functions for part in UPSAMPLES),
+    )
+    return Located(addition, branch, _snapshot(recording, event.total, frames, branch))
+
+
+def _sum(recording: Recording, methods: list[Method], event: Event) -> Sum | None:
+    """Where the innermost of `methods` adds, or calls a function that does."""
+    side: Side = "left" if event.side == 0 else "right"
+    place, callers = _places(methods)
+    function = methods[0].called if methods else None
+    if place is None or function is None:
+        return place and Sum(place, side, callers=callers)
+    code = function.f_code
+    for n, name in enumerate(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
+        value = function.f_locals.get(name)
+        if isinstance(value, Tensor) and recording.number(value) == event.shortcut:
+            position = n if n < code.co_argcount else None
+            return Sum(place, side, (position, name), callers=callers)
+    return None
+
+
+def _argument(methods: list[Method], handed: tuple[Parameter, ...]) -> Argument | None:
+    """Where the innermost of `methods` calls the module that adds, with a part of the branch."""
+    place, callers = _places(methods)
+    return place and Argument(place, handed, callers=callers)
+
+
+def _places(methods: list[Method]) -> tuple[Place | None, tuple[Caller, ...]]:
+    """Where the innermost method stands, and where the others call it."""
+    places = [method.place for method in methods]
+    known = list(itertools.takewhile(lambda place: place is not None, places))
+    return (known[0] if known else None), tuple(Caller(place) for place in known[1:] if place)
+
+
+def _handed(
+    recording: Recording,
+    call: Call,
+    branch: set[int],
+    shortcut: int,
+    mixes: Callable[[set[int]], list[str]],
+) -> tuple[Parameter, ...]:
+    """The arguments of `call` that hold a part of the branch, computed before the call."""
+
+    def is_of_branch(tensor: Tensor) -> bool:
+        value = recording.number(tensor)
+        if value not in branch or value >= call.began:
+            return False
+        made = recording.reach(value, shortcut)
+        return shortcut in made and bool(mixes(made - recording.reach(shortcut, shortcut)))
+
+    positional = [((n, None), value) for n, value in enumerate(call.args)]
+    named = [((None, name), value) for name, value in call.kwargs.items()]
+    return tuple(
+        parameter
+        for parameter, value in [*positional, *named]
+        if any(map(is_of_branch, tensors_in(value)))
+    )
+
+
+def _snapshot(
+    recording: Recording, total: int, frames: Sequence[Sequence[FrameType]], branch: set[int]
+) -> Snapshot:
+    """The variables that may turn out to be dead: None, or used by the branch alone until now.
+
+    Args:
+        frames: of the running methods, module by module.
+    """
+
+    def candidates(frame: FrameType) -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
+        for name, value in frame.f_locals.items():
+            if value is None:
+                found[name] = None
+            elif isinstance(value, Tensor):
+                number = recording.number(value)
+                if branch.issuperset(recording.values[number].children):
+                    found[name] = number
+        return found
+
+    return Snapshot(total, tuple(tuple(map(candidates, methods)) for methods in frames))
+
+
+def with_dead_variables(
+    recording: Recording, edits: Edits, snapshots: Sequence[Snapshot], outputs: set[int]
+) -> Edits:
+    """`edits`, with the variables that were dead every time that the addition was made.
+
+    A variable is dead if it is None, or if its value is not used after the addition.
+
+    Args:
+        outputs: of the model.
+    """
+
+    def is_dead(number: int | None, total: int) -> bool:
+        if number is None:
+            return True
+        used_later = any(child > total for child in recording.values[number].children)
+        return not used_later and number not in outputs
+
+    def dead(module: int, method: int) -> frozenset[str]:
+        names = [
+            {
+                name
+                for name, number in s.variables[module][method].items()
+                if is_dead(number, s.total)
+            }
+            for s in snapshots
+            if method < len(s.variables[module])
+        ]
+        return frozenset(set.intersection(*names)) if len(names) == len(snapshots) else frozenset()
+
+    def completed(module: int, edit: Sliced | None) -> Sliced | None:
+        if edit is None:
+            return None
+        callers = tuple(Caller(c.place, dead(module, n)) for n, c in enumerate(edit.callers, 1))
+        return replace(edit, dead=dead(module, 0), callers=callers)
+
+    return tuple((name, completed(n, edit)) for n, (name, edit) in enumerate(edits))

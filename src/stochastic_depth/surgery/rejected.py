@@ -1,0 +1,117 @@
+"""Additions that are not residual, each with the reason that `sd.plan` and errors show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from stochastic_depth.surgery.edits import Side, methods_of
+from stochastic_depth.surgery.shortcuts import Shortcuts
+from stochastic_depth.surgery.trace import Call, Recording
+
+COUPLING = (
+    "a coupling: it adds to one part of a value, or to one stream, what is computed from another, "
+    "to which nothing that comes of it is added in turn"
+)
+REPEATED = "it adds the same value again and again, as a bias that layers share"
+OTHER_SHAPE = "what is added is of another shape than the sum"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An addition of computed values that is not residual."""
+
+    owner: str
+    """Name of the module that adds."""
+    place: str
+    """Where in the source it stands, as far as that is known."""
+    reason: str
+
+
+def listed(rejected: Sequence[Rejected]) -> tuple[str, ...]:
+    """One line for each expression and reason; modules that share both are counted in it."""
+    owners: dict[tuple[str, str], dict[str, None]] = {}
+    for each in rejected:
+        owners.setdefault((each.place, each.reason), {})[each.owner or "the model"] = None
+    return tuple(
+        f"{next(iter(names))!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, "
+        f"{place}: {reason}"
+        for (place, reason), names in owners.items()
+    )
+
+
+def own_backward(function: str) -> str:
+    """Why an addition within an `autograd.Function` cannot be gated."""
+    return (
+        f"it is computed within {function}, an autograd.Function whose own backward pass knows no "
+        "gates (that of reversible layers computes every branch again): run the layers without it, "
+        "or under torch.utils.checkpoint"
+    )
+
+
+class Rejections:
+    """Collects the rejected additions of a forward pass while it is recorded."""
+
+    def __init__(self, recording: Recording, shortcuts: Shortcuts) -> None:
+        self.recording, self.shortcuts = recording, shortcuts
+        self.rejected: dict[tuple[str, str], Rejected] = {}
+        """The first of each place in each module."""
+
+    def add(self, rejected: Rejected) -> None:
+        self.rejected.setdefault((rejected.owner, rejected.place), rejected)
+
+    def reject(self, frame: FrameType, operands: Sequence[int], reason: str) -> None:
+        """Note an addition made in `frame`, if all of its operands are computed values."""
+        if all(map(self._is_computed, operands)):
+            self.add(self.described(frame, reason))
+
+    def described(self, frame: FrameType, reason: str) -> Rejected:
+        """The record of an addition that is made in `frame`."""
+        call = self.recording.calls[-1]
+        place = next((m.place for m in methods_of(call.module, frame) if m.place), None)
+        return Rejected(call.name, str(place or "in a function"), reason)
+
+    def sum_of_stack(self, operands: tuple[int | None, ...], frame: FrameType) -> None:
+        """Note `torch.stack([x, f(x)]).sum(0)`."""
+        stacked = operands[0] if operands else None
+        if stacked is None or not self.recording.calls:
+            return
+        value = self.recording.values[stacked]
+        if value.made_by in ("stack", "vstack", "dstack", "hstack") and len(value.parents) > 1:
+            reason = "a sum over a stack of tensors: write it as x + f(x)"
+            self.reject(frame, value.parents, reason)
+
+    def inside_product(self, name: str, operands: tuple[int | None, ...], frame: FrameType) -> None:
+        """Note `torch.addmm(x, f(x), w)`."""
+        first, *others = operands
+        factors = [number for number in others if number is not None]
+        if first is None or not self.recording.calls:
+            return
+        if any(first in self.recording.reach(number, first) for number in factors):
+            reason = f"it is added inside of a product ({name}): write it as x + a @ b"
+            self.reject(frame, [first, *factors[:1]], reason)
+
+    def why_not(self, left: int, right: int, side: Side | None, call: Call) -> str:
+        """Why an addition within `call` is not residual; empty if it is.
+
+        Args:
+            side: which of the two is the shortcut; None where neither can be.
+        """
+        if self.recording.values[left].tensor.numel() < 2:
+            return "it adds single numbers, such as losses"
+        if side is None:
+            return (
+                "neither of the two was computed from the other, nor is one a projection of a "
+                "single value that the other starts from too: parallel branches"
+            )
+        shortcut, added = (left, right) if side == "left" else (right, left)
+        within = self.recording.reach_within
+        if not self.shortcuts.mixes(within(added, call) - within(shortcut, call)):
+            return "what is added mixes nothing: it has no product, convolution, pooling"
+        return ""
+
+    def _is_computed(self, number: int) -> bool:
+        """Whether a value is an input of the module at work, or is computed by mixing inputs."""
+        call = self.recording.calls[-1]
+        if number in call.inputs:
+            return True
+        return bool(self.shortcuts.mixes(self.recording.reach_within(number, call)))
