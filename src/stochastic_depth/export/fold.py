@@ -12,8 +12,7 @@ from stochastic_depth.errors import FoldError
 from stochastic_depth.export.algebra import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
-from stochastic_depth.surgery.example import Example, caller
-from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.tensors import largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_map_only

@@ -17,8 +17,7 @@ from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
 from stochastic_depth.surgery.blocks import CONTAINERS, Found
-from stochastic_depth.surgery.example import Example, caller
-from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.tensors import largest_difference, tensors_in
 

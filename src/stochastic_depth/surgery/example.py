@@ -1,13 +1,17 @@
-"""The example inputs with which a model is inspected."""
+"""Run a model on example inputs, and restore all of its state afterwards."""
 
 import copy
-from collections.abc import Callable, Mapping
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from stochastic_depth.surgery.preserve import seed_everything
 from stochastic_depth.tensors import tensors_in
+from stochastic_depth.torch_private import call_of, set_call
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """The inputs of one forward call: one tensor, positional arguments, or keyword arguments."""
@@ -35,3 +39,131 @@ def on_meta(model: nn.Module, example: Example) -> bool:
     """Whether there are no values to compare: weights or inputs on the meta device."""
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(example)]
     return any(tensor.device.type == "meta" for tensor in tensors)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that PyTorch keeps: tensors, children and hooks."""
+
+
+@contextmanager
+def preserve_state(model: nn.Module) -> Iterator[None]:
+    """Restore `model` afterwards: modes, tensors, gradients, attributes; and the random state.
+
+    The very tensors come back, with their content, where a forward pass gives a buffer or a
+    parameter a new one. While entered, no module runs compiled, and PyTorch's own transformer
+    layers do not take their fused path: both bypass hooks and modes.
+    """
+    modules = list(model.modules())
+    held = [_Held(module) for module in modules]
+    compiled = [(module, call_of(module)) for module in modules]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    for parameter, _ in gradients:
+        parameter.grad = None
+    for module, _ in compiled:
+        set_call(module, None)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with preserved_randomness(model):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, implementation in compiled:
+            set_call(module, implementation)
+        for each in held:
+            each.restore()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def preserved_randomness(model: nn.Module) -> Iterator[None]:
+    """Restore the states of all random number generators: PyTorch's, Python's and NumPy's."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    numpy = _numpy()
+    of_python = random.getstate()
+    of_numpy = numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all random number generators."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.random.seed(seed)
+
+
+class _Held:
+    """The state of one module without its children."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind = module, type(module)
+        self.scripted = isinstance(module, torch.jit.ScriptModule)
+        self.training = module.training
+        self.buffers = [] if self.scripted else list(module._buffers.items())
+        self.parameters = [] if self.scripted else list(module._parameters.items())
+        self.attributes = {} if self.scripted else _attributes(module)
+        self.contents = [
+            (tensor, tensor.detach().clone())
+            for tensor in [
+                *(module.buffers(recurse=False) if self.scripted else ()),
+                *(tensor for _, tensor in [*self.buffers, *self.parameters]),
+                *self.attributes.values(),
+            ]
+            if isinstance(tensor, Tensor) and _has_content(tensor)
+        ]
+        self.collections = [
+            (value, type(value)(value))
+            for value in self.attributes.values()
+            if type(value) in (list, dict, set)
+        ]
+
+    def restore(self) -> None:
+        self.module.training = self.training
+        if not self.scripted and type(self.module) is self.kind:  # not one that was lazy
+            attributes = vars(self.module)
+            for name in _attributes(self.module).keys() - self.attributes.keys():
+                del attributes[name]
+            attributes.update(self.attributes)
+            _put_back(self.module._buffers, self.buffers)
+            _put_back(self.module._parameters, self.parameters)
+        with torch.no_grad():
+            for tensor, content in self.contents:
+                if not torch.equal(tensor, content):
+                    tensor.copy_(content)
+        for value, content in self.collections:
+            if type(value) is list:
+                value[:] = content
+            else:
+                value.clear()
+                value.update(content)
+
+
+def _numpy() -> Any:
+    """NumPy, if anything has imported it."""
+    return sys.modules.get("numpy")
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def _put_back(now: dict[str, Any], kept: list[tuple[str, Any]]) -> None:
+    """Make `now` hold the very objects that it held."""
+    if len(now) != len(kept) or any(now.get(name) is not value for name, value in kept):
+        now.clear()
+        now.update(kept)
+
+
+def _has_content(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor: neither on the meta device nor sharded nor without a shape."""
+    kinds = (Tensor, nn.Parameter, nn.Buffer)
+    return type(tensor) in kinds and tensor.device.type != "meta" and tensor.layout == torch.strided

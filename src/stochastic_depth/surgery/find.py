@@ -27,7 +27,7 @@ from stochastic_depth.surgery.blocks import (
 from stochastic_depth.surgery.branch_source import Addition
 from stochastic_depth.surgery.branches import MIN_SAVED, Analysis, Event, mostly_shared
 from stochastic_depth.surgery.edits import Site
-from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.mechanisms import (
     clashes,
     deferred_block,
@@ -35,7 +35,6 @@ from stochastic_depth.surgery.mechanisms import (
     registered_around,
     rewritten_unit,
 )
-from stochastic_depth.surgery.preserve import preserve_state
 from stochastic_depth.surgery.rejected import Rejected, own_backward
 from stochastic_depth.surgery.select_modules import Choice, Chosen, chosen_modules
 from stochastic_depth.surgery.syntax import in_loop

@@ -22,7 +22,7 @@ from stochastic_depth.surgery.branch_source import Addition
 from stochastic_depth.surgery.branches import Analysis, Event, Group
 from stochastic_depth.surgery.droppath import silence
 from stochastic_depth.surgery.edits import ADDITIONS, Deferred, Site, by_position, site_of
-from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.rejected import Rejected
 from stochastic_depth.torch_private import function_around
 

@@ -11,8 +11,7 @@ from stochastic_depth.block import Block
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.blocks import Found, unsupported
-from stochastic_depth.surgery.example import Example, caller
-from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.proof.bypass import bypassed
 from stochastic_depth.surgery.proof.calls import in_evaluation, in_training
 from stochastic_depth.surgery.sample_places import SAMPLES, Seen, noted

@@ -14,7 +14,7 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.deferred.dispatch import UNKNOWN
 from stochastic_depth.surgery.deferred.placeholder import why_computed
-from stochastic_depth.surgery.preserve import preserve_state
+from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.tensors import tensors_in
 
 CLOSED, OPEN = Gate(open=False), Gate()
