@@ -17,8 +17,7 @@ import scipy.io
 import torch
 from safetensors.torch import save
 
-from stochastic_depth.data.cifar import CIFAR10, read_batch, read_records
-from stochastic_depth.data.cifar_parquet import read_shard
+from stochastic_depth.data.cifar import CIFAR10, read_batch, read_records, read_shard_of
 from stochastic_depth.data.folders import unpack
 from stochastic_depth.data.pictures import decode_one, open_picture
 from stochastic_depth.data.svhn import read_mat
@@ -89,7 +88,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "pickle": in_file(lambda path: read_batch(path, CIFAR10), "data_batch_1"),
     "binary": in_file(lambda path: read_records(path, CIFAR10)),
     "mat": in_file(read_mat, "test_32x32.mat"),
-    "parquet": in_file(lambda path: read_shard(path, CIFAR10)),
+    "parquet": in_file(lambda path: read_shard_of(path, CIFAR10)),
     "small picture": lambda content: decode_one(content, "here", (32, 32)),
     "picture": in_file(open_picture),
     "archive": read_archive,

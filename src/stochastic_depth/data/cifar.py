@@ -19,6 +19,7 @@ from stochastic_depth.data.folders import (
     read_file,
     unpacking,
 )
+from stochastic_depth.data.parquet import read_shard, shards
 from stochastic_depth.data.pictures import SUFFIXES, decode
 from stochastic_depth.errors import DataError
 
@@ -85,6 +86,7 @@ class Variant:
 
 
 def join(parts: list[Images]) -> Images:
+    """The images of several files as one."""
     return Images(
         torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
     )
@@ -233,6 +235,7 @@ def read_part(root: Path, variant: Variant) -> Images:
 
 
 def some(names: set[str], most: int = 5) -> str:
+    """The first of `names` as a list for an error."""
     return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "") or "none"
 
 
@@ -244,17 +247,29 @@ class Layout:
     read: Callable[[Path, Variant], tuple[Images, Images]]
 
 
-def _read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
-    from stochastic_depth.data.cifar_parquet import read_parquet
+def read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
+    """Training and test part, from `train-*.parquet` and `test-*.parquet`.
 
-    return read_parquet(folder, variant)
+    Raises:
+        DataError: when a file or a row is missing or not as expected; names it.
+        MissingExtraError: when pyarrow or Pillow is not installed.
+    """
+    train, test = (
+        join([read_shard_of(path, variant) for path in shards(folder, part)]) for part in PARTS
+    )
+    return train, test
+
+
+def read_shard_of(path: Path, variant: Variant) -> Images:
+    """One parquet file of a variant."""
+    return variant.images(*read_shard(path, variant.label_columns, SIZE), path)
 
 
 LAYOUTS = (
     Layout(lambda folder, variant: any_file(folder, variant.pickle_files), read_pickles),
     Layout(lambda folder, variant: any_file(folder, variant.binary_files), read_binary),
     Layout(
-        lambda folder, _: any(any(folder.glob(f"{part}*.parquet")) for part in PARTS), _read_parquet
+        lambda folder, _: any(any(folder.glob(f"{part}*.parquet")) for part in PARTS), read_parquet
     ),
     Layout(lambda folder, _: any((folder / part).is_dir() for part in PARTS), read_folders),
 )

@@ -6,12 +6,11 @@ from typing import Any
 
 import altair as alt
 
-from stochastic_depth.lab.bench.depth import KINDS
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered
 from stochastic_depth.lab.style import CONSTANT, STOCHASTIC
 from stochastic_depth.timing import Timing
 
-NAMES = {kind: f"{kind} depth" for kind in KINDS}
+NAMES = {"constant": "constant depth", "stochastic": "stochastic depth"}
 LEGEND = (Key(NAMES["constant"], CONSTANT), Key(NAMES["stochastic"], STOCHASTIC[0]))
 
 
@@ -19,7 +18,7 @@ def depth_cost(result: Mapping[str, Any]) -> Figure:
     """Figure of the result of `bench depth`: medians, quartiles, peaks, and least-squares lines."""
     time: list[Row] = []
     memory: list[Row] = []
-    for kind in KINDS:
+    for kind in NAMES:
         for n, depth in enumerate(result["depths"]):
             timing = Timing(tuple(1e3 * s for s in result["seconds_per_image"][kind][n]))
             low, high = timing.quartiles
@@ -76,11 +75,11 @@ def _panel(
 
 
 def _sentence(result: Mapping[str, Any]) -> str:
-    slopes = {kind: result["lines"]["seconds"][kind]["slope"] for kind in KINDS}
+    slopes = {kind: result["lines"]["seconds"][kind]["slope"] for kind in NAMES}
     deepest = result["depths"][-1]
-    seconds = {kind: statistics.median(result["seconds_per_image"][kind][-1]) for kind in KINDS}
+    seconds = {kind: statistics.median(result["seconds_per_image"][kind][-1]) for kind in NAMES}
     saved = 1 - seconds["stochastic"] / seconds["constant"]
-    clauses = " and ".join(f"{1e6 * slopes[kind]:.3g} µs with {NAMES[kind]}" for kind in KINDS)
+    clauses = " and ".join(f"{1e6 * slopes[kind]:.3g} µs with {NAMES[kind]}" for kind in NAMES)
     return (
         f"Each layer more costs {clauses} for an image; at {deepest} layers stochastic depth saves "
         f"{100 * saved:.1f} % of the time."

@@ -1,4 +1,4 @@
-"""CIFAR as encoded images in parquet files, the layout of the Hugging Face hub."""
+"""Images of one size, encoded, and labels in parquet files: the layout of the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.data.cifar import SIZE, Variant, join
-from stochastic_depth.data.dataset import Images
 from stochastic_depth.data.pictures import decode
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
@@ -16,29 +14,22 @@ from stochastic_depth.files import require_file
 
 IMAGE_COLUMNS = ("img", "image")
 MOST_BYTES = 2**15
-"""The most bytes of one encoded picture; its pixels have 3,072."""
+"""The most bytes of one encoded picture; 32x32 pixels in colour have 3,072."""
 MOST_PACKING = 100
 ROWS = 8
 """Rows read at a time, because a few bytes can encode one large value a million times."""
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
 
 
-def read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
-    """Training and test part, from `train-*.parquet` and `test-*.parquet`.
+def shards(folder: Path, part: str) -> list[Path]:
+    """The files of one part, in order and complete by their `-00000-of-00003` names.
+
+    Args:
+        part: "train" or "test".
 
     Raises:
-        DataError: when a file or a row is missing or not as expected; names it.
-        MissingExtraError: when pyarrow or Pillow is not installed.
+        DataError: when there is none, or one is missing.
     """
-    train, test = (
-        join([read_shard(path, variant) for path in shards(folder, part)])
-        for part in ("train", "test")
-    )
-    return train, test
-
-
-def shards(folder: Path, part: str) -> list[Path]:
-    """The files of one part, in order and complete by their `-00000-of-00003` names."""
     paths = sorted([*folder.glob(f"{part}-*.parquet"), *folder.glob(f"{part}.parquet")])
     if not paths:
         raise DataError(f"{folder}: no {part}-*.parquet, expected both train and test: fetch it")
@@ -55,39 +46,52 @@ def shards(folder: Path, part: str) -> list[Path]:
     return paths
 
 
-def read_shard(path: Path, variant: Variant) -> Images:
-    """One file with an image column (`img` or `image`) and a label column."""
+def read_shard(
+    path: Path, label_columns: tuple[str, ...], size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The pixels, uint8 [n, 3, height, width], and the labels, int64 [n], of one file.
+
+    Args:
+        label_columns: names that the column of labels may have; images are in `img` or `image`.
+        size: height and width of every image.
+
+    Raises:
+        DataError: when the file or a row is not as expected; names it.
+        MissingExtraError: when pyarrow or Pillow is not installed.
+    """
     arrow, parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     encoded: list[bytes | None] = []
     labels = [torch.empty(0, dtype=torch.int64)]
     try:
         require_file(path, inside=0)
         with parquet.ParquetFile(path) as file:
-            claimed, size = file.metadata.num_rows, path.stat().st_size
-            if claimed > size:
+            claimed, length = file.metadata.num_rows, path.stat().st_size
+            if claimed > length:
                 raise DataError(
-                    f"{path}: claims {claimed:,} images in {size:,} bytes: fetch it again"
+                    f"{path}: claims {claimed:,} images in {length:,} bytes: fetch it again"
                 )
-            room = max(2**26, MOST_PACKING * size)
+            room = max(2**26, MOST_PACKING * length)
             names = file.schema_arrow.names
             image = column(path, names, IMAGE_COLUMNS)
-            label = column(path, names, variant.label_columns)
+            label = column(path, names, label_columns)
             for batch in file.iter_batches(ROWS, columns=[image, label]):
-                read = pictures(path, image, batch.column(image), len(encoded))
+                read = pictures(path, image, batch.column(image), len(encoded), size)
                 room -= sum(len(content or b"") for content in read)
                 if room < 0:
                     raise DataError(
-                        f"{path}: its images unpack to over {MOST_PACKING} times {size:,} bytes"
+                        f"{path}: its images unpack to over {MOST_PACKING} times {length:,} bytes"
                     )
                 encoded += read
                 labels.append(integers(path, label, batch.column(label)))
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: no readable parquet file ({error}): fetch it again") from error
-    pixels = decode(len(encoded), encoded.__getitem__, lambda i: f"{path}, row {i}", size=SIZE)
-    return variant.images(pixels, torch.cat(labels), path)
+    pixels = decode(len(encoded), encoded.__getitem__, lambda i: f"{path}, row {i}", size=size)
+    return pixels, torch.cat(labels)
 
 
-def pictures(path: Path, name: str, values: Any, first: int) -> list[bytes | None]:
+def pictures(
+    path: Path, name: str, values: Any, first: int, size: tuple[int, int]
+) -> list[bytes | None]:
     """The encoded pictures of some rows; `first` is the number of the first row."""
     types = require("pyarrow", "data").types
     found = values.type
@@ -103,7 +107,7 @@ def pictures(path: Path, name: str, values: Any, first: int) -> list[bytes | Non
         if content is not None and len(content) > MOST_BYTES:
             raise DataError(
                 f"{path}, row {row}: {len(content):,} bytes, expected an image of "
-                f"{SIZE[0]}x{SIZE[1]} pixels in at most {MOST_BYTES:,}"
+                f"{size[0]}x{size[1]} pixels in at most {MOST_BYTES:,}"
             )
     return encoded
 
