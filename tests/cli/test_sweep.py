@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 
 import pytest
 from filelock import FileLock
@@ -119,6 +120,7 @@ def test_a_sweep_of_which_every_run_failed_tells_why_and_is_an_error(capsys):
 
 
 def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
+    forkserver._forkserver._stop()  # what workers print goes where the next one prints
     arguments = ["sweep", "survival", "cifar10-resnet110", "--data.root", "nowhere", "--seeds", "1"]
     assert main(arguments) == 1
     told = capfd.readouterr()

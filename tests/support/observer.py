@@ -67,7 +67,7 @@ def look(run: Path, checked: set[tuple]) -> list[str]:
 
 def main() -> None:
     run, looks, wrong, checked = Path(sys.argv[1]), 0, [], set()
-    while not select.select([sys.stdin], [], [], 0.002)[0]:
+    while not select.select([sys.stdin], [], [], 0.01)[0]:
         wrong += look(run, checked)
         looks += 1
     print(json.dumps({"looks": looks, "files": len(checked), "wrong": wrong}))

@@ -2,9 +2,10 @@
 
 import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -76,20 +77,13 @@ def _with_threads(step: Step, count: int) -> Step:
 @contextmanager
 def busy_core() -> Iterator[None]:
     """While entered, another process computes without a pause."""
-    process = get_context("spawn").Process(target=_compute_for_ever, daemon=True)
-    process.start()
-    try:
-        yield
-    finally:
-        process.kill()
-        process.join()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     yield
-
-
-def _compute_for_ever() -> None:
-    while True:
-        pass

@@ -1,6 +1,5 @@
 """Time and memory against depth: both should grow as a straight line, and stochastic depth less."""
 
-import multiprocessing
 import resource
 import statistics
 import sys
@@ -22,6 +21,7 @@ from stochastic_depth.lab.bench.results import bench_table, shown, timings
 from stochastic_depth.lab.bench.workload import Step, Workload
 from stochastic_depth.lab.options import DepthOptions
 from stochastic_depth.models import CifarResNet
+from stochastic_depth.processes import fresh_processes
 from stochastic_depth.survival import LinearDecay
 from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.runtime import Runtime
@@ -88,9 +88,8 @@ def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> in
     Raises:
         RunError: when the process was killed, as for lack of memory.
     """
-    spawn = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(1, spawn) as process:
+        with ProcessPoolExecutor(1, fresh_processes(__name__)) as process:
             return process.submit(_peak_memory, depth, kind, workload, steps).result()
     except BrokenProcessPool as error:
         raise RunError(

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,6 +24,7 @@ from stochastic_depth.data import Batches
 from stochastic_depth.errors import DivergedError, RunError, StochasticDepthError
 from stochastic_depth.files import is_there, reason, require_writable, visible
 from stochastic_depth.lab.sweep.folder import Point, Sweep
+from stochastic_depth.processes import fresh_processes
 from stochastic_depth.train import Interrupted, Record, Run, begin, fit, reopen
 from stochastic_depth.train.fit import StopSignals
 from stochastic_depth.train.train_state import TrainState
@@ -88,9 +89,8 @@ class Workers:
     """
 
     def __init__(self, sweep: Sweep, count: int, threads: int) -> None:
-        spawn = get_context("spawn")
-        arguments = (sweep, threads)
-        self._processes = [spawn.Process(target=_work, args=arguments) for _ in range(count)]
+        fresh, arguments = fresh_processes(__name__), (sweep, threads)
+        self._processes = [fresh.Process(target=_work, args=arguments) for _ in range(count)]
 
     def __enter__(self) -> Self:
         # Ctrl-C reaches the whole group of processes; this one tells the workers to stop.
