@@ -58,9 +58,9 @@ def text_bomb() -> bytes:
     return png_of(32, struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)))
 
 
-def saved(kind: str, size: tuple[int, int]) -> bytearray:
+def saved(kind: str, size: tuple[int, int], **options: bool) -> bytearray:
     file = io.BytesIO()
-    Image.new("RGB", size).save(file, kind)
+    Image.new("RGB", size).save(file, kind, **options)
     return bytearray(file.getvalue())
 
 
@@ -77,6 +77,14 @@ def bmp_of(side: int) -> bytes:
     return bytes(content)
 
 
+def webp_of(side: int) -> bytes:
+    content = saved("WEBP", (32, 32), lossless=True)
+    at = content.index(b"VP8L") + 9  # 14 bits of each side less one, and four of others
+    (others,) = struct.unpack_from("<I", content, at)
+    struct.pack_into("<I", content, at, others >> 28 << 28 | (side - 1) << 14 | side - 1)
+    return bytes(content)
+
+
 PICTURES = {
     "no bytes": b"",
     "text": b"this is no picture\n" * 50,
@@ -86,7 +94,7 @@ PICTURES = {
     "a jpeg of 65,500 x 65,500 pixels": jpeg_of(65_500),
     "a bmp of 100,000 x 100,000 pixels": bmp_of(HUGE),
     "a ppm of 100,000 x 100,000 pixels": b"P6 100000 100000 255\n" + bytes(3000),
-    "a webp of 16,383 x 16,383 pixels": bytes(saved("WEBP", (16_383, 16_383))),
+    "a webp of 16,383 x 16,383 pixels": webp_of(16_383),
     "a png with a comment of 100 MB": text_bomb(),
     "a picture of 32 x 33 pixels": bytes(saved("PNG", (32, 33))),
     "a gif": bytes(saved("GIF", (32, 32))),
