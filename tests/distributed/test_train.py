@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ from stochastic_depth.train import begin, fit, open_run, reopen
 from stochastic_depth.train.config import Config, DistributedConfig
 from stochastic_depth.train.display import RunView
 from support.data_sets import write_imagenet
-from support.processes import environment, program
+from support.forked import torchrun
+from support.processes import environment, forked, program
 from support.runs import assert_same_end
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(900)]
@@ -26,34 +30,45 @@ SYNCED = ["--distributed.sync-batchnorm"]
 TIMEOUT = 400
 
 
-def torchrun(*arguments: object) -> subprocess.Popen[str]:
+def by_torchrun(*arguments: object) -> str:
     """`torchrun -m stochastic_depth train ...`, as users start two processes."""
     command = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    return start(*command, program("command_line"), "--", "train", *arguments)
-
-
-def forked(*arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
-    """The same by torchrun's own agent, whose processes need not import all anew."""
-    return start(program("torchrun"), 2, restarts, "train", *arguments)
-
-
-def start(*command: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    command += [program("command_line"), "--", "train", *arguments]
+    done = subprocess.run(
         [sys.executable, *map(str, command)],
         env={**environment(), "COLUMNS": "80"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=TIMEOUT,
     )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
-    return output
+@dataclass(frozen=True)
+class Group:
+    """The same by torchrun's own agent, whose processes need not import all anew."""
+
+    agent: BaseProcess
+    output: Path
+
+    def finish(self) -> str:
+        self.agent.join(TIMEOUT)
+        self.agent.kill()
+        assert self.agent.exitcode == 0, self.output.read_text()
+        return self.output.read_text()
+
+
+@pytest.fixture
+def group(tmp_path) -> Callable[..., Group]:
+    """`group(*arguments)`: a group under way."""
+
+    def start(*arguments: object, restarts: int = 0) -> Group:
+        output = tmp_path / "output.txt"
+        return Group(forked(torchrun, restarts, "train", *arguments, output=output), output)
+
+    return start
 
 
 def journal(path: Path) -> list[dict]:
@@ -92,7 +107,7 @@ def alone(folder: Path) -> Path:
 def together(folder: Path) -> tuple[Path, str]:
     """The run of two processes, and what was printed."""
     run = folder / "together"
-    return run, finish(torchrun("digits", *OPTIONS, *SYNCED, "--run", run))
+    return run, by_torchrun("digits", *OPTIONS, *SYNCED, "--run", run)
 
 
 def test_two_processes_train_as_one_does(alone, together):
@@ -119,26 +134,26 @@ def test_a_run_of_two_is_gone_on_with_by_one(together, alone, folder):
     assert_close(path, alone)
 
 
-def test_a_run_of_one_is_gone_on_with_by_two(alone, folder):
+def test_a_run_of_one_is_gone_on_with_by_two(alone, folder, group):
     run, images = begin(open_run(alone).config, folder / "by-two")
     records = fit(run, images, RunView("", print))
     for _ in range(2):
         next(records)
     records.close()
-    assert "going on at step 8 of 20" in finish(forked("--resume", run.path))
+    assert "going on at step 8 of 20" in group("--resume", run.path).finish()
     assert_close(run.path, alone)
 
 
-def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, folder):
+def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, folder, group):
     """Bit for bit; what happens to more of them is in tests/train/test_kill.py."""
     (preserve_state, _), killed = together, folder / "killed"
-    group = forked("digits", *OPTIONS, *SYNCED, "--run", killed, restarts=2)
+    under_way = group("digits", *OPTIONS, *SYNCED, "--run", killed, restarts=2)
     began = time.monotonic()
     while not list((killed / "checkpoints").glob("step-*")):
         assert time.monotonic() < began + TIMEOUT
         time.sleep(0.01)
-    os.kill(workers(group.pid)[1], signal.SIGKILL)
-    output = finish(group)
+    os.kill(workers(under_way.agent.pid)[1], signal.SIGKILL)
+    output = under_way.finish()
     assert "going on at step" in output
     told = [line for line in output.splitlines() if "torch/distributed/elastic" not in line]
     assert not any("Traceback" in line for line in told)  # the agent logs how its process ended
@@ -146,13 +161,13 @@ def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, fo
     assert not list(killed.rglob(".unfinished-*"))
 
 
-def test_a_tree_of_pictures_is_trained_on(folder):
+def test_a_tree_of_pictures_is_trained_on(folder, group):
     """The ImageNet recipe with fewer layers: a checkpoint of all of its 152 is half a gigabyte."""
     pytest.importorskip("torchvision", reason="needs torchvision")
     write_imagenet(folder / "pictures", train=8, val=3)
     options = "--model.depth 50 --data.size 32 --data.workers 1 --optimizer.batch 8 --epochs 1"
     options += f" --data.root {folder / 'pictures'} --precision float32"
-    finish(forked("imagenet-resnet152", *options.split(), "--run", folder / "imagenet"))
+    group("imagenet-resnet152", *options.split(), "--run", folder / "imagenet").finish()
     (record,) = journal(folder / "imagenet")
     assert record["step"] == 3  # of 8 images each, of 24
     assert record["test_error"] in [pytest.approx(100 * wrong / 9) for wrong in range(10)]

@@ -1,7 +1,10 @@
 """Programs that tests start in processes of their own."""
 
+import multiprocessing
 import os
 import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 
@@ -14,3 +17,30 @@ def environment() -> dict[str, str]:
     """Of a process that can import what this one can, and has one thread."""
     path = os.pathsep.join(filter(None, sys.path))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def forked(command: Callable[..., int], *arguments: object, output: Path) -> BaseProcess:
+    """A command under way in a process that need not import all anew.
+
+    It is forked from one that has imported the command line and done nothing else.
+
+    Args:
+        command: a function of words that gives the exit code; of a module.
+        output: the file for what it prints.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["support.forked"])
+    process = server.Process(target=_run, args=(command, [*map(str, arguments)], output))
+    process.start()
+    return process
+
+
+def _run(command: Callable[..., int], arguments: list[str], output: Path) -> None:
+    import torch
+
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    os.environ["COLUMNS"] = "80"
+    sys.exit(command(*arguments))

@@ -243,7 +243,8 @@ def published(name):
         return models.resnet18(num_classes=10), torch.randn(2, 3, 32, 32)
     if name == "vit":
         timm = pytest.importorskip("timm", reason="needs timm")
-        return timm.create_model("vit_tiny_patch16_224", img_size=32), torch.randn(2, 3, 32, 32)
+        small = {"img_size": 32, "embed_dim": 24}
+        return timm.create_model("vit_tiny_patch16_224", **small), torch.randn(2, 3, 32, 32)
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     config = transformers.GPT2Config(
         n_layer=6,

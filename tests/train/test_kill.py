@@ -11,25 +11,23 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from stochastic_depth.cli import main
 from stochastic_depth.train import open_run
-from support.processes import environment, program
+from support.forked import command_line, torchrun
+from support.processes import forked, program
 from support.runs import assert_same_end
 
 OPTIONS = ["--model.depth", "8", "--data.train", "300", "--epochs", "10", "--evaluate-every", "2"]
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "stochastic_depth", *map(str, arguments)]
-
-
 def train(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command("train", *arguments),
+        [sys.executable, "-m", "stochastic_depth", "train", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,40 +42,9 @@ def has_begun(process: subprocess.Popen[str]) -> None:
     assert "→" in line, line + process.stdout.read()
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate()
-    return process.returncode, output
-
-
-class Zygote:
-    """Runs commands in processes that are forked, not started."""
-
-    def __init__(self, folder: Path) -> None:
-        self.output = folder / "output.txt"
-        self.process = subprocess.Popen(
-            [sys.executable, program("zygote")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-
-    def start(self, *arguments: object) -> int:
-        """Start a command; gives its process id."""
-        print(json.dumps([[str(a) for a in arguments], str(self.output)]), file=self.process.stdin)
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def wait(self) -> int:
-        """The exit code; negative: minus the signal."""
-        return int(self.process.stdout.readline())
-
-
-@pytest.fixture
-def zygote(tmp_path):
-    zygote = Zygote(tmp_path)
-    yield zygote
-    zygote.process.communicate()
+def finish(process: BaseProcess, output: Path) -> None:
+    process.join()
+    assert process.exitcode == 0, output.read_text()
 
 
 @pytest.fixture
@@ -96,33 +63,31 @@ def observed(tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_a_run_killed_at_random_moments_ends_where_it_would_have(
-    tmp_path, zygote, observed, soak, counts
-):
+def test_a_run_killed_at_random_moments_ends_where_it_would_have(tmp_path, observed, soak, counts):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    output = tmp_path / "output.txt"
     begin = ["digits", *OPTIONS, "--epochs", "16", "--run"]
     durations = []
     # The second finds nothing to do: the time it takes is that of every start.
     for arguments in ([*begin, undisturbed], ["--resume", undisturbed]):
         began = time.monotonic()
-        zygote.start("train", *arguments)
-        assert zygote.wait() == 0, zygote.output.read_text()
+        finish(forked(command_line, "train", *arguments, output=output), output)
         durations.append(time.monotonic() - began)
     training, start = durations[0] - durations[1], durations[1]
 
     wanted, kills, moments = 100 if soak else 3, 0, random.Random(0)
     going_on = ["--resume", killed]
     while kills < wanted and not (killed / "model.safetensors").exists():
-        pid = zygote.start("train", *(going_on if killed.exists() else [*begin, killed]))
+        arguments = going_on if killed.exists() else [*begin, killed]
+        process = forked(command_line, "train", *arguments, output=output)
         time.sleep(moments.uniform(0, start + training / wanted))
-        with suppress(ProcessLookupError):  # it had come to its end
-            os.kill(pid, signal.SIGKILL)
-        code = zygote.wait()
-        assert code in (0, -signal.SIGKILL), zygote.output.read_text()
-        kills += code == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), output.read_text()
+        kills += process.exitcode == -signal.SIGKILL
     assert kills > wanted / 2
-    zygote.start("train", *(going_on if killed.exists() else [*begin, killed]))
-    assert zygote.wait() == 0, zygote.output.read_text()
+    arguments = going_on if killed.exists() else [*begin, killed]
+    finish(forked(command_line, "train", *arguments, output=output), output)
 
     assert_as_undisturbed(undisturbed, killed, observed(), counts)
     counts["kills of a run, which ended bit for bit as undisturbed"] += kills
@@ -142,19 +107,13 @@ class Group:
 
     def __init__(self, run: Path, restarts: int, epochs: int) -> None:
         options = [*OPTIONS, "--epochs", epochs, "--run", run]
-        arguments = [program("torchrun"), 2, restarts, "train", "digits", *options]
         self.run, self.output = run, run.with_suffix(".txt")
-        with self.output.open("wb") as file:
-            self.agent = subprocess.Popen(
-                [sys.executable, *map(str, arguments)],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-            )
+        arguments = ["train", "digits", *options]
+        self.agent = forked(torchrun, restarts, *arguments, output=self.output)
 
     def workers(self, besides: Sequence[int] = ()) -> list[int]:
         """Their process ids, once there are two others than `besides`; none when all has ended."""
-        while self.agent.poll() is None:
+        while self.agent.is_alive():
             with suppress(FileNotFoundError):
                 children = Path(f"/proc/{self.agent.pid}/task").glob("*/children")
                 found = sorted(int(pid) for path in children for pid in path.read_text().split())
@@ -166,13 +125,13 @@ class Group:
     def wait_for_checkpoint(self, at_most: float = math.inf) -> None:
         """Until there is another one, all has ended, or `at_most` seconds are over."""
         before, end = set(self.run.glob("checkpoints/step-*")), time.monotonic() + at_most
-        while self.agent.poll() is None and time.monotonic() < end:
+        while self.agent.is_alive() and time.monotonic() < end:
             if not before >= {*self.run.glob("checkpoints/step-*")}:
                 break
             time.sleep(0.002)
 
     def finish(self) -> None:
-        assert self.agent.wait() == 0, self.output.read_text()
+        finish(self.agent, self.output)
 
 
 @pytest.mark.soak
@@ -213,8 +172,8 @@ def test_a_signal_writes_a_checkpoint_and_tells_how_to_go_on(tmp_path, number):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    code, output = finish(process)
-    assert code == 128 + number
+    output, _ = process.communicate()
+    assert process.returncode == 128 + number
     assert "with a checkpoint" in output
     assert f"stochastic-depth train --resume {tmp_path / 'run'}" in output
     assert "Traceback" not in output
@@ -229,6 +188,6 @@ def test_a_second_process_is_told_that_the_folder_is_being_written(tmp_path, cap
         time.sleep(0.02)
     code = main(["train", "--resume", str(tmp_path / "run")])
     process.kill()
-    finish(process)
+    process.communicate()
     assert code == 1
     assert "being written by another process" in capsys.readouterr().err
