@@ -90,6 +90,11 @@ def survival_rule(name: str, rate: float) -> NamedRule:
 
     Raises:
         SurvivalError: when the name is not known, or the rate is no rate.
+
+    Examples:
+        >>> rule = sd.survival_rule("timm", 0.3)
+        >>> [round(rule(block, 4), 3) for block in (1, 2, 3, 4)]
+        [1.0, 0.9, 0.8, 0.7]
     """
     return NamedRule(name, rate)
 

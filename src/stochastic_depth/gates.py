@@ -17,7 +17,14 @@ from stochastic_depth.randomness import digest, uniforms
 
 
 class Gate(NamedTuple):
-    """What one block does in one forward pass."""
+    """What one block does in one forward pass.
+
+    Examples:
+        >>> gate = sd.Gate(open=False)
+        >>> x = torch.ones(2)
+        >>> x + gate.scale(x * x) if gate.open else x
+        tensor([1., 1.])
+    """
 
     open: bool = True
     """b_l: whether the branch runs at all."""

@@ -42,6 +42,15 @@ class Handle:
         share: where the samples of this process begin in a mini-batch of several, and how many
             samples that has; for gates for single samples.
         parts: how many processes share a mini-batch, in equal parts: each of them is balanced.
+
+    Examples:
+        >>> model = sd.models.CifarResNet(20)
+        >>> handle = sd.apply(model)
+        >>> handle
+        Handle(9 blocks, p from 0.9444 to 0.5, expected depth 6.5, ..., seed=0, step=0)
+        >>> logits = model.train()(torch.randn(4, 3, 32, 32))
+        >>> handle.step, torch.equal(handle.gates, handle.gates_at(0))
+        (1, True)
     """
 
     def __init__(

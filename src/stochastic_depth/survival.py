@@ -27,6 +27,11 @@ class LinearDecay:
     """p_l = 1 - (l / L) * (1 - p_L): early blocks nearly always survive, the last one with p_L.
 
     The default of the paper (section 3, equation 4). `final` is p_L, reached exactly.
+
+    Examples:
+        >>> rule = sd.LinearDecay(0.5)
+        >>> [rule(block, 4) for block in (1, 2, 3, 4)]
+        [0.875, 0.75, 0.625, 0.5]
     """
 
     final: float = 0.5
@@ -38,7 +43,12 @@ class LinearDecay:
 
 @dataclass(frozen=True)
 class Uniform:
-    """p_l = p for every block (the paper, section 3)."""
+    """p_l = p for every block (the paper, section 3).
+
+    Examples:
+        >>> sd.Uniform(0.8)(block=3, blocks=4)
+        0.8
+    """
 
     p: float = 0.5
 
@@ -51,6 +61,10 @@ class Warmup:
     """Drop rates that grow evenly from 0, and are the rule's from step `until` on.
 
     For networks that only converge when no block is dropped at first.
+
+    Examples:
+        >>> [sd.Warmup(1000)(step) for step in (0, 500, 1000)]
+        [0.0, 0.5, 1.0]
     """
 
     until: int
@@ -68,6 +82,10 @@ class Early:
 
     They fall evenly to 0 with shape "linear", or stay the rule's until then with "constant" (Liu et
     al. 2023, arXiv:2303.01500, "Dropout reduces underfitting").
+
+    Examples:
+        >>> [sd.Early(1000)(step) for step in (0, 500, 1000)]
+        [1.0, 0.5, 0.0]
     """
 
     until: int
@@ -86,7 +104,12 @@ class Early:
 
 @dataclass(frozen=True)
 class Late:
-    """No block is dropped until step `until` (Liu et al. 2023): for networks that overfit late."""
+    """No block is dropped until step `until` (Liu et al. 2023): for networks that overfit late.
+
+    Examples:
+        >>> [sd.Late(1000)(step) for step in (0, 500, 1000)]
+        [0.0, 0.0, 1.0]
+    """
 
     until: int
 
@@ -103,6 +126,10 @@ class Progressive:
 
     Progressive layer dropping (Zhang and He 2020, arXiv:2010.13369, equation 3); its theta is p_L
     of the rule: `sd.LinearDecay(theta)`.
+
+    Examples:
+        >>> [round(sd.Progressive(0.001)(step), 3) for step in (0, 500, 1000)]
+        [0.0, 0.393, 0.632]
     """
 
     gamma: float = 0.001
@@ -120,6 +147,10 @@ class Decreasing:
     """Drop rates that are the rule's until step `since`, fall evenly, and are 0 from `until` on.
 
     The last part of the training is of the full network, as it will be evaluated.
+
+    Examples:
+        >>> [sd.Decreasing(500, 1000)(step) for step in (0, 500, 1000)]
+        [1.0, 1.0, 0.0]
     """
 
     since: int
@@ -137,7 +168,9 @@ class Decreasing:
 class Steps:
     """Shares of the rule's drop rates, each from its step on, and 0 before the first.
 
-    sd.Steps({0: 0.2, 1000: 0.6, 5000: 1.0})
+    Examples:
+        >>> [sd.Steps({0: 0.2, 1000: 0.6})(step) for step in (0, 500, 1000)]
+        [0.2, 0.2, 0.6]
     """
 
     shares: tuple[tuple[int, float], ...]

@@ -39,6 +39,14 @@ def fold(model: nn.Module, example: Example) -> None:
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
         FoldError: naming the block that cannot take p_l exactly; `model` is as it was.
+
+    Examples:
+        >>> model = sd.models.CifarResNet(8).eval()
+        >>> handle = sd.apply(model)
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> before = model(images)
+        >>> sd.fold(model, images)
+        >>> torch.testing.assert_close(model(images), before)
     """
     handle_of(model)
     refuse_sharded(model, "fold")

@@ -172,21 +172,30 @@ class Dropped:
 
 
 def drop_order(model: nn.Module, loss: Callable[[nn.Module], float]) -> Iterator[Dropped]:
-    """Close the blocks of `model` one after the other, each time the one that costs least.
+    """Close the blocks of `model` one after the other, each time the one whose loss is lowest.
 
-    Greedy: to choose the n-th of L blocks the loss is taken L - n + 1 times, for all of them
-    L (L + 1) / 2 times. The iterator may be left at any time. `model` stays as it is.
-
-        order = [dropped.block for dropped in itertools.islice(sd.drop_order(model, loss), 10)]
-        sd.truncate(model, [n for n in range(54) if n not in order], example)
+    The search is greedy: to choose the n-th of L blocks the loss is computed L - n + 1 times, for
+    all of them L (L + 1) / 2 times. The iterator may be left at any time. `model` is not changed.
 
     Args:
         model: one that `sd.apply` was given.
-        loss: of the model in evaluation mode, without some of its blocks; say over the validation
-            images.
+        loss: called with the model in evaluation mode, some of its blocks closed; returns its loss,
+            for example over the validation images.
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
+
+    Examples:
+        >>> model = sd.models.CifarResNet(20)
+        >>> handle = sd.apply(model)
+        >>> images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+        >>> def loss(network):
+        ...     return nn.functional.cross_entropy(network(images), labels).item()
+        >>> order = itertools.islice(sd.drop_order(model, loss), 2)
+        >>> first = [dropped.block for dropped in order]
+        >>> sd.truncate(model, [block for block in range(9) if block not in first], images)
+        >>> len(sd.apply(model).blocks)
+        7
     """
     return _dropped(model, handle_of(model), loss)
 
@@ -245,6 +254,13 @@ def truncate(
         ApplyError: when `model` is not one that `sd.apply` was given.
         TruncateError: when `keep` does not fit, or naming a block that cannot be taken out.
         FoldError: naming a block that cannot take its p_l. In each case `model` is as it was.
+
+    Examples:
+        >>> model = sd.models.CifarResNet(20)
+        >>> handle = sd.apply(model)
+        >>> sd.truncate(model, 1, torch.randn(1, 3, 32, 32))  # the first block of each stage
+        >>> len(sd.apply(model).blocks)
+        3
     """
     closed = _closed(applied_to(model).found, keep)
     refuse_sharded(model, "truncate")

@@ -18,12 +18,6 @@ _registered: dict[str, Callable[..., Any]] = {}
 def register_unit(kind: type[nn.Module] | str) -> Callable[[GatedForward], GatedForward]:
     """Say how the modules of a class are skipped, where `sd.apply` cannot see it: a decorator.
 
-        @sd.register_unit(Block)
-        def forward(block, gate, x, mask):
-            if not gate.open:
-                return x, mask
-            return x + gate.scale(block.attention(x, mask)), mask
-
     The function is the class's forward method, written with a gate. `sd.apply` holds it against the
     original as it does all others: open, closed, and nothing of the branch run.
 
@@ -33,6 +27,19 @@ def register_unit(kind: type[nn.Module] | str) -> Callable[[GatedForward], Gated
 
     Raises:
         ApplyError: when the class has one already.
+
+    Examples:
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = nn.Linear(4, 4)
+        ...     def forward(self, x, mask):
+        ...         return x + self.linear(x * mask), mask
+        >>> @sd.register_unit(Block)
+        ... def forward(block, gate, x, mask):
+        ...     if not gate.open:
+        ...         return x, mask
+        ...     return x + gate.scale(block.linear(gate.select(x * mask))), mask
     """
     name = kind if isinstance(kind, str) else _name(kind)
 

@@ -41,6 +41,14 @@ def remove(model: nn.Module) -> None:
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
+
+    Examples:
+        >>> model = sd.models.CifarResNet(8)
+        >>> handle = sd.apply(model)
+        >>> sd.remove(model)
+        >>> sd.handle_of(model)
+        Traceback (most recent call last):
+        stochastic_depth.errors.ApplyError: CifarResNet has no stochastic depth: ...
     """
     applied = applied_to(model)
     for hook in applied.hooks:
@@ -59,6 +67,12 @@ def handle_of(model: nn.Module) -> Handle:
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
+
+    Examples:
+        >>> model = sd.models.CifarResNet(8)
+        >>> handle = sd.apply(model)
+        >>> sd.handle_of(model) is handle
+        True
     """
     return applied_to(model).handle
 

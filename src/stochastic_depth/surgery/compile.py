@@ -45,6 +45,11 @@ def compile_blocks(model: Model, **options: Any) -> Model:
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given, or is itself a block.
+
+    Examples:
+        >>> model = sd.models.CifarResNet(8)
+        >>> handle = sd.apply(model)
+        >>> model = sd.compile_blocks(model)  # the first steps compile
     """
     applied = applied_to(model)
     blocks = dict.fromkeys(found.module for found in applied.found if found.mechanism != "deferred")

@@ -135,6 +135,15 @@ def plan(
     Raises:
         ApplyError: when `model` has no residual block.
         SurvivalError: when a p_l is outside (0, 1].
+
+    Examples:
+        >>> plan = sd.plan(sd.models.CifarResNet(8), torch.randn(1, 3, 32, 32))
+        >>> print(plan)
+        block     class     shortcut    mechanism      p  parameters   FLOPs
+        blocks.0  Residual  identity    Residual   0.833      4.67 k  9.44 M
+        blocks.1  Residual  projection  Residual   0.667        14 k  7.08 M
+        blocks.2  Residual  projection  Residual   0.500      55.6 k  7.08 M
+        3 of 3 blocks skippable
     """
     refuse_applied(model)
     rejected: list[Rejected] = []
@@ -289,6 +298,17 @@ def summary(model: nn.Module, example: Example) -> Summary:
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
+
+    Examples:
+        >>> model = sd.models.CifarResNet(8)
+        >>> handle = sd.apply(model)
+        >>> print(sd.summary(model, torch.randn(1, 3, 32, 32)))
+        block     class         p  parameters  forward  backward
+        blocks.0  Residual  0.833      4.67 k   9.44 M    18.9 M
+        blocks.1  Residual  0.667        14 k   7.08 M    14.2 M
+        blocks.2  Residual  0.500      55.6 k   7.08 M    14.2 M
+        expected depth 2 of 3 blocks; FLOPs 24.5 M forward, 48.1 M backward at full depth; ...
+        ...
     """
     handle = handle_of(model)
     opened = force(handle.blocks, [OPEN] * len(handle.blocks))

@@ -75,6 +75,17 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
         UnsupportedBlockError: naming the block for which something does not hold.
+
+    Examples:
+        >>> model = sd.models.CifarResNet(8)
+        >>> handle = sd.apply(model)
+        >>> print(sd.verify(model, torch.randn(2, 3, 8, 8)))
+        blocks open  FLOPs  training step   time
+        all          1.000       ... ms  1.000
+        every other  0.708       ... ms  ...
+        none         0.025       ... ms  ...
+        3 blocks verified in 5 sets, largest difference 0
+        ...
     """
     applied = applied_to(model)
     refuse_sharded(model, "verify")
