@@ -1,5 +1,7 @@
 """The documentation: its code runs, its site builds, and it fetches nothing."""
 
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -58,6 +60,32 @@ def test_the_way_of_a_foreign_model_names_files_that_are_there():
     named = set(re.findall(r"`(\w+)`", way)) - {"remove"}
     assert len(named) > 10
     assert named <= files
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name of the package is a module, or in one."""
+    value: object = sd
+    path = name.split(".")
+    for length, part in enumerate(path[1:], start=2):
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            if importlib.util.find_spec(".".join(path[:length])) is None:
+                return False
+            value = importlib.import_module(".".join(path[:length]))
+    return True
+
+
+@pytest.mark.parametrize("name", [*PAGES, "../README.md"])
+def test_the_names_and_files_that_a_page_mentions_are_there(name):
+    text = (DOCS / name).read_text()
+    names = re.findall(r"\b(?:sd|stochastic_depth)(?:\.[A-Za-z_]\w*)+", text)
+    names = {re.sub(r"^sd\.", "stochastic_depth.", each) for each in names}
+    assert not [each for each in names if not resolves(each)]
+    files = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|h|cpp|js|json))`", text))
+    roots = (ROOT, ROOT / "src" / "stochastic_depth")
+    files = {each for each in files if not each.startswith("RUN/")}
+    assert not [each for each in files if not any((root / each).exists() for root in roots)]
 
 
 class Links(HTMLParser):
