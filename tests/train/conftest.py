@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.train import Config, ModelConfig, SurvivalConfig, begin, fit
+from stochastic_depth.train import Config, DataConfig, ModelConfig, SurvivalConfig, begin, fit
 
 
 class Silent:
@@ -30,9 +30,12 @@ def silent():
 
 @pytest.fixture(scope="session")
 def small() -> Config:
+    digits = RECIPES["digits"]()
     return replace(
-        RECIPES["digits"](),
+        digits,
+        data=DataConfig(train=320),
         model=ModelConfig(depth=14),
+        optimizer=replace(digits.optimizer, batch=32),
         survival=SurvivalConfig(final=0.3),
         epochs=2,
         evaluate_every=4,

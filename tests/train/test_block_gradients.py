@@ -96,7 +96,7 @@ def test_with_gates_for_single_samples_samples_are_counted(small, path, silent):
     record = next(fit(run, images, silent))
     survival = tuple(1 - block / BLOCKS * 0.7 for block in range(1, BLOCKS + 1))
     drawn = Counter(
-        active for step in range(4) for active in draw(0, step, survival, 128).sum(0).tolist()
+        active for step in range(4) for active in draw(0, step, survival, 32).sum(0).tolist()
     )
     assert record.active_counts == {str(n): count for n, count in sorted(drawn.items())}
     assert None not in record.block_gradients

@@ -7,6 +7,7 @@ import torch
 import stochastic_depth as sd
 from stochastic_depth.errors import CheckpointError, ConfigError, DivergedError, RunError
 from stochastic_depth.gates import draw
+from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import (
     DataConfig,
     ModelConfig,
@@ -38,7 +39,8 @@ def test_a_run_writes_its_folder(small, path, silent):
 
 
 def test_losses_and_errors_are_the_golden_ones(small, path, silent):
-    config = replace(small, survival=SurvivalConfig(final=0.8), epochs=8, evaluate_every=10)
+    config = replace(RECIPES["digits"](), model=small.model, survival=SurvivalConfig(final=0.8))
+    config = replace(config, epochs=8, evaluate_every=10)
     _, records = finish(path, config, silent)
     losses = [2.3018, 2.2793, 2.2036, 1.899, 1.3408, 1.2006, 1.0022, 1.1768]
     errors = [89.0, 73.6, 65.2, 29.6, 18.0, 11.0, 8.6, 7.6]

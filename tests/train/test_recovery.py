@@ -24,7 +24,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "recover.md").read_text()
 ROWS = re.findall(r"^\| (.+?) \| .+ \| .+ \|$", PAGE, re.MULTILINE)[1:]
-SMALL = "digits --model.depth 14 --survival.final 0.3 --epochs 2 --evaluate-every 4 --quiet"
+SMALL = (
+    "digits --data.train 320 --optimizer.batch 32 --model.depth 14 --survival.final 0.3 "
+    "--epochs 2 --evaluate-every 4 --quiet"
+)
 """The fixture `small`, for the command line."""
 SCENES = {}
 
