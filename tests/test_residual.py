@@ -372,3 +372,67 @@ def test_parameters_are_found_under_the_names_of_the_parts() -> None:
         "shortcut.bias",
         "activation.weight",
     ]
+
+
+class Recomputing(torch.autograd.Function):
+    """Calls `forward` without a graph, and `again` in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, forward, again):
+        ctx.save_for_backward(x)
+        ctx.again = again
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            out = ctx.again(x)
+        out.backward(gradient)
+        return x.grad, None, None
+
+
+class Recomputed(nn.Module):
+    def __init__(self, width, knows_gates):
+        super().__init__()
+        self.unit = sd.Residual(nn.Sequential(nn.Linear(width, width), nn.Tanh()))
+        self.knows_gates = knows_gates
+
+    def forward(self, x):
+        again = self.unit if self.knows_gates else lambda x: x + self.unit.branch(x)
+        return Recomputing.apply(x, self.unit, again)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_branch_is_not_called_in_the_backward_pass_of_a_function(copied):
+    model = nn.Sequential(*(Recomputed(4, knows_gates=False) for _ in range(3)))
+    handle = sd.apply(model, sd.Uniform(0.5))
+    x = torch.randn(2, 4, requires_grad=True)
+    model(x)
+    if copied:
+        model = copy.deepcopy(model)
+    for pattern in ([True] * 3, [False, True, False]):
+        with (
+            handle.forced(pattern),
+            pytest.raises(sd.errors.GateError, match="call the unit instead"),
+        ):
+            model(x).sum().backward()
+    sd.remove(model)
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("pattern", [*itertools.product((False, True), repeat=3)])
+def test_a_function_that_calls_the_unit_again_is_exact(pattern):
+    model = nn.Sequential(*(Recomputed(4, knows_gates=True) for _ in range(3))).double()
+    plain = nn.Sequential(*(copy.deepcopy(part.unit) for part in model))
+    gradients = []
+    for each in (model, plain):
+        handle = sd.apply(each, sd.Uniform(0.5))
+        x = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+        with handle.forced(pattern):
+            each(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in each.parameters())])
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)

@@ -1,10 +1,15 @@
 """One residual step under a gate: a pure function, then a thin module."""
 
+import sys
 from collections.abc import Callable
+from types import MethodType
 
+import torch
 from torch import Tensor, nn
 
+from stochastic_depth.errors import GateError
 from stochastic_depth.gates import OPEN, BlockGates, Gate
+from stochastic_depth.torch_private import backward_pass, function_around
 
 
 def residual_step(
@@ -46,9 +51,8 @@ class Residual(nn.Module):
     On its own it is the plain unit of constant depth. `sd.apply` on the model that holds it gives
     it gates. Parameters are found under `branch.`, `shortcut.` and `activation.`.
 
-    An `autograd.Function` around it whose own backward pass computes branches again, as that of
-    reversible layers does, gives wrong gradients, for it knows no gates. `sd.apply` refuses it
-    where an example is given; without one it cannot see it.
+    An `autograd.Function` around it whose own backward pass computes the branch again must call
+    this module for it, and not the branch, which knows no gates: that is an error.
 
     Args:
         branch: f_l, from [batch, ...] to the shape of the shortcut's output.
@@ -69,15 +73,34 @@ class Residual(nn.Module):
         self.shortcut = shortcut
         self.activation = activation
         self.gates = None
+        self._guarded = False
         self._overwrites = activation is not None and any(
             getattr(module, "inplace", False) for module in activation.modules()
         )
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate()
+        if self.gates is not None and self.training and not torch.is_grad_enabled():
+            self._guard_branch()
         if self._overwrites and not gate.open:
             x = x.clone()  # the activation works in place, and x is not this block's to change
         return residual_step(x, self.branch, self.shortcut, self.activation, gate)
+
+    def _guard_branch(self) -> None:
+        """In an `autograd.Function`: its backward pass shall call this module, not the branch."""
+        if self._guarded or torch.compiler.is_compiling():
+            return
+        if function_around(sys._getframe()) is not None:
+            self._guarded = True
+            self.branch.register_forward_pre_hook(self._refuse_in_backward)
+
+    def _refuse_in_backward(self, branch: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.gates is None or backward_pass() is None or _under_way(self.forward):
+            return
+        raise GateError(
+            f"the branch of a residual unit ({type(branch).__name__}) is called in the backward "
+            "pass of an autograd.Function, where it knows no gates: call the unit instead"
+        )
 
     def gate(self) -> Gate:
         """What this block does now.
@@ -91,3 +114,13 @@ class Residual(nn.Module):
         if self.gates is None or self.gates.evaluation.factor is None:
             return ""
         return f"p={self.gates.evaluation.factor.item():.4g} in evaluation"
+
+
+def _under_way(method: MethodType) -> bool:
+    """Whether this thread is in a call of `method`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is method.__func__.__code__ and frame.f_locals["self"] is method.__self__:
+            return True
+        frame = frame.f_back
+    return False
