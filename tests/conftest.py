@@ -65,7 +65,7 @@ def soak() -> bool:
 
 @pytest.fixture(scope="session")
 def counts() -> Counter[str]:
-    """What was tried and survived, told at the end."""
+    """What was tried and survived, shown at the end."""
     return COUNTS
 
 

@@ -1,4 +1,4 @@
-"""What is missing is told with a command that installs it."""
+"""What is missing is an error with the command that installs it."""
 
 import json
 import re
@@ -61,6 +61,6 @@ def test_where_the_source_is_gone_the_packages_are_named_and_never_the_library(
 
 
 def test_nothing_that_people_read_gives_the_library_s_name_to_pip():
-    told = re.compile(r"pip install [^\n`]*(?<![./\w-])stochastic-depth\b")
+    shown = re.compile(r"pip install [^\n`]*(?<![./\w-])stochastic-depth\b")
     for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.py")]:
-        assert not told.search(path.read_text()), path
+        assert not shown.search(path.read_text()), path

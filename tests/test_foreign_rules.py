@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import stochastic_depth as sd
-from stochastic_depth.foreign_rules import SHAPES, drop_schedule
+from stochastic_depth.foreign_rules import SHAPES
 from stochastic_depth.survival import probabilities_of, survival_probabilities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,7 +119,7 @@ def test_progressive_layer_dropping_of_deepspeed(step):
     over_time = probabilities_of(
         sd.survival_rule("deepspeed", 1 - theta),
         [str(n) for n in range(layers)],
-        schedule=drop_schedule("deepspeed", gamma),
+        schedule=sd.Progressive(gamma),
     )
     expected = [1 - layer / layers * (1 - now) for layer in range(1, layers + 1)]
     assert over_time.at(step) == pytest.approx(expected, rel=1e-12)
@@ -134,7 +134,7 @@ def test_the_drop_warmup_of_composer(distribution, step):
     over_time = probabilities_of(
         sd.survival_rule(distribution, 0.2),
         ["0", "1", "2", "3"],
-        schedule=drop_schedule("composer", 0.2, 200),
+        schedule=sd.Warmup(40),
     )
     shape = [1, 1, 1, 1] if distribution == "composer-uniform" else [0.25, 0.5, 0.75, 1]
     assert over_time.at(step) == pytest.approx([1 - rate * each for each in shape])
@@ -146,16 +146,13 @@ def test_early_and_late_stochastic_depth():
     cutoff, steps, rate = 8, 20, 0.3
     none, full = np.zeros(steps - cutoff), np.full(steps - cutoff, rate)
     expected = {
-        "early-linear": [*np.linspace(rate, 0, cutoff), *none],
-        "early": [*np.full(cutoff, rate), *none],
-        "late": [*np.zeros(cutoff), *full],
+        sd.Early(cutoff - 1): [*np.linspace(rate, 0, cutoff), *none],
+        sd.Early(cutoff, "constant"): [*np.full(cutoff, rate), *none],
+        sd.Late(cutoff): [*np.zeros(cutoff), *full],
     }
-    for name, rates in expected.items():
-        schedule = drop_schedule(name, cutoff)
+    for schedule, rates in expected.items():
         over_time = probabilities_of(sd.Uniform(1 - rate), ["0"], schedule=schedule)
         assert [1 - over_time.at(step)[0] for step in range(steps)] == pytest.approx(rates)
-    with pytest.raises(sd.SurvivalError, match=r"no schedule 'keras': choose one of deepspeed"):
-        drop_schedule("keras", 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -166,8 +163,8 @@ def test_every_rule_gives_probabilities(name):
         )
 
 
-def test_an_unknown_rule_and_a_rate_that_is_none_are_named():
+def test_an_unknown_rule_and_a_rate_of_1_are_refused():
     with pytest.raises(sd.SurvivalError, match=r"no survival rule 'keras': choose one of timm"):
         sd.survival_rule("keras", 0.1)
-    with pytest.raises(sd.SurvivalError, match=r"'timm', 1\.0"):
+    with pytest.raises(sd.SurvivalError, match=r"\('timm', 1\.0\): .* at least 0 and below 1"):
         sd.survival_rule("timm", 1.0)

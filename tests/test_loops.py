@@ -86,7 +86,7 @@ def test_what_is_no_step_is_refused_and_changes_nothing(step) -> None:
         handle.step = step
     assert handle.step == 4
     model = network()
-    with pytest.raises(sd.GateError, match=r"seed=1\.5"):
+    with pytest.raises(sd.GateError, match=r"seed=1\.5: gates are a function of integers"):
         sd.apply(model, HALF, seed=1.5)  # type: ignore[arg-type]
     sd.apply(model, HALF)
 

@@ -77,7 +77,7 @@ def test_torchvisions_stochastic_depth(mode, gate, samples) -> None:
 
 
 def authors(model: CifarResNet, rates: list[float], x: Tensor) -> Tensor:
-    """ResidualDrop.lua and the gates of main.lua, written anew."""
+    """ResidualDrop.lua and the gates of main.lua, written again."""
     h = model.stem(x)
     for block, rate in zip(model.blocks, rates, strict=True):
         is_open = not random.random() < rate
@@ -142,7 +142,7 @@ def test_layerdrop_of_fairseq() -> None:
     x = same_samples(4, samples=1)
 
     def fairseq() -> Tensor:
-        """A pass over LayerDropModuleList, written anew."""
+        """A pass over LayerDropModuleList, written again."""
         h = x
         for layer, u in zip(theirs, torch.empty(3).uniform_(), strict=True):
             h = layer(h) if u > 0.4 else h

@@ -15,10 +15,10 @@ def test_its_python_runs_and_prints_what_ran_and_what_is_saved(capsys, tmp_path)
     (tmp_path / "example.py").write_text(block)
     names = runpy.run_path(str(tmp_path / "example.py"))
     first, *table = capsys.readouterr().out.splitlines()
-    told = re.fullmatch(r"(\d+) of 24 blocks ran; 17.75 expected", first)
-    assert told
-    assert int(told[1]) == names["handle"].gates.sum()
-    assert 8 < int(told[1]) <= 24
+    shown = re.fullmatch(r"(\d+) of 24 blocks ran; 17.75 expected", first)
+    assert shown
+    assert int(shown[1]) == names["handle"].gates.sum()
+    assert 8 < int(shown[1]) <= 24
     assert sum("26.0 % saved" in row for row in table) == 1
 
 

@@ -46,7 +46,7 @@ class Block:
     """Names, in the model that was given to `sd.apply`, of the parameters of its branch."""
     module: nn.Module
     asking: tuple[nn.Module, ...]
-    """The modules that ask for its gates: in their training mode for those of training."""
+    """The modules that read its gates; in training mode they read those of training."""
     owned: tuple[Owned, ...]
     """The same parameters as `parameters`."""
     _state: "_BranchState | None" = field(default=None, repr=False)
@@ -54,7 +54,7 @@ class Block:
 
     @property
     def training_gate(self) -> Gate | None:
-        """What the block does in the training pass under way; None between passes."""
+        """What the block does in the current training pass; None between passes."""
         return self.gates[0].training
 
     @property
@@ -84,7 +84,7 @@ class Block:
 
 
 class _BranchState:
-    """What the modules of a branch held when it was collected."""
+    """The modules and parameters of a branch, as they were when it was last looked through."""
 
     def __init__(self, owned: Sequence[Owned]) -> None:
         names = [(each.owner._modules, each.name) for each in owned]
@@ -116,7 +116,7 @@ def owned_parameters(
 ) -> tuple[Owned, ...]:
     """The parameters of `model` with these names, by the modules that own them.
 
-    As few and as large modules as there are, each with no other parameters.
+    The modules are as few and as large as possible, each without any other parameter.
 
     Args:
         there: `count_inside` of the names of all parameters of the model.
@@ -136,7 +136,7 @@ def owned_parameters(
 
 
 def count_inside(names: Iterable[str]) -> dict[str, int]:
-    """How many of `names` are inside of each module that they go through."""
+    """How many of `names` are inside of each module on their paths."""
     count: dict[str, int] = {}
     for name in names:
         while name := name.rpartition(".")[0]:
@@ -145,14 +145,14 @@ def count_inside(names: Iterable[str]) -> dict[str, int]:
 
 
 def set_training_gates(blocks: Iterable[Block], gates: Iterable[Gate | None]) -> None:
-    """Hand each block its gate of the training pass under way; None between passes."""
+    """Give each block its gate of the current training pass; None between passes."""
     for block, gate in zip(blocks, gates, strict=True):
         for addition in block.gates:
             addition.training = gate
 
 
 def set_evaluation_gates(blocks: Iterable[Block], gates: Iterable[Gate]) -> None:
-    """Hand each block its gate of evaluation."""
+    """Give each block its gate of evaluation."""
     for block, gate in zip(blocks, gates, strict=True):
         for addition in block.gates:
             addition.evaluation = gate
@@ -162,7 +162,7 @@ def set_evaluation_gates(blocks: Iterable[Block], gates: Iterable[Gate]) -> None
 def force(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
     """While entered, `blocks` have these gates, in training and in evaluation.
 
-    For a model that has no handle yet, and for gates of any form; else `Handle.forced`.
+    For a model that has no handle yet, or for gates of any form; otherwise use `Handle.forced`.
     """
     additions = [(a, g) for b, g in zip(blocks, gates, strict=True) for a in b.gates]
     before = [(addition.training, addition.evaluation) for addition, _ in additions]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stochastic_depth.errors import SurvivalError
-from stochastic_depth.survival import Early, Late, Progressive, Schedule, Warmup
 
 Shape = Callable[[int, int], float]
 """The share of the full drop rate that block n, counted from 0, of L has."""
@@ -61,8 +60,8 @@ class NamedRule:
             )
         if not 0 <= self.rate < 1:
             raise SurvivalError(
-                f"survival_rule({self.name!r}, {self.rate}): the rate is one of dropping, at least "
-                "0 and below 1"
+                f"survival_rule({self.name!r}, {self.rate}): it is a drop rate, which must be "
+                "at least 0 and below 1"
             )
 
     def __call__(self, block: int, blocks: int) -> float:
@@ -72,9 +71,9 @@ class NamedRule:
 def survival_rule(name: str, rate: float) -> NamedRule:
     """The survival rule of another library.
 
-    A model of timm's or torchvision's that was built with a rate has it written in its blocks:
-    `survival="own"` of `sd.apply` takes it from there, which is exact where some blocks of a model
-    are not residual (EfficientNet), but counted.
+    A model of timm's or torchvision's that was built with a rate has it in its blocks, and
+    `survival="own"` of `sd.apply` takes it from there. That is exact also where the library counts
+    blocks that are not residual (EfficientNet).
 
     Args:
         name: "timm": `drop_path_rate` of most models, 0 in the first block and the rate in the
@@ -89,7 +88,7 @@ def survival_rule(name: str, rate: float) -> NamedRule:
         rate: the drop rate, in [0, 1).
 
     Raises:
-        SurvivalError: when the name is not known, or the rate is no rate.
+        SurvivalError: when the name is not known, or the rate is outside [0, 1).
 
     Examples:
         >>> rule = sd.survival_rule("timm", 0.3)
@@ -97,32 +96,3 @@ def survival_rule(name: str, rate: float) -> NamedRule:
         [1.0, 0.9, 0.8, 0.7]
     """
     return NamedRule(name, rate)
-
-
-def drop_schedule(name: str, number: float, steps: int = 0) -> Schedule:
-    """The schedule of another library: the same share of the drop rate in every step.
-
-    fairseq, torchtune, timm and torchvision keep their drop rates as they are.
-
-    Args:
-        name: "deepspeed": progressive layer dropping with `number` its gamma, "composer": with
-            `number` its `drop_warmup`, a share of the `steps` of the training; "early-linear",
-            "early" and "late" of Liu et al. 2023 ("Dropout reduces underfitting"), with `number`
-            their cutoff in steps.
-        steps: of the whole training, for "composer".
-
-    Raises:
-        SurvivalError: when the name is not known, or the numbers make no schedule.
-    """
-    if name not in SCHEDULES:
-        raise SurvivalError(f"there is no schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](number, steps)
-
-
-SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
-    "deepspeed": lambda gamma, steps: Progressive(gamma),
-    "composer": lambda share, steps: Warmup(max(1, round(share * steps))),
-    "early-linear": lambda cutoff, steps: Early(max(1, round(cutoff) - 1)),
-    "early": lambda cutoff, steps: Early(round(cutoff), "constant"),
-    "late": lambda cutoff, steps: Late(round(cutoff)),
-}

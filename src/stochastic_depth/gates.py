@@ -1,4 +1,4 @@
-"""Which blocks run in a step: a pure function of (seed, step)."""
+"""Gates: which blocks run in a step, as a pure function of (seed, step)."""
 
 import functools
 import math
@@ -29,12 +29,12 @@ class Gate(NamedTuple):
     open: bool = True
     """b_l: whether the branch runs at all."""
     factor: Tensor | None = None
-    """float64 [], on the CPU: what the branch is multiplied by, if by anything.
+    """float64 [], on the CPU: what the branch is multiplied by; None for 1.
 
-    A tensor, because a compiler takes a float for a constant and compiles again for each other one.
+    It is a tensor because the compiler takes a float for a constant, and compiles for each one.
     """
     keep: Tensor | None = None
-    """bool [batch]: the branch runs on every sample, and counts for these only."""
+    """bool [batch]: the branch runs on every sample, and is added for these only."""
     samples: Tensor | None = None
     """int64 [k]: the branch runs on these samples only."""
     batch: int | None = None
@@ -126,7 +126,7 @@ OPEN, SHUT = Gate(), Gate(open=False)
 
 @dataclass(slots=True)
 class BlockGates:
-    """The gates of one block: of the training pass under way (none: None) and of evaluation."""
+    """The gates of one block: of evaluation, and of the current training pass, None between."""
 
     training: Gate | None = None
     evaluation: Gate = OPEN
@@ -135,7 +135,7 @@ class BlockGates:
     else None."""
 
     def now(self, training: bool) -> Gate:
-        """What the block does in the forward pass under way.
+        """What the block does in the current forward pass.
 
         Raises:
             GateError: in training, outside of a forward pass that has drawn gates.
@@ -174,8 +174,8 @@ def draw(
     and step. The same arguments give the same gates everywhere; a larger p only opens more.
 
     Args:
-        min_samples: how many samples are open in each block at least: where the coins say fewer,
-            those that came closest.
+        min_samples: the smallest number of open samples in each block; where the coins give fewer,
+            those with the next smallest random numbers are opened too.
         balance: open a constant number instead: of blocks, see `balanced_blocks`, or of the samples
             of each block, see `subset_size`; which samples is drawn at random.
         multiple_of: of balanced samples, what their number is rounded to a multiple of.
@@ -219,8 +219,8 @@ def balanced_blocks(survival: tuple[float, ...], order: Sequence[int], start: fl
     `start`, `start` + 1, `start` + 2, ... In a random order any two blocks are nearly independent.
 
     Args:
-        order: of the blocks, counted from 0.
-        start: in [0, 1). Processes that have it in common are equally deep in every order.
+        order: a permutation of the blocks, from 0.
+        start: in [0, 1). Processes with the same `start` open equally many blocks in any order.
     """
     lengths = _in_units(survival)
     gates = [False] * len(survival)
@@ -232,7 +232,7 @@ def balanced_blocks(survival: tuple[float, ...], order: Sequence[int], start: fl
 
 
 _UNITS = 2**44
-"""In whole numbers the depth of a step does not depend on the order of summation."""
+"""Lengths are whole numbers, so that the number of blocks does not depend on the order of sums."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -249,10 +249,10 @@ def _in_units(survival: tuple[float, ...]) -> list[int]:
 
 
 def subset_size(p: float, samples: int, min_samples: int = 0, multiple_of: int = 1) -> int:
-    """How many of `samples` samples a balanced gate opens: p of them, rounded, but never none.
+    """How many of `samples` samples a balanced gate opens: p of them, rounded, but at least one.
 
-    A block that does not run yet (p = 0) has none. DINOv2 and DINOv3 train with subsets of constant
-    size too.
+    At p = 0, a block that does not run yet, it opens none. DINOv2 and DINOv3 train with subsets of
+    constant size too.
     """
     if p in (0, 1):
         return int(p) * samples
@@ -261,7 +261,7 @@ def subset_size(p: float, samples: int, min_samples: int = 0, multiple_of: int =
 
 
 def _smallest(u: Tensor, survival: tuple[float, ...], min_samples: int, multiple_of: int) -> Tensor:
-    """The smallest of `u` in each row, as many as there are to be open: bool [L, samples]."""
+    """The smallest of `u` in each row, as many as have to be open: bool [L, samples]."""
     sizes = [subset_size(p, u.shape[1], min_samples, multiple_of) for p in survival]
     return u.argsort(1).argsort(1) < torch.tensor(sizes, device="cpu")[:, None]
 

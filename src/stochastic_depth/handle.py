@@ -23,11 +23,11 @@ from stochastic_depth.survival import Probabilities
 
 
 class Forced(NamedTuple):
-    """Gates that are given in place of those drawn."""
+    """Gates that a user has given in place of drawn ones."""
 
     coins: Tensor
     scaled: bool
-    """Whether open branches count as in evaluation."""
+    """Whether open branches are multiplied as in evaluation."""
 
 
 class Handle:
@@ -96,7 +96,7 @@ class Handle:
         optimizer's steps, and lets a checkpoint restore the gates from that number alone.
 
         Raises:
-            GateError: when set to what is no integer, or to a negative one.
+            GateError: when set to a negative number, or to something that is not an integer.
         """
         return self._step
 
@@ -201,8 +201,8 @@ class Handle:
                 logits = model(images)
 
         The branch of a closed block is not executed. Nothing is drawn and no step is counted; parts
-        of the model may be called too. What was before comes back at the end. May be entered inside
-        of itself: the innermost counts.
+        of the model may be called too. At the end the earlier gates are
+        back. It may be nested: the innermost counts.
 
         Args:
             gates: which blocks are open, bool [L]; or for which samples, bool [L, batch]. All open
@@ -234,7 +234,7 @@ class Handle:
             with handle.subnetwork(handle.gates):
                 logits = model(images)
 
-        `forced` for evaluation alone: training steps go on as before.
+        This is `forced` for evaluation only: training steps are not affected.
 
         Args:
             gates: which blocks are open, bool [L].
@@ -274,11 +274,11 @@ class Handle:
             self.clear_gates()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint needs for the same gates after a resume."""
+        """What a checkpoint needs so that a resumed training has the same gates."""
         return {"seed": self.seed, "step": self.step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Restore the state that `state_dict` has returned.
 
         Raises:
             StateError: when it belongs to other survival probabilities, gates or scaling.
@@ -345,7 +345,7 @@ class Handle:
 
     @torch.inference_mode(False)  # in which a factor would be one that no gradient can pass
     def clear_gates(self) -> None:
-        """After a forward pass: no block has a gate in training any more, unless it is forced."""
+        """Take the training gates from all blocks after a forward pass; forced ones stay."""
         nothing = [None] * len(self.blocks)
         forced = self._in_training is not None
         set_training_gates(self.blocks, self._gates_while_forced() if forced else nothing)
@@ -378,7 +378,7 @@ class Handle:
         )
 
     def _described(self) -> str:
-        """What of the settings is not the default, for `repr`."""
+        """The settings that are not the default, for `repr`."""
         schedule = self.probabilities.described()["schedule"]
         named = f"schedule={schedule['name']}, " if schedule else ""
         closed = "closed='forward-only', " if self.closed == "forward-only" else ""

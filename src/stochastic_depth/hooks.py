@@ -1,4 +1,4 @@
-"""What happens around the forward and the backward pass of a model with stochastic depth.
+"""Hooks around the forward and the backward pass of a model with stochastic depth.
 
 A gate belongs to the forward pass that it was drawn for. When that pass is over, no gate is in
 force; when its backward pass recomputes a block, the block gets the gate of that forward pass.
@@ -55,12 +55,12 @@ class ForwardHooks:
             for addition in block.gates:
                 addition.recall = partial(self._recall, number)
         self._stack: list[ForwardPass | None] = []
-        """The forward passes under way; None for one in evaluation, or that recomputes."""
+        """The current forward passes, nested; None for one in evaluation or one that recomputes."""
         self._passes: list[weakref.ref[ForwardPass]] = []
         """Passes that may still have a backward pass; their outputs keep them alive."""
         self._recent: deque[ForwardPass] = deque(maxlen=_REMEMBERED)
         self._in_backward: dict[int, ForwardPass] = {}
-        """By backward pass under way, the forward pass whose graph it has reached."""
+        """For each current backward pass, the forward pass whose graph it has reached."""
 
     @never_traced
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -78,8 +78,8 @@ class ForwardHooks:
             again = self._pass_of_backward()
             if again is None:
                 raise GateError(
-                    "the model is called in training mode within a backward pass, and it cannot "
-                    "be told which of its forward passes is computed again there: use "
+                    "the model is called in training mode within a backward pass, and it is "
+                    "not known which of its forward passes is computed again there: use "
                     "checkpoint(..., use_reentrant=False)"
                 )
             again.backward_begins()
@@ -91,7 +91,7 @@ class ForwardHooks:
 
     @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        """Hook on the model, called too when its forward pass has failed."""
+        """Hook on the model; it is also called when the forward pass has failed."""
         if not self._stack:  # a hook before ours has failed
             return output
         trained = self._stack[-1] is not None and torch.is_grad_enabled()
@@ -102,7 +102,7 @@ class ForwardHooks:
 
     @contextmanager
     def forward_pass(self, gates: list[Gate]) -> Iterator[None]:
-        """While entered, a forward pass is under way in which the blocks have these gates."""
+        """While entered, the blocks have these gates, as in a forward pass of the model."""
         self._refuse_threads()
         self._stack.append(None)
         self._begin(gates, replicated=False)
@@ -112,7 +112,7 @@ class ForwardHooks:
             self._end(None)
 
     def _refuse_threads(self) -> None:
-        """Raise `GateError` when a pass of another thread is under way."""
+        """Raise `GateError` when another thread is in a forward pass."""
         if any(there is not None and there.thread != get_ident() for there in self._stack):
             raise GateError(
                 "the model is called from two threads at once, in training mode, and its gates are "
@@ -149,7 +149,7 @@ class ForwardHooks:
         return again.gates[number]
 
     def _pass_of_backward(self) -> "ForwardPass | None":
-        """The forward pass that the backward pass under way in this thread belongs to."""
+        """The forward pass that the current backward pass of this thread belongs to."""
         backward = backward_pass()
         assert backward is not None
         outer = [number for number in self._in_backward if number != backward]
@@ -169,7 +169,7 @@ class ForwardHooks:
         return around[0] if around else None
 
     def entered_backward(self, of: "ForwardPass") -> bool:
-        """Note that the backward pass under way has reached `of`; False if that was known."""
+        """Note that the current backward pass has reached `of`; returns False if that was known."""
         backward = backward_pass()
         if backward is None or self._in_backward.get(backward) is of:
             return False
@@ -213,9 +213,9 @@ class ForwardPass:
                 self._observe()
 
     def _observe(self) -> None:
-        """Observe the outputs of closed blocks: a gradient that reaches one reaches the block.
+        """Observe the outputs of closed blocks, to know when a gradient reaches one.
 
-        By replacing the call of their modules, which costs less than a hook on each.
+        The call of each module is replaced, which costs less than a hook on it.
         """
         for module in self._unplaced:
             before = call_of(module)
@@ -226,7 +226,7 @@ class ForwardPass:
 
     @never_traced
     def note_output(self, module: nn.Module, output: Any) -> Any:
-        """Note where in the graph the output of a closed block's module is, and return it."""
+        """Note where in the graph the output of a closed block is; returns the output."""
         parameters = self._unplaced.get(module)
         if parameters is None or get_ident() != self.thread:
             return output
@@ -306,7 +306,7 @@ class ForwardPass:
 
 
 class _ObservedCall:
-    """Stands in for the call of a module whose output is observed."""
+    """Is called in place of a module whose output is observed."""
 
     __slots__ = ("before", "by", "call", "module")
     is_watching = True
@@ -322,7 +322,7 @@ class _ObservedCall:
         return output if self.by is None else self.by.note_output(self.module, output)
 
     def end(self) -> None:
-        """Observe no more; another thread may have begun to observe since, and goes on."""
+        """Stop observing; another thread that has begun to observe since continues."""
         self.by = None
         now = call_of(self.module)
         if now is self:
@@ -347,7 +347,7 @@ def batch_size(inputs: object) -> int:
     """The number of samples in the inputs of a model: that of the first tensor among them.
 
     Raises:
-        GateError: when there is none.
+        GateError: when there is no tensor.
     """
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:

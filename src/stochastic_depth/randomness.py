@@ -1,6 +1,6 @@
 """Random numbers as pure functions of a key, never of the global random state.
 
-A key is any sequence of integers and words, `("gates", seed, step)` say. The same key gives the
+A key is any sequence of integers and words, such as `("gates", seed, step)`. The same key gives the
 same numbers in every process, on every machine and in every version: the source is SHAKE-128.
 """
 

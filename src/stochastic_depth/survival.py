@@ -58,9 +58,9 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Drop rates that grow evenly from 0, and are the rule's from step `until` on.
+    """Drop rates that grow linearly from 0, and are the rule's from step `until` on.
 
-    For networks that only converge when no block is dropped at first.
+    This is for networks that only converge when no block is dropped at first.
 
     Examples:
         >>> [sd.Warmup(1000)(step) for step in (0, 500, 1000)]
@@ -70,7 +70,7 @@ class Warmup:
     until: int
 
     def __post_init__(self) -> None:
-        _steps(self, "until", self.until, least=1)
+        _steps(self, "until", self.until, minimum=1)
 
     def __call__(self, step: int) -> float:
         return min(1.0, step / self.until)
@@ -80,8 +80,8 @@ class Warmup:
 class Early:
     """Drop rates that are 0 from step `until` on: for networks that underfit.
 
-    They fall evenly to 0 with shape "linear", or stay the rule's until then with "constant" (Liu et
-    al. 2023, arXiv:2303.01500, "Dropout reduces underfitting").
+    They fall linearly to 0 with shape "linear", or stay the rule's until then with "constant" (Liu
+    et al. 2023, arXiv:2303.01500, "Dropout reduces underfitting").
 
     Examples:
         >>> [sd.Early(1000)(step) for step in (0, 500, 1000)]
@@ -92,9 +92,9 @@ class Early:
     shape: Literal["linear", "constant"] = "linear"
 
     def __post_init__(self) -> None:
-        _steps(self, "until", self.until, least=1)
+        _steps(self, "until", self.until, minimum=1)
         if self.shape not in ("linear", "constant"):
-            raise SurvivalError(f'{self!r}: the shape is "linear" or "constant"')
+            raise SurvivalError(f'{self!r}: the shape must be "linear" or "constant"')
 
     def __call__(self, step: int) -> float:
         if step >= self.until:
@@ -114,7 +114,7 @@ class Late:
     until: int
 
     def __post_init__(self) -> None:
-        _steps(self, "until", self.until, least=0)
+        _steps(self, "until", self.until, minimum=0)
 
     def __call__(self, step: int) -> float:
         return float(step >= self.until)
@@ -144,9 +144,9 @@ class Progressive:
 
 @dataclass(frozen=True)
 class Decreasing:
-    """Drop rates that are the rule's until step `since`, fall evenly, and are 0 from `until` on.
+    """Drop rates that are the rule's until step `since`, fall linearly, and are 0 from `until` on.
 
-    The last part of the training is of the full network, as it will be evaluated.
+    The last part of the training is at full depth, as in evaluation.
 
     Examples:
         >>> [sd.Decreasing(500, 1000)(step) for step in (0, 500, 1000)]
@@ -157,8 +157,8 @@ class Decreasing:
     until: int
 
     def __post_init__(self) -> None:
-        _steps(self, "since", self.since, least=0)
-        _steps(self, "until", self.until, least=self.since + 1)
+        _steps(self, "since", self.since, minimum=0)
+        _steps(self, "until", self.until, minimum=self.since + 1)
 
     def __call__(self, step: int) -> float:
         return min(1.0, max(0.0, (self.until - step) / (self.until - self.since)))
@@ -179,7 +179,7 @@ class Steps:
         pairs: Iterable[tuple[int, float]] = dict(shares).items()
         object.__setattr__(self, "shares", tuple((int(a), float(b)) for a, b in sorted(pairs)))
         for step, share in self.shares:
-            _steps(self, "a step", step, least=0)
+            _steps(self, "a step", step, minimum=0)
             if not 0 <= share <= 1:
                 raise SurvivalError(f"{self!r}: the share {share} is not in [0, 1]")
 
@@ -187,9 +187,10 @@ class Steps:
         return next((share for start, share in reversed(self.shares) if step >= start), 0.0)
 
 
-def _steps(schedule: object, name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SurvivalError(f"{schedule!r}: {name} is a number of steps, {least} or more")
+def _steps(schedule: object, name: str, value: int, minimum: int) -> None:
+    """Raise `SurvivalError` unless `value` is a number of steps from `minimum` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise SurvivalError(f"{schedule!r}: {name} is a number of steps, {minimum} or more")
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,13 @@ class Probabilities:
     rule: TimedRule | None = None
     """A rule of block, blocks and step, in place of `final`."""
     positions: tuple[tuple[int, int], ...] = ()
-    """What `rule` is given as block and blocks."""
+    """(block, blocks) for each block, as `rule` is called with them."""
 
     def at(self, step: int) -> tuple[float, ...]:
         """(p_1, ..., p_L) in training step `step`: 1 - s (1 - p_l) under a schedule.
 
         Raises:
-            SurvivalError: when a schedule or a rule gives what is not in [0, 1].
+            SurvivalError: when a schedule or a rule gives a number outside [0, 1].
         """
         if self.rule is not None:
             rule = self.rule

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stochastic_depth.torch_private import tree_leaves, tree_map
 
 _DEPTH = 4
-"""How deep objects inside of objects are looked into."""
+"""How many levels of objects inside of objects are searched."""
 _NO_CONTAINERS = (
     bool | int | float | complex | str | bytes | type(None) | type | Callable | nn.Module
     | torch.dtype | torch.device | torch.Size | torch.Generator
@@ -43,10 +43,10 @@ def replace_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
 
 
 def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest difference of tensors that belong together, relative to each one's largest value.
+    """The largest difference between two lists of tensors, relative to the largest value of each.
 
-    Infinite where one has a number and the other has none (not-a-number), or another infinity; and
-    where there are more of them, or of other shapes.
+    It is infinite where one tensor has a number and the other nan or an infinity, and where numbers
+    or shapes of the tensors differ.
     """
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return math.inf
@@ -101,7 +101,7 @@ def _replaced(value: Any, new: Callable[[Tensor], Tensor], depth: int) -> Any:
 
 
 def _attributes(value: object) -> dict[str, Any]:
-    """What an object holds that is no container which PyTorch knows."""
+    """The attributes of an object that is no container PyTorch knows."""
     if isinstance(value, _NO_CONTAINERS):
         return {}
     if dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Timing alternatives fairly on a noisy machine: in turns, in one process, after a warm-up."""
+"""Time alternatives fairly on a noisy machine: in turns, in one process, after a warm-up."""
 
 import statistics
 import time
@@ -30,7 +30,7 @@ def take_turns(
 ) -> Iterator[dict[str, float]]:
     """Call every alternative once in each of `repeats` rounds; gives the seconds of each round.
 
-    The order is reversed from round to round, so that none always follows the same other one.
+    The order is reversed in every round, so that none always comes after the same other.
     """
     order = list(alternatives)
     for number in range(-warmup, repeats):

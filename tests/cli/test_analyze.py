@@ -26,7 +26,7 @@ def narrow(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def told(capsys, *arguments):
+def shown(capsys, *arguments):
     code = main(["analyze", *map(str, arguments)])
     captured = capsys.readouterr()
     assert code == 0, captured.err
@@ -54,7 +54,7 @@ def test_every_question_has_help_and_needs_a_run(question, capsys):
 
 
 def test_gradients_are_shown_by_kind_epoch_and_block(runs, capsys):
-    out = told(capsys, "gradients", *kinds(runs, "*"), "--epochs", 2, "--blocks", 2)
+    out = shown(capsys, "gradients", *kinds(runs, "*"), "--epochs", 2, "--blocks", 2)
     assert "constant" in out
     assert "linear 0.5" in out
     assert "ratio" in out
@@ -68,14 +68,14 @@ def test_gradients_are_shown_by_kind_epoch_and_block(runs, capsys):
 def test_journals_are_enough_for_gradients_and_active_blocks(runs, capsys, tmp_path):
     shutil.copytree(runs / "stochastic-seed0", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    told(capsys, "gradients", "run")
-    out = told(capsys, "active", "run")
+    shown(capsys, "gradients", "run")
+    out = shown(capsys, "active", "run")
     assert "exact 2.00" in out
     assert "has no evaluated checkpoint" in refused(capsys, "ensemble", "run")
 
 
 def test_the_ensemble_of_several_seeds_is_one_table(runs, capsys):
-    out = told(capsys, "ensemble", *kinds(runs, "stochastic"), "--subnetworks", 4)
+    out = shown(capsys, "ensemble", *kinds(runs, "stochastic"), "--subnetworks", 4)
     assert "mean ± deviation, 2 runs" in out
     assert "mean of 4 subnetworks" in out
     for run in kinds(runs, "stochastic"):
@@ -96,32 +96,32 @@ def test_constant_depth_is_refused_before_anything_is_measured(runs, capsys, tmp
 
 def test_depth_of_one_run_tells_parameters_and_time(runs, capsys):
     run = runs / "constant-seed0"
-    out = told(capsys, "depth", run, *QUICK)
+    out = shown(capsys, "depth", run, *QUICK)
     assert "parameters" in out
     assert "ms an" in out
     assert "without the least needed blocks" in out
     assert "constant-seed0: choosing" in out
-    assert "choosing" not in told(capsys, "depth", run, *QUICK)
-    assert "choosing" in told(capsys, "depth", run, *QUICK, "--again")
-    assert "choosing" in told(capsys, "depth", run, *QUICK, "--batch", 7)
+    assert "choosing" not in shown(capsys, "depth", run, *QUICK)
+    assert "choosing" in shown(capsys, "depth", run, *QUICK, "--again")
+    assert "choosing" in shown(capsys, "depth", run, *QUICK, "--batch", 7)
 
 
 def test_depth_of_two_kinds_is_side_by_side(runs, capsys):
-    out = told(capsys, "depth", *kinds(runs, "*"), *QUICK)
+    out = shown(capsys, "depth", *kinds(runs, "*"), *QUICK)
     assert "parameters" not in out
     assert out.count("±") > 20
 
 
 def test_a_run_and_its_copies_count_once(runs, capsys, tmp_path):
     shutil.copytree(runs / "stochastic-seed0", tmp_path / "copy")
-    out = told(capsys, "gradients", runs / "stochastic-seed0", "copy", runs / "constant-seed0")
+    out = shown(capsys, "gradients", runs / "stochastic-seed0", "copy", runs / "constant-seed0")
     assert "±" not in out
 
 
 def test_names_are_data(runs, capsys, tmp_path):
     shutil.copytree(runs / "stochastic-seed0", tmp_path / "[red]x")
-    assert "[red]x" in told(capsys, "active", "[red]x")
-    assert "[red]x" in told(capsys, "ensemble", "[red]x", "--subnetworks", 1)
+    assert "[red]x" in shown(capsys, "active", "[red]x")
+    assert "[red]x" in shown(capsys, "ensemble", "[red]x", "--subnetworks", 1)
 
 
 def test_data_that_is_not_there_is_named(runs, capsys, tmp_path):

@@ -78,9 +78,9 @@ def test_peers(network, unit, bench):
 def test_a_library_that_is_not_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["bench", "peers", "--network", "vit-small"]) == 1
-    told = capsys.readouterr().err
-    assert "pip install timm" in told
-    assert told.count("\n") == 1
+    shown = capsys.readouterr().err
+    assert "pip install timm" in shown
+    assert shown.count("\n") == 1
 
 
 def test_one_round_has_no_quartiles(capsys):

@@ -23,25 +23,25 @@ def a_folder_of_its_own(tmp_path, monkeypatch):
 
 def test_without_a_command_the_commands_are_told(capsys):
     assert main([]) == 0
-    told = capsys.readouterr().out
-    assert all(f"• {command} " in told for command in COMMANDS)
+    shown = capsys.readouterr().out
+    assert all(f"• {command} " in shown for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     assert main([command, "--help"]) == 0
-    told = capsys.readouterr().out
-    assert f"stochastic-depth {command}" in told
-    assert max(map(len, told.splitlines())) <= 80
+    shown = capsys.readouterr().out
+    assert f"stochastic-depth {command}" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_the_help_of_a_recipe_tells_defaults_and_units(capsys):
     assert main(["train", "svhn-resnet152", "--help"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "test error 1.75 %" in told
-    assert "--survival.final FLOAT" in told
-    assert "(default: 0.5)" in told
-    assert "Passes over the training images" in told
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "test error 1.75 %" in shown
+    assert "--survival.final FLOAT" in shown
+    assert "(default: 0.5)" in shown
+    assert "Passes over the training images" in shown
 
 
 def test_the_version(capsys):
@@ -72,12 +72,12 @@ def test_the_version(capsys):
 )
 def test_a_typo_is_met_with_a_suggestion_and_exit_code_2(arguments, hint, capsys):
     assert main(arguments) == 2
-    told = capsys.readouterr()
-    assert hint in told.err + told.out
+    shown = capsys.readouterr()
+    assert hint in shown.err + shown.out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "shown"),
     [
         (["train", "cifar10-resnet110"], "root"),
         (["train", "digits", "--model.depth", "9"], "depth=9"),
@@ -90,11 +90,11 @@ def test_a_typo_is_met_with_a_suggestion_and_exit_code_2(arguments, hint, capsys
         (["train", "--resume", "nowhere", "--epochs", "9"], "a run cannot be extended"),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_1(arguments, told, capsys):
+def test_an_error_is_one_line_and_exit_code_1(arguments, shown, capsys):
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert told in error
+    assert shown in error
     assert error.count("\n") == 1
 
 
@@ -184,19 +184,19 @@ def test_eval_gives_the_errors_of_the_journal(tmp_path, capsys):
 
 def test_recipes_lists_all_and_tells_one(capsys):
     assert main(["recipes"]) == 0
-    told = capsys.readouterr().out
-    assert all(name in told for name in RECIPES)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in RECIPES)
     assert main(["recipes", "cifar10-resnet110"]) == 0
-    told = capsys.readouterr().out
-    assert "Published: test error 5.23 %" in told
-    assert json.loads(told[told.index("{") :])["epochs"] == 500
+    shown = capsys.readouterr().out
+    assert "Published: test error 5.23 %" in shown
+    assert json.loads(shown[shown.index("{") :])["epochs"] == 500
 
 
 def test_compare_shows_both_depths_and_trains_nothing_twice(tmp_path, capsys):
     arguments = ["compare", "digits", *SMALL, "--seeds", "2", "--out", "both"]
     assert main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "training time saved, measured" in told
+    shown = capsys.readouterr().out
+    assert "training time saved, measured" in shown
     assert (tmp_path / "both" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "both" / "comparison.json").read_text())
     assert len(content["curves"]["stochastic"]) == 2
@@ -217,10 +217,10 @@ def test_a_reader_that_goes_away_is_no_error(arguments):
         text=True,
     )
     process.stdout.close()
-    told = process.stderr.read()
+    shown = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 128 + signal.SIGPIPE
-    assert told == ""
+    assert shown == ""
 
 
 @pytest.mark.parametrize("becomes", [KeyboardInterrupt, RecursionError, MissingExtraError])
@@ -247,6 +247,6 @@ def test_an_interrupt_while_pytorch_is_imported_ends_the_command_without_a_trace
         if line.endswith(" torch._C\n"):
             break
     process.send_signal(signal.SIGINT)
-    told = process.communicate()[1]
+    shown = process.communicate()[1]
     assert process.returncode == 128 + signal.SIGINT
-    assert [line for line in told.splitlines() if not line.startswith("import time:")] == []
+    assert [line for line in shown.splitlines() if not line.startswith("import time:")] == []

@@ -80,8 +80,8 @@ def test_the_page_on_own_pictures_works_as_it_is_written(tmp_path, monkeypatch, 
         program, *arguments = shlex.split(line)
         assert program == "stochastic-depth"
         assert main(arguments) == 0, line
-    told = capsys.readouterr()
-    assert told.err == ""
-    assert "pictures: cifar-resnet 8, 24 images → runs/mine" in told.out
-    assert told.out.count("0.png") == 2
-    assert (told.out.count("dark"), told.out.count("bright")) >= (2, 2)
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "pictures: cifar-resnet 8, 24 images → runs/mine" in shown.out
+    assert shown.out.count("0.png") == 2
+    assert (shown.out.count("dark"), shown.out.count("bright")) >= (2, 2)

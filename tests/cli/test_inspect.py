@@ -121,6 +121,6 @@ def test_a_factory_of_the_current_folder_is_found_and_its_page_is_written(tmp_pa
 @pytest.mark.parametrize("extra", [[], ["--plan-only"]])
 def test_a_shape_that_the_model_does_not_take_is_one_line(extra, capsys):
     assert main(["inspect", f"{__name__}:mine", "--shape", "5", *extra]) == 1
-    told = capsys.readouterr().err
-    assert "mine does not run on the example (RuntimeError: " in told
-    assert told.count("\n") == 1
+    shown = capsys.readouterr().err
+    assert "mine does not run on the example (RuntimeError: " in shown
+    assert shown.count("\n") == 1

@@ -47,9 +47,9 @@ def test_a_console_shows_names_as_they_are(name):
     table.add_row(name)
     console.print(table)
     console.print(name)
-    told = console.file.getvalue()
-    assert told.count(visible(name)) == 5
-    assert "\x1b" not in told
+    shown = console.file.getvalue()
+    assert shown.count(visible(name)) == 5
+    assert "\x1b" not in shown
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,10 +75,10 @@ def test_a_run_of_any_name_is_trained_and_told(name, tmp_path, capsys, monkeypat
     assert main(["analyze", "ensemble", name, "--subnetworks", "1"]) == 0
     assert main(["analyze", "gradients", name]) == 0
     assert main(["train", "digits", *SMALL, "--run", name]) == 1
-    told = capsys.readouterr()
-    assert "\x1b" not in told.out + told.err
-    assert visible(name) in told.out
-    assert visible(name) in told.err
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out + shown.err
+    assert visible(name) in shown.out
+    assert visible(name) in shown.err
 
 
 def test_a_name_that_is_no_text_is_told(tmp_path):

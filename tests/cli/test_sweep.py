@@ -53,10 +53,10 @@ def test_a_sweep_tells_each_run_and_then_means_and_deviations(tmp_path, capsys):
 def test_the_same_command_in_another_terminal_joins(tmp_path):
     command = [sys.executable, "-m", "stochastic_depth", *SURVIVAL, "--workers", "1"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [process.communicate()[0] for process in both]
+    shown = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert all(text.count(" done, ") == 6 for text in told)
-    assert all("0 failed" in text for text in told)
+    assert all(text.count(" done, ") == 6 for text in shown)
+    assert all("0 failed" in text for text in shown)
     described = json.loads((tmp_path / "runs/sweep-survival-digits/sweep.json").read_text())
     assert described["grid"]["rules"] == ["linear", "uniform", "constant"]
 
@@ -83,11 +83,11 @@ def long(tmp_path):
 def test_ctrl_c_leaves_checkpoints_and_tells_how_to_go_on(long):
     process, folder = long
     os.killpg(process.pid, signal.SIGINT)
-    told = process.communicate()[0]
+    shown = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGINT
-    assert "6 of 6 runs are not finished" in told
-    assert "go on:  stochastic-depth sweep survival digits" in told
-    assert "Traceback" not in told
+    assert "6 of 6 runs are not finished" in shown
+    assert "go on:  stochastic-depth sweep survival digits" in shown
+    assert "Traceback" not in shown
     for path in (folder / "runs").iterdir():
         run = open_run(path)
         with run.writing():
@@ -113,24 +113,25 @@ def test_depths_are_swept(tmp_path):
 
 def test_a_sweep_of_which_every_run_failed_tells_why_and_is_an_error(capsys):
     assert main([*SURVIVAL, "--rules", "constant", "--optimizer.learning-rate", "1e30"]) == 1
-    told = capsys.readouterr().out
-    assert "0/2 done, 0 running, 2 failed" in told
-    assert "constant-depth8-seed1 failed: with blocks 1-3 of 3 open, the loss is not finite" in told
-    assert "0 of 2" in told
+    shown = capsys.readouterr().out
+    assert "0/2 done, 0 running, 2 failed" in shown
+    failure = "constant-depth8-seed1 failed: with blocks 1-3 of 3 open, the loss is not finite"
+    assert failure in shown
+    assert "0 of 2" in shown
 
 
 def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
     forkserver._forkserver._stop()  # what workers print goes where the next one prints
     arguments = ["sweep", "survival", "cifar10-resnet110", "--data.root", "nowhere", "--seeds", "1"]
     assert main(arguments) == 1
-    told = capfd.readouterr()
-    assert "nowhere: does not exist" in told.err
-    assert "21 of 21 runs are not finished" in told.out
-    assert f"go on:  stochastic-depth {' '.join(arguments)}" in told.out
+    shown = capfd.readouterr()
+    assert "nowhere: does not exist" in shown.err
+    assert "21 of 21 runs are not finished" in shown.out
+    assert f"go on:  stochastic-depth {' '.join(arguments)}" in shown.out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "shown"),
     [
         (["survivel"], 2, "did you mean survival?"),
         (["survival", "digit"], 2, "did you mean digits"),
@@ -146,20 +147,20 @@ def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
         (["survival", "--threads", "0"], 2, "--threads is 0"),
     ],
 )
-def test_what_cannot_be_swept_is_one_line(arguments, code, told, capsys):
+def test_what_cannot_be_swept_is_one_line(arguments, code, shown, capsys):
     assert main(["sweep", *arguments]) == code
     error = capsys.readouterr().err
-    assert told in error
+    assert shown in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["survival", "depth", "gates"])
 def test_each_kind_has_help(kind, capsys):
     assert main(["sweep", kind, "--help"]) == 0
-    told = capsys.readouterr().out
-    assert f"stochastic-depth sweep {kind}" in told
-    assert "cifar10-resnet110" in told
-    assert max(map(len, told.splitlines())) <= 80
+    shown = capsys.readouterr().out
+    assert f"stochastic-depth sweep {kind}" in shown
+    assert "cifar10-resnet110" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_sweep_of_gates_has_a_row_for_each_gating_at_equal_rates(tmp_path, capsys):

@@ -13,7 +13,7 @@ MOST_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
-def told():
+def shown():
     """What each hostile file came to."""
     command = [sys.executable, program("hostile")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
@@ -23,14 +23,14 @@ def told():
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_every_hostile_file_is_one_error_in_bounded_memory_and_time(told, counts):
-    for case in told:
+def test_every_hostile_file_is_one_error_in_bounded_memory_and_time(shown, counts):
+    for case in shown:
         assert case["ours"], case
         assert case["names the file"], case
         assert len(case["error"]) < 1000, case
         assert case["memory"] < MOST_MEMORY, case
         assert case["seconds"] < MOST_SECONDS, case
-    assert len(told) > 70
-    largest = max(told, key=lambda case: case["memory"])
-    counts["hostile files refused"] += len(told)
+    assert len(shown) > 70
+    largest = max(shown, key=lambda case: case["memory"])
+    counts["hostile files refused"] += len(shown)
     counts[f"bytes of memory for the worst of them ({largest['name']})"] = largest["memory"]

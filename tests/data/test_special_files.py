@@ -1,4 +1,4 @@
-"""Pipes, devices and links among the files of a data set: told, and never waited for."""
+"""Pipes, devices and links among the files of a data set: shown, and never waited for."""
 
 import numpy as np
 import pytest

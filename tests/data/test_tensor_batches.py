@@ -74,7 +74,7 @@ def test_batches_of_one_image_are_allowed_where_they_are_asked_for():
 
 @pytest.mark.parametrize(("train", "batch"), [(2, 0), (2, -1)])
 def test_a_batch_without_images_is_refused(train, batch):
-    with pytest.raises(DataError, match=f"batch={batch}"):
+    with pytest.raises(DataError, match=f"batch={batch}: a batch has at least one image"):
         made(train, batch=batch)
 
 

@@ -155,8 +155,8 @@ def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, fo
     os.kill(workers(under_way.agent.pid)[1], signal.SIGKILL)
     output = under_way.finish()
     assert "going on at step" in output
-    told = [line for line in output.splitlines() if "torch/distributed/elastic" not in line]
-    assert not any("Traceback" in line for line in told)  # the agent logs how its process ended
+    shown = [line for line in output.splitlines() if "torch/distributed/elastic" not in line]
+    assert not any("Traceback" in line for line in shown)  # the agent logs how its process ended
     assert_same_end(open_run(preserve_state), open_run(killed))
     assert not list(killed.rglob(".unfinished-*"))
 

@@ -46,13 +46,13 @@ def test_a_run_and_its_files_see_the_same_in_a_picture(
     monkeypatch.chdir(Path(pictures[0][0]).parent)
     names = [Path(picture).name for picture in pictures[0][:3]]
     assert main(["predict", str(source), *names, "--top", "1"]) == 0
-    told = capsys.readouterr().out
-    assert max(map(len, told.splitlines())) <= 80
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
     _, images = reopen(trained)
     network, description = open_classifier(trained)
     with torch.no_grad():
         p = network(next(images.evaluate("test"))[0][:3]).softmax(1)
-    rows = [line for line in told.splitlines() if "│" in line]
+    rows = [line for line in shown.splitlines() if "│" in line]
     for row, probabilities in zip(rows, p, strict=True):
         assert f"{100 * probabilities.max().item():.2f} %" in row
         assert f" {description.classes[probabilities.argmax()]} " in row
@@ -60,9 +60,9 @@ def test_a_run_and_its_files_see_the_same_in_a_picture(
 
 def test_an_elastic_file_predicts_at_a_depth_and_tells_what_that_costs(elastic, pictures, capsys):
     assert main(["predict", str(elastic), pictures[0][0], "--depth", "0.5"]) == 0
-    told = capsys.readouterr().out
-    assert "3 of 6 blocks: test error " in told
-    assert "ms an image" in told
+    shown = capsys.readouterr().out
+    assert "3 of 6 blocks: test error " in shown
+    assert "ms an image" in shown
 
 
 def test_names_are_told_as_they_are(trained, pictures, tmp_path, capsys):
@@ -75,7 +75,7 @@ def test_names_are_told_as_they_are(trained, pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "shown"),
     [
         (None, "bad.png"),
         (b"", "bad.png"),
@@ -83,23 +83,23 @@ def test_names_are_told_as_they_are(trained, pictures, tmp_path, capsys):
         (b"P6 1 100000000 255\n", "bad.png"),
     ],
 )
-def test_what_is_no_picture_is_told_in_a_line(content, told, trained, tmp_path, capsys):
+def test_what_is_no_picture_is_an_error_of_one_line(content, shown, trained, tmp_path, capsys):
     path = tmp_path / "bad.png"
     if content is not None:
         path.write_bytes(content)
     assert main(["predict", str(trained), str(path)]) == 1
     error = capsys.readouterr().err
-    assert told in error
+    assert shown in error
     assert error.count("\n") == 1
 
 
 def test_a_picture_like_a_hair_is_refused(tmp_path):
     Image.new("L", (1, 4000)).save(tmp_path / "hair.png")
-    with pytest.raises(sd.errors.DataError, match="1x4000"):
+    with pytest.raises(sd.errors.DataError, match=r"1x4000 pixels.* times as long as it is wide"):
         read_pictures([tmp_path / "hair.png"], ImageInput((1, 8, 8), 8, (0.5,), (1.0,)))
 
 
-def test_what_is_no_network_is_told_in_a_line(trained, pictures, tmp_path, capsys):
+def test_what_is_no_network_is_an_error_of_one_line(trained, pictures, tmp_path, capsys):
     (tmp_path / "bad.onnx").write_bytes(b"\x80\x04N.")
     (tmp_path / "bad.pt2").write_bytes(b"\x80\x04N.")
     cases = ["bad.onnx", "bad.pt2", "none.onnx", "none.safetensors", "none"]

@@ -18,24 +18,24 @@ def mine(tmp_path):
 def test_an_exported_network_is_a_regular_file(tmp_path, mine, pictures, suffix, kind, capsys):
     path = put(tmp_path / f"net{suffix}", kind, mine)
     assert main(["predict", str(path), pictures[0][0]]) == 1
-    told = capsys.readouterr().err
-    assert "expected a regular file: remove it" in told
-    assert told.count("\n") == 1
+    shown = capsys.readouterr().err
+    assert "expected a regular file: remove it" in shown
+    assert shown.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to nowhere"])
 def test_a_picture_is_a_regular_file(trained, tmp_path, mine, kind, capsys):
     path = put(tmp_path / "picture.png", kind, mine)
     assert main(["predict", str(trained), str(path)]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {path}: cannot be read (")
-    assert told.count("\n") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {path}: cannot be read (")
+    assert shown.count("\n") == 1
 
 
 def test_a_picture_that_is_not_there_is_not_to_be_removed(trained, tmp_path, capsys):
     assert main(["predict", str(trained), str(tmp_path / "no.png")]) == 1
-    told = capsys.readouterr().err
-    assert told == f"error: {tmp_path / 'no.png'}: cannot be read (No such file or directory)\n"
+    shown = capsys.readouterr().err
+    assert shown == f"error: {tmp_path / 'no.png'}: cannot be read (No such file or directory)\n"
 
 
 def test_an_export_replaces_a_link_and_refuses_a_pipe(trained, tmp_path, mine, capsys):

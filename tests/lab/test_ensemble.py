@@ -144,10 +144,10 @@ def test_what_was_found_is_written_and_read_again(network, silent):
     assert (content["format"], content["images"], content["subnetworks"]) == (1, 500, 2)
     assert [p["name"] for p in content["predictors"]] == [p.name for p in found]
     asked = []
-    again = measured_ensemble(network, 2, 0, lambda *told: asked.append(told))
+    again = measured_ensemble(network, 2, 0, lambda *shown: asked.append(shown))
     assert again == found
     assert not asked
-    measured_ensemble(network, 2, 0, lambda *told: asked.append(told), again=True)
+    measured_ensemble(network, 2, 0, lambda *shown: asked.append(shown), again=True)
     assert len(asked) == 4
     assert asked[-1] == ("predicting", 2000, 2000)
 

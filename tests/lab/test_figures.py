@@ -25,14 +25,14 @@ from stochastic_depth.train.config import ScheduleConfig
 
 def test_curves_hold_every_number_of_the_journals(experiment):
     rows = training_curves(experiment).rows
-    told = {(row["run"], row["epoch"]): row["test_error"] for row in rows}
+    shown = {(row["run"], row["epoch"]): row["test_error"] for row in rows}
     journals = {
         (run.name, record.epoch): record.test_error
         for run in experiment.runs
         for record in run.records
     }
-    assert told == journals
-    assert len(told) == 2 * 2 * 2
+    assert shown == journals
+    assert len(shown) == 2 * 2 * 2
 
 
 def test_curves_tell_mean_and_every_seed_at_a_point(experiment):

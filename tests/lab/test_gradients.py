@@ -20,8 +20,8 @@ def run_with(like: Run, path, records, **changes) -> Run:
 
 def record(step, epoch, mean, blocks):
     values = {field.name: 0.5 for field in dataclasses.fields(Record)}
-    told = {"step": step, "epoch": epoch, "gradient_mean": mean, "block_gradients": blocks}
-    return Record(**{**values, **told, "active_counts": {}})
+    shown = {"step": step, "epoch": epoch, "gradient_mean": mean, "block_gradients": blocks}
+    return Record(**{**values, **shown, "active_counts": {}})
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from stochastic_depth.lab import comparison
 from stochastic_depth.lab.comparison import train_pairs
-from stochastic_depth.lab.pace import LEAST_EPOCHS, Pace, epochs_of, measure_pace
+from stochastic_depth.lab.pace import FEWEST_EPOCHS, Pace, epochs_of, measure_pace
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
 from stochastic_depth.train.display import Display
@@ -41,7 +41,7 @@ def test_as_many_epochs_as_fit_but_never_too_few_to_show_anything():
         epochs = pace.epochs_in(seconds, 100)
         assert 1.5 * both * epochs < seconds < 2.5 * both * (epochs + 1)
     assert pace.epochs_in(1000, 20) == 20
-    assert pace.epochs_in(1, 20) == LEAST_EPOCHS
+    assert pace.epochs_in(1, 20) == FEWEST_EPOCHS
     assert pace.epochs_in(1, 2) == 2
 
 

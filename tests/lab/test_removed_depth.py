@@ -154,21 +154,21 @@ def test_the_first_block_chosen_is_the_one_whose_loss_alone_is_lowest(network, s
 
 def test_what_was_found_is_written_and_read_again(pairs, silent):
     network = trained(pairs["stochastic"][0].path)
-    told = []
-    found = measured_curves(network, FEW, lambda *what: told.append(what))
+    shown = []
+    found = measured_curves(network, FEW, lambda *what: shown.append(what))
     content = json.loads((network.run.path / "analysis" / "depth.json").read_text())
     assert (content["format"], content["blocks"], content["images"]) == (1, 6, 500)
     assert content["checkpoint_step"] == network.step
     assert set(content["curves"][0]["points"][0]) == {
         *("removed", "blocks", "error", "validation_error", "parameters", "seconds_per_image")
     }
-    stages = list(dict.fromkeys(doing for doing, _, _ in told))
+    stages = list(dict.fromkeys(doing for doing, _, _ in shown))
     assert stages == ["choosing", "recalibrating", "test error", "validation error", "timing"]
-    assert sum(doing == "choosing" for doing, _, _ in told) == 6 * 7 / 2
-    assert all(0 <= done <= total for _, done, total in told)
-    told.clear()
-    assert measured_curves(network, FEW, lambda *what: told.append(what)) == found
-    assert not told
+    assert sum(doing == "choosing" for doing, _, _ in shown) == 6 * 7 / 2
+    assert all(0 <= done <= total for _, done, total in shown)
+    shown.clear()
+    assert measured_curves(network, FEW, lambda *what: shown.append(what)) == found
+    assert not shown
 
 
 @pytest.mark.parametrize("setting", ["points", "choose_on", "recalibrate_on", "batch", "repeats"])

@@ -61,7 +61,7 @@ def test_a_run_with_the_weights_of_another_one_is_refused(compared, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "shown"),
     [
         ("empty", None, "holds no run: give run folders"),
         ("foreign.json", "{}", "is not what bench depth writes"),
@@ -71,14 +71,14 @@ def test_a_run_with_the_weights_of_another_one_is_refused(compared, tmp_path):
         ("sweep/sweep.json", '{"format": 1}', "sweep.json is not of a sweep: KeyError"),
     ],
 )
-def test_what_is_none_of_these_is_refused(name, content, told, tmp_path):
+def test_what_is_none_of_these_is_refused(name, content, shown, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     if content is None:
         path.mkdir()
     else:
         path.write_text(content)
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=shown):
         read_sources([tmp_path / name.split("/")[0]])
 
 

@@ -18,12 +18,12 @@ from stochastic_depth.train.config import ScheduleConfig
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_was_published_is_what_the_recipe_says(name):
-    told = inspect.getdoc(RECIPES[name])
-    said = re.search(r"Published: (?:test|validation) error ([\d.]+) %", told)
+    shown = inspect.getdoc(RECIPES[name])
+    said = re.search(r"Published: (?:test|validation) error ([\d.]+) %", shown)
     assert (float(said[1]) if said else None) == (
         PUBLISHED[name].error if name in PUBLISHED else None
     )
-    took = re.search(r"\((\d+) h (\d+) min\)", told)
+    took = re.search(r"\((\d+) h (\d+) min\)", shown)
     if name in PUBLISHED and took:
         assert PUBLISHED[name].seconds == 3600 * int(took[1]) + 60 * int(took[2])
 
@@ -112,18 +112,18 @@ def test_a_difference_is_said_with_what_chance_does(experiment):
     error = standard_error(Spread.of(a), Spread.of(b), 2, 2)
     welch = ttest_ind(a, b, equal_var=False)
     assert (np.mean(a) - np.mean(b)) / error == pytest.approx(welch.statistic)
-    told = difference(Spread.of(a), Spread.of(b), stochastic, constant)
+    shown = difference(Spread.of(a), Spread.of(b), stochastic, constant)
     assert (
-        told == "stochastic depth is 1.05 points below, more than twice its standard error of 0.18"
+        shown == "stochastic depth is 1.05 points below, more than twice its standard error of 0.18"
     )
-    told = difference(Spread.of([5, 8]), Spread.of(b), stochastic, constant)
-    assert told.endswith("less than twice its standard error of 1.51: it may be chance")
-    told = difference(Spread.of([5]), Spread.of(b), stochastic, constant)
-    assert "no telling whether that is chance" in told
+    shown = difference(Spread.of([5, 8]), Spread.of(b), stochastic, constant)
+    assert shown.endswith("less than twice its standard error of 1.51: it may be chance")
+    shown = difference(Spread.of([5]), Spread.of(b), stochastic, constant)
+    assert "no telling whether that is chance" in shown
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "shown"),
     [
         (0.0123, "12.3 ms"),
         (18.71, "18.7 s"),
@@ -131,8 +131,8 @@ def test_a_difference_is_said_with_what_chance_does(experiment):
         (3600 * 15 + 420, "15 h 07 min"),
     ],
 )
-def test_durations_are_told_as_people_do(seconds, told):
-    assert duration(seconds) == told
+def test_durations_are_told_as_people_do(seconds, shown):
+    assert duration(seconds) == shown
 
 
 def test_under_a_schedule_the_expected_saving_is_the_mean_over_the_steps(experiment):

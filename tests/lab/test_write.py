@@ -73,19 +73,19 @@ def test_the_policy_of_the_page_knows_its_script_alone(html):
 
 
 def test_names_are_text(html, hostile, hostile_page):
-    harmless, told = Elements(html), Elements(hostile_page.read_text())
-    assert told.tags <= harmless.tags | {"code"}  # commands of figures that are not there
-    assert told.attributes <= harmless.attributes
-    assert hostile[0] in "".join(told.text)
+    harmless, shown = Elements(html), Elements(hostile_page.read_text())
+    assert shown.tags <= harmless.tags | {"code"}  # commands of figures that are not there
+    assert shown.attributes <= harmless.attributes
+    assert hostile[0] in "".join(shown.text)
 
 
 def test_files_of_figures_are_written_beside(survival_sweep, benchmark_file, tmp_path, capsys):
     out, figures = tmp_path / "deep" / "report.html", tmp_path / "figures"
     runs = [str(survival_sweep), str(benchmark_file)]
     assert main(["report", *runs, "-o", str(out), "--figures", str(figures)]) == 0
-    told = capsys.readouterr().out
-    assert f"{out}: 2 figures" in told
-    assert COMMANDS["depth-sweep"][1] in told
+    shown = capsys.readouterr().out
+    assert f"{out}: 2 figures" in shown
+    assert COMMANDS["depth-sweep"][1] in shown
     drawn = {path.stem for path in figures.glob("*.svg")}
     assert drawn == {path.stem for path in figures.glob("*.png")}
     assert drawn == {path.stem for path in figures.glob("*.csv")}
@@ -156,5 +156,5 @@ def test_the_command_of_every_figure_that_can_be_missing_is_known(compared, surv
         for section in report(read_sources([compared])).sections
         for figure in section.figures
     }
-    told = {title for title, _ in report(read_sources([compared])).missing}
-    assert told == {title for id, (title, _) in COMMANDS.items() if id not in ids}
+    shown = {title for title, _ in report(read_sources([compared])).missing}
+    assert shown == {title for id, (title, _) in COMMANDS.items() if id not in ids}

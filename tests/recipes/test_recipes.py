@@ -11,9 +11,9 @@ SHAPES = {"digits": (1, 10), "cifar10": (3, 10), "cifar100": (3, 100), "svhn": (
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_tells_source_command_result_and_cost(name):
-    told = inspect.getdoc(RECIPES[name])
-    assert all(f"{word}: " in told for word in ("Source", "Published", "Cost"))
-    assert f"Command: stochastic-depth train {name}" in told
+    shown = inspect.getdoc(RECIPES[name])
+    assert all(f"{word}: " in shown for word in ("Source", "Published", "Cost"))
+    assert f"Command: stochastic-depth train {name}" in shown
     assert RECIPES[name].__name__ == name.replace("-", "_")
 
 

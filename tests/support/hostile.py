@@ -342,7 +342,7 @@ def main() -> None:
                 HOSTILE[name](Path(folder))
             except Exception as raised:
                 error = raised
-            told = {
+            shown = {
                 "name": name,
                 "ours": isinstance(error, StochasticDepthError),
                 "error": f"{type(error).__name__}: {error}",
@@ -350,7 +350,7 @@ def main() -> None:
                 "memory": peak() - before,
                 "seconds": time.process_time() - began,
             }
-        print(json.dumps(told), flush=True)
+        print(json.dumps(shown), flush=True)
 
 
 if __name__ == "__main__":

@@ -36,14 +36,14 @@ def run_checks(loop: str, folder: Path) -> dict[tuple[str, str], str]:
         with suppress(ProcessLookupError):  # as it should be: all ranks have ended too
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    told: dict[tuple[str, str], str] = {}
+    shown: dict[tuple[str, str], str] = {}
     for path in sorted(folder.glob("*-rank-*.json")):
         stage, _, rank = path.stem.partition("-rank-")
         for check, failure in json.loads(path.read_text()).items():
-            before = told.setdefault((stage, check), "")
-            told[stage, check] = before + (f"rank {rank}: {failure}\n" if failure else "")
+            before = shown.setdefault((stage, check), "")
+            shown[stage, check] = before + (f"rank {rank}: {failure}\n" if failure else "")
     assert process.returncode == 0, output
-    return told
+    return shown
 
 
 def report(checks: Checks) -> None:
@@ -85,12 +85,12 @@ def _run(checks: Checks, stage: str, rank: int, folder: Path) -> None:
         world_size=RANKS[stage],
         timeout=timedelta(seconds=300),
     )
-    told = {}
+    shown = {}
     for check in checks[stage]:
         try:
             check(*[folder] * check.__code__.co_argcount)
-            told[check.__name__] = ""
+            shown[check.__name__] = ""
         except BaseException:  # of which torch.distributed.checkpoint raises some
-            told[check.__name__] = traceback.format_exc()
-    (folder / f"{stage}-rank-{rank}.json").write_text(json.dumps(told))
+            shown[check.__name__] = traceback.format_exc()
+    (folder / f"{stage}-rank-{rank}.json").write_text(json.dumps(shown))
     dist.destroy_process_group()

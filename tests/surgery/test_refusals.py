@@ -373,9 +373,9 @@ def test_what_excluding_takes_along_is_no_block_that_is_left():
         sd.apply(Nested(0), example=x)
     with pytest.raises(sd.UnsupportedBlockError) as caught:
         sd.apply(Nested(2), example=x)
-    told = re.search(r"exclude=(\[.*?\])", str(caught.value))
-    assert told
-    handle = sd.apply(Nested(2), example=x, exclude=ast.literal_eval(told[1]))
+    shown = re.search(r"exclude=(\[.*?\])", str(caught.value))
+    assert shown
+    handle = sd.apply(Nested(2), example=x, exclude=ast.literal_eval(shown[1]))
     assert [block.name for block in handle.blocks] == ["plain.0", "plain.1"]
 
 

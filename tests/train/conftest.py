@@ -10,7 +10,7 @@ from stochastic_depth.train import Config, DataConfig, ModelConfig, SurvivalConf
 
 
 class Silent:
-    """A `Callback` that remembers what it was told."""
+    """A `Callback` that remembers what it was shown."""
 
     def __init__(self):
         self.said = []

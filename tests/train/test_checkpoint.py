@@ -27,7 +27,10 @@ def test_a_checkpoint_cut_short_anywhere_is_refused(path):
     whole = path.read_bytes()
     for length in [*range(200), *range(200, len(whole), 37), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"c\.ckpt"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"c\.ckpt is (not a checkpoint of this library, or is cut short|damaged: its)",
+        ):
             load_checkpoint(path, "a")
 
 

@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a run is noticed, told, and never used."""
+"""Whatever happens to the files of a run is noticed, shown, and never used."""
 
 import dataclasses
 import hashlib
@@ -275,7 +275,7 @@ def test_damaged_weights_of_a_finished_run_are_told_and_written_anew(small, path
     run.weights.write_bytes(damage(run.weights.read_bytes()))
     assert list(fit(*reopen(path), silent)) == []
     assert "model.safetensors" in silent.said[-1]
-    assert "written anew" in silent.said[-1]
+    assert "written again" in silent.said[-1]
     again = read_weights(run.weights)
     assert all(torch.equal(again[name], tensor) for name, tensor in right.items())
 
@@ -307,10 +307,10 @@ def test_weights_of_another_run_are_refused_and_written_again(finished, path, si
     run, images = reopen(path)
     right = load(run.weights.read_bytes())
     write_weights(run.weights, right, {"run": "f" * 32, "recipe": "digits"})
-    told = f"model.safetensors belongs to another run \\({'f' * 32}, not {run.id}\\): remove it"
-    with pytest.raises(RunError, match=told):
+    shown = f"model.safetensors belongs to another run \\({'f' * 32}, not {run.id}\\): remove it"
+    with pytest.raises(RunError, match=shown):
         read_weights(run.weights, run.id)
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=shown):
         trained_model(run, images)
     run.weights.unlink()
     assert list(fit(run, images, silent)) == []
@@ -325,8 +325,8 @@ def test_after_no_checkpoint_can_be_trusted_the_remedy_begins_the_run_again(fini
         checkpoint.write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="no checkpoint can be trusted") as raised:
         list(fit(*reopen(path), silent))
-    told = str(raised.value)
-    assert f"delete it and {path / 'metrics.jsonl'}, and resume: the run begins at step 0" in told
+    shown = str(raised.value)
+    assert f"delete it and {path / 'metrics.jsonl'}, and resume: the run begins at step 0" in shown
     shutil.rmtree(path / "checkpoints")
     (path / "metrics.jsonl").unlink()
     assert len(list(fit(*reopen(path), silent))) == len(open_run(finished).records())

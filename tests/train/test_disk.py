@@ -111,7 +111,7 @@ def test_a_run_that_cannot_be_written_is_told_and_can_still_be_evaluated(
     with pytest.raises(RunError, match="run cannot be written: Read-only file system"):
         next(fit(*reopen(run.path), silent))
     assert main(["train", "--resume", str(run.path)]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
     assert main(["eval", str(run.path)]) == 0

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
-    ("gates", "told"),
+    ("gates", "shown"),
     [
         ("1", "blocks 1 of 1 open"),
         ("0", "none of 1 blocks open"),
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("010100", "blocks 2, 4 of 6 open"),
     ],
 )
-def test_open_blocks_are_told_as_ranges(gates, told):
-    assert open_blocks(torch.tensor([gate == "1" for gate in gates])) == told
+def test_open_blocks_are_told_as_ranges(gates, shown):
+    assert open_blocks(torch.tensor([gate == "1" for gate in gates])) == shown
 
 
 def test_a_block_that_is_open_for_any_sample_is_open():
@@ -141,8 +141,8 @@ def test_a_loader_that_the_system_has_killed_is_told(pictures_config, path):
     done = child(KILLED_LOADER, path)
     assert done.returncode == 3, done.stderr
     # Its death is seen by the signal, or by the connection that breaks, whichever is first.
-    told = r"out of memory at step \d+ of .*DataLoader worker|a process that decodes pictures has"
-    assert re.match(told, done.stdout)
+    shown = r"out of memory at step \d+ of .*DataLoader worker|a process that decodes pictures has"
+    assert re.match(shown, done.stdout)
     assert "--data.workers" in done.stdout
 
 

@@ -30,7 +30,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
     append_record(path, record(1))
     with path.open("ab") as file:
         file.write(b'{"step": 2}\n')
-    with pytest.raises(RunError, match="line 2"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2 is not a record"):
         read_journal(path)
 
 

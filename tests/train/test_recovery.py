@@ -108,9 +108,9 @@ def _(runs):
     command = f"train {SMALL} --run {runs.path}".replace(" --quiet", "")
     assert main(shlex.split(command)) == 130
     runs.monkeypatch.undo()
-    told = " ".join(runs.capsys.readouterr().out.split())
-    assert re.search(r"stopped at step \d+, with a checkpoint", told)
-    (printed,) = re.findall(r"go on: stochastic-depth (.+)", told)
+    shown = " ".join(runs.capsys.readouterr().out.split())
+    assert re.search(r"stopped at step \d+, with a checkpoint", shown)
+    (printed,) = re.findall(r"go on: stochastic-depth (.+)", shown)
     assert main(shlex.split(printed)) == 0
     runs.ends_as_if_nothing_had_happened()
 
@@ -203,9 +203,9 @@ def _(runs):
     shutil.copy(first, folder / "step-000000016.ckpt")
     runs.backup()
     list(fit(*reopen(runs.path), runs.watch))
-    told = " ".join(runs.watch.said)
-    assert "step-000000012.ckpt belongs to another run" in told
-    assert "step-000000016.ckpt is of step 4: it was renamed" in told
+    shown = " ".join(runs.watch.said)
+    assert "step-000000012.ckpt belongs to another run" in shown
+    assert "step-000000016.ckpt is of step 4: it was renamed" in shown
     runs.ends_as_if_nothing_had_happened()
     runs.restore()
     (folder / "step-000000012.ckpt").unlink()
@@ -290,7 +290,7 @@ def _(runs):
 def _(runs):
     runs.stopped()
     elsewhere = runs.path.with_name("elsewhere")
-    for name, told in (
+    for name, shown in (
         ("metrics.jsonl", "a link"),
         ("lock", "a pipe"),
         ("config.json", "a device"),
@@ -298,14 +298,14 @@ def _(runs):
         file = runs.path / name
         shutil.copyfile(file, elsewhere)
         file.unlink()
-        match told:
+        match shown:
             case "a link":
                 file.symlink_to(elsewhere)
             case "a pipe":
                 os.mkfifo(file)
             case "a device":
                 os.mknod(file, 0o20600, os.makedev(1, 3))
-        assert f"it is {told}" in runs.refused()
+        assert f"it is {shown}" in runs.refused()
         file.unlink()
         if name != "lock":  # that one is made when it is missing
             shutil.copyfile(elsewhere, file)
@@ -323,12 +323,12 @@ def _(runs):
     weights = runs.ended() / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     list(fit(*reopen(runs.path), runs.watch))
-    assert re.search(r"model.safetensors cannot be read.*; written anew", runs.watch.said[-1])
+    assert re.search(r"model.safetensors cannot be read.*; written again", runs.watch.said[-1])
     runs.weights_are_back()
     right = weights.read_bytes()
     weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     list(fit(*reopen(runs.path), runs.watch))
-    assert re.search(r"model.safetensors is damaged.*; written anew", runs.watch.said[-1])
+    assert re.search(r"model.safetensors is damaged.*; written again", runs.watch.said[-1])
     runs.weights_are_back()
 
 

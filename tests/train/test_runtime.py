@@ -37,8 +37,8 @@ def test_the_machine_is_described():
 
 
 def test_the_versions_are_those_of_what_runs():
-    told = versions()
-    assert told == {
+    shown = versions()
+    assert shown == {
         "stochastic-depth": stochastic_depth.__version__,
         "torch": torch.__version__,
         "python": "{}.{}.{}".format(*sys.version_info),

@@ -73,11 +73,11 @@ def test_no_file_of_a_run_is_used_through_a_link_a_pipe_or_a_device(
     try:
         list(fit(*reopen(copied), silent))
     except RunError as error:
-        told = str(error)
+        shown = str(error)
     else:
-        told = silent.said[0]
-    assert name.rpartition("/")[2] in told
-    assert "expected a regular file: remove it" in told
+        shown = silent.said[0]
+    assert name.rpartition("/")[2] in shown
+    assert "expected a regular file: remove it" in shown
     assert mine.read_bytes() == before
     assert os.listdir(mine.parent) == ["thesis"]
 
@@ -134,17 +134,17 @@ def test_every_command_that_reads_a_run_refuses_what_is_no_file(
     assert (path / name).is_file()
     replaced(path, name, kind, mine)
     code = main([*command.split(), str(path)])
-    told = capsys.readouterr()
+    shown = capsys.readouterr()
     if name.startswith("checkpoints") and command == "report":
         assert code == 0  # which reads no checkpoint
     elif name.startswith("checkpoints") and command == "train --resume":
-        assert f"it is a {kind}, expected a regular file: remove it; using the one" in told.out
+        assert f"it is a {kind}, expected a regular file: remove it; using the one" in shown.out
         assert code == (kind == "pipe")  # which nothing is written over
     else:
         assert code == 1
-        assert told.err.startswith("error: ")
-        assert told.err.count("\n") == 1
-        assert f"it is a {kind}, expected a regular file: remove it" in told.err
+        assert shown.err.startswith("error: ")
+        assert shown.err.count("\n") == 1
+        assert f"it is a {kind}, expected a regular file: remove it" in shown.err
     assert mine.read_bytes() == b"{}\n" * 5000
 
 

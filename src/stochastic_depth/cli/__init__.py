@@ -4,7 +4,7 @@ Nothing here imports PyTorch before it is known that a command can be carried ou
 what is wrong with a command line come at once.
 
 Exit codes: 0 done; 1 an error, printed in one line; 2 a command line that cannot be understood;
-128 + n stopped by signal n, with a checkpoint where a run was under way.
+128 + n stopped by signal n, with a checkpoint if a run was training.
 """
 
 import importlib

@@ -209,7 +209,7 @@ def compare(arguments: list[str]) -> int:
             require(module, "report")
         from stochastic_depth.files import write_whole
         from stochastic_depth.lab import comparison
-        from stochastic_depth.lab.pace import AT_THE_END
+        from stochastic_depth.lab.pace import SECONDS_AT_END
         from stochastic_depth.train import Interrupted
         from stochastic_depth.train.display import Display
         from stochastic_depth.train.fit import StopSignals
@@ -217,7 +217,7 @@ def compare(arguments: list[str]) -> int:
     seeds = range(config.seed, config.seed + asked.seeds)
     end = None
     if asked.minutes is not None:
-        end = began + 60 * asked.minutes - AT_THE_END
+        end = began + 60 * asked.minutes - SECONDS_AT_END
         config = _fitted(config, seeds, folder, end, console)
     with StopSignals() as stop, Display(console, asked.quiet) as display:
         try:

@@ -1,4 +1,4 @@
-"""Batches from a tree of pictures that is too large for memory, such as ImageNet."""
+"""Batches from folders of pictures that do not fit into memory, such as ImageNet."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Many processes, one model: what a closed block need not send.
+"""Training in many processes, in which closed blocks send nothing.
 
 Plain `DistributedDataParallel` and `fully_shard` work with an applied model as they are; with these
 a closed block costs no communication either. Names load when they are touched: sharding takes

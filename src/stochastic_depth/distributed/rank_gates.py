@@ -1,4 +1,4 @@
-"""Gates on many ranks: the same on each, which is checked, or drawn by each rank for itself."""
+"""Gates on many ranks: the same on each, which is checked, or different ones on each."""
 
 from collections.abc import Sequence
 
@@ -61,8 +61,8 @@ def _difference(states: Sequence[Sequence[dict]]) -> str:
             for name, value in one.items():
                 if other[name] != value:
                     remedy = {
-                        "seed": "give sd.apply the same seed everywhere, or each rank gates of its "
-                        "own by sd.distributed.gates_by_rank(model)",
+                        "seed": "give sd.apply the same seed everywhere, or draw different gates "
+                        "on each rank by sd.distributed.gates_by_rank(model)",
                         "step": "call the model in training mode on every rank or on none, and "
                         "load the same state",
                     }.get(name, "give sd.apply the same settings everywhere")

@@ -108,10 +108,10 @@ def save_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Go on where `save_sharded` was called, by as many ranks or others, sharded or not.
+    """Restore what `save_sharded` has written, on any number of ranks, sharded or not.
 
-    Under `skipped="freeze"` the optimizer knows nothing yet of a block that was never open, and
-    will not when this returns.
+    Under `skipped="freeze"` the optimizer has no state of a block that was never open, and has none
+    afterwards.
 
     `torch.distributed.checkpoint` unpickles what is in `folder`: load what you have written.
 
@@ -144,6 +144,6 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 
 def _first(error: BaseException) -> str:
-    """What went wrong on the first of the ranks on which something did."""
+    """The first error of any rank."""
     failures = getattr(error, "failures", {})
     return str(next(iter(failures.values()))[0]) if failures else str(error)

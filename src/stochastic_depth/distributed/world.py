@@ -52,7 +52,7 @@ def joined() -> Iterator[None]:
             raise
         raise RunError(
             f"process {rank} of {size} waited for one that is no longer there; torchrun "
-            "--max-restarts N would start all of them anew, to go on from the last checkpoint"
+            "--max-restarts N would start all of them again, to resume from the last checkpoint"
         ) from error
     dist.destroy_process_group()  # not after an error, when others may not be there
 

@@ -1,4 +1,4 @@
-"""Multiply p_l into the weights: the full network in evaluation, as a plain model."""
+"""`sd.fold`: multiply p_l into the weights, so that the network is a plain model."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError, ExportError
-from stochastic_depth.export.truncate import take_out
+from stochastic_depth.export.truncate import replace_by_shortcuts
 from stochastic_depth.extras import require
 from stochastic_depth.files import reason, require_file
 from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet, VisionTransformer
@@ -62,7 +62,7 @@ def blocks_of(model: nn.Module) -> list[str]:
 def remove_blocks(model: nn.Module, positions: tuple[int, ...]) -> None:
     """Leave only the shortcut of the blocks of a plain network at `positions`, in place."""
     names = blocks_of(model)
-    take_out(model, [names[position] for position in positions])
+    replace_by_shortcuts(model, [names[position] for position in positions])
 
 
 def blocks_at(depth: float, blocks: int) -> int:

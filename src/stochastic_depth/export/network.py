@@ -66,7 +66,7 @@ def plain_network(run: Run, images: Batches, which: Literal["best", "last"] = "b
 def shallower_network(
     run: Run, images: Batches, which: Literal["best", "last"], depth: float, observer: Observer
 ) -> Plain:
-    """The same with that share of its blocks; those that validation needs least are taken out.
+    """The same with a share of its blocks; those that validation needs least are removed.
 
     Raises:
         ApplyError: when it has no residual blocks.

@@ -1,4 +1,4 @@
-"""Make shallower models: find the blocks that are needed least, and remove them."""
+"""`sd.drop_order` and `sd.truncate`: find the blocks that are needed least, and remove them."""
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -38,7 +38,7 @@ class ShortcutOnly(nn.Module):
         return out if self.activation is None else self.activation(out)
 
 
-def take_out(model: nn.Module, names: Collection[str]) -> None:
+def replace_by_shortcuts(model: nn.Module, names: Collection[str]) -> None:
     """Replace the named `Residual` units by their shortcuts, and remove other blocks, in place.
 
     Raises:
@@ -70,7 +70,7 @@ def _remove(model: nn.Module, name: str, children: Collection[str]) -> None:
         parent._modules[str(number) if numbered else old] = module
     if numbered:
         _renumber(modules, [int(number) for number in kept])
-        _tell_transformers(model, name, len(before), [int(number) for number in kept])
+        _update_configurations(model, name, len(before), [int(number) for number in kept])
 
 
 def _renumber(modules: Iterable[nn.Module], kept: list[int]) -> None:
@@ -81,7 +81,7 @@ def _renumber(modules: Iterable[nn.Module], kept: list[int]) -> None:
                 module.layer_idx = new  # type: ignore[assignment]
 
 
-def _tell_transformers(model: nn.Module, name: str, before: int, kept: list[int]) -> None:
+def _update_configurations(model: nn.Module, name: str, before: int, kept: list[int]) -> None:
     """Update the configurations of transformers above the list `name`, of which `kept` are left."""
     path = name.split(".")
     for length in range(len(path) + 1):
@@ -233,10 +233,10 @@ def truncate(
     *,
     recalibrate: Iterable[Any] | None = None,
 ) -> None:
-    """Take the other blocks out of `model`, fold p_l into those that stay, and leave it plain.
+    """Remove the other blocks of `model` and fold p_l into those that stay, in place.
 
     A `Residual` unit becomes its shortcut and activation, so that the names of all other weights
-    stay. A block of any other class must return its input when it is closed, and is taken out of
+    stay. A block of any other class must return its input when it is closed, and is removed from
     its list; in a numbered list those behind it move up, as in the same architecture built
     shallower, and a `config` of transformers is updated. The outputs are compared with those of
     `model` with the same blocks closed. What is left can be trained further, and `sd.apply` can be
@@ -252,7 +252,7 @@ def truncate(
 
     Raises:
         ApplyError: when `model` is not one that `sd.apply` was given.
-        TruncateError: when `keep` does not fit, or naming a block that cannot be taken out.
+        TruncateError: when `keep` does not fit, or naming a block that cannot be removed.
         FoldError: naming a block that cannot take its p_l. In each case `model` is as it was.
 
     Examples:
@@ -354,7 +354,7 @@ def _edit(model: nn.Module, closed: Sequence[int], weights: dict[str, float]) ->
     names = [name for number in closed for name in _of(found[number], model, used)]
     multiply(model, weights)
     remove(model)
-    take_out(model, names)
+    replace_by_shortcuts(model, names)
 
 
 def _of(found: Found, model: nn.Module, used: Collection[str]) -> list[str]:

@@ -100,7 +100,7 @@ def active_blocks(run: Run) -> ActiveBlocks:
     counted = [(before, record) for before, record in spans if record.active_counts]
     if not counted:
         raise RunError(
-            f"{run.journal} does not tell how many blocks were active: it is empty, or of an "
+            f"{run.journal} does not say how many blocks were active: it is empty, or of an "
             "older version"
         )
     survival_at, blocks = survival_of_run(run, counted[-1][1])

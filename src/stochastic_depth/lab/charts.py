@@ -153,7 +153,7 @@ def curve_panel(
     """`quantity` of every run on a logarithmic axis; values that are not above zero are left out.
 
     Args:
-        told: its text at a point.
+        label: the text of a value, shown under the pointer.
     """
 
     def value(record: Record) -> float | None:

@@ -50,12 +50,12 @@ def train_pairs(
 ) -> dict[str, list[Run]]:
     """Train `config` and its constant-depth twin for each seed; the two take turns by the epoch.
 
-    Other load on the machine then affects both. Finished runs are kept, interrupted ones go on.
+    Other load on the machine then affects both. Finished runs are kept, interrupted ones resumed.
 
     Args:
-        end: on the clock of `time.monotonic`. Before a turn that would end later, the runs under
-            way are interrupted; they go on when this is called again. One turn is taken in any
-            case. Runs of a later seed that are not finished are not returned.
+        end: on the clock of `time.monotonic`. Before a turn that would end later, the current runs
+            are interrupted; another call resumes them. At least one turn is taken. Runs of a later
+            seed that are not finished are not returned.
 
     Raises:
         ConfigError: when `config` is constant depth itself.

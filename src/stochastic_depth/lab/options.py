@@ -15,16 +15,16 @@ from stochastic_depth.errors import ConfigError
 NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transformer"]
 
 
-def at_least(least: int, **values: int | None) -> None:
-    """Raise an error for numbers below `least`; names are those of options.
+def at_least(minimum: int, **values: int | None) -> None:
+    """Raise an error for numbers below `minimum`; names are those of options.
 
     Raises:
         ConfigError: naming the option and its value.
     """
     for name, value in values.items():
-        if value is not None and value < least:
+        if value is not None and value < minimum:
             option = name.replace("_", "-")
-            raise ConfigError(f"--{option} is {value}: it must be at least {least}")
+            raise ConfigError(f"--{option} is {value}: it must be at least {minimum}")
 
 
 @dataclass(frozen=True)

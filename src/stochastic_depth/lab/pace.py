@@ -16,9 +16,9 @@ from stochastic_depth.train.run_folder import open_batches
 from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.train_state import TrainState
 
-LEAST_EPOCHS = 3
+FEWEST_EPOCHS = 3
 """The fewest epochs of a comparison; fewer show nothing."""
-AT_THE_END = 10.0
+SECONDS_AT_END = 10.0
 """Seconds for the last checkpoint and the table."""
 SLOWER_THAN_MEASURED = 2.0
 """The reserve for evaluations, checkpoints and other load: real over measured time."""
@@ -46,8 +46,8 @@ class Pace:
         return step * self.steps_per_epoch * SLOWER_THAN_MEASURED
 
     def epochs_in(self, seconds: float, wanted: int) -> int:
-        """How many epochs of both networks fit into `seconds`, from `LEAST_EPOCHS` to `wanted`."""
-        return max(min(LEAST_EPOCHS, wanted), min(wanted, int(seconds / self.epoch)))
+        """How many epochs of both networks fit into `seconds`, from `FEWEST_EPOCHS` to `wanted`."""
+        return max(min(FEWEST_EPOCHS, wanted), min(wanted, int(seconds / self.epoch)))
 
     def described(self) -> str:
         """A sentence: the time of a step with each number of threads, and the chosen one."""

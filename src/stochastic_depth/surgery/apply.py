@@ -80,7 +80,7 @@ def apply(
             of a list of modules of one class), for those of one iteration of a loop, and for each
             that the model itself writes out; or "unit", one coin for each addition.
         stacks: names of modules, say ("encoder", "decoder"), in each of which the rule counts l and
-            L anew; the whole model is one stack when not given.
+            L from 1; the whole model is one stack when not given.
         gate: "batch", one coin a block and mini-batch (the paper): a closed block costs nothing;
             "sample", one coin a sample, masked: the DropPath of timm and torchvision, saves
             nothing; "subset", one coin a sample, and the branch runs on the drawn samples only:

@@ -335,18 +335,18 @@ def summary(model: nn.Module, example: Example) -> Summary:
 
 
 def _gating(handle: Handle) -> str:
-    told = [f"gates: {'balanced, ' if handle.balance else ''}one coin a {handle.gate}"]
+    parts = [f"gates: {'balanced, ' if handle.balance else ''}one coin a {handle.gate}"]
     if handle.gate == "subset":
-        told = [f"gates: {'balanced ' if handle.balance else ''}subsets of the samples"]
-    if told == ["gates: one coin a batch"]:
-        told = []
+        parts = [f"gates: {'balanced ' if handle.balance else ''}subsets of the samples"]
+    if parts == ["gates: one coin a batch"]:
+        parts = []
     if handle.closed == "forward-only":
-        told.append("closed branches run forward only")
+        parts.append("closed branches run forward only")
     schedule = handle.probabilities.described()["schedule"]
     if schedule is not None:
         values = ", ".join(f"{k}={v}" for k, v in schedule.items() if k != "name")
-        told.append(f"schedule: {schedule['name']}({values})")
-    return "; ".join(told)
+        parts.append(f"schedule: {schedule['name']}({values})")
+    return "; ".join(parts)
 
 
 def _count(run: Callable[[], Any]) -> tuple[int, int]:

@@ -208,7 +208,7 @@ def _called(function: FunctionType, _: Any) -> FunctionType:
 
 
 def _look(module: nn.Module) -> str:
-    """Equal for modules that a compiler may give the same graphs, as far as attributes tell."""
+    """A digest, equal for modules that a compiler may give the same graphs: by their attributes."""
     parts = [
         (
             name,

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen, nested, and the same on the command line and in JSON."""
+"""The configuration of a run: frozen dataclasses, on the command line and in JSON."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Which engine takes the training steps of a configuration, and why."""
+"""Choose the engine that takes the training steps of a configuration, with the reason."""
 
 from typing import Literal, NamedTuple
 

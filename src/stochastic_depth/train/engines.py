@@ -1,4 +1,4 @@
-"""Which engine takes the training steps: autograd, compiled blocks, or the block program."""
+"""The engines that take training steps: autograd, compiled blocks, or the block program."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Error messages of a run that cannot go on: the step, its gates, the last good checkpoint."""
+"""Errors of a run that cannot continue: with the step, its gates and the last good checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -237,7 +237,7 @@ def _write_weights(run: Run, train_state: TrainState, callback: Callback) -> Non
             read_weights(run.weights, run.id)
             return
         except RunError as error:
-            callback.say(f"{error}; written anew")
+            callback.say(f"{error}; written again")
     about = {"run": run.id, "recipe": run.config.recipe}
     write_weights(run.weights, train_state.model.state_dict(), about)
 

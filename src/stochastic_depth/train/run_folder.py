@@ -1,4 +1,4 @@
-"""A run folder: made, opened, written by one process; and the network that is in it."""
+"""A run folder: create it, open it, be the one process that writes it, load its network."""
 
 import hashlib
 import json
@@ -74,11 +74,11 @@ class Run:
         return self.journal.lstat().st_size if is_there(self.journal) else 0
 
     def records(self) -> list[Record]:
-        """What was measured so far."""
+        """The records of the journal so far."""
         return read_journal(self.journal)
 
     def require_data(self, fingerprint: str) -> None:
-        """Refuse other data than the run began on.
+        """Refuse data that the run did not begin on.
 
         Raises:
             RunError: naming both.
@@ -91,7 +91,7 @@ class Run:
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[], None]]:
-        """Be the only process that writes this folder; gives a check that it still is.
+        """Be the only process that writes this folder; yields a check that this is still so.
 
         Raises:
             RunError: when another process does, or nothing can be written; from the check, when

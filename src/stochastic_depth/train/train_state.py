@@ -1,4 +1,4 @@
-"""The state of a training: all that changes while a run trains, and what a checkpoint holds."""
+"""The state of a training run: everything that changes while it trains, and its checkpoints."""
 
 from functools import cached_property
 from math import fsum
@@ -78,7 +78,7 @@ class TrainState:
         return self.handle.gates_at(step, self.images_of(step))
 
     def active_counts(self) -> Tensor:
-        """How many steps of the interval under way had n active blocks, int64 [L + 1].
+        """How many steps of the current interval had n active blocks, int64 [L + 1].
 
         Where each sample has its own gates, samples are counted; where each process has, the steps
         of all processes.
@@ -89,7 +89,7 @@ class TrainState:
         return total(counts) if self.config.distributed.rank_gates else counts
 
     def expected_active_blocks(self) -> float:
-        """The sum of p_l, mean over the steps of the interval under way."""
+        """The sum of p_l, mean over the steps of the current interval."""
         if self.handle is None:
             return float(self.blocks)
         return fmean(fsum(self.handle.survival_at(step)) for step in self._interval())
@@ -137,7 +137,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; `state["step"]` says where that was.
+        """Restore a state that `state_dict` has returned, of step `state["step"]`.
 
         Raises:
             CheckpointError: when it is of another network or optimizer.

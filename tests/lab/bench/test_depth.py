@@ -26,7 +26,7 @@ def test_the_depths_end_with_the_deepest():
     assert depths_up_to(1202) == list(DEPTHS)
     assert depths_up_to(110) == [20, 56, 110]
     assert depths_up_to(32) == [20, 32]
-    with pytest.raises(ConfigError, match="deepest=20"):
+    with pytest.raises(ConfigError, match="deepest=20: the first depth is 20, choose more"):
         depths_up_to(20)
 
 

@@ -80,5 +80,5 @@ def test_without_its_library_there_is_no_network(name, module, monkeypatch):
 
 
 def test_a_rate_is_below_1():
-    with pytest.raises(ConfigError, match="rate=1"):
+    with pytest.raises(ConfigError, match=r"rate=1\.0: a drop rate is at least 0 and below 1"):
         peers("cifar-resnet", 8, 1.0, 4, 16, CPU)

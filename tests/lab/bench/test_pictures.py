@@ -36,10 +36,10 @@ def test_pictures_are_decoded_by_each_number_of_workers_and_a_network_takes_them
     options = "--depth 50 --batch 2 --pictures 8 --workers 1 0 --repeats 2 --precision float32"
     assert main(["bench", "pictures", *options.split(), "--out", str(out)]) == 0
     assert "decoded, cut and scaled" in capsys.readouterr().out
-    told = json.loads(out.read_text())
-    assert list(told["decoded_per_second"]) == ["1", "0"]
-    assert all(len(rates) == 2 and min(rates) > 0 for rates in told["decoded_per_second"].values())
-    assert all(rate > 0 for rate in told["taken_per_second"].values())
+    shown = json.loads(out.read_text())
+    assert list(shown["decoded_per_second"]) == ["1", "0"]
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in shown["decoded_per_second"].values())
+    assert all(rate > 0 for rate in shown["taken_per_second"].values())
 
 
 def test_workers_that_leave_nothing_to_measure_are_refused(capsys):

@@ -10,15 +10,15 @@ from support.small_sweep import GRID, SMALL
 
 
 def test_the_folder_tells_kind_grid_and_recipe(sweep):
-    told = json.loads((sweep.folder / "sweep.json").read_text())
-    assert (told["format"], told["kind"], told["recipe"]) == (1, "survival", "digits")
-    assert told["grid"] == {
+    shown = json.loads((sweep.folder / "sweep.json").read_text())
+    assert (shown["format"], shown["kind"], shown["recipe"]) == (1, "survival", "digits")
+    assert shown["grid"] == {
         "rules": ["linear", "constant"],
         "survival": [0.3, 0.6],
         "depths": [8],
         "seeds": [0, 1],
     }
-    assert told["config"]["epochs"] == 2
+    assert shown["config"]["epochs"] == 2
 
 
 def test_the_same_sweep_again_is_the_same(sweep):
@@ -31,7 +31,7 @@ def test_what_does_not_change_results_may_be_another(sweep, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "shown"),
     [
         ({"kind": "depth"}, "its kind is survival, not depth"),
         ({"grid": replace(GRID, seeds=(0, 1, 2))}, r"its grid.seeds is \[0, 1\], not \[0, 1, 2\]"),
@@ -40,9 +40,9 @@ def test_what_does_not_change_results_may_be_another(sweep, tmp_path):
         ({"config": replace(SMALL, recipe="mine")}, "its recipe is digits, not mine"),
     ],
 )
-def test_the_folder_of_another_sweep_is_refused(sweep, change, told):
+def test_the_folder_of_another_sweep_is_refused(sweep, change, shown):
     wanted = {"kind": "survival", "grid": GRID, "config": SMALL} | change
-    with pytest.raises(RunError, match=f"another sweep: {told}.*choose another --out"):
+    with pytest.raises(RunError, match=f"another sweep: {shown}.*choose another --out"):
         open_sweep(sweep.folder, **wanted)
 
 

@@ -39,23 +39,23 @@ def test_names_are_readable_and_different():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "shown"),
     [
         ({"survival": (0.5, 0.2, 0.5)}, r"survival are \[0.5, 0.2, 0.5\]: give each value once"),
         ({"seeds": ()}, "no seeds"),
     ],
 )
-def test_a_grid_without_points_or_with_one_twice_is_refused(change, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_grid_without_points_or_with_one_twice_is_refused(change, shown):
+    with pytest.raises(ConfigError, match=shown):
         replace(GRID, **change)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "shown"),
     [({"survival": (0.5, 1.5)}, "survival.final is 1.5"), ({"depths": (20, 21)}, "depth=21")],
 )
-def test_a_point_that_cannot_be_trained_is_refused_before_any_is(change, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_point_that_cannot_be_trained_is_refused_before_any_is(change, shown):
+    with pytest.raises(ConfigError, match=shown):
         replace(GRID, **change).check(SMALL)
 
 

@@ -60,7 +60,7 @@ def their_block(checkout: Path) -> type[nn.Module]:
             "of https://github.com/facebookresearch/dinov2"
         )
     with _importable(checkout), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it tells that xFormers is missing
+        warnings.simplefilter("ignore")  # that xFormers is missing
         return importlib.import_module("dinov2.layers.block").Block
 
 

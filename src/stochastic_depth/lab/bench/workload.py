@@ -180,7 +180,7 @@ def step_memory(step: Step, device: str, steps: int = 5) -> float:
     """Bytes that a training step takes beyond what is there before it: the mean of a few.
 
     On a GPU the peak of all that was allocated. Elsewhere `saved_for_backward`, which is most of
-    it: PyTorch does not tell the peak there.
+    it: PyTorch does not report the peak there.
     """
     if torch.device(device).type != "cuda":
         return statistics.fmean(saved_for_backward(step) for _ in range(steps))
@@ -194,7 +194,7 @@ def step_memory(step: Step, device: str, steps: int = 5) -> float:
 
 @contextmanager
 def allocator_peak(device: str) -> Iterator[Callable[[], int]]:
-    """Gives a function that, on leaving, tells the most bytes that were allocated on a GPU inside.
+    """Gives a function that returns, on leaving, the most bytes allocated on a GPU inside.
 
     Those that were there before do not count.
     """

@@ -30,7 +30,7 @@ class Progress(LiveDisplay):
         self._work_before = self._work()
 
     def look(self, running: list[Point]) -> None:
-        """Read how far the runs are, and tell of those that have ended."""
+        """Read how far the runs are, and print those that have ended."""
         self._running = running
         for point in self._points:
             if point not in self._ended and self._sweep.ended(point):
