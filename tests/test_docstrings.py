@@ -17,7 +17,6 @@ PUBLIC = [
     if callable(value := getattr(sd, name))
     and typing.get_origin(value) is None
     and not name.endswith("Error")
-    and name not in ("Residual", "residual_step")
 ]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 pytestmark = pytest.mark.usefixtures("one_thread")

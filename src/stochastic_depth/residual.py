@@ -35,6 +35,14 @@ def residual_step(
         GateError: when gates for single samples were drawn for another batch size.
 
     The paper, section 3, equations 2 and 5.
+
+    Examples:
+        >>> x, branch = torch.ones(2, 3), nn.Linear(3, 3)
+        >>> out = sd.residual_step(x, branch, activation=torch.relu)
+        >>> torch.equal(out, torch.relu(x + branch(x)))
+        True
+        >>> torch.equal(sd.residual_step(x, branch, gate=sd.Gate(open=False)), x)
+        True
     """
     gate.check_batch(x.shape[0])
     out = x if shortcut is None else shortcut(x)
@@ -58,6 +66,11 @@ class Residual(nn.Module):
         branch: f_l, from [batch, ...] to the shape of the shortcut's output.
         shortcut: None for the identity, or a downsampling or projection path.
         activation: what follows the addition; None for pre-norm and pre-activation blocks.
+
+    Examples:
+        >>> model = nn.Sequential(*(sd.Residual(nn.Linear(8, 8)) for _ in range(4)))
+        >>> sd.apply(model, sd.Uniform(0.5)).expected_depth
+        2.0
     """
 
     gates: BlockGates | None
@@ -87,7 +100,7 @@ class Residual(nn.Module):
         return residual_step(x, self.branch, self.shortcut, self.activation, gate)
 
     def _guard_branch(self) -> None:
-        """In an `autograd.Function`: its backward pass shall call this module, not the branch."""
+        """Within an `autograd.Function`, make sure its backward pass calls this module."""
         if self._guarded or torch.compiler.is_compiling():
             return
         if function_around(sys._getframe()) is not None:
@@ -95,7 +108,8 @@ class Residual(nn.Module):
             self.branch.register_forward_pre_hook(self._refuse_in_backward)
 
     def _refuse_in_backward(self, branch: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.gates is None or backward_pass() is None or _under_way(self.forward):
+        """Hook on the branch: raise `GateError` when a backward pass calls it without the unit."""
+        if self.gates is None or backward_pass() is None or _is_running(self.forward):
             return
         raise GateError(
             f"the branch of a residual unit ({type(branch).__name__}) is called in the backward "
@@ -103,10 +117,10 @@ class Residual(nn.Module):
         )
 
     def gate(self) -> Gate:
-        """What this block does now.
+        """What this block does in the current forward pass.
 
         Raises:
-            GateError: in training, when the model that was applied has not drawn gates.
+            GateError: in training, outside of a forward pass that has drawn gates.
         """
         return OPEN if self.gates is None else self.gates.now(self.training)
 
@@ -116,7 +130,7 @@ class Residual(nn.Module):
         return f"p={self.gates.evaluation.factor.item():.4g} in evaluation"
 
 
-def _under_way(method: MethodType) -> bool:
+def _is_running(method: MethodType) -> bool:
     """Whether this thread is in a call of `method`."""
     frame = sys._getframe(1)
     while frame is not None:

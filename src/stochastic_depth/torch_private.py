@@ -1,7 +1,7 @@
-"""What this library uses of PyTorch that is not public, each with what will replace it.
+"""The private parts of PyTorch that this library uses, each with what could replace it.
 
 The dictionaries in `nn.Module` of its children, parameters and buffers are used where they are
-needed, because there is no public way to see or set what is in them without more.
+needed, because there is no public way to read or set just these.
 """
 
 import sys
@@ -65,13 +65,13 @@ __all__ = [
 
 Call = Callable[..., Any]
 
-# Of the backward pass.
+# The backward pass.
 
 
 def backward_pass() -> int | None:
     """A number for the backward pass that this thread is in, or None.
 
-    A forward pass in there is a recomputation. In its place: a public hook of
+    A forward pass in there is a recomputation. Replacement: a public hook of
     `torch.utils.checkpoint` around recomputation.
     """
     number = torch._C._current_graph_task_id()
@@ -79,43 +79,43 @@ def backward_pass() -> int | None:
 
 
 def node_number() -> int:
-    """The number of the node of the graph whose backward pass is under way in this thread.
+    """The number of the autograd node that this thread is running backward.
 
-    Nodes are numbered as they are made, in each thread. In its place: as for `backward_pass`.
+    Each thread numbers nodes as it makes them. Replacement: as for `backward_pass`.
     """
     node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
     return -1 if node is None else node._sequence_nr()
 
 
 def next_node_number() -> int:
-    """The number of the node that this thread makes next. In its place: as for `backward_pass`."""
+    """The number of the node that this thread makes next. Replacement: as for `backward_pass`."""
     if torch.compiler.is_compiling():  # which cannot look into it
         return 0
     return torch.autograd._get_sequence_nr()  # pyright: ignore
 
 
 def at_end_of_backward(act: Callable[[], Any], after_others: bool = False) -> None:
-    """Within a backward pass: do something when it has ended.
+    """Within a backward pass: call `act` when the pass has ended.
 
-    In its place: a public form of it, which PyTorch's own DDP and FSDP would use too.
+    Replacement: a public form of it, which PyTorch's own DDP and FSDP would use too.
 
     Args:
-        after_others: after all that others have asked for, and will ask for, until then.
+        after_others: whether to call it after all functions that others have given, or will give.
     """
     engine = Variable._execution_engine
     engine.queue_callback(partial(engine.queue_callback, act) if after_others else act)
 
 
 def recomputation(frame: FrameType) -> Callable[[], bool] | None:
-    """For a frame of `torch.utils.checkpoint`: a function that tells if it will be recomputed.
+    """For a frame of `torch.utils.checkpoint`: a function that says whether it will be recomputed.
 
-    That is known when the frame has ended. None for other frames. In its place: as for
+    The answer is known when the frame has ended. None for other frames. Replacement: as for
     `backward_pass`.
     """
     code = frame.f_code
     if code.co_filename != _CHECKPOINT:
         return None
-    if code.co_name == "forward":  # of the reentrant kind, which keeps nothing but inputs
+    if code.co_name == "forward":  # the reentrant kind, which keeps only inputs
         return lambda: True
     generator = frame.f_locals.get("gen") if code.co_name == "checkpoint" else None
     if generator is None or generator.gi_frame is None:
@@ -125,11 +125,11 @@ def recomputation(frame: FrameType) -> Callable[[], bool] | None:
 
 
 def function_around(frame: FrameType | None) -> str | None:
-    """The `autograd.Function` in whose forward pass `frame` is, by name; None outside of all.
+    """The name of the `autograd.Function` in whose forward pass `frame` is; None if in none.
 
-    Its backward pass is its own: what it computes again it computes without gates. That of
-    `torch.utils.checkpoint` is not counted, which calls modules again and keeps to their gates. In
-    its place: a public way to ask which function is under way.
+    Such a function has its own backward pass, which recomputes without gates. Those of
+    `torch.utils.checkpoint` do not count: they call modules again, which have their gates.
+    Replacement: a public way to ask which function is running.
     """
     while frame is not None:
         if frame.f_code is _FUNCTION_APPLY:
@@ -145,11 +145,11 @@ _CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 def gradients_are_kept() -> bool:
-    """Whether the backward pass under way writes `.grad`: `loss.backward()`, not `autograd.grad`.
+    """Whether the current backward pass writes `.grad`: `loss.backward()`, not `autograd.grad`.
 
-    The engine says so of a leaf of the graph: the nearest, which is asked. In `autograd.grad` it
-    does not come to that leaf, or raises. With `backward(inputs=...)` the leaf speaks for all. In
-    its place: a public way to ask what kind of backward pass is under way.
+    The engine is asked whether it will run the nearest leaf of the graph. In `autograd.grad` it
+    does not, or raises. With `backward(inputs=...)` the answer for that leaf is taken for all.
+    Replacement: a public way to ask what kind of backward pass is running.
     """
     node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
     level, seen = [node], {node}
@@ -168,10 +168,9 @@ def gradients_are_kept() -> bool:
 
 
 def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which torch.compile calls as it is: with it a graph ends, and another begins.
+    """`function`, which torch.compile does not compile: at its call one graph ends.
 
-    In its place: `torch.compiler.disable`, which loads the compiler, for seconds, when it is
-    called; or a public way that does not load it.
+    Replacement: `torch.compiler.disable`, if it did not load the compiler, which takes seconds.
     """
     torch_c: Any = torch._C
     frames = torch_c._dynamo.eval_frame
@@ -200,13 +199,13 @@ def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return as_it_is
 
 
-# Of data parallelism.
+# Data parallelism.
 
 
 def gradients_are_awaited() -> bool:
-    """Whether a forward pass of `DistributedDataParallel` is under way, which awaits all gradients.
+    """Whether a forward pass of `DistributedDataParallel` is running, which awaits all gradients.
 
-    In its place: `find_unused_parameters=True`, which costs a walk through the graph in every step;
+    Replacement: `find_unused_parameters=True`, which costs a walk through the graph in every step;
     or a public way to tell DDP which parameters are unused.
     """
     return DistributedDataParallel._get_active_ddp_module() is not None
@@ -220,7 +219,7 @@ def is_replicated(model: nn.Module) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on it, or on a module in it.
 
-    Whatever imports FSDP waits seconds for it; where nothing has, nothing is sharded.
+    FSDP takes seconds to import; if nothing has imported it, nothing is sharded.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
@@ -229,24 +228,24 @@ def is_sharded(model: nn.Module) -> bool:
 def is_replica(model: nn.Module) -> bool:
     """Whether it is one of the copies that `nn.DataParallel` makes for each step.
 
-    In its place: nothing, when `nn.DataParallel` is gone, which PyTorch advises against.
+    Replacement: nothing, when `nn.DataParallel` is gone, which PyTorch advises against.
     """
     return "_is_replica" in vars(model)
 
 
-# Of modules: what is called in place of a forward method and its hooks.
-# In its place: a public hook around a call, which may leave it out.
+# Modules: what is called in place of a forward method and its hooks.
+# Replacement: a public hook around a call that may leave it out.
 
 _CALL = "_compiled_call_impl"
 
 
 def call_of(module: nn.Module) -> Call | None:
-    """What is called in place of its forward method and hooks, if anything: compiled code, say."""
+    """What is called in place of its forward method and hooks, if anything: compiled code."""
     return module.__dict__.get(_CALL)
 
 
 def set_call(module: nn.Module, call: Call | None) -> None:
-    """Have `call` called in place of its forward method and hooks; None: these."""
+    """Set what is called in place of its forward method and hooks; None restores these."""
     if call is None:
         module.__dict__.pop(_CALL, None)
     else:
@@ -259,29 +258,29 @@ def whole_call(module: nn.Module) -> Call:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called. In its place: a public property of modules."""
+    """Whether `module.compile()` was called. Replacement: a public property of modules."""
     call = call_of(module)
     return call is not None and not getattr(call, "is_watching", False)
 
 
-# Of tensors.
+# Tensors.
 
 
 def changes_of(tensor: Tensor) -> int:
-    """How often it was changed in place. In its place: the same, which only lacks a public name."""
+    """How often it was changed in place. Replacement: the same, which only lacks a public name."""
     return tensor._version
 
 
 def subclass_of(kind: type[Any], tensor: Tensor) -> Any:
-    """A tensor of class `kind` over the same storage. In its place: a faster `as_subclass`."""
+    """A tensor of class `kind` over the same storage. Replacement: a faster `as_subclass`."""
     return Tensor._make_subclass(kind, tensor)
 
 
 def zero(tensors: list[Tensor]) -> None:
-    """Fill them with zeros, all in one go. In its place: the same, documented as a beta."""
+    """Fill all of them with zeros in one call. Replacement: the same, documented as a beta."""
     torch._foreach_zero_(tensors)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def norms(tensors: list[Tensor], order: float) -> tuple[Tensor, ...]:
-    """The norm of each, all in one go. In its place: the same, documented as a beta."""
+    """The norm of each, in one call. Replacement: the same, documented as a beta."""
     return torch._foreach_norm(tensors, order)  # pyright: ignore[reportPrivateImportUsage]
