@@ -10,7 +10,7 @@ NAME = "stochastic-depth"
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or say in one sentence which extra brings it.
+    """Import `module`, or raise an error that names the extra to install.
 
     Raises:
         MissingExtraError: with the pip command.
@@ -26,9 +26,9 @@ def require(module: str, extra: str) -> ModuleType:
 def installing(extra: str, module: str) -> str:
     """The command that installs an extra.
 
-    From where this library was installed, a checkout or a wheel; where that is gone, the packages
-    of the extra by their own names. The library's own name is never given to pip alone: it need not
-    be ours in the index that is asked.
+    It installs from where this library came from, a checkout or a wheel; if that is gone, it names
+    the packages of the extra. The library's name is never given to pip alone: the package of that
+    name in the index need not be this one.
     """
     import re  # loaded only where something is missing
     import shlex

@@ -1,12 +1,12 @@
-"""Files of runs, sweeps, exports, reports and data sets: opened, read and written in one way.
+"""Open, read and write the files of runs, sweeps, exports, reports and data sets, in one safe way.
 
-Whoever is handed a folder by somebody else may find anything in it: a link to a file of theirs, a
-pipe that never ends, a device. What is opened here is a regular file, and what is read has a bound.
+A folder that comes from somebody else may hold anything: a link to one of your files, a pipe that
+never ends, a device. Only regular files are opened here, and what is read is bounded.
 
-`inside` says how many of the last parts of a path belong to the folder that is worked in, and so
-must not be links: 1 is the file itself, 2 its folder as well (`checkpoints/step-1.ckpt`). The parts
-before them are the user's, who may link them as they like. With 0 the file may be a link too, as
-data sets often are.
+`inside` is the number of parts at the end of a path that must not be links, because they belong to
+the folder of a run: 1 is the file itself, 2 its folder as well (`checkpoints/step-1.ckpt`). Users
+may link the parts before them as they like. With 0 the file may be a link too, as data sets often
+are.
 """
 
 import errno
@@ -31,9 +31,9 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 SMALL = 2**24
-"""Bytes of a description in JSON, at most."""
+"""The most bytes of a description in JSON."""
 LARGE = 2**30
-"""Bytes of a journal, an exported network or a file of a data set, at most."""
+"""The most bytes of a journal, an exported network or a file of a data set."""
 
 
 def open_file(path: Path, inside: int = 1) -> BufferedReader:
@@ -85,7 +85,7 @@ def require_file(path: Path, inside: int = 1) -> None:
 def require_writable(path: Path, inside: int = 1) -> None:
     """Refuse what `open_for_appending` refuses, where a library opens the file by its path.
 
-    That there is no file yet is fine.
+    A file that does not exist yet is fine.
 
     Raises:
         OSError: as `open_for_appending`.
@@ -96,12 +96,12 @@ def require_writable(path: Path, inside: int = 1) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything at `path`: a link that leads nowhere as well."""
+    """Whether there is anything at `path`, even a link that leads nowhere."""
     return os.path.lexists(path)
 
 
 def names_in(folder: Path, inside: int = 1) -> list[str]:
-    """What is in a folder, sorted; nothing, where there is no folder.
+    """The names in a folder, sorted; none if there is no folder.
 
     Raises:
         OSError: when it cannot be read, or is a link.
@@ -205,7 +205,7 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What the system says, and the remedy where the disk is full."""
+    """The message of the system, and the remedy if the disk is full."""
     said = error.strerror or str(error)
     return f"{said}; make room, then go on" if error.errno in _FULL else said
 

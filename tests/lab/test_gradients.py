@@ -47,7 +47,7 @@ def test_gradients_are_means_over_seeds_and_over_the_seeds_that_have_one(two):
 def test_an_epoch_is_that_of_the_interval_in_which_it_ends(two):
     assert record_at(two[0], 1.5).step == 20
     assert record_at(two[0], 1).step == 10
-    with pytest.raises(RunError, match="a has come to epoch 2, not to 3"):
+    with pytest.raises(RunError, match="a has reached epoch 2, not 3: choose other --epochs"):
         record_at(two[0], 3)
 
 

@@ -21,7 +21,7 @@ class BatchNorm:
     momentum: float
     eps: float
     factor: Tensor | None = None
-    """[]: what the output is multiplied by, if by anything."""
+    """[]: what the output is multiplied by; None for 1."""
     mean: Tensor | None = None
     rstd: Tensor | None = None
 
@@ -126,7 +126,7 @@ class Kernels:
         return loss
 
     def written(self, x: Tensor) -> Tensor:
-        """x, ready to be read: `stem` and `branch` may leave its computation until then."""
+        """x, computed: `stem` and `branch` may defer its computation until it is read."""
         return x
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:

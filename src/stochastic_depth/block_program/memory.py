@@ -14,7 +14,7 @@ class FlatParameters:
     """Makes the parameters of a network views of one tensor.
 
     One operation then casts, clears or updates all of them. Names, shapes and values stay, so that
-    the network works on as before. Weights of convolutions are laid out as channels_last.
+    the network works as before. Weights of convolutions are laid out as channels_last.
 
     Args:
         parts: modules that between them hold the parameters, each once; each becomes one segment.
@@ -57,7 +57,7 @@ class FlatParameters:
         return flat.view(out, height, width, into).permute(0, 3, 1, 2)
 
     def cast(self) -> None:
-        """Bring the working copy up to date: one cast for all layers."""
+        """Update the working copy of the parameters: one cast for all layers."""
         if self.working is not self.values:
             self.working.copy_(self.values)
 

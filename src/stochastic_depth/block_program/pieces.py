@@ -1,4 +1,4 @@
-"""The pieces of a training step: stem, residual block, head; and how they are run again and again.
+"""The pieces of a training step (stem, residual block, head) and how they are repeated.
 
 A `Replay` turns a piece into something that does it again: itself, or a captured CUDA graph.
 """

@@ -1,7 +1,7 @@
 """The command line: parse, call, print.
 
-Nothing here imports PyTorch before it is known that a command can be carried out, so that help and
-what is wrong with a command line come at once.
+PyTorch is not imported before a command line has been understood, so that help and errors come at
+once.
 
 Exit codes: 0 done; 1 an error, printed in one line; 2 a command line that cannot be understood;
 128 + n stopped by signal n, with a checkpoint if a run was training.
@@ -33,7 +33,7 @@ COMMANDS = {
     "recipes": "the published results that can be reproduced",
 }
 MODULES = {"compare": "train", "eval": "train", "predict": "export", "recipes": "train"}
-"""The modules of commands that are not in a module of the same name."""
+"""The module of each command that is not in a module of its own name."""
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 """Makes waiting OpenMP threads release their core soon. With another program on one of two cores a
 training step took 80 times as long without this, and less than twice as long with it."""

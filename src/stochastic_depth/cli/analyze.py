@@ -1,4 +1,4 @@
-"""stochastic-depth analyze: look into runs, one question at a time."""
+"""stochastic-depth analyze: one question about runs at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ class Analysis:
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="RUN...", help_behavior_hint=""),
     ]
-    """The run folders; those that differ in their seed alone are taken together."""
+    """The run folders; those that differ only in their seed are one group."""
 
     def check(self) -> None:
         if not self.runs:

@@ -20,7 +20,7 @@ from stochastic_depth.train.config import Config
 Arguments = TypeVar("Arguments")
 Name = TypeVar("Name", bound=str)
 DEFAULT = "digits"
-"""The recipe of a command that names none."""
+"""The recipe of a command line without one."""
 
 
 def choose(
@@ -64,7 +64,7 @@ def parse(
 
     Args:
         about: for the help; the docstring of `kind` if not given.
-        default: where the values of options come from that are not given.
+        default: has the values of options that are not given.
 
     Raises:
         SystemExit: after printing help, or what is wrong.
@@ -89,14 +89,14 @@ def parse_recipe(
     about: str,
     arguments: list[str],
     defaults: Callable[[Config], Arguments],
-    beside: type = object,
+    no_recipe: type = object,
 ) -> Arguments:
     """The arguments of a command that takes a recipe and the options that change it.
 
     Args:
         about: for the help: what the command does.
         defaults: the arguments of the command for the configuration of a recipe.
-        beside: for the help: a dataclass of options that need no recipe.
+        no_recipe: for the help: a dataclass of options that need no recipe.
 
     Raises:
         SystemExit: after printing help, or what is wrong.
@@ -104,7 +104,7 @@ def parse_recipe(
     if arguments and arguments[0] in ("-h", "--help"):
         recipes = {name: described(name).splitlines()[0] for name in RECIPES}
         recipes[DEFAULT] += " The default."
-        _show_help(f"stochastic-depth {command}", about, "recipe", recipes, beside)
+        _show_help(f"stochastic-depth {command}", about, "recipe", recipes, no_recipe)
     name = DEFAULT
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
@@ -130,7 +130,7 @@ def require_run(path: Path) -> None:
 
 
 def _show_help(
-    program: str, about: str, what: str, choices: Mapping[Name, str], beside: type = object
+    program: str, about: str, what: str, choices: Mapping[Name, str], no_recipe: type = object
 ) -> None:
     """Print help on sub-commands, in the layout of tyro's help, and exit.
 
@@ -143,7 +143,7 @@ def _show_help(
         for name, does in choices.items()
     ]
     union = (what, Union[tuple(members)])  # noqa: UP007
-    shown = make_dataclass("Shown", [union], bases=(beside,), frozen=True, kw_only=True)
+    shown = make_dataclass("Shown", [union], bases=(no_recipe,), frozen=True, kw_only=True)
     written = TextIOWrapper(BytesIO(), encoding=sys.stdout.encoding)
     with redirect_stdout(written), suppress(SystemExit):
         tyro.cli(shown, prog=program, args=["--help"])

@@ -29,7 +29,7 @@ class Export:
     format: Literal["safetensors", "torch", "onnx"] = "safetensors"
     """safetensors, torch (torch.export, .pt2), or onnx; batches of any size."""
     depth: float = 1.0
-    """The share of blocks to keep; those that validation needs least are taken out."""
+    """The share of blocks to keep; those that validation needs least are removed."""
     elastic: bool = False
     """Keep all blocks, note in which order they can be left out (predict --depth chooses), and
     measure error and cost of each depth; safetensors only."""

@@ -117,7 +117,7 @@ def inspect(arguments: list[str]) -> int:
 
 @contextmanager
 def _on_example(asked: Inspect, what: str) -> Iterator[None]:
-    """Turn whatever a model raises on its example into one sentence.
+    """Turn any error that a model raises on its example into one sentence.
 
     Raises:
         ApplyError: with the remedy, in place of the model's own error.

@@ -26,7 +26,7 @@ class Report:
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write every figure too, as PNG and SVG, and its data as CSV."""
     watch: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Write it again whenever a run has gone on, until all are finished."""
+    """Write it again whenever a run has progressed, until all are finished."""
 
     def check(self) -> None:
         if not self.runs:

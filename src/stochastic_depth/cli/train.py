@@ -52,7 +52,7 @@ class Begin:
 @dataclass(frozen=True)
 class Resume:
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
-    """Go on with this run from its newest checkpoint, with the configuration it began with."""
+    """Resume this run from its newest checkpoint, with the configuration it began with."""
     data: Folder = None
     """With --resume: where its data is now (none: where it was)."""
     quiet: bool = False
@@ -107,8 +107,8 @@ def _parse_resume(arguments: list[str]) -> Resume:
             )
         if name.startswith("--") and name not in known:
             raise ConfigError(
-                f"{name} cannot be given with --resume, which goes on with the configuration that "
-                "the run began with: leave it out, or begin another run with it"
+                f"{name} cannot be given with --resume, which keeps the configuration that the "
+                "run began with: leave it out, or begin another run with it"
             )
     asked = parse(Resume, "train", arguments)
     assert asked.resume is not None
@@ -139,7 +139,9 @@ def _begin(begun: Begin, console: "PlainConsole") -> int:
     from stochastic_depth.train.run_folder import free_path
 
     if begun.run is None and may_restart():
-        raise ConfigError("torchrun may start this again: say --run DIR, to go on with that run")
+        raise ConfigError(
+            "torchrun may start this again: give --run DIR, so that it resumes that run"
+        )
     if begun.run is not None and restarts() and on_primary(begun.run.exists):
         run, images = reopen(begun.run)
         if run.config != begun.config:
@@ -161,7 +163,7 @@ def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:
         f"images → {run.path}"
     )
     processes = f", {ranks()} processes" if ranks() > 1 else ""
-    # Broken between words on a terminal, and a line for whoever reads lines.
+    # Wrapped on a terminal, one line elsewhere.
     console.print(runtime.described() + processes, soft_wrap=not console.is_terminal)
     with StopSignals() as stop, Display(console, console.quiet) as display:
         try:

@@ -1,4 +1,4 @@
-"""A trained network at several depths: which blocks it needs least, its errors and seconds."""
+"""A trained network at several depths: which blocks it needs least, its errors and times."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,11 +17,11 @@ from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import evaluate
 
 Shallower = Callable[[], AbstractContextManager[nn.Module]]
-"""Returns a context with a network without some blocks, which are closed or were taken out."""
+"""Returns a context with a network without some blocks, which are closed or removed."""
 
 
 class Progress(Protocol):
-    """Called with what is being done, how much is done, and how much there is."""
+    """Called with the name of a stage, how much of it is done, and how much it has in all."""
 
     def __call__(self, doing: str, done: float, total: float) -> None: ...
 
@@ -33,7 +33,7 @@ def silent(doing: str, done: float, total: float) -> None:
 def least_needed_first(
     model: nn.Module, batches: Callable[[], Iterable[Batch]], runtime: Runtime
 ) -> Iterator[Dropped]:
-    """All blocks of `model`, in the order in which their loss costs least: see `drop_order`.
+    """All blocks of `model` in the order of removal, those needed least first: see `drop_order`.
 
     Args:
         model: one that `sd.apply` was given.
@@ -50,7 +50,7 @@ def errors_of(
     runtime: Runtime,
     progress: Progress = silent,
 ) -> list[float]:
-    """Percent of a part's images, of each network; every image is read once. Without any, nan."""
+    """Error of each network in percent of a part's images, each read once; nan without images."""
     wrong: list[Tensor | int] = [0] * len(networks)
     seen, total = 0, images.sizes[part] * len(networks)
     for pixels, labels in images.evaluate(part):
@@ -71,7 +71,7 @@ def seconds_of(
     repeats: int,
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """Seconds of the forward pass for one of `images`, together: medians of rounds, in turns."""
+    """Seconds an image of the forward pass on the batch `images`: medians of rounds, in turns."""
 
     def run(network: Shallower) -> None:
         with network() as model, runtime.autocast():

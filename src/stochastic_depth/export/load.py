@@ -17,7 +17,7 @@ from stochastic_depth.residual import Residual
 
 FORMAT = 1
 KEY = "stochastic_depth"
-"""Under which a file carries its description."""
+"""The key of the description in a file."""
 KINDS = {kind.__name__: kind for kind in (CifarResNet, DenseNet, ImageNetResNet, VisionTransformer)}
 
 
@@ -36,7 +36,7 @@ class Architecture:
         """The network, with initial weights.
 
         Args:
-            tensors: how many the file holds: a network that must have more is not built.
+            tensors: the number of tensors in the file; a network that must have more is not built.
 
         Raises:
             ExportError: when there is no such network.
@@ -77,11 +77,11 @@ class ImageInput:
     shape: tuple[int, int, int]
     """Channels, height and width."""
     shorter_side: int
-    """To how many pixels a picture is scaled before its middle is cut out."""
+    """Pixels of the shorter side, to which a picture is scaled before its middle is cut out."""
     mean: tuple[float, ...]
     """Mean of each channel, for values from 0 to 1; it is subtracted."""
     std: tuple[float, ...]
-    """What the difference is divided by."""
+    """Standard deviation of each channel; the difference is divided by it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class DepthChoice:
     """Error and cost of the network at one depth, measured when it was exported."""
 
     blocks: int
-    """How many run."""
+    """The number of blocks that run."""
     validation_error: float
     """Percent; nan where there are no validation images."""
     test_error: float
@@ -98,7 +98,7 @@ class DepthChoice:
     flops: int
     """FLOPs of one image, 2 for each multiply-add."""
     seconds: float
-    """For one image in a batch, median."""
+    """Seconds an image in a batch, median."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Predictor:
-    """One way to predict, measured on the test images."""
+    """One predictor, measured on the test images."""
 
     name: Literal["scaled", "single", "mean", "unscaled"]
     """The full network times p_l; one subnetwork, drawn as in training; the mean probabilities of

@@ -59,9 +59,7 @@ def record_at(run: Run, epoch: float) -> Record:
         if record.epoch >= epoch - 1e-9:
             return record
     done = records[-1].epoch if records else 0
-    raise RunError(
-        f"{run.path} has come to epoch {done:g}, not to {epoch:g}: choose other --epochs"
-    )
+    raise RunError(f"{run.path} has reached epoch {done:g}, not {epoch:g}: choose other --epochs")
 
 
 def spread_epochs(runs: Sequence[Run], count: int = 5) -> list[float]:

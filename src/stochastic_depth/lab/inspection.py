@@ -150,7 +150,7 @@ def inspection_page(
 
 
 def paste(name: str) -> str:
-    """The lines that give a model of one's own stochastic depth."""
+    """The lines of code that apply stochastic depth to this model."""
     return (
         "import stochastic_depth as sd\n\n"
         "# inputs: a small batch, as the model is called with\n"

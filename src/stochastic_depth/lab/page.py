@@ -1,4 +1,4 @@
-"""The results of runs on one HTML page, which loads nothing from the network."""
+"""Results of runs as one HTML page, which loads nothing from the network."""
 
 import base64
 import hashlib
@@ -71,7 +71,7 @@ class Report:
 
 
 def report(sources: Sources) -> Report:
-    """All that `sources` can show. Figures of several sections have different ids."""
+    """Everything that `sources` can show. Figures of different sections have different ids."""
     trained = experiments(sources.runs)
     begun = [run for run in sources.runs if not run.records]
     sections = [
@@ -198,7 +198,7 @@ def render(report: Report, state: str, refresh: int | None = None) -> str:
     """The HTML of `report`.
 
     Whatever comes from a run is text: the template escapes it, Vega-Lite escapes it in drawings,
-    and the page's own policy lets no script run but the one that is in it.
+    and the page's security policy allows only the one script that is in it.
 
     Args:
         state: a sentence on what was read.

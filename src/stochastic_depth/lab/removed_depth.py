@@ -146,7 +146,7 @@ BATCH_NORM = {
 
 
 def removed_blocks(experiment: Experiment) -> Figure | None:
-    """Figure of the runs whose networks were cut; None without any."""
+    """Figure of the runs whose networks were measured without blocks; None without any."""
     rows: list[Row] = [row for series in experiment.series for row in _rows(series)]
     if not rows:
         return None

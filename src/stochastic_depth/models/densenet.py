@@ -1,4 +1,4 @@
-"""The densely connected network for 32x32 images, which the stochastic depth paper led to.
+"""The densely connected network for 32x32 images, the follow-up of the stochastic depth paper.
 
 Huang, Liu, van der Maaten and Weinberger 2017 (arXiv:1608.06993, section 3). Every layer reads the
 feature maps of all layers before it at its resolution, so nothing bypasses a layer: there is no

@@ -25,7 +25,7 @@ def initialise(model: nn.Module, init: Initialisation, seed: int) -> None:
     branch has no BatchNorm, its last linear layer starts at 0. Modules of any other kind are left
     as they are: on the meta device, where using them is an error.
 
-    Who builds a model under `with torch.device("meta")` gets its shapes alone, at once.
+    A model that is built under `with torch.device("meta")` has shapes only, and is built at once.
     """
     if torch.get_default_device().type == "meta":
         return

@@ -1,4 +1,4 @@
-"""Architectures as others publish them, built without weights, with an example of their input."""
+"""Published architectures of other libraries, without weights, with an example of their input."""
 
 import difflib
 import importlib
@@ -21,7 +21,7 @@ Shape = Sequence[int]
 """Shape of one sample, without the batch dimension."""
 
 TOKENS, SAMPLES = 16, 8000
-"""Length of example texts, and of recorded speech."""
+"""Length of example texts in tokens, and of speech in samples."""
 
 
 def published(
@@ -237,8 +237,8 @@ _declared: list[torch.library.Library] = []
 def _declare_missing_operators() -> None:
     """Let torchvision be imported where it was built for another PyTorch, as by timm and others.
 
-    Beside a PyTorch for the CPU, a torchvision from another index has no compiled operators, and
-    fails to import for want of the two that it refers to. All else in it works.
+    With a CPU build of PyTorch, a torchvision from another index has no compiled operators, and its
+    import fails because two of them are missing. Everything else in it works.
     """
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return

@@ -18,7 +18,7 @@ def constant_depth(config: Config) -> Config:
 
 
 def gatings(config: Config) -> dict[str, Config]:
-    """`config` under every gating at equal rates, by name; at constant depth too."""
+    """`config` with every gating at equal rates, and at constant depth, by name."""
     survival = replace(
         config.survival, gate="batch", balance=False, closed="skipped", schedule=ScheduleConfig()
     )
@@ -159,8 +159,8 @@ def cifar10_resnet1202_constant() -> Config:
 def cifar10_densenet_bc100() -> Config:
     """DenseNet-BC-100 (k = 12) on CIFAR-10: test error 4.51 %.
 
-    The follow-up, in which the connections that dropped blocks make implicit are explicit: each
-    layer sees all before it. It has no residual units, so its depth is constant.
+    The follow-up paper makes explicit the connections that dropped blocks make implicit: each layer
+    reads all earlier ones. It has no residual units, so its depth is constant.
 
     Source: Huang et al. 2017 (arXiv:1608.06993), section 4.2 and table 2 (C10+).
     Command: stochastic-depth train cifar10-densenet-bc100 --data.root DIR

@@ -21,11 +21,11 @@ from stochastic_depth.train.runtime import Runtime
 
 QUIET, BUSY = "quiet", "one core busy"
 BOUND = 2.0
-"""With all threads and a core busy a step may take so many times that of one thread."""
+"""The most that a step with all threads, and one core busy, may take of one with one thread."""
 
 
 def bench_busy(options: BusyOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Time training steps in both situations, and hold them against each other."""
+    """Time training steps with a free and with a busy core, and compare them."""
     workload = Workload(options.batch, options.size, 3, runtime)
     step = workload.engine_step(CifarResNet(options.depth), LinearDecay(0.5))
     every = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""What the two ways of closing a block save, at equal gates; adapters included."""
+"""What skipped and forward-only blocks save at equal gates, with adapters or without."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +21,11 @@ ADAPTED = {
     "vit-small": ["qkv", "proj", "fc1", "fc2"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
 }
-"""The layers of each network that adapters are put beside."""
+"""The layers of each network that get adapters."""
 
 
 class Logits(nn.Module):
-    """A model of transformers that gives its logits alone."""
+    """A model of transformers that returns only its logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Logits(nn.Module):
 
 
 def adapt(model: nn.Module, targets: list[str], rank: int = 8) -> None:
-    """Put adapters beside the layers named, and freeze all else.
+    """Add adapters to the named layers, and freeze everything else.
 
     Raises:
         MissingExtraError: without peft.

@@ -14,23 +14,23 @@ from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
 
 Build = Callable[[], Mapping[str, Step]]
-"""Makes the steps of all alternatives, each from its first gates on."""
+"""Makes the training steps of all alternatives, by name."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Means over the steps of one alternative, but for the peak."""
+    """Means over the steps of one alternative; the peak is a maximum."""
 
     seconds: float
     """Mean seconds of a step, by `clock`."""
     flops: float
     kept: float
-    """Bytes that wait for the backward pass, parameters aside."""
+    """Bytes kept for the backward pass, without parameters."""
     peak_kept: float
     """The bytes of the step that keeps the most."""
 
     def relative_to(self, other: "StepCost") -> "StepCost":
-        """Each as a share of the other's; the peak of its peak."""
+        """Each value as a share of the same value of `other`."""
         shares = zip(vars(self).values(), vars(other).values(), strict=True)
         return StepCost(*(mine / theirs for mine, theirs in shares))
 

@@ -1,4 +1,4 @@
-"""What data cost: their share of a training step, and how fast pictures are decoded."""
+"""The cost of data: its share of a training step, and how fast pictures are decoded."""
 
 import itertools
 import os
@@ -39,7 +39,7 @@ from stochastic_depth.train.train_state import TrainState
 ORDER = "order of an epoch"
 DATA = "data and augmentation"
 IMAGES = 45_000
-"""Generated ones: as many as CIFAR-10 has without its validation images."""
+"""Number of generated images: as many as CIFAR-10 has without its validation images."""
 
 
 def generated_images(images: int) -> DataSet:

@@ -1,4 +1,4 @@
-"""Time and memory against depth: both should grow as a straight line, and stochastic depth less."""
+"""Time and memory against depth: both should grow linearly, with stochastic depth more slowly."""
 
 import resource
 import statistics
@@ -76,14 +76,14 @@ def fitted_line(depths: Sequence[int], values: Sequence[float]) -> Line:
 def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> int:
     """Peak bytes of training one network, measured in a separate process.
 
-    Everything is in it: weights, gradients, momentum, images, what is kept for the backward pass,
-    the work space of the kernels, and what the allocator of memory holds beyond that. On a GPU it
-    is the most that PyTorch had allocated there; elsewhere the resident memory of the process at
-    its peak, less that before the network was built. Before that, a network of eight layers does a
+    It includes weights, gradients, momentum, images, what is kept for the backward pass, the work
+    space of the kernels, and what the memory allocator holds beyond that. On a GPU it is the most
+    that PyTorch had allocated there; elsewhere the peak of the process's resident memory, minus
+    that before the network was built. Before that, a network of eight layers does a
     step on two images, so that what PyTorch loads at its first step is not counted.
 
     Args:
-        steps: how many; under stochastic depth it is the peak of them all.
+        steps: how many steps are taken; the peak is that of all of them.
 
     Raises:
         RunError: when the process was killed, as for lack of memory.
@@ -142,7 +142,7 @@ def bench_depth(options: DepthOptions, runtime: Runtime, console: Console) -> di
         require("vl_convert", "report")
     workload = Workload(options.batch, options.size, 3, runtime)
     alternatives = [(kind, depth) for depth in depths for kind in KINDS]
-    # The memory first: beside its processes there is nothing yet.
+    # Memory first, while no network exists beside the measured process.
     peaks = {
         (kind, depth): peak_memory(depth, kind, workload)
         for kind, depth in shown(alternatives, len(alternatives), console, "memory")

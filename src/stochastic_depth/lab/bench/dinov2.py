@@ -1,4 +1,4 @@
-"""The subset gate against the block of DINOv2, which drops samples of its branches for itself.
+"""The subset gate against the block of DINOv2, which drops samples of its branches itself.
 
 Its code is read from a checkout of github.com/facebookresearch/dinov2; nothing of it is here.
 """

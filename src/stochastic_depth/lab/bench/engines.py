@@ -86,7 +86,9 @@ def engine_steps(
 def operators(step: Step, steps: int) -> dict[str, float]:
     """Seconds of `step` in each operator itself, on the GPU if there is one; the longest first."""
     step()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it notes its beginning and its end
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # otherwise the profiler records its start and end
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)

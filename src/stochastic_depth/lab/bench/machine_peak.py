@@ -1,4 +1,4 @@
-"""How near to the machine's peak training steps come, both measured in the same run."""
+"""The share of the machine's peak that training steps reach, both measured in the same run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ AT_PEAK = "at the machine's peak"
 
 @dataclass(frozen=True)
 class MachinePeak:
-    """The most that this machine could do, and what a step at constant depth asks of it."""
+    """The peak of this machine, and the FLOPs of a step at constant depth."""
 
     flops_per_second: float
     """FLOPs per second of a loop of independent multiply-adds, on as many threads."""
@@ -35,7 +35,7 @@ class MachinePeak:
         """The share of the peak that a step reaches.
 
         Args:
-            seconds: that it takes.
+            seconds: what the step takes.
             active: the share of the FLOPs of constant depth that it spends.
         """
         return active * self.flops_per_step / (seconds * self.flops_per_second)
@@ -47,7 +47,7 @@ class MachinePeak:
 
 
 def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
-    """Measure it; None on a GPU, and where no compiler builds the loop.
+    """Measure the peak; None on a GPU, and where no compiler builds the loop.
 
     Args:
         constant: a step at constant depth, by autograd, whose FLOPs are counted.

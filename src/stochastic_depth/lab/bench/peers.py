@@ -1,4 +1,4 @@
-"""The same network as others train it."""
+"""The same network as other libraries train it."""
 
 import statistics
 from collections.abc import Callable
@@ -90,8 +90,8 @@ SUBSET = 'stochastic-depth, gate="subset"'
 def timm_peers(name: str, rate: float, workload: Workload) -> dict[str, Step]:
     """A training step of each peer, all from the same weights.
 
-    Ours takes the rates over from the network's drop paths, and divides by p_l in training as they
-    do. With gate="subset" it computes what timm does; with gate="batch" one coin decides for all
+    Ours takes the rates from the network's drop paths, and divides by p_l in training as they do.
+    With gate="subset" it computes what timm does; with gate="batch" one coin decides for all
     samples.
 
     Args:
@@ -166,7 +166,7 @@ NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transform
 
 @dataclass(frozen=True)
 class Network:
-    """How a network is timed where nothing else is asked for: small enough for a CPU."""
+    """Default sizes for timing a network: small enough for a CPU."""
 
     batch: int
     size: int
@@ -174,7 +174,7 @@ class Network:
     rate: float
     """The drop rate of the last block."""
     libraries: tuple[str, ...]
-    """The packages that its peers come from."""
+    """The packages that hold its peers."""
     unit: Literal["images", "tokens"] = "images"
 
 

@@ -1,4 +1,4 @@
-"""How benchmarks show their figures: a progress bar, one form of table, one form of JSON."""
+"""How benchmarks show their results: a progress bar, one kind of table, one kind of JSON."""
 
 import json
 import statistics
@@ -36,9 +36,9 @@ def shown(rounds: Iterable[T], total: int, console: Console, doing: str = "timin
 
 
 def clock(runtime: Runtime) -> Callable[[], float]:
-    """What steps are timed by: with one thread of a CPU the time it has computed.
+    """The clock for timing steps: with one thread of a CPU, its processor time.
 
-    Then other programs on the machine do not count, but for the caches that they share.
+    Other programs on the machine then do not count, except through shared caches.
     """
     alone = runtime.threads == 1 and runtime.device == "cpu"
     return time.process_time if alone else time.perf_counter
@@ -102,7 +102,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: dict[str, Any]) -> None:
-    """The settings but for files, what they were measured on and with, and the result."""
+    """Write the settings, the machine and versions, and the result."""
     files = ("out", "plot", "root")
     settings = {name: value for name, value in asdict(options).items() if name not in files}
     content = {

@@ -1,4 +1,4 @@
-"""What is timed: training steps on random inputs, and the memory they need."""
+"""Training steps on random inputs, for timing, and the memory they need."""
 
 import statistics
 import weakref
@@ -21,12 +21,12 @@ from stochastic_depth.train.engines import ProgramEngine, build_engine
 from stochastic_depth.train.runtime import Runtime
 
 Step = Callable[[], Tensor]
-"""One training step; gives its loss."""
+"""One training step; returns its loss."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Images and labels of one mini-batch, and how to compute."""
+    """Random images and labels of one mini-batch, and the runtime that computes."""
 
     batch: int
     size: int
@@ -136,7 +136,7 @@ def training_step(
 
 
 class _Saved:
-    """A tensor that a graph holds on to."""
+    """A tensor that a graph keeps alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         whole = tensor if tensor._base is None else tensor._base
@@ -146,7 +146,7 @@ class _Saved:
 
 
 def saved_for_backward(step: Step) -> int:
-    """Bytes of all tensors that wait for the backward pass as it begins, parameters aside.
+    """Bytes of all tensors kept for the backward pass when it begins, without parameters.
 
     Of a step without one: those that wait when it ends.
     """
@@ -196,7 +196,7 @@ def step_memory(step: Step, device: str, steps: int = 5) -> float:
 def allocator_peak(device: str) -> Iterator[Callable[[], int]]:
     """Gives a function that returns, on leaving, the most bytes allocated on a GPU inside.
 
-    Those that were there before do not count.
+    What was allocated before does not count.
     """
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

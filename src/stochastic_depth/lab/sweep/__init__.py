@@ -1,1 +1,1 @@
-"""Sweeps: many independent runs over a grid, by as many processes as one likes."""
+"""Sweeps: independent runs over a grid, trained by any number of processes."""

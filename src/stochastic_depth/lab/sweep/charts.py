@@ -127,7 +127,7 @@ def _survival_panel(
 
 
 def _survival_axis(rows: list[Row], unit: str) -> alt.Y:
-    """Logarithmic where errors differ by much, which leaves the small ones apart."""
+    """Logarithmic where errors differ by much, so that small ones can be told apart."""
     ends = [float(row[end]) for row in rows for end in ("low", "high")]
     if unit == "percent" and 0 < min(ends) < max(ends) / 10:
         return log_axis(ends, unit)

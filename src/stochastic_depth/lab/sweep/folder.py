@@ -38,7 +38,7 @@ class Point:
     depth: int
     seed: int
     gating: str | None = None
-    """One of `recipes.variant.gatings`; None as configured."""
+    """One of `recipes.paper.gatings`; None as configured."""
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class Grid:
     depths: tuple[int, ...]
     seeds: tuple[int, ...]
     gatings: tuple[str, ...] = ()
-    """A key of `recipes.variant.gatings`, which replaces the configured gating."""
+    """A key of `recipes.paper.gatings`, which replaces the configured gating."""
 
     def __post_init__(self) -> None:
         for name, values in asdict(self).items():
@@ -93,7 +93,7 @@ class Grid:
         ]
 
     def check(self, config: Config) -> None:
-        """Refuse a grid with a run that could not be trained, before any is.
+        """Raise an error for a grid with a run that cannot be trained, before any run begins.
 
         Raises:
             ApplyError: when the network has no residual blocks.
@@ -133,7 +133,7 @@ class Sweep:
         return is_there(self.path(point) / "model.safetensors")
 
     def failure(self, point: Point) -> str | None:
-        """Why its run cannot be trained, if that was found out."""
+        """The recorded reason why its run cannot be trained, if there is one."""
         path = self.path(point) / "failed.txt"
         try:
             return read_file(path, SMALL, inside=3).decode().strip()
@@ -143,14 +143,14 @@ class Sweep:
             raise RunError(f"{path} cannot be read: {error}") from error
 
     def fail(self, point: Point, sentence: str) -> None:
-        """Remember why its run cannot be trained."""
+        """Record why its run cannot be trained."""
         write_whole(self.path(point) / "failed.txt", f"{sentence}\n".encode(), inside=3)
 
     def ended(self, point: Point) -> bool:
         return self.done(point) or self.failure(point) is not None
 
     def records(self, point: Point) -> list[Record]:
-        """What was measured so far."""
+        """The records of its journal so far."""
         return read_journal(self.path(point) / "metrics.jsonl")
 
 
@@ -209,7 +209,7 @@ def _read(described: Path) -> dict[str, Any]:
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:
-    """The first value that is not the same, by its name."""
+    """The name of the first value that differs, and both values."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in (*wanted, *found):
             if found.get(key) != wanted.get(key):

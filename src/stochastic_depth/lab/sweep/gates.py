@@ -1,4 +1,4 @@
-"""Results of the ways of gating: test error over seeds, and the cost of a training step."""
+"""Results of each gating: test error over seeds, and the cost of a training step."""
 
 import json
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[st
 
 
 def write_results(sweep: Sweep, result: dict[str, Any]) -> None:
-    """Put it beside the runs."""
+    """Write the results into the folder of the sweep."""
     write_whole(sweep.folder / FILE, json.dumps(result, indent=1).encode() + b"\n")
 
 

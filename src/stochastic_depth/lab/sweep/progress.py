@@ -16,7 +16,7 @@ from stochastic_depth.train.display import LiveDisplay
 
 
 class Progress(LiveDisplay):
-    """Shows a sweep; where there is no live picture, a line for each run."""
+    """Shows the progress of a sweep; without a live picture, a line for each run."""
 
     def __init__(self, sweep: Sweep, console: Console, quiet: bool = False) -> None:
         super().__init__(console, quiet)

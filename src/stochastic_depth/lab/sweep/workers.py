@@ -2,8 +2,8 @@
 
 A worker holds a lock on the point that it trains, its claim. What has ended is read from
 the run folders alone. The system drops the locks of a process that dies, however it dies, so the
-next worker that asks takes over its point, from its last checkpoint. Nothing else is shared but the
-folder: on one machine or on many, no queue has to be kept in step with it.
+next worker that asks takes over its point, from its last checkpoint. Only the folder is shared, on
+one machine or on many: there is no queue that would have to agree with it.
 """
 
 import shutil
@@ -129,7 +129,7 @@ def work(sweep: Sweep, stop: Callable[[], int | None]) -> None:
     While others train the last points it waits, to take over from one that dies.
 
     Args:
-        stop: asked after every step; a signal number makes the run write a checkpoint.
+        stop: called after every step; if it returns a signal number, the run writes a checkpoint.
 
     Raises:
         Interrupted: when `stop` said so in the middle of a run.
@@ -152,7 +152,7 @@ def work(sweep: Sweep, stop: Callable[[], int | None]) -> None:
 
 
 def train_point(sweep: Sweep, point: Point, stop: Callable[[], int | None]) -> None:
-    """Train the run of a point to its end, from where it is; a run that diverges has failed.
+    """Train the run of a point from its last checkpoint to its end; a run that diverges has failed.
 
     Raises:
         Interrupted, StochasticDepthError: as `work`.
@@ -177,7 +177,7 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
         return begin(config, path)
     run, images = reopen(path, config.data.root)
     if run.config.essential() != config.essential():
-        raise RunError(f"{path} has another configuration than its sweep: take it away")
+        raise RunError(f"{path} has another configuration than its sweep: remove it")
     torch.set_num_threads(run.runtime.threads)  # the same sums as those it began with
     return run, images
 
