@@ -2,16 +2,17 @@
 
 Each entry of `BUILDERS` gives (name, build); `build()` returns a model and an example of its input.
 Those of a library with an index of its models are taken from it; the others are written out in
-`coverage_written`. Models that `drawn` gives were set aside before any other was looked at:
-the first by the hash of their name, among those that no earlier list had.
+`coverage_written`. `drawn` gives those of an index that are not tried, in a random order.
 """
 
 import contextlib
 import hashlib
 import inspect
+import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import coverage_written as written
@@ -23,42 +24,97 @@ from stochastic_depth.models.published import inputs_of
 Build = Callable[[], tuple[nn.Module, Any]]
 Builders = Iterable[tuple[str, Build]]
 
-ASIDE = {
-    "transformers": 60,
-    "timm": 8,
-    "torchvision": 3,
-    "ultralytics": 4,
-    "smp": 3,
-    "open_clip": 2,
+DRAWN = {
+    "transformers": 18,
+    "timm": 12,
+    "torchvision": 6,
+    "smp": 5,
+    "ultralytics": 5,
+    "open_clip": 4,
 }
-"""How many are set aside: some cannot be built, and are passed over."""
-LARGE = 60_000_000
+"""How many models are drawn last, of those that no table has."""
+SEED = "drawn on 2026-11-29"
+ASIDE = 60
+"""Types of transformers that are set aside for the draw: all others are tried."""
+LARGE = 70_000_000
 """Parameters: larger ones are not tried."""
+TOO_LARGE = "parameters: too large"
 
-TIMM = (
-    "beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny "
-    "convmixer_768_32 test_convnext cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s "
-    "cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_distilled_patch16_224 densenet121 "
-    "dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 "
-    "test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0 "
-    "vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny "
-    "gemma4_vit_167m ghostnet_050 hgnetv2_b0 hiera_tiny_224 sam2_hiera_tiny hrnet_w18_small "
-    "iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small "
-    "levit_128s lowformer_b0 test_mambaout test_coatnet poolformerv2_s12 gmlp_ti16_224 "
-    "mobilenetv3_small_050 mobilenetv5_base mobilevit_xxs mvitv2_tiny "
-    "naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny nextvit_small test_nfnet "
-    "pit_ti_224 pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050 "
-    "repvit_m1 res2next50 resnest14d test_resnet resnetv2_18 rexnet_100 selecsls42 "
-    "legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs "
-    "swin_tiny_patch4_window7_224 swinv2_tiny_window16_256 swinv2_cr_tiny_224 tiny_vit_5m_224 "
-    "tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny test_vit "
-    "vit_tiny_r_s16_p8_224 test_vit_relpos samvit_base_patch16_224 vitamin_small_224 "
-    "volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224 "
-    "hardcorenas_a resnet26d resnet50d ecaresnet26t nf_resnet26 caformer_s18 maxvit_tiny_rw_224 "
-    "mixer_s16_224 resmlp_12_224 convnextv2_atto mobilenetv2_050 mobilenetv4_conv_small "
-    "eva02_tiny_patch14_224"
-).split()
-"""The smallest model of each file of timm, and some."""
+TU = "tu-convnext_atto"
+"""An encoder of timm, in segmentation_models_pytorch."""
+
+TRIED = {
+    # The smallest model of each file of timm, and some.
+    "timm": (
+        "beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny "
+        "convmixer_768_32 test_convnext cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s "
+        "cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_distilled_patch16_224 densenet121 "
+        "dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 "
+        "test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0 "
+        "vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny "
+        "gemma4_vit_167m ghostnet_050 hgnetv2_b0 hiera_tiny_224 sam2_hiera_tiny hrnet_w18_small "
+        "iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small "
+        "levit_128s lowformer_b0 test_mambaout test_coatnet poolformerv2_s12 gmlp_ti16_224 "
+        "mobilenetv3_small_050 mobilenetv5_base mobilevit_xxs mvitv2_tiny "
+        "naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny nextvit_small test_nfnet "
+        "pit_ti_224 pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050 "
+        "repvit_m1 res2next50 resnest14d test_resnet resnetv2_18 rexnet_100 selecsls42 "
+        "legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs "
+        "swin_tiny_patch4_window7_224 swinv2_tiny_window16_256 swinv2_cr_tiny_224 tiny_vit_5m_224 "
+        "tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny test_vit "
+        "vit_tiny_r_s16_p8_224 test_vit_relpos samvit_base_patch16_224 vitamin_small_224 "
+        "volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224 "
+        "hardcorenas_a resnet26d resnet50d ecaresnet26t nf_resnet26 caformer_s18 "
+        "maxvit_tiny_rw_224 mixer_s16_224 resmlp_12_224 convnextv2_atto mobilenetv2_050 "
+        "mobilenetv4_conv_small "
+        "eva02_tiny_patch14_224"
+    ).split(),
+    # One or two sizes of each.
+    "torchvision": (
+        "alexnet convnext_tiny convnext_small deeplabv3_mobilenet_v3_large deeplabv3_resnet50 "
+        "densenet121 efficientnet_b0 efficientnet_b2 efficientnet_v2_s "
+        "fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_mobilenet_v3_large_fpn "
+        "fasterrcnn_resnet50_fpn fasterrcnn_resnet50_fpn_v2 fcn_resnet50 fcos_resnet50_fpn "
+        "googlenet inception_v3 keypointrcnn_resnet50_fpn lraspp_mobilenet_v3_large "
+        "maskrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2 maxvit_t mc3_18 mnasnet0_5 mobilenet_v2 "
+        "mobilenet_v3_large mobilenet_v3_small mvit_v1_b mvit_v2_s r2plus1d_18 r3d_18 raft_large "
+        "raft_small regnet_x_400mf regnet_x_1_6gf regnet_y_400mf regnet_y_3_2gf resnet18 "
+        "resnet34 resnet50 resnet101 resnext50_32x4d retinanet_resnet50_fpn "
+        "retinanet_resnet50_fpn_v2 s3d shufflenet_v2_x0_5 squeezenet1_1 ssd300_vgg16 "
+        "ssdlite320_mobilenet_v3_large swin3d_t swin_t swin_s swin_v2_t vgg11 vgg11_bn vit_b_16 "
+        "vit_b_32 vit_l_16 wide_resnet50_2"
+    ).split(),
+    "smp": [
+        f"{architecture}-{encoder}"
+        for architecture, encoders in {
+            **dict.fromkeys(
+                (
+                    "UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus UPerNet "
+                    "Segformer"
+                ).split(),
+                "resnet18",
+            ),
+            "Unet": (
+                "resnet18 resnext50_32x4d se_resnet50 efficientnet-b0 mobilenet_v2 "
+                "tu-regnety_002 mit_b0 xception tu-res2net50_26w_4s dpn68 inceptionresnetv2 "
+                "mobileone_s0 densenet121 vgg11 timm-skresnet18 tu-resnest14d inceptionv4 "
+                f"{TU}"
+            ),
+        }.items()
+        for encoder in encoders.split()
+    ],
+    "ultralytics": (
+        "yolov3 yolov3-tiny yolov5n yolov5n-p6 yolov6n yolov8n yolov8n-p2 yolov8n-cls "
+        "yolov8n-seg yolov8n-pose yolov8n-obb yolov9t yolov9c yolov10n yolo11n yolo11n-seg "
+        "yolo11n-cls yolo11n-pose yolo12n yolo12n-cls yolo26n yolo26n-cls"
+    ).split(),
+    "open_clip": (
+        "ViT-B-32 ViT-B-32-quickgelu ViT-B-16-plus-240 ViT-B-16-SigLIP ViT-H-14-CLIPA RN50 "
+        "RN50x4 ViT-H-14-worldwide coca_ViT-B-32 coca_base convnext_tiny ViT-B-16-SigLIP2 "
+        "ViT-S-32-alt MobileCLIP2-S0 ViTamin-S PE-Core-T-16-384"
+    ).split(),
+}
+"""Models that are tried, of libraries with an index of them; of transformers all types."""
 
 
 def runs(model: nn.Module, example: Any) -> bool:
@@ -103,7 +159,7 @@ def of_meta_size(build: Callable[[], nn.Module]) -> int:
 def small(build: Callable[[], nn.Module]) -> nn.Module:
     size = of_meta_size(build)
     if size > LARGE:
-        raise ValueError(f"{size} parameters")
+        raise ValueError(f"{size} {TOO_LARGE}")
     return build()
 
 
@@ -111,7 +167,12 @@ def timm() -> Builders:
     import timm
 
     def build(name: str) -> tuple[nn.Module, Any]:
-        for options in ({"depth": 4, "img_size": 64}, {"img_size": 64}, {"depth": 4}):
+        for options in (
+            {"depth": 4, "img_size": 64},
+            {"depths": (1, 1, 2, 1), "img_size": 64},
+            {"img_size": 64},
+            {"depth": 4},
+        ):
             with contextlib.suppress(Exception):  # not every model has them
                 model = small(lambda options=options: timm.create_model(name, **options))
                 return first_that_runs(model, images(64))
@@ -119,7 +180,7 @@ def timm() -> Builders:
         native = max(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:])
         return first_that_runs(model, images(64, 96, 128, native))
 
-    return [(name, partial(build, name)) for name in TIMM]
+    return [(name, partial(build, name)) for name in timm.list_models()]
 
 
 def of_scores(boxes: torch.Tensor, scores: torch.Tensor, least: float) -> torch.Tensor:
@@ -143,12 +204,24 @@ def torchvision() -> Builders:
     def build(name: str) -> tuple[nn.Module, Any]:
         make = models.get_model_builder(name)
         known = inspect.signature(make).parameters
-        options = {"weights_backbone": None} if "weights_backbone" in known else {}
+        options: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in known else {}
+        if name.startswith("vit_"):
+            hidden, heads, mlp = {"b": (768, 12, 3072), "l": (1024, 16, 4096)}.get(
+                name.split("_")[1], (1280, 16, 5120)
+            )
+            patch = int(name.split("_")[2])
+            return models.VisionTransformer(2 * patch, patch, 2, heads, hidden, mlp), torch.randn(
+                2, 3, 2 * patch, 2 * patch
+            )
+        if name in detection and "ssd" not in name:
+            options |= {"min_size": 64, "max_size": 64}
         model = small(lambda: make(weights=None, **options))
         if name in detection:
             boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
-            targets = [{"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}] * 2
-            return model, (list(torch.randn(2, 3, 64, 64)), targets)
+            target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}
+            target["masks"] = torch.ones(1, 64, 64, dtype=torch.uint8)
+            target["keypoints"] = torch.full((1, 17, 3), 20.0)
+            return model, (list(torch.randn(2, 3, 64, 64)), [target] * 2)
         if name in video:
             return first_that_runs(
                 model, [torch.randn(2, 3, 8, 64, 64), torch.randn(1, 3, 16, 224, 224)]
@@ -157,8 +230,7 @@ def torchvision() -> Builders:
             return model, (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128), 2)
         return first_that_runs(model, images(64, 96, 224, 299))
 
-    names = [name for name in models.list_models() if not name.startswith("quantized")]
-    return [(name, partial(build, name)) for name in names]
+    return [(name, partial(build, name)) for name in models.list_models()]
 
 
 # Configurations of transformers, made small.
@@ -337,21 +409,14 @@ def transformers() -> Builders:
 def smp() -> Builders:
     import segmentation_models_pytorch as smp
 
+    def build(architecture: str, encoder: str) -> tuple[nn.Module, Any]:
+        model = small(lambda: getattr(smp, architecture)(encoder, encoder_weights=None))
+        return first_that_runs(model, images(64, 96, 128))
+
     architectures = (
         "Unet UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus UPerNet Segformer"
     ).split()
-    encoders = (
-        "resnext50_32x4d se_resnet50 efficientnet-b0 mobilenet_v2 timm-regnety_002 mit_b0 xception "
-        "timm-res2net50_26w_4s dpn68 inceptionresnetv2 mobileone_s0 densenet121 vgg11 "
-        "timm-efficientnet-b0 timm-skresnet18 timm-mobilenetv3_small_100 timm-resnest14d "
-        "tu-convnext_atto inceptionv4"
-    ).split()
-
-    def build(architecture: str, encoder: str) -> tuple[nn.Module, Any]:
-        model = getattr(smp, architecture)(encoder, encoder_weights=None)
-        return first_that_runs(model, images(64, 96, 128))
-
-    pairs = [(a, "resnet18") for a in architectures] + [("Unet", e) for e in encoders]
+    pairs = [(a, e) for a in architectures for e in [*smp.encoders.get_encoder_names(), TU]]
     return [(f"{a}-{e}", partial(build, a, e)) for a, e in pairs]
 
 
@@ -364,24 +429,24 @@ def ultralytics() -> Builders:
         model = getattr(tasks, f"{kind}Model")(f"{name}.yaml", verbose=False)
         return first_that_runs(model, images(64))
 
-    names = (
-        "yolov3 yolov3-tiny yolov5n yolov5n-p6 yolov6n yolov8n yolov8n-p2 yolov8n-p6 yolov8n-cls "
-        "yolov8n-seg yolov8n-pose yolov8n-obb yolov8-ghost yolov9t yolov9c yolov10n yolo11n "
-        "yolo11n-seg yolo11n-cls yolo11n-pose yolo11n-obb yolo12n yolo12n-cls yolo26n yolo26n-cls "
-        "yolo26n-pose"
-    ).split()
-    return [(name, partial(build, name)) for name in names]
+    folder = Path(tasks.__file__).parents[1] / "cfg" / "models"
+    files = sorted(folder.rglob("*.yaml"))
+    names = [of_size(file.stem) for file in files if not KINDLESS.search(file.stem)]
+    return [(name, partial(build, name)) for name in dict.fromkeys(names)]
+
+
+KINDLESS = re.compile(r"rtdetr|world|yoloe|resnet|sam")
+"""Files of ultralytics whose models are of another class, or take texts."""
+
+
+def of_size(name: str) -> str:
+    """The smallest size of a file of ultralytics: yolo11n of yolo11."""
+    found = re.match(r"(yolo(?:v5|v6|v8|v10|11|12|26))(-.*)?$", name)
+    return f"{found[1]}n{found[2] or ''}" if found else name
 
 
 def open_clip() -> Builders:
     import open_clip
-
-    names = (
-        "ViT-B-32 ViT-B-32-quickgelu ViT-B-16-plus-240 ViT-B-16-SigLIP ViT-H-14-CLIPA RN50 "
-        "RN50x4 ViT-H-14-worldwide coca_ViT-B-32 coca_base convnext_tiny ViT-B-16-SigLIP2 "
-        "ViT-S-32-alt ViT-L-16-320 MobileCLIP2-S0 ViTamin-S PE-Core-T-16-384 "
-        "vit_relpos_medium_patch16_cls_224"
-    ).split()
 
     def build(name: str) -> tuple[nn.Module, Any]:
         config = open_clip.get_model_config(name)
@@ -397,9 +462,10 @@ def open_clip() -> Builders:
             config["multimodal_cfg"] |= {"context_length": 16, "vocab_size": 99, "width": 64}
             config["multimodal_cfg"] |= {"heads": 4, "layers": 2}
         config["embed_dim"] = 64
-        kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
-        if kind is open_clip.CustomTextCLIP and not config.pop("custom_text", False):
-            kind = open_clip.CLIP
+        is_custom = config.pop("custom_text", False)
+        kind = open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
+        if "multimodal_cfg" in config:
+            kind = open_clip.CoCa
         model = small(lambda: kind(**config))
         size = vision["image_size"]
         size = size if isinstance(size, int) else size[0]
@@ -407,7 +473,7 @@ def open_clip() -> Builders:
             model, [(x, torch.randint(1, 99, (2, 16))) for x in images(size, 224, 256)]
         )
 
-    return [(name, partial(build, name)) for name in names]
+    return [(name, partial(build, name)) for name in open_clip.list_models()]
 
 
 EARLIER = (
@@ -423,31 +489,45 @@ EARLIER = (
     "smollm3 ernie4_5 exaone4 helium phimoe granitemoe lfm2 hunyuan_v1_dense arcee minimax "
     "dinov3_vit dinov2_with_registers ijepa vit_mae vit_msn yolos poolformer pvt cvt levit "
     "mobilevit mobilevitv2 regnet bit efficientnet focalnet dinat data2vec-vision hiera "
-    "swiftformer van glpn vitdet eurobert mellum lxmert resnext50_32x4d wide_resnet50_2 "
-    "regnet_y_400mf regnet_x_400mf mnasnet0_5 mobilenet_v2 mobilenet_v3_small efficientnet_b0 "
-    "efficientnet_v2_s convnext_tiny swin_t swin_v2_t r3d_18 mc3_18 r2plus1d_18 fcn_resnet50 "
-    "googlenet squeezenet1_1 vgg11 shufflenet_v2_x0_5 yolov3 yolov5n yolov8n yolov9t yolov10n "
-    "yolo11n yolo12n yolov8n-seg yolov8n-cls"
+    "swiftformer van glpn vitdet eurobert mellum lxmert wavlm fun_asr_nano_encoder "
+    "gemma4_vision deepseek_ocr2"
 ).split()
-"""Models that were looked at before any was set aside."""
+"""Types that were looked at before any was set aside."""
 
 
-def _set_aside(library: str) -> tuple[list[tuple[str, Build]], list[tuple[str, Build]]]:
-    """The models of a library that are tried, and those that are set aside."""
-    every = list(INDEXED[library]())
-    earlier: Sequence[str] = EARLIER
+def _aside() -> list[str]:
+    """The types of transformers that are set aside: the first by the hash of their name."""
+    names = sorted(name for name, _ in transformers() if name not in EARLIER)
+    return sorted(names, key=lambda name: _key("transformers", name))[:ASIDE]
 
-    def key(name: str) -> str:
-        return hashlib.sha256(f"coverage/{library}/{name}".encode()).hexdigest()
 
-    names = sorted((name for name, _ in every if name not in earlier), key=key)
-    aside = names[: ASIDE.get(library, 0)]
-    tried = [pair for pair in every if pair[0] not in aside]
-    return tried, sorted((pair for pair in every if pair[0] in aside), key=lambda p: key(p[0]))
+def _key(library: str, name: str) -> str:
+    return hashlib.sha256(f"coverage/{library}/{name}".encode()).hexdigest()
+
+
+def _table(library: str) -> list[tuple[str, Build]]:
+    """The models of a library that are tried, of its index."""
+    known = dict(INDEXED[library]())
+    if library == "transformers":
+        aside = _aside()
+        return [(name, build) for name, build in known.items() if name not in aside]
+    return [(name, known[name]) for name in TRIED[library] if name in known]
 
 
 def drawn(library: str) -> Builders:
-    return _set_aside(library)[1] if library in INDEXED else []
+    """Those of its index that are not tried, in a random order."""
+    tried = {name for name, _ in _table(library)}
+    rest = [(name, build) for name, build in INDEXED[library]() if name not in tried]
+    random.Random(f"{SEED}, {library}").shuffle(rest)
+    return rest
+
+
+def not_tried(library: str) -> str:
+    """The names of those, but for what segmentation_models_pytorch combines."""
+    if library not in INDEXED or library == "smp":
+        return ""
+    tried = {name for name, _ in _table(library)}
+    return " ".join(name for name, _ in INDEXED[library]() if name not in tried)
 
 
 INDEXED: dict[str, Callable[[], Builders]] = {
@@ -459,6 +539,6 @@ INDEXED: dict[str, Callable[[], Builders]] = {
     "open_clip": open_clip,
 }
 BUILDERS: dict[str, Callable[[], Builders]] = {
-    **{name: partial(lambda name: _set_aside(name)[0], name) for name in INDEXED},
+    **{name: partial(_table, name) for name in INDEXED},
     **written.BUILDERS,
 }

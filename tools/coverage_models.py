@@ -3,11 +3,12 @@
 Each model of `coverage_builders` is built small and without trained weights, applied, and held
 against `coverage_oracle`, an own account of its residual additions: all blocks closed, every
 other one and a random half, in evaluation and in training, outputs and gradients. A refusal's
-advice is followed as it stands. A process for each model, and one line of JSON; what is in the file
-is not tried again.
+advice is followed as it stands. A process for each model, one at a time, with one thread, limits of
+time and memory, and one line of JSON; what is in the file is not tried again, so that a run that
+was interrupted goes on. About 70 minutes of one core.
 
     python tools/coverage_models.py --out FILE [--library timm ...] [--only NAME ...]
-    python tools/coverage_models.py --out FILE --drawn   # the models that were set aside
+    python tools/coverage_models.py --out FILE --drawn   # a random draw of those that are not tried
     python tools/coverage_models.py --out FILE --report --summary SMALL-FILE
 """
 
@@ -16,9 +17,11 @@ import ast
 import collections
 import contextlib
 import copy
+import importlib.metadata
 import json
 import multiprocessing
 import os
+import platform
 import re
 import resource
 import signal
@@ -41,8 +44,8 @@ if torch.version.cuda is None:  # torchvision's wheels miss two operators on a C
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from coverage_builders import BUILDERS, drawn
-from coverage_oracle import Watch, counted, matched, missed, tensors, within
+from coverage_builders import BUILDERS, DRAWN, LARGE, TOO_LARGE, drawn, not_tried
+from coverage_oracle import Claim, Watch, counted, matched, missed, tensors, within
 
 import stochastic_depth as sd
 from stochastic_depth.surgery.applied import applied_to
@@ -51,6 +54,14 @@ SECONDS, WALL, BYTES = 120, 900, 6 << 30
 """What one model may take: seconds of processor time and of the clock, and memory."""
 PROCESSES = multiprocessing.get_context("fork")
 TOLERANCE = 1e-4
+FROM = "drawn from "
+"""Before the name of a library, for what was drawn last."""
+PACKAGE = {
+    "smp": "segmentation-models-pytorch",
+    "open_clip": "open-clip-torch",
+    "open_clip_small": "open-clip-torch",
+    "pytorch": "torch",
+}
 VERDICTS = ("complete", "refused", "missed", "wrong", "slow", "not residual", "unbuilt")
 
 Build = Callable[[], tuple[nn.Module, Any]]
@@ -109,7 +120,7 @@ def oracle(original: nn.Module, model: nn.Module, handle: Any, example: Any) -> 
     undropped(original)
     undropped(model)
     found = applied_to(model).found
-    blocks = [(f.name, set(f.modules), max(1, len(f.units))) for f in found]
+    blocks = [Claim(f.name, frozenset(f.modules), max(1, len(f.units)), f.shortcut) for f in found]
     size, count = len(found), 0
     torch.manual_seed(1)
     patterns = [[True] * size, [False] * size, [n % 2 == 0 for n in range(size)]]
@@ -123,7 +134,7 @@ def oracle(original: nn.Module, model: nn.Module, handle: Any, example: Any) -> 
             call(original, example, watch, train)
         mine = matched(watch.found(), blocks)
         if not train:
-            count = len(missed(watch.found(), [a for block in mine for a in block]))
+            count = len(missed(watch.found(), mine))
         lost = [f.name for f, additions in zip(found, mine, strict=True) if not additions]
         if lost:
             return f"unmatched: {len(lost)} blocks, {lost[0]!r} first", count
@@ -204,21 +215,33 @@ def judge(library: str, name: str, build: Build, is_built: Callable[[], None]) -
 def advised(
     model: nn.Module, example: Any, error: Exception, exclude: list[str]
 ) -> tuple[Any, str]:
-    """Follow the advice of refusals until one of them works: exclude= what they name."""
+    """Do what refusals advise until `sd.apply` works: leave out, or choose, what they name.
+
+    Args:
+        exclude: gets what was left out.
+    """
     for _ in range(40):
-        found = re.search(r"exclude=(\[.*?\])", str(error)) or re.search(
-            r"exclude= leaves blocks as they are, say ('[^']*')", str(error)
+        found = re.search(r"(exclude|include)=(\[.*?\])", str(error)) or re.search(
+            r"(exclude)= leaves blocks as they are, say ('[^']*')", str(error)
         )
-        if not found:
-            return None, f"none that can be followed, after {exclude}"
-        named = ast.literal_eval(found[1])
-        exclude += [named] if isinstance(named, str) else named
+        if "no other block of the model can be skipped" in str(error) or not found:
+            nothing = "no other block" in str(error)
+            return None, "leaves nothing" if nothing else "cannot be followed by a program"
+        named = ast.literal_eval(found[2])
+        names = [named] if isinstance(named, str) else named
+        if found[1] == "include":
+            advice = {"include": names}
+            exclude += ["all others"]
+        else:
+            exclude += names
+            advice = {"exclude": exclude}
         try:
-            return sd.apply(model, example=example, scale="inference", exclude=exclude), "works"
+            handle = sd.apply(model, example=example, scale="inference", **advice)
+            return handle, f"works: {found[1]}={advice[found[1]]}"
         except sd.UnsupportedBlockError as again:
             error = again
         except sd.ApplyError:
-            return None, f"nothing is left without {exclude}"
+            return None, "leaves nothing"
     return None, "does not end"
 
 
@@ -234,16 +257,24 @@ def work(library: str, name: str, build: Build, out: Connection) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1), os.dup2(nowhere, 2)
 
+    is_built = False
+
+    def tell() -> None:
+        nonlocal is_built
+        is_built = True
+        out.send("built")
+
     def stop(*_: Any) -> None:
         raise TooLong
 
     signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        result = judge(library, name, build, lambda: out.send("built"))
+        result = judge(library, name, build, tell)
     except (TooLong, MemoryError) as error:
         reason = "memory" if isinstance(error, MemoryError) else f"more than {SECONDS} s"
-        result = {"library": library, "model": name, "verdict": "slow", "reason": reason}
+        verdict = "slow" if is_built else "unbuilt"
+        result = {"library": library, "model": name, "verdict": verdict, "reason": reason}
     signal.setitimer(signal.ITIMER_PROF, 0)
     out.send(result)
     os._exit(0)  # libraries leave threads behind
@@ -254,44 +285,65 @@ def run(library: str, wanted: Callable[[list[str]], list[str]], is_drawn: bool, 
 
     Args:
         wanted: which of the models.
+        is_drawn: those that were drawn, until `DRAWN` of them are small enough.
     """
     torch.set_num_threads(1)
     try:
         builders = dict(drawn(library) if is_drawn else BUILDERS[library]())
     except ImportError as error:
-        print(f"{library} is not installed: {error}")
+        print(f"{library} is not installed: {error}", flush=True)
         return
-    for name in wanted(list(builders)):
-        receiver, sender = PROCESSES.Pipe(duplex=False)
-        worker = PROCESSES.Process(target=work, args=(library, name, builders[name], sender))
-        worker.start()
-        sender.close()
-        is_built, result = False, None
-        reason = f"more than {WALL} s"
-        with contextlib.suppress(EOFError):
-            while result is None and receiver.poll(WALL):
-                message = receiver.recv()
-                is_built |= message == "built"
-                result = message if isinstance(message, dict) else None
-        if worker.exitcode is not None or result is None:
-            worker.join(1)
-        if result is None:
-            if worker.exitcode is None:
-                worker.kill()
-                verdict = "slow"
-            else:
-                verdict = "wrong" if is_built else "unbuilt"
-                reason = f"the process ended with {worker.exitcode}"
-            result = {"library": library, "model": name, "verdict": verdict, "reason": reason}
-        worker.join()
-        note(result, out)
+    with contextlib.suppress(Exception):
+        next(iter(builders.values()))()  # imports what every process would import anew
+    label = f"{FROM}{library}" if is_drawn else library
+    left = DRAWN[library] if is_drawn else len(builders)
+    known = {name: r for (of, name), r in read(out).items() if of == label}
+    left -= sum(not is_large(r) for r in known.values()) if is_drawn else 0
+    names, began = wanted(list(builders)), time.monotonic()
+    print(f"{label}: {left if is_drawn else len(names)} of {len(builders)} to try", flush=True)
+    for number, name in enumerate(names, 1):
+        if left <= 0:
+            return
+        result = in_process(label, name, builders[name])
+        left -= is_drawn and not is_large(result)
+        with out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        keys = ("verdict", "blocks", "mechanisms", "seconds", "reason", "advice")
+        seen = "  ".join(str(result[key]) for key in keys if key in result)
+        minutes = (time.monotonic() - began) / 60
+        print(f"{label} {number}/{len(names)} {minutes:.1f} min  {name}: {seen}", flush=True)
 
 
-def note(result: dict[str, Any], out: Path) -> None:
-    with out.open("a") as file:
-        file.write(json.dumps(result) + "\n")
-    told = [result.get(key, "") for key in ("blocks", "mechanisms", "seconds", "reason")]
-    print(f"{result['library']:14} {result['model']:32} {result['verdict']:12}", *told, flush=True)
+def is_large(result: dict[str, Any]) -> bool:
+    """Whether a model was not tried because it is too large."""
+    return result["verdict"] == "unbuilt" and TOO_LARGE in result["reason"]
+
+
+def in_process(library: str, name: str, build: Build) -> dict[str, Any]:
+    """What comes of one model, judged in a process of its own."""
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    worker = PROCESSES.Process(target=work, args=(library, name, build, sender))
+    worker.start()
+    sender.close()
+    is_built, result = False, None
+    reason = f"more than {WALL} s"
+    with contextlib.suppress(EOFError):
+        while result is None and receiver.poll(WALL):
+            message = receiver.recv()
+            is_built |= message == "built"
+            result = message if isinstance(message, dict) else None
+    if worker.exitcode is not None or result is None:
+        worker.join(1)
+    if result is None:
+        if worker.exitcode is None:
+            worker.kill()
+            verdict = "slow"
+        else:
+            verdict = "wrong" if is_built else "unbuilt"
+            reason = f"the process ended with {worker.exitcode}"
+        result = {"library": library, "model": name, "verdict": verdict, "reason": reason}
+    worker.join()
+    return result
 
 
 def read(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -306,19 +358,26 @@ def report(results: list[dict[str, Any]]) -> None:
     table = Table()
     for column in ("library", "tried", "residual", *VERDICTS[:5], "complete of residual"):
         table.add_column(column, justify="left" if column == "library" else "right")
-    for library in [*dict.fromkeys(r["library"] for r in results), "all"]:
-        counts = collections.Counter(
-            r["verdict"] for r in results if library in ("all", r["library"])
-        )
+    usual = [r for r in results if not r["library"].startswith(FROM)]
+    rows = {name: [r for r in usual if r["library"] == name] for name in of_libraries(usual)}
+    rows["all"] = usual
+    if len(usual) < len(results):
+        rows["drawn"] = [r for r in results if r["library"].startswith(FROM)]
+    for name, tried in rows.items():
+        counts = collections.Counter(r["verdict"] for r in tried)
         residual = sum(counts[verdict] for verdict in VERDICTS[:5])
         share = f"{100 * counts['complete'] / max(1, residual):.1f} %"
-        tried = residual + counts["not residual"]
-        row = [tried, residual, *(counts[verdict] for verdict in VERDICTS[:5])]
-        table.add_row(library, *map(str, row), share)
+        row = [residual + counts["not residual"], residual, *(counts[v] for v in VERDICTS[:5])]
+        table.add_row(name, *map(str, row), share)
     Console(width=120).print(table)
     for r in results:
-        if r["verdict"] not in ("complete", "not residual", "unbuilt"):
+        if r["verdict"] not in ("complete", "not residual") and not is_large(r):
             print(f"{r['library']}/{r['model']}: {r['verdict']}: {told(r)}")
+
+
+def of_libraries(results: list[dict[str, Any]]) -> list[str]:
+    known = {r["library"] for r in results}
+    return [name for name in (*BUILDERS, *(f"{FROM}{name}" for name in DRAWN)) if name in known]
 
 
 def told(result: dict[str, Any]) -> str:
@@ -331,13 +390,37 @@ def told(result: dict[str, Any]) -> str:
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     """By library and verdict: names, with the number of blocks or the reason."""
-    of_library: dict[str, dict[str, Any]] = {}
-    for r in results:
-        same = of_library.setdefault(r["library"], {}).setdefault(r["verdict"], {})
-        same[r["model"]] = r["blocks"] if r["verdict"] == "complete" else told(r)
-    for verdicts in of_library.values():
-        verdicts["not residual"] = " ".join(verdicts.get("not residual", {}))
-    return of_library
+    versions = {"torch": torch.__version__}
+    for name in BUILDERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(PACKAGE.get(name, name))
+    made: dict[str, Any] = {
+        "processor": processor(),
+        "minutes": round(sum(r.get("seconds", SECONDS) for r in results) / 60, 1),
+        "limits": f"{SECONDS} s of processor time, {BYTES >> 30} GiB, {LARGE} parameters",
+        "versions": versions,
+    }
+    for library in of_libraries(results):
+        verdicts: dict[str, Any] = {}
+        for r in (r for r in results if r["library"] == library):
+            verdict = "not tried: too large" if is_large(r) else r["verdict"]
+            said = r["blocks"] if verdict == "complete" else told(r)
+            verdicts.setdefault(verdict, {})[r["model"]] = said
+        for verdict in ("not residual", "not tried: too large"):
+            if verdict in verdicts:
+                verdicts[verdict] = " ".join(verdicts[verdict])
+        if left := not_tried(library):
+            verdicts["not tried: variants of what is, or set aside for the draw"] = left
+        made[library] = verdicts
+    return made
+
+
+def processor() -> str:
+    """Its name, the number of cores, and its widest vector instructions."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name[1] if name else platform.processor()}, {os.cpu_count()} cores, {capability}"
 
 
 def main() -> None:
@@ -347,17 +430,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="models by name")
     parser.add_argument("--again", nargs="+", default=[], help="verdicts that are tried again")
     parser.add_argument("--sample", type=int, help="so many of each library")
-    parser.add_argument("--drawn", action="store_true", help="the models that were set aside")
+    parser.add_argument("--drawn", action="store_true", help="a draw of those that are not tried")
     parser.add_argument("--report", action="store_true", help="only the table")
     parser.add_argument("--summary", type=Path, help="what came of them, in one small file")
     asked = parser.parse_args()
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     done = {} if asked.only else read(asked.out)
-    for library in [] if asked.report else asked.library:
+    libraries = [name for name in asked.library if name in DRAWN or not asked.drawn]
+    for library in [] if asked.report else libraries:
 
         def wanted(names: list[str], library: str = library) -> list[str]:
             names = [name for name in names if not asked.only or name in asked.only]
-            known = {n: done[library, n]["verdict"] for n in names if (library, n) in done}
+            label = f"{FROM}{library}" if asked.drawn else library
+            known = {n: done[label, n]["verdict"] for n in names if (label, n) in done}
             step = max(1, len(names) // asked.sample) if asked.sample else 1
             return [n for n in names[::step] if known.get(n) in (None, *asked.again)]
 

@@ -47,6 +47,8 @@ class Addition:
     modules: frozenset[str]
     """In which they were computed; a projection's: all of the branch."""
     owner: str
+    last: str
+    """The module in which what is added was computed."""
 
 
 @dataclass
@@ -136,7 +138,10 @@ class Watch(TorchFunctionMode):
                     names = frozenset(self.values[n].module for n in own)
                     owner = self.owners[number]
                     sums.add(total)
-                    made.append(Addition(number, side, identity, frozenset(own), names, owner))
+                    last = self.values[other].module
+                    made.append(
+                        Addition(number, side, identity, frozenset(own), names, owner, last)
+                    )
         return made
 
     def alone(self, additions: list[Addition]) -> set[str]:
@@ -203,18 +208,33 @@ def within(watch: Watch, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def matched(
-    additions: list[Addition], blocks: list[tuple[str, set[str], int]]
-) -> list[list[Addition]]:
-    """The additions of each block: (name, modules of its branches, number of its additions)."""
+@dataclass(frozen=True)
+class Claim:
+    """What the library says of a block."""
+
+    name: str
+    modules: frozenset[str]
+    """Of its branches."""
+    additions: int
+    shortcut: str
+    """"identity", "projection" or both."""
+
+
+def matched(additions: list[Addition], blocks: list[Claim]) -> list[list[Addition]]:
+    """The additions of each block."""
     pairs = []
     for addition in additions:
-        for n, (name, modules, _) in enumerate(blocks):
+        for n, block in enumerate(blocks):
+            name, modules = block.name, block.modules
+            if block.shortcut == "identity" and not addition.identity:
+                continue
             around = {m for m in addition.modules if not m or f"{name}.".startswith(f"{m}.")}
             around -= modules  # a block may be called as the one module of its branch
             own = addition.modules - around
             share = len(own & modules) / max(1, len(own))
             if all(f"{m}.".startswith(f"{name}.") for m in {addition.owner, *own}):
+                share = max(share, 0.6)
+            if addition.last in modules and addition.identity:  # two streams: of the other's, too
                 share = max(share, 0.6)
             if share > 0.5:
                 order = -share, -len(name), not addition.identity, -len(addition.inside)
@@ -223,30 +243,43 @@ def matched(
     taken: set[int] = set()
     pairs = sorted(pairs, key=lambda pair: pair[0])
     for _, n, addition in pairs:
-        if len(result[n]) < blocks[n][2] and addition.number not in taken:
+        if len(result[n]) < blocks[n].additions and addition.number not in taken:
             result[n].append(addition)
             taken.add(addition.number)
-    sets = Counter(frozenset(modules) for _, modules, _ in blocks)
+    sets = Counter(block.modules for block in blocks)
     for _, n, addition in pairs:  # more of the same branches: closed with them
-        name, modules, _ = blocks[n]
-        is_within = f"{addition.owner}.".startswith(f"{name}.") and addition.identity
-        if is_within and addition.number not in taken and sets[frozenset(modules)] < 2:
+        block = blocks[n]
+        is_within = f"{addition.owner}.".startswith(f"{block.name}.") and addition.identity
+        if is_within and addition.number not in taken and sets[block.modules] < 2:
             result[n].append(addition)
             taken.add(addition.number)
-    for n, (_, modules, _) in enumerate(blocks):  # those that share their modules, in turn
-        alike = [k for k, block in enumerate(blocks) if block[1] == modules]
+    for n, block in enumerate(blocks):  # those that share their modules, in turn
+        alike = [k for k, other in enumerate(blocks) if other.modules == block.modules]
         if alike[0] == n and len(alike) > 1:
             every = iter(sorted((a for k in alike for a in result[k]), key=lambda a: a.number))
             for k in alike:
-                result[k] = list(itertools.islice(every, blocks[k][2]))
+                result[k] = list(itertools.islice(every, blocks[k].additions))
     return result
 
 
-def missed(additions: list[Addition], known: list[Addition]) -> list[Addition]:
-    """Identity additions that no block has, and that are not around any that one has."""
-    numbers = {addition.number for addition in known}
-    rest = [a for a in additions if a.identity and a.number not in numbers]
-    return [a for a in rest if not any(k.inside & a.inside for k in known)]
+def missed(additions: list[Addition], known: list[list[Addition]]) -> list[Addition]:
+    """Identity additions that no block has.
+
+    Not those within the branch of one that a block has, nor long skip connections: around those of
+    several blocks.
+
+    Args:
+        known: of each block.
+    """
+    numbers = {addition.number for block in known for addition in block}
+
+    def is_missed(one: Addition) -> bool:
+        touched = [block for block in known if any(k.inside & one.inside for k in block)]
+        if len(touched) != 1:
+            return not touched
+        return any(k.inside < one.inside for k in touched[0])
+
+    return [a for a in additions if a.identity and a.number not in numbers and is_missed(a)]
 
 
 @contextmanager

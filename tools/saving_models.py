@@ -2,10 +2,10 @@
 
 Batch gates: training steps with every other block closed, once the odd and once the even ones,
 against all open, in turns: time saved over FLOPs saved, of both together, because attention takes
-more time for its FLOPs than the layers it alternates with. The models are those whose source is rewritten, and those whose blocks are
-deferred (of vit-pytorch and torchaudio: run it in the environment of `make coverage-models`).
-Subset gates: training steps of a ViT in which every branch runs on half of the samples, drawn anew
-in each step, against all of them.
+more time for its FLOPs than the layers it alternates with. Five models are published ones; the
+others are written in ways that could not be rewritten before blocks were deferred (run it in the
+environment of `make coverage-models`, which has their libraries). Subset gates: training steps of a
+ViT in which every branch runs on half of the samples, drawn in each step, against all of them.
 
     python tools/saving_models.py --out FILE --only diffusers/DiT   # the others stay in the file
 """
@@ -35,7 +35,7 @@ from stochastic_depth.surgery.example import caller
 from stochastic_depth.surgery.proof.training_mode import train_once
 from stochastic_depth.timing import take_turns
 
-REWRITTEN = {
+PUBLISHED = {
     "timm/resnet50": (16, (3, 128, 128)),
     "timm/vit_small_patch16_224": (4, None),
     "timm/convnext_tiny": (8, (3, 128, 128)),
@@ -98,7 +98,7 @@ def conformer() -> tuple[nn.Module, Any]:
     return model, (torch.randn(4, 128, WIDTH), torch.full((4,), 128))
 
 
-DEFERRED = {
+LAYERED = {
     "diffusers/DiT": dit,
     "x_transformers/Decoder": decoder,
     "vit_pytorch/ViT": vit,
@@ -113,10 +113,10 @@ def batch_gates(names: Sequence[str]) -> dict[str, dict[str, object]]:
     print(f"{'model':34}  blocks  FLOPs saved  time saved  ratio  mechanism")
     for name in names:
         torch.manual_seed(0)
-        if name in DEFERRED:
-            model, example = DEFERRED[name]()
+        if name in LAYERED:
+            model, example = LAYERED[name]()
         else:
-            batch, shape = REWRITTEN[name]
+            batch, shape = PUBLISHED[name]
             model, example = published(name, batch=batch, shape=shape)
         handle = sd.apply(model, sd.Uniform(0.5), example=example)
         found = applied_to(model).found
@@ -188,7 +188,7 @@ def subset_gates() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    known = [*REWRITTEN, *DEFERRED, "subset"]
+    known = [*PUBLISHED, *LAYERED, "subset"]
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--only", nargs="+", choices=known, default=known)
     asked = parser.parse_args()
