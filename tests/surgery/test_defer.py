@@ -106,6 +106,44 @@ def test_branches_whose_parts_are_in_several_lists_are_blocks():
     assert not called
 
 
+class Projecting(nn.Module):
+    """Adds something itself: a projection, as layers for graphs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.skip = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.up(torch.relu(self.down(x))) + self.skip(x)
+
+
+def test_the_addition_of_a_trunk_covers_those_inside_of_its_layers():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(Projecting() for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + torch.tanh(layer(x))
+            return x
+
+    x = torch.randn(2, WIDTH)
+    original, model = Around(), Around()
+    handle = sd.apply(model, example=x)
+    assert [block.name for block in handle.blocks] == ["layers.0", "layers.1", "layers.2"]
+    called = []
+    for part in model.layers[1].modules():
+        part.register_forward_hook(functools.partial(note, called, 1))
+    with handle.forced([True, False, True]):
+        out = model(x)
+    h = x + torch.tanh(original.layers[0](x))
+    torch.testing.assert_close(out, h + torch.tanh(original.layers[2](h)))
+    assert not called
+
+
 class AsksForDevice(Apart):
     def forward(self, x):
         for linear, norm in zip(self.linears, self.norms, strict=True):

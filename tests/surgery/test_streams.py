@@ -86,6 +86,35 @@ class Trunk(Streams):
         return torch.cat([a, b], -1)
 
 
+class OneLayer(nn.Module):
+    """One layer gives what is added to both streams, and runs for neither of them alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, a, b):
+        return self.out(torch.tanh(self.mix(torch.cat([a, b], -1)))).chunk(2, -1)
+
+    def by_hand(self, a, b, f, g):
+        h = torch.tanh(torch.cat([a, b], -1) @ self.mix.weight.T + self.mix.bias)
+        h = h @ self.out.weight.T + self.out.bias
+        return a + f * h[:, :4], b + g * h[:, 4:]
+
+
+class TrunkOfOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(OneLayer() for _ in range(3))
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        for block in self.blocks:
+            da, db = block(a, b)
+            a, b = a + da, b + db
+        return torch.cat([a, b], -1)
+
+
 def by_hand(blocks, gates, x):
     a, b = x.chunk(2, -1)
     for block, (f, g) in zip(blocks, gates, strict=True):
@@ -105,6 +134,7 @@ MODELS = {
     "at once": lambda: Streams(AtOnce),
     "joint": lambda: Streams(Joint),
     "trunk": lambda: Trunk(Reversible),
+    "one layer": TrunkOfOne,
 }
 
 
@@ -246,3 +276,42 @@ def test_what_is_added_within_a_function_with_a_backward_pass_of_its_own_is_refu
     model = Inverted(always).double()
     with pytest.raises(sd.ApplyError, match=r"within Inverting, an autograd\.Function .* no gates"):
         sd.apply(model, sd.Uniform(0.5), example=X)
+
+
+class Lookup(nn.Module):
+    """A coarse stream looks into a fine one, from which it was made smaller, and is looked into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList((nn.Linear(8, 8), nn.Linear(8, 8))) for _ in range(2)
+        )
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x):
+        fine = x[:, None].expand(-1, 4, -1) * torch.arange(1.0, 5, dtype=x.dtype)[:, None]
+        coarse = nn.functional.interpolate(fine.transpose(1, 2), 2).transpose(1, 2)
+        for down, up in self.layers:  # pyright: ignore[reportGeneralTypeIssues]
+            coarse = down(coarse + fine[:, ::2]) + coarse
+            fine = up(fine + coarse.repeat(1, 2, 1)) + fine
+        return self.head(coarse.mean(1) + torch.tanh(fine).mean(1))
+
+    def by_hand(self, x, gates):
+        fine = torch.stack([n * x for n in range(1, 5)], 1)
+        coarse = fine[:, ::2]
+        for (down, up), gate in zip(self.layers, gates, strict=True):
+            coarse = coarse + gate * ((coarse + fine[:, ::2]) @ down.weight.T + down.bias)
+            fine = fine + gate * ((fine + coarse.repeat(1, 2, 1)) @ up.weight.T + up.bias)
+        pooled = coarse.mean(1) + torch.tanh(fine).mean(1)
+        return pooled @ self.head.weight.T + self.head.bias
+
+
+def test_of_two_sizes_made_by_making_one_smaller_each_layer_is_a_block():
+    torch.manual_seed(0)
+    model = Lookup().double()
+    handle = sd.apply(model, sd.Uniform(0.7), example=X)
+    assert [block.name for block in handle.blocks] == ["layers.0", "layers.1"]
+    for pattern in itertools.product([False, True], repeat=2):
+        with handle.forced(list(pattern)):
+            output = model.train()(X)
+        assert torch.allclose(output, model.by_hand(X, pattern), rtol=0, atol=1e-12)

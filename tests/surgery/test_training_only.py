@@ -226,3 +226,53 @@ def test_their_samples_are_drawn_and_they_are_verified(kind):
     ):
         assert torch.allclose(output, truth, rtol=0, atol=1e-12)
     assert sd.verify(model, X, repeats=1).blocks == 4
+
+
+class Normalised(nn.Module):
+    """Gives what it adds, and its normalised input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        normed = self.norm(x)
+        return torch.tanh(self.f(normed)), normed
+
+
+class Decorrelated(nn.Module):
+    """In training mode the normalised inputs have a loss of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Normalised() for _ in range(3))
+
+    def forward(self, x):
+        inputs = []
+        for layer in self.layers:
+            y, normed = layer(x)
+            inputs.append(normed)
+            x = y + x
+        return x, torch.stack(inputs).pow(4).mean() if self.training else 0
+
+
+def test_what_training_mode_needs_of_a_layer_runs_and_the_rest_of_it_is_skipped():
+    torch.manual_seed(0)
+    model = Decorrelated().double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    assert len(handle.blocks) == 3
+    called = []
+    for layer in model.layers:
+        layer.f.register_forward_hook(lambda module, *_: called.append(module))
+    for pattern in itertools.product([False, True], repeat=3):
+        called.clear()
+        with handle.forced(list(pattern)):
+            output, loss = model.train()(X)
+        x, inputs = X, []
+        for layer, gate in zip(model.layers, pattern, strict=True):
+            normed = torch.nn.functional.layer_norm(x, (6,))
+            inputs.append(normed)
+            x = x + gate * torch.tanh(normed @ layer.f.weight.T + layer.f.bias)
+        assert torch.allclose(output, x, rtol=0, atol=1e-12)
+        assert torch.allclose(loss, torch.stack(inputs).pow(4).mean(), rtol=0, atol=1e-12)
+        assert len(called) == sum(pattern)

@@ -27,7 +27,7 @@ from stochastic_depth.surgery.trace import Call, Recording
 from stochastic_depth.tensors import tensors_in
 
 UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
-"""Parts of the names of functions that make values larger."""
+"""Parts of the names of functions that may make values larger."""
 
 Edits = tuple[tuple[str, Sliced | None], ...]
 """Modules by name, and where to edit them: the one that adds first; None where no method is."""
@@ -106,18 +106,28 @@ def locate(
         handed = _handed(recording, call, branch, event.shortcut, mixes)
         if not handed:
             break
-    functions = recording.functions(branch)
+    modules = recording.modules(branch, call.began)
+    event.modules = frozenset(modules)
     addition = Addition(
         call.name,
         tuple(edits),
         event.identity,
         begins_elsewhere=bool(handed),
-        modules=recording.modules(branch, call.began),
+        modules=modules,
         parameters=recording.parameters(branch),
         events=(event,),
-        upsamples=any(part in function for function in functions for part in UPSAMPLES),
+        upsamples=any(_is_upsampled(recording, value) for value in branch),
     )
     return Located(addition, branch, _snapshot(recording, event.total, frames, branch))
+
+
+def _is_upsampled(recording: Recording, number: int) -> bool:
+    """Whether a value is a resized one that is larger than what it was made from."""
+    value = recording.values[number]
+    if not value.parents or not any(part in value.made_by for part in UPSAMPLES):
+        return False
+    before, after = recording.values[value.parents[0]].tensor.shape, value.tensor.shape
+    return after[-1:] > before[-1:]
 
 
 def _sum(recording: Recording, methods: list[Method], event: Event) -> Sum | None:

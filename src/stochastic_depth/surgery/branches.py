@@ -28,6 +28,13 @@ def mostly_shared(own: float) -> str:
     )
 
 
+def too_few_modules(saved: float) -> str:
+    """Why a block is not deferred in whose branch modules compute only the share `saved`."""
+    if not saved:
+        return "no module runs for it"
+    return f"the modules that run for it alone compute only {saved:.0%} of its FLOPs, about"
+
+
 @dataclass(eq=False)
 class Event:
     """One time that a residual addition was made in the recorded forward pass.
@@ -55,6 +62,8 @@ class Event:
     """The innermost module call that computes all of the branch, once `place` has found it."""
     branch: set[int] = field(default_factory=set)
     """The values of the branch computed there."""
+    modules: frozenset[str] = frozenset()
+    """Names of the modules that ran for its branch."""
 
     def branch_within(self, recording: Recording, call: Call) -> set[int]:
         """The values of the branch, no further back than what `call` was given."""
@@ -105,6 +114,8 @@ class Analysis:
         self.sites = sites
         self.output: Any = None
         """What the model has returned."""
+        self.totals: set[int] = set()
+        """The sums of all residual additions that were placed."""
         self._inside: dict[Event, set[int]] = {}
         self.alive: set[int] = set()
         """The values that the outputs are computed from."""
@@ -122,6 +133,7 @@ class Analysis:
 
     def place(self, event: Event) -> None:
         """Find the innermost call that computes all of the branch that nothing else needs."""
+        self.totals.add(event.total)
         for call in reversed(event.stack):
             branch = event.branch_within(self.recording, call)
             own = self.exclusive(branch, {event.total})
@@ -182,11 +194,18 @@ class Analysis:
         )
 
     def _share(self, events: Sequence[Event], of: set[int]) -> float:
-        """The share of the branch's multiplications, 0 to 1, that makes the values `of`."""
+        """The share of the branch's multiplications, 0 to 1, that makes the values `of`.
+
+        Where two streams feed each other, the branch of one is computed from earlier sums of the
+        other. What made these is the work of other blocks, and does not count.
+        """
         shares = []
+        totals = self.totals - {event.total for event in events}
         for event in events:
             assert event.enclosing is not None
             inside = {value for value in event.branch if value >= event.enclosing.began}
+            for total in totals & inside - self.inside(event):
+                inside -= self.recording.reach(total, event.enclosing.began)
             for values in (self._from_shortcut(event, inside), inside):
                 costs = {value: self._cost(value) for value in values}
                 if any(costs.values()):
@@ -310,7 +329,7 @@ class Analysis:
         It is the outermost module, inside of the one that loops, in which no expression adds twice.
         """
         assert event.enclosing is not None
-        inside = {id(other): self._module_path(other) for other in others}
+        inside = {id(other): self._module_path(other, looped=True) for other in others}
         path = inside[id(event)]
         start = len(event.enclosing.name.split(".")) if event.enclosing.name else 0
         for length in range(start + 1, len(path) + 1):
@@ -321,13 +340,13 @@ class Analysis:
         same = [o for o in others if inside[id(o)] == path and o.site == event.site]
         return ".".join(path), same.index(event)
 
-    def _module_path(self, event: Event) -> list[str]:
+    def _module_path(self, event: Event, looped: bool = False) -> list[str]:
         """The common beginning of the names of the branch's modules, or the name of the largest.
 
         Modules that run for several branches do not tell these apart, so they are left out.
         """
         assert event.enclosing is not None
-        calls = self.group("", [event]).calls
+        calls = self.group("", [event]).calls or (self._gives(event) if looped else ())
         calls = (
             [c for c in calls if len(self.calls_by_name[c.name]) == 1] or calls or [event.enclosing]
         )
@@ -342,6 +361,19 @@ class Analysis:
         largest = max(calls, key=lambda call: sum(p.numel() for p in call.module.parameters()))
         return largest.name.split(".")
 
+    def _gives(self, event: Event) -> tuple[Call, ...]:
+        """The outermost call that gives the last value of a branch, if one does.
+
+        A layer may give what is added to several streams, and run for none of them alone.
+        """
+        assert event.enclosing is not None
+        calls = [
+            (max(outputs & event.branch), -call.serial, call)
+            for call, outputs in self.recording.finished
+            if call.is_within(event.enclosing) and outputs & event.branch
+        ]
+        return (max(calls, key=lambda each: each[:2])[2],) if calls else ()
+
     def deferred_edits(self, group: Group, copies: bool, first: int) -> list[Deferred]:
         """Where `group` gets its gates, one for each addition.
 
@@ -354,7 +386,7 @@ class Analysis:
         """
         if group.saved < MIN_SAVED:
             raise UnsupportedBlockError(
-                mostly_shared(group.own) if group.own < MIN_SAVED else "no module runs for it"
+                mostly_shared(group.own) if group.own < MIN_SAVED else too_few_modules(group.saved)
             )
         made = []
         for number, event in enumerate(group.events):

@@ -5,6 +5,7 @@ hidden states and the like are left out. A block whose source cannot be rewritte
 """
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from stochastic_depth.surgery.syntax import in_loop
 from stochastic_depth.surgery.training_additions import (
     InTraining,
     added_in_training,
+    as_both_need,
     joined,
     with_events,
     with_training_only,
@@ -187,6 +189,11 @@ class _Finder:
             groups = [analysis.group(g.block, [event]) for g in groups for event in g.events]
         events_of = [(found.name, _events([(found, group)])) for found, group in rewritten]
         events_of += [(group.block, list(group.events)) for group in groups]
+        covered = [_is_covered(n, events_of, analysis) for n in range(len(events_of))]
+        kept = [not inner for inner in covered]
+        rewritten = list(itertools.compress(rewritten, kept))
+        groups = list(itertools.compress(groups, kept[-len(groups) :])) if groups else groups
+        events_of = list(itertools.compress(events_of, kept))
         long = _long_skips(events_of, analysis)
         for found, group in edited:
             events = set(_events([(found, group)]))
@@ -225,17 +232,12 @@ class _Finder:
         Args:
             pairs: the blocks of evaluation, each with its events.
         """
-        found = [
-            with_events(
-                _called_alike(
-                    _outside_functions(block, events, training.within),
-                    evaluation,
-                    training.analysis,
-                ),
-                training.again,
-            )
-            for block, events in pairs
-        ]
+        found = []
+        for block, events in pairs:
+            block = _outside_functions(block, events, training.within)
+            block = _called_alike(block, evaluation, training.analysis)
+            block = as_both_need(block, training.again, training.analysis)
+            found.append(with_events(block, training.again))
         new = set(training.new)
         of_block = [
             (_block_of(a, self.modules, self.granularity)[0], replace(a, events=events))
@@ -259,6 +261,23 @@ class _Finder:
 def _events(pairs: Iterable[tuple[Found, list[Addition]]]) -> list[Event]:
     """All events of the additions of some blocks."""
     return [event for _, group in pairs for addition in group for event in addition.events]
+
+
+def _is_covered(
+    number: int, blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis
+) -> bool:
+    """Whether a block is in the branch of another one of its name, whose gate covers it.
+
+    So it is with a layer that adds something inside, where the trunk adds what it gives.
+    """
+    name, events = blocks[number]
+    around = [
+        other
+        for n, (its_name, others) in enumerate(blocks)
+        if n != number and its_name == name
+        for other in others
+    ]
+    return all(any(analysis.surrounds(other, event) for other in around) for event in events)
 
 
 def _long_skips(blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis) -> set[str]:
@@ -298,12 +317,15 @@ def _residual_ones(
             rejected.append(_rejected(addition, "it gathers the parts of a sum in a loop"))
             continue
         name = names[addition.owner]
-        inside = {names[other] for other in addition.modules if names.get(other, name) != name}
+        inside = max(
+            len({names[other] for other in event.modules if names.get(other, name) != name})
+            for event in addition.events
+        )
         reason = ""
         if isinstance(modules[addition.owner], Residual) or is_repeated(name, modules):
             pass
-        elif len(inside) > 1:
-            reason = f"{LONG_SKIP}{len(inside)} other blocks are inside of it"
+        elif inside > 1:
+            reason = f"{LONG_SKIP}{inside} other blocks are inside of it"
         elif addition.upsamples:
             reason = f"{LONG_SKIP}what is inside of it is scaled down and up again"
         elif not addition.identity and not name and addition.is_last and len(additions) > 1:
@@ -318,11 +340,16 @@ def _residual_ones(
 def _without_sums(
     additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
 ) -> list[Addition]:
-    """The additions of a branch; those of the trunk to an earlier state of it go to `rejected`."""
+    """The additions of a branch; sums of the trunk, or of several streams, go to `rejected`."""
     totals = {event.total for addition in additions for event in addition.events}
+    streams = {event.total for a in additions if a.identity for event in a.events}
     kept = []
     for addition in additions:
-        if all(
+        joins = any(not event.branch.isdisjoint(streams) for event in addition.events)
+        if joins and not addition.identity and not addition.owner:
+            reason = "a sum of two streams, one of which has residual blocks of its own"
+            rejected.append(_rejected(addition, reason))
+        elif all(
             event.added in totals and not analysis.exclusive(event.branch, {event.total})
             for event in addition.events
         ):

@@ -54,7 +54,10 @@ def added_in_training(
     analysis: Analysis,
     count_flops: bool,
 ) -> InTraining | None:
-    """What is added in training mode only, or None if nothing is.
+    """What a pass in training mode shows, or None if it adds no more and can need no more.
+
+    It may need more of a deferred branch if evaluation does not use all that a module of it gives:
+    for a loss, say.
 
     Args:
         additions: those of evaluation; `analysis` is of the same pass.
@@ -69,7 +72,8 @@ def added_in_training(
                     run()
             except Exception:  # the example is not one to train on
                 return None
-            if sites.seen <= analysis.sites and not sites.within:
+            adds_more = not sites.seen <= analysis.sites or sites.within
+            if not adds_more and not any(_gives_more(block, analysis) for block in found):
                 return None
             now, of_now = discover(model, run, count_flops, rejected, gradients=True)
     finally:
@@ -77,6 +81,17 @@ def added_in_training(
             each.restore()
     new, again = _matched(additions, analysis, now, of_now)
     return InTraining(now, tuple(new), again, of_now, rejected, sites.within)
+
+
+def _gives_more(block: Found, analysis: Analysis) -> bool:
+    """Whether a module of a deferred branch gives something from which nothing else comes."""
+    values = analysis.recording.values
+    return block.mechanism == "deferred" and any(
+        all(c < call.ended or c not in analysis.alive for c in values[value].children)
+        for name in block.modules
+        for call in analysis.calls_of(name)
+        for value in analysis.outputs_of[call.serial]
+    )
 
 
 def _matched(
@@ -193,6 +208,28 @@ def with_events(block: Found, again: Mapping[Event, Event]) -> Found:
         for unit in block.units
     ]
     return replace(block, units=tuple(units))
+
+
+def as_both_need(block: Found, again: Mapping[Event, Event], training: Analysis) -> Found:
+    """`block`, which defers only what runs for its addition alone in training mode too."""
+    events = [again.get(event) for unit in block.units for event in unit.events]
+    if block.mechanism != "deferred" or None in events:
+        return block
+    group = training.group(block.name, [event for event in events if event is not None])
+    owner, _ = block.units[0].edits[0]
+    if block.modules <= group.modules or group.owner.module is not owner:
+        return block
+    try:
+        edits = training.deferred_edits(group, False, 0)
+    except UnsupportedBlockError:
+        return block  # the proof says which module training mode needs
+    units = []
+    for unit, edit in zip(block.units, edits, strict=True):
+        before = unit.edits[0][1]
+        assert isinstance(before, Deferred)
+        both = replace(before, calls=edit.calls)
+        units.append(replace(unit, edits=((owner, both),), modules=frozenset(group.modules)))
+    return replace(block, units=tuple(units), modules=group.modules)
 
 
 def with_training_only(
