@@ -17,6 +17,7 @@ import ast
 import collections
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import json
 import multiprocessing
@@ -179,6 +180,8 @@ def judge(library: str, name: str, build: Build, is_built: Callable[[], None]) -
     is_built()
     built = time.process_time()
     exclude: list[str] = []
+    once = called_first(original, example)
+    counts = counting(model, once)
     try:
         handle = sd.apply(model, example=example, scale="inference")
         result["verdict"] = "complete"
@@ -196,8 +199,12 @@ def judge(library: str, name: str, build: Build, is_built: Callable[[], None]) -
     except Exception as error:
         return {**result, "verdict": "wrong", "reason": line(error)}
     result["apply_seconds"] = round(time.process_time() - built, 2)
+    for name in once:
+        del model.get_submodule(name).forward
     if handle is not None:
         found = applied_to(model).found
+        branches = {name for block in found for name in block.modules}
+        result["passes"] = max((counts[name] for name in once if name not in branches), default=0)
         result["blocks"] = len(found)
         result["mechanisms"] = ", ".join(sorted({block.mechanism for block in found}))
         try:
@@ -210,6 +217,28 @@ def judge(library: str, name: str, build: Build, is_built: Callable[[], None]) -
             result |= {"verdict": "missed", "missed": count}
         sd.remove(model)
     return {**result, "seconds": round(time.process_time() - began, 2)}
+
+
+def called_first(model: nn.Module, example: Any) -> list[str]:
+    """Names of the first modules without children that are called, once in a forward pass."""
+    with counted(model) as calls:
+        call(model.eval(), example, Watch(), False)
+    once = [name for name, number in calls.items() if number == 1]
+    return [name for name in once if not list(model.get_submodule(name).children())][:8]
+
+
+def counting(model: nn.Module, names: list[str]) -> collections.Counter[str]:
+    """How often modules are called from now on, without hooks, which some models ask for."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def forward(name: str, before: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        counts[name] += 1
+        return before(*args, **kwargs)
+
+    for name in names:
+        module = model.get_submodule(name)
+        module.forward = functools.partial(forward, name, module.forward)
+    return counts
 
 
 def advised(
