@@ -40,8 +40,8 @@ LARGE = 70_000_000
 """Parameters: larger ones are not tried."""
 TOO_LARGE = "parameters: too large"
 
-TU = "tu-convnext_atto"
-"""An encoder of timm, in segmentation_models_pytorch."""
+TU = "tu-convnext_atto tu-regnety_002 tu-res2net50_26w_4s tu-resnest14d"
+"""Encoders of timm, in segmentation_models_pytorch."""
 
 TRIED = {
     # The smallest model of each file of timm, and some.
@@ -96,8 +96,8 @@ TRIED = {
             ),
             "Unet": (
                 "resnet18 resnext50_32x4d se_resnet50 efficientnet-b0 mobilenet_v2 "
-                "tu-regnety_002 mit_b0 xception tu-res2net50_26w_4s dpn68 inceptionresnetv2 "
-                "mobileone_s0 densenet121 vgg11 timm-skresnet18 tu-resnest14d inceptionv4 "
+                "mit_b0 xception dpn68 inceptionresnetv2 "
+                "mobileone_s0 densenet121 vgg11 timm-skresnet18 inceptionv4 "
                 f"{TU}"
             ),
         }.items()
@@ -215,6 +215,9 @@ def torchvision() -> Builders:
             )
         if name in detection and "ssd" not in name:
             options |= {"min_size": 64, "max_size": 64}
+        if "rcnn" in name:  # regions of interest are slow without the compiled operator
+            few = "box_detections_per_img rpn_post_nms_top_n_test rpn_post_nms_top_n_train"
+            options |= dict.fromkeys([*few.split(), "box_batch_size_per_image"], 4)
         model = small(lambda: make(weights=None, **options))
         if name in detection:
             boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
@@ -416,7 +419,9 @@ def smp() -> Builders:
     architectures = (
         "Unet UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus UPerNet Segformer"
     ).split()
-    pairs = [(a, e) for a in architectures for e in [*smp.encoders.get_encoder_names(), TU]]
+    pairs = [
+        (a, e) for a in architectures for e in [*smp.encoders.get_encoder_names(), *TU.split()]
+    ]
     return [(f"{a}-{e}", partial(build, a, e)) for a, e in pairs]
 
 

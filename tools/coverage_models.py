@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "YOLO_CONFIG_DIR": "/tmp", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torchvision compiles what it computes of regions
 
 import torch
 from rich.console import Console
