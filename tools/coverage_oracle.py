@@ -226,8 +226,6 @@ def matched(additions: list[Addition], blocks: list[Claim]) -> list[list[Additio
     for addition in additions:
         for n, block in enumerate(blocks):
             name, modules = block.name, block.modules
-            if block.shortcut == "identity" and not addition.identity:
-                continue
             around = {m for m in addition.modules if not m or f"{name}.".startswith(f"{m}.")}
             around -= modules  # a block may be called as the one module of its branch
             own = addition.modules - around
@@ -237,7 +235,8 @@ def matched(additions: list[Addition], blocks: list[Claim]) -> list[list[Additio
             if addition.last in modules and addition.identity:  # two streams: of the other's, too
                 share = max(share, 0.6)
             if share > 0.5:
-                order = -share, -len(name), not addition.identity, -len(addition.inside)
+                unlike = block.shortcut == "identity" and not addition.identity
+                order = unlike, -share, -len(name), not addition.identity, -len(addition.inside)
                 pairs.append(((*order, addition.number, n), n, addition))
     result: list[list[Addition]] = [[] for _ in blocks]
     taken: set[int] = set()

@@ -216,7 +216,8 @@ class _Search:
             coupling, _ = self.couplings[total]
             if event.shortcut in self.recording.reach(coupling.addition.events[0].added):
                 del self.couplings[total]
-                self._join(coupling)
+                coupled = replace(coupling.addition, coupled=event)
+                self._join(replace(coupling, addition=coupled))
         key = new.owner, new.edits
         before = self.found.get(key)
         self.found[key] = (

@@ -53,6 +53,9 @@ class Addition:
     """Whether the owner returns this sum, and was given its shortcut as first argument."""
     events: tuple[Event, ...] = ()
     """Each time that it was made in the recorded pass."""
+    coupled: Event | None = None
+    """The addition by which the stream that its branch comes from is added to in turn, if that is
+    why it was taken for residual (in reversible networks)."""
     upsamples: bool = False
     """Whether its branch makes its values larger again."""
     is_last: bool = False

@@ -36,7 +36,7 @@ from stochastic_depth.surgery.mechanisms import (
     registered_around,
     rewritten_unit,
 )
-from stochastic_depth.surgery.rejected import Rejected, own_backward
+from stochastic_depth.surgery.rejected import COUPLING, Rejected, own_backward
 from stochastic_depth.surgery.select_modules import Choice, Chosen, chosen_modules
 from stochastic_depth.surgery.syntax import in_loop
 from stochastic_depth.surgery.training_additions import (
@@ -343,8 +343,17 @@ def _without_sums(
     """The additions of a branch; sums of the trunk, or of several streams, go to `rejected`."""
     totals = {event.total for addition in additions for event in addition.events}
     streams = {event.total for a in additions if a.identity for event in a.events}
+    events = {event for addition in additions for event in addition.events}
     kept = []
     for addition in additions:
+        if addition.coupled is not None:
+            if addition.coupled not in events:
+                rejected.append(_rejected(addition, COUPLING))
+                continue
+            if all(analysis.surrounds(addition.coupled, event) for event in addition.events):
+                reason = "a bias: the sum is used for the branch of another block alone"
+                rejected.append(_rejected(addition, reason))
+                continue
         joins = any(not event.branch.isdisjoint(streams) for event in addition.events)
         if joins and not addition.identity and not addition.owner:
             reason = "a sum of two streams, one of which has residual blocks of its own"
