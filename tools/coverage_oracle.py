@@ -21,6 +21,7 @@ MIXES = (
     "linear conv mm matmul bilinear einsum attention lstm gru rnn pool fft scatter index_add "
     "unknown"
 ).split()
+RESIZES = ("conv_transpose", "interpolate", "upsample", "pixel_shuffle")
 RANDOM = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout_")
 
 
@@ -49,6 +50,8 @@ class Addition:
     owner: str
     last: str
     """The module in which what is added was computed."""
+    resizes: bool
+    """Whether its branch makes anything larger, as those of long skip connections do."""
 
 
 @dataclass
@@ -140,7 +143,16 @@ class Watch(TorchFunctionMode):
                     sums.add(total)
                     last = self.values[other].module
                     made.append(
-                        Addition(number, side, identity, frozenset(own), names, owner, last)
+                        Addition(
+                            number,
+                            side,
+                            identity,
+                            frozenset(own),
+                            names,
+                            owner,
+                            last,
+                            any(m in self.values[n].function for n in own for m in RESIZES),
+                        )
                     )
         return made
 
@@ -265,7 +277,7 @@ def missed(additions: list[Addition], known: list[list[Addition]]) -> list[Addit
     """Identity additions that no block has.
 
     Not those within the branch of one that a block has, nor long skip connections: around those of
-    several blocks.
+    several blocks, or where something is made larger again.
 
     Args:
         known: of each block.
@@ -274,9 +286,9 @@ def missed(additions: list[Addition], known: list[list[Addition]]) -> list[Addit
 
     def is_missed(one: Addition) -> bool:
         touched = [block for block in known if any(k.inside & one.inside for k in block)]
-        if len(touched) != 1:
-            return not touched
-        return any(k.inside < one.inside for k in touched[0])
+        if one.resizes or len(touched) > 1:
+            return False
+        return not touched or any(k.inside < one.inside for k in touched[0])
 
     return [a for a in additions if a.identity and a.number not in numbers and is_missed(a)]
 

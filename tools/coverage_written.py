@@ -305,7 +305,7 @@ def monai() -> Table:
         "AutoencoderKL": lambda: (n.AutoencoderKL(2, 1, 1, (1, 1), (8, 16), (False, True),
             latent_channels=3, norm_num_groups=4), S),
         "MedNeXt": lambda: (n.MedNeXt(spatial_dims=2, in_channels=1, out_channels=2,
-            init_filters=8), randn(1, 1, 64, 64)),
+            init_filters=8, use_residual_connection=True), randn(1, 1, 64, 64)),
         "EfficientNet": lambda: (n.EfficientNetBN("efficientnet-b0", pretrained=False,
             spatial_dims=2, in_channels=1, num_classes=2), randn(1, 1, 64, 64)),
         "RegUNet": lambda: (n.RegUNet(2, 1, 8, 2, out_channels=2), S),

@@ -86,10 +86,10 @@ class Group:
     """How often each module runs for them alone, by name."""
     parameters: tuple[str, ...]
     flops: int
-    """Of `calls`, in one forward pass."""
+    """Of `calls` and what is computed from them, in one forward pass."""
     saved: float
-    """The share of the branch's multiplications, from 0 to 1, that is saved by not making `calls`;
-    of the addition that saves least."""
+    """The share of the branch's multiplications, from 0 to 1, that is saved by not making `calls`,
+    nor what is computed from them; of the addition that saves least."""
     own: float
     """The share of the branch's multiplications that only the addition needs."""
 
@@ -181,6 +181,9 @@ class Analysis:
         ):  # a module that blocks share may run here, and have its name in another block
             owner = owner.parent
         deferred = {value for call in outermost for value in range(call.began, call.ended)}
+        for value in sorted(own):  # what is computed from a placeholder is one
+            if not deferred.isdisjoint(self.recording.values[value].parents):
+                deferred.add(value)
         return Group(
             block,
             tuple(events),
