@@ -8,6 +8,7 @@ Those of a library with an index of its models are taken from it; the others are
 import contextlib
 import hashlib
 import inspect
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -268,7 +269,15 @@ FIXED: dict[str, int] = {
     "num_codevectors_per_group": 8, "codevector_dim": 16, "num_frames": 2, "tubelet_size": 2,
     "frames_per_clip": 2, "crop_size": 32,
 }  # fmt: skip
-KEPT = re.compile(r"num_labels|num_channels|in_channels|type_vocab|kernel|stride|pool|group|freq")
+KEPT = re.compile(
+    r"num_labels|num_channels|in_channels|type_vocab|kernel|stride|pool|group|freq|feat_extract"
+)
+ALWAYS = {"num_kv_shared_layers": 0, "upsample_groups": 4}
+"""Fields that are so in every small configuration."""
+THREE = re.compile("vl|glm4v_text|glm_image_text|omni|cosmos3_edge")
+"""Types whose rotary embeddings have three parts."""
+UNSET = {"head_dim": 8, "vocab_size": 128}
+"""Fields that have no value by default, and must."""
 
 
 def shrunk(config: Any, halves: int) -> dict[str, Any]:
@@ -282,6 +291,10 @@ def shrunk(config: Any, halves: int) -> dict[str, Any]:
     for key, value in vars(config).items():
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
             fields[key] = {"model_type": value.model_type, **shrunk(value, halves)}
+        elif key in ALWAYS or (value is None and key in UNSET):
+            fields[key] = ALWAYS.get(key, UNSET.get(key))
+        elif key == "rope_parameters" and THREE.search(config.model_type) and not halves:
+            fields[key] = {**(value or {}), "mrope_section": [1, 1, 2]}
         elif key == "vocab_size" and isinstance(value, int):
             fields[key] = 128
         elif re.search(r"token_(id|index)$", key) and isinstance(value, int) and value > 99:
@@ -313,7 +326,32 @@ def shrunk(config: Any, halves: int) -> dict[str, Any]:
     return fields
 
 
+BACKBONE = {
+    "backbone": None,
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone_config": {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32],
+        "depths": [1, 1, 2, 1], "layer_type": "basic", "out_features": ["stage4"],
+    },
+}  # fmt: skip
+SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2],
+          "num_time_features": 1, "d_model": 32}  # fmt: skip
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0],
+           "partial_rotary_factor": 0.5}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
+    "detr": BACKBONE,
+    "conditional_detr": BACKBONE,
+    "dab-detr": BACKBONE,
+    "deformable_detr": {**BACKBONE, "num_feature_levels": 1},
+    "table-transformer": BACKBONE,
+    "autoformer": {**SERIES, "label_length": 4},
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
+    "glm4v_moe_text": {"rope_parameters": PARTIAL},
+    "esm": {"pad_token_id": 1, "mask_token_id": 2},
+    "nemotron": {"num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "gpt_neo": {"attention_types": [[["global"], 2]]},
     "bloom": {"n_layer": 2},
     "mamba2": {"num_heads": 8},
@@ -322,10 +360,10 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "mamba"],
                "num_mem_blocks": 1},
     "deepseek_v3": {"num_key_value_heads": 4},
-    "deepseek_v2": {"num_key_value_heads": 4},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "xlnet": {"d_model": 32, "n_head": 2, "d_head": 16},
     "funnel": {"d_model": 32, "n_head": 2, "d_head": 16, "block_sizes": [1, 1],
-               "num_decoder_layers": 1},
+               "block_repeats": [1, 1], "num_decoder_layers": 1},
     "wav2vec2": {"apply_spec_augment": False},
     "hubert": {"apply_spec_augment": False},
     "big_bird": {"attention_type": "original_full"},
@@ -379,9 +417,71 @@ def texts(model: Any) -> Iterator[dict[str, Any]]:
             "grid_thw": torch.tensor([[1, 4, 4]]),
         },
     ]
+    first = next(iter(known), "")
+    patch, dim = get("patch_size", 8), get("hidden_size", get("d_model", 32))
+    for grid, times in itertools.product(("grid_thw", "image_grid_thw"), (2, 1)):
+        flat = torch.randn(16, 3 * times * patch**2)
+        candidates.append({first: flat, grid: torch.tensor([[1, 4, 4]])})
+    for mask in ("input_features_mask", "attention_mask"):
+        for shape in ((2, bins, 64), (2, 64, bins)):
+            ones = torch.ones(2, 64, dtype=torch.bool)
+            candidates.append({"input_features": torch.randn(shape), mask: ones})
+    window = 16 + 2  # and the largest lag
+    past, future = torch.randn(2, window), torch.randn(2, 8)
+    candidates += [
+        {
+            "pixel_values": torch.randn(2, 16, 3 * patch**2),
+            "pixel_attention_mask": torch.ones(2, 16),
+            "spatial_shapes": torch.tensor([[4, 4]] * 2),
+            **({"input_ids": ids} if "input_ids" in known else {}),
+        },
+        {
+            "pixel_values": torch.randn(2, 16, 3 * patch**2),
+            "pixel_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4)).repeat(
+                2, 1, 1
+            ),
+        },
+        {
+            "past_values": past,
+            "past_time_features": torch.randn(2, window, 1),
+            "past_observed_mask": torch.ones(2, window),
+            "future_values": future,
+            "future_time_features": torch.randn(2, 8, 1),
+        },
+        {"input_ids": ids, "input_features": torch.randn(2, 1, 1001, bins)},
+        {"input_ids": ids, "input_features": torch.randn(2, bins, 64)},
+        {"input_ids": ids, "input_values": torch.randn(2, 1, 8000)},
+        {
+            "input_ids": ids,
+            "visual_feats": torch.randn(2, 5, get("visual_feat_dim", 32)),
+            "visual_pos": torch.randn(2, 5, 4),
+        },
+        {"pixel_values": pixels, "input_ids": ids, "qformer_input_ids": ids},
+        {
+            "states": torch.randn(2, 6, get("state_dim", 17)),
+            "actions": torch.randn(2, 6, get("act_dim", 4)),
+            "rewards": torch.randn(2, 6, 1),
+            "returns_to_go": torch.randn(2, 6, 1),
+            "timesteps": torch.arange(6).repeat(2, 1),
+            "attention_mask": torch.ones(2, 6),
+        },
+        {
+            "pixel_values": pixels,
+            "prompt_pixel_values": pixels,
+            "prompt_masks": pixels,
+        },
+        {"query_embeds": torch.randn(2, 5, dim), "encoder_hidden_states": torch.randn(2, 7, dim)},
+        {"query_embeds": torch.randn(2, 5, dim)},
+        {"hidden_states": torch.randn(2, dim, 16)},
+        {"input_values": torch.randn(2, 1, 8000)},
+        {"pixel_values": torch.randn(2, 3, 128, 128)},
+        {"pixel_values": torch.randn(2, 3, 256, 256)},
+    ]
     for candidate in candidates:
         if all(name in known for name in candidate):
             yield {**candidate, **cache}
+            if cache and "use_cache" not in known:
+                yield candidate
 
 
 def _transformers(name: str) -> tuple[nn.Module, Any]:
