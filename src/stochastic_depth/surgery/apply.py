@@ -5,6 +5,7 @@ from collections.abc import Container, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError
@@ -136,11 +137,7 @@ def apply(
     refuse_settings(gate, closed, scale, skipped, granularity, balance, min_samples, multiple_of)
     if drop_rate is not None:
         survival = linear_decay(drop_rate, survival)
-    chosen = scale
-    if chosen is None:
-        chosen = "training" if drop_rate is not None or survival == "own" else "inference"
-    if closed == "forward-only":
-        chosen = "none"
+    chosen = _scale(scale, closed, as_drop_path=drop_rate is not None or survival == "own")
     seed = integer("seed", seed)
     refuse_applied(model)
     refuse_wrapped(model)
@@ -178,14 +175,30 @@ def apply(
         multiple_of,
         closed,
     )
-    around, resets = ForwardHooks(handle), made.proved.resets
-    hooks = (
+    hooks = _hooks(model, handle, made.proved.resets)
+    note_applied(model, Applied(handle, made.found, made.proved.difference, hooks, made.silenced))
+    return handle
+
+
+def _scale(scale: Scale | None, closed: Closed, as_drop_path: bool) -> Scale:
+    """Where the expectation is corrected, by the defaults of `apply`.
+
+    Args:
+        as_drop_path: whether survival is given as other libraries do, which divide by p_l.
+    """
+    if closed == "forward-only":
+        return "none"
+    return scale or ("training" if as_drop_path else "inference")
+
+
+def _hooks(model: nn.Module, handle: Handle, resets: dict[str, Any]) -> tuple[RemovableHandle, ...]:
+    """Register the hooks that draw gates, and reset attributes that branches set, if there are."""
+    around = ForwardHooks(handle)
+    return (
         model.register_forward_pre_hook(around.before_forward, with_kwargs=True),
         model.register_forward_hook(around.after_forward, always_call=True),
         *([model.register_forward_pre_hook(ResetAttributes(resets))] if resets else ()),
     )
-    note_applied(model, Applied(handle, made.found, made.proved.difference, hooks, made.silenced))
-    return handle
 
 
 TRAINED = (
