@@ -211,9 +211,9 @@ def test_no_gates_are_open_between_a_load_and_the_next_forward_pass() -> None:
     handle = sd.apply(model, HALF)
     model(batch(0))
     handle.load_state_dict(handle.state_dict())
-    with pytest.raises(sd.GateError):
+    with pytest.raises(sd.GateError, match="no gates yet: they are drawn by the first training"):
         _ = handle.gates
-    with pytest.raises(sd.GateError):
+    with pytest.raises(sd.GateError, match="outside of a forward pass of the model"):
         model.blocks[0](torch.randn(5, 4, dtype=torch.float64))
 
 

@@ -108,7 +108,7 @@ def test_the_remedy_of_that_error_works(way):
         assert handle.step == step + 1
         assert torch.equal(handle.gates, handle.gates_at(step))
         seen.add(round(out.sum().item(), 9))
-        with pytest.raises(sd.GateError):
+        with pytest.raises(sd.GateError, match="outside of a forward pass of the model"):
             way(model, batch())
     assert len(seen) > 1
 
@@ -126,7 +126,7 @@ def test_a_failed_forward_pass_leaves_no_gates():
     with pytest.raises(RuntimeError, match="shapes"):
         model(torch.randn(2, 7, dtype=torch.float64))
     assert [block.training_gate for block in handle.blocks] == [None] * BLOCKS
-    with pytest.raises(sd.GateError):
+    with pytest.raises(sd.GateError, match="outside of a forward pass of the model"):
         model.features(batch())
 
 
@@ -184,7 +184,7 @@ def test_forced_gates_are_those_of_the_backward_pass_and_end():
         gradients(model), expected_gradients(model, batch(), pattern), strict=True
     ):
         torch.testing.assert_close(mine, right)
-    with pytest.raises(sd.GateError):
+    with pytest.raises(sd.GateError, match="outside of a forward pass of the model"):
         model.features(batch())
 
 

@@ -49,7 +49,7 @@ def assert_folds(model: nn.Module, example, survival=None, **options) -> None:
         assert (actual - expected).abs().max() <= limit * expected.abs().max()
         assert list(mine.state_dict()) == keys
         assert [type(module) for module in mine.modules()] == kinds
-        with pytest.raises(sd.ApplyError):
+        with pytest.raises(sd.ApplyError, match="has no stochastic depth"):
             sd.handle_of(mine)
 
 

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -156,10 +157,18 @@ def test_an_unknown_setting_lists_the_known_ones(setting: str, known: str) -> No
     assert is_untouched(model)
 
 
-@pytest.mark.parametrize("rule", [sd.Uniform(0.0), sd.LinearDecay(-0.1), sd.Uniform(1.5), 0.5])
-def test_a_bad_probability_leaves_the_model_untouched(rule) -> None:
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (sd.Uniform(0.0), "gives block 1 of 3 the survival probability 0.0"),
+        (sd.LinearDecay(-0.1), "gives block 3 of 3 the survival probability -0.1"),
+        (sd.Uniform(1.5), "gives block 1 of 3 the survival probability 1.5"),
+        (0.5, "survival=0.5 is not a rule"),
+    ],
+)
+def test_a_bad_probability_leaves_the_model_untouched(rule, reason) -> None:
     model = small()
-    with pytest.raises(sd.SurvivalError):
+    with pytest.raises(sd.SurvivalError, match=re.escape(reason)):
         sd.apply(model, rule)
     assert is_untouched(model)
     sd.apply(model)
@@ -173,7 +182,7 @@ def test_removing_what_was_not_applied_is_an_error() -> None:
     with pytest.raises(sd.ApplyError, match="Sequential has no stochastic depth"):
         sd.remove(model.blocks)
     sd.remove(model)
-    with pytest.raises(sd.ApplyError):
+    with pytest.raises(sd.ApplyError, match="CifarResNet has no stochastic depth"):
         sd.remove(model)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.errors import ApplyError, StochasticDepthError, UnsupportedBlockError
+from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.surgery.proof.check import closed_sets
 
 pytestmark = [
@@ -73,7 +73,8 @@ class ThrowsCoinInMethod(Plain):
 
 @pytest.mark.parametrize("model", [SkipsLayersInTheLoop, lambda: Trunk(ThrowsCoinInMethod)])
 def test_a_layer_drop_of_the_models_own_is_refused_whatever_it_is_called(model):
-    with pytest.raises(StochasticDepthError):
+    reason = "passes in training mode the model leaves it out by itself: set its own layer drop"
+    with pytest.raises(UnsupportedBlockError, match=reason):
         sd.apply(model(), sd.Uniform(0.5), example=X)
 
 
@@ -86,7 +87,8 @@ class OtherPathInTraining(Plain):
 
 
 def test_a_path_of_training_alone_that_no_gate_is_on_is_refused():
-    with pytest.raises(StochasticDepthError):
+    reason = "in training mode it does not add where it does in evaluation"
+    with pytest.raises(UnsupportedBlockError, match=reason):
         sd.apply(Trunk(OtherPathInTraining), example=X)
 
 

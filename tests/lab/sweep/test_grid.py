@@ -61,5 +61,5 @@ def test_a_point_that_cannot_be_trained_is_refused_before_any_is(change, shown):
 
 def test_a_network_without_residual_blocks_has_nothing_to_sweep():
     config = replace(SMALL, model=ModelConfig(kind="densenet", depth=10))
-    with pytest.raises(ApplyError):
+    with pytest.raises(ApplyError, match="no residual block found in DenseNet"):
         replace(GRID, depths=(10,)).check(config)

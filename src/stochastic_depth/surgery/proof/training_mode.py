@@ -232,7 +232,7 @@ def _model_skips(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.M
             often = f"{len(reached) - sum(reached)} of {len(reached)}"
             return (
                 f"in {often} passes in training mode the model leaves it out by itself: set its "
-                "own layer drop or drop path to 0, whose job is taken over"
+                "own layer drop or drop path to 0: sd.apply takes over its job"
             )
     return ""
 
