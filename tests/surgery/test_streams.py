@@ -315,3 +315,34 @@ def test_of_two_sizes_made_by_making_one_smaller_each_layer_is_a_block():
         with handle.forced(list(pattern)):
             output = model.train()(X)
         assert torch.allclose(output, model.by_hand(X, pattern), rtol=0, atol=1e-12)
+
+
+class Biased(nn.Module):
+    """Adds a bias that it is given to what it computes, and mixes the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, bias):
+        return self.two(torch.tanh(self.one(x) + bias))
+
+
+def test_a_bias_that_is_given_is_no_stream():
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Biased() for _ in range(2))
+            self.bias = nn.Linear(8, 8)
+
+        def forward(self, x):
+            bias = self.bias(torch.ones_like(x))
+            for block in self.blocks:
+                x = block(x, bias) + x
+            return x
+
+    model = Trunk().double()
+    handle = sd.apply(model, example=X)
+    assert [block.name for block in handle.blocks] == ["blocks.0", "blocks.1"]
+    with handle.forced([False, False]):
+        assert torch.equal(model.train()(X), X)
