@@ -352,7 +352,10 @@ def batch_size(inputs: object) -> int:
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)
-    raise GateError("gates for single samples need a tensor [batch, ...] among the model's inputs")
+    raise GateError(
+        "gates for single samples need a tensor [batch, ...] among the model's inputs, and there is "
+        'none: use gate="batch"'
+    )
 
 
 def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:

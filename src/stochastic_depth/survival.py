@@ -375,7 +375,10 @@ def _positions(names: Sequence[str], stacks: Sequence[str]) -> tuple[tuple[int, 
     ]
     for stack in stacks:
         if stack not in stack_of:
-            raise SurvivalError(f"stacks names {stack!r}, in which there is no block of its own")
+            raise SurvivalError(
+                f"stacks names {stack!r}, which has no block that is in no other of the stacks: "
+                "sd.plan shows the blocks"
+            )
     return tuple(
         (stack_of[: n + 1].count(stack), stack_of.count(stack)) for n, stack in enumerate(stack_of)
     )

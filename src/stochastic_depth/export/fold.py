@@ -113,7 +113,10 @@ def multipliers(
             raise _inexact(model, block, f"its branch would differ by {difference:.2g}")
     difference = largest_difference(outputs, folded)
     if not difference <= tolerance:
-        raise FoldError(f"the output of {type(model).__name__} would differ by {difference:.2g}")
+        raise FoldError(
+            f"the output of {type(model).__name__} would differ by {difference:.2g} of its largest "
+            "value, so nothing was folded: use the model as it is, with its gates"
+        )
     return result
 
 

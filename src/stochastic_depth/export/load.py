@@ -139,7 +139,9 @@ def read_description(text: str) -> Description:
         values = json.loads(text)
         form = values.pop("format")
         if form != FORMAT:
-            raise ExportError(f"its format is {form!r}, this version reads {FORMAT}")
+            raise ExportError(
+                f"its format is {form!r}, this version reads {FORMAT}: export the run again"
+            )
         read = Description(
             **values
             | {
@@ -211,11 +213,15 @@ def load_export(path: Path | str, depth: float = 1.0) -> Exported:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise ExportError(f"{path} is not there") from None
+        raise ExportError(
+            f"{path} is not there: give a file that stochastic-depth export wrote"
+        ) from None
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {reason(error)}") from error
     except (safetensors.SafetensorError, ValueError) as error:
-        raise ExportError(f"{path} is no whole safetensors file ({error})") from error
+        raise ExportError(
+            f"{path} is no whole safetensors file ({error}): export the run again"
+        ) from error
     if KEY not in metadata:
         raise ExportError(
             f"{path} does not say what network its weights are of: give a file that "
@@ -259,6 +265,7 @@ def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
             raise ExportError(
-                f"{name!r} is {list(weights[name].shape)}, in the network {list(tensor.shape)}"
+                f"{name!r} is {list(weights[name].shape)}, in the network {list(tensor.shape)}: the "
+                "description is of another network, export the run again"
             )
     model.load_state_dict(weights)

@@ -111,7 +111,9 @@ def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
     try:
         session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen exception types
-        raise ExportError(f"onnxruntime cannot take it ({str(error).splitlines()[0]})") from error
+        raise ExportError(
+            f"onnxruntime cannot load it ({str(error).splitlines()[0]}): choose another --format"
+        ) from error
     description = session.get_modelmeta().custom_metadata_map.get(KEY)
     if description is None:
         raise ExportError("it does not say what network it holds: stochastic-depth export does")

@@ -159,14 +159,19 @@ def _sweep(path: Path) -> Sweep:
 def _benchmark(path: Path) -> dict[str, Any]:
     content = _json(path)
     if not {"depths", "seconds_per_image", "bytes_per_image", "lines"} <= content.keys():
-        raise RunError(f"{path} is not what bench depth writes with --out")
+        raise RunError(
+            f"{path} is not what bench depth writes: stochastic-depth bench depth --out FILE does"
+        )
     return content
 
 
 def _formatted(path: Path, inside: int = 1) -> dict[str, Any]:
     content = _json(path, inside)
     if content.get("format") != FORMAT:
-        raise RunError(f"{path} has format {content.get('format')}, this version reads {FORMAT}")
+        raise RunError(
+            f"{path} has format {content.get('format')}, this version reads {FORMAT}: use the "
+            "version that wrote it"
+        )
     return content
 
 

@@ -105,7 +105,7 @@ def _transformers(
     types: list[str] = list(transformers.CONFIG_MAPPING.keys())
     if Path(name).suffix == ".json":
         if not Path(name).is_file():
-            raise ConfigError(f"there is no configuration {name}")
+            raise ConfigError(f"there is no configuration {name}: give the path of a config.json")
         fields = transformers.PretrainedConfig.get_config_dict(name)[0] | options
         config = transformers.AutoConfig.for_model(**fields)
     elif name in types:
@@ -143,7 +143,10 @@ def inputs_of(model: Any, batch: int, shape: Shape | None, device: Any) -> dict[
     elif main == "input_values":
         inputs[main] = _floats(batch, shape or (SAMPLES,), device)
     else:
-        raise ConfigError(f"{type(model).__name__} takes {main}, of which no example can be made")
+        raise ConfigError(
+            f"{type(model).__name__} takes {main}, of which no example can be made: give "
+            "package.module:factory, which returns the model and an example"
+        )
     if main == "input_ids" and getattr(config, "vision_config", None) is not None:
         inputs["pixel_values"] = _floats(batch, _image(config.vision_config), device)
     if config.is_encoder_decoder:
@@ -167,7 +170,10 @@ def _of_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, 
         raise ConfigError(f"{name!r} cannot be called without arguments: {error}") from error
     model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{name!r} returns {type(model).__name__}, not a module")
+        raise ConfigError(
+            f"{name!r} returns {type(model).__name__}, not a module: return a model, or a model and "
+            "an example"
+        )
     if shape is not None:
         example = _floats(batch, shape, torch.get_default_device())
     if example is None:

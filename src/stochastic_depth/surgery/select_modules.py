@@ -44,7 +44,10 @@ def _matching(model: nn.Module, choice: Choice, option: str) -> frozenset[str]:
     for what in [choice] if isinstance(choice, str | type) or callable(choice) else choice:
         roots = [name for name, module in model.named_modules() if _is_meant(what, name, module)]
         if not roots:
-            raise ApplyError(f"{option}={what!r} matches no module of {type(model).__name__}")
+            raise ApplyError(
+                f"{option}={what!r} matches no module of {type(model).__name__}: sd.plan lists the "
+                "blocks, model.named_modules() all names"
+            )
         matching |= {
             name
             for name, _ in model.named_modules()

@@ -109,7 +109,9 @@ class Run:
             remove_unfinished(self.checkpoints.folder, inside=1)
             held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except Timeout:
-            raise RunError(f"{self.path} is being written by another process") from None
+            raise RunError(
+                f"{self.path} is being written by another process: let it finish, or stop it"
+            ) from None
         except OSError as error:
             lock.release()
             raise RunError(f"{self.path} cannot be written: {reason(error)}") from error
@@ -177,7 +179,8 @@ def open_run(path: Path) -> Run:
         values = json.loads(text)
         if values["format"] != FORMAT:
             raise RunError(
-                f"{described} has format {values['format']}, this version reads {FORMAT}"
+                f"{described} has format {values['format']}, this version reads {FORMAT}: use the "
+                "version that wrote it"
             )
         claimed = values.pop("sha256", None)
         if claimed != _checksum(values) if claimed else set(values) != BEFORE_CHECKSUMS:
