@@ -102,5 +102,5 @@ def test_a_journal_of_an_older_version_is_named(pairs, tmp_path):
     for line in lines:
         del line["active_counts"]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(RunError, match="does not tell how many blocks were active"):
+    with pytest.raises(RunError, match="does not say how many blocks were active"):
         active_blocks(dataclasses.replace(run, path=tmp_path))
