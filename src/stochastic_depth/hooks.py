@@ -353,8 +353,8 @@ def batch_size(inputs: object) -> int:
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)
     raise GateError(
-        "gates for single samples need a tensor [batch, ...] among the model's inputs, and there is "
-        'none: use gate="batch"'
+        "gates for single samples need a tensor [batch, ...] among the model's inputs, and there "
+        'is none: use gate="batch"'
     )
 
 

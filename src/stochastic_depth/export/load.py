@@ -265,7 +265,7 @@ def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
             raise ExportError(
-                f"{name!r} is {list(weights[name].shape)}, in the network {list(tensor.shape)}: the "
-                "description is of another network, export the run again"
+                f"{name!r} is {list(weights[name].shape)}, in the network {list(tensor.shape)}: "
+                "the description is of another network, export the run again"
             )
     model.load_state_dict(weights)

@@ -171,8 +171,8 @@ def _of_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, 
     model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"{name!r} returns {type(model).__name__}, not a module: return a model, or a model and "
-            "an example"
+            f"{name!r} returns {type(model).__name__}, not a module: return a model, or a model "
+            "and an example"
         )
     if shape is not None:
         example = _floats(batch, shape, torch.get_default_device())
