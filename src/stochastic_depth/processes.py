@@ -1,10 +1,15 @@
 """Other processes that run a function of ours."""
 
+from __future__ import annotations
+
 import multiprocessing
-from multiprocessing.context import BaseContext
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # not everywhere are there both
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 
-def fresh_processes(module: str) -> BaseContext:
+def fresh_processes(module: str) -> ForkServerContext | SpawnContext:
     """Processes that begin with nothing of this one.
 
     Where the system can, they are forked from one that has imported `module` and done nothing

@@ -75,7 +75,7 @@ inline Floats widened(Vector<bf16> bits) { return (Floats)(convert<Lanes>(bits) 
 
 // To the nearest, and to even halfway. A NaN that arithmetic makes remains one.
 inline Vector<bf16> narrowed(Floats v) {
-#if defined(__AVX512BF16__) && LANES == 16
+#if defined(__AVX512BF16__) && !defined(FLOAT32) && LANES == 16
   return (Vector<bf16>)_mm512_cvtneps_pbh((__m512)v);
 #else
   const Lanes bits = (Lanes)v;
