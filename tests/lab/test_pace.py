@@ -9,8 +9,13 @@ import torch
 from rich.console import Console
 
 from stochastic_depth.lab import comparison
-from stochastic_depth.lab.comparison import train_pairs
-from stochastic_depth.lab.pace import FEWEST_EPOCHS, Pace, epochs_of, measure_pace
+from stochastic_depth.lab.comparison import (
+    FEWEST_EPOCHS,
+    Pace,
+    epochs_of,
+    measure_pace,
+    train_pairs,
+)
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
 from stochastic_depth.train.display import Display

@@ -33,7 +33,7 @@ BENCHMARKS: dict[str, tuple[type[BenchOptions], str]] = {
     "data": (DataOptions, "data.bench_data"),
     "profile": (ProfileOptions, "engines.bench_profile"),
     "pictures": (PicturesOptions, "data.bench_pictures"),
-    "busy": (BusyOptions, "busy.bench_busy"),
+    "busy": (BusyOptions, "steadiness.bench_busy"),
 }
 """The options of each, and the function of the laboratory that measures it."""
 

@@ -124,7 +124,7 @@ def _compare_gatings(sweep: "Sweep", asked: Gates, console: "PlainConsole") -> N
     if asked.plot is not None:
         from stochastic_depth.files import write_whole
         from stochastic_depth.lab.drawing import file_png
-        from stochastic_depth.lab.sweep.gates_chart import gates_figure
+        from stochastic_depth.lab.sweep.charts import gates_figure
 
         figure = gates_figure(result)
         write_whole(asked.plot, file_png(figure.title, figure))

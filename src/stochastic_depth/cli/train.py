@@ -211,7 +211,6 @@ def compare(arguments: list[str]) -> int:
             require(module, "report")
         from stochastic_depth.files import write_whole
         from stochastic_depth.lab import comparison
-        from stochastic_depth.lab.pace import SECONDS_AT_END
         from stochastic_depth.train import Interrupted
         from stochastic_depth.train.display import Display
         from stochastic_depth.train.fit import StopSignals
@@ -219,7 +218,7 @@ def compare(arguments: list[str]) -> int:
     seeds = range(config.seed, config.seed + asked.seeds)
     end = None
     if asked.minutes is not None:
-        end = began + 60 * asked.minutes - SECONDS_AT_END
+        end = began + 60 * asked.minutes - comparison.SECONDS_AT_END
         config = _fitted(config, seeds, folder, end, console)
     with StopSignals() as stop, Display(console, asked.quiet) as display:
         try:
@@ -255,7 +254,7 @@ def _fitted(
     config: Config, seeds: Sequence[int], folder: Path, end: float, console: "PlainConsole"
 ) -> Config:
     """`config` with as many epochs as fit until `end`; prints what was measured and decided."""
-    from stochastic_depth.lab.pace import epochs_of, measure_pace
+    from stochastic_depth.lab.comparison import epochs_of, measure_pace
 
     console.print("measuring how long a training step takes here")
     pace = measure_pace(config)

@@ -26,9 +26,8 @@ from stochastic_depth.lab.removed_depth import removed_blocks
 from stochastic_depth.lab.sources import RecordedRun, Sources, Sweep, read_sources, watched_files
 from stochastic_depth.lab.study import Experiment, describe, describe_data, experiments
 from stochastic_depth.lab.style import style_sheet
-from stochastic_depth.lab.sweep.charts import depth_sweep, survival_sweep
+from stochastic_depth.lab.sweep.charts import depth_sweep, gates_figure, survival_sweep
 from stochastic_depth.lab.sweep.gates import read_results
-from stochastic_depth.lab.sweep.gates_chart import gates_figure
 from stochastic_depth.lab.tables import Table, Tile, flat, overview, settings, tables, tiles
 from stochastic_depth.lab.training_curves import training_curves, training_time
 

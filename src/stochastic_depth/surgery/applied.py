@@ -10,7 +10,7 @@ from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.blocks import Found, deferred_modules
 from stochastic_depth.surgery.droppath import Silenced
-from stochastic_depth.surgery.gating import take_gates
+from stochastic_depth.surgery.install import take_gates
 from stochastic_depth.torch_private import set_call
 
 _APPLIED = "_stochastic_depth_applied"

@@ -16,7 +16,7 @@ from stochastic_depth.surgery.apply import chosen_survival, linear_decay
 from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.find import find_blocks
-from stochastic_depth.surgery.gating import put_gates, take_gates
+from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.proof.calls import CLOSED, OPEN, still_running
 from stochastic_depth.surgery.refuse import refuse_applied
 from stochastic_depth.surgery.rejected import Rejected, listed

@@ -24,7 +24,7 @@ from stochastic_depth.surgery.blocks import (
 )
 from stochastic_depth.surgery.droppath import Silenced, silence
 from stochastic_depth.surgery.example import Example, caller, on_meta
-from stochastic_depth.surgery.gating import put_gates, take_gates
+from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.proof.batch import check_samples, halves, learn_samples, refuse_one
 from stochastic_depth.surgery.proof.calls import still_running
 from stochastic_depth.surgery.proof.check import check, reference_outputs

@@ -26,8 +26,7 @@ from stochastic_depth.surgery.liveness import (
     surely_defines,
     uses,
 )
-from stochastic_depth.surgery.sample_places import samples
-from stochastic_depth.surgery.select_samples import select_samples
+from stochastic_depth.surgery.select_samples import samples, select_samples
 from stochastic_depth.surgery.syntax import (
     call,
     compiled,

@@ -3,7 +3,7 @@ import torch
 from rich.console import Console
 
 from stochastic_depth.block_program.library import missing, peak
-from stochastic_depth.lab.bench.machine_peak import MachinePeak, machine_peak, step_flops
+from stochastic_depth.lab.bench.costs import MachinePeak, machine_peak, step_flops
 from stochastic_depth.lab.bench.peers import bench_peers
 from stochastic_depth.lab.bench.skipping import skip
 from stochastic_depth.lab.bench.workload import PlainResNet, Workload

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from stochastic_depth.block_program import Program
 from stochastic_depth.block_program.library import missing
 from stochastic_depth.block_program.pieces import Block
-from stochastic_depth.lab.bench.machine_peak import AT_PEAK, MachinePeak, machine_peak
+from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import bench_table, clock, milliseconds, shown, timings
 from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Step, Workload
 from stochastic_depth.lab.options import EnginesOptions, ProfileOptions

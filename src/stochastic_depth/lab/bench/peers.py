@@ -12,7 +12,7 @@ from torch import nn
 
 from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, ConfigError, MissingExtraError
-from stochastic_depth.lab.bench.machine_peak import AT_PEAK, machine_peak
+from stochastic_depth.lab.bench.costs import AT_PEAK, machine_peak
 from stochastic_depth.lab.bench.results import MEMORY, clock, shown, table_of, timings
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,

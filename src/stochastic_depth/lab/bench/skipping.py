@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from stochastic_depth.handle import Handle
+from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.engines import active_share
-from stochastic_depth.lab.bench.machine_peak import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import (
     bench_table,
     clock,

@@ -24,7 +24,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     with_values,
 )
 from stochastic_depth.surgery.edits import Site
-from stochastic_depth.surgery.sample_places import samples
+from stochastic_depth.surgery.select_samples import samples
 from stochastic_depth.torch_private import recomputation
 
 

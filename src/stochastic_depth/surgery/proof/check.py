@@ -21,7 +21,7 @@ from stochastic_depth.gates import Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.example import preserve_state
-from stochastic_depth.surgery.gating import ungated
+from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.bypass import bypassed
 from stochastic_depth.surgery.proof.calls import (
     CLOSED,
