@@ -66,7 +66,9 @@ def test_outputs_of_a_balanced_subset_are_those_of_the_drawn_samples():
 
 
 def test_what_cannot_be_balanced_says_what_would_be_right():
-    with pytest.raises(sd.ApplyError, match=r'multiple_of=8 needs gate="subset" and balance=True'):
+    with pytest.raises(
+        sd.errors.ApplyError, match=r'multiple_of=8 needs gate="subset" and balance=True'
+    ):
         sd.apply(network(), gate="subset", multiple_of=8)
-    with pytest.raises(sd.ApplyError, match=r"multiple_of=0: give a number of samples"):
+    with pytest.raises(sd.errors.ApplyError, match=r"multiple_of=0: give a number of samples"):
         sd.apply(network(), gate="subset", balance=True, multiple_of=0)

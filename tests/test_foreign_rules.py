@@ -164,7 +164,11 @@ def test_every_rule_gives_probabilities(name):
 
 
 def test_an_unknown_rule_and_a_rate_of_1_are_refused():
-    with pytest.raises(sd.SurvivalError, match=r"no survival rule 'keras': choose one of timm"):
+    with pytest.raises(
+        sd.errors.SurvivalError, match=r"no survival rule 'keras': choose one of timm"
+    ):
         sd.survival_rule("keras", 0.1)
-    with pytest.raises(sd.SurvivalError, match=r"\('timm', 1\.0\): .* at least 0 and below 1"):
+    with pytest.raises(
+        sd.errors.SurvivalError, match=r"\('timm', 1\.0\): .* at least 0 and below 1"
+    ):
         sd.survival_rule("timm", 1.0)

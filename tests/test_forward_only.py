@@ -244,11 +244,11 @@ def test_summary_counts_the_forward_pass_of_a_closed_branch():
 
 
 def test_what_does_not_go_with_it_is_named():
-    with pytest.raises(sd.ApplyError, match=r'needs gate="batch", this is gate="subset"'):
+    with pytest.raises(sd.errors.ApplyError, match=r'needs gate="batch", this is gate="subset"'):
         sd.apply(network(InResidual), closed="forward-only", gate="subset")
-    with pytest.raises(sd.ApplyError, match=r"there is no expectation to correct"):
+    with pytest.raises(sd.errors.ApplyError, match=r"there is no expectation to correct"):
         sd.apply(network(InResidual), closed="forward-only", scale="training")
-    with pytest.raises(sd.ApplyError, match=r"closed='forward': choose one of 'skipped'"):
+    with pytest.raises(sd.errors.ApplyError, match=r"closed='forward': choose one of 'skipped'"):
         sd.apply(network(InResidual), closed="forward")
 
 

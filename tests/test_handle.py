@@ -126,9 +126,11 @@ def test_gates_for_single_samples_need_a_tensor_among_the_inputs() -> None:
 
     model = Constant()
     handle = sd.apply(model, HALF, gate="sample")
-    with pytest.raises(sd.GateError, match=r"single samples need a tensor \[batch, \.\.\.\]"):
+    with pytest.raises(
+        sd.errors.GateError, match=r"single samples need a tensor \[batch, \.\.\.\]"
+    ):
         model()
-    with pytest.raises(sd.GateError, match=r"handle\.draw\(batch\)"):
+    with pytest.raises(sd.errors.GateError, match=r"handle\.draw\(batch\)"):
         handle.draw()
 
 
@@ -150,7 +152,7 @@ def test_the_handle_tells_survival_expected_depth_and_gates() -> None:
     handle = sd.apply(model, HALF)
     assert handle.survival == pytest.approx([11 / 12, 10 / 12, 9 / 12, 8 / 12, 7 / 12, 1 / 2])
     assert handle.expected_depth == pytest.approx((3 * BLOCKS - 1) / 4)
-    with pytest.raises(sd.GateError, match="first training forward"):
+    with pytest.raises(sd.errors.GateError, match="first training forward"):
         _ = handle.gates
     model(batch(0))
     handle.gates.zero_()
@@ -174,16 +176,16 @@ def test_a_block_called_before_any_draw_is_an_error() -> None:
     model = Net()
     handle = sd.apply(model, HALF)
     h = torch.randn(5, 4, dtype=torch.float64)
-    with pytest.raises(sd.GateError, match="no gates are drawn for it: call that model"):
+    with pytest.raises(sd.errors.GateError, match="no gates are drawn for it: call that model"):
         model.blocks[0](h)
     with handle.draw():
         model.blocks(h)
     for block in model.blocks:
-        with pytest.raises(sd.GateError, match=r"with handle\.draw\(\): "):
+        with pytest.raises(sd.errors.GateError, match=r"with handle\.draw\(\): "):
             block(h)
     model.eval()
     model(batch(0))
-    with pytest.raises(sd.GateError, match="no gates are drawn for it: call that model"):
+    with pytest.raises(sd.errors.GateError, match="no gates are drawn for it: call that model"):
         model.blocks[0].train()(h)
 
 
@@ -211,9 +213,11 @@ def test_no_gates_are_open_between_a_load_and_the_next_forward_pass() -> None:
     handle = sd.apply(model, HALF)
     model(batch(0))
     handle.load_state_dict(handle.state_dict())
-    with pytest.raises(sd.GateError, match="no gates yet: they are drawn by the first training"):
+    with pytest.raises(
+        sd.errors.GateError, match="no gates yet: they are drawn by the first training"
+    ):
         _ = handle.gates
-    with pytest.raises(sd.GateError, match="outside of a forward pass of the model"):
+    with pytest.raises(sd.errors.GateError, match="outside of a forward pass of the model"):
         model.blocks[0](torch.randn(5, 4, dtype=torch.float64))
 
 
@@ -508,7 +512,7 @@ def test_where_reentrant_checkpointing_cannot_tell_which_it_is_refused() -> None
         return model(x) + model(x + 1)
 
     loss = checkpoint(twice, batch(0).requires_grad_(), use_reentrant=True).sum()
-    with pytest.raises(sd.GateError, match="use_reentrant=False"):
+    with pytest.raises(sd.errors.GateError, match="use_reentrant=False"):
         loss.backward()
 
 

@@ -93,7 +93,7 @@ def test_another_way_in_is_the_same_error_before_and_after_the_model_was_called(
     model.train()
     for step in range(called):
         model(batch(step)).sum().backward()
-    with pytest.raises(sd.GateError, match=r"with handle\.draw\(\):"):
+    with pytest.raises(sd.errors.GateError, match=r"with handle\.draw\(\):"):
         way(model, batch())
     assert handle.step == called
 
@@ -108,7 +108,7 @@ def test_the_remedy_of_that_error_works(way):
         assert handle.step == step + 1
         assert torch.equal(handle.gates, handle.gates_at(step))
         seen.add(round(out.sum().item(), 9))
-        with pytest.raises(sd.GateError, match="outside of a forward pass of the model"):
+        with pytest.raises(sd.errors.GateError, match="outside of a forward pass of the model"):
             way(model, batch())
     assert len(seen) > 1
 
@@ -126,7 +126,7 @@ def test_a_failed_forward_pass_leaves_no_gates():
     with pytest.raises(RuntimeError, match="shapes"):
         model(torch.randn(2, 7, dtype=torch.float64))
     assert [block.training_gate for block in handle.blocks] == [None] * BLOCKS
-    with pytest.raises(sd.GateError, match="outside of a forward pass of the model"):
+    with pytest.raises(sd.errors.GateError, match="outside of a forward pass of the model"):
         model.features(batch())
 
 
@@ -184,7 +184,7 @@ def test_forced_gates_are_those_of_the_backward_pass_and_end():
         gradients(model), expected_gradients(model, batch(), pattern), strict=True
     ):
         torch.testing.assert_close(mine, right)
-    with pytest.raises(sd.GateError, match="outside of a forward pass of the model"):
+    with pytest.raises(sd.errors.GateError, match="outside of a forward pass of the model"):
         model.features(batch())
 
 
@@ -194,7 +194,9 @@ WRONG_GATES = [True], [[[True] * 2] * BLOCKS], torch.ones(BLOCKS), "abc", None
 @pytest.mark.parametrize("wrong", WRONG_GATES)
 def test_forced_gates_that_do_not_fit_are_an_error_that_says_what_fits(wrong):
     _, handle = applied()
-    with pytest.raises(sd.GateError, match=r"bool \[5\], one gate for each block, or bool \[5, b"):
+    with pytest.raises(
+        sd.errors.GateError, match=r"bool \[5\], one gate for each block, or bool \[5, b"
+    ):
         handle.forced(wrong).__enter__()
 
 
@@ -448,9 +450,9 @@ def test_skipped_embeddings_with_sparse_gradients_get_empty_sparse_ones():
 def test_replicas_in_threads_are_refused_and_processes_named():
     model, _ = applied()
     replica = model._replicate_for_data_parallel()
-    with pytest.raises(sd.GateError, match="DistributedDataParallel"):
+    with pytest.raises(sd.errors.GateError, match="DistributedDataParallel"):
         replica(batch())
-    with pytest.raises(sd.ApplyError, match="DistributedDataParallel"):
+    with pytest.raises(sd.errors.ApplyError, match="DistributedDataParallel"):
         sd.apply(nn.DataParallel(Net()), HALF, example=batch())
 
 
@@ -482,7 +484,7 @@ def test_a_second_thread_in_training_mode_is_refused_and_the_first_goes_on():
     def call_again(*_):
         if not refused:
             refused.append(None)
-            with pytest.raises(sd.GateError, match=r"copy\.deepcopy") as caught:
+            with pytest.raises(sd.errors.GateError, match=r"copy\.deepcopy") as caught:
                 in_a_thread(lambda: model(batch(1)))
             refused[0] = caught
 

@@ -82,11 +82,11 @@ def test_every_kind_of_integer_is_the_same_step_and_seed(integer) -> None:
 def test_what_is_no_step_is_refused_and_changes_nothing(step) -> None:
     handle = sd.apply(network(), HALF)
     handle.step = 4
-    with pytest.raises(sd.GateError, match=f"step={step!r}"):
+    with pytest.raises(sd.errors.GateError, match=f"step={step!r}"):
         handle.step = step
     assert handle.step == 4
     model = network()
-    with pytest.raises(sd.GateError, match=r"seed=1\.5: gates are a function of integers"):
+    with pytest.raises(sd.errors.GateError, match=r"seed=1\.5: gates are a function of integers"):
         sd.apply(model, HALF, seed=1.5)  # type: ignore[arg-type]
     sd.apply(model, HALF)
 
@@ -181,7 +181,7 @@ def test_full_depth_ends_and_the_gates_go_on_where_they_were() -> None:
         with handle.full_depth(), handle.full_depth():
             model.requires_grad_(False)(batch(9))
             model.requires_grad_(True)
-        with pytest.raises(sd.GateError, match="no gates are drawn for it"):
+        with pytest.raises(sd.errors.GateError, match="no gates are drawn for it"):
             model[1](torch.zeros(2, 4).double())
         model(batch(step))
         twin(batch(step))

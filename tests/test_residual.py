@@ -350,7 +350,9 @@ def test_all_gates_work_under_autocast(kind, scale) -> None:
 def test_gates_drawn_for_another_batch_size_are_an_error(kind, samples: int, kept: int) -> None:
     coins = torch.arange(5)[None] < kept
     (gate,) = training_gates(coins, (0.5,), kind, "inference")
-    with pytest.raises(sd.GateError, match=rf"got {samples} samples.* drawn for 5.*gate=\"batch\""):
+    with pytest.raises(
+        sd.errors.GateError, match=rf"got {samples} samples.* drawn for 5.*gate=\"batch\""
+    ):
         sd.residual_step(torch.randn(samples, 3), nn.Identity(), gate=gate)
 
 

@@ -76,7 +76,7 @@ def test_a_rule_of_the_step_is_asked_for_every_block_and_step_and_in_each_stack(
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_says_why(make, message):
-    with pytest.raises(sd.SurvivalError, match=message):
+    with pytest.raises(sd.errors.SurvivalError, match=message):
         make()
 
 

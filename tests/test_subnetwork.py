@@ -138,7 +138,7 @@ def test_a_copy_takes_its_own_subnetwork_along() -> None:
 @pytest.mark.parametrize("gates", [[True] * 5, [1.0] * BLOCKS, [[True] * BLOCKS], True, [1] * 6])
 def test_gates_of_another_form_are_refused(gates) -> None:
     handle = sd.apply(trained())
-    with pytest.raises(sd.GateError, match=r"bool \[6\], one gate for each block"):
+    with pytest.raises(sd.errors.GateError, match=r"bool \[6\], one gate for each block"):
         handle.subnetwork(gates).__enter__()
 
 

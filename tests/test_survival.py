@@ -81,14 +81,14 @@ def test_a_probability_outside_of_0_to_1_names_rule_block_and_value(p: float) ->
         def __repr__(self) -> str:
             return "Third()"
 
-    with pytest.raises(sd.SurvivalError) as error:
+    with pytest.raises(sd.errors.SurvivalError) as error:
         survival_probabilities(Third(), 7)
     assert f"Third() gives block 3 of 7 the survival probability {p}" in str(error.value)
     assert "above 0 and at most 1" in str(error.value)
 
 
 def test_a_probability_outside_of_0_to_1_in_a_list_is_said_of_the_list() -> None:
-    with pytest.raises(sd.SurvivalError, match=r"^survival gives block 2 of 3 the .* 0\.0;"):
+    with pytest.raises(sd.errors.SurvivalError, match=r"^survival gives block 2 of 3 the .* 0\.0;"):
         survival_of([1.0, 0.0, 0.5], ["a", "b", "c"])
 
 
@@ -97,13 +97,15 @@ def test_a_rule_that_gives_no_number_names_rule_and_block(answer: object) -> Non
     def odd(block: int, blocks: int) -> object:
         return answer
 
-    with pytest.raises(sd.SurvivalError, match=r"odd.* gives no number for block 1"):
+    with pytest.raises(sd.errors.SurvivalError, match=r"odd.* gives no number for block 1"):
         survival_probabilities(odd, 2)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("rule", [0.5, "linear", (0.9, 0.5)])
 def test_what_is_no_rule_is_told_what_one_is(rule: object) -> None:
-    with pytest.raises(sd.SurvivalError, match=r"is not a rule: give sd\.LinearDecay") as error:
+    with pytest.raises(
+        sd.errors.SurvivalError, match=r"is not a rule: give sd\.LinearDecay"
+    ) as error:
         survival_probabilities(rule, 2)  # pyright: ignore[reportArgumentType]
     assert repr(rule) in str(error.value)
 
@@ -141,5 +143,5 @@ def test_a_rule_counts_blocks_anew_in_each_stack() -> None:
     ],
 )
 def test_what_does_not_fit_the_blocks_is_named(survival, stacks, message) -> None:
-    with pytest.raises(sd.SurvivalError, match=message):
+    with pytest.raises(sd.errors.SurvivalError, match=message):
         survival_of(survival, NAMES, stacks)

@@ -186,10 +186,10 @@ def judge(library: str, name: str, build: Build, is_built: Callable[[], None]) -
     try:
         handle = sd.apply(model, example=example, scale="inference")
         result["verdict"] = "complete"
-    except sd.UnsupportedBlockError as error:
+    except sd.errors.UnsupportedBlockError as error:
         result |= {"verdict": "refused", "reason": line(error)}
         handle, result["advice"] = advised(model, example, error, exclude)
-    except sd.ApplyError as error:
+    except sd.errors.ApplyError as error:
         watch = Watch(model=original.eval())
         with within(watch, original):
             call(original, example, watch, True)
@@ -268,15 +268,15 @@ def advised(
         try:
             handle = sd.apply(model, example=example, scale="inference", **advice)
             return handle, f"works: {found[1]}={advice[found[1]]}"
-        except sd.UnsupportedBlockError as again:
+        except sd.errors.UnsupportedBlockError as again:
             error = again
-        except sd.ApplyError:
+        except sd.errors.ApplyError:
             return None, "leaves nothing"
     return None, "does not end"
 
 
 def line(error: BaseException) -> str:
-    kind = "" if isinstance(error, sd.StochasticDepthError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, sd.errors.StochasticDepthError) else f"{type(error).__name__}: "
     return " ".join(f"{kind}{error}".split())[:600]
 
 

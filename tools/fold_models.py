@@ -58,7 +58,7 @@ def judge(library: str, name: str, **options: Any) -> Parity:
                 parameter.normal_()
     try:
         handle = sd.apply(model, sd.LinearDecay(0.5), example=example)
-    except sd.ApplyError:
+    except sd.errors.ApplyError:
         return Parity(library, name, 0, "not skippable")
     differences = []
     try:
@@ -71,7 +71,7 @@ def judge(library: str, name: str, **options: Any) -> Parity:
                 continue
             sd.fold(mine, given)
             differences.append(_difference(before, _outputs(mine, given)))
-    except sd.FoldError as error:
+    except sd.errors.FoldError as error:
         return Parity(library, name, len(handle.blocks), "refused", reason=str(error))
     single = _computes_in_single(copy.deepcopy(model).double().eval(), _as(torch.float64, example))
     differences.append(_difference(before, _outputs(_neighbour(model.eval()), example)))

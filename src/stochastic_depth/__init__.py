@@ -6,7 +6,7 @@
 
 `__init__.pyi` lists all names and where they are defined. Names and submodules load when they are
 touched: `sd.distributed.gates_by_rank(model)` needs no import of its own. Every error is in
-`sd.errors`; those that the functions here raise are here too.
+`sd.errors`.
 
 Huang, Sun, Liu, Sedra and Weinberger, ECCV 2016, arXiv:1603.09382.
 """

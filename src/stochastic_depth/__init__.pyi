@@ -7,13 +7,6 @@ from stochastic_depth import models as models
 from stochastic_depth import recipes as recipes
 from stochastic_depth import surgery as surgery
 from stochastic_depth import train as train
-from stochastic_depth.errors import ApplyError as ApplyError
-from stochastic_depth.errors import FoldError as FoldError
-from stochastic_depth.errors import GateError as GateError
-from stochastic_depth.errors import StochasticDepthError as StochasticDepthError
-from stochastic_depth.errors import SurvivalError as SurvivalError
-from stochastic_depth.errors import TruncateError as TruncateError
-from stochastic_depth.errors import UnsupportedBlockError as UnsupportedBlockError
 from stochastic_depth.export.fold import fold as fold
 from stochastic_depth.export.truncate import drop_order as drop_order
 from stochastic_depth.export.truncate import truncate as truncate

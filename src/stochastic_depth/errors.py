@@ -2,7 +2,7 @@
 
 
 class StochasticDepthError(Exception):
-    """The root of the tree: `except sd.StochasticDepthError` catches all of them."""
+    """The root of the tree: `except sd.errors.StochasticDepthError` catches all of them."""
 
 
 class SurvivalError(StochasticDepthError, ValueError):

@@ -49,7 +49,7 @@ def assert_folds(model: nn.Module, example, survival=None, **options) -> None:
         assert (actual - expected).abs().max() <= limit * expected.abs().max()
         assert list(mine.state_dict()) == keys
         assert [type(module) for module in mine.modules()] == kinds
-        with pytest.raises(sd.ApplyError, match="has no stochastic depth"):
+        with pytest.raises(sd.errors.ApplyError, match="has no stochastic depth"):
             sd.handle_of(mine)
 
 
@@ -232,7 +232,7 @@ def test_weights_that_run_in_blocks_of_different_p_cannot_take_both():
     model = Recurrent(mlp, blocks=1)
     sd.apply(model, [0.9, 0.8, 0.7], example=ROW)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(sd.FoldError, match="cannot take its p_l into its weights exactly"):
+    with pytest.raises(sd.errors.FoldError, match="cannot take its p_l into its weights exactly"):
         sd.fold(model, ROW)
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
 
@@ -307,7 +307,7 @@ def test_what_cannot_be_folded_exactly_is_refused_and_left_as_it_was(model, bloc
     model = model().eval()
     handle = sd.apply(model, example=ROW)
     before, expected = copy.deepcopy(model.state_dict()), outputs(model, ROW)
-    with pytest.raises(sd.FoldError, match=f"block '{block}' .*{why}") as error:
+    with pytest.raises(sd.errors.FoldError, match=f"block '{block}' .*{why}") as error:
         sd.fold(model, ROW)
     assert 'scale="training"' in str(error.value)
     assert sd.handle_of(model) is handle
@@ -316,5 +316,5 @@ def test_what_cannot_be_folded_exactly_is_refused_and_left_as_it_was(model, bloc
 
 
 def test_a_plain_model_is_told_to_be_applied_first():
-    with pytest.raises(sd.ApplyError, match="no stochastic depth"):
+    with pytest.raises(sd.errors.ApplyError, match="no stochastic depth"):
         sd.fold(CifarResNet(8), torch.randn(2, 3, 8, 8))

@@ -166,7 +166,7 @@ def test_a_block_that_does_more_than_pass_on_its_input_is_refused_by_name():
     x = torch.randn(2, 8)
     sd.apply(model, example=x)
     expected = model(x)
-    with pytest.raises(sd.TruncateError, match=r"block '2' \(PostNorm\)"):
+    with pytest.raises(sd.errors.TruncateError, match=r"block '2' \(PostNorm\)"):
         sd.truncate(model, [0, 1], x)
     assert torch.equal(model(x), expected)
     assert len(sd.handle_of(model).blocks) == 3
@@ -181,7 +181,7 @@ def test_a_block_that_does_more_than_pass_on_its_input_is_refused_by_name():
 def test_a_choice_that_does_not_fit_is_refused(keep, said):
     model = network()
     sd.apply(model)
-    with pytest.raises(sd.TruncateError, match=said):
+    with pytest.raises(sd.errors.TruncateError, match=said):
         sd.truncate(model, keep, X)
 
 
@@ -306,7 +306,9 @@ def test_what_a_config_cannot_say_is_refused_before_anything_changes():
     model, example = of_transformers("Swin")  # whose second layer of a stage shifts its windows
     sd.apply(model, sd.Uniform(0.8), example=example)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(sd.TruncateError, match="its config cannot say which layers are left"):
+    with pytest.raises(
+        sd.errors.TruncateError, match="its config cannot say which layers are left"
+    ):
         sd.truncate(model, [0, 2, 3], example)
     assert model.config.depths == [3, 2]
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())

@@ -81,7 +81,7 @@ def test_the_saved_state_is_json_and_another_one_is_refused(tmp_path):
 def test_a_model_without_stochastic_depth_is_refused():
     accelerator = accelerate.Accelerator(cpu=True)
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(sd.ApplyError, match=r"before accelerator\.prepare"):
+    with pytest.raises(sd.errors.ApplyError, match=r"before accelerator\.prepare"):
         follow(accelerator, model, torch.optim.SGD(model.parameters()))
 
 

@@ -130,7 +130,7 @@ def test_what_the_module_has_applied_itself_is_taken_over(loader, tmp_path):
     callback = StochasticDepth()
     trainer(callback, tmp_path, max_epochs=1).fit(module, loader)
     assert callback.handle is handle
-    with pytest.raises(sd.ApplyError, match=r"has stochastic depth already: sd\.remove"):
+    with pytest.raises(sd.errors.ApplyError, match=r"has stochastic depth already: sd\.remove"):
         trainer(StochasticDepth(sd.Uniform(0.5)), tmp_path, max_epochs=1).fit(module, loader)
 
 
@@ -157,7 +157,7 @@ def test_a_foreign_network_takes_the_modules_example(loader, tmp_path):
 def test_a_module_of_two_networks_is_asked_which(loader, tmp_path):
     module = Classifier(network())
     module.other = network()
-    with pytest.raises(sd.ApplyError, match=r"2 children .*network, other.*network="):
+    with pytest.raises(sd.errors.ApplyError, match=r"2 children .*network, other.*network="):
         trainer(StochasticDepth(), tmp_path, max_epochs=1).fit(module, loader)
     callback = StochasticDepth(network="network")
     trainer(callback, tmp_path, max_epochs=1).fit(module, loader)

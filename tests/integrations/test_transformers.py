@@ -116,7 +116,7 @@ def test_a_model_with_a_cache_and_one_that_is_applied_already_are_taken(tmp_path
     second = StochasticDepthCallback()
     trainer(model, tmp_path, second, max_steps=1).train()
     assert second.handle is callback.handle
-    with pytest.raises(sd.ApplyError, match=r"has stochastic depth already: sd\.remove"):
+    with pytest.raises(sd.errors.ApplyError, match=r"has stochastic depth already: sd\.remove"):
         trainer(model, tmp_path, StochasticDepthCallback(sd.Uniform(0.9)))
 
 

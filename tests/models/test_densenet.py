@@ -115,5 +115,5 @@ def test_a_densenet_trains() -> None:
 
 
 def test_nothing_can_be_skipped_in_a_densenet() -> None:
-    with pytest.raises(sd.ApplyError, match="no residual block found in DenseNet"):
+    with pytest.raises(sd.errors.ApplyError, match="no residual block found in DenseNet"):
         sd.apply(DenseNet(22, 4))

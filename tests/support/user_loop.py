@@ -281,7 +281,7 @@ def a_forward_pass_that_fails_leaves_no_hook() -> None:
 
 
 def a_model_without_stochastic_depth_is_refused() -> None:
-    with pytest.raises(sd.ApplyError, match=r"sd.apply\(model\) first"):
+    with pytest.raises(sd.errors.ApplyError, match=r"sd.apply\(model\) first"):
         skip_closed(DistributedDataParallel(nn.Linear(2, 2)))
 
 
@@ -289,9 +289,9 @@ def a_model_that_is_wrapped_or_sharded_already_is_refused() -> None:
     for wrap in (DistributedDataParallel, replicate, fully_shard):
         plain, _ = network()
         sd.remove(plain)
-        with pytest.raises(sd.ApplyError, match=r"sd.apply\(model\) first, then wrap"):
+        with pytest.raises(sd.errors.ApplyError, match=r"sd.apply\(model\) first, then wrap"):
             sd.apply(wrap(plain))
-    with pytest.raises(sd.ApplyError, match="Linear is not in DistributedDataParallel"):
+    with pytest.raises(sd.errors.ApplyError, match="Linear is not in DistributedDataParallel"):
         skip_closed(nn.Linear(2, 2))
 
 
@@ -309,7 +309,7 @@ def different_gates_are_refused_on_every_rank() -> None:
         model, handle = network()
         net = wrap(model)
         setattr(handle, what, 5 + dist.get_rank())
-        with pytest.raises(sd.GateError, match=f"{what} is"):
+        with pytest.raises(sd.errors.GateError, match=f"{what} is"):
             net(mine(mini_batch(0)[0])).sum().backward()
 
 
@@ -346,14 +346,14 @@ def gates_by_rank_differ_and_gradients_are_the_mean() -> None:
 def gates_that_differ_and_shards_are_refused_together() -> None:
     model, _ = network()
     shard_branches(model)
-    with pytest.raises(sd.GateError, match="sharded model"):
+    with pytest.raises(sd.errors.GateError, match="sharded model"):
         gates_by_rank(model)
     model, _ = network()
     gates_by_rank(model)
-    with pytest.raises(sd.GateError, match="sharded model"):
+    with pytest.raises(sd.errors.GateError, match="sharded model"):
         shard_branches(model)
     model, _ = network(gate="subset")
-    with pytest.raises(sd.GateError, match="no sample"):
+    with pytest.raises(sd.errors.GateError, match="no sample"):
         shard_branches(model)
 
 

@@ -114,7 +114,9 @@ def test_a_model_can_be_applied_again_after_remove() -> None:
 def test_applying_twice_names_the_block_and_the_remedy() -> None:
     model = small()
     handle = sd.apply(model)
-    with pytest.raises(sd.ApplyError, match=r"block 'blocks\.0' .*already: sd\.remove\(model\)"):
+    with pytest.raises(
+        sd.errors.ApplyError, match=r"block 'blocks\.0' .*already: sd\.remove\(model\)"
+    ):
         sd.apply(model)
     model(images())
     assert handle.step == 1
@@ -124,19 +126,21 @@ def test_applying_around_or_inside_an_applied_model_is_an_error() -> None:
     inside = small()
     sd.apply(inside)
     around = nn.Sequential(sd.Residual(nn.Identity()), inside)
-    with pytest.raises(sd.ApplyError, match=r"block '1\.blocks\.0' "):
+    with pytest.raises(sd.errors.ApplyError, match=r"block '1\.blocks\.0' "):
         sd.apply(around)
     assert around[0].gates is None
     assert not around._forward_hooks
-    with pytest.raises(sd.ApplyError, match=r"block '0' has stochastic depth already: sd\.remove"):
+    with pytest.raises(
+        sd.errors.ApplyError, match=r"block '0' has stochastic depth already: sd\.remove"
+    ):
         sd.apply(inside.blocks)
-    with pytest.raises(sd.ApplyError, match="block 'Residual' "):
+    with pytest.raises(sd.errors.ApplyError, match="block 'Residual' "):
         sd.apply(inside.blocks[0])
 
 
 def test_a_model_without_residual_units_is_an_error_not_a_silent_no_op() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(sd.ApplyError, match=r"Sequential.*nothing can be skipped.*example="):
+    with pytest.raises(sd.errors.ApplyError, match=r"Sequential.*nothing can be skipped.*example="):
         sd.apply(model)
     assert is_untouched(model)
 
@@ -151,7 +155,7 @@ def test_a_model_without_residual_units_is_an_error_not_a_silent_no_op() -> None
 )
 def test_an_unknown_setting_lists_the_known_ones(setting: str, known: str) -> None:
     model = small()
-    with pytest.raises(sd.ApplyError) as error:
+    with pytest.raises(sd.errors.ApplyError) as error:
         sd.apply(model, **{setting: "row"})  # pyright: ignore[reportArgumentType]
     assert str(error.value) == f"{setting}='row': choose one of {known}"
     assert is_untouched(model)
@@ -168,7 +172,7 @@ def test_an_unknown_setting_lists_the_known_ones(setting: str, known: str) -> No
 )
 def test_a_bad_probability_leaves_the_model_untouched(rule, reason) -> None:
     model = small()
-    with pytest.raises(sd.SurvivalError, match=re.escape(reason)):
+    with pytest.raises(sd.errors.SurvivalError, match=re.escape(reason)):
         sd.apply(model, rule)
     assert is_untouched(model)
     sd.apply(model)
@@ -176,13 +180,13 @@ def test_a_bad_probability_leaves_the_model_untouched(rule, reason) -> None:
 
 def test_removing_what_was_not_applied_is_an_error() -> None:
     model = small()
-    with pytest.raises(sd.ApplyError, match="CifarResNet has no stochastic depth"):
+    with pytest.raises(sd.errors.ApplyError, match="CifarResNet has no stochastic depth"):
         sd.remove(model)
     sd.apply(model)
-    with pytest.raises(sd.ApplyError, match="Sequential has no stochastic depth"):
+    with pytest.raises(sd.errors.ApplyError, match="Sequential has no stochastic depth"):
         sd.remove(model.blocks)
     sd.remove(model)
-    with pytest.raises(sd.ApplyError, match="CifarResNet has no stochastic depth"):
+    with pytest.raises(sd.errors.ApplyError, match="CifarResNet has no stochastic depth"):
         sd.remove(model)
 
 
@@ -197,9 +201,11 @@ def test_residual_units_can_be_left_as_they_are() -> None:
 
 
 def test_a_lower_bound_is_for_subsets_alone() -> None:
-    with pytest.raises(sd.ApplyError, match=r"min_samples=2.*subset"):
+    with pytest.raises(sd.errors.ApplyError, match=r"min_samples=2.*subset"):
         sd.apply(CifarResNet(8), min_samples=2)
-    with pytest.raises(sd.ApplyError, match=r"min_samples=-1: give a number of samples, 0 or more"):
+    with pytest.raises(
+        sd.errors.ApplyError, match=r"min_samples=-1: give a number of samples, 0 or more"
+    ):
         sd.apply(CifarResNet(8), gate="subset", min_samples=-1)
     model = CifarResNet(8)
     handle = sd.apply(model, sd.Uniform(0.05), gate="subset", min_samples=2)
@@ -218,7 +224,7 @@ def test_survival_by_name_and_stack_by_stack() -> None:
     handle = sd.apply(both, sd.LinearDecay(0.4), stacks=["encoder", "decoder"])
     assert handle.survival == pytest.approx((0.8, 0.6, 0.4) * 2)
     with pytest.raises(
-        sd.SurvivalError, match=r"no drop path with a rate above 0; build it with one"
+        sd.errors.SurvivalError, match=r"no drop path with a rate above 0; build it with one"
     ):
         sd.apply(model, "own")
 
@@ -235,10 +241,12 @@ def test_a_drop_rate_is_linear_decay_to_1_less_it_in_the_scaling_of_other_librar
 
 @pytest.mark.parametrize("function", [sd.apply, sd.plan])
 def test_a_drop_rate_is_given_instead_of_survival_and_is_one(function) -> None:
-    with pytest.raises(sd.ApplyError, match=r"drop_rate=0\.1 and survival=.*: give one of them"):
+    with pytest.raises(
+        sd.errors.ApplyError, match=r"drop_rate=0\.1 and survival=.*: give one of them"
+    ):
         function(small(), survival=sd.LinearDecay(), drop_rate=0.1, example=images())
     for wrong in (-0.1, 1.0):
-        with pytest.raises(sd.SurvivalError, match=r"at least 0 and below 1"):
+        with pytest.raises(sd.errors.SurvivalError, match=r"at least 0 and below 1"):
             function(small(), drop_rate=wrong, example=images())
 
 
@@ -327,7 +335,7 @@ def test_classes_that_others_put_on_top_of_a_block_stay(verb: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_what_is_compiled_or_scripted_already_is_refused_with_the_remedy(change, remedy) -> None:
     model, x = nn.Sequential(Scaled(), Scaled()), torch.randn(2, 4)
-    with pytest.raises(sd.ApplyError, match=remedy):
+    with pytest.raises(sd.errors.ApplyError, match=remedy):
         sd.apply(change(model), example=x)
 
 

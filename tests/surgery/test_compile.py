@@ -460,14 +460,16 @@ def test_what_cannot_be_compiled_is_an_error():
             return super().forward(x)
 
     model, x = stack(Breaking, EQUAL), inputs(EQUAL)
-    with pytest.raises(sd.ApplyError, match="Sequential has no stochastic depth: give the model"):
+    with pytest.raises(
+        sd.errors.ApplyError, match="Sequential has no stochastic depth: give the model"
+    ):
         sd.compile_blocks(model)
     compiled(model, x)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         model(x)
     alone = Block(4)
     sd.apply(alone, example=x)
-    with pytest.raises(sd.ApplyError, match=r"Block is itself a block.*nn\.Sequential"):
+    with pytest.raises(sd.errors.ApplyError, match=r"Block is itself a block.*nn\.Sequential"):
         sd.compile_blocks(alone)
 
 

@@ -73,7 +73,7 @@ def test_recomputed_branches_have_the_gates_and_gradients_of_their_pass(reentran
 
 def test_additions_within_a_reentrant_checkpoint_are_refused():
     model = Recomputed(reentrant=True, whole=True)
-    with pytest.raises(sd.StochasticDepthError, match="checkpoint the branch alone"):
+    with pytest.raises(sd.errors.StochasticDepthError, match="checkpoint the branch alone"):
         sd.apply(model, sd.Uniform(0.5), example=example())
     assert type(model) is Recomputed
 
@@ -83,7 +83,10 @@ def test_an_addition_that_would_be_computed_again_without_its_gate_is_an_error(o
     model = Recomputed(reentrant=False, whole=True)
     handle = sd.apply(model, sd.Uniform(0.5), example=example(), **options)
     every = torch.ones(3, *[4] * ("gate" in options), dtype=torch.bool)
-    with handle.forced(every), pytest.raises(sd.GateError, match="checkpoint the branch alone"):
+    with (
+        handle.forced(every),
+        pytest.raises(sd.errors.GateError, match="checkpoint the branch alone"),
+    ):
         model(example())
 
 

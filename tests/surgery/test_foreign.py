@@ -286,7 +286,7 @@ class Bends(Base):
 
 @pytest.mark.parametrize("kind", [Subtracts, Concatenates, Highway, Bends])
 def test_what_is_not_residual_is_said_to_be_none(kind):
-    with pytest.raises(sd.ApplyError, match="no residual block found in Sequential"):
+    with pytest.raises(sd.errors.ApplyError, match="no residual block found in Sequential"):
         sd.apply(network(kind), example=X)
 
 
@@ -323,7 +323,9 @@ def test_a_block_that_cannot_be_skipped_is_named_and_the_model_left_as_it_was():
     model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Asks()).double()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     types, before = [type(m) for m in model.modules()], model(X)
-    with pytest.raises(sd.UnsupportedBlockError, match="needed for more than what is added") as e:
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match="needed for more than what is added"
+    ) as e:
         sd.apply(model, example=X)
     assert "exclude=" in str(e.value)
     assert [type(m) for m in model.modules()] == types
@@ -370,7 +372,7 @@ def test_exclude_by_name_class_and_a_name_that_matches_nothing():
     sd.remove(model)
     assert [block.name for block in sd.apply(model, example=X, exclude=[Left]).blocks] == ["2"]
     sd.remove(model)
-    with pytest.raises(sd.ApplyError, match="exclude='9' matches no module"):
+    with pytest.raises(sd.errors.ApplyError, match="exclude='9' matches no module"):
         sd.apply(model, example=X, exclude=["9"])
 
 
@@ -416,7 +418,7 @@ def test_a_predicate_or_classes_choose_the_blocks():
     assert names(include=["2", "3"]) == ["2", "3"]
     assert names(include=[Left], exclude="3") == ["1"]
     assert names(exclude=lambda name, module: name == "1") == ["2", "3"]
-    with pytest.raises(sd.ApplyError, match=r"include=.* matches no module"):
+    with pytest.raises(sd.errors.ApplyError, match=r"include=.* matches no module"):
         sd.apply(model, example=X, include=[InPlace])
 
 
@@ -464,12 +466,12 @@ def test_two_calls_of_one_shared_module_have_a_coin_each():
 
 def test_a_forward_method_set_on_the_instance_is_named():
     model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Lambda()).double()
-    with pytest.raises(sd.UnsupportedBlockError, match=r"'2'.*forward.*set on the instance"):
+    with pytest.raises(sd.errors.UnsupportedBlockError, match=r"'2'.*forward.*set on the instance"):
         sd.apply(model, example=X)
 
 
 def test_a_class_is_registered_once():
-    with pytest.raises(sd.ApplyError, match=r"SaysHow.*registered already"):
+    with pytest.raises(sd.errors.ApplyError, match=r"SaysHow.*registered already"):
         sd.register_unit(SaysHow)(skip_or_sum)
 
 
@@ -482,7 +484,7 @@ class Batchless(Base):
 
 def test_a_block_whose_samples_are_not_first_is_no_block_for_a_subset():
     assert len(sd.apply(network(Batchless), example=X).survival) == 3
-    with pytest.raises(sd.UnsupportedBlockError, match="does not have the 5 samples first"):
+    with pytest.raises(sd.errors.UnsupportedBlockError, match="does not have the 5 samples first"):
         sd.apply(network(Batchless), example=X, gate="subset")
 
 

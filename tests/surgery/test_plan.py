@@ -33,7 +33,7 @@ def test_a_block_that_cannot_be_skipped_is_named_with_the_reason():
     assert not plan.complete
     assert "1 of 2 blocks skippable" in str(plan)
     assert "'2' (SideOutput): " in str(plan)
-    with pytest.raises(sd.UnsupportedBlockError, match=r"'2' \(SideOutput\)"):
+    with pytest.raises(sd.errors.UnsupportedBlockError, match=r"'2' \(SideOutput\)"):
         sd.apply(model, example=X)
 
 
@@ -73,7 +73,9 @@ def test_the_flops_of_attention_are_those_of_its_products(device):
 def test_an_applied_model_and_one_without_blocks_are_errors():
     model = network(Left)
     sd.apply(model, example=X)
-    with pytest.raises(sd.ApplyError, match=r"block '1' has stochastic depth already: sd\.remove"):
+    with pytest.raises(
+        sd.errors.ApplyError, match=r"block '1' has stochastic depth already: sd\.remove"
+    ):
         sd.plan(model, X)
-    with pytest.raises(sd.ApplyError, match="no residual block"):
+    with pytest.raises(sd.errors.ApplyError, match="no residual block"):
         sd.plan(nn.Linear(4, 4), torch.randn(2, 4))

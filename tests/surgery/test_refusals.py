@@ -196,21 +196,23 @@ def applies(make, x, message, **options):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_advice_of_a_refused_block_makes_the_model_apply(kind):
     x = torch.randn(3, WIDTH)
-    with pytest.raises(sd.UnsupportedBlockError, match=KINDS[kind]) as refused:
+    with pytest.raises(sd.errors.UnsupportedBlockError, match=KINDS[kind]) as refused:
         sd.apply(Model(kind), sd.Uniform(0.5), example=x)
     assert "exclude=['']" not in str(refused.value)
     assert applies(lambda: Model(kind), x, str(refused.value)) == ["blocks.0", "blocks.1"]
 
 
 def test_where_nothing_can_be_skipped_nothing_is_to_be_left_out():
-    with pytest.raises(sd.UnsupportedBlockError, match="no other block of the model") as refused:
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match="no other block of the model"
+    ) as refused:
         sd.apply(Model(Shows, others=False), example=torch.randn(3, WIDTH))
     assert not followed(str(refused.value))
 
 
 def test_the_blocks_inside_of_a_model_that_is_none_are_still_skipped():
     x = torch.randn(3, WIDTH)
-    with pytest.raises(sd.UnsupportedBlockError) as refused:
+    with pytest.raises(sd.errors.UnsupportedBlockError) as refused:
         sd.apply(Around(Plain), example=x)
     names = applies(lambda: Around(Plain), x, str(refused.value))
     assert names == [f"inside.blocks.{n}" for n in range(4)]
@@ -219,7 +221,7 @@ def test_the_blocks_inside_of_a_model_that_is_none_are_still_skipped():
 @pytest.mark.parametrize("gate", ["sample", "subset"])
 def test_samples_that_are_not_first_need_one_coin_for_all(gate):
     x = torch.randn(4, 3, WIDTH)
-    with pytest.raises(sd.ApplyError, match="is not the batch") as refused:
+    with pytest.raises(sd.errors.ApplyError, match="is not the batch") as refused:
         sd.apply(TimeFirst(), example=x, gate=gate)
     assert len(applies(TimeFirst, x, str(refused.value), gate=gate)) == 2
 
@@ -259,7 +261,7 @@ class PackedLayers(PackedTrunk):
 
 def test_a_packed_sequence_is_the_reason_and_a_layer_the_remedy():
     example = torch.randn(3, 5, 8), torch.tensor([5, 2, 3])
-    with pytest.raises(sd.UnsupportedBlockError) as caught:
+    with pytest.raises(sd.errors.UnsupportedBlockError) as caught:
         sd.apply(PackedTrunk(), example=example)
     assert "a packed sequence" in str(caught.value)
     assert "in the forward method of a layer" in str(caught.value)
@@ -281,7 +283,9 @@ def test_what_a_block_keeps_between_calls_is_the_reason():
             self.last = y.detach()
             return x + y.tanh()
 
-    with pytest.raises(sd.UnsupportedBlockError, match="keeps something from one call") as caught:
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match="keeps something from one call"
+    ) as caught:
         sd.apply(nn.Sequential(Echo(), Echo(), Echo()), example=torch.randn(4, 8))
     assert "random" not in str(caught.value)
 
@@ -316,7 +320,9 @@ class WaveNet(nn.Module):
 def test_a_block_most_of_which_runs_when_it_is_closed_is_refused():
     x = torch.randn(2, 8, 12)
     own, shared = 8 * 8, 8 * 16 * 3
-    with pytest.raises(sd.UnsupportedBlockError, match="is needed for more than what") as caught:
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match="is needed for more than what"
+    ) as caught:
         sd.apply(WaveNet(), example=x)
     assert f"{shared / (own + shared):.0%} of its FLOPs" in str(caught.value)
     plan = sd.plan(WaveNet(), x)
@@ -369,9 +375,9 @@ class Nested(nn.Module):
 
 def test_what_excluding_takes_along_is_no_block_that_is_left():
     x = torch.randn(3, 8)
-    with pytest.raises(sd.UnsupportedBlockError, match="no other block of the model"):
+    with pytest.raises(sd.errors.UnsupportedBlockError, match="no other block of the model"):
         sd.apply(Nested(0), example=x)
-    with pytest.raises(sd.UnsupportedBlockError) as caught:
+    with pytest.raises(sd.errors.UnsupportedBlockError) as caught:
         sd.apply(Nested(2), example=x)
     shown = re.search(r"exclude=(\[.*?\])", str(caught.value))
     assert shown

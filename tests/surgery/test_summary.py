@@ -89,7 +89,7 @@ def test_it_prints_as_a_table():
 
 
 def test_a_model_without_stochastic_depth_is_refused():
-    with pytest.raises(sd.ApplyError, match="has no stochastic depth"):
+    with pytest.raises(sd.errors.ApplyError, match="has no stochastic depth"):
         sd.summary(nn.Linear(2, 2), torch.zeros(1, 2))
 
 

@@ -77,5 +77,5 @@ def test_the_drop_path_that_swin_shares_between_two_additions_is_silenced():
 
 
 def test_concatenating_networks_are_said_to_have_no_residual_block():
-    with pytest.raises(sd.ApplyError, match="no residual block found in DenseNet"):
+    with pytest.raises(sd.errors.ApplyError, match="no residual block found in DenseNet"):
         sd.apply(models.densenet121(), example=images("densenet121"))

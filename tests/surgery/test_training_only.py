@@ -181,7 +181,7 @@ def test_one_that_cannot_be_closed_is_refused_and_the_remedy_works():
             return x, self.norm(x + inner), inner
 
     model = Needed().double()
-    with pytest.raises(sd.UnsupportedBlockError, match="is needed for more than") as caught:
+    with pytest.raises(sd.errors.UnsupportedBlockError, match="is needed for more than") as caught:
         sd.apply(model, example=X)
     assert "include=['blocks']" in str(caught.value)
     handle = sd.apply(model, example=X, include=["blocks"])
@@ -196,7 +196,9 @@ def test_a_module_that_training_mode_calls_more_often_is_refused_with_the_number
                     x = x + torch.tanh(block.f(x))
             return x
 
-    with pytest.raises(sd.UnsupportedBlockError, match="called 2 times in training mode and 1 in"):
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match="called 2 times in training mode and 1 in"
+    ):
         sd.apply(Twice().double(), example=X)
 
 
@@ -212,7 +214,9 @@ def test_what_training_mode_needs_of_a_branch_is_the_reason():
                 x = x + y
             return x, total
 
-    with pytest.raises(sd.UnsupportedBlockError, match=r"in training mode 'blocks\.0\.f' of its"):
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match=r"in training mode 'blocks\.0\.f' of its"
+    ):
         sd.apply(Regularised().double(), example=X)
 
 

@@ -84,11 +84,11 @@ def test_the_librarys_own_checkpointing_recomputes_under_the_same_gates(use_reen
 
 
 def test_a_cache_in_training_is_refused_with_the_remedy():
-    with pytest.raises(sd.GateError, match="use_cache=False"):
+    with pytest.raises(sd.errors.GateError, match="use_cache=False"):
         sd.apply(build("gpt2"), example={"input_ids": IDS})
     model = build("gpt2")
     sd.apply(model, example=TEXT)
-    with pytest.raises(sd.GateError, match="use_cache=False"):
+    with pytest.raises(sd.errors.GateError, match="use_cache=False"):
         model.train()(IDS)
     model.config.use_cache = False
     model.train()(IDS)[0].sum().backward()
@@ -100,7 +100,7 @@ def test_a_cache_of_a_subnetwork_is_refused_with_the_remedy():
     model = build("gpt2")
     handle = sd.apply(model, example=TEXT)
     with handle.subnetwork([True, False, True, True]):
-        with pytest.raises(sd.GateError, match="use_cache=False"):
+        with pytest.raises(sd.errors.GateError, match="use_cache=False"):
             model.eval()(IDS)
         model(**TEXT)
 

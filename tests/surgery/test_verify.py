@@ -58,7 +58,7 @@ def test_what_does_not_hold_is_named():
     handle = sd.apply(model, example=X)
     type(model[2]).forward, right = Left.forward, type(model[2]).forward
     try:
-        with pytest.raises(sd.UnsupportedBlockError, match=r"block '1'.* with '1' closed"):
+        with pytest.raises(sd.errors.UnsupportedBlockError, match=r"block '1'.* with '1' closed"):
             sd.verify(model, X)
     finally:
         type(model[2]).forward = right
@@ -66,5 +66,5 @@ def test_what_does_not_hold_is_named():
 
 
 def test_a_model_without_stochastic_depth_is_an_error():
-    with pytest.raises(sd.ApplyError, match="no stochastic depth"):
+    with pytest.raises(sd.errors.ApplyError, match="no stochastic depth"):
         sd.verify(nn.Linear(WIDTH, WIDTH), X)

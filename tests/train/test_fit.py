@@ -196,7 +196,7 @@ def test_other_data_than_the_run_began_on_is_refused(small, path, silent):
     ("change", "error"),
     [
         ({"model": ModelConfig(depth=15)}, ConfigError),
-        ({"model": ModelConfig(kind="densenet", depth=10)}, sd.ApplyError),
+        ({"model": ModelConfig(kind="densenet", depth=10)}, sd.errors.ApplyError),
         ({"device": "cuda:99"}, ConfigError),
         ({"data": DataConfig(name="cifar10")}, sd.errors.DataError),
     ],
