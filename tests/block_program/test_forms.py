@@ -1,8 +1,8 @@
 """The native kernels as they are compiled for other processors, as far as this one can run them.
 
-Vectors of another width are lowered by the compiler to what there is, and the instruction that sums
-products of pairs of bfloat16 is written out; so every form's logic runs everywhere. What only the
-instruction itself could show is compiled, and not run. NEON runs under qemu.
+Vectors of another width are lowered by the compiler to what there is, and the instructions that sum
+products of bfloat16, of pairs and of tiles, are written out; so every form's logic runs everywhere.
+What only the instructions themselves could show is compiled, and not run. NEON runs under qemu.
 """
 
 import shutil
@@ -23,15 +23,20 @@ pytestmark = [
 FORMS = {
     "AVX-512": ("-DLANES=16",),
     "AVX-512 with products of pairs": ("-DLANES=16", "-DPAIRS"),
+    "AVX-512 with products of tiles": ("-DLANES=16", "-DPAIRS", "-DTILES"),
     "NEON": ("-DLANES=4",),
 }
 if torch.cpu.get_capabilities().get("avx512_f"):
     FORMS["AVX2"] = ("-march=haswell",)
+if torch.cpu.get_capabilities().get("amx_bf16"):
+    FORMS["AVX512-BF16 without AMX"] = ("-mno-amx-bf16",)
+    FORMS["AVX-512 where AMX is not permitted"] = library.WITHOUT_TILES
 FLAGS = library.FLAGS
 """Of the form that is for this processor."""
 CROSS = "aarch64-linux-gnu-g++"
 INSTRUCTIONS = {
-    "vdpbf16ps": ("g++", "-march=sapphirerapids"),
+    "vdpbf16ps": ("g++", "-march=cooperlake"),
+    "tdpbf16ps": ("g++", "-march=sapphirerapids"),
     "vfmadd": ("g++", "-march=skylake-avx512"),
     "bfdot": (CROSS, "-march=armv8.6-a"),
     "fmla": (CROSS, "-march=armv8-a"),
@@ -68,8 +73,8 @@ def test_what_is_between_and_the_head(form):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_step_is_as_exact_as_by_pytorchs_kernels(form, dtype):
-    if dtype == torch.float32 and "pairs" in form:
-        pytest.skip("pairs are of bfloat16")
+    if dtype == torch.float32 and "products of" in form:
+        pytest.skip("pairs and tiles are of bfloat16")
     kernels.assert_as_exact((2, 3, 4), dtype, (32, 32))
 
 
@@ -86,7 +91,7 @@ def test_processors_that_are_not_here_get_their_instruction(instruction, tmp_pat
     if "unrecognized" in outcome.stderr or "bad value" in outcome.stderr:
         pytest.skip(f"this {compiler} does not know {processor}")
     assert outcome.returncode == 0, outcome.stderr
-    assert made.read_text().count(instruction) > 100
+    assert made.read_text().count(instruction) > 50
 
 
 @pytest.mark.parametrize("flags", [(), ("-DFLOAT32",), ("-march=armv8.6-a",)], ids=str)

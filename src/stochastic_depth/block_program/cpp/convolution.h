@@ -7,175 +7,8 @@
 
 #pragma once
 
-#include "statistics.h"
-
-// ---------------------------------------------------------------------------- what is convolved
-//
-// `reader(c)` gives what reads CHANNELS channels of a pixel from c on; `fetch` is for pixels to come.
-
-template <int C>
-struct Image {
-  static constexpr int CHANNELS = LANES;
-  const stored* x;
-
-  auto reader(int c) const {
-    return [x = x + c](size_t pixel) { return load_factors(x + pixel * C); };
-  }
-  void fetch(size_t pixel, size_t count) const { prefetch(x + pixel * C, count * C); }
-};
-
-// ReLU(y * scale + shift)
-template <int C>
-struct Activated {
-  static constexpr int CHANNELS = LANES;
-  const stored* y;
-  const float *scale, *shift;
-
-  auto reader(int c) const {
-    return [y = y + c, scale = load(scale + c), shift = load(shift + c)](size_t pixel) {
-      return factors(relu(load(y + pixel * C) * scale + shift));
-    };
-  }
-  void fetch(size_t pixel, size_t count) const { prefetch(y + pixel * C, count * C); }
-};
-
-// x = ReLU(y * scale + shift + shortcut), which is stored as it is read; the shortcut may be null.
-template <int C>
-struct Added {
-  static constexpr int CHANNELS = LANES;
-  const stored *y, *shortcut;
-  const float *scale, *shift;
-  stored* x;
-
-  auto reader(int c) const {
-    return [*this, c, scale = load(scale + c), shift = load(shift + c)](size_t pixel) {
-      const size_t at = pixel * C + c;
-      Floats sum = load(y + at) * scale + shift;
-      if (shortcut) sum += load(shortcut + at);
-      sum = relu(sum);
-      store(x + at, sum);
-      return factors(as_stored(sum));
-    };
-  }
-  void fetch(size_t pixel, size_t count) const {
-    prefetch(y + pixel * C, count * C);
-    if (shortcut) prefetch(shortcut + pixel * C, count * C);
-    prefetch_to_write(x + pixel * C, count * C);
-  }
-};
-
-// The gradient of y from that of BN(y).
-template <int C>
-struct Normalised {
-  static constexpr int CHANNELS = LANES;
-  const stored *gradient, *y;
-  const Coefficients& by;
-
-  auto reader(int c) const {
-    const Floats by_gradient = load(by.by_gradient + c);
-    const Floats by_y = load(by.by_y + c), constant = load(by.constant + c);
-    return [gradient = gradient + c, y = y + c, by_gradient, by_y, constant](size_t pixel) {
-      const Floats of_y = load(y + pixel * C) * by_y + constant;
-      return factors(load(gradient + pixel * C) * by_gradient + of_y);
-    };
-  }
-  void fetch(size_t pixel, size_t count) const {
-    prefetch(y + pixel * C, count * C);
-    prefetch(gradient + pixel * C, count * C);
-  }
-};
-
-// Images of up to FEW channels, which are filled up with zeros.
-constexpr int FEW = 4;
-struct Pictures {
-  static constexpr int CHANNELS = FEW;
-  const stored* x;
-  const int channels;
-
-  auto reader(int) const {
-    return [*this](size_t pixel) {
-      Vector<factor, FEW> result{};
-      for (int c = 0; c < channels; c++) result[c] = one_factor(x[pixel * channels + c]);
-      return result;
-    };
-  }
-  void fetch(size_t pixel, size_t count) const { prefetch(x + pixel * channels, count * channels); }
-};
-
-// A row of the image between two zeros, which are there already: [side + 2][C].
-template <int C, class Source>
-void pad_row(const Source& source, size_t first, factor* padded, int side) {
-  for (int c = 0; c < C; c += Source::CHANNELS) {
-    const auto read = source.reader(c);
-    for (int x = 0; x < side; x++) put(padded + (x + 1) * C + c, read(first + x));
-  }
-}
-
-// ---------------------------------------------------------------------------- one image
-
-// Results that are summed at a time, in registers, and the taps of a row that share the broadcast of
-// a pixel.
-struct Tile {
-  int pixels, vectors, taps;
-};
-#ifndef TILE
-#define TILE {8, 1, 3}
-#endif
-constexpr Tile tile(int outputs) {
-  if (LANES == 16) return outputs == 16 ? Tile{16, 1, 3} : Tile{8, 2, 3};
-  if (LANES == 8) return Tile TILE;
-  return {4, 4, 1};
-}
-
-// padded: [side + 2][side + 2][In]; weight: as `packed` gives it; added: null, or as out.
-// `ahead(pixel, count)` is called on the way with every part of the image.
-template <int In, int Out, class Sums, class Ahead>
-void convolve_image(const factor* padded, const factor* weight, const stored* added, stored* out,
-                    int side, Sums& sums, const Ahead& ahead) {
-  constexpr int T = tile(Out).pixels, V = tile(Out).vectors, R = tile(Out).taps;
-  const int width = side + 2;
-  for (int block = 0; block < Out / LANES; block += V)
-    for (int y = 0; y < side; y++)
-      for (int x = 0; x < side; x += T) {
-        const size_t pixel = (size_t)y * side + x;
-        if (block == 0) ahead(pixel, T);
-        Floats sum[V][T] = {};
-        for (int down = 0; down < 3; down++)
-          for (int tap = 0; tap < 3; tap += R) {
-            const factor* in = padded + ((y + down) * width + x + tap) * In;
-            const factor* w = weight + (block * 9 + 3 * down + tap) * In * LANES;
-            for (int c = 0; c < In; c += PER_LANE) {
-              Operand k[R][V];
-#pragma GCC unroll 3
-              for (int right = 0; right < R; right++)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++)
-                  k[right][v] = get<Operand>(w + ((v * 9 + right) * In + c) * LANES);
-#pragma GCC unroll 18
-              for (int t = 0; t < T + R - 1; t++) {
-                const Operand pixel = broadcast(in + t * In + c);
-#pragma GCC unroll 3
-                for (int right = 0; right < R; right++) {
-                  if (t < right || t >= T + right) continue;
-#pragma GCC unroll 4
-                  for (int v = 0; v < V; v++)
-                    sum[v][t - right] = multiply_add(sum[v][t - right], k[right][v], pixel);
-                }
-              }
-            }
-          }
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
-          const int c = (block + v) * LANES;
-          if (added)
-#pragma GCC unroll 16
-            for (int t = 0; t < T; t++) sum[v][t] += load(added + (pixel + t) * Out + c);
-          sums.add(pixel, c, sum[v]);
-#pragma GCC unroll 16
-          for (int t = 0; t < T; t++) store(out + (pixel + t) * Out + c, sum[v][t]);
-        }
-      }
-}
+#include "by_tiles.h"
+#include "by_vectors.h"
 
 // weight: [Out][9][inputs], as [Out/LANES][9][In/PER_LANE][LANES outputs][PER_LANE inputs].
 template <int In, int Out>
@@ -209,92 +42,29 @@ Scratch<factor> packed_transposed(const stored* weight) {
   return result;
 }
 
-// The gradient of the weight sums over pixels, so that lanes are of PER_LANE neighbouring pixels:
-// [pixels/PER_LANE][C][PER_LANE]. With one there is nothing to pair: padded rows are what is wanted.
-//
-// A row of the input between two zeros: pairs that begin at even pixels and, since taps shift them,
-// those that begin at odd ones.
-template <int C, class Source>
-void pair_row(const Source& source, size_t first, factor* even, factor* odd, int side) {
-  if constexpr (PER_LANE == 1) {
-    pad_row<C>(source, first, even, side);
-  } else {
-    constexpr int N = Source::CHANNELS;
-    for (int c = 0; c < C; c += N) {
-      const auto read = source.reader(c);
-      Vector<factor, N> last{};
-      for (int x = 0; x < side; x += 2) {
-        const auto one = read(first + x), two = read(first + x + 1);
-        put(even + x * C + 2 * c, paired<N>(last, one));
-        put(odd + x * C + 2 * c, paired<N>(one, two));
-        last = two;
-      }
-      put(even + side * C + 2 * c, paired<N>(last, Vector<factor, N>{}));
-    }
-  }
-}
-
-// A row of the gradient, for both uses. pairs: from its first pixel on, [side][C].
-template <int C, class Source>
-void pad_and_pair_row(const Source& source, size_t first, factor* padded, factor* pairs, int side) {
-  if constexpr (PER_LANE == 1) {
-    pad_row<C>(source, first, padded, side);
-  } else {
-    for (int c = 0; c < C; c += LANES) {
-      const auto read = source.reader(c);
-      for (int x = 0; x < side; x += 2) {
-        const Factors one = read(first + x), two = read(first + x + 1);
-        put(padded + (x + 1) * C + c, one);
-        put(padded + (x + 2) * C + c, two);
-        put(pairs + x * C + 2 * c, paired<LANES>(one, two));
-      }
-    }
-  }
-}
-
-template <int C>
-constexpr int ROWS = PER_LANE == 1 && C == 16 ? 4 : 8;  // at a time, so that the first cache holds them
-
-// Adds to result, [9][In][Out].
-// even, odd: of `rows` rows of the input; pairs: of the gradient, from the row above them to the row
-// below, all of them side + 2 pixels wide.
+#ifdef TILES
+template <int In>
+constexpr bool BY_TILES = In % 16 == 0;
 template <int In, int Out>
-void add_weight_gradient(const factor* even, const factor* odd, const factor* pairs, float* result,
-                         int side) {
-  constexpr int INPUTS = In < 8 || LANES == 8 ? 4 : 8;  // at a time
-  const int width = side + 2;
-  for (int right = 0; right < 3; right++)
-    for (int out = 0; out < Out; out += LANES)
-      for (int in = 0; in < In; in += INPUTS) {
-        Floats sum[INPUTS][3];
-        float* r = result + (right * In + in) * Out + out;
-#pragma GCC unroll 8
-        for (int t = 0; t < INPUTS; t++)
-#pragma GCC unroll 3
-          for (int down = 0; down < 3; down++) sum[t][down] = load(r + (3 * down * In + t) * Out);
-        for (int y = 0; y < ROWS<In>; y++) {
-          const factor* row = (right % PER_LANE ? odd : even + right * In) + y * width * In;
-          const factor* x = row + in * PER_LANE;
-          const factor* g = pairs + y * width * Out + out * PER_LANE;
-          for (const factor* end = x + side * In; x < end; x += In * PER_LANE) {
-            Operand k[3];
-#pragma GCC unroll 3
-            for (int down = 0; down < 3; down++) k[down] = get<Operand>(g + (2 - down) * width * Out);
-#pragma GCC unroll 8
-            for (int t = 0; t < INPUTS; t++) {
-              const Operand v = broadcast(x + t * PER_LANE);
-#pragma GCC unroll 3
-              for (int down = 0; down < 3; down++)
-                sum[t][down] = multiply_add(sum[t][down], k[down], v);
-            }
-            g += Out * PER_LANE;
-          }
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < INPUTS; t++)
-#pragma GCC unroll 3
-          for (int down = 0; down < 3; down++) store(r + (3 * down * In + t) * Out, sum[t][down]);
-      }
+using WeightGradient = std::conditional_t<BY_TILES<In>, WeightGradientByTiles<In, Out>,
+                                          WeightGradientByVectors<In, Out>>;
+#else
+template <int In>
+constexpr bool BY_TILES = false;
+template <int In, int Out>
+using WeightGradient = WeightGradientByVectors<In, Out>;
+#endif
+
+// padded: [side + 2][side + 2][In]; taps: as `packed` gives them; added: null, or as out.
+// `ahead(pixel, count)` is called on the way with every part of the image.
+template <int In, int Out, class Sums, class Ahead>
+void convolve_image(const factor* padded, const factor* taps, const stored* added, stored* out,
+                    int side, Sums& sums, const Ahead& ahead) {
+#ifdef TILES
+  if constexpr (BY_TILES<In>)
+    return convolve_image_by_tiles<In, Out>(padded, taps, added, out, side, sums, ahead);
+#endif
+  convolve_image_by_vectors<In, Out>(padded, taps, added, out, side, sums, ahead);
 }
 
 // ---------------------------------------------------------------------------- a mini-batch
@@ -341,9 +111,9 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
   std::vector<Scratch<float>> of_weights(shape.threads);
 #pragma omp parallel num_threads(shape.threads)
   {
-    Scratch<factor> padded(width * width * Out), even(ROWS<In> * width * In);
-    Scratch<factor> odd(PER_LANE == 1 ? 0 : ROWS<In> * width * In);
-    Scratch<factor> apart(PER_LANE == 1 ? 0 : width * width * Out);
+    WeightGradient<In, Out> weight_gradient(side);
+    Scratch<factor> padded(width * width * Out);
+    Scratch<factor> apart(PER_LANE == 1 ? 0 : (width * width + PIXELS_PER_STEP) * Out);
     factor* pairs = PER_LANE == 1 ? &padded[Out] : apart.data();
     Scratch<float>& mine = of_weights[omp_get_thread_num()] = Scratch<float>(9 * In * Out);
 #pragma omp for schedule(static)
@@ -353,14 +123,7 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
         const int at = (y + 1) * width * Out;
         pad_and_pair_row<Out>(gradient, first + y * side, &padded[at], pairs + at, side);
       }
-      for (int top = 0; top < side; top += ROWS<In>) {
-        for (int y = 0; y < ROWS<In>; y++) {
-          const int at = y * width * In;
-          pair_row<In>(input, first + (top + y) * side, &even[at], odd.data() + at, side);
-        }
-        add_weight_gradient<In, Out>(even.data(), odd.data(), pairs + top * width * Out,
-                                     mine.data(), side);
-      }
+      weight_gradient.add(input, first, pairs, mine.data());
       also(i, padded.data());
     }
 #pragma omp for schedule(static)

@@ -152,12 +152,31 @@ void pool_backward(const stored* gradient, stored* of_x, int rows, int columns, 
   pool_and_pad_backward(gradient, of_x, rows, columns, channels, out_channels, threads);
 }
 
+// Whether the system lets this process use the registers that the kernels are compiled for.
+int permitted() {
+#ifdef TILES
+  return tiles_permitted();
+#else
+  return true;
+#endif
+}
+
 // Whether what is multiplied is rounded to bfloat16.
 int rounds_factors() { return sizeof(factor) == 2; }
 
 // Multiply-adds that wait for nothing but each other, in as many chains as keep the processor busy:
 // what it can do at most. values: [64]. Gives the number of multiplications and additions.
 long multiply(float* values, long rounds) {
+#ifdef TILES
+  const Tiles tiles(16);
+  for (long round = 0; round < rounds; round++) {
+    multiply_tiles<32, 0>();
+    multiply_tiles<32, 1>();
+    multiply_tiles<32, 2>();
+    multiply_tiles<32, 3>();
+  }
+  return rounds * 4 * 2 * 16 * 16 * 32;
+#endif
   constexpr int CHAINS = 12;
   Floats sum[CHAINS];
 #pragma GCC unroll 12

@@ -148,3 +148,15 @@ struct Unsummed {
   void end(size_t, double*, double*) const {}
   void fetch(size_t, size_t) const {}
 };
+
+// What becomes of LANES channels from c on of T results, from this pixel of the image: `added` is
+// added, if it is not null, and they are summed and stored.
+template <int C, class Sums, size_t T>
+void finish(Floats (&result)[T], size_t pixel, int c, const stored* added, stored* out, Sums& sums) {
+  if (added)
+#pragma GCC unroll 16
+    for (size_t t = 0; t < T; t++) result[t] += load(added + (pixel + t) * C + c);
+  sums.add(pixel, c, result);
+#pragma GCC unroll 16
+  for (size_t t = 0; t < T; t++) store(out + (pixel + t) * C + c, result[t]);
+}

@@ -2,7 +2,8 @@
 //
 // Images are `stored` in bfloat16, or in float32 if FLOAT32 is defined, and computed in float32. What
 // is multiplied are `factor`s, in lanes of 32 bits: one in float32; or, where the processor sums the
-// products of pairs of bfloat16, two. PAIRS does that without the instruction, for tests.
+// products of pairs of bfloat16, two. PAIRS does that without the instruction, for tests; TILES are
+// matrices of such pairs, see tiles.h.
 
 #pragma once
 
@@ -13,6 +14,9 @@
 
 #if defined(__AVX512BF16__) && !defined(FLOAT32)
 #include <immintrin.h>
+#if defined(__AMX_BF16__) && !defined(PAIRS) && !defined(LANES)
+#define TILES
+#endif
 #define PAIRS
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(FLOAT32)
 #include <arm_neon.h>

@@ -1,0 +1,157 @@
+// The convolution of one image, and the gradient of its weight, by vectors of channels.
+
+#pragma once
+
+#include "sources.h"
+
+// Results that are summed at a time, in registers, and the taps of a row that share the broadcast of
+// a pixel.
+struct Group {
+  int pixels, vectors, taps;
+};
+constexpr Group group(int outputs) {
+  if (LANES == 16) return outputs == 16 ? Group{16, 1, 3} : Group{8, 2, 3};
+  if (LANES == 8) return {8, 1, 3};
+  return {4, 4, 1};
+}
+
+// padded: [side + 2][side + 2][In]; weight: as `packed` gives it; added: null, or as out.
+// `ahead(pixel, count)` is called on the way with every part of the image.
+template <int In, int Out, class Sums, class Ahead>
+void convolve_image_by_vectors(const factor* padded, const factor* weight, const stored* added,
+                               stored* out, int side, Sums& sums,
+                               const Ahead& ahead) {
+  constexpr int T = group(Out).pixels, V = group(Out).vectors, R = group(Out).taps;
+  const int width = side + 2;
+  for (int block = 0; block < Out / LANES; block += V)
+    for (int y = 0; y < side; y++)
+      for (int x = 0; x < side; x += T) {
+        const size_t pixel = (size_t)y * side + x;
+        if (block == 0) ahead(pixel, T);
+        Floats sum[V][T] = {};
+        for (int down = 0; down < 3; down++)
+          for (int tap = 0; tap < 3; tap += R) {
+            const factor* in = padded + ((y + down) * width + x + tap) * In;
+            const factor* w = weight + (block * 9 + 3 * down + tap) * In * LANES;
+            for (int c = 0; c < In; c += PER_LANE) {
+              Operand k[R][V];
+#pragma GCC unroll 3
+              for (int right = 0; right < R; right++)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++)
+                  k[right][v] = get<Operand>(w + ((v * 9 + right) * In + c) * LANES);
+#pragma GCC unroll 18
+              for (int t = 0; t < T + R - 1; t++) {
+                const Operand pixel = broadcast(in + t * In + c);
+#pragma GCC unroll 3
+                for (int right = 0; right < R; right++) {
+                  if (t < right || t >= T + right) continue;
+#pragma GCC unroll 4
+                  for (int v = 0; v < V; v++)
+                    sum[v][t - right] = multiply_add(sum[v][t - right], k[right][v], pixel);
+                }
+              }
+            }
+          }
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++)
+          finish<Out>(sum[v], pixel, (block + v) * LANES, added, out, sums);
+      }
+}
+
+// ---------------------------------------------------------------------------- gradient of the weight
+
+// A row of the input between two zeros: pairs that begin at even pixels and, since taps shift them,
+// those that begin at odd ones.
+template <int C, class Source>
+void pair_row(const Source& source, size_t first, factor* even, factor* odd, int side) {
+  if constexpr (PER_LANE == 1) {
+    pad_row<C>(source, first, even, side);
+  } else {
+    constexpr int N = Source::CHANNELS;
+    for (int c = 0; c < C; c += N) {
+      const auto read = source.reader(c);
+      Vector<factor, N> last{};
+      for (int x = 0; x < side; x += 2) {
+        const auto one = read(first + x), two = read(first + x + 1);
+        put(even + x * C + 2 * c, paired<N>(last, one));
+        put(odd + x * C + 2 * c, paired<N>(one, two));
+        last = two;
+      }
+      put(even + side * C + 2 * c, paired<N>(last, Vector<factor, N>{}));
+    }
+  }
+}
+
+template <int C>
+constexpr int ROWS = PER_LANE == 1 && C == 16 ? 4 : 8;  // at a time, so that the first cache holds them
+
+// Adds to result, [9][In][Out].
+// even, odd: of `rows` rows of the input; pairs: of the gradient, from the row above them to the row
+// below, all of them side + 2 pixels wide.
+template <int In, int Out>
+void add_weight_gradient(const factor* even, const factor* odd, const factor* pairs, float* result,
+                         int side) {
+  constexpr int INPUTS = In < 8 || LANES == 8 ? 4 : 8;  // at a time
+  const int width = side + 2;
+  for (int right = 0; right < 3; right++)
+    for (int out = 0; out < Out; out += LANES)
+      for (int in = 0; in < In; in += INPUTS) {
+        Floats sum[INPUTS][3];
+        float* r = result + (right * In + in) * Out + out;
+#pragma GCC unroll 8
+        for (int t = 0; t < INPUTS; t++)
+#pragma GCC unroll 3
+          for (int down = 0; down < 3; down++) sum[t][down] = load(r + (3 * down * In + t) * Out);
+        for (int y = 0; y < ROWS<In>; y++) {
+          const factor* row = (right % PER_LANE ? odd : even + right * In) + y * width * In;
+          const factor* x = row + in * PER_LANE;
+          const factor* g = pairs + y * width * Out + out * PER_LANE;
+          for (const factor* end = x + side * In; x < end; x += In * PER_LANE) {
+            Operand k[3];
+#pragma GCC unroll 3
+            for (int down = 0; down < 3; down++) k[down] = get<Operand>(g + (2 - down) * width * Out);
+#pragma GCC unroll 8
+            for (int t = 0; t < INPUTS; t++) {
+              const Operand v = broadcast(x + t * PER_LANE);
+#pragma GCC unroll 3
+              for (int down = 0; down < 3; down++)
+                sum[t][down] = multiply_add(sum[t][down], k[down], v);
+            }
+            g += Out * PER_LANE;
+          }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < INPUTS; t++)
+#pragma GCC unroll 3
+          for (int down = 0; down < 3; down++) store(r + (3 * down * In + t) * Out, sum[t][down]);
+      }
+}
+
+// Of images of In channels, `side` pixels wide.
+template <int In, int Out>
+class WeightGradientByVectors {
+ public:
+  explicit WeightGradientByVectors(int side)
+      : side_(side), even_(size(side)), odd_(PER_LANE == 1 ? 0 : size(side)) {}
+
+  // Adds that of the image which begins at pixel `first` to result, [9][In][Out].
+  // pairs: of the gradient, as `pad_and_pair_row` makes them, [side + 2][side + 2][Out].
+  template <class Source>
+  void add(const Source& input, size_t first, const factor* pairs, float* result) {
+    for (int top = 0; top < side_; top += ROWS<In>) {
+      for (int y = 0; y < ROWS<In>; y++) {
+        const int at = y * (side_ + 2) * In;
+        pair_row<In>(input, first + (top + y) * side_, &even_[at], odd_.data() + at, side_);
+      }
+      add_weight_gradient<In, Out>(even_.data(), odd_.data(), pairs + top * (side_ + 2) * Out,
+                                   result, side_);
+    }
+  }
+
+ private:
+  static size_t size(int side) { return ROWS<In> * (side + 2) * In; }
+
+  const int side_;
+  Scratch<factor> even_, odd_;
+};
