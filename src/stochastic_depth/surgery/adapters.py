@@ -1,4 +1,4 @@
-"""Units that say how they are skipped: `register_unit`, and published blocks that need it."""
+"""Modules whose forward method is written with a gate: `register_unit`, and published ones."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,17 +16,18 @@ _registered: dict[str, Callable[..., Any]] = {}
 
 
 def register_unit(kind: type[nn.Module] | str) -> Callable[[GatedForward], GatedForward]:
-    """Say how the modules of a class are skipped, where `sd.apply` cannot see it: a decorator.
+    """A decorator that says how to skip the modules of a class, where `sd.apply` cannot see it.
 
-    The function is the class's forward method, written with a gate. `sd.apply` holds it against the
-    original as it does all others: open, closed, and nothing of the branch run.
+    The decorated function is the forward method of the class, written with a gate. `sd.apply`
+    compares it with the original as it does all others: with the gate open, with the gate closed,
+    and that a closed gate runs nothing of the branch.
 
     Args:
-        kind: the class, or "package.module.Class" of one that is not to be imported for this. The
-            classes derived from it that do not have a forward method of their own are meant too.
+        kind: the class, or "package.module.Class" for a class that is not to be imported for this.
+            It also covers derived classes that have no forward method of their own.
 
     Raises:
-        ApplyError: when the class has one already.
+        ApplyError: when a function was registered for the class already.
 
     Examples:
         >>> class Block(nn.Module):
@@ -55,7 +56,7 @@ def register_unit(kind: type[nn.Module] | str) -> Callable[[GatedForward], Gated
 
 
 def registered(kind: type[nn.Module]) -> Callable[..., Any] | None:
-    """The gated forward method of a class, if it has one."""
+    """The registered forward method of a class; None if there is none."""
     for parent in kind.__mro__:
         if _name(parent) in _registered:
             return _registered[_name(parent)]
@@ -79,7 +80,8 @@ def t5_self_attention(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    """The first layer computes the position bias for all others, so a closed one does too."""
+    """The first layer computes the position bias for all others, so it does even when it is
+    closed."""
     if not gate.open:
         return (
             hidden_states,
@@ -108,7 +110,7 @@ def t5_cross_attention(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    """As self-attention."""
+    """As `t5_self_attention`, with keys and values from the encoder."""
     if not gate.open:
         bias = _bias(layer.EncDecAttention, hidden_states, key_value_states, position_bias)
         return hidden_states, bias, None
@@ -124,7 +126,7 @@ def t5_cross_attention(
 
 
 def _bias(attention: Any, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """What an attention layer of T5 gives as position bias: [1, heads, queries, keys]."""
+    """The position bias that an attention layer of T5 returns: [1, heads, queries, keys]."""
     if bias is not None:
         return bias
     lengths = queries.shape[1], keys.shape[1]
@@ -137,7 +139,7 @@ def _bias(attention: Any, queries: Tensor, keys: Tensor, bias: Tensor | None) ->
 def mvitv2_block(
     block: Any, gate: Gate, x: Tensor, feat_size: list[int]
 ) -> tuple[Tensor, list[int]]:
-    """Attention gives the size of its pooled output, which the next block must know."""
+    """Attention returns the size of its pooled output too, which the next block needs."""
     norm = block.norm1(x) if gate.open or block.shortcut_proj_attn is not None else x
     shortcut = x if block.shortcut_proj_attn is None else block.shortcut_proj_attn(norm)
     x = block._shortcut_pool(shortcut, feat_size)

@@ -1,4 +1,4 @@
-"""`sd.remove` and `sd.handle_of`: what `sd.apply` notes on a model, and how it is undone."""
+"""`sd.remove` and `sd.handle_of`: what `sd.apply` stores on a model, and how it is undone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,28 +19,28 @@ _APPLIED = "_stochastic_depth_applied"
 
 @dataclass(frozen=True)
 class Applied:
-    """What `sd.apply` has found in a model and changed in it."""
+    """What `sd.apply` has found in a model, and what it has changed there."""
 
     handle: Handle
     found: Sequence[Found]
     difference: float
-    """The largest that the proof found, relative to the largest output."""
+    """The largest difference of outputs that the proof found, relative to the largest output."""
     hooks: tuple[RemovableHandle, ...]
     silenced: list[Silenced]
 
 
 def note_applied(model: nn.Module, applied: Applied) -> None:
-    """Keep `applied` on the model, whose copies have a copy of it."""
+    """Store `applied` on the model. A copy of the model gets a copy of it."""
     setattr(model, _APPLIED, applied)
 
 
 def remove(model: nn.Module) -> None:
-    """Undo `sd.apply`: the original model of constant depth, with the weights it has now.
+    """Undo `sd.apply`: restore the original model of constant depth, with the weights it has now.
 
-    Blocks that were compiled are no longer.
+    Blocks that were compiled by `sd.compile_blocks` are no longer compiled.
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
+        ApplyError: when `sd.apply` was not called on `model`.
 
     Examples:
         >>> model = sd.models.CifarResNet(8)
@@ -63,10 +63,10 @@ def remove(model: nn.Module) -> None:
 
 
 def handle_of(model: nn.Module) -> Handle:
-    """The handle that `sd.apply` returned for `model`, or for the model that it is a copy of.
+    """The handle that `sd.apply` returned for `model`, or for the model that `model` is a copy of.
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
+        ApplyError: when `sd.apply` was not called on `model`.
 
     Examples:
         >>> model = sd.models.CifarResNet(8)
@@ -78,10 +78,10 @@ def handle_of(model: nn.Module) -> Handle:
 
 
 def applied_to(model: nn.Module) -> Applied:
-    """What `apply` noted about `model`.
+    """What `sd.apply` stored on `model`.
 
     Raises:
-        ApplyError: when `model` is not one that it was given.
+        ApplyError: when `sd.apply` was not called on `model`.
     """
     applied: Applied | None = getattr(model, _APPLIED, None)
     if applied is None:
@@ -93,5 +93,5 @@ def applied_to(model: nn.Module) -> Applied:
 
 
 def applied_inside(model: nn.Module) -> dict[str, nn.Module]:
-    """The models that `apply` was given, among `model` and the modules in it, by name."""
+    """The models with stochastic depth among `model` and the modules inside it, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, _APPLIED)}

@@ -52,75 +52,87 @@ def apply(
 ) -> Handle:
     """Make the residual blocks of `model` skippable, in place.
 
-    The training loop stays as it is: gates are drawn by a hook whenever `model` is called in
-    training mode. Parameter names, `state_dict` keys and classes (for `isinstance`) do not change.
+    The training loop stays as it is: a hook draws the gates whenever `model` is called in training
+    mode. Parameter names, `state_dict` keys and classes (for `isinstance`) do not change.
 
-    With an `example` the blocks of any model are found by watching one forward pass, cut so that a
-    closed block runs nothing of its branch, and verified: every gate open gives the original
-    outputs bit for bit; each block closed, and random sets of them, give those of the original
-    model whose additions return their shortcut; and a training step works. A model built from
-    `sd.Residual` units needs no example. Drop paths inside of the blocks (timm's, torchvision's,
-    transformers') and the layerdrop of transformers are set to rate 0 until `sd.remove`: their job
-    is taken over.
+    With an `example`, the residual blocks of any model are found by recording one forward pass.
+    They are changed so that a closed block runs nothing of its branch, and the result is verified.
+    With every gate open, the outputs equal the original's bit for bit. With blocks closed, in sets
+    that tell each block and each pair of blocks apart, the outputs equal those of the original
+    model in which the additions of these blocks return their shortcut. A training step works. A
+    model that is built from `sd.Residual` units needs no example.
+
+    Drop paths inside the blocks (of timm, torchvision or transformers) and the layerdrop of
+    transformers are set to rate 0 until `sd.remove`, because stochastic depth takes over their job.
 
     Args:
-        model: holds residual blocks.
-        survival: p_l: a rule, `sd.LinearDecay(0.5)` when not given; a sequence of L numbers; a
-            mapping from names of blocks to numbers, where blocks that are not named have 1; a
-            function of (block, blocks, step); or "own", 1 minus the rate of each block's drop path.
-        drop_rate: 1 - p_L of linear decay, in place of `survival`, as other libraries count.
-        schedule: how drop rates change over the steps: `sd.Warmup(1000)`, `sd.Early(1000)`, or any
-            function of the step that gives the share of them that is in force, from 0 to 1.
-        example: inputs of one forward call: a tensor, a tuple of arguments, or a mapping of
-            keyword arguments. A small batch will do.
-        include: modules in which to look for blocks, by name, by class, or by a function of name
-            and module that returns a bool; all when not given.
-        exclude: modules to leave as they are, with all that is inside of them; a block with one
-            of them in its branch is never skipped.
-        granularity: "block", one coin for all residual additions of a repeated block (an element
-            of a list of modules of one class), for those of one iteration of a loop, and for each
-            that the model itself writes out; or "unit", one coin for each addition.
-        stacks: names of modules, say ("encoder", "decoder"), in each of which the rule counts l and
-            L from 1; the whole model is one stack when not given.
-        gate: "batch", one coin a block and mini-batch (the paper): a closed block costs nothing;
-            "sample", one coin a sample, masked: the DropPath of timm and torchvision, saves
-            nothing; "subset", one coin a sample, and the branch runs on the drawn samples only:
-            it saves in proportion, and its BatchNorm sees no others.
-        balance: with the "batch" gate, open as many blocks in every step as the sum of p_l says,
-            its floor or ceiling, each with probability p_l as before: step time and peak memory
-            become those of the expected depth. With the others, open round(p_l * batch) samples of
-            each block, never none: shapes do not change from step to step.
-        min_samples: with the "subset" gate, how many samples every subset has at least (BatchNorm
-            needs two); p_l is a little larger then.
-        multiple_of: with balanced subsets, round their size to a multiple of this, say 8.
-        closed: what a closed block saves. "skipped": all of its branch (the paper);
-            "forward-only": the branch runs forward without a graph and is added, and only its
-            backward pass and its memory are saved (DropBP, arXiv:2402.17812). Training and
-            evaluation compute the same function then; for fine-tuning.
+        model: the model that holds residual blocks.
+        survival: the survival probabilities p_l. Either a rule, `sd.LinearDecay(0.5)` when not
+            given; or a sequence of L probabilities; or a mapping from the names of blocks to
+            probabilities, in which blocks that are not named have 1; or a function of (block,
+            blocks, step); or "own", which takes 1 minus the rate of each block's own drop path.
+        drop_rate: the drop rate 1 - p_L of the last block under linear decay, as other libraries
+            count. It is given in place of `survival`.
+        schedule: how drop rates change over the training steps: `sd.Warmup(1000)`,
+            `sd.Early(1000)`, or any function of the step that returns the share of the drop rates
+            that is in force, from 0 to 1.
+        example: the inputs of one forward call: a tensor, a tuple of arguments, or a mapping of
+            keyword arguments. A small batch is enough.
+        include: the modules in which to look for blocks, chosen by name, by class, or by a function
+            of name and module that returns a bool. The whole model when not given.
+        exclude: modules to leave as they are, with everything inside them. A block that has one of
+            them in its branch is never skipped.
+        granularity: "block" throws one coin for all residual additions of a repeated block (an
+            element of a list of modules of one class, or one iteration of a loop), and one for each
+            addition that the model's own forward method makes. "unit" throws one coin for each
+            addition.
+        stacks: names of modules, such as ("encoder", "decoder"). The rule counts l and L from 1 in
+            each of them. The whole model is one stack when not given.
+        gate: "batch" throws one coin for each block and mini-batch (the paper): a closed block
+            costs nothing. "sample" throws one coin for each block and sample, and masks the branch,
+            as the DropPath of timm and torchvision does: it saves nothing. "subset" throws the same
+            coins and runs the branch on the drawn samples only: it saves in proportion, and
+            BatchNorm in the branch sees no other samples.
+        balance: whether the amount of work is the same in every step. With the "batch" gate, the
+            number of open blocks is the floor or the ceiling of the sum of p_l, and each block is
+            still open with probability p_l: step time and peak memory become those of the expected
+            depth. With the other gates, each block gets round(p_l * batch) samples, but never none:
+            shapes do not change from step to step.
+        min_samples: with the "subset" gate, the smallest number of samples in a subset (BatchNorm
+            needs two). It makes p_l a little larger.
+        multiple_of: with balanced subsets, their size is rounded to a multiple of this, such as 8.
+        closed: what a closed block saves. "skipped" saves all of its branch (the paper).
+            "forward-only" runs the branch without an autograd graph and adds it, and saves only its
+            backward pass and its memory (DropBP, arXiv:2402.17812). Training and evaluation then
+            compute the same function, which suits fine-tuning.
         scale: "inference" multiplies by p_l in evaluation (the paper), which fits weights that are
-            trained from scratch; "training" divides by p_l in training, as timm and torchvision do,
+            trained from scratch. "training" divides by p_l in training, as timm and torchvision do,
             and evaluates weights that were trained at constant depth as they are. When not given,
-            "training" with `drop_rate` and "own", else "inference"; "none" when forward-only.
-        skipped: the gradient of a skipped block's parameters: "paper" makes it zero, so that
-            momentum and weight decay still move them; "freeze" leaves it None.
+            it is "training" with `drop_rate` and with "own", and "inference" otherwise. With
+            closed="forward-only" nothing is scaled.
+        skipped: the gradient of the parameters of a skipped block. "paper" makes it zero, so that
+            momentum and weight decay still move the parameters. "freeze" leaves it None, so that
+            the optimizer leaves them alone.
         seed: chooses the sequence of gates.
-        budget: seconds that the proof may take, about; the first sets of closed blocks are always
-            tried. The number of its passes grows with log2 L; without a budget all are taken.
+        budget: about how many seconds the proof may take; the first set of closed blocks is always
+            tried. The number of its passes grows with log2 L, and without a budget all of them are
+            run.
 
     Returns:
         The handle: probabilities, gates, and the state for checkpoints. Blocks are numbered in the
-        order in which they run on `example`, or without one in order of registration.
+        order in which they run on `example`, or without an example in order of registration.
 
     Warns:
-        UserWarning: when the normalisations look trained and `scale` is left to its default of
-            "inference", with which weights of constant depth evaluate worse.
+        UserWarning: when the normalisation layers look trained and `scale` is "inference" because
+            it was not given. Weights that were trained at constant depth evaluate worse under it.
 
     Raises:
         ApplyError: when `model` has no residual block, has stochastic depth already, or is wrapped
             for several processes already.
-        UnsupportedBlockError: when a block cannot be made skippable; `model` is as it was.
+        UnsupportedBlockError: when a block cannot be made skippable; `model` is then as it was
+            before.
         SurvivalError: when a p_l is outside (0, 1].
-        GateError: when `seed` is no integer.
+        GateError: when `seed` is not an integer.
 
     Examples:
         >>> model = sd.models.CifarResNet(20)
@@ -192,7 +204,8 @@ def _scale(scale: Scale | None, closed: Closed, as_drop_path: bool) -> Scale:
 
 
 def _hooks(model: nn.Module, handle: Handle, resets: dict[str, Any]) -> tuple[RemovableHandle, ...]:
-    """Register the hooks that draw gates, and reset attributes that branches set, if there are."""
+    """Register the hooks that draw gates and, where branches set attributes, the hook that resets
+    them."""
     around = ForwardHooks(handle)
     return (
         model.register_forward_pre_hook(around.before_forward, with_kwargs=True),
@@ -209,7 +222,8 @@ TRAINED = (
 
 
 def look_trained(model: nn.Module) -> bool:
-    """Whether a normalisation of `model` has statistics or uneven weights: new ones have none."""
+    """Whether a normalisation layer of `model` has statistics or uneven weights, which new ones do
+    not."""
     for module in model.modules():
         if "Norm" not in type(module).__name__:
             continue
@@ -224,7 +238,7 @@ def look_trained(model: nn.Module) -> bool:
 
 
 def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
-    """The survival rule for `drop_rate`, which is given in place of `survival`."""
+    """The survival rule for a `drop_rate` that is given in place of `survival`."""
     if survival is not None:
         raise ApplyError(
             f"drop_rate={drop_rate} and survival={survival!r}: give one of them, they say the same"
@@ -237,13 +251,13 @@ def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
 class ResetAttributes:
     """A hook on the model that resets attributes which branches set on their modules.
 
-    An example is a balancing loss that experts keep for the training loop to add up. Without the
-    reset a closed branch would keep that of an earlier step.
+    An example is the balancing loss that a mixture of experts keeps for the training loop to add
+    up. Without the reset, a closed branch would keep the loss of an earlier step.
     """
 
     def __init__(self, first: dict[str, Any]) -> None:
         self.first = first
-        """The value before any pass, by name of module and attribute."""
+        """The value before any forward pass, by name of module and attribute."""
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if model.training:
@@ -258,7 +272,7 @@ def chosen_survival(
     stacks: Sequence[str],
     schedule: Schedule | None = None,
 ) -> Probabilities:
-    """(p_1, ..., p_L) over time, from any of the forms that `sd.apply` takes."""
+    """(p_1, ..., p_L) over time, from any of the forms of `survival` that `sd.apply` accepts."""
     names = [block.name for block in found]
     if survival == "own":
         survival = [1 - rate for rate in own_rates(found)]

@@ -1,4 +1,4 @@
-"""The record of a residual block that was found, and the errors that name it."""
+"""The record of a residual block that was found, and the errors that name a block."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from stochastic_depth.surgery.edits import Argument, Deferred, Edit, Opaque, Reg
 from stochastic_depth.surgery.example import Example
 
 Granularity = Literal["block", "unit"]
-"""One coin for all residual additions of a module, or one for each."""
+"""One coin for all residual additions of a block, or one for each addition."""
 
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -22,41 +22,42 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a block under one gate: a residual addition, or a registered module."""
+    """The part of a block under one gate: a residual addition, or a registered module."""
 
     edits: tuple[tuple[nn.Module, Edit], ...]
+    """The modules that get the gate, each with the edit that puts the gate into its code."""
     additions: tuple[tuple[nn.Module, Sum], ...]
-    """The modules that add, and where."""
+    """The modules whose code adds, each with the place of the addition."""
     events: tuple[Event, ...] = ()
-    """The additions of a deferred unit in the pass in which it was found."""
+    """The additions that a deferred unit made in the recorded forward pass."""
     modules: frozenset[str] = frozenset()
     """Names of the modules that run for its branch."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A residual block: a `Residual` unit, or additions of other modules that share a coin."""
+    """A residual block: a `Residual` unit, or additions in other modules that share a coin."""
 
     name: str
     module: nn.Module
     shortcut: str
-    """"identity" or "projection"; both, with a comma, where its additions differ."""
+    """"identity" or "projection"; "identity, projection" where its additions differ."""
     units: tuple[Unit, ...]
-    """Empty for a `Residual`, whose addition has a gate already."""
+    """Empty for a `Residual`, whose addition has a place for a gate already."""
     modules: Counter[str]
-    """How often each module runs for its branches, by name."""
+    """How often each module runs for its branches in one forward pass, by name."""
     parameters: tuple[str, ...]
-    """Names, in the model, of the parameters of its branches."""
+    """Names of the parameters of its branches, in the model."""
     flops: int
-    """FLOPs of its branches in one forward pass; 0 where they were not counted."""
+    """FLOPs of its branches in one forward pass on the example; 0 where they were not counted."""
     refusal: str = ""
-    """Why it cannot be made skippable."""
+    """The reason why it cannot be made skippable; empty if it can."""
     training_only: bool = False
-    """Whether the model runs it in training mode alone."""
+    """Whether the model runs it in training mode only."""
 
     @property
     def mechanism(self) -> str:
-        """How it is made skippable."""
+        """The name of the mechanism that makes it skippable; "none" if it was refused."""
         if self.refusal:
             return "none"
         kinds = {type(edit) for unit in self.units for _, edit in unit.edits}
@@ -74,7 +75,7 @@ MECHANISM_OF = {
 
 
 def deferred_modules(found: Found) -> list[nn.Module]:
-    """The outermost modules of a deferred block's branches; none of any other block."""
+    """The outermost modules of the branches of a deferred block; empty for any other block."""
     return [
         owner.get_submodule(calls.module)
         for unit in found.units
@@ -85,9 +86,10 @@ def deferred_modules(found: Found) -> list[nn.Module]:
 
 
 def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
-    """The block that a residual module belongs to.
+    """The name of the block that a residual module belongs to.
 
-    It is the module, or the one around it, that is an element of a list of modules of one class.
+    The block is the first module, from `owner` outwards, that is an element of a list of modules of
+    one class; or `owner` itself where there is none.
     """
     name = owner
     while name:
@@ -98,7 +100,7 @@ def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def is_repeated(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether it names an element of a list of modules of one class."""
+    """Whether a module of this name is an element of a list of modules of one class."""
     container = modules[name.rpartition(".")[0]]
     siblings = list(container.children())
     alike = sum(type(sibling) is type(modules[name]) for sibling in siblings)
@@ -108,10 +110,10 @@ def is_repeated(name: str, modules: Mapping[str, nn.Module]) -> bool:
 def nothing_found(
     model: nn.Module, example: Example | None, rejected: Sequence[str] = ()
 ) -> ApplyError:
-    """The error for a model in which nothing can be skipped.
+    """The error for a model in which no block can be skipped.
 
     Args:
-        rejected: the additions that were seen and are not taken, with the reason.
+        rejected: the additions that were seen and rejected, each with the reason.
     """
     found = f"no residual block found in {type(model).__name__}, so nothing can be skipped"
     if example is None:
@@ -128,7 +130,8 @@ def nothing_found(
 def unsupported(
     name: str, module: nn.Module, why: object, others: Sequence[str] = ()
 ) -> UnsupportedBlockError:
-    """The error for a block, with its class and the reason, which holds for `others` too."""
+    """The error for a block, with its class and the reason, which is the same for the blocks
+    `others`."""
     error = UnsupportedBlockError(
         f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}"
     )
@@ -139,11 +142,11 @@ def unsupported(
 def with_remedy(
     error: UnsupportedBlockError, left_out: Iterable[str], kept: Iterable[str]
 ) -> UnsupportedBlockError:
-    """`error` with the remedy.
+    """`error` with a sentence that says what to leave out.
 
     Args:
         left_out: names of the blocks without which stochastic depth can be applied.
-        kept: those of all others.
+        kept: names of all other blocks.
     """
     out, rest = list(dict.fromkeys(left_out)), list(dict.fromkeys(kept))
     if rest and any(is_inside(name, of) for name in rest for of in out):
@@ -161,12 +164,12 @@ def with_remedy(
 
 
 def is_inside(name: str, of: str) -> bool:
-    """Whether a module is inside of another, by name."""
+    """Whether the module `name` is inside the module `of`, judged by their names."""
     return name != of and (not of or name.startswith(f"{of}."))
 
 
 def _around(names: Sequence[str], apart: Sequence[str]) -> list[str]:
-    """The outermost modules that hold `names` and none of `apart`."""
+    """The outermost modules that hold some of `names` and none of `apart`."""
     found: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -176,7 +179,7 @@ def _around(names: Sequence[str], apart: Sequence[str]) -> list[str]:
 
 
 def branch_modules(name: str, module: Residual) -> list[str]:
-    """Names of the modules of a unit's branch."""
+    """Names of the modules in the branch of a `Residual` unit."""
     branch = f"{name}.branch" if name else "branch"
     return [inner for inner, _ in module.branch.named_modules(prefix=branch)]
 

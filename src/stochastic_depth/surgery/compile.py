@@ -15,36 +15,40 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _OPTION = "recompile_limit"
 _LIMIT = {_OPTION: 32} if _OPTION in inspect.signature(torch.compile).parameters else {}
-"""The compiler's own limit, 8, is less than subset gates need, or four gates in one block."""
+"""A `recompile_limit` above the compiler's own, 8, which subset gates exceed, as do four gates in
+one block."""
 
 
 def compile_blocks(model: Model, **options: Any) -> Model:
     """Compile every residual block of `model` with torch.compile, in place.
 
-    Blocks are compiled when they first run: in training one graph for an open block and one for a
-    closed, in evaluation one more. Blocks that look the same share them, and from then on no gates
-    and no probabilities compile anything. Of a deferred block the modules of its branch are
-    compiled, once each. Gates are drawn, and all that is outside of the blocks
-    runs, as before; `state_dict` keys stay. Copies and pickles of the model are not compiled, nor
-    is the model after `sd.remove`. `sd.summary` and `sd.verify` run the blocks uncompiled.
+    Blocks are compiled when they first run. In training there is one graph for an open block and
+    one for a closed block, and in evaluation one more. Blocks that look the same share their
+    graphs. After that, no gates and no probabilities cause a compilation. Of a deferred block, the
+    modules of its branch are compiled, once each.
 
-    More graphs come from batches of another size, from `granularity="unit"` (two for each addition
-    of a block, multiplied), and from `gate="subset"`, whose number of samples changes: six in
-    training, or a dozen where the size of batches changes too.
+    Gates are drawn, and everything outside the blocks runs, as before. The keys of the `state_dict`
+    stay. Copies and pickles of the model are not compiled, nor is the model after `sd.remove`.
+    `sd.summary` and `sd.verify` run the blocks uncompiled.
+
+    More graphs are compiled for batches of another size; for `granularity="unit"`, two for each
+    addition of a block, multiplied; and for `gate="subset"`, whose number of samples changes: six
+    in training, or a dozen where the batch size changes too.
 
     Args:
-        model: one that `sd.apply` was given.
-        options: those of `torch.compile`, say `mode="max-autotune-no-cudagraphs"`. When not given,
-            `fullgraph` is True: what cannot be compiled as a whole is an error of the compiler when
-            the block first runs, and so are more graphs than `recompile_limit` for blocks that look
-            the same. With `fullgraph=False` these run uncompiled. `recompile_limit` is 32 when not
-            given, and before PyTorch had that option `torch._dynamo.config.recompile_limit`, 8.
+        model: a model that `sd.apply` was called on.
+        options: options of `torch.compile`, such as `mode="max-autotune-no-cudagraphs"`.
+            `fullgraph` is True when not given: the compiler then raises an error when a block runs
+            that it cannot compile as a whole, and when blocks that look the same need more graphs
+            than `recompile_limit`. With `fullgraph=False` such blocks run uncompiled.
+            `recompile_limit` is 32 when not given; a PyTorch without that option uses
+            `torch._dynamo.config.recompile_limit`, 8.
 
     Returns:
         `model`.
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given, or is itself a block.
+        ApplyError: when `sd.apply` was not called on `model`, or `model` is itself a block.
 
     Examples:
         >>> model = sd.models.CifarResNet(8)

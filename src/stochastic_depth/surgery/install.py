@@ -24,9 +24,9 @@ from stochastic_depth.surgery.rewrite import slice_method
 from stochastic_depth.surgery.select_samples import SAMPLES, samples
 
 GATES = "_stochastic_depth_gates"
-"""The attribute of a module that holds its `BlockGates`, one for each edit."""
+"""The attribute of a module that holds its `BlockGates`, one for each edit of the module."""
 _ORIGINAL = "_stochastic_depth_original"
-"""The attribute of a class with gates that is the class it was made from."""
+"""The attribute of a class with gates that holds the class it was derived from."""
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
@@ -36,10 +36,10 @@ def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = 
     The module keeps its parameters, its attributes and, for `isinstance`, its class.
 
     Args:
-        select: whether a gate may ask for some of the samples only.
+        select: whether a gate may run the branch on some of the samples only.
 
     Raises:
-        UnsupportedBlockError: when a method cannot be edited; `module` is as it was.
+        UnsupportedBlockError: when a method cannot be edited; `module` is then as it was before.
     """
     if "forward" in vars(module):
         raise UnsupportedBlockError("its forward method is set on the instance, not in the class")
@@ -57,9 +57,9 @@ def uninstall(module: nn.Module) -> None:
 
 
 def ungated_class(kind: type) -> Any:
-    """`kind` without gates: with the original class in the place of ours.
+    """`kind` without gates: with the original class in the place of the class with gates.
 
-    `fully_shard` and parametrizations put classes of their own on top of ours: these stay.
+    `fully_shard` and parametrizations put classes of their own on top; these stay.
     """
     if _ORIGINAL in vars(kind):
         return vars(kind)[_ORIGINAL]
@@ -84,11 +84,12 @@ def gated_class(
 ) -> Any:
     """A subclass of `kind`, of the same name, which has gates at `edits`.
 
-    torch.compile keeps a limited number of graphs with the code object of a method, and remembers
-    changing sizes by the name of the code. So each `look` gets its own code and name.
+    torch.compile keeps a limited number of graphs for each code object of a method, and remembers
+    changing sizes by the name of the code. So modules with different attributes, and therefore a
+    different `look`, get code objects and names of their own.
 
     Args:
-        look: equal for modules that a compiler may give the same graphs.
+        look: a text that is equal for modules which a compiler may give the same graphs.
 
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
@@ -135,7 +136,8 @@ def _gated_methods(
     """The methods of `kind` with gates at `edits`, by name.
 
     Returns:
-        Also the classes, with such a method, that belong between a parent and its children.
+        The methods; and classes with such a method that have to be put between a parent class and
+        its children.
 
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
@@ -168,7 +170,7 @@ def _gated_methods(
 
 
 def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> FunctionType:
-    """`new` in the decorators that make `inner` into `outer`.
+    """Put `new` into the decorators that turn `inner` into `outer`.
 
     Raises:
         UnsupportedBlockError: when a decorator does not keep what it wraps in its closure.
@@ -205,7 +207,10 @@ def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> Fun
 
 
 def _called(function: FunctionType, _: Any) -> FunctionType:
-    """A function that calls `function` of PyTorch, in whose files the compiler begins no graph."""
+    """A function of this file that calls `function` of PyTorch.
+
+    The compiler begins no graph in a function that stands in PyTorch's own files.
+    """
 
     @functools.wraps(function)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -215,7 +220,7 @@ def _called(function: FunctionType, _: Any) -> FunctionType:
 
 
 def _look(module: nn.Module) -> str:
-    """A digest, equal for modules that a compiler may give the same graphs: by their attributes."""
+    """A digest of the attributes of `module`, equal for modules that may share compiled graphs."""
     parts = [
         (
             name,
@@ -235,7 +240,7 @@ def _gates_now(numbers: Sequence[int], module: nn.Module) -> list[Gate]:
 
 
 def _opaque_forward(kind: Any, number: int) -> FunctionType:
-    """The forward method of `kind`, which returns its input plus a branch, under a gate."""
+    """The forward method of `kind`, which returns its input plus one branch, under a gate."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gate: Gate = self.__dict__[GATES][number].now(self.training)
@@ -250,7 +255,8 @@ def _opaque_forward(kind: Any, number: int) -> FunctionType:
 
 
 def _registered_forward(gated: Callable[..., Any], number: int) -> FunctionType:
-    """A forward method that is written with a gate."""
+    """The forward method for `gated`, a function of (module, gate, *args) that the user has
+    registered."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         gate: Gate = self.__dict__[GATES][number].now(self.training)
@@ -268,7 +274,12 @@ def _build(
     look: str,
     *rest: Any,
 ) -> Any:
-    """Called by unpickling and copying; raises an error if the source has changed since."""
+    """Rebuild a module when it is unpickled or copied.
+
+    Raises:
+        UnsupportedBlockError: when the source of its class has changed since, so that it does not
+            fit.
+    """
     try:
         return build(gated_class(kind, edits, copy_shortcut, select, look), *rest)
     except UnsupportedBlockError as error:
@@ -279,7 +290,7 @@ def _build(
 
 
 def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Block]:
-    """Install gates in all modules of all blocks: one for each unit."""
+    """Install gates in all modules of all blocks, one for each unit, and return the blocks."""
     edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
     blocks: list[Block] = []
     there = count_inside(name for name, _ in model.named_parameters())
@@ -326,7 +337,7 @@ def take_gates(model: nn.Module) -> None:
 
 @contextmanager
 def ungated(model: nn.Module) -> Iterator[None]:
-    """While entered, `model` is the original one."""
+    """While entered, `model` behaves as the original model without gates."""
     installed = [(module, type(module)) for module in model.modules() if is_installed(module)]
     residuals = [(m, m.gates) for m in model.modules() if isinstance(m, Residual)]
     for module, kind in installed:

@@ -1,7 +1,7 @@
 """Choose the mechanism by which each residual block is made skippable: the first that fits.
 
-A registered forward method comes first, then slicing the methods that add, then the module as a
-whole; a block for which none of them will do is deferred.
+A registered forward method is tried first, then rewriting the methods that add, then skipping the
+module as a whole. A block for which none of these works is deferred.
 """
 
 import functools
@@ -28,7 +28,7 @@ from stochastic_depth.surgery.rewrite import skipped_when_closed
 def edited_block(
     name: str, additions: list[Addition], modules: Mapping[str, nn.Module], analysis: Analysis
 ) -> Found:
-    """The block of `additions` with its modules edited; refused where they cannot be."""
+    """The block of `additions` with its modules edited, or with the reason why they cannot be."""
     module = modules[name]
     flops = analysis.flops(event for addition in additions for event in addition.events)
     if isinstance(module, Residual):
@@ -61,10 +61,10 @@ def edited_block(
 
 
 def rewritten_unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit:
-    """An addition whose methods are rewritten.
+    """A unit for one addition whose methods are rewritten.
 
     Raises:
-        UnsupportedBlockError: when they cannot be.
+        UnsupportedBlockError: when they cannot be rewritten.
     """
     edits = edits_of(addition, modules, alone=False)
     return Unit(edits, _sums(addition, modules), modules=frozenset(addition.modules))
@@ -73,14 +73,14 @@ def rewritten_unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit
 def edits_of(
     addition: Addition, modules: Mapping[str, nn.Module], alone: bool
 ) -> tuple[tuple[nn.Module, Edit], ...]:
-    """Where the modules get the gate of `addition`; the module that adds comes first.
+    """The modules that get the gate of `addition`, and where; the module that adds comes first.
 
     Args:
-        modules: by name.
+        modules: all modules of the model, by name.
         alone: whether it is the only addition of its owner.
 
     Raises:
-        UnsupportedBlockError: when no mechanism fits; says what was tried.
+        UnsupportedBlockError: when no mechanism fits; the message says what was tried.
     """
     whole = registered_around(addition.owner, modules)
     if whole is not None:
@@ -104,7 +104,7 @@ def _sliced(
     """The expressions at which methods are rewritten, from the addition to where its branch begins.
 
     Raises:
-        UnsupportedBlockError: when a method cannot be rewritten, or that would skip nothing.
+        UnsupportedBlockError: when a method cannot be rewritten, or nothing would be skipped.
     """
     if addition.begins_elsewhere:
         raise UnsupportedBlockError("its branch begins outside of the model's modules")
@@ -145,13 +145,14 @@ def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | Non
 def _sums(
     addition: Addition, modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[nn.Module, Sum], ...]:
-    """The module that adds and the sum in its source, if it is known."""
+    """The module that adds and the addition in its source, if that is known."""
     name, edit = addition.edits[0]
     return ((modules[name], edit),) if isinstance(edit, Sum) else ()
 
 
 def clashes(found: Found, events: Sequence[Event]) -> bool:
-    """Whether rewriting the methods of `found` would move one of the additions `events`."""
+    """Whether rewriting the methods of `found` would move one of the additions `events` in the
+    source."""
     for unit in found.units:
         for module, edit in unit.edits:
             if isinstance(edit, Sliced):
@@ -173,12 +174,12 @@ def deferred_block(
     first: Counter[str],
     reasons: Mapping[Event, str],
 ) -> Found:
-    """The block of `group`, deferred; refused where too little of its branch is its own.
+    """The deferred block of `group`; refused where too little of its branch is used by it alone.
 
     Args:
         copies: whether a closed addition must copy its shortcut.
-        first: how many additions of each owner have a number already; is counted up.
-        reasons: why the methods that make an addition could not be rewritten, if that was tried.
+        first: how many additions of each owner have been numbered so far; updated here.
+        reasons: why the methods that make an addition could not be rewritten, where that was tried.
     """
     owner = group.owner.name
     units: tuple[Unit, ...] = ()

@@ -26,7 +26,8 @@ def refuse_applied(model: nn.Module) -> None:
 
 
 def refuse_sharded(model: nn.Module, verb: str) -> None:
-    """Raise `ApplyError` when `model` is sharded, so that one process does not have its weights."""
+    """Raise `ApplyError` when `model` is sharded, because then no process has all of its
+    weights."""
     for name, module in model.named_modules():
         if any(base.__module__.startswith(_SHARDED) for base in type(module).__mro__):
             raise ApplyError(
@@ -37,9 +38,10 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise `ApplyError` when several processes share `model` already.
+    """Raise `ApplyError` when `model` is already wrapped for several processes, compiled or
+    scripted.
 
-    The wrapper counts every pass through the model, and would count those of `sd.apply` too.
+    A wrapper counts every pass through the model, and would count the passes of `sd.apply` too.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -76,7 +78,8 @@ def refuse_settings(
     min_samples: int,
     multiple_of: int,
 ) -> None:
-    """Raise `ApplyError` when a setting has no such value, or two do not go together."""
+    """Raise `ApplyError` when a setting has an unknown value, or two settings exclude each
+    other."""
     for option, value, known in (
         ("gate", gate, get_args(GateKind)),
         ("closed", closed, get_args(Closed)),

@@ -9,8 +9,8 @@ from stochastic_depth.surgery.shortcuts import Shortcuts
 from stochastic_depth.surgery.trace import Call, Recording
 
 COUPLING = (
-    "a coupling: it adds to one part of a value, or to one stream, what is computed from another, "
-    "to which nothing that comes of it is added in turn"
+    "a coupling: it adds to one part of a value, or to one stream, something computed from another "
+    "part, and that other part gets nothing back"
 )
 REPEATED = "it adds the same value again and again, as a bias that layers share"
 OTHER_SHAPE = "what is added is of another shape than the sum"
@@ -21,14 +21,14 @@ class Rejected:
     """An addition of computed values that is not residual."""
 
     owner: str
-    """Name of the module that adds."""
+    """Name of the module whose code adds."""
     place: str
-    """Where in the source it stands, as far as that is known."""
+    """Where the addition stands in the source, as far as that is known."""
     reason: str
 
 
 def listed(rejected: Sequence[Rejected]) -> tuple[str, ...]:
-    """One line for each expression and reason; modules that share both are counted in it."""
+    """One line for each place and reason, with the number of modules that share both."""
     owners: dict[tuple[str, str], dict[str, None]] = {}
     for each in rejected:
         owners.setdefault((each.place, each.reason), {})[each.owner or "the model"] = None
@@ -40,7 +40,7 @@ def listed(rejected: Sequence[Rejected]) -> tuple[str, ...]:
 
 
 def own_backward(function: str) -> str:
-    """Why an addition within an `autograd.Function` cannot be gated."""
+    """The reason why an addition inside an `autograd.Function` cannot have a gate."""
     return (
         f"it is computed within {function}, an autograd.Function whose own backward pass knows no "
         "gates (that of reversible layers computes every branch again): run the layers without it, "
@@ -54,24 +54,24 @@ class Rejections:
     def __init__(self, recording: Recording, shortcuts: Shortcuts) -> None:
         self.recording, self.shortcuts = recording, shortcuts
         self.rejected: dict[tuple[str, str], Rejected] = {}
-        """The first of each place in each module."""
+        """The first rejected addition at each place of each module."""
 
     def add(self, rejected: Rejected) -> None:
         self.rejected.setdefault((rejected.owner, rejected.place), rejected)
 
     def reject(self, frame: FrameType, operands: Sequence[int], reason: str) -> None:
-        """Note an addition made in `frame`, if all of its operands are computed values."""
+        """Record an addition made in `frame`, if all of its operands are computed values."""
         if all(map(self._is_computed, operands)):
             self.add(self.described(frame, reason))
 
     def described(self, frame: FrameType, reason: str) -> Rejected:
-        """The record of an addition that is made in `frame`."""
+        """Describe an addition that is being made in `frame`."""
         call = self.recording.calls[-1]
         place = next((m.place for m in methods_of(call.module, frame) if m.place), None)
         return Rejected(call.name, str(place or "in a function"), reason)
 
     def sum_of_stack(self, operands: tuple[int | None, ...], frame: FrameType) -> None:
-        """Note `torch.stack([x, f(x)]).sum(0)`."""
+        """Record `torch.stack([x, f(x)]).sum(0)`."""
         stacked = operands[0] if operands else None
         if stacked is None or not self.recording.calls:
             return
@@ -81,7 +81,7 @@ class Rejections:
             self.reject(frame, value.parents, reason)
 
     def inside_product(self, name: str, operands: tuple[int | None, ...], frame: FrameType) -> None:
-        """Note `torch.addmm(x, f(x), w)`."""
+        """Record `torch.addmm(x, f(x), w)`."""
         first, *others = operands
         factors = [number for number in others if number is not None]
         if first is None or not self.recording.calls:
@@ -91,10 +91,10 @@ class Rejections:
             self.reject(frame, [first, *factors[:1]], reason)
 
     def why_not(self, left: int, right: int, side: Side | None, call: Call) -> str:
-        """Why an addition within `call` is not residual; empty if it is.
+        """The reason why an addition inside `call` is not residual; empty if it is residual.
 
         Args:
-            side: which of the two is the shortcut; None where neither can be.
+            side: which operand is the shortcut; None where neither can be.
         """
         if self.recording.values[left].tensor.numel() < 2:
             return "it adds single numbers, such as losses"
@@ -110,7 +110,7 @@ class Rejections:
         return ""
 
     def _is_computed(self, number: int) -> bool:
-        """Whether a value is an input of the module at work, or is computed by mixing inputs."""
+        """Whether a value is an input of the running module, or is computed by mixing inputs."""
         call = self.recording.calls[-1]
         if number in call.inputs:
             return True

@@ -1,4 +1,5 @@
-"""The modules that `include=` and `exclude=` choose: by name, class, or a function of both."""
+"""The modules that `include=` and `exclude=` choose: by name, by class, or by a function of
+both."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,27 +13,28 @@ Named = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
 Choice = Named | Iterable[Named]
-"""Modules, with all that is inside of them: by name, by class, or by a function of both."""
+"""Modules, with everything inside them: by name, by class, or by a function of name and module."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Names of modules: those that may be skipped, and those that stay as they are."""
+    """Names of the modules that may be skipped, and of the modules that stay as they are."""
 
     included: frozenset[str]
     excluded: frozenset[str]
 
     def has(self, block: str, branch: Iterable[str]) -> bool:
-        """Whether a block may be skipped: no module of its branch is to stay as it is."""
+        """Whether a block may be skipped: it is included, and no module of its branch is
+        excluded."""
         kept = block in self.excluded or not self.excluded.isdisjoint(branch)
         return block in self.included and not kept
 
 
 def chosen_modules(model: nn.Module, include: Choice | None, exclude: Choice) -> Chosen:
-    """The modules in `include`, or all, and those in `exclude`.
+    """The modules in `include` (all when it is None), and the modules in `exclude`.
 
     Raises:
-        ApplyError: when a choice matches no module; names it.
+        ApplyError: when a choice matches no module; the error names the choice.
     """
     everything = frozenset(name for name, _ in model.named_modules())
     included = everything if include is None else _matching(model, include, "include")

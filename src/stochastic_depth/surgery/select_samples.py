@@ -27,17 +27,18 @@ from stochastic_depth.surgery.liveness import (
 from stochastic_depth.surgery.syntax import call
 
 SAMPLES = "_stochastic_depth_samples"
-"""The attribute of a module: at which places of its code a tensor holds samples."""
+"""The attribute of a module that says at which places of its code a tensor holds samples."""
 
 Seen = dict[tuple[nn.Module, Hashable], list[tuple[int, ...]]]
-"""The shapes of the tensors that came by, by module and place."""
+"""The shapes of the tensors that entered branches, by module and place in its code."""
 
 _seen: list[Seen] = []
 
 
 @contextmanager
 def noted() -> Iterator[Seen]:
-    """While entered, note what comes into branches; gates must be for all samples."""
+    """While entered, record the shapes that enter branches. The gates must be open for all
+    samples."""
     seen: Seen = {}
     _seen.append(seen)
     try:
@@ -47,15 +48,17 @@ def noted() -> Iterator[Seen]:
 
 
 def samples(module: nn.Module, gate: Gate, value: Any, place: Hashable) -> Any:
-    """The samples that the branch runs on, of tensors [batch, ...] from outside of it.
+    """Select the drawn samples from a value that enters a branch, [batch, ...] -> [k, ...].
 
     Args:
-        module: whose code it is.
-        value: a tensor; or tuples, lists and mappings, in which tensors have places of their own.
-        place: where in the code, and which variable.
+        module: the module whose code runs.
+        value: a tensor; or tuples, lists and mappings, each of whose tensors has a place of its
+            own.
+        place: identifies the place in the code, and the variable.
 
     Raises:
-        GateError: when a tensor that was not there on the example is as long as the batch.
+        GateError: when a tensor is as long as the batch and was not seen at this place on the
+            example.
     """
     if gate.samples is None:
         return value
@@ -92,9 +95,9 @@ def select_samples(
     """Make the expressions and statements of a branch use the drawn samples, in place.
 
     Args:
-        shared: statements that run for all samples, because others need them too.
-        variables: of the method.
-        gate: the name of the variable with the gate.
+        shared: statements that run for all samples, because other code needs their results too.
+        variables: the names of all variables of the method.
+        gate: the name of the variable that holds the gate.
     """
     module = tree.args.args[0].arg
     for_all = set(map(id, shared))
@@ -111,10 +114,11 @@ def select_samples(
 
 
 class _Selecting(ast.NodeTransformer):
-    """`x` -> `_samples(self, gate, x, "x")` for variables from outside of the branch.
+    """Replaces `x` by `_samples(self, gate, x, "x")` for variables from outside the branch.
 
-    Values computed in the branch are of the drawn samples already. For a statement that changes a
-    variable from outside, such as a loop, the samples are selected once before it.
+    A value that is computed in the branch has the drawn samples already. For a statement that
+    changes a variable from outside, such as a loop, the samples are selected once before the
+    statement.
     """
 
     def __init__(
@@ -189,7 +193,7 @@ class _Selecting(ast.NodeTransformer):
 
 
 class _Inserting(ast.NodeTransformer):
-    """Puts statements before others."""
+    """Inserts statements before others, which are given by their `id`."""
 
     def __init__(self, before: dict[int, list[ast.stmt]]) -> None:
         self.before = before
@@ -200,7 +204,7 @@ class _Inserting(ast.NodeTransformer):
 
 
 def _first_bound(tree: ast.FunctionDef) -> dict[str, tuple[int, int]]:
-    """Where in the source each variable of a function gets a value first."""
+    """The line and column at which each variable of a function gets its first value."""
     first = {a.arg: (0, 0) for a in ast.walk(tree.args) if isinstance(a, ast.arg)}
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     stores = [node for node in names if not isinstance(node.ctx, ast.Load)]
@@ -210,5 +214,5 @@ def _first_bound(tree: ast.FunctionDef) -> dict[str, tuple[int, int]]:
 
 
 def _in_source(node: ast.AST) -> tuple[int, int]:
-    """Where it stands in the source, for sorting."""
+    """The line and column of a node in the source, for sorting."""
     return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)

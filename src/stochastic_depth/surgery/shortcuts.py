@@ -19,16 +19,15 @@ MIXES = (
     "rnn",
     "unseen",
 )
-"""Parts of the names of the functions that mix values; a branch has at least one of them.
+"""Parts of the names of functions that mix values; a branch contains at least one such function.
 
-What only adds to a value, scales it or applies a function to each number is no branch: an
-activation that is written out, a rotary embedding, a normalisation. "unseen" is a function that the
-recording did not see.
-"""
+A computation that only adds to a value, scales it or applies a function to each number is no
+branch: an activation that is written out, a rotary embedding, a normalisation. "unseen" stands for
+a function that the recording did not see."""
 
 
 ACTIVATIONS = ("relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "mish", "softmax", "glu")
-"""Parts of the names of functions that a projection shortcut does not have."""
+"""Parts of the names of functions that a projection shortcut never contains."""
 
 
 SPLITS = {"chunk", "split", "unbind", "__getitem__", "narrow", "tensor_split"}
@@ -40,24 +39,26 @@ REARRANGES |= {"unflatten", "squeeze", "unsqueeze", "to", "float", "rearrange", 
 
 
 PROJECTIONS = ("shortcut", "skip", "down", "proj", "ident", "res")
-"""Parts of the names of modules that project a shortcut whose shape does not change."""
+"""Parts of the names of modules that project a shortcut without changing its shape."""
 
 
 class Shortcuts:
     """Tells which operand of an addition in a recorded forward pass is the shortcut.
 
+    Values are given by their numbers in the recording.
+
     Args:
-        sums: the results of residual additions until now.
+        sums: the results of the residual additions found until now.
     """
 
     def __init__(self, recording: Recording, sums: Container[int]) -> None:
         self.recording, self.sums = recording, sums
 
     def side(self, left: int, right: int, of: list[set[int]], call: Call) -> Side | None:
-        """Which operand is the shortcut, if the addition is residual.
+        """Which operand is the shortcut, or None if the addition is not residual.
 
         Args:
-            of: what the left and the right operand were computed from, within `call`.
+            of: the values that the left and the right operand were computed from, within `call`.
         """
         if left in of[1]:
             return "left"
@@ -88,7 +89,7 @@ class Shortcuts:
         return None
 
     def _is_stream(self, number: int, call: Call) -> bool:
-        """Whether a value is an input, a residual sum, or a part of one of these."""
+        """Whether a value is an input of `call`, a residual sum, or a part of one of these."""
         if number in call.inputs or number in self.sums:
             return True
         value = self.recording.values[number]
@@ -101,12 +102,13 @@ class Shortcuts:
     def _is_projection(self, shortcut: set[int], branch: set[int]) -> bool:
         """Whether `shortcut` is a projection of a single value from which `branch` starts too.
 
-        - It is computed from one value; the carry of a highway network, (1 - t(x)) * x, is not.
-        - It has fewer functions with weights than the branch, and no activation function. So one of
-          two parallel branches is not the projection of the other.
+        - The shortcut is computed from one value. The carry of a highway network, (1 - t(x)) * x,
+          is computed from two.
+        - It has fewer functions with weights than the branch, and no activation function. So
+          neither of two parallel branches counts as the projection of the other.
         - If it has weights and does not change the shape, the name of its module says that it is a
           projection.
-        - It is not the other part of a split value (a coupling layer).
+        - It is not the other part of a split value, as in a coupling layer.
         - It contains no residual addition.
         """
         shared = shortcut & branch
@@ -135,7 +137,7 @@ class Shortcuts:
         return [part for name in names for part in name.lower().split(".")[-3:]]
 
     def mixes(self, values: set[int]) -> list[str]:
-        """The functions that made `values` and mix: see `MIXES`."""
+        """The functions that made `values` and mix their arguments; see `MIXES`."""
         functions = self.recording.functions(values)
         return list(filter(is_mixing, functions))
 

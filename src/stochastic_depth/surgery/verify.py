@@ -23,22 +23,25 @@ from stochastic_depth.timing import take_turns
 
 @dataclass(frozen=True)
 class Verification:
-    """What the proof has found; printed, it is a table of what skipping saves."""
+    """The result of `sd.verify`; printed, it is a table of the FLOPs and the time that skipping
+    saves."""
 
     blocks: int
     sets: int
     """How many sets of closed blocks were compared with the original model."""
     difference: float
-    """The largest difference there, relative to the largest output; 0 with all gates open."""
+    """The largest difference of outputs in these comparisons, relative to the largest output. With
+    all gates open the difference is 0."""
     flops: tuple[float, float, float]
-    """FLOPs of a training step with all blocks open, every other one, and none, relative to the
-    first."""
+    """FLOPs of a training step with all blocks open, with every other block open, and with none
+    open, as shares of the first."""
     seconds: tuple[float, float, float]
-    """Median seconds of these steps."""
+    """Median seconds of these three training steps."""
 
     @property
     def efficiency(self) -> float:
-        """Time saved over FLOPs saved, with every other block closed; nan where there are none."""
+        """Time saved over FLOPs saved, with every other block closed; nan where no FLOPs are
+        saved."""
         saved = 1 - self.flops[1]
         return (1 - self.seconds[1] / self.seconds[0]) / saved if saved else math.nan
 
@@ -60,21 +63,23 @@ class Verification:
 
 
 def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verification:
-    """Prove, on this very model and example, that closed blocks are skipped and nothing else is.
+    """Prove, on this very model and example, that closed blocks are skipped and nothing else
+    changes.
 
-    With every gate open the outputs are those of the original model, bit for bit; with each block
-    closed, and random sets of them, those of the original model whose additions return their
-    shortcut; no module of a closed branch is called; a training step works. `sd.apply` does the
-    same. Then forward and backward passes are timed, in turns. The model is left as it was.
+    With every gate open, the outputs equal those of the original model, bit for bit. With blocks
+    closed, in sets that tell each block and each pair of blocks apart, they equal those of the
+    original model in which the additions of these blocks return their shortcut. No module of a
+    closed branch is called, and a training step works. `sd.apply` checks the same. Then forward and
+    backward passes are timed, in turns. The model is left as it was.
 
     Args:
-        model: one that `sd.apply` was given.
-        example: inputs of one forward call; for the times a batch as in training.
-        repeats: rounds of timing.
+        model: a model that `sd.apply` was called on.
+        example: the inputs of one forward call; for realistic times, a batch as in training.
+        repeats: how many rounds are timed.
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
-        UnsupportedBlockError: naming the block for which something does not hold.
+        ApplyError: when `sd.apply` was not called on `model`.
+        UnsupportedBlockError: when the proof fails; the error names the block.
 
     Examples:
         >>> model = sd.models.CifarResNet(8)
