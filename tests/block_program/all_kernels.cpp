@@ -40,6 +40,7 @@ static void say(const char* name, const std::vector<T>& result) {
 }
 
 int main() {
+  if (!permitted()) return 1;
   for (int C : {16, 32, 64}) {
     const int side = C == 16 ? 16 : 8, n = 2, threads = 2;
     const size_t count = (size_t)n * side * side * C;
