@@ -1,4 +1,4 @@
-"""One residual block of an applied model: its gates, and the parameters that its branch has now."""
+"""One residual block of a model with stochastic depth: its gates and its branch's parameters."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +12,17 @@ from stochastic_depth.gates import BlockGates, Gate
 
 
 class Owned(NamedTuple):
-    """Parameters of a branch, by the module that owns them: wrapping a model changes names."""
+    """A parameter or child of a module that belongs to a branch.
+
+    It is stored by its owner, because wrapping a model changes names.
+    """
 
     owner: nn.Module
     name: str
     """The name of a child of `owner` that belongs to the branch as a whole, or of a parameter."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters at that name now, whatever has replaced them since."""
+        """The parameters that now have this name, whatever has replaced the original ones."""
         child = self.owner._modules.get(self.name)
         if child is not None:
             yield from child.parameters()
@@ -41,50 +44,52 @@ class Block:
 
     name: str
     gates: tuple[BlockGates, ...]
-    """One for each of its additions."""
+    """The gates of each of its additions."""
     parameters: tuple[str, ...]
-    """Names, in the model that was given to `sd.apply`, of the parameters of its branch."""
+    """Names of the parameters of its branch, in the model on which `sd.apply` was called."""
     module: nn.Module
+    """The module that the block is named after."""
     asking: tuple[nn.Module, ...]
-    """The modules that read its gates; in training mode they read those of training."""
+    """The modules that read its gates. While one is in training mode, it reads the training
+    gates."""
     owned: tuple[Owned, ...]
-    """The same parameters as `parameters`."""
+    """The parameters of its branch, each stored by its owner."""
     _state: "_BranchState | None" = field(default=None, repr=False)
-    """The branch's modules and parameters when they were last collected, which takes a while."""
+    """The modules and parameters of the branch, cached because collecting them is slow."""
 
     @property
     def training_gate(self) -> Gate | None:
-        """What the block does in the current training pass; None between passes."""
+        """The gate of the current training pass; None between passes."""
         return self.gates[0].training
 
     @property
     def evaluation_gate(self) -> Gate:
-        """What it does in evaluation."""
+        """The gate in evaluation."""
         return self.gates[0].evaluation
 
     @property
     def is_training(self) -> bool:
-        """Whether some of it is in training mode."""
+        """Whether any of the modules that read its gates is in training mode."""
         return any(module.training for module in self.asking)
 
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that its branch has now, and that need a gradient."""
+        """The parameters that its branch has now and that require a gradient."""
         state = self._state
         if state is None or not state.is_current():
             state = self._state = _BranchState(self.owned)
         return [p for p in state.parameters if p.requires_grad]
 
     def sparse_weights(self) -> list[nn.Parameter]:
-        """The weights whose gradients are sparse: of embeddings with `sparse=True`."""
+        """The weights with sparse gradients: those of embeddings with `sparse=True`."""
         state = self._state or _BranchState(self.owned)
         return [t.get_parameter("weight") for t in state.tables if t.sparse] if state.tables else []
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy collects its own
+    def __getstate__(self) -> dict[str, Any]:  # a copy collects the state of its own branch
         return {**self.__dict__, "_state": None}
 
 
 class _BranchState:
-    """The modules and parameters of a branch, as they were when it was last looked through."""
+    """The modules and parameters of a branch at the time when they were collected."""
 
     def __init__(self, owned: Sequence[Owned]) -> None:
         names = [(each.owner._modules, each.name) for each in owned]
@@ -104,7 +109,7 @@ class _BranchState:
         self.tables = [table for table in tables if table._parameters.get("weight") in mine]
 
     def is_current(self) -> bool:
-        """Whether the branch holds the very same modules and parameters now."""
+        """Whether the branch still holds the very same modules and parameters."""
         for held, name, value in self._names:
             if held.get(name) is not value:
                 return False
@@ -114,12 +119,13 @@ class _BranchState:
 def owned_parameters(
     model: nn.Module, names: Iterable[str], there: Mapping[str, int]
 ) -> tuple[Owned, ...]:
-    """The parameters of `model` with these names, by the modules that own them.
+    """The parameters of `model` with these names, stored by the modules that own them.
 
-    The modules are as few and as large as possible, each without any other parameter.
+    The result contains modules where possible, as few and as large as possible, none of which has
+    any other parameter.
 
     Args:
-        there: `count_inside` of the names of all parameters of the model.
+        there: the result of `count_inside` for the names of all parameters of the model.
     """
     names = list(dict.fromkeys(names))
     wanted = count_inside(names)
@@ -136,7 +142,7 @@ def owned_parameters(
 
 
 def count_inside(names: Iterable[str]) -> dict[str, int]:
-    """How many of `names` are inside of each module on their paths."""
+    """How many of `names` are inside each module on their paths, by name of the module."""
     count: dict[str, int] = {}
     for name in names:
         while name := name.rpartition(".")[0]:
@@ -162,7 +168,8 @@ def set_evaluation_gates(blocks: Iterable[Block], gates: Iterable[Gate]) -> None
 def force(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
     """While entered, `blocks` have these gates, in training and in evaluation.
 
-    For a model that has no handle yet, or for gates of any form; otherwise use `Handle.forced`.
+    It is for a model that has no handle yet, and for gates of any form. Otherwise use
+    `Handle.forced`.
     """
     additions = [(a, g) for b, g in zip(blocks, gates, strict=True) for a in b.gates]
     before = [(addition.training, addition.evaluation) for addition, _ in additions]

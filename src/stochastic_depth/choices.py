@@ -1,19 +1,23 @@
-"""The choices that have names, in arguments and in options; nothing here needs PyTorch."""
+"""The values that arguments and options may have, by name. This module does not need PyTorch."""
 
 from typing import Literal
 
 GateKind = Literal["batch", "sample", "subset"]
-"""One coin a block and mini-batch (the paper), or one a block and sample: masked or selected."""
+"""One coin for each block and mini-batch (the paper); or one for each block and sample, by which
+the branch is masked ("sample") or runs on the drawn samples only ("subset")."""
 
 Scale = Literal["inference", "training", "none"]
-"""Where the expectation is corrected: times p_l in evaluation (the paper), over p_l in training, or
-nowhere, because a closed branch runs forward."""
+"""Where the expectation is corrected: times p_l in evaluation (the paper), divided by p_l in
+training, or nowhere, because closed branches run forward."""
 
 Closed = Literal["skipped", "forward-only"]
-"""What a closed block saves: all of its branch (the paper), or only backward pass and memory."""
+"""What a closed block saves: all of its branch (the paper), or only its backward pass and
+memory."""
 
 SkippedPolicy = Literal["paper", "freeze"]
-"""A skipped block's parameters: gradient zero, so the optimizer still moves them, or None."""
+"""The gradient of a skipped block's parameters: zero, so that the optimizer still moves them, or
+None."""
 
 Initialisation = Literal["zero-gain", "he"]
-"""How a residual network starts: every block as its shortcut, or as in the original papers."""
+"""The initial state of a residual network: every block equals its shortcut, or the original papers'
+initialisation."""

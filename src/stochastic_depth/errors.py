@@ -10,11 +10,11 @@ class SurvivalError(StochasticDepthError, ValueError):
 
 
 class GateError(StochasticDepthError, ValueError):
-    """Gates that do not fit the model: not drawn yet, or drawn for another batch."""
+    """Gates that do not fit the model, are not drawn yet, or were drawn for another batch."""
 
 
 class AdditionNotReachedError(GateError):
-    """A pass in which the addition of a closed block is not reached, as it was on the example."""
+    """A pass that does not reach the addition of a closed block, as it did on the example."""
 
 
 class ApplyError(StochasticDepthError, ValueError):
@@ -22,16 +22,16 @@ class ApplyError(StochasticDepthError, ValueError):
 
 
 class ExampleError(ApplyError):
-    """An example that the model does not run on; the model's own error is its cause."""
+    """An example on which the model does not run; the cause is the model's own error."""
 
 
 class UnsupportedBlockError(ApplyError):
     """A residual block that cannot be made skippable; names it, the reason and the remedies."""
 
     blocks: tuple[str, ...] = ()
-    """The names of the blocks that it is about, where they are known."""
+    """The names of the blocks that the error is about, where they are known."""
     of_model: bool = False
-    """Whether it is about the whole model, so that no other mechanism would help."""
+    """Whether the error is about the whole model, so that no other mechanism would help."""
 
 
 class FoldError(ApplyError):
@@ -43,7 +43,7 @@ class TruncateError(ApplyError):
 
 
 class StateError(StochasticDepthError, ValueError):
-    """A `state_dict` of the gates that belongs to another model or setting."""
+    """A `state_dict` of gates that belongs to another model or other settings."""
 
 
 class MissingExtraError(StochasticDepthError, ImportError):

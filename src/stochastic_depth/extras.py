@@ -10,7 +10,7 @@ NAME = "stochastic-depth"
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or raise an error that names the extra to install.
+    """Import `module`; if that fails, raise an error that names the extra to install.
 
     Raises:
         MissingExtraError: with the pip command.
@@ -26,9 +26,9 @@ def require(module: str, extra: str) -> ModuleType:
 def installing(extra: str, module: str) -> str:
     """The command that installs an extra.
 
-    It installs from where this library came from, a checkout or a wheel; if that is gone, it names
-    the packages of the extra. The library's name is never given to pip alone: the package of that
-    name in the index need not be this one.
+    It installs from where this library came from, a checkout or a wheel. If that is gone, it names
+    the packages of the extra. pip is never given the name of this library alone, because the
+    package of that name in the index may be another one.
     """
     import re  # loaded only where something is missing
     import shlex
@@ -50,7 +50,7 @@ def installing(extra: str, module: str) -> str:
 
 
 def _source() -> Path | None:
-    """The checkout or the wheel this library was installed from, if it is still there."""
+    """The checkout or the wheel that this library was installed from, if it is still there."""
     import json
     from contextlib import suppress
     from importlib import metadata

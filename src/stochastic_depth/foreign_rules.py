@@ -1,6 +1,7 @@
-"""The survival rules of other libraries, by name: the same p_l from the same numbers.
+"""The survival rules of other libraries, by name.
 
-Those libraries speak of drop rates, 1 - p_l, and most count blocks from 0.
+The same numbers lead to the same p_l. Those libraries use drop rates, 1 - p_l, and most of them
+count blocks from 0.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from stochastic_depth.errors import SurvivalError
 
 Shape = Callable[[int, int], float]
-"""The share of the full drop rate that block n, counted from 0, of L has."""
+"""The share of the full drop rate in block n, counted from 0, of L blocks."""
 
 
 def _to_the_last(n: int, blocks: int) -> float:
@@ -18,7 +19,7 @@ def _to_the_last(n: int, blocks: int) -> float:
 
 
 def _to_the_last_or_all(shape: Callable[[float, int], float]) -> Shape:
-    """torchtune's scale: the last block has the full rate, also where it is the only block."""
+    """The scale of torchtune: the last block has the full rate, even if it is the only block."""
 
     def scale(n: int, blocks: int) -> float:
         period = blocks - 1
@@ -71,20 +72,25 @@ class NamedRule:
 def survival_rule(name: str, rate: float) -> NamedRule:
     """The survival rule of another library.
 
-    A model of timm's or torchvision's that was built with a rate has it in its blocks, and
-    `survival="own"` of `sd.apply` takes it from there. That is exact also where the library counts
-    blocks that are not residual (EfficientNet).
+    If a model of timm or torchvision was built with a drop rate, each of its blocks knows its own
+    rate, and `survival="own"` of `sd.apply` takes it from there. That is exact even where the
+    library counts blocks that are not residual (EfficientNet).
 
     Args:
-        name: "timm": `drop_path_rate` of most models, 0 in the first block and the rate in the
-            last; "timm-stagewise": of `calculate_drop_path_rates(stagewise=True)`, the same numbers
-            cut into stages; "torchvision": `stochastic_depth_prob` of EfficientNet, rate * n / L
-            with n from 0; "torchvision-last": that of ConvNeXt and Swin, which reaches the rate;
-            "fairseq": of `LayerDropModuleList`, "transformers": `layerdrop`, both the same in every
-            block; "composer": `drop_distribution` "linear", as in the paper, "composer-uniform":
-            the other; "deepspeed": progressive layer dropping, whose theta is 1 - rate;
-            "torchtune": `prob_max` of `prepare_layer_dropout`, with a `prob_layer_scale` after a
-            hyphen ("torchtune-linear", -exp, -log, -sin, -sigmoid).
+        name: one of these names.
+            "timm": `drop_path_rate` of most models, 0 in the first block and `rate` in the last.
+            "timm-stagewise": `calculate_drop_path_rates(stagewise=True)`, the same numbers cut into
+            stages.
+            "torchvision": `stochastic_depth_prob` of EfficientNet, rate * n / L with n from 0.
+            "torchvision-last": the same of ConvNeXt and Swin, which reaches `rate` in the last
+            block.
+            "fairseq", "transformers": `LayerDropModuleList` and `layerdrop`, the same in every
+            block.
+            "composer", "composer-uniform": `drop_distribution`, "linear" (as in the paper) or
+            "uniform".
+            "deepspeed": progressive layer dropping, where theta is 1 - rate.
+            "torchtune": `prob_max` of `prepare_layer_dropout`; its `prob_layer_scale` follows a
+            hyphen: "torchtune-linear", -exp, -log, -sin, -sigmoid.
         rate: the drop rate, in [0, 1).
 
     Raises:

@@ -29,18 +29,19 @@ class Gate(NamedTuple):
     open: bool = True
     """b_l: whether the branch runs at all."""
     factor: Tensor | None = None
-    """float64 [], on the CPU: what the branch is multiplied by; None for 1.
+    """float64 [] on the CPU: the number that the branch is multiplied by; None stands for 1.
 
-    It is a tensor because the compiler takes a float for a constant, and compiles for each one.
-    """
+    It is a tensor because the compiler would treat a float as a constant, and compile again for
+    each value."""
     keep: Tensor | None = None
-    """bool [batch]: the branch runs on every sample, and is added for these only."""
+    """bool [batch]: the branch runs on every sample, and is added for these samples only."""
     samples: Tensor | None = None
     """int64 [k]: the branch runs on these samples only."""
     batch: int | None = None
     """The number of samples that `keep` or `samples` were drawn for."""
     detached: bool = False
-    """Whether the branch runs forward only: what it gives is added, and passes no gradient."""
+    """Whether the branch only runs forward: its output is added, and no gradient passes through
+    it."""
 
     @property
     def learns(self) -> bool:
@@ -55,8 +56,8 @@ class Gate(NamedTuple):
         """Select the samples that the branch runs on: [batch, ...] -> [k, ...].
 
         Args:
-            value: a tensor, or tuples, lists and mappings that hold some; anything that is not a
-                tensor [batch, ...] stays as it is.
+            value: a tensor; or tuples, lists and mappings that contain tensors. Anything that is
+                not a tensor [batch, ...] stays as it is.
         """
         if self.samples is None:
             return value
@@ -67,16 +68,17 @@ class Gate(NamedTuple):
         if type(value) in (tuple, list):
             parts = [self.select(v) for v in value]
             changed = any(new is not old for new, old in zip(parts, value, strict=True))
-            return type(value)(parts) if changed else value  # which the branch may append to
+            return type(value)(parts) if changed else value  # the branch may append to it
         if type(value) is dict:
             return {key: self.select(v) for key, v in value.items()}
         return value
 
     def scale(self, f: Tensor) -> Tensor:
-        """The output `f` of a branch as an open gate adds it: [batch, ...].
+        """The output `f` of a branch, scaled as an open gate adds it: [batch, ...].
 
         Args:
-            f: [batch, ...]; under `samples` [k, ...], and the other samples get 0.
+            f: [batch, ...]; under `samples` it is [k, ...], and the other samples of the result are
+                0.
 
         Raises:
             GateError: when gates for single samples were drawn for another batch size.
@@ -101,19 +103,19 @@ class Gate(NamedTuple):
             shortcut: [batch, ...].
         """
         if self.detached:
-            return out.detach() + (shortcut - shortcut.detach())  # which adds 0, and the gradient
+            return out.detach() + (shortcut - shortcut.detach())  # adds 0, and passes the gradient
         if self.factor is None and self.batch is None:
             return out
         return shortcut + self.scale(out - self.select(shortcut))
 
     def check_batch(self, samples: int) -> None:
-        """Raise `GateError` when a block gets another number of samples than the gate is for."""
+        """Raise `GateError` if a block gets another number of samples than its gate is for."""
         if self.batch is not None:
             _check_batch(self.batch, samples)
 
     def _spread(self, f: Tensor, samples: Tensor) -> Tensor:
         """[k, ...] -> [batch, ...], with zeros for the samples that are not drawn."""
-        f = self.select(f)  # where it was computed for all samples, because others need it too
+        f = self.select(f)  # it may hold all samples, because other code needs them too
         _check_batch(len(samples), len(f))
         if len(samples) == self.batch:
             return f
@@ -126,13 +128,14 @@ OPEN, SHUT = Gate(), Gate(open=False)
 
 @dataclass(slots=True)
 class BlockGates:
-    """The gates of one block: of evaluation, and of the current training pass, None between."""
+    """The gates of one addition of a block: in evaluation, and in the current training pass."""
 
     training: Gate | None = None
+    """None between training passes."""
     evaluation: Gate = OPEN
     recall: Callable[[], Gate | None] | None = field(default=None, repr=False, compare=False)
     """Returns the gate of the original forward pass while a backward pass recomputes the block;
-    else None."""
+    otherwise it returns None."""
 
     def now(self, training: bool) -> Gate:
         """What the block does in the current forward pass.
@@ -168,19 +171,20 @@ def draw(
     parts: int = 1,
     rank: int | None = None,
 ) -> Tensor:
-    """All coins of one step: bool [L], or [L, batch] with one for each sample.
+    """Draw the coins of one step: bool [L], or [L, batch] with one coin for each sample.
 
     Block l is open with probability `survival[l - 1]`, independently of every other block, sample
-    and step. The same arguments give the same gates everywhere; a larger p only opens more.
+    and step. The same arguments give the same coins everywhere. A larger p_l opens a block in more
+    steps, and in all steps in which a smaller one does.
 
     Args:
-        min_samples: the smallest number of open samples in each block; where the coins give fewer,
-            those with the next smallest random numbers are opened too.
-        balance: open a constant number instead: of blocks, see `balanced_blocks`, or of the samples
-            of each block, see `subset_size`; which samples is drawn at random.
-        multiple_of: of balanced samples, what their number is rounded to a multiple of.
+        min_samples: the smallest number of open samples in each block. Where the coins open fewer,
+            the samples with the next smallest random numbers are opened too.
+        balance: whether to open a constant number of blocks, see `balanced_blocks`, or of the
+            samples of each block, see `subset_size`. Which ones are open is still random.
+        multiple_of: the number of balanced samples is rounded to a multiple of this.
         parts: how many processes share the batch, in equal parts; each part is balanced.
-        rank: of this process, if each process draws different gates.
+        rank: the rank of this process, if each process draws different gates.
     """
     blocks = len(survival)
     own = seed if rank is None else seed_of_rank(seed, rank)
@@ -211,12 +215,13 @@ def draw(
 
 
 def balanced_blocks(survival: tuple[float, ...], order: Sequence[int], start: float) -> Tensor:
-    """Which blocks are open in a step of constant depth: bool [L].
+    """The open blocks in a step of constant depth: bool [L].
 
     The number of open blocks is the floor or the ceiling of the sum of p_l, and block l is open
-    with probability p_l, to within 2**-44: systematic sampling (Madow 1949). The blocks are laid
-    end to end in `order`, each as long as its p_l, and those are open that cover one of the points
-    `start`, `start` + 1, `start` + 2, ... In a random order any two blocks are nearly independent.
+    with probability p_l, to within 2**-44. This is systematic sampling (Madow 1949): the blocks are
+    laid end to end in `order`, each as long as its p_l, and a block is open if it covers one of the
+    points `start`, `start` + 1, `start` + 2, ... In a random order any two blocks are nearly
+    independent.
 
     Args:
         order: a permutation of the blocks, from 0.
@@ -232,7 +237,8 @@ def balanced_blocks(survival: tuple[float, ...], order: Sequence[int], start: fl
 
 
 _UNITS = 2**44
-"""Lengths are whole numbers, so that the number of blocks does not depend on the order of sums."""
+"""Lengths are whole numbers of this unit, so that rounding does not make the number of open blocks
+depend on the order."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -249,9 +255,9 @@ def _in_units(survival: tuple[float, ...]) -> list[int]:
 
 
 def subset_size(p: float, samples: int, min_samples: int = 0, multiple_of: int = 1) -> int:
-    """How many of `samples` samples a balanced gate opens: p of them, rounded, but at least one.
+    """How many of `samples` samples a balanced gate opens: the share p, rounded, but at least one.
 
-    At p = 0, a block that does not run yet, it opens none. DINOv2 and DINOv3 train with subsets of
+    At p = 0, when a block does not run yet, it opens none. DINOv2 and DINOv3 train with subsets of
     constant size too.
     """
     if p in (0, 1):
@@ -261,7 +267,7 @@ def subset_size(p: float, samples: int, min_samples: int = 0, multiple_of: int =
 
 
 def _smallest(u: Tensor, survival: tuple[float, ...], min_samples: int, multiple_of: int) -> Tensor:
-    """The smallest of `u` in each row, as many as have to be open: bool [L, samples]."""
+    """Mark as many of the smallest numbers in each row as must be open: bool [L, samples]."""
     sizes = [subset_size(p, u.shape[1], min_samples, multiple_of) for p in survival]
     return u.argsort(1).argsort(1) < torch.tensor(sizes, device="cpu")[:, None]
 
@@ -272,7 +278,7 @@ def seed_of_rank(seed: int, rank: int) -> int:
 
 
 def open_shares(coins: Tensor) -> Tensor:
-    """The share of samples for which each block is open: float64 [L], from [L] or [L, batch]."""
+    """The share of samples for which each block is open, of [L] or [L, batch]: float64 [L]."""
     return coins.double() if coins.ndim == 1 else coins.double().mean(1)
 
 
@@ -284,10 +290,10 @@ def training_gates(
     balance: bool = False,
     closed: Closed = "skipped",
 ) -> list[Gate]:
-    """What each block does in a training step under `coins` (from `draw`).
+    """The gates of all blocks in a training step, from its coins, which `draw` returns.
 
-    Under scale="training" a branch is divided by p_l; where a balanced gate opens a share of the
-    samples that is p_l rounded, by that share.
+    Under scale="training" a branch is divided by p_l. A balanced gate opens a rounded share of the
+    samples, and divides by that share instead.
     """
     factors: Sequence[Tensor | None] = [None] * len(survival)
     if scale == "training":
@@ -312,7 +318,7 @@ def training_gates(
 
 
 def evaluation_gates(survival: tuple[float, ...], scale: Scale) -> list[Gate]:
-    """What each block does in evaluation: it is open, times p_l where training does not correct.
+    """The gates of all blocks in evaluation: open, times p_l if training does not correct for it.
 
     A block with p_l = 0 has not run in training yet, and is closed.
     """

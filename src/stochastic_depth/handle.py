@@ -1,4 +1,4 @@
-"""The stochastic depth of one model: its survival probabilities, gates and their state."""
+"""The handle of a model with stochastic depth: its probabilities, its gates and their state."""
 
 import math
 import operator
@@ -23,25 +23,25 @@ from stochastic_depth.survival import Probabilities
 
 
 class Forced(NamedTuple):
-    """Gates that a user has given in place of drawn ones."""
+    """Gates that a user has given, and that take the place of drawn ones."""
 
     coins: Tensor
     scaled: bool
-    """Whether open branches are multiplied as in evaluation."""
+    """Whether open branches are multiplied by the factor of evaluation."""
 
 
 class Handle:
-    """What `sd.apply` returns: the survival probabilities, the gates and their state.
+    """The handle that `sd.apply` returns: survival probabilities, gates and their state.
 
-    Gates are drawn when the model's forward pass begins in training mode, all at once, as a
-    function of (seed, step).
+    All gates of a step are drawn at once when the model's forward pass begins in training mode, as
+    a function of (seed, step).
 
     Attributes:
         seed: chooses the sequence of gates.
-        rank: which of several processes this is, if each draws different gates.
-        share: where the samples of this process begin in a mini-batch of several, and how many
-            samples that has; for gates for single samples.
-        parts: how many processes share a mini-batch, in equal parts: each of them is balanced.
+        rank: the rank of this process, if each process draws different gates; otherwise None.
+        share: for gates of single samples, if several processes share a mini-batch: the position of
+            this process's first sample in the mini-batch, and how many samples the mini-batch has.
+        parts: how many processes share a mini-batch, in equal parts; each part is balanced.
 
     Examples:
         >>> model = sd.models.CifarResNet(20)
@@ -80,7 +80,8 @@ class Handle:
         self.multiple_of = multiple_of
         self.closed: Closed = closed
         self.forward_pass: Callable[[list[Gate]], AbstractContextManager[None]] = _no_pass
-        """Given gates, a context in which they are those of a forward pass: of `ForwardHooks`."""
+        """Returns a context in which the given gates are in force, as in a forward pass.
+        `ForwardHooks` sets it."""
         self._coins: Tensor | None = None
         self._survival: tuple[float, ...] = ()
         self._in_training: Forced | Literal["full depth"] | None = None
@@ -91,12 +92,12 @@ class Handle:
     def step(self) -> int:
         """How many training forward passes have drawn gates; the next draw is for this step.
 
-        It may be set. Set to the number of the optimizer's step before each forward pass, it makes
-        all micro-batches of that step run under the same gates, makes a schedule count the
-        optimizer's steps, and lets a checkpoint restore the gates from that number alone.
+        It may be set. If it is set to the number of the optimizer's step before each forward pass,
+        all micro-batches of that step run under the same gates, a schedule counts the optimizer's
+        steps, and a checkpoint can restore the gates from that number alone.
 
         Raises:
-            GateError: when set to a negative number, or to something that is not an integer.
+            GateError: when it is set to a negative number, or to something that is not an integer.
         """
         return self._step
 
@@ -110,21 +111,21 @@ class Handle:
 
     @property
     def survival(self) -> tuple[float, ...]:
-        """(p_1, ..., p_L); where they follow a schedule, as of the last draw."""
+        """(p_1, ..., p_L); where they follow a schedule, the values of the last draw."""
         return self._survival
 
     @property
     def expected_depth(self) -> float:
-        """The expected number of active blocks, sum of p_l (the paper, section 3)."""
+        """The expected number of active blocks, the sum of p_l (the paper, section 3)."""
         return math.fsum(self._survival)
 
     @property
     def gates(self) -> Tensor:
         """The gates of the last step: bool [L], or [L, batch] with gates for single samples.
 
-        They are what was drawn. As with `nn.Dropout`, a block follows the mode of the module that
-        makes its addition: one that is in evaluation mode in the middle of training (frozen layers)
-        runs, and is scaled as in evaluation.
+        These are the gates that were drawn. As with `nn.Dropout`, what a block does depends on the
+        mode of the module that makes its addition. If that module is in evaluation mode in the
+        middle of training, as frozen layers are, the block runs and is scaled as in evaluation.
 
         Raises:
             GateError: before the first draw.
@@ -136,25 +137,29 @@ class Handle:
     def draw(self, batch: int | None = None) -> AbstractContextManager[None]:
         """Draw the gates of the next step. The model's forward pass does this by itself.
 
-        To call parts of the model in training mode, draw for them, once for a step:
+        To call parts of the model in training mode, draw gates for them, once for each step:
 
             with handle.draw():
                 features = model.forward_features(images)
             loss(features).backward()
 
         Args:
-            batch: number of samples; needed by the "sample" and "subset" gates.
+            batch: the number of samples; needed by the "sample" and "subset" gates.
 
         Returns:
-            A context: the gates are in force until it is left, and again in the backward pass of
-            what was computed in it. Without entering it, the gates are only in `handle.gates`.
+            A context. The gates are in force until it is left, and again in the backward pass of
+            everything that was computed inside. If it is not entered, the gates are only stored in
+            `handle.gates`.
         """
         return self.forward_pass(self.next_gates(batch))
 
     def next_gates(self, batch: int | None = None) -> list[Gate]:
         """Draw what each block does in the next training step, and count the step.
 
-        While gates are forced, these are returned and no step is counted.
+        While gates are forced, these are returned, and no step is counted.
+
+        Raises:
+            GateError: when gates for single samples are to be drawn and `batch` is not given.
         """
         if self._in_training is not None:
             if self._in_training != "full depth":
@@ -172,10 +177,11 @@ class Handle:
         )
 
     def gates_at(self, step: int, batch: int | None = None) -> Tensor:
-        """The gates that training step `step` draws, past or to come: as `gates`.
+        """The gates that training step `step` draws, past or future, in the form of `gates`.
 
         Args:
-            batch: number of samples, of all processes; needed by the "sample" and "subset" gates.
+            batch: the number of samples of all processes together; needed by the "sample" and
+                "subset" gates.
         """
         return draw(
             self.seed,
@@ -200,20 +206,20 @@ class Handle:
             with handle.forced([True] * len(handle.blocks)):
                 logits = model(images)
 
-        The branch of a closed block is not executed. Nothing is drawn and no step is counted; parts
-        of the model may be called too. At the end the earlier gates are
-        back. It may be nested: the innermost counts.
+        The branch of a closed block is not executed. Nothing is drawn and no step is counted. Parts
+        of the model may be called too. Afterwards the earlier gates are in force again. Contexts
+        may be nested: the innermost one counts.
 
         Args:
-            gates: which blocks are open, bool [L]; or for which samples, bool [L, batch]. All open
-                gives the full network unscaled.
-            scaled: whether an open branch is multiplied as in the full network in evaluation (by
-                p_l under scale="inference"). If not, it counts as it does in a training step:
-                fully (the paper), or over p_l under scale="training".
+            gates: which blocks are open, bool [L]; or for which samples, bool [L, batch]. With all
+                blocks open this is the full network, unscaled.
+            scaled: whether an open branch is multiplied as the full network is in evaluation (by
+                p_l under scale="inference"). Otherwise it counts as in a training step: once (the
+                paper), or divided by p_l under scale="training".
 
         Raises:
-            GateError: when `gates` is not bool [L] or [L, batch]; or a model gives back a cache of
-                keys and values, into which closed blocks put nothing.
+            GateError: when `gates` is not bool [L] or [L, batch]; or when the model returns a cache
+                of keys and values, into which closed blocks put nothing.
         """
         forced = self._as_forced(gates, scaled, dimensions=(1, 2))
         before = self._in_training, self._in_evaluation
@@ -234,7 +240,7 @@ class Handle:
             with handle.subnetwork(handle.gates):
                 logits = model(images)
 
-        This is `forced` for evaluation only: training steps are not affected.
+        It is `forced` for evaluation only: training steps are not affected.
 
         Args:
             gates: which blocks are open, bool [L].
@@ -254,16 +260,17 @@ class Handle:
 
     @property
     def is_subnetwork(self) -> bool:
-        """Whether `forced` or `subnetwork` is entered."""
+        """Whether a context of `forced` or `subnetwork` is entered."""
         return self._in_evaluation is not None
 
     @contextmanager
     def full_depth(self) -> Iterator[None]:
         """While entered, training forward passes run as evaluation does: all blocks, times p_l.
 
-        No gates are drawn. For what needs training mode and the whole network, such as
-        `torch.optim.swa_utils.update_bn`: under gates, BatchNorm in the branch of a block that
-        happened to be closed would see nothing, and the others a network that is never evaluated.
+        No gates are drawn. It is meant for procedures that need training mode and the whole
+        network, such as `torch.optim.swa_utils.update_bn`. Under gates, a BatchNorm in the branch
+        of a closed block would see nothing, and all others would see a network that is never
+        evaluated.
         """
         before, self._in_training = self._in_training, "full depth"
         self.clear_gates()
@@ -274,7 +281,7 @@ class Handle:
             self.clear_gates()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs so that a resumed training has the same gates."""
+        """The state that a checkpoint needs, so that a resumed training run has the same gates."""
         return {"seed": self.seed, "step": self.step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -309,7 +316,7 @@ class Handle:
     def _as_forced(
         self, gates: Sequence[bool] | Tensor, scaled: bool, dimensions: tuple[int, ...]
     ) -> Forced:
-        """`gates` as they are given by a user.
+        """The gates that a user has given, as coins.
 
         Raises:
             GateError: when they have another type or shape.
@@ -319,7 +326,7 @@ class Handle:
             coins = torch.as_tensor(gates, device="cpu").clone()
             shape = coins.dtype == torch.bool and coins.ndim in dimensions and len(coins)
             given = f"{coins.dtype} {list(coins.shape)}"
-        except (TypeError, ValueError, RuntimeError):  # no numbers, or rows of several lengths
+        except (TypeError, ValueError, RuntimeError):  # not numbers, or rows of different lengths
             coins, shape, given = torch.empty(0), None, repr(gates)
         if shape != blocks:
             form = f"bool [{blocks}], one gate for each block"
@@ -343,9 +350,9 @@ class Handle:
             return self._gates_of(self._in_training, self.closed)
         return [block.evaluation_gate for block in self.blocks]
 
-    @torch.inference_mode(False)  # in which a factor would be one that no gradient can pass
+    @torch.inference_mode(False)  # a factor made in inference mode could not be used in training
     def clear_gates(self) -> None:
-        """Take the training gates from all blocks after a forward pass; forced ones stay."""
+        """Take the training gates from all blocks after a forward pass; forced gates stay."""
         nothing = [None] * len(self.blocks)
         forced = self._in_training is not None
         set_training_gates(self.blocks, self._gates_while_forced() if forced else nothing)

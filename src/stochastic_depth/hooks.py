@@ -1,7 +1,7 @@
 """Hooks around the forward and the backward pass of a model with stochastic depth.
 
 A gate belongs to the forward pass that it was drawn for. When that pass is over, no gate is in
-force; when its backward pass recomputes a block, the block gets the gate of that forward pass.
+force. When its backward pass recomputes a block, the block gets the gate of that forward pass.
 """
 
 import weakref
@@ -38,14 +38,14 @@ from stochastic_depth.torch_private import (
 )
 
 _REMEMBERED = 64
-"""How many of the latest forward passes are kept even if no output of theirs is."""
+"""How many of the latest forward passes are kept even if none of their outputs is alive."""
 
 
 class ForwardHooks:
-    """Hooks on a model: gates are drawn when its forward pass begins in training mode.
+    """Hooks on a model that draw its gates when a forward pass begins in training mode.
 
     In the backward pass of that forward pass, recomputed blocks have the same gates, and the
-    parameters of closed blocks get the gradient that `handle.skipped` names.
+    parameters of closed blocks get the gradient that `handle.skipped` asks for.
     """
 
     def __init__(self, handle: Handle) -> None:
@@ -55,16 +55,17 @@ class ForwardHooks:
             for addition in block.gates:
                 addition.recall = partial(self._recall, number)
         self._stack: list[ForwardPass | None] = []
-        """The current forward passes, nested; None for one in evaluation or one that recomputes."""
+        """The running forward passes, nested; None for a pass in evaluation mode or a
+        recomputation."""
         self._passes: list[weakref.ref[ForwardPass]] = []
         """Passes that may still have a backward pass; their outputs keep them alive."""
         self._recent: deque[ForwardPass] = deque(maxlen=_REMEMBERED)
         self._in_backward: dict[int, ForwardPass] = {}
-        """For each current backward pass, the forward pass whose graph it has reached."""
+        """For each running backward pass, the forward pass whose graph it has reached."""
 
     @never_traced
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Hook on the model: draw, unless this is evaluation or a recomputation."""
+        """Hook on the model: draw gates, unless this is evaluation or a recomputation."""
         self._stack.append(None)
         if not (model.training or any(block.is_training for block in self.blocks)):
             return
@@ -79,7 +80,7 @@ class ForwardHooks:
             if again is None:
                 raise GateError(
                     "the model is called in training mode within a backward pass, and it is "
-                    "not known which of its forward passes is computed again there: use "
+                    "not known which of its forward passes is recomputed there: use "
                     "checkpoint(..., use_reentrant=False)"
                 )
             again.backward_begins()
@@ -115,13 +116,13 @@ class ForwardHooks:
         """Raise `GateError` when another thread is in a forward pass."""
         if any(there is not None and there.thread != get_ident() for there in self._stack):
             raise GateError(
-                "the model is called from two threads at once, in training mode, and its gates are "
-                "those of one pass at a time: call it from one thread, or a copy in each "
+                "the model is called from two threads at once, in training mode, but it has gates "
+                "for one pass at a time: call it from one thread, or give each thread a copy "
                 "(copy.deepcopy(model))"
             )
 
     def _begin(self, gates: list[Gate], replicated: bool) -> None:
-        self._in_backward.clear()  # of one that has failed
+        self._in_backward.clear()  # a backward pass that failed may have left an entry
         begun = ForwardPass(self, gates, replicated or gradients_are_awaited())
         self._stack[-1] = begun
         self._recent.append(begun)
@@ -139,7 +140,7 @@ class ForwardHooks:
         return output if ended is None else ended.end(output)
 
     def _recall(self, number: int) -> Gate | None:
-        """The gate of block `number`, if a backward pass is recomputing it; else None."""
+        """The gate of block `number`, if a backward pass is recomputing it; otherwise None."""
         if backward_pass() is None:
             return None
         again = self._pass_of_backward()
@@ -149,16 +150,16 @@ class ForwardHooks:
         return again.gates[number]
 
     def _pass_of_backward(self) -> "ForwardPass | None":
-        """The forward pass that the current backward pass of this thread belongs to."""
+        """The forward pass to which the backward pass in this thread belongs."""
         backward = backward_pass()
         assert backward is not None
         outer = [number for number in self._in_backward if number != backward]
-        if outer:  # this one is part of another, and differentiates what that has recomputed
+        if outer:  # an inner backward pass, which differentiates what the outer one has recomputed
             return self._in_backward[max(outer)]
         return self._pass_of_node(node_number()) or self._in_backward.get(backward)
 
     def _pass_of_node(self, node: int) -> "ForwardPass | None":
-        """The forward pass that made the autograd node with this number, or that it encloses."""
+        """The forward pass that created the autograd node `node`, or that the node encloses."""
         passes = [there for ref in self._passes if (there := ref()) is not None]
         for there in passes:
             if there.first_node <= node < there.end_node:
@@ -169,7 +170,7 @@ class ForwardHooks:
         return around[0] if around else None
 
     def entered_backward(self, of: "ForwardPass") -> bool:
-        """Note that the current backward pass has reached `of`; returns False if that was known."""
+        """Record that the backward pass has reached `of`; returns False if that was known."""
         backward = backward_pass()
         if backward is None or self._in_backward.get(backward) is of:
             return False
@@ -178,33 +179,35 @@ class ForwardHooks:
         self._in_backward[backward] = of
         return True
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy has no passes under way
+    def __getstate__(self) -> dict[str, Any]:  # a copy has no running passes
         nothing: dict[str, Any] = {"_stack": [], "_passes": [], "_in_backward": {}}
         return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
 
 
 class ForwardPass:
-    """One forward pass in training: its gates, and what is done when its backward pass begins."""
+    """One forward pass in training: its gates, and what happens when its backward pass begins."""
 
     def __init__(self, hooks: ForwardHooks, gates: list[Gate], awaited: bool) -> None:
         self._hooks, self.gates = hooks, gates
         self.thread = get_ident()
         self._needs_all_gradients = awaited
-        """Whether DDP waits for a gradient of every parameter."""
+        """Whether DistributedDataParallel waits for a gradient of every parameter."""
         self._freezes = hooks.handle.skipped == "freeze"
         self.first_node = self.end_node = next_node_number()
         """The pass makes the autograd nodes numbered from `first_node` to below `end_node`."""
         self._observed: list[_ObservedCall] = []
         self._blocks = [b for b, g in zip(hooks.blocks, gates, strict=True) if not g.learns]
-        """Blocks through whose branch no gradient passes."""
+        """Blocks whose branch passes no gradient."""
         self._unplaced: dict[nn.Module, list[nn.Parameter]] = {}
-        """By module, parameters of closed blocks whose output has not been seen in the graph."""
+        """By module, parameters of closed blocks whose output has not been found in the graph
+        yet."""
         self._sparse: set[nn.Parameter] = set()
         self._last_node: tuple[Any, int] | None = None
-        """The autograd node, and which of its results, of the last closed block's output."""
+        """The autograd node of the last closed block's output, and the number of the node's
+        result."""
         self._last_parameters: list[nn.Parameter] = []
         if awaited or not self._freezes:
-            for block in self._blocks:  # now: FSDP replaces parameters while it has gathered them
+            for block in self._blocks:  # collected now: FSDP replaces parameters while gathered
                 parameters = block.trained()
                 if parameters:
                     self._unplaced.setdefault(block.module, []).extend(parameters)
@@ -213,9 +216,9 @@ class ForwardPass:
                 self._observe()
 
     def _observe(self) -> None:
-        """Observe the outputs of closed blocks, to know when a gradient reaches one.
+        """Observe the outputs of closed blocks, to know when a gradient reaches one of them.
 
-        The call of each module is replaced, which costs less than a hook on it.
+        The call of each module is replaced, which costs less than a hook on the module.
         """
         for module in self._unplaced:
             before = call_of(module)
@@ -226,7 +229,7 @@ class ForwardPass:
 
     @never_traced
     def note_output(self, module: nn.Module, output: Any) -> Any:
-        """Note where in the graph the output of a closed block is; returns the output."""
+        """Record where in the graph the output of a closed block is; returns the output."""
         parameters = self._unplaced.get(module)
         if parameters is None or get_ident() != self.thread:
             return output
@@ -246,7 +249,7 @@ class ForwardPass:
     def _hook_node(self, tensor: Tensor, parameters: list[nn.Parameter]) -> None:
         """Give these parameters their gradients when the backward pass reaches `tensor`."""
         place = tensor.grad_fn, tensor.output_nr
-        if place == self._last_node:  # an identity shortcut: the output of the closed block before
+        if place == self._last_node:  # an identity shortcut: the previous closed block's output
             self._last_parameters.extend(parameters)
             return
         self._last_node, self._last_parameters = place, list(parameters)
@@ -254,7 +257,7 @@ class ForwardPass:
         place[0].register_prehook(hook)  # pyright: ignore[reportOptionalMemberAccess]
 
     def end(self, output: Any) -> Any:
-        """End the pass; returns its output, with all that is trained in its graph."""
+        """End the pass; returns its output, to which closed branches are attached where needed."""
         for observed in reversed(self._observed):
             observed.end()
         self._observed.clear()
@@ -268,7 +271,7 @@ class ForwardPass:
         return output
 
     def _attached(self, output: Any) -> Any:
-        """`output`, to whose graph closed branches are attached where DDP or autograd needs it."""
+        """`output`, with closed branches attached to its graph where DDP or autograd needs it."""
         if self._needs_all_gradients:
             parameters = [p for left in self._unplaced.values() for p in left]
         elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
@@ -278,23 +281,23 @@ class ForwardPass:
         return attach(output, parameters)
 
     def backward_begins(self, _: Tensor | None = None) -> None:
-        """Hook: a backward pass has reached something that this pass has computed."""
+        """Hook: a backward pass has reached a tensor that this pass has computed."""
         if not self._hooks.entered_backward(self):
             return
         self._give_gradients([p for left in self._unplaced.values() for p in left])
         if any(is_compiled(block.module) for block in self._hooks.blocks):
-            set_training_gates(self._hooks.blocks, self.gates)  # which the compiler looks at
+            set_training_gates(self._hooks.blocks, self.gates)  # compiled code reads them
             at_end_of_backward(self._hooks.handle.clear_gates)
 
     def _at_node(
         self, number: int, parameters: Sequence[nn.Parameter], gradients: tuple[Tensor | None, ...]
     ) -> None:
-        """Hook: a backward pass has reached a node, maybe through its result `number`."""
+        """Hook: a backward pass has reached a node, though maybe not by its result `number`."""
         if gradients[number] is not None:
             self._give_gradients(parameters)
 
     def _give_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give the parameters of closed blocks zero gradients, under "freeze" for a moment only."""
+        """Give the parameters of closed blocks zero gradients; under "freeze" only for a moment."""
         without = [p for p in parameters if p.grad is None]
         if without and not gradients_are_kept():
             return
@@ -314,7 +317,7 @@ class _ObservedCall:
     def __init__(self, by: ForwardPass, module: nn.Module, before: Callable[..., Any] | None):
         self.by: ForwardPass | None = by
         self.module, self.before = module, before
-        """`before` is what is called in place of its forward method and hooks otherwise."""
+        """`before` is what is otherwise called in place of the module's forward method."""
         self.call = before or whole_call(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -322,7 +325,7 @@ class _ObservedCall:
         return output if self.by is None else self.by.note_output(self.module, output)
 
     def end(self) -> None:
-        """Stop observing; another thread that has begun to observe since continues."""
+        """Stop observing; another thread that observes the module since then continues."""
         self.by = None
         now = call_of(self.module)
         if now is self:
@@ -338,13 +341,13 @@ def refuse_cache(output: object) -> None:
     """Raise `GateError` when a model with closed blocks returns a cache of keys and values."""
     if getattr(output, "past_key_values", None) is not None:
         raise GateError(
-            "the model returns past_key_values, which closed blocks put nothing into: "
+            "the model returns past_key_values, into which closed blocks put nothing: "
             "call it with use_cache=False, or set model.config.use_cache = False"
         )
 
 
 def batch_size(inputs: object) -> int:
-    """The number of samples in the inputs of a model: that of the first tensor among them.
+    """The number of samples in the inputs of a model: the length of the first tensor among them.
 
     Raises:
         GateError: when there is no tensor.
@@ -359,13 +362,13 @@ def batch_size(inputs: object) -> int:
 
 
 def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
-    """`output`, in whose backward pass autograd reaches each of `parameters` without a gradient.
+    """`output`, with a graph in which autograd reaches each of `parameters` without a gradient.
 
-    `DistributedDataParallel`, and so `replicate`, ends a backward pass when autograd has reached
-    every parameter, which it does not in a branch that did not run. Attached to the output of their
-    block, parameters are reached when they would have been with a gradient: DDP sends gradients in
-    the order of the first backward pass ever after. Returns `output` itself where nothing in it can
-    have a gradient.
+    `DistributedDataParallel`, and therefore `replicate`, ends a backward pass when autograd has
+    reached every parameter. It never reaches those of a branch that did not run. Here they are
+    attached to the output of their block, so that autograd reaches them at the time when an open
+    branch would be reached. That matters because DDP sends gradients in the order of its very first
+    backward pass. Returns `output` itself where no tensor in it can have a gradient.
     """
     tensors = [t for t in tensors_in(output) if not isinstance(t, nn.Parameter)]
     tensors = [t for t in tensors if t.is_floating_point() or t.is_complex()]

@@ -1,7 +1,7 @@
 """Packages whose names are imported when they are first used.
 
-`stochastic-depth --help` and an error in a command line need no PyTorch, which takes seconds to
-load; nor does a program that only reads configurations.
+`stochastic-depth --help` and an error in a command line do not need PyTorch, which takes seconds to
+load. Neither does a program that only reads configurations.
 """
 
 import ast
@@ -15,14 +15,14 @@ from typing import Any
 
 
 def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """The `__getattr__`, `__dir__` and `__all__` of a package, from the stub file beside it.
+    """The `__getattr__`, `__dir__` and `__all__` of a package, read from the stub file beside it.
 
-    `__init__.pyi` is the one list of a package's names, each with the module that it is imported
-    from: type checkers and editors read it as they read any stub, and so does this. Submodules
-    load when they are touched, whether the stub names them or not.
+    `__init__.pyi` is the one list of the names of a package, each with the module that defines it.
+    Type checkers and editors read it as any other stub, and so does this function. Submodules load
+    when they are touched, whether the stub names them or not.
 
     Args:
-        package: its `__name__`.
+        package: the `__name__` of the package.
     """
     module: Any = sys.modules[package]
     stub = ast.parse(Path(module.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))

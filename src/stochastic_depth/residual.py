@@ -19,13 +19,13 @@ def residual_step(
     activation: Callable[[Tensor], Tensor] | None = None,
     gate: Gate = OPEN,
 ) -> Tensor:
-    """H_l = act(shortcut(H) + b_l * branch(H)), with the branch not called when b_l = 0.
+    """H_l = act(shortcut(H) + b_l * branch(H)), where the branch is not called if b_l = 0.
 
     Args:
         x: H_{l-1}, [batch, ...].
         branch: f_l. Under `gate.samples` it is called on those samples only, [k, ...].
         shortcut: the path around the branch; None is the identity.
-        activation: what follows the addition; None is nothing.
+        activation: the function that follows the addition; None is the identity.
         gate: what this block does in this pass.
 
     Returns:
@@ -56,16 +56,18 @@ def residual_step(
 class Residual(nn.Module):
     """A residual unit whose branch can be skipped: act(shortcut(x) + branch(x)).
 
-    On its own it is the plain unit of constant depth. `sd.apply` on the model that holds it gives
-    it gates. Parameters are found under `branch.`, `shortcut.` and `activation.`.
+    By itself it is the plain unit of constant depth. `sd.apply` on the model that contains it gives
+    it gates. Its parameters are named `branch.`, `shortcut.` and `activation.`.
 
-    An `autograd.Function` around it whose own backward pass computes the branch again must call
-    this module for it, and not the branch, which knows no gates: that is an error.
+    If the unit runs inside an `autograd.Function` whose own backward pass recomputes it, that
+    backward pass must call the unit and not its branch, which has no gate. Calling the branch is an
+    error.
 
     Args:
         branch: f_l, from [batch, ...] to the shape of the shortcut's output.
         shortcut: None for the identity, or a downsampling or projection path.
-        activation: what follows the addition; None for pre-norm and pre-activation blocks.
+        activation: the module that follows the addition; None for pre-norm and pre-activation
+            blocks.
 
     Examples:
         >>> model = nn.Sequential(*(sd.Residual(nn.Linear(8, 8)) for _ in range(4)))
@@ -96,11 +98,11 @@ class Residual(nn.Module):
         if self.gates is not None and self.training and not torch.is_grad_enabled():
             self._guard_branch()
         if self._overwrites and not gate.open:
-            x = x.clone()  # the activation works in place, and x is not this block's to change
+            x = x.clone()  # the activation works in place, and x belongs to the caller
         return residual_step(x, self.branch, self.shortcut, self.activation, gate)
 
     def _guard_branch(self) -> None:
-        """Within an `autograd.Function`, make sure its backward pass calls this module."""
+        """Inside an `autograd.Function`, make sure that its backward pass calls this module."""
         if self._guarded or torch.compiler.is_compiling():
             return
         if function_around(sys._getframe()) is not None:
@@ -108,12 +110,12 @@ class Residual(nn.Module):
             self.branch.register_forward_pre_hook(self._refuse_in_backward)
 
     def _refuse_in_backward(self, branch: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Hook on the branch: raise `GateError` when a backward pass calls it without the unit."""
+        """Hook on the branch: raise `GateError` if a backward pass calls it without the unit."""
         if self.gates is None or backward_pass() is None or _is_running(self.forward):
             return
         raise GateError(
             f"the branch of a residual unit ({type(branch).__name__}) is called in the backward "
-            "pass of an autograd.Function, where it knows no gates: call the unit instead"
+            "pass of an autograd.Function, where it has no gate: call the unit instead"
         )
 
     def gate(self) -> Gate:
@@ -131,7 +133,7 @@ class Residual(nn.Module):
 
 
 def _is_running(method: MethodType) -> bool:
-    """Whether this thread is in a call of `method`."""
+    """Whether this thread is inside a call of `method`."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is method.__func__.__code__ and frame.f_locals["self"] is method.__self__:

@@ -16,7 +16,7 @@ TimedRule = Callable[[int, int, int], float]
 """`rule(l, L, t) -> p_l`: the survival probability in training step t, from 0."""
 
 Survival = SurvivalRule | TimedRule | Sequence[float] | Mapping[str, float]
-"""A rule; (p_1, ..., p_L); or p_l by the names of blocks, 1 for those that are not named."""
+"""A rule; or (p_1, ..., p_L); or p_l by the names of blocks, 1 for blocks that are not named."""
 
 Schedule = Callable[[int], float]
 """`schedule(t) -> s`, from 0 to 1: in step t the drop rate of block l is s (1 - p_l)."""
@@ -58,7 +58,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Drop rates that grow linearly from 0, and are the rule's from step `until` on.
+    """Drop rates that grow linearly from 0 to those of the rule, which they reach at step `until`.
 
     This is for networks that only converge when no block is dropped at first.
 
@@ -80,8 +80,8 @@ class Warmup:
 class Early:
     """Drop rates that are 0 from step `until` on: for networks that underfit.
 
-    They fall linearly to 0 with shape "linear", or stay the rule's until then with "constant" (Liu
-    et al. 2023, arXiv:2303.01500, "Dropout reduces underfitting").
+    Before that they fall linearly to 0 with shape "linear", or stay those of the rule with shape
+    "constant" (Liu et al. 2023, arXiv:2303.01500, "Dropout reduces underfitting").
 
     Examples:
         >>> [sd.Early(1000)(step) for step in (0, 500, 1000)]
@@ -122,10 +122,10 @@ class Late:
 
 @dataclass(frozen=True)
 class Progressive:
-    """Drop rates that approach the rule's as 1 - exp(-gamma * step).
+    """Drop rates that approach those of the rule as 1 - exp(-gamma * step).
 
-    Progressive layer dropping (Zhang and He 2020, arXiv:2010.13369, equation 3); its theta is p_L
-    of the rule: `sd.LinearDecay(theta)`.
+    This is progressive layer dropping (Zhang and He 2020, arXiv:2010.13369, equation 3). Its theta
+    is p_L of the rule: `sd.LinearDecay(theta)`.
 
     Examples:
         >>> [round(sd.Progressive(0.001)(step), 3) for step in (0, 500, 1000)]
@@ -144,7 +144,7 @@ class Progressive:
 
 @dataclass(frozen=True)
 class Decreasing:
-    """Drop rates that are the rule's until step `since`, fall linearly, and are 0 from `until` on.
+    """Drop rates that stay those of the rule until step `since`, then fall to 0 at `until`.
 
     The last part of the training is at full depth, as in evaluation.
 
@@ -166,7 +166,7 @@ class Decreasing:
 
 @dataclass(frozen=True)
 class Steps:
-    """Shares of the rule's drop rates, each from its step on, and 0 before the first.
+    """Shares of the rule's drop rates, each in force from its step on; 0 before the first step.
 
     Examples:
         >>> [sd.Steps({0: 0.2, 1000: 0.6})(step) for step in (0, 500, 1000)]
@@ -188,7 +188,7 @@ class Steps:
 
 
 def _steps(schedule: object, name: str, value: int, minimum: int) -> None:
-    """Raise `SurvivalError` unless `value` is a number of steps from `minimum` on."""
+    """Raise `SurvivalError` unless `value` is a number of steps, `minimum` or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise SurvivalError(f"{schedule!r}: {name} is a number of steps, {minimum} or more")
 
@@ -201,7 +201,7 @@ class Probabilities:
     """(p_1, ..., p_L) at the full drop rates."""
     schedule: Schedule | None = None
     rule: TimedRule | None = None
-    """A rule of block, blocks and step, in place of `final`."""
+    """A rule of (block, blocks, step), which takes the place of `final`."""
     positions: tuple[tuple[int, int], ...] = ()
     """(block, blocks) for each block, as `rule` is called with them."""
 
@@ -224,7 +224,7 @@ class Probabilities:
 
     @property
     def full(self) -> tuple[float, ...]:
-        """(p_1, ..., p_L) at the full drop rates; under a rule of the step, in the first step."""
+        """(p_1, ..., p_L) at the full drop rates; under a rule of the step, those of step 0."""
         return self.final if self.rule is None else self.at(0)
 
     def described(self) -> dict[str, Any]:
@@ -267,10 +267,11 @@ def survival_probabilities(
     """(p_1, ..., p_L) for L = `blocks`.
 
     Args:
-        zero: whether p_l = 0 is allowed: under a schedule, of a block that does not run yet.
+        zero: whether p_l = 0 is allowed, as under a schedule, where a block may not run yet.
 
     Raises:
-        SurvivalError: when the rule gives a p_l outside (0, 1] or no number at all.
+        SurvivalError: when the rule returns a p_l outside (0, 1], or something that is not a
+            number.
     """
     if not callable(rule):
         raise SurvivalError(
@@ -286,15 +287,15 @@ def probabilities_of(
     stacks: Sequence[str] = (),
     schedule: Schedule | None = None,
 ) -> Probabilities:
-    """(p_1, ..., p_L) over time of the blocks with these names.
+    """(p_1, ..., p_L) over time, of the blocks with these names.
 
     Args:
-        stacks: names of modules in each of which a rule counts l from 1 to its L; blocks outside
-            all of them are one more stack.
-        schedule: how the drop rates change; not for a rule that is itself one of the step.
+        stacks: names of modules, in each of which a rule counts l from 1 to its L. Blocks outside
+            all of them form one more stack.
+        schedule: how the drop rates change; not allowed for a rule of (block, blocks, step).
 
     Raises:
-        SurvivalError: when a p_l is outside (0, 1], or [0, 1] where it changes; or `survival`,
+        SurvivalError: when a p_l is outside (0, 1], or [0, 1] where it changes; or when `survival`,
             `stacks` and `schedule` do not fit the names or each other.
     """
     if schedule is not None and not callable(schedule):
@@ -317,7 +318,7 @@ def probabilities_of(
 
 
 def _is_timed(survival: Survival) -> bool:
-    """Whether `survival` must be given three arguments."""
+    """Whether `survival` is a function that requires three arguments."""
     if not callable(survival):
         return False
     try:
@@ -368,7 +369,7 @@ def survival_of(
 
 
 def _positions(names: Sequence[str], stacks: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """l and L of each block in its stack."""
+    """(l, L) of each block within its stack."""
     stack_of = [
         max((s for s in stacks if name == s or name.startswith(f"{s}.")), key=len, default=None)
         for name in names
@@ -376,8 +377,8 @@ def _positions(names: Sequence[str], stacks: Sequence[str]) -> tuple[tuple[int, 
     for stack in stacks:
         if stack not in stack_of:
             raise SurvivalError(
-                f"stacks names {stack!r}, which has no block that is in no other of the stacks: "
-                "sd.plan shows the blocks"
+                f"stacks={list(stacks)}: {stack!r} contains no block of its own, outside the other "
+                "stacks; sd.plan shows the blocks"
             )
     return tuple(
         (stack_of[: n + 1].count(stack), stack_of.count(stack)) for n, stack in enumerate(stack_of)

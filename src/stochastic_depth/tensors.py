@@ -22,31 +22,31 @@ _NO_CONTAINERS = (
 def tensors_in(value: object) -> list[Tensor]:
     """All tensors in `value`, in order.
 
-    They are looked for in tuples, lists, mappings and all that is registered with PyTorch's pytree;
-    in dataclasses, and in the attributes of any other object.
+    They are searched for in tuples, lists, mappings and everything else that is registered with
+    PyTorch's pytree; in dataclasses; and in the attributes of any other object.
     """
     return [value] if isinstance(value, Tensor) else list(_tensors(value, 0, set()))
 
 
 def in_graph(value: object) -> list[Tensor]:
-    """The tensors in `value` that autograd has computed.
+    """The tensors in `value` that have a grad_fn.
 
-    Placeholders of deferred calls are left out; looking at them would compute them.
+    Placeholders of deferred calls are left out, because asking them would make the calls.
     """
     computed = (t for t in tensors_in(value) if not getattr(type(t), "is_deferred", False))
     return [tensor for tensor in computed if tensor.grad_fn is not None]
 
 
 def replace_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `new(tensor)` in place of each tensor; containers are copied, not changed."""
+    """`value`, with `new(tensor)` in place of each tensor; containers are copied, not changed."""
     return _replaced(value, new, 0)
 
 
 def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest difference between two lists of tensors, relative to the largest value of each.
+    """The largest difference between two lists of tensors, each relative to its largest value.
 
-    It is infinite where one tensor has a number and the other nan or an infinity, and where numbers
-    or shapes of the tensors differ.
+    It is infinite where one tensor has a number and the other has nan or an infinity, and where the
+    shapes or the numbers of tensors differ.
     """
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return math.inf
@@ -101,7 +101,7 @@ def _replaced(value: Any, new: Callable[[Tensor], Tensor], depth: int) -> Any:
 
 
 def _attributes(value: object) -> dict[str, Any]:
-    """The attributes of an object that is no container PyTorch knows."""
+    """The attributes of an object that is not one of PyTorch's containers."""
     if isinstance(value, _NO_CONTAINERS):
         return {}
     if dataclasses.is_dataclass(value):

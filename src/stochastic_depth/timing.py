@@ -28,7 +28,7 @@ def take_turns(
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[dict[str, float]]:
-    """Call every alternative once in each of `repeats` rounds; gives the seconds of each round.
+    """Call every alternative once in each of `repeats` rounds; yields the seconds of each round.
 
     The order is reversed in every round, so that none always comes after the same other.
     """
@@ -45,5 +45,5 @@ def take_turns(
 
 
 def paired_ratio(rounds: list[dict[str, float]], a: str, b: str) -> Timing:
-    """a / b, round by round."""
+    """The seconds of `a` over those of `b`, round by round."""
     return Timing(tuple(seconds[a] / seconds[b] for seconds in rounds))

@@ -1,7 +1,7 @@
 """The private parts of PyTorch that this library uses, each with what could replace it.
 
-The dictionaries in `nn.Module` of its children, parameters and buffers are used where they are
-needed, because there is no public way to read or set just these.
+The dictionaries in which `nn.Module` keeps its children, parameters and buffers are used directly
+wherever they are needed, because there is no public way to read or set just these.
 """
 
 import sys
@@ -69,9 +69,9 @@ Call = Callable[..., Any]
 
 
 def backward_pass() -> int | None:
-    """A number for the backward pass that this thread is in, or None.
+    """A number that identifies the backward pass which runs in this thread, or None.
 
-    A forward pass in there is a recomputation. Replacement: a public hook of
+    A forward pass during a backward pass is a recomputation. Replacement: a public hook of
     `torch.utils.checkpoint` around recomputation.
     """
     number = torch._C._current_graph_task_id()
@@ -79,28 +79,29 @@ def backward_pass() -> int | None:
 
 
 def node_number() -> int:
-    """The number of the autograd node that this thread is running backward.
+    """The number of the autograd node whose backward function runs in this thread.
 
-    Each thread numbers nodes as it makes them. Replacement: as for `backward_pass`.
+    Each thread numbers nodes as it creates them. Replacement: as for `backward_pass`.
     """
     node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
     return -1 if node is None else node._sequence_nr()
 
 
 def next_node_number() -> int:
-    """The number of the node that this thread makes next. Replacement: as for `backward_pass`."""
-    if torch.compiler.is_compiling():  # which cannot look into it
+    """The number of the node that this thread creates next. Replacement: as for `backward_pass`."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace the call below
         return 0
     return torch.autograd._get_sequence_nr()  # pyright: ignore
 
 
 def at_end_of_backward(act: Callable[[], Any], after_others: bool = False) -> None:
-    """Within a backward pass: call `act` when the pass has ended.
+    """During a backward pass: call `act` when the pass has ended.
 
     Replacement: a public form of it, which PyTorch's own DDP and FSDP would use too.
 
     Args:
-        after_others: whether to call it after all functions that others have given, or will give.
+        after_others: whether to call it after all functions that other code has queued or will
+            queue.
     """
     engine = Variable._execution_engine
     engine.queue_callback(partial(engine.queue_callback, act) if after_others else act)
@@ -109,8 +110,8 @@ def at_end_of_backward(act: Callable[[], Any], after_others: bool = False) -> No
 def recomputation(frame: FrameType) -> Callable[[], bool] | None:
     """For a frame of `torch.utils.checkpoint`: a function that says whether it will be recomputed.
 
-    The answer is known when the frame has ended. None for other frames. Replacement: as for
-    `backward_pass`.
+    The answer is known when the frame has ended. The result is None for other frames. Replacement:
+    as for `backward_pass`.
     """
     code = frame.f_code
     if code.co_filename != _CHECKPOINT:
@@ -125,10 +126,10 @@ def recomputation(frame: FrameType) -> Callable[[], bool] | None:
 
 
 def function_around(frame: FrameType | None) -> str | None:
-    """The name of the `autograd.Function` in whose forward pass `frame` is; None if in none.
+    """The name of the `autograd.Function` in whose forward pass `frame` runs, or None.
 
-    Such a function has its own backward pass, which recomputes without gates. Those of
-    `torch.utils.checkpoint` do not count: they call modules again, which have their gates.
+    Such a function has its own backward pass, which recomputes without gates. The functions of
+    `torch.utils.checkpoint` do not count, because they call modules again, which have their gates.
     Replacement: a public way to ask which function is running.
     """
     while frame is not None:
@@ -168,7 +169,7 @@ def gradients_are_kept() -> bool:
 
 
 def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which torch.compile does not compile: at its call one graph ends.
+    """`function`, excluded from torch.compile: a graph ends where it is called.
 
     Replacement: `torch.compiler.disable`, if it did not load the compiler, which takes seconds.
     """
@@ -203,7 +204,7 @@ def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def gradients_are_awaited() -> bool:
-    """Whether a forward pass of `DistributedDataParallel` is running, which awaits all gradients.
+    """Whether a forward pass of `DistributedDataParallel` runs, which waits for all gradients.
 
     Replacement: `find_unused_parameters=True`, which costs a walk through the graph in every step;
     or a public way to tell DDP which parameters are unused.
@@ -212,12 +213,12 @@ def gradients_are_awaited() -> bool:
 
 
 def is_replicated(model: nn.Module) -> bool:
-    """Whether it is under the composable `replicate`, whose own hook comes after ours."""
+    """Whether `model` is under the composable `replicate`, whose own hook runs after ours."""
     return isinstance(model, Replicated)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was called on it, or on a module in it.
+    """Whether `fully_shard` was called on `model`, or on a module inside it.
 
     FSDP takes seconds to import; if nothing has imported it, nothing is sharded.
     """
@@ -226,9 +227,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_replica(model: nn.Module) -> bool:
-    """Whether it is one of the copies that `nn.DataParallel` makes for each step.
+    """Whether `model` is one of the copies that `nn.DataParallel` creates for each step.
 
-    Replacement: nothing, when `nn.DataParallel` is gone, which PyTorch advises against.
+    Replacement: none is needed once `nn.DataParallel` is gone, which PyTorch advises against.
     """
     return "_is_replica" in vars(model)
 
@@ -240,12 +241,12 @@ _CALL = "_compiled_call_impl"
 
 
 def call_of(module: nn.Module) -> Call | None:
-    """What is called in place of its forward method and hooks, if anything: compiled code."""
+    """The function that is called in place of the module's forward method and hooks, or None."""
     return module.__dict__.get(_CALL)
 
 
 def set_call(module: nn.Module, call: Call | None) -> None:
-    """Set what is called in place of its forward method and hooks; None restores these."""
+    """Set what is called in place of the forward method and hooks; None restores these."""
     if call is None:
         module.__dict__.pop(_CALL, None)
     else:
@@ -253,7 +254,7 @@ def set_call(module: nn.Module, call: Call | None) -> None:
 
 
 def whole_call(module: nn.Module) -> Call:
-    """Its forward method, with its hooks."""
+    """The forward method of `module`, together with its hooks."""
     return module._call_impl
 
 
@@ -267,7 +268,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def changes_of(tensor: Tensor) -> int:
-    """How often it was changed in place. Replacement: the same, which only lacks a public name."""
+    """How often `tensor` was changed in place. Replacement: the same, under a public name."""
     return tensor._version
 
 

@@ -291,7 +291,7 @@ def a_model_that_is_wrapped_or_sharded_already_is_refused() -> None:
         sd.remove(plain)
         with pytest.raises(sd.errors.ApplyError, match=r"sd.apply\(model\) first, then wrap"):
             sd.apply(wrap(plain))
-    with pytest.raises(sd.errors.ApplyError, match="Linear is not in DistributedDataParallel"):
+    with pytest.raises(sd.errors.ApplyError, match="Linear is neither a DistributedDataParallel"):
         skip_closed(nn.Linear(2, 2))
 
 

@@ -165,11 +165,11 @@ class Steps(nn.Module):
 
 KINDS = {
     Shows: "needed for more than what is added",
-    Routes: "put into another tensor in place",
+    Routes: "written into another tensor in place",
     Lambda: "set on the instance",
     TossesACoin: "the model leaves it out by itself",
     Fuses: "in training mode",
-    LeavesInside: "leaves 'loss' on",
+    LeavesInside: "its branch sets 'loss' of",
 }
 
 

@@ -1,4 +1,4 @@
-"""Gates on many ranks: the same on each, which is checked, or different ones on each."""
+"""Gates on several ranks: checked to be the same on each rank, or drawn differently on each."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,8 @@ from stochastic_depth.surgery.applied import handle_of
 from stochastic_depth.torch_private import is_sharded
 
 _CALLS_PER_CHECK = {"cpu": 1}
-"""Calls per check: a check synchronises with a GPU, so it is done every hundredth time there."""
+"""After how many calls a check is done, by type of device. On a GPU it is every hundredth call,
+because a check synchronises with the GPU."""
 
 
 class GateConsistency:
@@ -38,10 +39,10 @@ class GateConsistency:
 
 
 def require_same_gates(handles: Sequence[Handle], group: dist.ProcessGroup | None = None) -> None:
-    """Refuse gates that depend on the rank; a collective.
+    """Refuse gates that differ between ranks. This is a collective.
 
     Raises:
-        GateError: on every rank, naming what differs.
+        GateError: on every rank; it names the difference.
     """
     mine = [handle.state_dict() for handle in handles if handle.rank is None]
     signature = int.from_bytes(digest(7, repr(mine)), "little")
@@ -67,11 +68,11 @@ def _difference(states: Sequence[Sequence[dict]]) -> str:
                         "load the same state",
                     }.get(name, "give sd.apply the same settings everywhere")
                     return f"{name} is {value} on rank 0 and {other[name]} on rank {rank}; {remedy}"
-    return "gates by rank are drawn on some of them only; use sd.distributed.gates_by_rank on all"
+    return "only some of them draw gates by rank; call sd.distributed.gates_by_rank on all ranks"
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """The device that collectives of `group` need tensors on."""
+    """The device on which collectives of `group` need their tensors."""
     gpu_only = dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if gpu_only else torch.device("cpu")
 
@@ -79,17 +80,17 @@ def _device(group: dist.ProcessGroup | None) -> torch.device:
 def gates_by_rank(model: nn.Module, rank: int | None = None) -> None:
     """Draw different gates on each rank: more patterns in a step, but less is saved.
 
-    They are a function of (seed, rank, step), and `handle.state_dict()` is the same on every rank.
-    A step takes as long as that of the rank with the most open blocks, and a gradient is sent when
-    its block is open on any rank: with 8 ranks at p = 0.5 all but always.
+    The gates are a function of (seed, rank, step), and `handle.state_dict()` is the same on every
+    rank. A step takes as long as on the rank with the most open blocks. A gradient is sent when its
+    block is open on any rank: with 8 ranks at p = 0.5, nearly always.
 
     Args:
-        model: one that `sd.apply` was given, before or after it is wrapped.
-        rank: that of this process, among those of the default group when not given.
+        model: a model that `sd.apply` was called on, before or after it is wrapped.
+        rank: the rank of this process; its rank in the default group when not given.
 
     Raises:
-        GateError: when `model` is sharded: a rank on which a block is closed would not take part in
-            gathering its parameters, and the others wait for it.
+        GateError: when `model` is sharded. A rank on which a block is closed would not take part in
+            gathering its parameters, and the other ranks would wait for it.
     """
     handle = handle_of(model)
     if is_sharded(model):

@@ -1,4 +1,4 @@
-"""Data parallelism in which the gradients of closed blocks are not sent."""
+"""Data parallelism that does not send the gradients of closed blocks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,19 +18,19 @@ from stochastic_depth.torch_private import Replicated
 
 
 def skip_closed(ddp: nn.Module) -> None:
-    """Send the gradients of a model's open blocks only, as a communication hook of `ddp`.
+    """Send only the gradients of open blocks, by a communication hook on `ddp`.
 
     `ddp` is a `DistributedDataParallel`, or a model under the composable `replicate`.
 
-    Every rank has the same gates, so that all of them leave out the same gradients; `ddp` overlaps
-    sending the others with the backward pass as usual. With gradient accumulation (`ddp.no_sync()`)
-    a block is sent when it was open in any of the forward passes. Under gates for single samples,
-    and per-rank gates, everything is sent.
+    Every rank has the same gates, so all ranks leave out the same gradients. The other gradients
+    are sent during the backward pass, as usual. With gradient accumulation (`ddp.no_sync()`), the
+    gradients of a block are sent when it was open in any of the forward passes. With gates for
+    single samples, and with per-rank gates, every gradient is sent.
 
     Raises:
-        ApplyError: when `ddp` is neither, or there is no stochastic depth in it.
+        ApplyError: when `ddp` is neither, or contains no stochastic depth.
         GateError: in a backward pass, on every rank, when ranks have different gates. On a GPU this
-            is looked at in every hundredth backward pass.
+            is checked in every hundredth backward pass.
     """
     if isinstance(ddp, DistributedDataParallel):
         model, group = ddp.module, ddp.process_group
@@ -38,7 +38,7 @@ def skip_closed(ddp: nn.Module) -> None:
         model, group = ddp, None
     else:
         raise ApplyError(
-            f"{type(ddp).__name__} is not in DistributedDataParallel, nor under replicate: "
+            f"{type(ddp).__name__} is neither a DistributedDataParallel nor under replicate: call "
             "skip_closed(DistributedDataParallel(model))"
         )
     applied = applied_inside(model)
@@ -52,7 +52,7 @@ def skip_closed(ddp: nn.Module) -> None:
 
 
 class _Blocks:
-    """The blocks of one applied model: their parameters, and which of them were open."""
+    """The blocks of one model: their parameters, and which of them were open."""
 
     def __init__(self, whole: nn.Module, name: str, model: nn.Module) -> None:
         self.handle: Handle = handle_of(model)
@@ -69,13 +69,13 @@ class _Blocks:
         self._opened.zero_()
 
     def closed(self, parameter: Tensor) -> bool:
-        """Whether it is of blocks that were closed in every forward pass."""
+        """Whether `parameter` belongs only to blocks that were closed in every forward pass."""
         owners = self._owners.get(parameter)
         return owners is not None and not self._opened[owners].any()
 
 
 def _owners(whole: nn.Module, prefix: str, handle: Handle) -> dict[Tensor, list[int]]:
-    """The numbers of the blocks that use a parameter, if nothing else does."""
+    """For each parameter that only blocks use, the numbers of these blocks."""
     of_name: dict[str, list[int]] = {}
     for number, block in enumerate(handle.blocks):
         for name in block.parameters:
@@ -91,7 +91,7 @@ def _owners(whole: nn.Module, prefix: str, handle: Handle) -> dict[Tensor, list[
 
 
 class _Reduction:
-    """The mean over ranks of all gradients but those of closed blocks."""
+    """Averages all gradients over the ranks, except those of closed blocks."""
 
     def __init__(self, blocks: list[_Blocks], group: dist.ProcessGroup | None) -> None:
         self._blocks, self._group = blocks, group
@@ -125,7 +125,7 @@ class _Reduction:
         return work.get_future().then(put_back)
 
     def _open_runs(self, bucket: GradBucket) -> Iterator[slice]:
-        """The ranges of a bucket that hold gradients of anything but closed blocks."""
+        """The ranges of a bucket that hold other gradients than those of closed blocks."""
         start = end = 0
         for parameter in bucket.parameters():
             size = parameter.numel()

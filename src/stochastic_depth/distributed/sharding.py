@@ -20,14 +20,14 @@ from stochastic_depth.surgery.applied import applied_to, handle_of
 
 
 def branch_modules(model: nn.Module) -> list[list[nn.Module]]:
-    """For each residual block of `model`, the outermost modules that run in its branch alone.
+    """For each residual block of `model`, the outermost modules that run only in its branch.
 
-    They hold all parameters of the branches, except those of a block itself and of modules that
+    They hold all parameters of the branches, except those of the block itself and of modules that
     also run under a closed gate. A module that several blocks use is listed for one of them. Blocks
     inside the branch of another block come first.
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
+        ApplyError: when `sd.apply` was not called on `model`.
     """
     taken: set[nn.Module] = set()
     groups = []
@@ -43,33 +43,34 @@ def branch_modules(model: nn.Module) -> list[list[nn.Module]]:
 def shard_branches(model: nn.Module, **options: Any) -> None:
     """Call `fully_shard` on the branch of every residual block, in place.
 
-    A closed block then has no all-gather in the forward and the backward pass, and no
-    reduce-scatter. All else is left for `fully_shard(model, **options)`, which comes after it.
+    A closed block then needs no all-gather in the forward and backward pass, and no reduce-scatter.
+    The rest of the model is left for `fully_shard(model, **options)`, which must be called
+    afterwards.
 
-    `fully_shard` on whole blocks works too, and saves the reduce-scatter only: a block is gathered
-    when it is called, before its gate is asked.
+    `fully_shard` on whole blocks works too, but saves only the reduce-scatter, because a block is
+    gathered when it is called, before its gate is read.
 
     Args:
-        model: one that `sd.apply` was given.
-        options: those of `fully_shard`: mesh, mp_policy, reshard_after_forward, ...
+        model: a model that `sd.apply` was called on.
+        options: options of `fully_shard`: mesh, mp_policy, reshard_after_forward, ...
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
+        ApplyError: when `sd.apply` was not called on `model`.
         GateError: when each rank draws different gates, or subsets that may be empty; or in a
-            forward pass, on every rank, when their gates differ, which is checked in every
-            hundredth pass on a GPU.
+            forward pass, on every rank, when gates differ between ranks. On a GPU this is checked
+            in every hundredth pass.
     """
     handle = handle_of(model)
     if handle.gate == "subset" and not handle.balance:
         raise GateError(
-            'gate="subset" closes a block on a rank that has no sample of it, which would not take '
-            "part in gathering its parameters: give sd.apply balance=True, or use fully_shard on "
-            "whole blocks, and mini-batches of one size on all ranks"
+            'gate="subset" closes a block on a rank where no sample is drawn for it, and that rank '
+            "would not take part in gathering its parameters: give sd.apply balance=True, or use "
+            "fully_shard on whole blocks, and mini-batches of one size on all ranks"
         )
     if handle.rank is not None:
         raise GateError(
             "a sharded model needs the same gates on every rank, because all of them gather the "
-            "parameters of an open block: do without sd.distributed.gates_by_rank"
+            "parameters of an open block: leave out sd.distributed.gates_by_rank"
         )
     for group in branch_modules(model):
         fully_shard(group if len(group) > 1 else group[0], **options)
@@ -85,7 +86,7 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
 def _outermost(
     module: nn.Module, name: str, wanted: set[str], always: set[nn.Module]
 ) -> Iterator[nn.Module]:
-    """The outermost modules whose parameters are all `wanted`, with none of `always` inside."""
+    """The outermost modules that have only parameters in `wanted`, and contain none of `always`."""
     prefix = f"{name}." if name else ""
     parameters = {prefix + inner for inner, _ in module.named_parameters()}
     if parameters and parameters <= wanted and always.isdisjoint(module.modules()):
@@ -110,13 +111,14 @@ def save_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore what `save_sharded` has written, on any number of ranks, sharded or not.
 
-    Under `skipped="freeze"` the optimizer has no state of a block that was never open, and has none
-    afterwards.
+    Under `skipped="freeze"` the optimizer has no state for a block that was never open, and it has
+    none after loading either.
 
-    `torch.distributed.checkpoint` unpickles what is in `folder`: load what you have written.
+    `torch.distributed.checkpoint` unpickles the contents of `folder`: load only what you have
+    written.
 
     Raises:
-        CheckpointError: when it cannot be read, or is of another network.
+        CheckpointError: when it cannot be read, or belongs to another network.
         StateError: when it was written with other survival probabilities, gates or scaling.
     """
     state = _state(model, optimizer)
@@ -144,6 +146,6 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 
 def _first(error: BaseException) -> str:
-    """The first error of any rank."""
+    """The text of the first error on any rank."""
     failures = getattr(error, "failures", {})
     return str(next(iter(failures.values()))[0]) if failures else str(error)

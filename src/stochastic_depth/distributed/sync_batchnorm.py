@@ -1,4 +1,4 @@
-"""Batch normalisation over the mini-batches of all ranks together, on CPUs too."""
+"""Batch normalisation over the mini-batches of all ranks together, also on CPUs."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace every batch normalisation of `model` by one over all ranks; parameters stay.
+    """Replace every batch normalisation of `model` by one over all ranks; its parameters stay.
 
-    Every rank must run the same layers: with per-rank gates, or subsets that may be empty on a rank
-    (balanced ones are not), the others would wait for ever. On a GPU this is `nn.SyncBatchNorm`,
-    which runs nowhere else.
+    Every rank must run the same layers. With per-rank gates, or with subsets that may be empty on a
+    rank (balanced ones never are), the other ranks would wait for ever. On a GPU this is
+    `nn.SyncBatchNorm`, which does not run on a CPU.
 
     Returns:
-        `model`, or what takes its place if it is itself a batch normalisation.
+        `model`, or the module that replaces it if it is itself a batch normalisation.
     """
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -27,10 +27,10 @@ def synchronise_batchnorm(model: nn.Module) -> nn.Module:
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """Batch normalisation over the samples of all ranks, from two all-reduces of sums.
+    """Batch normalisation over the samples of all ranks, computed from two all-reduces of sums.
 
-    Ioffe and Szegedy 2015, algorithm 1. input: [batch, channels, ...]; the batch may differ from
-    rank to rank.
+    Ioffe and Szegedy 2015, algorithm 1. input: [batch, channels, ...]; the batch may differ between
+    ranks.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         return out.to(input.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions will do."""
+        """Accept any number of dimensions."""
 
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
         if self.running_mean is None or self.running_var is None:
@@ -62,7 +62,7 @@ class CpuSyncBatchNorm(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all ranks; so is its gradient."""
+    """The sum over all ranks; its gradient is the sum over all ranks too."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun starts them: rank, collectives, and the first process.
+"""The processes of one run, as torchrun starts them: ranks, collectives, and the first process.
 
 Without torchrun everything here works as with a single process.
 """
@@ -21,13 +21,13 @@ Value = TypeVar("Value")
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """While entered, be one of the processes that torchrun has started.
+    """While entered, this process is in the process group of those that torchrun has started.
 
-    Collectives on tensors of a GPU go by nccl, those on a CPU by gloo.
+    Collectives on tensors of a GPU use nccl, those on tensors of a CPU use gloo.
 
     Raises:
         ConfigError: when there are more processes on this machine than GPUs.
-        RunError: in place of what PyTorch raises when another process is no longer there.
+        RunError: in place of the error of PyTorch when another process has died.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -41,7 +41,7 @@ def joined() -> Iterator[None]:
             )
         torch.cuda.set_device(local)
     store, rank, size = next(rendezvous("env://"))
-    # torchrun keeps its store over restarts, and gloo would look there for processes that are dead.
+    # torchrun keeps its store over restarts, and gloo would find dead processes in it.
     store = PrefixStore(f"restart {restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -54,7 +54,7 @@ def joined() -> Iterator[None]:
             f"process {rank} of {size} waited for one that is no longer there; torchrun "
             "--max-restarts N would start all of them again, to resume from the last checkpoint"
         ) from error
-    dist.destroy_process_group()  # not after an error, when others may not be there
+    dist.destroy_process_group()  # not after an error, when other processes may be gone
 
 
 def ranks() -> int:
@@ -63,7 +63,7 @@ def ranks() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The number of this process among them, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -73,7 +73,7 @@ def is_primary() -> bool:
 
 
 def restarts() -> int:
-    """How often torchrun has restarted these processes, because one of them had died."""
+    """How often torchrun has restarted these processes because one of them had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -89,21 +89,21 @@ def total(value: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is true on any rank."""
+    """Whether `flag` is true on any rank."""
     if ranks() == 1:
         return flag
     return bool(total(torch.tensor(int(flag))))
 
 
 def as_on_primary(tensors: Iterable[Tensor]) -> None:
-    """Make `tensors` on every rank what they are on the first, in place."""
+    """Copy the values of `tensors` from the first rank to all others, in place."""
     if ranks() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 def on_primary(act: Callable[[], Value]) -> Value:
-    """Call `act` on the first rank only; every rank returns or raises what it did there.
+    """Call `act` on the first rank only; every rank returns its result, or raises its error.
 
     Results are pickled between the ranks, which all run this program.
     """

@@ -1,10 +1,10 @@
-"""Which weights to multiply so that a branch's output is multiplied by p, and nothing else changes.
+"""Find the weights to multiply so that the output of a branch is multiplied by p.
 
-Every value of a forward pass gets an exponent e: it is to be multiplied by p^e. The exponent of the
-branch's output is 1, that of everything outside the branch is 0, and every operation relates the
-exponents of its arguments to that of its result. The search starts at the output and changes
-weights as near to it as possible. Where a changed value is used a second time, as by squeeze and
-excitation, the change is cancelled there.
+Every value of a forward pass gets an exponent e, which means that the value is to be multiplied by
+p^e. The exponent of the branch's output is 1, and that of everything outside the branch is 0. Every
+operation relates the exponents of its arguments to that of its result. The search starts at the
+output and changes weights as near to it as possible. Where a changed value is used a second time,
+as in squeeze and excitation, the change is cancelled there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,17 +19,19 @@ from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves, tree_
 
 @dataclass(eq=False)
 class TracedValue:
-    """A tensor: one of the `state_dict`, an input or constant, or the result of an operation."""
+    """A tensor of a forward pass: from the `state_dict`, an input or constant, or a result."""
 
     operation: str = ""
-    """Its name in PyTorch's schema, without namespace and the mark of working in place."""
+    """The name of the operation in PyTorch's schema, without namespace and without the "_" of
+    operations in place; empty for a tensor that no operation has computed."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Its arguments by name, with values in place of tensors."""
+    """The arguments by name, with values in place of tensors."""
     state: str = ""
-    """Its name in the `state_dict`."""
+    """Its name in the `state_dict`; empty for other tensors."""
     single: bool = False
     """Whether it is less precise than float64."""
     users: list["TracedValue"] = field(default_factory=list)
+    """The values that were computed from it directly."""
 
     def operands(self) -> Iterator["TracedValue"]:
         """All values that it was computed from directly."""
@@ -54,7 +56,7 @@ def ancestors(values: Sequence[TracedValue]) -> set[TracedValue]:
 
 @dataclass(frozen=True)
 class Scaled:
-    """The output of a branch, times the factor of its gate."""
+    """The output of a branch that was multiplied by the factor of its gate."""
 
     branch: TracedValue
     product: TracedValue
@@ -62,11 +64,11 @@ class Scaled:
 
 
 class Trace(TorchDispatchMode):
-    """While entered, records every value, and which are multiplied by one of `factors`.
+    """While entered, records every value, and the values that are multiplied by one of `factors`.
 
     Args:
-        model: whose `state_dict` has names for tensors.
-        factors: of the gates, [] each.
+        model: its `state_dict` gives names to tensors.
+        factors: the factors of the gates, [] each.
     """
 
     def __init__(self, model: nn.Module, factors: Sequence[Tensor]) -> None:
@@ -74,7 +76,7 @@ class Trace(TorchDispatchMode):
         self.scaled: list[list[Scaled]] = [[] for _ in factors]
         """For each factor, in order of execution."""
         self.single = False
-        """Whether something was computed in less than float64."""
+        """Whether anything was computed in less than float64."""
         self._factors = {id(factor): number for number, factor in enumerate(factors)}
         self._values: dict[int, TracedValue] = {}
         self._kept: list[Tensor] = []
@@ -95,7 +97,7 @@ class Trace(TorchDispatchMode):
         arguments = tree_map_only(Tensor, self._value, given)
         out: Any = func(*args, **kwargs)
         operation = func._schema.name.partition("::")[2].rstrip("_")
-        # Of several results the first is what is computed; the others are indices or statistics.
+        # The first of several results is the value itself; the others are indices or statistics.
         for tensor in tree_leaves(out[0] if isinstance(out, tuple) else out):
             if isinstance(tensor, Tensor):
                 made = self._note(tensor, TracedValue(operation, arguments))
@@ -119,10 +121,11 @@ class Trace(TorchDispatchMode):
 
 
 class Form(NamedTuple):
-    """A result that is a product of `factors`, plus all of `addends`, by names of arguments.
+    """Says which arguments, given by name, a result is homogeneous in.
 
-    Without factors it is a sum. Whatever else an operation is given must stay as it is. Factors
-    are in the order in which they are best changed.
+    The result is the product of `factors`, plus all of `addends`; without factors it is a sum. All
+    other arguments must stay as they are. Factors are listed in the order in which they are best
+    changed.
     """
 
     factors: tuple[str, ...] = ()
@@ -173,7 +176,7 @@ ATTENTION = "_scaled_dot_product"
 
 
 def form_of(value: TracedValue) -> Form | None:
-    """How the operation that made `value` is homogeneous; None where it is not."""
+    """The form of the operation that computed `value`; None where it is not homogeneous."""
     operation, arguments = value.operation, value.arguments
     if operation == "constant_pad_nd" and not arguments.get("value"):
         return ITSELF
@@ -190,7 +193,7 @@ def form_of(value: TracedValue) -> Form | None:
 
 
 def factors(value: TracedValue, form: Form) -> list[TracedValue]:
-    """The tensors that are multiplied, those first that are best changed."""
+    """The tensors that are multiplied, in the order in which they are best changed."""
     return [v for name in form.factors for v in operands(value.arguments.get(name))]
 
 
@@ -214,17 +217,17 @@ Exponents = dict[TracedValue, int]
 
 
 class Inexact(Exception):
-    """Raised when no weights can be multiplied; the message names the reason."""
+    """Raised when there are no weights that can be multiplied; the message gives the reason."""
 
 
 def exponents(scaled: Sequence[Scaled]) -> dict[str, int]:
     """The exponents of the tensors that are to be multiplied, by name in the `state_dict`.
 
     Args:
-        scaled: the outputs of the branches that one factor is for.
+        scaled: the outputs of all branches that share one factor.
 
     Raises:
-        Inexact: when there is no way.
+        Inexact: when no weights can be multiplied.
     """
     found: Exponents = {}
     inside: set[TracedValue] = set()
@@ -242,7 +245,7 @@ def exponents(scaled: Sequence[Scaled]) -> dict[str, int]:
 
 
 def _branch(value: TracedValue, around: set[TracedValue]) -> tuple[TracedValue, list[TracedValue]]:
-    """The value that is added to the shortcut; for a sum minus the shortcut, the sum too."""
+    """The value that is added to the shortcut; for `(x + f) - x`, f and also the sum."""
     if value.operation == "sub":
         whole, shortcut = value.arguments["self"], value.arguments["other"]
         if shortcut in around and isinstance(whole, TracedValue) and whole.operation == "add":
@@ -256,7 +259,10 @@ def _demand(value: TracedValue, e: int, found: Exponents, inside: set[TracedValu
     """`found`, extended so that the exponent of `value` is e.
 
     Args:
-        inside: the values of the branch, which may change, as those of the `state_dict` may.
+        inside: the values of the branch. Only these and the tensors of the `state_dict` may change.
+
+    Raises:
+        Inexact: when that is not possible.
     """
     if value in found:
         if found[value] != e:
@@ -287,7 +293,11 @@ def _demand(value: TracedValue, e: int, found: Exponents, inside: set[TracedValu
 def _settle(
     origin: TracedValue, found: Exponents, inside: set[TracedValue], ends: set[TracedValue]
 ) -> None:
-    """Follow a changed value to all of its uses, and compensate for it there."""
+    """Follow a changed value to all of its uses, and compensate for the change there.
+
+    Raises:
+        Inexact: when a use cannot be compensated.
+    """
     ahead = [origin]
     while ahead:
         value = ahead.pop()
@@ -301,7 +311,7 @@ def _settle(
 
 
 def _agrees(user: TracedValue, value: TracedValue, found: Exponents) -> bool:
-    """Whether the exponents around `user` agree; adds the one that is missing, if one can be."""
+    """Whether the exponents around `user` agree; sets the missing one if it is free."""
     form = form_of(user)
     if form is None or value in others(user, form):
         return False

@@ -1,4 +1,4 @@
-"""A trained network at several depths: which blocks it needs least, its errors and times."""
+"""A trained network at several depths: the blocks it needs least, its errors and its times."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,27 +17,29 @@ from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import evaluate
 
 Shallower = Callable[[], AbstractContextManager[nn.Module]]
-"""Returns a context with a network without some blocks, which are closed or removed."""
+"""Returns a context with a network in which some blocks are closed or removed."""
 
 
 class Progress(Protocol):
-    """Called with the name of a stage, how much of it is done, and how much it has in all."""
+    """Called with the name of a stage, how much of it is done, and how much there is in all."""
 
     def __call__(self, doing: str, done: float, total: float) -> None: ...
 
 
 def silent(doing: str, done: float, total: float) -> None:
-    """Shows no progress."""
+    """A `Progress` that shows nothing."""
 
 
 def least_needed_first(
     model: nn.Module, batches: Callable[[], Iterable[Batch]], runtime: Runtime
 ) -> Iterator[Dropped]:
-    """All blocks of `model` in the order of removal, those needed least first: see `drop_order`.
+    """All blocks of `model` in the order in which to remove them, the least needed first.
+
+    See `drop_order`.
 
     Args:
-        model: one that `sd.apply` was given.
-        batches: called for each evaluation; gives the validation images.
+        model: a model that `sd.apply` was called on.
+        batches: called for each evaluation; returns the validation images.
     """
     return drop_order(model, lambda model: evaluate(model, batches(), runtime).loss)
 
@@ -50,7 +52,10 @@ def errors_of(
     runtime: Runtime,
     progress: Progress = silent,
 ) -> list[float]:
-    """Error of each network in percent of a part's images, each read once; nan without images."""
+    """The error of each network on a part of the images, in percent; nan without images.
+
+    Each image is read once, for all networks.
+    """
     wrong: list[Tensor | int] = [0] * len(networks)
     seen, total = 0, images.sizes[part] * len(networks)
     for pixels, labels in images.evaluate(part):
@@ -71,7 +76,7 @@ def seconds_of(
     repeats: int,
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """Seconds an image of the forward pass on the batch `images`: medians of rounds, in turns."""
+    """Seconds per image of a forward pass on the batch `images`: medians over rounds, in turns."""
 
     def run(network: Shallower) -> None:
         with network() as model, runtime.autocast():

@@ -1,4 +1,4 @@
-"""`sd.fold`: multiply p_l into the weights, so that the network is a plain model."""
+"""`sd.fold`: multiply p_l into the weights, so that the network becomes a plain model."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,27 +18,28 @@ from stochastic_depth.tensors import largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_map_only
 
 TOLERANCE = 1e-12
-"""Tolerance of a branch's output in float64, relative to its largest value."""
+"""Tolerance of the output of a branch in float64, relative to its largest value."""
 SINGLE = 1e-5
-"""The same where the model itself computes in single precision in between."""
+"""The same where the model itself computes something in single precision."""
 
 
 def fold(model: nn.Module, example: Example) -> None:
     """Multiply p_l into the weights of every branch, and remove stochastic depth, in place.
 
-    What is left is a model of the original class with the original names, whose outputs in
-    evaluation are those of `model`. The weights that change are the last in each branch: gain and
-    bias of a normalisation, weight and bias of a convolution or linear layer, a layer scale. They
-    are found by watching a forward pass, and every branch is compared with its original in
-    float64. With `scale="training"` there is nothing to multiply, and this is `sd.remove`.
+    The result is a model of the original class with the original names, whose outputs in evaluation
+    are those of `model`. The weights that change are the last ones of each branch: gain and bias of
+    a normalisation, weight and bias of a convolution or linear layer, or a layer scale. They are
+    found by recording a forward pass, and every branch is compared with its original in float64.
+    With `scale="training"` there is nothing to multiply, and this is the same as `sd.remove`.
 
     Args:
-        model: one that `sd.apply` was given.
+        model: a model that `sd.apply` was called on.
         example: inputs of one forward call.
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
-        FoldError: naming the block that cannot take p_l exactly; `model` is as it was.
+        ApplyError: when `sd.apply` was not called on `model`.
+        FoldError: when a block cannot take p_l exactly; names the block. `model` is then as it was
+            before.
 
     Examples:
         >>> model = sd.models.CifarResNet(8).eval()
@@ -55,7 +56,11 @@ def fold(model: nn.Module, example: Example) -> None:
 
 
 def multiply(model: nn.Module, by: Mapping[str, float]) -> None:
-    """Multiply weights, by their names in the `state_dict`, in place."""
+    """Multiply weights in place.
+
+    Args:
+        by: the multipliers, by name of the weight in the `state_dict`.
+    """
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, multiplier in by.items():
@@ -65,12 +70,13 @@ def multiply(model: nn.Module, by: Mapping[str, float]) -> None:
 def multipliers(
     model: nn.Module, example: Example, closed: Collection[int] = ()
 ) -> dict[str, float]:
-    """The factor of each weight that has to be multiplied, by its name.
+    """The multiplier of each weight that has to be multiplied, by its name.
 
-    They are checked on a copy in float64, or in the model's own types where that does not run.
+    They are checked on a copy in float64, or in the model's own types if it does not run in
+    float64.
 
     Args:
-        closed: positions of blocks whose branch is not run at all.
+        closed: positions of blocks whose branch does not run at all.
 
     Raises:
         FoldError: as `fold`.
@@ -121,7 +127,7 @@ def multipliers(
 
 
 def _factor(block: Block) -> float | None:
-    """p_l in evaluation; None where training divides by it instead."""
+    """p_l in evaluation; None where training divides by p_l instead."""
     if not block.gates[0].evaluation.open:
         return 0.0  # it does not run yet
     factor = block.gates[0].evaluation.factor
@@ -135,10 +141,11 @@ def _double(tensor: Tensor) -> Tensor:
 def _traced(
     twin: nn.Module, run: Callable[[], Any], survival: Sequence[float | None]
 ) -> tuple[Trace, list[Tensor]]:
-    """A forward pass in evaluation under these factors, and its outputs.
+    """A forward pass in evaluation with these factors, recorded; and its outputs.
 
     Args:
-        survival: for each block; 0 closes it, and without any its branch is added as it is.
+        survival: the factor of each block. 0 closes the block; with None its branch is added
+            unscaled.
     """
     factors = [torch.tensor(p or 0.0, dtype=torch.float64, device="cpu") for p in survival]
     gates = [

@@ -1,4 +1,4 @@
-"""Load the file of an exported network: its description and the network."""
+"""Load an exported network from its file: the description and the network."""
 
 import dataclasses
 import json
@@ -17,26 +17,26 @@ from stochastic_depth.residual import Residual
 
 FORMAT = 1
 KEY = "stochastic_depth"
-"""The key of the description in a file."""
+"""The key under which a file has its description."""
 KINDS = {kind.__name__: kind for kind in (CifarResNet, DenseNet, ImageNetResNet, VisionTransformer)}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of this library's networks, and which of its blocks were removed."""
+    """One of the networks of this library, and which of its blocks were removed."""
 
     kind: str
-    """The name of its class in `stochastic_depth.models`."""
+    """The name of the class in `stochastic_depth.models`."""
     arguments: dict[str, Any]
     """Arguments of the class."""
     removed: tuple[int, ...] = ()
-    """Positions of the blocks of which only the shortcut is left, from 0."""
+    """Positions of the blocks that were replaced by their shortcut, from 0."""
 
     def build(self, tensors: int) -> nn.Module:
-        """The network, with initial weights.
+        """Build the network, with initial weights.
 
         Args:
-            tensors: the number of tensors in the file; a network that must have more is not built.
+            tensors: the number of tensors in the file; a network that needs more is not built.
 
         Raises:
             ExportError: when there is no such network.
@@ -60,13 +60,13 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 
 def remove_blocks(model: nn.Module, positions: tuple[int, ...]) -> None:
-    """Leave only the shortcut of the blocks of a plain network at `positions`, in place."""
+    """Replace the blocks of a plain network at `positions` by their shortcuts, in place."""
     names = blocks_of(model)
     replace_by_shortcuts(model, [names[position] for position in positions])
 
 
 def blocks_at(depth: float, blocks: int) -> int:
-    """How many of `blocks` run at a depth: that share of them, and at least one."""
+    """How many of `blocks` run at `depth`, which is the share that runs; at least one."""
     return max(1, round(depth * blocks))
 
 
@@ -95,10 +95,11 @@ class DepthChoice:
     test_error: float
     """Percent."""
     parameters: int
+    """The number of parameters."""
     flops: int
     """FLOPs of one image, 2 for each multiply-add."""
     seconds: float
-    """Seconds an image in a batch, median."""
+    """Seconds per image in a batch, the median."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,16 @@ class Description:
     input: ImageInput
     classes: tuple[str, ...]
     survival: dict[str, Any] = field(default_factory=dict)
-    """The rule it was trained under; p_l is in the weights."""
+    """The survival configuration of the training run; p_l is already in the weights."""
     source: dict[str, Any] = field(default_factory=dict)
     """The run and checkpoint it comes from."""
     versions: dict[str, str] = field(default_factory=dict)
     order: tuple[int, ...] = ()
-    """Positions of its blocks, those first that it needs least; empty where the depth is fixed."""
+    """Positions of all blocks, the least needed first; empty where the depth is fixed."""
     choices: tuple[DepthChoice, ...] = ()
 
     def choice_at(self, depth: float) -> DepthChoice | None:
-        """Error and cost at a share of the blocks; None if they were not measured."""
+        """Error and cost at a share of the blocks; None if that depth was not measured."""
         if not 0 < depth <= 1:
             raise ExportError(f"depth={depth}: it is a share of the blocks, above 0 and at most 1")
         blocks = blocks_at(depth, len(self.order))
@@ -184,25 +185,25 @@ def _check(read: Description) -> None:
 
 
 class Exported(NamedTuple):
-    """A plain network in evaluation mode, and the description in its file."""
+    """A plain network in evaluation mode, and its description."""
 
     model: nn.Module
     description: Description
 
 
 def load_export(path: Path | str, depth: float = 1.0) -> Exported:
-    """The plain network in a safetensors file that `stochastic-depth export` wrote.
+    """Load the plain network from a safetensors file that `stochastic-depth export` wrote.
 
     Nothing is unpickled. The weights must be those of the network that the file describes, name by
     name and shape by shape.
 
     Args:
         path: the file.
-        depth: the share of blocks to run, of a file exported with --elastic: one of those that were
-            measured. The blocks that it needs least are left out.
+        depth: the share of blocks to run, for a file that was exported with --elastic; one of the
+            shares that were measured. The blocks that are needed least are left out.
 
     Raises:
-        ExportError: when the file is missing, damaged, foreign, or has one depth only.
+        ExportError: when the file is missing, damaged or foreign, or when it has one depth only.
         MissingExtraError: when safetensors is not installed.
     """
     safetensors = require("safetensors", "train")
@@ -242,7 +243,11 @@ def load_export(path: Path | str, depth: float = 1.0) -> Exported:
 def _lower(
     model: nn.Module, description: Description, depth: float, weights: dict[str, Tensor]
 ) -> None:
-    """Remove the least needed blocks, and load the statistics measured without them."""
+    """Remove the least needed blocks, and load the statistics that were measured without them.
+
+    Raises:
+        ExportError: when the file has one depth only, or was not measured at `depth`.
+    """
     if not description.order:
         raise ExportError(f"depth={depth}: its depth is fixed; export with --elastic to choose it")
     choice = description.choice_at(depth)

@@ -1,4 +1,4 @@
-"""A trained run as a plain network with its description, and what it costs at each depth."""
+"""Turn a trained run into a plain network with a description, and measure it at each depth."""
 
 import copy
 import itertools
@@ -32,12 +32,13 @@ from stochastic_depth.train.build import architecture, skippable
 from stochastic_depth.train.runtime import Runtime, versions
 
 CHECKED = 32
-"""Test images on which a written file is compared with the network."""
+"""How many test images a written file is compared with the network on."""
 RECALIBRATION = 64
-"""Training batches from which a shallower network gets the statistics of its BatchNorm."""
+"""From how many training batches a shallower network gets its BatchNorm statistics."""
 
 Observer = Callable[[Iterator[Dropped], int], Iterator[Dropped]]
-"""Passes blocks on as they are dropped; called with them and with how many there will be."""
+"""Yields the blocks that it is given as they are dropped; its second argument is how many there
+are."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class Plain:
     model: nn.Module
     description: Description
     images: Tensor
-    """float32 [32, channels, height, width]."""
+    """Test images on which the network was run: float32 [32, channels, height, width]."""
     expected: Tensor
-    """Outputs of the trained network for these images."""
+    """The outputs of the trained network for these images."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """BatchNorm statistics at lower depths, named "N/name" with N blocks left."""
+    """BatchNorm statistics at lower depths, named "N/name" for N remaining blocks."""
 
 
 def plain_network(run: Run, images: Batches, which: Literal["best", "last"] = "best") -> Plain:
-    """The network of a checkpoint as a plain one on the CPU, p_l in its weights.
+    """The network of a checkpoint as a plain one on the CPU, with p_l in its weights.
 
     Raises:
         CheckpointError: as `trained_model`.
@@ -66,10 +67,10 @@ def plain_network(run: Run, images: Batches, which: Literal["best", "last"] = "b
 def shallower_network(
     run: Run, images: Batches, which: Literal["best", "last"], depth: float, observer: Observer
 ) -> Plain:
-    """The same with a share of its blocks; those that validation needs least are removed.
+    """As `plain_network`, without the blocks that validation needs least.
 
     Raises:
-        ApplyError: when it has no residual blocks.
+        ApplyError: when the network has no residual blocks.
     """
     model, step = trained_model(run, images, which)
     blocks = len(skippable(model).blocks)
@@ -80,10 +81,10 @@ def shallower_network(
 def elastic_network(
     run: Run, images: Batches, which: Literal["best", "last"], observer: Observer
 ) -> Plain:
-    """The whole network, and the order in which its blocks are needed least.
+    """As `plain_network`, with the order in which its blocks are needed least.
 
     Raises:
-        ApplyError: when it has no residual blocks.
+        ApplyError: when the network has no residual blocks.
     """
     model, step = trained_model(run, images, which)
     blocks = len(skippable(model).blocks)
@@ -160,10 +161,10 @@ BATCH, ROUNDS = 64, 15
 def measured(
     plain: Plain, images: Batches, runtime: Runtime, depths: Sequence[float] = DEPTHS
 ) -> Plain:
-    """Add the error and cost at each of `depths`, and the statistics that each needs.
+    """Measure the network at each of `depths`: its error, its cost and its BatchNorm statistics.
 
-    Each lower depth gets its own statistics of BatchNorm, from training images. Times are of a
-    batch of 64 images, in turns.
+    The statistics of each lower depth come from training images. Times are measured on a batch of
+    64 images, in turns.
     """
     order = plain.description.order
     networks: dict[int, nn.Module] = {}

@@ -18,16 +18,17 @@ from stochastic_depth.files import LARGE, read_file, reason
 from stochastic_depth.train import reopen
 
 LONGEST = 20
-"""The largest ratio of the sides; scaling longer pictures would need too much memory."""
+"""The largest allowed ratio of the sides; scaling a longer picture would need too much memory."""
 
 
 def read_pictures(paths: Sequence[Path], wanted: ImageInput) -> Tensor:
-    """Float32 [pictures, channels, height, width], normalised.
+    """Read pictures as normalised input: float32 [pictures, channels, height, width].
 
-    The shorter side is scaled, the middle cut out; a picture of the right size stays as it is.
+    The shorter side is scaled and the middle is cut out. A picture that has the right size already
+    stays as it is.
 
     Raises:
-        DataError: naming the file that is no picture, or not a whole one.
+        DataError: when a file is not a picture, or not a whole one; names the file.
         MissingExtraError: when Pillow is not installed.
     """
     pixels = torch.stack([_pixels(path, open_picture(path), wanted) for path in paths])
@@ -35,7 +36,7 @@ def read_pictures(paths: Sequence[Path], wanted: ImageInput) -> Tensor:
 
 
 def _pixels(path: Path, picture: Any, wanted: ImageInput) -> Tensor:
-    """uint8 [channels, height, width] of a Pillow image."""
+    """The pixels of a Pillow image: uint8 [channels, height, width]."""
     image = require("PIL.Image", "data")
     channels, height, width = wanted.shape
     short, long = sorted(picture.size)
@@ -57,7 +58,8 @@ def _pixels(path: Path, picture: Any, wanted: ImageInput) -> Tensor:
 
 
 Classifier = tuple[Callable[[Tensor], Tensor], Description]
-"""From images, float32 [batch, channels, height, width], to logits [batch, classes]."""
+"""A function from images, float32 [batch, channels, height, width], to logits [batch, classes]; and
+the description of the network."""
 
 
 def open_classifier(
@@ -66,15 +68,15 @@ def open_classifier(
     which: Literal["best", "last"] = "best",
     data: Path | None = None,
 ) -> Classifier:
-    """The network of a run folder, or of a safetensors or ONNX file that `export` wrote.
+    """Open the network of a run folder, or of a safetensors or ONNX file that `export` wrote.
 
     Args:
         depth: the share of blocks to run, of a file exported with --elastic.
-        which: of a run: the checkpoint of the lowest validation error, or the newest.
-        data: of a run: where its data is now.
+        which: for a run: the checkpoint with the lowest validation error, or the newest one.
+        data: for a run: where its data is now.
 
     Raises:
-        ExportError: when the file is missing, damaged, foreign, or has one depth only.
+        ExportError: when the file is missing, damaged or foreign, or when it has one depth only.
         RunError, DataError: when the folder or the data of the run is wrong.
     """
     if path.suffix == ".safetensors":

@@ -33,7 +33,7 @@ class ShortcutOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._overwrites:
-            x = x.clone()  # the activation works in place, and x is not this block's to change
+            x = x.clone()  # the activation works in place, and x belongs to the caller
         out = x if self.shortcut is None else self.shortcut(x)
         return out if self.activation is None else self.activation(out)
 
@@ -42,14 +42,16 @@ def replace_by_shortcuts(model: nn.Module, names: Collection[str]) -> None:
     """Replace the named `Residual` units by their shortcuts, and remove other blocks, in place.
 
     Raises:
-        TruncateError: when a block is no element of another module.
+        TruncateError: when a block is the model itself.
     """
     lists: dict[str, list[str]] = {}
     for name in names:
         parent, _, child = name.rpartition(".")
         unit = model.get_submodule(name)
         if not name:
-            raise TruncateError(f"{type(model).__name__} is one block as a whole: nothing remains")
+            raise TruncateError(
+                f"{type(model).__name__} is itself a block, without which nothing remains"
+            )
         if isinstance(unit, Residual):
             setattr(model.get_submodule(parent), child, ShortcutOnly(unit))
         else:
@@ -59,7 +61,7 @@ def replace_by_shortcuts(model: nn.Module, names: Collection[str]) -> None:
 
 
 def _remove(model: nn.Module, name: str, children: Collection[str]) -> None:
-    """Remove the children of the module of that name, and number those that are left."""
+    """Remove children of the module called `name`; in a list, the remaining ones move up."""
     parent: Any = model.get_submodule(name)
     before = list(parent._modules)
     numbered = before == [str(number) for number in range(len(before))]
@@ -74,7 +76,7 @@ def _remove(model: nn.Module, name: str, children: Collection[str]) -> None:
 
 
 def _renumber(modules: Iterable[nn.Module], kept: list[int]) -> None:
-    """Update the layer numbers that layers store."""
+    """Update the numbers that layers store of themselves."""
     for new, (old, layer) in enumerate(zip(kept, modules, strict=True)):
         for module in layer.modules():
             if getattr(module, "layer_idx", None) == old:
@@ -82,7 +84,11 @@ def _renumber(modules: Iterable[nn.Module], kept: list[int]) -> None:
 
 
 def _update_configurations(model: nn.Module, name: str, before: int, kept: list[int]) -> None:
-    """Update the configurations of transformers above the list `name`, of which `kept` are left."""
+    """Update the configurations of transformers above the list `name`, from which `kept` remain.
+
+    Args:
+        before: the length of the list before.
+    """
     path = name.split(".")
     for length in range(len(path) + 1):
         above: Any = model.get_submodule(".".join(path[:length]))
@@ -120,10 +126,10 @@ _LAYERS_BY_NUMBER = "mlp_only_layers", "moe_layers"
 
 
 def check_configuration(twin: nn.Module, example: Example) -> None:
-    """Build the models of transformers in `twin` from their configurations, as loading them does.
+    """Build the transformers models inside `twin` from their configurations, as loading them does.
 
     Raises:
-        TruncateError: when a configuration cannot say what is left of its model.
+        TruncateError: when a configuration cannot describe what is left of its model.
     """
     of_transformers = [
         (name, module)
@@ -153,37 +159,38 @@ def check_configuration(twin: nn.Module, example: Example) -> None:
             why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if why:
             raise TruncateError(
-                f"{type(module).__name__}: its config cannot say which layers are left, so that "
-                f"saved and loaded it would be another network ({why}): keep others, say the first "
-                "of each stage (keep=N)"
+                f"{type(module).__name__}: its config cannot say which layers are left, so that it "
+                f"would be another network after saving and loading ({why}): keep other blocks, "
+                "for example the first of each stage (keep=N)"
             )
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """One block, closed for the rest of the search."""
+    """One step of `drop_order`: a block that is closed from then on."""
 
     block: int
     """Position of the block, from 0."""
     loss: float
-    """Loss without this block and those dropped before."""
+    """The loss without this block and all blocks that were dropped before."""
     evaluations: int
-    """How often the loss was evaluated for this choice."""
+    """How often the loss was evaluated to choose this block."""
 
 
 def drop_order(model: nn.Module, loss: Callable[[nn.Module], float]) -> Iterator[Dropped]:
-    """Close the blocks of `model` one after the other, each time the one whose loss is lowest.
+    """Close the blocks of `model` one by one, each time the one whose closing costs least.
 
-    The search is greedy: to choose the n-th of L blocks the loss is computed L - n + 1 times, for
-    all of them L (L + 1) / 2 times. The iterator may be left at any time. `model` is not changed.
+    The search is greedy. To choose the n-th of L blocks, the loss is evaluated L - n + 1 times; for
+    all of them together, L (L + 1) / 2 times. The iterator may be stopped at any time. `model` is
+    not changed.
 
     Args:
-        model: one that `sd.apply` was given.
-        loss: called with the model in evaluation mode, some of its blocks closed; returns its loss,
-            for example over the validation images.
+        model: a model that `sd.apply` was called on.
+        loss: called with the model in evaluation mode with some of its blocks closed; returns its
+            loss, for example over the validation images.
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
+        ApplyError: when `sd.apply` was not called on `model`.
 
     Examples:
         >>> model = sd.models.CifarResNet(20)
@@ -233,27 +240,30 @@ def truncate(
     *,
     recalibrate: Iterable[Any] | None = None,
 ) -> None:
-    """Remove the other blocks of `model` and fold p_l into those that stay, in place.
+    """Keep some blocks of `model`, remove all others, and fold p_l into those that stay, in place.
 
-    A `Residual` unit becomes its shortcut and activation, so that the names of all other weights
-    stay. A block of any other class must return its input when it is closed, and is removed from
-    its list; in a numbered list those behind it move up, as in the same architecture built
-    shallower, and a `config` of transformers is updated. The outputs are compared with those of
-    `model` with the same blocks closed. What is left can be trained further, and `sd.apply` can be
-    called on it again.
+    A `Residual` unit is replaced by its shortcut and activation, so that the names of all other
+    weights stay. A block of any other class must return its input when it is closed, and is removed
+    from its list. In a numbered list the following blocks move up, as in the same architecture
+    built with fewer layers, and the `config` of a transformers model is updated. The outputs are
+    compared with those of `model` with the same blocks closed. The result can be trained further,
+    and `sd.apply` can be called on it again.
 
     Args:
-        model: one that `sd.apply` was given.
-        keep: the first so many blocks of each stage (a stage begins where the shortcut projects,
-            or with another list of blocks); or the positions of the blocks to keep, from 0.
+        model: a model that `sd.apply` was called on.
+        keep: how many blocks of each stage to keep, counted from its first (a stage begins where
+            the shortcut projects, or with another list of blocks); or the positions of the blocks
+            to keep, from 0.
         example: inputs of one forward call.
-        recalibrate: batches, [batch, ...] or pairs that begin with it, from which the statistics of
-            BatchNorm are measured again (`torch.optim.swa_utils.update_bn`).
+        recalibrate: batches, [batch, ...] or pairs that begin with one, from which the BatchNorm
+            statistics are measured again (`torch.optim.swa_utils.update_bn`).
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
-        TruncateError: when `keep` does not fit, or naming a block that cannot be removed.
-        FoldError: naming a block that cannot take its p_l. In each case `model` is as it was.
+        ApplyError: when `sd.apply` was not called on `model`.
+        TruncateError: when `keep` does not fit, or a block cannot be removed, which the error
+            names.
+        FoldError: when a block cannot take its p_l, which the error names. In each case `model` is
+            as it was before.
 
     Examples:
         >>> model = sd.models.CifarResNet(20)
@@ -275,12 +285,12 @@ def truncate(
     except Exception as error:
         raise TruncateError(
             f"without these blocks {type(model).__name__} fails ({type(error).__name__}: {error}): "
-            "keep others"
+            "keep other blocks"
         ) from error
     if not difference <= TOLERANCE:
         raise TruncateError(
             f"{type(model).__name__} without these blocks differs from itself with them closed by "
-            f"{difference:.2g} of its largest output: keep others"
+            f"{difference:.2g} of its largest output: keep other blocks"
         )
     check_configuration(twin, example)
     _edit(model, closed, weights)
@@ -291,7 +301,7 @@ def truncate(
 
 
 def stages(found: Sequence[Found]) -> list[list[int]]:
-    """The positions of the blocks, stage by stage."""
+    """The positions of the blocks, one list for each stage."""
     result: list[list[int]] = []
     before = None
     for number, block in enumerate(found):
@@ -312,13 +322,17 @@ def _closed(found: Sequence[Found], keep: int | Sequence[int]) -> list[int]:
     wrong = [number for number in keep if not 0 <= number < len(found)]
     if wrong or len(set(keep)) < len(keep):
         raise TruncateError(
-            f"keep={list(keep)}: different positions, from 0 to {len(found) - 1}, are asked for"
+            f"keep={list(keep)}: give different positions, from 0 to {len(found) - 1}"
         )
     return [number for number in range(len(found)) if number not in keep]
 
 
 def _closed_outputs(twin: nn.Module, closed: Sequence[int], example: Example) -> list[Tensor]:
-    """The outputs with these blocks closed; refuses blocks that compute something even then."""
+    """The outputs with the blocks `closed` closed.
+
+    Raises:
+        TruncateError: when one of them computes something even when it is closed.
+    """
     applied = applied_to(twin)
     handles = []
     for number in closed:
@@ -340,8 +354,8 @@ def _must_pass(block: Found) -> Any:
         given, gives = tensors_in((args, kwargs)), tensors_in(output)
         if not given or not gives or not torch.equal(given[0], gives[0]):
             raise TruncateError(
-                f"block {block.name!r} ({type(module).__name__}) gives more than its input when it "
-                "is closed (it projects or normalises what passes by), so it cannot be taken out: "
+                f"block {block.name!r} ({type(module).__name__}) returns more than its input when "
+                "it is closed (it projects or normalises its shortcut), so it cannot be removed: "
                 "keep it"
             )
 
@@ -358,7 +372,7 @@ def _edit(model: nn.Module, closed: Sequence[int], weights: dict[str, float]) ->
 
 
 def _of(found: Found, model: nn.Module, used: Collection[str]) -> list[str]:
-    """The block, and modules of its branch that are in other lists, as norms beside layers."""
+    """The block, and modules of its branch that are in other lists, such as norms beside layers."""
     beside = [
         name
         for name in found.modules

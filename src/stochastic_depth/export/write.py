@@ -19,16 +19,16 @@ from stochastic_depth.files import write_whole
 Format = Literal["safetensors", "torch", "onnx"]
 SUFFIX: dict[Format, str] = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 LIMIT = 1e-4
-"""Tolerance of the difference of outputs, relative to the largest output."""
+"""The largest accepted difference of outputs, relative to the largest output."""
 
 
 def write_export(path: Path, plain: Plain, form: Format) -> float:
-    """Write a network with its description in it, and the description beside it too.
+    """Write a network to a file, with its description inside and in a second file.
 
-    What was written is read back, and run on images together and on one alone.
+    The file is read back and run on all images together, and on one image alone.
 
     Args:
-        path: the file; the description is written to the same path with ".json" after it.
+        path: the file; the description is also written to the same path with ".json" appended.
 
     Returns:
         The largest difference of the outputs, relative to the largest of them.
@@ -77,7 +77,7 @@ def _onnx(plain: Plain) -> tuple[bytes, Callable[[Tensor], Tensor]]:
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "export")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about its own code
         program: Any = torch.onnx.export(
             plain.model,
             (_two(plain),),
@@ -101,10 +101,10 @@ WRITERS: dict[Format, Callable[[Plain], tuple[bytes, Callable[[Tensor], Tensor]]
 
 
 def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
-    """A network in ONNX as a function from images to logits, and its description as JSON.
+    """The network in an ONNX file as a function from images to logits, and its description as JSON.
 
     Raises:
-        ExportError: when onnxruntime cannot take it, or `write_export` has not written it.
+        ExportError: when onnxruntime cannot load it, or `write_export` has not written it.
         MissingExtraError: when onnxruntime is not installed.
     """
     runtime = require("onnxruntime", "export")

@@ -6,7 +6,8 @@ Each module needs the library that it is named after:
     from stochastic_depth.integrations.transformers import StochasticDepthCallback
     from stochastic_depth.integrations.accelerate import follow
 
-What they share is here: the figures that are logged, and how stochastic depth is applied once.
+This file has what they share: the metrics that are logged, and how stochastic depth is applied
+once.
 """
 
 from typing import Any, Literal
@@ -22,17 +23,18 @@ from stochastic_depth.surgery.apply import apply
 from stochastic_depth.survival import Survival
 
 GatesPer = Literal["step", "pass"]
-"""Whether all passes of an optimizer's step run under the same gates, or each draws its own."""
+"""Whether all forward passes of an optimizer's step run under the same gates, or each draws its
+own."""
 
 
 def metrics(handle: Handle) -> dict[str, float]:
-    """The figures of the latest training pass, under the names by which they are logged.
+    """The metrics of the latest training pass, under the names by which they are logged.
 
         accelerator.log(metrics(handle), step=step)
 
-    Expected depth is the sum of p_l; realised depth is how many blocks ran (for gates of single
-    samples, the mean over samples); the drop rate is the mean of 1 - p_l. Before the first training
-    pass there is no realised depth.
+    The expected depth is the sum of p_l. The realised depth is the number of blocks that ran; for
+    gates of single samples, its mean over samples. The drop rate is the mean of 1 - p_l. Before the
+    first training pass there is no realised depth.
     """
     expected, blocks = handle.expected_depth, len(handle.blocks)
     figures = {"expected_depth": expected, "drop_rate": 1 - expected / blocks}
@@ -52,7 +54,7 @@ class Settings:
         self.survival, self.gates_per, self.options = survival, gates_per, options
 
     def taken_over(self, module: nn.Module, own: Handle | None) -> Handle | None:
-        """The handle of stochastic depth already applied in `module`; None if it must be applied.
+        """The handle of stochastic depth already applied in `module`; None if there is none.
 
         Args:
             own: the handle from an earlier call with these settings.
@@ -63,7 +65,7 @@ class Settings:
         return None
 
     def apply(self, model: nn.Module, example: Any) -> Handle:
-        """`sd.apply`, with the example on the device of the model."""
+        """Call `sd.apply` with the settings, and with the example on the device of the model."""
         return apply(model, self.survival, example=_on_device_of(model, example), **self.options)
 
 

@@ -1,4 +1,4 @@
-"""Gates by the optimizer's steps, saved and restored with accelerate's states."""
+"""Let gates follow the optimizer's steps, and save and restore them with accelerate's states."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from stochastic_depth.surgery import handle_of
 from stochastic_depth.surgery.applied import applied_inside
 
 FILE = "stochastic_depth.json"
-"""In the folder of `accelerator.save_state`."""
+"""The file in the folder of `accelerator.save_state`."""
 
 
 def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle:
@@ -24,12 +24,12 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         follow(accelerator, model, optimizer)
 
-    All micro-batches of a step then run under the same gates, whatever the accumulation; and
-    `save_state` and `load_state` hold the state of the gates, in a JSON file of their own.
+    All micro-batches of a step then run under the same gates, whatever the accumulation.
+    `save_state` and `load_state` write and read the state of the gates, in a JSON file of its own.
 
     Args:
-        model: one that stochastic depth is applied to, as `accelerator.prepare` returned it.
-        optimizer: the one whose steps count, prepared or not.
+        model: a model with stochastic depth, as `accelerator.prepare` returned it.
+        optimizer: the optimizer whose steps count, prepared or not.
 
     Returns:
         The handle that `sd.apply` returned.
@@ -53,7 +53,7 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
 
 
 class _Steps:
-    """Counts the steps of an optimizer, and draws gates by that count."""
+    """Counts the steps of an optimizer, and sets the step of the gates to that count."""
 
     def __init__(self, handle: Handle) -> None:
         self.handle, self.done = handle, handle.step

@@ -16,21 +16,21 @@ class StochasticDepth(pl.Callback):
 
         trainer = pl.Trainer(callbacks=[StochasticDepth(sd.LinearDecay(0.5))])
 
-    It is applied before the Trainer wraps or shards the module, in training and in evaluation. The
-    Trainer's checkpoints hold the state of the gates; one of other probabilities is refused. Each
-    training step logs the expected and the realised depth and the drop rate.
+    It is applied before the Trainer wraps or shards the module, for training and for evaluation.
+    The Trainer's checkpoints contain the state of the gates; a checkpoint with other probabilities
+    is refused. Each training step logs the expected depth, the realised depth and the drop rate.
 
     Args:
-        survival: p_l, as `sd.apply` takes it. Where stochastic depth is applied already, in the
-            module's constructor, leave it out: the callback takes the handle from there.
-        network: name of the attribute that holds the network; the only child that has parameters
-            when not given.
-        example: of the network's input; the module's `example_input_array` when not given. A
-            network of `sd.Residual` units needs none.
-        gates_per: "step", all micro-batches of an optimizer's step run under the same gates, and a
-            schedule counts these steps; or "pass", each forward pass draws gates.
-        log: whether the figures are logged.
-        options: of `sd.apply`: gate, scale, seed, ...
+        survival: p_l, as `sd.apply` takes it. If stochastic depth is already applied in the
+            module's constructor, leave it out, and the callback uses the handle from there.
+        network: name of the attribute that holds the network; when not given, the only child that
+            has parameters.
+        example: an example of the network's input; the module's `example_input_array` when not
+            given. A network of `sd.Residual` units needs none.
+        gates_per: "step" runs all micro-batches of an optimizer's step under the same gates, and a
+            schedule counts these steps. "pass" draws gates in each forward pass.
+        log: whether the metrics are logged.
+        options: options of `sd.apply`: gate, scale, seed, ...
     """
 
     def __init__(
@@ -49,13 +49,16 @@ class StochasticDepth(pl.Callback):
 
     @property
     def handle(self) -> Handle:
-        """What `sd.apply` returned.
+        """The handle that `sd.apply` returned.
 
         Raises:
-            ApplyError: before the Trainer has set the module up.
+            ApplyError: before the Trainer has set up the module.
         """
         if self._handle is None:
-            raise ApplyError("there is no handle yet: the Trainer applies when it sets up a module")
+            raise ApplyError(
+                "there is no handle yet: stochastic depth is applied when the Trainer sets up the "
+                "module"
+            )
         return self._handle
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

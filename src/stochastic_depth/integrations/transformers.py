@@ -19,20 +19,20 @@ class StochasticDepthCallback(hf.TrainerCallback, ExportableState):
         trainer = hf.Trainer(model, arguments, train_dataset=data,
                              callbacks=[StochasticDepthCallback(sd.LinearDecay(0.5))])
 
-    It is applied when the Trainer is made, before the model is wrapped for many processes, and the
-    model's cache of keys and values is switched off, as the Trainer does. Gates follow the
-    Trainer's count of steps, which its checkpoints hold. Each log gets the expected and the
-    realised depth and the drop rate.
+    It is applied when the Trainer is constructed, before the model is wrapped for several
+    processes. The model's cache of keys and values is switched off, as the Trainer does too. Gates
+    follow the Trainer's count of steps, which its checkpoints contain. Each log gets the expected
+    depth, the realised depth and the drop rate.
 
     Args:
-        survival: p_l, as `sd.apply` takes it. Where stochastic depth is applied already, leave it
-            out: the callback takes the handle from there.
-        example: the keyword arguments of one call of the model; made from the model's configuration
-            when not given.
-        gates_per: "step", all micro-batches of an optimizer's step run under the same gates, and a
-            schedule counts these steps; or "pass", each forward pass draws gates.
-        log: whether the figures are added to the Trainer's logs.
-        options: of `sd.apply`: gate, scale, seed, ...
+        survival: p_l, as `sd.apply` takes it. If stochastic depth is already applied, leave it out,
+            and the callback uses the existing handle.
+        example: the keyword arguments of one call of the model; when not given, they are made from
+            the model's configuration.
+        gates_per: "step" runs all micro-batches of an optimizer's step under the same gates, and a
+            schedule counts these steps. "pass" draws gates in each forward pass.
+        log: whether the metrics are added to the Trainer's logs.
+        options: options of `sd.apply`: gate, scale, seed, ...
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class StochasticDepthCallback(hf.TrainerCallback, ExportableState):
 
     @property
     def handle(self) -> Handle:
-        """What `sd.apply` returned.
+        """The handle that `sd.apply` returned.
 
         Raises:
-            ApplyError: before a Trainer was made with this callback.
+            ApplyError: before a Trainer was constructed with this callback.
         """
         if self._handle is None:
             raise ApplyError("there is no handle yet: make a Trainer with this callback first")
@@ -64,7 +64,7 @@ class StochasticDepthCallback(hf.TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs) -> None:
         if not applied_inside(model) and args.world_size > 1:
-            # `model_init` has made another model, and it is wrapped by now.
+            # `model_init` has returned another model, which is already wrapped.
             raise ApplyError("many processes with model_init=: call sd.apply in model_init itself")
         self._apply(model)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
@@ -95,7 +95,7 @@ class StochasticDepthCallback(hf.TrainerCallback, ExportableState):
             state.log_history[-1].update(figures)
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer's checkpoints hold of this callback."""
+        """The state of this callback that the Trainer's checkpoints contain."""
         saved = None if self._handle is None else self._handle.state_dict()
         arguments = {"gates_per": self.settings.gates_per, "log": self.log}
         return {"args": arguments, "attributes": {"saved": saved}}

@@ -1,4 +1,4 @@
-"""Make the residual units of an existing model skippable, undo it, prove it."""
+"""Find the residual blocks of any model, make them skippable, prove it, and undo it."""
 
 from stochastic_depth.lazy import lazily as _lazily
 

@@ -80,8 +80,7 @@ def t5_self_attention(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    """The first layer computes the position bias for all others, so it does even when it is
-    closed."""
+    """The first layer computes the position bias for all others, so a closed one does too."""
     if not gate.open:
         return (
             hidden_states,

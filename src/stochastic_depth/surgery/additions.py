@@ -1,7 +1,7 @@
-"""Find the residual additions of a model by watching one forward pass.
+"""Find the residual additions of a model by recording one forward pass.
 
-A residual addition joins a value and something computed from it (an identity shortcut), or two
-values computed from the same input of one module (a projection shortcut).
+A residual addition adds a value and something that was computed from it (an identity shortcut), or
+two values that were computed from the same input of one module (a projection shortcut).
 """
 
 import sys
@@ -37,10 +37,10 @@ from stochastic_depth.surgery.trace import Call, Recording, recorded
 from stochastic_depth.torch_private import function_around
 
 PRODUCTS = {"addmm", "baddbmm", "addbmm", "addmv", "addr"}
-"""Names of functions that add to a product."""
+"""Names of functions that add a tensor to a product."""
 
 Key = tuple[str, Edits]
-"""Tells additions apart: the owner, and where to edit it."""
+"""Identifies an addition: its owner, and where to edit it."""
 
 
 def discover(
@@ -50,12 +50,12 @@ def discover(
     rejected: list[Rejected] | None = None,
     gradients: bool = False,
 ) -> tuple[list[Addition], Analysis]:
-    """The residual additions of `model` in the order in which `run`, a forward pass, makes them.
+    """The residual additions of `model`, in the order in which the forward pass `run` makes them.
 
-    In training mode the pass updates statistics as any other does: see `preserve_state`.
+    In training mode the pass updates statistics, as any other does: see `preserve_state`.
 
     Args:
-        rejected: gets the additions of computed values that are not residual.
+        rejected: this list gets the additions of computed values that are not residual.
         gradients: whether autograd is on, as in a training step.
 
     Raises:
@@ -86,27 +86,28 @@ def discover(
 
 
 class _Search:
-    """Looks at every addition of a forward pass while it is recorded."""
+    """Judges every addition of a forward pass while it is recorded."""
 
     def __init__(self, recording: Recording, training: bool) -> None:
         self.recording, self.training = recording, training
         self.found: dict[Key, Addition] = {}
         self.snapshots: defaultdict[Key, list[Snapshot]] = defaultdict(list)
         self.sums: dict[int, tuple[Key, int]] = {}
-        """Results of residual additions: which one, and the value of its shortcut."""
+        """The results of residual additions, each with its key and the number of its shortcut."""
         self.occurrences: Counter[Site] = Counter()
-        """How often each expression has added."""
+        """How often each expression has been evaluated."""
         self.sites: Counter[Site] = Counter()
-        """How often each has added two tensors."""
+        """How often each expression has added two tensors."""
         self.added: dict[tuple[CodeType, int, int], list[int]] = {}
-        """The results of each expression in which it has added a certain value."""
+        """For each expression and each value that it has added, the results of these additions."""
         self.couplings: dict[int, tuple[Located, Rejected]] = {}
-        """Results of additions that are residual if the other part is added to in turn."""
+        """The results of additions that are residual only if the other stream is added to in
+        turn."""
         self.shortcuts = Shortcuts(recording, self.sums)
         self.rejections = Rejections(recording, self.shortcuts)
 
     def result(self, outputs: set[int]) -> list[Addition]:
-        """All that were found, once the model has given its outputs."""
+        """All residual additions, once the model has returned its outputs."""
         for _, rejected in self.couplings.values():
             self.rejections.add(rejected)
         return [
@@ -123,7 +124,7 @@ class _Search:
     def on_function(
         self, function: Callable[..., Any], operands: tuple[int | None, ...], out: Any
     ) -> None:
-        """Look at what a function has computed from `operands`."""
+        """Judge the result of a function of `operands`, if it is an addition."""
         name = getattr(function, "__name__", "")
         frame = sys._getframe(2)  # of the expression that calls the function
         if name.removesuffix("_") in PRODUCTS:
@@ -144,7 +145,7 @@ class _Search:
             self._judge(left, right, self.recording.number(out), frame)
 
     def _judge(self, left: int, right: int, total: int, frame: FrameType) -> None:
-        """Decide whether the addition of two values is residual, and note it or the reason."""
+        """Decide whether an addition of two values is residual; record it or the reason why not."""
         values, call = self.recording.values, self.recording.calls[-1]
         if values[left].tensor.shape != values[right].tensor.shape:
             self.rejections.reject(frame, [left, right], OTHER_SHAPE)
@@ -184,9 +185,10 @@ class _Search:
         return locate(self.recording, event, frame, self.shortcuts.mixes)
 
     def _added_before(self, left: int, right: int, total: int, frame: FrameType) -> set[int]:
-        """Which of the two the same expression has added before: a bias that layers share.
+        """The operands that the same expression has added before, such as a bias that layers share.
 
-        Parallel networks that begin with the same value add it too, each to what is its own.
+        Parallel networks that begin with the same value add it too, each to a value of its own;
+        such an operand is not returned.
         """
         repeated = set[int]()
         for value, other in ((left, right), (right, left)):
@@ -197,7 +199,7 @@ class _Search:
         return repeated
 
     def _completes_coupling(self, located: Located) -> bool:
-        """Note a coupling and one before it, each of which adds what comes of the other's part."""
+        """Record a coupling and an earlier one, if each adds to the other's stream."""
         (new,) = located.addition.events
         for total, (before, _) in self.couplings.items():
             (old,) = before.addition.events
@@ -210,7 +212,7 @@ class _Search:
         return False
 
     def _join(self, located: Located) -> None:
-        """Note a residual addition, and the coupling that it shows to be residual, if any."""
+        """Record a residual addition, and any earlier coupling that is residual because of it."""
         new, (event,) = located.addition, located.addition.events
         for total in [total for total in self.couplings if total in located.branch]:
             coupling, _ = self.couplings[total]
@@ -236,7 +238,7 @@ class _Search:
         self.snapshots[key].append(located.snapshot)
 
     def _is_mixed_later(self, value: int) -> bool:
-        """Whether any function with weights uses what is computed from a value."""
+        """Whether any function with weights uses a value, or anything that is computed from it."""
         seen, ahead = {value}, [value]
         while ahead:
             for child in self.recording.values[ahead.pop()].children:
@@ -248,7 +250,7 @@ class _Search:
         return False
 
     def on_return(self, call: Call, output: Any) -> None:
-        """Note whether a module returns its first argument plus a branch."""
+        """Record whether a module returns its first argument plus one branch."""
         given = call.args[0] if call.args else None
         if isinstance(output, Tensor) and isinstance(given, Tensor):
             key, shortcut = self.sums.get(self.recording.number(output), (None, None))

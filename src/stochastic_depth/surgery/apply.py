@@ -204,8 +204,7 @@ def _scale(scale: Scale | None, closed: Closed, as_drop_path: bool) -> Scale:
 
 
 def _hooks(model: nn.Module, handle: Handle, resets: dict[str, Any]) -> tuple[RemovableHandle, ...]:
-    """Register the hooks that draw gates and, where branches set attributes, the hook that resets
-    them."""
+    """Register the hooks that draw gates and that reset attributes which branches set."""
     around = ForwardHooks(handle)
     return (
         model.register_forward_pre_hook(around.before_forward, with_kwargs=True),
@@ -222,8 +221,7 @@ TRAINED = (
 
 
 def look_trained(model: nn.Module) -> bool:
-    """Whether a normalisation layer of `model` has statistics or uneven weights, which new ones do
-    not."""
+    """Whether a normalisation layer of `model` has statistics or uneven weights."""
     for module in model.modules():
         if "Norm" not in type(module).__name__:
             continue

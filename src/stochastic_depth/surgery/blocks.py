@@ -130,8 +130,7 @@ def nothing_found(
 def unsupported(
     name: str, module: nn.Module, why: object, others: Sequence[str] = ()
 ) -> UnsupportedBlockError:
-    """The error for a block, with its class and the reason, which is the same for the blocks
-    `others`."""
+    """The error for a block, with its class and the reason, which holds for `others` too."""
     error = UnsupportedBlockError(
         f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}"
     )

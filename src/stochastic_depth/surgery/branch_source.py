@@ -1,7 +1,7 @@
 """Where in the source a residual addition stands, and where its branch begins.
 
-While an addition is being made, the methods that lead to it are running. Their frames give the
-expressions that have to be edited, and the variables that a closed branch need not compute.
+While an addition is being made, the methods that lead to it are running. Their frames show which
+expressions have to be edited, and which variables a closed branch need not compute.
 """
 
 import itertools
@@ -30,53 +30,53 @@ UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
 """Parts of the names of functions that may make values larger."""
 
 Edits = tuple[tuple[str, Sliced | None], ...]
-"""Modules by name, and where to edit them: the one that adds first; None where no method is."""
+"""The modules to edit, by name, with the place of the edit; the module that adds comes first. The
+place is None where the expression is not in a method of the module."""
 
 
 @dataclass(frozen=True)
 class Addition:
-    """A residual addition in the source, and the computation of its branch."""
+    """A residual addition in the source, and how its branch was computed."""
 
     owner: str
-    """Name of the module in which its branch begins: the one that adds, or one that calls it."""
+    """Name of the module in which the branch begins: the module that adds, or one that calls it."""
     edits: Edits
     identity: bool
-    """Whether the shortcut is the value that the branch was computed from, or another part of it,
-    unchanged: no projection."""
+    """Whether the shortcut is not a projection: it is the value that the branch was computed from,
+    or another part of that value."""
     begins_elsewhere: bool = False
-    """Whether not even the owner computes all of the branch."""
+    """Whether even the owner does not compute all of the branch."""
     modules: tuple[str, ...] = ()
-    """Names of the modules that ran for the branch, inside of the owner; one for each call."""
+    """Names of the modules inside the owner that ran for the branch, one entry for each call."""
     parameters: frozenset[str] = frozenset()
-    """Names of the parameters that the branch uses, inside of the owner."""
+    """Names of the parameters inside the owner that the branch uses."""
     whole: bool = False
-    """Whether the owner returns this sum, and was given its shortcut as first argument."""
+    """Whether the owner returns this sum, and its first argument is the shortcut."""
     events: tuple[Event, ...] = ()
-    """Each time that it was made in the recorded pass."""
+    """One event for each time that the addition was made in the recorded pass."""
     coupled: Event | None = None
-    """The addition by which the stream that its branch comes from is added to in turn, if that is
-    why it was taken for residual (in reversible networks)."""
+    """In reversible networks: the addition to the other stream, because of which this one is
+    residual."""
     upsamples: bool = False
-    """Whether its branch makes its values larger again."""
+    """Whether some value of the branch is resized to a larger one."""
     is_last: bool = False
-    """Whether no function with weights uses what is computed from it: it gives the model's output,
-    or nearly."""
+    """Whether no function with weights uses its result: it is an output of the model, or nearly."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Variables of the running methods at the time of an addition, for each module to be edited."""
+    """The variables of the running methods during an addition, for each module to be edited."""
 
     total: int
     """The result of the addition."""
     variables: tuple[tuple[dict[str, int | None], ...], ...]
-    """Module by module, method by method: None, or the number of a value that only the branch has
-    used until now."""
+    """Module by module, method by method: the variables that are None, and those whose value only
+    the branch has used so far, with the number of the value."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """One time that an addition was made."""
+    """One residual addition, made once, and where it was made."""
 
     addition: Addition
     branch: set[int]
@@ -88,12 +88,12 @@ def locate(
 ) -> Located:
     """Find what has to be edited so that the branch of `event` can be skipped.
 
-    Looks at the module that adds, and from there outwards at its callers, up to the one within
-    which the branch begins.
+    The search begins at the module that adds, and goes outwards through its callers to the one
+    during whose call the branch begins.
 
     Args:
-        frame: of the expression that adds.
-        mixes: the functions of which a branch has at least one, among those that made some values.
+        frame: the frame of the expression that adds.
+        mixes: returns the functions that mix, among those that computed the given values.
     """
     edits: list[tuple[str, Sliced | None]] = []
     frames: list[list[FrameType]] = []
@@ -125,7 +125,7 @@ def locate(
 
 
 def _is_upsampled(recording: Recording, number: int) -> bool:
-    """Whether a value is a resized one that is larger than what it was made from."""
+    """Whether a value was resized to a larger one."""
     value = recording.values[number]
     if not value.parents or not any(part in value.made_by for part in UPSAMPLES):
         return False
@@ -134,7 +134,7 @@ def _is_upsampled(recording: Recording, number: int) -> bool:
 
 
 def _sum(recording: Recording, methods: list[Method], event: Event) -> Sum | None:
-    """Where the innermost of `methods` adds, or calls a function that does."""
+    """The place where the innermost of `methods` adds, or calls a function that adds."""
     side: Side = "left" if event.side == 0 else "right"
     place, callers = _places(methods)
     function = methods[0].called if methods else None
@@ -150,13 +150,13 @@ def _sum(recording: Recording, methods: list[Method], event: Event) -> Sum | Non
 
 
 def _argument(methods: list[Method], handed: tuple[Parameter, ...]) -> Argument | None:
-    """Where the innermost of `methods` calls the module that adds, with a part of the branch."""
+    """The place where the innermost of `methods` passes a part of the branch to a module."""
     place, callers = _places(methods)
     return place and Argument(place, handed, callers=callers)
 
 
 def _places(methods: list[Method]) -> tuple[Place | None, tuple[Caller, ...]]:
-    """Where the innermost method stands, and where the others call it."""
+    """The expression that the innermost method evaluates, and those at which the others call it."""
     places = [method.place for method in methods]
     known = list(itertools.takewhile(lambda place: place is not None, places))
     return (known[0] if known else None), tuple(Caller(place) for place in known[1:] if place)
@@ -190,10 +190,10 @@ def _handed(
 def _snapshot(
     recording: Recording, total: int, frames: Sequence[Sequence[FrameType]], branch: set[int]
 ) -> Snapshot:
-    """The variables that may turn out to be dead: None, or used by the branch alone until now.
+    """The variables that a closed branch may leave out: None, or used by the branch alone so far.
 
     Args:
-        frames: of the running methods, module by module.
+        frames: the frames of the running methods, module by module.
     """
 
     def candidates(frame: FrameType) -> dict[str, int | None]:
@@ -218,7 +218,7 @@ def with_dead_variables(
     A variable is dead if it is None, or if its value is not used after the addition.
 
     Args:
-        outputs: of the model.
+        outputs: the numbers of the values that the model returned.
     """
 
     def is_dead(number: int | None, total: int) -> bool:

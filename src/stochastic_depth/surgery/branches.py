@@ -1,7 +1,8 @@
-"""Which values and module calls of a forward pass belong to the branch of one residual addition.
+"""The values and module calls of a forward pass that belong to the branch of a residual addition.
 
-What a branch shares with other parts of the model (a condition, a position bias) has to be computed
-even when the block is closed; only what belongs to the branch alone can be skipped.
+A branch may share values with other parts of the model, such as a condition or a position bias.
+These have to be computed even when the block is closed. Only what the branch alone needs can be
+skipped.
 """
 
 import itertools
@@ -21,7 +22,11 @@ MIN_SAVED = 0.5
 
 
 def mostly_shared(own: float) -> str:
-    """Why a block is not skipped whose branch is its own only to the share `own`, from 0 to 1."""
+    """The reason to refuse a block whose branch is mostly needed elsewhere.
+
+    Args:
+        own: the share of the branch's FLOPs, from 0 to 1, that the addition alone needs.
+    """
     return (
         f"most of its branch is needed for more than what is added (about {1 - own:.0%} of its "
         "FLOPs): an output of the model, or of another block, is computed from it"
@@ -29,7 +34,11 @@ def mostly_shared(own: float) -> str:
 
 
 def too_few_modules(saved: float) -> str:
-    """Why a block is not deferred in whose branch modules compute only the share `saved`."""
+    """The reason not to defer a block whose modules compute too little of its branch.
+
+    Args:
+        saved: the share of the branch's FLOPs, from 0 to 1, that its modules compute.
+    """
     if not saved:
         return "no module runs for it"
     return f"the modules that run for it alone compute only {saved:.0%} of its FLOPs, about"
@@ -37,7 +46,7 @@ def too_few_modules(saved: float) -> str:
 
 @dataclass(eq=False)
 class Event:
-    """One time that a residual addition was made in the recorded forward pass.
+    """One residual addition in the recorded forward pass, made once.
 
     Values are given by their numbers in the recording.
     """
@@ -46,60 +55,62 @@ class Event:
     added: int
     """The result of the branch."""
     total: int
-    """The sum."""
+    """The result of the addition."""
     side: int
-    """Which operand is the shortcut: 0 or 1."""
+    """Which operand is the shortcut, 0 or 1."""
     site: Site
     occurrence: int
-    """How many additions the same expression has made before, in this pass."""
+    """How many times the same expression was evaluated before, in this pass."""
     stack: tuple[Call, ...]
-    """The module calls within which it was made, the innermost last."""
+    """The module calls around it, the innermost last."""
     identity: bool
-    """Whether the shortcut is no projection."""
+    """Whether the shortcut is the identity, not a projection."""
     training: bool = False
     """Whether the pass was in training mode."""
     enclosing: Call | None = None
-    """The innermost module call that computes all of the branch, once `place` has found it."""
+    """The innermost module call that computes all of the branch; None until `place` has found
+    it."""
     branch: set[int] = field(default_factory=set)
-    """The values of the branch computed there."""
+    """The values of the branch that are computed during that call."""
     modules: frozenset[str] = frozenset()
     """Names of the modules that ran for its branch."""
 
     def branch_within(self, recording: Recording, call: Call) -> set[int]:
-        """The values of the branch, no further back than what `call` was given."""
+        """The values of the branch, back to the inputs of `call`."""
         within = recording.reach_within
         return within(self.added, call) - within(self.shortcut, call)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The additions that share one gate, and what runs for them alone."""
+    """The additions that share one gate, and the modules that run for them alone."""
 
     block: str
-    """The name of the block that they make up."""
+    """The name of the block that the additions form."""
     events: tuple[Event, ...]
     owner: Call
-    """The module call within which the branches run."""
+    """The module call during which the branches run."""
     calls: tuple[Call, ...]
     """The outermost module calls that run for these additions alone."""
     modules: Counter[str]
     """How often each module runs for them alone, by name."""
     parameters: tuple[str, ...]
     flops: int
-    """Of `calls` and what is computed from them, in one forward pass."""
+    """FLOPs of `calls`, and of the values that are computed from their results, in one forward
+    pass."""
     saved: float
-    """The share of the branch's multiplications, from 0 to 1, that is saved by not making `calls`,
-    nor what is computed from them; of the addition that saves least."""
+    """The share of the branch's multiplications, from 0 to 1, that is saved without `calls` and the
+    values computed from their results. Of several additions, the one that saves least counts."""
     own: float
-    """The share of the branch's multiplications that only the addition needs."""
+    """The share of the branch's multiplications, from 0 to 1, that the additions alone need."""
 
 
 class Analysis:
-    """Finds which values and modules of a recorded forward pass belong to which branch.
+    """Finds the values and modules of a recorded forward pass that belong to each branch.
 
     Args:
         outputs: the numbers of the values that the model has returned.
-        mixes: whether a function, by name, is one of those of which a branch has at least one.
+        mixes: whether a function, given by name, mixes values; every branch has such a function.
         sites: how often each expression has added two tensors.
     """
 
@@ -115,7 +126,7 @@ class Analysis:
         self.output: Any = None
         """What the model has returned."""
         self.totals: set[int] = set()
-        """The sums of all residual additions that were placed."""
+        """The results of all residual additions for which `place` was called."""
         self._inside: dict[Event, set[int]] = {}
         self.alive: set[int] = set()
         """The values that the outputs are computed from."""
@@ -132,7 +143,7 @@ class Analysis:
         return self.calls_by_name.get(module, [])
 
     def place(self, event: Event) -> None:
-        """Find the innermost call that computes all of the branch that nothing else needs."""
+        """Find the innermost call that computes all that only the branch of `event` needs."""
         self.totals.add(event.total)
         for call in reversed(event.stack):
             branch = event.branch_within(self.recording, call)
@@ -145,7 +156,7 @@ class Analysis:
                 return
 
     def exclusive(self, branch: set[int], totals: set[int]) -> set[int]:
-        """The values of a branch that nothing else is computed from."""
+        """The values of `branch` that are needed only to compute the sums `totals`."""
         own: set[int] = set()
         values = self.recording.values
         for value in sorted(branch, reverse=True):
@@ -158,7 +169,7 @@ class Analysis:
         return own
 
     def group(self, block: str, events: Sequence[Event]) -> Group:
-        """The block of `events`, which are made in one call or one iteration of a loop."""
+        """The block that `events`, made in one call or one iteration of a loop, form."""
         shortcuts = {event.shortcut for event in events}
         branch = set[int]().union(*(event.branch for event in events)) - shortcuts
         own = self.exclusive(branch, {event.total for event in events})
@@ -197,10 +208,10 @@ class Analysis:
         )
 
     def _share(self, events: Sequence[Event], of: set[int]) -> float:
-        """The share of the branch's multiplications, 0 to 1, that makes the values `of`.
+        """The share of the branch's multiplications, 0 to 1, that compute the values `of`.
 
         Where two streams feed each other, the branch of one is computed from earlier sums of the
-        other. What made these is the work of other blocks, and does not count.
+        other. The work that went into these sums belongs to other blocks, and is not counted.
         """
         shares = []
         totals = self.totals - {event.total for event in events}
@@ -218,10 +229,10 @@ class Analysis:
         return min(shares)
 
     def _from_shortcut(self, event: Event, inside: set[int]) -> set[int]:
-        """What of a branch is computed from its shortcut, if anything is.
+        """The values of a branch that are computed from its shortcut.
 
-        What is computed from something else, such as the shifts and scales that all blocks of a
-        diffusion transformer share, does not count as work of the branch.
+        Values that are computed from something else, such as the shifts and scales that all blocks
+        of a diffusion transformer share, do not count as work of the branch.
         """
         reached = {event.shortcut}
         for value in sorted(inside):
@@ -230,10 +241,10 @@ class Analysis:
         return reached - {event.shortcut}
 
     def _cost(self, number: int) -> int:
-        """About how many multiplications made a value; 0 where the function does not mix.
+        """About how many multiplications computed a value; 0 where the function does not mix.
 
-        They are estimated from the shapes of the arguments. To count them exactly, PyTorch's
-        dispatcher would load the compiler, which takes seconds.
+        The number is estimated from the shapes of the arguments. For an exact count, PyTorch's
+        dispatcher would have to load the compiler, which takes seconds.
         """
         value = self.recording.values[number]
         if not self.mixes(value.made_by):
@@ -254,7 +265,7 @@ class Analysis:
         return size * given[0].shape[-1]
 
     def surrounds(self, event: Event, other: Event) -> bool:
-        """Whether everything computed from `other` goes into the branch of `event`."""
+        """Whether everything computed from the sum of `other` is in the branch of `event`."""
         assert event.enclosing is not None
         if (
             not event.enclosing.began <= other.total < event.total
@@ -264,9 +275,9 @@ class Analysis:
         return other.total in self.inside(event)
 
     def inside(self, event: Event) -> set[int]:
-        """The values that are computed for `event` alone, the sums of other additions included.
+        """The values that are computed for `event` alone, including sums of other additions.
 
-        Of two streams that feed each other, each is computed from the other, and neither is inside.
+        If each of two streams is computed from the other, neither is inside the other.
         """
         known = self._inside.get(event)
         if known is None:
@@ -274,12 +285,12 @@ class Analysis:
         return known
 
     def flops(self, events: Iterable[Event]) -> int:
-        """FLOPs of the branches of `events`; a function that several of them share counts once."""
+        """FLOPs of the branches of `events`; a function that several of them use counts once."""
         branch = set[int]().union(*(event.branch for event in events))
         return sum(self.recording.values[value].flops for value in branch)
 
     def parameters(self, own: set[int]) -> tuple[str, ...]:
-        """Names of the parameters that the values `own` were computed with."""
+        """Names of the parameters from which the values `own` were computed."""
         parents = {p for value in own for p in self.recording.values[value].parents}
         return tuple(sorted(self.recording.parameters(own | parents)))
 
@@ -287,7 +298,7 @@ class Analysis:
         """Group `events` into blocks: by call of a module, or by iteration of a loop in it.
 
         Args:
-            block_of: the name of the block that a module belongs to.
+            block_of: returns the name of the block that a module belongs to.
         """
         at: dict[int, list[Event]] = {}
         for event in events:
@@ -304,16 +315,16 @@ class Analysis:
         return [self.group(name, self._outermost(events)) for (name, _), events in keyed.items()]
 
     def _outermost(self, events: Sequence[Event]) -> list[Event]:
-        """The events that are not a part of the branch of another.
+        """The events that are not part of the branch of another event.
 
-        Those whose sums the outputs do not need are left out if there are others: a second stream
-        that ends in the last block is added to there, and never read.
+        Events whose sums do not reach the outputs are dropped if there are others. In the last
+        block, for example, a second stream may be added to and never read.
         """
         events = [e for e in events if e.total in self.alive] or events
         return [e for e in events if not any(e.total in self.inside(o) for o in events)]
 
     def _call(self, event: Event, block_of: Callable[[str], str]) -> tuple[str, Any]:
-        """The block of an addition that is not made in a loop, and the number of its call."""
+        """The name of the block of an addition outside loops, and a number for its call."""
         assert event.enclosing is not None
         name = block_of(event.enclosing.name)
         if not name:  # the model itself is not a block: each of its additions is one
@@ -327,9 +338,10 @@ class Analysis:
         ) if call.name in self.calls_by_name else 0
 
     def _iteration(self, event: Event, others: Sequence[Event]) -> tuple[str, Any]:
-        """The block of an addition in a loop over modules.
+        """The name of the block of an addition in a loop over modules, and a number.
 
-        It is the outermost module, inside of the one that loops, in which no expression adds twice.
+        The block is the outermost module, inside the one that loops, in which no expression adds
+        twice.
         """
         assert event.enclosing is not None
         inside = {id(other): self._module_path(other, looped=True) for other in others}
@@ -344,9 +356,9 @@ class Analysis:
         return ".".join(path), same.index(event)
 
     def _module_path(self, event: Event, looped: bool = False) -> list[str]:
-        """The common beginning of the names of the branch's modules, or the name of the largest.
+        """The common beginning of the names of the branch's modules, or the largest's name.
 
-        Modules that run for several branches do not tell these apart, so they are left out.
+        Modules that run for several branches are left out, because they do not tell these apart.
         """
         assert event.enclosing is not None
         calls = self.group("", [event]).calls or (self._gives(event) if looped else ())
@@ -365,9 +377,9 @@ class Analysis:
         return largest.name.split(".")
 
     def _gives(self, event: Event) -> tuple[Call, ...]:
-        """The outermost call that gives the last value of a branch, if one does.
+        """The outermost call that returns the last value of a branch, or no call.
 
-        A layer may give what is added to several streams, and run for none of them alone.
+        One layer may compute what is added to several streams, and so run for none of them alone.
         """
         assert event.enclosing is not None
         calls = [
@@ -378,14 +390,14 @@ class Analysis:
         return (max(calls, key=lambda each: each[:2])[2],) if calls else ()
 
     def deferred_edits(self, group: Group, copies: bool, first: int) -> list[Deferred]:
-        """Where `group` gets its gates, one for each addition.
+        """The edits that give `group` its gates, one for each addition.
 
         Args:
             copies: whether a closed addition must copy its shortcut.
             first: the number of the first of these additions within their owner.
 
         Raises:
-            UnsupportedBlockError: when too little of its branch is for the addition alone.
+            UnsupportedBlockError: when too little of the branch is used by the addition alone.
         """
         if group.saved < MIN_SAVED:
             raise UnsupportedBlockError(
@@ -425,18 +437,18 @@ class Analysis:
         return not event.branch.isdisjoint([*computed, *self.outputs_of[call.serial]])
 
     def _all(self, name: str, owner: Call) -> list[Call]:
-        """The calls of a module within a call of its owner; its name is that in the owner."""
+        """The calls of a module during a call of its owner; `name` is relative to the owner."""
         whole = f"{owner.name}.{name}" if owner.name else name
         return [call for call in self.calls_by_name[whole] if call.is_within(owner)]
 
     def _ordinal(self, call: Call, owner: Call) -> int:
-        """Which of the calls of its module within `owner` this is."""
+        """The position of a call among the calls of its module during the call `owner`."""
         inner = call.name[len(owner.name) + 1 if owner.name else 0 :]
         return self._all(inner, owner).index(call)
 
 
 def _common(calls: Sequence[Call]) -> Call:
-    """The innermost call within which all of `calls` are."""
+    """The innermost call during which all of `calls` are made."""
     first = calls[0]
     while not all(call is first or call.is_within(first) for call in calls):
         assert first.parent is not None

@@ -12,31 +12,36 @@ from stochastic_depth.errors import SurvivalError
 from stochastic_depth.surgery.blocks import Found
 
 KINDS = ("droppath", "stochasticdepth", "layerdrop", "skiplayer")
-"""Parts of the names of classes, in lower case, whose modules drop branches or layers."""
+"""Parts of the names, in lower case, of classes of modules that drop branches or layers."""
 RATES = ("drop_prob", "drop_path", "drop_rate", "p", "prob", "rate")
-"""Attributes of these with the rate; in the order in which they are looked for."""
+"""Names of the attributes that hold the rate of such a module, in the order in which they are
+tried."""
 
 LAYER_RATES = (
     *("layerdrop", "speech_encoder_layerdrop", "encoder_layerdrop", "decoder_layerdrop"),
     *("layer_drop", "layerdrop_prob", "layer_drop_p", "layer_drop_rate", "layer_drop_prob"),
     *("stochastic_depth_rate", "p_layer_drop", "layer_dropout_rate", "stochastic_depth_prob"),
 )
-"""Attributes with the rate at which something that loops over layers leaves whole layers out."""
+"""Names of attributes that hold a layerdrop rate, with which a loop over layers skips whole
+layers."""
 
 
 @dataclass(frozen=True)
 class Silenced:
-    """A drop rate, or a similar setting, that is changed while stochastic depth is applied.
+    """A drop rate or a similar setting that is changed while stochastic depth is applied.
 
-    A configuration object may belong to other models too, so this model gets a changed copy of it.
+    Other models may share a configuration object. So this model gets a changed copy of it.
     """
 
     holders: tuple[Any, ...]
-    """The drop path, or the module that loops over layers; or all that share this configuration."""
+    """The module that has the setting; or all modules that share the configuration which has it."""
     attribute: str
     rate: Any
+    """The value of the setting before."""
     value: Any = 0.0
+    """The value while stochastic depth is applied."""
     of_config: bool = False
+    """Whether the setting is in the `config` of the holders."""
 
     def silence(self) -> None:
         """Change the setting."""
@@ -55,10 +60,10 @@ class Silenced:
 
 
 def silence(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
-    """Set the rates of the drop paths inside the blocks, and of layerdrop around them, to 0.
+    """Set the drop paths inside the blocks, and the layerdrop around them, to rate 0.
 
     PyTorch's own transformer layers are also kept from computing a whole layer in one fused call,
-    in which their blocks could not be skipped.
+    because blocks inside of that call could not be skipped.
     """
     silenced = [drop_path for block in found for drop_path in _inside(block)]
     silenced += [*_around(model, found), *_fused(model, found)]
@@ -68,10 +73,11 @@ def silence(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
 
 
 def own_rates(found: Sequence[Found]) -> list[float]:
-    """The drop rate of each block's own drop path, 0 where it has none.
+    """The drop rate of each block's own drop path; 0 where it has none.
 
     Raises:
-        SurvivalError: when the drop paths of one block have different rates, or none has any.
+        SurvivalError: when the drop paths of one block have different rates, or no block has a rate
+            above 0.
     """
     rates = [{_round(drop_path.rate) for drop_path in _inside(block)} or {0.0} for block in found]
     for block, different in zip(found, rates, strict=True):
@@ -89,12 +95,12 @@ def own_rates(found: Sequence[Found]) -> list[float]:
 
 
 def _round(rate: Any) -> float:
-    """A rate as the number that was written: 0.1, where it was kept in single precision."""
+    """A rate as it was written, such as 0.1, also where it was stored in single precision."""
     return float(rate) if isinstance(rate, float) else float(f"{float(rate):.6g}")
 
 
 def _around(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
-    """The layerdrop rates of the modules around the blocks, and of their configurations."""
+    """The layerdrop settings of the modules around the blocks, and of their configurations."""
     paths = [block.name.split(".") for block in found]
     above = {".".join(path[:length]) for path in paths for length in range(len(path))}
     around = [module for name, module in model.named_modules() if name in above]
@@ -125,7 +131,7 @@ def _inside(block: Found) -> list[Silenced]:
 
 
 def _fused(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
-    """What makes PyTorch's encoder layers, and the stacks around them, take their fused path."""
+    """The settings by which PyTorch's encoder layers, and stacks of them, take their fused path."""
     holders = {block.module for block in found}
     holders |= {module for block in found for unit in block.units for module, _ in unit.edits}
     silenced = []
@@ -140,7 +146,7 @@ def _fused(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
 
 
 def _rate_of(module: nn.Module) -> tuple[str] | None:
-    """The attribute in which a module that drops branches or layers has its rate."""
+    """The name of the attribute that holds the rate, if `module` drops branches or layers."""
     name = type(module).__name__.lower().replace("_", "")
     if not any(kind in name for kind in KINDS):
         return None
@@ -148,7 +154,7 @@ def _rate_of(module: nn.Module) -> tuple[str] | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one number, of Python, NumPy or PyTorch."""
+    """Whether `value` is a single number, of Python, NumPy or PyTorch."""
     if isinstance(value, bool) or value is None:
         return False
     if isinstance(value, Tensor):
@@ -157,5 +163,5 @@ def is_number(value: Any) -> bool:
 
 
 def is_rate(value: Any) -> bool:
-    """Whether it is a number above 0."""
+    """Whether `value` is a single number above 0."""
     return is_number(value) and float(value) > 0

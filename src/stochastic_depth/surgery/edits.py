@@ -1,8 +1,8 @@
-"""What is edited in a module to put a branch under a gate, and how it is found in the source.
+"""The edits that put a branch under a gate, and how their places are found in the source.
 
-A `Place` is an expression in a method of a class, where that method is rewritten. A `Site` is an
-expression in any function, as the interpreter's frames give it; by it a deferred addition is
-recognised while it runs.
+A `Place` is an expression in a method of a class; that method is rewritten there. A `Site` is an
+expression in any function, as the interpreter's frames show it; a deferred addition is recognised
+by its site while it runs.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from torch import nn
 
 Side = Literal["left", "right"]
 Position = tuple[int, int, int, int]
-"""First and last line of an expression in its file, first and last column."""
+"""The first and last line of an expression in its file, then its first and last column."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Place:
     """An expression in a method."""
 
     kind: type[nn.Module]
-    """The class that defines the method: that of the module, or a parent."""
+    """The class that defines the method: the class of the module, or a parent class."""
     method: str
     position: Position
 
@@ -32,31 +32,31 @@ class Place:
 
 
 Parameter = tuple[int | None, str | None]
-"""A parameter of a function: its position, if it has one, and its name, if it is known."""
+"""A parameter of a function: its position, if it has one, and its name, if that is known."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """A call in a method."""
+    """The call of one method in another."""
 
     place: Place
     dead: frozenset[str] = frozenset()
-    """Variables of the method that were None or not used later: a closed branch, which does not
-    compute them, sets them to None."""
+    """Variables of the calling method that were None, or not used after the addition. A closed
+    branch does not compute them, and sets them to None."""
 
 
 @dataclass(frozen=True)
 class Sum:
-    """An addition in a method: closed, it is its shortcut, and nothing of its branch runs."""
+    """An addition in a method. Closed, it is its shortcut, and nothing of its branch runs."""
 
     place: Place
     shortcut: Side
     within: Parameter | None = None
-    """Where a function that is called there adds: which of its parameters is the shortcut."""
+    """For a call of a function that adds: which of its parameters is the shortcut."""
     dead: frozenset[str] = frozenset()
-    """As `Caller.dead`."""
+    """As `Caller.dead`, for the method that adds."""
     callers: tuple[Caller, ...] = ()
-    """Where other methods of the module call this one, from the inside out."""
+    """The calls through which other methods of the module reach this one, the innermost first."""
 
     def __str__(self) -> str:
         return str(self.place)
@@ -64,7 +64,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Argument:
-    """A call in a method that is handed what a branch has computed: closed, it is handed None.
+    """A call in a method that is passed a value of the branch. Closed, it is passed None.
 
     The addition is in the module or method that is called.
     """
@@ -77,25 +77,25 @@ class Argument:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A whole module that returns its input plus a branch; closed, it returns its input."""
+    """A whole module that returns its input plus a branch. Closed, it returns its input."""
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A whole module with a forward method, written with a gate, from `sd.register_unit`."""
+    """A whole module whose forward method was registered with `sd.register_unit`."""
 
     forward: Callable[..., Any]
 
 
 Site = tuple[str, str, int, Any]
-"""An expression in the code: file, function, the line in which that begins, and its position."""
+"""An expression in the code: the file, the function, its first line, and the position inside it."""
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_"}
-"""Names of functions that add."""
+"""Names of the functions that add."""
 
 
 def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of an addition with both operands first: `torch.add(input=x, other=y)` too."""
+    """The arguments of an addition, operands first, also of `torch.add(input=x, other=y)`."""
     others = dict(kwargs)
     first = (others.pop("input"),) if "input" in others else ()
     last = (others.pop("other"),) if "other" in others else ()
@@ -104,16 +104,16 @@ def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple
 
 @dataclass(frozen=True)
 class Calls:
-    """Which calls of a module, within one call of the owner, belong to a branch."""
+    """The calls of a module, during one call of the owner, that belong to a branch."""
 
     module: str
-    """Its name, in the owner."""
+    """Its name, relative to the owner."""
     which: tuple[int, ...]
-    """Numbers of those calls, from 0."""
+    """The numbers of those calls, from 0."""
     of: int
-    """How many calls there are; if all belong to the branch, their number may change."""
+    """How many calls there are in all. If all belong to the branch, their number may change."""
     tensor: bool
-    """Whether each returned a tensor, not a tuple or another structure."""
+    """Whether each of them returned a tensor, not a tuple or another structure."""
 
     @property
     def always(self) -> bool:
@@ -123,17 +123,19 @@ class Calls:
 
 @dataclass(frozen=True)
 class Deferred:
-    """One residual addition whose branch is deferred, in the module in which all of it runs."""
+    """One deferred residual addition: an edit of the module in which all of its branch runs."""
 
     block: str
+    """The name of its block."""
     number: int
-    """Numbers the additions of one owner."""
+    """The number of this addition within its owner."""
     sites: tuple[tuple[Site, int], ...]
-    """Where the addition stands, and which argument of it is the shortcut; in training mode it may
-    stand elsewhere than in evaluation."""
+    """The expressions that make the addition, each with the position of the shortcut among the
+    operands. There are two where training mode makes it in another expression than evaluation."""
     calls: tuple[Calls, ...]
     copies: bool
-    """Whether something later may overwrite the shortcut."""
+    """Whether a closed addition must copy its shortcut, because later code may overwrite it in
+    place."""
 
     def __str__(self) -> str:
         return f"the addition in {self.sites[0][0][1]}"
@@ -141,7 +143,7 @@ class Deferred:
 
 @dataclass(frozen=True)
 class Entry:
-    """The model itself: all deferred outputs are computed when it returns."""
+    """The model itself. When it returns, all deferred calls that its outputs need are made."""
 
 
 Sliced = Sum | Argument
@@ -154,7 +156,8 @@ _POSITIONS: dict[int, tuple[CodeType, list[Any]]] = {}
 def site_of(frame: FrameType) -> Site:
     """The expression that `frame` is evaluating.
 
-    The number of the instruction is not enough: it changes when the interpreter specialises a call.
+    The number of the bytecode instruction does not identify it, because that changes when the
+    interpreter specialises a call.
     """
     code = frame.f_code
     known = _POSITIONS.get(id(code))
@@ -171,18 +174,18 @@ class Method:
     """A running method of a module."""
 
     place: Place | None
-    """The expression that is being evaluated; None where its source is not known."""
+    """The expression that it is evaluating; None where its source is not known."""
     frame: FrameType
     called: FrameType | None
-    """The frame of the function that the expression calls, if it is a call."""
+    """The frame of the function that this expression calls, if it is a call."""
 
 
 def find_places(
     modules: Container[nn.Module], frame: FrameType | None
 ) -> Iterator[tuple[nn.Module, Place | None]]:
-    """Which of `modules` are running around `frame`, and the expression each is evaluating.
+    """Which of `modules` have a running method around `frame`, and what each evaluates.
 
-    The frames are walked once for all modules, because their variables take a while to read.
+    The frames are walked once for all modules, because reading their variables is slow.
     """
     seen = set[nn.Module]()
     while frame is not None:
@@ -195,7 +198,7 @@ def find_places(
 
 
 def methods_of(module: nn.Module, frame: FrameType | None) -> Iterator[Method]:
-    """The running methods of `module` around `frame`, from the inside out."""
+    """The running methods of `module` around `frame`, the innermost first."""
     called = None
     while frame is not None:
         code = frame.f_code

@@ -20,7 +20,7 @@ Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
     """A function that calls `model` on a copy of `example`, each time from the same random state.
 
-    Its argument, 0 if not given, chooses another state.
+    The function has one argument, a seed that is 0 when not given.
     """
 
     def call(seed: int = 0) -> Any:
@@ -36,22 +36,22 @@ def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
 
 
 def on_meta(model: nn.Module, example: Example) -> bool:
-    """Whether there are no values to compare: weights or inputs on the meta device."""
+    """Whether weights or inputs are on the meta device, so that there are no values to compare."""
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(example)]
     return any(tensor.device.type == "meta" for tensor in tensors)
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
-"""Attributes that PyTorch keeps: tensors, children and hooks."""
+"""Attributes of every `nn.Module`, which PyTorch itself manages: tensors, children and hooks."""
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Restore `model` afterwards: modes, tensors, gradients, attributes; and the random state.
+    """Restore `model` afterwards: modes, tensors, gradients and attributes; and the random state.
 
-    The very tensors come back, with their content, where a forward pass gives a buffer or a
-    parameter a new one. While entered, no module runs compiled, and PyTorch's own transformer
-    layers do not take their fused path: both bypass hooks and modes.
+    If a forward pass replaces a buffer or a parameter, the original tensor comes back, with its
+    content. While this is entered, no module runs compiled, and PyTorch's own transformer layers do
+    not take their fused path, because both bypass hooks and modes.
     """
     modules = list(model.modules())
     held = [_Held(module) for module in modules]
@@ -102,7 +102,7 @@ def seed_everything(seed: int) -> None:
 
 
 class _Held:
-    """The state of one module without its children."""
+    """The state of one module, without its children."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, type(module)
@@ -128,7 +128,7 @@ class _Held:
 
     def restore(self) -> None:
         self.module.training = self.training
-        if not self.scripted and type(self.module) is self.kind:  # not one that was lazy
+        if not self.scripted and type(self.module) is self.kind:  # a lazy module changes its class
             attributes = vars(self.module)
             for name in _attributes(self.module).keys() - self.attributes.keys():
                 del attributes[name]
@@ -157,13 +157,13 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _put_back(now: dict[str, Any], kept: list[tuple[str, Any]]) -> None:
-    """Make `now` hold the very objects that it held."""
+    """Make `now` hold the very objects that `kept` lists, by name."""
     if len(now) != len(kept) or any(now.get(name) is not value for name, value in kept):
         now.clear()
         now.update(kept)
 
 
 def _has_content(tensor: Tensor) -> bool:
-    """Whether it is a plain tensor: neither on the meta device nor sharded nor without a shape."""
+    """Whether `tensor` is a plain tensor with values: not on the meta device, sharded or sparse."""
     kinds = (Tensor, nn.Parameter, nn.Buffer)
     return type(tensor) in kinds and tensor.device.type != "meta" and tensor.layout == torch.strided

@@ -1,7 +1,8 @@
 """Find the residual blocks of any model, and the mechanism by which each is made skippable.
 
-Additions that one forward pass has made are grouped into blocks; long skip connections, sums of
-hidden states and the like are left out. A block whose source cannot be rewritten is deferred.
+The additions of one forward pass are grouped into blocks. Long skip connections, sums of hidden
+states and other sums that are not residual blocks are left out. A block whose source cannot be
+rewritten is deferred.
 """
 
 import functools
@@ -49,7 +50,7 @@ from stochastic_depth.surgery.training_additions import (
 )
 
 REWRITTEN = ("slice", "call")
-"""The mechanisms by which a method is rewritten."""
+"""The mechanisms that rewrite a method."""
 
 LONG_SKIP = "a long skip connection: "
 
@@ -79,7 +80,7 @@ def find_blocks(
 
     Args:
         defer: names of blocks that are deferred even where their source can be rewritten.
-        rejected: gets the additions that are not taken, with the reason.
+        rejected: this list gets the additions that are not taken as blocks, each with the reason.
     """
     rejected = [] if rejected is None else rejected
     chosen = chosen_modules(model, include, exclude)
@@ -91,19 +92,19 @@ def find_blocks(
     pairs = finder.blocks(additions, analysis, rejected)
     found = [block for block, _ in pairs]
     if any(block.refusal for block in found):
-        refuse_cache(analysis.output)  # which branches fill, and nothing else may need them
+        refuse_cache(analysis.output)  # filling the cache may be all that needs the branches
     training = added_in_training(model, run, found, additions, analysis, count_flops)
     return found if training is None else finder.with_training(pairs, analysis, training, rejected)
 
 
 def _outside_functions(block: Found, events: Sequence[Event], within: Mapping[Site, str]) -> Found:
-    """`block`, refused if training mode adds its branch in an `autograd.Function`."""
+    """`block`, refused if its branch is added in an `autograd.Function` in training mode."""
     functions = [within[event.site] for event in events if event.site in within]
     return replace(block, refusal=own_backward(functions[0])) if functions else block
 
 
 def _called_alike(block: Found, evaluation: Analysis, training: Analysis) -> Found:
-    """`block`, refused if it is deferred and training mode calls its modules more often."""
+    """`block`, refused if it is deferred and its modules are called more often in training mode."""
     if block.mechanism != "deferred":
         return block
     for name in block.modules:
@@ -119,7 +120,7 @@ def _called_alike(block: Found, evaluation: Analysis, training: Analysis) -> Fou
 
 @dataclass(frozen=True)
 class _Finder:
-    """Makes blocks of the additions of one model, as the user has chosen."""
+    """Groups the additions of one model into blocks, as the user has chosen."""
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
@@ -132,7 +133,7 @@ class _Finder:
     def blocks(
         self, additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
     ) -> list[tuple[Found, tuple[Event, ...]]]:
-        """The blocks that `additions` make up, in order, each with its events."""
+        """The blocks that `additions` form, in order, each with its events."""
         additions = _residual_ones(additions, self.modules, rejected)
         for event in (event for addition in additions for event in addition.events):
             analysis.place(event)
@@ -152,12 +153,14 @@ class _Finder:
     def _divided(
         self, edited: list[tuple[Found, list[Addition]]]
     ) -> tuple[list[tuple[Found, list[Addition]]], list[tuple[Found, list[Addition]]]]:
-        """The blocks whose methods are rewritten, and those that are deferred."""
+        """Divide the blocks into those whose methods are rewritten, and those that are deferred."""
         rewritten, others = [], []
         for found, group in edited:
             fixed = found.mechanism in ("registered", "Residual")
             repeated = found.name in self.defer or any(len(a.events) > 1 for a in group)
-            repeated |= not found.name and len(group) > 1  # written out one by one, as in a trunk
+            repeated |= (
+                not found.name and len(group) > 1
+            )  # the model writes its additions out one by one
             deferred = found.refusal or (repeated and not fixed)
             (others if deferred else rewritten).append((found, group))
         while True:  # a deferred addition must stay where it is in the source
@@ -178,10 +181,10 @@ class _Finder:
         analysis: Analysis,
         rejected: list[Rejected],
     ) -> list[tuple[Found, tuple[Event, ...]]]:
-        """All blocks in the order in which they add; long skip connections go to `rejected`.
+        """All blocks, in the order of their additions; long skip connections go to `rejected`.
 
         Args:
-            edited: `rewritten` and `others` together.
+            edited: the blocks of `rewritten` and `others` together.
         """
         modules, chosen = self.modules, self.chosen
         groups = analysis.blocks(_events(others), lambda name: repeated_block(name, modules))
@@ -227,10 +230,10 @@ class _Finder:
         training: InTraining,
         rejected: list[Rejected],
     ) -> list[Found]:
-        """The blocks with what they add in training mode, and those that run there alone.
+        """The blocks with their additions in training mode, and the blocks that run there only.
 
         Args:
-            pairs: the blocks of evaluation, each with its events.
+            pairs: the blocks found in evaluation mode, each with its events.
         """
         found = []
         for block, events in pairs:
@@ -266,9 +269,10 @@ def _events(pairs: Iterable[tuple[Found, list[Addition]]]) -> list[Event]:
 def _is_covered(
     number: int, blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis
 ) -> bool:
-    """Whether a block is in the branch of another one of its name, whose gate covers it.
+    """Whether a block is in the branch of another block of its name, whose gate covers it.
 
-    So it is with a layer that adds something inside, where the trunk adds what it gives.
+    An example is a layer that has a residual addition inside, and whose output the model adds
+    again.
     """
     name, events = blocks[number]
     around = [
@@ -281,20 +285,20 @@ def _is_covered(
 
 
 def _long_skips(blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis) -> set[str]:
-    """Names of the blocks that are long skip connections, or made by the same loop as those."""
+    """Names of the blocks that are long skip connections, or are made by the same loop as one."""
     long = {name for name, _ in blocks if _is_long(name, blocks, analysis)}
     loops = {_loop(event) for name, events in blocks if name in long for event in events}
     return long | {name for name, events in blocks if loops.issuperset(map(_loop, events))}
 
 
 def _loop(event: Event) -> object:
-    """Equal for additions that are made by the same expression, in one call of one module."""
+    """A key that is equal for additions of the same expression during one call of one module."""
     assert event.enclosing is not None
     return event.site, event.enclosing.serial
 
 
 def _is_long(name: str, blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis) -> bool:
-    """Whether `name` is a long skip connection, with blocks of other modules in its branch."""
+    """Whether `name` is a long skip connection: blocks of other modules are in its branch."""
     return any(
         analysis.surrounds(event, other)
         for its_name, events in blocks
@@ -309,7 +313,7 @@ def _is_long(name: str, blocks: Sequence[tuple[str, Sequence[Event]]], analysis:
 def _residual_ones(
     additions: list[Addition], modules: Mapping[str, nn.Module], rejected: list[Rejected]
 ) -> list[Addition]:
-    """The additions around one block; those around more, or around none, go to `rejected`."""
+    """The additions that may form a block; the others go to `rejected`, each with the reason."""
     names = {addition.owner: repeated_block(addition.owner, modules) for addition in additions}
     kept = []
     for addition in additions:
@@ -327,7 +331,7 @@ def _residual_ones(
         elif inside > 1:
             reason = f"{LONG_SKIP}{inside} other blocks are inside of it"
         elif addition.upsamples:
-            reason = f"{LONG_SKIP}what is inside of it is scaled down and up again"
+            reason = f"{LONG_SKIP}its branch makes values smaller and then larger again"
         elif not addition.identity and not name and addition.is_last and len(additions) > 1:
             reason = "a sum of two outputs of the model"
         if reason:
@@ -340,7 +344,7 @@ def _residual_ones(
 def _without_sums(
     additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
 ) -> list[Addition]:
-    """The additions of a branch; sums of the trunk, or of several streams, go to `rejected`."""
+    """The additions that add a branch; sums of streams or of hidden states go to `rejected`."""
     totals = {event.total for addition in additions for event in addition.events}
     streams = {event.total for a in additions if a.identity for event in a.events}
     events = {event for addition in additions for event in addition.events}
@@ -351,7 +355,7 @@ def _without_sums(
                 rejected.append(_rejected(addition, COUPLING))
                 continue
             if all(analysis.surrounds(addition.coupled, event) for event in addition.events):
-                reason = "a bias: the sum is used for the branch of another block alone"
+                reason = "a bias: its sum is used in the branch of another block only"
                 rejected.append(_rejected(addition, reason))
                 continue
         joins = any(not event.branch.isdisjoint(streams) for event in addition.events)
@@ -394,11 +398,11 @@ def _rejected(addition: Addition, reason: str) -> Rejected:
 
 
 def _accumulates(addition: Addition) -> bool:
-    """Whether it adds up the parts of one sum in a loop, which is no residual addition."""
+    """Whether an addition adds up the terms of one sum in a loop, and is therefore not residual."""
     _, edit = addition.edits[0]
     if edit is None or addition.identity:
         return False
-    if len(addition.events) > 1:  # its shortcut is then what it has summed up by now
+    if len(addition.events) > 1:  # the shortcut of each is then the sum so far
         totals = {event.total for event in addition.events}
         return any(event.shortcut in totals for event in addition.events)
     try:
@@ -410,7 +414,7 @@ def _accumulates(addition: Addition) -> bool:
 def _block_of(
     addition: Addition, modules: Mapping[str, nn.Module], granularity: Granularity
 ) -> tuple[str, Any]:
-    """The name of the block that an addition belongs to, and which of its coins is its own."""
+    """The name of the block that an addition belongs to, and a key for its coin in the block."""
     if isinstance(modules[addition.owner], Residual):
         return addition.owner, None
     whole = registered_around(addition.owner, modules)

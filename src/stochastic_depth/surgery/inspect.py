@@ -1,4 +1,4 @@
-"""`sd.plan` and `sd.summary`: what `sd.apply` would do, and what each block costs."""
+"""`sd.plan` and `sd.summary`: the blocks that `sd.apply` would make, and the cost of each."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from stochastic_depth.tensors import tensors_in
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """A table under its `head`; the first `left` columns are aligned left, the others right."""
+    """A table under the heading `head`; the first `left` columns are aligned left."""
     lines = [list(head), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -40,7 +40,7 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -
 
 
 def si(count: float) -> str:
-    """A count with three digits and a unit prefix: 1.23 G."""
+    """A count with three digits and a unit prefix, such as "1.23 G"."""
     for unit in ("", "k", "M", "G", "T"):
         if count < 1000:
             return f"{count:.3g} {unit}".rstrip()
@@ -56,21 +56,22 @@ class PlannedBlock:
     kind: str
     """The name of its class."""
     shortcut: str
-    """"identity" or "projection"; both, with a comma, where its additions differ."""
+    """"identity" or "projection"; "identity, projection" where its additions differ."""
     mechanism: str
-    """"Residual": built to be skipped; "slice": the method that adds is rewritten at the addition;
-    "call": the method that calls it is rewritten too, because the branch begins there;
-    "registered": by `sd.register_unit`; "opaque": skipped as a whole; "deferred": nothing is
-    rewritten, the modules of its branch are not called; "none": not at all, see `refusal`."""
+    """"Residual": the block is built to be skipped. "slice": the method that adds is rewritten at
+    the addition. "call": the method that calls it is rewritten too, because the branch begins
+    there. "registered": its forward method comes from `sd.register_unit`. "opaque": the module is
+    skipped as a whole. "deferred": nothing is rewritten, and the modules of the branch are not
+    called. "none": the block cannot be skipped, see `refusal`."""
     survival: float
     parameters: int
-    """Of its branches."""
+    """The number of parameters of its branches."""
     flops: int
-    """Of its branches in one forward pass on the example, 2 for each multiply-add."""
+    """FLOPs of its branches in one forward pass on the example, counted as 2 per multiply-add."""
     refusal: str
-    """Why it cannot be made skippable; empty where it can."""
+    """The reason why it cannot be made skippable; empty where it can."""
     training_only: bool = False
-    """Whether the model runs it in training mode alone."""
+    """Whether the model runs it in training mode only."""
 
 
 PLAN_HEAD = ("block", "class", "shortcut", "mechanism", "p", "parameters", "FLOPs")
@@ -78,11 +79,12 @@ PLAN_HEAD = ("block", "class", "shortcut", "mechanism", "p", "parameters", "FLOP
 
 @dataclass(frozen=True)
 class Plan:
-    """A model's residual blocks; printed, it is a table."""
+    """The residual blocks of a model; printed, it is a table."""
 
     blocks: tuple[PlannedBlock, ...]
     rejected: tuple[str, ...] = ()
-    """Additions that are not residual: the module, where it adds, and the reason."""
+    """Additions that are not residual, a line for each: the module, where it adds, and the
+    reason."""
 
     @property
     def complete(self) -> bool:
@@ -91,7 +93,7 @@ class Plan:
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """The rows of its table, one for each block, under `PLAN_HEAD`."""
+        """The rows of the table, one for each block, under `PLAN_HEAD`."""
         return [
             (
                 block.name,
@@ -127,10 +129,11 @@ def plan(
     granularity: Granularity = "block",
     stacks: Sequence[str] = (),
 ) -> Plan:
-    """A dry run of `sd.apply`, with the same arguments: `model` is not changed.
+    """Show what `sd.apply` would do with the same arguments; `model` is not changed.
 
-    Every block is found, made skippable and closed once for a trial, and must then call nothing of
-    its branch. Values are not compared as in `sd.apply`, so this works on the meta device too.
+    Every block is found, made skippable, and closed once for a trial, in which it must call no
+    module of its branch. Values are not compared as in `sd.apply`, so this works on the meta device
+    too.
 
     Raises:
         ApplyError: when `model` has no residual block.
@@ -148,7 +151,7 @@ def plan(
     refuse_applied(model)
     rejected: list[Rejected] = []
     deferred = set[str]()
-    while True:  # as `sd.apply` does
+    while True:  # blocks that fail are deferred, as by `sd.apply`
         rejected.clear()
         found = find_blocks(
             model, example, granularity, include, exclude, True, defer=deferred, rejected=rejected
@@ -201,40 +204,44 @@ def _tried(model: nn.Module, example: Example, found: list[Found]) -> list[Found
 
 @dataclass(frozen=True)
 class BlockSummary:
-    """One block: FLOPs of its branch, 2 for each multiply-add."""
+    """One block, and the FLOPs of its branch, counted as 2 per multiply-add."""
 
     name: str
     kind: str
     """The name of its class."""
     survival: float
     parameters: int
-    """Of its branch."""
+    """The number of parameters of its branch."""
     forward: int
+    """FLOPs of the forward pass."""
     backward: int
+    """FLOPs of the backward pass."""
 
 
 SHALLOW = 20
-"""A network of fewer blocks is a shallow one."""
+"""A network with fewer blocks counts as shallow."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A model block by block; printed, it is a table."""
+    """The cost of a model, block by block; printed, it is a table."""
 
     blocks: tuple[BlockSummary, ...]
     forward: int
     """FLOPs of one forward pass at full depth, on the example."""
     backward: int
+    """FLOPs of its backward pass."""
     closed: Closed = "skipped"
     """What a closed block saves."""
     gating: str = ""
-    """How gates are drawn, where not in the paper's way; and the schedule of the drop rates."""
+    """How gates are drawn, where this differs from the paper; and the schedule of the drop
+    rates."""
 
     @property
     def advice(self) -> str:
-        """A warning where the network is too shallow for its drop rates; else empty.
+        """A warning if the network is too shallow for its drop rates; empty otherwise.
 
-        Among networks of 9 to 54 blocks those with fewer than 20 lost accuracy at p_L below 0.7
+        Among networks of 9 to 54 blocks, those with fewer than 20 lost accuracy at p_L below 0.7
         (EXPERIMENTS.md, digits over depth; ResNet-32 on CIFAR-10).
         """
         lowest = min((block.survival for block in self.blocks), default=1.0)
@@ -252,16 +259,16 @@ class Summary:
 
     @property
     def expected_saving(self) -> float:
-        """The share of a training step's FLOPs, from 0 to 1, that is not spent.
+        """The expected share of a training step's FLOPs, from 0 to 1, that is saved.
 
-        A block costs its branch with probability p_l, and nothing else depends on the gates.
+        A block costs its branch with probability p_l. Nothing else depends on the gates.
         """
         return self.saving([block.survival for block in self.blocks])
 
     def saving(self, open_shares: Sequence[float]) -> float:
-        """The same where block l is open in the share `open_shares[l - 1]` of the steps.
+        """The share that is saved if block l is open in the share `open_shares[l - 1]` of steps.
 
-        With gates (True, False) it is what one step saves.
+        Given the gates of one step, each True or False, it is what that step saves.
         """
         saved = sum(
             (1 - share) * (b.backward + (b.forward if self.closed == "skipped" else 0))
@@ -290,14 +297,14 @@ class Summary:
 def summary(model: nn.Module, example: Example) -> Summary:
     """Cost and expected saving of every block of a model that has stochastic depth.
 
-    Each block is closed in turn, and the FLOPs that disappear are its own. Blocks that look the
-    same (class, configuration, shapes of the input) are counted once.
+    Each block is closed in turn, and the FLOPs that disappear are counted as its own. Blocks that
+    look the same (class, configuration, shapes of the inputs) are counted once.
 
     Args:
         example: inputs of one forward call.
 
     Raises:
-        ApplyError: when `model` is not one that `sd.apply` was given.
+        ApplyError: when `sd.apply` was not called on `model`.
 
     Examples:
         >>> model = sd.models.CifarResNet(8)
@@ -314,7 +321,8 @@ def summary(model: nn.Module, example: Example) -> Summary:
     opened = force(handle.blocks, [OPEN] * len(handle.blocks))
     found = applied_to(model).found
     training = any(block.training_only for block in found)
-    run = caller(model.forward if training else model, example)  # past the hooks that draw gates
+    # The forward method alone runs no hooks, which would draw gates in training mode.
+    run = caller(model.forward if training else model, example)
     with preserve_state(model), torch.enable_grad(), opened:
         model.train(training)
         shapes = _input_shapes(model, handle.blocks, run)
@@ -350,7 +358,7 @@ def _gating(handle: Handle) -> str:
 
 
 def _count(run: Callable[[], Any]) -> tuple[int, int]:
-    """FLOPs of forward and backward."""
+    """FLOPs of the forward and of the backward pass."""
     with CountFlops() as forward:
         outputs = tensors_in(run())
     total = torch.stack([out.float().sum() for out in outputs if out.requires_grad]).sum()

@@ -255,8 +255,7 @@ def _opaque_forward(kind: Any, number: int) -> FunctionType:
 
 
 def _registered_forward(gated: Callable[..., Any], number: int) -> FunctionType:
-    """The forward method for `gated`, a function of (module, gate, *args) that the user has
-    registered."""
+    """The forward method for `gated`, a registered function of (module, gate, *args)."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         gate: Gate = self.__dict__[GATES][number].now(self.training)

@@ -1,4 +1,4 @@
-"""Find the statements of a method that only the branch needs, from the addition backwards."""
+"""Find the statements of a method that only the branch needs, going backwards from the addition."""
 
 import ast
 import copy
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 def only_assigns(statement: ast.stmt) -> bool:
-    """Whether it only computes values of variables."""
+    """Whether a statement only computes values of variables."""
     if isinstance(statement, ast.If | ast.For | ast.While):
         return all(map(only_assigns, [*statement.body, *statement.orelse]))
     if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
@@ -21,7 +21,7 @@ def only_assigns(statement: ast.stmt) -> bool:
 
 
 def changed_in_place(node: ast.AST) -> str | None:
-    """The variable that `x.mul_(...)` or `x.append(...)`, as a statement, changes."""
+    """The variable that a statement such as `x.mul_(...)` or `x.append(...)` changes, or None."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         function = node.value.func
         if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
@@ -37,14 +37,14 @@ def _are_names(target: ast.expr) -> bool:
 
 
 def uses(node: ast.AST) -> frozenset[str]:
-    """The variables whose values it may need."""
+    """The variables whose values a node may need."""
     names = {n.id for n in _names(node) if isinstance(n.ctx, ast.Load)}
     changed = (n.target for n in ast.walk(node) if isinstance(n, ast.AugAssign))
     return frozenset(names | {target.id for target in changed if isinstance(target, ast.Name)})
 
 
 def conditional_uses(node: ast.AST) -> tuple[frozenset[str], dict[str, list[ast.expr]]]:
-    """The variables that it needs, and those that it needs if one of some conditions holds."""
+    """The variables that a node always needs, and those it needs under some conditions."""
     found: dict[str, list[list[ast.expr]]] = {}
 
     def visit(node: ast.AST, tests: list[ast.expr]) -> None:
@@ -70,7 +70,7 @@ def conditional_uses(node: ast.AST) -> tuple[frozenset[str], dict[str, list[ast.
 
 
 def defines(node: ast.AST) -> frozenset[str]:
-    """The variables that it may set or change."""
+    """The variables that a node may set or change."""
     loops = (n.target for n in ast.walk(node) if isinstance(n, ast.comprehension))
     of_comprehensions = {id(name) for target in loops for name in _names(target)}
     stored = (n for n in _names(node) if isinstance(n.ctx, ast.Store))
@@ -79,7 +79,7 @@ def defines(node: ast.AST) -> frozenset[str]:
 
 
 def surely_defines(statement: ast.stmt) -> frozenset[str]:
-    """The variables that certainly have a new value after it."""
+    """The variables that certainly have a new value after a statement."""
     if isinstance(statement, ast.If):
         both = [
             frozenset[str]().union(*map(surely_defines, part))
@@ -94,7 +94,7 @@ def surely_defines(statement: ast.stmt) -> frozenset[str]:
 
 
 def stores_elsewhere(statement: ast.stmt) -> bool:
-    """Whether it changes something besides variables."""
+    """Whether a statement changes something besides variables."""
     return any(
         isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)
         for node in ast.walk(statement)
@@ -106,7 +106,7 @@ def _names(node: ast.AST) -> Iterator[ast.Name]:
 
 
 def is_steady(test: ast.expr) -> bool:
-    """Whether a condition can be evaluated earlier than where it stands: it calls nothing."""
+    """Whether a condition may be evaluated earlier than it stands, because it calls nothing."""
     kinds = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp)
     others = (ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop)
     return all(isinstance(node, kinds + others) for node in ast.walk(test))
@@ -117,11 +117,16 @@ class Needed:
     """The variables that are needed under a closed gate, from some point of the method on."""
 
     live: frozenset[str] = frozenset()
+    """Variables that are needed in any case."""
     maybe: dict[str, list[ast.expr]] = field(default_factory=dict)
-    """Needed only if one of these conditions holds."""
+    """Variables that are needed only if one of these conditions holds."""
 
     def before(self, statement: ast.stmt, redefined: frozenset[str]) -> None:
-        """Go back over a statement that runs in any case."""
+        """Go back over a statement that runs in any case.
+
+        Args:
+            redefined: the variables that certainly have a new value after it.
+        """
         always, conditional = conditional_uses(statement)
         self.live = always | (self.live - redefined)
         self.maybe = {name: tests for name, tests in self.maybe.items() if name not in redefined}
@@ -129,7 +134,7 @@ class Needed:
             self.only_if([name], tests)
 
     def only_if(self, names: Iterable[str], tests: list[ast.expr]) -> None:
-        """Note variables that are needed if one of `tests` holds."""
+        """Record variables that are needed if one of `tests` holds."""
         for name in names:
             if name not in self.live:
                 self.maybe.setdefault(name, []).extend(tests)
@@ -139,7 +144,7 @@ class Needed:
         return Needed(self.live, maybe)
 
     def settle(self, changes: Callable[[ast.expr], bool]) -> None:
-        """Before a statement that `changes` conditions, what they decide is needed in any case."""
+        """Where a statement `changes` the condition of a use, treat the variable as needed."""
         settled = [name for name, tests in self.maybe.items() if any(map(changes, tests))]
         self.live |= frozenset(settled)
         self.maybe = {name: tests for name, tests in self.maybe.items() if name not in settled}
@@ -147,21 +152,21 @@ class Needed:
 
 @dataclass
 class Backward:
-    """What a branch needs, statement by statement backwards."""
+    """Collects the code of a branch, statement by statement, going backwards."""
 
     runs: ast.expr
     """The condition under which it runs."""
     dead: frozenset[str]
-    """Variables that a closed branch makes None."""
+    """Variables that a closed branch may set to None."""
     branch: list[ast.AST]
     """The expressions and statements of the branch found so far."""
     shared: list[ast.AST] = field(default_factory=list)
-    """Statements that the branch needs always, and others under a condition."""
+    """Statements that the branch always needs, and other code needs under a condition."""
     guards: list[ast.expr] = field(default_factory=list)
     """Conditions under which the addition is reached."""
 
     def reached_if(self, test: ast.expr) -> None:
-        """From here on back the addition is reached only if `test` holds."""
+        """Record that, before this point, the addition is reached only if `test` holds."""
         self.guards.append(test)
         self.runs = any_of([self.runs, negated(test)])
 
@@ -171,7 +176,7 @@ class Backward:
             statement = block[i]
             defined = defines(statement)
             changes = functools.partial(_changes, statement)
-            if any(map(changes, self.guards)):  # before it, whether the addition is reached is open
+            if any(map(changes, self.guards)):  # before it, the guards cannot be evaluated yet
                 needed.live = needed.live.union(*map(uses, block[: i + 1]))
                 return
             needed.settle(changes)
@@ -190,10 +195,10 @@ class Backward:
                 self.through_both(statement, needed)
             else:
                 needed.before(statement, surely_defines(statement))
-            self.dead -= defined  # which earlier statements gave another value
+            self.dead -= defined  # before this statement, they had other values
 
     def skipped(self, statement: ast.stmt, beside: frozenset[str], needed: Needed) -> ast.stmt:
-        """Make a statement run with the branch only; otherwise the variables `beside` are None."""
+        """Make a statement run with the branch only; without it, `beside` are set to None."""
         needed.live -= beside
         conditions = [
             test for name in sorted(defines(statement)) for test in needed.maybe.pop(name, [])
@@ -205,7 +210,7 @@ class Backward:
         return ast.If(any_of([self.runs, *conditions]), [statement], nothing)
 
     def through_both(self, statement: ast.If, needed: Needed) -> None:
-        """Go back over both arms of a condition, in which some of the branch may be."""
+        """Go back over both arms of a condition; parts of the branch may be in either."""
         arms = []
         for arm in (statement.body, statement.orelse):
             inside, dead = needed.copied(), self.dead

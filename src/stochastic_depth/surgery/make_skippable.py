@@ -1,4 +1,4 @@
-"""Put gates into the blocks of a model and prove them; defer or leave out those that fail."""
+"""Put gates into the blocks of a model and prove them; defer or leave out the blocks that fail."""
 
 import math
 import time
@@ -35,11 +35,11 @@ from stochastic_depth.survival import Probabilities
 
 @dataclass(frozen=True)
 class Proved:
-    """Blocks with gates, and what the proof has found."""
+    """The blocks with their gates, and what the proof has found."""
 
     blocks: list[Block]
     difference: float
-    """The largest between outputs, relative to the largest output; nan on the meta device."""
+    """The largest difference of outputs, relative to the largest output; nan on the meta device."""
     resets: dict[str, Any]
     """Attributes that branches set, by name of module and attribute, with their first values."""
 
@@ -62,14 +62,14 @@ def make_skippable(
     gate: GateKind,
     budget: float | None,
 ) -> Skippable:
-    """Make all blocks skippable, and prove it; defer or leave out those that fail the proof.
+    """Make all blocks skippable and prove it. Blocks that fail the proof are deferred.
 
     A block whose rewritten methods do not pass the proof is deferred. Where that does not help, the
-    others are tried without it, so that the error can say what to leave out.
+    other blocks are tried without it, so that the error can say what to leave out.
 
     Args:
-        find: finds the blocks; its argument names those to defer.
-        probabilities_of: gives the survival probabilities of blocks.
+        find: finds the blocks; its argument names those that must be deferred.
+        probabilities_of: returns the survival probabilities of blocks.
 
     Raises:
         UnsupportedBlockError: when a block cannot be made skippable.
@@ -122,10 +122,10 @@ def make_skippable(
 
 
 def _others(model: nn.Module, found: Sequence[Found], left_out: Set[str]) -> list[Found]:
-    """The blocks that remain without those in `left_out`, as the error will advise.
+    """The blocks that remain if the user follows the advice to leave out `left_out`.
 
-    Its remedy `exclude=` also leaves out blocks that have one of them in their branch; its remedy
-    `include=` does not.
+    The advice `exclude=` also leaves out blocks that have one of `left_out` in their branch. The
+    advice `include=` does not.
     """
     rest = [block for block in found if block.name not in left_out]
     if not left_out or any(is_inside(block.name, of) for block in rest for of in left_out):
@@ -156,13 +156,13 @@ def _gated_and_proved(
     gate: GateKind,
     budget: float | None,
 ) -> Proved:
-    """Give every block its gates, and prove those that are not `Residual` units."""
+    """Give every block its gates, and prove the blocks that are not `Residual` units."""
     select = gate == "subset"
     if example is None or not any(block.units for block in found):
         return Proved(put_gates(model, found, select), 0.0, {})
     run = caller(model, example)
     batch = None if gate == "batch" else batch_size(example)
-    if on_meta(model, example):  # values are for sd.verify, once there are any
+    if on_meta(model, example):  # without values; sd.verify compares them later
         blocks = put_gates(model, found, select)
         if batch is not None and select:
             refuse_one(batch)

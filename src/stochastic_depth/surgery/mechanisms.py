@@ -151,8 +151,7 @@ def _sums(
 
 
 def clashes(found: Found, events: Sequence[Event]) -> bool:
-    """Whether rewriting the methods of `found` would move one of the additions `events` in the
-    source."""
+    """Whether rewriting the methods of `found` would move one of `events` in the source."""
     for unit in found.units:
         for module, edit in unit.edits:
             if isinstance(edit, Sliced):

@@ -26,8 +26,7 @@ def refuse_applied(model: nn.Module) -> None:
 
 
 def refuse_sharded(model: nn.Module, verb: str) -> None:
-    """Raise `ApplyError` when `model` is sharded, because then no process has all of its
-    weights."""
+    """Raise `ApplyError` if `model` is sharded: then no process has all of its weights."""
     for name, module in model.named_modules():
         if any(base.__module__.startswith(_SHARDED) for base in type(module).__mro__):
             raise ApplyError(
@@ -38,8 +37,7 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise `ApplyError` when `model` is already wrapped for several processes, compiled or
-    scripted.
+    """Raise `ApplyError` if `model` is wrapped for several processes, compiled or scripted.
 
     A wrapper counts every pass through the model, and would count the passes of `sd.apply` too.
     """
@@ -78,8 +76,7 @@ def refuse_settings(
     min_samples: int,
     multiple_of: int,
 ) -> None:
-    """Raise `ApplyError` when a setting has an unknown value, or two settings exclude each
-    other."""
+    """Raise `ApplyError` if a setting has an unknown value, or two settings conflict."""
     for option, value, known in (
         ("gate", gate, get_args(GateKind)),
         ("closed", closed, get_args(Closed)),

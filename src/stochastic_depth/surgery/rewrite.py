@@ -1,9 +1,9 @@
 """Rewrite a method so that its residual additions have gates.
 
-For each addition the method is divided into what only the branch needs and all the rest. The first
-is put under `if gate.open:`, so that a closed gate runs none of it, and the addition becomes its
-shortcut. Where a method only computes what a module that it calls will add, the edit is at that
-call.
+For each addition, the code of the method is divided into what only the branch needs and the rest.
+The first part is put under `if gate.open:`, so that a closed gate runs none of it, and the addition
+becomes its shortcut. A method may only compute something that it passes to the module that adds.
+There the argument of the call is put under the gate.
 """
 
 import ast
@@ -41,7 +41,7 @@ from stochastic_depth.surgery.syntax import (
 def edit_statement(
     statement: ast.AugAssign, edit: Sum, gate: str, copy_shortcut: bool
 ) -> tuple[list[ast.stmt], ast.stmt, list[ast.AST]]:
-    """`x += f` under an open and under a closed gate, and its branch."""
+    """`x += f` under an open gate and under a closed gate, and the branch in it."""
     if not isinstance(statement.target, ast.Name) or not isinstance(statement.op, ast.Add):
         raise UnsupportedBlockError(f"{edit.place}: not an addition to a variable")
     name = statement.target.id
@@ -79,7 +79,11 @@ class ReplaceSum(ast.NodeTransformer):
 def edit_arguments(
     statement: ast.stmt, edit: Argument, gate: str
 ) -> tuple[ast.stmt, list[ast.AST]]:
-    """`f(a, b)` -> `f(a if gate.open else None, b)`, in place; the closed form, and the branch."""
+    """Turn `f(a, b)` into `f(a if gate.open else None, b)`, in place.
+
+    Returns:
+        The statement under a closed gate, and the expressions of the branch.
+    """
     closed = copy.deepcopy(statement)
     _exchange_arguments(closed, edit, lambda _: ast.Constant(None))
     branch = _exchange_arguments(
@@ -91,7 +95,7 @@ def edit_arguments(
 def _exchange_arguments(
     statement: ast.stmt, edit: Argument, exchange: Callable[[ast.expr], ast.expr]
 ) -> list[ast.AST]:
-    """Put something else in place of the arguments of a call; returns what they were."""
+    """Replace arguments of a call in place; returns the arguments that were there before."""
     at = next(node for node in ast.walk(statement) if is_at(node, edit.place))
     before: list[ast.AST] = []
     if isinstance(at, ast.Call) and not any(isinstance(a, ast.Starred) for a in at.args):
@@ -111,7 +115,7 @@ def _exchange_arguments(
 
 
 class _Scale(ast.NodeTransformer):
-    """Replace one node, found by identity, by `gate.scale(node)`."""
+    """Replaces one node, found by identity, by `gate.scale(node)`."""
 
     def __init__(self, branch: ast.AST, gate: str) -> None:
         self.branch, self.gate = branch, gate
@@ -123,7 +127,7 @@ class _Scale(ast.NodeTransformer):
 
 
 class Shortcut(ast.NodeTransformer):
-    """Replace an addition by its shortcut."""
+    """Replaces an addition by its shortcut."""
 
     def __init__(self, edit: Sum) -> None:
         self.edit = edit
@@ -151,13 +155,13 @@ def slice_method(
     """`function`, with a gate at each of `edits`, in order of execution.
 
     Args:
-        gates: called with the module in every call of the method; gives the gates of the edits.
-        copy_shortcut: whether to clone the shortcut under a closed gate, because what follows the
-            addition may overwrite it.
-        select: whether a gate may ask for some of the samples only.
+        gates: called with the module in every call of the method; returns the gates of the edits.
+        copy_shortcut: whether to clone the shortcut under a closed gate, because later code may
+            overwrite the result of the addition in place.
+        select: whether a gate may run the branch on some of the samples only.
 
     Raises:
-        UnsupportedBlockError: when the source is not there or not of a form that can be edited.
+        UnsupportedBlockError: when the source is missing or has a form that cannot be edited.
     """
     tree = definition(function)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
@@ -175,7 +179,7 @@ def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
     """Whether a closed gate at `edit` skips any call, and parameters that only the branch needs.
 
     Returns:
-        The parameters with their positions in a call, if they have one, and names.
+        The parameters, each with its position in a call, if it has one, and its name.
     """
     tree = definition(inspect.unwrap(vars(edit.place.kind)[edit.place.method]))
     used = uses(tree)
@@ -191,11 +195,11 @@ def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
 def _edit(
     tree: ast.FunctionDef, edit: Sliced, gate: str, copy_shortcut: bool
 ) -> tuple[list[ast.AST], list[ast.AST], frozenset[str]]:
-    """Put what only the branch at `edit` needs under `gate`, in place.
+    """Put everything that only the branch at `edit` needs under `gate`, in place.
 
     Returns:
-        The expressions and statements of the branch alone, the statements that others may need
-        too, and the variables that the method needs from outside under a closed gate.
+        The expressions and statements of the branch alone; the statements that other code may need
+        too; and the variables that the method needs from outside under a closed gate.
     """
     path, needed = _find(tree.body, edit.place, Needed())
     block, index = path.pop()
@@ -229,7 +233,7 @@ def _edit(
 
 
 def _as_assignment(statement: ast.stmt) -> ast.stmt:
-    """`y.add_(x)` -> `y = y.add_(x)`, so that a closed gate has a variable to give a value."""
+    """Turn `y.add_(x)` into `y = y.add_(x)`, so that a closed gate has a variable to assign to."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
         function = statement.value.func
         changed = function.value if isinstance(function, ast.Attribute) else None
@@ -242,7 +246,15 @@ def _as_assignment(statement: ast.stmt) -> ast.stmt:
 def _find(
     block: list[ast.stmt], place: Place, needed: Needed
 ) -> tuple[list[tuple[list[ast.stmt], int]], Needed]:
-    """Blocks and indices from the outermost to the statement at `place`; what it must leave."""
+    """The path to the statement at `place`: lists of statements with indices, outermost first.
+
+    Args:
+        needed: the variables that are needed after `block`; returned with those needed by the
+            statements that follow the one at `place`.
+
+    Raises:
+        UnsupportedBlockError: when the addition is inside a loop or another unsupported statement.
+    """
     for index, statement in enumerate(block):
         if not any(is_at(node, place) for node in ast.walk(statement)):
             continue

@@ -1,5 +1,4 @@
-"""The modules that `include=` and `exclude=` choose: by name, by class, or by a function of
-both."""
+"""The modules that `include=` and `exclude=` choose: by name, class, or a function of both."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ class Chosen:
     excluded: frozenset[str]
 
     def has(self, block: str, branch: Iterable[str]) -> bool:
-        """Whether a block may be skipped: it is included, and no module of its branch is
-        excluded."""
+        """Whether a block may be skipped: it is included, and its branch has no excluded module."""
         kept = block in self.excluded or not self.excluded.isdisjoint(branch)
         return block in self.included and not kept
 

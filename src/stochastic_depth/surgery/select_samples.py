@@ -37,8 +37,7 @@ _seen: list[Seen] = []
 
 @contextmanager
 def noted() -> Iterator[Seen]:
-    """While entered, record the shapes that enter branches. The gates must be open for all
-    samples."""
+    """While entered, record shapes that enter branches. Gates must be open for all samples."""
     seen: Seen = {}
     _seen.append(seen)
     try:

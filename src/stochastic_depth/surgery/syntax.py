@@ -1,4 +1,4 @@
-"""Methods as syntax trees, and expressions in them."""
+"""The syntax trees of methods, and of expressions in them."""
 
 import ast
 import inspect
@@ -12,16 +12,22 @@ from stochastic_depth.surgery.edits import Place, Sum
 
 
 def operands(node: ast.AST, edit: Sum) -> tuple[ast.expr, ast.expr]:
-    """Shortcut and branch of an addition.
+    """The shortcut and the branch of an addition, given the node at its place.
 
-    `a + b`, `torch.add(a, b)`, `a.add(b)`, `sum([a, b])`, `torch.addcmul(a, b, c)`, or `f(a, b)`.
+    The node is one of `a + b`, `torch.add(a, b)`, `a.add(b)`, `sum([a, b])`, `torch.addcmul(a, b,
+    c)`, or a call `f(a, b)` of a function that adds.
+
+    Raises:
+        UnsupportedBlockError: when it has another form.
     """
     if edit.within is not None and isinstance(node, ast.Call):
         position, name = edit.within
         named = [keyword.value for keyword in node.keywords if keyword.arg == name]
         shortcut = (node.args[position : position + 1] if position is not None else []) + named
         if len(shortcut) != 1 or not isinstance(shortcut[0], ast.Name):
-            raise UnsupportedBlockError(f"{edit}: a function adds something that is no variable")
+            raise UnsupportedBlockError(
+                f"{edit}: the shortcut that is passed to the function that adds must be a variable"
+            )
         return shortcut[0], node
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         pair = node.left, node.right
@@ -42,7 +48,7 @@ def operands(node: ast.AST, edit: Sum) -> tuple[ast.expr, ast.expr]:
 
 
 def is_sum_of_two(node: ast.AST) -> bool:
-    """Whether it is `sum([a, b])`."""
+    """Whether a node is `sum([a, b])`."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         return False
     what = node.args[0] if len(node.args) == 1 and node.func.id == "sum" else None
@@ -83,7 +89,7 @@ def in_loop(place: Place) -> bool:
 
 
 class _Mangle(ast.NodeTransformer):
-    """Private names, as the body of a class has them: `__f` -> `_Block__f`."""
+    """Renames private names as Python does in the body of a class: `__f` becomes `_Block__f`."""
 
     def __init__(self, qualname: str) -> None:
         scopes = qualname.split(".")[:-1]
@@ -98,7 +104,11 @@ class _Mangle(ast.NodeTransformer):
 
 
 def definition(function: FunctionType) -> ast.FunctionDef:
-    """The syntax tree of `function`, its positions those in the file."""
+    """The syntax tree of `function`, with the positions that it has in its file.
+
+    Raises:
+        UnsupportedBlockError: when there is no source, or it is not a plain method.
+    """
     try:
         lines, first = inspect.getsourcelines(function)
         tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
@@ -119,7 +129,11 @@ def definition(function: FunctionType) -> ast.FunctionDef:
 def compiled(
     function: FunctionType, tree: ast.FunctionDef, names: dict[str, Callable[..., Any]]
 ) -> FunctionType:
-    """A function from `tree` with the globals, defaults and closure of `function`."""
+    """Compile `tree` to a function with the globals, defaults and closure of `function`.
+
+    Args:
+        names: further names that the code uses, with their values.
+    """
     free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     values = {**names, **{name: cell.cell_contents for name, cell in free.items()}}
     tree.decorator_list, tree.returns = [], None

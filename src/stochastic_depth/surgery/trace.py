@@ -58,7 +58,7 @@ class CountFlops(TorchDispatchMode):
 
 IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod and or xor pow".split()}
 IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__", "__imatmul__"}
-"""Functions that change their first argument, besides those whose names end with "_"."""
+"""Functions that change their first argument, in addition to those whose names end with "_"."""
 
 
 @dataclass(eq=False)
@@ -70,18 +70,19 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: set[int]
-    """The tensors in its arguments."""
+    """The numbers of the tensors in its arguments."""
     began: int
-    """The first value made in it."""
+    """The number of the first value that is computed during the call."""
     serial: int = 0
-    """Numbers the calls of the pass."""
+    """The number of this call in the forward pass."""
     parent: "Call | None" = None
     ended: int = 0
-    """The first value made after it."""
+    """The number of the first value that is computed after the call."""
     gave_tensor: bool = False
+    """Whether it returned a tensor, and not a tuple or another structure."""
 
     def ancestors(self) -> "Iterator[Call]":
-        """The calls around it, from the inside out."""
+        """The calls around this one, the innermost first."""
         call = self.parent
         while call is not None:
             yield call
@@ -93,31 +94,33 @@ class Call:
 
 @dataclass
 class Value:
-    """A tensor, and the function that made it."""
+    """A tensor, and the function that computed it."""
 
     tensor: Tensor
     """Kept alive, so that no other tensor can get its `id`."""
     parents: tuple[int, ...]
+    """The numbers of the values that it was computed from."""
     made_by: str
-    """The name of the function; "unseen" where none was seen, empty for inputs and parameters."""
+    """The name of the function; "unseen" where no function was seen, empty for inputs and
+    parameters."""
     flops: int
     children: list[int] = field(default_factory=list)
     together: range = range(0)
-    """All values that the same call of the function returned."""
+    """The numbers of all values that the same call of the function returned."""
 
 
 class Recording:
-    """All values of a forward pass, numbered as they are made, and all calls of modules."""
+    """All values and module calls of a forward pass, numbered in the order of computation."""
 
     def __init__(self, model: nn.Module) -> None:
         self.values: list[Value] = []
         self.calls: list[Call] = []
-        """The calls under way, the innermost last."""
+        """The calls that are running, the innermost last."""
         self.finished: list[tuple[Call, set[int]]] = []
-        """The finished calls, and the values that they returned."""
+        """The finished calls, each with the numbers of the values that it returned."""
         self.serial = itertools.count()
         self.works_in_place = False
-        """Whether a function has changed a tensor that it was given."""
+        """Whether any function has changed its argument in place."""
         self._number: dict[int, int] = {}
         self._aliases: list[Tensor] = []
         self._parameters = {id(p): name for name, p in model.named_parameters()}
@@ -131,10 +134,10 @@ class Recording:
         latest = len(self.values) - 1
         if not self.calls or id(tensor) in self._constants or latest < 0:
             return self.add(tensor, ())
-        return self.add(tensor, (latest,), "unseen")  # for example made by a scripted function
+        return self.add(tensor, (latest,), "unseen")  # for example by a scripted function
 
     def alias(self, tensor: Tensor, of: Tensor) -> None:
-        """Note that two tensors are the same value."""
+        """Record that two tensors are the same value."""
         self._number[id(tensor)] = self.number(of)
         self._aliases.append(tensor)
 
@@ -145,7 +148,7 @@ class Recording:
     def add(
         self, tensor: Tensor, parents: tuple[int, ...], made_by: str = "", flops: int = 0
     ) -> int:
-        """Note a new value."""
+        """Record a new value, and return its number."""
         number = self._number[id(tensor)] = len(self.values)
         self.values.append(Value(tensor, parents, made_by, flops))
         for parent in parents:
@@ -153,7 +156,7 @@ class Recording:
         return number
 
     def reach(self, value: int, until: int = 0) -> set[int]:
-        """What `value` was computed from, itself included, no further back than value `until`."""
+        """The values that `value` was computed from, itself included, back to the value `until`."""
         seen, ahead = {value}, [value]
         while ahead:
             for parent in self.values[ahead.pop()].parents:
@@ -163,20 +166,24 @@ class Recording:
         return seen
 
     def reach_within(self, value: int, call: Call) -> set[int]:
-        """What `value` was computed from, no further back than what `call` was given."""
+        """The values that `value` was computed from, back to the inputs of `call`."""
         return self.reach(value, min([call.began, *call.inputs]))
 
     def functions(self, values: set[int]) -> list[str]:
-        """The names of the functions that made them."""
+        """The names of the functions that computed these values."""
         return [self.values[value].made_by for value in values]
 
     def parameters(self, values: set[int]) -> frozenset[str]:
-        """The names of the parameters among them."""
+        """The names of the parameters among these values."""
         held = (id(self.values[value].tensor) for value in values)
         return frozenset(self._parameters[one] for one in held if one in self._parameters)
 
     def modules(self, values: set[int], since: int) -> tuple[str, ...]:
-        """Names of the modules all of whose outputs are among `values`, one for each call."""
+        """Names of the modules whose outputs are all among `values`, one entry for each call.
+
+        Args:
+            since: the number of the first value from which calls count.
+        """
         return tuple(
             call.name
             for call, outputs in self.finished
@@ -196,9 +203,10 @@ def recorded(
     """While entered, record what `model` computes in `recording`.
 
     Args:
-        on_function: called after every function, with that function, the numbers of its positional
-            arguments (None for those that are not tensors), and its result.
+        on_function: called after every function, with the function, the numbers of its positional
+            arguments (None for arguments that are not tensors), and its result.
         on_return: called after every call of a module, with that call and its output.
+        gradients: whether autograd is on.
     """
     with ExitStack() as entered:
         for name, module in model.named_modules():
@@ -213,7 +221,7 @@ def recorded(
 
 
 def _held_by(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors that the modules of `model` hold: parameters, buffers, attributes."""
+    """The tensors that the modules of `model` hold as parameters, buffers and attributes."""
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             yield from tensors_in([module._parameters, module._buffers])
@@ -225,7 +233,7 @@ def _is_zero(value: object) -> bool:
 
 
 class _Functions(TorchFunctionMode):
-    """Records every function that PyTorch is asked for."""
+    """Records every function of PyTorch that is called."""
 
     def __init__(
         self, recording: Recording, on_function: Callable[..., None], counter: CountFlops | None

@@ -1,8 +1,8 @@
-"""Additions that a model makes in training mode only.
+"""Residual additions that a model makes in training mode only.
 
-A block may add in another expression in training mode than in evaluation (`if self.training:`). Its
-one gate must close both. Other blocks run in training mode only, for example those of an auxiliary
-head.
+A block may make its addition in another expression in training mode than in evaluation, for example
+under `if self.training:`. Its one gate must close both. Other blocks run in training mode only, for
+example those of an auxiliary head.
 """
 
 import sys
@@ -32,18 +32,18 @@ Rewrite = Callable[[Addition], Unit]
 
 @dataclass(frozen=True)
 class InTraining:
-    """What a pass in training mode has shown that makes other additions than one in evaluation."""
+    """What a recorded pass in training mode has shown."""
 
     additions: list[Addition]
     """All residual additions of the pass in training mode."""
     new: tuple[Event, ...]
-    """The times an addition was made that evaluation does not make."""
+    """The events that do not happen in evaluation."""
     again: Mapping[Event, Event]
-    """For each of evaluation, the same one in training mode."""
+    """For each event of evaluation, the same event in training mode."""
     analysis: Analysis
     rejected: list[Rejected]
     within: Mapping[Site, str]
-    """Expressions that add within an `autograd.Function`, and the name of that."""
+    """Expressions that add inside an `autograd.Function`, each with the name of that function."""
 
 
 def added_in_training(
@@ -54,13 +54,13 @@ def added_in_training(
     analysis: Analysis,
     count_flops: bool,
 ) -> InTraining | None:
-    """What a pass in training mode shows, or None if it adds no more and can need no more.
+    """Record a pass in training mode, if it differs from evaluation; otherwise return None.
 
-    It may need more of a deferred branch if evaluation does not use all that a module of it gives:
-    for a loss, say.
+    The two differ if training mode makes more additions. They may also differ if evaluation does
+    not use everything that a module of a deferred branch returns, because a loss may use it.
 
     Args:
-        additions: those of evaluation; `analysis` is of the same pass.
+        additions: the additions of evaluation; `analysis` is of the same pass.
     """
     silenced = silence(model, found)
     rejected: list[Rejected] = []
@@ -84,7 +84,7 @@ def added_in_training(
 
 
 def _gives_more(block: Found, analysis: Analysis) -> bool:
-    """Whether a module of a deferred branch gives something from which nothing else comes."""
+    """Whether a module of a deferred branch returns a value that nothing is computed from."""
     values = analysis.recording.values
     return block.mechanism == "deferred" and any(
         all(c < call.ended or c not in analysis.alive for c in values[value].children)
@@ -97,10 +97,14 @@ def _gives_more(block: Found, analysis: Analysis) -> bool:
 def _matched(
     before: Sequence[Addition], of_before: Analysis, now: Sequence[Addition], of_now: Analysis
 ) -> tuple[list[Event], dict[Event, Event]]:
-    """The events of `now` that `before` does not have; and for each of `before` the same in `now`.
+    """Match the events of the two passes.
 
-    Two are the same if one expression makes them in one module, and common parameters, or the same
-    modules, run for their branches.
+    Two events are the same if one expression makes them in one module, and their branches use a
+    common parameter, or the same modules.
+
+    Returns:
+        The events of `now` that are not in `before`; and for each event of `before` the same one in
+        `now`.
     """
     left: dict[object, list[tuple[Event, frozenset[str]]]] = {}
     for event in (event for addition in before for event in addition.events):
@@ -120,12 +124,12 @@ def _matched(
 
 
 def _expression(event: Event) -> object:
-    """Where an addition stands in the source, and in which module."""
+    """A key for the expression and the module that make an addition."""
     return event.site, event.stack[-1].name
 
 
 def _runs(event: Event, analysis: Analysis) -> frozenset[str]:
-    """Names of the parameters that its branch uses; where it uses none, of its modules."""
+    """Names of the parameters that its branch uses; where it uses none, names of its modules."""
     if event.enclosing is None:
         analysis.place(event)
     parameters = analysis.parameters(event.branch)
@@ -144,7 +148,8 @@ class _Sites(TorchFunctionMode):
         super().__init__()
         self.seen: Counter[Site] = Counter()
         self.within: dict[Site, str] = {}
-        """Those that do so within an `autograd.Function`, and the name of that."""
+        """The expressions that add inside an `autograd.Function`, each with the name of that
+        function."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -167,13 +172,13 @@ def joined(
     modules: Mapping[str, nn.Module],
     rewrite: Rewrite,
 ) -> tuple[list[Found], set[Event]]:
-    """The blocks of `found`, each with what it adds in training mode only; and what is left.
-
-    Returns:
-        The blocks, and the events that belong to none of them.
+    """Add to each block of `found` what it adds in training mode only.
 
     Args:
-        additions: with the name of the block that each belongs to.
+        additions: each with the name of the block that it belongs to.
+
+    Returns:
+        The blocks; and the events that belong to none of them.
     """
     blocks = list(found)
     deferred: list[Addition] = []
@@ -202,7 +207,7 @@ def joined(
 
 
 def with_events(block: Found, again: Mapping[Event, Event]) -> Found:
-    """A deferred block with the events of training mode that are its own."""
+    """A deferred block with the events of training mode that belong to it."""
     units = [
         replace(unit, events=(*unit.events, *(again[e] for e in unit.events if e in again)))
         for unit in block.units
@@ -211,7 +216,7 @@ def with_events(block: Found, again: Mapping[Event, Event]) -> Found:
 
 
 def as_both_need(block: Found, again: Mapping[Event, Event], training: Analysis) -> Found:
-    """`block`, which defers only what runs for its addition alone in training mode too."""
+    """`block`, deferring only the modules that no mode needs for anything but its addition."""
     events = [again.get(event) for unit in block.units for event in unit.events]
     if block.mechanism != "deferred" or None in events:
         return block
@@ -235,10 +240,10 @@ def as_both_need(block: Found, again: Mapping[Event, Event], training: Analysis)
 def with_training_only(
     found: Sequence[Found], alone: Sequence[Found], analysis: Analysis
 ) -> list[Found]:
-    """`found` and the blocks `alone`, which run in training mode only, in the order of running.
+    """`found` and the blocks `alone`, which run in training mode only, in the order of execution.
 
     Args:
-        analysis: of a pass in training mode.
+        analysis: the analysis of a pass in training mode.
     """
 
     def begins(block: Found) -> int:
@@ -259,7 +264,7 @@ _UNLIKE = (
 
 
 def _with_rewritten(block: Found, additions: Sequence[Addition], rewrite: Rewrite) -> Found:
-    """`block`, whose methods are rewritten at `additions` too."""
+    """`block`, with its methods rewritten at `additions` too."""
     if block.refusal or block.mechanism in ("registered", "opaque", "Residual"):
         return block
     try:
@@ -273,7 +278,7 @@ def _with_rewritten(block: Found, additions: Sequence[Addition], rewrite: Rewrit
 def _with_deferred(
     block: Found, group: Group, analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> Found:
-    """The deferred `block` with its additions of training mode."""
+    """The deferred `block`, with its additions in training mode."""
     if block.refusal:
         return block
     units = list(block.units)
@@ -293,7 +298,7 @@ def _with_deferred(
 
 
 def _with_edit(unit: Unit, event: Event, edit: Deferred) -> Unit:
-    """A deferred unit that also has the place where its addition stands in training mode."""
+    """A deferred unit that also knows where its addition stands in training mode."""
     owner, before = unit.edits[0]
     assert isinstance(before, Deferred)
     calls = {each.module: each for each in before.calls}
@@ -309,7 +314,7 @@ def _with_edit(unit: Unit, event: Event, edit: Deferred) -> Unit:
 
 
 def _names(unit: Unit) -> set[str]:
-    """Names, in the owner, of the modules whose calls a deferred unit skips."""
+    """Names, relative to the owner, of the modules whose calls a deferred unit skips."""
     _, edit = unit.edits[0]
     assert isinstance(edit, Deferred)
     return {calls.module for calls in edit.calls}

@@ -23,8 +23,7 @@ from stochastic_depth.timing import take_turns
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `sd.verify`; printed, it is a table of the FLOPs and the time that skipping
-    saves."""
+    """The result of `sd.verify`; printed, it is a table of the FLOPs and the time saved."""
 
     blocks: int
     sets: int
@@ -40,8 +39,7 @@ class Verification:
 
     @property
     def efficiency(self) -> float:
-        """Time saved over FLOPs saved, with every other block closed; nan where no FLOPs are
-        saved."""
+        """Time saved over FLOPs saved, with every other block closed; nan without saving."""
         saved = 1 - self.flops[1]
         return (1 - self.seconds[1] / self.seconds[0]) / saved if saved else math.nan
 
@@ -63,8 +61,7 @@ class Verification:
 
 
 def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verification:
-    """Prove, on this very model and example, that closed blocks are skipped and nothing else
-    changes.
+    """Prove, on this model and example, that closed blocks are skipped and nothing else changes.
 
     With every gate open, the outputs equal those of the original model, bit for bit. With blocks
     closed, in sets that tell each block and each pair of blocks apart, they equal those of the

@@ -1,13 +1,13 @@
-"""What PyTorch's functions do with placeholders: defer, answer, or compute.
+"""What PyTorch's functions do with placeholders: defer the call, answer it, or compute.
 
-`defer_call` and `mark_as_branch` make placeholders. Every function that is called with one comes to
-`__torch_function__`, which decides:
+`defer_call` and `mark_as_branch` create placeholders. Every function that is called with one
+arrives at `__torch_function__`, which decides:
 
-- shapes, dtypes and devices are answered without computing anything;
-- the residual addition of the branch is made by `add` of `gates`: the sum, or the shortcut;
-- whatever needs numbers, `.item()` or an `if`, has them computed now;
-- a change in place makes the placeholder stand for the changed tensor;
-- any other call is deferred as well, or made at once if its placeholders are all computed. Either
+- Questions for shapes, dtypes and devices are answered without computing anything.
+- The residual addition of the branch is made by `add` of `gates`: it is the sum, or the shortcut.
+- What needs the values of a tensor, such as `.item()` or an `if`, has them computed now.
+- A change in place makes the placeholder stand for the changed tensor.
+- Any other call is deferred as well, or made now if all of its placeholders are computed. Either
   way the result is a placeholder again.
 """
 
@@ -55,26 +55,27 @@ ASKS |= {"numpy", "equal", "allclose", "is_nonzero", "data_ptr", "storage", "unt
 ASKS |= {"backward", "retain_grad", "register_hook", "nonzero", "unique", "masked_select"}
 ASKS |= {"storage_offset", "share_memory_", "pin_memory", "is_pinned", "_typed_storage"}
 ASKS |= {"unique_consecutive", "argwhere", "bincount", "__array_wrap__", "is_set_to", "is_shared"}
-"""Functions and attributes that need the numbers of a tensor, or where the shape of the result
-depends on them."""
+"""Functions and attributes that need the values of a tensor, or whose result has a shape that
+depends on the values."""
 SEVERAL = {"chunk", "split", "unbind", "split_with_sizes", "tensor_split", "topk", "sort", "max"}
 SEVERAL |= {"min", "median", "mode", "kthvalue", "cummax", "cummin", "std_mean", "var_mean", "qr"}
 SEVERAL |= {"svd", "eigh", "eig", "lu", "aminmax", "broadcast_tensors", "meshgrid", "frexp"}
 SEVERAL |= {"hsplit", "vsplit", "dsplit", "slogdet", "unsafe_chunk", "unsafe_split", "lstm", "gru"}
 SEVERAL |= {"multi_head_attention_forward", "native_layer_norm", "native_batch_norm", "where"}
 SEVERAL |= {"max_pool1d", "max_pool2d", "max_pool3d", "lstsq", "nanmedian", "rnn_tanh", "rnn_relu"}
-"""Functions that may return several tensors: shapes are inferred at once, to know how many."""
+"""Functions that may return several tensors. Their shapes are inferred at once, to know how
+many."""
 UNKNOWN = (
-    "in what form it returns its values is known only when they are computed (a packed sequence, "
-    "say, depends on lengths)"
+    "the structure of its output is known only after computing it (that of a packed sequence, for "
+    "example, depends on lengths)"
 )
-"""Why a call is made that could have been deferred."""
+"""The reason for making a call that could have been deferred."""
 _NOTHING = torch.empty(0, device="meta")
 """The storage of every placeholder."""
 
 
 class _Dispatching(Placeholder):
-    """The class of all placeholders that are made: it answers PyTorch's functions."""
+    """The class of every placeholder; it answers PyTorch's functions."""
 
     @classmethod
     def __torch_function__(
@@ -99,7 +100,7 @@ class _Dispatching(Placeholder):
             if addition is not None and adds_branch(addition, addition.sites[site], args):
                 return add(addition, addition.sites[site], func, name, args, kwargs)
         if name in ASKS or name == "__set__" or not additions:
-            with because(f"its numbers are asked for ({name})"):
+            with because(f"the values of its output are needed ({name})"):
                 args, kwargs = with_values(args, kwargs)
             return func(*args, **kwargs)
         in_place = name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
@@ -119,12 +120,12 @@ class _Dispatching(Placeholder):
 
 
 def defer_call(node: Node, gives_tensor: bool = False) -> Any:
-    """The result of a call that is not made: its structure with placeholders for tensors.
+    """The result of a call that is not made: its structure, with placeholders in place of tensors.
 
-    Where even the structure cannot be known without it, the call is made.
+    Where not even the structure can be inferred, the call is made.
 
     Args:
-        gives_tensor: whether the result is a tensor if nothing else is known.
+        gives_tensor: whether to assume that the result is one tensor if nothing else is known.
     """
     try:
         leaves, structure = shapes(node)
@@ -137,7 +138,7 @@ def defer_call(node: Node, gives_tensor: bool = False) -> Any:
 
 
 def defer_call_as(node: Node, leaves: list[Any], structure: Any) -> Any:
-    """`defer_call` where the structure is known: `leaves` has True in place of tensors."""
+    """`defer_call` with a known structure: `leaves` has True in place of tensors."""
     if len(leaves) == 1 and structure.num_nodes == 1:
         return _placeholder(node, -1)
     made = [
@@ -148,7 +149,7 @@ def defer_call_as(node: Node, leaves: list[Any], structure: Any) -> Any:
 
 
 def mark_as_branch(tape: Tape, additions: tuple[GatedAddition, ...], result: Any) -> Any:
-    """A computed `result` with its tensors marked as of the branches of `additions`."""
+    """A computed `result`, with its tensors marked as belonging to the branches of `additions`."""
     if isinstance(result, Tensor):
         return _placeholder(Node.finished(tape, additions, result), -1)
     if isinstance(result, tuple | list | dict) or hasattr(result, "__dataclass_fields__"):
@@ -174,9 +175,9 @@ def _change(
     kwargs: Mapping[str, Any],
     site: Site,
 ) -> Any:
-    """`func(*args, **kwargs)`, which changes a tensor in place, at `site` in the code.
+    """Make or defer `func(*args, **kwargs)`, which changes a tensor in place, at `site`.
 
-    A placeholder that is changed stands for the changed tensor from now on.
+    A placeholder that is changed stands for the changed tensor from then on.
     """
     target = kwargs.get("out") if kwargs.get("out") is not None else args[0]
     if not isinstance(target, Placeholder) or all(p._node.done for p in found):

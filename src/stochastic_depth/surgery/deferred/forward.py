@@ -1,9 +1,9 @@
-"""Residual blocks whose branch is deferred while they are closed; nothing is rewritten.
+"""Run a module whose branches are deferred while their blocks are closed; nothing is rewritten.
 
-While a gate is closed the modules that run for the branch alone are not called; each returns a
-`Placeholder`, and the addition, recognised by its position in the code, returns its shortcut. Where
-a gate scales a branch, or counts it for some samples only, the values of the branch are marked as
-placeholders too, so that the addition recognises them.
+While a gate is closed, the modules that run for its branch alone are not called. Each returns a
+`Placeholder` instead, and the addition, which is recognised by its position in the code, returns
+its shortcut. Where a gate scales a branch, or opens it for some samples only, the values of the
+branch are marked as placeholders too, so that the addition recognises them.
 """
 
 import threading
@@ -65,7 +65,13 @@ _DEFERRED_CALLS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.
 def deferring_forward(
     forward: Callable[..., Any], edits: Sequence[tuple[int, Deferred]], gates: str, is_entry: bool
 ) -> Any:
-    """`forward` of an owner, under the gates of `edits`, which have these numbers in `gates`."""
+    """The method `forward` of an owner, under the gates of its deferred additions.
+
+    Args:
+        edits: the deferred additions, each with the number of its gate.
+        gates: the attribute of the module that holds all of its gates.
+        is_entry: whether the owner is the model itself.
+    """
     numbers = [number for number, _ in edits]
     only = [edit for _, edit in edits]
 
@@ -95,7 +101,7 @@ def _is_plain(gate: Gate) -> bool:
 
 
 class _Session:
-    """One call of an owner, during which modules of its branches are deferred or marked."""
+    """One call of an owner, during which the modules of its branches are deferred or marked."""
 
     def __init__(self, owner: nn.Module, edits: Sequence[Deferred], gates: Sequence[Gate]) -> None:
         plan = _DEFERRED_CALLS.get(owner)
@@ -128,7 +134,7 @@ class _Session:
             switch.switch_to(before)
 
     def require_additions_reached(self) -> None:
-        """Raise `GateError` when a branch was deferred and its addition was never reached."""
+        """Raise `AdditionNotReachedError` if a branch was deferred and never added."""
         for n, addition in self.additions.items():
             if addition.deferred and not addition.reached:
                 raise AdditionNotReachedError(
@@ -138,7 +144,7 @@ class _Session:
                 )
 
     def refuse_recomputed(self) -> None:
-        """Raise `GateError` when a checkpoint would compute a branch again without its gate."""
+        """Raise `GateError` when a checkpoint would recompute a branch without its gate."""
         for n, addition in self.additions.items():
             if addition.recomputed and any(again() for again in addition.recomputed):
                 raise GateError(
@@ -150,7 +156,7 @@ class _Session:
 
 
 class _Switch:
-    """Calls, in place of one module, what the calling thread has set for it, or else the module."""
+    """Is called in place of a module. Calls what the current thread has set, or else the module."""
 
     lock = threading.Lock()
 
@@ -161,7 +167,7 @@ class _Switch:
 
     @classmethod
     def on(cls, module: nn.Module) -> "_Switch":
-        """The switch of `module`, on which this thread is registered until it switches to None."""
+        """The switch of `module`; this thread is registered on it until it switches to None."""
         with cls.lock:
             switch = call_of(module)
             if not isinstance(switch, _Switch):
@@ -171,11 +177,11 @@ class _Switch:
             return switch
 
     def here(self) -> Callable[..., Any] | None:
-        """What stands in for the module in this thread, if anything does."""
+        """The function that replaces the module in this thread, or None."""
         return self.of_thread.get(get_ident())
 
     def switch_to(self, to: Callable[..., Any] | None) -> None:
-        """Make `to` stand in for the module in this thread; None: nothing does any more."""
+        """Let `to` replace the module in this thread; None ends the replacement."""
         with self.lock:
             if to is not None:
                 self.of_thread[get_ident()] = to
@@ -190,7 +196,7 @@ class _Switch:
 
 
 class _Interceptor:
-    """Is called in place of one module during a session: defers the call, or marks its result."""
+    """Is called in place of one module during a session; defers the call, or marks its result."""
 
     def __init__(
         self,
@@ -214,8 +220,8 @@ class _Interceptor:
             if self.called >= self.total:
                 raise GateError(
                     f"{self.name!r} is called more often than the {self.total} times that it was "
-                    "on the example: its calls are told apart by their number; give sd.apply an "
-                    "example with as many"
+                    "called on the example: its calls are told apart by their number; give "
+                    "sd.apply an example with as many calls"
                 )
             mine = self.of_call.get(self.called, [])
             self.called += 1
@@ -254,7 +260,7 @@ class _Interceptor:
 
 
 def _form(values: Any) -> Any:
-    """Equal for arguments that differ in the tensors alone."""
+    """A key that is equal for arguments that differ only in their tensors."""
     if isinstance(values, Tensor):
         return values.ndim if not isinstance(values, Placeholder) else Tensor
     if isinstance(values, tuple | list):

@@ -1,7 +1,7 @@
 """What a gate does with the placeholders of its branch.
 
-At the residual addition a closed gate gives the shortcut, and an open one scales the branch and
-adds it. On the way there a gate for some samples selects those of what comes in from outside of the
+At the residual addition, a closed gate returns the shortcut, and an open gate scales the branch and
+adds it. Before that, a gate for some samples selects these samples from every value that enters the
 branch, and a gate whose branch only runs forward keeps it out of the autograd graph.
 """
 
@@ -29,7 +29,7 @@ from stochastic_depth.torch_private import recomputation
 
 
 def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
-    """The residual additions in whose branches the placeholders are, each once."""
+    """The residual additions to whose branches the placeholders belong, each once."""
     additions = found[0]._node.additions if found else ()
     for placeholder in found[1:]:
         if placeholder._node.additions is not additions:
@@ -38,7 +38,7 @@ def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
 
 
 def addition_at(additions: tuple[GatedAddition, ...], site: Site) -> GatedAddition | None:
-    """The addition that stands at `site`, if one does."""
+    """The addition that stands at `site`, or None."""
     return next((addition for addition in additions if site in addition.sites), None)
 
 
@@ -55,11 +55,11 @@ def adds_branch(addition: GatedAddition, side: int, args: tuple[Any, ...]) -> bo
 def add(
     addition: GatedAddition, side: int, func: Any, name: str, args: tuple, kwargs: Mapping[str, Any]
 ) -> Any:
-    """The residual addition `func(*args, **kwargs)` under the gate of `addition`.
+    """Make the residual addition `func(*args, **kwargs)` under the gate of `addition`.
 
     Args:
         side: the position of the shortcut in `args`.
-        name: of `func`; an addition in place changes the first operand.
+        name: the name of `func`; an addition in place changes its first operand.
     """
     addition.reached += 1
     if addition.recomputed is not None:
@@ -77,17 +77,17 @@ def add(
     else:
         copies = addition.copies or changes
         result = shortcut.clone() if copies else shortcut
-    if changes and isinstance(target, Placeholder):  # from now on it is this sum
+    if changes and isinstance(target, Placeholder):  # from now on it stands for this sum
         target._node = Node.finished(target._node.tape, (), resolved(result))
         target._leaf = -1
     return result
 
 
 def _checkpoints_around(addition: GatedAddition) -> Iterator[Callable[[], bool]]:
-    """The checkpoints under way between the call of the owner and its addition.
+    """The running checkpoints between the call of the owner and its addition.
 
-    The owner's call is found as a frame of `deferring`, the method that `deferring_forward` makes,
-    whose session has this addition.
+    The call of the owner is found as a frame of `deferring`, the method that `deferring_forward`
+    returns, whose session has this addition.
     """
     frame = sys._getframe(2)
     while frame is not None:
@@ -102,7 +102,7 @@ def _checkpoints_around(addition: GatedAddition) -> Iterator[Callable[[], bool]]
 
 
 def _scaled(addition: GatedAddition, operand: Any) -> Any:
-    """The value of an operand, multiplied as the gate says if it is of the branch of `addition`."""
+    """The value of an operand, multiplied by the gate if it belongs to the branch of `addition`."""
     if isinstance(operand, Placeholder):
         of_branch = addition in operand._node.additions
         operand = value(operand)
@@ -116,10 +116,10 @@ def chosen_values(
     additions: tuple[GatedAddition, ...],
     site: Callable[[], Site],
 ) -> tuple[Any, Mapping[str, Any]]:
-    """`with_values`, and under a gate for single samples only the drawn samples of outside values.
+    """`with_values`, and under a gate for single samples only the drawn samples.
 
     Args:
-        site: says where in the code this is; called only under such a gate.
+        site: returns the place in the code; called only under such a gate.
     """
     addition = next((addition for addition in additions if addition.gate.samples is not None), None)
     if addition is not None:
@@ -132,11 +132,11 @@ def chosen_values(
 def chosen(
     owner: nn.Module, gate: Gate, additions: frozenset[GatedAddition], values: Any, place: Hashable
 ) -> Any:
-    """`values` with the drawn samples of what comes in from outside of the branches of `additions`.
+    """`values`, with the drawn samples of every tensor from outside the branches of `additions`.
 
     Args:
         owner: the module whose code adds.
-        place: where in the code this is.
+        place: the place in the code.
     """
     if gate.samples is None:
         return values
@@ -155,6 +155,6 @@ def chosen(
 
 
 def no_graph(additions: Sequence[GatedAddition]) -> AbstractContextManager[Any]:
-    """A context for the branches of `additions`: without a graph if all run forward only."""
+    """A context for the branches of `additions`: without autograd if all only run forward."""
     detached = bool(additions) and all(addition.gate.detached for addition in additions)
     return torch.no_grad() if detached else nullcontext()

@@ -1,11 +1,12 @@
 """Deferred calls of a branch, and the placeholders that stand for their results.
 
 While a block is closed, a call that only its branch needs is not made. A `Node` remembers the call
-with its arguments, a `Placeholder` stands for a tensor in its result, and a `Tape` keeps the nodes
-of a forward pass in the order of the code. `value` and `resolved` give the tensors themselves: they
-make the call then, as the model made it, under the gradient mode and autocast of that time. A
-placeholder may also stand for a tensor that is already computed, so that the residual addition
-recognises the branch (a `GatedAddition` is one addition in one call of the module that adds).
+with its arguments. A `Placeholder` stands for a tensor in the result. A `Tape` keeps the nodes of a
+forward pass in the order of the code. `value` and `resolved` return the tensors themselves: they
+make the call then, as the model made it, under the gradient mode and autocast of that time.
+
+A placeholder may also stand for a tensor that is already computed, so that the residual addition
+recognises its branch. A `GatedAddition` is one addition during one call of the module that adds.
 
 What PyTorch's functions do with a placeholder is in `dispatch`.
 """
@@ -25,15 +26,15 @@ from stochastic_depth.surgery.edits import Site
 from stochastic_depth.torch_private import changes_of, tree_flatten, tree_unflatten
 
 _PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
-"""Types of values that cannot hold a placeholder."""
+"""Types of values that cannot contain a placeholder."""
 _local = threading.local()
 
 
 class GatedAddition:
-    """One residual addition in one call of its owner, under a gate that is not plainly open.
+    """One residual addition during one call of its owner, under a gate that is not plainly open.
 
-    The owner is the module whose code adds. A placeholder carries the additions in whose
-    branches it was computed, and an addition looks for itself among them.
+    The owner is the module whose code adds. A placeholder carries the additions to whose branches
+    it belongs, and an addition looks for itself among them.
 
     Args:
         name: the block, as errors name it.
@@ -53,24 +54,25 @@ class GatedAddition:
         self.reached = 0
         """How often the addition was reached."""
         self.recomputed: list[Callable[[], bool]] | None = [] if torch.is_grad_enabled() else None
-        """One function for each checkpoint around the addition: whether it will recompute."""
+        """For each checkpoint around the addition, a function that says whether it will
+        recompute."""
 
 
 class Tape:
     """The calls that a forward pass has deferred, in the order of the code.
 
-    When one of them works in place, all are made in this order as soon as one result is needed, so
-    that views, and values read before the change, are as they would have been.
+    If one of them works in place, all are made, in this order, as soon as one result is needed. So
+    views, and values that were read before the change, are what they would have been.
     """
 
     def __init__(self) -> None:
         self.nodes: list[weakref.ref[Node]] = []
-        """Weak references: a call whose result nobody holds any more need not be made."""
+        """Weak references, because a call whose result nobody holds any more need not be made."""
         self.in_place: list[Node] = []
         """The calls that change a tensor."""
 
     def run(self) -> None:
-        """Make all of the calls whose results may still be asked for."""
+        """Make all of the calls whose results may still be needed."""
         for reference in list(self.nodes):
             node = reference()
             if node is not None:
@@ -78,18 +80,18 @@ class Tape:
 
 
 def tape_of_pass() -> Tape | None:
-    """The tape of the outermost call in this thread that defers calls; None without any."""
+    """The tape of the outermost call in this thread that defers calls; None if there is none."""
     return getattr(_local, "tape", None)
 
 
 def set_tape(tape: Tape | None) -> None:
-    """Set the tape of the pass in this thread; None: no pass defers calls."""
+    """Set the tape of the pass in this thread; None means that no pass defers calls."""
     _local.tape = tape
 
 
 @contextmanager
 def because(reason: str) -> Iterator[None]:
-    """While entered, deferred calls that are made are made for this reason."""
+    """While entered, `reason` is the reason why deferred calls are made after all."""
     before = why_computed()
     _local.reason = reason
     try:
@@ -99,7 +101,7 @@ def because(reason: str) -> Iterator[None]:
 
 
 def why_computed() -> str:
-    """The reason for which a deferred call is being made; empty where none was given."""
+    """The reason why a deferred call is being made; empty where none was given."""
     return getattr(_local, "reason", "")
 
 
@@ -107,7 +109,7 @@ class Node:
     """A deferred call of a function or module, or its result once it was made.
 
     Args:
-        additions: the residual additions in whose branches the call is.
+        additions: the residual additions to whose branches the call belongs.
         module: the module that is called, if it is one; `function` is then its forward pass.
     """
 
@@ -139,21 +141,22 @@ class Node:
         self.args, self.kwargs = args, kwargs or {}
         self.done, self.value = False, None
         self.fakes: Any = None
-        """The result's shapes, once `shapes` has inferred them."""
+        """The shapes of the result, once `shapes` has inferred them."""
         self.context = _context()
-        """Gradient mode and autocast of the model's call; a later call is made under the same."""
+        """The gradient mode and autocast under which the model made the call; it is made under the
+        same."""
         self.versions = [(t, changes_of(t)) for t in tensors_of(args, self.kwargs)]
-        """Tensors that it reads, and how often each was changed in place until now."""
+        """The tensors that it reads, each with the number of its changes in place until now."""
         tape.nodes.append(weakref.ref(self))
 
     def result(self) -> Any:
-        """What the call gives, computed now if it has not been."""
+        """The result of the call, which is made now if it was not made before."""
         if self.tape.in_place:
             self.tape.run()
         return self.run()
 
     def run(self) -> Any:
-        """As `result`, whatever else is on the tape."""
+        """As `result`, without regard to other calls on the tape."""
         if not self.done:
             for tensor, version in self.versions:
                 if changes_of(tensor) != version:
@@ -170,7 +173,7 @@ class Node:
 
     @classmethod
     def finished(cls, tape: Tape, additions: tuple[GatedAddition, ...], tensor: Tensor) -> "Node":
-        """A node of a tensor that is already computed; it takes no place on the tape."""
+        """A node for a tensor that is already computed; it takes no place on the tape."""
         node = cls.__new__(cls)
         node.tape, node.additions, node.function, node.module = (
             tape,
@@ -183,41 +186,42 @@ class Node:
         return node
 
     def finish(self, value: Any) -> None:
-        """Keep the result, and let go of the arguments."""
+        """Keep the result, and release the arguments."""
         self.done, self.value = True, value
         self.args, self.kwargs, self.versions = (), {}, []
 
 
 class Placeholder(Tensor):
-    """A tensor of a branch: deferred, or computed and marked as the branch's.
+    """A tensor of a branch: either deferred, or computed and marked as belonging to the branch.
 
-    Only its subclass in `dispatch` is ever made, which answers PyTorch's functions.
+    Only its subclass in `dispatch`, which answers PyTorch's functions, has instances.
     """
 
     is_deferred = True
     _node: Node
     _leaf: int
-    """Which of the tensors in the node's result; -1 where that is a tensor itself."""
+    """Its position among the tensors of the node's result; -1 where the result is itself a
+    tensor."""
 
 
 def value(placeholder: Placeholder) -> Tensor:
-    """The tensor that `placeholder` stands for, computed now if it has not been."""
+    """The tensor that `placeholder` stands for, computed now if it was not computed before."""
     result = placeholder._node.result()
     if placeholder._leaf >= 0:
         result = tree_flatten(result)[0][placeholder._leaf]
     if not isinstance(result, Tensor):
         raise GateError(
-            f"{_name(placeholder._node)} in a closed branch gave {type(result).__name__} where a "
-            "tensor was expected: exclude= leaves the block as it is"
+            f"{_name(placeholder._node)} in a closed branch returned {type(result).__name__} where "
+            "a tensor was expected: exclude= leaves the block as it is"
         )
     return result
 
 
 def resolved(output: Any, everything: bool = True) -> Any:
-    """`output` with tensors in place of placeholders.
+    """`output`, with tensors in place of placeholders.
 
     Args:
-        everything: whether to make deferred calls; otherwise their placeholders stay.
+        everything: whether to make deferred calls; otherwise placeholders of deferred calls stay.
     """
     if isinstance(output, Placeholder):
         return value(output) if everything or output._node.done else output
@@ -236,7 +240,7 @@ def resolved(output: Any, everything: bool = True) -> Any:
 
 
 def placeholders(values: Any) -> list[Placeholder]:
-    """All placeholders in tuples, lists and mappings."""
+    """All placeholders in nested tuples, lists and mappings."""
     found: list[Placeholder] = []
     _look(values, found)
     return found
@@ -251,7 +255,7 @@ def _look(values: Any, found: list[Placeholder]) -> None:
 
 
 def with_values(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """Arguments with tensors in place of placeholders."""
+    """Arguments, with tensors in place of placeholders."""
 
     def real(leaf: Any) -> Any:
         return value(leaf) if isinstance(leaf, Placeholder) else leaf
@@ -260,7 +264,7 @@ def with_values(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str,
 
 
 def mapped(function: Callable[[Any], Any], values: Any) -> Any:
-    """`values` with each tensor and module replaced by `function` of it."""
+    """`values`, with `function` applied to each tensor and module in it."""
     if isinstance(values, Tensor | nn.Module):
         return function(values)
     if isinstance(values, slice):
@@ -277,7 +281,7 @@ def mapped(function: Callable[[Any], Any], values: Any) -> Any:
 
 
 def tensors_of(*values: Any) -> Iterator[Tensor]:
-    """All computed tensors in `values` of which PyTorch counts the changes in place."""
+    """All computed tensors in `values` whose changes in place PyTorch counts."""
     for each in values:
         if isinstance(each, Tensor):
             if not isinstance(each, Placeholder) and not each.is_inference():
@@ -295,7 +299,7 @@ def _name(node: Node) -> str:
 
 
 def _context() -> tuple[Any, ...]:
-    """The gradient mode and autocast of now."""
+    """The current gradient mode and autocast."""
     return (
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
@@ -307,10 +311,10 @@ def _context() -> tuple[Any, ...]:
 
 @contextmanager
 def under(context: tuple[Any, ...], grad: bool = True) -> Iterator[None]:
-    """While entered, gradient mode and autocast are those of `context`.
+    """While entered, the gradient mode and autocast are those of `context`.
 
     Args:
-        grad: whether `context` begins with a gradient mode; without it that is left as it is.
+        grad: whether `context` begins with a gradient mode; if not, the current one stays.
     """
     if grad and context == _context():
         yield

@@ -1,8 +1,8 @@
-"""Shape, dtype and device of placeholders, inferred without computing them.
+"""The shape, dtype and device of placeholders, inferred without computing their values.
 
-A deferred call is made on fake tensors, which have a shape and no numbers; of its module, a copy
-without hooks is called. The result is remembered by module or function and by the shapes of the
-arguments, so that a call is inferred once for each kind of inputs.
+A deferred call is made on fake tensors, which have a shape and no values. In place of a module, a
+copy without hooks is called. The result is remembered by module or function and by the shapes of
+the arguments, so that each call is inferred once for each kind of inputs.
 """
 
 import weakref
@@ -31,21 +31,21 @@ SHAPES |= {"__len__", "element_size", "get_device", "is_contiguous", "stride", "
 SHAPES |= {"shape", "ndim", "dtype", "device", "layout", "itemsize", "nbytes", "names", "is_meta"}
 SHAPES |= {"is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_mps", "is_xpu", "is_nested"}
 SHAPES |= {"is_mkldnn", "is_sparse_csr", "is_same_size", "is_inference", "is_conj", "is_neg"}
-"""Methods and attributes that are answered from the shape and the dtype."""
+"""Methods and attributes that can be answered from the shape and the dtype."""
 _UNKNOWN: Any = object()
-"""Remembered where the shapes cannot be inferred."""
+"""Remembered in place of shapes that cannot be inferred."""
 _MODULES: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _FUNCTIONS: dict[Any, dict[Any, Any]] = {}
 
 
 @cache
 def _fake_tensors() -> FakeTensorMode:
-    """Made when a shape is first asked for: PyTorch imports its compiler to make it."""
+    """The mode for fake tensors, created when first needed: it imports PyTorch's compiler."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def shapes(node: Node) -> tuple[list[Any], Any]:
-    """Leaves and structure of the result of `node`, with fake tensors for its tensors.
+    """The leaves and the structure of the result of `node`, with fake tensors in place of tensors.
 
     Raises:
         Exception: of any kind, where they cannot be inferred.
@@ -87,13 +87,13 @@ def shapes_of(placeholder: Placeholder) -> tuple[list[Any], Any] | None:
 
 
 def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a function in `SHAPES` gives; arguments of unknown shape are computed for it."""
+    """The result of a function in `SHAPES`; an argument of unknown shape is computed for it."""
     if len(args) == 1 and args[0]._node.done:
         return func(value(args[0]), **kwargs)
     try:
         inferred = mapped(_faked, args), mapped(_faked, kwargs)
     except Exception:
-        with because("its shape is asked for, and depends on its numbers"):
+        with because("the shape of its output is needed, and depends on its values"):
             inferred = with_values(args, kwargs)
     return func(*inferred[0], **inferred[1])
 
@@ -135,7 +135,7 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 def _signature(values: Any) -> Any:
-    """A key that is equal for arguments with which a call gives the same shapes."""
+    """A key that is equal for arguments with which a call has the same output shapes."""
     if isinstance(values, Placeholder) and not values._node.done:
         values = _fake(values)
     if isinstance(values, Tensor):
@@ -150,7 +150,7 @@ def _signature(values: Any) -> Any:
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """A copy of `module` that has the same tensors and no hooks, to be run on fake tensors."""
+    """A copy of `module` with the same tensors and no hooks, to be run on fake tensors."""
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__ = dict(module.__dict__)
     for name in vars(module):

@@ -1,1 +1,1 @@
-"""Prove that a model with gates computes what it should: open, closed, in both modes, by sample."""
+"""The proof of `sd.apply` and `sd.verify`: the model with gates is compared with the original."""

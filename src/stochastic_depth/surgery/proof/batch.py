@@ -1,4 +1,4 @@
-"""For gates of single samples: prove that the batch is first, learn which tensors hold it."""
+"""The proof for gates of single samples: which dimension, and which tensors, hold the batch."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +24,10 @@ REMEDY = 'use gate="batch", or put the batch first'
 def check_samples(
     model: nn.Module, example: Example, found: Sequence[Found], batch: int
 ) -> Example:
-    """Prove that the first dimension is the batch.
+    """Prove that the first dimension of the inputs is the batch.
 
-    Half of the samples, in another order, must give the same outputs as among all. Half of the time
-    steps do not, whether a model looks back in time or ahead.
+    Half of the samples, in another order, must have the same outputs as among all samples. Half of
+    the time steps would not, whether a model looks back in time or ahead.
 
     Returns:
         The example with half of the samples.
@@ -67,7 +67,7 @@ def check_samples(
 
 
 def refuse_one(batch: int) -> None:
-    """Raise `ApplyError` when an example has too few samples to recognise the batch."""
+    """Raise `ApplyError` if an example has too few samples to tell which dimension they are."""
     if batch < 2:
         raise ApplyError(
             "gates for single samples need an example of at least two samples, to see that its "
@@ -80,14 +80,14 @@ def half_of(batch: int) -> int:
 
 
 def every_other(x: Tensor) -> Tensor:
-    """Half of the samples, the last one first."""
+    """Every other sample, beginning with the last: [batch, ...] -> [half, ...]."""
     return x.flip(0)[::2]
 
 
 def halves(example: Example, batch: int) -> Iterator[Example]:
-    """`example` with half of the samples, for each guess of which of its tensors hold samples.
+    """`example` with half of the samples, once for each guess of which tensors hold samples.
 
-    The first tensor does; others of the same length may be masks [time, time].
+    The first tensor always does. Other tensors of the same length may be masks [time, time].
     """
     long = [x for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim]
     first, *others = [id(x) for x in long if len(x) == batch]
@@ -98,7 +98,7 @@ def halves(example: Example, batch: int) -> Iterator[Example]:
 
 
 def _are_among(part: list[Tensor], whole: list[Tensor], batch: int) -> bool:
-    """Whether the outputs `part`, of every other sample, are among the outputs `whole` of all."""
+    """Whether the outputs `part`, of every other sample, agree with `whole`, of all samples."""
 
     def same_samples(x: Tensor, y: Tensor) -> Tensor:
         if x.shape == y.shape or not x.ndim or len(x) % batch:
@@ -121,13 +121,14 @@ def learn_samples(
     found: Sequence[Found],
     blocks: Sequence[Block],
 ) -> None:
-    """Note in the modules which tensors that come into a branch hold samples.
+    """Record in the modules which of the tensors that enter a branch hold samples.
 
     Args:
-        examples: with all samples and with half of them.
+        examples: the example with all samples, and the example with half of them.
 
     Raises:
-        UnsupportedBlockError: when samples come into a branch in another dimension than the first.
+        UnsupportedBlockError: when a tensor that enters a branch holds samples in a dimension that
+            is not the first.
     """
     sizes = batch, half_of(batch)
     known: dict[nn.Module, dict[Any, bool]] = {}
@@ -155,7 +156,13 @@ def learn_samples(
 
 
 def _verdict(one: tuple[int, ...], other: tuple[int, ...], sizes: tuple[int, int]) -> bool | None:
-    """Whether a tensor of these shapes holds the samples first; None if elsewhere."""
+    """Whether a tensor holds the samples in its first dimension; None if in another one.
+
+    Args:
+        one: its shape with all samples.
+        other: its shape with half of them.
+        sizes: the numbers of samples.
+    """
     if one == other:
         return False
     if one[:1] == sizes[:1] and other[:1] == sizes[1:] and one[1:] == other[1:]:
@@ -170,7 +177,7 @@ def _shapes(
     batch: int,
     training: bool,
 ) -> Mapping[Any, Any]:
-    """Shapes of what enters the branches; empty where the example cannot be trained on."""
+    """Shapes of what enters the branches; empty if the example cannot be trained on."""
     gate = Gate(samples=torch.arange(batch, device="cpu"), batch=batch)
     gates = in_training(blocks, [gate] * len(blocks)) if training else in_evaluation(blocks, gate)
     seen: Seen = {}

@@ -1,6 +1,6 @@
-"""The original model with some of its additions bypassed: each returns its shortcut.
+"""The original model in which some additions return their shortcut.
 
-Closed blocks are compared with it. All branches run in it.
+A model with closed blocks is compared with it. All branches run in it.
 """
 
 import sys
@@ -21,17 +21,17 @@ from stochastic_depth.surgery.edits import ADDITIONS, Site, Sum, by_position, fi
 
 @contextmanager
 def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[None]:
-    """While entered, the additions of `blocks`, of a model without gates, return their shortcut.
+    """While entered, the additions of `blocks` return their shortcut. The model must have no gates.
 
     Args:
-        keep: bool [batch]; the samples for which the branches are added nevertheless.
+        keep: bool [batch], the samples for which the branches are added nevertheless.
     """
     additions: list[tuple[nn.Module, Sum]] = []
     occurrences: dict[tuple[Site, int], int] = {}
     with ExitStack() as entered:
         for block in blocks:
             if block.training_only and not block.module.training:
-                continue  # it does not run, and other blocks may add at the same place
+                continue  # it does not run here, and other blocks may add at the same place
             additions += [addition for unit in block.units for addition in unit.additions]
             for unit in block.units:
                 here = [e for e in unit.events if e.training == block.module.training]
@@ -61,7 +61,7 @@ class _Bypass(TorchFunctionMode):
             self.additions.setdefault(module, []).append(edit)
         self.occurrences, self.keep = occurrences, keep
         self.reached: Counter[Site] = Counter()
-        """How often each expression has added."""
+        """How often each expression was evaluated."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
@@ -94,7 +94,7 @@ class _Bypass(TorchFunctionMode):
 def _returns(
     module: Any, closed: Callable[[Any, Tensor], Tensor], keep: Tensor | None
 ) -> Iterator[None]:
-    """While entered, `module` returns `closed(module, x)`, with x its first argument."""
+    """While entered, `module` returns `closed(module, x)`, where x is its first argument."""
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return _mixed(output, closed(module, args[0]), keep)

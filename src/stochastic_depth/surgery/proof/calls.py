@@ -1,4 +1,4 @@
-"""Set the gates of a model that has no handle yet, and count the module calls under them."""
+"""Set the gates of a model that has no handle yet, and count the calls of its modules."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,22 +22,22 @@ CLOSED, OPEN = Gate(open=False), Gate()
 
 @dataclass(frozen=True)
 class CallCounts:
-    """The calls of each module in some forward passes, by name of the module."""
+    """The calls of each module during some forward passes, by name of the module."""
 
     number: Counter[str]
     given: Counter[str]
-    """How many numbers the tensors in its arguments had, all calls together."""
+    """How many elements the tensors among its arguments had, summed over all calls."""
     why: dict[str, str]
-    """Why a deferred call was made; empty for calls that were not deferred."""
+    """Why a deferred call was made after all; empty for calls that were not deferred."""
 
 
 def still_running(
     model: nn.Module, run: Callable[..., Any], found: Sequence[Found], blocks: Sequence[Block]
 ) -> list[str]:
-    """For each block, why its branch runs even when the block is closed; empty where it does not.
+    """For each block, the reason why its branch runs while it is closed; empty if it does not.
 
-    Only calls of modules are compared, no values, so this works on the meta device too. Blocks that
-    run in training mode only are closed in training mode.
+    Only the calls of modules are compared, not values, so this works on the meta device too. Blocks
+    that run in training mode only are closed in training mode.
     """
     reasons = _still_running(model, run, found, blocks, training=False)
     if any(block.training_only for block in found):
@@ -70,7 +70,7 @@ def _still_running(
 
 
 def _failure(run: Callable[..., Any], closed: AbstractContextManager[None]) -> str:
-    """How the model fails in the context `closed`; empty if it does not."""
+    """How the model fails in the context `closed`; empty if it does not fail."""
     try:
         with closed:
             run()
@@ -80,11 +80,11 @@ def _failure(run: Callable[..., Any], closed: AbstractContextManager[None]) -> s
 
 
 def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
-    """Why a closed block calls modules of its branch; empty if it does not.
+    """The reason why a closed block calls modules of its branch; empty if it calls none.
 
     Args:
         usual: the calls with every block open.
-        called: those with this one closed.
+        called: the calls with this block closed.
     """
     running = [
         name
@@ -92,9 +92,9 @@ def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
         if called.number[name] > max(0, usual.number[name] - calls)
     ]
     if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
-        why = called.why[running[0]] or "the model needs more of it than what is added"
+        why = called.why[running[0]] or "the model uses its output for more than the addition"
         if why == UNKNOWN and block.units[0].edits[0][0] is not block.module:
-            why += "; in the forward method of a layer the same lines can be cut in the source"
+            why += "; if the lines stood in the forward method of a layer, they could be rewritten"
         return f"{running[0]!r} of its branch must run even when the block is closed: {why}"
     return ""
 
@@ -102,7 +102,11 @@ def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
 def refuse_running(
     blocks: Sequence[Found], usual: CallCounts, called: CallCounts, remark: str = ""
 ) -> None:
-    """Raise `UnsupportedBlockError` if a closed block calls a module of its branch."""
+    """Raise `UnsupportedBlockError` if a closed block calls a module of its branch.
+
+    Args:
+        remark: begins the reason, for example "in training mode ".
+    """
     reasons = [(block, still_called(block, usual, called)) for block in blocks]
     running = [(block, why) for block, why in reasons if why]
     if running:
@@ -113,7 +117,7 @@ def refuse_running(
 
 @contextmanager
 def in_training(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
-    """While entered, `blocks` have these gates in training."""
+    """While entered, `blocks` have these gates in training mode; afterwards they have none."""
     set_training_gates(blocks, gates)
     try:
         yield
@@ -123,7 +127,7 @@ def in_training(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None
 
 @contextmanager
 def in_evaluation(blocks: Sequence[Block], gate: Gate) -> Iterator[None]:
-    """While entered, `blocks` have this gate in evaluation."""
+    """While entered, `blocks` have this gate in evaluation mode."""
     gates = [addition for block in blocks for addition in block.gates]
     before = [addition.evaluation for addition in gates]
     for addition in gates:

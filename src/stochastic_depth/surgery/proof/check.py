@@ -1,7 +1,7 @@
 """Prove on a model and an example that its blocks do what they should under their gates.
 
-The reference is computed in an independent way: the whole original model runs, branches included,
-and only the results of the chosen additions are replaced by their shortcut (`bypassed`).
+The reference is computed independently. The whole original model runs, branches included, and only
+the results of the chosen additions are replaced by their shortcuts (`bypassed`).
 """
 
 import functools
@@ -34,15 +34,15 @@ from stochastic_depth.surgery.proof.calls import (
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TOLERANCE = 1e-5
-"""Largest accepted difference with blocks closed, relative to the largest output: sums may be
-computed in another order."""
+"""The largest accepted difference with closed blocks, relative to the largest output. The outputs
+may differ a little, because sums may be computed in another order."""
 
 
 UNREACHED = (
-    "what its modules give does not come to the addition as one tensor: it is put into another "
-    "tensor in place, or the model branches on its numbers"
+    "the output of its modules does not reach the addition as one tensor: it is written into "
+    "another tensor in place, or the model branches on its values"
 )
-"""Why a deferred block cannot be closed on the example on which it was found."""
+"""The reason why a deferred block cannot be closed on the example on which it was found."""
 
 Outputs = list[Tensor]
 
@@ -53,20 +53,20 @@ class Reference:
 
     open: Outputs
     closed: tuple[frozenset[int], ...]
-    """The sets, by numbers of blocks."""
+    """The sets of closed blocks, given by the numbers of the blocks."""
     outputs: tuple[Outputs, ...]
-    """For each set, with its blocks closed."""
+    """The outputs for each set, with its blocks closed."""
     selected: tuple[Outputs, ...]
-    """For each set, with its blocks open for every other sample only."""
+    """The outputs for each set, with its blocks open for every other sample only."""
     remembers: bool
-    """Whether the same call gives other outputs the second time."""
+    """Whether a second call on the same inputs has other outputs."""
 
 
 def closed_sets(blocks: int) -> list[frozenset[int]]:
-    """Sets of blocks to close that distinguish each block, and each pair, from all others.
+    """Sets of blocks to close that tell each block, and each pair of blocks, from all others.
 
-    The set of all blocks, and for each bit of their numbers the blocks that have it and those that
-    do not: 1 + 2 log2 L sets instead of L.
+    They are the set of all blocks; and for each bit of the block numbers, the blocks that have this
+    bit and the blocks that do not. That makes 1 + 2 log2 L sets instead of L.
     """
     numbers = range(blocks)
     sets = [frozenset(numbers)]
@@ -82,16 +82,16 @@ def reference_outputs(
     batch: int | None = None,
     deadline: float = math.inf,
 ) -> Reference:
-    """Run the original model in evaluation mode, its additions bypassed set by set.
+    """Run the original model in evaluation mode, with its additions bypassed set by set.
 
     Args:
-        run: calls the model; its argument chooses the state of the random number generators.
-        batch: the number of samples in the example, for gates for single samples.
-        deadline: of `time.monotonic()`, after which no further set is begun.
+        run: calls the model; its argument is a seed for the random number generators.
+        batch: the number of samples in the example, for gates of single samples.
+        deadline: a time of `time.monotonic()`, after which no further set is begun.
 
     Raises:
-        ApplyError: when the model gives no tensor that could be compared.
-        GateError: when it gives a cache of keys and values.
+        ApplyError: when the model returns no tensor that could be compared.
+        GateError: when it returns a cache of keys and values.
     """
     outputs, selected, sets = [], [], []
     with preserve_state(model), torch.no_grad():
@@ -129,13 +129,14 @@ def check(
     batch: int | None = None,
     kind: GateKind = "batch",
 ) -> float:
-    """Compare the model with gates, which are in `blocks`, with the reference.
+    """Compare the model, whose gates are in `blocks`, with the reference.
 
     Returns:
-        The largest difference with blocks closed, relative to the largest output.
+        The largest difference of outputs with blocks closed, relative to the largest output.
 
     Raises:
-        UnsupportedBlockError: naming the block that differs, or whose branch still runs.
+        UnsupportedBlockError: when an output differs, or a closed branch runs; the error names the
+            block.
     """
     difference = 0.0
     proof = _Proof(model, run, found, blocks, reference.remembers)
@@ -159,7 +160,7 @@ def check(
 
 
 def half_gate(batch: int, kind: GateKind = "subset") -> tuple[Gate, Tensor]:
-    """A gate that is open for every other sample, and which those are: bool [batch]."""
+    """A gate that is open for every other sample, and a mask of these samples: bool [batch]."""
     keep = torch.arange(batch, device="cpu") % 2 == 0
     if kind == "sample":
         return Gate(keep=keep, batch=batch), keep
@@ -167,7 +168,7 @@ def half_gate(batch: int, kind: GateKind = "subset") -> tuple[Gate, Tensor]:
 
 
 class _Proof:
-    """Compares outputs of a model with gates, and says what is wrong where they differ."""
+    """Compares the outputs of a model with gates, and says what is wrong where they differ."""
 
     def __init__(
         self,
@@ -181,7 +182,7 @@ class _Proof:
         self.remembers = remembers
 
     def open(self, expected: Outputs) -> None:
-        """Check that with every gate open the outputs are the original ones, bit for bit."""
+        """Check that with every gate open the outputs equal the original ones, bit for bit."""
         difference, why = self._outcome(expected)
         if difference:
             raise UnsupportedBlockError(f"with every gate open {why}{self._remark()}")
@@ -196,7 +197,7 @@ class _Proof:
         return difference
 
     def unwatched(self, closed: frozenset[int], expected: Outputs) -> None:
-        """Check the same without hooks, as users run the model, with and without gradients."""
+        """Check a set of closed blocks without hooks, as users run the model."""
         for gradients in (False, True):
             with _fast_path():
                 difference, why = self._outcome(expected, gradients)
@@ -239,7 +240,11 @@ class _Proof:
                 raise unsupported(block.name, block.module, "its branch runs on all samples")
 
     def _wrong(self, part: list[int], gate: Gate, keep: Tensor | None = None) -> str:
-        """What is wrong with `gate` at some of the blocks; empty if nothing is."""
+        """What is wrong with `gate` at the blocks `part`; empty if nothing is.
+
+        Args:
+            keep: bool [batch], the samples for which `gate` is open, if not for all or none.
+        """
         with ungated(self.model), bypassed([self.found[n] for n in part], keep), torch.no_grad():
             expected = tensors_in(self.run())
         with in_evaluation(self.blocks, OPEN), in_evaluation([self.blocks[n] for n in part], gate):
@@ -260,9 +265,10 @@ class _Proof:
         """Raise `UnsupportedBlockError` for the smallest set that a bisection finds to be wrong.
 
         Args:
-            numbers: the blocks of a set that is wrong, and `why` it is.
-            wrong: why a part of them is wrong; empty if it is not.
-            when: in which state of the blocks they are wrong.
+            numbers: the blocks of a set that is wrong.
+            why: what is wrong with it.
+            wrong: returns what is wrong with a part of the set; empty if nothing is.
+            when: describes the state of the blocks in which they are wrong.
         """
         culprits, why = smallest(numbers, why, wrong)
         names = [self.found[n].name for n in culprits]
@@ -280,7 +286,7 @@ class _Proof:
         except Exception as error:
             return math.inf, f"the model fails: {type(error).__name__}: {error}"
         if [x.shape for x in outputs] != [x.shape for x in expected]:
-            return math.inf, "the model gives tensors of other shapes"
+            return math.inf, "the model returns tensors of other shapes"
         difference = largest_difference(expected, outputs)
         return difference, (
             f"the output differs from the original's by {difference:.2g} of its largest value "
@@ -293,12 +299,12 @@ class _Proof:
 
 REMEMBERS = (
     " (the model itself gives different outputs when it is called again with the same input: it "
-    "keeps something from one call for the next, which a closed branch does not)"
+    "keeps something from one call for the next, and a closed branch keeps nothing)"
 )
 
 
 def unsteady(model: nn.Module, run: Callable[..., Any]) -> str:
-    """Why the original model gives different outputs for the same input; empty if it does not."""
+    """Why the original model returns other outputs for the same input; empty if it does not."""
     with preserve_state(model), ungated(model), torch.no_grad():
         outputs, again, other = (tensors_in(run(seed)) for seed in (0, 0, 1))
     if not _equal(outputs, again):
@@ -306,8 +312,8 @@ def unsteady(model: nn.Module, run: Callable[..., Any]) -> str:
     if not _equal(outputs, other):
         mode = "training mode" if model.training else "evaluation"
         return (
-            f" (the model itself draws random numbers in {mode}, and a closed branch draws none, "
-            "so that what comes later draws others)"
+            f" (the model itself draws random numbers in {mode}; a closed branch draws none, so "
+            "that later layers draw other numbers)"
         )
     return ""
 
@@ -315,11 +321,11 @@ def unsteady(model: nn.Module, run: Callable[..., Any]) -> str:
 def smallest(
     numbers: list[int], why: str, wrong: Callable[[list[int]], str]
 ) -> tuple[list[int], str]:
-    """The smallest set of blocks that a bisection finds to be wrong, and what is.
+    """The smallest set of blocks that a bisection finds to be wrong, and what is wrong with it.
 
     Args:
         why: what is wrong with all of `numbers`.
-        wrong: what is wrong with a part of them; empty if nothing is.
+        wrong: returns what is wrong with a part of them; empty if nothing is.
     """
     middle = len(numbers) // 2
     for part in (numbers[:middle], numbers[middle:]):
@@ -330,7 +336,7 @@ def smallest(
 
 @contextmanager
 def _fast_path() -> Iterator[None]:
-    """While entered, PyTorch's transformer layers take their fused path, as they do for users."""
+    """While entered, PyTorch's transformer layers take their fused path, as in ordinary use."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(True)
     try:

@@ -39,7 +39,7 @@ from stochastic_depth.surgery.proof.check import (
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TRAINING_PASSES = 4
-"""Passes in training mode with every gate open, in which each block must be reached."""
+"""How many passes in training mode, with every gate open, must each reach every block."""
 
 
 def check_training(
@@ -50,18 +50,19 @@ def check_training(
     batch: int | None = None,
     kind: GateKind = "batch",
 ) -> dict[str, Any]:
-    """Check that in training mode open blocks are reached, and closed ones run nothing.
+    """Check that in training mode open blocks are reached, and closed blocks run nothing.
 
     Args:
-        batch: the number of samples in the example, for gates for single samples.
+        batch: the number of samples in the example, for gates of single samples.
 
     Returns:
-        The attributes to which a branch assigns a part of its graph, by name of module and
-        attribute, with their values from before: they have to be reset before each pass.
+        The attributes to which a branch assigns a tensor with a graph, by name of module and
+        attribute, with their values from before. They have to be reset before each pass.
 
     Raises:
-        UnsupportedBlockError: when a block is left out by the model itself, runs on another path
-            in training mode, or its backward pass fails, for example because of a change in place.
+        UnsupportedBlockError: when the model itself leaves a block out, runs it on another path in
+            training mode, or its backward pass fails, for example because a tensor was changed in
+            place.
     """
     with preserve_state(model), torch.enable_grad():
         model.train()
@@ -108,10 +109,10 @@ def _compare(
     batch: int | None,
     kind: GateKind,
 ) -> None:
-    """Compare all blocks closed, in training mode, with the original with bypassed additions.
+    """Compare the model with the original with bypassed additions, in training mode.
 
     Dropout is switched off in both, since a closed branch draws no random numbers. A model that
-    draws other random numbers or keeps a state gives different outputs in any case, so its outputs
+    draws other random numbers or keeps a state has different outputs in any case, so its outputs
     are not compared.
 
     Raises:
@@ -131,7 +132,7 @@ def _compare(
             "addition returns its shortcut"
             if keep is None
             else "in training mode, with it open for half of the samples, the output is not that "
-            "of the original; a BatchNorm in its branch, say, sees others then"
+            "of the original; a BatchNorm in its branch, for example, then sees fewer samples"
         )
 
     only = [n for n, block in enumerate(found) if block.training_only]
@@ -140,7 +141,7 @@ def _compare(
         half, keep = half_gate(batch, kind)
         trials.append((only, functools.partial(wrong, gate=half, keep=keep)))
     with torch.no_grad(), _NoDropout(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # reentrant checkpoints want gradients
+        warnings.simplefilter("ignore")  # reentrant checkpoints warn that there are no gradients
         for part, is_wrong in trials:
             why = is_wrong(part)
             if not why:
@@ -155,7 +156,7 @@ def _compare(
 
 
 def _closed_in_training(found: Sequence[Found], only: Sequence[int]) -> list[list[int]]:
-    """Sets of blocks to close: all, and those that tell the blocks of `only` apart.
+    """Sets of blocks to close: all blocks, and sets that tell the blocks of `only` apart.
 
     Args:
         only: the blocks that run in training mode only; evaluation has told the others apart.
@@ -165,7 +166,7 @@ def _closed_in_training(found: Sequence[Found], only: Sequence[int]) -> list[lis
 
 
 class _NoDropout(TorchFunctionMode):
-    """While entered, dropout keeps everything."""
+    """While entered, dropout keeps every value."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -191,7 +192,7 @@ def _unreached(error: AdditionNotReachedError, found: Sequence[Found]) -> Unsupp
 
 
 def _original_trains(model: nn.Module, run: Callable[..., Any]) -> bool:
-    """Whether the original model takes a training step on the example."""
+    """Whether the original model can take a training step on the example."""
     try:
         with ungated(model):
             train_once(run)
@@ -201,7 +202,7 @@ def _original_trains(model: nn.Module, run: Callable[..., Any]) -> bool:
 
 
 def _why_not_trained(run: Callable[..., Any], blocks: Sequence[Block], closed: list[int]) -> str:
-    """Why a training step with some blocks closed fails; empty if it does not."""
+    """Why a training step with the blocks `closed` fails; empty if it does not."""
     gates = [CLOSED if n in closed else OPEN for n in range(len(blocks))]
     try:
         with in_training(blocks, gates):
@@ -223,7 +224,8 @@ def _model_skips(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.M
     """Why a block is not reached in all of `passes`, which have every gate open; empty if it is.
 
     Args:
-        names: of all modules; where no module runs for a branch, the one that adds must run.
+        names: the names of all modules. Where no module runs for a branch, the module that adds
+            must run.
     """
     for unit in block.units:
         runs = unit.modules or {names[module] for module, _ in unit.edits if module in names}
@@ -232,7 +234,7 @@ def _model_skips(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.M
             often = f"{len(reached) - sum(reached)} of {len(reached)}"
             return (
                 f"in {often} passes in training mode the model leaves it out by itself: set its "
-                "own layer drop or drop path to 0: sd.apply takes over its job"
+                "own layer drop or drop path to 0, because sd.apply takes over its job"
             )
     return ""
 
@@ -240,7 +242,11 @@ def _model_skips(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.M
 def _attributes_set(
     model: nn.Module, found: Sequence[Found], before: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Attributes of modules of branches that hold a part of a graph, with their earlier values."""
+    """Attributes of modules in branches that hold a tensor with a graph, with their earlier values.
+
+    Raises:
+        UnsupportedBlockError: when such an attribute had no value before the pass.
+    """
     left: dict[str, Any] = {}
     names = {name: block for block in found for name in block.modules}
     for name, block in names.items():
@@ -255,9 +261,9 @@ def _attributes_set(
                 raise unsupported(
                     block.name,
                     block.module,
-                    f"its branch leaves {attribute!r} on {name!r}, a part of the graph, which "
-                    "would be of an earlier step while the block is closed: give it a first value "
-                    f"in __init__ (torch.zeros(()), say) that holds then",
+                    f"its branch sets {attribute!r} of {name!r} to a tensor with a graph, which "
+                    "would be left from an earlier step while the block is closed: in __init__, "
+                    "give the attribute the value of a closed block, such as torch.zeros(())",
                 )
             left[f"{name}.{attribute}"] = old
     return left
