@@ -1,12 +1,13 @@
 """Open, read and write the files of runs, sweeps, exports, reports and data sets, in one safe way.
 
-A folder that comes from somebody else may hold anything: a link to one of your files, a pipe that
-never ends, a device. Only regular files are opened here, and what is read is bounded.
+A folder that comes from somebody else may contain anything: a link to one of your files, a pipe
+that never ends, a device. Only regular files are opened here, and the amount that is read is
+bounded.
 
 `inside` is the number of parts at the end of a path that must not be links, because they belong to
-the folder of a run: 1 is the file itself, 2 its folder as well (`checkpoints/step-1.ckpt`). Users
-may link the parts before them as they like. With 0 the file may be a link too, as data sets often
-are.
+the folder of a run: 1 for the file itself, 2 for its folder as well (`checkpoints/step-1.ckpt`).
+Users may link the parts before them as they like. With 0 the file may be a link too, as in data
+sets.
 """
 
 import errno
@@ -31,9 +32,9 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 SMALL = 2**24
-"""The most bytes of a description in JSON."""
+"""The most bytes that are read of a description in JSON."""
 LARGE = 2**30
-"""The most bytes of a journal, an exported network or a file of a data set."""
+"""The most bytes that are read of a journal, an exported network or a file of a data set."""
 
 
 def open_file(path: Path, inside: int = 1) -> BufferedReader:
@@ -46,7 +47,7 @@ def open_file(path: Path, inside: int = 1) -> BufferedReader:
 
 
 def open_for_appending(path: Path, inside: int = 1) -> FileIO:
-    """Open a regular file for writing at its end, unbuffered; it is made if it does not exist.
+    """Open a regular file for writing at its end, unbuffered; it is created if it does not exist.
 
     Raises:
         OSError: as `open_file`; and when the file has a second name, which would change with it.
@@ -55,17 +56,17 @@ def open_for_appending(path: Path, inside: int = 1) -> FileIO:
 
 
 def read_file(path: Path, most: int, inside: int = 1) -> bytes:
-    """All of a regular file.
+    """The whole content of a regular file.
 
     Args:
-        most: bytes.
+        most: the largest number of bytes that is accepted.
 
     Raises:
-        OSError: as `open_file`; and when there are more than `most`.
+        OSError: as `open_file`; and when there are more bytes than `most`.
     """
     with open_file(path, inside) as file:
         size = os.fstat(file.fileno()).st_size
-        # Files of a system such as /proc say that they are empty, and are not.
+        # Files of /proc and similar systems claim to be empty, and are not.
         content = file.read(most + 1) if size <= most else b""
         if max(size, len(content)) > most:
             size = max(size, len(content))
@@ -74,7 +75,7 @@ def read_file(path: Path, most: int, inside: int = 1) -> bytes:
 
 
 def require_file(path: Path, inside: int = 1) -> None:
-    """Refuse what `open_file` refuses, where a library opens the file by its path.
+    """Refuse what `open_file` refuses, before a library opens the file by its path.
 
     Raises:
         OSError: as `open_file`.
@@ -83,9 +84,9 @@ def require_file(path: Path, inside: int = 1) -> None:
 
 
 def require_writable(path: Path, inside: int = 1) -> None:
-    """Refuse what `open_for_appending` refuses, where a library opens the file by its path.
+    """Refuse what `open_for_appending` refuses, before a library opens the file by its path.
 
-    A file that does not exist yet is fine.
+    A file that does not exist yet is accepted.
 
     Raises:
         OSError: as `open_for_appending`.
@@ -101,7 +102,7 @@ def is_there(path: Path) -> bool:
 
 
 def names_in(folder: Path, inside: int = 1) -> list[str]:
-    """The names in a folder, sorted; none if there is no folder.
+    """The names in a folder, sorted; an empty list if there is no folder.
 
     Raises:
         OSError: when it cannot be read, or is a link.
@@ -114,10 +115,10 @@ def names_in(folder: Path, inside: int = 1) -> list[str]:
 
 
 def make_folder(path: Path, inside: int = 1) -> None:
-    """Make the folder `path` in one that exists, unless it is there.
+    """Create the folder `path` in an existing folder, unless it is there already.
 
     Raises:
-        OSError: when it cannot be made, or something else is there.
+        OSError: when it cannot be created, or something else is there.
     """
     with _folder(path.parent, max(inside - 1, 0)) as above, suppress(FileExistsError):
         os.mkdir(path.name, dir_fd=above)
@@ -136,7 +137,7 @@ def remove_file(path: Path, inside: int = 1) -> None:
 
 
 def remove_unfinished(folder: Path, inside: int = 0) -> None:
-    """Delete what killed processes left half-written in `folder`.
+    """Delete the half-written files that killed processes have left in `folder`.
 
     Raises:
         OSError: as `names_in` and `remove_file`.
@@ -149,12 +150,13 @@ def remove_unfinished(folder: Path, inside: int = 0) -> None:
 def write_whole(path: Path, content: bytes, inside: int = 1) -> None:
     """Put `content` at `path`, replacing what was there, so that no reader ever sees a part of it.
 
-    A link is replaced itself, and what it leads to stays as it is.
+    If `path` is a link, the link is replaced, and the file that it points to stays as it is.
 
     Raises:
-        RunError: when it cannot be written (a full disk, say); what was at `path` is intact.
+        RunError: when it cannot be written, for example because the disk is full; what was at
+            `path` is intact.
     """
-    unfinished = UNFINISHED + secrets.token_hex(8)  # nobody can have put anything there
+    unfinished = UNFINISHED + secrets.token_hex(8)  # nobody else can know this name
     try:
         with _folder(path.parent, max(inside - 1, 0)) as folder:
             with suppress(FileNotFoundError):
@@ -180,7 +182,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     An empty folder at `path` is replaced.
 
     Raises:
-        RunError: when there is something at `path`, or nothing can be made there.
+        RunError: when there is something at `path`, or nothing can be created there.
     """
     unfinished = path.with_name(UNFINISHED + secrets.token_hex(8))
     try:
@@ -196,16 +198,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Make a new file, on disk when this returns.
+    """Create a new file; it is on disk when this returns.
 
     Raises:
-        OSError: when there is something at `path`, or it cannot be made.
+        OSError: when there is something at `path`, or it cannot be created.
     """
     _write_synced(path, content, None)
 
 
 def reason(error: OSError) -> str:
-    """The message of the system, and the remedy if the disk is full."""
+    """The message of the operating system, and the remedy if the disk is full."""
     said = error.strerror or str(error)
     return f"{said}; make room, then go on" if error.errno in _FULL else said
 
@@ -214,7 +216,7 @@ def _open(path: Path, flags: int, inside: int) -> int:
     with _folder(path.parent, max(inside - 1, 0)) as folder:
         if inside:
             flags |= os.O_NOFOLLOW
-        with suppress(FileNotFoundError):  # opening a device can do something
+        with suppress(FileNotFoundError):  # checked first: opening a device can have an effect
             _require_regular(os.stat(path.name, dir_fd=folder, follow_symlinks=not inside), flags)
         opened = os.open(path.name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
         try:
@@ -240,7 +242,7 @@ def _require_regular(found: os.stat_result, flags: int) -> None:
 
 @contextmanager
 def _folder(path: Path, inside: int) -> Iterator[int]:
-    """A descriptor of a folder whose last `inside` parts are not links."""
+    """A file descriptor of a folder whose last `inside` parts are not links."""
     parts = path.parts[len(path.parts) - inside :] if inside else ()
     start = path
     for _ in parts:
@@ -283,7 +285,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` with what could drive a terminal, or cannot be encoded, written as an escape."""
+    """`text`, with escapes in place of what could control a terminal or cannot be encoded."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
     )

@@ -1,7 +1,7 @@
 """Random numbers as pure functions of a key, never of the global random state.
 
-A key is any sequence of integers and words, such as `("gates", seed, step)`. The same key gives the
-same numbers in every process, on every machine and in every version: the source is SHAKE-128.
+A key is any sequence of integers and words, such as `("gates", seed, step)`. The same key leads to
+the same numbers in every process, on every machine and in every version. Their source is SHAKE-128.
 """
 
 import hashlib
@@ -24,5 +24,5 @@ def uniforms(count: int, *key: int | str) -> Tensor:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A generator on the CPU, seeded by `key`: for permutations, crops and initial weights."""
+    """A random number generator on the CPU, seeded by `key`: for permutations and weights."""
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest(8, *key), "little") >> 1)

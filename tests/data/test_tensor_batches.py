@@ -79,7 +79,7 @@ def test_a_batch_without_images_is_refused(train, batch):
 
 
 def test_one_training_image_is_too_few():
-    with pytest.raises(DataError, match="1 training images make no batch of 8"):
+    with pytest.raises(DataError, match="1 training images are too few for a batch of 8"):
         made(train=1)
 
 

@@ -58,7 +58,7 @@ def test_a_factory_gives_a_model_with_or_without_example():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet50", r"'resnet50' is no model: give timm/NAME, torchvision/NAME"),
+        ("resnet50", r"'resnet50' does not name a model: give timm/NAME, torchvision/NAME"),
         ("timm/resnet5000", r"timm has no model 'resnet5000'; did you mean resnet50"),
         ("torchvision/swin_x", r"torchvision has no model 'swin_x'; did you mean swin_"),
         ("transformers/gpt22", r"transformers has no model 'gpt22'; did you mean gpt2"),

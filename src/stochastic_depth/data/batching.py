@@ -1,4 +1,4 @@
-"""The interface of batches, and batches of a data set in memory, augmented on its device."""
+"""The interface of batches; and batches of a data set in memory, augmented on its device."""
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
@@ -18,12 +18,12 @@ class Share(NamedTuple):
     """The share of every batch that one process takes; shares differ by one image at most."""
 
     rank: int = 0
-    """Which process this is, from 0."""
+    """The number of this process, from 0."""
     ranks: int = 1
     """How many processes there are."""
 
     def of(self, images: int) -> slice:
-        """The slice of this process, of a batch of `images`."""
+        """The slice of a batch of `images` that this process takes."""
         return slice(self.rank * images // self.ranks, (self.rank + 1) * images // self.ranks)
 
 
@@ -35,13 +35,13 @@ class Batches(Protocol):
 
     Attributes:
         shape: (channels, height, width) of one image as the network sees it.
-        fingerprint: changes with the data.
+        fingerprint: a text that changes with the data.
         sizes: the number of images in `train`, `validation` and `test`.
-        held_out: whether validation images were held out of the training images; if not, they are
-            the test images.
+        held_out: whether validation images were held out of the training images. If not, the test
+            images are used for validation.
         mean, std: float32 [channels], by which images are normalised.
-        shorter_side: how many pixels the shorter side of a picture has before its middle is cut
-            out.
+        shorter_side: the length in pixels to which the shorter side of a picture is scaled before
+            its middle is cut out.
     """
 
     @property
@@ -66,21 +66,21 @@ class Batches(Protocol):
     def shorter_side(self) -> int: ...
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step `start` on.
+        """The batches of one epoch, from step `start` on; of each batch the share of this process.
 
-        Images, float32 [batch, channels, height, width], normalised, and labels, int64 [batch]; of
-        each batch the share of this process. A pure function of the seed, the epoch and the step,
-        so that an epoch can be resumed in the middle.
+        Each is a pair of images, float32 [batch, channels, height, width], normalised, and labels,
+        int64 [batch]. A batch is a pure function of the seed, the epoch and the step, so an epoch
+        can be resumed in the middle.
         """
         ...
 
     def evaluate(self, part: Part) -> Iterator[Batch]:
-        """Every image of a part, or of a share of it, in a fixed order, without augmentation."""
+        """Every image of a part, or this process's share, in a fixed order, not augmented."""
         ...
 
 
 def steps(images: int, batch: int) -> int:
-    """Batches in an epoch; a last batch of one image is left out, BatchNorm cannot train on it.
+    """Batches in an epoch. A last batch of one image is left out, as BatchNorm needs two.
 
     Raises:
         DataError: when no batch remains, or `batch` is not positive.
@@ -91,7 +91,9 @@ def steps(images: int, batch: int) -> int:
     if batch > 1 and images % batch == 1:
         count -= 1
     if count < 1:
-        raise DataError(f"{images} training images make no batch of {batch}: take more of them")
+        raise DataError(
+            f"{images} training images are too few for a batch of {batch}: take more of them"
+        )
     return count
 
 
@@ -117,8 +119,8 @@ def draw_crops(batch: int, padding: int, *key: int | str) -> tuple[Tensor, Tenso
     """Draw the positions for `crop_and_flip`, as a pure function of `key`.
 
     Returns:
-        Rows and columns, int64 [batch], uniform in 0..2 * padding, and flips, bool [batch], true
-        with probability 1/2. They are on the CPU, so that they are the same for every device.
+        Rows and columns, int64 [batch], uniform in 0..2 * padding; and flips, bool [batch], true
+        with probability 1/2. They are drawn on the CPU, so that they are the same for every device.
     """
     source = generator(*key)
     rows, columns = torch.randint(2 * padding + 1, (2, batch), generator=source)
@@ -131,12 +133,12 @@ def crop_and_flip(
 ) -> Tensor:
     """Pad each image with `padding` zeros, cut a window of the original size, mirror some windows.
 
-    The standard augmentation of CIFAR (paper, section 4; the authors' code pads after it
-    normalises, so the border is the mean colour, not black).
+    This is the standard augmentation of CIFAR (the paper, section 4). The authors' code pads after
+    normalising, so the border has the mean colour and is not black.
 
     Args:
         images: [batch, channels, height, width]; all arguments are on one device.
-        rows, columns: [batch], the window's upper left corner in the padded image.
+        rows, columns: [batch], the upper left corner of the window in the padded image.
         flips: bool [batch], which windows are mirrored left and right.
 
     Returns:
@@ -154,12 +156,12 @@ def crop_and_flip(
 
 
 class TensorBatches:
-    """`Batches` over a data set that is on `device` as a whole, as uint8.
+    """`Batches` of a data set that is in the memory of `device` as a whole, as uint8.
 
     Args:
-        augment: crop and flip the training images, after normalising them with the training part's
-            mean and standard deviation; they are padded by an eighth of their height (the paper,
-            section 4: 4 of 32 pixels).
+        augment: whether to crop and flip the training images, after normalising them with the mean
+            and standard deviation of the training part. They are padded by an eighth of their
+            height (the paper, section 4: 4 of 32 pixels).
         evaluation_batch: images in a batch of `evaluate`.
         share: the share of each batch that this process gets.
     """

@@ -44,7 +44,7 @@ woman worm
 
 @dataclass(frozen=True)
 class Variant:
-    """Names in the published files; `label_columns` are tried in this order."""
+    """The names in the published files. Label columns are tried in the order of `label_columns`."""
 
     name: str
     classes: tuple[str, ...]
@@ -62,7 +62,7 @@ class Variant:
         Args:
             pixels: uint8 [n, 3, 32, 32].
             labels: integers [n].
-            source: the file that they come from.
+            source: the file that the images come from.
 
         Raises:
             DataError: when there are no images, another number of labels, or a label out of range.
@@ -119,7 +119,7 @@ CIFAR100 = Variant(
 
 
 def find_cifar(root: Path, variant: Variant) -> tuple["Layout", Path] | None:
-    """The first layout found in `root` or in a folder that its archives unpack to."""
+    """The first layout that is found in `root`, or in a folder to which its archives unpack."""
     inside = (variant.pickle_folder, variant.binary_folder, "data", "plain_text", variant.name)
     for folder in (root, *(root / name for name in inside)):
         for layout in LAYOUTS:
@@ -129,10 +129,10 @@ def find_cifar(root: Path, variant: Variant) -> tuple["Layout", Path] | None:
 
 
 def read_cifar(root: Path, variant: Variant) -> tuple[Images, Images]:
-    """Training and test part.
+    """The training part and the test part.
 
     Raises:
-        DataError: when no layout is found, or one that is damaged or incomplete.
+        DataError: when no layout is found, or the layout is damaged or incomplete.
         MissingExtraError: when a library that this layout needs is not installed.
     """
     found = find_cifar(root, variant)
@@ -162,13 +162,13 @@ def read_pickles(folder: Path, variant: Variant) -> tuple[Images, Images]:
 
 
 def read_batch(path: Path, variant: Variant) -> Images:
-    """One pickle: data, uint8 [n, 3072], channel by channel, and n labels.
+    """One pickle file: data, uint8 [n, 3072], channel by channel, and n labels.
 
     Raises:
-        DataError: when the file is not the published one; it is not unpickled then.
+        DataError: when the file is not the published one, in which case it is not unpickled.
     """
     with open_published(path, INSTEAD) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy 2 warns of files that numpy 1 has written
+        warnings.simplefilter("ignore")  # numpy 2 warns about files that numpy 1 has written
         batch = pickle.load(file, encoding="bytes")
     pixels = torch.from_numpy(batch[b"data"]).view(-1, 3, *SIZE)
     return variant.images(pixels, torch.tensor(batch[variant.pickle_labels]), path)
@@ -186,7 +186,7 @@ def read_binary(folder: Path, variant: Variant) -> tuple[Images, Images]:
 
 
 def read_records(path: Path, variant: Variant) -> Images:
-    """One file of records: label bytes, of which the last is the (fine) label, and 3,072 pixels."""
+    """One file of records: label bytes, the last of which is the (fine) label, and 3,072 pixels."""
     record = variant.binary_label_bytes + 3 * 32 * 32
     content = read_file(path)
     if len(content) == 0 or len(content) % record:
@@ -210,7 +210,7 @@ def read_folders(folder: Path, variant: Variant) -> tuple[Images, Images]:
 
 
 def read_part(root: Path, variant: Variant) -> Images:
-    """The classes in their official order, the pictures of a class by name."""
+    """One part of pictures in folders: classes in their official order, their pictures by name."""
     found = {path.name for path in root.iterdir() if path.is_dir()} if root.is_dir() else set()
     visible = {name for name in found if not name.startswith(".")}
     if visible != set(variant.classes):
@@ -235,13 +235,13 @@ def read_part(root: Path, variant: Variant) -> Images:
 
 
 def some(names: set[str], most: int = 5) -> str:
-    """The first of `names` as a list for an error."""
+    """The first few of `names`, as a list for an error message."""
     return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "") or "none"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One form in which CIFAR is published: whether a folder has it, and how it is read."""
+    """One form in which CIFAR is published: how to recognise it, and how to read it."""
 
     present: Callable[[Path, Variant], bool]
     read: Callable[[Path, Variant], tuple[Images, Images]]
@@ -273,4 +273,4 @@ LAYOUTS = (
     ),
     Layout(lambda folder, _: any((folder / part).is_dir() for part in PARTS), read_folders),
 )
-"""All layouts, in the order in which they are looked for."""
+"""All layouts, in the order in which they are tried."""

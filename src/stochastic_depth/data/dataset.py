@@ -13,10 +13,10 @@ from stochastic_depth.randomness import generator
 
 @dataclass(frozen=True)
 class Images:
-    """One part of a data set.
+    """The images and labels of one part of a data set.
 
     Raises:
-        DataError: when types or shapes are others, or there is not one label for each image.
+        DataError: when types or shapes differ from these, or there is not one label for each image.
     """
 
     images: Tensor
@@ -46,12 +46,12 @@ class Images:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Three parts with the same classes and the same shape of image.
+    """Three parts with the same classes and the same shape of images.
 
     To use your own data set, write one function that returns a `DataSet`.
 
     Raises:
-        DataError: when a part is empty, an image has another shape, or a label has no class.
+        DataError: when a part is empty, images have different shapes, or a label has no class.
     """
 
     name: str
@@ -83,7 +83,7 @@ class DataSet:
 
     @cached_property
     def mean(self) -> Tensor:
-        """Mean of the training part: float32 [channels], for pixel values in 0..1."""
+        """Mean of the training part, of pixel values in 0..1: float32 [channels]."""
         return self._moments[0]
 
     @cached_property
@@ -124,21 +124,21 @@ class DataSet:
 
 
 def stratified(labels: Tensor, count: int, *key: int | str) -> tuple[Tensor, Tensor]:
-    """Take `count` of the samples, from every class in proportion to its size.
+    """Choose `count` of the samples, from every class in proportion to its size.
 
     Args:
         labels: int64 [n].
 
     Returns:
-        The indices (taken, rest), each in ascending order: a pure function of the labels, the
-        count and the key.
+        The indices of the chosen samples and of the others, each in ascending order. They are a
+        pure function of the labels, the count and the key.
     """
     shuffled = torch.randperm(len(labels), generator=generator("split", *key))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     sizes = torch.bincount(labels)
     starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    # A sample's rank within its class, over the size of the class: the `count` smallest of all
-    # contain the same share of each class.
+    # `share` is the rank of a sample within its class over the size of the class: the `count`
+    # smallest shares contain the same part of each class.
     rank = torch.arange(len(labels)) - starts
     share = (rank + 0.5).double() / sizes.repeat_interleave(sizes)
     taken = torch.zeros(len(labels), dtype=torch.bool)
@@ -171,17 +171,17 @@ def check_count(what: str, count: int, most: int) -> None:
     """Raise an error for a number of training images outside 1..most.
 
     Raises:
-        DataError: naming `what`, its value and what would be right.
+        DataError: naming `what`, its value and the values that are allowed.
     """
     if not 1 <= count <= most:
         raise DataError(f"{what}={count}: choose from 1 to {most} training images")
 
 
 def reduced(name: str, part: Images, size: int) -> Images:
-    """`part` with every image reduced to `size` pixels a side by averaging areas.
+    """`part`, with every image reduced to `size` pixels a side by averaging areas.
 
-    A pixel is the mean of those it covers, in whole numbers, halves rounded up: the same on every
-    machine.
+    A pixel is the mean of the pixels that it covers, in whole numbers, halves rounded up. So it is
+    the same on every machine.
 
     Raises:
         DataError: when images are not square, or their side is not a multiple of `size`.

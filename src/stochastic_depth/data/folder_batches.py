@@ -1,4 +1,4 @@
-"""Batches from folders of pictures that do not fit into memory, such as ImageNet."""
+"""Batches of folders of pictures that do not fit into memory, such as ImageNet."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
 from stochastic_depth.randomness import generator
 
-# Of ImageNet's training images, as every published network uses them.
+# The mean and deviation of ImageNet's training images, as every published network uses them.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -31,18 +31,19 @@ Samples = list[tuple[str, int]]
 
 
 class FolderBatches:
-    """`Batches` over `root/train/<class>/*.JPEG` and `root/val/<class>/*.JPEG`.
+    """`Batches` of `root/train/<class>/*.JPEG` and `root/val/<class>/*.JPEG`.
 
     The test part is the `val` folder, because the paper reports ImageNet's validation error.
 
     Args:
-        workers: processes that decode, at most one for each core; their number does not change the
-            batches.
+        workers: how many processes decode pictures, at most one for each core. Their number does
+            not change the batches.
         image_size: pixels of a side.
         validation: how many training images to hold out, in proportion to the classes; with 0 the
-            `val` folder is the validation part too.
-        train: keep this many of the others; all if not given.
-        augment: random crops and flips in training, otherwise the view that evaluation uses.
+            `val` folder is also the validation part.
+        train: how many of the remaining training images to keep; all when not given.
+        augment: whether training uses random crops and flips; otherwise it uses the view of
+            evaluation.
         share: the share of each batch that this process decodes and gets.
 
     Raises:
@@ -102,7 +103,7 @@ class FolderBatches:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the paths and sizes in bytes of each part: 64 hexadecimal digits."""
+        """sha256 of the paths and sizes in bytes of all pictures: 64 hexadecimal digits."""
         return self._fingerprint
 
     @cached_property
@@ -148,10 +149,10 @@ class FolderBatches:
                 return
         except (ConnectionError, EOFError) as error:
             failure = DataError(
-                f"a process that decodes pictures has died ({type(error).__name__}): is there "
-                "memory for all of them? Take fewer by --data.workers"
+                f"a process that decodes pictures has died ({type(error).__name__}), maybe for "
+                "lack of memory: take fewer processes by --data.workers"
             )
-        # Raised here, after the last reference to the loader is gone, which stops its workers.
+        # Raised here, when the last reference to the loader is gone and its workers have stopped.
         raise failure
 
     def _mine(self, batch: torch.Tensor) -> list[int]:
@@ -159,7 +160,7 @@ class FolderBatches:
 
 
 def _cores() -> int:
-    """Cores that this process may use; PyTorch warns if there are more workers than that."""
+    """The number of cores that this process may use; PyTorch warns if there are more workers."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -179,7 +180,7 @@ def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
 
 
 def choose(samples: Samples, count: int, *key: str) -> tuple[Samples, Samples]:
-    """`count` samples, in proportion to the classes, and the others."""
+    """`count` samples, in proportion to the classes; and all others."""
     labels = torch.tensor([label for _, label in samples])
     taken, rest = (index.tolist() for index in stratified(labels, count, *key))
     return [samples[i] for i in taken], [samples[i] for i in rest]

@@ -1,4 +1,4 @@
-"""Find the files of a data set, check and read them, or fetch them where they are published."""
+"""Find the files of a data set, check and read them, or download them."""
 
 import hashlib
 import shlex
@@ -18,7 +18,7 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 
 @contextmanager
 def files_readable() -> Iterator[None]:
-    """Turn system errors of reading a data set into one sentence.
+    """Turn operating system errors while reading a data set into one sentence.
 
     Raises:
         DataError: in place of the OSError, naming the file or folder.
@@ -42,7 +42,7 @@ def read_file(path: Path) -> bytes:
 
 @contextmanager
 def file_readable(path: Path) -> Iterator[None]:
-    """Turn system errors of reading one file into one sentence.
+    """Turn operating system errors while reading one file into one sentence.
 
     Raises:
         DataError: in place of the OSError, naming the file.
@@ -68,19 +68,20 @@ MD5 = {
 }
 """Checksums of the published CIFAR and SVHN files by name, the same as in torchvision.
 
-Files that collide in MD5 can be made together, but nobody can make one that matches a given file.
-"""
+Two different files with the same MD5 can be produced together, but nobody can produce a file that
+has the MD5 of a given one."""
 
 
 @contextmanager
 def open_published(path: Path, instead: str) -> Iterator[BinaryIO]:
     """Open a file of a known name, if its content is exactly what was published.
 
-    Only then may it be given to a reader that an altered file could harm: unpickling runs what the
-    file asks for, and a damaged MATLAB file can crash scipy.
+    Only such a file may be given to a reader that an altered file could harm: unpickling runs what
+    the file asks for, and a damaged MATLAB file can crash scipy.
 
     Args:
-        instead: for the error, layouts that can be read safely whatever they hold.
+        instead: names, for the error message, layouts that can be read safely whatever they
+            contain.
 
     Raises:
         DataError: when it cannot be read, or has another checksum.
@@ -166,7 +167,7 @@ BY_HAND = {
 
 
 MOST_UNPACKED = 2**30
-"""Bytes; the published archives unpack to 186 million."""
+"""The most bytes that an archive may unpack to; the published ones unpack to 186 million."""
 
 
 def fetch(name: str, folder: Path) -> None:
@@ -188,7 +189,7 @@ def fetch(name: str, folder: Path) -> None:
             datasets.utils.download_url(cifar.url, str(folder), cifar.filename, cifar.tgz_md5)
             unpack(folder / cifar.filename, folder)
     except Exception as error:
-        # Whatever fails between here and the server, the remedy is the same.
+        # The remedy is the same, whatever fails between here and the server.
         raise DataError(
             f"{name} could not be fetched into {folder} ({type(error).__name__}: {error}): "
             f"fetch {BY_HAND[name]} by hand, put it there and unpack it"
@@ -196,10 +197,10 @@ def fetch(name: str, folder: Path) -> None:
 
 
 def _refuse_special(folder: Path) -> None:
-    """Refuse pipes and devices among files that torchvision will read to check them.
+    """Refuse pipes and devices among the files that torchvision reads to check them.
 
     Raises:
-        OSError: when it is a pipe or a device.
+        OSError: when a file is a pipe or a device.
     """
     for name in names_in(folder, inside=0):
         if name.endswith((".gz", ".mat")):
@@ -207,10 +208,10 @@ def _refuse_special(folder: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar archive into `folder`: nothing outside of it, no links out of it, no devices.
+    """Unpack a tar archive into `folder`: no files or links outside of it, and no devices.
 
     Raises:
-        tarfile.TarError: when it holds anything else, or more than `MOST_UNPACKED` bytes.
+        tarfile.TarError: when it contains anything else, or more than `MOST_UNPACKED` bytes.
     """
     room = MOST_UNPACKED
     with tarfile.open(archive) as members:

@@ -1,4 +1,4 @@
-"""A data set by its name, and batches of it."""
+"""Load a data set by its name, and cut it into batches."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ DIGITS_TEST = 500
 
 
 def read_digits() -> tuple[Images, Images]:
-    """1,297 training and 500 test images, 8x8, grey, their 17 levels spread over 0..255.
+    """1,297 training and 500 test images, 8x8, grey, with their 17 levels spread over 0..255.
 
     Raises:
         MissingExtraError: when scikit-learn is not installed.
@@ -28,7 +28,7 @@ def read_digits() -> tuple[Images, Images]:
     library = find_spec("sklearn")
     if library is None or library.origin is None:
         raise MissingExtraError(f"sklearn is not installed: {installing('train', 'sklearn')}")
-    # Its own function reads the same file, and imports SciPy first, which takes seconds.
+    # scikit-learn's own function reads the same file, but imports SciPy first, which takes seconds.
     table = Path(library.origin).parent / "datasets" / "data" / "digits.csv.gz"
     rows = torch.from_numpy(require("numpy", "train").loadtxt(table, delimiter=","))
     pixels = rows[:, :64].mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
@@ -37,7 +37,7 @@ def read_digits() -> tuple[Images, Images]:
     return everything[train], everything[test]
 
 
-# Training images held out: the paper's numbers (section 4) where it has the data set.
+# How many training images are held out: the numbers of the paper (section 4) for its data sets.
 VALIDATION = {"digits": 100, "cifar10": 5_000, "cifar100": 5_000, "svhn": 6_000}
 
 
@@ -59,11 +59,13 @@ def load(
     Args:
         name: `digits` (comes with scikit-learn, needs no root), `cifar10`, `cifar100` or `svhn`.
         root: the folder with the files.
-        validation: how many training images to hold out; 100, 5,000, 5,000 and 6,000 if not given.
-        train: keep this many of the others; all if not given.
-        size: reduce every image to this many pixels a side; none is reduced if not given.
-        download: fetch the files into `root` if they are not there. Otherwise the network is never
-            touched.
+        validation: how many training images to hold out; when not given, 100 for digits, 5,000 for
+            CIFAR and 6,000 for SVHN.
+        train: how many of the remaining training images to keep; all when not given.
+        size: every image is reduced to this many pixels a side; images stay as they are when not
+            given.
+        download: whether to fetch the files into `root` if they are not there. Otherwise the
+            network is never used.
 
     Raises:
         DataError: when the name is unknown, a file is missing or damaged, or a count or the size
@@ -102,21 +104,21 @@ def load(
 def prepare(
     name: str, root: Path | str | None, download: bool, present: Callable[[Path], object]
 ) -> Path:
-    """The folder with the files; they are downloaded if that is allowed and needed."""
+    """The folder with the files, which are downloaded first if that is allowed and needed."""
     if download and root is not None and not present(Path(root).expanduser()):
         fetch(name, Path(root).expanduser())
     return data_folder(name, root)
 
 
 def hold_out(name: str, training: Images, count: int) -> tuple[Images, Images]:
-    """`count` images for validation: returns the others first, then these."""
+    """Hold out `count` images for validation: returns the remaining images, then those held out."""
     check_count("validation", count, len(training) - 1)
     held, kept = stratified(training.labels, count, name, "validation")
     return training[kept], training[held]
 
 
 def subset(name: str, training: Images, count: int) -> Images:
-    """`count` of the training images; all of them if it is their number."""
+    """`count` of the training images, or all of them if that is their number."""
     check_count("train", count, len(training))
     if count == len(training):
         return training
@@ -125,7 +127,7 @@ def subset(name: str, training: Images, count: int) -> Images:
 
 
 TREES = ("imagenet", "folder")
-"""Folders of pictures: ImageNet, and pictures of your own."""
+"""Data sets that are folders of pictures: ImageNet, and your own pictures."""
 # The paper augments CIFAR and ImageNet, not SVHN (section 4).
 AUGMENTED = ("cifar10", "cifar100", *TREES)
 
@@ -152,11 +154,12 @@ def batches(
     Args:
         name: `imagenet`, `folder` (your own pictures, in train/<class>/ and val/<class>/), or a
             name that `load` knows.
-        root, validation, train, size, download: as in `load`; pictures of a folder have 224 pixels
-            a side if no size is given.
-        augment: crop and flip training images; all but SVHN and digits if not given.
-        workers: processes that decode folders of pictures; the other data sets are in memory.
-        share: the share of each batch that this process gets, where several train.
+        root, validation, train, size, download: as in `load`. Pictures of a folder are scaled to
+            224 pixels a side when no size is given.
+        augment: whether to crop and flip training images; when not given, all data sets except SVHN
+            and digits are augmented.
+        workers: how many processes decode folders of pictures; the other data sets are in memory.
+        share: the share of each batch that this process gets, where several processes train.
 
     Raises:
         DataError: as `load`.

@@ -1,4 +1,7 @@
-"""Images of one size, encoded, and labels in parquet files: the layout of the Hugging Face hub."""
+"""Encoded images and labels in parquet files, the layout of the Hugging Face hub.
+
+All images of a data set have one size.
+"""
 
 import re
 from pathlib import Path
@@ -14,21 +17,23 @@ from stochastic_depth.files import require_file
 
 IMAGE_COLUMNS = ("img", "image")
 MOST_BYTES = 2**15
-"""The most bytes of one encoded picture; 32x32 pixels in colour have 3,072."""
+"""The most bytes of one encoded picture; 32x32 pixels in colour have 3,072 bytes."""
 MOST_PACKING = 100
+"""The most bytes that images may unpack to, for each byte of the file."""
 ROWS = 8
-"""Rows read at a time, because a few bytes can encode one large value a million times."""
+"""How many rows are read at a time, because a few bytes can encode one large value a million
+times."""
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
 
 
 def shards(folder: Path, part: str) -> list[Path]:
-    """The files of one part, in order and complete by their `-00000-of-00003` names.
+    """The files of one part, in order, and complete according to their `-00000-of-00003` names.
 
     Args:
         part: "train" or "test".
 
     Raises:
-        DataError: when there is none, or one is missing.
+        DataError: when there is no file, or one is missing.
     """
     paths = sorted([*folder.glob(f"{part}-*.parquet"), *folder.glob(f"{part}.parquet")])
     if not paths:
@@ -52,7 +57,7 @@ def read_shard(
     """The pixels, uint8 [n, 3, height, width], and the labels, int64 [n], of one file.
 
     Args:
-        label_columns: names that the column of labels may have; images are in `img` or `image`.
+        label_columns: the names that the column of labels may have; images are in `img` or `image`.
         size: height and width of every image.
 
     Raises:

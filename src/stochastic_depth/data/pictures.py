@@ -27,7 +27,7 @@ CHUNK = 1000
 
 @contextmanager
 def no_warning(image: Any) -> Iterator[None]:
-    """While entered, Pillow does not warn of large pictures; we raise an error for them instead."""
+    """While entered, Pillow does not warn about large pictures; they raise an error instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", image.DecompressionBombWarning)
         yield
@@ -43,14 +43,14 @@ def decode(
 
     Args:
         read: returns the encoded bytes of picture i; called from several threads, as `where` is.
-        where: returns the name of picture i for messages.
+        where: returns the name of picture i for error messages.
         size: (width, height) in pixels that every picture must have.
 
     Returns:
         uint8 [count, 3, height, width].
 
     Raises:
-        DataError: naming the first picture that is empty, foreign, truncated or of another size.
+        DataError: when a picture is empty, foreign, truncated or of another size; names the first.
         MissingExtraError: when Pillow is not installed.
     """
     require("PIL.Image", "data")
@@ -90,14 +90,14 @@ def decode_one(encoded: bytes | None, where: str, size: tuple[int, int]) -> byte
     except DataError:
         raise
     except Exception as error:
-        # Pillow's decoders raise a dozen types on damaged bytes.
+        # Pillow's decoders raise a dozen types of errors for damaged bytes.
         raise DataError(
             f"{where}: {len(encoded)} bytes that are no readable {'/'.join(FORMATS)} image "
             f"({type(error).__name__}: {error}): fetch the file again"
         ) from error
 
 
-# Below the size from which Pillow itself suspects an attack; ImageNet's largest has 25 million.
+# Pillow itself suspects an attack from 89 million on; ImageNet's largest picture has 25 million.
 MAX_PIXELS = 80_000_000
 
 View = Callable[[Any], Tensor]
@@ -106,14 +106,14 @@ View = Callable[[Any], Tensor]
 class FolderImages(torch.utils.data.Dataset[tuple[Tensor, int] | DataError]):
     """One part of a tree of pictures: uint8 [3, size, size] and a label for each index.
 
-    A picture that cannot be read gives its error as a value: one raised in a worker process
-    would reach the user wrapped in that process's traceback.
+    For a picture that cannot be read, the item is the error. If a worker process raised it, it
+    would reach the user wrapped in the traceback of that process.
 
     Args:
         samples: path and label of each picture.
-        view: from a Pillow image to a tensor.
-        key: random views are a pure function of the key and the index, whichever process cuts
-            them, and the global random state is left as it was.
+        view: turns a Pillow image into a tensor.
+        key: random views are a pure function of the key and the index, whichever process computes
+            them, and the global random state stays as it was.
     """
 
     def __init__(self, samples: list[tuple[str, int]], view: View, key: tuple[int | str, ...]):
@@ -131,13 +131,13 @@ class FolderImages(torch.utils.data.Dataset[tuple[Tensor, int] | DataError]):
         except DataError as error:
             return error
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which seeds the accelerators too.
+            # torch.manual_seed would seed the accelerators too.
             torch.default_generator.manual_seed(generator(*self.key, index).initial_seed())
             return self.view(picture), label
 
 
 def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
-    """A batch, or the first of the errors in it."""
+    """A batch of items, or the first error among them."""
     images, labels = [], []
     for item in items:
         if isinstance(item, DataError):
@@ -151,7 +151,7 @@ def open_picture(path: Path) -> Any:
     """A decoded Pillow image in RGB.
 
     Raises:
-        DataError: when it is no picture, a truncated one, or one that claims to be huge.
+        DataError: when it is not a picture, is truncated, or claims to be huge.
         MissingExtraError: when Pillow is not installed.
     """
     image = require("PIL.Image", "data")
@@ -181,11 +181,11 @@ def training_view(size: int) -> View:
 
 
 def evaluation_view(size: int) -> View:
-    """The shorter side scaled to 256/224 of `size`, then the middle."""
+    """Scale the shorter side to 256/224 of `size`, then cut out the middle."""
     v2 = require("torchvision.transforms.v2", "data")
     return v2.Compose([v2.Resize(shorter_side(size)), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 def shorter_side(size: int) -> int:
-    """Pixels of the shorter side before the middle of `size` pixels is cut out."""
+    """The length in pixels of the shorter side before the middle of `size` pixels is cut out."""
     return size * 256 // 224

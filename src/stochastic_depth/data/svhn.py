@@ -18,7 +18,7 @@ FILES = ("train_32x32.mat", "extra_32x32.mat", "test_32x32.mat")
 
 @dataclass(frozen=True)
 class SvhnFiles:
-    """The three files; the training set of the paper is `train` and `extra` together."""
+    """The images of the three files; the paper trains on `train` and `extra` together."""
 
     train: Images
     extra: Images
@@ -60,10 +60,10 @@ def read_mat(path: Path) -> Images:
 
 
 def hold_out_svhn(files: SvhnFiles, count: int) -> tuple[Images, Images]:
-    """The training and the validation images.
+    """The training images and the validation images.
 
-    With the paper's 6,000 for validation: 400 of each class from `train` and 200 from `extra`
-    (section 4). With another count: a stratified choice from both together.
+    With 6,000 validation images, as in the paper, 400 of each class come from `train` and 200 from
+    `extra` (section 4). With another number they are a stratified choice from both together.
     """
     sources = (files.train, files.extra)
     if count == VALIDATION:

@@ -22,13 +22,13 @@ from stochastic_depth.train.build import build_depth, build_model
 
 
 def active_distribution(survival: Tensor) -> Tensor:
-    """The probabilities that 0, 1, ..., L blocks are active: Poisson-binomial, exact.
+    """The exact probabilities that 0, 1, ..., L blocks are active (Poisson-binomial).
 
     Args:
         survival: p_l, float64 [..., L].
 
     Returns:
-        float64 [..., L + 1]: coins are added one by one, in O(L^2) without cancellation.
+        float64 [..., L + 1]. Coins are added one by one, in O(L^2) and without cancellation.
     """
     *batch, blocks = survival.shape
     chances = survival.new_zeros(*batch, blocks + 1)
@@ -41,7 +41,7 @@ def active_distribution(survival: Tensor) -> Tensor:
 
 
 def balanced_distribution(survival: Tensor) -> Tensor:
-    """The same for balanced gates: the floor and the ceiling of the sum of p_l alone.
+    """The same for balanced gates: only the floor and the ceiling of the sum of p_l are possible.
 
     Args:
         survival: p_l, float64 [..., L].
@@ -53,22 +53,23 @@ def balanced_distribution(survival: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ActiveBlocks:
-    """The number n = 0..L of active blocks over the steps of a run."""
+    """How often n = 0..L blocks were active in the steps of a run."""
 
     counts: list[int]
-    """[L + 1]: how many steps (samples, with gates for single samples) had n active blocks."""
+    """[L + 1]: in how many steps (or samples, with gates for single samples) n blocks were
+    active."""
     expected: list[float]
-    """[L + 1]: the exact probabilities; under a schedule their mean over the steps."""
+    """[L + 1]: the exact probabilities; under a schedule, their means over the steps."""
 
     def moments(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Mean and standard deviation: as drawn, and exact."""
+        """The mean and the standard deviation, as drawn and exact."""
         drawn = [count / sum(self.counts) for count in self.counts]
         return _moments(drawn), _moments(self.expected)
 
     def p_value(self) -> float:
-        """P-value of Pearson's chi-square test that the counts follow the exact distribution.
+        """The p-value of Pearson's chi-square test that the counts follow the exact distribution.
 
-        Neighbouring n are pooled until 5 are expected in each; 1.0 where one pool remains.
+        Neighbouring n are pooled until 5 are expected in each pool. If one pool remains, it is 1.0.
         """
         total, pools, drawn, expected = sum(self.counts), [], 0, 0.0
         for count, chance in zip(self.counts, self.expected, strict=True):
@@ -139,7 +140,7 @@ def _moments(chances: Sequence[float]) -> tuple[float, float]:
 
 
 def active_blocks_figure(series: Series) -> Figure | None:
-    """Figure of a series; None if its journals lack counts, or gates are for single samples."""
+    """The figure of a series; None if its journals lack counts, or gates are for single samples."""
     plain = series.survival.schedule.kind == "none" and not series.survival.balance
     if series.survival.gate != "batch" or not plain:
         return None
@@ -174,7 +175,7 @@ def active_blocks_figure(series: Series) -> Figure | None:
 
 
 def drop_rates_figure(experiment: Experiment) -> Figure | None:
-    """The mean drop rate over time; None where no run of `experiment` follows a schedule."""
+    """The mean drop rate over time; None if no run of `experiment` follows a schedule."""
     scheduled = [s for s in experiment.stochastic if s.survival.schedule.kind != "none"]
     if not scheduled:
         return None
@@ -256,7 +257,7 @@ def _sentence(series: Series, counts: Counter[int], exact: Sequence[float]) -> s
 
 
 def active_table(name: str, found: ActiveBlocks) -> Table:
-    """Every number of active blocks that was drawn, or that was expected at least once."""
+    """A row for every number of active blocks that was drawn, or is expected at least once."""
     total = sum(found.counts)
     table = Table(title=name, title_justify="left")
     for column in ("active blocks", "drawn", "expected"):

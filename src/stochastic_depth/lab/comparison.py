@@ -42,9 +42,9 @@ class Comparison:
     blocks: int
     expected_active_blocks: float
     saving_measured: float
-    """1 - (median seconds an epoch, stochastic) / (the same, constant)."""
+    """1 - (median seconds of an epoch with stochastic depth) / (the same with constant depth)."""
     saving_expected: float
-    """The share of the training FLOPs in dropped blocks."""
+    """The share of the training FLOPs that is saved in dropped blocks."""
 
 
 def train_pairs(
@@ -55,18 +55,19 @@ def train_pairs(
     stop: Callable[[], int | None],
     end: float | None = None,
 ) -> dict[str, list[Run]]:
-    """Train `config` and its constant-depth twin for each seed; the two take turns by the epoch.
+    """Train `config` and its twin of constant depth for each seed, in turns by the epoch.
 
-    Other load on the machine then affects both. Finished runs are kept, interrupted ones resumed.
+    Other load on the machine then affects both. Finished runs are kept, interrupted ones are
+    resumed.
 
     Args:
-        end: on the clock of `time.monotonic`. Before a turn that would end later, the current runs
-            are interrupted; another call resumes them. At least one turn is taken. Runs of a later
-            seed that are not finished are not returned.
+        end: a time of `time.monotonic`. Before a turn that would end later, the current runs are
+            interrupted; another call resumes them. At least one turn is taken. Unfinished runs of a
+            later seed are not returned.
 
     Raises:
-        ConfigError: when `config` is constant depth itself.
-        RunError: when `folder` holds runs of another configuration.
+        ConfigError: when `config` itself has constant depth.
+        RunError: when `folder` contains runs of another configuration.
     """
     if config.survival.rule == "constant":
         raise ConfigError(f"{config.recipe} has constant depth already: compare a stochastic one")
@@ -94,7 +95,7 @@ def train_pairs(
 
 
 def _take_turns(turns: Sequence[Generator[Record]], epochs: int, end: float | None) -> bool:
-    """Train one epoch of each in turn to the last; False where another would end after `end`."""
+    """Train one epoch of each in turn to the last; False if another turn would end after `end`."""
     longest, began = 0.0, time.monotonic()
     for records in zip_longest(*turns):
         longest, began = max(longest, time.monotonic() - began), time.monotonic()
@@ -129,14 +130,14 @@ def _start(
 
 
 def records_of_all(runs: dict[str, list[Run]]) -> dict[str, list[list[Record]]]:
-    """The journals of each kind, as far as all runs have come."""
+    """The journals of each kind, up to the epoch that all runs have reached."""
     journals = {kind: [run.records() for run in of_kind] for kind, of_kind in runs.items()}
     common = min(len(records) for of_kind in journals.values() for records in of_kind)
     return {kind: [records[:common] for records in of] for kind, of in journals.items()}
 
 
 def compare(runs: dict[str, list[Run]]) -> Comparison:
-    """Read the journals, as far as all runs have come."""
+    """Compare the runs by their journals, up to the epoch that all of them have reached."""
     run = runs["stochastic"][0]
     journals = records_of_all(runs)
     last = journals["stochastic"][0][-1]
@@ -158,7 +159,7 @@ def compare(runs: dict[str, list[Run]]) -> Comparison:
 
 
 def write_comparison(path: Path, comparison: Comparison, runs: dict[str, list[Run]]) -> None:
-    """The figures, the curves behind them and where they were measured, as JSON."""
+    """Write the results, the curves behind them and where they were measured, as JSON."""
     described = json.loads(read_file(runs["stochastic"][0].path / "config.json", SMALL))
     content = {
         "comparison": dataclasses.asdict(comparison),
@@ -173,7 +174,7 @@ def write_comparison(path: Path, comparison: Comparison, runs: dict[str, list[Ru
 
 
 def comparison_table(title: str, comparison: Comparison, seeds: int) -> Table:
-    """Constant and stochastic depth, a column each."""
+    """Constant and stochastic depth, in a column each."""
     constant, stochastic = comparison.constant, comparison.stochastic
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("1 seed" if seeds == 1 else f"mean ± deviation, {seeds} seeds")
@@ -203,16 +204,17 @@ def comparison_picture(title: str, runs: dict[str, list[Run]]) -> bytes:
 
 
 FEWEST_EPOCHS = 3
-"""The fewest epochs of a comparison; fewer show nothing."""
+"""The fewest epochs of a comparison; with fewer nothing can be seen."""
 SECONDS_AT_END = 10.0
-"""Seconds for the last checkpoint and the table."""
+"""How many seconds are reserved for the last checkpoint and the table."""
 SLOWER_THAN_MEASURED = 2.0
-"""The reserve for evaluations, checkpoints and other load: real over measured time."""
+"""How much longer an epoch is assumed to take than its measured steps, because of evaluations,
+checkpoints and other load."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a training step of constant depth takes here."""
+    """How long a training step of constant depth takes on this machine."""
 
     seconds: dict[int, float]
     """Seconds of a step, by the number of threads."""
@@ -222,12 +224,12 @@ class Pace:
 
     @property
     def threads(self) -> int:
-        """The number of threads with the shorter step."""
+        """The number of threads with the shortest step."""
         return min(self.seconds, key=lambda threads: self.seconds[threads])
 
     @property
     def epoch(self) -> float:
-        """Seconds of an epoch of both networks."""
+        """Seconds of an epoch of both networks together."""
         step = self.seconds[self.threads] * (2 - self.saving)
         return step * self.steps_per_epoch * SLOWER_THAN_MEASURED
 
@@ -248,7 +250,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
     """Take a few training steps with one thread and with all, and keep the better number.
 
     Args:
-        patience: seconds after which no more steps are taken.
+        patience: seconds after which no further steps are taken.
     """
     constant = constant_depth(config)
     runtime = resolve_runtime(constant)
@@ -279,7 +281,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
 
 
 def epochs_of(folder: Path, config: Config, seeds: Sequence[int]) -> int | None:
-    """Epochs of the runs of a comparison in `folder`; None if it has no runs."""
+    """The epochs of the runs of a comparison in `folder`; None if it has no runs."""
     for seed in seeds:
         path = folder / f"constant-seed{seed}"
         if path.exists():

@@ -36,17 +36,17 @@ class Score:
         self._gaps: Tensor | float = 0.0
 
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
-        """One batch.
+        """Add one batch.
 
         Args:
-            log_probabilities: float64 [batch, classes], of each image summing to 1.
+            log_probabilities: float64 [batch, classes]; the probabilities of each image sum to 1.
             labels: int64 [batch].
         """
         confidence, predicted = log_probabilities.max(1)
         confidence, right = confidence.exp(), predicted == labels
         edges = torch.linspace(0, 1, BINS + 1, dtype=confidence.dtype, device=labels.device)
         gaps = confidence.new_zeros(BINS)
-        # Bins are (a, b], so that a confidence of 1 is in the last one.
+        # Bins are (a, b], so a confidence of 1 is in the last one.
         gaps.index_add_(
             0, torch.bucketize(confidence, edges[1:-1]), right.to(confidence) - confidence
         )
@@ -57,17 +57,17 @@ class Score:
 
     @property
     def error(self) -> float:
-        """Percent."""
+        """The error in percent."""
         return 100 * float(self._wrong) / self._images
 
     @property
     def nll(self) -> float:
-        """Mean negative log-likelihood, nats."""
+        """The mean negative log-likelihood in nats."""
         return float(self._nll) / self._images
 
     @property
     def ece(self) -> float:
-        """Distance of accuracy and confidence, mean over the bins by their images: 0..1."""
+        """The distance of accuracy and confidence, averaged over the bins by their images: 0..1."""
         return float(torch.as_tensor(self._gaps).abs().sum()) / self._images
 
 
@@ -76,18 +76,18 @@ class Predictor:
     """One predictor, measured on the test images."""
 
     name: Literal["scaled", "single", "mean", "unscaled"]
-    """The full network times p_l; one subnetwork, drawn as in training; the mean probabilities of
-    several; the full network without p_l, each branch as in a training step.
+    """"scaled" is the full network times p_l. "single" is one subnetwork, drawn as in training.
+    "mean" averages the probabilities of several subnetworks. "unscaled" is the full network without
+    p_l, each branch as in a training step.
 
-    All figures of "single" are means over the subnetworks drawn, those of "mean" over disjoint
-    groups of `members` of them.
-    """
+    The values of "single" are means over the drawn subnetworks, those of "mean" over disjoint
+    groups of `members` subnetworks."""
     members: int
     """How many networks predict together."""
     error: float
     """Percent."""
     error_deviation: float | None
-    """Deviation over the subnetworks ("single") or groups of them ("mean"); None where there is
+    """The deviation over subnetworks ("single") or groups of them ("mean"); None if there is only
     one."""
     nll: float
     """Mean negative log-likelihood, nats."""
@@ -103,7 +103,7 @@ def measured_ensemble(
     """The result of `ensemble`, read from the run's `analysis/ensemble.json` or written there.
 
     Args:
-        again: measure again what was measured before.
+        again: whether to measure again what was measured before.
     """
     settings = {
         "checkpoint_step": network.step,
@@ -128,11 +128,12 @@ def measured_ensemble(
 def ensemble(
     network: TrainedNetwork, subnetworks: int, seed: int, progress: Progress
 ) -> list[Predictor]:
-    """Every predictor on every test image, each image read once.
+    """Evaluate every predictor on every test image; each image is read once.
 
     Args:
         subnetworks: how many are drawn; "mean" is measured for 1, 2, 4, ... of them.
-        seed: which are drawn; a function of (seed, member), p_l as of the checkpoint.
+        seed: which subnetworks are drawn, as a function of (seed, member) and of p_l in the
+            checkpoint.
 
     Raises:
         ConfigError: when the run has constant depth, so that there is one subnetwork only.
@@ -187,7 +188,7 @@ def refuse_constant(run: Run) -> None:
 
 
 def drawn(seed: int, member: int, survival: tuple[float, ...]) -> Tensor:
-    """The gates of one member, bool [L]; independent of those of training steps."""
+    """The gates of one member, bool [L]; they are independent of the gates of training steps."""
     p = torch.tensor(survival, dtype=torch.float64)
     return uniforms(len(survival), "subnetwork", seed, member) < p
 
@@ -216,7 +217,7 @@ METRICS = {
     "nll": ("Negative log-likelihood", "nats", 1.0),
     "ece": ("Calibration error", "percent", 100.0),
 }
-"""Title, unit, and what the file's value is multiplied by."""
+"""Title and unit of each metric, and the number by which its value in the file is multiplied."""
 PREDICTORS = {
     "mean": Key("mean of M sampled networks", STOCHASTIC[0]),
     "scaled": Key("full network, scaled by p_l", STOCHASTIC[1]),
@@ -226,7 +227,7 @@ PREDICTORS = {
 
 
 def ensemble_figure(series: Series) -> Figure | None:
-    """Figure of the runs whose sampled subnetworks were evaluated; None without any."""
+    """The figure of the runs whose subnetworks were evaluated; None without any."""
     found = [(run, run.analysis("ensemble")) for run in series.runs]
     rows: list[Row] = [
         {"run": run.name, "seed": run.run.config.seed, **predictor}
@@ -323,7 +324,7 @@ NAMES = {
 
 
 def ensemble_table(title: str, of_runs: list[list[Predictor]]) -> Table:
-    """A row a predictor; of one run, the deviation is over the subnetworks."""
+    """A row for each predictor; for a single run, the deviation is that over subnetworks."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for column in ("test error, %", "NLL, nats", "ECE, %"):
@@ -331,7 +332,7 @@ def ensemble_table(title: str, of_runs: list[list[Predictor]]) -> Table:
     for same in zip(*of_runs, strict=True):
         first = same[0]
         if (first.name, first.members) == ("mean", 1):
-            continue  # which is "single"
+            continue  # the same as "single"
         figures = (
             _figure(first.error, first.error_deviation, [p.error for p in same], 2),
             _figure(first.nll, first.nll_deviation, [p.nll for p in same], 4),

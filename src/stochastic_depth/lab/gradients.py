@@ -29,14 +29,16 @@ class Gradients:
     """Mean absolute gradients, epoch by epoch, of runs that differ only in their seed."""
 
     first: list[Spread]
-    """At the first convolution, mean over the steps up to each epoch, spread over the seeds."""
+    """At the first convolution: the mean over the steps before each epoch ends, spread over the
+    seeds."""
     blocks: list[list[float | None]]
-    """[epochs][L]: at the first convolution of each block, mean over the sampled steps in which it
-    was open, and over the seeds. None where no seed has one; [] where the journals are older."""
+    """[epochs][L]: at the first convolution of each block, the mean over the sampled steps in which
+    it was open, and over the seeds. None where no seed has a value; [] where the journals are
+    older."""
 
 
 def gradients(runs: Sequence[Run], epochs: Sequence[float]) -> Gradients:
-    """The gradients that the journals of `runs` have for these epochs.
+    """The gradients in the journals of `runs` at these epochs.
 
     Raises:
         RunError: when a run has not reached one of them.
@@ -87,7 +89,7 @@ def _blocks(records: Sequence[Record]) -> list[float | None]:
 
 
 def gradient_strength(experiment: Experiment) -> Figure:
-    """Against the epoch, of every run of an experiment."""
+    """The gradient of every run of an experiment against the epoch."""
     panel = curve_panel(
         experiment,
         lambda record: record.gradient_mean,
@@ -122,13 +124,13 @@ def _strength_sentence(experiment: Experiment) -> str:
 
 
 def _mean_strength(series: Series) -> float:
-    """The geometric mean over training and seeds: of ratios, as a logarithmic axis shows them."""
+    """The geometric mean over training and seeds, which suits ratios and a logarithmic axis."""
     values = [r.gradient_mean for run in series.runs for r in run.records if r.gradient_mean > 0]
     return statistics.geometric_mean(values) if values else 0.0
 
 
 def block_gradients(experiment: Experiment) -> Figure | None:
-    """At the first, the middle and the last epoch; None when the journals hold no gradients."""
+    """The gradients of blocks at the first, the middle and the last epoch; None without any."""
     rows: list[Row] = [
         {
             "series": series.name,
@@ -226,7 +228,10 @@ def _blocks_sentence(experiment: Experiment, epoch: float) -> str:
 
 
 def first_table(epochs: Sequence[float], found: dict[str, Gradients]) -> Table:
-    """The first convolution, a column a kind; with one other kind, also its ratio to constant."""
+    """The gradient at the first convolution, a column for each kind.
+
+    If there is one other kind besides constant depth, a column has their ratio.
+    """
     table = Table(
         title="Mean absolute gradient at the first convolution\nmean over an epoch's steps",
         title_justify="left",
@@ -248,7 +253,7 @@ def first_table(epochs: Sequence[float], found: dict[str, Gradients]) -> Table:
 
 
 def block_table(name: str, epochs: Sequence[float], found: Gradients, most: int) -> Table:
-    """The first convolution of each block, a column an epoch."""
+    """The gradient at the first convolution of each block, a column for each epoch."""
     table = Table(
         title=(
             f"{name}: the same at the first convolution of each block\n"

@@ -1,4 +1,7 @@
-"""A trained network without some of its blocks, closed by their gates: errors, time and size."""
+"""A trained network without some of its blocks, which are closed by their gates.
+
+Its errors, its times and its size are measured, and the order in which blocks are needed least.
+"""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,16 +24,16 @@ Removed = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pruned:
-    """Blocks to remove, and the BatchNorm statistics to use without them."""
+    """The blocks to remove, and the BatchNorm statistics to use without them."""
 
     removed: Removed
     statistics: list[Tensor] | None
-    """From `recalibrated`; None for those it was trained with."""
+    """The result of `recalibrated`; None for the statistics that the network was trained with."""
 
 
 @contextmanager
 def as_pruned(network: TrainedNetwork, pruned: Pruned) -> Iterator[nn.Module]:
-    """While entered, the network is without these blocks; the others keep their p_l."""
+    """While entered, these blocks of the network are closed; the others keep their p_l."""
     gates = [block not in pruned.removed for block in range(len(network.handle.blocks))]
     statistics = pruned.statistics
     normalised = with_statistics(network.model, statistics) if statistics else nullcontext()
@@ -41,7 +44,7 @@ def as_pruned(network: TrainedNetwork, pruned: Pruned) -> Iterator[nn.Module]:
 def errors(
     network: TrainedNetwork, variants: Iterable[Pruned], part: Part, progress: Progress
 ) -> list[float]:
-    """Percent of a part's images, of each variant; every image is read once."""
+    """The error of each variant on a part of the images, in percent; each image is read once."""
     networks = [partial(as_pruned, network, variant) for variant in variants]
     return errors_of(networks, network.images, part, network.run.runtime, progress)
 
@@ -53,7 +56,7 @@ def seconds_per_image(
     repeats: int,
     progress: Progress,
 ) -> dict[Removed, float]:
-    """Seconds of the forward pass on `batch` test images: medians of `repeats` rounds, in turns."""
+    """Seconds per image of a forward pass on `batch` test images: medians, in turns."""
     images, _ = next(iter(network.images.evaluate("test")))
     networks = {str(r): partial(as_pruned, network, Pruned(r, None)) for r in removals}
     seconds = seconds_of(networks, images[:batch], network.run.runtime, repeats, progress)
@@ -61,7 +64,7 @@ def seconds_per_image(
 
 
 def parameters_without(network: TrainedNetwork, removed: Removed) -> int:
-    """Parameters of the network that is left, without the branches of removed blocks."""
+    """The number of parameters of the network without the branches of removed blocks."""
     names = [name for block in removed for name in network.handle.blocks[block].parameters]
     gone = sum(network.model.get_parameter(name).numel() for name in names)
     return sum(p.numel() for p in network.model.parameters()) - gone
@@ -70,12 +73,12 @@ def parameters_without(network: TrainedNetwork, removed: Removed) -> int:
 def recalibrated(model: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> list[Tensor]:
     """Measure the running statistics of `model` on `batches`, without changing the model.
 
-    As torch.optim.swa_utils.update_bn: the plain mean of the statistics of all batches. But the
-    model stays in evaluation mode, its normalisations alone are in training mode, so that no gates
-    are drawn and its subnetwork stays the one that is entered.
+    As in torch.optim.swa_utils.update_bn, the result is the plain mean of the statistics of all
+    batches. But here the model stays in evaluation mode, and only its normalisations are in
+    training mode. So no gates are drawn, and the current subnetwork stays the same.
 
     Returns:
-        What `with_statistics` takes. Those of blocks that were not executed are of no use.
+        The statistics for `with_statistics`. Those of blocks that did not run are of no use.
     """
     norms = _norms(model)
     momenta = [norm.momentum for norm in norms]
@@ -97,7 +100,7 @@ def recalibrated(model: nn.Module, batches: Iterable[Batch], runtime: Runtime) -
 
 @contextmanager
 def with_statistics(model: nn.Module, statistics: Sequence[Tensor]) -> Iterator[None]:
-    """While entered, `model` normalises by `statistics`; then by its own again."""
+    """While entered, `model` normalises by `statistics`; afterwards by its own statistics again."""
     mine = _statistics(model)
     before = [statistic.clone() for statistic in mine]
     _put(mine, statistics)
@@ -122,9 +125,9 @@ def _put(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def pruning_order(network: TrainedNetwork, choose_on: int, progress: Progress) -> list[int]:
-    """All blocks in the order of removal, the least needed on the validation part first.
+    """All blocks in the order of removal, the one that validation needs least first.
 
-    L (L + 1) / 2 evaluations of `choose_on` images.
+    This takes L (L + 1) / 2 evaluations of `choose_on` images.
     """
     validation, blocks = network.images.sizes["validation"], len(network.handle.blocks)
     few = list(spread(network.images.evaluate("validation"), validation, choose_on))
@@ -139,7 +142,7 @@ def pruning_order(network: TrainedNetwork, choose_on: int, progress: Progress) -
 
 
 def spread(batches: Iterable[Batch], images: int, count: int) -> Iterator[Batch]:
-    """`count` of the `images` in `batches`, evenly spread, since they may be sorted by class."""
+    """Choose `count` of the `images` in `batches`, evenly: they may be sorted by class."""
     count = min(count, images)
     chosen = torch.arange(count) * images // count
     start = 0

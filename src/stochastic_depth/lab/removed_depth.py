@@ -43,26 +43,27 @@ Order = Literal["last", "least needed"]
 
 @dataclass(frozen=True)
 class Point:
-    """A network that lost some of its blocks; the others keep their p_l."""
+    """A network without some of its blocks; the others keep their p_l."""
 
     removed: int
     blocks: list[int]
-    """Their numbers, from 0; their branches are removed, their shortcuts stay."""
+    """The numbers of the removed blocks, from 0. Their branches are removed and their shortcuts
+    stay."""
     error: float
-    """Percent of the test images."""
+    """The test error in percent."""
     validation_error: float
     parameters: int
     seconds_per_image: float
-    """Median over the rounds, in batches."""
+    """The median over rounds, measured on a batch."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Networks with fewer and fewer blocks."""
+    """The same network with fewer and fewer blocks."""
 
     order: Order
     recalibrated: bool
-    """Whether BatchNorm's statistics were measured again after the removal."""
+    """Whether the BatchNorm statistics were measured again after the removal."""
     points: list[Point]
 
 
@@ -72,7 +73,7 @@ def measured_curves(
     """The result of `curves`, read from the run's `analysis/depth.json` or written there.
 
     Args:
-        again: measure again what was measured before.
+        again: whether to measure again what was measured before.
     """
     what = {
         "checkpoint_step": network.step,
@@ -99,7 +100,7 @@ def measured_curves(
 def curves(
     network: TrainedNetwork, settings: RemovedDepthOptions, progress: Progress
 ) -> list[Curve]:
-    """Both orders of removal, each as trained and with BatchNorm recalibrated."""
+    """Both orders of removal, each as trained and with recalibrated BatchNorm statistics."""
     blocks, images = len(network.handle.blocks), network.images
     orders: dict[Order, list[int]] = {
         "last": list(range(blocks))[::-1],
@@ -146,7 +147,7 @@ BATCH_NORM = {
 
 
 def removed_blocks(experiment: Experiment) -> Figure | None:
-    """Figure of the runs whose networks were measured without blocks; None without any."""
+    """The figure of the runs whose networks were measured without blocks; None without any."""
     rows: list[Row] = [row for series in experiment.series for row in _rows(series)]
     if not rows:
         return None
@@ -221,7 +222,7 @@ def _panel(shown: list[Series], rows: list[Row], order: Order) -> alt.LayerChart
 
 
 def _sentence(shown: list[Series], rows: list[Row]) -> str:
-    """How many of the last blocks can go before 5 % of the accuracy is lost."""
+    """Says how many of the last blocks can be removed before 5 % of the accuracy is lost."""
     clauses = []
     for series in shown:
         curve = {
@@ -258,7 +259,7 @@ def _mean(rows: list[Row], key: str) -> float:
 
 
 def depth_table(order: Order, of_kinds: dict[str, list[list[Curve]]]) -> Table:
-    """Test errors as trained and recalibrated; of one kind, also parameters and time."""
+    """Test errors as trained and recalibrated; for a single kind, parameters and times too."""
     alone = len(of_kinds) == 1
     runs = sorted({len(of_kind) for of_kind in of_kinds.values()})
     table = Table(

@@ -1,7 +1,8 @@
 """Results of runs: groups that differ only in their seed, and their means and deviations.
 
-Runs become groups (`grouped`, or the `Series` of an `Experiment`), and the journals of a group
-become an `Outcome`. Every table, chart and sentence of the laboratory takes its numbers from here.
+Runs are put into groups (`grouped`, or the `Series` of an `Experiment`), and the journals of a
+group are summed up in an `Outcome`. Every table, chart and sentence of the laboratory takes its
+numbers from here.
 """
 
 import math
@@ -39,7 +40,7 @@ DATA = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds (None where there is one seed)."""
+    """The mean and the sample standard deviation over seeds; None with a single seed."""
 
     mean: float
     deviation: float | None
@@ -55,17 +56,17 @@ class RunOutcome:
     """Results of one run."""
 
     test_error_best: float
-    """Percent, at the epoch of the best validation error: what the paper reports."""
+    """Percent, at the epoch of the best validation error, as the paper reports it."""
     test_error_last: float
-    """Percent, after the last epoch there is."""
+    """Percent, after the last recorded epoch."""
     seconds: float
     """Seconds of training, without evaluation."""
     active_blocks: float
-    """Mean over the intervals between evaluations."""
+    """The mean over the intervals between evaluations."""
 
     @staticmethod
     def of(records: Sequence[Record]) -> "RunOutcome":
-        """Read a journal that has at least one record."""
+        """The outcome of a journal, which must have at least one record."""
         return RunOutcome(
             best_record(list(records)).test_error,
             records[-1].test_error,
@@ -85,14 +86,14 @@ class Outcome:
 
     @staticmethod
     def of(journals: Iterable[Sequence[Record]]) -> "Outcome":
-        """Read one journal for each seed, at least one."""
+        """The outcome of one journal for each seed; there must be at least one."""
         runs = [RunOutcome.of(records) for records in journals]
         names = [field.name for field in fields(Outcome)]
         return Outcome(*(Spread.of([getattr(run, name) for run in runs]) for name in names))
 
 
 def distinct(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """Each run once, by its identity: of a run and its copies the one that has come farthest."""
+    """Each run once, by its identity; of a run and its copies, the one that has come farthest."""
     farthest: dict[str, RecordedRun] = {}
     for run in runs:
         before = farthest.get(run.run.id)
@@ -104,7 +105,8 @@ def distinct(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of each kind, by a short name: "constant", "linear 0.5".
 
-    Kinds of the same name (they differ in depth, say) have the name of their first run's folder.
+    If several kinds would have the same name, because they differ in depth for example, each gets
+    the name of the folder of its first run.
     """
     kinds: dict[Config, list[Run]] = {}
     for run in runs:
@@ -124,12 +126,12 @@ def survival_name(config: Config) -> str:
 
 @dataclass(frozen=True)
 class ExpectedCost:
-    """Expected saving by dropped blocks, as the mean over training steps."""
+    """What dropping blocks is expected to save, as the mean over training steps."""
 
     survival: tuple[float, ...]
     """(p_1, ..., p_L); under a schedule, their means over the steps."""
     saving: float
-    """The share of the training FLOPs in dropped blocks."""
+    """The share of the training FLOPs that dropped blocks save."""
 
 
 def expected_cost(
@@ -139,10 +141,11 @@ def expected_cost(
     steps_per_epoch: int,
     steps: int | None = None,
 ) -> ExpectedCost:
-    """Counted on the network itself, for images of `shape` (channels, height, width).
+    """The expected cost of a configuration, counted on its network.
 
     Args:
-        steps: of the training so far; all of it if not given.
+        shape: the shape of an image, (channels, height, width).
+        steps: how many training steps have been taken; all of the training when not given.
 
     Raises:
         ApplyError: when the rule is constant depth, which drops nothing.
@@ -199,29 +202,29 @@ class Series:
 
     @property
     def interval_seconds(self) -> float:
-        """Median over the intervals between evaluations (an epoch each, if not said otherwise).
+        """The median seconds of the intervals between evaluations, which usually are epochs.
 
-        Under a schedule intervals are not alike, and it is their mean.
+        Under a schedule the intervals differ, and it is their mean.
         """
         scheduled = self.survival.schedule.kind != "none"
         typical = statistics.fmean if scheduled else statistics.median
         return typical([record.seconds for run in self.runs for record in run.records])
 
     def time_saved(self, constant: "Series") -> float:
-        """The share of constant depth's time, by the seconds of an interval."""
+        """The share of the time of constant depth that is saved, by the seconds of an interval."""
         return 1 - self.interval_seconds / constant.interval_seconds
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One network on one data set with one schedule; constant depth comes first."""
+    """One network on one data set with one training schedule; constant depth comes first."""
 
     title: str
     series: tuple[Series, ...]
 
     @property
     def config(self) -> Config:
-        """Configuration of one of its runs; they differ in survival, seed and where they ran."""
+        """The configuration of one of its runs; they differ in survival, seed and place."""
         return self.series[0].runs[0].run.config
 
     @property
@@ -254,7 +257,7 @@ class Experiment:
         return tuple(config.epochs * fraction for fraction in config.optimizer.milestones)
 
     def settled(self) -> "Experiment":
-        """The comparable part: finished runs if every series has one, else equal epochs."""
+        """The part that can be compared: finished runs if every series has one, or equal epochs."""
         if all(any(run.finished for run in series.runs) for series in self.series):
             return self._of(lambda run: run if run.finished else None)
         reached = min(run.records[-1].epoch for run in self.runs)
@@ -285,12 +288,12 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
 
 
 def describe(config: Config) -> str:
-    """Network, data and schedule."""
+    """The network, the data and the epochs, as text."""
     return f"{NETWORKS[config.model.kind]}-{config.model.depth} on {describe_data(config)}"
 
 
 def describe_data(config: Config) -> str:
-    """Data and schedule."""
+    """The data and the epochs, as text."""
     data = DATA.get(config.data.name, config.data.name)
     if config.data.train is not None:
         data += f" ({config.data.train:,} images)"
@@ -317,7 +320,7 @@ def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
 
 
 def _names(stochastic: list[SurvivalConfig]) -> list[str]:
-    """A name for each, from the settings in which they differ."""
+    """A name for each configuration, made from the settings in which they differ."""
     if len(stochastic) == 1:
         return ["stochastic depth"]
     values = [asdict(survival) for survival in stochastic]
@@ -333,15 +336,15 @@ def _names(stochastic: list[SurvivalConfig]) -> list[str]:
 
 
 def on_one_machine(*series: Series) -> bool:
-    """Whether their seconds can be compared."""
+    """Whether all runs were on one machine, so that their seconds can be compared."""
     machines = {str(run.described.get("machine")) for one in series for run in one.runs}
     return len(machines) == 1
 
 
 def standard_error(a: Spread, b: Spread, of_a: int, of_b: int) -> float | None:
-    """Standard error of the difference of two means over `of_a` and `of_b` seeds (Welch).
+    """The standard error of the difference of two means over `of_a` and `of_b` seeds (Welch).
 
-    None where one has a single seed.
+    None if one of them has a single seed.
     """
     if a.deviation is None or b.deviation is None:
         return None

@@ -1,4 +1,4 @@
-"""Load trained networks for analysis, and keep the results in their run folders."""
+"""Load trained networks for analysis, and store the results in their run folders."""
 
 import json
 from collections.abc import Callable
@@ -21,20 +21,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network in evaluation mode, and the run it is of."""
+    """A trained network in evaluation mode, and its run."""
 
     run: Run
     images: Batches
     model: nn.Module
     handle: Handle
-    """For a run of constant depth, p_l = 1 for every block."""
+    """The handle of the network. For a run of constant depth, p_l = 1 for every block."""
     step: int
 
 
 def trained(
     path: Path, data: Path | None = None, which: Literal["best", "last"] = "best"
 ) -> TrainedNetwork:
-    """The network of a run's checkpoint.
+    """Load the network of a run's checkpoint.
 
     Raises:
         RunError, DataError, ConfigError: as for `reopen` and `trained_model`.
@@ -46,7 +46,7 @@ def trained(
 
 
 def analysis_path(run: Run, name: str) -> Path:
-    """Where the analysis `name` of a run is written."""
+    """The path of the result of the analysis `name` of a run."""
     return run.path / "analysis" / f"{name}.json"
 
 
@@ -67,10 +67,10 @@ def write_analysis(run: Run, name: str, found: dict[str, Any]) -> None:
 def read_analysis(
     run: Run, name: str, settings: dict[str, Any], parse: Callable[[dict[str, Any]], T]
 ) -> T | None:
-    """An earlier result of an analysis with the same `settings`; None without a readable one.
+    """An earlier result of an analysis with the same `settings`; None if there is no readable one.
 
     Args:
-        parse: makes the result from the content of the file.
+        parse: builds the result from the content of the file.
     """
     asked = {"format": FORMAT, **settings}
     try:

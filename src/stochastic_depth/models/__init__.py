@@ -1,4 +1,4 @@
-"""The reference networks; the residual ones are built from `Residual` units."""
+"""The reference networks; the residual networks among them are built from `Residual` units."""
 
 from stochastic_depth.models.densenet import DenseNet
 from stochastic_depth.models.resnet import CifarResNet, ImageNetResNet

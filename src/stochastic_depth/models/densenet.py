@@ -1,8 +1,8 @@
 """The densely connected network for 32x32 images, the follow-up of the stochastic depth paper.
 
 Huang, Liu, van der Maaten and Weinberger 2017 (arXiv:1608.06993, section 3). Every layer reads the
-feature maps of all layers before it at its resolution, so nothing bypasses a layer: there is no
-residual unit, and `sd.apply` says so.
+feature maps of all layers before it at its resolution, so nothing bypasses a layer. There is no
+residual unit, and `sd.apply` raises an error that says so.
 """
 
 import torch
@@ -13,7 +13,7 @@ from stochastic_depth.models.initialisation import initialise
 
 
 def composite(channels_in: int, channels: int, kernel: int) -> nn.Sequential:
-    """H_l of the paper: batch normalisation, ReLU, convolution; the resolution stays."""
+    """H_l of the paper: batch normalisation, ReLU and a convolution that keeps the resolution."""
     return nn.Sequential(
         nn.BatchNorm2d(channels_in),
         nn.ReLU(inplace=True),
@@ -39,23 +39,24 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """[batch, channels, height, width] -> logits [batch, classes].
+    """A DenseNet: [batch, channels, height, width] -> logits [batch, classes].
 
-    Three dense blocks of equally many layers. The paper's: depth 40 and 100 with growth 12 and
-    `bottleneck=False, compression=1` (1.0 and 7.0 M parameters), and the DenseNet-BC of the
-    defaults with depth 100 and growth 12 (0.8 M), 250 and 24 (15.3 M), 190 and 40 (25.6 M).
+    It has three dense blocks of equally many layers. The paper has networks of depth 40 and 100
+    with growth 12 and `bottleneck=False, compression=1` (1.0 and 7.0 M parameters); and
+    DenseNet-BC, the default here, with depth 100 and growth 12 (0.8 M), 250 and 24 (15.3 M), and
+    190 and 40 (25.6 M).
 
     Args:
         depth: number of weighted layers: 3n + 4, or 6n + 4 with bottlenecks.
-        growth: k, the channels each layer adds.
-        bottleneck: put a 1x1 convolution to 4k channels before each 3x3.
-        compression: theta, the part of the channels that a transition keeps.
+        growth: k, the number of channels that each layer adds.
+        bottleneck: whether to put a 1x1 convolution to 4k channels before each 3x3 convolution.
+        compression: theta, the share of the channels that a transition keeps.
         classes: number of classes.
-        channels: of the input image.
+        channels: number of channels of the input image.
         seed: chooses the initial weights.
 
     Raises:
-        ConfigError: when depth is not of that form, or compression not in (0, 1].
+        ConfigError: when depth does not have that form, or compression is not in (0, 1].
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class DenseNet(nn.Module):
 
     @staticmethod
     def takes(height: int, width: int) -> bool:
-        """Whether images may have that many pixels."""
+        """Whether the network accepts images with that many pixels."""
         return min(height, width) >= 4
 
     def forward(self, x: Tensor) -> Tensor:

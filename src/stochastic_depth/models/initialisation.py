@@ -1,7 +1,7 @@
-"""Initial weights, drawn from a key so that building a model leaves the random state alone.
+"""Initial weights, drawn from a key so that building a model does not change the random state.
 
 A model is built under `with torch.device("meta")`, which keeps PyTorch's own initialisation from
-drawing random numbers; `initialise` then gives its modules memory on the CPU, and their weights.
+drawing random numbers. `initialise` then allocates its modules on the CPU and sets their weights.
 """
 
 import math
@@ -18,14 +18,15 @@ from stochastic_depth.residual import Residual
 def initialise(model: nn.Module, init: Initialisation, seed: int) -> None:
     """Set every weight and statistic of `model`, in place, as a function of (`init`, `seed`).
 
-    Convolutions: normal with variance 2 / fan_out (He et al. 2015, arXiv:1502.01852). Linear
-    layers: uniform in +-1 / sqrt(fan_in). Normalisation: gain 1, bias 0; under "zero-gain" the
-    last gain of each residual branch starts at 0 (Goyal et al. 2017, arXiv:1706.02677), without
-    which networks of 110 layers and more do not leave chance level in their first epochs; where a
-    branch has no BatchNorm, its last linear layer starts at 0. Modules of any other kind are left
-    as they are: on the meta device, where using them is an error.
+    Convolutions are normal with variance 2 / fan_out (He et al. 2015, arXiv:1502.01852). Linear
+    layers are uniform in +-1 / sqrt(fan_in). Normalisations have gain 1 and bias 0. Under
+    "zero-gain" the last gain of each residual branch starts at 0 instead (Goyal et al. 2017,
+    arXiv:1706.02677); otherwise networks of 110 layers and more do not leave chance level in their
+    first epochs. Where a branch has no BatchNorm, its last linear layer starts at 0. Modules of any
+    other kind stay on the meta device, where using them is an error.
 
-    A model that is built under `with torch.device("meta")` has shapes only, and is built at once.
+    If the caller has entered `torch.device("meta")` itself, nothing is set: the model has shapes
+    only.
     """
     if torch.get_default_device().type == "meta":
         return

@@ -32,17 +32,17 @@ def published(
     device: str = "cpu",
     **options: Any,
 ) -> tuple[nn.Module, Example]:
-    """A model by name, and a batch of random inputs that it takes.
+    """A published model by its name, and a batch of random inputs for it.
 
     Args:
         name: "timm/resnet50", "torchvision/swin_t", "transformers/gpt2" (the type of a model),
-            "transformers/path/to/config.json", or "package.module:factory": a function without
-            arguments that returns a model, or a model and an example.
+            "transformers/path/to/config.json", or "package.module:factory", which names a function
+            without arguments that returns a model, or a model and an example.
         batch: number of samples in the example.
-        shape: of one sample, where it is not the published one.
-        device: "meta" builds the structure alone.
-        options: for what builds the model: arguments of timm's and torchvision's functions, or
-            fields of a configuration of transformers.
+        shape: shape of one sample, if it is not the published one.
+        device: on "meta" only the structure is built.
+        options: arguments of the functions of timm and torchvision that build the model, or fields
+            of a configuration of transformers.
 
     Raises:
         ConfigError: when there is no such model, or it needs a shape.
@@ -61,7 +61,7 @@ def published(
 
 def _no_model(name: str) -> ConfigError:
     return ConfigError(
-        f"{name!r} is no model: give timm/NAME, torchvision/NAME, transformers/TYPE or "
+        f"{name!r} does not name a model: give timm/NAME, torchvision/NAME, transformers/TYPE or "
         "package.module:factory"
     )
 
@@ -178,17 +178,17 @@ def _of_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, 
         example = _floats(batch, shape, torch.get_default_device())
     if example is None:
         raise ConfigError(
-            f"{name!r} gives no example of its input: return (model, example), or give --shape"
+            f"{name!r} returns no example of its input: return (model, example), or give --shape"
         )
     return model, example
 
 
 def _with_mask(model: Any, example: Example) -> Example:
-    """`example`, or where its values are asked for, one with a complete attention mask.
+    """`example`; with a complete attention mask if the model would have to read the values in it.
 
-    Models of transformers look into the positions of a text, to see whether several texts are
-    packed into one; unless they are given a mask [batch, 1, length, length]. On the meta device
-    there are no values to compute with.
+    Models of transformers read the positions of a text, to see whether several texts are packed
+    into one, unless they are given a mask [batch, 1, length, length]. On the meta device there are
+    no values to read.
     """
     inputs = {"input_ids": example} if isinstance(example, Tensor) else example
     if getattr(model, "main_input_name", None) != "input_ids" or not isinstance(inputs, dict):
@@ -221,7 +221,7 @@ def library(name: str) -> ModuleType:
     """Import a module of another library.
 
     Raises:
-        MissingExtraError: when it is not installed, or does not go with this PyTorch.
+        MissingExtraError: when it is not installed, or does not work with this version of PyTorch.
     """
     package = name.partition(".")[0]
     try:
@@ -237,11 +237,11 @@ def library(name: str) -> ModuleType:
 
 
 _declared: list[torch.library.Library] = []
-"""Kept alive, because the declarations of a library end with it."""
+"""Kept alive, because the declarations of a library end when it is deleted."""
 
 
 def _declare_missing_operators() -> None:
-    """Let torchvision be imported where it was built for another PyTorch, as by timm and others.
+    """Make it possible to import a torchvision that was built for another PyTorch, as timm does.
 
     With a CPU build of PyTorch, a torchvision from another index has no compiled operators, and its
     import fails because two of them are missing. Everything else in it works.

@@ -1,8 +1,9 @@
 """The residual networks of the paper: for CIFAR and SVHN, and for ImageNet.
 
-For 32x32 images, 6n + 2 layers (He et al. 2015, arXiv:1512.03385, section 4.2), with the shortcuts
-of the stochastic depth paper: where the resolution halves, average pooling and padding with zero
-channels, so that no shortcut has a parameter and the transition blocks can be dropped too.
+The network for 32x32 images has 6n + 2 layers (He et al. 2015, arXiv:1512.03385, section 4.2), with
+the shortcuts of the stochastic depth paper. Where the resolution halves, the shortcut is average
+pooling and padding with zero channels. So no shortcut has a parameter, and the transition blocks
+can be dropped too.
 """
 
 from itertools import pairwise
@@ -47,13 +48,13 @@ def basic_block(channels_in: int, channels: int) -> Residual:
 
 
 class CifarResNet(nn.Module):
-    """[batch, channels, height, width] -> logits [batch, classes].
+    """A ResNet for small images: [batch, channels, height, width] -> logits [batch, classes].
 
     Args:
-        depth: 6n + 2 weighted layers in n blocks for each of three resolutions; the paper's are
-            110 (1.7 M parameters), 152 and 1202 (19.4 M).
+        depth: 6n + 2 weighted layers, in n blocks for each of three resolutions; in the paper 110
+            (1.7 M parameters), 152 and 1202 (19.4 M).
         classes: number of classes.
-        channels: of the input image.
+        channels: number of channels of the input image.
         init: "zero-gain" or "he", see `initialise`.
         seed: chooses the initial weights.
 
@@ -88,8 +89,8 @@ class CifarResNet(nn.Module):
 
     @staticmethod
     def takes(height: int, width: int) -> bool:
-        """Whether images may have that many pixels."""
-        # Of an odd side, branch and shortcut would make different halves.
+        """Whether the network accepts images with that many pixels."""
+        # Branch and shortcut would round the half of an odd side differently.
         return height % 4 == width % 4 == 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class CifarResNet(nn.Module):
 
 
 IMAGENET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-"""depth -> number of bottlenecks at each of the four resolutions."""
+"""The number of bottleneck blocks at each of the four resolutions, by depth."""
 
 IMAGENET_WIDTHS = (64, 128, 256, 512)
 EXPANSION = 4
@@ -107,8 +108,8 @@ EXPANSION = 4
 def bottleneck(channels_in: int, width: int, stride: int) -> Residual:
     """1x1, 3x3 and 1x1 convolutions, [b, channels_in, h, w] -> [b, 4 width, h/stride, w/stride].
 
-    Where the shape changes the shortcut is a 1x1 convolution with batch normalisation. It is not
-    part of the branch: it runs, and learns, when the branch is skipped.
+    Where the shape changes, the shortcut is a 1x1 convolution with batch normalisation. It is not
+    part of the branch, so it runs and learns even when the branch is skipped.
     """
     channels = EXPANSION * width
     projection = None
@@ -133,9 +134,9 @@ def bottleneck(channels_in: int, width: int, stride: int) -> Residual:
 
 
 class ImageNetResNet(nn.Module):
-    """[batch, 3, height, width] -> logits [batch, classes].
+    """A ResNet for ImageNet: [batch, 3, height, width] -> logits [batch, classes].
 
-    Blocks are numbered over the whole network, in order of execution: 16, 33 or 50 of them.
+    Blocks are numbered over the whole network in the order of execution: 16, 33 or 50 of them.
 
     Args:
         depth: 50 (25.6 M parameters), 101 (44.5 M) or 152 (60.2 M).
@@ -144,7 +145,7 @@ class ImageNetResNet(nn.Module):
         seed: chooses the initial weights.
 
     Raises:
-        ConfigError: when depth is another.
+        ConfigError: when depth is not one of these.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class ImageNetResNet(nn.Module):
 
     @staticmethod
     def takes(height: int, width: int) -> bool:
-        """Whether images may have that many pixels."""
+        """Whether the network accepts images with that many pixels."""
         return min(height, width) >= 1
 
     def forward(self, x: Tensor) -> Tensor:

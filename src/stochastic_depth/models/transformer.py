@@ -1,7 +1,7 @@
-"""A small vision transformer for images of CIFAR's size, its units made to be skipped.
+"""A small vision transformer for images of CIFAR's size, built from `Residual` units.
 
-Pre-norm units, fixed two-dimensional sine and cosine positions, and the mean over patches instead
-of a class token (Beyer, Zhai and Kolesnikov 2022, arXiv:2205.01580).
+It has pre-norm units, fixed two-dimensional sine and cosine positions, and the mean over patches
+instead of a class token (Beyer, Zhai and Kolesnikov 2022, arXiv:2205.01580).
 """
 
 import torch
@@ -17,7 +17,7 @@ WIDTH, HEADS, PATCH = 64, 4, 2
 
 
 class Attention(nn.Module):
-    """Self-attention: [batch, tokens, width] -> the same."""
+    """Self-attention: [batch, tokens, width] -> [batch, tokens, width]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
 
 def units() -> list[Residual]:
-    """The attention and the MLP of one transformer block."""
+    """The attention unit and the MLP unit of one transformer block."""
     return [
         Residual(nn.Sequential(nn.LayerNorm(WIDTH), Attention())),
         Residual(
@@ -45,7 +45,7 @@ def units() -> list[Residual]:
 
 
 def positions(height: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, [height * width, WIDTH]."""
+    """Sines and cosines of the row and column of each patch: [height * width, WIDTH]."""
     frequencies = 10_000.0 ** -torch.linspace(0, 1, WIDTH // 4)
     rows = torch.arange(height).repeat_interleave(width)[:, None] * frequencies
     columns = torch.arange(width).repeat(height)[:, None] * frequencies
@@ -53,13 +53,15 @@ def positions(height: int, width: int) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """[batch, channels, height, width] -> logits [batch, classes]; patches of 2x2 pixels.
+    """A vision transformer: [batch, channels, height, width] -> logits [batch, classes].
+
+    Patches have 2x2 pixels, the width is 64, and there are 4 heads.
 
     Args:
-        depth: transformer blocks, each of two residual units; a width of 64, 4 heads.
+        depth: number of transformer blocks, each of two residual units.
         classes: number of classes.
-        channels: of the input image.
-        init: "zero-gain" starts each unit as its shortcut, see `initialise`.
+        channels: number of channels of the input image.
+        init: with "zero-gain" each unit starts as its shortcut, see `initialise`.
         seed: chooses the initial weights.
 
     Raises:
@@ -86,7 +88,7 @@ class VisionTransformer(nn.Module):
 
     @staticmethod
     def takes(height: int, width: int) -> bool:
-        """Whether images may have that many pixels."""
+        """Whether the network accepts images with that many pixels."""
         return min(height, width) >= PATCH
 
     def forward(self, x: Tensor) -> Tensor:

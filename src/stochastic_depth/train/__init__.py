@@ -1,4 +1,4 @@
-"""Training runs: a configuration, a folder, and an iterator over what is measured."""
+"""Training runs: a configuration, a run folder, and an iterator over the records of a run."""
 
 from stochastic_depth.lazy import lazily as _lazily
 

@@ -1,4 +1,4 @@
-"""Build the network, its stochastic depth and its optimizer, as a configuration names them."""
+"""Build the network, its stochastic depth and its optimizer from a configuration."""
 
 from itertools import count
 from typing import Any
@@ -28,7 +28,7 @@ from stochastic_depth.train.runtime import Runtime
 def architecture(
     config: ModelConfig, channels: int, classes: int
 ) -> tuple[type[Network], dict[str, Any]]:
-    """The class of the network, and its arguments except those for its initial weights."""
+    """The class of the network, and its arguments except those that set its initial weights."""
     if config.kind == "cifar-resnet":
         return CifarResNet, {"depth": config.depth, "classes": classes, "channels": channels}
     if config.kind == "imagenet-resnet":
@@ -46,7 +46,7 @@ def architecture(
 
 
 def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> Network:
-    """The network for images of `channels` channels, its weights a function of `seed`."""
+    """The network for images of `channels` channels; its weights are a function of `seed`."""
     kind, shape = architecture(config, channels, classes)
     if kind is not DenseNet:
         shape["init"] = config.init
@@ -57,7 +57,7 @@ def build_depth(model: nn.Module, config: SurvivalConfig, seed: int, steps: int)
     """Give `model` stochastic depth, unless the rule is constant depth.
 
     Args:
-        steps: of the whole training, which a schedule is a share of.
+        steps: the number of steps of the whole training, of which a schedule takes shares.
     """
     if config.rule == "constant":
         return None
@@ -78,7 +78,7 @@ def build_depth(model: nn.Module, config: SurvivalConfig, seed: int, steps: int)
 
 
 def skippable(model: nn.Module) -> Handle:
-    """The handle of `model`; one of constant depth gets gates, which are always open.
+    """The handle of `model`. A model of constant depth gets gates that are always open.
 
     Raises:
         ApplyError: when it has no residual blocks.
@@ -92,7 +92,7 @@ def skippable(model: nn.Module) -> Handle:
 def build_network(
     config: Config, runtime: Runtime, batches: Batches
 ) -> tuple[nn.Module, Handle | None]:
-    """The network of a configuration on its device, and its stochastic depth, if it has any."""
+    """The network of a configuration on its device; and its handle, if it has stochastic depth."""
     model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
     model = model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if ranks() > 1 and config.distributed.sync_batchnorm:
@@ -102,14 +102,14 @@ def build_network(
 
 
 def require_trainable(config: Config, batches: Batches) -> None:
-    """Raise an error for what cannot be trained, before anything is written.
+    """Raise an error for a configuration that cannot be trained, before anything is written.
 
-    Allocates no weights.
+    No weights are allocated.
 
     Raises:
         ApplyError: when the network has no residual blocks to skip.
-        ConfigError: when there is no such network, its images are too small for it, or a
-            mini-batch is.
+        ConfigError: when there is no such network, or the images or a mini-batch are too small for
+            it.
     """
     channels, height, width = batches.shape
     with torch.device("meta"):
@@ -132,7 +132,7 @@ def require_trainable(config: Config, batches: Batches) -> None:
 
 
 def images_in(step: int, config: Config, batches: Batches) -> int:
-    """The number of images in the mini-batch of a step, of all processes."""
+    """The number of images in the mini-batch of a step, over all processes."""
     batch = config.optimizer.batch
     return min(batch, batches.sizes["train"] - step % batches.steps_per_epoch * batch)
 
@@ -149,7 +149,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.SG
 
 
 def first_convolution(model: nn.Module) -> nn.Parameter:
-    """The weight of the first convolution, which is in no block of a network: never skipped."""
+    """The weight of the first convolution, which is in no block and is therefore never skipped."""
     return _first_weight(model, nn.Conv2d)
 
 
@@ -160,15 +160,15 @@ def _first_weight(model: nn.Module, *kinds: type[nn.Module]) -> nn.Parameter:
 
 
 def block_convolutions(model: nn.Module) -> list[nn.Parameter]:
-    """The weight of the first convolution, or linear layer, in the branch of each block."""
+    """The weight of the first convolution or linear layer in the branch of each block."""
     branches = [module.branch for module in model.modules() if isinstance(module, Residual)]
     return [_first_weight(branch, nn.Conv2d, nn.Linear) for branch in branches]
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int, steps_per_epoch: int) -> float:
-    """The rate of `step` (from 0) in a run of `steps` steps.
+    """The learning rate of `step` (from 0) in a run of `steps` steps.
 
-    The paper, section 4: 0.1, divided by 10 at 50 % and 75 % of the run.
+    In the paper, section 4, it is 0.1, divided by 10 at 50 % and at 75 % of the run.
     """
     if step < config.warmup_epochs * steps_per_epoch:
         return config.warmup_rate

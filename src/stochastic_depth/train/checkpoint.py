@@ -36,14 +36,14 @@ _NAME = re.compile(r"step-([0-9]{9,})\.ckpt")
 _NAMES_OF_TENSORS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage"
 )
-"""The only global names in a pickled state of tensors and plain values."""
+"""The only global names that a pickled state of tensors and plain values contains."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`: a header, the SHA-256 of what follows, a `torch.save` payload.
+    """Write `state` to `path`: a header, the SHA-256 of the payload, and a `torch.save` payload.
 
     Raises:
-        CheckpointError: when it cannot be written; nothing is left of the attempt.
+        CheckpointError: when it cannot be written; the attempt leaves nothing behind.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -56,10 +56,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, Any]:
-    """The state in `path`, read without unpickling anything but tensors and plain values.
+    """Read the state in `path`, unpickling nothing but tensors and plain values.
 
     Raises:
-        CheckpointError: when the file is missing, truncated, altered, or of another run.
+        CheckpointError: when the file is missing, truncated or altered, or belongs to another run.
     """
     try:
         payload = _read_payload(path)
@@ -70,7 +70,7 @@ def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, A
         _check_entries(file, len(payload))
         state = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:
-        # Hostile content with a right checksum can make the reader raise nearly anything.
+        # Hostile content with a valid checksum can make the reader raise nearly any error.
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise CheckpointError(f"{path} is not the state of a run")
@@ -80,10 +80,10 @@ def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, A
 
 
 def _read_payload(path: Path) -> bytes:
-    """The bytes after the header, read into memory only if their checksum is right.
+    """The bytes after the header, which are read into memory only if their checksum is right.
 
     Raises:
-        CheckpointError: when the file is no checkpoint, or damaged.
+        CheckpointError: when the file is not a checkpoint, or is damaged.
         OSError: when it cannot be read.
     """
     with open_file(path, inside=2) as file:
@@ -100,10 +100,11 @@ def _read_payload(path: Path) -> bytes:
 def _check_entries(file: io.BytesIO, size: int) -> None:
     """Refuse content that would allocate far more than the file has, even with `weights_only=True`.
 
-    That is compressed entries, and calls that tensors do not need (`bytearray`, for example).
+    Such content has compressed entries, or calls that tensors do not need (`bytearray`, for
+    example).
 
     Raises:
-        pickle.UnpicklingError: naming it.
+        pickle.UnpicklingError: naming the entry or call.
     """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -121,7 +122,7 @@ def _check_entries(file: io.BytesIO, size: int) -> None:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run: the last `keep`, and the one of the best validation error."""
+    """The checkpoints of one run: the last `keep`, and that of the best validation error."""
 
     folder: Path
     run_id: str
@@ -131,7 +132,7 @@ class Checkpoints:
         return self.folder / f"step-{step:09d}.ckpt"
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, newest first."""
+        """The steps that have a checkpoint, the newest first."""
         try:
             matches = map(_NAME.fullmatch, names_in(self.folder))
         except OSError as error:
@@ -142,7 +143,7 @@ class Checkpoints:
         """Write the checkpoint of `step`, then delete those that are neither recent nor `best`.
 
         Raises:
-            CheckpointError: naming the previous checkpoint, which is intact.
+            CheckpointError: when it cannot be written; names the previous one, which is intact.
         """
         try:
             _make(self.folder)
@@ -151,7 +152,7 @@ class Checkpoints:
             before = self.steps()
             kept = f"{self.path(before[0])} is intact" if before else "there was none before"
             raise CheckpointError(f"{error}; {kept}") from error
-        # Later ones were refused when the run was resumed.
+        # Checkpoints of later steps were refused when the run was resumed.
         past = [other for other in self.steps() if other <= step]
         for old in past[self.keep :]:
             if old != best:
@@ -171,7 +172,7 @@ class Checkpoints:
         return state
 
     def newest(self, device: str) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest state that can be trusted, and why newer ones could not be.
+        """The newest state that can be trusted, and the reasons why newer ones cannot.
 
         Raises:
             CheckpointError: when there are checkpoints and none of them can be trusted.
@@ -227,11 +228,11 @@ def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
     """The tensors in `path`, on the CPU.
 
     Args:
-        run_id: the run that they must belong to; None accepts any.
+        run_id: the run to which they must belong; None accepts any.
 
     Raises:
-        RunError: when the file is missing, truncated, altered, has no checksum, or is of another
-            run.
+        RunError: when the file is missing, truncated or altered, has no checksum, or belongs to
+            another run.
     """
     try:
         require_file(path)
@@ -260,10 +261,10 @@ def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
 
 
 def require_weights_of(run_id: str, path: Path) -> None:
-    """Raise an error if the weights at `path` are those of another run; a missing file is fine.
+    """Raise an error if the weights at `path` belong to another run; a missing file is accepted.
 
     Raises:
-        RunError: when they are of another run, or cannot be read.
+        RunError: when they belong to another run, or cannot be read.
     """
     if not is_there(path):
         return

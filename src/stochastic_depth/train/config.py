@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, on the command line and in JSON."""
+"""The configuration of a run: frozen dataclasses, used on the command line and in JSON."""
 
 import dataclasses
 import math
@@ -14,32 +14,34 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Steps, Warmup
 
 MOST = 10**9
-"""The largest count accepted: more is a typing error, and products of two counts fit in 64 bits."""
+"""The largest count that is accepted. A larger one is a typing error, and the product of two
+accepted counts fits into 64 bits."""
 
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet", "folder"]
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The images."""
+    """The data set and its images."""
 
     name: DataName = "digits"
-    """Data set; digits is embedded, the others are read from `root`. Pictures of your own are a
-    folder, with train/<class>/ and val/<class>/."""
+    """The data set. digits is embedded, the others are read from `root`. For your own pictures use
+    folder, which reads train/<class>/ and val/<class>/."""
     root: Path | None = None
-    """Folder of the data set, in any of its public layouts."""
+    """The folder of the data set, in any of its public layouts."""
     validation: int | None = None
-    """Training images held out for validation (none: as in the paper)."""
+    """How many training images are held out for validation (none: as many as in the paper)."""
     train: int | None = None
     """Train on a fixed random subset of this many images (none: on all)."""
     size: int | None = None
-    """Reduce the images to this many pixels a side (none: as they are)."""
+    """Reduce the images to this many pixels a side (none: keep their size)."""
     augment: bool | None = None
-    """Random crop and flip (none: where the paper does so)."""
+    """Randomly crop and flip the training images (none: where the paper does so)."""
     download: bool = False
     """Fetch the data set into `root` if it is not there."""
     workers: int = 4
-    """Processes that decode pictures, at most one a core; the result does not depend on it."""
+    """Processes that decode pictures, at most one for each core; results do not depend on their
+    number."""
 
     def __post_init__(self) -> None:
         for name in ("validation", "train", "size"):
@@ -54,10 +56,10 @@ class ModelConfig:
     kind: Literal["cifar-resnet", "imagenet-resnet", "densenet", "vit"] = "cifar-resnet"
     """Family of networks."""
     depth: int = 110
-    """Weighted layers: 6n + 2 for a CIFAR ResNet; 50, 101 or 152 for an ImageNet ResNet; or blocks
-    of a vit, each of an attention and an MLP."""
+    """Weighted layers: 6n + 2 for a CIFAR ResNet, and 50, 101 or 152 for an ImageNet ResNet. For a
+    vit, the number of transformer blocks, each with an attention and an MLP."""
     init: Initialisation = "zero-gain"
-    """Blocks start as their shortcut, or as in the original papers (he)."""
+    """Start every block as its shortcut (zero-gain), or as in the original papers (he)."""
     growth: int = 12
     """DenseNet only: channels that each layer adds."""
     bottleneck: bool = True
@@ -70,27 +72,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the drop rates change over the training."""
+    """How the drop rates change during the training."""
 
     kind: Annotated[
         Literal["none", "warmup", "early", "late", "decreasing", "progressive", "steps"],
         tyro.conf.arg(name="schedule", prefix_name=False),
     ] = "none"
-    """Grow to the rule's until `until`; fall to 0 until then; be 0 until then; fall to 0 from
-    `since` to `until`; approach the rule's with `gamma`; or have a share of them from each step
+    """How drop rates change. warmup: grow to those of the rule until `until`. early: fall to 0
+    until `until`. late: stay 0 until `until`. decreasing: fall to 0 from `since` to `until`.
+    progressive: approach those of the rule with `gamma`. steps: a share of them from each step
     on."""
     until: float = 0.5
-    """A share of the training, or steps if above 1."""
+    """A share of the training, or a number of steps if above 1."""
     since: float = 0.0
-    """Where decreasing begins: a share of the training, or steps if above 1."""
+    """Where decreasing begins: a share of the training, or a number of steps if above 1."""
     shape: Literal["linear", "constant"] = "linear"
-    """How early drop rates end: evenly, or at once."""
+    """How the drop rates of early end: linearly, or at once (constant)."""
     gamma: float = 0.001
     """Rate of the progressive schedule."""
     at: tuple[float, ...] = (0.0, 0.5)
-    """Where each of `shares` begins: shares of the training, or steps if above 1."""
+    """Where each of `shares` begins: shares of the training, or numbers of steps if above 1."""
     shares: tuple[float, ...] = (0.5, 1.0)
-    """For steps: shares of the rule's drop rates."""
+    """For steps: the shares of the rule's drop rates."""
 
     def __post_init__(self) -> None:
         _require(self.until > 0, "schedule.until", self.until, "above 0")
@@ -108,7 +111,7 @@ class ScheduleConfig:
         _finite("schedule", self)
 
     def of(self, steps: int) -> Schedule | None:
-        """The schedule of a training of `steps` steps; None where drop rates are constant."""
+        """The schedule for a training run of `steps` steps; None where drop rates are constant."""
         until, since, *at = (
             round(x * steps if x <= 1 else x) for x in (self.until, self.since, *self.at)
         )
@@ -132,22 +135,24 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class SurvivalConfig:
-    """Which blocks are dropped while training."""
+    """Which blocks are dropped in training."""
 
     rule: Literal["linear", "uniform", "constant"] = "linear"
-    """Linear decay from 1 to `final`, `final` for all blocks, or constant depth."""
+    """Linear decay from 1 to `final`; `final` for all blocks (uniform); or no stochastic depth
+    (constant)."""
     final: float = 0.5
     """p_L, the survival probability of the last block."""
     gate: GateKind = "batch"
-    """One coin a mini-batch (skips), or a sample (sample masks, subset selects)."""
+    """Throw a coin for each mini-batch (batch: skips), or for each sample (sample: masks; subset:
+    runs the branch on the drawn samples)."""
     balance: bool = False
-    """Open a constant number: of blocks in each step, or of samples of each block."""
+    """Open a constant number of blocks in each step, or of samples in each block."""
     closed: Closed = "skipped"
-    """What a closed block saves: all of its branch, or its backward pass alone."""
+    """What a closed block saves: all of its branch, or only the backward pass."""
     scale: Literal["inference", "training"] | None = None
     """Multiply by p_l in evaluation (the default), or divide by it in training."""
     skipped: SkippedPolicy = "paper"
-    """Gradient of a skipped block: zero (paper), or none (freeze)."""
+    """The gradient of the parameters of a skipped block: zero (paper), or None (freeze)."""
     schedule: Annotated[ScheduleConfig, tyro.conf.arg(name="schedule", prefix_name=False)] = field(
         default_factory=ScheduleConfig
     )
@@ -167,21 +172,21 @@ class OptimizerConfig:
     """Stochastic gradient descent, and its learning rate over time."""
 
     learning_rate: float = 0.1
-    """Learning rate at the start."""
+    """The learning rate at the start."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the run at which the learning rate is divided by `divisor`."""
     divisor: float = 10.0
-    """What the learning rate is divided by at each milestone."""
+    """The learning rate is divided by this number at each milestone."""
     warmup_epochs: float = 0.0
-    """Epochs at `warmup_rate` before `learning_rate`."""
+    """How many epochs to train with `warmup_rate` before `learning_rate`."""
     warmup_rate: float = 0.01
-    """Learning rate of the warm-up."""
+    """The learning rate of the warm-up."""
     momentum: float = 0.9
-    """Nesterov momentum."""
+    """The coefficient of Nesterov momentum."""
     weight_decay: float = 1e-4
-    """L2 penalty on every parameter."""
+    """The coefficient of the L2 penalty on every parameter."""
     batch: int = 128
-    """Images a step."""
+    """Images in a mini-batch."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optimizer.learning-rate", self.learning_rate, "above 0")
@@ -201,12 +206,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """What several processes share; without effect where there is one process."""
+    """What several processes share; without effect in a single process."""
 
     sync_batchnorm: bool = False
-    """Normalise over the images of all processes, not of each."""
+    """Normalise over the images of all processes together, not of each alone."""
     rank_gates: bool = False
-    """Each process draws its own gates (all gradients are sent, all wait for the deepest)."""
+    """Each process draws its own gates. Then all gradients are sent, and all wait for the
+    deepest."""
 
     def __post_init__(self) -> None:
         if self.sync_batchnorm and self.rank_gates:
@@ -218,30 +224,32 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One training run."""
+    """The configuration of one training run."""
 
     recipe: str = "custom"
-    """Name of the recipe that this configuration started from."""
+    """The name of the recipe that this configuration started from."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     epochs: int = 500
-    """Passes over the training images."""
+    """How many times to pass over the training images."""
     seed: int = 0
-    """Chooses the initial weights, the gates, the order and the augmentation."""
+    """Chooses the initial weights, the gates, the order of the images and their augmentation."""
     evaluate_every: int | None = None
-    """Steps between evaluations and checkpoints (none: once an epoch)."""
+    """How many steps lie between evaluations and checkpoints (none: an epoch)."""
     keep: int = 2
-    """Checkpoints kept besides the one of the best validation error."""
+    """How many of the latest checkpoints to keep, besides that of the best validation error."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ... (auto: a GPU if there is one)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of convolutions and products (auto: bfloat16 where the processor has it)."""
+    """The precision of convolutions and matrix products (auto: bfloat16 where the processor
+    supports it)."""
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
-    """How training steps are taken: autograd, autograd with compiled blocks, or a block program
-    (graphs: captured as CUDA graphs on a GPU, run piece by piece on a CPU)."""
+    """How training steps are taken: by autograd (eager), by autograd with compiled blocks
+    (compiled), or by a block program (graphs), which is captured as CUDA graphs on a GPU and runs
+    piece by piece on a CPU."""
 
     def __post_init__(self) -> None:
         _positive("epochs", self.epochs)
@@ -258,15 +266,16 @@ class Config:
     def essential(self) -> "Config":
         """This configuration without the fields that do not change a result.
 
-        They are where the data is and how it is read, and how many checkpoints are kept.
+        These are where the data is, how it is read, and how many checkpoints are kept.
         """
         data = replace(self.data, root=None, workers=0, download=False)
         return replace(self, keep=1, data=data)
 
     def kind(self) -> "Config":
-        """The configuration without its seed: equal for runs that differ in their seed only.
+        """This configuration without its seed: equal for runs that differ in their seed only.
 
-        The name of the recipe is left out too, and under constant depth p_L, which is not used.
+        The name of the recipe is left out too, and so is p_L under constant depth, where it is not
+        used.
         """
         survival = self.survival
         if survival.rule == "constant":
@@ -274,12 +283,12 @@ class Config:
         return replace(self.essential(), recipe="", seed=0, survival=survival)
 
     def to_json(self) -> dict[str, Any]:
-        """The same configuration as plain JSON values."""
+        """This configuration as plain JSON values."""
         return _plain(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(values: Any) -> "Config":
-        """The configuration that `to_json` gave.
+        """The configuration that `to_json` was called on.
 
         Raises:
             ConfigError: when a field is missing, unknown or of another type.
@@ -316,7 +325,7 @@ def restore(kind: Any, value: Any, where: str) -> Any:
     """Convert plain JSON to an instance of `kind`.
 
     Raises:
-        ConfigError: when the type is another; the message names `where`.
+        ConfigError: when the value has another type; the message names `where`.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)

@@ -1,4 +1,4 @@
-"""Progress of runs: a live picture on a terminal, plain lines elsewhere, or nothing."""
+"""The progress of runs: a live picture on a terminal, plain lines elsewhere, or nothing."""
 
 import time
 from abc import ABC, abstractmethod
@@ -22,11 +22,11 @@ from stochastic_depth.train.train_state import TrainState
 
 
 def picture(gates: Tensor, width: int) -> str:
-    """The gates of one step, first block first: full where open, a dot where closed.
+    """The gates of one step as text, the first block first: full where open, a dot where closed.
 
     Args:
-        gates: bool [L], or [L, batch], drawn in four shades.
-        width: characters; where there are more blocks, each character stands for two.
+        gates: bool [L]; or [L, batch], which is drawn in four shades.
+        width: how many characters fit. If there are more blocks, each character stands for two.
     """
     shares = open_shares(gates).tolist()
     if gates.ndim == 2:
@@ -39,12 +39,12 @@ def picture(gates: Tensor, width: int) -> str:
 
 @dataclass
 class RunView:
-    """The `Callback` of one run; it keeps what `Display` shows."""
+    """The `Callback` of one run; it stores what `Display` shows."""
 
     label: str
     say_line: Callable[[str], None]
     live: bool = False
-    """Whether there is a live picture too: then lines leave out speed and time left."""
+    """Whether there is also a live picture. If so, lines leave out the speed and the time left."""
     epochs: int = 0
     steps: int = 1
     step_done: int = 0
@@ -89,7 +89,7 @@ class RunView:
         return f"{line} {record.images_per_second:,.0f} img/s left {self.left()}"
 
     def left(self) -> str:
-        """Estimated time to the end, evaluation included, as h:mm:ss."""
+        """The estimated time to the end, evaluation included, as h:mm:ss."""
         done = self.step_done - self.began_at_step
         if done == 0:
             return "-:--:--"
@@ -97,7 +97,7 @@ class RunView:
         return str(timedelta(seconds=round(a_step * (self.steps - self.step_done))))
 
     def render(self, width: int) -> Group:
-        """Progress, gates and figures, in about three lines."""
+        """Progress, gates and metrics, in about three lines."""
         epoch = self.step_done * self.epochs / self.steps
         head = Table.grid(expand=True, padding=(0, 1))
         head.add_column(no_wrap=True)
@@ -130,8 +130,8 @@ class LiveDisplay(ABC):
     """Shows progress on a console while it is entered.
 
     Args:
-        console: where to; a terminal gets a live picture, anything else plain lines.
-        quiet: show nothing.
+        console: a terminal gets a live picture, anything else gets plain lines.
+        quiet: whether to show nothing.
     """
 
     def __init__(self, console: Console, quiet: bool = False) -> None:

@@ -22,7 +22,7 @@ KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
     "native": NativeKernels,
     "compiled": lambda dtype: CompiledKernels(),
 }
-"""Called with the type in which activations are stored."""
+"""The kernels by name. Each is called with the type in which activations are stored."""
 
 
 class Engine(Protocol):
@@ -32,12 +32,12 @@ class Engine(Protocol):
 
     @property
     def block_gradients(self) -> Sequence[Tensor | None]:
-        """Gradients of each block's first convolution after the last step."""
+        """The gradient of each block's first convolution in the last step."""
         ...
 
 
 class ProgramEngine:
-    """The block program for whole mini-batches, autograd for the rest of an epoch."""
+    """Runs the block program on whole mini-batches, and autograd on the last one of an epoch."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class ProgramEngine:
 
     @property
     def kept(self) -> int:
-        """Bytes that the last step kept for its backward pass."""
+        """How many bytes the last step kept for its backward pass."""
         return self._program.kept
 
     def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
@@ -92,10 +92,10 @@ def build_engine(
     """The engine that `runtime` names.
 
     Args:
-        shape: of a whole mini-batch, [batch, channels, height, width].
+        shape: the shape of a whole mini-batch, [batch, channels, height, width].
     """
     if "compiled" in (runtime.engine, runtime.kernels):
-        # PyTorch's default is a folder in /tmp whose name another user can guess and create first.
+        # By default PyTorch uses a folder in /tmp that another user could guess and create first.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_cache() / "inductor"))
     if runtime.engine == "graphs":
         return ProgramEngine(model, handle, optimizer, first_weight, runtime, shape)

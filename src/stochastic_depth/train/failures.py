@@ -1,4 +1,4 @@
-"""Errors of a run that cannot continue: with the step, its gates and the last good checkpoint."""
+"""Errors of a run that cannot go on; they name the step, its gates and the last good checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ from stochastic_depth.train.train_state import TrainState
 _SIGNS_OF_EXHAUSTION = (
     "can't allocate memory",  # PyTorch's allocator on a CPU
     "could not create a memory",  # oneDNN
-    "Cannot allocate memory",  # the system, to a loader that starts its workers
-    "DataLoader worker",  # which the system has killed
+    "Cannot allocate memory",  # the operating system, when a loader starts its workers
+    "DataLoader worker",  # when the operating system has killed it
 )
 
 
 def diverged(run: Run, step: int, what: str) -> DivergedError:
-    """The error for a value that is not finite in `step` or after it."""
+    """The error for a value that is not finite, in `step` or after it."""
     return DivergedError(
         f"{what} is not finite at step {step} of {run.path}; {last_good(run)}. Try a lower "
         "--optimizer.learning-rate, a --optimizer.warmup-epochs or --schedule warmup"
@@ -60,10 +60,10 @@ def is_exhaustion(error: Exception) -> bool:
 
 
 def open_blocks(gates: Tensor) -> str:
-    """The blocks that run, as "blocks 1-3, 5 of 9 open".
+    """The open blocks, as "blocks 1-3, 5 of 9 open".
 
     Args:
-        gates: bool [L], or [L, batch]: there, the blocks that are open for any sample.
+        gates: bool [L]; or [L, batch], where a block counts as open if it is open for any sample.
     """
     numbers = (1 + open_shares(gates).nonzero().flatten()).tolist()
     if not numbers:

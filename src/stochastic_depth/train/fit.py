@@ -1,4 +1,4 @@
-"""The training loop: an iterator over the records of a run, resumable at any step."""
+"""The training loop: an iterator over the records of a run, which can be resumed at any step."""
 
 import resource
 import signal
@@ -27,11 +27,12 @@ from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
 
 _STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}
-"""Reading a loss synchronises with the GPU, so it is done rarely."""
+"""How many steps lie between checks of the loss, by type of device. Reading a loss synchronises
+with the GPU, so it is done rarely there."""
 
 
 class Interrupted(StochasticDepthError):
-    """A run that was asked to stop by a signal, and has written a checkpoint."""
+    """Raised when a run was asked to stop by a signal, and has written a checkpoint."""
 
     def __init__(self, run: Path, step: int, signal: int) -> None:
         super().__init__(f"{run} stopped at step {step}, with a checkpoint")
@@ -54,25 +55,25 @@ def fit(
     callback: Callback,
     stop: Callable[[], int | None] = lambda: None,
 ) -> Iterator[Record]:
-    """Train `run` from its newest checkpoint to its end, giving each record as it is written.
+    """Train `run` from its newest checkpoint to its end, yielding each record as it is written.
 
-    Killed at any instant, it loses at most the work since the last checkpoint; called again, it
-    ends, on a CPU, bit for bit where it would have ended.
+    If it is killed at any instant, at most the work since the last checkpoint is lost. Called
+    again, it ends, on a CPU, bit for bit where it would have ended otherwise.
 
     Args:
         run: the folder to write.
-        batches: the data the run was created on.
+        batches: the data on which the run was created.
         callback: called after every step and with every record.
         stop: called after every step; when it returns the number of a signal, the run writes a
             checkpoint and stops.
 
     Raises:
         RunError: when another process writes the folder, it is removed, or nothing can be written;
-            or the data is not that of the run.
+            or when the data is not that of the run.
         CheckpointError: when no checkpoint can be trusted, or one cannot be written.
         DivergedError: when a loss or a weight is not finite.
         OutOfMemoryError: when a step or an evaluation needs more memory than there is.
-        Interrupted: when `stop` said so.
+        Interrupted: when `stop` has asked for it.
     """
     run.require_data(batches.fingerprint)
     with ExitStack() as stack:
@@ -115,7 +116,7 @@ def _writing(run: Run) -> Iterator[Callable[[], None]]:
 
 
 def _restore(run: Run, train_state: TrainState, callback: Callback) -> None:
-    # Where several processes train, only the first needs access to the folder.
+    # If several processes train, only the first needs access to the folder.
     device = run.runtime.device if ranks() == 1 else "cpu"
     state, refused = on_primary(lambda: run.checkpoints.newest(device))
     for reason in refused:
@@ -151,7 +152,7 @@ def _finish_interval(
     callback: Callback,
     stop: Callable[[], int | None],
 ) -> bool:
-    """Train up to the next evaluation; returns False if a stop signal comes before."""
+    """Train up to the next evaluation; returns False if a stop signal comes first."""
     interval = run.config.evaluate_every or train_state.steps_per_epoch
     intervals_begun = -(-train_state.step // interval) + (not train_state.metrics.images)
     end = min(train_state.steps, intervals_begun * interval)
@@ -176,7 +177,7 @@ def _finish_interval(
 def _measure(
     train_state: TrainState, batches: Batches, callback: Callback, stop: Callable[[], int | None]
 ) -> Record | None:
-    """The record of the interval that ends here; None if a stop signal comes before it is done."""
+    """The record of the interval that ends here; None if a stop signal comes too early."""
     callback.evaluating()
     train_state.synchronise_statistics()
     metrics, peak = train_state.metrics, peak_memory(train_state.runtime)
@@ -207,7 +208,7 @@ def _measure(
 
 
 def peak_memory(runtime: Runtime) -> int:
-    """Peak bytes: allocated on the GPU, or of the resident set of the process on a CPU."""
+    """Peak memory in bytes: allocated on the GPU, or resident in this process on a CPU."""
     if torch.device(runtime.device).type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -231,7 +232,7 @@ def _save(run: Run, train_state: TrainState) -> None:
 
 
 def _write_weights(run: Run, train_state: TrainState, callback: Callback) -> None:
-    """Write the final weights, unless they are there and undamaged."""
+    """Write the final weights, unless they are already there and undamaged."""
     if is_there(run.weights):
         try:
             read_weights(run.weights, run.id)
@@ -246,12 +247,12 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While entered, remember a SIGINT or SIGTERM; calling the object returns its number, or None.
+    """While entered, remembers a SIGINT or SIGTERM; calling the object returns its number, or None.
 
-    A second signal takes effect at once, as it would have without this.
+    A second signal takes effect at once, as it would without this.
 
     Args:
-        numbers: the signals, where others are meant.
+        numbers: other signals to remember instead.
     """
 
     def __init__(self, numbers: Sequence[int] = STOPPING) -> None:

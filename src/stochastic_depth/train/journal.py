@@ -1,4 +1,4 @@
-"""The journal of a run: one line of JSON for each evaluation, append-only, readable at any time."""
+"""The journal of a run: a line of JSON for each evaluation, append-only, always readable."""
 
 import dataclasses
 import errno
@@ -33,47 +33,49 @@ class Record:
     test_loss: float
     test_error: float
     active_blocks: float
-    """Blocks that ran, mean over the interval's steps, or samples."""
+    """How many blocks ran, averaged over the steps of the interval (or over its samples)."""
     expected_active_blocks: float
-    """Sum of p_l, mean over the interval's steps."""
+    """The sum of p_l, averaged over the steps of the interval."""
     gradient_norm: float
-    """L2 norm of the gradient at the first convolution, mean over the interval's steps."""
+    """The L2 norm of the gradient at the first convolution, averaged over the steps of the
+    interval."""
     gradient_mean: float
-    """Mean absolute gradient at the first convolution, mean over the interval's steps."""
+    """The mean absolute gradient at the first convolution, averaged over the steps of the
+    interval."""
     seconds: float
     """Seconds of training, without evaluation."""
     images_per_second: float
     peak_memory: int
-    """Bytes: of the device, or the resident set of the process on a CPU."""
+    """Peak bytes: allocated on the device, or resident in the process on a CPU."""
     block_gradients: list[float | None] = field(default_factory=list)
-    """For each residual block, the mean absolute gradient at its first convolution, mean over those
-    of the interval's sampled steps in which the block was open; None if it was open in none.
-    Every tenth step is sampled, more often where an interval has fewer than 50."""
+    """For each residual block, the mean absolute gradient at its first convolution, averaged over
+    the sampled steps of the interval in which the block was open; None if it was open in none.
+    Every tenth step is sampled, and more often where an interval has fewer than 50 steps."""
     active_counts: dict[str, int] = field(default_factory=dict)
-    """How many of the interval's steps had n active blocks, by n as text. With gates for single
-    samples, how many samples; where each process has its own gates, steps of all of them."""
+    """In how many steps of the interval n blocks were active, by n as text. With gates for single
+    samples, the number of samples; with per-rank gates, the steps of all processes."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether no figure is nan or infinite."""
+        """Whether no value is nan or infinite."""
         values = [*vars(self).values(), *self.block_gradients]
         return all(math.isfinite(value) for value in values if isinstance(value, float))
 
 
 def best_record(records: list[Record]) -> Record:
-    """The record of the lowest validation error, the earliest of equals."""
+    """The record with the lowest validation error; of several, the earliest."""
     return min(records, key=lambda record: (record.validation_error, record.step))
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add a line, on disk when this returns.
+    """Append a line; it is on disk when this returns.
 
     Raises:
-        RunError: when it cannot be written; the journal is as it was.
+        RunError: when it cannot be written; the journal is then as it was before.
     """
     line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
     try:
-        # Unbuffered: a buffer would be written again on closing, and leave half a line behind.
+        # Unbuffered, because closing would write a buffer again and leave half a line behind.
         with open_for_appending(path) as file:
             before = os.fstat(file.fileno()).st_size
             try:
@@ -88,7 +90,7 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def truncate_journal(path: Path, length: int) -> None:
-    """Cut the lines after a checkpoint: that work is about to be repeated.
+    """Cut off the lines after a checkpoint, because their work is about to be repeated.
 
     Raises:
         RunError: when the journal is shorter than it was at the checkpoint, or cannot be written.
@@ -109,10 +111,10 @@ def truncate_journal(path: Path, length: int) -> None:
 
 
 def read_journal(path: Path) -> list[Record]:
-    """All complete lines; without a file, none. A line that is being written is left out.
+    """All complete lines; none without a file. A line that is just being written is left out.
 
     Raises:
-        RunError: naming the line that is not a record.
+        RunError: when a line is not a record; names the line.
     """
     try:
         lines = read_file(path, LARGE).split(b"\n")[:-1]

@@ -1,4 +1,4 @@
-"""A run folder: create it, open it, be the one process that writes it, load its network."""
+"""A run folder: create it, open it, be the only process that writes it, load its network."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ FORMAT = 1
 BEFORE_CHECKSUMS = frozenset(
     "format id created config execution data versions git_commit machine".split()
 )
-"""What `config.json` of a run without a checksum holds, and nothing else."""
+"""The fields of a `config.json` that was written before checksums existed."""
 _BEFORE_ENGINES = {"engine": "eager", "kernels": "reference", "engine_because": "as asked"}
 
 
@@ -52,7 +52,7 @@ class Run:
     config: Config
     runtime: Runtime
     fingerprint: str
-    """SHA-256 of the data it trains on."""
+    """SHA-256 of the data that the run trains on."""
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     """Shape of one image: channels, height, width."""
@@ -70,7 +70,7 @@ class Run:
         return Checkpoints(self.path / "checkpoints", self.id, self.config.keep)
 
     def journal_length(self) -> int:
-        """In bytes."""
+        """The length of the journal, in bytes."""
         return self.journal.lstat().st_size if is_there(self.journal) else 0
 
     def records(self) -> list[Record]:
@@ -78,10 +78,10 @@ class Run:
         return read_journal(self.journal)
 
     def require_data(self, fingerprint: str) -> None:
-        """Refuse data that the run did not begin on.
+        """Refuse data that is not the data on which the run began.
 
         Raises:
-            RunError: naming both.
+            RunError: naming both fingerprints.
         """
         if fingerprint != self.fingerprint:
             raise RunError(
@@ -94,8 +94,8 @@ class Run:
         """Be the only process that writes this folder; yields a check that this is still so.
 
         Raises:
-            RunError: when another process does, or nothing can be written; from the check, when
-                the folder was removed or replaced.
+            RunError: when another process writes it, or nothing can be written; from the check,
+                when the folder was removed or replaced.
         """
         path = self.path / "lock"
         lock = FileLock(path, timeout=0)
@@ -138,10 +138,10 @@ def create_run(
     classes: tuple[str, ...],
     shape: tuple[int, int, int],
 ) -> Run:
-    """Make the folder and write `config.json`.
+    """Create the folder and write `config.json`.
 
     Raises:
-        RunError: when `path` exists or cannot be made.
+        RunError: when `path` exists or cannot be created.
     """
     refuse_existing(path)
     run = Run(path, uuid.uuid4().hex, config, runtime, fingerprint, classes, shape)
@@ -164,10 +164,10 @@ def create_run(
 
 
 def open_run(path: Path) -> Run:
-    """An existing run folder.
+    """Open an existing run folder.
 
     Raises:
-        RunError: when `path` holds no run, or its `config.json` cannot be understood.
+        RunError: when `path` contains no run, or its `config.json` cannot be understood.
     """
     described = path / "config.json"
     try:
@@ -188,7 +188,7 @@ def open_run(path: Path) -> Run:
                 f"{described} is damaged or was edited, its checksum does not match: put the "
                 "original back, or begin another run (what a run does cannot be changed)"
             )
-        values["config"].setdefault("engine", "eager")  # runs did not always have these
+        values["config"].setdefault("engine", "eager")  # older runs lack these fields
         values["config"]["data"].setdefault("size", None)
         values["config"].setdefault("distributed", {"sync_batchnorm": False, "rank_gates": False})
         survival = values["config"]["survival"]
@@ -208,7 +208,7 @@ def open_run(path: Path) -> Run:
 
 
 def _checksum(description: dict[str, Any]) -> str:
-    """SHA-256 of the other fields of `config.json`."""
+    """SHA-256 of all other fields of `config.json`."""
     return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 
@@ -216,7 +216,7 @@ def refuse_existing(path: Path) -> None:
     """Raise an error if `path` exists, unless it is an empty folder.
 
     Raises:
-        RunError: with what can be done.
+        RunError: with advice on what to do.
     """
     if not is_there(path) or _is_empty_folder(path):
         return
@@ -243,7 +243,7 @@ def free_path(folder: Path, name: str) -> Path:
 
 
 def _git_commit() -> str | None:
-    """The commit of the source checkout this runs from, if it is one."""
+    """The commit of the source checkout that runs, or None if it is not a checkout."""
     source = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -251,7 +251,7 @@ def _git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
-        # Installed somewhere below another project's checkout, its commit is not ours.
+        # If this is installed inside another project's checkout, that commit is not ours.
         if not git("ls-files", source.name):
             return None
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
@@ -260,7 +260,7 @@ def _git_commit() -> str | None:
 
 
 def begin(config: Config, path: Path) -> tuple[Run, Batches]:
-    """Read the data, then make the run folder: a data set that is not there leaves no folder.
+    """Read the data, then create the run folder, so that missing data leaves no folder behind.
 
     Raises:
         ConfigError, DataError, RunError: when the configuration, the data or the folder is wrong.
@@ -274,11 +274,11 @@ def begin(config: Config, path: Path) -> tuple[Run, Batches]:
 
 
 def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
-    """An existing run and its data, found under `data_root` where it has moved.
+    """Open an existing run and its data, which is in `data_root` if it has moved.
 
     Raises:
-        ConfigError, DataError, RunError: as for `begin`; or the device of the run is not there, or
-            the data is not what it began on.
+        ConfigError, DataError, RunError: as for `begin`; and when the device of the run is missing,
+            or the data is not that on which it began.
     """
     run = on_primary(lambda: open_run(path))
     config = run.config
@@ -293,7 +293,7 @@ def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
 
 
 def open_batches(config: Config, runtime: Runtime) -> Batches:
-    """The data of `config`, on the device it is trained on."""
+    """The data of `config`, on the device on which it is trained."""
     return batches(
         config.data.name,
         config.data.root,
@@ -314,14 +314,14 @@ def open_batches(config: Config, runtime: Runtime) -> Batches:
 def trained_model(
     run: Run, images: Batches, which: Literal["best", "last"] = "best"
 ) -> tuple[nn.Module, int]:
-    """The network of a checkpoint in evaluation mode, its branches scaled by p_l, and its step.
+    """The network of a checkpoint in evaluation mode, its branches scaled by p_l; and its step.
 
     Args:
-        which: "best" is the one of the lowest validation error.
+        which: the checkpoint with the lowest validation error ("best"), or the newest ("last").
 
     Raises:
         CheckpointError: when there is no checkpoint, or it cannot be trusted.
-        RunError: when the weights in the folder are those of another run.
+        RunError: when the weights in the folder belong to another run.
     """
     require_weights_of(run.id, run.weights)
     records, steps = run.records(), run.checkpoints.steps()

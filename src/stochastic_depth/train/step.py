@@ -1,4 +1,4 @@
-"""One training step, one evaluation, and what the steps of an interval have measured."""
+"""One training step, one evaluation, and the measurements of the steps of an interval."""
 
 import inspect
 import math
@@ -26,11 +26,11 @@ from stochastic_depth.train.runtime import Runtime
 _OPTION = "forward_sync_buffers"
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _BUFFERS: dict[str, Any] = {_OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False}
-"""Statistics of BatchNorm go from rank to rank with evaluations, not with every step."""
+"""BatchNorm statistics are copied between ranks at evaluations, not in every step."""
 
 
 class Measured(NamedTuple):
-    """Results of one training step: scalars on the device, so that nothing waits for them."""
+    """Results of one training step: scalars on the device, so that the host need not wait."""
 
     loss: Tensor
     gradient_norm: Tensor
@@ -48,14 +48,14 @@ def train_step(
     runtime: Runtime,
     weight: float = 1,
 ) -> Measured:
-    """Forward, backward, update. Gates are drawn by `model` itself.
+    """Forward pass, backward pass, update. `model` itself draws the gates.
 
     Args:
         images: [batch, channels, height, width], normalised.
         labels: int64 [batch].
-        first_weight: of the first convolution, which no gate can skip.
-        weight: of this process's loss, where processes have different numbers of images; its mean
-            over the processes is 1.
+        first_weight: the weight of the first convolution, which no gate can skip.
+        weight: the weight of this process's loss, where processes have different numbers of images;
+            its mean over the processes is 1.
     """
     optimizer.zero_grad()
     with runtime.autocast():
@@ -69,13 +69,13 @@ def train_step(
 
 
 def measured(loss: Tensor, gradient: Tensor) -> Measured:
-    """The results of a step, given its loss and the gradient at the first convolution."""
+    """The results of a step, from its loss and the gradient at the first convolution."""
     gradient = gradient.flatten()
     return Measured(loss, gradient.norm(), gradient.abs().mean())
 
 
 class AutogradEngine:
-    """Takes training steps by PyTorch's autograd, with the blocks compiled or not."""
+    """Takes training steps by PyTorch's autograd, with or without compiled blocks."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class AutogradEngine:
         self._first_weight, self._runtime = first_weight, runtime
         self._convolutions = block_convolutions(model)
         if compiled:
-            skippable(model)  # blocks are what is compiled
+            skippable(model)  # only blocks are compiled
             compile_blocks(model)
         if ranks() > 1:
             self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, **_BUFFERS)
@@ -118,7 +118,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime
 ) -> Evaluation:
-    """The full network in evaluation mode, every branch scaled by p_l. Counts are exact.
+    """Evaluate the full network, with every branch scaled by p_l. Counts are exact.
 
     Where several processes train, each passes its share as `batches`, and all get the results over
     all shares. Without any batch, loss and error are nan.
@@ -145,7 +145,7 @@ def evaluate_parts(
     runtime: Runtime,
     until: Callable[[], object] = lambda: False,
 ) -> dict[Part, Evaluation]:
-    """Evaluate on the validation and the test images: once, where they are the same.
+    """Evaluate on the validation and on the test images; only once, if they are the same.
 
     Args:
         until: called before each batch; when it returns true, the remaining batches are left out.
@@ -165,27 +165,27 @@ _ROWS = ("measured", "block_gradients")
 
 @dataclass
 class IntervalMetrics:
-    """What the steps since the last evaluation have measured; part of every checkpoint."""
+    """The measurements of all steps since the last evaluation; part of every checkpoint."""
 
     measured: list[Tensor] = field(default_factory=list)
     """One `Measured` a step, as a tensor [3] on the device."""
     images: list[int] = field(default_factory=list)
     block_gradients: list[Tensor] = field(default_factory=list)
     """For each sampled step, the mean absolute gradient at the first convolution of each block, nan
-    where it was closed: [L] on the device."""
+    where the block was closed: [L] on the device."""
     seconds: float = 0.0
 
     def add(self, measured: Measured, images: int) -> None:
-        """Count one step."""
+        """Add the measurements of one step."""
         self.measured.append(torch.stack(measured))
         self.images.append(images)
 
     def add_block_gradients(self, gradients: Sequence[Tensor | None], gates: Tensor) -> None:
-        """Sample one step.
+        """Add the block gradients of one sampled step.
 
         Args:
-            gradients: of the weight of each block's first convolution; ignored where the block was
-                closed.
+            gradients: the gradient of the weight of each block's first convolution; ignored where
+                the block was closed.
             gates: bool [L], or [L, batch].
         """
         opened = open_shares(gates) > 0
@@ -213,7 +213,7 @@ class IntervalMetrics:
         return Measured(loss, *values[:, 1:].mean(0))
 
     def block_means(self, blocks: int) -> list[float | None]:
-        """Mean gradient of each block over the sampled steps in which it was open, else None."""
+        """Mean gradient of each block over the sampled steps in which it was open, or None."""
         if not self.block_gradients:
             return [None] * blocks
         means = torch.stack(self.block_gradients).double().nanmean(0)
@@ -226,7 +226,7 @@ class IntervalMetrics:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        # Older checkpoints lack some of these fields, and have others.
+        # Older checkpoints lack some of these fields and have some others.
         vars(self).update({name: state[name] for name in vars(self) if name in state})
         for name in _ROWS:
             setattr(self, name, [row.to(device) for row in getattr(self, name)])

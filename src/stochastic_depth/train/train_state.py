@@ -1,4 +1,4 @@
-"""The state of a training run: everything that changes while it trains, and its checkpoints."""
+"""The state of a training run: everything that changes while it trains."""
 
 from functools import cached_property
 from math import fsum
@@ -27,9 +27,9 @@ from stochastic_depth.train.step import IntervalMetrics, Measured
 
 
 class TrainState:
-    """A network in training: weights, optimizer, gates, step, and what its interval has measured.
+    """A network in training: weights, optimizer, gates, step, and the metrics of the interval.
 
-    Everything random in it is a function of (seed, step), so that nothing else needs to be saved.
+    Everything random in it is a function of (seed, step), so nothing else needs to be saved.
     """
 
     def __init__(self, config: Config, runtime: Runtime, batches: Batches) -> None:
@@ -63,25 +63,25 @@ class TrainState:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the next step."""
+        """The learning rate of the next step."""
         return learning_rate(self.config.optimizer, self.step, self.steps, self.steps_per_epoch)
 
     @property
     def gates(self) -> Tensor:
-        """Gates of the last step: bool [L], or [L, batch]."""
+        """The gates of the last step: bool [L], or [L, batch]."""
         return self.handle.gates if self.handle else torch.ones(self.blocks, dtype=torch.bool)
 
     def gates_at(self, step: int) -> Tensor:
-        """Gates of any step, for the images of all processes: a function of (seed, step)."""
+        """The gates of any step, for the images of all processes, as a function of (seed, step)."""
         if self.handle is None:
             return torch.ones(self.blocks, dtype=torch.bool)
         return self.handle.gates_at(step, self.images_of(step))
 
     def active_counts(self) -> Tensor:
-        """How many steps of the current interval had n active blocks, int64 [L + 1].
+        """How many steps of the current interval had n active blocks, n = 0..L: int64 [L + 1].
 
-        Where each sample has its own gates, samples are counted; where each process has, the steps
-        of all processes.
+        Where each sample has its own gates, samples are counted. Where each process has its own
+        gates, the steps of all processes are counted.
         """
         counts = torch.zeros(self.blocks + 1, dtype=torch.int64)
         for step in self._interval():
@@ -89,7 +89,7 @@ class TrainState:
         return total(counts) if self.config.distributed.rank_gates else counts
 
     def expected_active_blocks(self) -> float:
-        """The sum of p_l, mean over the steps of the current interval."""
+        """The sum of p_l, averaged over the steps of the current interval."""
         if self.handle is None:
             return float(self.blocks)
         return fmean(fsum(self.handle.survival_at(step)) for step in self._interval())
@@ -99,11 +99,11 @@ class TrainState:
         return range(self.step - len(self.metrics.images), self.step)
 
     def images_of(self, step: int) -> int:
-        """The number of images in the mini-batch of a step, of all processes."""
+        """The number of images in the mini-batch of a step, over all processes."""
         return images_in(step, self.config, self._batches)
 
     def advance(self, images: Tensor, labels: Tensor) -> Measured:
-        """Take one training step, and add what it measured to the interval.
+        """Take one training step, and add its measurements to the interval.
 
         Args:
             images, labels: this process's share of the mini-batch.
@@ -137,10 +137,10 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state that `state_dict` has returned, of step `state["step"]`.
+        """Restore a state that `state_dict` has returned, together with `state["step"]`.
 
         Raises:
-            CheckpointError: when it is of another network or optimizer.
+            CheckpointError: when it belongs to another network or optimizer.
         """
         with fitting(state["step"]):
             self.model.load_state_dict(state["model"])
