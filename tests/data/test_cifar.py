@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stochastic_depth.data import cifar
 from stochastic_depth.data.cifar import CIFAR10, CIFAR100, read_cifar
 from stochastic_depth.errors import DataError
 from support.data_sets import (
@@ -74,6 +75,21 @@ def test_parquet_is_read_from_the_folder_or_those_inside(small, inside, tmp_path
 def test_parquet_may_name_its_column_image_and_hold_bare_bytes(small, tmp_path):
     write_parquet(tmp_path, *small, image="image", bare=True)
     check(tmp_path, small)
+
+
+def test_parquet_is_decoded_once_while_its_files_are_the_same(small, tmp_path, monkeypatch):
+    write_parquet(tmp_path, *small)
+    decoded = []
+    read = cifar.read_shard
+    monkeypatch.setattr(cifar, "read_shard", lambda *args: decoded.append(args[0]) or read(*args))
+    first, _ = read_cifar(tmp_path, small[0])
+    first.images.zero_()  # whoever changes what was read changes it for nobody else
+    check(tmp_path, small)
+    assert len(decoded) == 3
+    path = tmp_path / "test-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes())
+    check(tmp_path, small)
+    assert len(decoded) == 6
 
 
 def test_one_folder_per_class_is_read(small, tmp_path):

@@ -43,6 +43,10 @@ class Images:
         """The images at `indices`: int64 [m], in that order."""
         return Images(self.images[indices], self.labels[indices])
 
+    def copy(self) -> "Images":
+        """The same images in memory of their own."""
+        return Images(self.images.clone(), self.labels.clone())
+
 
 @dataclass(frozen=True)
 class DataSet:
