@@ -5,12 +5,12 @@
 #include "sources.h"
 #include "tiles.h"
 
-constexpr int PIXELS_PER_STEP = 32;  // that the gradient of the weight sums over at a time
+constexpr int PIXELS_PER_STEP = 32;  // over which one product of the weight's gradient sums
 
 #ifdef TILES
 
-// As `convolve_image`. A is of neighbouring pixels, and B the weights of 16 outputs, which are
-// multiplied with four A at a time.
+// As `convolve_image`. The rows of A are neighbouring pixels, and B has the weights of 16 output
+// channels, which four A share.
 template <int In, int Out, class Sums, class Ahead>
 void convolve_image_by_tiles(const factor* padded, const factor* weight, const stored* added,
                              stored* out, int side, Sums& sums, const Ahead& ahead) {
@@ -55,7 +55,8 @@ void convolve_image_by_tiles(const factor* padded, const factor* weight, const s
 
 // ---------------------------------------------------------------------------- gradient of the weight
 
-// Lanes of a and of b in turn, of the first or second half of each four; Two: two lanes at a time.
+// Each takes the lanes of a and b in turn, from the first or the last two of every four lanes, one
+// lane or two at a time.
 inline Lanes first_of(Lanes a, Lanes b) {
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
 }
@@ -69,7 +70,7 @@ inline Lanes last_two_of(Lanes a, Lanes b) {
   return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
-// A row of the image, channel by channel: pixels of channel c begin at rows + c * stride.
+// Copies a row of the image channel by channel: the pixels of channel c begin at rows + c * stride.
 template <int C, class Source>
 void transpose_row(const Source& source, size_t first, factor* rows, size_t stride, int side) {
   constexpr int PIXELS = 8;
@@ -84,7 +85,7 @@ void transpose_row(const Source& source, size_t first, factor* rows, size_t stri
       const Lanes first23 = first_of(pair[2], pair[3]), last23 = last_of(pair[2], pair[3]);
       const Lanes eights[] = {first_two_of(first01, first23), last_two_of(first01, first23),
                               first_two_of(last01, last23), last_two_of(last01, last23)};
-      // Four lanes, of which each vector has four, are the eight pixels of a channel.
+      // The eight pixels of a channel are four lanes; each vector has those of four channels.
 #pragma GCC unroll 16
       for (int channel = 0; channel < LANES; channel++)
         memcpy(rows + (c + channel) * stride + x, (const uint32_t*)&eights[channel % 4] + channel / 4 * 4,
@@ -93,8 +94,8 @@ void transpose_row(const Source& source, size_t first, factor* rows, size_t stri
   }
 }
 
-// Sums over all pixels of an image between zeros: A is of 16 channels of the input, transposed, and B
-// of 16 of the gradient. The zeros between the rows of the gradient take part.
+// The gradient of the weight, image by image. A has the pixels of 16 channels of the input, and B those
+// of 16 channels of its result. The sum runs over the whole frame, whose zeros add nothing.
 template <int In, int Out>
 class WeightGradientByTiles {
  public:

@@ -4,8 +4,8 @@
 
 #include "sources.h"
 
-// Results that are summed at a time, in registers, and the taps of a row that share the broadcast of
-// a pixel.
+// How many results are summed at a time in registers, pixels times vectors of channels, and how many
+// taps of a row share one broadcast of a pixel.
 struct Group {
   int pixels, vectors, taps;
 };
@@ -15,8 +15,7 @@ constexpr Group group(int outputs) {
   return {4, 4, 1};
 }
 
-// padded: [side + 2][side + 2][In]; weight: as `packed` gives it; added: null, or as out.
-// `ahead(pixel, count)` is called on the way with every part of the image.
+// As `convolve_image`.
 template <int In, int Out, class Sums, class Ahead>
 void convolve_image_by_vectors(const factor* padded, const factor* weight, const stored* added,
                                stored* out, int side, Sums& sums,
@@ -61,8 +60,8 @@ void convolve_image_by_vectors(const factor* padded, const factor* weight, const
 
 // ---------------------------------------------------------------------------- gradient of the weight
 
-// A row of the input between two zeros: pairs that begin at even pixels and, since taps shift them,
-// those that begin at odd ones.
+// Copies a row of the input, between two zeros, as pairs that begin at even pixels and as pairs that
+// begin at odd ones, because the taps shift it by one pixel.
 template <int C, class Source>
 void pair_row(const Source& source, size_t first, factor* even, factor* odd, int side) {
   if constexpr (PER_LANE == 1) {
@@ -84,11 +83,11 @@ void pair_row(const Source& source, size_t first, factor* even, factor* odd, int
 }
 
 template <int C>
-constexpr int ROWS = PER_LANE == 1 && C == 16 ? 4 : 8;  // at a time, so that the first cache holds them
+constexpr int ROWS = PER_LANE == 1 && C == 16 ? 4 : 8;  // at a time, which the first cache holds
 
-// Adds to result, [9][In][Out].
-// even, odd: of `rows` rows of the input; pairs: of the gradient, from the row above them to the row
-// below, all of them side + 2 pixels wide.
+// Adds the gradient that a few rows give to result, [9][In][Out].
+// even, odd: ROWS rows of the input as `pair_row` makes them; pairs: the rows of the gradient from the
+// one above them to the one below. All rows are side + 2 pixels wide.
 template <int In, int Out>
 void add_weight_gradient(const factor* even, const factor* odd, const factor* pairs, float* result,
                          int side) {
@@ -128,15 +127,15 @@ void add_weight_gradient(const factor* even, const factor* odd, const factor* pa
       }
 }
 
-// Of images of In channels, `side` pixels wide.
+// The gradient of the weight, image by image.
 template <int In, int Out>
 class WeightGradientByVectors {
  public:
   explicit WeightGradientByVectors(int side)
       : side_(side), even_(size(side)), odd_(PER_LANE == 1 ? 0 : size(side)) {}
 
-  // Adds that of the image which begins at pixel `first` to result, [9][In][Out].
-  // pairs: of the gradient, as `pad_and_pair_row` makes them, [side + 2][side + 2][Out].
+  // Adds what the image that begins at pixel `first` gives to result, [9][In][Out].
+  // pairs: the gradient as `pad_and_pair_row` makes it, [side + 2][side + 2][Out].
   template <class Source>
   void add(const Source& input, size_t first, const factor* pairs, float* result) {
     for (int top = 0; top < side_; top += ROWS<In>) {

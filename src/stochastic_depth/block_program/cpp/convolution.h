@@ -1,16 +1,15 @@
 // Convolutions of 3x3 with padding 1 and stride 1 from In to Out channels, and their gradients.
 // Images are [n, side, side, channels]; channels are multiples of 16, or FEW; sums are in float32.
 //
-// Each image is copied into a frame of zeros, as factors that the first caches hold. What normalisation,
-// addition and ReLU make of it is computed on the way, so that it need not be read again, or not
-// even stored.
+// Each image is copied into a frame of zeros that the inner caches hold. Normalisation, addition and
+// ReLU are computed while it is copied, so that no pass over the image is needed for them.
 
 #pragma once
 
 #include "by_tiles.h"
 #include "by_vectors.h"
 
-// weight: [Out][9][inputs], as [Out/LANES][9][In/PER_LANE][LANES outputs][PER_LANE inputs].
+// The weight, [Out][9][inputs], as [Out/LANES][9][In/PER_LANE][LANES outputs][PER_LANE inputs].
 template <int In, int Out>
 Scratch<factor> packed(const stored* weight, int inputs) {
   Scratch<factor> result(9 * In * Out);
@@ -24,8 +23,8 @@ Scratch<factor> packed(const stored* weight, int inputs) {
   return result;
 }
 
-// For the gradient of the input, which is a convolution too: with the taps the other way round, and
-// inputs and outputs exchanged.
+// The weight for the gradient of the input, which is a convolution too: the taps are in reverse order,
+// and inputs and outputs are exchanged.
 template <int C>
 Scratch<factor> packed_transposed(const stored* weight) {
   Scratch<factor> result(9 * C * C);
@@ -55,8 +54,10 @@ template <int In, int Out>
 using WeightGradient = WeightGradientByVectors<In, Out>;
 #endif
 
-// padded: [side + 2][side + 2][In]; taps: as `packed` gives them; added: null, or as out.
-// `ahead(pixel, count)` is called on the way with every part of the image.
+// Convolves one image: out, [side][side][Out], and its sums.
+// padded: the image in a frame of zeros, [side + 2][side + 2][In]; taps: as `packed` returns them;
+// added: null, or what is added to the result. `ahead(pixel, count)` is called once for every part of
+// the image, to prefetch the next one.
 template <int In, int Out, class Sums, class Ahead>
 void convolve_image(const factor* padded, const factor* taps, const stored* added, stored* out,
                     int side, Sums& sums, const Ahead& ahead) {
@@ -74,11 +75,11 @@ struct Shape {
 
   size_t pixels() const { return (size_t)side * side; }
   long rows() const { return n * (long)pixels(); }
-  // Where the image after image i begins, which is fetched while that is computed.
+  // The first pixel of the image after image i, which is fetched while image i is computed.
   size_t after(int i) const { return (i + 1 < n ? i + 1 : i) * pixels(); }
 };
 
-// The convolution of `source`, and the sums of it.
+// Convolves all images of `source`; sums: of the results, as `normalise` wants them.
 template <int In, int Out, class Source>
 void convolve(const Source& source, Scratch<factor> taps, stored* out, double* sums,
               const Shape& shape) {
@@ -102,8 +103,8 @@ void convolve(const Source& source, Scratch<factor> taps, stored* out, double* s
   totals.over_threads(sums);
 }
 
-// The gradient of the weight, [Out][9][inputs], from that of the result.
-// `also(i, padded)` is called with that of image i between zeros, [side + 2][side + 2][Out].
+// The gradient of the weight, [Out][9][inputs], from the gradient of the result.
+// `also(i, padded)` is called with the latter of image i in a frame of zeros, [side + 2][side + 2][Out].
 template <int In, int Out, class Input, class Result, class Also>
 void weigh(const Input& input, const Result& gradient, float* of_weight, int inputs,
            const Shape& shape, const Also& also) {
@@ -137,8 +138,8 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
   }
 }
 
-// Both gradients of a convolution of `input`: of_weight, and of_input with `added`, if that is not
-// null. `sums_of(pixel)` gives what becomes of that of the image that begins there, and its sums.
+// Both gradients of a convolution of `input`. `added` is added to of_input, if it is not null.
+// `sums_of(pixel)` returns what sums the gradient of the image that begins at this pixel.
 template <int C, class Input, class Result, class SumsOf>
 void convolve_backward(const Input& input, const Result& gradient, const stored* weight,
                        float* of_weight, const stored* added, stored* of_input,

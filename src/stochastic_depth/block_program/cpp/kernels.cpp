@@ -1,8 +1,8 @@
 // Convolution and batch normalisation of residual networks, for any processor: see vectors.h.
 //
-// Images are [n, side, side, channels] (channels_last), channels a multiple of 16. A null pointer
-// means that there is none. Sums over the pixels of a mini-batch are float64, [2][channels]; those
-// of a gradient are of what is under a ReLU, and of its product with y - mean.
+// Images are [n, side, side, channels] (channels_last), with a multiple of 16 channels. A null pointer
+// stands for nothing. Sums over the pixels of a mini-batch are float64, [2][channels]. The sums of a
+// gradient are those of the gradient of a ReLU's input, d, and of d * (y - mean).
 
 #include <type_traits>
 
@@ -31,8 +31,8 @@ struct Layer {
   Norm norm;
 };
 
-// x = ReLU(BN(y) + shortcut). Without y, x is what is stored there. With it, x is written when it
-// is first convolved, or, if it is null, computed whenever it is needed.
+// An image x. If y is null, x is in memory. Otherwise x = ReLU(BN(y) + shortcut): it is stored when it
+// is first convolved, or, if x is null, computed again whenever it is needed.
 struct Input {
   stored* x;
   const stored *y, *shortcut;
@@ -59,8 +59,8 @@ void convolve3x3(const Input* x, const Layer* layer, stored* y, int n, int side,
   });
 }
 
-// Gradients of the layer's parameters and of x, from that of BN(y) and the sums of it. If x comes
-// from a y of its own, that of what is under its ReLU is given, and the sums of that.
+// Gradients of the layer's parameters and of x, from the gradient of BN(y) and its sums. If x is
+// computed from a y of its own, of_x is the gradient of its ReLU's input, and of_x_sums are its sums.
 void convolve3x3_backward(const Input* x, const Layer* layer, const stored* y, const stored* gradient,
                           const double* sums, const stored* added, stored* of_x, double* of_x_sums,
                           int n, int side, int channels, int threads) {
@@ -109,26 +109,26 @@ void convolve_pictures_backward(const stored* images, const Layer* layer, const 
   });
 }
 
-// The statistics of a y that others have convolved; rows are its pixels.
+// The statistics of a y that PyTorch has convolved; rows are its pixels.
 void observe(const stored* y, const Layer* layer, long rows, int channels, int threads) {
   double sums[2 * MOST];
   sum_moments(y, sums, rows, channels, threads);
   normalise(layer->norm, sums, rows, channels);
 }
 
-// The gradient of such a y from that of BN(y).
+// The gradient of such a y from the gradient of BN(y).
 void observe_backward(const stored* y, const Layer* layer, const stored* gradient, const double* sums,
                       stored* of_y, long rows, int channels, int threads) {
   spread(gradient, y, normalise_backward(layer->norm, sums, rows, channels), of_y, rows, channels,
          threads);
 }
 
-// Writes x, which nobody has convolved yet.
+// Stores an x that no convolution has stored yet.
 void complete(const Input* x, long rows, int channels, int threads) {
   activate(x->y, *x->norm, x->shortcut, x->x, rows, channels, threads);
 }
 
-// The gradient of x becomes that of what is under its ReLU, in place; and the sums of it.
+// Turns the gradient of x, in place, into that of its ReLU's input, and sums it.
 void complete_backward(const Input* x, stored* gradient, double* sums, long rows, int channels,
                        int threads) {
   activate_backward(gradient, x->x, x->y, *x->norm, sums, rows, channels, threads);
@@ -140,8 +140,8 @@ void classify(const stored* x, const Linear* layer, const int64_t* labels, float
   classify_images(x, *layer, labels, loss, gradient, n, pixels, channels, threads);
 }
 
-// Means over 2x2 of x, and zeros in the channels that out has more; rows, of all images, and
-// columns are those of out.
+// The means of 2x2 pixels of x; channels that out has in addition are zeros. rows, of all images
+// together, and columns are those of out.
 void pool(const stored* x, stored* out, int rows, int columns, int channels, int out_channels,
           int threads) {
   pool_and_pad(x, out, rows, columns, channels, out_channels, threads);
@@ -161,11 +161,11 @@ int permitted() {
 #endif
 }
 
-// Whether what is multiplied is rounded to bfloat16.
+// Whether the operands of a product are rounded to bfloat16.
 int rounds_factors() { return sizeof(factor) == 2; }
 
-// Multiply-adds that wait for nothing but each other, in as many chains as keep the processor busy:
-// what it can do at most. values: [64]. Gives the number of multiplications and additions.
+// The most that the processor can do: multiply-adds in as many independent chains as keep it busy.
+// values: [64]. Returns the number of multiplications and additions.
 long multiply(float* values, long rounds) {
 #ifdef TILES
   // Products of zeros are twice as fast: the processor limits the power that tiles take.

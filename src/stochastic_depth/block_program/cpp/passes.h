@@ -1,5 +1,4 @@
-// What is between convolutions, pixel by pixel, and the end of a network. Channels are a multiple of
-// 16.
+// What is computed outside of the convolutions, and the end of a network. Channels are a multiple of 16.
 
 #pragma once
 
@@ -7,9 +6,9 @@
 
 #include "statistics.h"
 
-constexpr int AHEAD = 2048;  // elements: what passes over images fetches before it is needed
+constexpr int AHEAD = 2048;  // elements by which a pass over images prefetches
 
-// The part of the rows that is this thread's, in stretches.
+// Calls work(start, end) for the rows of this thread, a stretch at a time.
 template <class Work>
 void in_stretches(long rows, const Work& work) {
   constexpr long STRETCH = 1024;
@@ -53,7 +52,7 @@ inline void activate(const stored* y, const Norm& norm, const stored* shortcut, 
     }
 }
 
-// The gradient of x becomes that of what is under its ReLU, in place; and the sums of it.
+// Turns the gradient of x, in place, into that of its ReLU's input, and sums it.
 inline void activate_backward(stored* gradient, const stored* x, const stored* y, const Norm& norm,
                               double* sums, long rows, int channels, int threads) {
   Totals totals(channels, threads);

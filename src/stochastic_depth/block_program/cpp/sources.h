@@ -1,11 +1,12 @@
-// What is convolved, pixel by pixel: images as they are stored, or computed from others on the way;
-// and rows of it between zeros.
+// The sources of a convolution: an image as it is stored, or one that is computed from others while it
+// is read. And how a row of a source is copied into a frame of zeros.
 
 #pragma once
 
 #include "statistics.h"
 
-// `reader(c)` gives what reads CHANNELS channels of a pixel from c on; `fetch` is for pixels to come.
+// `source.reader(c)` returns a function of a pixel, which reads its channels c to c + CHANNELS;
+// `source.fetch(pixel, count)` prefetches what these functions will read.
 
 template <int C>
 struct Image {
@@ -33,7 +34,7 @@ struct Activated {
   void fetch(size_t pixel, size_t count) const { prefetch(y + pixel * C, count * C); }
 };
 
-// x = ReLU(y * scale + shift + shortcut), which is stored as it is read; the shortcut may be null.
+// x = ReLU(y * scale + shift + shortcut), which is also stored when it is read. The shortcut may be null.
 template <int C>
 struct Added {
   static constexpr int CHANNELS = LANES;
@@ -58,7 +59,7 @@ struct Added {
   }
 };
 
-// The gradient of y from that of BN(y).
+// The gradient of y, computed from the gradient of BN(y).
 template <int C>
 struct Normalised {
   static constexpr int CHANNELS = LANES;
@@ -79,7 +80,7 @@ struct Normalised {
   }
 };
 
-// Images of up to FEW channels, which are filled up with zeros.
+// Pictures of up to FEW channels; the missing channels are zeros.
 constexpr int FEW = 4;
 struct Pictures {
   static constexpr int CHANNELS = FEW;
@@ -96,7 +97,7 @@ struct Pictures {
   void fetch(size_t pixel, size_t count) const { prefetch(x + pixel * channels, count * channels); }
 };
 
-// A row of the image between two zeros, which are there already: [side + 2][C].
+// Copies a row of the image to padded, [side + 2][C], whose first and last pixel stay zero.
 template <int C, class Source>
 void pad_row(const Source& source, size_t first, factor* padded, int side) {
   for (int c = 0; c < C; c += Source::CHANNELS) {
@@ -105,10 +106,11 @@ void pad_row(const Source& source, size_t first, factor* padded, int side) {
   }
 }
 
-// The gradient of the weight sums over pixels, so that lanes are of PER_LANE neighbouring pixels:
-// [pixels/PER_LANE][C][PER_LANE]. With one there is nothing to pair: padded rows are what is wanted.
+// The gradient of a weight is a sum over pixels. For it, the PER_LANE factors of a lane belong to
+// neighbouring pixels: [pixels / PER_LANE][C][PER_LANE]. With one factor a lane, padded rows serve.
 
-// A row of the gradient, for both uses. pairs: from its first pixel on, [side][C].
+// Copies a row of the gradient for both of its uses: to padded, as `pad_row` does, and to pairs, which
+// begin with its first pixel.
 template <int C, class Source>
 void pad_and_pair_row(const Source& source, size_t first, factor* padded, factor* pairs, int side) {
   if constexpr (PER_LANE == 1) {

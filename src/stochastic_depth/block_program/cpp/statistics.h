@@ -1,5 +1,5 @@
-// Batch normalisation, and the sums over the pixels of a mini-batch that it needs: two for each
-// channel, in float32 over an image, then in float64.
+// Batch normalisation, and the two sums over all pixels of a mini-batch that it needs for each channel.
+// They are summed in float32 over an image, and in float64 over the mini-batch.
 
 #pragma once
 
@@ -16,7 +16,7 @@ struct Norm {
   float momentum, eps, factor;
 };
 
-// sums: of y and of y * y, [2][channels].
+// sums: those of y and of y * y, [2][channels].
 inline void normalise(const Norm& norm, const double* sums, long rows, int channels) {
   for (int c = 0; c < channels; c++) {
     const double m = sums[c] / rows, square = sums[channels + c] / rows;
@@ -38,7 +38,7 @@ struct Coefficients {
   alignas(64) float by_gradient[MOST], by_y[MOST], constant[MOST];
 };
 
-// sums: of the gradient of BN(y) * factor, and of its product with y - mean.
+// sums: those of the gradient of BN(y) * factor, and of its product with y - mean.
 inline Coefficients normalise_backward(const Norm& norm, const double* sums, long rows,
                                        int channels) {
   Coefficients result;
@@ -55,7 +55,7 @@ inline Coefficients normalise_backward(const Norm& norm, const double* sums, lon
   return result;
 }
 
-// [threads][2][channels], and in the end [2][channels].
+// The sums of each thread, [threads][2][channels], and in the end those of all, [2][channels].
 class Totals {
  public:
   Totals(int channels, int threads)
@@ -76,8 +76,8 @@ class Totals {
   std::vector<double> totals_;
 };
 
-// Over an image: of x and of x * x, where x is rounded as it will be stored. In float32 they are of
-// differences to its first pixel, so that a large mean costs no digits.
+// The sums of x and of x * x over an image, where x is rounded as it will be stored. The differences
+// to its first pixel are summed, so that a large mean costs no digits of float32.
 template <int C>
 struct Moments {
   alignas(64) float pivot[C], sum[C] = {}, square[C] = {};
@@ -107,9 +107,9 @@ struct Moments {
   }
 };
 
-// Over an image of the gradient of x = ReLU(y * scale + shift + shortcut): it becomes that of what
-// is under the ReLU, d, and the sums are of d and of d * (y - mean). Where x is not stored, there is
-// no shortcut, and it is computed again.
+// For the gradient of x = ReLU(y * scale + shift + shortcut), over an image: it is turned into the
+// gradient d of the ReLU's input, and d and d * (y - mean) are summed. Where x is not stored, there is
+// no shortcut, and x is computed again.
 template <int C, bool is_stored>
 struct UnderReLU {
   const stored *x, *y;
@@ -141,7 +141,7 @@ struct UnderReLU {
   void fetch(size_t pixel, size_t count) const { prefetch(y + pixel * C, count * C); }
 };
 
-// Nothing is wanted.
+// No sums are wanted.
 struct Unsummed {
   template <size_t T>
   void add(size_t, int, const Floats (&)[T]) {}
@@ -149,8 +149,8 @@ struct Unsummed {
   void fetch(size_t, size_t) const {}
 };
 
-// What becomes of LANES channels from c on of T results, from this pixel of the image: `added` is
-// added, if it is not null, and they are summed and stored.
+// Finishes T results, channels c to c + LANES of the pixels from `pixel` on: adds `added`, if it is not
+// null, sums them, and stores them.
 template <int C, class Sums, size_t T>
 void finish(Floats (&result)[T], size_t pixel, int c, const stored* added, stored* out, Sums& sums) {
   if (added)

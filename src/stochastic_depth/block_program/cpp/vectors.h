@@ -1,9 +1,11 @@
 // Vectors of channels, as wide as the processor's registers, in the compiler's own vector types.
 //
-// Images are `stored` in bfloat16, or in float32 if FLOAT32 is defined, and computed in float32. What
-// is multiplied are `factor`s, in lanes of 32 bits: one in float32; or, where the processor sums the
-// products of pairs of bfloat16, two. PAIRS does that without the instruction, for tests; TILES are
-// matrices of such pairs, see tiles.h.
+// `stored` is the type in which images lie in memory: bfloat16, or float32 if FLOAT32 is defined.
+// `factor` is the type of the operands of a product, whose sums are always float32. Where the
+// processor can sum products of pairs of bfloat16, a factor is bfloat16, and a lane of 32 bits holds
+// PER_LANE = 2 of them; otherwise a factor is float32. Macros, which tests also define by hand:
+// PAIRS: products of pairs; written out where the processor has no instruction for them.
+// TILES: products of matrices of pairs; see tiles.h.
 
 #pragma once
 
@@ -92,7 +94,7 @@ inline Floats load(const bf16* p) { return widened(get<Vector<bf16>>(p)); }
 inline void store(float* p, Floats v) { put(p, v); }
 inline void store(bf16* p, Floats v) { put(p, narrowed(v)); }
 
-// As it will be read again.
+// The value that will be read again after v has been stored.
 inline Floats as_stored(Floats v) {
   if constexpr (sizeof(stored) == 4) return v;
   return widened(narrowed(v));
@@ -101,8 +103,8 @@ inline Floats as_stored(Floats v) {
 inline Floats relu(Floats v) { return v > 0 ? v : Floats{}; }
 inline Floats where_positive(Floats condition, Floats v) { return condition > 0 ? v : Floats{}; }
 
-// Read ahead, for reading or for writing. GCC drops calls of functions that only prefetch, but for
-// the empty instruction.
+// Fetch memory into the cache, to be read or to be written. GCC removes calls of a function that does
+// nothing but prefetch; the empty instruction prevents that.
 inline void prefetch(const stored* p, size_t count) {
   for (size_t at = 0; at < count; at += 64 / sizeof(stored)) __builtin_prefetch(p + at);
   asm volatile("");
@@ -138,7 +140,7 @@ inline factor one_factor(stored value) {
   return get<factor>(&bits);
 }
 
-// What is multiplied, lane by lane; and one lane, in all lanes.
+// An operand of `multiply_add`, lane by lane; `broadcast` copies one lane into all of them.
 #ifdef PAIRS
 using Operand = Lanes;
 inline Operand broadcast(const factor* p) { return get<uint32_t>(p) - Operand{}; }
@@ -147,7 +149,7 @@ using Operand = Floats;
 inline Operand broadcast(const factor* p) { return *p - Operand{}; }
 #endif
 
-// Those of two pixels, lane by lane.
+// The factors of two pixels, channel by channel, side by side in a lane.
 template <int N>
 Vector<uint32_t, N> paired(Vector<factor, N> one, Vector<factor, N> two) {
   using Wide = Vector<uint32_t, N>;
@@ -167,7 +169,7 @@ inline Floats multiply_add(Floats sum, Operand a, Operand b) {
 #endif
 }
 
-// Zeros, that begin on a cache line.
+// Memory that is filled with zeros and begins on a cache line.
 template <class T>
 class Scratch {
  public:
