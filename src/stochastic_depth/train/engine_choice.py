@@ -64,7 +64,7 @@ def choose_engine(config: Config, device: str, precision: str) -> Choice:
 def _misfit(config: Config) -> str | None:
     """Why the native kernels cannot take images of this size; None if they can.
 
-    They compute 8 or 16 pixels of a row at a time, and rows of the last stage are a quarter as long.
+    They compute 8 or 16 pixels of a row at a time, and the last stage has a quarter of the columns.
     """
     side = config.data.size or SIDES.get(config.data.name)
     if side is None or side % 32:
