@@ -1,4 +1,4 @@
-"""The arithmetic of a residual network's pieces, by PyTorch's operators, for others to override."""
+"""The arithmetic of a residual network, by PyTorch's operators; other kernels override it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,11 +51,12 @@ aten = torch.ops.aten
 
 
 class Kernels:
-    """By PyTorch's operators, the same that autograd calls, so that results are identical.
+    """Computes with the operators of PyTorch that autograd calls, so results are identical.
 
-    Other kernels override what they compute in another way. Images are [batch, channels, height,
-    width], channels_last. Statistics of a mini-batch are noted in the layers' norms and added to
-    the running ones. Gradients of parameters are written where they belong.
+    Other kernels are subclasses that override some of the methods. Images are [batch, channels,
+    height, width], channels_last. A forward method stores the statistics of the mini-batch in the
+    layer's `norm` and updates the running ones. A backward method writes the gradients of the
+    parameters to the layer.
     """
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
@@ -67,7 +68,7 @@ class Kernels:
     def stem_backward(
         self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
     ) -> None:
-        """Gradients of the stem's parameters from that of `out`."""
+        """The gradients of the stem's parameters from the gradient of `out`."""
         (a,) = saved
         of_a = self.normalise_backward(gradient, out, a, layer.norm)
         self.convolve_backward(of_a, images, layer, needs_input=False)
@@ -95,12 +96,13 @@ class Kernels:
         gradient: Tensor,
         of_shortcut: Callable[[], Tensor],
     ) -> None:
-        """Gradients of the parameters and of x; x's may be left out where x is 0.
+        """The gradients of the parameters and of x. That of x may be left out where x is 0.
 
         Args:
-            gradient: of `out`; becomes that of the sum under the ReLU, in place.
-            of_shortcut: called after that; returns the gradient of x through the shortcut, to which
-                that through the branch is added in place.
+            gradient: the gradient of `out`. It is changed, in place, into the gradient of the sum
+                to which the ReLU is applied.
+            of_shortcut: returns the gradient of x through the shortcut, to which the gradient
+                through the branch is added in place. It is called after `gradient` was changed.
         """
         a, b, c = saved
         of_c = self.normalise_backward(gradient, out, c, second.norm)
@@ -109,11 +111,11 @@ class Kernels:
         of_shortcut().add_(self.convolve_backward(of_a, x, first))
 
     def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
-        """The cross-entropy, [], of `layer` applied to the mean over x's pixels; and all gradients.
+        """The cross-entropy, [], of `layer` on the mean over the pixels of x; writes all gradients.
 
         Args:
             labels: int64 [batch].
-            gradient: becomes that of x.
+            gradient: the gradient of x is written here.
         """
         pixels = x.shape[2] * x.shape[3]
         pooled = x.mean((2, 3)).to(layer.weight.dtype)
@@ -126,16 +128,16 @@ class Kernels:
         return loss
 
     def written(self, x: Tensor) -> Tensor:
-        """x, computed: `stem` and `branch` may defer its computation until it is read."""
+        """Return x after computing it, where `stem` or `branch` has put that off until x is read."""
         return x
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
-        """out = means over 2x2 pixels of x, and zeros in the channels that x does not have."""
+        """Write the means over 2x2 pixels of x to out, and zeros to the channels x does not have."""
         added = out.shape[1] - x.shape[1]
         out.copy_(F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, added)))
 
     def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
-        """The gradient of x from that of `out`."""
+        """Write the gradient of x, computed from the gradient of `out`."""
         spread = F.interpolate(gradient[:, : of_x.shape[1]], scale_factor=2, mode="nearest")
         torch.mul(spread, 0.25, out=of_x)
 
@@ -146,7 +148,7 @@ class Kernels:
     def convolve_backward(
         self, gradient: Tensor, x: Tensor, layer: Layer, needs_input: bool = True
     ) -> Tensor:
-        """The gradient of `x`, if it is needed; that of the weight is written."""
+        """The gradient of `x`, if it is needed; writes the gradient of the weight."""
         geometry = [layer.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1
         of_input, of_weight, _ = aten.convolution_backward(
             gradient, x, layer.weight, None, *geometry, [needs_input, True, False]
@@ -179,7 +181,7 @@ class Kernels:
     def normalise_backward(
         self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm
     ) -> Tensor:
-        """The gradient of `x`; `gradient`, of `out`, becomes that under the ReLU in place."""
+        """The gradient of `x`. `gradient`, that of `out`, becomes that of the ReLU's input in place."""
         aten.threshold_backward.grad_input(gradient, out, 0, grad_input=gradient)
         of_x, of_weight, of_bias = aten.native_batch_norm_backward(
             gradient if norm.factor is None else gradient * norm.factor,

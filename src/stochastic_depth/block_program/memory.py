@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 32
-"""Elements: every parameter begins on a cache line, in bfloat16 too."""
+"""Every parameter begins at a multiple of this many elements: on a cache line, in bfloat16 too."""
 
 
 class FlatParameters:
     """Makes the parameters of a network views of one tensor.
 
-    One operation then casts, clears or updates all of them. Names, shapes and values stay, so that
-    the network works as before. Weights of convolutions are laid out as channels_last.
+    One operation then converts, clears or updates all of them. Names, shapes and values stay, so
+    the network works as before. The weights of convolutions are laid out as channels_last.
 
     Args:
-        parts: modules that between them hold the parameters, each once; each becomes one segment.
-        dtype: what the parameters are computed with.
+        parts: modules that together hold every parameter once. Each becomes one segment.
+        dtype: the type in which the network computes with the parameters.
     """
 
     def __init__(self, parts: Sequence[nn.Module], dtype: torch.dtype) -> None:
@@ -48,7 +48,7 @@ class FlatParameters:
         return iter(self._places)
 
     def of(self, parameter: Tensor, buffer: Tensor) -> Tensor:
-        """The part of `buffer` that is `parameter`'s, in its shape."""
+        """The part of `buffer` that belongs to `parameter`, in its shape."""
         start = self._places[parameter]
         flat = buffer[start : start + parameter.numel()]
         if parameter.ndim != 4:
@@ -57,13 +57,13 @@ class FlatParameters:
         return flat.view(out, height, width, into).permute(0, 3, 1, 2)
 
     def cast(self) -> None:
-        """Update the working copy of the parameters: one cast for all layers."""
+        """Update the working copy of the parameters, with one conversion for all layers."""
         if self.working is not self.values:
             self.working.copy_(self.values)
 
 
 class FlatSGD:
-    """SGD on `flat`, whole or by segments: the same arithmetic as `optimizer` on single parameters.
+    """SGD on all of `flat` or some segments, with the arithmetic of `optimizer` on parameters.
 
     Momentum and hyperparameters stay in `optimizer`, so that its checkpoints do not change.
     """

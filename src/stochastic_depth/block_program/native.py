@@ -1,4 +1,4 @@
-"""The kernels in `cpp/`, as `Kernels`: in bfloat16 or float32, for a CPU."""
+"""The C++ kernels of `cpp/` as `Kernels`, for a CPU, in bfloat16 or float32."""
 
 import ctypes
 from collections.abc import Callable
@@ -29,12 +29,12 @@ class Sum:
 class NativeKernels(Kernels):
     """Convolutions on a CPU with normalisation, addition and ReLU fused into them.
 
-    They are computed while a convolution reads its input, and in the backward pass the gradient of
-    its result, so that no pass over the images is made for them alone. A branch keeps the results
-    of its two convolutions and nothing else; its output is written by the next branch that reads
-    it. Sums are in float32 and rounded once, so results differ from PyTorch's in the last bits.
-    PyTorch computes what these kernels are not written for (strides, other numbers of channels,
-    other types).
+    A convolution computes them while it reads its input, and in the backward pass while it reads
+    the gradient of its result, so no pass over the images is made for them alone. For the backward
+    pass a branch keeps the results of its two convolutions and nothing else. Its output is computed
+    and stored by the next branch that reads it. Sums are in float32 and rounded once, so results
+    differ from PyTorch's in the last bits. What these kernels are not written for (strides, other
+    numbers of channels, other types) is computed by PyTorch.
 
     Raises:
         EngineError: where it cannot be compiled, saying why.
@@ -46,7 +46,7 @@ class NativeKernels(Kernels):
         self._buffers = Buffers()
         self._layers: dict[int, tuple[CLayer, Layer, Tensor]] = {}
         self._sums: dict[Tensor, Sum] = {}
-        """By x, the sums whose gradient is not computed yet."""
+        """The sums whose gradient is not computed yet, by their x."""
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
         self._sums.clear()  # of a step that failed
@@ -187,7 +187,7 @@ class NativeKernels(Kernels):
         return self.convolve_backward(gradient.float(), x.float(), _widened(layer))
 
     def _convolve(self, x: CInput, layer: Layer, like: Tensor) -> Tensor:
-        """The convolution y of x; its statistics are noted in the layer."""
+        """The convolution y of x; its statistics are stored in the layer."""
         y = self._buffers.take(like)
         self._library.convolve3x3(x, self._layer(layer), y.data_ptr(), *self._geometry(y))
         return y
@@ -202,9 +202,10 @@ class NativeKernels(Kernels):
         added: Tensor | None,
         of_x: Tensor,
     ) -> Tensor:
-        """Both gradients of the convolution y of x, from that of BN(y) and the sums of that.
+        """Both gradients of the convolution y of x, from the gradient of BN(y) and its sums.
 
-        If x is the output of a ReLU, of_x becomes the gradient under it; returns the sums of that.
+        If x is the output of a ReLU, of_x becomes the gradient of that ReLU's input, whose sums are
+        returned.
         """
         of_x_sums = _sums(y)
         self._library.convolve3x3_backward(

@@ -46,7 +46,7 @@ def linear_of(module: nn.Linear, flat: FlatParameters) -> Linear:
 
 
 class Stem:
-    """images -> x"""
+    """The first convolution: images -> x."""
 
     def __init__(
         self, layer: Layer, images: Tensor, x: Tensor, gradient: Tensor, kernels: Kernels
@@ -63,7 +63,10 @@ class Stem:
 
 
 class Block:
-    """x -> ReLU(shortcut(x) + branch(x)): two layers around an identity, or pooling and padding."""
+    """A residual block: x -> ReLU(shortcut(x) + branch(x)).
+
+    The branch has two layers; the shortcut is the identity, or pooling and padding.
+    """
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class Block:
 
 
 class Head:
-    """x -> loss"""
+    """The last layer: x -> loss."""
 
     def __init__(
         self, layer: Linear, labels: Tensor, x: Tensor, gradient: Tensor, kernels: Kernels
