@@ -128,11 +128,11 @@ class Kernels:
         return loss
 
     def written(self, x: Tensor) -> Tensor:
-        """Return x after computing it, where `stem` or `branch` has put that off until x is read."""
+        """Return x, computed now if `stem` or `branch` has put that off until x is read."""
         return x
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
-        """Write the means over 2x2 pixels of x to out, and zeros to the channels x does not have."""
+        """out = the means over 2x2 pixels of x; channels that x does not have are zeros."""
         added = out.shape[1] - x.shape[1]
         out.copy_(F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, added)))
 
@@ -181,7 +181,7 @@ class Kernels:
     def normalise_backward(
         self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm
     ) -> Tensor:
-        """The gradient of `x`. `gradient`, that of `out`, becomes that of the ReLU's input in place."""
+        """The gradient of `x`; that of `out` is changed, in place, into that of the ReLU's input."""
         aten.threshold_backward.grad_input(gradient, out, 0, grad_input=gradient)
         of_x, of_weight, of_bias = aten.native_batch_norm_backward(
             gradient if norm.factor is None else gradient * norm.factor,
