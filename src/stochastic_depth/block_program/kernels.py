@@ -181,7 +181,7 @@ class Kernels:
     def normalise_backward(
         self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm
     ) -> Tensor:
-        """The gradient of `x`; that of `out` is changed, in place, into that of the ReLU's input."""
+        """The gradient of `x`; that of `out` becomes, in place, that of the ReLU's input."""
         aten.threshold_backward.grad_input(gradient, out, 0, grad_input=gradient)
         of_x, of_weight, of_bias = aten.native_batch_norm_backward(
             gradient if norm.factor is None else gradient * norm.factor,
