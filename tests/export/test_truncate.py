@@ -175,8 +175,11 @@ def test_a_block_that_does_more_than_pass_on_its_input_is_refused_by_name():
 @pytest.mark.parametrize(
     ("keep", "said"),
     [(n, f"keep={n}: at least the first block of each stage is kept") for n in (0, -1)]
-    + [([9], r"keep=\[9\]: different positions"), ([0, 0], r"keep=\[0, 0\]: different positions")]
-    + [([-1], r"keep=\[-1\]: different positions")],
+    + [
+        ([9], r"keep=\[9\]: give different positions"),
+        ([0, 0], r"keep=\[0, 0\]: give different positions"),
+    ]
+    + [([-1], r"keep=\[-1\]: give different positions")],
 )
 def test_a_choice_that_does_not_fit_is_refused(keep, said):
     model = network()

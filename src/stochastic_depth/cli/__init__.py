@@ -1,10 +1,10 @@
 """The command line: parse, call, print.
 
-PyTorch is not imported before a command line has been understood, so that help and errors come at
+PyTorch is not imported before a command line has been understood, so that help and errors appear at
 once.
 
-Exit codes: 0 done; 1 an error, printed in one line; 2 a command line that cannot be understood;
-128 + n stopped by signal n, with a checkpoint if a run was training.
+Exit codes: 0 for success; 1 for an error, which is printed in one line; 2 for a command line that
+cannot be understood; 128 + n when stopped by signal n, with a checkpoint if a run was training.
 """
 
 import importlib
@@ -33,9 +33,9 @@ COMMANDS = {
     "recipes": "the published results that can be reproduced",
 }
 MODULES = {"compare": "train", "eval": "train", "predict": "export", "recipes": "train"}
-"""The module of each command that is not in a module of its own name."""
+"""The module of each command that does not have a module of its own name."""
 SPIN = {"GOMP_SPINCOUNT": "10000"}
-"""Makes waiting OpenMP threads release their core soon. With another program on one of two cores a
+"""Makes waiting OpenMP threads release their core soon. With another program on one of two cores, a
 training step took 80 times as long without this, and less than twice as long with it."""
 
 
@@ -71,10 +71,10 @@ def _interruptible(arguments: list[str]) -> int:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """While entered, Ctrl-C raises KeyboardInterrupt and is noted in the list.
+    """While entered, Ctrl-C raises KeyboardInterrupt and is recorded in the list.
 
-    The exception alone is not enough: a library that is just being imported may catch it and raise
-    another one.
+    The exception alone is not enough, because a library that is just being imported may catch it
+    and raise another one.
     """
     pressed: list[int] = []
 
@@ -82,7 +82,7 @@ def _interrupts() -> Iterator[list[int]]:
         pressed.append(number)
         raise KeyboardInterrupt
 
-    # A process in the background may ignore it; another thread cannot change what is done.
+    # A background process may ignore the signal, and only the main thread can set a handler.
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or not _in_main_thread():
         yield pressed

@@ -28,7 +28,7 @@ class Analysis:
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="RUN...", help_behavior_hint=""),
     ]
-    """The run folders; those that differ only in their seed are one group."""
+    """The run folders. Runs that differ only in their seed form one group."""
 
     def check(self) -> None:
         if not self.runs:
@@ -51,7 +51,7 @@ class NetworkAnalysis(Analysis):
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where their data is now (none: where it was)."""
     again: bool = False
-    """Measure again even if there is a result with the same settings."""
+    """Measure again, even if there is a result with the same settings."""
 
     def networks(self, runs: list["Run"]) -> Iterator["TrainedNetwork"]:
         """The trained networks, one at a time."""
@@ -63,12 +63,12 @@ class NetworkAnalysis(Analysis):
 
 @dataclass(frozen=True)
 class GradientStrength(Analysis):
-    """Mean absolute gradients over training and over depth; reads journals alone."""
+    """Mean absolute gradients over training and over depth; reads only journals."""
 
     epochs: tuple[float, ...] = ()
     """Which epochs are shown (none: five, from the first to the last)."""
     blocks: int = 18
-    """How many blocks are shown, evenly spread over the depth."""
+    """How many blocks to show, evenly spread over the depth."""
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import gradients as question
@@ -89,7 +89,7 @@ class GradientStrength(Analysis):
 
 @dataclass(frozen=True)
 class Active(Analysis):
-    """How many blocks were active, against the exact distribution; reads journals alone."""
+    """How many blocks were active, against the exact distribution; reads only journals."""
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab.active_blocks import active_blocks, active_table
@@ -110,9 +110,9 @@ class Ensemble(NetworkAnalysis):
     """Test error and calibration of the full network and of sampled subnetworks."""
 
     subnetworks: int = 64
-    """How many are sampled; means are shown for 1, 2, 4, ... of them."""
+    """How many subnetworks to sample; means are shown for 1, 2, 4, ... of them."""
     seed: int = 0
-    """Which are sampled."""
+    """Chooses the sampled subnetworks."""
 
     def check(self) -> None:
         super().check()
@@ -143,7 +143,7 @@ class Ensemble(NetworkAnalysis):
 
 @dataclass(frozen=True)
 class Depth(NetworkAnalysis):
-    """Test error, parameters and time without the last, or the least needed, blocks."""
+    """Test error, parameters and time without the last blocks, or without the least needed ones."""
 
     settings: Annotated[RemovedDepthOptions, tyro.conf.arg(name="")] = field(
         default_factory=RemovedDepthOptions
@@ -196,7 +196,7 @@ def analyze(arguments: list[str]) -> int:
 
 @contextmanager
 def shown(console: "PlainConsole", name: str) -> Iterator["Progress"]:
-    """Show the progress of analysing run `name`: a bar on a terminal, elsewhere a line a stage."""
+    """Show the progress of analysing run `name`: a bar on a terminal, or a line for each stage."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     stage = ""

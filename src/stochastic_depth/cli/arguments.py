@@ -1,4 +1,4 @@
-"""Sub-commands, recipes and run folders, as several commands take them."""
+"""Parse sub-commands, recipes and run folders, which several commands take."""
 
 import difflib
 import sys
@@ -20,18 +20,19 @@ from stochastic_depth.train.config import Config
 Arguments = TypeVar("Arguments")
 Name = TypeVar("Name", bound=str)
 DEFAULT = "digits"
-"""The recipe of a command line without one."""
+"""The recipe that is used when none is given."""
 
 
 def choose(
     program: str, about: str, what: str, choices: Mapping[Name, str], arguments: list[str]
 ) -> tuple[Name, list[str]]:
-    """The first argument, one of `choices`, and the others.
+    """Take the first argument, one of `choices`; returns it and the remaining arguments.
 
-    Only the chosen one is parsed further, so that the modules of the others are not imported.
+    Only the chosen sub-command is parsed further, so that the modules of the others are not
+    imported.
 
     Args:
-        choices: what each does, by name.
+        choices: what each sub-command does, by name.
 
     Raises:
         SystemExit: after printing help, or what is wrong.
@@ -60,10 +61,10 @@ def parse(
     about: str | None = None,
     default: Arguments | None = None,
 ) -> Arguments:
-    """The arguments of a command, as an instance of the dataclass `kind`.
+    """Parse the arguments of a command into an instance of the dataclass `kind`.
 
     Args:
-        about: for the help; the docstring of `kind` if not given.
+        about: the text of the help; the docstring of `kind` when not given.
         default: has the values of options that are not given.
 
     Raises:
@@ -91,12 +92,12 @@ def parse_recipe(
     defaults: Callable[[Config], Arguments],
     no_recipe: type = object,
 ) -> Arguments:
-    """The arguments of a command that takes a recipe and the options that change it.
+    """Parse the arguments of a command that takes a recipe and options that change it.
 
     Args:
-        about: for the help: what the command does.
-        defaults: the arguments of the command for the configuration of a recipe.
-        no_recipe: for the help: a dataclass of options that need no recipe.
+        about: for the help, what the command does.
+        defaults: returns the arguments of the command for the configuration of a recipe.
+        no_recipe: for the help, a dataclass of options that need no recipe.
 
     Raises:
         SystemExit: after printing help, or what is wrong.
@@ -148,7 +149,7 @@ def _show_help(
     with redirect_stdout(written), suppress(SystemExit):
         tyro.cli(shown, prog=program, args=["--help"])
     written.seek(0)
-    # tyro names every choice in the first line, and breaks neither it nor a description.
+    # tyro lists every choice in the first line, and wraps neither this line nor a description.
     usage, _, boxes = written.read().partition("\n")
     usage = usage.replace("{" + ",".join(choices) + "}", what.upper())
     usage = textwrap.fill(usage, 80, subsequent_indent="    ", break_on_hyphens=False)

@@ -35,7 +35,7 @@ BENCHMARKS: dict[str, tuple[type[BenchOptions], str]] = {
     "pictures": (PicturesOptions, "data.bench_pictures"),
     "busy": (BusyOptions, "steadiness.bench_busy"),
 }
-"""The options of each, and the function of the laboratory that measures it."""
+"""The options of each benchmark, and the function of the laboratory that measures it."""
 
 
 def bench(arguments: list[str]) -> int:
@@ -56,7 +56,7 @@ def bench(arguments: list[str]) -> int:
 
         module, function = where.split(".")
         measure = getattr(importlib.import_module(f"stochastic_depth.lab.bench.{module}"), function)
-    # What is timed has images of CIFAR's size, if not of the size that is asked for.
+    # Images have the size of CIFAR's unless another size is asked for.
     data = DataConfig(name="cifar10", size=getattr(asked, "size", None))
     runtime = resolve_runtime(
         Config(data=data, device=asked.device, precision=asked.precision, engine=asked.engine)

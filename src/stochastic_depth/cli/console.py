@@ -1,4 +1,4 @@
-"""The console of every command: it escapes whatever could control the terminal."""
+"""The console of every command, which escapes everything that could control the terminal."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,8 +13,10 @@ from stochastic_depth.files import visible
 
 
 class PlainConsole(Console):
-    """Shows brackets, colons and control characters in names that come from files as they are,
-    wherever in a table or a line they stand. Styles are given as styles, never within a text.
+    """Shows brackets, colons and control characters in names from files as they are.
+
+    That holds wherever in a table or a line they stand. Styles are given as styles, never in a
+    text.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -22,17 +22,17 @@ Checkpoint = Literal["best", "last"]
 
 @dataclass(frozen=True)
 class Export:
-    """A trained network as a plain file, p_l in its weights, read back and checked."""
+    """Write a trained network to a plain file, p_l in its weights, and check it."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run folder."""
     format: Literal["safetensors", "torch", "onnx"] = "safetensors"
-    """safetensors, torch (torch.export, .pt2), or onnx; batches of any size."""
+    """safetensors, torch (torch.export, .pt2), or onnx; all accept batches of any size."""
     depth: float = 1.0
     """The share of blocks to keep; those that validation needs least are removed."""
     elastic: bool = False
-    """Keep all blocks, note in which order they can be left out (predict --depth chooses), and
-    measure error and cost of each depth; safetensors only."""
+    """Keep all blocks, store the order in which they can be left out (predict --depth chooses), and
+    measure error and cost at each depth; for safetensors only."""
     checkpoint: Checkpoint = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -53,7 +53,7 @@ class Predict:
     ]
     """PNG, JPEG, WebP, BMP or PPM files of any size."""
     depth: float = 1.0
-    """The share of blocks to run, of a file exported with --elastic."""
+    """The share of blocks to run, for a file that was exported with --elastic."""
     top: int = 3
     """How many classes to show for each picture."""
     checkpoint: Checkpoint = "best"

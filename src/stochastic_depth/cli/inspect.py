@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspect:
-    """What can be skipped in a model, proved on it, and what that saves in time."""
+    """Which blocks of a model can be skipped, proved, and how much time that saves."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """timm/NAME, torchvision/NAME, transformers/TYPE (or a config.json), or package.module:factory,
-    which returns a model, or a model and an example of its input; the current folder is looked in
-    first. Built without weights."""
+    which returns a model, or a model and an example of its input. A factory is first looked for in
+    the current folder. Models are built without trained weights."""
     survival: Literal["linear", "uniform"] = "linear"
     """Linear decay to --final, or --final for every block."""
     final: float = 0.5
@@ -37,7 +37,7 @@ class Inspect:
     batch: int = 2
     """Samples in the example."""
     shape: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N ...")] = None
-    """Shape of one sample; the published one if not given."""
+    """The shape of one sample; the published one when not given."""
     granularity: Literal["block", "unit"] = "block"
     """One coin for all residual additions of a block, or one for each."""
     exclude: tuple[str, ...] = ()
@@ -45,12 +45,12 @@ class Inspect:
     repeats: int = 5
     """Rounds of timing."""
     plan_only: bool = False
-    """Build the structure alone, without storage: print the blocks, run nothing."""
+    """Build only the structure, without storage: print the blocks, and run nothing."""
     report: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write a page here: the blocks as a picture, what each costs, what drop rates would save in
-    time and memory on this machine, and the lines to paste."""
+    """Write a page here, with the blocks as a picture, the cost of each, what drop rates would save
+    in time and memory on this machine, and the lines to paste."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write what is printed as JSON here."""
+    """Write everything that is printed as JSON here."""
 
     def check(self) -> None:
         at_least(1, batch=self.batch, repeats=self.repeats)
@@ -74,7 +74,7 @@ def inspect(arguments: list[str]) -> int:
         from stochastic_depth.models.published import published
         from stochastic_depth.surgery import apply, plan, summary, verify
         from stochastic_depth.survival import LinearDecay, Uniform
-    sys.path.insert(0, os.getcwd())  # a factory of the folder the command is run in
+    sys.path.insert(0, os.getcwd())  # so that a factory in the current folder is found
     device = "meta" if asked.plan_only else "cpu"
     with console.status("building"), _on_example(asked, "cannot be built"):
         model, example = published(asked.model, batch=asked.batch, shape=asked.shape, device=device)

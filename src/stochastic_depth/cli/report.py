@@ -13,20 +13,20 @@ from stochastic_depth.extras import require
 
 @dataclass(frozen=True)
 class Report:
-    """Errors, times, savings and the figures there is data for, on one page."""
+    """Errors, times, savings, and all figures for which there is data, on one page."""
 
     runs: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="RUN...", help_behavior_hint=""),
     ]
-    """Run folders, folders of runs as compare leaves them, sweep folders, and files that bench
+    """Run folders, folders of runs as compare writes them, sweep folders, and files that bench
     depth wrote."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page."""
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write every figure too, as PNG and SVG, and its data as CSV."""
+    """Also write every figure as PNG and SVG, and its data as CSV, into this folder."""
     watch: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Write it again whenever a run has progressed, until all are finished."""
+    """Write the page again whenever a run has progressed, until all are finished."""
 
     def check(self) -> None:
         if not self.runs:

@@ -38,7 +38,7 @@ SWEPT: dict[Kind, dict[str, str]] = {
         ("--survival.gate", "--survival.balance", "--survival.closed", "--schedule"), "--gatings"
     ),
 }
-"""Options of the recipe that the grid would silently override, and the option to give instead."""
+"""Options of the recipe that the grid would silently override, and the options to give instead."""
 SURVIVAL = tuple(tenths / 10 for tenths in range(1, 11))
 
 
@@ -115,7 +115,7 @@ class Gates(Options):
 
 
 def _compare_gatings(sweep: "Sweep", asked: Gates, console: "PlainConsole") -> None:
-    """Measure what a step of each gating costs, and show it beside the errors."""
+    """Measure what a step of each gating costs, and show the cost beside the errors."""
     from stochastic_depth.lab.sweep.gates import gates_table, gating_results, write_results
 
     result = gating_results(sweep, console)

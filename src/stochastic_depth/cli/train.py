@@ -1,4 +1,4 @@
-"""stochastic-depth train, compare and eval, and the recipes that they take."""
+"""stochastic-depth train, compare and eval, and the list of recipes."""
 
 import json
 import shlex
@@ -44,7 +44,8 @@ RECIPES_ABOUT = "List the recipes, or show one: source, command, published resul
 class Begin:
     config: Annotated[Config, tyro.conf.arg(name="")]
     run: Path | None = None
-    """The run folder (none: runs/RECIPE, or the first of runs/RECIPE-2, ... that is free)."""
+    """The run folder (none: runs/RECIPE, or the first of runs/RECIPE-2, ... that does not
+    exist)."""
     quiet: bool = False
     """Print nothing."""
 
@@ -65,9 +66,9 @@ class Compare:
     seeds: int = 3
     """How many seeds, from `seed` on."""
     minutes: float | None = None
-    """About how long it may take: where the machine is slow, with fewer seeds or epochs."""
+    """About how long it may take. On a slow machine fewer seeds or epochs are then trained."""
     out: Path | None = None
-    """Folder for the runs, the table, the picture and the JSON (none: runs/compare-RECIPE)."""
+    """The folder for the runs, the picture and the JSON (none: runs/compare-RECIPE)."""
     quiet: bool = False
     """Print only the table."""
 
@@ -117,7 +118,7 @@ def _parse_resume(arguments: list[str]) -> Resume:
 
 
 def _joined(work, quiet: bool) -> int:
-    """Call `work` in each process that torchrun started; only the first one prints."""
+    """Call `work` in each process that torchrun has started; only the first one prints."""
     from stochastic_depth.cli.console import PlainConsole
 
     with PlainConsole(quiet=quiet).starting():
@@ -253,7 +254,7 @@ def compare(arguments: list[str]) -> int:
 def _fitted(
     config: Config, seeds: Sequence[int], folder: Path, end: float, console: "PlainConsole"
 ) -> Config:
-    """`config` with as many epochs as fit until `end`; prints what was measured and decided."""
+    """`config`, with as many epochs as fit until `end`; prints what was measured and decided."""
     from stochastic_depth.lab.comparison import epochs_of, measure_pace
 
     console.print("measuring how long a training step takes here")

@@ -112,18 +112,30 @@ def multipliers(
         result |= {name: p**e for name, e in of_block.items()}
     multiply(twin, result)
     after, folded = _traced(twin, run, [p and 1.0 for p in survival])
-    tolerance = SINGLE if before.single else TOLERANCE
-    for block, old, new in zip(blocks, before.scaled, after.scaled, strict=True):
+    _require_same(model, (before, outputs), (after, folded))
+    return result
+
+
+def _require_same(
+    model: nn.Module, before: tuple[Trace, list[Tensor]], after: tuple[Trace, list[Tensor]]
+) -> None:
+    """Compare the output of each branch, and of the model, before and after folding.
+
+    Raises:
+        FoldError: when one of them differs.
+    """
+    tolerance = SINGLE if before[0].single else TOLERANCE
+    blocks = handle_of(model).blocks
+    for block, old, new in zip(blocks, before[0].scaled, after[0].scaled, strict=True):
         difference = largest_difference([s.result for s in old], [s.result for s in new])
         if not difference <= tolerance:
             raise _inexact(model, block, f"its branch would differ by {difference:.2g}")
-    difference = largest_difference(outputs, folded)
+    difference = largest_difference(before[1], after[1])
     if not difference <= tolerance:
         raise FoldError(
             f"the output of {type(model).__name__} would differ by {difference:.2g} of its largest "
             "value, so nothing was folded: use the model as it is, with its gates"
         )
-    return result
 
 
 def _factor(block: Block) -> float | None:

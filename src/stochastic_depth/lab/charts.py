@@ -1,4 +1,4 @@
-"""A figure: what it shows in words, its data, and the charts all figures are made of."""
+"""A figure with its sentence and its data, and the charts that figures are made of."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.train import Record
 
 Row = Mapping[str, Any]
-"""One observation: texts and numbers; None for a missing value."""
+"""One observation: texts and numbers by column, None for a missing value."""
 Panel = alt.Chart | alt.LayerChart
 
 
@@ -26,31 +26,31 @@ class Key:
     name: str
     colour: str
     dash: tuple[int, int] = (1, 0)
-    """Pixels of stroke and of space."""
+    """The lengths of strokes and of gaps, in pixels."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, drawn only from its rows, so that it can be checked against them."""
+    """A figure. It is drawn from its rows alone, so that it can be checked against them."""
 
     id: str
     """A file name: lower-case letters, digits and hyphens."""
     title: str
     sentence: str
-    """What it shows, in the numbers of this very data."""
+    """A sentence that says what it shows, with the numbers of this very data."""
     rows: Sequence[Row]
     panels: Sequence[Panel]
-    """Drawn side by side where there is room, else one below the other."""
+    """Drawn side by side if there is room, otherwise one below the other."""
     legend: Sequence[Key] = ()
     note: str = ""
     """How it was measured, and what is averaged."""
     height: int = 240
     """Height of the plot in each panel, in pixels."""
     axis: int = 58
-    """What stands to the left of the plot in each panel, pixels."""
+    """The width of the labels to the left of the plot in each panel, in pixels."""
 
     def csv(self) -> str:
-        """The rows, a column for each of their keys."""
+        """The rows as CSV, with a column for each of their keys."""
         text = io.StringIO()
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -65,17 +65,17 @@ def _cell(value: Any) -> Any:
 
 
 def chart(values: Sequence[Row]) -> alt.Chart:
-    """A chart of `rows`; Vega-Lite does not guess their types."""
+    """A chart of `values`; Vega-Lite does not have to guess their types."""
     return alt.Chart(alt.InlineData(values=[dict(row) for row in values]))
 
 
 def layered(*layers: alt.Chart, title: str = "") -> alt.LayerChart:
-    """One panel, the first layer at the back."""
+    """One panel of several layers, the first layer at the back."""
     return alt.LayerChart(layer=list(layers), title=title)
 
 
 def hover(values: Sequence[Row]) -> alt.Chart:
-    """Points that appear under the pointer, each described by its `label`."""
+    """Points that appear under the pointer; the text of each is its `label`."""
     points = chart(values).mark_point(filled=True, opacity=0, size=50)
     return points.encode(description="label:N")
 
@@ -110,7 +110,7 @@ def log_axis(values: Sequence[float | None], title: str) -> alt.Y:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, as many as are readable."""
+    """Round numbers between `low` and `high`, as many as are readable."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     inside: list[float] = []
     for mantissas in ((1,), (1, 3), (1, 2, 5), range(1, 10), [n / 10 for n in range(10, 100)]):
@@ -122,7 +122,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 POINTS_OF_CURVE = 200
-"""The most points of a curve that show their number under the pointer."""
+"""How many points of a curve, at most, show their value under the pointer."""
 
 Quantity = Callable[[Record], float]
 
@@ -153,7 +153,7 @@ def curve_panel(
     """`quantity` of every run on a logarithmic axis; values that are not above zero are left out.
 
     Args:
-        label: the text of a value, shown under the pointer.
+        label: returns the text of a value, which is shown under the pointer.
     """
 
     def value(record: Record) -> float | None:
@@ -192,7 +192,7 @@ def curve_panel(
 
 
 def drops(experiment: Experiment) -> alt.Chart:
-    """Where the learning rate is divided."""
+    """Vertical lines where the learning rate is divided."""
     reached = max(run.records[-1].epoch for run in experiment.runs)
     values: list[dict[str, Any]] = [{"x": epoch} for epoch in experiment.drops if epoch <= reached]
     return (
@@ -203,7 +203,7 @@ def drops(experiment: Experiment) -> alt.Chart:
 
 
 def _means(series: Series, quantity: Quantity) -> list[tuple[float, float, list[float]]]:
-    """(epoch, mean, the values), as far as all runs of the series have come."""
+    """(epoch, mean, values), up to the epoch that all runs of the series have reached."""
     journals = [run.records for run in series.runs]
     return [
         (records[0].epoch, statistics.fmean(values), values)

@@ -1,4 +1,4 @@
-"""Figures as SVG and PNG, by Vega-Lite and without a browser."""
+"""Draw figures as SVG and PNG, with Vega-Lite and without a browser."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.style import CONFIG, LIGHT, style_sheet
 
 WIDE, NARROW = 720, 350
-"""Widths of a figure: of a page, and of a phone. Pixels."""
+"""The width of a figure on a page and on a phone, in pixels."""
 GAP, BELOW = 28, 84
-"""Between two panels side by side, and from the plot of one to that of the panel below it."""
+"""The space between two panels side by side, and between the plots of two panels one below the
+other, in pixels."""
 
 
 def page_svg(figure: Figure, width: int) -> str:
-    """For a page that has the style sheet: without title and legend, WIDE or NARROW.
+    """A figure for a page that has the style sheet: without title and legend, WIDE or NARROW.
 
     The text of every mark is its `aria-label`.
     """
@@ -25,14 +26,14 @@ def page_svg(figure: Figure, width: int) -> str:
 
 
 def file_svg(title: str, *figures: Figure) -> bytes:
-    """Figures below each other in one file, which follows the light or dark theme of its viewer."""
+    """Figures below each other in one SVG file, which follows its viewer's light or dark theme."""
     drawn = vl_convert.vegalite_to_svg(_picture(title, figures))
     head, rest = drawn.split(">", 1)
     return f"{head}><style>{style_sheet()}</style>{rest}\n".encode()
 
 
 def file_png(title: str, *figures: Figure) -> bytes:
-    """The same on white, at twice the resolution of a screen."""
+    """Figures below each other as PNG on white, at twice the resolution of a screen."""
     return vl_convert.vegalite_to_png(_picture(title, figures), scale=2)
 
 

@@ -1,4 +1,4 @@
-"""Numbers and their units as text, the same way everywhere."""
+"""Numbers and their units as text, formatted in one way everywhere."""
 
 from stochastic_depth.lab.study import Series, Spread, standard_error
 
@@ -8,7 +8,7 @@ def percent(spread: Spread) -> str:
 
 
 def plus_minus(spread: Spread, digits: int = 2) -> str:
-    """Mean, and deviation if there is one."""
+    """The mean, and the deviation if there is one."""
     deviation = "" if spread.deviation is None else f" ± {spread.deviation:.{digits}f}"
     return f"{spread.mean:.{digits}f}{deviation}"
 
@@ -19,7 +19,7 @@ def share(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the units people use."""
+    """A duration in the unit that people would use."""
     if seconds < 0.1:
         return f"{1000 * seconds:.3g} ms"
     if seconds < 100:
@@ -40,14 +40,14 @@ def counted(count: int, what: str) -> str:
 
 
 def runs_text(*counts: int) -> str:
-    """How many runs each figure of a table is the mean of."""
+    """How many runs the values of a table are averaged over."""
     if counts == (1,):
         return "1 run"
     return f"mean ± deviation, {' or '.join(map(str, counts))} runs"
 
 
 def difference(a: Spread, b: Spread, of_a: Series, of_b: Series) -> str:
-    """The difference of two mean errors, and whether it may be chance."""
+    """The difference of two mean errors, and whether it may be due to chance."""
     points = a.mean - b.mean
     if not points:
         return "the two means are the same"

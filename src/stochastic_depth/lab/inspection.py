@@ -1,4 +1,4 @@
-"""One model as a page: its blocks open and closed, their cost, and what drop rates would save."""
+"""A page on one model: its blocks, open and closed, their cost, and what drop rates would save."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,21 +28,21 @@ from stochastic_depth.train.config import Config
 from stochastic_depth.train.runtime import machine, resolve_runtime
 
 RATES = (0.1, 0.2, 0.5)
-"""Drop rates of the last block; the rule is linear decay."""
+"""Drop rates of the last block, under linear decay."""
 STEPS = 24
-"""Training steps in the picture of open and closed blocks."""
+"""How many training steps are in the picture of open and closed blocks."""
 DRAWS = 4
-"""Sets of gates that are timed for each rate."""
+"""How many sets of gates are timed for each rate."""
 OPEN, CLOSED = Key("open: the branch runs", STOCHASTIC[0]), Key("closed: skipped", LIGHT["grid"])
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Training steps at one drop rate, relative to those at full depth."""
+    """What training steps at one drop rate save, relative to full depth."""
 
     rate: float
     flops: float
-    """The share of FLOPs that is expected to be saved."""
+    """The expected share of FLOPs that is saved."""
     time: float
     memory: float
 
@@ -59,10 +59,10 @@ def write_inspection(
 def measure_rates(
     model: nn.Module, example: Any, costs: Summary, repeats: int
 ) -> tuple[float, list[Saving]]:
-    """Seconds of a training step at full depth, and what each of `RATES` saves.
+    """The seconds of a training step at full depth, and what each of `RATES` saves.
 
     Forward and backward passes take turns at full depth and under the gates that training steps
-    draw at each rate; memory is what a step keeps for its backward pass.
+    draw at each rate. Memory is what a step keeps for its backward pass.
     """
     handle = handle_of(model)
     blocks = len(costs.blocks)
@@ -90,7 +90,7 @@ def measure_rates(
     savings = []
     for rate, survival in rules.items():
         keys = [f"{rate} {number}" for number in range(DRAWS)]
-        # The draws are few: time and memory are scaled from the FLOPs they saved to the expected.
+        # As there are few draws, time and memory are scaled by expected over drawn FLOPs saved.
         drawn = statistics.fmean(costs.saving(patterns[key].tolist()) for key in keys)
         expected = costs.saving(survival)
         time = 1 - statistics.median(
@@ -114,7 +114,7 @@ def _scalar(outputs: Any) -> Tensor:
 def inspection_page(
     name: str, example: Any, costs: Summary, seconds: float, savings: Sequence[Saving]
 ) -> str:
-    """The HTML page of what was measured."""
+    """The page with the results, as HTML."""
     best = savings[-1]
     runtime = resolve_runtime(Config(engine="eager"))
     about = machine(runtime)
@@ -164,7 +164,7 @@ def _kinds(costs: Summary) -> str:
 
 
 def gates_figure(costs: Summary) -> Figure:
-    """Which blocks run in a number of training steps: a cell for each block and step."""
+    """Which blocks run in a number of training steps, with a cell for each block and step."""
     survival = tuple(block.survival for block in costs.blocks)
     rows: list[Row] = []
     for step in range(STEPS):

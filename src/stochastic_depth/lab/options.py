@@ -1,7 +1,7 @@
-"""Options of analyses and benchmarks: their defaults, and which values are errors.
+"""The options of analyses and benchmarks: their defaults, and which values are errors.
 
 The command line reads this before anything is measured, so nothing here imports PyTorch. `check`
-raises an error for wrong values, with the name of the option on the command line.
+raises an error for wrong values, which names the option as on the command line.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transform
 
 
 def at_least(minimum: int, **values: int | None) -> None:
-    """Raise an error for numbers below `minimum`; names are those of options.
+    """Raise an error for numbers below `minimum`; their names are those of options.
 
     Raises:
         ConfigError: naming the option and its value.
@@ -32,16 +32,16 @@ class RemovedDepthOptions:
     """How networks without some blocks are measured, and on how many images."""
 
     points: int = 19
-    """How many numbers of removed blocks, evenly from none to all."""
+    """How many numbers of removed blocks to measure, evenly from none to all."""
     choose_on: int = 500
-    """Validation images, evenly spread over their part, by which the least needed are found."""
+    """How many validation images, evenly spread, choose the blocks that are needed least."""
     recalibrate_on: int = 2000
-    """Training images, as training sees them, that BatchNorm is recalibrated on: the first
-    mini-batches of the first epoch, whole ones."""
+    """How many training images BatchNorm is recalibrated on, augmented as in training: whole
+    mini-batches from the start of the first epoch."""
     batch: int = 128
-    """Images in a batch that is timed."""
+    """Images in the batch that is timed."""
     repeats: int = 5
-    """Rounds of timing."""
+    """How many rounds are timed."""
 
     def check(self) -> None:
         at_least(1, choose_on=self.choose_on, batch=self.batch)
@@ -53,13 +53,13 @@ class BenchOptions:
     """Options of every benchmark."""
 
     repeats: int = 20
-    """Rounds, each of one step of every alternative."""
+    """How many rounds are timed, each of one step of every alternative."""
     device: str = "auto"
     """cpu or cuda (auto: a GPU if there is one)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of convolutions and products."""
+    """The precision of convolutions and matrix products."""
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
-    """Engine of our own training steps, as for train; all others use autograd."""
+    """The engine of our own training steps, as for train; all other steps use autograd."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result as JSON here."""
 
@@ -74,9 +74,9 @@ class ResNetOptions(BenchOptions):
     depth: int = 110
     """Layers of the CIFAR ResNet."""
     batch: int = 128
-    """Images a step."""
+    """Images in a step."""
     size: int = 32
-    """Height and width of the images, pixels."""
+    """The height and width of the images, in pixels."""
 
     def check(self) -> None:
         super().check()
@@ -94,35 +94,35 @@ class OverheadOptions(ResNetOptions):
 
 @dataclass(frozen=True)
 class SkipOptions(ResNetOptions):
-    """Time against the share of FLOPs that was active."""
+    """Time against the share of FLOPs that is spent."""
 
 
 @dataclass(frozen=True)
 class SteadyOptions(ResNetOptions):
-    """How even steps are in time and memory: independent and balanced gates, constant depth."""
+    """How steady steps are in time and memory: independent and balanced gates, constant depth."""
 
     network: str = "cifar-resnet"
     """cifar-resnet, of `depth` layers, or the name of a timm model (vit_small_patch16_224)."""
     final: float = 0.5
     """p_L of linear decay."""
     limit: int = 2**30
-    """Bytes into which the largest batch has to fit."""
+    """The number of bytes into which the largest batch has to fit."""
 
 
 @dataclass(frozen=True)
 class ClosedOptions(BenchOptions):
-    """What skipped and forward-only blocks save, at equal gates."""
+    """What skipped blocks and forward-only blocks save, with equal gates."""
 
     network: Literal["vit-small", "gpt2"] = "vit-small"
     """timm's ViT-S/16, or the GPT-2 of transformers."""
     lora: bool = False
-    """Train adapters of peft alone, beside frozen weights."""
+    """Train only adapters of peft, beside frozen weights."""
     final: float = 0.5
     """p_L of linear decay."""
     batch: int = 8
-    """Images or texts a step."""
+    """Images or texts in a step."""
     size: int = 96
-    """Height and width of the images, pixels; tokens a text."""
+    """The height and width of the images in pixels, or tokens in a text."""
 
     def check(self) -> None:
         super().check()
@@ -137,15 +137,15 @@ class Dinov2Options(BenchOptions):
     dinov2: str = "dinov2"
     """A checkout of https://github.com/facebookresearch/dinov2."""
     rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
-    """Drop rates, of every block."""
+    """Drop rates; each is that of every block."""
     blocks: int = 12
     """Blocks of the network."""
     width: int = 384
-    """Width of the tokens; there is a head for each 64."""
+    """The width of a token; there is one head for each 64."""
     batch: int = 16
-    """Sequences a step."""
+    """Sequences in a step."""
     size: int = 64
-    """Tokens a sequence."""
+    """Tokens in a sequence."""
 
     def check(self) -> None:
         super().check()
@@ -159,7 +159,7 @@ class Dinov2Options(BenchOptions):
 
 @dataclass(frozen=True)
 class PeersOptions(BenchOptions):
-    """The same network as other libraries train it."""
+    """The same network, as this library and as other libraries train it."""
 
     network: NetworkName = "cifar-resnet"
     """CIFAR ResNet, timm's ViT-S/16 or ConvNeXt-T, or a GPT of x-transformers (384 wide, 6
@@ -170,10 +170,10 @@ class PeersOptions(BenchOptions):
     """Drop rate of the last block, 1 - p_L and timm's drop_path_rate; of every block for
     x-transformer (none: 0.5 for cifar-resnet, 0.3 for others)."""
     batch: int | None = None
-    """Images or texts a step (none: 128 for cifar-resnet, 16 for others)."""
+    """Images or texts in a step (none: 128 for cifar-resnet, 16 for others)."""
     size: int | None = None
-    """Height and width of the images, pixels; tokens a text (none: 32 for cifar-resnet, 128 for
-    others)."""
+    """The height and width of the images in pixels, or tokens in a text (none: 32 for cifar-resnet,
+    128 for others)."""
 
     def check(self) -> None:
         super().check()
@@ -185,17 +185,17 @@ class PeersOptions(BenchOptions):
 
 @dataclass(frozen=True)
 class DepthOptions(BenchOptions):
-    """Time and memory against depth, constant and stochastic."""
+    """Time and memory against depth, for constant and stochastic depth."""
 
     deepest: int = 1202
-    """The last of the CIFAR ResNets: those of 20, 56, 110, 218, 434, 866 and 1202 layers come
+    """The depth of the last CIFAR ResNet. Those of 20, 56, 110, 218, 434, 866 and 1202 layers come
     before it."""
     batch: int = 128
-    """Images a step."""
+    """Images in a step."""
     size: int = 32
-    """Height and width of the images, pixels."""
+    """The height and width of the images, in pixels."""
     repeats: int = 10
-    """Rounds, each of one step of every alternative."""
+    """How many rounds are timed, each of one step of every alternative."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Draw a picture as PNG here."""
 
@@ -207,16 +207,16 @@ class EnginesOptions(ResNetOptions):
 
 @dataclass(frozen=True)
 class DistributedOptions(BenchOptions):
-    """What processes of this CPU send each other, and the time (gloo)."""
+    """How much several processes on this CPU send each other, and how long they take (gloo)."""
 
     ranks: tuple[int, ...] = (2, 4)
     """Numbers of processes."""
     depth: int = 110
     """Layers of the CIFAR ResNet."""
     batch: int = 32
-    """Images a step, of all processes."""
+    """Images in a step, of all processes together."""
     size: int = 32
-    """Height and width of the images, pixels."""
+    """The height and width of the images, in pixels."""
 
     def check(self) -> None:
         super().check()
@@ -232,12 +232,12 @@ class DistributedOptions(BenchOptions):
 
 @dataclass(frozen=True)
 class DataOptions(BenchOptions):
-    """The share of a training step that is its data."""
+    """The share of a training step that is spent on data."""
 
     depth: int = 110
     """Layers of the CIFAR ResNet."""
     batch: int = 128
-    """Images a step."""
+    """Images in a step."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of CIFAR-10 (none: generated images of its shape)."""
 
@@ -249,22 +249,23 @@ class ProfileOptions(ResNetOptions):
 
 @dataclass(frozen=True)
 class PicturesOptions(BenchOptions):
-    """How many pictures are decoded a second, and how many are needed."""
+    """How many pictures are decoded in a second, and how many are needed."""
 
     repeats: int = 5
-    """Rounds, each of one pass over the pictures with every number of workers."""
+    """How many rounds are timed, each of one pass over the pictures with every number of
+    workers."""
     engine: Literal["auto", "eager", "compiled", "graphs"] = "eager"
-    """Engine of the training steps; graphs cannot train this network."""
+    """The engine of the training steps; graphs cannot train this network."""
     workers: tuple[int, ...] = (0, 1, 2, 4)
-    """Numbers of processes that decode (0: this one)."""
+    """Numbers of processes that decode pictures; 0 decodes them in this process."""
     depth: int = 152
     """Layers of the ImageNet ResNet: 50, 101 or 152."""
     batch: int = 16
-    """Pictures a step."""
+    """Pictures in a step."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of ImageNet (none: generated pictures of its size)."""
     pictures: int = 256
-    """How many of them."""
+    """How many pictures to read."""
 
     def check(self) -> None:
         super().check()
@@ -282,6 +283,6 @@ class BusyOptions(ResNetOptions):
     """A training step while another program keeps one core busy."""
 
     size: int = 8
-    """Height and width of the images, pixels."""
+    """The height and width of the images, in pixels."""
     repeats: int = 10
-    """Rounds of steps, quiet and busy."""
+    """How many rounds of steps are timed, with a free and with a busy core."""

@@ -40,12 +40,12 @@ COMMANDS = {
     "depth-sweep": ("Error over p_L and depth", "stochastic-depth sweep depth RECIPE"),
     "depth-cost": ("Time and memory against depth", "stochastic-depth bench depth --out FILE"),
 }
-"""For figures without data: the title, and the command that measures it."""
+"""For figures that lack data: the title, and the command that measures the data."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """The part of a page on one experiment, sweep or benchmark."""
+    """The part of a page about one experiment, sweep or benchmark."""
 
     title: str
     figures: tuple[Figure, ...]
@@ -55,7 +55,7 @@ class Section:
     settings: tuple[tuple[str, str], ...] = ()
     runs: Table | None = None
     code: str = ""
-    """Python, to be pasted."""
+    """Python code for the reader to paste."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Report:
 
     sections: tuple[Section, ...]
     overview: Table | None
-    """A table of all experiments, where there are several."""
+    """A table of all experiments, if there are several."""
     missing: tuple[tuple[str, str], ...]
-    """Title of each figure without data, and the command that measures it."""
+    """The title of each figure that lacks data, and the command that measures the data."""
 
 
 def report(sources: Sources) -> Report:
-    """Everything that `sources` can show. Figures of different sections have different ids."""
+    """Everything that `sources` can show. Figures in different sections have different ids."""
     trained = experiments(sources.runs)
     begun = [run for run in sources.runs if not run.records]
     sections = [
@@ -117,7 +117,7 @@ def _begun(runs: list[RecordedRun]) -> Section:
 
 
 def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iterable[Figure | None]:
-    """A figure for each kind of stochastic depth; the first has no number."""
+    """A figure for each kind of stochastic depth; the id of the first has no number."""
     drawn = [figure for series in experiment.stochastic if (figure := draw(series))]
     return [replace(f, id=f"{f.id}-{n}" if n > 1 else f.id) for n, f in enumerate(drawn, start=1)]
 
@@ -166,7 +166,7 @@ def _with_distinct_ids(sections: list[Section]) -> Iterable[Section]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure in the two widths that a page chooses from, and its data as a link."""
+    """A figure in the two widths between which a page chooses, and its data as a link."""
 
     figure: Figure
 
@@ -196,12 +196,12 @@ def page(report: Report, sources: Sources, refresh: int | None = None) -> str:
 def render(report: Report, state: str, refresh: int | None = None) -> str:
     """The HTML of `report`.
 
-    Whatever comes from a run is text: the template escapes it, Vega-Lite escapes it in drawings,
-    and the page's security policy allows only the one script that is in it.
+    Everything that comes from a run is text: the template escapes it, Vega-Lite escapes it in
+    drawings, and the security policy of the page allows only its own one script.
 
     Args:
-        state: a sentence on what was read.
-        refresh: seconds after which the page reloads itself (none: never).
+        state: a sentence about the data that was read.
+        refresh: after how many seconds the page reloads itself; never when None.
     """
     folder = files("stochastic_depth.lab") / "template"
     script = (folder / "report.js").read_text()
@@ -237,15 +237,16 @@ def _state(sources: Sources) -> str:
 
 
 REFRESH = 10
-"""Seconds after which a page that is watched reloads itself."""
+"""After how many seconds a watched page reloads itself."""
 
 
 def write_report(paths: Sequence[Path], out: Path, figures: Path | None = None) -> Report:
-    """Write the page of what `paths` name to `out`, and every figure to `figures`, as
-    PNG and SVG, with its data as CSV.
+    """Write a page about `paths` to `out`, and every figure to the folder `figures`.
+
+    Figures are written as PNG and SVG, with their data as CSV.
 
     Raises:
-        RunError: when one of them cannot be understood, or a file cannot be written.
+        RunError: when one of the paths cannot be understood, or a file cannot be written.
     """
     return _write(read_sources(paths), out, figures, None)
 
@@ -253,7 +254,7 @@ def write_report(paths: Sequence[Path], out: Path, figures: Path | None = None) 
 def watch_report(
     paths: Sequence[Path], out: Path, figures: Path | None = None, every: float = 2.0
 ) -> Iterator[Report]:
-    """Write it, and again whenever a journal has changed, until every run is finished.
+    """Write the page, and again whenever a journal has changed, until every run is finished.
 
     `out` holds a complete page at any time; the page reloads itself.
 
@@ -262,7 +263,7 @@ def watch_report(
     """
     sources, seen = read_sources(paths), None
     while True:
-        # Asked before reading, so that changes in the meantime are seen next time.
+        # Looked up before reading, so that changes in the meantime are seen next time.
         now = _changes(sources, paths)
         if now == seen:
             time.sleep(every)

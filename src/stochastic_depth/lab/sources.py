@@ -1,4 +1,4 @@
-"""What the laboratory reads: run folders, folders of them, sweeps, and results of benchmarks."""
+"""The data that the laboratory reads: run folders, folders of them, sweeps and benchmarks."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,14 +13,14 @@ from stochastic_depth.train import Record, Run, open_run
 from stochastic_depth.train.checkpoint import require_weights_of
 
 FORMAT = 1
-"""Format number of the files of an analysis, and of `sweep.json`."""
+"""The format number of the files of an analysis, and of `sweep.json`."""
 
 Analysis = Literal["ensemble", "depth"]
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """The content of a run folder at one moment, finished or under way."""
+    """The content of a run folder at one moment; the run may be finished or still training."""
 
     run: Run
     records: tuple[Record, ...]
@@ -37,14 +37,14 @@ class RecordedRun:
 
     @cached_property
     def described(self) -> dict[str, Any]:
-        """Machine, versions, commit and what else `config.json` has."""
+        """The machine, the versions, the commit and all other fields of `config.json`."""
         return json.loads(read_file(self.run.path / "config.json", SMALL))
 
     def analysis(self, name: Analysis) -> dict[str, Any] | None:
         """The result of `stochastic-depth analyze`; None if it was not run.
 
         Raises:
-            RunError: when the file is not of a format that is known.
+            RunError: when the file has an unknown format.
         """
         path = self.run.path / "analysis" / f"{name}.json"
         return _formatted(path, inside=2) if is_there(path) else None
@@ -56,9 +56,9 @@ class Sweep:
 
     path: Path
     kind: str
-    """What varies: "survival", "depth" or "gates"."""
+    """The quantity that varies: "survival", "depth" or "gates"."""
     size: int
-    """Points of the grid: runs that there will be."""
+    """How many points the grid has, each of which will be a run."""
     runs: tuple[RecordedRun, ...]
 
     @property
@@ -74,11 +74,11 @@ class Sources:
     runs: tuple[RecordedRun, ...]
     sweeps: tuple[Sweep, ...]
     benchmarks: tuple[dict[str, Any], ...]
-    """What `bench depth --out` wrote."""
+    """Results that `bench depth --out` wrote."""
 
     @property
     def under_way(self) -> bool:
-        """Whether a run or a sweep is not finished."""
+        """Whether any run or sweep is not finished."""
         going = any(not run.finished for run in self.runs)
         return going or any(sweep.under_way for sweep in self.sweeps)
 
@@ -120,19 +120,19 @@ def read_sources(paths: Sequence[Path]) -> Sources:
 
 
 def read_run(path: Path) -> RecordedRun:
-    """What a run folder holds at this moment.
+    """The content of a run folder at this moment.
 
     Raises:
-        RunError: when it is no run folder, or has the weights of another run.
+        RunError: when it is not a run folder, or has the weights of another run.
     """
     run = open_run(path)
     require_weights_of(run.id, run.weights)
-    finished = is_there(run.weights)  # asked before the journal is read, which may still grow
+    finished = is_there(run.weights)  # looked up before the journal, which may still grow
     return RecordedRun(run, tuple(run.records()), finished)
 
 
 def watched_files(sources: Sources, paths: Iterable[Path]) -> Iterator[Path]:
-    """Files that change when a run continues, another one begins, or an analysis ends."""
+    """The files that change when a run goes on, another one begins, or an analysis ends."""
     yield from paths
     for sweep in sources.sweeps:
         yield sweep.path / "runs"
@@ -148,7 +148,7 @@ def _sweep(path: Path) -> Sweep:
     runs = tuple(map(read_run, sorted(filter(_is_run, _folders(path / "runs")))))
     try:
         kind, grid = described["kind"], described["grid"]
-        # at constant depth there is no p_L to vary
+        # Constant depth has no p_L that could vary.
         pairs = sum(1 if r == "constant" else len(grid["survival"]) for r in grid["rules"])
         pairs = len(grid.get("gatings", ())) or pairs
         return Sweep(path, kind, pairs * len(grid["depths"]) * len(grid["seeds"]), runs)

@@ -1,6 +1,6 @@
-"""Colours and type of every figure, in light and in dark.
+"""The colours and fonts of every figure, in light and in dark.
 
-Figures are drawn in the light colours. On a page, style sheets replace them by the dark ones, so
+Figures are drawn in the light colours. On a page, style sheets replace these by the dark ones, so
 that one drawing serves both themes, and print. The five colours of series differ in lightness too,
 for readers who do not distinguish hues.
 """
@@ -33,10 +33,10 @@ STOCHASTIC = tuple(LIGHT[name] for name in ("blue", "magenta", "teal", "violet")
 """Colours of stochastic depth and its variants."""
 
 HEAT = ("#eef4fd", "#b9d3f8", "#6ea4ef", "#2f6fd0", "#123f86")
-"""From low to high."""
+"""The colours of a heat map, from low to high values."""
 
 FONT = "Arial, Liberation Sans, Helvetica, sans-serif"
-"""Fonts of the same widths, on which the layout of a drawing depends."""
+"""Fonts with the same widths, because the layout of a drawing depends on the widths."""
 
 CONFIG = {
     "background": None,
@@ -86,11 +86,11 @@ CONFIG = {
         "subtitlePadding": 6,
     },
 }
-"""Configuration of Vega-Lite."""
+"""The configuration of Vega-Lite."""
 
 
 def style_sheet() -> str:
-    """CSS: the palette of both themes as custom properties, and figures that follow it."""
+    """CSS: the palettes of both themes as custom properties, and figures that use them."""
     light, dark = (
         "".join(f"--{name}:{colour};" for name, colour in palette.items())
         for palette in (LIGHT, DARK)

@@ -13,7 +13,7 @@ from stochastic_depth.train import Config
 
 @dataclass(frozen=True)
 class Table:
-    """Texts; the first column names the row."""
+    """A table of texts; the first column names the row."""
 
     title: str
     head: Sequence[str]
@@ -22,7 +22,7 @@ class Table:
 
 
 def tables(experiment: Experiment) -> list[Table]:
-    """Tables of the comparable part of an experiment."""
+    """The tables of the part of an experiment that can be compared."""
     now = experiment.settled()
     published = {series.name: published_for(series) for series in now.series}
     made = [_errors(now, published), _seconds(now, published)]
@@ -30,7 +30,7 @@ def tables(experiment: Experiment) -> list[Table]:
 
 
 def published_for(series: Series) -> tuple[Config, Published] | None:
-    """The published recipe of the same data, network and survival, whatever its schedule."""
+    """The published recipe with the same data, network and survival, whatever its schedule."""
     wanted = series.runs[0].run.config.kind()
     for name, published in PUBLISHED.items():
         recipe = RECIPES[name]()
@@ -134,7 +134,7 @@ def _sources(now: Experiment, found: Sequence[tuple[Config, Published] | None]) 
 
 @dataclass(frozen=True)
 class Tile:
-    """One number in large type, and a number to compare it with."""
+    """A number in large type, and a number to compare it with."""
 
     label: str
     value: str
@@ -142,7 +142,7 @@ class Tile:
 
 
 def tiles(experiment: Experiment) -> list[Tile]:
-    """Tiles of stochastic depth, or of constant depth where there is nothing else."""
+    """The tiles of stochastic depth, or of constant depth if there is nothing else."""
     now = experiment.settled()
     series = now.main
     base = now.constant if now.stochastic else None
@@ -166,7 +166,7 @@ def tiles(experiment: Experiment) -> list[Tile]:
 
 
 def overview(experiments: list[Experiment]) -> Table:
-    """Experiment by experiment."""
+    """A table with a row for each experiment."""
     rows = []
     for now in (experiment.settled() for experiment in experiments):
         series, base = now.main, now.constant
@@ -185,7 +185,7 @@ def overview(experiments: list[Experiment]) -> Table:
 
 
 DESCRIBED = ("execution", "machine", "versions", "git_commit", "created")
-"""What is shown of `config.json`, besides the configuration."""
+"""The fields of `config.json` that are shown, besides the configuration."""
 
 
 def settings(runs: Sequence[RecordedRun]) -> tuple[list[tuple[str, str]], Table]:

@@ -24,7 +24,7 @@ from stochastic_depth.lab.style import LIGHT
 
 
 def training_curves(experiment: Experiment) -> Figure:
-    """Figure of every run of an experiment."""
+    """The figure of training loss and test error of every run of an experiment."""
     panels = (
         curve_panel(
             experiment,
@@ -80,11 +80,11 @@ def _curves_sentence(experiment: Experiment) -> str:
 
 
 POINTS_OF_SERIES = 150
-"""Shown of each series at the most."""
+"""How many points of each series are shown, at most."""
 
 
 def training_time(experiment: Experiment) -> Figure:
-    """Each interval as a stroke, the median as a bar, the time expected from FLOPs as a mark."""
+    """The figure of training time: intervals as strokes, medians as bars, expected times."""
     interval = "epoch" if experiment.config.evaluate_every is None else "interval"
     rows: list[Row] = [
         {
@@ -130,7 +130,7 @@ def training_time(experiment: Experiment) -> Figure:
 
 
 def _bars(experiment: Experiment) -> tuple[list[Row], list[Row]]:
-    """The medians, and where they are expected."""
+    """The median of each series; and where it is expected from the FLOPs."""
     medians = {series.name: series.interval_seconds for series in experiment.series}
     bars: list[Row] = [
         {"s": name, "x": median, "label": f"{name}: median {duration(median)}"}

@@ -21,7 +21,7 @@ Shape = Sequence[int]
 """Shape of one sample, without the batch dimension."""
 
 TOKENS, SAMPLES = 16, 8000
-"""Length of example texts in tokens, and of speech in samples."""
+"""The length of an example text in tokens, and of an example of speech in samples."""
 
 
 def published(

@@ -75,7 +75,7 @@ def make_skippable(
         UnsupportedBlockError: when a block cannot be made skippable.
     """
     failures: Counter[str] = Counter()
-    """How many blocks of a class have failed; after the first, all of that class are deferred."""
+    """How many blocks of each class have failed."""
     deferred, left_out = set[str](), set[str]()
     failure: UnsupportedBlockError | None = None
     found = find(deferred)
@@ -99,11 +99,7 @@ def make_skippable(
             _undo(model, silenced)
             if error.of_model:
                 raise failure or error from None
-            culprits = [block for block in kept if block.name in error.blocks]
-            kinds = Counter(type(block.module).__name__ for block in culprits)
-            repeated = {kind for kind in kinds if failures[kind]}
-            failures += kinds
-            culprits += [block for block in kept if type(block.module).__name__ in repeated]
+            culprits = _culprits(error, kept, failures)
             more = {b.name for b in culprits or kept if b.mechanism in ("slice", "call", "opaque")}
             if more and example is not None:
                 deferred |= more
@@ -119,6 +115,21 @@ def make_skippable(
     assert failure is not None
     out = [block.name for block in found if block.name in left_out]
     raise with_remedy(failure, out, [block.name for block in kept]) from failure
+
+
+def _culprits(
+    error: UnsupportedBlockError, kept: Sequence[Found], failures: Counter[str]
+) -> list[Found]:
+    """The blocks that failed; if their class has failed before, all blocks of that class.
+
+    Args:
+        failures: how many blocks of each class have failed; updated here.
+    """
+    named = [block for block in kept if block.name in error.blocks]
+    kinds = Counter(type(block.module).__name__ for block in named)
+    repeated = {kind for kind in kinds if failures[kind]}
+    failures.update(kinds)
+    return named + [block for block in kept if type(block.module).__name__ in repeated]
 
 
 def _others(model: nn.Module, found: Sequence[Found], left_out: Set[str]) -> list[Found]:

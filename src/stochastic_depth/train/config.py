@@ -234,7 +234,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     epochs: int = 500
-    """How many times to pass over the training images."""
+    """Passes over the training images."""
     seed: int = 0
     """Chooses the initial weights, the gates, the order of the images and their augmentation."""
     evaluate_every: int | None = None

@@ -1,1 +1,1 @@
-"""What things cost in time and memory: alternatives take turns within one process."""
+"""Benchmarks: time and memory of training steps, in turns and in one process."""

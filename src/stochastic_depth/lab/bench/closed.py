@@ -1,4 +1,4 @@
-"""What skipped and forward-only blocks save at equal gates, with adapters or without."""
+"""What skipped blocks and forward-only blocks save at equal gates, with or without adapters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +56,7 @@ def closed_steps(
     """A training step of each alternative, on the same weights, inputs and gates.
 
     Args:
-        build: of the network, in place of its usual arguments; for tests.
+        build: arguments of the network that replace its usual ones; for tests.
 
     Raises:
         MissingExtraError: without the library that the network comes from, or peft.
@@ -84,7 +84,7 @@ def closed_steps(
 def _network(
     options: ClosedOptions, build: Mapping[str, Any], runtime: Runtime
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """One of timm's ViT-S/16, or the GPT-2 of transformers; always the same weights."""
+    """timm's ViT-S/16 or transformers' GPT-2, always with the same weights; inputs and labels."""
     batch, size = options.batch, options.size
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -19,7 +19,7 @@ from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.runtime import Runtime
 
 AT_PEAK = "at the machine's peak"
-"""Names the row of a step at constant depth that does nothing but its multiply-adds."""
+"""The name of the row for a step of constant depth that does nothing but its multiply-adds."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class MachinePeak:
     """The peak of this machine, and the FLOPs of a step at constant depth."""
 
     flops_per_second: float
-    """FLOPs per second of a loop of independent multiply-adds, on as many threads."""
+    """FLOPs per second of a loop of independent multiply-adds, on as many threads as the steps."""
     flops_per_step: int
-    """2 for each multiply-add, forward and backward."""
+    """Forward and backward, counted as 2 per multiply-add."""
 
     @property
     def timing(self) -> Timing:
-        """A step that does nothing but its multiply-adds, as fast as they go."""
+        """The time of a step that does nothing but its multiply-adds, at peak speed."""
         seconds = self.flops_per_step / self.flops_per_second
         return Timing((seconds, seconds))
 
@@ -41,19 +41,19 @@ class MachinePeak:
         """The share of the peak that a step reaches.
 
         Args:
-            seconds: what the step takes.
+            seconds: how long the step takes.
             active: the share of the FLOPs of constant depth that it spends.
         """
         return active * self.flops_per_step / (seconds * self.flops_per_second)
 
     def to_json(self, seconds: Mapping[str, float]) -> dict[str, Any]:
-        """Both figures, and the share of the peak of steps at constant depth."""
+        """Both values, and the share of the peak that steps at constant depth reach."""
         of_the_peak = {name: self.share(value) for name, value in seconds.items()}
         return {**asdict(self), "of_the_peak": of_the_peak}
 
 
 def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
-    """Measure the peak; None on a GPU, and where no compiler builds the loop.
+    """Measure the peak; None on a GPU, and where no compiler can build the loop.
 
     Args:
         constant: a step at constant depth, by autograd, whose FLOPs are counted.
@@ -65,14 +65,14 @@ def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
 
 
 def step_flops(step: Callable[[], object]) -> int:
-    """FLOPs of the convolutions and products of a step, forward and backward."""
+    """FLOPs of the convolutions and matrix products of a step, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 Build = Callable[[], Mapping[str, Step]]
-"""Makes the training steps of all alternatives, by name."""
+"""Returns the training steps of all alternatives, by name."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StepCost:
     """Mean seconds of a step, by `clock`."""
     flops: float
     kept: float
-    """Bytes kept for the backward pass, without parameters."""
+    """Bytes that are kept for the backward pass, without parameters."""
     peak_kept: float
     """The bytes of the step that keeps the most."""
 
@@ -96,11 +96,11 @@ class StepCost:
 def step_costs(
     build: Build, repeats: int, runtime: Runtime, console: Console, counted: int | None = None
 ) -> dict[str, StepCost]:
-    """Take `repeats` timed steps of every alternative in turns, and then steps that are counted.
+    """Time `repeats` steps of every alternative in turns, then count the costs of more steps.
 
     Args:
-        counted: how many; as many as are timed if not given. Gates, and what depends on them, are
-            those of the first steps.
+        counted: how many steps are counted; as many as are timed when not given. Gates, and
+            everything that depends on them, are those of the first steps.
     """
     steps = build()
     for step in steps.values():  # allocate and choose algorithms once
@@ -135,7 +135,7 @@ def show_costs(
     runtime: Runtime,
     console: Console,
 ) -> dict[str, Any]:
-    """Print a row for each alternative, relative to one of them; gives the same for a file."""
+    """Print a row for each alternative, relative to one of them; returns the same for a file."""
     table = bench_table(title, runtime, "", "step", "time", "FLOPs", "bytes kept", "peak bytes")
     result = {}
     for name, cost in costs.items():

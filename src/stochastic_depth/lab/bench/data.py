@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stochastic_depth.data import Batches, DataSet, Images, TensorBatches, batches
+from stochastic_depth.data import Batches, DataSet, Images, TensorBatches
 from stochastic_depth.data.batching import Batch, epoch_order
 from stochastic_depth.data.folder_batches import FolderBatches
 from stochastic_depth.extras import require
@@ -33,17 +33,18 @@ from stochastic_depth.train.config import (
     OptimizerConfig,
     SurvivalConfig,
 )
+from stochastic_depth.train.run_folder import open_batches
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.train_state import TrainState
 
 ORDER = "order of an epoch"
 DATA = "data and augmentation"
 IMAGES = 45_000
-"""Number of generated images: as many as CIFAR-10 has without its validation images."""
+"""How many images are generated: as many as CIFAR-10 has without its validation images."""
 
 
 def generated_images(images: int) -> DataSet:
-    """Random pictures of CIFAR's shape, with ten classes in turns."""
+    """Random pictures of CIFAR's shape, whose ten classes take turns."""
 
     def part(name: str, count: int) -> Images:
         pixels = torch.randint(
@@ -57,17 +58,9 @@ def generated_images(images: int) -> DataSet:
 
 
 def augmented(config: Config, runtime: Runtime) -> Batches:
-    """The batches that `config` trains on, cropped and flipped; generated ones without a folder."""
+    """The batches that `config` trains on, cropped and flipped; generated without a folder."""
     if config.data.root is not None:
-        return batches(
-            config.data.name,
-            config.data.root,
-            batch=config.optimizer.batch,
-            seed=config.seed,
-            device=runtime.device,
-            augment=True,
-            channels_last=True,
-        )
+        return open_batches(config, runtime)
     return TensorBatches(
         generated_images(IMAGES),
         batch=config.optimizer.batch,
@@ -81,7 +74,7 @@ def augmented(config: Config, runtime: Runtime) -> Batches:
 def data_and_steps(
     configs: dict[str, Config], images: Batches, runtime: Runtime
 ) -> dict[str, Callable[[], None]]:
-    """What is timed: an epoch's order, one batch, and by the names of `configs` a step on one."""
+    """The functions to time: an epoch's order, one batch, and a step on one of each config."""
 
     def order() -> None:
         epoch_order(images.sizes["train"], 0, 0).to(runtime.device)
@@ -114,9 +107,9 @@ def _endless(images: Batches) -> Iterator[Batch]:
 
 
 def data_shares(rounds: list[dict[str, float]], steps_per_epoch: int) -> dict[str, Timing]:
-    """The share of a training step that is data, round by round, by the names of the steps.
+    """The share of a training step that is spent on data, round by round, by name of the step.
 
-    The order of an epoch is drawn once for all its steps, so each bears its part.
+    The order of an epoch is drawn once for all its steps, so each step bears its part.
     """
     return {
         name: Timing(
@@ -132,14 +125,14 @@ def data_shares(rounds: list[dict[str, float]], steps_per_epoch: int) -> dict[st
 
 
 HEIGHT, WIDTH = 375, 500
-"""Size of most ImageNet pictures, whose files have 108 KB on average."""
+"""The size in pixels of most ImageNet pictures, whose files have 108 KB on average."""
 QUALITY = 95
 
 
 def generated_picture(number: int) -> Tensor:
-    """A picture with detail of every size, as photographs have: uint8 [3, HEIGHT, WIDTH].
+    """A picture with details of every size, as in photographs: uint8 [3, HEIGHT, WIDTH].
 
-    Octaves of noise, each twice as fine as the one before it, and weaker.
+    It is a sum of octaves of noise, each twice as fine as the one before, and weaker.
     """
     source, picture = generator("bench pictures", number), torch.zeros(1, 3, HEIGHT, WIDTH)
     for octave in range(8):
@@ -149,7 +142,7 @@ def generated_picture(number: int) -> Tensor:
 
 
 def write_tree(root: Path, pictures: int) -> None:
-    """Write `pictures` generated JPEG files for training and two for evaluation, in two classes."""
+    """Write generated JPEG files in two classes: `pictures` for training, two for evaluation."""
     image = require("PIL.Image", "data")
     for part, count in (("train", pictures), ("val", 2)):
         for number in range(count):
@@ -160,8 +153,10 @@ def write_tree(root: Path, pictures: int) -> None:
 
 
 def decoded(images: FolderBatches, workers: Sequence[int], repeats: int) -> Iterator[list[float]]:
-    """For each round, the pictures a second with each number of workers: decoded, cut at random,
-    scaled, mirrored and normalised."""
+    """For each round, how many pictures each number of workers prepares in a second.
+
+    Pictures are decoded, cut at random, scaled, mirrored and normalised.
+    """
     for epoch in range(repeats):
         rates = {}
         for number in workers if epoch % 2 else reversed(workers):
@@ -171,7 +166,7 @@ def decoded(images: FolderBatches, workers: Sequence[int], repeats: int) -> Iter
 
 
 def _decoded_a_second(images: FolderBatches, epoch: int) -> float:
-    """Begins when all workers run; each makes whole batches."""
+    """Pictures per second, from when all workers run; each prepares whole batches."""
     stream = images.train(epoch)
     for _ in itertools.islice(stream, max(1, images.workers)):
         pass

@@ -28,7 +28,7 @@ from stochastic_depth.train.runtime import Runtime
 
 KINDS = ("constant", "stochastic")
 FINAL = 0.5
-"""p_L of the stochastic ones."""
+"""p_L of the networks with stochastic depth."""
 DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 
 
@@ -36,7 +36,7 @@ def depths_up_to(deepest: int) -> list[int]:
     """The `DEPTHS` up to `deepest`, and `deepest` itself.
 
     Raises:
-        ConfigError: when that is one depth alone, which gives no line.
+        ConfigError: when there is only one such depth, through which no line can be fitted.
     """
     if deepest <= DEPTHS[0]:
         raise ConfigError(f"deepest={deepest}: the first depth is {DEPTHS[0]}, choose more")
@@ -56,16 +56,16 @@ def training_steps(depths: Sequence[int], workload: Workload) -> dict[tuple[str,
 
 @dataclass(frozen=True)
 class Line:
-    """value = slope * depth + intercept, by least squares."""
+    """value = slope * depth + intercept, fitted by least squares."""
 
     slope: float
     intercept: float
     r_squared: float
-    """The share of the variance that is on the line."""
+    """The share of the variance that the line explains."""
 
 
 def fitted_line(depths: Sequence[int], values: Sequence[float]) -> Line:
-    """The straight line nearest to `values`."""
+    """The line through `values` that is fitted by least squares."""
     slope, intercept = statistics.linear_regression(depths, values)
     off = sum((v - slope * d - intercept) ** 2 for d, v in zip(depths, values, strict=True))
     mean = statistics.fmean(values)
@@ -76,17 +76,17 @@ def fitted_line(depths: Sequence[int], values: Sequence[float]) -> Line:
 def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> int:
     """Peak bytes of training one network, measured in a separate process.
 
-    It includes weights, gradients, momentum, images, what is kept for the backward pass, the work
+    They include weights, gradients, momentum, images, what is kept for the backward pass, the work
     space of the kernels, and what the memory allocator holds beyond that. On a GPU it is the most
-    that PyTorch had allocated there; elsewhere the peak of the process's resident memory, minus
-    that before the network was built. Before that, a network of eight layers does a
+    that PyTorch had allocated. Elsewhere it is the peak of the process's resident memory, minus its
+    resident memory before the network was built. Before that, a network of eight layers takes a
     step on two images, so that what PyTorch loads at its first step is not counted.
 
     Args:
         steps: how many steps are taken; the peak is that of all of them.
 
     Raises:
-        RunError: when the process was killed, as for lack of memory.
+        RunError: when the process was killed, for example for lack of memory.
     """
     try:
         with ProcessPoolExecutor(1, fresh_processes(__name__)) as process:
@@ -117,12 +117,12 @@ STATUS = Path("/proc/self/status")
 
 
 def _resident() -> int:
-    """Resident bytes of this process; where the system does not say, the peak."""
+    """The resident bytes of this process; the peak, if the system does not report them."""
     return _of_status("VmRSS") if STATUS.exists() else _peak_resident()
 
 
 def _peak_resident() -> int:
-    """The most bytes of this process that ever were in memory."""
+    """The largest number of bytes of this process that were in memory at one time."""
     if STATUS.exists():  # on Linux getrusage begins with the peak of the parent process
         return _of_status("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -142,7 +142,7 @@ def bench_depth(options: DepthOptions, runtime: Runtime, console: Console) -> di
         require("vl_convert", "report")
     workload = Workload(options.batch, options.size, 3, runtime)
     alternatives = [(kind, depth) for depth in depths for kind in KINDS]
-    # Memory first, while no network exists beside the measured process.
+    # Memory is measured first, while no other network exists.
     peaks = {
         (kind, depth): peak_memory(depth, kind, workload)
         for kind, depth in shown(alternatives, len(alternatives), console, "memory")
@@ -203,7 +203,7 @@ def _depth_table(
     seconds: dict[str, list[Timing]],
     memory: dict[str, list[float]],
 ) -> Table:
-    """Milliseconds (median and quartiles) and MiB an image, by depth and kind."""
+    """Milliseconds (median and quartiles) and MiB per image, by depth and kind."""
     columns = [f"{kind}\n{unit}" for unit in ("ms", "MiB") for kind in KINDS]
     table = bench_table(title, runtime, "\nd", *columns)
     for n, depth in enumerate(depths):

@@ -1,4 +1,4 @@
-"""Time and memory of an image against depth, as `bench depth` measures them."""
+"""The figure of time and memory per image against depth, as `bench depth` measures them."""
 
 import statistics
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ LEGEND = (Key(NAMES["constant"], CONSTANT), Key(NAMES["stochastic"], STOCHASTIC[
 
 
 def depth_cost(result: Mapping[str, Any]) -> Figure:
-    """Figure of the result of `bench depth`: medians, quartiles, peaks, and least-squares lines."""
+    """The figure of the result of `bench depth`: medians, quartiles, peaks, and fitted lines."""
     time: list[Row] = []
     memory: list[Row] = []
     for kind in NAMES:

@@ -1,6 +1,6 @@
-"""The subset gate against the block of DINOv2, which drops samples of its branches itself.
+"""The subset gate against the block of DINOv2, which itself drops samples of its branches.
 
-Its code is read from a checkout of github.com/facebookresearch/dinov2; nothing of it is here.
+Its code is read from a checkout of github.com/facebookresearch/dinov2; none of it is included here.
 """
 
 import importlib
@@ -49,7 +49,7 @@ def _importable(checkout: Path) -> Iterator[None]:
 
 
 def their_block(checkout: Path) -> type[nn.Module]:
-    """`Block` of a checkout.
+    """The class `Block` of a checkout of DINOv2.
 
     Raises:
         ConfigError: when it is not there.
@@ -60,7 +60,7 @@ def their_block(checkout: Path) -> type[nn.Module]:
             "of https://github.com/facebookresearch/dinov2"
         )
     with _importable(checkout), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that xFormers is missing
+        warnings.simplefilter("ignore")  # DINOv2 warns that xFormers is missing
         return importlib.import_module("dinov2.layers.block").Block
 
 
@@ -93,7 +93,7 @@ def dinov2_steps(rate: float, options: Dinov2Options, runtime: Runtime) -> dict[
 
 
 def bench_dinov2(options: Dinov2Options, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Time both at several rates, the same for every block."""
+    """Time both at several drop rates, which are the same for every block."""
     rates: dict[str, Any] = {}
     for rate in options.rates:
         costs = step_costs(

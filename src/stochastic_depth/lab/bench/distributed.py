@@ -39,8 +39,8 @@ from stochastic_depth.train.runtime import Runtime
 class Collectives(TorchDispatchMode):
     """While entered, counts collectives and the bytes that this process must send for them.
 
-    By the algorithms that send least: of n ranks each sends 2 (n - 1) / n of an all-reduced tensor,
-    (n - 1) / n of one that is gathered whole or reduced and scattered.
+    The algorithms that send least are assumed: of n ranks, each sends 2 (n - 1) / n of a tensor
+    that is all-reduced, and (n - 1) / n of one that is gathered or reduced and scattered.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -100,7 +100,7 @@ DEPTHS = {"constant depth": Uniform(1.0), "p_L = 0.5": LinearDecay(0.5)}
 
 @dataclass(frozen=True)
 class Sent:
-    """Means over the steps of one alternative."""
+    """The measurements of one alternative, means over its steps."""
 
     seconds: list[float]
     """Seconds of each round."""
@@ -109,17 +109,18 @@ class Sent:
     calls: float
     """Collectives in a step."""
     open_share: float
-    """The share of parameters that are in no closed block."""
+    """The share of parameters that are not in a closed block."""
 
 
 def measure(
     ranks: int, depth: int, batch: int, size: int, repeats: int, threads: int
 ) -> dict[str, dict[str, Sent]]:
-    """By way and depth, what training steps of ResNet-`depth` take in `ranks` local processes.
+    """Time and traffic of training steps of ResNet-`depth` in `ranks` processes, by way and depth.
 
     Args:
-        batch: images a step, of all processes; size: height and width of the images, pixels.
-        threads: of each process.
+        batch: images in a step, of all processes together.
+        size: the height and width of the images, in pixels.
+        threads: how many threads each process has.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = ranks, folder, depth, batch, size, repeats, threads
@@ -192,7 +193,7 @@ class _Step:
         self._optimizer.step()
 
     def counted(self, ranks: int, steps: int) -> Iterator[tuple[float, int, float]]:
-        """Bytes, collectives, and the share of parameters that is in no closed block."""
+        """Yields bytes, collectives, and the share of parameters that are not in a closed block."""
         for _ in range(steps):
             with Collectives(ranks) as collectives:
                 self()

@@ -49,7 +49,7 @@ def active_share(blocks: int, share: float) -> list[bool]:
 
 
 def designs(runtime: Runtime) -> tuple[dict[str, Runtime], dict[str, str]]:
-    """The designs that this machine can run, and why it cannot run the others."""
+    """The designs that this machine can run, and the reasons why it cannot run the others."""
     there, absent = {}, {}
     for name, (engine, kernels) in DESIGNS.items():
         reason = _obstacle(engine, kernels, runtime)
@@ -74,7 +74,7 @@ def _obstacle(engine: EngineName, kernels: KernelsName, runtime: Runtime) -> str
 def engine_steps(
     depth: int, workload: Workload, names: dict[str, Runtime]
 ) -> Iterator[tuple[str, float, EngineStep]]:
-    """Design, share of active blocks and training step, each for its own network."""
+    """The design, the share of active blocks and the training step, each for its own network."""
     for name, runtime in names.items():
         for share in SHARES:
             model = CifarResNet(depth, channels=workload.channels)
@@ -104,14 +104,14 @@ def operators(step: Step, steps: int) -> dict[str, float]:
 
 
 class Timed:
-    """A `Replay` that runs the work as it is, and notes how long it takes."""
+    """A `Replay` that runs the work as it is, and measures how long it takes."""
 
     keeps = False
 
     def __init__(self, synchronise: Callable[[], None]) -> None:
         self._synchronise = synchronise
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-        """Seconds of each call, by piece."""
+        """The seconds of each call, by piece."""
 
     def warm_up(self, work: Callable[[], None]) -> None:
         pass
@@ -130,7 +130,7 @@ class Timed:
 
 
 def _named(work: Any) -> str:
-    """A piece by its kind, channels and direction."""
+    """The name of a piece of the block program: its kind, channels and direction."""
     piece, direction = work.__self__, work.__name__.replace("_", " ")
     if not isinstance(piece, Block):
         return f"{type(piece).__name__.lower()}, {direction}"
@@ -209,7 +209,7 @@ def _engines_table(
 
 
 SHOWN = 15
-"""Operators in the table; the file has all."""
+"""How many operators are in the table; the file has all of them."""
 
 
 def bench_profile(options: ProfileOptions, runtime: Runtime, console: Console) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The same network as other libraries train it."""
+"""Time the same network as this library and as other libraries train it."""
 
 import statistics
 from collections.abc import Callable
@@ -41,11 +41,11 @@ TUTORIAL = "constant depth, float32, default layout"
 def cifar_resnet_peers(
     depth: int, rate: float, workload: Workload
 ) -> tuple[dict[str, Step], dict[str, str]]:
-    """A training step of each peer, all from the same weights, and why others are missing.
+    """A training step of each peer, all from the same weights; and why others are missing.
 
     Args:
-        depth: of the CIFAR ResNet.
-        rate: 1 - p_L of linear decay, for all of them.
+        depth: the depth of the CIFAR ResNet.
+        rate: the drop rate 1 - p_L of linear decay, for all of them.
     """
     linear_decay = LinearDecay(1 - rate)
     ours = CifarResNet(depth, channels=workload.channels)
@@ -90,13 +90,13 @@ SUBSET = 'stochastic-depth, gate="subset"'
 def timm_peers(name: str, rate: float, workload: Workload) -> dict[str, Step]:
     """A training step of each peer, all from the same weights.
 
-    Ours takes the rates from the network's drop paths, and divides by p_l in training as they do.
-    With gate="subset" it computes what timm does; with gate="batch" one coin decides for all
-    samples.
+    Ours takes the rates from the network's own drop paths, and divides by p_l in training as they
+    do. With gate="subset" it computes what timm computes. With gate="batch" one coin decides for
+    all samples.
 
     Args:
-        name: of a network whose training steps are functions of the weights, the images and the
-            drop path alone (no dropout).
+        name: the name of a network whose training steps depend only on the weights, the images and
+            the drop path; it has no dropout.
         rate: timm's drop_path_rate, 1 - p_L.
 
     Raises:
@@ -121,18 +121,19 @@ def timm_peers(name: str, rate: float, workload: Workload) -> dict[str, Step]:
 
 THEIRS = "x-transformers layer_dropout"
 TOKENS, DIMENSION, LAYERS, HEADS = 1000, 384, 6, 6
-"""The vocabulary; width; layers, each of an attention and a feed-forward unit; heads."""
+"""The size of the vocabulary; the width; the number of layers, each with an attention and a
+feed-forward unit; and the number of heads."""
 
 
 def x_transformer_peers(
     rate: float, batch: int, length: int, runtime: Runtime
 ) -> tuple[dict[str, Step], dict[str, str]]:
-    """A training step of each peer, all from the same weights, and why others are missing.
+    """A training step of each peer, all from the same weights; and why others are missing.
 
     Args:
         rate: the drop rate of every unit.
-        batch: texts a step.
-        length: tokens a text.
+        batch: texts in a step.
+        length: tokens in a text.
 
     Raises:
         MissingExtraError: without x-transformers.
@@ -170,11 +171,11 @@ class Network:
 
     batch: int
     size: int
-    """Height and width of the images, pixels; or tokens a text."""
+    """The height and width of the images in pixels, or tokens in a text."""
     rate: float
     """The drop rate of the last block."""
     libraries: tuple[str, ...]
-    """The packages that hold its peers."""
+    """The packages in which its peers are."""
     unit: Literal["images", "tokens"] = "images"
 
 
@@ -189,13 +190,13 @@ NETWORKS: dict[NetworkName, Network] = {
 def peers(
     name: NetworkName, depth: int, rate: float, batch: int, size: int, runtime: Runtime
 ) -> tuple[dict[str, Step], dict[str, str]]:
-    """A training step of each peer, all from the same weights, and why others are missing.
+    """A training step of each peer, all from the same weights; and why others are missing.
 
     Args:
-        depth: of the CIFAR ResNet.
-        rate: the drop rate of the last block, 1 - p_L; of every one for x-transformer.
-        batch: images or texts a step.
-        size: height and width of the images in pixels, or tokens a text.
+        depth: the depth of the CIFAR ResNet.
+        rate: the drop rate of the last block, 1 - p_L; for x-transformer that of every block.
+        batch: images or texts in a step.
+        size: the height and width of the images in pixels, or tokens in a text.
 
     Raises:
         ConfigError: when the drop rate is out of range.
@@ -216,7 +217,7 @@ def peers(
 
 
 def bench_peers(options: PeersOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Time a network as this library and as others train it, and the memory of each."""
+    """Time a network as this library and as others train it, and measure the memory of each."""
     network = NETWORKS[options.network]
     rate = network.rate if options.rate is None else options.rate
     batch, size = options.batch or network.batch, options.size or network.size

@@ -1,4 +1,4 @@
-"""How benchmarks show their results: a progress bar, one kind of table, one kind of JSON."""
+"""How benchmarks present their results: a progress bar, one kind of table, one kind of JSON."""
 
 import json
 import statistics
@@ -36,7 +36,7 @@ def shown(rounds: Iterable[T], total: int, console: Console, doing: str = "timin
 
 
 def clock(runtime: Runtime) -> Callable[[], float]:
-    """The clock for timing steps: with one thread of a CPU, its processor time.
+    """The clock for timing steps; with one thread of a CPU, the processor time of this process.
 
     Other programs on the machine then do not count, except through shared caches.
     """
@@ -70,12 +70,12 @@ def table_of(
     memory: Mapping[str, float] | None = None,
     relative_to: str | None = None,
 ) -> Table:
-    """Medians, quartiles, units a second, memory, and how much faster one of them is.
+    """Medians, quartiles, units per second, memory, and how much faster one of the alternatives is.
 
     Args:
-        count: units a step.
-        memory: of each alternative, bytes.
-        relative_to: the one whose speed is compared.
+        count: units in a step.
+        memory: bytes of each alternative.
+        relative_to: the alternative whose speed is compared with the others.
     """
     more = ["memory\nMiB"] * (memory is not None) + ["ours is\nfaster by"] * bool(relative_to)
     table = bench_table(title, runtime, "", "median\nms", "quartiles\nms", f"\n{unit}/s", *more)

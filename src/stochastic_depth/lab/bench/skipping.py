@@ -57,7 +57,7 @@ class Skipping:
 
     seconds: tuple[float, ...]
     relative: tuple[float, ...]
-    """To constant depth in the same round."""
+    """The time relative to constant depth in the same round."""
     active: tuple[float, ...]
     """The share of the FLOPs of constant depth that was spent."""
 
@@ -103,19 +103,19 @@ class Skip:
                 self._costs = summary(model, image)
 
     def rounds(self, repeats: int) -> Iterator[Round]:
-        """Take turns: seconds, and the share of FLOPs that was active, by alternative."""
+        """Take turns: yields seconds and the share of FLOPs that was spent, by alternative."""
         by = clock(self.workload.runtime)
         for seconds in take_turns(self.steps, repeats, clock=by):
             yield {name: (seconds[name], self.active_flops(name)) for name in self.steps}
 
     def active_flops(self, name: str) -> float:
-        """The share of the FLOPs of constant depth that the last step has spent."""
+        """The share of the FLOPs of constant depth that the last step spent."""
         return 1 - self._costs.saving(self._handles[name].gates.tolist())
 
     def memory(self, name: str, steps: int) -> tuple[float, float]:
-        """What is kept for backward, and the share of active blocks, relative to constant depth.
+        """The bytes kept for backward and the number of active blocks, relative to constant depth.
 
-        Means of `steps` steps.
+        Both are means over `steps` steps.
         """
         full = saved_for_backward(self.steps[CONSTANT])
         saved, active = [], []
@@ -150,15 +150,16 @@ class _Unit(nn.Module):
 
 
 def closed_unit_seconds(units: int = 100, passes: int = 1000) -> float:
-    """Seconds that a closed unit takes of a training forward pass, over a module that returns x.
+    """The seconds that a closed unit adds to a training forward pass, over a module that returns x.
 
-    Drawing the gates, handing them out, and the call are in it. The fastest of `passes`.
+    They include drawing the gates, handing them to the blocks, and the call. The fastest of
+    `passes` counts.
     """
     x = torch.ones(2, 1)
     model = nn.Sequential(*(_Unit() for _ in range(units)))
     handle = apply(model, Uniform(0.5), example=x)
     nothing = nn.Sequential(*(nn.Identity() for _ in range(units)))
-    with handle.forced([True] + [False] * (units - 1)):  # one is open, as a graph needs
+    with handle.forced([True] + [False] * (units - 1)):  # one is open, so that there is a graph
         closed, returned = (
             min(timeit.repeat(lambda m=m: m(x), number=1, repeat=passes)) for m in (model, nothing)
         )

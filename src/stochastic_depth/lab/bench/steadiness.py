@@ -40,11 +40,12 @@ CONSTANT, INDEPENDENT, BALANCED = "constant depth", "independent gates", "balanc
 
 @dataclass(frozen=True)
 class Steadiness:
-    """Steps of one alternative."""
+    """The measurements of the steps of one alternative."""
 
     seconds: tuple[float, ...]
     kept: tuple[float, ...]
-    """Bytes of each step: on a GPU the peak of its allocator, else what is kept for backward."""
+    """Bytes of each step: on a GPU the peak of its allocator, otherwise what is kept for
+    backward."""
 
     @property
     def spread(self) -> float:
@@ -65,7 +66,7 @@ class Steady:
     """Training steps of a network under each alternative, all from the same weights.
 
     Args:
-        network: "cifar-resnet", of `depth` layers, or the name of a model of timm's.
+        network: "cifar-resnet", of `depth` layers, or the name of a model of timm.
         final: p_L of linear decay.
     """
 
@@ -86,9 +87,9 @@ class Steady:
         self._of_all, self._of_block = self._bytes_kept(models[0])
 
     def rounds(self, repeats: int, warmup: int = 2) -> Iterator[dict[str, tuple[float, float]]]:
-        """Take turns: seconds of each step, and its bytes as in `Steadiness`.
+        """Take turns: yields the seconds and the bytes of each step, as in `Steadiness`.
 
-        On a CPU these are seconds of the processor, so that other programs do not count.
+        On a CPU these are seconds of processor time, so that other programs do not count.
         """
         clock = time.perf_counter if self._on_gpu else time.process_time
         for number in range(-warmup, repeats):
@@ -104,13 +105,13 @@ class Steady:
                 yield found
 
     def kept(self, handle: Handle) -> float:
-        """Bytes that the last step kept: without those of the branches that were closed."""
+        """The bytes that the last step kept: all but those of the branches that were closed."""
         gates = handle.gates.tolist()
         closed = [c for c, is_open in zip(self._of_block, gates, strict=True) if not is_open]
         return self._of_all - sum(closed)
 
     def _bytes_kept(self, model: nn.Module) -> tuple[int, list[int]]:
-        """Bytes of a step at constant depth, and those that each closed branch saves."""
+        """The bytes of a step at constant depth, and the bytes that each closed branch saves."""
         step, handle = self._steps[CONSTANT], self._handles[CONSTANT]
         whole = saved_for_backward(step)
         of_block = []
@@ -139,7 +140,7 @@ def _built(network: str, depth: int, workload: Workload) -> nn.Module:
 
 
 def bench_steady(options: SteadyOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Take steps under independent and balanced gates, and compare their evenness."""
+    """Take steps under independent and balanced gates, and compare how steady they are."""
     workload = Workload(options.batch, options.size, 3, runtime)
     bench = Steady(options.network, options.depth, options.final, workload)
     found = steadiness(list(shown(bench.rounds(options.repeats), options.repeats, console)))
@@ -180,7 +181,8 @@ def bench_steady(options: SteadyOptions, runtime: Runtime, console: Console) -> 
 
 QUIET, BUSY = "quiet", "one core busy"
 BOUND = 2.0
-"""The most that a step with all threads, and one core busy, may take of one with one thread."""
+"""The most that a step with all threads and one busy core may take, relative to one with one
+thread."""
 
 
 def bench_busy(options: BusyOptions, runtime: Runtime, console: Console) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Training steps on random inputs, for timing, and the memory they need."""
+"""Training steps on random inputs, for timing, and the memory that they need."""
 
 import statistics
 import weakref
@@ -26,11 +26,11 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """Random images and labels of one mini-batch, and the runtime that computes."""
+    """The shape of random images of one mini-batch, and the runtime that computes."""
 
     batch: int
     size: int
-    """Height and width of the images."""
+    """The height and width of the images, in pixels."""
     channels: int
     runtime: Runtime
 
@@ -38,7 +38,8 @@ class Workload:
         """A training step of `model`: forward, backward, SGD.
 
         Args:
-            tutorial: in float32 and PyTorch's default memory format, whatever `runtime` says.
+            tutorial: whether to use float32 and PyTorch's default memory format, whatever `runtime`
+                says.
         """
         runtime = self.runtime
         if tutorial:
@@ -53,11 +54,11 @@ class Workload:
         survival: Survival | None = None,
         gates: Sequence[bool] | None = None,
     ) -> "EngineStep":
-        """A training step of `model` as `train` takes it: by the engine of `runtime`.
+        """A training step of `model` as `train` takes it, by the engine of `runtime`.
 
         Args:
-            survival: of its blocks; constant depth if not given.
-            gates: those of every step; drawn if not given.
+            survival: the survival probabilities of its blocks; constant depth when not given.
+            gates: the gates of every step; they are drawn when not given.
         """
         handle = None if survival is None else apply(model, survival)
         labels = torch.arange(self.batch) % 10
@@ -67,13 +68,13 @@ class Workload:
         return step
 
     def images(self) -> Tensor:
-        """Random ones: float32 [batch, channels, size, size], always the same."""
+        """Random images, always the same: float32 [batch, channels, size, size]."""
         shape = self.batch, self.channels, self.size, self.size
         return torch.randn(shape, generator=generator("bench"))
 
 
 class EngineStep:
-    """The training step that `train` takes."""
+    """A training step as `train` takes it."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class EngineStep:
     ) -> None:
         self.model, self.handle = model, handle
         self.forced = ExitStack()
-        """Gates that are forced as long as there is this step."""
+        """Holds the gates that are forced as long as this step exists."""
         model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         images = images.contiguous(memory_format=torch.channels_last).to(runtime.device)
         self._batch = images, labels.to(runtime.device)
@@ -112,7 +113,7 @@ def training_step(
     runtime: Runtime,
     layout: torch.memory_format = torch.channels_last,
 ) -> Step:
-    """Forward, backward, SGD with the cross-entropy of logits [..., classes] and labels [...].
+    """Forward, backward, and SGD with the cross-entropy of logits [..., classes] and labels [...].
 
     Args:
         layout: the memory format of the weights, and of inputs that are images.
@@ -140,15 +141,15 @@ class _Saved:
 
     def __init__(self, tensor: Tensor) -> None:
         whole = tensor if tensor._base is None else tensor._base
-        self.tensor = tensor.detach()  # or a result that is saved would hold its own graph
+        self.tensor = tensor.detach()  # otherwise a saved result would hold its own graph
         self.counts = not isinstance(whole, nn.Parameter)
         self.storage = whole.untyped_storage()
 
 
 def saved_for_backward(step: Step) -> int:
-    """Bytes of all tensors kept for the backward pass when it begins, without parameters.
+    """Bytes of all tensors that are kept when the backward pass begins, without parameters.
 
-    Of a step without one: those that wait when it ends.
+    For a step without a backward pass: the bytes that are kept when it ends.
     """
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
     found: list[int] = []
@@ -168,19 +169,19 @@ def saved_for_backward(step: Step) -> int:
         return holder.tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, give_back):
-        result = step()  # which keeps its graph
+        result = step()  # the result keeps its graph alive
     if isinstance(step, EngineStep) and isinstance(step.engine, ProgramEngine):
-        return step.engine.kept  # autograd sees its head alone
+        return step.engine.kept  # autograd sees only its head
     waiting = found[0] if found else total()
     del result
     return waiting
 
 
 def step_memory(step: Step, device: str, steps: int = 5) -> float:
-    """Bytes that a training step takes beyond what is there before it: the mean of a few.
+    """The bytes that a step needs beyond what is allocated before it: the mean of a few steps.
 
-    On a GPU the peak of all that was allocated. Elsewhere `saved_for_backward`, which is most of
-    it: PyTorch does not report the peak there.
+    On a GPU this is the peak of all allocations. Elsewhere it is `saved_for_backward`, which is
+    most of it, because PyTorch does not report the peak there.
     """
     if torch.device(device).type != "cuda":
         return statistics.fmean(saved_for_backward(step) for _ in range(steps))
@@ -194,7 +195,7 @@ def step_memory(step: Step, device: str, steps: int = 5) -> float:
 
 @contextmanager
 def allocator_peak(device: str) -> Iterator[Callable[[], int]]:
-    """Gives a function that returns, on leaving, the most bytes allocated on a GPU inside.
+    """Yields a function that returns, on leaving, the most bytes allocated on a GPU inside.
 
     What was allocated before does not count.
     """
@@ -204,7 +205,7 @@ def allocator_peak(device: str) -> Iterator[Callable[[], int]]:
 
 
 class PlainBlock(nn.Module):
-    """A residual unit; `drop` is what a library puts after the branch."""
+    """A residual unit; `drop` is the module that a library puts after the branch."""
 
     def __init__(self, channels_in: int, channels: int, drop: nn.Module) -> None:
         super().__init__()
@@ -223,10 +224,10 @@ class PlainBlock(nn.Module):
 
 
 class PlainResNet(nn.Module):
-    """[batch, channels, height, width] -> logits [batch, 10]: the arithmetic of `CifarResNet`.
+    """The arithmetic of `CifarResNet`: [batch, channels, height, width] -> logits [batch, 10].
 
     Args:
-        drops: what comes after each branch; nothing if not given.
+        drops: the modules after each branch; none when not given.
     """
 
     def __init__(
@@ -247,7 +248,7 @@ class PlainResNet(nn.Module):
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the parameters of `source`, in order."""
+    """Copy the parameters of `source` to `target`, in order."""
     with torch.no_grad():
         for p, q in zip(target.parameters(), source.parameters(), strict=True):
             p.copy_(q)

@@ -1,1 +1,1 @@
-"""Sweeps: independent runs over a grid, trained by any number of processes."""
+"""Sweeps: a grid of runs in one folder, trained by any number of workers."""

@@ -19,14 +19,14 @@ KEYS = {
     "uniform": Key("uniform", STOCHASTIC[1]),
     "constant": Key("constant depth", CONSTANT, (6, 3)),
 }
-"""Legend keys by the name of the rule."""
+"""Legend keys, by the name of the rule."""
 
 Place = tuple[str, float, Series]
-"""Rule, p_L, and the runs with these."""
+"""A rule, p_L, and the runs that have them."""
 
 
 def survival_sweep(sweep: Sweep) -> Figure | None:
-    """Figure of the finished runs; None without any of stochastic depth."""
+    """The figure of the finished runs; None if none of them has stochastic depth."""
     points = _points(sweep)
     if not any(rule != "constant" for rule, _, _ in points):
         return None
@@ -131,7 +131,7 @@ def _survival_panel(
 
 
 def _survival_axis(rows: list[Row], unit: str) -> alt.Y:
-    """Logarithmic where errors differ by much, so that small ones can be told apart."""
+    """A logarithmic axis where errors differ by much, so that small ones can be told apart."""
     ends = [float(row[end]) for row in rows for end in ("low", "high")]
     if unit == "percent" and 0 < min(ends) < max(ends) / 10:
         return log_axis(ends, unit)
@@ -154,11 +154,11 @@ def _survival_sentence(points: list[Place]) -> str:
 
 
 Cells = dict[tuple[int, float], list[float]]
-"""Test errors of the seeds, by depth and p_L."""
+"""The test errors of all seeds, by depth and p_L."""
 
 
 def depth_sweep(sweep: Sweep) -> Figure | None:
-    """A heat map of the finished runs; None when there are none. Constant depth is p_L = 1."""
+    """A heat map of the finished runs; None if there are none. Constant depth has p_L = 1."""
     cells: Cells = {}
     rows: list[Row] = []
     for run in sweep.runs:
@@ -200,7 +200,7 @@ def _heat_map(cells: Cells) -> alt.LayerChart:
             "p": final,
             "error": spread.mean,
             "shown": f"{spread.mean:.{1 if high >= 10 else 2}f}",
-            # the three lighter of five steps carry dark text
+            # The three lighter of the five colours carry dark text.
             "dark": spread.mean > low + 0.55 * (high - low),
             "label": f"depth {depth}, p_L = {final:g}: {percent(spread)} "
             f"({seeds(len(cells[depth, final]))})",

@@ -1,4 +1,4 @@
-"""A sweep: a grid of runs in one folder, `sweep.json` and an ordinary run folder for each point."""
+"""A sweep: a grid of runs in one folder, with `sweep.json` and a run folder for each point."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ Rule = Literal["linear", "uniform", "constant"]
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep, as what it changes in the sweep's configuration."""
+    """One run of a sweep, given by what it changes in the configuration of the sweep."""
 
     rule: Rule
     survival: float | None
@@ -38,11 +38,11 @@ class Point:
     depth: int
     seed: int
     gating: str | None = None
-    """One of `recipes.paper.gatings`; None as configured."""
+    """One of `recipes.paper.gatings`; None for the gating of the configuration."""
 
     @property
     def name(self) -> str:
-        """Name of the run folder."""
+        """The name of the run folder."""
         survival = "" if self.survival is None else f"-{self.survival}"
         gating = f"{self.gating}-" if self.gating else ""
         return f"{gating}{self.rule}{survival}-depth{self.depth}-seed{self.seed}"
@@ -60,14 +60,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every rule at every p_L, and constant depth once, at every depth, from every seed."""
+    """Every rule at every p_L, and constant depth once, at every depth and from every seed."""
 
     rules: tuple[Rule, ...]
     survival: tuple[float, ...]
     depths: tuple[int, ...]
     seeds: tuple[int, ...]
     gatings: tuple[str, ...] = ()
-    """A key of `recipes.paper.gatings`, which replaces the configured gating."""
+    """Names from `recipes.paper.gatings`, each of which replaces the configured gating."""
 
     def __post_init__(self) -> None:
         for name, values in asdict(self).items():
@@ -77,7 +77,7 @@ class Grid:
                 raise ConfigError(f"the grid's {name} are {list(values)}: give each value once")
 
     def points(self) -> list[Point]:
-        """Seed by seed, so that a sweep that is stopped early has whole curves of some seeds."""
+        """All points, seed by seed: a sweep that is stopped early has all curves of some seeds."""
         if self.gatings:
             return [
                 Point("constant", None, depth, seed, gating)
@@ -93,7 +93,7 @@ class Grid:
         ]
 
     def check(self, config: Config) -> None:
-        """Raise an error for a grid with a run that cannot be trained, before any run begins.
+        """Raise an error if a run of the grid cannot be trained, before any run begins.
 
         Raises:
             ApplyError: when the network has no residual blocks.
@@ -126,14 +126,14 @@ class Sweep:
     config: Config
 
     def path(self, point: Point) -> Path:
-        """Its run folder."""
+        """The run folder of a point."""
         return self.folder / "runs" / point.name
 
     def done(self, point: Point) -> bool:
         return is_there(self.path(point) / "model.safetensors")
 
     def failure(self, point: Point) -> str | None:
-        """The recorded reason why its run cannot be trained, if there is one."""
+        """The recorded reason why the run of a point cannot be trained, or None."""
         path = self.path(point) / "failed.txt"
         try:
             return read_file(path, SMALL, inside=3).decode().strip()
@@ -143,14 +143,14 @@ class Sweep:
             raise RunError(f"{path} cannot be read: {error}") from error
 
     def fail(self, point: Point, sentence: str) -> None:
-        """Record why its run cannot be trained."""
+        """Record why the run of a point cannot be trained."""
         write_whole(self.path(point) / "failed.txt", f"{sentence}\n".encode(), inside=3)
 
     def ended(self, point: Point) -> bool:
         return self.done(point) or self.failure(point) is not None
 
     def records(self, point: Point) -> list[Record]:
-        """The records of its journal so far."""
+        """The records of a point's journal so far."""
         return read_journal(self.path(point) / "metrics.jsonl")
 
 
@@ -158,8 +158,8 @@ def open_sweep(folder: Path, kind: Kind, grid: Grid, config: Config) -> Sweep:
     """Open the sweep in `folder`, or begin it.
 
     Raises:
-        ConfigError: when the grid has a run that cannot be trained; no folder is made.
-        RunError: when `folder` holds another sweep, or something else.
+        ConfigError: when the grid has a run that cannot be trained; then no folder is created.
+        RunError: when `folder` contains another sweep, or something else.
     """
     grid.check(config)
     described = folder / "sweep.json"

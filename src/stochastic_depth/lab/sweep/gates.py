@@ -1,4 +1,4 @@
-"""Results of each gating: test error over seeds, and the cost of a training step."""
+"""The results of each gating: test error over seeds, and the cost of a training step."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, ve
 
 CONSTANT = "constant"
 FILE = "gates.json"
-"""In the sweep's folder, written when the sweep is complete."""
+"""The file in the sweep's folder that is written when the sweep is complete."""
 
 
 def gating_steps(
@@ -33,7 +33,7 @@ def gating_steps(
     """A training step of each gating, by autograd, on random images of the data's shape.
 
     Args:
-        steps: of the whole training, as far as a schedule is concerned.
+        steps: the number of steps of the whole training, which a schedule needs.
     """
     channels = 1 if config.data.name == "digits" else 3
     side = config.data.size or SIDES[config.data.name]
@@ -49,14 +49,15 @@ def gating_steps(
 
 
 def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[str, Any]:
-    """Errors of the finished runs by gating, and the cost of a step of each, for a file.
+    """The errors of the finished runs and the cost of a step, by gating, for a file.
 
-    Costs are means over a whole training of `repeats` steps, so that a schedule passes too.
+    Costs are means over a whole training run of `repeats` steps, so that a schedule is passed
+    through.
     """
     config, survival = sweep.config, sweep.grid.survival[0]
     config = replace(config, survival=replace(config.survival, final=survival))
     runtime = resolve_runtime(config)
-    names = dict.fromkeys((CONSTANT, *sweep.grid.gatings))  # which the others are relative to
+    names = dict.fromkeys((CONSTANT, *sweep.grid.gatings))  # costs are relative to constant depth
     costs = step_costs(
         lambda: gating_steps(config, [*names], runtime, repeats), repeats, runtime, console
     )
@@ -98,7 +99,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 
 def gates_table(result: dict[str, Any]) -> Table:
-    """A row for each gating: errors over seeds, costs as shares of constant depth's."""
+    """A row for each gating: errors over seeds, and costs as shares of those of constant depth."""
     table = Table(
         title=f"{result['title']}, p_L = {result['p_L']:g}; mean ± deviation over seeds",
         title_justify="left",

@@ -16,7 +16,7 @@ from stochastic_depth.train.display import LiveDisplay
 
 
 class Progress(LiveDisplay):
-    """Shows the progress of a sweep; without a live picture, a line for each run."""
+    """Shows the progress of a sweep: live on a terminal, elsewhere as a line for each run."""
 
     def __init__(self, sweep: Sweep, console: Console, quiet: bool = False) -> None:
         super().__init__(console, quiet)
@@ -58,7 +58,7 @@ class Progress(LiveDisplay):
         self.say(line if self.live else f"{self.counts()}  {line}")
 
     def _work(self) -> float:
-        """What is done, in trained layers."""
+        """The work that is done, in layers trained."""
         return sum(
             _cost(point) * (1.0 if point in self._ended else share)
             for point, share in self._shares.items()
@@ -88,7 +88,7 @@ class Progress(LiveDisplay):
 
 
 def _cost(point: Point) -> float:
-    """Work of a run, in expected layers."""
+    """The work of a run, in expected layers."""
     survival = 1.0 if point.survival is None else point.survival
     mean = statistics.fmean((1.0, survival)) if point.rule == "linear" else survival
     return mean * point.depth

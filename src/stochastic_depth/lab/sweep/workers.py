@@ -1,9 +1,10 @@
 """Workers: processes that train one run after the other until the sweep has none left.
 
-A worker holds a lock on the point that it trains, its claim. What has ended is read from
-the run folders alone. The system drops the locks of a process that dies, however it dies, so the
-next worker that asks takes over its point, from its last checkpoint. Only the folder is shared, on
-one machine or on many: there is no queue that would have to agree with it.
+A worker holds a lock on the point that it trains, which is its claim. Whether a point has ended is
+read from the run folders alone. The operating system releases the locks of a process that dies,
+however it dies. So the next worker that looks for a point takes this one over, from its last
+checkpoint. Workers share only the folder, on one machine or on many; there is no queue that would
+have to agree with it.
 """
 
 import shutil
@@ -44,7 +45,7 @@ class Claim:
 
 
 def claim_next(sweep: Sweep) -> Claim | None:
-    """The first point of the grid that has not ended and that no worker trains, or None.
+    """Claim the first point that has not ended and that no worker trains; None if none is left.
 
     Raises:
         RunError: when the folder of the claims cannot be written.
@@ -68,7 +69,7 @@ def claim_next(sweep: Sweep) -> Claim | None:
 
 
 def claimed(sweep: Sweep) -> list[Point]:
-    """The points that are being trained, or whose worker died."""
+    """The points that a worker trains, or trained when it died."""
     return [
         point
         for point in sweep.grid.points()
@@ -81,11 +82,11 @@ def _claim_file(sweep: Sweep, point: Point) -> Path:
 
 
 class Workers:
-    """Processes that train the runs of a sweep; left, they stop, each with a checkpoint.
+    """Processes that train the runs of a sweep. On leaving, they stop, each with a checkpoint.
 
     Args:
-        count: how many.
-        threads: of each.
+        count: how many processes.
+        threads: how many threads each process has.
     """
 
     def __init__(self, sweep: Sweep, count: int, threads: int) -> None:
@@ -93,7 +94,7 @@ class Workers:
         self._processes = [fresh.Process(target=_work, args=arguments) for _ in range(count)]
 
     def __enter__(self) -> Self:
-        # Ctrl-C reaches the whole group of processes; this one tells the workers to stop.
+        # Ctrl-C reaches the whole process group, but this process tells the workers to stop.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for process in self._processes:
             process.start()
@@ -112,13 +113,13 @@ class Workers:
             process.join()
 
     def working(self) -> bool:
-        """Wait a moment; whether a worker is still there then."""
+        """Wait a moment, then return whether any worker is still alive."""
         there = [process.sentinel for process in self._processes if process.is_alive()]
         connection.wait(there, timeout=SECONDS_BETWEEN_LOOKS)
         return any(process.is_alive() for process in self._processes)
 
     def killed(self) -> list[int]:
-        """The signals that have ended workers, one for each."""
+        """The signals by which workers were killed, one for each."""
         codes = [process.exitcode or 0 for process in self._processes]
         return [-code for code in codes if code < 0]
 
@@ -126,15 +127,15 @@ class Workers:
 def work(sweep: Sweep, stop: Callable[[], int | None]) -> None:
     """Train points that no other worker trains, until every point has ended.
 
-    While others train the last points it waits, to take over from one that dies.
+    While others train the last points it waits, to take over from a worker that dies.
 
     Args:
         stop: called after every step; if it returns a signal number, the run writes a checkpoint.
 
     Raises:
-        Interrupted: when `stop` said so in the middle of a run.
-        StochasticDepthError: when a run cannot be trained here and now (its data is missing, the
-            disk is full): the point stays open.
+        Interrupted: when `stop` asked for it in the middle of a run.
+        StochasticDepthError: when a run cannot be trained here and now, because its data is missing
+            or the disk is full for example. The point then stays open.
     """
     threads = torch.get_num_threads()
     while not stop():
@@ -152,7 +153,7 @@ def work(sweep: Sweep, stop: Callable[[], int | None]) -> None:
 
 
 def train_point(sweep: Sweep, point: Point, stop: Callable[[], int | None]) -> None:
-    """Train the run of a point from its last checkpoint to its end; a run that diverges has failed.
+    """Train the run of a point from its last checkpoint to its end; if it diverges, it failed.
 
     Raises:
         Interrupted, StochasticDepthError: as `work`.
@@ -172,18 +173,18 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
     if path.is_symlink():
         raise RunError(f"{path} is a link, expected a run folder: remove it")
     if is_there(path) and not is_there(path / "config.json"):
-        shutil.rmtree(path)  # its process was killed while it made the folder
+        shutil.rmtree(path)  # its process was killed while it created the folder
     if not is_there(path):
         return begin(config, path)
     run, images = reopen(path, config.data.root)
     if run.config.essential() != config.essential():
         raise RunError(f"{path} has another configuration than its sweep: remove it")
-    torch.set_num_threads(run.runtime.threads)  # the same sums as those it began with
+    torch.set_num_threads(run.runtime.threads)  # so that sums are rounded as before
     return run, images
 
 
 def _work(sweep: Sweep, threads: int) -> None:
-    """The body of a worker's process: as `work`, until its parent is gone."""
+    """The body of a worker's process: `work`, until the parent process is gone."""
     torch.set_num_threads(threads)
     parent = parent_process()
     with StopSignals((signal.SIGTERM,)) as signals:
@@ -202,7 +203,7 @@ def _work(sweep: Sweep, threads: int) -> None:
 
 
 class _Silent:
-    """A callback that prints only what is unusual."""
+    """A callback that prints only unusual events."""
 
     def __init__(self, label: str) -> None:
         self._label = label
