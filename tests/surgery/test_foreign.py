@@ -324,7 +324,7 @@ def test_a_block_that_cannot_be_skipped_is_named_and_the_model_left_as_it_was():
     state = {name: value.clone() for name, value in model.state_dict().items()}
     types, before = [type(m) for m in model.modules()], model(X)
     with pytest.raises(
-        sd.errors.UnsupportedBlockError, match="needed for more than what is added"
+        sd.errors.UnsupportedBlockError, match="needed for more than the addition"
     ) as e:
         sd.apply(model, example=X)
     assert "exclude=" in str(e.value)

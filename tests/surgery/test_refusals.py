@@ -164,7 +164,7 @@ class Steps(nn.Module):
 
 
 KINDS = {
-    Shows: "needed for more than what is added",
+    Shows: "needed for more than the addition",
     Routes: "written into another tensor in place",
     Lambda: "set on the instance",
     TossesACoin: "the model leaves it out by itself",
@@ -321,7 +321,7 @@ def test_a_block_most_of_which_runs_when_it_is_closed_is_refused():
     x = torch.randn(2, 8, 12)
     own, shared = 8 * 8, 8 * 16 * 3
     with pytest.raises(
-        sd.errors.UnsupportedBlockError, match="is needed for more than what"
+        sd.errors.UnsupportedBlockError, match="is needed for more than the addition"
     ) as caught:
         sd.apply(WaveNet(), example=x)
     assert f"{shared / (own + shared):.0%} of its FLOPs" in str(caught.value)

@@ -51,7 +51,7 @@ def cifar10_small() -> Config:
         model=ModelConfig(kind="cifar-resnet", depth=38),
         optimizer=OptimizerConfig(batch=64),
         epochs=40,
-        evaluate_every=5 * 79,  # five epochs: 11,000 images are looked at for 5,000 trained on
+        evaluate_every=5 * 79,  # an evaluation reads 11,000 images, an epoch 5,000
     )
 
 

@@ -126,7 +126,7 @@ class _Search:
     ) -> None:
         """Judge the result of a function of `operands`, if it is an addition."""
         name = getattr(function, "__name__", "")
-        frame = sys._getframe(2)  # of the expression that calls the function
+        frame = sys._getframe(2)  # the frame of the expression that calls the function
         if name.removesuffix("_") in PRODUCTS:
             self.rejections.inside_product(name, operands, frame)
         if name == "sum":

@@ -28,8 +28,8 @@ def mostly_shared(own: float) -> str:
         own: the share of the branch's FLOPs, from 0 to 1, that the addition alone needs.
     """
     return (
-        f"most of its branch is needed for more than what is added (about {1 - own:.0%} of its "
-        "FLOPs): an output of the model, or of another block, is computed from it"
+        f"most of its branch (about {1 - own:.0%} of its FLOPs) is needed for more than the "
+        "addition: an output of the model, or of another block, is computed from it"
     )
 
 
@@ -40,8 +40,8 @@ def too_few_modules(saved: float) -> str:
         saved: the share of the branch's FLOPs, from 0 to 1, that its modules compute.
     """
     if not saved:
-        return "no module runs for it"
-    return f"the modules that run for it alone compute only {saved:.0%} of its FLOPs, about"
+        return "no module runs for its branch alone"
+    return f"the modules that run for its branch alone compute only about {saved:.0%} of its FLOPs"
 
 
 @dataclass(eq=False)
@@ -192,7 +192,7 @@ class Analysis:
         ):  # a module that blocks share may run here, and have its name in another block
             owner = owner.parent
         deferred = {value for call in outermost for value in range(call.began, call.ended)}
-        for value in sorted(own):  # what is computed from a placeholder is one
+        for value in sorted(own):  # a value computed from a placeholder is one too
             if not deferred.isdisjoint(self.recording.values[value].parents):
                 deferred.add(value)
         return Group(

@@ -318,7 +318,7 @@ def _residual_ones(
     kept = []
     for addition in additions:
         if _accumulates(addition):
-            rejected.append(_rejected(addition, "it gathers the parts of a sum in a loop"))
+            rejected.append(_rejected(addition, "it adds up the terms of one sum in a loop"))
             continue
         name = names[addition.owner]
         inside = max(
@@ -366,7 +366,7 @@ def _without_sums(
             event.added in totals and not analysis.exclusive(event.branch, {event.total})
             for event in addition.events
         ):
-            reason = "a sum of hidden states: what it adds is what the next block begins with"
+            reason = "a sum of hidden states: it adds a value that the next block begins with"
             rejected.append(_rejected(addition, reason))
         else:
             kept.append(addition)

@@ -93,8 +93,8 @@ def edits_of(
         if addition.whole and alone:
             return ((modules[addition.owner], Opaque()),)
         raise UnsupportedBlockError(
-            f"{error}; nor can it be skipped as a whole, because it is more than its input plus "
-            "one branch"
+            f"{error}; nor can the module be skipped as a whole, because it returns more than its "
+            "input plus one branch"
         ) from error
 
 
@@ -107,19 +107,19 @@ def _sliced(
         UnsupportedBlockError: when a method cannot be rewritten, or nothing would be skipped.
     """
     if addition.begins_elsewhere:
-        raise UnsupportedBlockError("its branch begins outside of the model's modules")
+        raise UnsupportedBlockError("its branch begins outside of all modules of the model")
     edits: list[tuple[nn.Module, Edit]] = []
     skips = False
     for name, edit in addition.edits:
         if edit is None:
             raise UnsupportedBlockError(
                 f"its addition is not in a method of {type(modules[name]).__name__}, but in a "
-                "function that one calls"
+                "function that a method calls"
             )
         of_module: list[Sliced] = [edit]
         calls, unused = skipped_when_closed(edit)
         skips |= calls
-        for outer in edit.callers:  # which may compute the branch for the method they call
+        for outer in edit.callers:  # they may compute the branch for the method they call
             if not unused:
                 break
             of_module.append(Argument(outer.place, unused, outer.dead))

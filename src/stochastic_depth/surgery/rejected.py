@@ -12,8 +12,8 @@ COUPLING = (
     "a coupling: it adds to one part of a value, or to one stream, something computed from another "
     "part, and that other part gets nothing back"
 )
-REPEATED = "it adds the same value again and again, as a bias that layers share"
-OTHER_SHAPE = "what is added is of another shape than the sum"
+REPEATED = "it adds the same value again and again, like a bias that layers share"
+OTHER_SHAPE = "its two operands have different shapes"
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ class Rejections:
             return "it adds single numbers, such as losses"
         if side is None:
             return (
-                "neither of the two was computed from the other, nor is one a projection of a "
-                "single value that the other starts from too: parallel branches"
+                "parallel branches: neither operand was computed from the other, nor is one a "
+                "projection of a value from which the other was computed too"
             )
         shortcut, added = (left, right) if side == "left" else (right, left)
         within = self.recording.reach_within
         if not self.shortcuts.mixes(within(added, call) - within(shortcut, call)):
-            return "what is added mixes nothing: it has no product, convolution, pooling"
+            return "its branch mixes nothing: it has no product, convolution or pooling"
         return ""
 
     def _is_computed(self, number: int) -> bool:

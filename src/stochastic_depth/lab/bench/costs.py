@@ -110,7 +110,7 @@ def step_costs(
     counted = counted or repeats
 
     def each(measure: Callable[[Step], float]) -> dict[str, list[float]]:
-        """By alternative, in all the same steps; two at once would disturb each other."""
+        """Measure each alternative on the same steps, but one after the other."""
         return {
             name: [measure(step) for _ in shown(range(counted), counted, console, "counting")]
             for name, step in build().items()

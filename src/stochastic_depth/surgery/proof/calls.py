@@ -65,7 +65,7 @@ def _still_running(
             with closed(blocks), counted_calls(model) as called:
                 run()
             return [still_called(block, usual, called) for block in found]
-        except Exception:  # one at a time, to see which
+        except Exception:  # close them one at a time, to see which one fails
             return [_failure(run, closed([block])) for block in blocks]
 
 
