@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <utility>
+
 #include "sources.h"
 #include "tiles.h"
 
@@ -9,49 +11,77 @@ constexpr int PIXELS_PER_STEP = 32;  // over which one product of the weight's g
 
 #ifdef TILES
 
-// As `convolve_image`. The rows of A are neighbouring pixels, and B has the weights of 16 output
-// channels, which four A share.
-template <int In, int Out, class Sums, class Ahead>
-void convolve_image_by_tiles(const factor* padded, const factor* weight, const stored* added,
-                             stored* out, int side, Sums& sums, const Ahead& ahead) {
-  constexpr int K = In < 32 ? In : 32, SUMMED = 8;
-  const int width = side + 2, pixels = side % 16 ? 8 : 16;  // of each A, in one row of the image
-  const Tiles tiles(pixels);
-  alignas(64) float results[4 * 16 * LANES];
-  for (int block = 0; block < Out / LANES; block++)
-    for (int pixel = 0; pixel < side * side; pixel += 4 * pixels) {
-      if (block == 0) ahead(pixel, 4 * pixels);
-      const factor* in[4];
-      for (int i = 0; i < 4; i++) {
-        const int at = pixel + i * pixels;
-        in[i] = padded + (at / side * width + at % side) * In;
-      }
-      const factor* w = weight + block * 9 * In * LANES;
-      zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
-      for (int down = 0; down < 3; down++)
-        for (int at = down * width * In; at < (down * width + 3) * In; at += K, w += K * LANES) {
-          load_tile<B<K>>(w, 2 * LANES);
-          load_tile<A<K>>(in[0] + at, In);
-          multiply_tiles<K, 0>();
-          load_tile<A<K>>(in[1] + at, In);
-          multiply_tiles<K, 1>();
-          load_tile<A<K>>(in[2] + at, In);
-          multiply_tiles<K, 2>();
-          load_tile<A<K>>(in[3] + at, In);
-          multiply_tiles<K, 3>();
-        }
-      store_tile<0>(results, LANES);
-      store_tile<1>(results + pixels * LANES, LANES);
-      store_tile<2>(results + 2 * pixels * LANES, LANES);
-      store_tile<3>(results + 3 * pixels * LANES, LANES);
-      for (int at = 0; at < 4 * pixels; at += SUMMED) {
-        Floats result[SUMMED];
+// As ConvolutionByVectors. The rows of A are 16 neighbouring pixels of the frame, and B has the weights of
+// 16 output channels, which four A share. The three taps of a row lie side by side in both.
+template <int In, int Out>
+class ConvolutionByTiles {
+ public:
+  explicit ConvolutionByTiles(int side)
+      : side_(side), pitch_(side % 16 ? side + 2 : side), results_(ROWS * pitch_ * LANES) {}
+
+  template <class Sums, class Ahead>
+  void operator()(const factor* padded, const factor* taps, const stored* added, stored* out,
+                  Sums& sums, const Ahead& ahead) {
+    const Tiles tiles;
+    for (int block = 0; block < Out / LANES; block++)
+      for (int top = 0; top < side_; top += ROWS) {
+        const int count = ROWS * pitch_ / 16;
+        const factor* weight = taps + block * 9 * In * LANES;
+        int tile = 0;
+        for (; tile + 4 <= count; tile += 4)
+          multiply(padded, weight, top, tile, std::make_index_sequence<4>());
+        for (; tile < count; tile++)
+          multiply(padded, weight, top, tile, std::make_index_sequence<1>());
+        for (int y = 0; y < ROWS; y++) {
+          const size_t row = (size_t)(top + y) * side_;
+          if (block == 0) ahead(row, side_);
+          for (int x = 0; x < side_; x += FINISHED) {
+            Floats result[FINISHED];
 #pragma GCC unroll 8
-        for (int t = 0; t < SUMMED; t++) result[t] = load(results + (at + t) * LANES);
-        finish<Out>(result, pixel + at, block * LANES, added, out, sums);
+            for (int t = 0; t < FINISHED; t++)
+              result[t] = load(&results_[(y * pitch_ + x + t) * LANES]);
+            finish<Out>(result, row + x, block * LANES, added, out, sums);
+          }
+        }
       }
+  }
+
+ private:
+  static constexpr int ROWS = 8, FINISHED = 8;  // rows of the image at a time, and pixels of them
+
+  // Results of some tiles of the rows from `top` on. A tile ends where a row does if 16 divides the
+  // side; otherwise tiles run on through the zeros between the rows, and those results are not used.
+  template <size_t... I>
+  void multiply(const factor* padded, const factor* weight, int top, int tile,
+                std::index_sequence<I...> tiles) {
+    const int width = side_ + 2;
+    const factor* in[sizeof...(I)];
+    for (size_t i = 0; i < sizeof...(I); i++) {
+      const int at = (tile + i) * 16;
+      in[i] = padded + ((top + at / pitch_) * width + at % pitch_) * In;
     }
-}
+    (zero_tile<I>(), ...);
+    for (int down = 0; down < 3; down++) {
+      const int row = down * width * In;
+      int at = 0;
+      for (; at + 32 <= 3 * In; at += 32, weight += 32 * LANES)
+        add_products<32>(in, row + at, weight, tiles);
+      for (; at < 3 * In; at += 16, weight += 16 * LANES)
+        add_products<16>(in, row + at, weight, tiles);
+    }
+    (store_tile<I>(&results_[(tile + I) * 16 * LANES], LANES), ...);
+  }
+
+  template <int K, size_t... I>
+  static void add_products(const factor* const* in, int at, const factor* weight,
+                           std::index_sequence<I...>) {
+    load_tile<B<K>>(weight, 2 * LANES);
+    ((load_tile<A<K>>(in[I] + at, In), multiply_tiles<K, I>()), ...);
+  }
+
+  const int side_, pitch_;  // pitch: of the rows of the results
+  Scratch<float> results_;
+};
 
 // ---------------------------------------------------------------------------- gradient of the weight
 
@@ -111,7 +141,7 @@ class WeightGradientByTiles {
     const int width = side_ + 2;
     for (int y = 0; y < side_; y++)
       transpose_row<In>(input, first + y * side_, &transposed_[(y + 1) * width + 1], stride_, side_);
-    const Tiles tiles(16);
+    const Tiles tiles;
     for (int down = 0; down < 3; down++)
       for (int in = 0; in < In; in += 16)
         for (int out = 0; out < Out; out += LANES) {

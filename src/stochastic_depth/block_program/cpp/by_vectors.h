@@ -15,48 +15,59 @@ constexpr Group group(int outputs) {
   return {4, 4, 1};
 }
 
-// As `convolve_image`.
-template <int In, int Out, class Sums, class Ahead>
-void convolve_image_by_vectors(const factor* padded, const factor* weight, const stored* added,
-                               stored* out, int side, Sums& sums,
-                               const Ahead& ahead) {
-  constexpr int T = group(Out).pixels, V = group(Out).vectors, R = group(Out).taps;
-  const int width = side + 2;
-  for (int block = 0; block < Out / LANES; block += V)
-    for (int y = 0; y < side; y++)
-      for (int x = 0; x < side; x += T) {
-        const size_t pixel = (size_t)y * side + x;
-        if (block == 0) ahead(pixel, T);
-        Floats sum[V][T] = {};
-        for (int down = 0; down < 3; down++)
-          for (int tap = 0; tap < 3; tap += R) {
-            const factor* in = padded + ((y + down) * width + x + tap) * In;
-            const factor* w = weight + (block * 9 + 3 * down + tap) * In * LANES;
-            for (int c = 0; c < In; c += PER_LANE) {
-              Operand k[R][V];
+// The convolution of an image, with its sums.
+template <int In, int Out>
+class ConvolutionByVectors {
+ public:
+  explicit ConvolutionByVectors(int side) : side_(side) {}
+
+  // padded: the image in a frame of zeros, [side + 2][side + 2][In]; taps: as `packed` returns them;
+  // added: null, or what is added to the result; out: [side][side][Out]. `ahead(pixel, count)` is called
+  // for every part of the image, to prefetch the next one.
+  template <class Sums, class Ahead>
+  void operator()(const factor* padded, const factor* taps, const stored* added, stored* out,
+                  Sums& sums, const Ahead& ahead) const {
+    constexpr int T = group(Out).pixels, V = group(Out).vectors, R = group(Out).taps;
+    const int side = side_, width = side + 2;
+    for (int block = 0; block < Out / LANES; block += V)
+      for (int y = 0; y < side; y++)
+        for (int x = 0; x < side; x += T) {
+          const size_t pixel = (size_t)y * side + x;
+          if (block == 0) ahead(pixel, T);
+          Floats sum[V][T] = {};
+          for (int down = 0; down < 3; down++)
+            for (int tap = 0; tap < 3; tap += R) {
+              const factor* in = padded + ((y + down) * width + x + tap) * In;
+              const factor* w = taps + (block * 9 + 3 * down + tap) * In * LANES;
+              for (int c = 0; c < In; c += PER_LANE) {
+                Operand k[R][V];
 #pragma GCC unroll 3
-              for (int right = 0; right < R; right++)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++)
-                  k[right][v] = get<Operand>(w + ((v * 9 + right) * In + c) * LANES);
-#pragma GCC unroll 18
-              for (int t = 0; t < T + R - 1; t++) {
-                const Operand pixel = broadcast(in + t * In + c);
-#pragma GCC unroll 3
-                for (int right = 0; right < R; right++) {
-                  if (t < right || t >= T + right) continue;
+                for (int right = 0; right < R; right++)
 #pragma GCC unroll 4
                   for (int v = 0; v < V; v++)
-                    sum[v][t - right] = multiply_add(sum[v][t - right], k[right][v], pixel);
+                    k[right][v] = get<Operand>(w + ((v * 9 + right) * In + c) * LANES);
+#pragma GCC unroll 18
+                for (int t = 0; t < T + R - 1; t++) {
+                  const Operand pixel = broadcast(in + t * In + c);
+#pragma GCC unroll 3
+                  for (int right = 0; right < R; right++) {
+                    if (t < right || t >= T + right) continue;
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; v++)
+                      sum[v][t - right] = multiply_add(sum[v][t - right], k[right][v], pixel);
+                  }
                 }
               }
             }
-          }
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++)
-          finish<Out>(sum[v], pixel, (block + v) * LANES, added, out, sums);
-      }
-}
+          for (int v = 0; v < V; v++)
+            finish<Out>(sum[v], pixel, (block + v) * LANES, added, out, sums);
+        }
+  }
+
+ private:
+  const int side_;
+};
 
 // ---------------------------------------------------------------------------- gradient of the weight
 

@@ -42,30 +42,23 @@ Scratch<factor> packed_transposed(const stored* weight) {
 }
 
 #ifdef TILES
-template <int In>
-constexpr bool BY_TILES = In % 16 == 0;
+template <int In, class ByTiles, class ByVectors>
+using Form = std::conditional_t<In % 16 == 0, ByTiles, ByVectors>;
 template <int In, int Out>
-using WeightGradient = std::conditional_t<BY_TILES<In>, WeightGradientByTiles<In, Out>,
-                                          WeightGradientByVectors<In, Out>>;
+using Convolution = Form<In, ConvolutionByTiles<In, Out>, ConvolutionByVectors<In, Out>>;
+template <int In, int Out>
+using WeightGradient = Form<In, WeightGradientByTiles<In, Out>, WeightGradientByVectors<In, Out>>;
 #else
-template <int In>
-constexpr bool BY_TILES = false;
+template <int In, int Out>
+using Convolution = ConvolutionByVectors<In, Out>;
 template <int In, int Out>
 using WeightGradient = WeightGradientByVectors<In, Out>;
 #endif
 
-// Convolves one image: out, [side][side][Out], and its sums.
-// padded: the image in a frame of zeros, [side + 2][side + 2][In]; taps: as `packed` returns them;
-// added: null, or what is added to the result. `ahead(pixel, count)` is called once for every part of
-// the image, to prefetch the next one.
-template <int In, int Out, class Sums, class Ahead>
-void convolve_image(const factor* padded, const factor* taps, const stored* added, stored* out,
-                    int side, Sums& sums, const Ahead& ahead) {
-#ifdef TILES
-  if constexpr (BY_TILES<In>)
-    return convolve_image_by_tiles<In, Out>(padded, taps, added, out, side, sums, ahead);
-#endif
-  convolve_image_by_vectors<In, Out>(padded, taps, added, out, side, sums, ahead);
+// The elements of a frame. Tiles read up to two pixels beyond its end, for results that are not used.
+template <int C>
+size_t frame(int side) {
+  return ((size_t)(side + 2) * (side + 2) + 2) * C;
 }
 
 // ---------------------------------------------------------------------------- a mini-batch
@@ -87,16 +80,16 @@ void convolve(const Source& source, Scratch<factor> taps, stored* out, double* s
   Totals totals(Out, shape.threads);
 #pragma omp parallel num_threads(shape.threads)
   {
-    Scratch<factor> padded(width * width * In);
+    Convolution<In, Out> convolve_image(side);
+    Scratch<factor> padded(frame<In>(side));
 #pragma omp for schedule(static)
     for (int i = 0; i < shape.n; i++) {
       const size_t first = i * shape.pixels(), next = shape.after(i);
       for (int y = 0; y < side; y++)
         pad_row<In>(source, first + y * side, &padded[(y + 1) * width * In], side);
       Moments<Out> of_image;
-      convolve_image<In, Out>(padded.data(), taps.data(), nullptr, out + first * Out, side,
-                              of_image,
-                              [&](size_t at, size_t count) { source.fetch(next + at, count); });
+      convolve_image(padded.data(), taps.data(), nullptr, out + first * Out, of_image,
+                     [&](size_t at, size_t count) { source.fetch(next + at, count); });
       of_image.end(shape.pixels(), totals.first(), totals.second());
     }
   }
@@ -104,7 +97,8 @@ void convolve(const Source& source, Scratch<factor> taps, stored* out, double* s
 }
 
 // The gradient of the weight, [Out][9][inputs], from the gradient of the result.
-// `also(i, padded)` is called with the latter of image i in a frame of zeros, [side + 2][side + 2][Out].
+// Each thread calls `also()`, which returns a function; it calls this with every image i of its own, and
+// with the gradient of the result of this image in a frame of zeros.
 template <int In, int Out, class Input, class Result, class Also>
 void weigh(const Input& input, const Result& gradient, float* of_weight, int inputs,
            const Shape& shape, const Also& also) {
@@ -113,7 +107,8 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
 #pragma omp parallel num_threads(shape.threads)
   {
     WeightGradient<In, Out> weight_gradient(side);
-    Scratch<factor> padded(width * width * Out);
+    auto also_with = also();
+    Scratch<factor> padded(frame<Out>(side));
     Scratch<factor> apart(PER_LANE == 1 ? 0 : (width * width + PIXELS_PER_STEP) * Out);
     factor* pairs = PER_LANE == 1 ? &padded[Out] : apart.data();
     Scratch<float>& mine = of_weights[omp_get_thread_num()] = Scratch<float>(9 * In * Out);
@@ -125,7 +120,7 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
         pad_and_pair_row<Out>(gradient, first + y * side, &padded[at], pairs + at, side);
       }
       weight_gradient.add(input, first, pairs, mine.data());
-      also(i, padded.data());
+      also_with(i, padded.data());
     }
 #pragma omp for schedule(static)
     for (int out = 0; out < Out; out++)
@@ -146,17 +141,19 @@ void convolve_backward(const Input& input, const Result& gradient, const stored*
                        const SumsOf& sums_of, double* sums, const Shape& shape) {
   Scratch<factor> taps = packed_transposed<C>(weight);
   Totals totals(C, shape.threads);
-  weigh<C, C>(input, gradient, of_weight, C, shape, [&](int i, const factor* padded) {
-    const size_t first = i * shape.pixels(), next = shape.after(i);
-    auto of_image = sums_of(first);
-    convolve_image<C, C>(padded, taps.data(), added ? added + first * C : nullptr,
-                         of_input + first * C, shape.side, of_image, [&](size_t at, size_t count) {
-                           input.fetch(next + at, count);
-                           gradient.fetch(next + at, count);
-                           of_image.fetch(next - first + at, count);
-                           if (added) prefetch(added + (next + at) * C, count * C);
-                         });
-    of_image.end(shape.pixels(), totals.first(), totals.second());
+  weigh<C, C>(input, gradient, of_weight, C, shape, [&] {
+    return [&, convolve_image = Convolution<C, C>(shape.side)](int i, const factor* padded) mutable {
+      const size_t first = i * shape.pixels(), next = shape.after(i);
+      auto of_image = sums_of(first);
+      convolve_image(padded, taps.data(), added ? added + first * C : nullptr,
+                     of_input + first * C, of_image, [&](size_t at, size_t count) {
+                       input.fetch(next + at, count);
+                       gradient.fetch(next + at, count);
+                       of_image.fetch(next - first + at, count);
+                       if (added) prefetch(added + (next + at) * C, count * C);
+                     });
+      of_image.end(shape.pixels(), totals.first(), totals.second());
+    };
   });
   totals.over_threads(sums);
 }

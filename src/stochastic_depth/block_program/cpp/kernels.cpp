@@ -103,9 +103,11 @@ void convolve_pictures_backward(const stored* images, const Layer* layer, const 
   const Coefficients by = normalise_backward(layer->norm, sums, shape.rows(), 16);
   const Pictures pictures{images, channels};
   const Normalised<16> of_y{gradient, y, by};
-  weigh<FEW, 16>(pictures, of_y, layer->of_weight, channels, shape, [&](int i, const factor*) {
-    pictures.fetch(shape.after(i), shape.pixels());
-    of_y.fetch(shape.after(i), shape.pixels());
+  weigh<FEW, 16>(pictures, of_y, layer->of_weight, channels, shape, [&] {
+    return [&](int i, const factor*) {
+      pictures.fetch(shape.after(i), shape.pixels());
+      of_y.fetch(shape.after(i), shape.pixels());
+    };
   });
 }
 
@@ -171,7 +173,7 @@ long multiply(float* values, long rounds) {
   // Products of zeros are twice as fast: the processor limits the power that tiles take.
   Scratch<factor> ones(16 * 32);
   for (int at = 0; at < 16 * 32; at++) ones[at] = 0x3f80 + at % 64;
-  const Tiles tiles(16);
+  const Tiles tiles;
   load_tile<A<32>>(ones.data(), 32);
   load_tile<B<32>>(ones.data(), 32);
   for (long round = 0; round < rounds; round++) {

@@ -20,16 +20,11 @@ constexpr int A = K == 32 ? 4 : 5;
 template <int K>
 constexpr int B = K == 32 ? 6 : 7;
 
-// What the registers hold: the rows and bytes a row of each.
+// The rows and the bytes a row of each register.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 32, 64, 64};
-  uint8_t rows[16];
-
-  // The sums and A have `count` rows.
-  explicit TileShapes(int count)
-      : rows{uint8_t(count), uint8_t(count), uint8_t(count), uint8_t(count),
-             uint8_t(count), uint8_t(count), 16,             8} {}
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
 };
 
 #ifdef __AMX_BF16__
@@ -43,8 +38,8 @@ inline bool tiles_permitted() {
 // The calling thread uses tiles while one of these exists.
 class Tiles {
  public:
-  explicit Tiles(int rows) {
-    const TileShapes shapes(rows);
+  Tiles() {
+    const TileShapes shapes;
     asm volatile("ldtilecfg %0" ::"m"(shapes));
   }
   ~Tiles() { asm volatile("tilerelease"); }
@@ -77,12 +72,12 @@ void multiply_tiles() {
 
 inline bool tiles_permitted() { return true; }
 
-inline thread_local TileShapes shapes_here(0);
 inline thread_local uint8_t tile[8][16][64];
+constexpr TileShapes SHAPES;
 
 class Tiles {
  public:
-  explicit Tiles(int rows) { shapes_here = TileShapes(rows); }
+  Tiles() { memset(tile, 0, sizeof tile); }
 };
 
 template <int To>
@@ -92,20 +87,18 @@ void zero_tile() {
 
 template <int To, class T>
 void load_tile(const T* p, size_t stride) {
-  zero_tile<To>();
-  for (int row = 0; row < shapes_here.rows[To]; row++)
-    memcpy(tile[To][row], p + row * stride, shapes_here.bytes[To]);
+  for (int row = 0; row < SHAPES.rows[To]; row++)
+    memcpy(tile[To][row], p + row * stride, SHAPES.bytes[To]);
 }
 
 template <int From>
 void store_tile(float* p, size_t stride) {
-  for (int row = 0; row < shapes_here.rows[From]; row++)
-    memcpy(p + row * stride, tile[From][row], shapes_here.bytes[From]);
+  for (int row = 0; row < 16; row++) memcpy(p + row * stride, tile[From][row], 64);
 }
 
 template <int K, int Sum>
 void multiply_tiles() {
-  for (int row = 0; row < shapes_here.rows[Sum]; row++)
+  for (int row = 0; row < 16; row++)
     for (int k = 0; k < K / 2; k++) {
       const Operand a = broadcast((const factor*)&tile[A<K>][row][4 * k]);
       const Operand b = get<Operand>((const factor*)tile[B<K>][k]);
