@@ -134,11 +134,15 @@ def test_a_rule_counts_blocks_anew_in_each_stack() -> None:
     ("survival", "stacks", "message"),
     [
         ([0.5] * 5, (), r"gives 5 probabilities, the model has 6 blocks"),
-        ({"decoder.7": 0.5}, (), r"'decoder\.7', which is no block; near it .*'decoder\.1'"),
+        (
+            {"decoder.7": 0.5},
+            (),
+            r"'decoder\.7', but there is no such block; similar .*'decoder\.1'",
+        ),
         ([0.5, 0, 1, 1, 1, 1], (), r"block 2 of 6 the survival probability 0"),
         ({"head": 2.0}, (), r"block 6 of 6 the survival probability 2"),
         (sd.Uniform(0.5), ["body"], r"'body' contains no block"),
-        ([0.5] * 6, ["decoder"], r"stacks=\['decoder'\] are for rules"),
+        ([0.5] * 6, ["decoder"], r"stacks=\['decoder'\] needs a rule"),
         ("linear", (), r"survival='linear' is not a rule"),
     ],
 )

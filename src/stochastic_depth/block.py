@@ -165,12 +165,16 @@ def set_evaluation_gates(blocks: Iterable[Block], gates: Iterable[Gate]) -> None
 
 
 @contextmanager
-def force(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
+def force(blocks: Sequence[Block], gates: Gate | Sequence[Gate]) -> Iterator[None]:
     """While entered, `blocks` have these gates, in training and in evaluation.
 
     It is for a model that has no handle yet, and for gates of any form. Otherwise use
     `Handle.forced`.
+
+    Args:
+        gates: one for each block, or one for all of them.
     """
+    gates = [gates] * len(blocks) if isinstance(gates, Gate) else gates
     additions = [(a, g) for b, g in zip(blocks, gates, strict=True) for a in b.gates]
     before = [(addition.training, addition.evaluation) for addition, _ in additions]
     for addition, gate in additions:

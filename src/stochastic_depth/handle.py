@@ -166,7 +166,10 @@ class Handle:
                 self._coins = self._in_training.coins
             return self._gates_while_forced()
         if self.gate != "batch" and batch is None:
-            raise GateError(f'gate="{self.gate}" draws a gate for each sample: handle.draw(batch)')
+            raise GateError(
+                f'gate="{self.gate}" draws a gate for each sample: give the number of samples, '
+                "handle.draw(batch)"
+            )
         self._set_survival(self.step)
         first, whole = self.share or (0, batch)
         coins = self.gates_at(self.step, whole)

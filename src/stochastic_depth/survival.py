@@ -347,12 +347,12 @@ def survival_of(
         rule: SurvivalRule = survival  # type: ignore[assignment]
         return tuple(_checked(rule, *at, zero) for at in _positions(names, stacks))
     if stacks:
-        raise SurvivalError(f"stacks={list(stacks)} are for rules: p_l is given block by block")
+        raise SurvivalError(f"stacks={list(stacks)} needs a rule: p_l is given block by block")
     if isinstance(survival, Mapping):
         for name in survival.keys() - set(names):
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
             raise SurvivalError(
-                f"survival names {name!r}, which is no block; near it are "
+                f"survival names {name!r}, but there is no such block; similar names: "
                 f"{', '.join(map(repr, near)) or 'none'}; sd.plan shows the blocks"
             )
         survival = [survival.get(name, 1.0) for name in names]

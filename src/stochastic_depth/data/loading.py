@@ -74,8 +74,8 @@ def load(
     """
     if name not in VALIDATION:
         raise DataError(
-            f"no data set {name!r} to load: choose from {', '.join(VALIDATION)}; imagenet and "
-            "folder stay on the disk and come through batches()"
+            f"there is no data set {name!r} that can be loaded into memory: choose from "
+            f"{', '.join(VALIDATION)}; for imagenet and folder call batches()"
         )
     if validation is None:
         validation = VALIDATION[name]

@@ -254,7 +254,7 @@ def _lower(
     if choice is None:
         blocks = len(description.order)
         known = ", ".join(f"{each.blocks / blocks:.2g}" for each in description.choices)
-        raise ExportError(f"depth={depth}: it was measured at {known}")
+        raise ExportError(f"depth={depth} was not measured: choose one of {known}")
     remove_blocks(model, description.order[: len(description.order) - choice.blocks])
     start = f"{choice.blocks}/"
     own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}

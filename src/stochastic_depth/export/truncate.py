@@ -340,8 +340,7 @@ def _closed_outputs(twin: nn.Module, closed: Sequence[int], example: Example) ->
         if not isinstance(block.module, Residual):
             handles.append(block.module.register_forward_hook(_must_pass(block), with_kwargs=True))
     blocks = [applied.handle.blocks[number] for number in closed]
-    gates = [Gate(open=False)] * len(blocks)
-    with preserve_state(twin), torch.no_grad(), force(blocks, gates):
+    with preserve_state(twin), torch.no_grad(), force(blocks, Gate(open=False)):
         twin.eval()
         outputs = tensors_in(caller(twin, example)())
     for handle in handles:

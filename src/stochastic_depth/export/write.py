@@ -116,7 +116,9 @@ def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
         ) from error
     description = session.get_modelmeta().custom_metadata_map.get(KEY)
     if description is None:
-        raise ExportError("it does not say what network it holds: stochastic-depth export does")
+        raise ExportError(
+            "it does not say which network it holds: give a file that stochastic-depth export wrote"
+        )
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

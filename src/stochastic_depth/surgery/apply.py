@@ -239,7 +239,7 @@ def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
     """The survival rule for a `drop_rate` that is given in place of `survival`."""
     if survival is not None:
         raise ApplyError(
-            f"drop_rate={drop_rate} and survival={survival!r}: give one of them, they say the same"
+            f"drop_rate={drop_rate} and survival={survival!r}: give one of them, not both"
         )
     if not 0 <= drop_rate < 1:
         raise SurvivalError(f"drop_rate={drop_rate}: it must be at least 0 and below 1")

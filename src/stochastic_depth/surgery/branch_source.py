@@ -76,7 +76,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Located:
-    """One residual addition, made once, and where it was made."""
+    """One execution of a residual addition, and where it was made."""
 
     addition: Addition
     branch: set[int]

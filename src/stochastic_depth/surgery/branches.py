@@ -46,7 +46,7 @@ def too_few_modules(saved: float) -> str:
 
 @dataclass(eq=False)
 class Event:
-    """One residual addition in the recorded forward pass, made once.
+    """One execution of a residual addition in the recorded forward pass.
 
     Values are given by their numbers in the recording.
     """
@@ -143,7 +143,7 @@ class Analysis:
         return self.calls_by_name.get(module, [])
 
     def place(self, event: Event) -> None:
-        """Find the innermost call that computes all that only the branch of `event` needs."""
+        """Find the innermost call that computes everything that only the branch needs."""
         self.totals.add(event.total)
         for call in reversed(event.stack):
             branch = event.branch_within(self.recording, call)
@@ -169,7 +169,7 @@ class Analysis:
         return own
 
     def group(self, block: str, events: Sequence[Event]) -> Group:
-        """The block that `events`, made in one call or one iteration of a loop, form."""
+        """The block of the additions `events`, made in one call or one iteration of a loop."""
         shortcuts = {event.shortcut for event in events}
         branch = set[int]().union(*(event.branch for event in events)) - shortcuts
         own = self.exclusive(branch, {event.total for event in events})

@@ -84,7 +84,8 @@ def own_rates(found: Sequence[Found]) -> list[float]:
         if len(different) > 1:
             raise SurvivalError(
                 f'survival="own": block {block.name!r} has drop paths of the rates '
-                f"{', '.join(map(str, sorted(different)))}; give p_l by name"
+                f"{', '.join(map(str, sorted(different)))}; give survival as a mapping from "
+                "the names of blocks to p_l"
             )
     if rates == [{0.0}] * len(found):
         raise SurvivalError(

@@ -318,7 +318,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
         ...
     """
     handle = handle_of(model)
-    opened = force(handle.blocks, [OPEN] * len(handle.blocks))
+    opened = force(handle.blocks, OPEN)
     found = applied_to(model).found
     training = any(block.training_only for block in found)
     # The forward method alone runs no hooks, which would draw gates in training mode.
@@ -333,7 +333,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
             module = block.module
             look = (repr(module), f"{shapes.get(block.name)} of {len(block.gates)} gates")
             if look not in counted:
-                with force([block], [CLOSED]):
+                with force([block], CLOSED):
                     without = _count(run)
                 counted[look] = forward - without[0], backward - without[1]
             size = sum(p.numel() for owned in block.owned for p in owned.parameters())

@@ -181,7 +181,9 @@ def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> 
     cells = list(outer.__closure__ or ())
     held = [i for i, cell in enumerate(cells) if cell.cell_contents is wrapped]
     if not held:
-        raise UnsupportedBlockError(f"{outer.__qualname__} has a decorator that cannot be redone")
+        raise UnsupportedBlockError(
+            f"{outer.__qualname__} has a decorator that cannot be applied again"
+        )
     replacement = _wrapped_as(wrapped, inner, new)
     for i in held:
         cells[i] = CellType(replacement)

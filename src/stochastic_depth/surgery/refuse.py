@@ -30,9 +30,10 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
     for name, module in model.named_modules():
         if any(base.__module__.startswith(_SHARDED) for base in type(module).__mro__):
             raise ApplyError(
-                f"{name or 'the model'!r} is sharded: sd.{verb} a model that is not, to which "
-                "sd.apply was given the same settings and load_state_dict the gathered weights "
-                "(torch.distributed.checkpoint.state_dict, full_state_dict=True)"
+                f"{name or 'the model'!r} is sharded, so that no process has all of its weights: "
+                "build the model again, call sd.apply with the same settings, load the gathered "
+                "weights (torch.distributed.checkpoint.state_dict, full_state_dict=True), and "
+                f"sd.{verb} that model"
             )
 
 

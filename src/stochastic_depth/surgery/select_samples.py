@@ -70,9 +70,9 @@ def samples(module: nn.Module, gate: Gate, value: Any, place: Hashable) -> Any:
         known = module.__dict__.get(SAMPLES, {})
         if place not in known:
             raise GateError(
-                f"a tensor {list(value.shape)} comes into a branch of {type(module).__name__} that "
-                f"was not there on the example, and may or may not hold the {gate.batch} samples: "
-                "give sd.apply an example with it"
+                f"a tensor {list(value.shape)} enters a branch of {type(module).__name__} and did "
+                f"not on the example, so that it may or may not hold the {gate.batch} samples: "
+                "give sd.apply an example in which it does"
             )
         return value.index_select(0, gate.samples.to(value.device)) if known[place] else value
     if type(value) in (tuple, list):

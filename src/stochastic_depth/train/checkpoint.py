@@ -109,7 +109,7 @@ def _check_entries(file: io.BytesIO, size: int) -> None:
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise pickle.UnpicklingError("an entry is packed")
+            raise pickle.UnpicklingError("an entry is compressed")
         if sum(entry.file_size for entry in entries) > size:
             raise pickle.UnpicklingError("its entries claim more bytes than there are")
         (pickled,) = [entry for entry in entries if entry.filename.endswith("/data.pkl")]

@@ -149,8 +149,8 @@ class _Session:
             if addition.recomputed and any(again() for again in addition.recomputed):
                 raise GateError(
                     f"block {addition.name!r}: {self.edits[n]} is within a function that "
-                    "torch.utils.checkpoint computes again in the backward pass, where its gate "
-                    "cannot be asked: checkpoint the branch alone, x = x + checkpoint(branch, x), "
+                    "torch.utils.checkpoint recomputes in the backward pass, where it has no "
+                    "gate: checkpoint the branch alone, x = x + checkpoint(branch, x), "
                     "or the module that adds, checkpoint(layer, x)"
                 )
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Block
+from stochastic_depth.block import Block, force
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.proof.bypass import bypassed
-from stochastic_depth.surgery.proof.calls import in_evaluation, in_training
+from stochastic_depth.surgery.proof.calls import in_training
 from stochastic_depth.surgery.select_samples import SAMPLES, Seen, noted
 from stochastic_depth.tensors import largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_leaves, tree_map
@@ -179,7 +179,7 @@ def _shapes(
 ) -> Mapping[Any, Any]:
     """Shapes of what enters the branches; empty if the example cannot be trained on."""
     gate = Gate(samples=torch.arange(batch, device="cpu"), batch=batch)
-    gates = in_training(blocks, [gate] * len(blocks)) if training else in_evaluation(blocks, gate)
+    gates = in_training(blocks, [gate] * len(blocks)) if training else force(blocks, gate)
     seen: Seen = {}
     with preserve_state(model), torch.no_grad():
         model.train(training)

@@ -54,19 +54,16 @@ def _still_running(
     blocks: Sequence[Block],
     training: bool,
 ) -> list[str]:
-    def closed(which: Sequence[Block]) -> AbstractContextManager[None]:
-        return force(which, [CLOSED] * len(which))
-
-    with preserve_state(model), torch.no_grad(), force(blocks, [OPEN] * len(blocks)):
+    with preserve_state(model), torch.no_grad(), force(blocks, OPEN):
         model.train(training)
         with counted_calls(model) as usual:
             run()
         try:
-            with closed(blocks), counted_calls(model) as called:
+            with force(blocks, CLOSED), counted_calls(model) as called:
                 run()
             return [still_called(block, usual, called) for block in found]
         except Exception:  # close them one at a time, to see which one fails
-            return [_failure(run, closed([block])) for block in blocks]
+            return [_failure(run, force([block], CLOSED)) for block in blocks]
 
 
 def _failure(run: Callable[..., Any], closed: AbstractContextManager[None]) -> str:
@@ -123,20 +120,6 @@ def in_training(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None
         yield
     finally:
         set_training_gates(blocks, [None] * len(blocks))
-
-
-@contextmanager
-def in_evaluation(blocks: Sequence[Block], gate: Gate) -> Iterator[None]:
-    """While entered, `blocks` have this gate in evaluation mode."""
-    gates = [addition for block in blocks for addition in block.gates]
-    before = [addition.evaluation for addition in gates]
-    for addition in gates:
-        addition.evaluation = gate
-    try:
-        yield
-    finally:
-        for addition, value in zip(gates, before, strict=True):
-            addition.evaluation = value
 
 
 @contextmanager

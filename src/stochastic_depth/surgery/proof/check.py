@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Block
+from stochastic_depth.block import Block, force
 from stochastic_depth.errors import AdditionNotReachedError, ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
@@ -28,7 +28,6 @@ from stochastic_depth.surgery.proof.calls import (
     OPEN,
     CallCounts,
     counted_calls,
-    in_evaluation,
     refuse_running,
 )
 from stochastic_depth.tensors import largest_difference, tensors_in
@@ -142,12 +141,12 @@ def check(
     proof = _Proof(model, run, found, blocks, reference.remembers)
     with preserve_state(model):
         model.eval()
-        with in_evaluation(blocks, OPEN), counted_calls(model) as usual:
+        with force(blocks, OPEN), counted_calls(model) as usual:
             proof.open(reference.open)
         for number, (closed, expected) in enumerate(
             zip(reference.closed, reference.outputs, strict=True)
         ):
-            with in_evaluation(blocks, OPEN), in_evaluation([blocks[n] for n in closed], CLOSED):
+            with force(blocks, OPEN), force([blocks[n] for n in closed], CLOSED):
                 with counted_calls(model) as called:
                     difference = max(difference, proof.closed(closed, expected))
                 refuse_running([found[n] for n in sorted(closed)], usual, called)
@@ -224,8 +223,8 @@ class _Proof:
         half, keep = half_gate(batch, kind)
         blocks = [self.blocks[n] for n in chosen]
         with (
-            in_evaluation(self.blocks, OPEN),
-            in_evaluation(blocks, half),
+            force(self.blocks, OPEN),
+            force(blocks, half),
             counted_calls(self.model) as called,
         ):
             difference, why = self._outcome(expected)
@@ -247,7 +246,7 @@ class _Proof:
         """
         with ungated(self.model), bypassed([self.found[n] for n in part], keep), torch.no_grad():
             expected = tensors_in(self.run())
-        with in_evaluation(self.blocks, OPEN), in_evaluation([self.blocks[n] for n in part], gate):
+        with force(self.blocks, OPEN), force([self.blocks[n] for n in part], gate):
             difference, why = self._outcome(expected)
         return "" if difference <= (TOLERANCE if keep is None else 10 * TOLERANCE) else why
 
@@ -255,7 +254,7 @@ class _Proof:
         with ungated(self.model), bypassed([self.found[n] for n in part]), torch.no_grad():
             expected = tensors_in(self.run())
         closed = [self.blocks[n] for n in part]
-        with in_evaluation(self.blocks, OPEN), in_evaluation(closed, CLOSED), _fast_path():
+        with force(self.blocks, OPEN), force(closed, CLOSED), _fast_path():
             difference, why = self._outcome(expected, gradients)
         return "" if difference <= 10 * TOLERANCE else why
 
