@@ -374,10 +374,10 @@ def _without_sums(
 
 
 def _outermost(additions: list[Addition], analysis: Analysis) -> list[Addition]:
-    """The additions under one coin that are in no branch of another of them.
+    """The additions under one coin that are not in the branch of another one of them.
 
-    The gate of that other one covers them. Those whose sum no output needs are left out if there
-    are others.
+    An addition in a branch is covered by the gate of that branch. Additions whose sum no output
+    needs are left out if there are others.
     """
     alive = [a for a in additions if any(e.total in analysis.alive for e in a.events)]
     additions = alive or additions
