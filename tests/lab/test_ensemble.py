@@ -10,7 +10,7 @@ from scipy import special
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.gates import draw
 from stochastic_depth.lab.ensemble import Score, drawn, ensemble, measured_ensemble, sizes_up_to
-from stochastic_depth.lab.trained import trained
+from stochastic_depth.lab.sources import trained
 from stochastic_depth.train import best_record
 
 

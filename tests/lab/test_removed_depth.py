@@ -22,7 +22,7 @@ from stochastic_depth.lab.pruning import (
     spread,
 )
 from stochastic_depth.lab.removed_depth import curves, measured_curves
-from stochastic_depth.lab.trained import trained
+from stochastic_depth.lab.sources import trained
 from stochastic_depth.train import best_record
 from stochastic_depth.train.build import build_model
 from stochastic_depth.train.step import evaluate

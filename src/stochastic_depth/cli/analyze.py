@@ -16,7 +16,7 @@ from stochastic_depth.lab.options import RemovedDepthOptions, at_least
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
     from stochastic_depth.export.depths import Progress
-    from stochastic_depth.lab.trained import TrainedNetwork
+    from stochastic_depth.lab.sources import TrainedNetwork
     from stochastic_depth.train import Run
 
 
@@ -55,7 +55,7 @@ class NetworkAnalysis(Analysis):
 
     def networks(self, runs: list["Run"]) -> Iterator["TrainedNetwork"]:
         """The trained networks, one at a time."""
-        from stochastic_depth.lab.trained import trained
+        from stochastic_depth.lab.sources import trained
 
         for run in runs:
             yield trained(run.path, self.data, self.checkpoint)
@@ -121,8 +121,8 @@ class Ensemble(NetworkAnalysis):
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import ensemble as question
         from stochastic_depth.lab.formatting import runs_text
+        from stochastic_depth.lab.sources import analysis_path
         from stochastic_depth.lab.study import grouped
-        from stochastic_depth.lab.trained import analysis_path
 
         runs = self.opened()
         for run in runs:
@@ -151,8 +151,8 @@ class Depth(NetworkAnalysis):
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import removed_depth as question
+        from stochastic_depth.lab.sources import analysis_path
         from stochastic_depth.lab.study import grouped
-        from stochastic_depth.lab.trained import analysis_path
 
         runs = self.opened()
         found: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochastic_depth.data.batching import Batch, Part
 from stochastic_depth.export.depths import Progress, errors_of, least_needed_first, seconds_of
-from stochastic_depth.lab.trained import TrainedNetwork
+from stochastic_depth.lab.sources import TrainedNetwork
 from stochastic_depth.train.runtime import Runtime
 
 Removed = tuple[int, ...]

@@ -33,9 +33,9 @@ from stochastic_depth.lab.pruning import (
     recalibrated,
     seconds_per_image,
 )
+from stochastic_depth.lab.sources import TrainedNetwork, read_analysis, write_analysis
 from stochastic_depth.lab.study import Experiment, Series, Spread
 from stochastic_depth.lab.style import LIGHT
-from stochastic_depth.lab.trained import TrainedNetwork, read_analysis, write_analysis
 from stochastic_depth.train.runtime import machine
 
 Order = Literal["last", "least needed"]

@@ -1,21 +1,38 @@
-"""The data that the laboratory reads: run folders, folders of them, sweeps and benchmarks."""
+"""The data that the laboratory reads: run folders, folders of them, sweeps and benchmarks.
+
+The results of analyses are written here too, into the folder of their run.
+"""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from torch import nn
+
+from stochastic_depth.data import Batches
 from stochastic_depth.errors import RunError
-from stochastic_depth.files import LARGE, SMALL, is_there, read_file, reason
-from stochastic_depth.train import Record, Run, open_run
+from stochastic_depth.files import (
+    LARGE,
+    SMALL,
+    is_there,
+    make_folder,
+    read_file,
+    reason,
+    write_whole,
+)
+from stochastic_depth.handle import Handle
+from stochastic_depth.train import Record, Run, open_run, reopen, trained_model
+from stochastic_depth.train.build import skippable
 from stochastic_depth.train.checkpoint import require_weights_of
 
 FORMAT = 1
 """The format number of the files of an analysis, and of `sweep.json`."""
 
 Analysis = Literal["ensemble", "depth"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class RecordedRun:
         Raises:
             RunError: when the file has an unknown format.
         """
-        path = self.run.path / "analysis" / f"{name}.json"
+        path = analysis_path(self.run, name)
         return _formatted(path, inside=2) if is_there(path) else None
 
 
@@ -136,11 +153,73 @@ def watched_files(sources: Sources, paths: Iterable[Path]) -> Iterator[Path]:
     yield from paths
     for sweep in sources.sweeps:
         yield sweep.path / "runs"
-    for trained in sources.all_runs():
-        yield trained.run.journal
-        yield trained.run.weights
-        yield trained.run.path / "failed.txt"
-        yield trained.run.path / "analysis"
+    for recorded in sources.all_runs():
+        yield recorded.run.journal
+        yield recorded.run.weights
+        yield recorded.run.path / "failed.txt"
+        yield recorded.run.path / "analysis"
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A trained network in evaluation mode, and its run."""
+
+    run: Run
+    images: Batches
+    model: nn.Module
+    handle: Handle
+    """The handle of the network. For a run of constant depth, p_l = 1 for every block."""
+    step: int
+
+
+def trained(
+    path: Path, data: Path | None = None, which: Literal["best", "last"] = "best"
+) -> TrainedNetwork:
+    """Load the network of a run's checkpoint.
+
+    Raises:
+        RunError, DataError, ConfigError: as for `reopen` and `trained_model`.
+        ApplyError: when it has no residual blocks.
+    """
+    run, images = reopen(path, data)
+    model, step = trained_model(run, images, which)
+    return TrainedNetwork(run, images, model, skippable(model), step)
+
+
+def analysis_path(run: Run, name: Analysis) -> Path:
+    """The path of the result of the analysis `name` of a run."""
+    return run.path / "analysis" / f"{name}.json"
+
+
+def write_analysis(run: Run, name: Analysis, found: dict[str, Any]) -> None:
+    """Write the result of an analysis.
+
+    Raises:
+        RunError: when it cannot be written.
+    """
+    path = analysis_path(run, name)
+    try:
+        make_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"{path.parent} cannot be made: {reason(error)}") from error
+    write_whole(path, json.dumps({"format": FORMAT, **found}, indent=1).encode() + b"\n", inside=2)
+
+
+def read_analysis(
+    run: Run, name: Analysis, settings: dict[str, Any], parse: Callable[[dict[str, Any]], T]
+) -> T | None:
+    """An earlier result of an analysis with the same `settings`; None if there is no readable one.
+
+    Args:
+        parse: builds the result from the content of the file.
+    """
+    asked = {"format": FORMAT, **settings}
+    try:
+        found = json.loads(read_file(analysis_path(run, name), LARGE, inside=2))
+        same = all(found[key] == value for key, value in asked.items())
+        return parse(found) if same else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _sweep(path: Path) -> Sweep:
