@@ -305,6 +305,8 @@ def work(library: str, name: str, build: Build, out: Connection) -> None:
         reason = "memory" if isinstance(error, MemoryError) else f"more than {SECONDS} s"
         verdict = "slow" if is_built else "unbuilt"
         result = {"library": library, "model": name, "verdict": verdict, "reason": reason}
+    except Exception as error:  # of this program, or of the original under the own account
+        result = {"library": library, "model": name, "verdict": "wrong", "reason": line(error)}
     signal.setitimer(signal.ITIMER_PROF, 0)
     out.send(result)
     os._exit(0)  # libraries leave threads behind
