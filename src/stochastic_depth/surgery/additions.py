@@ -20,7 +20,7 @@ from stochastic_depth.surgery.branch_source import (
     Located,
     Snapshot,
     locate,
-    with_dead_variables,
+    with_what_follows,
 )
 from stochastic_depth.surgery.branches import Analysis, Event
 from stochastic_depth.surgery.edits import ADDITIONS, Side, Site, site_of
@@ -113,7 +113,7 @@ class _Search:
         return [
             replace(
                 addition,
-                edits=with_dead_variables(
+                edits=with_what_follows(
                     self.recording, addition.edits, self.snapshots[key], outputs
                 ),
                 is_last=not any(self._is_mixed_later(s.total) for s in self.snapshots[key]),

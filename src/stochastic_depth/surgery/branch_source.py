@@ -210,12 +210,13 @@ def _snapshot(
     return Snapshot(total, tuple(tuple(map(candidates, methods)) for methods in frames))
 
 
-def with_dead_variables(
+def with_what_follows(
     recording: Recording, edits: Edits, snapshots: Sequence[Snapshot], outputs: set[int]
 ) -> Edits:
-    """`edits`, with the variables that were dead every time that the addition was made.
+    """`edits`, with what only the code after the addition tells.
 
-    A variable is dead if it is None, or if its value is not used after the addition.
+    That is whether it overwrites the sum, and the variables that were dead every time that the
+    addition was made: a variable is dead if it is None, or if its value is not used later.
 
     Args:
         outputs: the numbers of the values that the model returned.
@@ -243,6 +244,9 @@ def with_dead_variables(
         if edit is None:
             return None
         callers = tuple(Caller(c.place, dead(module, n)) for n, c in enumerate(edit.callers, 1))
-        return replace(edit, dead=dead(module, 0), callers=callers)
+        edit = replace(edit, dead=dead(module, 0), callers=callers)
+        return replace(edit, copies=copies) if isinstance(edit, Sum) else edit
+
+    copies = any(recording.is_overwritten(snapshot.total) for snapshot in snapshots)
 
     return tuple((name, completed(n, edit)) for n, (name, edit) in enumerate(edits))

@@ -389,11 +389,10 @@ class Analysis:
         ]
         return (max(calls, key=lambda each: each[:2])[2],) if calls else ()
 
-    def deferred_edits(self, group: Group, copies: bool, first: int) -> list[Deferred]:
+    def deferred_edits(self, group: Group, first: int) -> list[Deferred]:
         """The edits that give `group` its gates, one for each addition.
 
         Args:
-            copies: whether a closed addition must copy its shortcut.
             first: the number of the first of these additions within their owner.
 
         Raises:
@@ -426,7 +425,7 @@ class Analysis:
                         )
                         for name, which in calls.items()
                     ),
-                    copies,
+                    self.recording.is_overwritten(event.total),
                 )
             )
         return made

@@ -57,6 +57,9 @@ class Sum:
     """As `Caller.dead`, for the method that adds."""
     callers: tuple[Caller, ...] = ()
     """The calls through which other methods of the module reach this one, the innermost first."""
+    copies: bool = False
+    """Whether a closed addition must copy its shortcut, because later code may overwrite the sum in
+    place."""
 
     def __str__(self) -> str:
         return str(self.place)
@@ -77,7 +80,8 @@ class Argument:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A whole module that returns its input plus a branch. Closed, it returns its input."""
+    """A whole module that returns its input plus a branch. Closed, it returns a copy of its
+    input."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,7 @@ class Deferred:
     operands. There are two where training mode makes it in another expression than evaluation."""
     calls: tuple[Calls, ...]
     copies: bool
-    """Whether a closed addition must copy its shortcut, because later code may overwrite it in
-    place."""
+    """As `Sum.copies`."""
 
     def __str__(self) -> str:
         return f"the addition in {self.sites[0][0][1]}"

@@ -212,14 +212,11 @@ class _Finder:
                 if own < MIN_SAVED:
                     found = replace(found, refusal=mostly_shared(own))
                 blocks.append((found, tuple(events)))
-        copies = analysis.recording.works_in_place or any(
-            getattr(module, "inplace", False) for module in modules.values()
-        )
         first: Counter[str] = Counter()
         reasons = {event: pair[0].refusal for pair in others for event in _events([pair])}
         for group in groups:
             if chosen.has(group.block, group.modules) and group.block not in long:
-                found = deferred_block(group, analysis, modules, copies, first, reasons)
+                found = deferred_block(group, analysis, modules, first, reasons)
                 blocks.append((found, group.events))
         return sorted(blocks, key=lambda pair: min(event.total for event in pair[1]))
 

@@ -43,8 +43,7 @@ def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = 
     """
     if "forward" in vars(module):
         raise UnsupportedBlockError("its forward method is set on the instance, not in the class")
-    copy_shortcut = any(getattr(m, "inplace", False) for m in module.modules())
-    kind = gated_class(type(module), tuple(gates), copy_shortcut, select, _look(module))
+    kind = gated_class(type(module), tuple(gates), select, _look(module))
     module.__dict__[GATES] = tuple(gates.values())
     module.__class__ = kind
 
@@ -78,7 +77,6 @@ def is_installed(module: nn.Module) -> bool:
 def gated_class(
     kind: type[nn.Module],
     edits: tuple[Edit, ...],
-    copy_shortcut: bool,
     select: bool,
     look: str,
 ) -> Any:
@@ -94,7 +92,7 @@ def gated_class(
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
     """
-    methods, parents = _gated_methods(kind, edits, copy_shortcut, select)
+    methods, parents = _gated_methods(kind, edits, select)
     if "forward" not in methods and isinstance(kind.forward, FunctionType):
         torchs_own = kind.forward.__module__.partition(".")[0] == "torch"
         remade = _called if torchs_own else _remade
@@ -102,7 +100,7 @@ def gated_class(
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        return _build, (build, kind, edits, copy_shortcut, select, look, *arguments[1:]), *rest
+        return _build, (build, kind, edits, select, look, *arguments[1:]), *rest
 
     @functools.wraps(kind.__init__)
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -131,7 +129,7 @@ def gated_class(
 
 
 def _gated_methods(
-    kind: type[nn.Module], edits: tuple[Edit, ...], copy_shortcut: bool, select: bool
+    kind: type[nn.Module], edits: tuple[Edit, ...], select: bool
 ) -> tuple[dict[str, Any], list[type[nn.Module]]]:
     """The methods of `kind` with gates at `edits`, by name.
 
@@ -150,7 +148,7 @@ def _gated_methods(
         gates = functools.partial(_gates_now, [edits.index(edit) for edit in mine])
         outer = vars(defined)[name]
         inner = inspect.unwrap(outer)
-        new = slice_method(inner, mine, gates, copy_shortcut, select)
+        new = slice_method(inner, mine, gates, select)
         method = _wrapped_as(outer, inner, new)
         if getattr(kind, name) is vars(defined)[name]:
             methods[name] = method
@@ -247,7 +245,7 @@ def _opaque_forward(kind: Any, number: int) -> FunctionType:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gate: Gate = self.__dict__[GATES][number].now(self.training)
         if not gate.open:
-            return x
+            return x.clone()  # what follows may overwrite it
         with gate.forward_only():
             given = samples(self, gate, ([x, *args], kwargs), number)
             out = kind.forward(self, *given[0], **given[1])
@@ -270,7 +268,6 @@ def _build(
     build: Any,
     kind: type[nn.Module],
     edits: tuple[Edit, ...],
-    copy_shortcut: bool,
     select: bool,
     look: str,
     *rest: Any,
@@ -282,7 +279,7 @@ def _build(
             fit.
     """
     try:
-        return build(gated_class(kind, edits, copy_shortcut, select, look), *rest)
+        return build(gated_class(kind, edits, select, look), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
             f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "

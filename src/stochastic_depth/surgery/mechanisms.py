@@ -125,7 +125,7 @@ def _sliced(
             of_module.append(Argument(outer.place, unused, outer.dead))
             calls, unused = skipped_when_closed(of_module[-1])
             skips |= calls
-        gated_class(type(modules[name]), tuple(of_module), False, False, "")
+        gated_class(type(modules[name]), tuple(of_module), False, "")
         edits += [(modules[name], each) for each in of_module]
     if not skips:
         raise UnsupportedBlockError(
@@ -169,14 +169,12 @@ def deferred_block(
     group: Group,
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
-    copies: bool,
     first: Counter[str],
     reasons: Mapping[Event, str],
 ) -> Found:
     """The deferred block of `group`; refused where too little of its branch is used by it alone.
 
     Args:
-        copies: whether a closed addition must copy its shortcut.
         first: how many additions of each owner have been numbered so far; updated here.
         reasons: why the methods that make an addition could not be rewritten, where that was tried.
     """
@@ -184,7 +182,7 @@ def deferred_block(
     units: tuple[Unit, ...] = ()
     refusal = ""
     try:
-        edits = analysis.deferred_edits(group, copies, first[owner])
+        edits = analysis.deferred_edits(group, first[owner])
         first[owner] += len(edits)
         units = tuple(
             Unit(((modules[owner], edit),), (), (event,), frozenset(group.modules))

@@ -39,7 +39,7 @@ from stochastic_depth.surgery.syntax import (
 
 
 def edit_statement(
-    statement: ast.AugAssign, edit: Sum, gate: str, copy_shortcut: bool
+    statement: ast.AugAssign, edit: Sum, gate: str
 ) -> tuple[list[ast.stmt], ast.stmt, list[ast.AST]]:
     """`x += f` under an open gate and under a closed gate, and the branch in it."""
     if not isinstance(statement.target, ast.Name) or not isinstance(statement.op, ast.Add):
@@ -54,14 +54,14 @@ def edit_statement(
     else:
         branch, shortcut = ast.Name(name, ast.Load()), statement.value
         before = [assign(name, of_gate(gate, "scale", branch))]
-    return [*before, opened], assign(name, _maybe_copy(shortcut, copy_shortcut)), [branch]
+    return [*before, opened], assign(name, _maybe_copy(shortcut, edit.copies)), [branch]
 
 
 class ReplaceSum(ast.NodeTransformer):
     """`a + b` -> `a + gate.scale(b) if gate.open else a`."""
 
-    def __init__(self, edit: Sum, gate: str, copy_shortcut: bool) -> None:
-        self.edit, self.gate, self.copy_shortcut = edit, gate, copy_shortcut
+    def __init__(self, edit: Sum, gate: str) -> None:
+        self.edit, self.gate = edit, gate
         self.branch: ast.expr = ast.Constant(None)
 
     def visit(self, node: ast.AST) -> Any:
@@ -72,7 +72,7 @@ class ReplaceSum(ast.NodeTransformer):
             opened = _Scale(self.branch, self.gate).visit(node)
         else:
             opened = of_gate(self.gate, "rescale", self.branch, copy.deepcopy(shortcut))
-        closed = _maybe_copy(copy.deepcopy(shortcut), self.copy_shortcut)
+        closed = _maybe_copy(copy.deepcopy(shortcut), self.edit.copies)
         return ast.IfExp(is_open(self.gate), opened, closed)
 
 
@@ -149,15 +149,12 @@ def slice_method(
     function: FunctionType,
     edits: Sequence[Sliced],
     gates: Callable[[Any], Sequence[Gate]],
-    copy_shortcut: bool,
     select: bool,
 ) -> FunctionType:
     """`function`, with a gate at each of `edits`, in order of execution.
 
     Args:
         gates: called with the module in every call of the method; returns the gates of the edits.
-        copy_shortcut: whether to clone the shortcut under a closed gate, because later code may
-            overwrite the result of the addition in place.
         select: whether a gate may run the branch on some of the samples only.
 
     Raises:
@@ -166,7 +163,7 @@ def slice_method(
     tree = definition(function)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
     for number, edit in enumerate(edits):
-        branch, shared, _ = _edit(tree, edit, f"_gate_{number}", copy_shortcut)
+        branch, shared, _ = _edit(tree, edit, f"_gate_{number}")
         if select:
             select_samples(tree, branch, shared, set(others), f"_gate_{number}")
     names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(edits))]
@@ -183,7 +180,7 @@ def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
     """
     tree = definition(inspect.unwrap(vars(edit.place.kind)[edit.place.method]))
     used = uses(tree)
-    branch, shared, needed = _edit(tree, edit, "_gate", False)
+    branch, shared, needed = _edit(tree, edit, "_gate")
     both = [*branch, *shared]
     calls = any(isinstance(node, ast.Call) for part in both for node in ast.walk(part))
     positional = [argument.arg for argument in [*tree.args.posonlyargs, *tree.args.args][1:]]
@@ -193,7 +190,7 @@ def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
 
 
 def _edit(
-    tree: ast.FunctionDef, edit: Sliced, gate: str, copy_shortcut: bool
+    tree: ast.FunctionDef, edit: Sliced, gate: str
 ) -> tuple[list[ast.AST], list[ast.AST], frozenset[str]]:
     """Put everything that only the branch at `edit` needs under `gate`, in place.
 
@@ -208,11 +205,11 @@ def _edit(
     if isinstance(edit, Argument):
         closed, branch = edit_arguments(statement, edit, gate)
     elif isinstance(statement, ast.AugAssign) and is_at(statement, edit.place):
-        opened, closed, branch = edit_statement(statement, edit, gate, copy_shortcut)
+        opened, closed, branch = edit_statement(statement, edit, gate)
         block[index] = ast.If(is_open(gate), opened, [closed])
     else:
         closed = Shortcut(edit).visit(copy.deepcopy(statement))
-        replace = ReplaceSum(edit, gate, copy_shortcut)
+        replace = ReplaceSum(edit, gate)
         block[index] = replace.visit(statement)
         branch = [replace.branch]
     needed.before(closed, defines(closed))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from stochastic_depth.surgery.edits import ADDITIONS, by_position
 from stochastic_depth.tensors import tensors_in
-from stochastic_depth.torch_private import TorchDispatchMode
+from stochastic_depth.torch_private import TorchDispatchMode, changes_of
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
@@ -54,11 +54,6 @@ class CountFlops(TorchDispatchMode):
         with suppress(Exception):  # a formula may not know the operands, such as nested tensors
             self.total += formula(*args, **kwargs, out_val=out)
         return out
-
-
-IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod and or xor pow".split()}
-IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__", "__imatmul__"}
-"""Functions that change their first argument, in addition to those whose names end with "_"."""
 
 
 @dataclass(eq=False)
@@ -119,8 +114,11 @@ class Recording:
         self.finished: list[tuple[Call, set[int]]] = []
         """The finished calls, each with the numbers of the values that it returned."""
         self.serial = itertools.count()
-        self.works_in_place = False
-        """Whether any function has changed its argument in place."""
+        self.may_overwrite = any(getattr(module, "inplace", False) for module in model.modules())
+        """Whether any module works in place, perhaps in training mode only."""
+        self._overwritten: dict[int, int] = {}
+        """For each tensor that was changed in place, by its `id`: how many values there were at the
+        last change."""
         self._number: dict[int, int] = {}
         self._aliases: list[Tensor] = []
         self._parameters = {id(p): name for name, p in model.named_parameters()}
@@ -140,6 +138,15 @@ class Recording:
         """Record that two tensors are the same value."""
         self._number[id(tensor)] = self.number(of)
         self._aliases.append(tensor)
+
+    def overwrites(self, tensor: Tensor) -> None:
+        """Note that a function has changed a tensor that it was given, in place."""
+        self._overwritten[id(_viewed(tensor))] = len(self.values)
+
+    def is_overwritten(self, value: int) -> bool:
+        """Whether a later function changes the tensor, or a view of it, in place."""
+        changed = self._overwritten.get(id(_viewed(self.values[value].tensor)), 0)
+        return self.may_overwrite or changed > value
 
     def numbers(self, values: object) -> set[int]:
         """The numbers of all tensors in `values`."""
@@ -228,6 +235,11 @@ def _held_by(model: nn.Module) -> Iterator[Tensor]:
             yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
+def _viewed(tensor: Tensor) -> Tensor:
+    """The tensor of which it is a view, or it."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def _is_zero(value: object) -> bool:
     return type(value) is int and value == 0
 
@@ -244,16 +256,18 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        parents = tuple(map(self.recording.number, tensors_in((args, kwargs))))
+        inputs = tensors_in((args, kwargs))
+        parents = tuple(map(self.recording.number, inputs))
         given = args
         if kwargs and getattr(func, "__name__", "") in ADDITIONS:
             given, _ = by_position(args, kwargs)
         operands = tuple(self.recording.number(x) if isinstance(x, Tensor) else None for x in given)
         before = 0 if self.counter is None else self.counter.total
-        name = getattr(func, "__name__", "_")
-        if name in IN_PLACE or (name[-1] == "_" and name[-2:] != "__"):
-            self.recording.works_in_place = True
+        counted = [(x, changes_of(x)) for x in inputs if not x.is_inference()]
         out = func(*args, **(kwargs or {}))
+        for tensor, changes in counted:
+            if changes_of(tensor) != changes:
+                self.recording.overwrites(tensor)
         flops = 0 if self.counter is None else self.counter.total - before
         name = getattr(func, "__name__", "")
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins

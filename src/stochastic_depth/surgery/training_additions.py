@@ -225,7 +225,7 @@ def as_both_need(block: Found, again: Mapping[Event, Event], training: Analysis)
     if block.modules <= group.modules or group.owner.module is not owner:
         return block
     try:
-        edits = training.deferred_edits(group, False, 0)
+        edits = training.deferred_edits(group, 0)
     except UnsupportedBlockError:
         return block  # the proof says which module training mode needs
     units = []
@@ -283,7 +283,7 @@ def _with_deferred(
         return block
     units = list(block.units)
     try:
-        edits = analysis.deferred_edits(group, False, 0)
+        edits = analysis.deferred_edits(group, 0)
         for event, edit in zip(group.events, edits, strict=True):
             names = {calls.module for calls in edit.calls}
             n = max(range(len(units)), key=lambda n: len(names & _names(units[n])))

@@ -44,7 +44,6 @@ from stochastic_depth.surgery.deferred.shapes import (
     shapes_of,
 )
 from stochastic_depth.surgery.edits import ADDITIONS, Site, by_position, site_of
-from stochastic_depth.surgery.trace import IN_PLACE
 from stochastic_depth.torch_private import subclass_of, tree_flatten, tree_unflatten
 
 LAZY = {"T", "mT", "H", "mH", "real", "imag", "data"}
@@ -57,6 +56,9 @@ ASKS |= {"storage_offset", "share_memory_", "pin_memory", "is_pinned", "_typed_s
 ASKS |= {"unique_consecutive", "argwhere", "bincount", "__array_wrap__", "is_set_to", "is_shared"}
 """Functions and attributes that need the values of a tensor, or whose result has a shape that
 depends on the values."""
+IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod and or xor pow".split()}
+IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__", "__imatmul__"}
+"""Functions that change their first argument, in addition to those whose names end with "_"."""
 SEVERAL = {"chunk", "split", "unbind", "split_with_sizes", "tensor_split", "topk", "sort", "max"}
 SEVERAL |= {"min", "median", "mode", "kthvalue", "cummax", "cummin", "std_mean", "var_mean", "qr"}
 SEVERAL |= {"svd", "eigh", "eig", "lu", "aminmax", "broadcast_tensors", "meshgrid", "frexp"}
