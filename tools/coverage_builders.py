@@ -367,6 +367,27 @@ OWN: dict[str, dict[str, Any]] = {
     "wav2vec2": {"apply_spec_augment": False},
     "hubert": {"apply_spec_augment": False},
     "big_bird": {"attention_type": "original_full"},
+    "swin2sr": {"image_size": 16, "patch_size": 1, "embed_dim": 24, "depths": [2, 2],
+                "num_heads": [2, 2], "window_size": 4},
+    "efficientnet": {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.5,
+                     "hidden_dim": 640},
+    "sam2": {
+        "vision_config": {
+            "model_type": "sam2_vision_model", "backbone_channel_list": [128, 64, 32, 16],
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "fpn_hidden_size": 32,
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [64, 64],
+                "blocks_per_stage": [1, 2, 2, 1], "embed_dim_per_stage": [16, 32, 64, 128],
+                "window_size_per_stage": [4, 4, 4, 4], "global_attention_blocks": [4],
+                "window_positional_embedding_background_size": [4, 4],
+            },
+        },
+        "prompt_encoder_config": {"model_type": "sam2_prompt_encoder", "hidden_size": 32,
+                                  "image_size": 64, "patch_size": 16, "mask_input_channels": 16},
+        "mask_decoder_config": {"model_type": "sam2_mask_decoder", "hidden_size": 32,
+                                "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                                "iou_head_depth": 2, "iou_head_hidden_dim": 32},
+    },
     "swin": {"image_size": 64, "patch_size": 2, "embed_dim": 12, "depths": [2, 2]},
     "swinv2": {"image_size": 64, "patch_size": 2, "embed_dim": 12, "depths": [2, 2]},
 }  # fmt: skip
@@ -384,9 +405,18 @@ def texts(model: Any) -> Iterator[dict[str, Any]]:
         values = [getattr(part, name, None) for part in parts]
         return next((v for v in values if isinstance(v, int)), default)
 
+    ids = torch.randint(5, 90, (2, 16))
+    if "duration_labels" in known:  # without which FastSpeech 2 does not train
+        yield {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "duration_labels": torch.full((2, 16), 2),
+            "pitch_labels": torch.randn(2, 16, 1),
+            "energy_labels": torch.randn(2, 16, 1),
+            "spectrogram_labels": torch.randn(2, 32, get("num_mel_bins", 80)),
+        }
     with contextlib.suppress(Exception):
         yield inputs_of(model, 2, None, "cpu")
-    ids = torch.randint(5, 90, (2, 16))
     size = get("image_size", 64)
     pixels = torch.randn(2, get("num_channels", 3), size, size)
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in known else {}

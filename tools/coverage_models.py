@@ -192,9 +192,11 @@ def judge(library: str, name: str, build: Build, is_built: Callable[[], None]) -
     except sd.errors.ApplyError as error:
         watch = Watch(model=original.eval())
         with within(watch, original):
-            call(original, example, watch, True)
+            call(original, example, watch, False)
         count = len(missed(watch.found(), []))
         verdict = "missed" if count else "not residual"
+        if count and "an autograd.Function" in str(error):
+            verdict = "refused"  # all of its additions are in functions that know no gates
         result |= {"verdict": verdict, "reason": line(error), "missed": count}
         handle = None
     except Exception as error:
@@ -308,6 +310,8 @@ def work(library: str, name: str, build: Build, out: Connection) -> None:
     except Exception as error:  # of this program, or of the original under the own account
         result = {"library": library, "model": name, "verdict": "wrong", "reason": line(error)}
     signal.setitimer(signal.ITIMER_PROF, 0)
+    if "can't allocate memory" in result.get("reason", ""):
+        result |= {"verdict": "slow" if is_built else "unbuilt", "reason": "memory"}
     out.send(result)
     os._exit(0)  # libraries leave threads behind
 

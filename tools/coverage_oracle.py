@@ -6,6 +6,7 @@ attention, a recurrence, pooling). Closed, it gives its shortcut: the rest of th
 """
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class Addition:
     """The module in which what is added was computed."""
     resizes: bool
     """Whether its branch makes anything larger, as those of long skip connections do."""
+    is_bias: bool
+    """Whether its shortcut is added in several layers alike, as an embedding of positions is."""
 
 
 @dataclass
@@ -123,6 +126,11 @@ class Watch(TorchFunctionMode):
         """Every addition of two values of which either may be the shortcut of the other."""
         made: list[Addition] = []
         sums: set[int] = set()
+        layers: dict[tuple[int, str], set[str]] = {}
+        for number, left, right, _ in self.additions:
+            for kept in (left, right):
+                alike = re.sub(r"\d+", "", self.owners[number])
+                layers.setdefault((kept, alike), set()).add(self.owners[number])
         for number, left, right, total in self.additions:
             of = self.values[left].ancestors, self.values[right].ancestors
             for side, kept in enumerate((left, right)):
@@ -152,6 +160,7 @@ class Watch(TorchFunctionMode):
                             owner,
                             last,
                             any(m in self.values[n].function for n in own for m in RESIZES),
+                            len(layers[kept, re.sub(r"\d+", "", owner)]) > 1,
                         )
                     )
         return made
@@ -241,27 +250,30 @@ def matched(additions: list[Addition], blocks: list[Claim]) -> list[list[Additio
             around = {m for m in addition.modules if not m or f"{name}.".startswith(f"{m}.")}
             around -= modules  # a block may be called as the one module of its branch
             own = addition.modules - around
-            share = len(own & modules) / max(1, len(own))
+            share = apart = len(own & modules) / max(1, len(own))
             if all(f"{m}.".startswith(f"{name}.") for m in {addition.owner, *own}):
                 share = max(share, 0.6)
             if addition.last in modules and addition.identity:  # two streams: of the other's, too
-                share = max(share, 0.6)
+                share = max(share, 0.7)
             if share > 0.5:
                 unlike = block.shortcut == "identity" and not addition.identity
                 order = unlike, -share, -len(name), not addition.identity, -len(addition.inside)
-                pairs.append(((*order, addition.number, n), n, addition))
+                pairs.append(((*order, addition.number, n), n, addition, apart > 0.5))
     result: list[list[Addition]] = [[] for _ in blocks]
     taken: set[int] = set()
     pairs = sorted(pairs, key=lambda pair: pair[0])
-    for _, n, addition in pairs:
+    for _, n, addition, _ in pairs:
         if len(result[n]) < blocks[n].additions and addition.number not in taken:
             result[n].append(addition)
             taken.add(addition.number)
     sets = Counter(block.modules for block in blocks)
-    for _, n, addition in pairs:  # more of the same branches: closed with them
+    for _, n, addition, is_apart in pairs:  # more of the same branches: closed with them
         block = blocks[n]
-        is_within = f"{addition.owner}.".startswith(f"{block.name}.") and addition.identity
-        if is_within and addition.number not in taken and sets[block.modules] < 2:
+        is_more = addition.identity or (is_apart and "projection" in block.shortcut)
+        owner = f"{addition.owner}." if addition.owner else ""
+        is_more &= any(f"{m}.".startswith(owner) for m in block.modules)  # not one beside it
+        is_more &= f"{addition.owner}.".startswith(f"{block.name}.")
+        if is_more and addition.number not in taken and sets[block.modules] < 2:
             result[n].append(addition)
             taken.add(addition.number)
     for n, block in enumerate(blocks):  # those that share their modules, in turn
@@ -276,8 +288,8 @@ def matched(additions: list[Addition], blocks: list[Claim]) -> list[list[Additio
 def missed(additions: list[Addition], known: list[list[Addition]]) -> list[Addition]:
     """Identity additions that no block has.
 
-    Not those within the branch of one that a block has, nor long skip connections: around those of
-    several blocks, or where something is made larger again.
+    Not those within the branch of one that a block has, nor a bias that layers share, nor long skip
+    connections: around those of several blocks, or where something is made larger again.
 
     Args:
         known: of each block.
@@ -286,7 +298,7 @@ def missed(additions: list[Addition], known: list[list[Addition]]) -> list[Addit
 
     def is_missed(one: Addition) -> bool:
         touched = [block for block in known if any(k.inside & one.inside for k in block)]
-        if one.resizes or len(touched) > 1:
+        if one.resizes or one.is_bias or len(touched) > 1:
             return False
         return not touched or any(k.inside < one.inside for k in touched[0])
 
