@@ -388,6 +388,22 @@ OWN: dict[str, dict[str, Any]] = {
                                 "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                                 "iou_head_depth": 2, "iou_head_hidden_dim": 32},
     },
+    "sam3_tracker": {
+        "vision_config": {
+            "model_type": "sam3_vision_model", "fpn_hidden_size": 32,
+            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+            "backbone_config": {
+                "model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 112,
+                "patch_size": 14, "window_size": 4, "global_attn_indexes": [1],
+                "pretrain_image_size": 56,
+            },
+        },
+        "prompt_encoder_config": {"model_type": "sam3_tracker_prompt_encoder", "hidden_size": 32,
+                                  "image_size": 112, "mask_input_channels": 16},
+        "mask_decoder_config": {"model_type": "sam3_tracker_mask_decoder", "hidden_size": 32,
+                                "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": 32},
+    },
     "swin": {"image_size": 64, "patch_size": 2, "embed_dim": 12, "depths": [2, 2]},
     "swinv2": {"image_size": 64, "patch_size": 2, "embed_dim": 12, "depths": [2, 2]},
 }  # fmt: skip
