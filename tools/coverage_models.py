@@ -122,7 +122,16 @@ def oracle(original: nn.Module, model: nn.Module, handle: Any, example: Any) -> 
     undropped(original)
     undropped(model)
     found = applied_to(model).found
-    blocks = [Claim(f.name, frozenset(f.modules), max(1, len(f.units)), f.shortcut) for f in found]
+    blocks = [
+        Claim(
+            block.name,
+            frozenset(block.modules),
+            max(1, len(block.units)),
+            block.shortcut,
+            block.mechanism == "registered",
+        )
+        for block in found
+    ]
     size, count = len(found), 0
     torch.manual_seed(1)
     patterns = [[True] * size, [False] * size, [n % 2 == 0 for n in range(size)]]

@@ -148,7 +148,8 @@ class Watch(TorchFunctionMode):
                 if any(m in self.values[n].function for n in own for m in MIXES):
                     names = frozenset(self.values[n].module for n in own)
                     owner = self.owners[number]
-                    sums.add(total)
+                    if identity:
+                        sums.add(total)
                     last = self.values[other].module
                     made.append(
                         Addition(
@@ -239,6 +240,8 @@ class Claim:
     additions: int
     shortcut: str
     """"identity", "projection" or both."""
+    is_whole: bool
+    """Whether one gate is for all additions of a module."""
 
 
 def matched(additions: list[Addition], blocks: list[Claim]) -> list[list[Addition]]:
@@ -269,7 +272,7 @@ def matched(additions: list[Addition], blocks: list[Claim]) -> list[list[Additio
     sets = Counter(block.modules for block in blocks)
     for _, n, addition, is_apart in pairs:  # more of the same branches: closed with them
         block = blocks[n]
-        is_more = addition.identity or (is_apart and "projection" in block.shortcut)
+        is_more = addition.identity or (is_apart and block.is_whole)
         owner = f"{addition.owner}." if addition.owner else ""
         is_more &= any(f"{m}.".startswith(owner) for m in block.modules)  # not one beside it
         is_more &= f"{addition.owner}.".startswith(f"{block.name}.")
