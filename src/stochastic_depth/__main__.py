@@ -1,4 +1,4 @@
-"""python -m stochastic_depth."""
+"""Lets `python -m stochastic_depth` run the command line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""stochastic-depth inspect MODEL."""
+"""stochastic-depth inspect: find what can be skipped in a model, prove it, and time it."""
 
 import json
 import os

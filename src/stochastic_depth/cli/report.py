@@ -1,4 +1,4 @@
-"""stochastic-depth report RUNS..."""
+"""stochastic-depth report: write the results of runs as one page."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""stochastic-depth sweep survival | depth | gates [RECIPE] [OPTIONS]."""
+"""stochastic-depth sweep: train a recipe at every point of a grid."""
 
 import shlex
 from dataclasses import dataclass

@@ -98,7 +98,7 @@ def open_published(path: Path, instead: str) -> Iterator[BinaryIO]:
 
 
 def data_folder(name: str, root: Path | str | None) -> Path:
-    """`root` as a path.
+    """The folder `root` as a path.
 
     Raises:
         DataError: when it is not given, or does not exist.

@@ -28,7 +28,7 @@ class Architecture:
     kind: str
     """The name of the class in `stochastic_depth.models`."""
     arguments: dict[str, Any]
-    """Arguments of the class."""
+    """The arguments of the class."""
     removed: tuple[int, ...] = ()
     """Positions of the blocks that were replaced by their shortcut, from 0."""
 
@@ -126,7 +126,7 @@ class Description:
         return next((choice for choice in self.choices if choice.blocks == blocks), None)
 
     def to_json(self) -> str:
-        """One object, indented."""
+        """The description as one JSON object, indented."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
 

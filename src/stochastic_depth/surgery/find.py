@@ -124,7 +124,7 @@ class _Finder:
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
-    """By name."""
+    """All modules of the model, by name."""
     chosen: Chosen
     granularity: Granularity
     defer: Container[str]

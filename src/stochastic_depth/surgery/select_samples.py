@@ -70,9 +70,9 @@ def samples(module: nn.Module, gate: Gate, value: Any, place: Hashable) -> Any:
         known = module.__dict__.get(SAMPLES, {})
         if place not in known:
             raise GateError(
-                f"a tensor {list(value.shape)} enters a branch of {type(module).__name__} and did "
-                f"not on the example, so that it may or may not hold the {gate.batch} samples: "
-                "give sd.apply an example in which it does"
+                f"a tensor {list(value.shape)} that was not there on the example enters a branch "
+                f"of {type(module).__name__}, and may or may not hold the {gate.batch} samples: "
+                "give sd.apply an example with this tensor"
             )
         return value.index_select(0, gate.samples.to(value.device)) if known[place] else value
     if type(value) in (tuple, list):

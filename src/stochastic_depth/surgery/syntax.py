@@ -75,7 +75,7 @@ def call(function: str, *arguments: ast.expr | str) -> ast.Call:
 
 
 def of_gate(gate: str, method: str, *arguments: ast.expr) -> ast.Call:
-    """`gate.method(*arguments)`."""
+    """The expression `gate.method(*arguments)`."""
     function = ast.Attribute(ast.Name(gate, ast.Load()), method, ast.Load())
     return ast.Call(function, list(arguments), [])
 
