@@ -258,7 +258,7 @@ def archive(pickled: bytes, compression: int = zipfile.ZIP_STORED, **more: bytes
         (archive(b""), "cannot be read"),
         (archive(b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x01\x85R."), "bytearray"),
         (archive(b"\x80\x02cos\nsystem\nX\x02\0\0\0ls\x85R."), "asks for os system"),
-        (archive(b"\x80\x02}.", zipfile.ZIP_DEFLATED, **{"data/0": bytes(10**8)}), "packed"),
+        (archive(b"\x80\x02}.", zipfile.ZIP_DEFLATED, **{"data/0": bytes(10**8)}), "compressed"),
         (archive(b"\x80\x02]" + b"]" * 10**5 + b"a" * 10**5 + b"."), "not the state"),
     ],
 )
