@@ -29,8 +29,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def form(text: str) -> list[str]:
-    """The lines of `text`, with the same for all numbers, and for all rows of gates."""
-    text = re.sub(r"[#.]{3,}", "#", re.sub(r"\d+(\.\d+)?(e-?\d+)?", "0", text))
+    """The lines of `text`, with the same for all numbers, and for all rows of gates.
+
+    The time saved in a few steps is a negative number where another program has taken it.
+    """
+    text = re.sub(r"[#.]{3,}", "#", re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "0", text))
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
