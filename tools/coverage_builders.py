@@ -202,6 +202,10 @@ def torchvision() -> Builders:
         torchvision.ops.boxes._assert_has_ops = lambda: None
         torchvision.ops.boxes.torch.ops.torchvision.nms = of_scores
 
+    whole = models.video.mvit._mvit  # of 16 frames of 224 x 224, which take minutes
+    size = {"spatial_size": (64, 64), "temporal_size": 8}
+    models.video.mvit._mvit = lambda *args, **options: whole(*args, **{**options, **size})
+
     def build(name: str) -> tuple[nn.Module, Any]:
         make = models.get_model_builder(name)
         known = inspect.signature(make).parameters
