@@ -343,7 +343,23 @@ SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2],
           "num_time_features": 1, "d_model": 32}  # fmt: skip
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0],
            "partial_rotary_factor": 0.5}  # fmt: skip
+HIERA = {"hidden_size": 16, "image_size": [64, 64], "blocks_per_stage": [1, 2, 2, 1],
+         "embed_dim_per_stage": [16, 32, 64, 128], "window_size_per_stage": [4, 4, 4, 4],
+         "global_attention_blocks": [4],
+         "window_positional_embedding_background_size": [4, 4]}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
+    "sam": {
+        "vision_config": {"model_type": "sam_vision_model", "hidden_size": 32, "mlp_dim": 64,
+                          "output_channels": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                          "image_size": 128, "window_size": 4, "num_pos_feats": 16,
+                          "global_attn_indexes": [1]},
+        "prompt_encoder_config": {"model_type": "sam_prompt_encoder", "hidden_size": 32,
+                                  "image_size": 128, "image_embedding_size": 8},
+        "mask_decoder_config": {"model_type": "sam_mask_decoder", "hidden_size": 32, "mlp_dim": 64,
+                                "num_attention_heads": 4, "iou_head_hidden_dim": 32},
+    },
+    "sam2_hiera_det_model": HIERA,
+    "mobilevitv2": {"width_multiplier": 0.5, "image_size": 64},
     "detr": BACKBONE,
     "conditional_detr": BACKBONE,
     "dab-detr": BACKBONE,
@@ -379,12 +395,7 @@ OWN: dict[str, dict[str, Any]] = {
         "vision_config": {
             "model_type": "sam2_vision_model", "backbone_channel_list": [128, 64, 32, 16],
             "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "fpn_hidden_size": 32,
-            "backbone_config": {
-                "model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [64, 64],
-                "blocks_per_stage": [1, 2, 2, 1], "embed_dim_per_stage": [16, 32, 64, 128],
-                "window_size_per_stage": [4, 4, 4, 4], "global_attention_blocks": [4],
-                "window_positional_embedding_background_size": [4, 4],
-            },
+            "backbone_config": {"model_type": "sam2_hiera_det_model", **HIERA},
         },
         "prompt_encoder_config": {"model_type": "sam2_prompt_encoder", "hidden_size": 32,
                                   "image_size": 64, "patch_size": 16, "mask_input_channels": 16},
