@@ -276,7 +276,7 @@ FIXED: dict[str, int] = {
 KEPT = re.compile(
     r"num_labels|num_channels|in_channels|type_vocab|kernel|stride|pool|group|freq|feat_extract"
 )
-ALWAYS = {"num_kv_shared_layers": 0, "upsample_groups": 4}
+ALWAYS = {"num_kv_shared_layers": 0, "upsample_groups": 4, "apply_spec_augment": False}
 """Fields that are so in every small configuration."""
 THREE = re.compile("vl|glm4v_text|glm_image_text|omni|cosmos3_edge")
 """Types whose rotary embeddings have three parts."""
