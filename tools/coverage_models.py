@@ -5,7 +5,7 @@ against `coverage_oracle`, an own account of its residual additions: all blocks 
 other one and a random half, in evaluation and in training, outputs and gradients. A refusal's
 advice is followed as it stands. A process for each model, one at a time, with one thread, limits of
 time and memory, and one line of JSON; what is in the file is not tried again, so that a run that
-was interrupted goes on. About 70 minutes of one core.
+was interrupted goes on. Five hours of one core of a busy machine.
 
     python tools/coverage_models.py --out FILE [--library timm ...] [--only NAME ...]
     python tools/coverage_models.py --out FILE --drawn   # a random draw of those that are not tried
@@ -430,7 +430,8 @@ def told(result: dict[str, Any]) -> str:
     if result["verdict"] == "missed":
         return f"{result['missed']} additions that no block has"
     advice = f" (the advice: {result['advice']})" if "advice" in result else ""
-    return result["reason"].split("; exclude=")[0].split("; no other block")[0] + advice
+    reason = re.sub(r"/\S*/site-packages/", "", result["reason"])
+    return reason.split("; exclude=")[0].split("; no other block")[0] + advice
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
