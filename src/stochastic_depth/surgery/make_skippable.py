@@ -25,10 +25,15 @@ from stochastic_depth.surgery.blocks import (
 from stochastic_depth.surgery.droppath import Silenced, silence
 from stochastic_depth.surgery.example import Example, caller, on_meta
 from stochastic_depth.surgery.install import put_gates, take_gates
-from stochastic_depth.surgery.proof.batch import check_samples, halves, learn_samples, refuse_one
 from stochastic_depth.surgery.proof.calls import still_running
 from stochastic_depth.surgery.proof.check import check, reference_outputs
-from stochastic_depth.surgery.proof.training_mode import check_training
+from stochastic_depth.surgery.proof.check_samples import (
+    check_samples,
+    halves,
+    learn_samples,
+    refuse_one,
+)
+from stochastic_depth.surgery.proof.check_training import check_training
 from stochastic_depth.surgery.select_modules import chosen_modules
 from stochastic_depth.survival import Probabilities
 

@@ -16,7 +16,7 @@ from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.inspect import plain_table, summary
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.check import check, reference_outputs
-from stochastic_depth.surgery.proof.training_mode import check_training, train_once
+from stochastic_depth.surgery.proof.check_training import check_training, train_once
 from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.timing import take_turns
 

@@ -22,7 +22,6 @@ from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.bypass import bypassed
 from stochastic_depth.surgery.proof.calls import (
     CLOSED,
     OPEN,
@@ -30,6 +29,7 @@ from stochastic_depth.surgery.proof.calls import (
     counted_calls,
     refuse_running,
 )
+from stochastic_depth.surgery.proof.reference import bypassed
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TOLERANCE = 1e-5

@@ -12,8 +12,8 @@ from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.surgery.proof.bypass import bypassed
 from stochastic_depth.surgery.proof.calls import in_training
+from stochastic_depth.surgery.proof.reference import bypassed
 from stochastic_depth.surgery.select_samples import SAMPLES, Seen, noted
 from stochastic_depth.tensors import largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_leaves, tree_map

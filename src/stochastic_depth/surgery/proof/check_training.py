@@ -20,7 +20,6 @@ from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.bypass import bypassed
 from stochastic_depth.surgery.proof.calls import (
     CLOSED,
     OPEN,
@@ -36,6 +35,7 @@ from stochastic_depth.surgery.proof.check import (
     smallest,
     unsteady,
 )
+from stochastic_depth.surgery.proof.reference import bypassed
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 TRAINING_PASSES = 4
