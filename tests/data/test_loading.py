@@ -65,7 +65,9 @@ def test_counts_that_do_not_fit_are_refused(counts, message):
 
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(
-        DataError, match="'cifar' to load: choose from digits, cifar10, cifar100, svhn;"
+        DataError,
+        match="no data set 'cifar' that can be loaded into memory: choose from digits, cifar10, "
+        "cifar100, svhn;",
     ):
         load("cifar")
 
