@@ -53,7 +53,9 @@ def form(request):
     library.library.cache_clear()
 
 
-@pytest.mark.parametrize(("n", "channels", "side"), [(3, 16, 32), (2, 32, 16), (3, 64, 8)])
+@pytest.mark.parametrize(
+    ("n", "channels", "side"), [(3, 16, 32), (2, 32, 16), (4, 32, 24), (3, 64, 8)]
+)
 def test_a_branch(form, n, channels, side):
     kernels.check_a_branch(n, channels, side, 1.25, 2)
 

@@ -85,19 +85,29 @@ class ConvolutionByTiles {
 
 // ---------------------------------------------------------------------------- gradient of the weight
 
+// Lanes I of a and b, which are numbered on from those of a.
+template <uint32_t... I>
+Lanes shuffled(Lanes a, Lanes b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, Lanes{I...});
+#endif
+}
+
 // Each takes the lanes of a and b in turn, from the first or the last two of every four lanes, one
 // lane or two at a time.
 inline Lanes first_of(Lanes a, Lanes b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  return shuffled<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(a, b);
 }
 inline Lanes last_of(Lanes a, Lanes b) {
-  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  return shuffled<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(a, b);
 }
 inline Lanes first_two_of(Lanes a, Lanes b) {
-  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  return shuffled<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a, b);
 }
 inline Lanes last_two_of(Lanes a, Lanes b) {
-  return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return shuffled<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a, b);
 }
 
 // Copies a row of the image channel by channel: the pixels of channel c begin at rows + c * stride.

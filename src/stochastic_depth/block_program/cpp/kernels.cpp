@@ -171,11 +171,11 @@ int rounds_factors() { return sizeof(factor) == 2; }
 long multiply(float* values, long rounds) {
 #ifdef TILES
   // Products of zeros are twice as fast: the processor limits the power that tiles take.
-  Scratch<factor> ones(16 * 32);
-  for (int at = 0; at < 16 * 32; at++) ones[at] = 0x3f80 + at % 64;
+  Scratch<factor> numbers(16 * 32);
+  for (int at = 0; at < 16 * 32; at++) numbers[at] = 0x3f80 + at % 64;  // from 1 to 1.5
   const Tiles tiles;
-  load_tile<A<32>>(ones.data(), 32);
-  load_tile<B<32>>(ones.data(), 32);
+  load_tile<A<32>>(numbers.data(), 32);
+  load_tile<B<32>>(numbers.data(), 32);
   for (long round = 0; round < rounds; round++) {
     multiply_tiles<32, 0>();
     multiply_tiles<32, 1>();
