@@ -5,6 +5,7 @@ the results of the chosen additions are replaced by their shortcuts (`bypassed`)
 """
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,14 +65,19 @@ class Reference:
 def closed_sets(blocks: int) -> list[frozenset[int]]:
     """Sets of blocks to close that tell each block, and each pair of blocks, from all others.
 
-    They are the set of all blocks; and for each bit of the block numbers, the blocks that have this
-    bit and the blocks that do not. That makes 1 + 2 log2 L sets instead of L.
+    They are the set of all blocks, and the fewest sets of which, for any two blocks, one holds the
+    first without the second: each block is in its own choice of half of the sets, and no choice
+    holds another one (Sperner's theorem). That is about log2 L + log2 log2 L sets instead of L.
     """
     numbers = range(blocks)
-    sets = [frozenset(numbers)]
-    for bit in range(max(0, blocks - 1).bit_length()):
-        sets += [frozenset(n for n in numbers if n >> bit & 1 == value) for value in (1, 0)]
-    return list(dict.fromkeys(each for each in sets if each))
+    if blocks < 2:
+        return [frozenset(numbers)] if blocks else []
+    sets = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= blocks)
+    choices = list(zip(numbers, itertools.combinations(range(sets), sets // 2), strict=False))
+    return [
+        frozenset(numbers),
+        *(frozenset(n for n, choice in choices if each in choice) for each in range(sets)),
+    ]
 
 
 def reference_outputs(
