@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import stochastic_depth as sd
-from stochastic_depth.export.algebra import Trace
+from stochastic_depth.export.exponents import Trace
 from stochastic_depth.models.published import published
 from stochastic_depth.surgery.example import caller
 

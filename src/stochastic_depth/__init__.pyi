@@ -20,8 +20,8 @@ from stochastic_depth.surgery.applied import handle_of as handle_of
 from stochastic_depth.surgery.applied import remove as remove
 from stochastic_depth.surgery.apply import apply as apply
 from stochastic_depth.surgery.compile import compile_blocks as compile_blocks
-from stochastic_depth.surgery.inspect import plan as plan
-from stochastic_depth.surgery.inspect import summary as summary
+from stochastic_depth.surgery.plan import plan as plan
+from stochastic_depth.surgery.summary import summary as summary
 from stochastic_depth.surgery.verify import verify as verify
 from stochastic_depth.survival import Decreasing as Decreasing
 from stochastic_depth.survival import Early as Early

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from stochastic_depth.lab.comparison import train_pairs
+from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.page import write_report
 from stochastic_depth.lab.sources import read_sources
-from stochastic_depth.lab.study import Experiment, experiments
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import Config, ModelConfig, OptimizerConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.display import Display

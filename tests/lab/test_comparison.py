@@ -7,7 +7,7 @@ from rich.console import Console
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.comparison import compare, train_pairs
-from stochastic_depth.lab.study import Spread
+from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
 from stochastic_depth.train.display import Display

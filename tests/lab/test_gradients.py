@@ -5,7 +5,7 @@ import pytest
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.gradients import gradients, record_at, spread_epochs
-from stochastic_depth.lab.study import grouped
+from stochastic_depth.lab.outcomes import grouped
 from stochastic_depth.train import ModelConfig, Record, Run, SurvivalConfig
 from stochastic_depth.train.journal import append_record
 

@@ -8,8 +8,8 @@ import pytest
 from scipy.stats import ttest_ind
 
 from stochastic_depth.lab.formatting import difference, duration, share
+from stochastic_depth.lab.outcomes import Spread, expected_cost, experiments, standard_error
 from stochastic_depth.lab.sources import read_sources
-from stochastic_depth.lab.study import Spread, expected_cost, experiments, standard_error
 from stochastic_depth.lab.tables import overview, published_for, tables, tiles
 from stochastic_depth.recipes import PUBLISHED, RECIPES
 from stochastic_depth.train import DataConfig

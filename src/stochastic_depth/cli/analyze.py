@@ -72,7 +72,7 @@ class GradientStrength(Analysis):
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import gradients as question
-        from stochastic_depth.lab.study import grouped
+        from stochastic_depth.lab.outcomes import grouped
 
         runs = self.opened()
         epochs = list(self.epochs) or question.spread_epochs(runs)
@@ -121,8 +121,8 @@ class Ensemble(NetworkAnalysis):
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import ensemble as question
         from stochastic_depth.lab.formatting import runs_text
+        from stochastic_depth.lab.outcomes import grouped
         from stochastic_depth.lab.sources import analysis_path
-        from stochastic_depth.lab.study import grouped
 
         runs = self.opened()
         for run in runs:
@@ -151,8 +151,8 @@ class Depth(NetworkAnalysis):
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import removed_depth as question
+        from stochastic_depth.lab.outcomes import grouped
         from stochastic_depth.lab.sources import analysis_path
-        from stochastic_depth.lab.study import grouped
 
         runs = self.opened()
         found: dict[str, Any] = {}

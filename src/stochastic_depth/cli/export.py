@@ -123,7 +123,7 @@ def choices_table(description: "Description") -> "Table":
     """The table of error and cost at each depth."""
     from rich.table import Table
 
-    from stochastic_depth.surgery.inspect import si
+    from stochastic_depth.plain_text import si
 
     table = Table()
     columns = ("depth", "blocks", "validation", "test error", "parameters", "FLOPs", "ms/image")

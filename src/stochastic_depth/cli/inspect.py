@@ -151,7 +151,7 @@ def plan_table(name: str, planned: "Plan") -> "Table":
     """The table of a plan, which folds long names where the terminal is narrow."""
     from rich.table import Table
 
-    from stochastic_depth.surgery.inspect import PLAN_HEAD
+    from stochastic_depth.surgery.plan import PLAN_HEAD
 
     table = Table(title=name, title_justify="left", box=None, pad_edge=False)
     for column in PLAN_HEAD[:4]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.block import Block, force
 from stochastic_depth.errors import FoldError
-from stochastic_depth.export.algebra import Inexact, Trace, exponents
+from stochastic_depth.export.exponents import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
 from stochastic_depth.surgery.example import Example, caller, preserve_state

@@ -14,7 +14,7 @@ from torch import Tensor
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.charts import Figure, Row, chart, colour, keys, layered
 from stochastic_depth.lab.formatting import seeds
-from stochastic_depth.lab.study import Experiment, Series
+from stochastic_depth.lab.outcomes import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.residual import Residual
 from stochastic_depth.train import Record, Run

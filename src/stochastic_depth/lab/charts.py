@@ -10,7 +10,7 @@ from typing import Any
 
 import altair as alt
 
-from stochastic_depth.lab.study import Experiment, Series
+from stochastic_depth.lab.outcomes import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.train import Record
 

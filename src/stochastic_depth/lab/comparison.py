@@ -19,8 +19,8 @@ from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.files import SMALL, is_there, read_file, write_whole
 from stochastic_depth.lab.drawing import file_png
 from stochastic_depth.lab.formatting import plus_minus
+from stochastic_depth.lab.outcomes import Outcome, expected_cost, experiments
 from stochastic_depth.lab.sources import read_run
-from stochastic_depth.lab.study import Outcome, expected_cost, experiments
 from stochastic_depth.lab.training_curves import training_curves, training_time
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen

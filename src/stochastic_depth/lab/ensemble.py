@@ -16,8 +16,8 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.export.depths import Progress
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, dashes, layered
 from stochastic_depth.lab.formatting import plus_minus, seeds
+from stochastic_depth.lab.outcomes import Series, Spread
 from stochastic_depth.lab.sources import TrainedNetwork, read_analysis, write_analysis
-from stochastic_depth.lab.study import Series, Spread
 from stochastic_depth.lab.style import CONSTANT, STOCHASTIC
 from stochastic_depth.randomness import uniforms
 from stochastic_depth.train import Run

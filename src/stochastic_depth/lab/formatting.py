@@ -1,6 +1,6 @@
 """Numbers and their units as text, formatted in one way everywhere."""
 
-from stochastic_depth.lab.study import Series, Spread, standard_error
+from stochastic_depth.lab.outcomes import Series, Spread, standard_error
 
 
 def percent(spread: Spread) -> str:

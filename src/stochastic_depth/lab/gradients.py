@@ -20,7 +20,7 @@ from stochastic_depth.lab.charts import (
     log_axis,
 )
 from stochastic_depth.lab.formatting import seeds
-from stochastic_depth.lab.study import Experiment, Series, Spread
+from stochastic_depth.lab.outcomes import Experiment, Series, Spread
 from stochastic_depth.train import Record, Run
 
 

@@ -18,9 +18,9 @@ from stochastic_depth.lab.formatting import counted, duration, share
 from stochastic_depth.lab.page import Report, Section, render
 from stochastic_depth.lab.style import LIGHT, STOCHASTIC
 from stochastic_depth.lab.tables import Table, Tile
+from stochastic_depth.plain_text import si
 from stochastic_depth.surgery import Summary, handle_of
 from stochastic_depth.surgery.example import caller, preserve_state
-from stochastic_depth.surgery.inspect import si
 from stochastic_depth.survival import LinearDecay, survival_probabilities
 from stochastic_depth.timing import take_turns
 from stochastic_depth.torch_private import tree_leaves

@@ -22,9 +22,9 @@ from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.drawing import NARROW, WIDE, file_png, file_svg, page_svg
 from stochastic_depth.lab.ensemble import ensemble_figure
 from stochastic_depth.lab.gradients import block_gradients, gradient_strength
+from stochastic_depth.lab.outcomes import Experiment, describe, describe_data, experiments
 from stochastic_depth.lab.removed_depth import removed_blocks
 from stochastic_depth.lab.sources import RecordedRun, Sources, Sweep, read_sources, watched_files
-from stochastic_depth.lab.study import Experiment, describe, describe_data, experiments
 from stochastic_depth.lab.style import style_sheet
 from stochastic_depth.lab.sweep.charts import depth_sweep, gates_figure, survival_sweep
 from stochastic_depth.lab.sweep.gates import read_results

@@ -23,6 +23,7 @@ from stochastic_depth.lab.charts import (
 )
 from stochastic_depth.lab.formatting import duration, percent, plus_minus, runs_text
 from stochastic_depth.lab.options import RemovedDepthOptions
+from stochastic_depth.lab.outcomes import Experiment, Series, Spread
 from stochastic_depth.lab.pruning import (
     Pruned,
     Removed,
@@ -34,7 +35,6 @@ from stochastic_depth.lab.pruning import (
     seconds_per_image,
 )
 from stochastic_depth.lab.sources import TrainedNetwork, read_analysis, write_analysis
-from stochastic_depth.lab.study import Experiment, Series, Spread
 from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.train.runtime import machine
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stochastic_depth.lab.formatting import duration, percent, plus_minus, share
+from stochastic_depth.lab.outcomes import Experiment, RunOutcome, Series, Spread, on_one_machine
 from stochastic_depth.lab.sources import RecordedRun
-from stochastic_depth.lab.study import Experiment, RunOutcome, Series, Spread, on_one_machine
 from stochastic_depth.recipes import PUBLISHED, RECIPES, Published
 from stochastic_depth.train import Config
 

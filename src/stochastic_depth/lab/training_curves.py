@@ -15,7 +15,7 @@ from stochastic_depth.lab.charts import (
     layered,
 )
 from stochastic_depth.lab.formatting import difference, duration, percent, seeds, share
-from stochastic_depth.lab.study import (
+from stochastic_depth.lab.outcomes import (
     Experiment,
     Series,
     on_one_machine,

@@ -4,11 +4,11 @@ from stochastic_depth.surgery.applied import handle_of as handle_of
 from stochastic_depth.surgery.applied import remove as remove
 from stochastic_depth.surgery.apply import apply as apply
 from stochastic_depth.surgery.compile import compile_blocks as compile_blocks
-from stochastic_depth.surgery.inspect import BlockSummary as BlockSummary
-from stochastic_depth.surgery.inspect import Plan as Plan
-from stochastic_depth.surgery.inspect import PlannedBlock as PlannedBlock
-from stochastic_depth.surgery.inspect import Summary as Summary
-from stochastic_depth.surgery.inspect import plan as plan
-from stochastic_depth.surgery.inspect import summary as summary
+from stochastic_depth.surgery.plan import Plan as Plan
+from stochastic_depth.surgery.plan import PlannedBlock as PlannedBlock
+from stochastic_depth.surgery.plan import plan as plan
+from stochastic_depth.surgery.summary import BlockSummary as BlockSummary
+from stochastic_depth.surgery.summary import Summary as Summary
+from stochastic_depth.surgery.summary import summary as summary
 from stochastic_depth.surgery.verify import Verification as Verification
 from stochastic_depth.surgery.verify import verify as verify

@@ -11,13 +11,14 @@ from torch import nn
 
 from stochastic_depth.handle import Handle
 from stochastic_depth.hooks import batch_size
+from stochastic_depth.plain_text import plain_table
 from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.surgery.inspect import plain_table, summary
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.check import check, reference_outputs
 from stochastic_depth.surgery.proof.check_training import check_training, train_once
 from stochastic_depth.surgery.refuse import refuse_sharded
+from stochastic_depth.surgery.summary import summary
 from stochastic_depth.timing import take_turns
 
 

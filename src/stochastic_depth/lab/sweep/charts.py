@@ -10,8 +10,8 @@ import altair as alt
 
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered, log_axis
 from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds
+from stochastic_depth.lab.outcomes import RunOutcome, Series, Spread
 from stochastic_depth.lab.sources import RecordedRun, Sweep
-from stochastic_depth.lab.study import RunOutcome, Series, Spread
 from stochastic_depth.lab.style import CONSTANT, HEAT, STOCHASTIC
 
 KEYS = {

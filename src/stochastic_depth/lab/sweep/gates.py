@@ -14,7 +14,7 @@ from stochastic_depth.files import SMALL, read_file, write_whole
 from stochastic_depth.lab.bench.costs import step_costs
 from stochastic_depth.lab.bench.workload import Step, Workload, training_step
 from stochastic_depth.lab.formatting import percent
-from stochastic_depth.lab.study import Outcome, Spread, describe
+from stochastic_depth.lab.outcomes import Outcome, Spread, describe
 from stochastic_depth.lab.sweep.folder import Sweep
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config

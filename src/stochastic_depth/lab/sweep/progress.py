@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stochastic_depth.lab.formatting import percent, plus_minus
-from stochastic_depth.lab.study import Outcome, RunOutcome
+from stochastic_depth.lab.outcomes import Outcome, RunOutcome
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.train.display import LiveDisplay
 

@@ -1,0 +1,25 @@
+"""Tables and numbers in plain text."""
+
+from collections.abc import Iterable, Sequence
+
+
+def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """A table under the heading `head`; the first `left` columns are aligned left."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if n < left else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def si(count: float) -> str:
+    """A count with three digits and a unit prefix, such as "1.23 G"."""
+    for unit in ("", "k", "M", "G", "T"):
+        if count < 1000:
+            return f"{count:.3g} {unit}".rstrip()
+        count /= 1000
+    return f"{count:.3g} P"

@@ -1,0 +1,173 @@
+"""`sd.plan`: the blocks that `sd.apply` would make, before anything is changed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from stochastic_depth.plain_text import plain_table, si
+from stochastic_depth.surgery.apply import chosen_survival, linear_decay
+from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
+from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.find import find_blocks
+from stochastic_depth.surgery.install import put_gates, take_gates
+from stochastic_depth.surgery.proof.calls import still_running
+from stochastic_depth.surgery.refuse import refuse_applied
+from stochastic_depth.surgery.rejected import Rejected, listed
+from stochastic_depth.surgery.select_modules import Choice
+from stochastic_depth.survival import Survival
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """One residual block, and how it would be made skippable."""
+
+    name: str
+    kind: str
+    """The name of its class."""
+    shortcut: str
+    """"identity" or "projection"; "identity, projection" where its additions differ."""
+    mechanism: str
+    """"Residual": the block is built to be skipped. "slice": the method that adds is rewritten at
+    the addition. "call": the method that calls it is rewritten too, because the branch begins
+    there. "registered": its forward method comes from `sd.register_unit`. "opaque": the module is
+    skipped as a whole. "deferred": nothing is rewritten, and the modules of the branch are not
+    called. "none": the block cannot be skipped, see `refusal`."""
+    survival: float
+    parameters: int
+    """The number of parameters of its branches."""
+    flops: int
+    """FLOPs of its branches in one forward pass on the example, counted as 2 per multiply-add."""
+    refusal: str
+    """The reason why it cannot be made skippable; empty where it can."""
+    training_only: bool = False
+    """Whether the model runs it in training mode only."""
+
+
+PLAN_HEAD = ("block", "class", "shortcut", "mechanism", "p", "parameters", "FLOPs")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The residual blocks of a model; printed, it is a table."""
+
+    blocks: tuple[PlannedBlock, ...]
+    rejected: tuple[str, ...] = ()
+    """Additions that are not residual, a line for each: the module, where it adds, and the
+    reason."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block can be made skippable."""
+        return not any(block.refusal for block in self.blocks)
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The rows of the table, one for each block, under `PLAN_HEAD`."""
+        return [
+            (
+                block.name,
+                block.kind,
+                block.shortcut,
+                block.mechanism,
+                f"{block.survival:.3f}",
+                si(block.parameters),
+                si(block.flops),
+            )
+            for block in self.blocks
+        ]
+
+    def __str__(self) -> str:
+        refused = [f"{b.name!r} ({b.kind}): {b.refusal}" for b in self.blocks if b.refusal]
+        skippable = f"{len(self.blocks) - len(refused)} of {len(self.blocks)} blocks skippable"
+        only = [b.name for b in self.blocks if b.training_only]
+        notes = [f"in training mode alone: {', '.join(map(repr, only))}"] if only else []
+        rejected = [f"not taken: {each}" for each in self.rejected]
+        return "\n".join(
+            [plain_table(PLAN_HEAD, self.rows, left=4), skippable, *notes, *refused, *rejected]
+        )
+
+
+def plan(
+    model: nn.Module,
+    example: Example,
+    survival: Survival | Literal["own"] | None = None,
+    *,
+    drop_rate: float | None = None,
+    include: Choice | None = None,
+    exclude: Choice = (),
+    granularity: Granularity = "block",
+    stacks: Sequence[str] = (),
+) -> Plan:
+    """Show what `sd.apply` would do with the same arguments; `model` is not changed.
+
+    Every block is found, made skippable, and closed once for a trial, in which it must call no
+    module of its branch. Values are not compared as in `sd.apply`, so this works on the meta device
+    too.
+
+    Raises:
+        ApplyError: when `model` has no residual block.
+        SurvivalError: when a p_l is outside (0, 1].
+
+    Examples:
+        >>> plan = sd.plan(sd.models.CifarResNet(8), torch.randn(1, 3, 32, 32))
+        >>> print(plan)
+        block     class     shortcut    mechanism      p  parameters   FLOPs
+        blocks.0  Residual  identity    Residual   0.833      4.67 k  9.44 M
+        blocks.1  Residual  projection  Residual   0.667        14 k  7.08 M
+        blocks.2  Residual  projection  Residual   0.500      55.6 k  7.08 M
+        3 of 3 blocks skippable
+    """
+    refuse_applied(model)
+    rejected: list[Rejected] = []
+    deferred = set[str]()
+    while True:  # blocks that fail are deferred, as by `sd.apply`
+        rejected.clear()
+        found = find_blocks(
+            model, example, granularity, include, exclude, True, defer=deferred, rejected=rejected
+        )
+        if not found:
+            raise nothing_found(model, example, listed(rejected))
+        tried = _tried(model, example, found)
+        more = {
+            block.name
+            for block, after in zip(found, tried, strict=True)
+            if after.refusal and block.mechanism in ("slice", "call", "opaque")
+        }
+        if not more:
+            break
+        deferred |= more
+    found = tried
+    if drop_rate is not None:
+        survival = linear_decay(drop_rate, survival)
+    p = chosen_survival(survival, found, stacks).at(0)
+    return Plan(
+        tuple(
+            PlannedBlock(
+                block.name,
+                type(block.module).__name__,
+                block.shortcut,
+                block.mechanism,
+                survival,
+                sum(model.get_parameter(name).numel() for name in block.parameters),
+                block.flops,
+                block.refusal,
+                block.training_only,
+            )
+            for block, survival in zip(found, p, strict=True)
+        ),
+        listed(rejected),
+    )
+
+
+def _tried(model: nn.Module, example: Example, found: list[Found]) -> list[Found]:
+    """`found`, with the reason for each block that still runs when it is closed."""
+    accepted = [block for block in found if not block.refusal]
+    try:
+        blocks = put_gates(model, accepted, select=False)
+        reasons = still_running(model, caller(model, example), accepted, blocks)
+    finally:
+        take_gates(model)
+    tried = iter(reasons)
+    return [block if block.refusal else replace(block, refusal=next(tried)) for block in found]
