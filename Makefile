@@ -3,6 +3,9 @@ BIN := .venv/bin
 # Threads that wait give a busy core free soon: with one of two cores busy, a step takes 30 times as
 # long without. Costs nothing on a quiet machine.
 export GOMP_SPINCOUNT ?= 10000
+# A package is compiled when it is first imported, and kept: otherwise each import of PyTorch takes
+# three times as long.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check check-types check-style check-layers check-docs docs install format coverage-models soak fuzz clean
 
