@@ -5,7 +5,6 @@ These have to be computed even when the block is closed. Only what the branch al
 skipped.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.edits import Calls, Deferred, Site
+from stochastic_depth.surgery.edits import Site
 from stochastic_depth.surgery.trace import Call, Recording
 
 MIN_SAVED = 0.5
@@ -31,17 +29,6 @@ def mostly_shared(own: float) -> str:
         f"most of its branch (about {1 - own:.0%} of its FLOPs) is needed for more than the "
         "addition: an output of the model, or of another block, is computed from it"
     )
-
-
-def too_few_modules(saved: float) -> str:
-    """The reason not to defer a block whose modules compute too little of its branch.
-
-    Args:
-        saved: the share of the branch's FLOPs, from 0 to 1, that its modules compute.
-    """
-    if not saved:
-        return "no module runs for its branch alone"
-    return f"the modules that run for its branch alone compute only about {saved:.0%} of its FLOPs"
 
 
 @dataclass(eq=False)
@@ -293,157 +280,6 @@ class Analysis:
         """Names of the parameters from which the values `own` were computed."""
         parents = {p for value in own for p in self.recording.values[value].parents}
         return tuple(sorted(self.recording.parameters(own | parents)))
-
-    def blocks(self, events: Iterable[Event], block_of: Callable[[str], str]) -> list[Group]:
-        """Group `events` into blocks: by call of a module, or by iteration of a loop in it.
-
-        Args:
-            block_of: returns the name of the block that a module belongs to.
-        """
-        at: dict[int, list[Event]] = {}
-        for event in events:
-            if event.enclosing is None:
-                self.place(event)
-            assert event.enclosing is not None
-            at.setdefault(event.enclosing.serial, []).append(event)
-        keyed: dict[tuple[str, Any], list[Event]] = {}
-        for of_call in at.values():
-            looped = max(Counter(event.site for event in of_call).values()) > 1
-            for event in of_call:
-                key = self._iteration(event, of_call) if looped else self._call(event, block_of)
-                keyed.setdefault(key, []).append(event)
-        return [self.group(name, self._outermost(events)) for (name, _), events in keyed.items()]
-
-    def _outermost(self, events: Sequence[Event]) -> list[Event]:
-        """The events that are not part of the branch of another event.
-
-        Events whose sums do not reach the outputs are dropped if there are others. In the last
-        block, for example, a second stream may be added to and never read.
-        """
-        events = [e for e in events if e.total in self.alive] or events
-        return [e for e in events if not any(e.total in self.inside(o) for o in events)]
-
-    def _call(self, event: Event, block_of: Callable[[str], str]) -> tuple[str, Any]:
-        """The name of the block of an addition outside loops, and a number for its call."""
-        assert event.enclosing is not None
-        name = block_of(event.enclosing.name)
-        if not name:  # the model itself is not a block: each of its additions is one
-            return ".".join(self._module_path(event)), (event.site, event.occurrence)
-        around = [
-            call for call in (event.enclosing, *event.enclosing.ancestors()) if call.name == name
-        ]
-        call = around[0] if around else event.enclosing
-        return name, self.calls_by_name[call.name].index(
-            call
-        ) if call.name in self.calls_by_name else 0
-
-    def _iteration(self, event: Event, others: Sequence[Event]) -> tuple[str, Any]:
-        """The name of the block of an addition in a loop over modules, and a number.
-
-        The block is the outermost module, inside the one that loops, in which no expression adds
-        twice.
-        """
-        assert event.enclosing is not None
-        inside = {id(other): self._module_path(other, looped=True) for other in others}
-        path = inside[id(event)]
-        start = len(event.enclosing.name.split(".")) if event.enclosing.name else 0
-        for length in range(start + 1, len(path) + 1):
-            prefix = path[:length]
-            sites = [o.site for o in others if inside[id(o)][:length] == prefix]
-            if len(sites) == len(set(sites)):
-                return ".".join(prefix), None
-        same = [o for o in others if inside[id(o)] == path and o.site == event.site]
-        return ".".join(path), same.index(event)
-
-    def _module_path(self, event: Event, looped: bool = False) -> list[str]:
-        """The common beginning of the names of the branch's modules, or the largest's name.
-
-        Modules that run for several branches are left out, because they do not tell these apart.
-        """
-        assert event.enclosing is not None
-        calls = self.group("", [event]).calls or (self._gives(event) if looped else ())
-        calls = (
-            [c for c in calls if len(self.calls_by_name[c.name]) == 1] or calls or [event.enclosing]
-        )
-        paths = [call.name.split(".") for call in calls]
-        common = paths[0]
-        for path in paths[1:]:
-            same = (a == b for a, b in zip(common, path, strict=False))
-            common = common[: sum(itertools.takewhile(bool, same))]
-        start = len(event.enclosing.name.split(".")) if event.enclosing.name else 0
-        if len(common) > start:
-            return common
-        largest = max(calls, key=lambda call: sum(p.numel() for p in call.module.parameters()))
-        return largest.name.split(".")
-
-    def _gives(self, event: Event) -> tuple[Call, ...]:
-        """The outermost call that returns the last value of a branch, or no call.
-
-        One layer may compute what is added to several streams, and so run for none of them alone.
-        """
-        assert event.enclosing is not None
-        calls = [
-            (max(outputs & event.branch), -call.serial, call)
-            for call, outputs in self.recording.finished
-            if call.is_within(event.enclosing) and outputs & event.branch
-        ]
-        return (max(calls, key=lambda each: each[:2])[2],) if calls else ()
-
-    def deferred_edits(self, group: Group, first: int) -> list[Deferred]:
-        """The edits that give `group` its gates, one for each addition.
-
-        Args:
-            first: the number of the first of these additions within their owner.
-
-        Raises:
-            UnsupportedBlockError: when too little of the branch is used by the addition alone.
-        """
-        if group.saved < MIN_SAVED:
-            raise UnsupportedBlockError(
-                mostly_shared(group.own) if group.own < MIN_SAVED else too_few_modules(group.saved)
-            )
-        made = []
-        for number, event in enumerate(group.events):
-            calls: dict[str, list[Call]] = {}
-            for call in group.calls:
-                if len(group.events) == 1 or self._is_of(call, event):
-                    inner = call.name[len(group.owner.name) + 1 if group.owner.name else 0 :]
-                    calls.setdefault(inner, []).append(call)
-            if not calls:
-                raise UnsupportedBlockError("no module runs for its branch alone")
-            made.append(
-                Deferred(
-                    group.block,
-                    first + number,
-                    ((event.site, event.side),),
-                    tuple(
-                        Calls(
-                            name,
-                            tuple(self._ordinal(call, group.owner) for call in which),
-                            len(self._all(name, group.owner)),
-                            all(call.gave_tensor for call in which),
-                        )
-                        for name, which in calls.items()
-                    ),
-                    self.recording.is_overwritten(event.total),
-                )
-            )
-        return made
-
-    def _is_of(self, call: Call, event: Event) -> bool:
-        """Whether a call computes a part of the branch of `event`."""
-        computed = range(call.began, call.ended)  # empty where it returns its input
-        return not event.branch.isdisjoint([*computed, *self.outputs_of[call.serial]])
-
-    def _all(self, name: str, owner: Call) -> list[Call]:
-        """The calls of a module during a call of its owner; `name` is relative to the owner."""
-        whole = f"{owner.name}.{name}" if owner.name else name
-        return [call for call in self.calls_by_name[whole] if call.is_within(owner)]
-
-    def _ordinal(self, call: Call, owner: Call) -> int:
-        """The position of a call among the calls of its module during the call `owner`."""
-        inner = call.name[len(owner.name) + 1 if owner.name else 0 :]
-        return self._all(inner, owner).index(call)
 
 
 def _common(calls: Sequence[Call]) -> Call:

@@ -6,15 +6,13 @@ rewritten is deferred.
 """
 
 import functools
-import itertools
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.additions import discover
@@ -22,12 +20,12 @@ from stochastic_depth.surgery.blocks import (
     Found,
     Granularity,
     branch_modules,
-    is_repeated,
     repeated_block,
     residual_block,
 )
 from stochastic_depth.surgery.branch_source import Addition
-from stochastic_depth.surgery.branches import MIN_SAVED, Analysis, Event, mostly_shared
+from stochastic_depth.surgery.branches import MIN_SAVED, Analysis, Event, Group, mostly_shared
+from stochastic_depth.surgery.deferred_groups import deferred_groups
 from stochastic_depth.surgery.edits import Site
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.mechanisms import (
@@ -37,9 +35,15 @@ from stochastic_depth.surgery.mechanisms import (
     registered_around,
     rewritten_unit,
 )
-from stochastic_depth.surgery.rejected import COUPLING, Rejected, own_backward
+from stochastic_depth.surgery.rejected import Rejected, own_backward
+from stochastic_depth.surgery.residual_additions import (
+    LONG_SKIP,
+    outermost,
+    rejected_as,
+    without_long_skips,
+    without_sums,
+)
 from stochastic_depth.surgery.select_modules import Choice, Chosen, chosen_modules
-from stochastic_depth.surgery.syntax import in_loop
 from stochastic_depth.surgery.training_additions import (
     InTraining,
     added_in_training,
@@ -51,8 +55,6 @@ from stochastic_depth.surgery.training_additions import (
 
 REWRITTEN = ("slice", "call")
 """The mechanisms that rewrite a method."""
-
-LONG_SKIP = "a long skip connection: "
 
 
 def find_residuals(model: nn.Module, include: Choice | None, exclude: Choice) -> list[Found]:
@@ -118,6 +120,27 @@ def _called_alike(block: Found, evaluation: Analysis, training: Analysis) -> Fou
     return block
 
 
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A block as it would be if its source could be rewritten, and the additions that form it."""
+
+    found: Found
+    additions: tuple[Addition, ...]
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return tuple(event for addition in self.additions for event in addition.events)
+
+
+@dataclass(frozen=True, eq=False)
+class _Formed:
+    """Additions that share a gate: a candidate that is rewritten, or a group that is deferred."""
+
+    name: str
+    events: tuple[Event, ...]
+    made_of: _Candidate | Group
+
+
 @dataclass(frozen=True)
 class _Finder:
     """Groups the additions of one model into blocks, as the user has chosen."""
@@ -134,91 +157,95 @@ class _Finder:
         self, additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
     ) -> list[tuple[Found, tuple[Event, ...]]]:
         """The blocks that `additions` form, in order, each with its events."""
-        additions = _residual_ones(additions, self.modules, rejected)
+        additions = without_long_skips(additions, self.modules, rejected)
         for event in (event for addition in additions for event in addition.events):
             analysis.place(event)
-        additions = _without_sums(additions, analysis, rejected)
-        blocks: dict[tuple[str, Any], list[Addition]] = {}
+        additions = without_sums(additions, analysis, rejected)
+        together: dict[tuple[str, Any], list[Addition]] = {}
         for addition in additions:
             key = _block_of(addition, self.modules, self.granularity)
-            blocks.setdefault(key, []).append(addition)
-        edited = [
-            (edited_block(name, outermost, self.modules, analysis), outermost)
-            for (name, _), group in blocks.items()
-            if (outermost := _outermost(group, analysis))
+            together.setdefault(key, []).append(addition)
+        candidates = [
+            _Candidate(edited_block(name, kept, self.modules, analysis), tuple(kept))
+            for (name, _), group in together.items()
+            if (kept := outermost(group, analysis))
         ]
-        rewritten, others = self._divided(edited)
-        return self._assembled(edited, rewritten, others, analysis, rejected)
+        rewritten, deferred = self._divided(candidates)
+        groups = self._groups(deferred, analysis)
+        formed = [_Formed(c.found.name, c.events, c) for c in rewritten]
+        formed += [_Formed(group.block, group.events, group) for group in groups]
+        formed = [each for each in formed if not _is_covered(each, formed, analysis)]
+        long = _long_skips(formed, analysis)
+        for candidate in candidates:
+            own = set(candidate.events)
+            if any(each.name in long and not own.isdisjoint(each.events) for each in formed):
+                reason = f"{LONG_SKIP}other blocks are inside"
+                rejected += [rejected_as(addition, reason) for addition in candidate.additions]
+        formed = [each for each in formed if each.name not in long]
+        blocks = self._assembled(formed, deferred, analysis)
+        return sorted(blocks, key=lambda pair: min(event.total for event in pair[1]))
 
     def _divided(
-        self, edited: list[tuple[Found, list[Addition]]]
-    ) -> tuple[list[tuple[Found, list[Addition]]], list[tuple[Found, list[Addition]]]]:
-        """Divide the blocks into those whose methods are rewritten, and those that are deferred."""
-        rewritten, others = [], []
-        for found, group in edited:
-            fixed = found.mechanism in ("registered", "Residual")
-            repeated = found.name in self.defer or any(len(a.events) > 1 for a in group)
-            repeated |= (
-                not found.name and len(group) > 1
-            )  # the model writes its additions out one by one
-            deferred = found.refusal or (repeated and not fixed)
-            (others if deferred else rewritten).append((found, group))
+        self, candidates: Sequence[_Candidate]
+    ) -> tuple[list[_Candidate], list[_Candidate]]:
+        """The candidates whose methods are rewritten, and those that are deferred."""
+        rewritten, deferred = [], []
+        for each in candidates:
+            (deferred if self._is_deferred(each) else rewritten).append(each)
         while True:  # a deferred addition must stay where it is in the source
-            events = _events(others)
-            clash = [clashes(found, events) for found, _ in rewritten]
-            if not any(clash):
-                return rewritten, others
-            others += [pair for pair, clashes in zip(rewritten, clash, strict=True) if clashes]
-            rewritten = [
-                pair for pair, clashes in zip(rewritten, clash, strict=True) if not clashes
-            ]
+            events = [event for each in deferred for event in each.events]
+            clash = [each for each in rewritten if clashes(each.found, events)]
+            if not clash:
+                return rewritten, deferred
+            deferred += clash
+            rewritten = [each for each in rewritten if each not in clash]
+
+    def _is_deferred(self, candidate: _Candidate) -> bool:
+        """Whether it is deferred by itself, whatever becomes of the other candidates."""
+        found, additions = candidate.found, candidate.additions
+        if found.refusal:
+            return True
+        if found.mechanism in ("registered", "Residual"):
+            return False
+        in_a_loop = any(len(addition.events) > 1 for addition in additions)
+        one_by_one = not found.name and len(additions) > 1  # in the forward method of the model
+        return found.name in self.defer or in_a_loop or one_by_one
+
+    def _groups(self, deferred: Sequence[_Candidate], analysis: Analysis) -> list[Group]:
+        """The additions of the deferred candidates, in groups that have a gate each."""
+        events = [event for each in deferred for event in each.events]
+        groups = deferred_groups(events, analysis, self.modules)
+        if self.granularity == "unit":
+            return [analysis.group(group.block, [e]) for group in groups for e in group.events]
+        return groups
 
     def _assembled(
-        self,
-        edited: list[tuple[Found, list[Addition]]],
-        rewritten: list[tuple[Found, list[Addition]]],
-        others: list[tuple[Found, list[Addition]]],
-        analysis: Analysis,
-        rejected: list[Rejected],
+        self, formed: Sequence[_Formed], deferred: Sequence[_Candidate], analysis: Analysis
     ) -> list[tuple[Found, tuple[Event, ...]]]:
-        """All blocks, in the order of their additions; long skip connections go to `rejected`.
+        """The blocks among `formed` that the user has chosen, each with its events.
 
         Args:
-            edited: the blocks of `rewritten` and `others` together.
+            deferred: the candidates from which the groups in `formed` were made.
         """
-        modules, chosen = self.modules, self.chosen
-        groups = analysis.blocks(_events(others), lambda name: repeated_block(name, modules))
-        if self.granularity == "unit":
-            groups = [analysis.group(g.block, [event]) for g in groups for event in g.events]
-        events_of = [(found.name, _events([(found, group)])) for found, group in rewritten]
-        events_of += [(group.block, list(group.events)) for group in groups]
-        covered = [_is_covered(n, events_of, analysis) for n in range(len(events_of))]
-        kept = [not inner for inner in covered]
-        rewritten = list(itertools.compress(rewritten, kept))
-        groups = list(itertools.compress(groups, kept[-len(groups) :])) if groups else groups
-        events_of = list(itertools.compress(events_of, kept))
-        long = _long_skips(events_of, analysis)
-        for found, group in edited:
-            events = set(_events([(found, group)]))
-            if any(name in long and not events.isdisjoint(own) for name, own in events_of):
-                reason = f"{LONG_SKIP}other blocks are inside"
-                rejected += [_rejected(addition, reason) for addition in group]
         blocks = []
-        for (found, group), (name, events) in zip(rewritten, events_of, strict=False):
-            unit = found.module
-            runs = branch_modules(name, unit) if isinstance(unit, Residual) else found.modules
-            if chosen.has(group[0].owner, runs) and name not in long:
-                own = analysis.group(name, events).own if found.mechanism in REWRITTEN else 1
+        first: Counter[str] = Counter()
+        reasons = {event: each.found.refusal for each in deferred for event in each.events}
+        for each in formed:
+            if isinstance(each.made_of, Group):
+                if self.chosen.has(each.name, each.made_of.modules):
+                    found = deferred_block(each.made_of, analysis, self.modules, first, reasons)
+                    blocks.append((found, each.events))
+                continue
+            found, unit = each.made_of.found, each.made_of.found.module
+            runs = branch_modules(each.name, unit) if isinstance(unit, Residual) else found.modules
+            if not self.chosen.has(each.made_of.additions[0].owner, runs):
+                continue
+            if found.mechanism in REWRITTEN:
+                own = analysis.group(each.name, each.events).own
                 if own < MIN_SAVED:
                     found = replace(found, refusal=mostly_shared(own))
-                blocks.append((found, tuple(events)))
-        first: Counter[str] = Counter()
-        reasons = {event: pair[0].refusal for pair in others for event in _events([pair])}
-        for group in groups:
-            if chosen.has(group.block, group.modules) and group.block not in long:
-                found = deferred_block(group, analysis, modules, first, reasons)
-                blocks.append((found, group.events))
-        return sorted(blocks, key=lambda pair: min(event.total for event in pair[1]))
+            blocks.append((found, each.events))
+        return blocks
 
     def with_training(
         self,
@@ -241,7 +268,7 @@ class _Finder:
         new = set(training.new)
         of_block = [
             (_block_of(a, self.modules, self.granularity)[0], replace(a, events=events))
-            for a in _residual_ones(training.additions, self.modules, [])
+            for a in without_long_skips(training.additions, self.modules, [])
             if (events := tuple(event for event in a.events if event in new))
         ]
         of_block = [(n, a) for n, a in of_block if not n or self.chosen.has(n, a.modules)]
@@ -258,34 +285,26 @@ class _Finder:
         )
 
 
-def _events(pairs: Iterable[tuple[Found, list[Addition]]]) -> list[Event]:
-    """All events of the additions of some blocks."""
-    return [event for _, group in pairs for addition in group for event in addition.events]
-
-
-def _is_covered(
-    number: int, blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis
-) -> bool:
+def _is_covered(block: _Formed, blocks: Sequence[_Formed], analysis: Analysis) -> bool:
     """Whether a block is in the branch of another block of its name, whose gate covers it.
 
     An example is a layer that has a residual addition inside, and whose output the model adds
     again.
     """
-    name, events = blocks[number]
     around = [
         other
-        for n, (its_name, others) in enumerate(blocks)
-        if n != number and its_name == name
-        for other in others
+        for each in blocks
+        if each is not block and each.name == block.name
+        for other in each.events
     ]
-    return all(any(analysis.surrounds(other, event) for other in around) for event in events)
+    return all(any(analysis.surrounds(other, event) for other in around) for event in block.events)
 
 
-def _long_skips(blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis) -> set[str]:
+def _long_skips(blocks: Sequence[_Formed], analysis: Analysis) -> set[str]:
     """Names of the blocks that are long skip connections, or are made by the same loop as one."""
-    long = {name for name, _ in blocks if _is_long(name, blocks, analysis)}
-    loops = {_loop(event) for name, events in blocks if name in long for event in events}
-    return long | {name for name, events in blocks if loops.issuperset(map(_loop, events))}
+    long = {each.name for each in blocks if _is_long(each.name, blocks, analysis)}
+    loops = {_loop(event) for each in blocks if each.name in long for event in each.events}
+    return long | {each.name for each in blocks if loops.issuperset(map(_loop, each.events))}
 
 
 def _loop(event: Event) -> object:
@@ -294,118 +313,17 @@ def _loop(event: Event) -> object:
     return event.site, event.enclosing.serial
 
 
-def _is_long(name: str, blocks: Sequence[tuple[str, Sequence[Event]]], analysis: Analysis) -> bool:
+def _is_long(name: str, blocks: Sequence[_Formed], analysis: Analysis) -> bool:
     """Whether `name` is a long skip connection: blocks of other modules are in its branch."""
     return any(
         analysis.surrounds(event, other)
-        for its_name, events in blocks
-        if its_name == name
-        for event in events
-        for inner, others in blocks
-        if inner != name and not (name and inner.startswith(f"{name}."))
-        for other in others
+        for block in blocks
+        if block.name == name
+        for event in block.events
+        for inner in blocks
+        if inner.name != name and not (name and inner.name.startswith(f"{name}."))
+        for other in inner.events
     )
-
-
-def _residual_ones(
-    additions: list[Addition], modules: Mapping[str, nn.Module], rejected: list[Rejected]
-) -> list[Addition]:
-    """The additions that may form a block; the others go to `rejected`, each with the reason."""
-    names = {addition.owner: repeated_block(addition.owner, modules) for addition in additions}
-    kept = []
-    for addition in additions:
-        if _accumulates(addition):
-            rejected.append(_rejected(addition, "it adds up the terms of one sum in a loop"))
-            continue
-        name = names[addition.owner]
-        inside = max(
-            len({names[other] for other in event.modules if names.get(other, name) != name})
-            for event in addition.events
-        )
-        reason = ""
-        if isinstance(modules[addition.owner], Residual) or is_repeated(name, modules):
-            pass
-        elif inside > 1:
-            reason = f"{LONG_SKIP}{inside} other blocks are inside of it"
-        elif addition.upsamples:
-            reason = f"{LONG_SKIP}its branch makes values smaller and then larger again"
-        elif not addition.identity and not name and addition.is_last and len(additions) > 1:
-            reason = "a sum of two outputs of the model"
-        if reason:
-            rejected.append(_rejected(addition, reason))
-        else:
-            kept.append(addition)
-    return kept
-
-
-def _without_sums(
-    additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
-) -> list[Addition]:
-    """The additions that add a branch; sums of streams or of hidden states go to `rejected`."""
-    totals = {event.total for addition in additions for event in addition.events}
-    streams = {event.total for a in additions if a.identity for event in a.events}
-    events = {event for addition in additions for event in addition.events}
-    kept = []
-    for addition in additions:
-        if addition.coupled is not None:
-            if addition.coupled not in events:
-                rejected.append(_rejected(addition, COUPLING))
-                continue
-            if all(analysis.surrounds(addition.coupled, event) for event in addition.events):
-                reason = "a bias: its sum is used in the branch of another block only"
-                rejected.append(_rejected(addition, reason))
-                continue
-        joins = any(not event.branch.isdisjoint(streams) for event in addition.events)
-        if joins and not addition.identity and not addition.owner:
-            reason = "a sum of two streams, one of which has residual blocks of its own"
-            rejected.append(_rejected(addition, reason))
-        elif all(
-            event.added in totals and not analysis.exclusive(event.branch, {event.total})
-            for event in addition.events
-        ):
-            reason = "a sum of hidden states: it adds a value that the next block begins with"
-            rejected.append(_rejected(addition, reason))
-        else:
-            kept.append(addition)
-    return kept
-
-
-def _outermost(additions: list[Addition], analysis: Analysis) -> list[Addition]:
-    """The additions under one coin that are not in the branch of another one of them.
-
-    An addition in a branch is covered by the gate of that branch. Additions whose sum no output
-    needs are left out if there are others.
-    """
-    alive = [a for a in additions if any(e.total in analysis.alive for e in a.events)]
-    additions = alive or additions
-    events = [(addition, event) for addition in additions for event in addition.events]
-    return [
-        addition
-        for addition in additions
-        if not all(
-            any(event.total in analysis.inside(e) for a, e in events if a is not addition)
-            for event in addition.events
-        )
-    ]
-
-
-def _rejected(addition: Addition, reason: str) -> Rejected:
-    _, edit = addition.edits[0]
-    return Rejected(addition.owner, str(edit or "in a function"), reason)
-
-
-def _accumulates(addition: Addition) -> bool:
-    """Whether an addition adds up the terms of one sum in a loop, and is therefore not residual."""
-    _, edit = addition.edits[0]
-    if edit is None or addition.identity:
-        return False
-    if len(addition.events) > 1:  # the shortcut of each is then the sum so far
-        totals = {event.total for event in addition.events}
-        return any(event.shortcut in totals for event in addition.events)
-    try:
-        return in_loop(edit.place)
-    except UnsupportedBlockError:  # its source is not there
-        return False
 
 
 def _block_of(

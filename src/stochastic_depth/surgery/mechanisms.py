@@ -20,6 +20,7 @@ from stochastic_depth.surgery.adapters import registered
 from stochastic_depth.surgery.blocks import Found, Unit, residual_block
 from stochastic_depth.surgery.branch_source import Addition
 from stochastic_depth.surgery.branches import Analysis, Event, Group
+from stochastic_depth.surgery.deferred_groups import deferred_edits
 from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
 from stochastic_depth.surgery.install import gated_class
 from stochastic_depth.surgery.rewrite import skipped_when_closed
@@ -182,7 +183,7 @@ def deferred_block(
     units: tuple[Unit, ...] = ()
     refusal = ""
     try:
-        edits = analysis.deferred_edits(group, first[owner])
+        edits = deferred_edits(group, analysis, first[owner])
         first[owner] += len(edits)
         units = tuple(
             Unit(((modules[owner], edit),), (), (event,), frozenset(group.modules))

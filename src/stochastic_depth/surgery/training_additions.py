@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.additions import discover
-from stochastic_depth.surgery.blocks import Found, Unit, repeated_block
+from stochastic_depth.surgery.blocks import Found, Unit
 from stochastic_depth.surgery.branch_source import Addition
 from stochastic_depth.surgery.branches import Analysis, Event, Group
+from stochastic_depth.surgery.deferred_groups import deferred_edits, deferred_groups
 from stochastic_depth.surgery.droppath import silence
 from stochastic_depth.surgery.edits import ADDITIONS, Deferred, Site, by_position, site_of
 from stochastic_depth.surgery.example import preserve_state
@@ -197,7 +198,7 @@ def joined(
             blocks[numbers[-1]] = replace(blocks[numbers[-1]], refusal=_UNLIKE)
     alone = set[Event]()
     events = [event for addition in deferred for event in addition.events]
-    for group in analysis.blocks(events, lambda name: repeated_block(name, modules)):
+    for group in deferred_groups(events, analysis, modules):
         numbers = [n for n, block in enumerate(blocks) if block.name == group.block]
         for n in numbers[:1]:
             blocks[n] = _with_deferred(blocks[n], group, analysis, modules)
@@ -225,7 +226,7 @@ def as_both_need(block: Found, again: Mapping[Event, Event], training: Analysis)
     if block.modules <= group.modules or group.owner.module is not owner:
         return block
     try:
-        edits = training.deferred_edits(group, 0)
+        edits = deferred_edits(group, training, 0)
     except UnsupportedBlockError:
         return block  # the proof says which module training mode needs
     units = []
@@ -283,7 +284,7 @@ def _with_deferred(
         return block
     units = list(block.units)
     try:
-        edits = analysis.deferred_edits(group, 0)
+        edits = deferred_edits(group, analysis, 0)
         for event, edit in zip(group.events, edits, strict=True):
             names = {calls.module for calls in edit.calls}
             n = max(range(len(units)), key=lambda n: len(names & _names(units[n])))

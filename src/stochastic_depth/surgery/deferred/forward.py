@@ -9,7 +9,8 @@ branch are marked as placeholders too, so that the addition recognises them.
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from dataclasses import dataclass
+from functools import cached_property, wraps
 from threading import get_ident
 from typing import Any
 
@@ -29,34 +30,63 @@ from stochastic_depth.surgery.deferred.placeholder import (
     set_tape,
     tape_of_pass,
 )
-from stochastic_depth.surgery.edits import Deferred
+from stochastic_depth.surgery.edits import Calls, Deferred
 from stochastic_depth.torch_private import call_of, set_call, tree_flatten, whole_call
+
+
+@dataclass(frozen=True, eq=False)
+class _DeferredModule:
+    """A module, some calls of which run for deferred additions alone.
+
+    Additions are given by their numbers among those of the owner.
+    """
+
+    module: nn.Module
+    name: str
+    """Its name, relative to the owner."""
+    calls: int
+    """How often the owner called it on the example."""
+    additions_of: Mapping[int, Sequence[int]]
+    """For each of these calls, by number, the additions that it runs for."""
+    gives_tensor: bool
+    """Whether each call returned a tensor, not a tuple or another structure."""
+
+    @cached_property
+    def additions_of_every(self) -> Sequence[int] | None:
+        """The additions of every call, where all calls have the same; None where they differ."""
+        first, *others = map(list, self.additions_of.values())
+        alike = len(self.additions_of) == self.calls and all(other == first for other in others)
+        return first if alike else None
 
 
 class _DeferredCalls:
     """The calls of modules that are deferred for the additions of one owner."""
 
     def __init__(self, owner: nn.Module, edits: Sequence[Deferred]) -> None:
-        self.modules: list[tuple[nn.Module, str, dict[int, list[int]], int, bool]] = []
-        self.modules_of_edit: list[list[int]] = [[] for _ in edits]
-        by_name: dict[str, dict[int, list[int]]] = {}
-        number: dict[str, int] = {}
-        tensor: dict[str, bool] = {}
-        for n, edit in enumerate(edits):
+        calls_of: dict[str, list[tuple[int, Calls]]] = {}
+        for number, edit in enumerate(edits):
             for calls in edit.calls:
-                number[calls.module] = calls.of
-                tensor[calls.module] = calls.tensor and tensor.get(calls.module, True)
-                for which in calls.which:
-                    by_name.setdefault(calls.module, {}).setdefault(which, []).append(n)
-        for name, of_call in by_name.items():
-            same = set(map(tuple, of_call.values()))
-            if len(same) == 1 and len(of_call) == number[name]:
-                of_call, number[name] = {-1: next(iter(of_call.values()))}, 0
-            for n in {n for edits_of in of_call.values() for n in edits_of}:
-                self.modules_of_edit[n].append(len(self.modules))
-            module = owner.get_submodule(name)
-            self.modules.append((module, name, of_call, number[name], tensor[name]))
+                calls_of.setdefault(calls.module, []).append((number, calls))
+        self.modules: list[_DeferredModule] = []
+        self.modules_of: list[list[_DeferredModule]] = [[] for _ in edits]
+        """For each addition, the modules that run for it."""
+        for name, pairs in calls_of.items():
+            additions_of: dict[int, list[int]] = {}
+            for number, calls in pairs:
+                for call in calls.which:
+                    additions_of.setdefault(call, []).append(number)
+            module = _DeferredModule(
+                owner.get_submodule(name),
+                name,
+                pairs[-1][1].of,
+                additions_of,
+                all(calls.tensor for _, calls in pairs),
+            )
+            self.modules.append(module)
+            for number in {number for number, calls in pairs if calls.which}:
+                self.modules_of[number].append(module)
         self.structures: dict[Any, Any] = {}
+        """What deferred calls return, by module and by the form of their arguments."""
 
 
 _DEFERRED_CALLS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.WeakKeyDictionary()
@@ -118,15 +148,14 @@ class _Session:
     def __enter__(self) -> "_Session":
         tape = tape_of_pass()
         assert tape is not None
-        for m in sorted({m for n in self.additions for m in self.plan.modules_of_edit[n]}):
-            module, name, of_call, total, tensor = self.plan.modules[m]
-            switch = _Switch.on(module)
-            before = switch.here()
-            self.before.append((switch, before))
-            stand_in = _Interceptor(
-                self, tape, before or switch.otherwise, module, name, of_call, total, tensor
-            )
-            switch.switch_to(stand_in)
+        needed = {module for n in self.additions for module in self.plan.modules_of[n]}
+        for deferred in self.plan.modules:
+            if deferred in needed:
+                switch = _Switch.on(deferred.module)
+                before = switch.here()
+                self.before.append((switch, before))
+                forward = before or switch.otherwise
+                switch.switch_to(_Interceptor(self, tape, forward, deferred))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -203,27 +232,22 @@ class _Interceptor:
         session: _Session,
         tape: Tape,
         forward: Callable[..., Any],
-        module: nn.Module,
-        name: str,
-        of_call: Mapping[int, list[int]],
-        total: int,
-        gives_tensor: bool,
+        deferred: _DeferredModule,
     ) -> None:
-        self.session, self.tape, self.module, self.name = session, tape, module, name
-        self.gives_tensor = gives_tensor
-        self.forward = forward
-        self.of_call, self.total, self.called = of_call, total, 0
+        self.session, self.tape, self.forward, self.deferred = session, tape, forward, deferred
+        self.called = 0
+        """How often it was called, where its calls are told apart."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mine = self.of_call.get(-1)
+        deferred, mine = self.deferred, self.deferred.additions_of_every
         if mine is None:
-            if self.called >= self.total:
+            if self.called >= deferred.calls:
                 raise GateError(
-                    f"{self.name!r} is called more often than the {self.total} times that it was "
-                    "called on the example: its calls are told apart by their number; give "
+                    f"{deferred.name!r} is called more often than the {deferred.calls} times that "
+                    "it was called on the example: its calls are told apart by their number; give "
                     "sd.apply an example with as many calls"
                 )
-            mine = self.of_call.get(self.called, [])
+            mine = deferred.additions_of.get(self.called, ())
             self.called += 1
         additions = [self.session.additions[n] for n in mine if n in self.session.additions]
         if not additions:
@@ -236,7 +260,7 @@ class _Interceptor:
         if len(drawn) == 1 and len(additions) == len(mine):
             (gate,) = drawn.values()
             of = frozenset(additions)
-            place = self.name, -1 if -1 in self.of_call else self.called
+            place = deferred.name, self.called
             args, kwargs = chosen(additions[0].owner, gate, of, (args, kwargs), place)
         args, kwargs = resolved(args), resolved(kwargs)
         with no_graph(additions if len(additions) == len(mine) else []):
@@ -245,12 +269,13 @@ class _Interceptor:
     def defer_call(
         self, additions: tuple[GatedAddition, ...], args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        node = Node(self.tape, additions, self.forward, args, kwargs, self.module)
+        deferred = self.deferred
+        node = Node(self.tape, additions, self.forward, args, kwargs, deferred.module)
         structures = self.session.plan.structures
-        key = self.name, self.module.training, _form(args), _form(kwargs)
+        key = deferred.name, deferred.module.training, _form(args), _form(kwargs)
         known = structures.get(key)
         if known is None:
-            made = defer_call(node, self.gives_tensor)
+            made = defer_call(node, deferred.gives_tensor)
             leaves, structure = tree_flatten(made)
             free = all(isinstance(leaf, Tensor) or leaf is None for leaf in leaves)
             if free and not node.done:

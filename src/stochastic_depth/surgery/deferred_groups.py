@@ -1,0 +1,180 @@
+"""Group the additions of deferred blocks, name the blocks, and make the edits that defer them."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.surgery.blocks import repeated_block
+from stochastic_depth.surgery.branches import MIN_SAVED, Analysis, Event, Group, mostly_shared
+from stochastic_depth.surgery.edits import Calls, Deferred
+from stochastic_depth.surgery.trace import Call
+
+
+def deferred_groups(
+    events: Iterable[Event], analysis: Analysis, modules: Mapping[str, nn.Module]
+) -> list[Group]:
+    """Group additions into blocks: by call of a module, or by iteration of a loop in it."""
+    made_in: dict[int, list[Event]] = {}
+    for event in events:
+        if event.enclosing is None:
+            analysis.place(event)
+        assert event.enclosing is not None
+        made_in.setdefault(event.enclosing.serial, []).append(event)
+    blocks: dict[tuple[str, Any], list[Event]] = {}
+    for of_call in made_in.values():
+        looped = max(Counter(event.site for event in of_call).values()) > 1
+        for event in of_call:
+            key = (
+                _iteration(event, of_call, analysis) if looped else _call(event, analysis, modules)
+            )
+            blocks.setdefault(key, []).append(event)
+    return [
+        analysis.group(name, _outermost(group, analysis)) for (name, _), group in blocks.items()
+    ]
+
+
+def _outermost(events: Sequence[Event], analysis: Analysis) -> list[Event]:
+    """The events that are not part of the branch of another event.
+
+    Events whose sums do not reach the outputs are dropped if there are others. In the last block,
+    for example, a second stream may be added to and never read.
+    """
+    events = [e for e in events if e.total in analysis.alive] or events
+    return [e for e in events if not any(e.total in analysis.inside(o) for o in events)]
+
+
+def _call(event: Event, analysis: Analysis, modules: Mapping[str, nn.Module]) -> tuple[str, Any]:
+    """The name of the block of an addition outside loops, and a number for its call."""
+    assert event.enclosing is not None
+    name = repeated_block(event.enclosing.name, modules)
+    if not name:  # the model itself is not a block: each of its additions is one
+        return ".".join(_module_path(event, analysis)), (event.site, event.occurrence)
+    around = (event.enclosing, *event.enclosing.ancestors())
+    call = next((call for call in around if call.name == name), event.enclosing)
+    calls = analysis.calls_of(call.name)
+    return name, calls.index(call) if calls else 0
+
+
+def _iteration(event: Event, others: Sequence[Event], analysis: Analysis) -> tuple[str, Any]:
+    """The name of the block of an addition in a loop over modules, and a number.
+
+    The block is the outermost module, inside the one that loops, in which no expression adds twice.
+    """
+    assert event.enclosing is not None
+    paths = {other: _module_path(other, analysis, looped=True) for other in others}
+    path = paths[event]
+    for length in range(len(_path(event.enclosing.name)) + 1, len(path) + 1):
+        prefix = path[:length]
+        sites = [other.site for other in others if paths[other][:length] == prefix]
+        if len(sites) == len(set(sites)):
+            return ".".join(prefix), None
+    same = [other for other in others if paths[other] == path and other.site == event.site]
+    return ".".join(path), same.index(event)
+
+
+def _module_path(event: Event, analysis: Analysis, looped: bool = False) -> list[str]:
+    """The common beginning of the names of the branch's modules, or the largest's name.
+
+    Modules that run for several branches are left out, because they do not tell these apart.
+    """
+    assert event.enclosing is not None
+    calls = analysis.group("", [event]).calls or (
+        _returns_branch(event, analysis) if looped else ()
+    )
+    once = [call for call in calls if len(analysis.calls_of(call.name)) == 1]
+    calls = once or calls or [event.enclosing]
+    levels = zip(*(_path(call.name) for call in calls), strict=False)
+    common = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
+    if len(common) > len(_path(event.enclosing.name)):
+        return common
+    largest = max(calls, key=lambda call: sum(p.numel() for p in call.module.parameters()))
+    return _path(largest.name)
+
+
+def _path(name: str) -> list[str]:
+    """The parts of a module's name; none for the model itself."""
+    return name.split(".") if name else []
+
+
+def _returns_branch(event: Event, analysis: Analysis) -> tuple[Call, ...]:
+    """The outermost call that returns the last value of a branch, or no call.
+
+    One layer may compute what is added to several streams, and so run for none of them alone.
+    """
+    assert event.enclosing is not None
+    calls = [
+        (max(outputs & event.branch), -call.serial, call)
+        for call, outputs in analysis.recording.finished
+        if call.is_within(event.enclosing) and outputs & event.branch
+    ]
+    return (max(calls, key=lambda each: each[:2])[2],) if calls else ()
+
+
+def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[Deferred]:
+    """The edits that give `group` its gates, one for each addition.
+
+    Args:
+        first: the number of the first of these additions within their owner.
+
+    Raises:
+        UnsupportedBlockError: when too little of the branch is used by the addition alone.
+    """
+    if group.saved < MIN_SAVED:
+        shared = group.own < MIN_SAVED
+        raise UnsupportedBlockError(
+            mostly_shared(group.own) if shared else _too_few_modules(group.saved)
+        )
+    return [
+        Deferred(
+            group.block,
+            first + number,
+            ((event.site, event.side),),
+            _calls_for(event, group, analysis),
+            analysis.recording.is_overwritten(event.total),
+        )
+        for number, event in enumerate(group.events)
+    ]
+
+
+def _calls_for(event: Event, group: Group, analysis: Analysis) -> tuple[Calls, ...]:
+    """The calls that are not made while the block is closed, by module.
+
+    Raises:
+        UnsupportedBlockError: when there are none.
+    """
+    by_module: dict[str, list[Call]] = {}
+    for call in group.calls:
+        if len(group.events) == 1 or _computes(call, event, analysis):
+            by_module.setdefault(call.name, []).append(call)
+    if not by_module:
+        raise UnsupportedBlockError("no module runs for its branch alone")
+    owner = group.owner
+    calls = []
+    for name, which in by_module.items():
+        every = [call for call in analysis.calls_of(name) if call.is_within(owner)]
+        ordinals = tuple(every.index(call) for call in which)
+        inner = name[len(owner.name) + 1 :] if owner.name else name
+        gave_tensors = all(call.gave_tensor for call in which)
+        calls.append(Calls(inner, ordinals, len(every), gave_tensors))
+    return tuple(calls)
+
+
+def _computes(call: Call, event: Event, analysis: Analysis) -> bool:
+    """Whether a call computes a part of the branch of `event`."""
+    computed = range(call.began, call.ended)  # empty where it returns its input
+    return not event.branch.isdisjoint([*computed, *analysis.outputs_of[call.serial]])
+
+
+def _too_few_modules(saved: float) -> str:
+    """The reason not to defer a block whose modules compute too little of its branch.
+
+    Args:
+        saved: the share of the branch's FLOPs, from 0 to 1, that its modules compute.
+    """
+    if not saved:
+        return "no module runs for its branch alone"
+    return f"the modules that run for its branch alone compute only about {saved:.0%} of its FLOPs"

@@ -1,0 +1,116 @@
+"""Which additions of a forward pass form residual blocks; the others are rejected, with reasons."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.blocks import is_repeated, repeated_block
+from stochastic_depth.surgery.branch_source import Addition
+from stochastic_depth.surgery.branches import Analysis
+from stochastic_depth.surgery.rejected import COUPLING, Rejected
+from stochastic_depth.surgery.syntax import in_loop
+
+LONG_SKIP = "a long skip connection: "
+
+
+def without_long_skips(
+    additions: list[Addition], modules: Mapping[str, nn.Module], rejected: list[Rejected]
+) -> list[Addition]:
+    """The additions that may form a block; the others go to `rejected`, each with the reason."""
+    names = {addition.owner: repeated_block(addition.owner, modules) for addition in additions}
+    kept = []
+    for addition in additions:
+        if _accumulates(addition):
+            rejected.append(rejected_as(addition, "it adds up the terms of one sum in a loop"))
+            continue
+        name = names[addition.owner]
+        inside = max(
+            len({names[other] for other in event.modules if names.get(other, name) != name})
+            for event in addition.events
+        )
+        reason = ""
+        if isinstance(modules[addition.owner], Residual) or is_repeated(name, modules):
+            pass
+        elif inside > 1:
+            reason = f"{LONG_SKIP}{inside} other blocks are inside of it"
+        elif addition.upsamples:
+            reason = f"{LONG_SKIP}its branch makes values smaller and then larger again"
+        elif not addition.identity and not name and addition.is_last and len(additions) > 1:
+            reason = "a sum of two outputs of the model"
+        if reason:
+            rejected.append(rejected_as(addition, reason))
+        else:
+            kept.append(addition)
+    return kept
+
+
+def without_sums(
+    additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
+) -> list[Addition]:
+    """The additions that add a branch; sums of streams or of hidden states go to `rejected`."""
+    totals = {event.total for addition in additions for event in addition.events}
+    streams = {event.total for a in additions if a.identity for event in a.events}
+    events = {event for addition in additions for event in addition.events}
+    kept = []
+    for addition in additions:
+        if addition.coupled is not None:
+            if addition.coupled not in events:
+                rejected.append(rejected_as(addition, COUPLING))
+                continue
+            if all(analysis.surrounds(addition.coupled, event) for event in addition.events):
+                reason = "a bias: its sum is used in the branch of another block only"
+                rejected.append(rejected_as(addition, reason))
+                continue
+        joins = any(not event.branch.isdisjoint(streams) for event in addition.events)
+        if joins and not addition.identity and not addition.owner:
+            reason = "a sum of two streams, one of which has residual blocks of its own"
+            rejected.append(rejected_as(addition, reason))
+        elif all(
+            event.added in totals and not analysis.exclusive(event.branch, {event.total})
+            for event in addition.events
+        ):
+            reason = "a sum of hidden states: it adds a value that the next block begins with"
+            rejected.append(rejected_as(addition, reason))
+        else:
+            kept.append(addition)
+    return kept
+
+
+def outermost(additions: list[Addition], analysis: Analysis) -> list[Addition]:
+    """The additions under one coin that are not in the branch of another one of them.
+
+    An addition in a branch is covered by the gate of that branch. Additions whose sum no output
+    needs are left out if there are others.
+    """
+    alive = [a for a in additions if any(e.total in analysis.alive for e in a.events)]
+    additions = alive or additions
+    events = [(addition, event) for addition in additions for event in addition.events]
+    return [
+        addition
+        for addition in additions
+        if not all(
+            any(event.total in analysis.inside(e) for a, e in events if a is not addition)
+            for event in addition.events
+        )
+    ]
+
+
+def rejected_as(addition: Addition, reason: str) -> Rejected:
+    _, edit = addition.edits[0]
+    return Rejected(addition.owner, str(edit or "in a function"), reason)
+
+
+def _accumulates(addition: Addition) -> bool:
+    """Whether an addition adds up the terms of one sum in a loop, and is therefore not residual."""
+    _, edit = addition.edits[0]
+    if edit is None or addition.identity:
+        return False
+    if len(addition.events) > 1:  # the shortcut of each is then the sum so far
+        totals = {event.total for event in addition.events}
+        return any(event.shortcut in totals for event in addition.events)
+    try:
+        return in_loop(edit.place)
+    except UnsupportedBlockError:  # its source is not there
+        return False
