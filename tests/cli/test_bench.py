@@ -43,6 +43,14 @@ def test_overhead(bench):
     assert all(len(seconds) == 3 for seconds in result["seconds"].values())
 
 
+@pytest.mark.parametrize("name", ["closed", "dinov2", "pictures"])
+def test_networks_without_a_block_program_are_not_said_to_have_one(name, capsys):
+    assert main(["bench", name, "--engine", "graphs"]) == 2
+    assert "--engine is graphs: there is no block program for this network" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+
+
 def test_skip(bench):
     printed, result = bench("skip", "--depth", "8", "--size", "16")
     assert "efficiency: time saved over FLOPs saved" in printed
@@ -67,6 +75,8 @@ def test_peers(network, unit, bench):
         pytest.importorskip("x_transformers", reason="needs x-transformers")
     printed, result = bench("peers", "--network", network, "--depth", "8", "--size", "16")
     assert f"{unit}/s" in printed
+    by_autograd = "engine eager: there is no block program for this network"
+    assert (by_autograd in " ".join(printed.split())) == (network == "x-transformer")
     assert result["seconds"].keys() == result["memory_bytes"].keys()
     for reason in result["missing"].values():
         assert reason.split()[0] in printed

@@ -1,6 +1,7 @@
 """stochastic-depth bench: time alternatives in turns, in one process."""
 
 import importlib
+from dataclasses import replace
 
 from stochastic_depth.cli.arguments import choose, parse
 from stochastic_depth.lab.options import (
@@ -61,6 +62,9 @@ def bench(arguments: list[str]) -> int:
     runtime = resolve_runtime(
         Config(data=data, device=asked.device, precision=asked.precision, engine=asked.engine)
     )
+    if asked.engine == "auto" and not asked.has_block_program:
+        because = "there is no block program for this network"
+        runtime = replace(runtime, engine="eager", kernels="reference", engine_because=because)
     console.print(runtime.described())
     result = measure(asked, runtime, console)
     if asked.out is not None:

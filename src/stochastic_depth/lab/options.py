@@ -63,8 +63,17 @@ class BenchOptions:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result as JSON here."""
 
+    @property
+    def has_block_program(self) -> bool:
+        """Whether a block program can train the network; if not, our own steps use autograd too."""
+        return True
+
     def check(self) -> None:
         at_least(2, repeats=self.repeats)  # quartiles need two rounds
+        if self.engine == "graphs" and not self.has_block_program:
+            raise ConfigError(
+                "--engine is graphs: there is no block program for this network; use auto or eager"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,10 @@ class SteadyOptions(ResNetOptions):
     limit: int = 2**30
     """The number of bytes into which the largest batch has to fit."""
 
+    @property
+    def has_block_program(self) -> bool:
+        return self.network == "cifar-resnet"
+
 
 @dataclass(frozen=True)
 class ClosedOptions(BenchOptions):
@@ -123,6 +136,10 @@ class ClosedOptions(BenchOptions):
     """Images or texts in a step."""
     size: int = 96
     """The height and width of the images in pixels, or tokens in a text."""
+
+    @property
+    def has_block_program(self) -> bool:
+        return False
 
     def check(self) -> None:
         super().check()
@@ -146,6 +163,10 @@ class Dinov2Options(BenchOptions):
     """Sequences in a step."""
     size: int = 64
     """Tokens in a sequence."""
+
+    @property
+    def has_block_program(self) -> bool:
+        return False
 
     def check(self) -> None:
         super().check()
@@ -174,6 +195,10 @@ class PeersOptions(BenchOptions):
     size: int | None = None
     """The height and width of the images in pixels, or tokens in a text (none: 32 for cifar-resnet,
     128 for others)."""
+
+    @property
+    def has_block_program(self) -> bool:
+        return self.network == "cifar-resnet"
 
     def check(self) -> None:
         super().check()
@@ -254,8 +279,6 @@ class PicturesOptions(BenchOptions):
     repeats: int = 5
     """How many rounds are timed, each of one pass over the pictures with every number of
     workers."""
-    engine: Literal["auto", "eager", "compiled", "graphs"] = "eager"
-    """The engine of the training steps; graphs cannot train this network."""
     workers: tuple[int, ...] = (0, 1, 2, 4)
     """Numbers of processes that decode pictures; 0 decodes them in this process."""
     depth: int = 152
@@ -266,6 +289,10 @@ class PicturesOptions(BenchOptions):
     """Folder of ImageNet (none: generated pictures of its size)."""
     pictures: int = 256
     """How many pictures to read."""
+
+    @property
+    def has_block_program(self) -> bool:
+        return False
 
     def check(self) -> None:
         super().check()
