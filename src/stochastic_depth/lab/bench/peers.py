@@ -22,7 +22,7 @@ from stochastic_depth.lab.bench.workload import (
     step_memory,
     training_step,
 )
-from stochastic_depth.lab.options import PeersOptions
+from stochastic_depth.lab.options import NetworkName, PeersOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
@@ -160,9 +160,6 @@ def _decoder(layer_dropout: float, length: int) -> torch.nn.Module:
     package = library("x_transformers")
     layers = package.Decoder(dim=DIMENSION, depth=LAYERS, heads=HEADS, layer_dropout=layer_dropout)
     return package.TransformerWrapper(num_tokens=TOKENS, max_seq_len=length, attn_layers=layers)
-
-
-NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transformer"]
 
 
 @dataclass(frozen=True)
