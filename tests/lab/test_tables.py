@@ -106,6 +106,29 @@ def test_runs_are_put_together_by_all_but_survival_and_seed(compared, survival_s
     assert len(overview([experiment, swept]).rows) == 2
 
 
+def test_schedules_are_named_by_the_settings_that_they_use(experiment):
+    (constant, stochastic) = (series.runs[0] for series in experiment.series)
+
+    def scheduled(**settings):
+        survival = replace(stochastic.run.config.survival, schedule=ScheduleConfig(**settings))
+        config = replace(stochastic.run.config, survival=survival)
+        return replace(stochastic, run=replace(stochastic.run, config=config, id=str(settings)))
+
+    runs = [
+        constant,
+        stochastic,
+        scheduled(kind="early", until=0.3),
+        scheduled(kind="steps", at=(0, 0.5), shares=(0.5, 1)),
+    ]
+    (named,) = experiments(runs)
+    assert {series.name for series in named.series} == {
+        "constant depth",
+        "linear decay to 0.5",
+        "linear decay to 0.5, early until 0.3 linear",
+        "linear decay to 0.5, steps at 0/0.5 shares 0.5/1",
+    }
+
+
 def test_a_difference_is_said_with_what_chance_does(experiment):
     constant, stochastic = experiment.series
     a, b = [5.0, 5.2], [6.0, 6.3]

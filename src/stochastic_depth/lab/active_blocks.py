@@ -201,7 +201,10 @@ def drop_rates_figure(experiment: Experiment) -> Figure | None:
     x = alt.X("x:Q", title="epoch", axis=alt.Axis(tickCount=6, tickMinStep=1)).scale(nice=False)
     y = alt.Y("y:Q", title="mean of 1 - p_l", axis=alt.Axis(format="%", tickCount=5))
     drawn = chart(values).mark_line(point=True, strokeWidth=2)
-    named = " and ".join(f"{s.name} ({s.survival.schedule.kind})" for s in scheduled)
+    kinds = {s.name: s.survival.schedule.kind for s in scheduled}
+    named = " and ".join(
+        name if kind in name else f"{name} ({kind})" for name, kind in kinds.items()
+    )
     return Figure(
         id="drop-rates",
         title="Drop rate over time",

@@ -325,14 +325,41 @@ def _names(stochastic: list[SurvivalConfig]) -> list[str]:
         return ["stochastic depth"]
     values = [asdict(survival) for survival in stochastic]
     apart = [k for k in values[0] if len({str(value[k]) for value in values}) > 1]
-    more = [k for k in apart if k not in ("rule", "final")]
     rules = {"linear": "linear decay to", "uniform": "uniform"}
-    return [
-        ", ".join(
-            [f"{rules[v['rule']]} {v['final']:g}", *(f"{k.replace('_', ' ')} {v[k]}" for k in more)]
-        )
-        for v in values
-    ]
+    names = []
+    for survival, value in zip(stochastic, values, strict=True):
+        parts = [f"{rules[survival.rule]} {survival.final:g}"]
+        if "schedule" in apart and survival.schedule.kind != "none":
+            parts.append(schedule_name(survival.schedule))
+        others = (k for k in apart if k not in ("rule", "final", "schedule"))
+        parts += [f"{k.replace('_', ' ')} {value[k]}" for k in others]
+        names.append(", ".join(parts))
+    return names
+
+
+SETTINGS = {
+    "warmup": ("until",),
+    "early": ("until", "shape"),
+    "late": ("until",),
+    "decreasing": ("since", "until"),
+    "progressive": ("gamma",),
+    "steps": ("at", "shares"),
+}
+"""The settings of each kind of schedule."""
+
+
+def schedule_name(schedule: ScheduleConfig) -> str:
+    """The kind of a schedule and its settings: "early until 0.3 linear"."""
+    words = [schedule.kind]
+    for name in SETTINGS[schedule.kind]:
+        value = getattr(schedule, name)
+        if name == "shape":
+            words.append(value)
+        elif isinstance(value, tuple):
+            words += [name, "/".join(f"{each:g}" for each in value)]
+        else:
+            words += [name, f"{value:g}"]
+    return " ".join(words)
 
 
 def on_one_machine(*series: Series) -> bool:
