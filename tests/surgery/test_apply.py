@@ -279,7 +279,13 @@ def test_trained_weights_are_not_scaled_without_a_word(norm) -> None:
         model.block.branch[0].weight.add_(torch.randn(4))
     with pytest.warns(UserWarning, match=r'scale="training" to fine-tune weights'):
         sd.apply(model)
-    for options in ({"scale": "inference"}, {"scale": "training"}, {"drop_rate": 0.1}):
+    silent = [
+        {"scale": "inference"},
+        {"scale": "training"},
+        {"drop_rate": 0.1},
+        {"survival": sd.Uniform(1.0)},
+    ]
+    for options in silent:
         sd.remove(model)
         sd.apply(model, **options)
 

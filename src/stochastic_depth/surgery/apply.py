@@ -173,7 +173,8 @@ def apply(
         gate,
         budget,
     )
-    if scale is None and chosen == "inference" and look_trained(model):
+    drops = min(made.probabilities.full) < 1
+    if scale is None and chosen == "inference" and drops and look_trained(model):
         warnings.warn(TRAINED, stacklevel=2)
     handle = Handle(
         made.proved.blocks,
