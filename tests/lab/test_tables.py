@@ -119,6 +119,7 @@ def test_schedules_are_named_by_the_settings_that_they_use(experiment):
         stochastic,
         scheduled(kind="early", until=0.3),
         scheduled(kind="steps", at=(0, 0.5), shares=(0.5, 1)),
+        scheduled(kind="none", until=0.2),  # trained as `stochastic`
     ]
     (named,) = experiments(runs)
     assert {series.name for series in named.series} == {
@@ -127,6 +128,7 @@ def test_schedules_are_named_by_the_settings_that_they_use(experiment):
         "linear decay to 0.5, early until 0.3 linear",
         "linear decay to 0.5, steps at 0/0.5 shares 0.5/1",
     }
+    assert sorted(len(series.runs) for series in named.series) == [1, 1, 1, 2]
 
 
 def test_a_difference_is_said_with_what_chance_does(experiment):

@@ -303,7 +303,9 @@ def describe_data(config: Config) -> str:
 def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
     def survival(run: RecordedRun) -> SurvivalConfig:
         chosen = run.run.config.survival
-        return SurvivalConfig(rule="constant") if chosen.rule == "constant" else chosen
+        if chosen.rule == "constant":
+            return SurvivalConfig(rule="constant")
+        return replace(chosen, schedule=without_unused(chosen.schedule))
 
     def order(run: RecordedRun) -> tuple:
         chosen = survival(run)
@@ -338,6 +340,7 @@ def _names(stochastic: list[SurvivalConfig]) -> list[str]:
 
 
 SETTINGS = {
+    "none": (),
     "warmup": ("until",),
     "early": ("until", "shape"),
     "late": ("until",),
@@ -345,7 +348,13 @@ SETTINGS = {
     "progressive": ("gamma",),
     "steps": ("at", "shares"),
 }
-"""The settings of each kind of schedule."""
+"""The settings that each kind of schedule uses."""
+
+
+def without_unused(schedule: ScheduleConfig) -> ScheduleConfig:
+    """The same schedule, with the settings that its kind does not use at their defaults."""
+    used = {name: getattr(schedule, name) for name in SETTINGS[schedule.kind]}
+    return ScheduleConfig(schedule.kind, **used)
 
 
 def schedule_name(schedule: ScheduleConfig) -> str:
