@@ -15,6 +15,7 @@ from stochastic_depth.lab.bench.depth import (
     training_steps,
 )
 from stochastic_depth.lab.bench.workload import Workload
+from stochastic_depth.survival import Uniform
 from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,15 +54,16 @@ def test_every_kind_and_depth_takes_a_step():
 def test_the_peak_grows_with_depth_and_less_so_under_stochastic_depth():
     workload = Workload(32, 32, 3, CPU)
     full = bytearray(2**29)  # of this process, and not of those that are measured
-    shallow = peak_memory(20, "constant", workload, steps=1)
+    shallow = peak_memory(20, None, workload, steps=1)
     assert shallow < len(full) / 2
     del full
-    deep = peak_memory(56, "constant", workload, steps=1)
+    deep = peak_memory(56, None, workload, steps=1)
     # Of each block the inputs of its two convolutions and of the BatchNorms after them, less what
     # fits into memory that the process had freed before.
     stage = 32 * 16 * 32 * 32 * 4
-    assert deep - shallow > 0.95 * 4 * 6 * (stage + stage / 2 + stage / 4)
-    assert peak_memory(56, "stochastic", workload, steps=1) < deep
+    assert deep - shallow > 0.9 * 4 * 6 * (stage + stage / 2 + stage / 4)
+    # A twentieth of a peak varies from process to process, so the rate is one that saves far more.
+    assert peak_memory(56, Uniform(0.1), workload, steps=1) < 0.6 * deep
 
 
 def killed(*_):
@@ -71,4 +73,4 @@ def killed(*_):
 def test_a_process_that_is_killed_is_an_error_that_says_so(monkeypatch):
     monkeypatch.setattr(bench, "_peak_memory", killed)
     with pytest.raises(RunError, match=r"ResNet-8, constant depth, batch 2: .* smaller batch"):
-        peak_memory(8, "constant", Workload(2, 16, 3, CPU))
+        peak_memory(8, None, Workload(2, 16, 3, CPU))

@@ -22,13 +22,14 @@ from stochastic_depth.lab.bench.workload import Step, Workload
 from stochastic_depth.lab.options import DepthOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.processes import fresh_processes
-from stochastic_depth.survival import LinearDecay
+from stochastic_depth.survival import LinearDecay, Survival
 from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.runtime import Runtime
 
-KINDS = ("constant", "stochastic")
 FINAL = 0.5
 """p_L of the networks with stochastic depth."""
+KINDS = {"constant": None, "stochastic": LinearDecay(FINAL)}
+"""The survival probabilities of each kind of network."""
 DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 
 
@@ -43,15 +44,18 @@ def depths_up_to(deepest: int) -> list[int]:
     return sorted({deepest, *(depth for depth in DEPTHS if depth < deepest)})
 
 
-def depth_step(depth: int, kind: str, workload: Workload) -> Step:
-    """A training step of a CIFAR ResNet of one of `KINDS`."""
-    model = CifarResNet(depth, channels=workload.channels)
-    return workload.engine_step(model, LinearDecay(FINAL) if kind == "stochastic" else None)
+def depth_step(depth: int, survival: Survival | None, workload: Workload) -> Step:
+    """A training step of a CIFAR ResNet, of constant depth when `survival` is None."""
+    return workload.engine_step(CifarResNet(depth, channels=workload.channels), survival)
 
 
 def training_steps(depths: Sequence[int], workload: Workload) -> dict[tuple[str, int], Step]:
     """A training step of every kind and depth."""
-    return {(kind, depth): depth_step(depth, kind, workload) for depth in depths for kind in KINDS}
+    return {
+        (kind, depth): depth_step(depth, survival, workload)
+        for depth in depths
+        for kind, survival in KINDS.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def fitted_line(depths: Sequence[int], values: Sequence[float]) -> Line:
     return Line(slope, intercept, 1 - off / variance if variance else 1.0)
 
 
-def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> int:
+def peak_memory(depth: int, survival: Survival | None, workload: Workload, steps: int = 3) -> int:
     """Peak bytes of training one network, measured in a separate process.
 
     They include weights, gradients, momentum, images, what is kept for the backward pass, the work
@@ -83,6 +87,7 @@ def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> in
     step on two images, so that what PyTorch loads at its first step is not counted.
 
     Args:
+        survival: the survival probabilities of the blocks; None is constant depth.
         steps: how many steps are taken; the peak is that of all of them.
 
     Raises:
@@ -90,24 +95,25 @@ def peak_memory(depth: int, kind: str, workload: Workload, steps: int = 3) -> in
     """
     try:
         with ProcessPoolExecutor(1, fresh_processes(__name__)) as process:
-            return process.submit(_peak_memory, depth, kind, workload, steps).result()
+            return process.submit(_peak_memory, depth, survival, workload, steps).result()
     except BrokenProcessPool as error:
+        rule = "constant depth" if survival is None else survival
         raise RunError(
-            f"ResNet-{depth}, {kind} depth, batch {workload.batch}: its process was killed, as it "
+            f"ResNet-{depth}, {rule}, batch {workload.batch}: its process was killed, as it "
             "is when memory runs out; give a smaller batch"
         ) from error
 
 
-def _peak_memory(depth: int, kind: str, workload: Workload, steps: int) -> int:
+def _peak_memory(depth: int, survival: Survival | None, workload: Workload, steps: int) -> int:
     torch.set_num_threads(workload.runtime.threads)
     first = Workload(2, workload.size, workload.channels, workload.runtime)
-    depth_step(8, kind, first)()
+    depth_step(8, survival, first)()
     device = workload.runtime.device
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if on_gpu else _resident()
-    step = depth_step(depth, kind, workload)
+    step = depth_step(depth, survival, workload)
     for _ in range(steps):
         step()
     return (torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident()) - before
@@ -144,7 +150,7 @@ def bench_depth(options: DepthOptions, runtime: Runtime, console: Console) -> di
     alternatives = [(kind, depth) for depth in depths for kind in KINDS]
     # Memory is measured first, while no other network exists.
     peaks = {
-        (kind, depth): peak_memory(depth, kind, workload)
+        (kind, depth): peak_memory(depth, KINDS[kind], workload)
         for kind, depth in shown(alternatives, len(alternatives), console, "memory")
     }
     steps = {f"{k} {d}": step for (k, d), step in training_steps(depths, workload).items()}
