@@ -103,6 +103,22 @@ def test_the_head_and_its_gradients(channels, classes):
     check_the_head(channels, classes)
 
 
+def test_the_threads_are_those_that_pytorch_has_at_the_time():
+    def gradient_of_weights(at_first, later):
+        torch.set_num_threads(at_first)
+        kernels, first, second = NativeKernels(), layer_of(16), layer_of(16)
+        torch.set_num_threads(later)
+        x, gradient = image(64, 16, 32, 0), image(64, 16, 32, 1)
+        out = torch.empty_like(x)
+        saved = kernels.branch(x, first, second, x, out)
+        kernels.branch_backward(saved, x, first, second, out, gradient, lambda: gradient)
+        return first.weight_gradient
+
+    by_one = gradient_of_weights(1, 1)
+    assert gradient_of_weights(2, 1).equal(by_one)
+    assert not gradient_of_weights(1, 2).equal(by_one)  # they are added in another order
+
+
 def test_a_label_of_no_class_is_refused():
     x, weight, bias = image(2, 16, 8, 0), torch.zeros(10, 16), torch.zeros(10)
     with pytest.raises(IndexError, match="labels from 3 to 10: there are 10 classes"):

@@ -42,7 +42,6 @@ class NativeKernels(Kernels):
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self._library, self._dtype = library(dtype), dtype
-        self._threads = torch.get_num_threads()
         self._buffers = Buffers()
         self._layers: dict[int, tuple[CLayer, Layer, Tensor]] = {}
         self._sums: dict[Tensor, Sum] = {}
@@ -146,7 +145,7 @@ class NativeKernels(Kernels):
             len(x),
             x.shape[2] * x.shape[3],
             x.shape[1],
-            self._threads,
+            torch.get_num_threads(),
         )
         return loss
 
@@ -161,7 +160,7 @@ class NativeKernels(Kernels):
             super().pool_and_pad(self.written(x), out)
             return
         self._library.pool(
-            self.written(x).data_ptr(), out.data_ptr(), *_pooled(x, out), self._threads
+            self.written(x).data_ptr(), out.data_ptr(), *_pooled(x, out), torch.get_num_threads()
         )
 
     def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
@@ -169,7 +168,7 @@ class NativeKernels(Kernels):
             super().pool_and_pad_backward(gradient, of_x)
             return
         self._library.pool_backward(
-            gradient.data_ptr(), of_x.data_ptr(), *_pooled(of_x, gradient), self._threads
+            gradient.data_ptr(), of_x.data_ptr(), *_pooled(of_x, gradient), torch.get_num_threads()
         )
 
     def _convolve_strided(self, x: Tensor, layer: Layer) -> Tensor:
@@ -260,11 +259,11 @@ class NativeKernels(Kernels):
     def _geometry(self, x: Tensor) -> tuple[int, int, int, int]:
         """Arguments of a shape: images, side, channels, threads."""
         n, channels, side, _ = x.shape
-        return n, side, channels, self._threads
+        return n, side, channels, torch.get_num_threads()
 
     def _rows(self, x: Tensor) -> tuple[int, int, int]:
         """Arguments of a shape by rows: number of pixels, channels, threads."""
-        return x.numel() // x.shape[1], x.shape[1], self._threads
+        return x.numel() // x.shape[1], x.shape[1], torch.get_num_threads()
 
 
 def _widened(layer: Layer) -> Layer:

@@ -35,8 +35,8 @@ COMMANDS = {
 MODULES = {"compare": "train", "eval": "train", "predict": "export", "recipes": "train"}
 """The module of each command that does not have a module of its own name."""
 SPIN = {"GOMP_SPINCOUNT": "10000"}
-"""Makes waiting OpenMP threads release their core soon. With another program on one of two cores, a
-training step took 80 times as long without this, and less than twice as long with it."""
+"""Makes waiting OpenMP threads release their core soon. `bench busy` measures what a step takes while
+another program is on one core."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
