@@ -1,8 +1,5 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# Threads that wait give a busy core free soon: with one of two cores busy, a step takes 30 times as
-# long without. Costs nothing on a quiet machine.
-export GOMP_SPINCOUNT ?= 10000
 # A package is compiled when it is first imported, and kept: otherwise each import of PyTorch takes
 # three times as long.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,10 +9,11 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/installed-demo
 	$(BIN)/stochastic-depth compare digits --seeds 3 --minutes 3 --out runs/demo
 
-# A process for each core, up to eight, with one thread: most tests compute on small tensors. Files
-# are handed out as tests/conftest.py orders them, the longest first.
+# A process for each core, up to eight, with one thread: most tests compute on small tensors; where a
+# test has more, they give a busy core free soon. Files are handed out as tests/conftest.py orders
+# them, the longest first.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=1000 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Two at a time: the types take a minute of one core.
 check: install
