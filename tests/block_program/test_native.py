@@ -111,6 +111,7 @@ def test_the_threads_are_those_that_pytorch_has_at_the_time():
         x, gradient = image(64, 16, 32, 0), image(64, 16, 32, 1)
         out = torch.empty_like(x)
         saved = kernels.branch(x, first, second, x, out)
+        kernels.written(out)
         kernels.branch_backward(saved, x, first, second, out, gradient, lambda: gradient)
         return first.weight_gradient
 
