@@ -104,6 +104,13 @@ def test_a_library_that_was_planted_is_not_loaded_and_one_of_ours_is(above, monk
     assert compiled_by_now() == 2
     assert built.stat().st_size > 1000
 
+    wrapper = above / "another-compiler"  # of the same version, with options of its own
+    wrapper.write_text(f'#!/bin/sh\nexec {library._compiler()} "$@" -O0\n')
+    wrapper.chmod(0o700)
+    monkeypatch.setenv("CXX", str(wrapper))
+    assert compiled_by_now() == 3
+    monkeypatch.delenv("CXX")
+
     # One of ours that is damaged, elsewhere, since a library is loaded once from one place.
     monkeypatch.setenv("XDG_CACHE_HOME", str(above / "other"))
     damaged = private_cache() / built.name

@@ -94,6 +94,7 @@ def _loaded(flags: Sequence[str]) -> ctypes.CDLL:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     made_of = [
         *(path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))),
+        compiler,
         version,
         *flags,
         repr(torch.cpu.get_capabilities()),
