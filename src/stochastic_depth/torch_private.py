@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from inspect import unwrap
-from types import CodeType, FrameType
+from types import CodeType, FrameType, GeneratorType
 from typing import Any
 
 import torch
@@ -119,8 +119,8 @@ def recomputation(frame: FrameType) -> Callable[[], bool] | None:
         return None
     if code.co_name == "forward":  # the reentrant kind, which keeps only inputs
         return lambda: True
-    generator = frame.f_locals.get("gen") if code.co_name == "checkpoint" else None
-    if generator is None or generator.gi_frame is None:
+    generator = frame.f_locals.get("gen")  # of the other kind, between its two halves
+    if not isinstance(generator, GeneratorType) or generator.gi_frame is None:
         return None
     kept = generator.gi_frame.f_locals.get("new_frame")
     return None if kept is None else lambda: len(kept.weak_holders) > 0
