@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "sources.h"
@@ -17,22 +18,25 @@ template <int In, int Out>
 class ConvolutionByTiles {
  public:
   explicit ConvolutionByTiles(int side)
-      : side_(side), pitch_(side % 16 ? side + 2 : side), results_(ROWS * pitch_ * LANES) {}
+      : side_(side),
+        pitch_(side % 16 ? side + 2 : side),
+        rows_(side % 16 ? 8 : std::max(1, 4 * 16 / side)),
+        results_(rows_ * pitch_ * LANES) {}
 
   template <class Sums, class Ahead>
   void operator()(const factor* padded, const factor* taps, const stored* added, stored* out,
                   Sums& sums, const Ahead& ahead) {
     const Tiles tiles;
     for (int block = 0; block < Out / LANES; block++)
-      for (int top = 0; top < side_; top += ROWS) {
-        const int count = ROWS * pitch_ / 16;
+      for (int top = 0; top < side_; top += rows_) {
+        const int count = rows_ * pitch_ / 16;
         const factor* weight = taps + block * 9 * In * LANES;
         int tile = 0;
         for (; tile + 4 <= count; tile += 4)
           multiply(padded, weight, top, tile, std::make_index_sequence<4>());
         for (; tile < count; tile++)
           multiply(padded, weight, top, tile, std::make_index_sequence<1>());
-        for (int y = 0; y < ROWS; y++) {
+        for (int y = 0; y < rows_; y++) {
           const size_t row = (size_t)(top + y) * side_;
           if (block == 0) ahead(row, side_);
           for (int x = 0; x < side_; x += FINISHED) {
@@ -47,7 +51,7 @@ class ConvolutionByTiles {
   }
 
  private:
-  static constexpr int ROWS = 8, FINISHED = 8;  // rows of the image at a time, and pixels of them
+  static constexpr int FINISHED = 8;  // pixels of a row at a time
 
   // Results of some tiles of the rows from `top` on. A tile ends where a row does if 16 divides the
   // side; otherwise tiles run on through the zeros between the rows, and those results are not used.
@@ -79,7 +83,9 @@ class ConvolutionByTiles {
     ((load_tile<A<K>>(in[I] + at, In), multiply_tiles<K, I>()), ...);
   }
 
-  const int side_, pitch_;  // pitch: of the rows of the results
+  // The pitch is that of the rows of the results. Few rows at a time, if possible those of four tiles:
+  // their results are read while they are in the innermost cache.
+  const int side_, pitch_, rows_;
   Scratch<float> results_;
 };
 
