@@ -91,6 +91,70 @@ def test_a_form_is_found_and_its_closed_block_is_its_input(form):
     assert not torch.equal(only_first, X)
 
 
+SCALED = {
+    "add": lambda f, x: torch.add(f, x, alpha=0.5),
+    "method": lambda f, x: f.add(x, alpha=0.5),
+    "in place": lambda f, x: (f * 1.0).add_(x, alpha=0.5),
+    "negative": lambda f, x: torch.add(input=f, other=x, alpha=-1),
+    "addcmul": lambda f, x: torch.addcmul(f, x, torch.full((8,), 0.5)),
+    "addcmul in place": lambda f, x: (f * 1.0).addcmul_(torch.full((8,), 0.5), x),
+}
+
+
+class ScaledShortcut(Base):
+    def __init__(self, add) -> None:
+        super().__init__()
+        self.add = add
+
+    def forward(self, x):
+        return self.add(self.branch(x), x)
+
+
+class ScaledShortcuts(nn.Module):
+    """The same in a loop."""
+
+    def __init__(self, add) -> None:
+        super().__init__()
+        self.add, self.branches = add, nn.ModuleList(Base() for _ in range(2))
+
+    def forward(self, x):
+        for base in self.branches:
+            x = self.add(base.branch(x), x)
+        return x
+
+
+@pytest.mark.parametrize("add", SCALED.values(), ids=SCALED)
+def test_a_shortcut_that_the_addition_itself_multiplies_is_refused_with_the_remedy(add):
+    blocks = nn.Sequential(ScaledShortcut(add), ScaledShortcut(add))
+    for model in (blocks, ScaledShortcuts(add)):
+        with pytest.raises(ApplyError, match=r"alpha of torch.add.*write it as 0.5 \* x \+ f\(x\)"):
+            sd.apply(model, example=X)
+
+
+class ScaledBefore(Base):
+    def forward(self, x):
+        return 0.5 * x + self.branch(x)
+
+
+class ScaledBranch(Base):
+    def forward(self, x):
+        return torch.add(x, self.branch(x), alpha=0.5)
+
+
+@pytest.mark.parametrize(("form", "closed"), [(ScaledBefore, 0.25), (ScaledBranch, 1.0)])
+def test_a_scaled_operand_keeps_its_scale(form, closed):
+    model = nn.Sequential(form(), form())
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    with handle.forced([False, False]):
+        torch.testing.assert_close(model(X), closed * X)
+    model.eval()
+    scale, share = (0.5, 1.0) if form is ScaledBefore else (1.0, 0.5)
+    expected = X
+    for block in model:
+        expected = scale * expected + 0.5 * share * block.branch(expected)
+    torch.testing.assert_close(model(X), expected)
+
+
 class Parallel(nn.Module):
     """A sum of two branches, one of them shorter: no shortcut."""
 

@@ -28,6 +28,7 @@ from stochastic_depth.surgery.rejected import (
     COUPLING,
     OTHER_SHAPE,
     REPEATED,
+    SCALED,
     Rejected,
     Rejections,
     own_backward,
@@ -122,7 +123,11 @@ class _Search:
         ]
 
     def on_function(
-        self, function: Callable[..., Any], operands: tuple[int | None, ...], out: Any
+        self,
+        function: Callable[..., Any],
+        operands: tuple[int | None, ...],
+        out: Any,
+        scales_second: bool,
     ) -> None:
         """Judge the result of a function of `operands`, if it is an addition."""
         name = getattr(function, "__name__", "")
@@ -142,9 +147,11 @@ class _Search:
             return
         self.sites[site_of(frame)] += 1
         if left != right:
-            self._judge(left, right, self.recording.number(out), frame)
+            self._judge(left, right, self.recording.number(out), frame, scales_second)
 
-    def _judge(self, left: int, right: int, total: int, frame: FrameType) -> None:
+    def _judge(
+        self, left: int, right: int, total: int, frame: FrameType, scales_right: bool
+    ) -> None:
         """Decide whether an addition of two values is residual; record it or the reason why not."""
         values, call = self.recording.values, self.recording.calls[-1]
         if values[left].tensor.shape != values[right].tensor.shape:
@@ -154,12 +161,16 @@ class _Search:
         of = [self.recording.reach_within(value, call) for value in (left, right)]
         side = self.shortcuts.side(left, right, of, call)
         reason = self.rejections.why_not(left, right, side, call)
+        part = None if side else self.shortcuts.part(left, right, of, call)
+        if scales_right and "right" in (side, part):
+            self.rejections.reject(frame, [left, right], SCALED)
+            return
         if around := function_around(frame):
             reason = own_backward(around)
         if side is not None and not reason and (left, right)[side == "right"] not in repeated:
             identity = left in of[1] or right in of[0]
             self._join(self._located(left, right, side, identity, total, frame))
-        elif side is None and not around and (part := self.shortcuts.part(left, right, of, call)):
+        elif part is not None and not around:
             located = self._located(left, right, part, True, total, frame)
             if not self._completes_coupling(located):
                 self.couplings[total] = located, self.rejections.described(frame, COUPLING)

@@ -98,6 +98,16 @@ ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcm
 """Names of the functions that add."""
 
 
+def scales_second(name: str, others: Mapping[str, Any]) -> bool:
+    """Whether an addition multiplies its second operand first, as `torch.add(x, y, alpha=2)`.
+
+    Args:
+        name: one of `ADDITIONS`; the result is False for other functions.
+        others: the arguments that are no operands.
+    """
+    return name in ADDITIONS and (name.startswith("addcmul") or others.get("alpha", 1) != 1)
+
+
 def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of an addition, operands first, also of `torch.add(input=x, other=y)`."""
     others = dict(kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
-from stochastic_depth.surgery.edits import ADDITIONS, by_position
+from stochastic_depth.surgery.edits import ADDITIONS, by_position, scales_second
 from stochastic_depth.tensors import tensors_in
 from stochastic_depth.torch_private import TorchDispatchMode, changes_of
 
@@ -202,7 +202,7 @@ class Recording:
 def recorded(
     model: nn.Module,
     recording: Recording,
-    on_function: Callable[[Callable[..., Any], tuple[int | None, ...], Any], None],
+    on_function: Callable[[Callable[..., Any], tuple[int | None, ...], Any, bool], None],
     on_return: Callable[[Call, Any], None],
     count_flops: bool,
     gradients: bool = False,
@@ -211,7 +211,8 @@ def recorded(
 
     Args:
         on_function: called after every function, with the function, the numbers of its positional
-            arguments (None for arguments that are not tensors), and its result.
+            arguments (None for arguments that are not tensors), its result, and whether it is an
+            addition that multiplies its second operand.
         on_return: called after every call of a module, with that call and its output.
         gradients: whether autograd is on.
     """
@@ -272,14 +273,14 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins
             self.recording.alias(out, args[0])
-            self.on_function(func, operands, out)
+            self.on_function(func, operands, out, False)
             return out
         first, tensors = len(self.recording.values), tensors_in(out)
         for tensor in tensors:
             number = self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)
             self.recording.values[number].together = range(first, first + len(tensors))
             flops = 0
-        self.on_function(func, operands, out)
+        self.on_function(func, operands, out, scales_second(name, kwargs or {}))
         return out
 
 
