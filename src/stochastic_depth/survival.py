@@ -298,7 +298,11 @@ def probabilities_of(
         SurvivalError: when a p_l is outside (0, 1], or [0, 1] where it changes; or when `survival`,
             `stacks` and `schedule` do not fit the names or each other.
     """
-    if schedule is not None and not callable(schedule):
+    if isinstance(survival, type):
+        raise SurvivalError(
+            f"survival={survival.__name__} is a class: give an object of it, as sd.LinearDecay(0.5)"
+        )
+    if schedule is not None and (not callable(schedule) or isinstance(schedule, type)):
         raise SurvivalError(
             f"schedule={schedule!r} is not a schedule: give sd.Warmup(1000), sd.Early(1000) or any "
             "function of the step that returns the share of the drop rates, from 0 to 1"

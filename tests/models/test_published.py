@@ -16,6 +16,10 @@ def with_example():
     return nn.Linear(4, 2), torch.zeros(3, 4)
 
 
+def wants_more(width):
+    return nn.Linear(width, width)
+
+
 def not_a_module():
     return 3
 
@@ -64,8 +68,9 @@ def test_a_factory_gives_a_model_with_or_without_example():
         ("transformers/gpt22", r"transformers has no model 'gpt22'; did you mean gpt2"),
         ("torchvision/fasterrcnn_resnet50_fpn", r"takes lists of images.*factory"),
         ("transformers/nowhere.json", r"no configuration nowhere\.json"),
-        ("nowhere:model", r"'nowhere:model' cannot be called.*nowhere"),
+        ("nowhere:model", r"'nowhere:model' cannot be imported.*nowhere.*module:function"),
         (f"{__name__}:nothing", r"has no attribute 'nothing'"),
+        (f"{__name__}:wants_more", r"cannot be called without arguments.*'width'"),
         (f"{__name__}:linear", r"no example of its input.*--shape"),
         (f"{__name__}:not_a_module", r"returns int, not a module"),
     ],

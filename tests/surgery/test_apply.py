@@ -168,6 +168,7 @@ def test_an_unknown_setting_lists_the_known_ones(setting: str, known: str) -> No
         (sd.LinearDecay(-0.1), "gives block 3 of 3 the survival probability -0.1"),
         (sd.Uniform(1.5), "gives block 1 of 3 the survival probability 1.5"),
         (0.5, "survival=0.5 is not a rule"),
+        (sd.LinearDecay, "survival=LinearDecay is a class: give an object of it"),
     ],
 )
 def test_a_bad_probability_leaves_the_model_untouched(rule, reason) -> None:
@@ -176,6 +177,17 @@ def test_a_bad_probability_leaves_the_model_untouched(rule, reason) -> None:
         sd.apply(model, rule)
     assert is_untouched(model)
     sd.apply(model)
+
+
+@pytest.mark.parametrize("rate", ["0.5", 1.0, -0.1])
+def test_a_bad_drop_rate_is_named(rate) -> None:
+    with pytest.raises(sd.errors.SurvivalError, match=f"drop_rate={rate!r}: it must be a number"):
+        sd.apply(small(), drop_rate=rate)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(sd.errors.ApplyError, match=r"an nn\.Module, and this is Tensor"):
+        sd.apply(torch.zeros(3))  # pyright: ignore[reportArgumentType]
 
 
 def test_removing_what_was_not_applied_is_an_error() -> None:

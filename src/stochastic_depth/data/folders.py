@@ -103,6 +103,11 @@ def data_folder(name: str, root: Path | str | None) -> Path:
     Raises:
         DataError: when it is not given, or does not exist.
     """
+    if root is None and name == "folder":
+        raise DataError(
+            "pictures of your own are read from --data.root DIR (root, in Python), the folder with "
+            "train/CLASS/ and val/CLASS/"
+        )
     if root is None:
         raise DataError(
             f"{name} needs files: give --data.root DIR (root, in Python), the folder that holds "
@@ -110,9 +115,10 @@ def data_folder(name: str, root: Path | str | None) -> Path:
         )
     path = Path(root).expanduser()
     if not path.exists():
+        held = "train/CLASS/ and val/CLASS/" if name == "folder" else name
         raise DataError(
             f"{path}: does not exist; --data.root (root, in Python) must be the folder that holds "
-            f"{name}"
+            f"{held}"
         )
     return path
 

@@ -164,9 +164,17 @@ def _image(config: Any) -> Shape:
 
 def _of_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, Example]:
     module, _, function = name.partition(":")
+    module = module.removesuffix(".py").replace("/", ".")
     try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{name!r} cannot be imported: {error}; give module:function, with a module that "
+            "Python finds from this folder"
+        ) from error
+    try:
+        made = factory()
+    except TypeError as error:
         raise ConfigError(f"{name!r} cannot be called without arguments: {error}") from error
     model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Container, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -242,8 +243,8 @@ def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
         raise ApplyError(
             f"drop_rate={drop_rate} and survival={survival!r}: give one of them, not both"
         )
-    if not 0 <= drop_rate < 1:
-        raise SurvivalError(f"drop_rate={drop_rate}: it must be at least 0 and below 1")
+    if not isinstance(drop_rate, Real) or not 0 <= drop_rate < 1:
+        raise SurvivalError(f"drop_rate={drop_rate!r}: it must be a number, at least 0 and below 1")
     return LinearDecay(1 - drop_rate)
 
 

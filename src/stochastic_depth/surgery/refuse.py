@@ -16,7 +16,9 @@ _ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._c
 
 
 def refuse_applied(model: nn.Module) -> None:
-    """Raise `ApplyError` when a block of `model` has stochastic depth already."""
+    """Raise `ApplyError` when `model` is no module, or has stochastic depth already."""
+    if not isinstance(model, nn.Module):
+        raise ApplyError(f"a model is an nn.Module, and this is {type(model).__name__}")
     for name, module in model.named_modules():
         if is_installed(module) or (isinstance(module, Residual) and module.gates is not None):
             raise ApplyError(
