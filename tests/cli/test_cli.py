@@ -99,6 +99,15 @@ def test_an_error_is_one_line_and_exit_code_1(arguments, shown, capsys):
     assert error.count("\n") == 1
 
 
+def test_the_runs_in_a_folder_of_runs_are_named(tmp_path, capsys):
+    for name in ("stochastic-seed0", "constant-seed0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert main(["eval", str(tmp_path)]) == 1
+    runs = f"{tmp_path / 'constant-seed0'}, {tmp_path / 'stochastic-seed0'}"
+    assert f"; the runs in it are {runs}" in capsys.readouterr().err
+
+
 WITHOUT_PYTORCH = """
 import sys
 from stochastic_depth.cli import main

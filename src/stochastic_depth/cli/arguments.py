@@ -127,7 +127,9 @@ def require_run(path: Path) -> None:
         RunError: naming the file that is missing.
     """
     if not (path / "config.json").exists():
-        raise RunError(f"{path} is not a run folder: {path / 'config.json'} cannot be read")
+        within = sorted(str(described.parent) for described in path.glob("*/config.json"))
+        remedy = f"; the runs in it are {', '.join(within)}" if within else ""
+        raise RunError(f"{path} is not a run folder: {path / 'config.json'} cannot be read{remedy}")
 
 
 def _show_help(
