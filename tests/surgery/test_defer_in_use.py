@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
@@ -88,6 +89,32 @@ def test_an_addition_that_would_be_computed_again_without_its_gate_is_an_error(o
         pytest.raises(sd.errors.GateError, match="checkpoint the branch alone"),
     ):
         model(example())
+
+
+class OtherPath(nn.Module):
+    """Runs other blocks for large mini-batches than for small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = (
+            nn.ModuleList(nn.Linear(4, 4) for _ in range(3)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        for small, large in zip(self.small, self.large, strict=True):
+            x = x + large(x) if len(x) > 4 else x + small(x)
+        return x
+
+
+def test_blocks_that_do_not_run_in_training_are_warned_of():
+    model = OtherPath()
+    handle = sd.apply(model, sd.Uniform(0.5), example=torch.randn(3, 4))
+    assert [block.name for block in handle.blocks] == ["small.0", "small.1", "small.2"]
+    with handle.forced([False, True, True]):
+        model(torch.randn(3, 4))
+        with pytest.warns(UserWarning, match=r"'small\.0'.*another path.*is never skipped"):
+            model(torch.randn(8, 4))
+    model.eval()(torch.randn(8, 4))
 
 
 def test_two_passes_before_their_backward_passes_keep_their_own_gates():

@@ -7,6 +7,7 @@ branch are marked as placeholders too, so that the addition recognises them.
 """
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,14 +164,22 @@ class _Session:
             switch.switch_to(before)
 
     def require_additions_reached(self) -> None:
-        """Raise `AdditionNotReachedError` if a branch was deferred and never added."""
+        """Raise `AdditionNotReachedError` if a branch was deferred and never added.
+
+        Warn if a branch did not run in training: what the model runs in its place is never skipped.
+        """
         for n, addition in self.additions.items():
-            if addition.deferred and not addition.reached:
-                raise AdditionNotReachedError(
-                    f"block {addition.name!r}: {self.edits[n]}, by which it was found, was not "
-                    "reached in this pass: the model takes another path than on the example; give "
-                    "sd.apply an example that takes it"
-                )
+            if addition.reached:
+                continue
+            message = (
+                f"block {addition.name!r}: {self.edits[n]}, by which it was found, was not "
+                "reached in this pass: the model takes another path than on the example; give "
+                "sd.apply an example that takes it"
+            )
+            if addition.deferred:
+                raise AdditionNotReachedError(message)
+            if addition.owner.training:
+                warnings.warn(f"{message}. What it runs instead is never skipped", stacklevel=3)
 
     def refuse_recomputed(self) -> None:
         """Raise `GateError` when a checkpoint would recompute a branch without its gate."""
