@@ -233,6 +233,21 @@ def all_gates(survival: tuple[float, ...]) -> list[tuple[float, torch.Tensor]]:
     return found
 
 
+def test_each_third_of_a_deep_network_has_its_share_in_every_step() -> None:
+    survival = survival_probabilities(sd.LinearDecay(0.5), 54)
+    p = torch.tensor(survival, dtype=torch.float64)
+    gates = torch.stack([draw(0, step, survival, balance=True) for step in range(4000)]).double()
+    for first in (0, 18, 36):
+        counts, sum_of_p = gates[:, first : first + 18].sum(1), float(p[first : first + 18].sum())
+        assert counts.min() > sum_of_p - 1
+        assert counts.max() < sum_of_p + 1
+    deviation = (p * (1 - p) / 4000).sqrt()
+    assert ((gates.mean(0) - p).abs() < 4.5 * deviation).all()
+    # Two blocks depend on each other as little as in a network of 18 blocks.
+    joint = gates.T @ gates / 4000 - p[:, None] * p
+    assert joint.fill_diagonal_(0).abs().max() < 0.25 / 17 + 5 * (0.25 / 4000) ** 0.5
+
+
 SMALL = [
     (0.5, 0.5),
     (0.1, 0.1, 0.9, 0.9),
