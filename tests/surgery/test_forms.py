@@ -127,8 +127,33 @@ class ScaledShortcuts(nn.Module):
 def test_a_shortcut_that_the_addition_itself_multiplies_is_refused_with_the_remedy(add):
     blocks = nn.Sequential(ScaledShortcut(add), ScaledShortcut(add))
     for model in (blocks, ScaledShortcuts(add)):
-        with pytest.raises(ApplyError, match=r"alpha of torch.add.*write it as 0.5 \* x \+ f\(x\)"):
+        with pytest.raises(
+            ApplyError, match=r"alpha of torch.add.*write it as alpha \* x \+ f\(x\)"
+        ):
             sd.apply(model, example=X)
+
+
+class ScaledLater(nn.Module):
+    """Has another factor after the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches, self.alpha = nn.ModuleList(Base() for _ in range(2)), 1.0
+
+    def forward(self, x):
+        for base in self.branches:
+            x = torch.add(base.branch(x), x, alpha=self.alpha)
+        return x
+
+
+def test_a_shortcut_that_is_multiplied_later_is_an_error():
+    model = ScaledLater()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    model.alpha = 0.5
+    with handle.forced([False, True]), pytest.raises(sd.errors.GateError, match="alpha of torch"):
+        model(X)
+    with pytest.raises(sd.errors.GateError, match="alpha of torch"):
+        model.eval()(X)
 
 
 class ScaledBefore(Base):

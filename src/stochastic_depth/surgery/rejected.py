@@ -16,7 +16,7 @@ REPEATED = "it adds the same value again and again, like a bias that layers shar
 OTHER_SHAPE = "its two operands have different shapes"
 SCALED = (
     "its shortcut is the operand that the addition multiplies (alpha of torch.add, a factor of "
-    "torch.addcmul): write it as 0.5 * x + f(x)"
+    "torch.addcmul): write it as alpha * x + f(x)"
 )
 
 

@@ -61,7 +61,7 @@ def test_the_peak_grows_with_depth_and_less_so_under_stochastic_depth():
     # Of each block the inputs of its two convolutions and of the BatchNorms after them, less what
     # fits into memory that the process had freed before.
     stage = 32 * 16 * 32 * 32 * 4
-    assert deep - shallow > 0.9 * 4 * 6 * (stage + stage / 2 + stage / 4)
+    assert deep - shallow > 0.95 * 4 * 6 * (stage + stage / 2 + stage / 4)
     # A twentieth of a peak varies from process to process, so the rate is one that saves far more.
     assert peak_memory(56, Uniform(0.1), workload, steps=1) < 0.6 * deep
 

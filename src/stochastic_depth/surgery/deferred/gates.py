@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
@@ -23,7 +24,8 @@ from stochastic_depth.surgery.deferred.placeholder import (
     value,
     with_values,
 )
-from stochastic_depth.surgery.edits import Site
+from stochastic_depth.surgery.edits import Site, scales_second
+from stochastic_depth.surgery.rejected import SCALED
 from stochastic_depth.surgery.select_samples import samples
 from stochastic_depth.torch_private import recomputation
 
@@ -60,7 +62,12 @@ def add(
     Args:
         side: the position of the shortcut in `args`.
         name: the name of `func`; an addition in place changes its first operand.
+
+    Raises:
+        GateError: when this call multiplies the shortcut, as that of the example did not.
     """
+    if side == 1 and scales_second(name, kwargs):
+        raise GateError(f"block {addition.name!r}: in this pass {SCALED}")
     addition.reached += 1
     if addition.recomputed is not None:
         addition.recomputed += _checkpoints_around(addition)
