@@ -3,10 +3,12 @@
 Without torchrun everything here works as with a single process.
 """
 
+import gc
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,9 +46,9 @@ def joined() -> Iterator[None]:
     # torchrun keeps its store over restarts, and gloo would find dead processes in it.
     store = PrefixStore(f"restart {restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield
+        with process_group(backend, store=store, rank=rank, world_size=size):
+            yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
@@ -54,7 +56,21 @@ def joined() -> Iterator[None]:
             f"process {rank} of {size} waited for one that is no longer there; torchrun "
             "--max-restarts N would start all of them again, to resume from the last checkpoint"
         ) from error
-    dist.destroy_process_group()  # not after an error, when other processes may be gone
+
+
+@contextmanager
+def process_group(backend: str, **settings: Any) -> Iterator[None]:
+    """While entered, there is the process group of `dist.init_process_group(backend, **settings)`.
+
+    Its threads end with it. One that still runs when the interpreter ends may abort the process.
+    After an error the group is left as it is, because other processes may be gone.
+    """
+    # If it were imported later, its functions would have this group as their default argument.
+    importlib.import_module("torch.distributed.nn.functional")
+    dist.init_process_group(backend, **settings)
+    yield
+    gc.collect()  # the threads end when nothing refers to the group
+    dist.destroy_process_group()
 
 
 def ranks() -> int:

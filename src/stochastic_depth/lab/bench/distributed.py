@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.distributed import shard_branches, skip_closed
+from stochastic_depth.distributed.world import process_group
 from stochastic_depth.lab.bench.results import bench_table
 from stochastic_depth.lab.options import DistributedOptions
 from stochastic_depth.models import CifarResNet
@@ -143,9 +144,17 @@ def _process(
     threads: int,
 ) -> None:
     torch.set_num_threads(threads)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
-    )
+    store = f"file://{folder}/store"
+    with process_group("gloo", init_method=store, rank=rank, world_size=ranks):
+        result = _measured(ranks, depth, batch, size, repeats)
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+
+
+def _measured(
+    ranks: int, depth: int, batch: int, size: int, repeats: int
+) -> dict[str, dict[str, object]]:
+    """What this process measured, by way and depth."""
     steps = {
         f"{way}, {name}": _Step(wrap, survival, depth, batch // ranks, size)
         for way, wrap in WAYS.items()
@@ -160,9 +169,7 @@ def _process(
             "seconds": [seconds[f"{way}, {name}"] for seconds in rounds],
             **dict(zip(("bytes", "calls", "open_share"), of_step, strict=True)),
         }
-    if rank == 0:
-        (Path(folder) / "result.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    return result
 
 
 class _Step:
