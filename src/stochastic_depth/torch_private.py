@@ -5,10 +5,9 @@ wherever they are needed, because there is no public way to read or set just the
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial, wraps
-from inspect import unwrap
-from types import CodeType, FrameType, GeneratorType
+from types import FrameType, GeneratorType
 from typing import Any
 
 import torch
@@ -134,33 +133,16 @@ def function_around(frame: FrameType | None) -> str | None:
     Replacement: a public way to ask which function is running.
     """
     while frame is not None:
-        function = _function_with_forward(frame.f_code)
-        if function is not None and function.__module__ != "torch.utils.checkpoint":
-            return function.__name__
+        if frame.f_code is _APPLY:
+            function = frame.f_locals["cls"]
+            if function.__module__ != "torch.utils.checkpoint":
+                return function.__name__
         frame = frame.f_back
     return None
 
 
-_with_forward: dict[int, tuple[CodeType, type | None]] = {}
-"""Answers of `_function_with_forward`, by the identity of the code: to hash it takes longer."""
-
-
-def _function_with_forward(code: CodeType) -> type | None:
-    """The `autograd.Function` whose forward pass is `code`, or None."""
-    known = _with_forward.get(id(code))
-    if known is None:
-        functions = _subclasses(torch.autograd.Function)
-        found = (f for f in functions if getattr(unwrap(f.forward), "__code__", None) is code)
-        known = _with_forward[id(code)] = code, next(found, None)
-    return known[1]
-
-
-def _subclasses(above: type) -> Iterator[type]:
-    for below in type.__subclasses__(above):
-        yield below
-        yield from _subclasses(below)
-
-
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore
+"""The code of the method that calls the forward pass of every `autograd.Function`."""
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
 

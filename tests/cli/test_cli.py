@@ -262,3 +262,18 @@ def test_an_interrupt_while_pytorch_is_imported_ends_the_command_without_a_trace
     shown = process.communicate()[1]
     assert process.returncode == 128 + signal.SIGINT
     assert [line for line in shown.splitlines() if not line.startswith("import time:")] == []
+
+
+def test_a_number_that_is_none_is_told_without_python(capsys):
+    for option, value, kind in (("epochs", "two", "a whole"), ("survival.final", "half", "a")):
+        assert main(["train", "digits", f"--{option}", value]) == 2
+        assert (
+            f"Error parsing --{option}: '{value}' is not {kind} number" in capsys.readouterr().err
+        )
+
+
+def test_help_says_which_recipe_is_the_default(capsys):
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "(default: digits)" in shown
+    assert "(required)" not in shown

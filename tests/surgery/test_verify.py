@@ -47,6 +47,35 @@ class Wide(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, memory):
+        return x + self.f(memory)
+
+
+class EncodesForTheFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(WIDTH, WIDTH)
+        self.first, self.second = Reads(), Reads()
+
+    def forward(self, x):
+        x = self.first(x, self.encoder(x))
+        return self.second(x, x)
+
+
+def test_flops_are_those_of_the_step_also_where_a_closed_block_spares_what_comes_before_it():
+    model = EncodesForTheFirst()
+    x = torch.randn(5, WIDTH)
+    sd.apply(model, example=x)
+    # In products of one layer: 3 forward, and backward 1 + 2 + 2; without the second block 2 and 3;
+    # without any none, because only the first block reads what is encoded.
+    assert sd.verify(model, x, repeats=1).flops == (1, 5 / 8, 0)
+
+
 def test_residual_units_are_held_against_themselves_without_gates():
     model = CifarResNet(14)
     sd.apply(model)

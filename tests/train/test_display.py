@@ -1,12 +1,14 @@
 import io
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from stochastic_depth.train import begin, fit
-from stochastic_depth.train.display import Display, picture
+from stochastic_depth.train.display import Display, RunView, picture
 
 
 def gates(text: str) -> torch.Tensor:
@@ -32,10 +34,10 @@ def test_gates_for_single_samples_are_drawn_in_shades():
     assert picture(drawn, 80) == " ░▒▓█"
 
 
-def shown(small, path, console, quiet=False):
+def shown(small, path, console, quiet=False, label="mine"):
     run, images = begin(replace(small, epochs=1), path)
     with Display(console, quiet) as display:
-        view = display.show("mine")
+        view = display.show(label)
         list(fit(run, images, view))
         pages = Console(width=80, file=io.StringIO())
         pages.print(view.render(80))
@@ -47,7 +49,29 @@ def test_a_pipe_gets_plain_lines(small, path):
     lines = text.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("mine epoch 0.4/1 loss 2.")
-    assert all(" img/s left 0:" in line and "\x1b" not in line for line in lines)
+    assert all("% left 0:" in line and "\x1b" not in line for line in lines)
+
+
+def test_the_lines_of_one_run_say_how_fast_it_is(small, path):
+    text, _ = shown(small, path, Console(file=io.StringIO()), label="")
+    assert re.fullmatch(r"(epoch .*% [\d,]+ img/s left 0:\d\d:\d\d\n){3}", text)
+
+
+LONG = {
+    "epoch": 163.6,
+    "train_loss": 0.01234,
+    "validation_error": 100.0,
+    "test_error": 5.23,
+    "images_per_second": 1423.4,
+}
+
+
+@pytest.mark.parametrize("label", ["", "stochastic-seed0"])
+def test_a_line_fits_80_columns(label):
+    lines = []
+    view = RunView(label, lines.append, epochs=164)
+    view.record(SimpleNamespace(**LONG))
+    assert len(lines[0]) <= 80
 
 
 def test_quiet_shows_nothing(small, path):
@@ -58,7 +82,7 @@ def test_a_terminal_gets_a_live_picture_and_short_lines(small, path):
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     text, _ = shown(small, path, console)
     assert "\x1b" in text
-    assert "img/s left" not in text
+    assert "% left 0:" not in text
 
 
 def test_the_live_picture_fits_80_columns_and_shows_gates_and_figures(small, path):

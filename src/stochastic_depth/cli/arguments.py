@@ -5,12 +5,13 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout, suppress
-from dataclasses import make_dataclass
+from dataclasses import field, make_dataclass
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Annotated, TypeVar, Union
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.files import visible
@@ -21,6 +22,30 @@ Arguments = TypeVar("Arguments")
 Name = TypeVar("Name", bound=str)
 DEFAULT = "digits"
 """The recipe that is used when none is given."""
+
+NUMBERS = ConstructorRegistry()
+"""How tyro reads numbers, with an error that speaks of numbers and not of Python's `int()`."""
+
+
+@NUMBERS.primitive_rule
+def _number(asked: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if asked.type not in (int, float):
+        return None
+
+    def read(words: list[str]) -> int | float:
+        try:
+            return asked.type(words[0])
+        except ValueError:
+            kind = "a whole number" if asked.type is int else "a number"
+            raise ValueError(f"{words[0]!r} is not {kind}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=asked.type.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int if asked.type is int else (int, float)),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def choose(
@@ -76,6 +101,7 @@ def parse(
         description=about,
         args=arguments,
         default=tyro.MISSING_NONPROP if default is None else default,
+        registry=NUMBERS,
     )
     try:
         getattr(asked, "check", lambda: None)()
@@ -105,7 +131,7 @@ def parse_recipe(
     if arguments and arguments[0] in ("-h", "--help"):
         recipes = {name: described(name).splitlines()[0] for name in RECIPES}
         recipes[DEFAULT] += " The default."
-        _show_help(f"stochastic-depth {command}", about, "recipe", recipes, no_recipe)
+        _show_help(f"stochastic-depth {command}", about, "recipe", recipes, no_recipe, DEFAULT)
     name = DEFAULT
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
@@ -133,7 +159,12 @@ def require_run(path: Path) -> None:
 
 
 def _show_help(
-    program: str, about: str, what: str, choices: Mapping[Name, str], no_recipe: type = object
+    program: str,
+    about: str,
+    what: str,
+    choices: Mapping[Name, str],
+    no_recipe: type = object,
+    default: Name | None = None,
 ) -> None:
     """Print help on sub-commands, in the layout of tyro's help, and exit.
 
@@ -145,8 +176,11 @@ def _show_help(
         Annotated[kinds[name], tyro.conf.subcommand(name, description=does, prefix_name=False)]
         for name, does in choices.items()
     ]
-    union = (what, Union[tuple(members)])  # noqa: UP007
-    shown = make_dataclass("Shown", [union], bases=(no_recipe,), frozen=True, kw_only=True)
+    union = Union[tuple(members)]  # noqa: UP007
+    chosen = field() if default is None else field(default_factory=kinds[default])
+    shown = make_dataclass(
+        "Shown", [(what, union, chosen)], bases=(no_recipe,), frozen=True, kw_only=True
+    )
     written = TextIOWrapper(BytesIO(), encoding=sys.stdout.encoding)
     with redirect_stdout(written), suppress(SystemExit):
         tyro.cli(shown, prog=program, args=["--help"])

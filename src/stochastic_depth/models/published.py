@@ -2,9 +2,7 @@
 
 import difflib
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError, MissingExtraError
+from stochastic_depth.extras import import_torchvision
 from stochastic_depth.randomness import generator
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -233,7 +232,7 @@ def library(name: str) -> ModuleType:
     """
     package = name.partition(".")[0]
     try:
-        _declare_missing_operators()
+        import_torchvision()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"{error}: pip install {package}") from error
@@ -242,31 +241,6 @@ def library(name: str) -> ModuleType:
             f"{package} is installed, but cannot be imported with torch {torch.__version__} "
             f"({error}): install torch and torchvision from the same index"
         ) from error
-
-
-_declared: list[torch.library.Library] = []
-"""Kept alive, because the declarations of a library end when it is deleted."""
-
-
-def _declare_missing_operators() -> None:
-    """Make it possible to import a torchvision that was built for another PyTorch, as timm does.
-
-    With a CPU build of PyTorch, a torchvision from another index has no compiled operators, and its
-    import fails because two of them are missing. Everything else in it works.
-    """
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError) as error:
-        if "torchvision::" not in str(error) or _declared:
-            return
-        operators = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            operators.define(
-                f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
-        _declared.append(operators)
 
 
 def _unknown(origin: str, name: str, known: Sequence[str]) -> ConfigError:

@@ -79,14 +79,16 @@ class RunView:
         self.say_line(visible(f"{self.label} {text}" if self.label else text))
 
     def line(self, record: Record) -> str:
+        """What an interval came to, in 80 columns; the journal has the rest."""
         line = (
-            f"epoch {record.epoch:g}/{self.epochs} loss {record.train_loss:.3f} "
-            f"val {record.validation_error:.2f}% test {record.test_error:.2f}% "
-            f"blocks {record.active_blocks:.1f}/{self.blocks}"
+            f"epoch {record.epoch:g}/{self.epochs} loss {record.train_loss:.3g} "
+            f"val {record.validation_error:.2f}% test {record.test_error:.2f}%"
         )
         if self.live:
             return line
-        return f"{line} {record.images_per_second:,.0f} img/s left {self.left()}"
+        if not self.label:
+            line += f" {record.images_per_second:,.0f} img/s"
+        return f"{line} left {self.left()}"
 
     def left(self) -> str:
         """The estimated time to the end, evaluation included, as h:mm:ss."""
