@@ -130,6 +130,11 @@ def test_a_rule_counts_blocks_anew_in_each_stack() -> None:
     assert p == pytest.approx((0.7, 0.4, 0.8, 0.6, 0.4, 0.4))
 
 
+def test_one_stack_is_given_by_its_name() -> None:
+    rule = sd.LinearDecay(0.4)
+    assert survival_of(rule, NAMES, "decoder") == survival_of(rule, NAMES, ["decoder"])
+
+
 @pytest.mark.parametrize(
     ("survival", "stacks", "message"),
     [

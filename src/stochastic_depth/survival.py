@@ -284,14 +284,14 @@ def survival_probabilities(
 def probabilities_of(
     survival: Survival,
     names: Sequence[str],
-    stacks: Sequence[str] = (),
+    stacks: str | Sequence[str] = (),
     schedule: Schedule | None = None,
 ) -> Probabilities:
     """(p_1, ..., p_L) over time, of the blocks with these names.
 
     Args:
-        stacks: names of modules, in each of which a rule counts l from 1 to its L. Blocks outside
-            all of them form one more stack.
+        stacks: the name of a module or several, in each of which a rule counts l from 1 to its L.
+            Blocks outside all of them form one more stack.
         schedule: how the drop rates change; not allowed for a rule of (block, blocks, step).
 
     Raises:
@@ -334,7 +334,7 @@ def _is_timed(survival: Survival) -> bool:
 
 
 def survival_of(
-    survival: Survival, names: Sequence[str], stacks: Sequence[str] = (), zero: bool = False
+    survival: Survival, names: Sequence[str], stacks: str | Sequence[str] = (), zero: bool = False
 ) -> tuple[float, ...]:
     """(p_1, ..., p_L) of the blocks with these names, as `probabilities_of` without a schedule.
 
@@ -351,7 +351,7 @@ def survival_of(
         rule: SurvivalRule = survival  # type: ignore[assignment]
         return tuple(_checked(rule, *at, zero) for at in _positions(names, stacks))
     if stacks:
-        raise SurvivalError(f"stacks={list(stacks)} needs a rule: p_l is given block by block")
+        raise SurvivalError(f"stacks={stacks!r} needs a rule: p_l is given block by block")
     if isinstance(survival, Mapping):
         for name in survival.keys() - set(names):
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
@@ -372,8 +372,9 @@ def survival_of(
     )
 
 
-def _positions(names: Sequence[str], stacks: Sequence[str]) -> tuple[tuple[int, int], ...]:
+def _positions(names: Sequence[str], stacks: str | Sequence[str]) -> tuple[tuple[int, int], ...]:
     """(l, L) of each block within its stack."""
+    stacks = [stacks] if isinstance(stacks, str) else stacks
     stack_of = [
         max((s for s in stacks if name == s or name.startswith(f"{s}.")), key=len, default=None)
         for name in names

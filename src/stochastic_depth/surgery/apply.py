@@ -40,7 +40,7 @@ def apply(
     include: Choice | None = None,
     exclude: Choice = (),
     granularity: Granularity = "block",
-    stacks: Sequence[str] = (),
+    stacks: str | Sequence[str] = (),
     gate: GateKind = "batch",
     balance: bool = False,
     min_samples: int = 0,
@@ -269,7 +269,7 @@ class ResetAttributes:
 def chosen_survival(
     survival: Survival | Literal["own"] | None,
     found: Sequence[Found],
-    stacks: Sequence[str],
+    stacks: str | Sequence[str],
     schedule: Schedule | None = None,
 ) -> Probabilities:
     """(p_1, ..., p_L) over time, from any of the forms of `survival` that `sd.apply` accepts."""

@@ -98,7 +98,7 @@ def plan(
     include: Choice | None = None,
     exclude: Choice = (),
     granularity: Granularity = "block",
-    stacks: Sequence[str] = (),
+    stacks: str | Sequence[str] = (),
 ) -> Plan:
     """Show what `sd.apply` would do with the same arguments; `model` is not changed.
 
