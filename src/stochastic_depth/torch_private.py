@@ -6,7 +6,7 @@ wherever they are needed, because there is no public way to read or set just the
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from inspect import unwrap
 from types import CodeType, FrameType, GeneratorType
 from typing import Any
@@ -141,18 +141,29 @@ def function_around(frame: FrameType | None) -> str | None:
     return None
 
 
-_with_forward: dict[int, tuple[CodeType, type | None]] = {}
-"""Answers of `_function_with_forward`, by the identity of the code: to hash it takes longer."""
-
-
 def _function_with_forward(code: CodeType) -> type | None:
     """The `autograd.Function` whose forward pass is `code`, or None."""
-    known = _with_forward.get(id(code))
-    if known is None:
-        functions = _subclasses(torch.autograd.Function)
-        found = (f for f in functions if getattr(unwrap(f.forward), "__code__", None) is code)
-        known = _with_forward[id(code)] = code, next(found, None)
-    return known[1]
+    newest = torch.autograd.function.BackwardCFunction.__subclasses__()[-1]
+    known = _functions_by_forward(newest).get(id(code))
+    return known[1] if known is not None and known[0] is code else None
+
+
+@lru_cache(maxsize=1)
+def _functions_by_forward(newest: type) -> dict[int, tuple[CodeType, type]]:
+    """Every `autograd.Function` with its forward pass, by the identity of the code.
+
+    Identities are compared because to hash code takes longer.
+
+    Args:
+        newest: the last class that PyTorch has made for the backward pass of a function; it is
+            another one as soon as there is another function.
+    """
+    found: dict[int, tuple[CodeType, type]] = {}
+    for function in _subclasses(torch.autograd.Function):
+        code = getattr(unwrap(function.forward), "__code__", None)  # pyright: ignore
+        if code is not None:
+            found.setdefault(id(code), (code, function))
+    return found
 
 
 def _subclasses(above: type) -> Iterator[type]:
