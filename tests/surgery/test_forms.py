@@ -1,6 +1,7 @@
 """What is a residual block and what is not, in the forms in which people write additions."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -379,3 +380,84 @@ def test_an_addition_that_is_not_taken_is_the_reason_where_there_is_no_other(for
         sd.apply(form(), example=X)
     with pytest.raises(ApplyError, match=f"not taken: .*{reason}"):
         sd.plan(form(), X)
+
+
+def rows():
+    return torch.tensor([[0], [2]]).expand(2, 8)
+
+
+def weight():
+    return torch.linspace(0.5, 2, 8)
+
+
+OTHER = {
+    "x - f(x)": (lambda x, y: x - y, r"x + -f(x)", lambda x, y: x + -y),
+    "sub": (lambda x, y: torch.sub(x, y, alpha=2), r"x + -f(x)", lambda x, y: x + -2 * y),
+    "in place": (lambda x, y: x.__isub__(y), r"x + -f(x)", lambda x, y: x + -y),
+    "lerp": (
+        lambda x, y: torch.lerp(x, y, 0.3),
+        "x + w * (f(x) - x)",
+        lambda x, y: x + 0.3 * (y - x),
+    ),
+    "lerp to x": (
+        lambda x, y: y.lerp(x, weight()),
+        "x + w * (f(x) - x)",
+        lambda x, y: x + (1 - weight()) * (y - x),
+    ),
+    "addcdiv": (
+        lambda x, y: torch.addcdiv(x, y, weight(), value=2),
+        "x + a / b",
+        lambda x, y: x + 2 * y / weight(),
+    ),
+    "index_add": (
+        lambda x, y: x.index_add(0, rows()[:, 0], y[:2]),
+        "x + torch.zeros_like(x).index_add(dim, index, f(x))",
+        lambda x, y: x + torch.zeros_like(x).index_add(0, rows()[:, 0], y[:2]),
+    ),
+    "scatter_add": (
+        lambda x, y: x.scatter_add(0, rows(), y),
+        "x + torch.zeros_like(x).scatter_add(dim, index, f(x))",
+        lambda x, y: x + torch.zeros_like(x).scatter_add(0, rows(), y),
+    ),
+}
+
+
+class Adds(Base):
+    def __init__(self, add) -> None:
+        super().__init__()
+        self.add = add
+
+    def forward(self, x):
+        x = x * 1  # which may be changed in place
+        return self.add(x, self.branch(x))
+
+
+class AddsInLoop(nn.Module):
+    def __init__(self, add) -> None:
+        super().__init__()
+        self.add, self.branches = add, nn.ModuleList(Base() for _ in range(2))
+
+    def forward(self, x):
+        for base in self.branches:
+            x = self.add(x, base.branch(x))
+        return x
+
+
+def in_blocks(add):
+    return nn.Sequential(Adds(add), Adds(add))
+
+
+@pytest.mark.parametrize("make", [in_blocks, AddsInLoop])
+@pytest.mark.parametrize("name", OTHER)
+def test_a_form_that_is_no_addition_is_named_and_what_it_says_to_write_is_taken(name, make):
+    form, remedy, rewritten = OTHER[name]
+    with pytest.raises(ApplyError, match=f"not taken: .*write it as {re.escape(remedy)}"):
+        sd.apply(make(form), example=X)
+    before, model = make(form), make(rewritten)
+    model.load_state_dict(before.state_dict())
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    assert len(handle.blocks) == 2
+    with handle.forced([True, True]):
+        torch.testing.assert_close(model(X), before(X.clone()))
+    with handle.forced([False, False]):
+        assert torch.equal(model(X), X)

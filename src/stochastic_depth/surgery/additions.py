@@ -26,6 +26,7 @@ from stochastic_depth.surgery.branches import Analysis, Event
 from stochastic_depth.surgery.edits import ADDITIONS, Side, Site, site_of
 from stochastic_depth.surgery.rejected import (
     COUPLING,
+    OTHER_FORMS,
     OTHER_SHAPE,
     REPEATED,
     SCALED,
@@ -36,9 +37,6 @@ from stochastic_depth.surgery.rejected import (
 from stochastic_depth.surgery.shortcuts import Shortcuts, is_mixing
 from stochastic_depth.surgery.trace import Call, Recording, recorded
 from stochastic_depth.torch_private import function_around
-
-PRODUCTS = {"addmm", "baddbmm", "addbmm", "addmv", "addr"}
-"""Names of functions that add a tensor to a product."""
 
 Key = tuple[str, Edits]
 """Identifies an addition: its owner, and where to edit it."""
@@ -132,8 +130,8 @@ class _Search:
         """Judge the result of a function of `operands`, if it is an addition."""
         name = getattr(function, "__name__", "")
         frame = sys._getframe(2)  # the frame of the expression that calls the function
-        if name.removesuffix("_") in PRODUCTS:
-            self.rejections.inside_product(name, operands, frame)
+        if (form := name.removesuffix("_")) in OTHER_FORMS:
+            self.rejections.other_form(form, self.recording.number(out), frame)
         if name == "sum":
             self.rejections.sum_of_stack(operands, frame)
         if name not in ADDITIONS or len(operands) < 2:
