@@ -461,3 +461,71 @@ def test_a_form_that_is_no_addition_is_named_and_what_it_says_to_write_is_taken(
         torch.testing.assert_close(model(X), before(X.clone()))
     with handle.forced([False, False]):
         assert torch.equal(model(X), X)
+
+
+class Latents(nn.Module):
+    """A learned array that reads the input, as in a Perceiver."""
+
+    def __init__(self, shape, expanded=False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.latents, self.expanded = nn.Parameter(torch.randn(shape)), expanded
+        self.q, self.kv = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.layers = nn.Sequential(Adds(torch.add), Adds(torch.add))
+
+    def reads(self, latents, x):
+        return F.scaled_dot_product_attention(self.q(latents), self.kv(x), self.kv(x))
+
+    def forward(self, x):
+        latents = self.latents
+        if self.expanded:
+            latents = latents.expand(len(x), -1, -1)
+        latents = latents + self.reads(latents, x)
+        return self.layers(latents)
+
+
+@pytest.mark.parametrize("gate", ["batch", "subset"])
+@pytest.mark.parametrize("shape", [(1, 3, 8), (3, 8)])
+def test_latents_that_are_broadcast_to_the_batch_are_named_and_expanded_they_are_taken(shape, gate):
+    x = torch.randn(4, 5, 8)
+    plan = sd.plan(Latents(shape), x)
+    assert len(plan.blocks) == 2
+    (rejected,) = plan.rejected
+    assert "Latents.forward" in rejected
+    assert "expand it before the branch is computed from it" in rejected
+    model = Latents(shape, expanded=True)
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, gate=gate)
+    assert len(handle.blocks) == 3
+    with handle.forced([True] * 3):
+        torch.testing.assert_close(model(x), Latents(shape)(x))
+    with handle.forced([False] * 3):
+        assert torch.equal(model(x), model.latents.expand(4, 3, 8))
+
+
+class Squeeze(Base):
+    """A branch of one token for all."""
+
+    def forward(self, x):
+        return self.add(x, self.branch(x.mean(1, keepdim=True)))
+
+
+class Spread(Squeeze):
+    add = staticmethod(torch.add)
+
+
+class Expanded(Squeeze):
+    def add(self, x, y):
+        return x + y.expand_as(x)
+
+
+def test_a_branch_that_is_broadcast_is_named_and_expanded_it_is_taken():
+    x = torch.randn(4, 5, 8)
+    with pytest.raises(ApplyError, match=r"its branch is broadcast.*x \+ f\(x\)\.expand_as\(x\)"):
+        sd.apply(Spread(), example=x)
+    model, before = Expanded(), Spread()
+    model.load_state_dict(before.state_dict())
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, gate="subset")
+    with handle.forced([True]):
+        torch.testing.assert_close(model(x), before(x))
+    with handle.forced([False]):
+        assert torch.equal(model(x), x)

@@ -27,7 +27,6 @@ from stochastic_depth.surgery.edits import ADDITIONS, Side, Site, site_of
 from stochastic_depth.surgery.rejected import (
     COUPLING,
     OTHER_FORMS,
-    OTHER_SHAPE,
     REPEATED,
     SCALED,
     Rejected,
@@ -152,10 +151,10 @@ class _Search:
     ) -> None:
         """Decide whether an addition of two values is residual; record it or the reason why not."""
         values, call = self.recording.values, self.recording.calls[-1]
-        if values[left].tensor.shape != values[right].tensor.shape:
-            self.rejections.reject(frame, [left, right], OTHER_SHAPE)
-            return
         repeated = self._added_before(left, right, total, frame)
+        if values[left].tensor.shape != values[right].tensor.shape:
+            self.rejections.other_shape(left, right, total, repeated, frame)
+            return
         of = [self.recording.reach_within(value, call) for value in (left, right)]
         side = self.shortcuts.side(left, right, of, call)
         reason = self.rejections.why_not(left, right, side, call)

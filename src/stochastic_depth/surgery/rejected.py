@@ -14,6 +14,14 @@ COUPLING = (
 )
 REPEATED = "it adds the same value again and again, like a bias that layers share"
 OTHER_SHAPE = "its two operands have different shapes"
+SHORTCUT_BROADCAST = (
+    "its shortcut has no batch dimension, and is broadcast to the samples of its branch, like a "
+    "learned array of latents: expand it before the branch is computed from it, as in "
+    "l = l.expand(len(x), -1, -1); l = l + f(l, x)"
+)
+BRANCH_BROADCAST = (
+    "its branch is broadcast to the shape of its shortcut: write it as x + f(x).expand_as(x)"
+)
 SCALED = (
     "its shortcut is the operand that the addition multiplies (alpha of torch.add, a factor of "
     "torch.addcmul): write it as alpha * x + f(x)"
@@ -117,6 +125,27 @@ class Rejections:
                     self.reject(frame, [shortcut, added], OTHER_FORMS[name])
             elif self._is_branch(added, shortcut):
                 self.add(self.described(frame, OTHER_FORMS[name]))
+
+    def other_shape(
+        self, left: int, right: int, total: int, repeated: set[int], frame: FrameType
+    ) -> None:
+        """Record an addition of two values of different shapes.
+
+        Args:
+            repeated: the operands that the same expression has added before.
+        """
+        shapes = {n: self.recording.values[n].tensor.shape for n in (left, right, total)}
+        for shortcut, added in ((left, right), (right, left)):
+            if shortcut in repeated or not self._is_branch(added, shortcut):
+                continue
+            sample = shapes[total][1:]
+            if shapes[added] == shapes[total] and shapes[shortcut] in (sample, (1, *sample)):
+                self.add(self.described(frame, SHORTCUT_BROADCAST))
+                return
+            if shapes[shortcut] == shapes[total]:
+                self.add(self.described(frame, BRANCH_BROADCAST))
+                return
+        self.reject(frame, [left, right], OTHER_SHAPE)
 
     def why_not(self, left: int, right: int, side: Side | None, call: Call) -> str:
         """The reason why an addition inside `call` is not residual; empty if it is residual.
