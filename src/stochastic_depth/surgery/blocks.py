@@ -54,6 +54,8 @@ class Found:
     """The reason why it cannot be made skippable; empty if it can."""
     training_only: bool = False
     """Whether the model runs it in training mode only."""
+    change: str = ""
+    """How its branch changes its shortcut in place; empty if it does not."""
 
     @property
     def mechanism(self) -> str:
