@@ -414,6 +414,80 @@ def test_what_a_branch_has_now_gets_the_gradients(change):
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
+class Quantised(nn.Module):
+    """Holds nothing of the layer that it replaces."""
+
+    def __init__(self, of: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", of.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def of_residual_units() -> nn.Module:
+    units = (sd.Residual(nn.Linear(4, 4)) for _ in range(BLOCKS))
+    return nn.Sequential(nn.Linear(3, 4), nn.Sequential(*units)).double()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("make", "new"),
+    [(Net, Block), (of_residual_units, lambda: sd.Residual(nn.Linear(4, 4)))],
+)
+def test_a_block_that_is_replaced_after_sd_apply_is_warned_of_with_the_remedy(make, new, training):
+    model, handle = applied(make())
+    blocks = model.blocks if make is Net else model[1]
+    model.train(training)(batch())
+    blocks[2], blocks[4] = new().double(), new().double()
+    with pytest.warns(UserWarning, match=r"2' and 1 more: replaced after sd\.apply \(by \w+\)"):
+        model(batch())
+    model(batch())  # warned of once
+    sd.remove(model)
+    handle = sd.apply(model, HALF, example=batch())
+    with handle.forced([False] * BLOCKS):
+        h = (model.stem if make is Net else model[0])(batch())
+        assert torch.equal(model(batch()), model.head(h) if make is Net else h)
+
+
+def moved(model: Net) -> None:
+    model.blocks = nn.Sequential(*model.blocks[1:], nn.Identity())
+
+
+def lists(model: Net) -> None:
+    model.blocks = nn.Sequential(nn.Sequential(*model.blocks[:2]), *model.blocks[2:])
+
+
+LEGITIMATE = {
+    **CHANGES,
+    "quantised": change_blocks(lambda block: setattr(block, "f", Quantised(block.f))),
+    "taken off": lambda model: model.blocks.__delitem__(slice(2, None)),
+    "moved": moved,
+    "in other lists": lists,
+}
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("change", LEGITIMATE.values(), ids=LEGITIMATE)
+def test_other_changes_of_a_model_are_not_warned_of(change, early):
+    model, _ = applied()
+    if not early:
+        model(batch())
+    change(model)
+    for training in (True, False):
+        model.train(training)(batch())
+
+
+def test_a_block_that_is_replaced_in_a_copy_is_warned_of_there_alone():
+    model, _ = applied()
+    other = copy.deepcopy(model)
+    other(batch())
+    other.blocks[0] = Block().double()
+    model(batch())
+    with pytest.warns(UserWarning, match=r"'blocks\.0': replaced after sd\.apply"):
+        other(batch())
+
+
 def test_skipped_embeddings_with_sparse_gradients_get_empty_sparse_ones():
     class Looked(nn.Module):
         def __init__(self) -> None:
