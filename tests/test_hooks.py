@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -365,6 +366,75 @@ def test_a_model_that_gives_its_input_back_leaves_no_hook_on_it():
     assert torch.equal(x.grad, torch.ones_like(x))
     assert not x._backward_hooks
     assert torch.equal(model[0].f.weight.grad, torch.zeros(4, 4, dtype=torch.float64))
+
+
+# Function transforms.
+
+
+def of_trunk() -> nn.Module:
+    """Blocks that are deferred."""
+
+    class Trunk(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            for block in self.blocks:
+                h = h + torch.tanh(block.f(h))
+            return self.head(h)
+
+    return Trunk()
+
+
+PATTERNS = [[True] * BLOCKS, [False] * BLOCKS, [True, False, False, True, False]]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for jvp
+@pytest.mark.parametrize("gates", PATTERNS, ids=str)
+@pytest.mark.parametrize("make", [Net, of_trunk])
+def test_function_transforms_give_what_the_net_written_out_gives(make, gates):
+    model, handle = applied(make())
+    x, open_ones = batch(), torch.tensor(gates)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(model, values, (sample,)).square().sum()
+
+    with handle.forced(gates):
+        torch.testing.assert_close(vmap(model)(x), by_hand(model, x, open_ones))
+        by_sample = vmap(grad(loss), (None, 0))(values, x)
+        _, tangents = jvp(model, (x,), (x,))
+        jacobian = jacrev(model)(x)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    _, true = jvp(lambda x: by_hand(model, x, open_ones), (x,), (x,))
+    torch.testing.assert_close(tangents, true)
+    true = jacrev(lambda x: by_hand(model, x, open_ones))(x)
+    torch.testing.assert_close(jacobian, true)
+    for number, sample in enumerate(x):
+        expected = expected_gradients(model, sample, open_ones)
+        for found, true in zip(by_sample.values(), expected, strict=True):
+            torch.testing.assert_close(found[number], true)
+
+
+@pytest.mark.parametrize("schedule", [None, sd.Warmup(10)])
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+def test_gates_that_are_drawn_within_a_function_transform_are_kept(gate, schedule):
+    model, handle = applied(gate=gate, schedule=schedule)
+    for step in range(3):
+        grad(lambda x: model(x).sum())(batch())
+        assert torch.equal(handle.gates, handle.gates_at(step, 6))
+    copy.deepcopy(model)
+    model.eval()(batch())
+
+
+@pytest.mark.parametrize("gate", ["sample", "subset"])
+def test_gates_of_samples_that_vmap_hides_are_refused_with_the_remedy(gate):
+    model, handle = applied(gate=gate)
+    for transformed in (vmap(model), vmap(grad(lambda x: model(x).sum()))):
+        with pytest.raises(sd.errors.GateError, match=r'torch\.vmap.*use gate="batch"'):
+            transformed(batch())
+    assert handle.step == 0
+    model, handle = applied()
+    vmap(model)(batch())
+    assert handle.step == 1
 
 
 # Models that are changed after sd.apply.

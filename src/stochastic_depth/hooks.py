@@ -28,11 +28,14 @@ from stochastic_depth.torch_private import (
     gradients_are_awaited,
     gradients_are_kept,
     is_compiled,
+    is_mapped,
     is_replica,
     is_replicated,
+    is_transformed,
     never_traced,
     next_node_number,
     node_number,
+    outside_transforms,
     set_call,
     tree_leaves,
     whole_call,
@@ -93,7 +96,9 @@ class ForwardHooks:
             return
         self._refuse_threads()
         batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
-        self._begin(self.handle.next_gates(batch), is_replicated(model))
+        with outside_transforms():
+            gates = self.handle.next_gates(batch)
+        self._begin(gates, is_replicated(model))
 
     @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
@@ -307,6 +312,8 @@ class ForwardPass:
 
     def _attached(self, output: Any) -> Any:
         """`output`, with closed branches attached to its graph where DDP or autograd needs it."""
+        if is_transformed():  # then gradients are returned, and not kept by parameters
+            return output
         if self._needs_all_gradients:
             parameters = [p for left in self._unplaced.values() for p in left]
         elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
@@ -388,6 +395,11 @@ def batch_size(inputs: object) -> int:
         GateError: when there is no tensor.
     """
     for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and is_mapped(leaf):
+            raise GateError(
+                "the model is called within torch.vmap, which hides the samples from it, and there "
+                'are gates for single samples: use gate="batch", whose gates all samples share'
+            )
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)
     raise GateError(

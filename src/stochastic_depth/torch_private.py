@@ -6,6 +6,7 @@ wherever they are needed, because there is no public way to read or set just the
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial, wraps
 from inspect import unwrap
 from types import CodeType, FrameType, GeneratorType
@@ -44,14 +45,17 @@ __all__ = [
     "gradients_are_awaited",
     "gradients_are_kept",
     "is_compiled",
+    "is_mapped",
     "is_replica",
     "is_replicated",
     "is_sharded",
+    "is_transformed",
     "never_traced",
     "next_node_number",
     "no_modes",
     "node_number",
     "norms",
+    "outside_transforms",
     "recomputation",
     "set_call",
     "subclass_of",
@@ -262,6 +266,44 @@ def is_replica(model: nn.Module) -> bool:
     Replacement: none is needed once `nn.DataParallel` is gone, which PyTorch advises against.
     """
     return "_is_replica" in vars(model)
+
+
+# Function transforms: torch.vmap, and those of torch.func.
+
+
+def is_transformed() -> bool:
+    """Whether a function transform is running. Replacement: a public way to ask."""
+    return torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """While entered, function transforms have no effect, so that tensors may be kept.
+
+    A tensor that is made within a transform is of no use after it. Replacement: a public form of
+    it.
+    """
+    if not is_transformed():
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether torch.vmap maps over a dimension of `tensor`, which does not show it then.
+
+    Replacement: a public way to ask.
+    """
+    torch_c: Any = torch._C
+    functorch = torch_c._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 # Modules: what is called in place of a forward method and its hooks.
