@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -367,6 +368,75 @@ def test_a_model_that_gives_its_input_back_leaves_no_hook_on_it():
     assert torch.equal(model[0].f.weight.grad, torch.zeros(4, 4, dtype=torch.float64))
 
 
+# Function transforms.
+
+
+def of_trunk() -> nn.Module:
+    """Blocks that are deferred."""
+
+    class Trunk(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            for block in self.blocks:
+                h = h + torch.tanh(block.f(h))
+            return self.head(h)
+
+    return Trunk()
+
+
+PATTERNS = [[True] * BLOCKS, [False] * BLOCKS, [True, False, False, True, False]]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for jvp
+@pytest.mark.parametrize("gates", PATTERNS, ids=str)
+@pytest.mark.parametrize("make", [Net, of_trunk])
+def test_function_transforms_give_what_the_net_written_out_gives(make, gates):
+    model, handle = applied(make())
+    x, open_ones = batch(), torch.tensor(gates)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(model, values, (sample,)).square().sum()
+
+    with handle.forced(gates):
+        torch.testing.assert_close(vmap(model)(x), by_hand(model, x, open_ones))
+        by_sample = vmap(grad(loss), (None, 0))(values, x)
+        _, tangents = jvp(model, (x,), (x,))
+        jacobian = jacrev(model)(x)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    _, true = jvp(lambda x: by_hand(model, x, open_ones), (x,), (x,))
+    torch.testing.assert_close(tangents, true)
+    true = jacrev(lambda x: by_hand(model, x, open_ones))(x)
+    torch.testing.assert_close(jacobian, true)
+    for number, sample in enumerate(x):
+        expected = expected_gradients(model, sample, open_ones)
+        for found, true in zip(by_sample.values(), expected, strict=True):
+            torch.testing.assert_close(found[number], true)
+
+
+@pytest.mark.parametrize("schedule", [None, sd.Warmup(10)])
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+def test_gates_that_are_drawn_within_a_function_transform_are_kept(gate, schedule):
+    model, handle = applied(gate=gate, schedule=schedule)
+    for step in range(3):
+        grad(lambda x: model(x).sum())(batch())
+        assert torch.equal(handle.gates, handle.gates_at(step, 6))
+    copy.deepcopy(model)
+    model.eval()(batch())
+
+
+@pytest.mark.parametrize("gate", ["sample", "subset"])
+def test_gates_of_samples_that_vmap_hides_are_refused_with_the_remedy(gate):
+    model, handle = applied(gate=gate)
+    for transformed in (vmap(model), vmap(grad(lambda x: model(x).sum()))):
+        with pytest.raises(sd.errors.GateError, match=r'torch\.vmap.*use gate="batch"'):
+            transformed(batch())
+    assert handle.step == 0
+    model, handle = applied()
+    vmap(model)(batch())
+    assert handle.step == 1
+
+
 # Models that are changed after sd.apply.
 
 
@@ -412,6 +482,80 @@ def test_what_a_branch_has_now_gets_the_gradients(change):
         trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         assert [name for name, gradient in trained.items() if gradient is None] == []
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+class Quantised(nn.Module):
+    """Holds nothing of the layer that it replaces."""
+
+    def __init__(self, of: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", of.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def of_residual_units() -> nn.Module:
+    units = (sd.Residual(nn.Linear(4, 4)) for _ in range(BLOCKS))
+    return nn.Sequential(nn.Linear(3, 4), nn.Sequential(*units)).double()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("make", "new"),
+    [(Net, Block), (of_residual_units, lambda: sd.Residual(nn.Linear(4, 4)))],
+)
+def test_a_block_that_is_replaced_after_sd_apply_is_warned_of_with_the_remedy(make, new, training):
+    model, handle = applied(make())
+    blocks = model.blocks if make is Net else model[1]
+    model.train(training)(batch())
+    blocks[2], blocks[4] = new().double(), new().double()
+    with pytest.warns(UserWarning, match=r"2' and 1 more: replaced after sd\.apply \(by \w+\)"):
+        model(batch())
+    model(batch())  # warned of once
+    sd.remove(model)
+    handle = sd.apply(model, HALF, example=batch())
+    with handle.forced([False] * BLOCKS):
+        h = (model.stem if make is Net else model[0])(batch())
+        assert torch.equal(model(batch()), model.head(h) if make is Net else h)
+
+
+def moved(model: Net) -> None:
+    model.blocks = nn.Sequential(*model.blocks[1:], nn.Identity())
+
+
+def lists(model: Net) -> None:
+    model.blocks = nn.Sequential(nn.Sequential(*model.blocks[:2]), *model.blocks[2:])
+
+
+LEGITIMATE = {
+    **CHANGES,
+    "quantised": change_blocks(lambda block: setattr(block, "f", Quantised(block.f))),
+    "taken off": lambda model: model.blocks.__delitem__(slice(2, None)),
+    "moved": moved,
+    "in other lists": lists,
+}
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("change", LEGITIMATE.values(), ids=LEGITIMATE)
+def test_other_changes_of_a_model_are_not_warned_of(change, early):
+    model, _ = applied()
+    if not early:
+        model(batch())
+    change(model)
+    for training in (True, False):
+        model.train(training)(batch())
+
+
+def test_a_block_that_is_replaced_in_a_copy_is_warned_of_there_alone():
+    model, _ = applied()
+    other = copy.deepcopy(model)
+    other(batch())
+    other.blocks[0] = Block().double()
+    model(batch())
+    with pytest.warns(UserWarning, match=r"'blocks\.0': replaced after sd\.apply"):
+        other(batch())
 
 
 def test_skipped_embeddings_with_sparse_gradients_get_empty_sparse_ones():

@@ -60,6 +60,18 @@ def test_a_forward_pass_knows_the_function_that_it_is_of(function):
     assert torch.equal(x.grad, torch.full((2,), 2.0))
 
 
+def test_what_has_run_before_it_becomes_a_forward_pass_is_known_there():
+    def late(ctx, x):
+        return squared(x)
+
+    seen.clear()
+    x = torch.ones(2)
+    late(None, x)
+    made = type("Made", (WithContext,), {"forward": staticmethod(late)})
+    made.apply(x)
+    assert seen == [None, "Made"]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_outside_of_functions_and_in_a_checkpoint_there_is_none(reentrant):
     seen.clear()

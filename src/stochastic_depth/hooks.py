@@ -4,6 +4,7 @@ A gate belongs to the forward pass that it was drawn for. When that pass is over
 force. When its backward pass recomputes a block, the block gets the gate of that forward pass.
 """
 
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import set_training_gates
+from stochastic_depth.block import Places, set_training_gates
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
@@ -27,11 +28,14 @@ from stochastic_depth.torch_private import (
     gradients_are_awaited,
     gradients_are_kept,
     is_compiled,
+    is_mapped,
     is_replica,
     is_replicated,
+    is_transformed,
     never_traced,
     next_node_number,
     node_number,
+    outside_transforms,
     set_call,
     tree_leaves,
     whole_call,
@@ -48,8 +52,10 @@ class ForwardHooks:
     parameters of closed blocks get the gradient that `handle.skipped` asks for.
     """
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, model: nn.Module, handle: Handle) -> None:
         self.handle, self.blocks = handle, handle.blocks
+        self._places: Places | None = self._places_in(model)
+        """Where the modules are that read gates; None in a copy, until its first forward pass."""
         handle.forward_pass = self.forward_pass
         for number, block in enumerate(self.blocks):
             for addition in block.gates:
@@ -67,6 +73,8 @@ class ForwardHooks:
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw gates, unless this is evaluation or a recomputation."""
         self._stack.append(None)
+        if self._places is None or not self._places.is_current():
+            self._warn_of_replaced(model)
         if not (model.training or any(block.is_training for block in self.blocks)):
             return
         if is_replica(model):
@@ -88,7 +96,9 @@ class ForwardHooks:
             return
         self._refuse_threads()
         batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
-        self._begin(self.handle.next_gates(batch), is_replicated(model))
+        with outside_transforms():
+            gates = self.handle.next_gates(batch)
+        self._begin(gates, is_replicated(model))
 
     @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
@@ -111,6 +121,35 @@ class ForwardHooks:
             yield
         finally:
             self._end(None)
+
+    def _places_in(self, model: nn.Module) -> Places:
+        reading = {module for block in self.blocks for module in block.asking}
+        return Places(model, [name for name, each in model.named_modules() if each in reading])
+
+    def _warn_of_replaced(self, model: nn.Module) -> None:
+        """Warn if another module stands in the place of one that reads gates.
+
+        What holds the module still, such as a wrapper, does not replace it. Modules that were moved
+        or taken off are not replaced either.
+        """
+        before, self._places = self._places, self._places_in(model)
+        if before is None:
+            return
+        there, now = set(self._places.modules.values()), Places(model, before.modules).modules
+        replaced = [
+            name
+            for name, module in before.modules.items()
+            if module not in there and name in now and there.isdisjoint(now[name].modules())
+        ]
+        if replaced:
+            first, *others = replaced
+            more = f" and {len(others)} more" if others else ""
+            warnings.warn(
+                f"{first!r}{more}: replaced after sd.apply (by {type(now[first]).__name__}). What "
+                "stands there now is never skipped, though the handle counts it: sd.remove(model) "
+                "and sd.apply again, or replace modules before sd.apply",
+                stacklevel=4,
+            )
 
     def _refuse_threads(self) -> None:
         """Raise `GateError` when another thread is in a forward pass."""
@@ -181,6 +220,7 @@ class ForwardHooks:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has no running passes
         nothing: dict[str, Any] = {"_stack": [], "_passes": [], "_in_backward": {}}
+        nothing["_places"] = None
         return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
 
 
@@ -272,6 +312,8 @@ class ForwardPass:
 
     def _attached(self, output: Any) -> Any:
         """`output`, with closed branches attached to its graph where DDP or autograd needs it."""
+        if is_transformed():  # then gradients are returned, and not kept by parameters
+            return output
         if self._needs_all_gradients:
             parameters = [p for left in self._unplaced.values() for p in left]
         elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
@@ -353,6 +395,11 @@ def batch_size(inputs: object) -> int:
         GateError: when there is no tensor.
     """
     for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and is_mapped(leaf):
+            raise GateError(
+                "the model is called within torch.vmap, which hides the samples from it, and there "
+                'are gates for single samples: use gate="batch", whose gates all samples share'
+            )
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)
     raise GateError(

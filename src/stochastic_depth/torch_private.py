@@ -5,9 +5,11 @@ wherever they are needed, because there is no public way to read or set just the
 """
 
 import sys
-from collections.abc import Callable
-from functools import partial, wraps
-from types import FrameType, GeneratorType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial, wraps
+from inspect import unwrap
+from types import CodeType, FrameType, GeneratorType
 from typing import Any
 
 import torch
@@ -43,14 +45,17 @@ __all__ = [
     "gradients_are_awaited",
     "gradients_are_kept",
     "is_compiled",
+    "is_mapped",
     "is_replica",
     "is_replicated",
     "is_sharded",
+    "is_transformed",
     "never_traced",
     "next_node_number",
     "no_modes",
     "node_number",
     "norms",
+    "outside_transforms",
     "recomputation",
     "set_call",
     "subclass_of",
@@ -133,16 +138,44 @@ def function_around(frame: FrameType | None) -> str | None:
     Replacement: a public way to ask which function is running.
     """
     while frame is not None:
-        if frame.f_code is _APPLY:
-            function = frame.f_locals["cls"]
-            if function.__module__ != "torch.utils.checkpoint":
-                return function.__name__
+        function = _function_with_forward(frame.f_code)
+        if function is not None and function.__module__ != "torch.utils.checkpoint":
+            return function.__name__
         frame = frame.f_back
     return None
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore
-"""The code of the method that calls the forward pass of every `autograd.Function`."""
+def _function_with_forward(code: CodeType) -> type | None:
+    """The `autograd.Function` whose forward pass is `code`, or None."""
+    newest = torch.autograd.function.BackwardCFunction.__subclasses__()[-1]
+    known = _functions_by_forward(newest).get(id(code))
+    return known[1] if known is not None and known[0] is code else None
+
+
+@lru_cache(maxsize=1)
+def _functions_by_forward(newest: type) -> dict[int, tuple[CodeType, type]]:
+    """Every `autograd.Function` with its forward pass, by the identity of the code.
+
+    Identities are compared because to hash code takes longer.
+
+    Args:
+        newest: the last class that PyTorch has made for the backward pass of a function; it is
+            another one as soon as there is another function.
+    """
+    found: dict[int, tuple[CodeType, type]] = {}
+    for function in _subclasses(torch.autograd.Function):
+        code = getattr(unwrap(function.forward), "__code__", None)  # pyright: ignore
+        if code is not None:
+            found.setdefault(id(code), (code, function))
+    return found
+
+
+def _subclasses(above: type) -> Iterator[type]:
+    for below in type.__subclasses__(above):
+        yield below
+        yield from _subclasses(below)
+
+
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
 
@@ -233,6 +266,44 @@ def is_replica(model: nn.Module) -> bool:
     Replacement: none is needed once `nn.DataParallel` is gone, which PyTorch advises against.
     """
     return "_is_replica" in vars(model)
+
+
+# Function transforms: torch.vmap, and those of torch.func.
+
+
+def is_transformed() -> bool:
+    """Whether a function transform is running. Replacement: a public way to ask."""
+    return torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """While entered, function transforms have no effect, so that tensors may be kept.
+
+    A tensor that is made within a transform is of no use after it. Replacement: a public form of
+    it.
+    """
+    if not is_transformed():
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether torch.vmap maps over a dimension of `tensor`, which does not show it then.
+
+    Replacement: a public way to ask.
+    """
+    torch_c: Any = torch._C
+    functorch = torch_c._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 # Modules: what is called in place of a forward method and its hooks.

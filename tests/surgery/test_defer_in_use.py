@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
@@ -184,6 +185,86 @@ def test_what_is_folded_cut_or_taken_off_computes_what_the_handle_said():
     assert type(model) is Transformer
     full = surviving(model, x, [True] * 3)
     torch.testing.assert_close(model.train()(x), full, rtol=1e-12, atol=1e-12)
+
+
+def test_other_blocks_may_be_deferred_after_a_plan_and_after_a_removal():
+    model = Trunk()
+    assert len(sd.plan(model, X).blocks) == 3
+    for left_out in range(3):
+        handle = sd.apply(model, sd.Uniform(0.5), example=X, exclude=[f"layers.{left_out}"])
+        with handle.forced([False, False]):
+            assert torch.equal(model(X), X + model.layers[left_out](X))
+        sd.remove(model)
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Adapted(nn.Module):
+    def __init__(self, base) -> None:
+        super().__init__()
+        self.base, self.more = base, nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.base(x) + self.more(x)
+
+
+CHANGES = {
+    "replaced": lambda layer: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)),
+    "adapted": Adapted,
+    "checkpointed": checkpoint_wrapper,
+    "compiled": functools.partial(torch.compile, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_stands_in_the_place_of_a_branch_has_its_gate(change, early):
+    model = Trunk()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    if not early:
+        model(X).sum().backward()
+    layer = model.layers[1] = change(model.layers[1])
+    called = []
+    layer.register_forward_hook(lambda *_: called.append(1))
+    model.zero_grad()
+    for gates in ([True, False, True], [False, True, False]):
+        called.clear()
+        with handle.forced(gates):
+            out = model.train()(X)
+        assert len(called) == gates[1]
+        expected = X
+        for each, gate in zip(model.layers, gates, strict=True):
+            expected = expected + gate * each(expected)
+        torch.testing.assert_close(out, expected)
+        out.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+    expected = X
+    for each in model.layers:
+        expected = expected + 0.5 * each(expected)
+    torch.testing.assert_close(model.eval()(X), expected)
+    sd.remove(model)
+    assert model.layers[1] is layer
+
+
+def test_layers_may_be_taken_off_a_trunk():
+    model = Trunk()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    del model.layers[1:]
+    with handle.forced([False] * 3):
+        assert torch.equal(model.train()(X), X)
+    sd.remove(model)
 
 
 @pytest.fixture(scope="module")

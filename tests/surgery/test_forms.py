@@ -1,6 +1,7 @@
 """What is a residual block and what is not, in the forms in which people write additions."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -379,3 +380,152 @@ def test_an_addition_that_is_not_taken_is_the_reason_where_there_is_no_other(for
         sd.apply(form(), example=X)
     with pytest.raises(ApplyError, match=f"not taken: .*{reason}"):
         sd.plan(form(), X)
+
+
+def rows():
+    return torch.tensor([[0], [2]]).expand(2, 8)
+
+
+def weight():
+    return torch.linspace(0.5, 2, 8)
+
+
+OTHER = {
+    "x - f(x)": (lambda x, y: x - y, r"x + -f(x)", lambda x, y: x + -y),
+    "sub": (lambda x, y: torch.sub(x, y, alpha=2), r"x + -f(x)", lambda x, y: x + -2 * y),
+    "in place": (lambda x, y: x.__isub__(y), r"x + -f(x)", lambda x, y: x + -y),
+    "lerp": (
+        lambda x, y: torch.lerp(x, y, 0.3),
+        "x + w * (f(x) - x)",
+        lambda x, y: x + 0.3 * (y - x),
+    ),
+    "lerp to x": (
+        lambda x, y: y.lerp(x, weight()),
+        "x + w * (f(x) - x)",
+        lambda x, y: x + (1 - weight()) * (y - x),
+    ),
+    "addcdiv": (
+        lambda x, y: torch.addcdiv(x, y, weight(), value=2),
+        "x + a / b",
+        lambda x, y: x + 2 * y / weight(),
+    ),
+    "index_add": (
+        lambda x, y: x.index_add(0, rows()[:, 0], y[:2]),
+        "x + torch.zeros_like(x).index_add(dim, index, f(x))",
+        lambda x, y: x + torch.zeros_like(x).index_add(0, rows()[:, 0], y[:2]),
+    ),
+    "scatter_add": (
+        lambda x, y: x.scatter_add(0, rows(), y),
+        "x + torch.zeros_like(x).scatter_add(dim, index, f(x))",
+        lambda x, y: x + torch.zeros_like(x).scatter_add(0, rows(), y),
+    ),
+}
+
+
+class Adds(Base):
+    def __init__(self, add) -> None:
+        super().__init__()
+        self.add = add
+
+    def forward(self, x):
+        x = x * 1  # which may be changed in place
+        return self.add(x, self.branch(x))
+
+
+class AddsInLoop(nn.Module):
+    def __init__(self, add) -> None:
+        super().__init__()
+        self.add, self.branches = add, nn.ModuleList(Base() for _ in range(2))
+
+    def forward(self, x):
+        for base in self.branches:
+            x = self.add(x, base.branch(x))
+        return x
+
+
+def in_blocks(add):
+    return nn.Sequential(Adds(add), Adds(add))
+
+
+@pytest.mark.parametrize("make", [in_blocks, AddsInLoop])
+@pytest.mark.parametrize("name", OTHER)
+def test_a_form_that_is_no_addition_is_named_and_what_it_says_to_write_is_taken(name, make):
+    form, remedy, rewritten = OTHER[name]
+    with pytest.raises(ApplyError, match=f"not taken: .*write it as {re.escape(remedy)}"):
+        sd.apply(make(form), example=X)
+    before, model = make(form), make(rewritten)
+    model.load_state_dict(before.state_dict())
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    assert len(handle.blocks) == 2
+    with handle.forced([True, True]):
+        torch.testing.assert_close(model(X), before(X.clone()))
+    with handle.forced([False, False]):
+        assert torch.equal(model(X), X)
+
+
+class Latents(nn.Module):
+    """A learned array that reads the input, as in a Perceiver."""
+
+    def __init__(self, shape, expanded=False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.latents, self.expanded = nn.Parameter(torch.randn(shape)), expanded
+        self.q, self.kv = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.layers = nn.Sequential(Adds(torch.add), Adds(torch.add))
+
+    def reads(self, latents, x):
+        return F.scaled_dot_product_attention(self.q(latents), self.kv(x), self.kv(x))
+
+    def forward(self, x):
+        latents = self.latents
+        if self.expanded:
+            latents = latents.expand(len(x), -1, -1)
+        latents = latents + self.reads(latents, x)
+        return self.layers(latents)
+
+
+@pytest.mark.parametrize("gate", ["batch", "subset"])
+@pytest.mark.parametrize("shape", [(1, 3, 8), (3, 8)])
+def test_latents_that_are_broadcast_to_the_batch_are_named_and_expanded_they_are_taken(shape, gate):
+    x = torch.randn(4, 5, 8)
+    plan = sd.plan(Latents(shape), x)
+    assert len(plan.blocks) == 2
+    (rejected,) = plan.rejected
+    assert "Latents.forward" in rejected
+    assert "expand it before the branch is computed from it" in rejected
+    model = Latents(shape, expanded=True)
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, gate=gate)
+    assert len(handle.blocks) == 3
+    with handle.forced([True] * 3):
+        torch.testing.assert_close(model(x), Latents(shape)(x))
+    with handle.forced([False] * 3):
+        assert torch.equal(model(x), model.latents.expand(4, 3, 8))
+
+
+class Squeeze(Base):
+    """A branch of one token for all."""
+
+    def forward(self, x):
+        return self.add(x, self.branch(x.mean(1, keepdim=True)))
+
+
+class Spread(Squeeze):
+    add = staticmethod(torch.add)
+
+
+class Expanded(Squeeze):
+    def add(self, x, y):
+        return x + y.expand_as(x)
+
+
+def test_a_branch_that_is_broadcast_is_named_and_expanded_it_is_taken():
+    x = torch.randn(4, 5, 8)
+    with pytest.raises(ApplyError, match=r"its branch is broadcast.*x \+ f\(x\)\.expand_as\(x\)"):
+        sd.apply(Spread(), example=x)
+    model, before = Expanded(), Spread()
+    model.load_state_dict(before.state_dict())
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, gate="subset")
+    with handle.forced([True]):
+        torch.testing.assert_close(model(x), before(x))
+    with handle.forced([False]):
+        assert torch.equal(model(x), x)

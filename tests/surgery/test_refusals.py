@@ -404,3 +404,75 @@ def test_what_blocks_share_is_no_work_of_the_first_one():
     x, condition = torch.randn(3, 8), torch.randn(3, 8)
     handle = sd.apply(Modulated(), example=(x, condition))
     assert [block.name for block in handle.blocks] == ["layers.0", "layers.1", "layers.2"]
+
+
+class Rectifies(nn.Module):
+    """Changes its input in place, by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.linear(nn.functional.relu(x.view(-1, WIDTH), inplace=True)).view(x.shape)
+
+
+def rectifier(inplace: bool) -> nn.Module:
+    return nn.Sequential(nn.ReLU(inplace), nn.Linear(WIDTH, WIDTH))
+
+
+class AddsTo(nn.Module):
+    def __init__(self, f, copies: bool) -> None:
+        super().__init__()
+        self.f, self.copies = f, copies
+
+    def forward(self, x):
+        return x + self.f(x.clone() if self.copies else x)
+
+
+class AddsToInLoop(nn.Module):
+    def __init__(self, branches, copies: bool) -> None:
+        super().__init__()
+        self.branches, self.copies = nn.ModuleList(branches), copies
+
+    def forward(self, x):
+        for f in self.branches:
+            x = x + f(x.clone() if self.copies else x)
+        return x
+
+
+def changing(branch, loop: bool, copies: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    first, branches = nn.Linear(WIDTH, WIDTH), [branch(), branch()]
+    if loop:
+        return nn.Sequential(first, AddsToInLoop(branches, copies))
+    return nn.Sequential(first, *(AddsTo(f, copies) for f in branches))
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_branch_that_changes_its_shortcut_in_place_is_named_with_the_remedy(loop):
+    x = torch.randn(3, WIDTH)
+    with pytest.raises(sd.errors.UnsupportedBlockError) as caught:
+        sd.apply(changing(lambda: rectifier(True), loop), example=x)
+    assert re.search(
+        r"changes its shortcut in place, in '\S+\.0' \(ReLU, relu\)", str(caught.value)
+    )
+    assert "give it inplace=False, or write x + f(x.clone())" in str(caught.value)
+    with pytest.raises(sd.errors.UnsupportedBlockError) as caught:
+        sd.apply(changing(Rectifies, loop), example=x)
+    assert re.search(
+        r"changes its shortcut in place, in '\S+' \(Rectifies, relu\)", str(caught.value)
+    )
+    assert "inplace=False" not in str(caught.value)
+    for model in (
+        changing(lambda: rectifier(False), loop),
+        changing(lambda: rectifier(True), loop, copies=True),
+        changing(Rectifies, loop, copies=True),
+    ):
+        assert len(sd.apply(model, example=x).blocks) == 2
+        sd.verify(model, x, repeats=1)
+
+
+def test_a_change_in_place_that_changes_no_number_is_no_reason_to_refuse():
+    behind_another = nn.Sequential(nn.ReLU(), AddsTo(rectifier(True), copies=False))
+    assert len(sd.apply(behind_another, example=torch.randn(3, WIDTH)).blocks) == 1

@@ -26,7 +26,7 @@ from stochastic_depth.surgery.branches import Analysis, Event
 from stochastic_depth.surgery.edits import ADDITIONS, Side, Site, site_of
 from stochastic_depth.surgery.rejected import (
     COUPLING,
-    OTHER_SHAPE,
+    OTHER_FORMS,
     REPEATED,
     SCALED,
     Rejected,
@@ -36,9 +36,6 @@ from stochastic_depth.surgery.rejected import (
 from stochastic_depth.surgery.shortcuts import Shortcuts, is_mixing
 from stochastic_depth.surgery.trace import Call, Recording, recorded
 from stochastic_depth.torch_private import function_around
-
-PRODUCTS = {"addmm", "baddbmm", "addbmm", "addmv", "addr"}
-"""Names of functions that add a tensor to a product."""
 
 Key = tuple[str, Edits]
 """Identifies an addition: its owner, and where to edit it."""
@@ -132,8 +129,8 @@ class _Search:
         """Judge the result of a function of `operands`, if it is an addition."""
         name = getattr(function, "__name__", "")
         frame = sys._getframe(2)  # the frame of the expression that calls the function
-        if name.removesuffix("_") in PRODUCTS:
-            self.rejections.inside_product(name, operands, frame)
+        if (form := name.removesuffix("_")) in OTHER_FORMS:
+            self.rejections.other_form(form, self.recording.number(out), frame)
         if name == "sum":
             self.rejections.sum_of_stack(operands, frame)
         if name not in ADDITIONS or len(operands) < 2:
@@ -154,10 +151,10 @@ class _Search:
     ) -> None:
         """Decide whether an addition of two values is residual; record it or the reason why not."""
         values, call = self.recording.values, self.recording.calls[-1]
-        if values[left].tensor.shape != values[right].tensor.shape:
-            self.rejections.reject(frame, [left, right], OTHER_SHAPE)
-            return
         repeated = self._added_before(left, right, total, frame)
+        if values[left].tensor.shape != values[right].tensor.shape:
+            self.rejections.other_shape(left, right, total, repeated, frame)
+            return
         of = [self.recording.reach_within(value, call) for value in (left, right)]
         side = self.shortcuts.side(left, right, of, call)
         reason = self.rejections.why_not(left, right, side, call)

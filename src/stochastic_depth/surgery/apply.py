@@ -207,7 +207,7 @@ def _scale(scale: Scale | None, closed: Closed, as_drop_path: bool) -> Scale:
 
 def _hooks(model: nn.Module, handle: Handle, resets: dict[str, Any]) -> tuple[RemovableHandle, ...]:
     """Register the hooks that draw gates and that reset attributes which branches set."""
-    around = ForwardHooks(handle)
+    around = ForwardHooks(model, handle)
     return (
         model.register_forward_pre_hook(around.before_forward, with_kwargs=True),
         model.register_forward_hook(around.after_forward, always_call=True),

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from stochastic_depth.block import Places
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.branches import Event
@@ -54,6 +55,8 @@ class Found:
     """The reason why it cannot be made skippable; empty if it can."""
     training_only: bool = False
     """Whether the model runs it in training mode only."""
+    change: str = ""
+    """How its branch changes its shortcut in place; empty if it does not."""
 
     @property
     def mechanism(self) -> str:
@@ -77,11 +80,11 @@ MECHANISM_OF = {
 def deferred_modules(found: Found) -> list[nn.Module]:
     """The outermost modules of the branches of a deferred block; empty for any other block."""
     return [
-        owner.get_submodule(calls.module)
+        module
         for unit in found.units
         for owner, edit in unit.edits
         if isinstance(edit, Deferred)
-        for calls in edit.calls
+        for module in Places(owner, [calls.module for calls in edit.calls]).modules.values()
     ]
 
 

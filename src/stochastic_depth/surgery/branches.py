@@ -271,6 +271,19 @@ class Analysis:
             known = self._inside[event] = self.exclusive(event.branch, {event.total})
         return known
 
+    def change_of_shortcut(self, events: Iterable[Event]) -> str:
+        """How a module of a branch changes the shortcut in place; empty if none does."""
+        for event in events:
+            assert event.enclosing is not None
+            for change in self.recording.changes(event.shortcut):
+                around = [change.call, *change.call.ancestors()] if change.call else []
+                inside = (
+                    around[: around.index(event.enclosing)] if event.enclosing in around else []
+                )
+                if any(call.name in event.modules for call in inside):
+                    return _in_place(inside[0], change.function)
+        return ""
+
     def flops(self, events: Iterable[Event]) -> int:
         """FLOPs of the branches of `events`; a function that several of them use counts once."""
         branch = set[int]().union(*(event.branch for event in events))
@@ -280,6 +293,16 @@ class Analysis:
         """Names of the parameters from which the values `own` were computed."""
         parents = {p for value in own for p in self.recording.values[value].parents}
         return tuple(sorted(self.recording.parameters(own | parents)))
+
+
+def _in_place(call: Call, function: str) -> str:
+    """The reason why a block whose branch changes its shortcut cannot be closed, and the remedy."""
+    flag = "give it inplace=False, or " if getattr(call.module, "inplace", False) else ""
+    return (
+        f"its branch changes its shortcut in place, in {call.name!r} "
+        f"({type(call.module).__name__}, {function}), which a closed block does not run: {flag}"
+        "write x + f(x.clone())"
+    )
 
 
 def _common(calls: Sequence[Call]) -> Call:

@@ -182,7 +182,10 @@ class _Finder:
                 reason = f"{LONG_SKIP}other blocks are inside"
                 rejected += [rejected_as(addition, reason) for addition in candidate.additions]
         formed = [each for each in formed if each.name not in long]
-        blocks = self._assembled(formed, deferred, analysis)
+        blocks = [
+            (replace(found, change=analysis.change_of_shortcut(events)), events)
+            for found, events in self._assembled(formed, deferred, analysis)
+        ]
         return sorted(blocks, key=lambda pair: min(event.total for event in pair[1]))
 
     def _divided(

@@ -14,10 +14,36 @@ COUPLING = (
 )
 REPEATED = "it adds the same value again and again, like a bias that layers share"
 OTHER_SHAPE = "its two operands have different shapes"
+SHORTCUT_BROADCAST = (
+    "its shortcut has no batch dimension, and is broadcast to the samples of its branch, like a "
+    "learned array of latents: expand it before the branch is computed from it, as in "
+    "l = l.expand(len(x), -1, -1); l = l + f(l, x)"
+)
+BRANCH_BROADCAST = (
+    "its branch is broadcast to the shape of its shortcut: write it as x + f(x).expand_as(x)"
+)
 SCALED = (
     "its shortcut is the operand that the addition multiplies (alpha of torch.add, a factor of "
     "torch.addcmul): write it as alpha * x + f(x)"
 )
+
+PRODUCTS = ("addmm", "baddbmm", "addbmm", "addmv", "addr")
+OTHER_FORMS = {
+    **{
+        name: f"it is added inside of a product ({name}): write it as x + a @ b"
+        for name in PRODUCTS
+    },
+    **dict.fromkeys(("sub", "subtract"), "a subtraction: write it as x + -f(x)"),
+    "lerp": "a weighted mean (lerp): write it as x + w * (f(x) - x)",
+    "addcdiv": "it adds a quotient (addcdiv): write it as x + a / b",
+    **{
+        name: f"it adds to some of the values ({name}): write it as "
+        f"x + torch.zeros_like(x).{name}(dim, index, f(x))"
+        for name in ("index_add", "scatter_add")
+    },
+}
+"""Functions other than additions that may add a branch to a shortcut, by name, each with the reason
+that it is not taken, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +110,42 @@ class Rejections:
             reason = "a sum over a stack of tensors: write it as x + f(x)"
             self.reject(frame, value.parents, reason)
 
-    def inside_product(self, name: str, operands: tuple[int | None, ...], frame: FrameType) -> None:
-        """Record `torch.addmm(x, f(x), w)`."""
-        first, *others = operands
-        factors = [number for number in others if number is not None]
-        if first is None or not self.recording.calls:
+    def other_form(self, name: str, total: int, frame: FrameType) -> None:
+        """Record a residual addition that is made by one of `OTHER_FORMS`, with the result
+        `total`."""
+        first, *others = self.recording.values[total].parents
+        if not others or not self.recording.calls:
             return
-        if any(first in self.recording.reach(number, first) for number in factors):
-            reason = f"it is added inside of a product ({name}): write it as x + a @ b"
-            self.reject(frame, [first, *factors[:1]], reason)
+        pairs = [(first, other) for other in others]
+        if name == "lerp":
+            pairs.append((others[0], first))
+        for shortcut, added in pairs:
+            if name in PRODUCTS:  # whose first operand may be a bias that layers share
+                if shortcut in self.recording.reach(added, shortcut):
+                    self.reject(frame, [shortcut, added], OTHER_FORMS[name])
+            elif self._is_branch(added, shortcut):
+                self.add(self.described(frame, OTHER_FORMS[name]))
+
+    def other_shape(
+        self, left: int, right: int, total: int, repeated: set[int], frame: FrameType
+    ) -> None:
+        """Record an addition of two values of different shapes.
+
+        Args:
+            repeated: the operands that the same expression has added before.
+        """
+        shapes = {n: self.recording.values[n].tensor.shape for n in (left, right, total)}
+        for shortcut, added in ((left, right), (right, left)):
+            if shortcut in repeated or not self._is_branch(added, shortcut):
+                continue
+            sample = shapes[total][1:]
+            if shapes[added] == shapes[total] and shapes[shortcut] in (sample, (1, *sample)):
+                self.add(self.described(frame, SHORTCUT_BROADCAST))
+                return
+            if shapes[shortcut] == shapes[total]:
+                self.add(self.described(frame, BRANCH_BROADCAST))
+                return
+        self.reject(frame, [left, right], OTHER_SHAPE)
 
     def why_not(self, left: int, right: int, side: Side | None, call: Call) -> str:
         """The reason why an addition inside `call` is not residual; empty if it is residual.
@@ -112,6 +165,11 @@ class Rejections:
         if not self.shortcuts.mixes(within(added, call) - within(shortcut, call)):
             return "its branch mixes nothing: it has no product, convolution or pooling"
         return ""
+
+    def _is_branch(self, added: int, shortcut: int) -> bool:
+        """Whether `added` was computed from `shortcut`, by functions of which one mixes."""
+        made = self.recording.reach(added, shortcut)
+        return shortcut in made and bool(self.shortcuts.mixes(made - {shortcut}))
 
     def _is_computed(self, number: int) -> bool:
         """Whether a value is an input of the running module, or is computed by mixing inputs."""

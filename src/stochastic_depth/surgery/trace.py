@@ -104,6 +104,18 @@ class Value:
     """The numbers of all values that the same call of the function returned."""
 
 
+@dataclass(frozen=True)
+class Change:
+    """A change of a tensor in place."""
+
+    at: int
+    """How many values there were before."""
+    function: str
+    """The name of the function that makes it."""
+    call: Call | None
+    """The innermost module call during which it is made."""
+
+
 class Recording:
     """All values and module calls of a forward pass, numbered in the order of computation."""
 
@@ -116,9 +128,8 @@ class Recording:
         self.serial = itertools.count()
         self.may_overwrite = any(getattr(module, "inplace", False) for module in model.modules())
         """Whether any module works in place, perhaps in training mode only."""
-        self._overwritten: dict[int, int] = {}
-        """For each tensor that was changed in place, by its `id`: how many values there were at the
-        last change."""
+        self._changes: dict[int, list[Change]] = {}
+        """For each tensor that was changed in place, by its `id`: the changes, in order."""
         self._number: dict[int, int] = {}
         self._aliases: list[Tensor] = []
         self._parameters = {id(p): name for name, p in model.named_parameters()}
@@ -139,14 +150,19 @@ class Recording:
         self._number[id(tensor)] = self.number(of)
         self._aliases.append(tensor)
 
-    def overwrites(self, tensor: Tensor) -> None:
+    def overwrites(self, tensor: Tensor, function: str) -> None:
         """Note that a function has changed a tensor that it was given, in place."""
-        self._overwritten[id(_viewed(tensor))] = len(self.values)
+        call = self.calls[-1] if self.calls else None
+        change = Change(len(self.values), function, call)
+        self._changes.setdefault(id(_viewed(tensor)), []).append(change)
+
+    def changes(self, value: int) -> list[Change]:
+        """The changes in place of the tensor, or of views of it."""
+        return self._changes.get(id(_viewed(self.values[value].tensor)), [])
 
     def is_overwritten(self, value: int) -> bool:
         """Whether a later function changes the tensor, or a view of it, in place."""
-        changed = self._overwritten.get(id(_viewed(self.values[value].tensor)), 0)
-        return self.may_overwrite or changed > value
+        return self.may_overwrite or any(change.at > value for change in self.changes(value))
 
     def numbers(self, values: object) -> set[int]:
         """The numbers of all tensors in `values`."""
@@ -268,7 +284,7 @@ class _Functions(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         for tensor, changes in counted:
             if changes_of(tensor) != changes:
-                self.recording.overwrites(tensor)
+                self.recording.overwrites(tensor, getattr(func, "__name__", "a function"))
         flops = 0 if self.counter is None else self.counter.total - before
         name = getattr(func, "__name__", "")
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stochastic_depth.block import Places
 from stochastic_depth.errors import AdditionNotReachedError, GateError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.hooks import never_traced
@@ -61,9 +62,13 @@ class _DeferredModule:
 
 
 class _DeferredCalls:
-    """The calls of modules that are deferred for the additions of one owner."""
+    """The calls of modules that are deferred for the additions of one owner.
+
+    The modules are those that the owner holds now under the names in `edits`.
+    """
 
     def __init__(self, owner: nn.Module, edits: Sequence[Deferred]) -> None:
+        self.edits = edits
         calls_of: dict[str, list[tuple[int, Calls]]] = {}
         for number, edit in enumerate(edits):
             for calls in edit.calls:
@@ -71,13 +76,15 @@ class _DeferredCalls:
         self.modules: list[_DeferredModule] = []
         self.modules_of: list[list[_DeferredModule]] = [[] for _ in edits]
         """For each addition, the modules that run for it."""
-        for name, pairs in calls_of.items():
+        self.places = Places(owner, calls_of)
+        for name, submodule in self.places.modules.items():
+            pairs = calls_of[name]
             additions_of: dict[int, list[int]] = {}
             for number, calls in pairs:
                 for call in calls.which:
                     additions_of.setdefault(call, []).append(number)
             module = _DeferredModule(
-                owner.get_submodule(name),
+                submodule,
                 name,
                 pairs[-1][1].of,
                 additions_of,
@@ -136,7 +143,7 @@ class _Session:
 
     def __init__(self, owner: nn.Module, edits: Sequence[Deferred], gates: Sequence[Gate]) -> None:
         plan = _DEFERRED_CALLS.get(owner)
-        if plan is None:
+        if plan is None or plan.edits is not edits or not plan.places.is_current():
             plan = _DEFERRED_CALLS[owner] = _DeferredCalls(owner, edits)
         self.plan, self.edits = plan, edits
         self.additions = {
@@ -178,7 +185,7 @@ class _Session:
             )
             if addition.deferred:
                 raise AdditionNotReachedError(message)
-            if addition.owner.training:
+            if addition.owner.training and self.plan.modules_of[n]:
                 warnings.warn(f"{message}. What it runs instead is never skipped", stacklevel=3)
 
     def refuse_recomputed(self) -> None:

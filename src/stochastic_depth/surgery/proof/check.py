@@ -278,6 +278,8 @@ class _Proof:
         culprits, why = smallest(numbers, why, wrong)
         names = [self.found[n].name for n in culprits]
         first = self.found[culprits[0]]
+        if changes := [self.found[n].change for n in culprits if self.found[n].change]:
+            why += f": {changes[0]}"
         reason = f"with {' and '.join(map(repr, names[:3]))} {when} {why}{self._remark()}"
         raise unsupported(first.name, first.module, reason, names[1:])
 
