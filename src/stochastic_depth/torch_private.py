@@ -137,26 +137,21 @@ def function_around(frame: FrameType | None) -> str | None:
     `torch.utils.checkpoint` do not count, because they call modules again, which have their gates.
     Replacement: a public way to ask which function is running.
     """
+    newest = torch.autograd.function.BackwardCFunction.__subclasses__()[-1]
+    functions = _functions_by_forward(newest)
     while frame is not None:
-        function = _function_with_forward(frame.f_code)
+        _, function = functions.get(id(frame.f_code), (None, None))
         if function is not None and function.__module__ != "torch.utils.checkpoint":
             return function.__name__
         frame = frame.f_back
     return None
 
 
-def _function_with_forward(code: CodeType) -> type | None:
-    """The `autograd.Function` whose forward pass is `code`, or None."""
-    newest = torch.autograd.function.BackwardCFunction.__subclasses__()[-1]
-    known = _functions_by_forward(newest).get(id(code))
-    return known[1] if known is not None and known[0] is code else None
-
-
 @lru_cache(maxsize=1)
 def _functions_by_forward(newest: type) -> dict[int, tuple[CodeType, type]]:
-    """Every `autograd.Function` with its forward pass, by the identity of the code.
+    """Every `autograd.Function` with the code of its forward pass, by the identity of the code.
 
-    Identities are compared because to hash code takes longer.
+    To hash code takes longer. Code that is kept here gives its identity to no other.
 
     Args:
         newest: the last class that PyTorch has made for the backward pass of a function; it is

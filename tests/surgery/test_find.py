@@ -160,3 +160,97 @@ def test_networks_that_begin_with_the_same_value_all_have_blocks() -> None:
         open_one = X.tanh() + model.heads[1].proj(X.tanh())
         expected = torch.cat([X.tanh(), open_one, X.tanh()], dim=-1)
         torch.testing.assert_close(model.train()(X), expected, rtol=1e-12, atol=1e-12)
+
+
+class Pair(nn.Module):
+    """Two additions in a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.one(x))
+        return x + torch.tanh(self.two(x))
+
+
+class Siamese(nn.Module):
+    """Encodes two inputs with the same layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Pair() for _ in range(3)))
+
+    def encode(self, x):
+        return self.layers(x)
+
+    def forward(self, a, b):
+        return self.encode(a), self.encode(b)
+
+
+class SiameseTrunk(Siamese):
+    """Adds itself, once for each input."""
+
+    def encode(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer.one(x))
+            x = x + torch.tanh(layer.two(x))
+        return x
+
+
+class SiameseHidden(Siamese):
+    """Adds in a function without a place in a method of the layer."""
+
+    def encode(self, x):
+        for layer in self.layers:
+            x = hidden(layer, x)
+        return x
+
+
+def hidden(layer, x):
+    x = x + torch.tanh(layer.one(x))
+    return x + torch.tanh(layer.two(x))
+
+
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+@pytest.mark.parametrize("granularity", ["block", "unit"])
+@pytest.mark.parametrize("kind", [Siamese, SiameseTrunk, SiameseHidden])
+def test_layers_that_encode_two_inputs_have_one_gate_for_both(kind, granularity, gate) -> None:
+    torch.manual_seed(0)
+    model, other = kind().double(), X.flip(0) + 1
+    handle = sd.apply(model, example=(X, other), granularity=granularity, gate=gate)
+    blocks = 3 if granularity == "block" else 6
+    assert handle.survival == pytest.approx([1 - n / blocks / 2 for n in range(1, blocks + 1)])
+    for pattern in itertools.product((False, True), repeat=blocks):
+        each = pattern if granularity == "unit" else [g for g in pattern for _ in range(2)]
+        with handle.forced(pattern):
+            outputs = model.train()(X, other)
+        for given, output in zip((X, other), outputs, strict=True):
+            expected = given
+            for is_open, branch in zip(each, branches_of(model), strict=True):
+                expected = expected + is_open * torch.tanh(branch(expected))
+            torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    one, two = model.eval()(X, X)
+    assert torch.equal(one, two)
+
+
+def branches_of(model):
+    return [branch for layer in model.layers for branch in (layer.one, layer.two)]
+
+
+def test_a_layer_that_is_applied_again_to_what_it_gave_has_a_gate_each_time() -> None:
+    class Tied(Siamese):
+        def encode(self, x):
+            return self.layers(self.layers(x))
+
+    model = Tied().double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=(X, X + 1))
+    assert len(handle.blocks) == 6
+    for pattern in itertools.product((False, True), repeat=6):
+        with handle.forced(pattern):
+            outputs = model.train()(X, X + 1)
+        for given, output in zip((X, X + 1), outputs, strict=True):
+            expected = given
+            for is_open, layer in zip(pattern, [*model.layers, *model.layers], strict=True):
+                expected = layer(expected) if is_open else expected
+            torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)

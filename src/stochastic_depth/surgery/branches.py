@@ -142,6 +142,36 @@ class Analysis:
             ):
                 return
 
+    def turns(self, events: Iterable[Event]) -> dict[Event, int]:
+        """How many times the same expression must have added before each event can happen.
+
+        Events of one expression with the same number are not computed from each other, like those
+        of the two halves of a siamese network.
+        """
+        found: dict[Event, int] = {}
+        of_site: dict[Site, list[Event]] = {}
+        highest: Counter[Site] = Counter()
+        for event in sorted(events, key=lambda event: event.total):
+            before = of_site.setdefault(event.site, [])
+            turn = 0
+            for first in (before[-1:], before[:1]):  # the last one is most often enough
+                if first and turn <= highest[event.site]:
+                    reached = self.recording.reach(event.total, first[0].total)
+                    turn = max((found[b] + 1 for b in before if b.total in reached), default=0)
+            found[event] = turn
+            highest[event.site] = max(highest[event.site], turn)
+            before.append(event)
+        return found
+
+    def turn(self, call: Call) -> int:
+        """As `turns`, for a call of a module: how many of its calls must be made before."""
+        before = [other for other in self.calls_of(call.name) if other.ended <= call.began]
+        reached = (
+            {n for given in call.inputs for n in self.recording.reach(given)} if before else set()
+        )
+        needed = [c for c in before if not reached.isdisjoint(range(c.began, c.ended))]
+        return max((self.turn(other) + 1 for other in needed), default=0)
+
     def exclusive(self, branch: set[int], totals: set[int]) -> set[int]:
         """The values of `branch` that are needed only to compute the sums `totals`."""
         own: set[int] = set()

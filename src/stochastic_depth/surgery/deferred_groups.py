@@ -27,10 +27,9 @@ def deferred_groups(
     blocks: dict[tuple[str, Any], list[Event]] = {}
     for of_call in made_in.values():
         looped = max(Counter(event.site for event in of_call).values()) > 1
+        turns = analysis.turns(of_call)
         for event in of_call:
-            key = (
-                _iteration(event, of_call, analysis) if looped else _call(event, analysis, modules)
-            )
+            key = _iteration(event, turns, analysis) if looped else _call(event, analysis, modules)
             blocks.setdefault(key, []).append(event)
     return [
         analysis.group(name, _outermost(group, analysis)) for (name, _), group in blocks.items()
@@ -48,32 +47,39 @@ def _outermost(events: Sequence[Event], analysis: Analysis) -> list[Event]:
 
 
 def _call(event: Event, analysis: Analysis, modules: Mapping[str, nn.Module]) -> tuple[str, Any]:
-    """The name of the block of an addition outside loops, and a number for its call."""
+    """The name of the block of an addition outside loops, and a number for its call.
+
+    Calls that are not computed from each other have the same number.
+    """
     assert event.enclosing is not None
     name = repeated_block(event.enclosing.name, modules)
     if not name:  # the model itself is not a block: each of its additions is one
         return ".".join(_module_path(event, analysis)), (event.site, event.occurrence)
     around = (event.enclosing, *event.enclosing.ancestors())
     call = next((call for call in around if call.name == name), event.enclosing)
-    calls = analysis.calls_of(call.name)
-    return name, calls.index(call) if calls else 0
+    return name, analysis.turn(call)
 
 
-def _iteration(event: Event, others: Sequence[Event], analysis: Analysis) -> tuple[str, Any]:
+def _iteration(event: Event, turns: Mapping[Event, int], analysis: Analysis) -> tuple[str, Any]:
     """The name of the block of an addition in a loop over modules, and a number.
 
-    The block is the outermost module, inside the one that loops, in which no expression adds twice.
+    The block is the outermost module, inside the one that loops, in which no expression adds twice,
+    except to values that are not computed from each other, as in the two halves of a siamese
+    network.
+
+    Args:
+        turns: all additions of the loop, see `Analysis.turns`.
     """
     assert event.enclosing is not None
-    paths = {other: _module_path(other, analysis, looped=True) for other in others}
+    paths = {other: _module_path(other, analysis, looped=True) for other in turns}
     path = paths[event]
     for length in range(len(_path(event.enclosing.name)) + 1, len(path) + 1):
         prefix = path[:length]
-        sites = [other.site for other in others if paths[other][:length] == prefix]
-        if len(sites) == len(set(sites)):
+        inside = [other for other in turns if paths[other][:length] == prefix]
+        added = {(other.site, *paths[other], turns[other]) for other in inside}
+        if len(added) == len({other.site for other in inside}):
             return ".".join(prefix), None
-    same = [other for other in others if paths[other] == path and other.site == event.site]
-    return ".".join(path), same.index(event)
+    return ".".join(path), turns[event]
 
 
 def _module_path(event: Event, analysis: Analysis, looped: bool = False) -> list[str]:

@@ -170,7 +170,7 @@ class _Finder:
             for (name, _), group in together.items()
             if (kept := outermost(group, analysis))
         ]
-        rewritten, deferred = self._divided(candidates)
+        rewritten, deferred = self._divided(candidates, analysis)
         groups = self._groups(deferred, analysis)
         formed = [_Formed(c.found.name, c.events, c) for c in rewritten]
         formed += [_Formed(group.block, group.events, group) for group in groups]
@@ -189,12 +189,12 @@ class _Finder:
         return sorted(blocks, key=lambda pair: min(event.total for event in pair[1]))
 
     def _divided(
-        self, candidates: Sequence[_Candidate]
+        self, candidates: Sequence[_Candidate], analysis: Analysis
     ) -> tuple[list[_Candidate], list[_Candidate]]:
         """The candidates whose methods are rewritten, and those that are deferred."""
         rewritten, deferred = [], []
         for each in candidates:
-            (deferred if self._is_deferred(each) else rewritten).append(each)
+            (deferred if self._is_deferred(each, analysis) else rewritten).append(each)
         while True:  # a deferred addition must stay where it is in the source
             events = [event for each in deferred for event in each.events]
             clash = [each for each in rewritten if clashes(each.found, events)]
@@ -203,14 +203,14 @@ class _Finder:
             deferred += clash
             rewritten = [each for each in rewritten if each not in clash]
 
-    def _is_deferred(self, candidate: _Candidate) -> bool:
+    def _is_deferred(self, candidate: _Candidate, analysis: Analysis) -> bool:
         """Whether it is deferred by itself, whatever becomes of the other candidates."""
         found, additions = candidate.found, candidate.additions
         if found.refusal:
             return True
         if found.mechanism in ("registered", "Residual"):
             return False
-        in_a_loop = any(len(addition.events) > 1 for addition in additions)
+        in_a_loop = any(_loops(addition.events, analysis) for addition in additions)
         one_by_one = not found.name and len(additions) > 1  # in the forward method of the model
         return found.name in self.defer or in_a_loop or one_by_one
 
@@ -219,7 +219,11 @@ class _Finder:
         events = [event for each in deferred for event in each.events]
         groups = deferred_groups(events, analysis, self.modules)
         if self.granularity == "unit":
-            return [analysis.group(group.block, [e]) for group in groups for e in group.events]
+            return [
+                analysis.group(group.block, [e for e in group.events if e.site == site])
+                for group in groups
+                for site in dict.fromkeys(event.site for event in group.events)
+            ]
         return groups
 
     def _assembled(
@@ -286,6 +290,12 @@ class _Finder:
             [block for block, events in blocks if alone.issuperset(events)],
             training.analysis,
         )
+
+
+def _loops(events: Sequence[Event], analysis: Analysis) -> bool:
+    """Whether an expression adds the branches of several modules, or to its own sums again."""
+    modules = {event.modules for event in events}
+    return len(modules) > 1 or any(analysis.turns(events).values())
 
 
 def _is_covered(block: _Formed, blocks: Sequence[_Formed], analysis: Analysis) -> bool:
