@@ -32,6 +32,16 @@ def test_where_nothing_can_be_written_the_file_is_named_and_nothing_is_left(tmp_
         files.write_whole(tmp_path / "nowhere" / "f", b"content")
 
 
+def test_folders_are_made_and_a_file_in_their_place_is_named(mine):
+    files.make_folders(mine.parent / "a" / "b")
+    files.make_folders(mine.parent / "a" / "b")
+    assert (mine.parent / "a" / "b").is_dir()
+    with pytest.raises(RunError, match=r"mine is a file, and no folder"):
+        files.make_folders(mine)
+    with pytest.raises(RunError, match=r"mine/c cannot be made: Not a directory"):
+        files.make_folders(mine / "c")
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".unfinished-abc").write_bytes(b"half")
     (tmp_path / "whole").write_bytes(b"whole")

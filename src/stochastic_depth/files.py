@@ -126,6 +126,20 @@ def make_folder(path: Path, inside: int = 1) -> None:
         pass
 
 
+def make_folders(path: Path) -> None:
+    """Create the folder `path`, and those above it, unless they are there.
+
+    Raises:
+        RunError: when it cannot be created, or something else is there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise RunError(f"{path} is a file, and no folder: choose another place") from error
+    except OSError as error:
+        raise RunError(f"{path} cannot be made: {reason(error)}") from error
+
+
 def remove_file(path: Path, inside: int = 1) -> None:
     """Delete a file, if it is there.
 

@@ -48,6 +48,11 @@ class Gate(NamedTuple):
         """Whether the branch runs and gradients pass through it."""
         return self.open and not self.detached
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the branch is added unchanged, as without a gate."""
+        return self.learns and self.factor is None and self.batch is None
+
     def forward_only(self) -> AbstractContextManager[Any]:
         """The context that the branch runs in: without a graph where it is detached."""
         return torch.no_grad() if self.detached else nullcontext()

@@ -62,8 +62,10 @@ def test_a_data_set_that_has_moved_is_found_by_its_content(tmp_path, capsys):
     arguments = ["train", "cifar10-resnet110", *SMALL, "--data.root", str(tmp_path / "here")]
     assert main([*arguments, "--run", run]) == 0
     (tmp_path / "here").rename(tmp_path / "there")
-    assert main(["eval", run]) == 1
-    assert "here" in capsys.readouterr().err
+    for command in (["eval", run], ["train", "--resume", run]):
+        assert main(command) == 1
+        assert "here, the data of" in (said := capsys.readouterr().err)
+        assert "give --data DIR" in said
     assert main(["eval", run, "--data", str(tmp_path / "there")]) == 0
     write_cifar("binary", tmp_path / "other", CIFAR10, *images(40, 10, 7), *images(10, 10, 8))
     for command in (["train", "--resume", run], ["eval", run]):

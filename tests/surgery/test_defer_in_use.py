@@ -276,3 +276,57 @@ def failures(tmp_path_factory):
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS["two"]])
 def test_on_two_ranks(check, failures):
     assert failures["two", check] == ""
+
+
+class Keeps(nn.Module):
+    """Keeps what its branch computes, as attention keeps its weights for a picture of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.last = nn.Linear(6, 6, dtype=torch.float64), None
+
+    def forward(self, x):
+        y = self.f(x)
+        self.last = y.detach()
+        return x + y.tanh()
+
+
+def keeping():
+    plain = nn.Sequential(Keeps(), Keeps())
+    model, x = copy.deepcopy(plain), torch.randn(5, 6, dtype=torch.float64)
+    handle = sd.apply(model, example=x)
+    assert {found.mechanism for found in applied_to(model).found} == {"deferred"}
+    return plain, model.train(), handle, x
+
+
+def test_what_a_closed_branch_keeps_is_that_of_its_pass():
+    plain, model, handle, x = keeping()
+    with handle.forced([False, False]):
+        assert torch.equal(model(x), x)
+    for block, original in zip(model, plain, strict=True):
+        original(x)
+        torch.testing.assert_close(2 * block.last, 2 * original.last)
+
+
+def test_what_a_closed_branch_keeps_is_not_computed_with_the_weights_of_a_later_step():
+    _, model, handle, x = keeping()
+    with handle.forced([False, False]):
+        model(x)
+    with torch.no_grad():
+        model[0].f.weight.mul_(2)  # as an optimizer does
+    with pytest.raises(sd.errors.GateError, match=r"Linear in a closed branch .* optimizer's"):
+        model[0].last.sum()
+    torch.testing.assert_close(2 * model[1].last, 2 * model[1].f(x))
+
+
+class Averages(Keeps):
+    def forward(self, x):
+        y = self.f(x)
+        self.last = y.detach() if self.last is None else 0.9 * self.last + 0.1 * y.detach()
+        return x + y.tanh()
+
+
+def test_a_running_mean_of_a_branch_needs_every_pass_and_is_refused():
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with pytest.raises(sd.errors.UnsupportedBlockError, match="uses its output for more"):
+        sd.apply(nn.Sequential(Averages(), Averages()), example=x)

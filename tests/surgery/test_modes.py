@@ -99,3 +99,87 @@ def test_units_of_their_own_keep_one_gate_in_both_modes():
     x = torch.randn(3, WIDTH)
     handle = sd.apply(Blocks(), sd.Uniform(0.5), example=x, granularity="unit")
     assert [block.name for block in handle.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+class Branching(nn.Module):
+    """A block whose forward method takes another way if there is a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+
+class InIf(Branching):
+    def forward(self, x, mask=None):
+        if mask is None:  # noqa: SIM108
+            x = x + self.f(x)
+        else:
+            x = x + self.f(x * mask)
+        return x
+
+
+class BeforeReturn(Branching):
+    def forward(self, x, mask=None):
+        if mask is not None:
+            return x + self.f(x * mask)
+        return x + self.f(x)
+
+
+class InExpression(Branching):
+    def forward(self, x, mask=None):
+        return x + self.f(x) if mask is None else x + self.f(x * mask)
+
+
+class Nested(Branching):
+    def forward(self, x, mask=None):
+        if x.ndim == 2:
+            if mask is None:
+                return self.f(x) + x
+            x = self.f(x * mask) + x
+        return x
+
+
+class Through(nn.Module):
+    """Blocks that take a mask."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x, mask=None):
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+@pytest.mark.parametrize("kind", [InIf, BeforeReturn, InExpression, Nested])
+@pytest.mark.parametrize("masked", [False, True])
+def test_another_way_through_a_block_than_on_the_example_is_warned_of(kind, masked):
+    model, x, mask = Through(kind), torch.randn(4, 6), torch.ones(6)
+    handle = sd.apply(model, example=(x, mask) if masked else x)
+    assert {found.mechanism for found in applied_to(model).found} == {"slice"}
+    as_shown, otherwise = ((x, mask), (x,)) if masked else ((x,), (x, mask))
+    with handle.forced([False] * 3):
+        assert torch.equal(model(*as_shown), x)
+        with pytest.warns(UserWarning, match=f"{kind.__name__}.forward, line .* not reached"):
+            assert not torch.equal(model(*otherwise), x)
+    with handle.forced([True] * 3):
+        model.train()(*otherwise)
+
+
+class Skips(Branching):
+    def forward(self, x, mask=None):
+        if mask is not None:
+            return x
+        if x.ndim == 3:
+            raise ValueError("two dimensions are needed")
+        return x + self.f(x)
+
+
+def test_a_way_that_runs_nothing_is_not_warned_of():
+    model, x = Through(Skips), torch.randn(4, 6)
+    handle = sd.apply(model, example=x)
+    with handle.forced([False] * 3):
+        assert torch.equal(model(x, torch.ones(6)), x)
+        with pytest.raises(ValueError, match="two dimensions"):
+            model(x[None])

@@ -10,7 +10,7 @@ import altair as alt
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.files import write_whole
+from stochastic_depth.files import make_folders, write_whole
 from stochastic_depth.gates import draw
 from stochastic_depth.lab.bench.workload import saved_for_backward
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, layered
@@ -51,8 +51,8 @@ def write_inspection(
     out: Path, name: str, model: nn.Module, example: Any, costs: Summary, repeats: int
 ) -> None:
     """Measure what drop rates save on a model with stochastic depth, and write its page."""
+    make_folders(out.parent)
     seconds, savings = measure_rates(model, example, costs, repeats)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, inspection_page(name, example, costs, seconds, savings).encode())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from stochastic_depth.files import write_whole
+from stochastic_depth.files import make_folders, write_whole
 from stochastic_depth.lab.active_blocks import active_blocks_figure, drop_rates_figure
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure
@@ -276,10 +276,10 @@ def watch_report(
 
 def _write(sources: Sources, out: Path, figures: Path | None, refresh: int | None) -> Report:
     made = report(sources)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(out.parent)
     write_whole(out, page(made, sources, refresh).encode())
     if figures is not None:
-        figures.mkdir(parents=True, exist_ok=True)
+        make_folders(figures)
         for section in made.sections:
             for figure in section.figures:
                 write_whole(figures / f"{figure.id}.csv", figure.csv().encode())

@@ -23,7 +23,7 @@ def refuse_applied(model: nn.Module) -> None:
         if is_installed(module) or (isinstance(module, Residual) and module.gates is not None):
             raise ApplyError(
                 f"block {name or type(model).__name__!r} has stochastic depth already: "
-                "sd.remove(model) first"
+                "sd.remove(model) first, or sd.remove of the model that shares this block"
             )
 
 

@@ -9,9 +9,13 @@ There the argument of the call is put under the gate.
 import ast
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
+
+import torch
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
@@ -161,6 +165,7 @@ def slice_method(
         UnsupportedBlockError: when the source is missing or has a form that cannot be edited.
     """
     tree = definition(function)
+    _tell_ways_around(tree, edits)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
     for number, edit in enumerate(edits):
         branch, shared, _ = _edit(tree, edit, f"_gate_{number}")
@@ -169,7 +174,80 @@ def slice_method(
     names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(edits))]
     drawn = call("_gates", ast.Name(module, ast.Load()))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
-    return compiled(function, tree, {"_gates": gates, "_samples": samples})
+    names_used = {"_gates": gates, "_samples": samples, "_passed_by": _passed_by}
+    return compiled(function, tree, names_used)
+
+
+def _passed_by(gate: Gate, addition: str) -> None:
+    """Warn that a method went another way than on the example, past an addition with this gate."""
+    if gate.is_plain or torch.compiler.is_compiling():
+        return
+    warnings.warn(
+        f"{addition}: this addition, by which a block was found, was not reached in this pass: the "
+        "model takes another path than on the example; give sd.apply an example that takes it. "
+        "What it runs instead is never skipped",
+        stacklevel=2,
+    )
+
+
+def _tell_ways_around(tree: ast.FunctionDef, edits: Sequence[Sliced]) -> None:
+    """Call `_passed_by` wherever a method calls something on a way that misses an addition."""
+
+    def has_addition(nodes: Sequence[ast.AST], among: Sequence[Sliced] = edits) -> bool:
+        inside = [node for part in nodes for node in ast.walk(part)]
+        return any(is_at(node, edit.place) for node in inside for edit in among)
+
+    def misses(nodes: Sequence[ast.AST]) -> bool:
+        calls = any(isinstance(node, ast.Call) for part in nodes for node in ast.walk(part))
+        fails = bool(nodes) and isinstance(nodes[-1], ast.Raise)
+        return calls and not fails and not has_addition(nodes)
+
+    tell: list[Callable[[], None]] = []
+    for number, edit in enumerate(edits):
+        if not isinstance(edit, Sum):
+            continue
+        passed_by = call("_passed_by", f"_gate_{number}", ast.Constant(str(edit)))
+        for block, start in _ways_around(tree.body, edit.place):
+            if misses(block[start:]):
+                before = block[start]
+                tell.append(partial(_insert, block, before, ast.Expr(passed_by)))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.IfExp):
+                for one, other in (("body", "orelse"), ("orelse", "body")):
+                    value = getattr(node, other)
+                    if has_addition([getattr(node, one)], [edit]) and misses([value]):
+                        told = ast.BoolOp(ast.Or(), [passed_by, value])
+                        tell.append(partial(setattr, node, other, told))
+    for each in tell:
+        each()
+    ast.fix_missing_locations(tree)
+
+
+def _insert(block: list[ast.stmt], before: ast.stmt, statement: ast.stmt) -> None:
+    block.insert(block.index(before), statement)
+
+
+def _ways_around(block: list[ast.stmt], place: Place) -> Iterator[tuple[list[ast.stmt], int]]:
+    """Where a method runs statements by which it does not come to `place`.
+
+    Yields:
+        A list of statements, and the index from which on it does not come there.
+    """
+    for index, statement in enumerate(block):
+        if any(is_at(node, place) for node in ast.walk(statement)):
+            for arm in (getattr(statement, "body", []), getattr(statement, "orelse", [])):
+                if any(is_at(node, place) for part in arm for node in ast.walk(part)):
+                    yield from _ways_around(arm, place)
+                    if isinstance(statement, ast.If) and isinstance(arm[-1], ast.Return):
+                        yield block, index + 1
+                elif isinstance(statement, ast.If):
+                    yield arm, 0
+            return
+        for node in ast.walk(statement):
+            if isinstance(node, ast.If):
+                for arm in (node.body, node.orelse):
+                    if any(isinstance(part, ast.Return) for part in arm):
+                        yield arm, 0
 
 
 def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from stochastic_depth.data import Batches, Share, batches
 from stochastic_depth.distributed.world import on_primary, rank, ranks
-from stochastic_depth.errors import CheckpointError, RunError
+from stochastic_depth.errors import CheckpointError, DataError, RunError
 from stochastic_depth.files import (
     SMALL,
     is_there,
@@ -284,6 +284,11 @@ def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
     config = run.config
     if data_root is not None:
         config = replace(config, data=replace(config.data, root=data_root))
+    elif config.data.root is not None and not Path(config.data.root).expanduser().exists():
+        raise DataError(
+            f"{config.data.root}, the data of {path}, is not there any more: give --data DIR "
+            "(data_root, in Python), where it is now"
+        )
     now = resolve_runtime(replace(config, device=run.runtime.device))
     if ranks() > 1 and run.runtime.engine == "graphs":
         run = replace(run, runtime=replace(now, precision=run.runtime.precision))

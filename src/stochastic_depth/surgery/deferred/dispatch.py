@@ -5,7 +5,8 @@ arrives at `__torch_function__`, which decides:
 
 - Questions for shapes, dtypes and devices are answered without computing anything.
 - The residual addition of the branch is made by `add` of `gates`: it is the sum, or the shortcut.
-- What needs the values of a tensor, such as `.item()` or an `if`, has them computed now.
+- What needs the values of a tensor, such as `.item()` or an `if`, has them computed now; so has
+  what is done with one after the forward pass has ended.
 - A change in place makes the placeholder stand for the changed tensor.
 - Any other call is deferred as well, or made now if all of its placeholders are computed. Either
   way the result is a placeholder again.
@@ -35,6 +36,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     placeholders,
     value,
     with_values,
+    without_ended,
 )
 from stochastic_depth.surgery.deferred.shapes import (
     SHAPES,
@@ -94,6 +96,9 @@ class _Dispatching(Placeholder):
         if name in SHAPES:
             return answer_from_shape(func, args, kwargs)
         found = placeholders((args, kwargs) if kwargs else args)
+        if any(p._node.tape.is_over for p in found):
+            args, kwargs = without_ended(args, kwargs)
+            return func(*args, **kwargs)
         additions = additions_of(found)
         if name in ADDITIONS and additions:
             args, kwargs = by_position(args, kwargs)

@@ -118,8 +118,9 @@ def deferring_forward(
         of_all: tuple[BlockGates, ...] = self.__dict__[gates]
         now = [of_all[number].now(self.training) for number in numbers]
         tape = tape_of_pass()
-        if (is_entry and tape is None) or not all(map(_is_plain, now)):
-            set_tape(tape or Tape())
+        if (is_entry and tape is None) or not all(gate.is_plain for gate in now):
+            mine = tape or Tape()
+            set_tape(mine)
             try:
                 with _Session(self, only, now) as session:
                     output = forward(self, *args, **kwargs)
@@ -128,14 +129,11 @@ def deferring_forward(
                 return resolved(output, everything=tape is None and is_entry)
             finally:
                 set_tape(tape)
+                if tape is None:
+                    mine.end()
         return forward(self, *args, **kwargs)
 
     return never_traced(deferring)
-
-
-def _is_plain(gate: Gate) -> bool:
-    """Whether a gate adds its branch unchanged."""
-    return gate.learns and gate.factor is None and gate.batch is None
 
 
 class _Session:
@@ -149,7 +147,7 @@ class _Session:
         self.additions = {
             n: GatedAddition(edit.block, dict(edit.sites), gate, edit.copies, owner)
             for n, (edit, gate) in enumerate(zip(edits, gates, strict=True))
-            if not _is_plain(gate)
+            if not gate.is_plain
         }
         self.before: list[tuple[_Switch, Any]] = []
 

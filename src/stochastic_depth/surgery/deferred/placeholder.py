@@ -70,6 +70,22 @@ class Tape:
         """Weak references, because a call whose result nobody holds any more need not be made."""
         self.in_place: list[Node] = []
         """The calls that change a tensor."""
+        self.is_over = False
+        """Whether the forward pass has ended; what is done with a result after that is not
+        deferred."""
+
+    def end(self) -> None:
+        """The forward pass has ended.
+
+        What a module has kept of a closed branch may be read later, as long as the weights are
+        those of this pass.
+        """
+        self.is_over = True
+        for reference in self.nodes:
+            node = reference()
+            if node is not None and not node.done and node.module is not None:
+                state = [*node.module.parameters(), *node.module.buffers()]
+                node.versions += [(t, changes_of(t)) for t in tensors_of(state)]
 
     def run(self) -> None:
         """Make all of the calls whose results may still be needed."""
@@ -162,8 +178,9 @@ class Node:
                 if changes_of(tensor) != version:
                     raise GateError(
                         f"{_name(self)} in a closed branch is needed outside of it, after a "
-                        f"tensor {list(tensor.shape)} that it reads was changed in place: exclude= "
-                        "leaves the block as it is"
+                        f"tensor {list(tensor.shape)} that it reads was changed in place, as an "
+                        "optimizer's step does: read before it what the branch has kept, or leave "
+                        "the block as it is, by exclude="
                     )
             args, kwargs = with_values(self.args, self.kwargs)
             with under(self.context):
@@ -237,6 +254,16 @@ def resolved(output: Any, everything: bool = True) -> Any:
         for leaf in leaves
     ]
     return tree_unflatten(new, structure)
+
+
+def without_ended(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """Arguments, with tensors in place of placeholders of forward passes that have ended."""
+
+    def real(leaf: Any) -> Any:
+        ended = isinstance(leaf, Placeholder) and leaf._node.tape.is_over
+        return value(leaf) if ended else leaf
+
+    return mapped(real, args), mapped(real, kwargs)
 
 
 def placeholders(values: Any) -> list[Placeholder]:
