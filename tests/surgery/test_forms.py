@@ -390,6 +390,12 @@ def weight():
     return torch.linspace(0.5, 2, 8)
 
 
+def written(x, y):
+    out = torch.zeros_like(x)
+    out[rows()[:, 0]] = y[:2]
+    return x + out
+
+
 OTHER = {
     "x - f(x)": (lambda x, y: x - y, r"x + -f(x)", lambda x, y: x + -y),
     "sub": (lambda x, y: torch.sub(x, y, alpha=2), r"x + -f(x)", lambda x, y: x + -2 * y),
@@ -418,6 +424,11 @@ OTHER = {
         lambda x, y: x.scatter_add(0, rows(), y),
         "x + torch.zeros_like(x).scatter_add(dim, index, f(x))",
         lambda x, y: x + torch.zeros_like(x).scatter_add(0, rows(), y),
+    ),
+    "by index": (
+        written,
+        "x + torch.zeros_like(x).index_put((i,), f(x[i]))",
+        lambda x, y: x + torch.zeros_like(x).index_put((rows()[:, 0],), y[:2]),
     ),
 }
 

@@ -171,7 +171,7 @@ class _Search:
             located = self._located(left, right, part, True, total, frame)
             if not self._completes_coupling(located):
                 self.couplings[total] = located, self.rejections.described(frame, COUPLING)
-        else:
+        elif not self.rejections.written(left, right, frame):
             self.rejections.reject(frame, [left, right], reason or REPEATED)
 
     def _located(

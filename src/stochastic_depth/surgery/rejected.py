@@ -22,6 +22,10 @@ SHORTCUT_BROADCAST = (
 BRANCH_BROADCAST = (
     "its branch is broadcast to the shape of its shortcut: write it as x + f(x).expand_as(x)"
 )
+WRITTEN = (
+    "its branch is written into a tensor by index (y[i] = f(x[i])): write it as "
+    "x + torch.zeros_like(x).index_put((i,), f(x[i])), or by torch.cat or F.pad"
+)
 SCALED = (
     "its shortcut is the operand that the addition multiplies (alpha of torch.add, a factor of "
     "torch.addcmul): write it as alpha * x + f(x)"
@@ -125,6 +129,16 @@ class Rejections:
                     self.reject(frame, [shortcut, added], OTHER_FORMS[name])
             elif self._is_branch(added, shortcut):
                 self.add(self.described(frame, OTHER_FORMS[name]))
+
+    def written(self, left: int, right: int, frame: FrameType) -> bool:
+        """Record an addition of a tensor that a branch was written into; returns whether it is
+        one."""
+        for shortcut, added in ((left, right), (right, left)):
+            written = self.recording.written.get(added, ())
+            if any(self._is_branch(number, shortcut) for number in written):
+                self.add(self.described(frame, WRITTEN))
+                return True
+        return False
 
     def other_shape(
         self, left: int, right: int, total: int, repeated: set[int], frame: FrameType

@@ -128,6 +128,8 @@ class Recording:
         self.serial = itertools.count()
         self.may_overwrite = any(getattr(module, "inplace", False) for module in model.modules())
         """Whether any module works in place, perhaps in training mode only."""
+        self.written: dict[int, list[int]] = {}
+        """For each value that was written into by index (`y[i] = f`): the values written."""
         self._changes: dict[int, list[Change]] = {}
         """For each tensor that was changed in place, by its `id`: the changes, in order."""
         self._number: dict[int, int] = {}
@@ -287,6 +289,8 @@ class _Functions(TorchFunctionMode):
                 self.recording.overwrites(tensor, getattr(func, "__name__", "a function"))
         flops = 0 if self.counter is None else self.counter.total - before
         name = getattr(func, "__name__", "")
+        if name == "__setitem__" and operands[0] is not None:
+            self.recording.written.setdefault(operands[0], []).extend(parents)
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins
             self.recording.alias(out, args[0])
             self.on_function(func, operands, out, False)
