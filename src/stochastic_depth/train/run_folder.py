@@ -86,7 +86,7 @@ class Run:
         if fingerprint != self.fingerprint:
             raise RunError(
                 f"{self.path} began on data with fingerprint {self.fingerprint[:12]}, this data "
-                f"has {fingerprint[:12]}: give the data it began on"
+                f"has {fingerprint[:12]}: give the data it began on, or begin another run"
             )
 
     @contextmanager
