@@ -51,7 +51,9 @@ def test_a_step_takes_its_data_too_and_goes_on_into_the_next_epoch(generated):
     steps = data_and_steps({"step": CONFIG}, generated, CPU)
     assert steps.keys() == {ORDER, DATA, "step"}
     rounds = list(take_turns(steps, 2 * generated.steps_per_epoch + 1, warmup=1))
-    assert all(0 < share < 1 for share in data_shares(rounds, 3)["step"].seconds)
+    shares = data_shares(rounds, 3)["step"]
+    assert min(shares.seconds) > 0
+    assert shares.median < 1  # a single round may have lost its core to another program
 
 
 def test_the_order_counts_by_its_part():
