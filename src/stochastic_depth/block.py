@@ -116,36 +116,6 @@ class _BranchState:
         return self._numbers == list(map(id, chain.from_iterable(self._views)))
 
 
-class Places:
-    """The modules that a model holds under some names when this is created.
-
-    Attributes:
-        modules: the modules, by name, without the names under which there is nothing.
-    """
-
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self.modules: dict[str, nn.Module] = {}
-        held: dict[tuple[int, str], tuple[dict[str, Any], nn.Module]] = {}
-        for name in names:
-            module: Any = model
-            for part in name.split(".") if name else ():
-                parent, module = module, getattr(module, part, None)
-                if not isinstance(module, nn.Module):
-                    break
-                if part in parent._modules:  # a wrapper may pass on the names of what it wraps
-                    held[id(parent), part] = parent._modules, module
-            else:
-                self.modules[name] = module
-        self._held = [(modules, part, module) for (_, part), (modules, module) in held.items()]
-
-    def is_current(self) -> bool:
-        """Whether the model still holds the very same modules under these names.
-
-        It costs about 0.1 us for each module.
-        """
-        return all(modules.get(part) is module for modules, part, module in self._held)
-
-
 def owned_parameters(
     model: nn.Module, names: Iterable[str], there: Mapping[str, int]
 ) -> tuple[Owned, ...]:

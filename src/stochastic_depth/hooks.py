@@ -4,7 +4,6 @@ A gate belongs to the forward pass that it was drawn for. When that pass is over
 force. When its backward pass recomputes a block, the block gets the gate of that forward pass.
 """
 
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Places, set_training_gates
+from stochastic_depth.block import set_training_gates
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
+from stochastic_depth.places import ReadingModules
 from stochastic_depth.tensors import in_graph, replace_tensors, tensors_in
 from stochastic_depth.torch_private import (
     at_end_of_backward,
@@ -54,8 +54,7 @@ class ForwardHooks:
 
     def __init__(self, model: nn.Module, handle: Handle) -> None:
         self.handle, self.blocks = handle, handle.blocks
-        self._places: Places | None = self._places_in(model)
-        """Where the modules are that read gates; None in a copy, until its first forward pass."""
+        self._reading = ReadingModules(model, handle.blocks)
         handle.forward_pass = self.forward_pass
         for number, block in enumerate(self.blocks):
             for addition in block.gates:
@@ -73,8 +72,7 @@ class ForwardHooks:
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw gates, unless this is evaluation or a recomputation."""
         self._stack.append(None)
-        if self._places is None or not self._places.is_current():
-            self._warn_of_replaced(model)
+        self._reading.warn_of_replaced(model)
         if not (model.training or any(block.is_training for block in self.blocks)):
             return
         if is_replica(model):
@@ -121,35 +119,6 @@ class ForwardHooks:
             yield
         finally:
             self._end(None)
-
-    def _places_in(self, model: nn.Module) -> Places:
-        reading = {module for block in self.blocks for module in block.asking}
-        return Places(model, [name for name, each in model.named_modules() if each in reading])
-
-    def _warn_of_replaced(self, model: nn.Module) -> None:
-        """Warn if another module stands in the place of one that reads gates.
-
-        What holds the module still, such as a wrapper, does not replace it. Modules that were moved
-        or taken off are not replaced either.
-        """
-        before, self._places = self._places, self._places_in(model)
-        if before is None:
-            return
-        there, now = set(self._places.modules.values()), Places(model, before.modules).modules
-        replaced = [
-            name
-            for name, module in before.modules.items()
-            if module not in there and name in now and there.isdisjoint(now[name].modules())
-        ]
-        if replaced:
-            first, *others = replaced
-            more = f" and {len(others)} more" if others else ""
-            warnings.warn(
-                f"{first!r}{more}: replaced after sd.apply (by {type(now[first]).__name__}). What "
-                "stands there now is never skipped, though the handle counts it: sd.remove(model) "
-                "and sd.apply again, or replace modules before sd.apply",
-                stacklevel=4,
-            )
 
     def _refuse_threads(self) -> None:
         """Raise `GateError` when another thread is in a forward pass."""
@@ -220,7 +189,6 @@ class ForwardHooks:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has no running passes
         nothing: dict[str, Any] = {"_stack": [], "_passes": [], "_in_backward": {}}
-        nothing["_places"] = None
         return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import nn
 
-from stochastic_depth.block import Places
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
+from stochastic_depth.places import Places
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.branches import Event
 from stochastic_depth.surgery.edits import Argument, Deferred, Edit, Opaque, Registered, Sum

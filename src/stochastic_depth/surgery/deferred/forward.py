@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stochastic_depth.block import Places
 from stochastic_depth.errors import AdditionNotReachedError, GateError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.hooks import never_traced
+from stochastic_depth.places import Places
 from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
 from stochastic_depth.surgery.deferred.gates import chosen, no_graph
 from stochastic_depth.surgery.deferred.placeholder import (
