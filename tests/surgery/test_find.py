@@ -254,3 +254,32 @@ def test_a_layer_that_is_applied_again_to_what_it_gave_has_a_gate_each_time() ->
             for is_open, layer in zip(pattern, [*model.layers, *model.layers], strict=True):
                 expected = layer(expected) if is_open else expected
             torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+
+
+class KeepsItsBranch(nn.Module):
+    """A block that is deferred, because it keeps what its branch computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.last = nn.Linear(6, 6), None
+
+    def forward(self, x):
+        self.last = (y := self.f(x)).detach()
+        return x + y.tanh()
+
+
+class AppliedAgain(nn.Module):
+    def __init__(self, times) -> None:
+        super().__init__()
+        self.times = times
+        self.layers = nn.ModuleList([KeepsItsBranch(), KeepsItsBranch()])
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.layers[0](x)
+        return self.layers[1](x)
+
+
+@pytest.mark.timeout(60)
+def test_a_layer_that_is_applied_many_times_is_a_block_each_time_and_soon_found():
+    assert len(sd.plan(AppliedAgain(60), torch.randn(4, 6)).blocks) == 61

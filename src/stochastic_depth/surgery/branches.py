@@ -115,6 +115,7 @@ class Analysis:
         self.totals: set[int] = set()
         """The results of all residual additions for which `place` was called."""
         self._inside: dict[Event, set[int]] = {}
+        self._turn_of: dict[Call, int] = {}
         self.alive: set[int] = set()
         """The values that the outputs are computed from."""
         for output in outputs:
@@ -165,12 +166,16 @@ class Analysis:
 
     def turn(self, call: Call) -> int:
         """As `turns`, for a call of a module: how many of its calls must be made before."""
-        before = [other for other in self.calls_of(call.name) if other.ended <= call.began]
-        reached = (
-            {n for given in call.inputs for n in self.recording.reach(given)} if before else set()
-        )
-        needed = [c for c in before if not reached.isdisjoint(range(c.began, c.ended))]
-        return max((self.turn(other) + 1 for other in needed), default=0)
+        known = self._turn_of.get(call)
+        if known is None:
+            before = [other for other in self.calls_of(call.name) if other.ended <= call.began]
+            reached: set[int] = set()
+            for given in call.inputs if before else ():
+                reached |= self.recording.reach(given)
+            needed = [c for c in before if not reached.isdisjoint(range(c.began, c.ended))]
+            known = max((self.turn(other) + 1 for other in needed), default=0)
+            self._turn_of[call] = known
+        return known
 
     def exclusive(self, branch: set[int], totals: set[int]) -> set[int]:
         """The values of `branch` that are needed only to compute the sums `totals`."""
