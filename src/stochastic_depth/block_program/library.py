@@ -21,10 +21,12 @@ from stochastic_depth.block_program.kernels import Layer, Linear
 from stochastic_depth.errors import EngineError
 
 SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
-FLAGS = ("-O3", "-march=native", "-mtune=generic", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+FLAGS = ("-O3", "-march=native", "-mtune=generic", "-pthread", "-shared", "-fPIC", "-std=c++17")
 WITHOUT_TILES = ("-mno-amx-bf16", "-mno-avx512bf16")
 """Where the system does not let a process use tiles. Processors that have them take twice as long
 for the other product of bfloat16, of vectors, as for that of float32."""
+MOST_THREADS = 64
+"""That of `threads.h`."""
 DEFINED = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 """Types in which images are stored, by their names in the C++ source."""
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.block_program.kernels import Kernels, Layer, Linear
-from stochastic_depth.block_program.library import CInput, CLayer, c_layer, c_linear, library
+from stochastic_depth.block_program.library import (
+    MOST_THREADS,
+    CInput,
+    CLayer,
+    c_layer,
+    c_linear,
+    library,
+)
 from stochastic_depth.block_program.memory import Buffers
 
 
@@ -145,7 +152,7 @@ class NativeKernels(Kernels):
             len(x),
             x.shape[2] * x.shape[3],
             x.shape[1],
-            torch.get_num_threads(),
+            _threads(),
         )
         return loss
 
@@ -159,16 +166,14 @@ class NativeKernels(Kernels):
         if not _are_pooled(x, out, self._dtype):
             super().pool_and_pad(self.written(x), out)
             return
-        self._library.pool(
-            self.written(x).data_ptr(), out.data_ptr(), *_pooled(x, out), torch.get_num_threads()
-        )
+        self._library.pool(self.written(x).data_ptr(), out.data_ptr(), *_pooled(x, out), _threads())
 
     def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
         if not _are_pooled(of_x, gradient, self._dtype):
             super().pool_and_pad_backward(gradient, of_x)
             return
         self._library.pool_backward(
-            gradient.data_ptr(), of_x.data_ptr(), *_pooled(of_x, gradient), torch.get_num_threads()
+            gradient.data_ptr(), of_x.data_ptr(), *_pooled(of_x, gradient), _threads()
         )
 
     def _convolve_strided(self, x: Tensor, layer: Layer) -> Tensor:
@@ -259,11 +264,15 @@ class NativeKernels(Kernels):
     def _geometry(self, x: Tensor) -> tuple[int, int, int, int]:
         """Arguments of a shape: images, side, channels, threads."""
         n, channels, side, _ = x.shape
-        return n, side, channels, torch.get_num_threads()
+        return n, side, channels, _threads()
 
     def _rows(self, x: Tensor) -> tuple[int, int, int]:
         """Arguments of a shape by rows: number of pixels, channels, threads."""
-        return x.numel() // x.shape[1], x.shape[1], torch.get_num_threads()
+        return x.numel() // x.shape[1], x.shape[1], _threads()
+
+
+def _threads() -> int:
+    return min(torch.get_num_threads(), MOST_THREADS)
 
 
 def _widened(layer: Layer) -> Layer:

@@ -78,42 +78,38 @@ void convolve(const Source& source, Scratch<factor> taps, stored* out, double* s
               const Shape& shape) {
   const int side = shape.side, width = side + 2;
   Totals totals(Out, shape.threads);
-#pragma omp parallel num_threads(shape.threads)
-  {
+  in_parts(shape.n, shape.threads, [&](int part, int begin, int end) {
     Convolution<In, Out> convolve_image(side);
     Scratch<factor> padded(frame<In>(side));
-#pragma omp for schedule(static)
-    for (int i = 0; i < shape.n; i++) {
+    for (int i = begin; i < end; i++) {
       const size_t first = i * shape.pixels(), next = shape.after(i);
       for (int y = 0; y < side; y++)
         pad_row<In>(source, first + y * side, &padded[(y + 1) * width * In], side);
       Moments<Out> of_image;
       convolve_image(padded.data(), taps.data(), nullptr, out + first * Out, of_image,
                      [&](size_t at, size_t count) { source.fetch(next + at, count); });
-      of_image.end(shape.pixels(), totals.first(), totals.second());
+      of_image.end(shape.pixels(), totals.first(part), totals.second(part));
     }
-  }
-  totals.over_threads(sums);
+  });
+  totals.over_parts(sums);
 }
 
 // The gradient of the weight, [Out][9][inputs], from the gradient of the result.
-// Each thread calls `also()`, which returns a function; it calls this with every image i of its own, and
-// with the gradient of the result of this image in a frame of zeros.
+// For each part of the images `also(part)` returns a function, which is called with every image i of the
+// part, and with the gradient of the result of this image in a frame of zeros.
 template <int In, int Out, class Input, class Result, class Also>
 void weigh(const Input& input, const Result& gradient, float* of_weight, int inputs,
            const Shape& shape, const Also& also) {
   const int side = shape.side, width = side + 2;
   std::vector<Scratch<float>> of_weights(shape.threads);
-#pragma omp parallel num_threads(shape.threads)
-  {
+  in_parts(shape.n, shape.threads, [&](int part, int begin, int end) {
     WeightGradient<In, Out> weight_gradient(side);
-    auto also_with = also();
+    auto also_with = also(part);
     Scratch<factor> padded(frame<Out>(side));
     Scratch<factor> apart(PER_LANE == 1 ? 0 : (width * width + PIXELS_PER_STEP) * Out);
     factor* pairs = PER_LANE == 1 ? &padded[Out] : apart.data();
-    Scratch<float>& mine = of_weights[omp_get_thread_num()] = Scratch<float>(9 * In * Out);
-#pragma omp for schedule(static)
-    for (int i = 0; i < shape.n; i++) {
+    Scratch<float>& mine = of_weights[part] = Scratch<float>(9 * In * Out);
+    for (int i = begin; i < end; i++) {
       const size_t first = i * shape.pixels();
       for (int y = 0; y < side; y++) {
         const int at = (y + 1) * width * Out;
@@ -122,15 +118,15 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
       weight_gradient.add(input, first, pairs, mine.data());
       also_with(i, padded.data());
     }
-#pragma omp for schedule(static)
-    for (int out = 0; out < Out; out++)
+  });
+  in_parts(Out, shape.threads, [&](int, int begin, int end) {
+    for (int out = begin; out < end; out++)
       for (int tap = 0; tap < 9; tap++)
         for (int in = 0; in < inputs; in++) {
           float& total = of_weight[(out * 9 + tap) * inputs + in] = 0;
-          for (int t = 0; t < omp_get_num_threads(); t++)
-            total += of_weights[t][(tap * In + in) * Out + out];
+          for (Scratch<float>& of_part : of_weights) total += of_part[(tap * In + in) * Out + out];
         }
-  }
+  });
 }
 
 // Both gradients of a convolution of `input`. `added` is added to of_input, if it is not null.
@@ -141,8 +137,8 @@ void convolve_backward(const Input& input, const Result& gradient, const stored*
                        const SumsOf& sums_of, double* sums, const Shape& shape) {
   Scratch<factor> taps = packed_transposed<C>(weight);
   Totals totals(C, shape.threads);
-  weigh<C, C>(input, gradient, of_weight, C, shape, [&] {
-    return [&, convolve_image = Convolution<C, C>(shape.side)](int i, const factor* padded) mutable {
+  weigh<C, C>(input, gradient, of_weight, C, shape, [&](int part) {
+    return [&, part, convolve_image = Convolution<C, C>(shape.side)](int i, const factor* padded) mutable {
       const size_t first = i * shape.pixels(), next = shape.after(i);
       auto of_image = sums_of(first);
       convolve_image(padded, taps.data(), added ? added + first * C : nullptr,
@@ -152,8 +148,8 @@ void convolve_backward(const Input& input, const Result& gradient, const stored*
                        of_image.fetch(next - first + at, count);
                        if (added) prefetch(added + (next + at) * C, count * C);
                      });
-      of_image.end(shape.pixels(), totals.first(), totals.second());
+      of_image.end(shape.pixels(), totals.first(part), totals.second(part));
     };
   });
-  totals.over_threads(sums);
+  totals.over_parts(sums);
 }

@@ -103,7 +103,7 @@ void convolve_pictures_backward(const stored* images, const Layer* layer, const 
   const Coefficients by = normalise_backward(layer->norm, sums, shape.rows(), 16);
   const Pictures pictures{images, channels};
   const Normalised<16> of_y{gradient, y, by};
-  weigh<FEW, 16>(pictures, of_y, layer->of_weight, channels, shape, [&] {
+  weigh<FEW, 16>(pictures, of_y, layer->of_weight, channels, shape, [&](int) {
     return [&](int i, const factor*) {
       pictures.fetch(shape.after(i), shape.pixels());
       of_y.fetch(shape.after(i), shape.pixels());

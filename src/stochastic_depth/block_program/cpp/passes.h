@@ -8,56 +8,54 @@
 
 constexpr int AHEAD = 2048;  // elements by which a pass over images prefetches
 
-// Calls work(start, end) for the rows of this thread, a stretch at a time.
+// Calls work(part, first, end) for the rows of all parts, a stretch at a time.
 template <class Work>
-void in_stretches(long rows, const Work& work) {
+void in_stretches(long rows, int threads, const Work& work) {
   constexpr long STRETCH = 1024;
-  const long threads = omp_get_num_threads(), me = omp_get_thread_num();
-  const long end = rows * (me + 1) / threads;
-  for (long start = rows * me / threads; start < end; start += STRETCH)
-    work(start, std::min(start + STRETCH, end));
+  in_parts(rows, threads, [&](int part, long first, long end) {
+    for (; first < end; first += STRETCH) work(part, first, std::min(first + STRETCH, end));
+  });
 }
 
 // Sums of y, [rows, channels].
 inline void sum_moments(const stored* y, double* sums, long rows, int channels, int threads) {
   Totals totals(channels, threads);
-#pragma omp parallel num_threads(threads)
-  in_stretches(rows, [&](long start, long end) {
+  in_stretches(rows, threads, [&](int part, long start, long end) {
     for (int c = 0; c < channels; c += LANES) {
       Moments<LANES> moments;
       for (long row = start; row < end; row++) {
         const Floats v[1] = {load(y + row * channels + c)};
         moments.add(row - start, 0, v);
       }
-      moments.end(end - start, totals.first() + c, totals.second() + c);
+      moments.end(end - start, totals.first(part) + c, totals.second(part) + c);
     }
   });
-  totals.over_threads(sums);
+  totals.over_parts(sums);
 }
 
 // x = ReLU(y * scale + shift + shortcut); the shortcut may be null.
 inline void activate(const stored* y, const Norm& norm, const stored* shortcut, stored* x,
                      long rows, int channels, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (long row = 0; row < rows; row++)
-    for (int c = 0; c < channels; c += LANES) {
-      const size_t at = row * channels + c;
-      prefetch(y + at + AHEAD, 1);
-      Floats sum = load(y + at) * load(norm.scale + c) + load(norm.shift + c);
-      if (shortcut) {
-        prefetch(shortcut + at + AHEAD, 1);
-        sum += load(shortcut + at);
+  in_parts(rows, threads, [&](int, long first, long end) {
+    for (long row = first; row < end; row++)
+      for (int c = 0; c < channels; c += LANES) {
+        const size_t at = row * channels + c;
+        prefetch(y + at + AHEAD, 1);
+        Floats sum = load(y + at) * load(norm.scale + c) + load(norm.shift + c);
+        if (shortcut) {
+          prefetch(shortcut + at + AHEAD, 1);
+          sum += load(shortcut + at);
+        }
+        store(x + at, relu(sum));
       }
-      store(x + at, relu(sum));
-    }
+  });
 }
 
 // Turns the gradient of x, in place, into that of its ReLU's input, and sums it.
 inline void activate_backward(stored* gradient, const stored* x, const stored* y, const Norm& norm,
                               double* sums, long rows, int channels, int threads) {
   Totals totals(channels, threads);
-#pragma omp parallel num_threads(threads)
-  in_stretches(rows, [&](long start, long end) {
+  in_stretches(rows, threads, [&](int part, long start, long end) {
     for (int c = 0; c < channels; c += LANES) {
       const Floats m = load(norm.mean + c);
       Floats sum{}, product{};
@@ -70,24 +68,25 @@ inline void activate_backward(stored* gradient, const stored* x, const stored* y
         product += d * (load(y + at) - m);
       }
       for (int k = 0; k < LANES; k++) {
-        totals.first()[c + k] += sum[k];
-        totals.second()[c + k] += product[k];
+        totals.first(part)[c + k] += sum[k];
+        totals.second(part)[c + k] += product[k];
       }
     }
   });
-  totals.over_threads(sums);
+  totals.over_parts(sums);
 }
 
 // The gradient of y from that of BN(y).
 inline void spread(const stored* gradient, const stored* y, const Coefficients& by, stored* of_y,
                    long rows, int channels, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (long row = 0; row < rows; row++)
-    for (int c = 0; c < channels; c += LANES) {
-      const size_t at = row * channels + c;
-      const Floats d = load(y + at) * load(by.by_y + c) + load(by.constant + c);
-      store(of_y + at, load(gradient + at) * load(by.by_gradient + c) + d);
-    }
+  in_parts(rows, threads, [&](int, long first, long end) {
+    for (long row = first; row < end; row++)
+      for (int c = 0; c < channels; c += LANES) {
+        const size_t at = row * channels + c;
+        const Floats d = load(y + at) * load(by.by_y + c) + load(by.constant + c);
+        store(of_y + at, load(gradient + at) * load(by.by_gradient + c) + d);
+      }
+  });
 }
 
 // Means over 2x2 of x, [2 rows, 2 columns, channels] with the rows of all images, and zeros in the
@@ -95,35 +94,37 @@ inline void spread(const stored* gradient, const stored* y, const Coefficients& 
 inline void pool_and_pad(const stored* x, stored* out, int rows, int columns, int channels,
                          int out_channels, int threads) {
   const size_t width = 2 * (size_t)columns * channels;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int row = 0; row < rows; row++)
-    for (int column = 0; column < columns; column++) {
-      const stored* from = x + 2 * row * width + 2 * column * channels;
-      stored* to = out + ((size_t)row * columns + column) * out_channels;
-      for (int c = 0; c < channels; c += LANES) {
-        const Floats above = load(from + c) + load(from + c + channels);
-        const Floats below = load(from + c + width) + load(from + c + channels + width);
-        store(to + c, (above + below) * 0.25f);
+  in_parts(rows, threads, [&](int, int first, int end) {
+    for (int row = first; row < end; row++)
+      for (int column = 0; column < columns; column++) {
+        const stored* from = x + 2 * row * width + 2 * column * channels;
+        stored* to = out + ((size_t)row * columns + column) * out_channels;
+        for (int c = 0; c < channels; c += LANES) {
+          const Floats above = load(from + c) + load(from + c + channels);
+          const Floats below = load(from + c + width) + load(from + c + channels + width);
+          store(to + c, (above + below) * 0.25f);
+        }
+        for (int c = channels; c < out_channels; c += LANES) store(to + c, Floats{});
       }
-      for (int c = channels; c < out_channels; c += LANES) store(to + c, Floats{});
-    }
+  });
 }
 
 // The gradient of x from that of out.
 inline void pool_and_pad_backward(const stored* gradient, stored* of_x, int rows, int columns,
                                   int channels, int out_channels, int threads) {
   const size_t width = 2 * (size_t)columns * channels;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int row = 0; row < rows; row++)
-    for (int column = 0; column < columns; column++) {
-      const stored* from = gradient + ((size_t)row * columns + column) * out_channels;
-      stored* to = of_x + 2 * row * width + 2 * column * channels;
-      for (int c = 0; c < channels; c += LANES) {
-        const Floats each = load(from + c) * 0.25f;
-        for (size_t at : {(size_t)0, (size_t)channels, width, width + channels})
-          store(to + at + c, each);
+  in_parts(rows, threads, [&](int, int first, int end) {
+    for (int row = first; row < end; row++)
+      for (int column = 0; column < columns; column++) {
+        const stored* from = gradient + ((size_t)row * columns + column) * out_channels;
+        stored* to = of_x + 2 * row * width + 2 * column * channels;
+        for (int c = 0; c < channels; c += LANES) {
+          const Floats each = load(from + c) * 0.25f;
+          for (size_t at : {(size_t)0, (size_t)channels, width, width + channels})
+            store(to + at + c, each);
+        }
       }
-    }
+  });
 }
 
 // ---------------------------------------------------------------------------- the end of a network
@@ -137,7 +138,7 @@ struct Linear {
   int classes;
 };
 
-// Of one thread's images.
+// Of the images of one part.
 struct Classified {
   double loss = 0;
   std::vector<float> of_weight, of_bias;
@@ -180,14 +181,12 @@ inline void classify_images(const stored* x, const Linear& layer, const int64_t*
                             int threads) {
   std::vector<Classified> totals(threads);
   const float share = 1.0f / pixels;
-#pragma omp parallel num_threads(threads)
-  {
-    Classified& mine = totals[omp_get_thread_num()];
+  in_parts(n, threads, [&](int part, int begin, int end) {
+    Classified& mine = totals[part];
     mine.of_weight.resize((size_t)layer.classes * channels);
     mine.of_bias.resize(layer.classes);
     std::vector<float> mean(channels), scores(layer.classes);
-#pragma omp for schedule(static)
-    for (int i = 0; i < n; i++) {
+    for (int i = begin; i < end; i++) {
       const size_t first = (size_t)i * pixels * channels;
       for (int c = 0; c < channels; c += LANES) {
         Floats sum{};
@@ -200,7 +199,7 @@ inline void classify_images(const stored* x, const Linear& layer, const int64_t*
         for (int at = 0; at < pixels; at++) store(gradient + first + at * channels + c, each);
       }
     }
-  }
+  });
   double sum = 0;
   std::fill_n(layer.of_weight, (size_t)layer.classes * channels, 0.0f);
   std::fill_n(layer.of_bias, layer.classes, 0.0f);

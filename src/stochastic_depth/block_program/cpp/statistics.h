@@ -3,10 +3,9 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <cmath>
 
+#include "threads.h"
 #include "vectors.h"
 
 // The tensors of a normalisation, each [channels]: BN(y) * factor is y * scale + shift.
@@ -55,24 +54,24 @@ inline Coefficients normalise_backward(const Norm& norm, const double* sums, lon
   return result;
 }
 
-// The sums of each thread, [threads][2][channels], and in the end those of all, [2][channels].
+// The sums of each part, [parts][2][channels], and in the end those of all, [2][channels].
 class Totals {
  public:
-  Totals(int channels, int threads)
-      : channels_(channels), threads_(threads), totals_((size_t)threads * 2 * channels) {}
+  Totals(int channels, int parts)
+      : channels_(channels), parts_(parts), totals_((size_t)parts * 2 * channels) {}
 
-  double* first() { return &totals_[(size_t)omp_get_thread_num() * 2 * channels_]; }
-  double* second() { return first() + channels_; }
+  double* first(int part) { return &totals_[(size_t)part * 2 * channels_]; }
+  double* second(int part) { return first(part) + channels_; }
 
-  void over_threads(double* result) const {
+  void over_parts(double* result) const {
     for (int at = 0; at < 2 * channels_; at++) {
       result[at] = 0;
-      for (int t = 0; t < threads_; t++) result[at] += totals_[(size_t)t * 2 * channels_ + at];
+      for (int part = 0; part < parts_; part++) result[at] += totals_[(size_t)part * 2 * channels_ + at];
     }
   }
 
  private:
-  const int channels_, threads_;
+  const int channels_, parts_;
   std::vector<double> totals_;
 };
 
