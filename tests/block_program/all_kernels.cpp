@@ -41,8 +41,9 @@ static void say(const char* name, const std::vector<T>& result) {
 
 int main() {
   if (!permitted()) return 1;
-  for (int C : {16, 32, 64}) {
-    const int side = C == 16 ? 16 : 8, n = 2, threads = 2;
+  for (int size : {0, 1, 2, 3, 4, 5}) {
+    const int C = 16 << size / 2, side = size % 2 ? 128 / C : C == 16 ? 16 : 8;  // and narrow
+    const int n = 5, threads = 2;
     const size_t count = (size_t)n * side * side * C;
     auto y = values<stored>(count, 0), shortcut = values<stored>(count, 0);
     auto gradient = values<stored>(count, 0), x = values<stored>(count, 0), out = x, of_x = x;
@@ -79,7 +80,7 @@ int main() {
     say("between", out);
     std::vector<float> of_linear(11 * C), linear = values<float>(11 * C, 0);
     const Linear last{&linear[0], &linear[10 * C], &of_linear[0], &of_linear[10 * C], 10};
-    const int64_t labels[] = {3, 7};
+    const int64_t labels[] = {3, 7, 0, 9, 1};
     float loss;
     classify(x.data(), &last, labels, &loss, out.data(), n, side * side, C, threads);
     of_linear[10 * C + 10] = loss;

@@ -54,7 +54,11 @@ def form(request):
 
 
 @pytest.mark.parametrize(
-    ("n", "channels", "side"), [(3, 16, 32), (2, 32, 16), (4, 32, 24), (3, 64, 8)]
+    ("n", "channels", "side"),
+    [
+        *((3, 16, 32), (2, 32, 16), (4, 32, 24), (3, 64, 8)),
+        *((5, 16, 8), (5, 32, 4), (9, 64, 2)),  # narrow
+    ],
 )
 def test_a_branch(form, n, channels, side):
     kernels.check_a_branch(n, channels, side, 1.25, 2)
@@ -93,7 +97,7 @@ def test_processors_that_are_not_here_get_their_instruction(instruction, tmp_pat
     if "unrecognized" in outcome.stderr or "bad value" in outcome.stderr:
         pytest.skip(f"this {compiler} does not know {processor}")
     assert outcome.returncode == 0, outcome.stderr
-    assert made.read_text().count(instruction) > 50
+    assert made.read_text().count(instruction) > 30
 
 
 @pytest.mark.parametrize("flags", [(), ("-DFLOAT32",), ("-march=armv8.6-a",)], ids=str)
@@ -120,7 +124,7 @@ def test_on_arm_the_kernels_give_what_they_give_here(flags, tmp_path):
         outcomes[name] = [
             torch.tensor([*map(float, line.split()[1:])]) for line in said.stdout.splitlines()
         ]
-    assert len(outcomes["here"]) == 6 * 3 + 5
+    assert len(outcomes["here"]) == 6 * 6 + 2 * 5
     for mine, theirs in zip(outcomes["arm"], outcomes["here"], strict=True):
         assert mine.numel() > 0
         assert theirs.isfinite().all()

@@ -27,7 +27,10 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(missing() is not None, reason=f"needs native kernels: {missing()}"),
 ]
-SHAPES = [(4, 16, 32), (5, 16, 16), (5, 32, 16), (9, 64, 8), (2, 64, 16)]
+SHAPES = [
+    *((4, 16, 32), (5, 16, 16), (5, 32, 16), (9, 64, 8), (2, 64, 16)),
+    *((5, 16, 8), (3, 16, 24), (7, 32, 4), (3, 32, 12), (9, 64, 2), (3, 64, 6)),  # narrow
+]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -221,6 +221,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
+    library.fits_images.argtypes = c_int, c_int  # side, channels
     library.multiply.argtypes, library.multiply.restype = (c_void_p, c_long), c_long
     return library
 

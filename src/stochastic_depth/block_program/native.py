@@ -56,7 +56,7 @@ class NativeKernels(Kernels):
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
         self._sums.clear()  # of a step that failed
-        if not _is_stem(images, layer, out, self._dtype):
+        if not self._is_stem(images, layer, out):
             return super().stem(images, layer, out)
         y = self._buffers.take(out)
         self._library.convolve_pictures(
@@ -68,7 +68,7 @@ class NativeKernels(Kernels):
     def stem_backward(
         self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
     ) -> None:
-        if not _is_stem(images, layer, out, self._dtype):
+        if not self._is_stem(images, layer, out):
             super().stem_backward(saved, images, layer, out, gradient)
             return
         (y,) = saved
@@ -86,9 +86,9 @@ class NativeKernels(Kernels):
     def branch(
         self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
     ) -> tuple[Tensor, ...]:
-        if not _fits(out, second, self._dtype):
+        if not self._fits(out, second):
             return super().branch(self.written(x), first, second, shortcut, out)
-        if _fits(x, first, self._dtype):
+        if self._fits(x, first):
             a = self._convolve(self._input(x), first, x)
         else:
             a = self._convolve_strided(self.written(x), first)
@@ -107,7 +107,7 @@ class NativeKernels(Kernels):
         gradient: Tensor,
         of_shortcut: Callable[[], Tensor],
     ) -> None:
-        if not _fits(out, second, self._dtype):
+        if not self._fits(out, second):
             super().branch_backward(saved, x, first, second, out, gradient, of_shortcut)
             return
         a, c = saved
@@ -117,7 +117,7 @@ class NativeKernels(Kernels):
             self._between(a, first), second, c, gradient, sums, None, of_b
         )
         of_x = of_shortcut()
-        if _fits(x, first, self._dtype):
+        if self._fits(x, first):
             of_what = self._convolve_backward(self._input(x), first, a, of_b, sums, of_x, of_x)
             if x in self._sums:
                 self._sums[x].sums = of_what
@@ -236,6 +236,31 @@ class NativeKernels(Kernels):
         del self._sums[x]
         return made.sums
 
+    def _fits(self, x: Tensor, layer: Layer) -> bool:
+        """Whether there is a kernel for this convolution of x."""
+        (out, into), (height, width) = layer.weight.shape[:2], x.shape[2:]
+        return (
+            _is_image(x, self._dtype)
+            and layer.stride == 1
+            and x.shape[1] == out == into
+            and height == width
+            and self._library.fits_images(width, out)
+        )
+
+    def _is_stem(self, images: Tensor, layer: Layer, out: Tensor) -> bool:
+        """Whether there is a kernel for this convolution of pictures."""
+        few, (height, width) = images.shape[1] <= 4, images.shape[2:]
+        last = images.is_contiguous(memory_format=torch.channels_last)
+        is_like = images.dtype == out.dtype and last and _is_image(out, self._dtype)
+        return (
+            few
+            and is_like
+            and layer.stride == 1
+            and out.shape[1] == 16
+            and height == width
+            and self._library.fits_images(width, 16)
+        )
+
     def _input(self, x: Tensor) -> CInput:
         """Arguments that describe x; a kernel that takes them computes x if it is not in memory."""
         made = self._sums.get(x)
@@ -283,27 +308,6 @@ def _is_image(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor has this type, is channels_last, and has a multiple of 16 channels."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     return x.dtype == dtype and last and x.shape[1] % 16 == 0
-
-
-def _fits(x: Tensor, layer: Layer, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for this convolution of x."""
-    (out, into), (height, width) = layer.weight.shape[:2], x.shape[2:]
-    return (
-        _is_image(x, dtype)
-        and layer.stride == 1
-        and x.shape[1] == out == into
-        and out in (16, 32, 64)
-        and height == width
-        and width % (16 if out == 16 else 8) == 0
-    )
-
-
-def _is_stem(images: Tensor, layer: Layer, out: Tensor, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for this convolution of pictures."""
-    few, (height, width) = images.shape[1] <= 4, images.shape[2:]
-    last = images.is_contiguous(memory_format=torch.channels_last)
-    is_like = images.dtype == out.dtype and last and _is_image(out, dtype) and layer.stride == 1
-    return few and is_like and out.shape[1] == 16 and height == width and width % 16 == 0
 
 
 def _are_pooled(x: Tensor, out: Tensor, dtype: torch.dtype) -> bool:

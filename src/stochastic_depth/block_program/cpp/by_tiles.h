@@ -151,9 +151,11 @@ class WeightGradientByTiles {
         stride_(summed_ + PIXELS_PER_STEP * (2 * side / PIXELS_PER_STEP + 1)),
         transposed_(In * stride_) {}
 
-  // As that of WeightGradientByVectors.
+  // As those of WeightGradientByVectors.
+  static int together(int) { return 1; }
+
   template <class Source>
-  void add(const Source& input, size_t first, const factor* pairs, float* result) {
+  void add(const Source& input, size_t first, int, const factor* pairs, float* result) {
     const int width = side_ + 2;
     for (int y = 0; y < side_; y++)
       transpose_row<In>(input, first + y * side_, &transposed_[(y + 1) * width + 1], stride_, side_);

@@ -9,11 +9,13 @@
 struct Group {
   int pixels, vectors, taps;
 };
-constexpr Group group(int outputs) {
+constexpr Group wide(int outputs) {
   if (LANES == 16) return outputs == 16 ? Group{16, 1, 3} : Group{8, 2, 3};
   if (LANES == 8) return {8, 1, 3};
   return {4, 4, 1};
 }
+// For sides that this does not divide.
+constexpr Group narrow(int outputs) { return {128 / outputs, outputs / 16, LANES == 16 ? 3 : 1}; }
 
 // The convolution of an image, with its sums.
 template <int In, int Out>
@@ -27,7 +29,17 @@ class ConvolutionByVectors {
   template <class Sums, class Ahead>
   void operator()(const factor* padded, const factor* taps, const stored* added, stored* out,
                   Sums& sums, const Ahead& ahead) const {
-    constexpr int T = group(Out).pixels, V = group(Out).vectors, R = group(Out).taps;
+    constexpr Group WIDE = wide(Out), NARROW = narrow(Out);
+    if (side_ % WIDE.pixels == 0)
+      by<WIDE.pixels, WIDE.vectors, WIDE.taps>(padded, taps, added, out, sums, ahead);
+    else
+      by<NARROW.pixels, NARROW.vectors, NARROW.taps>(padded, taps, added, out, sums, ahead);
+  }
+
+ private:
+  template <int T, int V, int R, class Sums, class Ahead>
+  void by(const factor* padded, const factor* taps, const stored* added, stored* out, Sums& sums,
+          const Ahead& ahead) const {
     const int side = side_, width = side + 2;
     for (int block = 0; block < Out / LANES; block += V)
       for (int y = 0; y < side; y++)
@@ -35,7 +47,8 @@ class ConvolutionByVectors {
           const size_t pixel = (size_t)y * side + x;
           if (block == 0) ahead(pixel, T);
           Floats sum[V][T] = {};
-          for (int down = 0; down < 3; down++)
+          const int above = y == 0, below = y == side - 1;  // rows of zeros
+          for (int down = above; down < 3 - below; down++)
             for (int tap = 0; tap < 3; tap += R) {
               const factor* in = padded + ((y + down) * width + x + tap) * In;
               const factor* w = taps + (block * 9 + 3 * down + tap) * In * LANES;
@@ -65,7 +78,6 @@ class ConvolutionByVectors {
         }
   }
 
- private:
   const int side_;
 };
 
@@ -96,14 +108,16 @@ void pair_row(const Source& source, size_t first, factor* even, factor* odd, int
 template <int C>
 constexpr int ROWS = PER_LANE == 1 && C == 16 ? 4 : 8;  // at a time, which the first cache holds
 
-// Adds the gradient that a few rows give to result, [9][In][Out].
-// even, odd: ROWS rows of the input as `pair_row` makes them; pairs: the rows of the gradient from the
-// one above them to the one below. All rows are side + 2 pixels wide.
+// Adds the gradient that a few rows, of an image or of several small ones, give to result, [9][In][Out].
+// even, odd: up to ROWS rows of the input as `pair_row` makes them; pairs: the rows of the gradient
+// from the one above them to the one below, for each image. All rows are side + 2 pixels wide.
 template <int In, int Out>
 void add_weight_gradient(const factor* even, const factor* odd, const factor* pairs, float* result,
-                         int side) {
+                         int rows, int side) {
   constexpr int INPUTS = In < 8 || LANES == 8 ? 4 : 8;  // at a time
   const int width = side + 2;
+  int in_pairs[ROWS<In>];  // where the row above each of them begins
+  for (int y = 0; y < rows; y++) in_pairs[y] = (y + y / side * 2) * width * Out;
   for (int right = 0; right < 3; right++)
     for (int out = 0; out < Out; out += LANES)
       for (int in = 0; in < In; in += INPUTS) {
@@ -113,10 +127,10 @@ void add_weight_gradient(const factor* even, const factor* odd, const factor* pa
         for (int t = 0; t < INPUTS; t++)
 #pragma GCC unroll 3
           for (int down = 0; down < 3; down++) sum[t][down] = load(r + (3 * down * In + t) * Out);
-        for (int y = 0; y < ROWS<In>; y++) {
+        for (int y = 0; y < rows; y++) {
           const factor* row = (right % PER_LANE ? odd : even + right * In) + y * width * In;
           const factor* x = row + in * PER_LANE;
-          const factor* g = pairs + y * width * Out + out * PER_LANE;
+          const factor* g = pairs + in_pairs[y] + out * PER_LANE;
           for (const factor* end = x + side * In; x < end; x += In * PER_LANE) {
             Operand k[3];
 #pragma GCC unroll 3
@@ -138,24 +152,28 @@ void add_weight_gradient(const factor* even, const factor* odd, const factor* pa
       }
 }
 
-// The gradient of the weight, image by image.
+// The gradient of the weight.
 template <int In, int Out>
 class WeightGradientByVectors {
  public:
   explicit WeightGradientByVectors(int side)
       : side_(side), even_(size(side)), odd_(PER_LANE == 1 ? 0 : size(side)) {}
 
-  // Adds what the image that begins at pixel `first` gives to result, [9][In][Out].
-  // pairs: the gradient as `pad_and_pair_row` makes it, [side + 2][side + 2][Out].
+  // How many images are added at a time.
+  static int together(int side) { return std::max(1, ROWS<In> / side); }
+
+  // Adds what `images`, which begin at pixel `first`, give to result, [9][In][Out].
+  // pairs: the gradient as `pad_and_pair_row` makes it, [images][side + 2][side + 2][Out].
   template <class Source>
-  void add(const Source& input, size_t first, const factor* pairs, float* result) {
-    for (int top = 0; top < side_; top += ROWS<In>) {
-      for (int y = 0; y < ROWS<In>; y++) {
+  void add(const Source& input, size_t first, int images, const factor* pairs, float* result) {
+    for (int top = 0; top < images * side_; top += ROWS<In>) {
+      const int rows = std::min(ROWS<In>, images * side_ - top);
+      for (int y = 0; y < rows; y++) {
         const int at = y * (side_ + 2) * In;
         pair_row<In>(input, first + (top + y) * side_, &even_[at], odd_.data() + at, side_);
       }
       add_weight_gradient<In, Out>(even_.data(), odd_.data(), pairs + top * (side_ + 2) * Out,
-                                   result, side_);
+                                   result, rows, side_);
     }
   }
 

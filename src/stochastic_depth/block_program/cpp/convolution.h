@@ -1,5 +1,5 @@
 // Convolutions of 3x3 with padding 1 and stride 1 from In to Out channels, and their gradients.
-// Images are [n, side, side, channels]; channels are multiples of 16, or FEW; sums are in float32.
+// Images, of which `fits` says how large they may be, are [n, side, side, channels]; channels are multiples of 16, or FEW; sums are in float32.
 //
 // Each image is copied into a frame of zeros that the inner caches hold. Normalisation, addition and
 // ReLU are computed while it is copied, so that no pass over the image is needed for them.
@@ -55,6 +55,16 @@ template <int In, int Out>
 using WeightGradient = WeightGradientByVectors<In, Out>;
 #endif
 
+// Whether there is a form for images of this side.
+template <int C>
+bool fits(int side) {
+#ifdef TILES
+  return side % (C == 16 ? 16 : 8) == 0;
+#else
+  return side % narrow(C).pixels == 0;
+#endif
+}
+
 // The elements of a frame. Tiles read up to two pixels beyond its end, for results that are not used.
 template <int C>
 size_t frame(int side) {
@@ -105,18 +115,20 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
   in_parts(shape.n, shape.threads, [&](int part, int begin, int end) {
     WeightGradient<In, Out> weight_gradient(side);
     auto also_with = also(part);
-    Scratch<factor> padded(frame<Out>(side));
-    Scratch<factor> apart(PER_LANE == 1 ? 0 : (width * width + PIXELS_PER_STEP) * Out);
+    const int together = weight_gradient.together(side), framed = width * width * Out;
+    Scratch<factor> padded((together - 1) * framed + frame<Out>(side));
+    Scratch<factor> apart(PER_LANE == 1 ? 0 : together * framed + PIXELS_PER_STEP * Out);
     factor* pairs = PER_LANE == 1 ? &padded[Out] : apart.data();
     Scratch<float>& mine = of_weights[part] = Scratch<float>(9 * In * Out);
-    for (int i = begin; i < end; i++) {
+    for (int i = begin; i < end; i += together) {
       const size_t first = i * shape.pixels();
-      for (int y = 0; y < side; y++) {
-        const int at = (y + 1) * width * Out;
+      const int images = std::min(together, end - i);
+      for (int y = 0; y < images * side; y++) {
+        const int at = (y + y / side * 2 + 1) * width * Out;
         pad_and_pair_row<Out>(gradient, first + y * side, &padded[at], pairs + at, side);
       }
-      weight_gradient.add(input, first, pairs, mine.data());
-      also_with(i, padded.data());
+      weight_gradient.add(input, first, images, pairs, mine.data());
+      for (int j = 0; j < images; j++) also_with(i + j, padded.data() + j * framed);
     }
   });
   in_parts(Out, shape.threads, [&](int, int begin, int end) {

@@ -154,6 +154,13 @@ void pool_backward(const stored* gradient, stored* of_x, int rows, int columns, 
   pool_and_pad_backward(gradient, of_x, rows, columns, channels, out_channels, threads);
 }
 
+// Whether the convolutions of these channels are written for images of this side.
+int fits_images(int side, int channels) {
+  bool result = false;
+  with_channels(channels, [&](auto count) { result = fits<decltype(count)::value>(side); });
+  return result;
+}
+
 // Whether the system lets this process use the registers that the kernels are compiled for.
 int permitted() {
 #ifdef TILES
