@@ -57,13 +57,29 @@ int main() {
                             {nullptr, y.data(), nullptr, &layer.norm},
                             {x.data(), y.data(), shortcut.data(), &layer.norm}};
     for (const Input& input : inputs) {
-      convolve3x3(&input, &layer, out.data(), n, side, C, threads);
+      convolve3x3(&input, &layer, out.data(), 1, n, side, C, threads);
       say("forward", out);
       convolve3x3_backward(&input, &layer, y.data(), gradient.data(), sums.data(), shortcut.data(),
-                           of_x.data(), of_x_sums.data(), n, side, C, threads);
+                           of_x.data(), of_x_sums.data(), 1, n, side, C, threads);
       std::vector<float> results(of_weight);
       results.insert(results.end(), of_x_sums.begin(), of_x_sums.end());
       say("backward", results);
+    }
+    if (C < 64) {
+      const int D = 2 * C;
+      auto strided_weight = values<stored>(9 * C * D, 0);
+      std::vector<float> of_strided(9 * C * D), u(10 * D, 0.7f);
+      const Layer strided{strided_weight.data(), of_strided.data(),
+                          Norm{&u[0], &u[D], &u[2 * D], &u[3 * D], &u[4 * D], &u[5 * D], &u[6 * D],
+                               &u[7 * D], &u[8 * D], &u[9 * D], 0.1f, 1e-5f, 1.25f}};
+      std::vector<double> strided_sums(2 * D, 0.5);
+      auto half = values<stored>(count / 2, 0), of_half = values<stored>(count / 2, 0);
+      convolve3x3(&inputs[2], &strided, half.data(), 2, n, side, C, threads);
+      say("strided", half);
+      convolve3x3_backward(&inputs[2], &strided, half.data(), of_half.data(), strided_sums.data(),
+                           shortcut.data(), of_x.data(), of_x_sums.data(), 2, n, side, C, threads);
+      of_strided.insert(of_strided.end(), of_x_sums.begin(), of_x_sums.end());
+      say("strided_backward", of_strided);
     }
     if (C != 16) continue;
     auto images = values<stored>((size_t)n * side * side * 3, 0);

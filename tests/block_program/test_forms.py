@@ -64,6 +64,11 @@ def test_a_branch(form, n, channels, side):
     kernels.check_a_branch(n, channels, side, 1.25, 2)
 
 
+@pytest.mark.parametrize(("n", "channels", "side"), [(3, 16, 16), (9, 16, 8), (9, 32, 4)])
+def test_a_transition(form, n, channels, side):
+    kernels.check_a_transition(n, channels, side, torch.bfloat16, 2)
+
+
 @pytest.mark.parametrize(("channels", "side"), [(3, 32), (4, 16)])
 def test_the_stem(form, channels, side):
     kernels.check_the_stem(channels, side)
@@ -124,7 +129,7 @@ def test_on_arm_the_kernels_give_what_they_give_here(flags, tmp_path):
         outcomes[name] = [
             torch.tensor([*map(float, line.split()[1:])]) for line in said.stdout.splitlines()
         ]
-    assert len(outcomes["here"]) == 6 * 6 + 2 * 5
+    assert len(outcomes["here"]) == 6 * 6 + 4 * 2 + 2 * 5
     for mine, theirs in zip(outcomes["arm"], outcomes["here"], strict=True):
         assert mine.numel() > 0
         assert theirs.isfinite().all()

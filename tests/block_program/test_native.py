@@ -14,6 +14,7 @@ from support.kernels import (
     assert_as_exact,
     check_a_branch,
     check_a_large_mean,
+    check_a_transition,
     check_another_first_convolution,
     check_pooling_and_padding,
     check_the_head,
@@ -43,6 +44,15 @@ def test_a_branch_and_all_its_gradients(n, channels, side, factor, threads):
 @pytest.mark.parametrize(("channels", "side"), [(16, 16), (32, 16), (64, 8)])
 def test_what_a_branch_gives_is_written_by_the_next(channels, side):
     check_two_branches(channels, side)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("n", "channels", "side"), [(4, 16, 32), (5, 16, 16), (9, 16, 8), (4, 32, 16), (9, 32, 4)]
+)
+def test_a_transition_and_all_its_gradients(n, channels, side, dtype, threads):
+    check_a_transition(n, channels, side, dtype, threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

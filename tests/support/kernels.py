@@ -1,5 +1,7 @@
 """What the compiled kernels must give, by float64 convolution and batch normalisation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,15 +47,20 @@ class Exact:
         self.factor = 1.0 if norm.factor is None else norm.factor.item()
 
     def __call__(self, x):
-        a = rounded(F.conv2d(x, self.weight, stride=self.layer.stride, padding=1))
+        a = stored(F.conv2d(x, self.weight, stride=self.layer.stride, padding=1), self.layer)
         return self.factor * F.batch_norm(a, *self.running, self.gain, self.bias, True, 0.1, 1e-5)
 
-    def check(self, layer):
+    def check(self, layer, rounding=2 * ROUNDING):
         close(layer.norm.running_mean, self.running[0], 1e-4)
         close(layer.norm.running_var, self.running[1], 1e-4)
-        close(layer.weight_gradient, self.weight.grad)
-        close(layer.norm.weight_gradient, self.gain.grad)
-        close(layer.norm.bias_gradient, self.bias.grad)
+        close(layer.weight_gradient, self.weight.grad, rounding)
+        close(layer.norm.weight_gradient, self.gain.grad, rounding)
+        close(layer.norm.bias_gradient, self.bias.grad, rounding)
+
+
+def stored(x, layer):
+    """As it is stored where the layer's weight is of this type."""
+    return rounded(x) if layer.weight.dtype == torch.bfloat16 else x
 
 
 def rounded(x):
@@ -61,11 +68,11 @@ def rounded(x):
     return x + (x.bfloat16().double() - x).detach()
 
 
-def between(x):
+def between(x, dtype=torch.bfloat16):
     """ReLU of what is between the convolutions, and not stored: it is rounded to be multiplied,
     where the processor multiplies bfloat16."""
     x = F.relu(x)
-    return rounded(x) if library(torch.bfloat16).rounds_factors() else x
+    return rounded(x) if library(dtype).rounds_factors() else x
 
 
 def close(mine, exact, rounding=2 * ROUNDING):
@@ -74,7 +81,7 @@ def close(mine, exact, rounding=2 * ROUNDING):
 
 
 def check_a_branch(n, channels, side, factor, threads):
-    if not library(torch.bfloat16).fits_images(side, channels):
+    if not library(torch.bfloat16).fits_images(side, channels, 1):
         pytest.skip(f"tiles have no form for {side}x{side} pixels of {channels} channels")
     torch.set_num_threads(threads)
     first, second = layer_of(channels), layer_of(channels, factor=factor, seed=6)
@@ -138,6 +145,51 @@ def check_pooling_and_padding(channels, size, dtype):
     close(mine, exact.detach(), ROUNDING)
     kernels.pool_and_pad_backward(gradient, of_mine)
     close(of_mine, exact_x.grad, ROUNDING)
+
+
+def check_a_transition(n, channels, side, dtype, threads):
+    """A branch, and one of stride 2 to twice the channels that reads what it gives."""
+    if not library(dtype).fits_images(side, channels, 2):
+        pytest.skip("tiles have no form for convolutions of stride 2")
+    torch.set_num_threads(threads)
+    layers = [layer_of(channels, seed=5), layer_of(channels, seed=6)]
+    layers += [
+        layer_of(2 * channels, channels, seed=7),
+        layer_of(2 * channels, seed=8, factor=1.25),
+    ]
+    layers = [replace(layer, weight=layer.weight.to(dtype)) for layer in layers]
+    layers[2].stride = 2
+    exacts = [Exact(layer) for layer in layers]
+    x = image(n, channels, side, 0).relu_().to(dtype)
+    gradient = image(n, 2 * channels, side // 2, 1).to(dtype)
+
+    exact_x = x.double().requires_grad_()
+    exact_middle = F.relu(exacts[1](between(exacts[0](exact_x), dtype)) + exact_x)
+    exact_middle = stored(exact_middle, layers[0])
+    pooled = stored(F.pad(F.avg_pool2d(exact_middle, 2), (0, 0, 0, 0, 0, channels)), layers[0])
+    truth = F.relu(exacts[3](between(exacts[2](exact_middle), dtype)) + pooled)
+    truth.backward(gradient.double())
+
+    kernels = NativeKernels(dtype)
+    middle, of_x = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    out, shortcut = torch.full_like(gradient, torch.nan), torch.full_like(gradient, torch.nan)
+    one = kernels.branch(x, *layers[:2], x, middle)
+    kernels.pool_and_pad(middle, shortcut)
+    two = kernels.branch(middle, *layers[2:], shortcut, out)
+    assert sum(tensor.numel() for tensor in two) == 2 * out.numel()
+    most = 16 * ROUNDING if dtype == torch.bfloat16 else 1e-5
+    close(kernels.written(out), truth.detach(), most)
+
+    def of_shortcut():
+        kernels.pool_and_pad_backward(gradient, of_x)
+        return of_x
+
+    kernels.branch_backward(two, middle, *layers[2:], out, gradient, of_shortcut)
+    assert not of_x[middle == 0].any()
+    kernels.branch_backward(one, x, *layers[:2], middle, of_x, lambda: of_x)
+    close(of_x, exact_x.grad, most)
+    for exact, layer in zip(exacts, layers, strict=True):
+        exact.check(layer, most)
 
 
 def check_a_large_mean():

@@ -202,8 +202,8 @@ _IMAGES = (c_int, c_int, c_int, c_int)  # number, side, channels, threads
 _ROWS = (c_long, c_int, c_int)  # pixels, channels, threads
 _POOLED = (c_int, c_int, c_int, c_int, c_int)  # rows, columns, channels of both, threads
 _SIGNATURES = {
-    "convolve3x3": (POINTER(CInput), POINTER(CLayer), c_void_p, *_IMAGES),
-    "convolve3x3_backward": (POINTER(CInput), POINTER(CLayer), *[c_void_p] * 6, *_IMAGES),
+    "convolve3x3": (POINTER(CInput), POINTER(CLayer), c_void_p, c_int, *_IMAGES),  # c_int: stride
+    "convolve3x3_backward": (POINTER(CInput), POINTER(CLayer), *[c_void_p] * 6, c_int, *_IMAGES),
     "convolve_pictures": (c_void_p, POINTER(CLayer), c_void_p, *_IMAGES),
     "convolve_pictures_backward": (c_void_p, POINTER(CLayer), *[c_void_p] * 3, *_IMAGES),
     "observe": (c_void_p, POINTER(CLayer), *_ROWS),
@@ -221,7 +221,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
-    library.fits_images.argtypes = c_int, c_int  # side, channels
+    library.fits_images.argtypes = c_int, c_int, c_int  # side, channels, stride
     library.multiply.argtypes, library.multiply.restype = (c_void_p, c_long), c_long
     return library
 

@@ -40,8 +40,8 @@ class NativeKernels(Kernels):
     the gradient of its result, so no pass over the images is made for them alone. For the backward
     pass a branch keeps the results of its two convolutions and nothing else. Its output is computed
     and stored by the next branch that reads it. Sums are in float32 and rounded once, so results
-    differ from PyTorch's in the last bits. What these kernels are not written for (strides, other
-    numbers of channels, other types) is computed by PyTorch.
+    differ from PyTorch's in the last bits. What these kernels are not written for (other strides,
+    numbers of channels and types) is computed by PyTorch.
 
     Raises:
         EngineError: where it cannot be compiled, saying why.
@@ -88,12 +88,14 @@ class NativeKernels(Kernels):
     ) -> tuple[Tensor, ...]:
         if not self._fits(out, second):
             return super().branch(self.written(x), first, second, shortcut, out)
+        if first.stride > 1:
+            self.written(x)
         if self._fits(x, first):
-            a = self._convolve(self._input(x), first, x)
+            a = self._convolve(self._input(x), first, x, out)
         else:
-            a = self._convolve_strided(self.written(x), first)
+            a = self._convolve_by_pytorch(self.written(x), first)
             self._library.observe(a.data_ptr(), self._layer(first), *self._rows(a))
-        c = self._convolve(self._between(a, first), second, a)
+        c = self._convolve(self._between(a, first), second, a, out)
         self._sums[out] = Sum(c, second, shortcut)
         return a, c
 
@@ -132,7 +134,7 @@ class NativeKernels(Kernels):
                 of_a.data_ptr(),
                 *self._rows(a),
             )
-            of_x.add_(self._convolve_strided_backward(of_a, x, first))
+            of_x.add_(self._convolve_by_pytorch_backward(of_a, x, first))
         self._buffers.give(c, of_b)
 
     def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ class NativeKernels(Kernels):
             gradient.data_ptr(), of_x.data_ptr(), *_pooled(of_x, gradient), _threads()
         )
 
-    def _convolve_strided(self, x: Tensor, layer: Layer) -> Tensor:
+    def _convolve_by_pytorch(self, x: Tensor, layer: Layer) -> Tensor:
         """A convolution by PyTorch, in float32 where the processor does not multiply bfloat16.
 
         PyTorch's convolutions in bfloat16 take four times as long there.
@@ -185,15 +187,17 @@ class NativeKernels(Kernels):
             return self.convolve(x, layer)
         return self.convolve(x.float(), _widened(layer)).to(x.dtype)
 
-    def _convolve_strided_backward(self, gradient: Tensor, x: Tensor, layer: Layer) -> Tensor:
+    def _convolve_by_pytorch_backward(self, gradient: Tensor, x: Tensor, layer: Layer) -> Tensor:
         if self._library.rounds_factors() or x.dtype != torch.bfloat16:
             return self.convolve_backward(gradient, x, layer)
         return self.convolve_backward(gradient.float(), x.float(), _widened(layer))
 
-    def _convolve(self, x: CInput, layer: Layer, like: Tensor) -> Tensor:
-        """The convolution y of x; its statistics are stored in the layer."""
+    def _convolve(self, source: CInput, layer: Layer, x: Tensor, like: Tensor) -> Tensor:
+        """The convolution y of x, which source describes; its statistics go into the layer."""
         y = self._buffers.take(like)
-        self._library.convolve3x3(x, self._layer(layer), y.data_ptr(), *self._geometry(y))
+        self._library.convolve3x3(
+            source, self._layer(layer), y.data_ptr(), layer.stride, *self._geometry(x)
+        )
         return y
 
     def _convolve_backward(
@@ -211,7 +215,7 @@ class NativeKernels(Kernels):
         If x is the output of a ReLU, of_x becomes the gradient of that ReLU's input, whose sums are
         returned.
         """
-        of_x_sums = _sums(y)
+        of_x_sums = _sums(of_x)
         self._library.convolve3x3_backward(
             x,
             self._layer(layer),
@@ -221,7 +225,8 @@ class NativeKernels(Kernels):
             None if added is None else added.data_ptr(),
             of_x.data_ptr(),
             of_x_sums.data_ptr(),
-            *self._geometry(y),
+            layer.stride,
+            *self._geometry(of_x),
         )
         return of_x_sums
 
@@ -241,10 +246,10 @@ class NativeKernels(Kernels):
         (out, into), (height, width) = layer.weight.shape[:2], x.shape[2:]
         return (
             _is_image(x, self._dtype)
-            and layer.stride == 1
-            and x.shape[1] == out == into
+            and x.shape[1] == into
+            and out == layer.stride * into
             and height == width
-            and self._library.fits_images(width, out)
+            and self._library.fits_images(width, into, layer.stride)
         )
 
     def _is_stem(self, images: Tensor, layer: Layer, out: Tensor) -> bool:
@@ -258,7 +263,7 @@ class NativeKernels(Kernels):
             and layer.stride == 1
             and out.shape[1] == 16
             and height == width
-            and self._library.fits_images(width, 16)
+            and self._library.fits_images(width, 16, 1)
         )
 
     def _input(self, x: Tensor) -> CInput:

@@ -155,8 +155,9 @@ class WeightGradientByTiles {
   static int together(int) { return 1; }
 
   template <class Source>
-  void add(const Source& input, size_t first, int, const factor* pairs, float* result) {
+  void add(const Source& input, int image, int, const factor* pairs, float* result) {
     const int width = side_ + 2;
+    const size_t first = (size_t)image * side_ * side_;
     for (int y = 0; y < side_; y++)
       transpose_row<In>(input, first + y * side_, &transposed_[(y + 1) * width + 1], stride_, side_);
     const Tiles tiles;

@@ -9,27 +9,30 @@
 struct Group {
   int pixels, vectors, taps;
 };
-constexpr Group wide(int outputs) {
-  if (LANES == 16) return outputs == 16 ? Group{16, 1, 3} : Group{8, 2, 3};
-  if (LANES == 8) return {8, 1, 3};
+constexpr Group wide(int outputs, int stride) {
+  const int taps = stride == 1 ? 3 : 1;
+  if (LANES == 16) return outputs == 16 ? Group{16, 1, taps} : Group{8, 2, taps};
+  if (LANES == 8) return {8, 1, taps};
   return {4, 4, 1};
 }
 // For sides that this does not divide.
-constexpr Group narrow(int outputs) { return {128 / outputs, outputs / 16, LANES == 16 ? 3 : 1}; }
+constexpr Group narrow(int outputs, int stride) {
+  return {128 / outputs, outputs / 16, LANES == 16 && stride == 1 ? 3 : 1};
+}
 
-// The convolution of an image, with its sums.
-template <int In, int Out>
+// The convolution of an image, with its sums. The side is that of the result.
+template <int In, int Out, int STRIDE = 1>
 class ConvolutionByVectors {
  public:
   explicit ConvolutionByVectors(int side) : side_(side) {}
 
-  // padded: the image in a frame of zeros, [side + 2][side + 2][In]; taps: as `packed` returns them;
-  // added: null, or what is added to the result; out: [side][side][Out]. `ahead(pixel, count)` is called
-  // for every part of the image, to prefetch the next one.
+  // padded: the image in a frame of zeros, STRIDE * side + 2 pixels wide; taps: as `packed` returns
+  // them; added: null, or what is added to the result; out: [side][side][Out]. `ahead(pixel, count)` is
+  // called for every part of the result, to prefetch the next image.
   template <class Sums, class Ahead>
   void operator()(const factor* padded, const factor* taps, const stored* added, stored* out,
                   Sums& sums, const Ahead& ahead) const {
-    constexpr Group WIDE = wide(Out), NARROW = narrow(Out);
+    constexpr Group WIDE = wide(Out, STRIDE), NARROW = narrow(Out, STRIDE);
     if (side_ % WIDE.pixels == 0)
       by<WIDE.pixels, WIDE.vectors, WIDE.taps>(padded, taps, added, out, sums, ahead);
     else
@@ -40,17 +43,17 @@ class ConvolutionByVectors {
   template <int T, int V, int R, class Sums, class Ahead>
   void by(const factor* padded, const factor* taps, const stored* added, stored* out, Sums& sums,
           const Ahead& ahead) const {
-    const int side = side_, width = side + 2;
+    const int side = side_, width = STRIDE * side + 2;
     for (int block = 0; block < Out / LANES; block += V)
       for (int y = 0; y < side; y++)
         for (int x = 0; x < side; x += T) {
           const size_t pixel = (size_t)y * side + x;
           if (block == 0) ahead(pixel, T);
           Floats sum[V][T] = {};
-          const int above = y == 0, below = y == side - 1;  // rows of zeros
+          const int above = y == 0, below = STRIDE == 1 && y == side - 1;  // rows of zeros
           for (int down = above; down < 3 - below; down++)
             for (int tap = 0; tap < 3; tap += R) {
-              const factor* in = padded + ((y + down) * width + x + tap) * In;
+              const factor* in = padded + ((STRIDE * y + down) * width + STRIDE * x + tap) * In;
               const factor* w = taps + (block * 9 + 3 * down + tap) * In * LANES;
               for (int c = 0; c < In; c += PER_LANE) {
                 Operand k[R][V];
@@ -61,7 +64,7 @@ class ConvolutionByVectors {
                     k[right][v] = get<Operand>(w + ((v * 9 + right) * In + c) * LANES);
 #pragma GCC unroll 18
                 for (int t = 0; t < T + R - 1; t++) {
-                  const Operand pixel = broadcast(in + t * In + c);
+                  const Operand pixel = broadcast(in + t * STRIDE * In + c);
 #pragma GCC unroll 3
                   for (int right = 0; right < R; right++) {
                     if (t < right || t >= T + right) continue;
@@ -162,10 +165,11 @@ class WeightGradientByVectors {
   // How many images are added at a time.
   static int together(int side) { return std::max(1, ROWS<In> / side); }
 
-  // Adds what `images`, which begin at pixel `first`, give to result, [9][In][Out].
+  // Adds what `images`, from number `image` on, give to result, [9][In][Out].
   // pairs: the gradient as `pad_and_pair_row` makes it, [images][side + 2][side + 2][Out].
   template <class Source>
-  void add(const Source& input, size_t first, int images, const factor* pairs, float* result) {
+  void add(const Source& input, int image, int images, const factor* pairs, float* result) {
+    const size_t first = (size_t)image * side_ * side_;
     for (int top = 0; top < images * side_; top += ROWS<In>) {
       const int rows = std::min(ROWS<In>, images * side_ - top);
       for (int y = 0; y < rows; y++) {

@@ -1,4 +1,5 @@
-// Convolutions of 3x3 with padding 1 and stride 1 from In to Out channels, and their gradients.
+// Convolutions of 3x3 with padding 1 from In to Out channels, and their gradients. With stride 2 the
+// sides of the result are half of those of the input.
 // Images, of which `fits` says how large they may be, are [n, side, side, channels]; channels are multiples of 16, or FEW; sums are in float32.
 //
 // Each image is copied into a frame of zeros that the inner caches hold. Normalisation, addition and
@@ -7,7 +8,7 @@
 #pragma once
 
 #include "by_tiles.h"
-#include "by_vectors.h"
+#include "strided.h"
 
 // The weight, [Out][9][inputs], as [Out/LANES][9][In/PER_LANE][LANES outputs][PER_LANE inputs].
 template <int In, int Out>
@@ -25,18 +26,18 @@ Scratch<factor> packed(const stored* weight, int inputs) {
 
 // The weight for the gradient of the input, which is a convolution too: the taps are in reverse order,
 // and inputs and outputs are exchanged.
-template <int C>
+template <int In, int Out>
 Scratch<factor> packed_transposed(const stored* weight) {
-  Scratch<factor> result(9 * C * C);
-  for (int out = 0; out < C; out += LANES)
+  Scratch<factor> result(9 * In * Out);
+  for (int in = 0; in < In; in += LANES)
     for (int tap = 0; tap < 9; tap++)
-      for (int in = 0; in < C; in += PER_LANE) {
-        factor* to = &result[((out / LANES * 9 + tap) * C + in) * LANES];
-        const stored* from = weight + (in * 9 + 8 - tap) * C + out;
+      for (int out = 0; out < Out; out += PER_LANE) {
+        factor* to = &result[((in / LANES * 9 + tap) * Out + out) * LANES];
+        const stored* from = weight + (out * 9 + 8 - tap) * In + in;
         if constexpr (PER_LANE == 1)
           put(to, load_factors(from));
         else
-          put(to, paired<LANES>(load_factors(from), load_factors(from + 9 * C)));
+          put(to, paired<LANES>(load_factors(from), load_factors(from + 9 * In)));
       }
   return result;
 }
@@ -44,24 +45,36 @@ Scratch<factor> packed_transposed(const stored* weight) {
 #ifdef TILES
 template <int In, class ByTiles, class ByVectors>
 using Form = std::conditional_t<In % 16 == 0, ByTiles, ByVectors>;
-template <int In, int Out>
-using Convolution = Form<In, ConvolutionByTiles<In, Out>, ConvolutionByVectors<In, Out>>;
-template <int In, int Out>
-using WeightGradient = Form<In, WeightGradientByTiles<In, Out>, WeightGradientByVectors<In, Out>>;
 #else
+template <int In, class ByTiles, class ByVectors>
+using Form = ByVectors;
 template <int In, int Out>
-using Convolution = ConvolutionByVectors<In, Out>;
+struct ConvolutionByTiles;
 template <int In, int Out>
-using WeightGradient = WeightGradientByVectors<In, Out>;
+struct WeightGradientByTiles;
 #endif
 
+// What computes an image, and both gradients, by the side of the result.
+template <int In, int Out, int STRIDE>
+struct Forms {
+  using Forward = Form<In, ConvolutionByTiles<In, Out>, ConvolutionByVectors<In, Out>>;
+  using OfWeight = Form<In, WeightGradientByTiles<In, Out>, WeightGradientByVectors<In, Out>>;
+  using OfInput = Forward;
+};
+template <int In, int Out>
+struct Forms<In, Out, 2> {
+  using Forward = ConvolutionByVectors<In, Out, 2>;
+  using OfWeight = StridedWeightGradient<In, Out>;
+  using OfInput = StridedInputGradient<In, Out>;
+};
+
 // Whether there is a form for images of this side.
-template <int C>
+template <int In, int Out, int STRIDE>
 bool fits(int side) {
 #ifdef TILES
-  return side % (C == 16 ? 16 : 8) == 0;
+  return STRIDE == 1 && side % (Out == 16 ? 16 : 8) == 0;
 #else
-  return side % narrow(C).pixels == 0;
+  return side % (STRIDE * narrow(Out, STRIDE).pixels) == 0;
 #endif
 }
 
@@ -80,40 +93,45 @@ struct Shape {
   long rows() const { return n * (long)pixels(); }
   // The first pixel of the image after image i, which is fetched while image i is computed.
   size_t after(int i) const { return (i + 1 < n ? i + 1 : i) * pixels(); }
+  Shape strided(int stride) const { return {n, side / stride, threads}; }
 };
 
-// Convolves all images of `source`; sums: of the results, as `normalise` wants them.
-template <int In, int Out, class Source>
+// Convolves all images of `source`, of which `shape` is; sums: of the results, as `normalise` wants them.
+template <int In, int Out, int STRIDE, class Source>
 void convolve(const Source& source, Scratch<factor> taps, stored* out, double* sums,
               const Shape& shape) {
   const int side = shape.side, width = side + 2;
+  const Shape result = shape.strided(STRIDE);
   Totals totals(Out, shape.threads);
   in_parts(shape.n, shape.threads, [&](int part, int begin, int end) {
-    Convolution<In, Out> convolve_image(side);
+    typename Forms<In, Out, STRIDE>::Forward convolve_image(result.side);
     Scratch<factor> padded(frame<In>(side));
     for (int i = begin; i < end; i++) {
       const size_t first = i * shape.pixels(), next = shape.after(i);
       for (int y = 0; y < side; y++)
         pad_row<In>(source, first + y * side, &padded[(y + 1) * width * In], side);
       Moments<Out> of_image;
-      convolve_image(padded.data(), taps.data(), nullptr, out + first * Out, of_image,
-                     [&](size_t at, size_t count) { source.fetch(next + at, count); });
-      of_image.end(shape.pixels(), totals.first(part), totals.second(part));
+      convolve_image(padded.data(), taps.data(), nullptr, out + i * result.pixels() * Out, of_image,
+                     [&](size_t at, size_t count) {
+                       constexpr size_t OF_INPUT = STRIDE * STRIDE;
+                       source.fetch(next + OF_INPUT * at, OF_INPUT * count);
+                     });
+      of_image.end(result.pixels(), totals.first(part), totals.second(part));
     }
   });
   totals.over_parts(sums);
 }
 
-// The gradient of the weight, [Out][9][inputs], from the gradient of the result.
+// The gradient of the weight, [Out][9][inputs], from the gradient of the result, of which `shape` is.
 // For each part of the images `also(part)` returns a function, which is called with every image i of the
 // part, and with the gradient of the result of this image in a frame of zeros.
-template <int In, int Out, class Input, class Result, class Also>
+template <int In, int Out, int STRIDE, class Input, class Result, class Also>
 void weigh(const Input& input, const Result& gradient, float* of_weight, int inputs,
            const Shape& shape, const Also& also) {
   const int side = shape.side, width = side + 2;
   std::vector<Scratch<float>> of_weights(shape.threads);
   in_parts(shape.n, shape.threads, [&](int part, int begin, int end) {
-    WeightGradient<In, Out> weight_gradient(side);
+    typename Forms<In, Out, STRIDE>::OfWeight weight_gradient(side);
     auto also_with = also(part);
     const int together = weight_gradient.together(side), framed = width * width * Out;
     Scratch<factor> padded((together - 1) * framed + frame<Out>(side));
@@ -121,13 +139,12 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
     factor* pairs = PER_LANE == 1 ? &padded[Out] : apart.data();
     Scratch<float>& mine = of_weights[part] = Scratch<float>(9 * In * Out);
     for (int i = begin; i < end; i += together) {
-      const size_t first = i * shape.pixels();
       const int images = std::min(together, end - i);
       for (int y = 0; y < images * side; y++) {
         const int at = (y + y / side * 2 + 1) * width * Out;
-        pad_and_pair_row<Out>(gradient, first + y * side, &padded[at], pairs + at, side);
+        pad_and_pair_row<Out>(gradient, i * shape.pixels() + y * side, &padded[at], pairs + at, side);
       }
-      weight_gradient.add(input, first, images, pairs, mine.data());
+      weight_gradient.add(input, i, images, pairs, mine.data());
       for (int j = 0; j < images; j++) also_with(i + j, padded.data() + j * framed);
     }
   });
@@ -141,27 +158,30 @@ void weigh(const Input& input, const Result& gradient, float* of_weight, int inp
   });
 }
 
-// Both gradients of a convolution of `input`. `added` is added to of_input, if it is not null.
-// `sums_of(pixel)` returns what sums the gradient of the image that begins at this pixel.
-template <int C, class Input, class Result, class SumsOf>
+// Both gradients of a convolution of `input`, of which `shape` is. `added` is added to of_input, if it is
+// not null. `sums_of(pixel)` returns what sums the gradient of the image that begins at this pixel.
+template <int In, int Out, int STRIDE, class Input, class Result, class SumsOf>
 void convolve_backward(const Input& input, const Result& gradient, const stored* weight,
                        float* of_weight, const stored* added, stored* of_input,
                        const SumsOf& sums_of, double* sums, const Shape& shape) {
-  Scratch<factor> taps = packed_transposed<C>(weight);
-  Totals totals(C, shape.threads);
-  weigh<C, C>(input, gradient, of_weight, C, shape, [&](int part) {
-    return [&, part, convolve_image = Convolution<C, C>(shape.side)](int i, const factor* padded) mutable {
+  const Shape result = shape.strided(STRIDE);
+  Scratch<factor> taps = packed_transposed<In, Out>(weight);
+  Totals totals(In, shape.threads);
+  const auto of_parts_input = [&](int part) {
+    typename Forms<In, Out, STRIDE>::OfInput convolve_image(result.side);
+    return [&, part, convolve_image](int i, const factor* padded) mutable {
       const size_t first = i * shape.pixels(), next = shape.after(i);
       auto of_image = sums_of(first);
-      convolve_image(padded, taps.data(), added ? added + first * C : nullptr,
-                     of_input + first * C, of_image, [&](size_t at, size_t count) {
+      convolve_image(padded, taps.data(), added ? added + first * In : nullptr,
+                     of_input + first * In, of_image, [&](size_t at, size_t count) {
                        input.fetch(next + at, count);
-                       gradient.fetch(next + at, count);
+                       gradient.fetch(result.after(i) + at / (STRIDE * STRIDE), count / (STRIDE * STRIDE));
                        of_image.fetch(next - first + at, count);
-                       if (added) prefetch(added + (next + at) * C, count * C);
+                       if (added) prefetch(added + (next + at) * In, count * In);
                      });
       of_image.end(shape.pixels(), totals.first(part), totals.second(part));
     };
-  });
+  };
+  weigh<In, Out, STRIDE>(input, gradient, of_weight, In, result, of_parts_input);
   totals.over_parts(sums);
 }

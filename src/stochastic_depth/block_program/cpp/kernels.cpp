@@ -11,11 +11,19 @@
 
 namespace {
 
+// With stride 2 a convolution has twice as many channels.
+template <int C, int STRIDE>
+struct Channels {
+  static constexpr int IN = C, OUT = C * STRIDE, BY = STRIDE;
+};
+
 template <class Work>
-void with_channels(int channels, const Work& work) {
-  if (channels == 16) work(std::integral_constant<int, 16>());
-  if (channels == 32) work(std::integral_constant<int, 32>());
-  if (channels == 64) work(std::integral_constant<int, 64>());
+void with_channels(int channels, int stride, const Work& work) {
+  if (stride == 1 && channels == 16) work(Channels<16, 1>());
+  if (stride == 1 && channels == 32) work(Channels<32, 1>());
+  if (stride == 1 && channels == 64) work(Channels<64, 1>());
+  if (stride == 2 && channels == 16) work(Channels<16, 2>());
+  if (stride == 2 && channels == 32) work(Channels<32, 2>());
 }
 
 constexpr int MOST = Coefficients::MOST;
@@ -39,23 +47,25 @@ struct Input {
   const Norm* norm;
 };
 
-// y = conv(x), and its statistics.
-void convolve3x3(const Input* x, const Layer* layer, stored* y, int n, int side, int channels,
-                 int threads) {
-  with_channels(channels, [&](auto count) {
-    constexpr int C = decltype(count)::value;
+// y = conv(x), and its statistics. With stride 2 x must be in memory.
+void convolve3x3(const Input* x, const Layer* layer, stored* y, int stride, int n, int side,
+                 int channels, int threads) {
+  with_channels(channels, stride, [&](auto of) {
+    constexpr int IN = of.IN, OUT = of.OUT, BY = of.BY;
     const Shape shape{n, side, threads};
     double sums[2 * MOST];
     const auto convolve_from = [&](const auto& source) {
-      convolve<C, C>(source, packed<C, C>(layer->weight, C), y, sums, shape);
+      convolve<IN, OUT, BY>(source, packed<IN, OUT>(layer->weight, IN), y, sums, shape);
     };
-    if (!x->y)
-      convolve_from(Image<C>{x->x});
+    if constexpr (BY == 2)
+      convolve_from(Image<IN>{x->x});
+    else if (!x->y)
+      convolve_from(Image<IN>{x->x});
     else if (!x->x)
-      convolve_from(Activated<C>{x->y, x->norm->scale, x->norm->shift});
+      convolve_from(Activated<IN>{x->y, x->norm->scale, x->norm->shift});
     else
-      convolve_from(Added<C>{x->y, x->shortcut, x->norm->scale, x->norm->shift, x->x});
-    normalise(layer->norm, sums, shape.rows(), C);
+      convolve_from(Added<IN>{x->y, x->shortcut, x->norm->scale, x->norm->shift, x->x});
+    normalise(layer->norm, sums, shape.strided(BY).rows(), OUT);
   });
 }
 
@@ -63,26 +73,26 @@ void convolve3x3(const Input* x, const Layer* layer, stored* y, int n, int side,
 // computed from a y of its own, of_x is the gradient of its ReLU's input, and of_x_sums are its sums.
 void convolve3x3_backward(const Input* x, const Layer* layer, const stored* y, const stored* gradient,
                           const double* sums, const stored* added, stored* of_x, double* of_x_sums,
-                          int n, int side, int channels, int threads) {
-  with_channels(channels, [&](auto count) {
-    constexpr int C = decltype(count)::value;
+                          int stride, int n, int side, int channels, int threads) {
+  with_channels(channels, stride, [&](auto of) {
+    constexpr int IN = of.IN, OUT = of.OUT, BY = of.BY;
     const Shape shape{n, side, threads};
-    const Coefficients by = normalise_backward(layer->norm, sums, shape.rows(), C);
+    const Coefficients by = normalise_backward(layer->norm, sums, shape.strided(BY).rows(), OUT);
     const auto backward = [&](const auto& input, const auto& sums_of) {
-      convolve_backward<C>(input, Normalised<C>{gradient, y, by}, layer->weight, layer->of_weight,
-                           added, of_x, sums_of, of_x_sums, shape);
+      convolve_backward<IN, OUT, BY>(input, Normalised<OUT>{gradient, y, by}, layer->weight,
+                                     layer->of_weight, added, of_x, sums_of, of_x_sums, shape);
     };
-    if (!x->y) return backward(Image<C>{x->x}, [](size_t) { return Unsummed(); });
+    if (!x->y) return backward(Image<IN>{x->x}, [](size_t) { return Unsummed(); });
     const float *scale = x->norm->scale, *shift = x->norm->shift, *mean = x->norm->mean;
-    if (x->x)
-      backward(Image<C>{x->x}, [&](size_t first) {
-        const size_t at = first * C;
-        return UnderReLU<C, true>{x->x + at, x->y + at, scale, shift, mean};
-      });
-    else
-      backward(Activated<C>{x->y, scale, shift}, [&](size_t first) {
-        return UnderReLU<C, false>{nullptr, x->y + first * C, scale, shift, mean};
-      });
+    const auto under_stored = [&](size_t first) {
+      const size_t at = first * IN;
+      return UnderReLU<IN, true>{x->x + at, x->y + at, scale, shift, mean};
+    };
+    const auto under_computed = [&](size_t first) {
+      return UnderReLU<IN, false>{nullptr, x->y + first * IN, scale, shift, mean};
+    };
+    if (BY == 2 || x->x) return backward(Image<IN>{x->x}, under_stored);
+    if constexpr (BY == 1) backward(Activated<IN>{x->y, scale, shift}, under_computed);
   });
 }
 
@@ -91,7 +101,7 @@ void convolve_pictures(const stored* images, const Layer* layer, stored* y, int 
                        int channels, int threads) {
   const Shape shape{n, side, threads};
   double sums[2 * 16];
-  convolve<FEW, 16>(Pictures{images, channels}, packed<FEW, 16>(layer->weight, channels), y, sums, shape);
+  convolve<FEW, 16, 1>(Pictures{images, channels}, packed<FEW, 16>(layer->weight, channels), y, sums, shape);
   normalise(layer->norm, sums, shape.rows(), 16);
 }
 
@@ -103,7 +113,7 @@ void convolve_pictures_backward(const stored* images, const Layer* layer, const 
   const Coefficients by = normalise_backward(layer->norm, sums, shape.rows(), 16);
   const Pictures pictures{images, channels};
   const Normalised<16> of_y{gradient, y, by};
-  weigh<FEW, 16>(pictures, of_y, layer->of_weight, channels, shape, [&](int) {
+  weigh<FEW, 16, 1>(pictures, of_y, layer->of_weight, channels, shape, [&](int) {
     return [&](int i, const factor*) {
       pictures.fetch(shape.after(i), shape.pixels());
       of_y.fetch(shape.after(i), shape.pixels());
@@ -154,10 +164,10 @@ void pool_backward(const stored* gradient, stored* of_x, int rows, int columns, 
   pool_and_pad_backward(gradient, of_x, rows, columns, channels, out_channels, threads);
 }
 
-// Whether the convolutions of these channels are written for images of this side.
-int fits_images(int side, int channels) {
+// Whether a convolution of images of this side, with these channels, is written.
+int fits_images(int side, int channels, int stride) {
   bool result = false;
-  with_channels(channels, [&](auto count) { result = fits<decltype(count)::value>(side); });
+  with_channels(channels, stride, [&](auto of) { result = fits<of.IN, of.OUT, of.BY>(side); });
   return result;
 }
 
