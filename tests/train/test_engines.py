@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 from stochastic_depth.block_program import library
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.train import Config, ModelConfig, SurvivalConfig, begin, fit, reopen
+from stochastic_depth.train import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    SurvivalConfig,
+    begin,
+    fit,
+    reopen,
+)
 from stochastic_depth.train.engine_choice import choose_engine
 
 pytestmark = [
@@ -105,14 +113,15 @@ def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "precision", "absent", "because"),
     [
-        ("cpu", "float32", None, "32 pixels a side, not 8"),
+        ("cpu", "float32", None, "8 pixels a side, not 12"),
         ("cpu", "bfloat16", NO_KERNELS, NO_KERNELS),
         ("cuda", "bfloat16", None, "not been measured"),
     ],
 )
 def test_auto_falls_back_to_autograd(device, precision, absent, because, monkeypatch):
     monkeypatch.setattr("stochastic_depth.train.engine_choice.missing", lambda: absent)
-    choice = choose_engine(Config(), device, precision)
+    config = Config(data=DataConfig(name="cifar10", size=12))
+    choice = choose_engine(config, device, precision)
     assert (choice.engine, choice.kernels) == ("eager", "reference")
     assert because in choice.because
 
@@ -122,8 +131,10 @@ def test_auto_takes_the_program_in_float32_where_its_kernels_fit_the_images(monk
         monkeypatch.setattr(f"stochastic_depth.train.engine_choice.{obstacle}", lambda: None)
     config = RECIPES["cifar10-resnet110"]()
     assert choose_engine(config, "cpu", "float32")[:2] == ("graphs", "native")
-    smaller = replace(config, data=replace(config.data, size=16))
-    assert choose_engine(smaller, "cpu", "float32")[:2] == ("eager", "reference")
+    for size, engine in ((16, "graphs"), (20, "eager")):
+        smaller = replace(config, data=replace(config.data, size=size))
+        assert choose_engine(smaller, "cpu", "float32").engine == engine
+    assert choose_engine(RECIPES["digits"](), "cpu", "float32").engine == "graphs"
 
 
 def test_an_engine_that_cannot_train_the_network_leaves_no_folder(small, tmp_path):

@@ -64,12 +64,13 @@ def choose_engine(config: Config, device: str, precision: str) -> Choice:
 def _misfit(config: Config) -> str | None:
     """Why the native kernels cannot take images of this size; None if they can.
 
-    They compute 8 or 16 pixels of a row at a time, and the last stage has a quarter of the columns.
+    They compute at least 8 pixels of a row at a time in the first stage, and 2 in the last one,
+    which has a quarter of the columns.
     """
     side = config.data.size or SIDES.get(config.data.name)
-    if side is None or side % 32:
+    if side is None or side % 8:
         return (
-            f"they are for images with a multiple of 32 pixels a side, not {side or 'of any size'}"
+            f"they are for images with a multiple of 8 pixels a side, not {side or 'of any size'}"
         )
     return None
 
