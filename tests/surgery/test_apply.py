@@ -357,6 +357,26 @@ def test_what_is_compiled_or_scripted_already_is_refused_with_the_remedy(change,
         sd.apply(change(model), example=x)
 
 
+def test_a_nested_tensor_is_refused_as_an_example_and_taken_in_training() -> None:
+    parts = [torch.randn(3, 4), torch.randn(5, 4)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    model = nn.Sequential(Shifted(4), Shifted(4))
+    for verb in (sd.plan, sd.apply):
+        with pytest.raises(sd.errors.ApplyError, match="to_padded_tensor"):
+            verb(model, example=nested)
+    handle = sd.apply(model, sd.Uniform(0.5), example=torch.nested.to_padded_tensor(nested, 0.0))
+    model.train()
+    seen = set()
+    for _ in range(8):
+        out = model(nested)
+        now = parts
+        for block, is_open in zip(model, handle.gates.tolist(), strict=True):
+            now = [x + block.branch(x).tanh() if is_open else x for x in now]
+        assert all(torch.allclose(a, b) for a, b in zip(out.unbind(), now, strict=True))
+        seen.add(tuple(handle.gates.tolist()))
+    assert len(seen) > 1
+
+
 class Shifted(nn.Module):
     def __init__(self, width: int = 3) -> None:
         super().__init__()

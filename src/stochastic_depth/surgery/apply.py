@@ -18,7 +18,12 @@ from stochastic_depth.surgery.droppath import own_rates
 from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.find import find_blocks, find_residuals
 from stochastic_depth.surgery.make_skippable import make_skippable
-from stochastic_depth.surgery.refuse import refuse_applied, refuse_settings, refuse_wrapped
+from stochastic_depth.surgery.refuse import (
+    refuse_applied,
+    refuse_nested,
+    refuse_settings,
+    refuse_wrapped,
+)
 from stochastic_depth.surgery.rejected import Rejected, listed
 from stochastic_depth.surgery.select_modules import Choice
 from stochastic_depth.survival import (
@@ -154,6 +159,7 @@ def apply(
     seed = integer("seed", seed)
     refuse_applied(model)
     refuse_wrapped(model)
+    refuse_nested(example)
 
     def find(defer: Container[str]) -> Sequence[Found]:
         if example is None:

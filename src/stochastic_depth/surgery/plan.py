@@ -13,7 +13,7 @@ from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find import find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.proof.calls import still_running
-from stochastic_depth.surgery.refuse import refuse_applied
+from stochastic_depth.surgery.refuse import refuse_applied, refuse_nested
 from stochastic_depth.surgery.rejected import Rejected, listed
 from stochastic_depth.surgery.select_modules import Choice
 from stochastic_depth.survival import Survival
@@ -120,6 +120,7 @@ def plan(
         3 of 3 blocks skippable
     """
     refuse_applied(model)
+    refuse_nested(example)
     rejected: list[Rejected] = []
     deferred = set[str]()
     while True:  # blocks that fail are deferred, as by `sd.apply`

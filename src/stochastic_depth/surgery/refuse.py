@@ -10,6 +10,7 @@ from stochastic_depth.errors import ApplyError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import Granularity
 from stochastic_depth.surgery.install import is_installed
+from stochastic_depth.tensors import tensors_in
 
 _SHARDED = "torch.distributed.fsdp"
 _ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
@@ -67,6 +68,16 @@ def refuse_wrapped(model: nn.Module) -> None:
                     f"{base.__name__} is wrapped around blocks of this model already: "
                     "sd.apply(model) first, then wrap or shard it"
                 )
+
+
+def refuse_nested(example: object) -> None:
+    """Raise `ApplyError` if an example has nested tensors, which cannot be compared."""
+    if any(tensor.is_nested for tensor in tensors_in(example)):
+        raise ApplyError(
+            "the example has a nested tensor, whose values cannot be compared: give one that is "
+            "padded, example=torch.nested.to_padded_tensor(x, 0.0); in training the model may be "
+            "given nested tensors"
+        )
 
 
 def refuse_settings(
