@@ -90,6 +90,21 @@ def test_the_stem_and_its_gradients(channels, side):
     check_the_stem(channels, side)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["pixel", "weight"])
+@pytest.mark.parametrize("size", [8, 32])
+def test_what_is_not_a_number_reaches_the_loss(size, where, value, dtype):
+    model = CifarResNet(8).train()
+    images = torch.ones(2, 3, size, size)
+    with torch.no_grad():
+        target = images if where == "pixel" else model.blocks[1].branch[0].weight
+        target[1, 0, 0, 0] = value
+    optimizer = build_optimizer(OptimizerConfig(), model)
+    program = Program(model, None, optimizer, images.shape, dtype, NativeKernels(dtype))
+    assert not program.step(images, torch.tensor([0, 1])).isfinite()
+
+
 def test_memory_does_not_grow_from_step_to_step():
     model = CifarResNet(20).train()
     optimizer = build_optimizer(OptimizerConfig(), model)

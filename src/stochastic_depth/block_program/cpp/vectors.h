@@ -100,8 +100,9 @@ inline Floats as_stored(Floats v) {
   return widened(narrowed(v));
 }
 
-inline Floats relu(Floats v) { return v > 0 ? v : Floats{}; }
-inline Floats where_positive(Floats condition, Floats v) { return condition > 0 ? v : Floats{}; }
+// What is not a number remains so, and reaches the loss.
+inline Floats relu(Floats v) { return v < 0 ? Floats{} : v; }
+inline Floats where_positive(Floats condition, Floats v) { return condition <= 0 ? Floats{} : v; }
 
 // Fetch memory into the cache, to be read or to be written. GCC removes calls of a function that does
 // nothing but prefetch; the empty instruction prevents that.
