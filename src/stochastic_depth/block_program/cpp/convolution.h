@@ -1,6 +1,7 @@
 // Convolutions of 3x3 with padding 1 from In to Out channels, and their gradients. With stride 2 the
 // sides of the result are half of those of the input.
-// Images, of which `fits` says how large they may be, are [n, side, side, channels]; channels are multiples of 16, or FEW; sums are in float32.
+// Images, of which `fits` says how large they may be, are [n, side, side, channels]; channels are
+// multiples of 16, or FEW; sums are in float32.
 //
 // Each image is copied into a frame of zeros that the inner caches hold. Normalisation, addition and
 // ReLU are computed while it is copied, so that no pass over the image is needed for them.
@@ -42,23 +43,11 @@ Scratch<factor> packed_transposed(const stored* weight) {
   return result;
 }
 
-#ifdef TILES
-template <int In, class ByTiles, class ByVectors>
-using Form = std::conditional_t<In % 16 == 0, ByTiles, ByVectors>;
-#else
-template <int In, class ByTiles, class ByVectors>
-using Form = ByVectors;
-template <int In, int Out>
-struct ConvolutionByTiles;
-template <int In, int Out>
-struct WeightGradientByTiles;
-#endif
-
-// What computes an image, and both gradients, by the side of the result.
+// What computes an image, and both gradients; each is made with the side of the result.
 template <int In, int Out, int STRIDE>
 struct Forms {
-  using Forward = Form<In, ConvolutionByTiles<In, Out>, ConvolutionByVectors<In, Out>>;
-  using OfWeight = Form<In, WeightGradientByTiles<In, Out>, WeightGradientByVectors<In, Out>>;
+  using Forward = ConvolutionByVectors<In, Out>;
+  using OfWeight = WeightGradientByVectors<In, Out>;
   using OfInput = Forward;
 };
 template <int In, int Out>
@@ -67,6 +56,14 @@ struct Forms<In, Out, 2> {
   using OfWeight = StridedWeightGradient<In, Out>;
   using OfInput = StridedInputGradient<In, Out>;
 };
+#ifdef TILES
+template <int C>
+struct Forms<C, C, 1> {
+  using Forward = ConvolutionByTiles<C, C>;
+  using OfWeight = WeightGradientByTiles<C, C>;
+  using OfInput = Forward;
+};
+#endif
 
 // Whether there is a form for images of this side.
 template <int In, int Out, int STRIDE>

@@ -4,7 +4,6 @@
 // stands for nothing. Sums over the pixels of a mini-batch are float64, [2][channels]. The sums of a
 // gradient are those of the gradient of a ReLU's input, d, and of d * (y - mean).
 
-#include <type_traits>
 
 #include "convolution.h"
 #include "passes.h"
@@ -101,7 +100,8 @@ void convolve_pictures(const stored* images, const Layer* layer, stored* y, int 
                        int channels, int threads) {
   const Shape shape{n, side, threads};
   double sums[2 * 16];
-  convolve<FEW, 16, 1>(Pictures{images, channels}, packed<FEW, 16>(layer->weight, channels), y, sums, shape);
+  convolve<FEW, 16, 1>(Pictures{images, channels}, packed<FEW, 16>(layer->weight, channels), y, sums,
+                       shape);
   normalise(layer->norm, sums, shape.rows(), 16);
 }
 

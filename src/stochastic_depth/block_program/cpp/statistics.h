@@ -151,7 +151,8 @@ struct Unsummed {
 // Finishes T results, channels c to c + LANES of the pixels from `pixel` on: adds `added`, if it is not
 // null, sums them, and stores them. Inlined, or else the results would not stay in registers before.
 template <int C, class Sums, size_t T>
-[[gnu::always_inline]] inline void finish(Floats (&result)[T], size_t pixel, int c, const stored* added, stored* out, Sums& sums) {
+[[gnu::always_inline]] inline void finish(Floats (&result)[T], size_t pixel, int c,
+                                          const stored* added, stored* out, Sums& sums) {
   if (added)
 #pragma GCC unroll 16
     for (size_t t = 0; t < T; t++) result[t] += load(added + (pixel + t) * C + c);
