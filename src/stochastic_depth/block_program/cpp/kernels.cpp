@@ -4,7 +4,6 @@
 // stands for nothing. Sums over the pixels of a mini-batch are float64, [2][channels]. The sums of a
 // gradient are those of the gradient of a ReLU's input, d, and of d * (y - mean).
 
-
 #include "convolution.h"
 #include "passes.h"
 
