@@ -20,6 +20,7 @@ from support.kernels import (
     check_the_head,
     check_the_stem,
     check_two_branches,
+    gradients,
     image,
     layer_of,
 )
@@ -129,6 +130,16 @@ def test_a_step_under_gates_is_as_exact_as_by_pytorchs_kernels(closed, size, dty
 @pytest.mark.parametrize(("channels", "classes"), [(64, 10), (16, 100), (32, 1)])
 def test_the_head_and_its_gradients(channels, classes):
     check_the_head(channels, classes)
+
+
+def test_the_sums_are_the_same_whichever_thread_takes_a_part():
+    torch.set_num_threads(3)
+    first, *others = (
+        gradients((1, 5), torch.float32, NativeKernels(), (32, 32), torch.bfloat16)
+        for _ in range(5)
+    )
+    for other in others:
+        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
 
 
 def test_the_threads_are_those_that_pytorch_has_at_the_time():
