@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from stochastic_depth.cli import main
 from stochastic_depth.data.cifar import CIFAR10, CIFAR100
+from stochastic_depth.train.run_folder import open_run
 from support.data_sets import write_cifar, write_imagenet, write_svhn
 
 SMALL = ["--model.depth", "8", "--epochs", "1", "--data.validation", "20", "--quiet"]
@@ -71,6 +73,30 @@ def test_a_data_set_that_has_moved_is_found_by_its_content(tmp_path, capsys):
     for command in (["train", "--resume", run], ["eval", run]):
         assert main([*command, "--data", str(tmp_path / "other")]) == 1
         assert "fingerprint" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_the_same_command_works_once_it_can(
+    tmp_path, capsys
+):
+    for part in ("train", "val"):
+        for name in ("dark", "bright"):
+            (folder := tmp_path / "data" / part / name).mkdir(parents=True)
+            for n in range(6):
+                pixels = np.full((32, 32, 3), 30 * n + 90 * (name == "bright"), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{n}.png")
+    run, broken = tmp_path / "run", tmp_path / "data/train/dark/3.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:20])
+    arguments = ["train", "pictures", *SMALL, "--data.root", str(tmp_path / "data")]
+    arguments += ["--data.validation", "4", "--evaluate-every", "1", "--run", str(run)]
+    assert main(arguments) == 1
+    assert f"{broken}: no readable" in capsys.readouterr().err
+    assert not run.exists()
+    broken.write_bytes(whole)
+    assert main(arguments) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    open_run(run).remove_untrained()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_the_page_on_own_pictures_works_as_it_is_written(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,6 +88,16 @@ class Run:
                 f"{self.path} began on data with fingerprint {self.fingerprint[:12]}, this data "
                 f"has {fingerprint[:12]}: give the data it began on, or begin another run"
             )
+
+    def remove_untrained(self) -> None:
+        """Remove the folder if it has no record and no checkpoint, so nothing to go on with."""
+        if self.records() or self.checkpoints.steps():
+            return
+        with self.writing(), suppress(OSError):  # what else is there stays, and the folder too
+            (self.path / "config.json").unlink()
+            self.checkpoints.folder.rmdir()
+            (self.path / "lock").unlink()
+            self.path.rmdir()
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[], None]]:
