@@ -92,8 +92,11 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_same_command_works_once_
     assert main(arguments) == 1
     assert f"{broken}: no readable" in capsys.readouterr().err
     assert not run.exists()
+    compare = ["compare", *arguments[1:-2], "--seeds", "1", "--out", str(tmp_path / "compared")]
+    assert main(compare) == 1
     broken.write_bytes(whole)
     assert main(arguments) == 0
+    assert main(compare) == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     open_run(run).remove_untrained()
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

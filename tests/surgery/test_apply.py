@@ -365,6 +365,10 @@ def test_a_nested_tensor_is_refused_as_an_example_and_taken_in_training() -> Non
         with pytest.raises(sd.errors.ApplyError, match="to_padded_tensor"):
             verb(model, example=nested)
     handle = sd.apply(model, sd.Uniform(0.5), example=torch.nested.to_padded_tensor(nested, 0.0))
+    with pytest.raises(sd.errors.ApplyError, match="to_padded_tensor"):
+        sd.verify(model, nested)
+    with pytest.raises(sd.errors.ApplyError, match="to_padded_tensor"):
+        sd.truncate(model, [0], nested)
     model.train()
     seen = set()
     for _ in range(8):

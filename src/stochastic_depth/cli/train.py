@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from stochastic_depth.cli.arguments import choose, described, parse, parse_recipe, require_run
-from stochastic_depth.errors import ConfigError, DataError, RunError
+from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
 from stochastic_depth.lab.options import at_least
 from stochastic_depth.recipes import RECIPES
@@ -135,7 +135,7 @@ def _resume(asked: Resume, console: "PlainConsole") -> int:
 
 
 def _begin(begun: Begin, console: "PlainConsole") -> int:
-    from stochastic_depth.distributed.world import may_restart, on_primary, ranks, restarts
+    from stochastic_depth.distributed.world import may_restart, on_primary, restarts
     from stochastic_depth.train import begin, reopen
     from stochastic_depth.train.run_folder import free_path
 
@@ -149,13 +149,7 @@ def _begin(begun: Begin, console: "PlainConsole") -> int:
             raise RunError(f"{begun.run} is a run of another configuration: choose another --run")
         return _train(run, images, console)
     path = begun.run or on_primary(lambda: free_path(Path("runs"), begun.config.recipe))
-    run, images = begin(begun.config, path)
-    try:
-        return _train(run, images, console)
-    except DataError:  # a picture that cannot be read, for example: it is opened after the folder
-        if ranks() == 1:
-            run.remove_untrained()
-        raise
+    return _train(*begin(begun.config, path), console)
 
 
 def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:

@@ -18,7 +18,7 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
 from stochastic_depth.surgery.blocks import CONTAINERS, Found
 from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.surgery.refuse import refuse_sharded
+from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 
@@ -274,6 +274,7 @@ def truncate(
     """
     closed = _closed(applied_to(model).found, keep)
     refuse_sharded(model, "truncate")
+    refuse_nested(example)
     weights = multipliers(model, example, closed)
     twin = copy.deepcopy(model)
     truth = _closed_outputs(twin, closed, example)

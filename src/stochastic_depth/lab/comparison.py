@@ -26,7 +26,7 @@ from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.journal import Record
-from stochastic_depth.train.run_folder import open_batches
+from stochastic_depth.train.run_folder import open_batches, untrained_removed
 from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.train_state import TrainState
 
@@ -79,12 +79,13 @@ def train_pairs(
             break
         began = time.monotonic()
         pair, turns = [], []
-        for kind, chosen in zip(KINDS, (constant_depth(config), config), strict=True):
-            path = folder / f"{kind}-seed{seed}"
-            run, records = _start(replace(chosen, seed=seed), path, display, stop)
-            pair.append(run)
-            turns.append(records)
-        finished = _take_turns(turns, config.epochs, end)
+        with untrained_removed(pair):
+            for kind, chosen in zip(KINDS, (constant_depth(config), config), strict=True):
+                path = folder / f"{kind}-seed{seed}"
+                run, records = _start(replace(chosen, seed=seed), path, display, stop)
+                pair.append(run)
+                turns.append(records)
+            finished = _take_turns(turns, config.epochs, end)
         if finished or not runs[KINDS[0]]:
             for kind, run in zip(KINDS, pair, strict=True):
                 runs[kind].append(run)

@@ -17,7 +17,7 @@ from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.check import check, reference_outputs
 from stochastic_depth.surgery.proof.check_training import check_training, train_once
-from stochastic_depth.surgery.refuse import refuse_sharded
+from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.surgery.trace import CountFlops
 from stochastic_depth.timing import take_turns
 
@@ -92,6 +92,7 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     """
     applied = applied_to(model)
     refuse_sharded(model, "verify")
+    refuse_nested(example)
     blocks = applied.handle.blocks
     run = caller(model, example)
     kind = applied.handle.gate

@@ -21,7 +21,7 @@ from stochastic_depth.files import is_there
 from stochastic_depth.train.checkpoint import read_weights, write_weights
 from stochastic_depth.train.failures import diverged, memory_watched, open_blocks
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
-from stochastic_depth.train.run_folder import Run
+from stochastic_depth.train.run_folder import Run, untrained_removed
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
@@ -71,12 +71,14 @@ def fit(
         RunError: when another process writes the folder, it is removed, or nothing can be written;
             or when the data is not that of the run.
         CheckpointError: when no checkpoint can be trusted, or one cannot be written.
+        DataError: when something, such as a picture, cannot be read. Before the first record and
+            the first checkpoint the folder is removed then.
         DivergedError: when a loss or a weight is not finite.
         OutOfMemoryError: when a step or an evaluation needs more memory than there is.
         Interrupted: when `stop` has asked for it.
     """
     run.require_data(batches.fingerprint)
-    with ExitStack() as stack:
+    with untrained_removed([run]), ExitStack() as stack:
         still_ours = stack.enter_context(_writing(run))
         train_state = TrainState(run.config, run.runtime, batches)
         stack.enter_context(memory_watched(run, train_state))

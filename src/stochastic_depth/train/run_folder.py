@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -90,10 +90,14 @@ class Run:
             )
 
     def remove_untrained(self) -> None:
-        """Remove the folder if it has no record and no checkpoint, so nothing to go on with."""
-        if self.records() or self.checkpoints.steps():
+        """Remove the folder if it is as it was created, so that there is nothing to go on with."""
+        if not is_there(self.path):
             return
-        with self.writing(), suppress(OSError):  # what else is there stays, and the folder too
+        if set(names_in(self.path)) - {"config.json", "checkpoints", "lock"}:
+            return
+        if names_in(self.checkpoints.folder):
+            return
+        with self.writing(), suppress(OSError):  # where it cannot be removed, it stays
             (self.path / "config.json").unlink()
             self.checkpoints.folder.rmdir()
             (self.path / "lock").unlink()
@@ -138,6 +142,21 @@ class Run:
         finally:
             os.close(held)
             lock.release()
+
+
+@contextmanager
+def untrained_removed(runs: Sequence[Run]) -> Iterator[None]:
+    """If data cannot be read, remove the folders of those `runs` in which nothing was trained yet.
+
+    Once the data is mended it is other data, with which they could not go on.
+    """
+    try:
+        yield
+    except DataError:
+        if ranks() == 1:
+            for run in runs:
+                run.remove_untrained()
+        raise
 
 
 def create_run(
