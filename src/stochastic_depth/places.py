@@ -1,7 +1,10 @@
 """Where the modules of a model are, and whether others stand in their places by now."""
 
+import functools
+import inspect
 import warnings
 from collections.abc import Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -40,7 +43,9 @@ class Places:
 
 
 class ReadingModules:
-    """The modules of a model that read gates; warns when another one stands in the place of one.
+    """The modules of a model that read gates; warns when one of them does so no longer.
+
+    It is replaced by another module, or its `forward` is replaced by a function on the instance.
 
     Args:
         model: the model on which `sd.apply` was called.
@@ -49,39 +54,79 @@ class ReadingModules:
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._blocks = blocks
-        self._places: Places | None = self._places_in(model)
+        self._places: Places | None = None
         """None in a copy, until its first forward pass."""
+        self._forwards: list[tuple[str, nn.Module, type, Any]] = []
+        """Each module with its name, its class, and the `forward` that is set on the instance."""
+        self._look(model)
 
     def warn_of_replaced(self, model: nn.Module) -> None:
-        """Warn once if a module was replaced since the last call.
+        """Warn once if a module or its `forward` was replaced since the last call.
 
-        What holds the module still, such as a wrapper, does not replace it. Modules that were moved
-        or taken off are not replaced either.
+        What holds the module or the method still, such as a wrapper, does not replace it. Modules
+        that were moved or taken off are not replaced either.
         """
-        if self._places is not None and self._places.is_current():
-            return
-        before, self._places = self._places, self._places_in(model)
-        if before is None:
-            return
-        there, now = set(self._places.modules.values()), Places(model, before.modules).modules
-        replaced = [
+        places = self._places
+        forwards = [
             name
-            for name, module in before.modules.items()
+            for name, module, kind, forward in self._forwards
+            if vars(module).get("forward") is not forward and type(module) is kind
+        ]
+        if places is not None and places.is_current() and not forwards:
+            return
+        self._look(model)
+        if places is None or self._places is None:
+            return
+        there, now = set(self._places.modules.values()), Places(model, places.modules).modules
+        replaced = [
+            (name, f"replaced after sd.apply (by {type(now[name]).__name__}). What stands there")
+            for name, module in places.modules.items()
             if module not in there and name in now and there.isdisjoint(now[name].modules())
         ]
+        replaced += [
+            (name, "its forward method was replaced on the instance after sd.apply. What it runs")
+            for name in forwards
+            if name in now and now[name] in there and not _still_calls(now[name])
+        ]
         if replaced:
-            first, *others = replaced
+            (first, what), *others = replaced
             more = f" and {len(others)} more" if others else ""
             warnings.warn(
-                f"{first!r}{more}: replaced after sd.apply (by {type(now[first]).__name__}). What "
-                "stands there now is never skipped, though the handle counts it: sd.remove(model) "
-                "and sd.apply again, or replace modules before sd.apply",
+                f"{first!r}{more}: {what} now is never skipped, though the handle counts it: "
+                "sd.remove(model) and sd.apply again, or replace it before sd.apply",
                 stacklevel=4,
             )
 
-    def _places_in(self, model: nn.Module) -> Places:
+    def _look(self, model: nn.Module) -> None:
+        """Note which modules read gates now, and what is set as their `forward`."""
         reading = {module for block in self._blocks for module in block.asking}
-        return Places(model, [name for name, each in model.named_modules() if each in reading])
+        names = [name for name, each in model.named_modules() if each in reading]
+        self._places = Places(model, names)
+        found = self._places.modules.items()
+        self._forwards = [(name, m, type(m), vars(m).get("forward")) for name, m in found]
 
     def __getstate__(self) -> dict[str, Any]:  # a copy looks for its own modules
-        return {**self.__dict__, "_places": None}
+        return {**self.__dict__, "_places": None, "_forwards": []}
+
+
+def _still_calls(module: nn.Module) -> bool:
+    """Whether what is set as `forward` on the instance refers to the method of its class.
+
+    A wrapper does, or what keeps the method in another attribute of the module.
+    """
+    todo, seen = list(vars(module).values()), set[int]()
+    while todo:
+        function = todo.pop()
+        if not callable(function) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        method = getattr(function, "__self__", None), getattr(function, "__func__", None)
+        if method == (module, type(module).forward):
+            return True
+        todo += [getattr(function, name, None) for name in ("__wrapped__", "__func__", "func")]
+        if isinstance(function, functools.partial):
+            todo += [*function.args, *function.keywords.values()]
+        if isinstance(function, FunctionType):
+            captured = inspect.getclosurevars(function)
+            todo += [*captured.nonlocals.values(), *captured.globals.values()]
+    return False

@@ -1,5 +1,6 @@
 """Gates that follow the optimizer under accelerate, in its loops and its saved states."""
 
+import copy
 import json
 
 import pytest
@@ -94,3 +95,46 @@ def test_the_figures_of_a_pass():
     assert metrics(handle) == {
         **before, "stochastic_depth/realised_depth": handle.gates.sum().item() / 4
     }  # fmt: skip
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: CifarResNet(20), lambda: torch.nn.Sequential(*(Block() for _ in range(9)))],
+    ids=["residual units", "other blocks"],
+)
+def test_a_model_with_hooks_on_every_module_is_skipped_and_loses_no_hook(make):
+    torch.manual_seed(0)
+    original = make().eval()
+    model = copy.deepcopy(original)
+    called = []
+
+    class Notes(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            called.append(names[module])
+            return args, kwargs
+
+    names = {module: name for name, module in model.named_modules() if name}
+    for module in names:  # as `device_map` and `cpu_offload` do
+        accelerate.hooks.add_hook_to_module(module, Notes())
+    model.eval()(IMAGES[0])
+    before = called.copy()
+    handle = sd.apply(model, sd.Uniform(0.5), scale="training", example=IMAGES[0])
+    called.clear()
+    torch.testing.assert_close(model.eval()(IMAGES[0]), original(IMAGES[0]))
+    assert called == before
+    called.clear()
+    with handle.forced([False] * 9):
+        model(IMAGES[0])
+    branches = {f"{block.name}.{part}" for block in handle.blocks for part in ("branch", "conv")}
+    assert not branches & set(called)
+    assert set(called) < set(before)
+    assert {block.name for block in handle.blocks} <= set(called)

@@ -1,8 +1,10 @@
 """`sd.apply` on models that know nothing of this library: every form an addition comes in."""
 
 import copy
+import functools
 import itertools
 import pickle
+from types import MethodType
 
 import pytest
 import torch
@@ -305,12 +307,6 @@ class Deletes(Base):
         return out
 
 
-class Lambda(Base):
-    def __init__(self) -> None:
-        super().__init__()
-        self.forward = lambda x: x + self.f(x)
-
-
 class Asks(Base):
     """Its branch is needed for the input of the next one, too."""
 
@@ -464,10 +460,56 @@ def test_two_calls_of_one_shared_module_have_a_coin_each():
     assert len(seen) == 4
 
 
-def test_a_forward_method_set_on_the_instance_is_named():
-    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Lambda()).double()
-    with pytest.raises(sd.errors.UnsupportedBlockError, match=r"'2'.*forward.*set on the instance"):
-        sd.apply(model, example=X)
+def patched(block: nn.Module) -> nn.Module:
+    block.forward = MethodType(lambda self, x: x + 2 * self.f(x), block)  # pyright: ignore
+    return block
+
+
+def test_a_forward_method_set_on_the_instance_is_called_under_its_gate():
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(4, WIDTH), Left(), patched(Left()), patched(Left())).double()
+    model = copy.deepcopy(original)
+    handle = sd.apply(model, example=X)
+    assert [block.name for block in handle.blocks] == ["1", "2", "3"]
+    sd.verify(model, X, repeats=1)
+    for made, of in ((model, handle), copy.deepcopy((model, handle))):
+        for gates in itertools.product([True, False], repeat=3):
+            expected = original[0](X)
+            for block, times, is_open in zip(original[1:], (1, 2, 2), gates, strict=True):
+                expected = expected + times * block.f(expected) if is_open else expected
+            with of.forced(gates):
+                torch.testing.assert_close(made.train()(X), expected, rtol=1e-12, atol=0)
+    own = vars(original[2])["forward"].__func__
+    sd.remove(model)
+    assert vars(model[2])["forward"].__func__ is own
+    assert torch.equal(model(X), original(X))
+
+
+def test_a_forward_method_replaced_after_sd_apply_is_warned_of_with_the_remedy():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Left()).double()
+    sd.apply(model, example=X)
+    patched(model[2])
+    with pytest.warns(UserWarning, match=r"'2': its forward method was replaced"):
+        model(X)
+    model(X)  # warned of once
+    sd.remove(model)
+    handle = sd.apply(model, example=X)
+    with handle.forced([False, False]):
+        assert torch.equal(model(X), model[0](X))
+
+
+def test_a_forward_method_that_is_wrapped_after_sd_apply_is_not_warned_of():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Left(), Left()).double()
+    handle = sd.apply(model, example=X)
+    first, second, third = (model[n].forward for n in (1, 2, 3))
+    model[1].forward = functools.wraps(first)(lambda *args: vars(model[1])["kept"](*args))
+    model[1].kept = first
+    model[2].forward = lambda x: 1 * second(x)
+    model[3].forward = functools.partial(third)
+    with handle.forced([False] * 3):
+        assert torch.equal(model(X), model[0](X))
 
 
 def test_a_class_is_registered_once():

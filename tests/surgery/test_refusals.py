@@ -2,7 +2,6 @@
 
 import ast
 import re
-import types
 
 import pytest
 import torch
@@ -50,14 +49,6 @@ class Routes(nn.Module):
             rows = (first == n).nonzero()[:, 0]
             out.index_add_(0, rows, expert(h[rows]))
         return x + out, logits
-
-
-class Lambda(Plain):
-    """Its forward method is the instance's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forward = types.MethodType(lambda self, x: x + self.linear(x), self)
 
 
 class TossesACoin(Plain):
@@ -166,7 +157,6 @@ class Steps(nn.Module):
 KINDS = {
     Shows: "needed for more than the addition",
     Routes: "written into another tensor in place",
-    Lambda: "set on the instance",
     TossesACoin: "the model leaves it out by itself",
     Fuses: "in training mode",
     LeavesInside: "its branch sets 'loss' of",
@@ -471,6 +461,25 @@ def test_a_branch_that_changes_its_shortcut_in_place_is_named_with_the_remedy(lo
     ):
         assert len(sd.apply(model, example=x).blocks) == 2
         sd.verify(model, x, repeats=1)
+
+
+def dropping(inplace: bool) -> nn.Module:
+    return nn.Sequential(nn.Dropout(0.5, inplace), nn.Linear(WIDTH, WIDTH))
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_branch_that_changes_its_shortcut_in_training_only_is_named_with_the_remedy(loop):
+    x = torch.randn(3, WIDTH)
+    with pytest.raises(sd.errors.UnsupportedBlockError) as caught:
+        sd.apply(changing(lambda: dropping(True), loop), example=x)
+    assert "in training mode" in str(caught.value)
+    assert "give it inplace=False, or write x + f(x.clone())" in str(caught.value)
+    for model in (
+        changing(lambda: dropping(False), loop),
+        changing(lambda: dropping(True), loop, copies=True),
+        changing(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), dropping(True)), loop),
+    ):
+        assert len(sd.apply(model, example=x).blocks) == 2
 
 
 def test_a_change_in_place_that_changes_no_number_is_no_reason_to_refuse():

@@ -27,13 +27,16 @@ GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each edit of the module."""
 _ORIGINAL = "_stochastic_depth_original"
 """The attribute of a class with gates that holds the class it was derived from."""
+_OWN_FORWARD = "_stochastic_depth_forward"
+"""The attribute of a module with gates that holds the `forward` that was set on the instance."""
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = False) -> None:
     """Put `gates` at their edits of `module`, in place, in order of execution.
 
-    The module keeps its parameters, its attributes and, for `isinstance`, its class.
+    The module keeps its parameters, its attributes and, for `isinstance`, its class. A `forward`
+    that was set on the instance is moved aside, and called by the one with gates.
 
     Args:
         select: whether a gate may run the branch on some of the samples only.
@@ -41,11 +44,14 @@ def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = 
     Raises:
         UnsupportedBlockError: when a method cannot be edited; `module` is then as it was before.
     """
-    if "forward" in vars(module):
+    own = "forward" in vars(module) and len(gates) > 0
+    if own and not all(isinstance(edit, Deferred | Entry) for edit in gates):
         raise UnsupportedBlockError("its forward method is set on the instance, not in the class")
-    kind = gated_class(type(module), tuple(gates), select, _look(module))
+    kind = gated_class(type(module), tuple(gates), select, _look(module), own)
     module.__dict__[GATES] = tuple(gates.values())
     module.__class__ = kind
+    if own:
+        _rename(module, "forward", _OWN_FORWARD)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -53,6 +59,15 @@ def uninstall(module: nn.Module) -> None:
     module.__class__ = ungated_class(type(module))
     del module.__dict__[GATES]
     module.__dict__.pop(SAMPLES, None)
+    if "forward" in vars(module):  # set since then
+        vars(module).pop(_OWN_FORWARD, None)
+    _rename(module, _OWN_FORWARD, "forward")
+
+
+def _rename(module: nn.Module, attribute: str, to: str) -> None:
+    """Rename an attribute in the dictionary of `module`, if it is there."""
+    if attribute in vars(module):
+        vars(module)[to] = vars(module).pop(attribute)
 
 
 def ungated_class(kind: type) -> Any:
@@ -79,6 +94,7 @@ def gated_class(
     edits: tuple[Edit, ...],
     select: bool,
     look: str,
+    own_forward: bool = False,
 ) -> Any:
     """A subclass of `kind`, of the same name, which has gates at `edits`.
 
@@ -88,11 +104,12 @@ def gated_class(
 
     Args:
         look: a text that is equal for modules which a compiler may give the same graphs.
+        own_forward: whether the module has a `forward` that was set on the instance.
 
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
     """
-    methods, parents = _gated_methods(kind, edits, select)
+    methods, parents = _gated_methods(kind, edits, select, own_forward)
     if "forward" not in methods and isinstance(kind.forward, FunctionType):
         torchs_own = kind.forward.__module__.partition(".")[0] == "torch"
         remade = _called if torchs_own else _remade
@@ -100,7 +117,7 @@ def gated_class(
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        return _build, (build, kind, edits, select, look, *arguments[1:]), *rest
+        return _build, (build, kind, edits, select, look, own_forward, *arguments[1:]), *rest
 
     @functools.wraps(kind.__init__)
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -129,7 +146,7 @@ def gated_class(
 
 
 def _gated_methods(
-    kind: type[nn.Module], edits: tuple[Edit, ...], select: bool
+    kind: type[nn.Module], edits: tuple[Edit, ...], select: bool, own_forward: bool
 ) -> tuple[dict[str, Any], list[type[nn.Module]]]:
     """The methods of `kind` with gates at `edits`, by name.
 
@@ -160,7 +177,7 @@ def _gated_methods(
         elif isinstance(edit, Registered):
             methods["forward"] = _registered_forward(edit.forward, number)
     if any(isinstance(edit, Deferred | Entry) for edit in edits):
-        inner = methods.get("forward") or kind.forward
+        inner = _own_forward if own_forward else methods.get("forward") or kind.forward
         deferred = [(n, edit) for n, edit in enumerate(edits) if isinstance(edit, Deferred)]
         is_entry = any(isinstance(edit, Entry) for edit in edits)
         methods["forward"] = deferring_forward(inner, deferred, GATES, is_entry)
@@ -264,12 +281,18 @@ def _registered_forward(gated: Callable[..., Any], number: int) -> FunctionType:
     return forward  # type: ignore[return-value]
 
 
+def _own_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The `forward` that was set on the instance."""
+    return self.__dict__[_OWN_FORWARD](*args, **kwargs)
+
+
 def _build(
     build: Any,
     kind: type[nn.Module],
     edits: tuple[Edit, ...],
     select: bool,
     look: str,
+    own_forward: bool,
     *rest: Any,
 ) -> Any:
     """Rebuild a module when it is unpickled or copied.
@@ -279,7 +302,7 @@ def _build(
             fit.
     """
     try:
-        return build(gated_class(kind, edits, select, look), *rest)
+        return build(gated_class(kind, edits, select, look, own_forward), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
             f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "
@@ -337,9 +360,12 @@ def take_gates(model: nn.Module) -> None:
 def ungated(model: nn.Module) -> Iterator[None]:
     """While entered, `model` behaves as the original model without gates."""
     installed = [(module, type(module)) for module in model.modules() if is_installed(module)]
+    with_own_forward = [module for module, _ in installed if _OWN_FORWARD in vars(module)]
     residuals = [(m, m.gates) for m in model.modules() if isinstance(m, Residual)]
     for module, kind in installed:
         module.__class__ = ungated_class(kind)
+    for module in with_own_forward:
+        _rename(module, _OWN_FORWARD, "forward")
     for residual, _ in residuals:
         residual.gates = None
     try:
@@ -347,5 +373,7 @@ def ungated(model: nn.Module) -> Iterator[None]:
     finally:
         for module, kind in installed:
             module.__class__ = kind
+        for module in with_own_forward:
+            _rename(module, "forward", _OWN_FORWARD)
         for residual, gates in residuals:
             residual.gates = gates

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.block import Block
@@ -143,7 +144,7 @@ def _compare(
     if only and batch is not None:
         half, keep = half_gate(batch, kind)
         trials.append((only, functools.partial(wrong, gate=half, keep=keep)))
-    with torch.no_grad(), _NoDropout(), warnings.catch_warnings():
+    with torch.no_grad(), _SteadyDropout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # reentrant checkpoints warn that there are no gradients
         for part, is_wrong in trials:
             why = is_wrong(part)
@@ -155,7 +156,21 @@ def _compare(
             culprits, why = smallest(part, why, is_wrong)
             first, *others = (found[n] for n in culprits)
             names = [block.name for block in others]
+            changes = [text for n in culprits if (text := _change_in_place(found[n]))]
+            why = ": ".join([why, *changes[:1]])
             raise unsupported(first.name, first.module, why + random, names)
+
+
+def _change_in_place(block: Found) -> str:
+    """How the branch of `block` may change its shortcut in place; empty if it cannot."""
+    inside = block.module.named_modules(prefix=block.name)
+    drops = [name for name, module in inside if isinstance(module, Dropout) and module.inplace]
+    return block.change or (
+        f"dropout works in place in {drops[0]!r}, which a closed block does not run: give it "
+        "inplace=False, or write x + f(x.clone())"
+        if drops
+        else ""
+    )
 
 
 def _closed_in_training(found: Sequence[Found], only: Sequence[int]) -> list[list[int]]:
@@ -168,15 +183,22 @@ def _closed_in_training(found: Sequence[Found], only: Sequence[int]) -> list[lis
     return [list(range(len(found))), *(part for part in parts if len(part) < len(found))]
 
 
-class _NoDropout(TorchFunctionMode):
-    """While entered, dropout keeps every value."""
+class _SteadyDropout(TorchFunctionMode):
+    """While entered, dropout draws no random numbers.
+
+    It keeps every value. Dropout in place halves every value, so that a branch that changes its
+    shortcut is noticed: a closed block does not change it.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if "dropout" in name and args and isinstance(args[0], Tensor):
-            return args[0] + 0
+            given = dict(zip(("p", "training", "inplace"), args[1:], strict=False)) | kwargs
+            drops = given.get("training", given.get("train", True)) and given.get("p") != 0
+            in_place = name.endswith("_") or given.get("inplace")
+            return args[0].mul_(0.5) if drops and in_place else args[0] + 0
         if name == "scaled_dot_product_attention":
             kwargs.pop("dropout_p", None)
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
