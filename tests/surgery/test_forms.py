@@ -421,9 +421,9 @@ OTHER = {
         lambda x, y: x + torch.zeros_like(x).index_add(0, rows()[:, 0], y[:2]),
     ),
     "scatter_add": (
-        lambda x, y: x.scatter_add(0, rows(), y),
+        lambda x, y: x.scatter_add(0, rows(), y[:2]),
         "x + torch.zeros_like(x).scatter_add(dim, index, f(x))",
-        lambda x, y: x + torch.zeros_like(x).scatter_add(0, rows(), y),
+        lambda x, y: x + torch.zeros_like(x).scatter_add(0, rows(), y[:2]),
     ),
     "by index": (
         written,

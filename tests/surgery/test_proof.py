@@ -305,3 +305,81 @@ def test_noise_in_a_branch_is_named_as_the_cause():
 def test_a_compiled_model_is_refused_with_the_order_that_works():
     with pytest.raises(ApplyError, match=r"sd\.compile_blocks"):
         sd.apply(torch.compile(Trunk(), backend="eager"), example=X)
+
+
+class ForgetsScale(Plain):
+    """Is registered with a function that does not multiply its branch."""
+
+
+class TwiceTheBranch(Plain):
+    """Is registered with a function that adds twice its branch, which is zero at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.f.weight)
+        nn.init.zeros_(self.f.bias)
+
+
+class TwiceATinyBranch(Plain):
+    """The same, with a branch that LayerScale makes small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((8,), 1e-6))
+
+    def forward(self, x):
+        return x + self.gamma * torch.relu(self.f(x))
+
+
+@sd.register_unit(ForgetsScale)
+def forgets_scale(block, gate, x):
+    return x + torch.relu(block.f(x)) if gate.open else x
+
+
+@sd.register_unit(TwiceTheBranch)
+def twice_the_branch(block, gate, x):
+    return x + 2 * gate.scale(torch.relu(block.f(x))) if gate.open else x
+
+
+@sd.register_unit(TwiceATinyBranch)
+def twice_a_tiny_branch(block, gate, x):
+    return x + 2 * gate.scale(block.gamma * torch.relu(block.f(x))) if gate.open else x
+
+
+@pytest.mark.parametrize("block", [ForgetsScale, TwiceTheBranch, TwiceATinyBranch])
+def test_a_registered_function_with_other_outputs_is_refused_however_small_they_are(block):
+    torch.manual_seed(0)
+    model = Trunk(block)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reason = "must use gate.scale" if block is ForgetsScale else "with every gate open the output"
+    with pytest.raises(UnsupportedBlockError, match=reason):
+        sd.apply(model, example=X)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Zero(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.f.weight)
+        self.gamma = nn.Parameter(torch.full((8,), 1e-6))
+
+    def forward(self, x):
+        return x + self.gamma * self.f(x)
+
+
+def test_parameters_that_are_nearly_zero_are_so_again_after_the_proof():
+    torch.manual_seed(0)
+    model = Trunk(Zero)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sd.apply(model, sd.Uniform(0.5), example=X)
+    sd.verify(model, X, repeats=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_example_that_cannot_be_trained_on_is_warned_of():
+    model = nn.Sequential(Trunk(), nn.BatchNorm1d(8))
+    with pytest.warns(UserWarning, match=r"training mode is not proved.*more than 1 value per"):
+        sd.apply(model, example=X[:1])
+    sd.remove(model)
+    sd.apply(model, example=X)

@@ -118,7 +118,7 @@ class _Held:
                 *(tensor for _, tensor in [*self.buffers, *self.parameters]),
                 *self.attributes.values(),
             ]
-            if isinstance(tensor, Tensor) and _has_content(tensor)
+            if isinstance(tensor, Tensor) and has_content(tensor)
         ]
         self.collections = [
             (value, type(value)(value))
@@ -163,7 +163,7 @@ def _put_back(now: dict[str, Any], kept: list[tuple[str, Any]]) -> None:
         now.update(kept)
 
 
-def _has_content(tensor: Tensor) -> bool:
+def has_content(tensor: Tensor) -> bool:
     """Whether `tensor` is a plain tensor with values: not on the meta device, sharded or sparse."""
     kinds = (Tensor, nn.Parameter, nn.Buffer)
     return type(tensor) in kinds and tensor.device.type != "meta" and tensor.layout == torch.strided

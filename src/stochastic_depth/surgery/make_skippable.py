@@ -34,6 +34,7 @@ from stochastic_depth.surgery.proof.check_samples import (
     refuse_one,
 )
 from stochastic_depth.surgery.proof.check_training import check_training
+from stochastic_depth.surgery.proof.visible import visible_branches
 from stochastic_depth.surgery.select_modules import chosen_modules
 from stochastic_depth.survival import Probabilities
 
@@ -189,11 +190,12 @@ def _gated_and_proved(
                 raise unsupported(block.name, block.module, why)
         return Proved(blocks, math.nan, {})
     deadline = math.inf if budget is None else time.monotonic() + budget / 2
-    half = example if batch is None else check_samples(model, example, found, batch)
-    reference = reference_outputs(model, run, found, batch, deadline)
-    blocks = put_gates(model, found, select)
-    if batch is not None and select:
-        learn_samples(model, (example, half), batch, found, blocks)
-    difference = check(model, run, found, blocks, reference, batch, gate)
-    resets = check_training(model, run, found, blocks, batch, gate)
+    with visible_branches(model, run):
+        half = example if batch is None else check_samples(model, example, found, batch)
+        reference = reference_outputs(model, run, found, batch, deadline)
+        blocks = put_gates(model, found, select)
+        if batch is not None and select:
+            learn_samples(model, (example, half), batch, found, blocks)
+        difference = check(model, run, found, blocks, reference, batch, gate)
+        resets = check_training(model, run, found, blocks, batch, gate)
     return Proved(blocks, difference, resets)

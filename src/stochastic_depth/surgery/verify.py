@@ -17,6 +17,7 @@ from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.check import check, reference_outputs
 from stochastic_depth.surgery.proof.check_training import check_training, train_once
+from stochastic_depth.surgery.proof.visible import visible_branches
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.surgery.trace import CountFlops
 from stochastic_depth.timing import take_turns
@@ -97,15 +98,16 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     run = caller(model, example)
     kind = applied.handle.gate
     batch = None if kind == "batch" else batch_size(example)
-    with ungated(model):
-        reference = reference_outputs(model, run, applied.found, batch)
-    difference = check(model, run, applied.found, blocks, reference, batch, kind)
 
     def forward(*args: Any, **kwargs: Any) -> Any:  # not the hooks of the model, which draw gates
         return model.forward(*args, **kwargs)
 
     step = caller(forward, example)
-    check_training(model, step, applied.found, blocks, batch, kind)
+    with visible_branches(model, run):
+        with ungated(model):
+            reference = reference_outputs(model, run, applied.found, batch)
+        difference = check(model, run, applied.found, blocks, reference, batch, kind)
+        check_training(model, step, applied.found, blocks, batch, kind)
     every_other = [n % 2 == 0 and len(blocks) > 1 for n in range(len(blocks))]
     patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}
     with preserve_state(model):

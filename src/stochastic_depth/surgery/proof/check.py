@@ -26,6 +26,7 @@ from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.calls import (
     CLOSED,
     OPEN,
+    TIMES_ZERO,
     CallCounts,
     counted_calls,
     refuse_running,
@@ -158,6 +159,8 @@ def check(
                 refuse_running([found[n] for n in sorted(closed)], usual, called)
                 if number < 2:
                     proof.unwatched(closed, expected)
+        for closed, expected in list(zip(reference.closed, reference.outputs, strict=True))[:2]:
+            proof.multiplied(closed, expected)
         if batch is not None:
             for closed, expected in zip(reference.closed, reference.selected, strict=True):
                 proof.selected(closed, expected, usual, batch, kind)
@@ -216,6 +219,15 @@ class _Proof:
                     f"closed, in evaluation {how} gradients and without hooks, where the model "
                     "takes a fused or cached path,",
                 )
+
+    def multiplied(self, chosen: frozenset[int], expected: Outputs) -> None:
+        """Check that a set of blocks whose branches are multiplied by 0 have no effect."""
+        with force(self.blocks, OPEN), force([self.blocks[n] for n in chosen], TIMES_ZERO):
+            difference, why = self._outcome(expected)
+        if not difference <= TOLERANCE:
+            wrong = functools.partial(self._wrong, gate=TIMES_ZERO)
+            when = "multiplied by 0 (a registered function must use gate.scale)"
+            self._raise_for_smallest(sorted(chosen), why, wrong, when)
 
     def selected(
         self,

@@ -86,8 +86,8 @@ def check_training(
                 for first in (1, 0):  # every other block, so that each is closed in one of two
                     closed = list(range(first, len(blocks), 2))
                     if why := _why_not_trained(run, blocks, closed):
-                        if not _original_trains(model, run):
-                            return {}  # the example is not one to train on
+                        if original := _why_original_fails(model, run):
+                            return _not_proved(original)
                         wrong = functools.partial(_why_not_trained, run, blocks)
                         closed, why = smallest(closed, why, wrong)
                         block = found[closed[0] if closed else 0]
@@ -99,10 +99,20 @@ def check_training(
         except StochasticDepthError:
             raise
         except Exception:
-            if _original_trains(model, run):
-                raise
-            return {}
+            if original := _why_original_fails(model, run):
+                return _not_proved(original)
+            raise
     return resets
+
+
+def _not_proved(why: str) -> dict[str, Any]:
+    """Warn that training mode is not proved, because the original cannot train on the example."""
+    warnings.warn(
+        f"training mode is not proved: the model itself takes no training step on the example "
+        f"({why}): give an example as in training",
+        stacklevel=2,
+    )
+    return {}
 
 
 def _compare(
@@ -216,14 +226,14 @@ def _unreached(error: AdditionNotReachedError, found: Sequence[Found]) -> Unsupp
     return unsupported(named.name, named.module, why)
 
 
-def _original_trains(model: nn.Module, run: Callable[..., Any]) -> bool:
-    """Whether the original model can take a training step on the example."""
+def _why_original_fails(model: nn.Module, run: Callable[..., Any]) -> str:
+    """Why the original model cannot take a training step on the example; empty if it can."""
     try:
         with ungated(model):
             train_once(run)
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _why_not_trained(run: Callable[..., Any], blocks: Sequence[Block], closed: list[int]) -> str:

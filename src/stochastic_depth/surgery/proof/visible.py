@@ -1,0 +1,71 @@
+"""Make every branch show in the outputs of a model while it is compared with the original.
+
+Branches are often initialised to zero or nearly so: a last convolution or a gain of zero, the
+LayerScale of 1e-6 of ConvNeXt, the gates of a diffusion transformer. As long as they are, a wrong
+block has the same outputs as a right one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.surgery.example import has_content, preserve_state
+from stochastic_depth.tensors import tensors_in
+
+_VANISHING = 1e-3
+"""Parameters are replaced if none of their values is larger than this."""
+
+
+@contextmanager
+def visible_branches(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """While entered, trainable parameters that are zero or nearly so have random values.
+
+    They are the same values each time. Nothing is replaced in a model that cannot run with them.
+
+    Args:
+        run: calls the model on the example.
+    """
+    vanishing = [p for p in model.parameters() if p.requires_grad and _vanishes(p)]
+    before = [parameter.detach().clone() for parameter in vanishing]
+    generator = torch.Generator("cpu").manual_seed(0)
+    for parameter in vanishing:
+        parameter.data.copy_(_values_like(parameter, generator))
+    if vanishing and not _is_finite(model, run):
+        _restore(vanishing, before)
+        vanishing = []
+    try:
+        yield
+    finally:
+        _restore(vanishing, before)
+
+
+def _vanishes(parameter: Tensor) -> bool:
+    plain = has_content(parameter) and parameter.is_floating_point() and parameter.numel() > 0
+    return plain and parameter.detach().abs().max().item() <= _VANISHING
+
+
+def _values_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Random values: of a gain or a bias from 0.05 to 0.15; of a matrix as for initialisation."""
+    u = torch.rand(parameter.shape, generator=generator, device="cpu")
+    if parameter.ndim < 2:
+        return 0.05 + 0.1 * u
+    inputs = parameter[0].numel()
+    return (2 * u - 1) / inputs**0.5
+
+
+def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=False):
+        parameter.data.copy_(value)
+
+
+def _is_finite(model: nn.Module, run: Callable[..., Any]) -> bool:
+    """Whether the model runs, and all of its outputs are finite, in evaluation mode."""
+    with preserve_state(model), torch.no_grad():
+        model.eval()
+        try:
+            return all(bool(tensor.isfinite().all()) for tensor in tensors_in(run()))
+        except Exception:
+            return False
