@@ -180,6 +180,12 @@ def test_a_subset_is_of_at_least_so_many_samples_and_only_where_the_coins_say_fe
             assert torch.equal(more.sum(1), counts)
 
 
+def test_a_block_that_does_not_run_yet_is_opened_for_no_sample() -> None:
+    gates = draw(0, 0, (0.0, 0.5), batch=8, min_samples=2)
+    assert not gates[0].any()
+    assert gates[1].sum() >= 2
+
+
 def balanced_joint(survival: tuple[float, ...]) -> torch.Tensor:
     """P(i and j open) of `balanced_blocks` over all orders, exactly: float64 [L, L].
 

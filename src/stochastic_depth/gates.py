@@ -183,8 +183,8 @@ def draw(
     steps, and in all steps in which a smaller one does.
 
     Args:
-        min_samples: the smallest number of open samples in each block. Where the coins open fewer,
-            the samples with the next smallest random numbers are opened too.
+        min_samples: the smallest number of open samples in each block with p_l > 0. Where the coins
+            open fewer, the samples with the next smallest random numbers are opened too.
         balance: whether to open a constant number of blocks, see `balanced_blocks`, or of the
             samples of each block, see `subset_size`. Which ones are open is still random.
         multiple_of: the number of balanced samples is rounded to a multiple of this.
@@ -213,9 +213,11 @@ def draw(
             ],
             dim=1,
         )
-    coins = u < torch.tensor(survival, dtype=torch.float64, device="cpu")[:, None]
+    p = torch.tensor(survival, dtype=torch.float64, device="cpu")[:, None]
+    coins = u < p
     if min_samples > 0 and batch > 0:
-        coins |= u <= u.kthvalue(min(min_samples, batch), dim=1, keepdim=True).values
+        smallest = u <= u.kthvalue(min(min_samples, batch), dim=1, keepdim=True).values
+        coins |= smallest & (p > 0)
     return coins
 
 

@@ -402,7 +402,8 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.others = len(tensors) - count
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+        # Not views: a view that a function of ours returns must not be changed in place.
+        return tuple(tensor.detach() for tensor in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

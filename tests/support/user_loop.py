@@ -137,6 +137,19 @@ def plain_ddp_trains_like_one_process() -> None:
         assert_same_end(model, alone(skipped))
 
 
+def the_output_of_a_block_may_be_changed_in_place_after_ddp() -> None:
+    models = []
+    for wrap, share in ((DistributedDataParallel, mine), (lambda model: model, whole)):
+        torch.manual_seed(0)
+        units = [sd.Residual(nn.Linear(WIDTH, WIDTH)) for _ in range(BLOCKS)]
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *units, nn.ReLU(inplace=True)).double()
+        handle = sd.apply(model, sd.LinearDecay(0.2), seed=3)
+        train(wrap(model), sgd(model), share)
+        assert not all(bool(handle.gates_at(step)[-1]) for step in range(STEPS))
+        models.append(model)
+    assert_same_end(*models)
+
+
 def the_composable_replicate_trains_like_one_process_and_skips_closed_blocks() -> None:
     for skipped, skips in itertools.product(("paper", "freeze"), (False, True)):
         model, handle = network(skipped)
@@ -500,6 +513,7 @@ def and_then_on_four(folder: Path) -> None:
 
 EVERYWHERE = (
     plain_ddp_trains_like_one_process,
+    the_output_of_a_block_may_be_changed_in_place_after_ddp,
     ddp_that_skips_closed_blocks_trains_like_one_process,
     gates_by_rank_differ_and_gradients_are_the_mean,
     sharded_by_branches_it_trains_like_one_process_and_closed_blocks_communicate_nothing,

@@ -29,6 +29,11 @@ class Addcmul(Base):
         return torch.addcmul(x, self.gamma, self.branch(x))
 
 
+class AddcmulByName(Base):
+    def forward(self, x):
+        return torch.addcmul(x, tensor1=self.gamma, tensor2=self.branch(x))
+
+
 class SumOfList(Base):
     def forward(self, x):
         return sum([x, self.branch(x)])
@@ -76,7 +81,7 @@ class CustomFunction(Base):
         return x + self.f(Fused.apply(self.f(x)))
 
 
-FOUND = [Addcmul, SumOfList, AddsShortcutInPlace, Private, Recurrent, CustomFunction]
+FOUND = [Addcmul, AddcmulByName, SumOfList, AddsShortcutInPlace, Private, Recurrent, CustomFunction]
 
 
 @pytest.mark.parametrize("form", FOUND)
@@ -90,6 +95,47 @@ def test_a_form_is_found_and_its_closed_block_is_its_input(form):
     with handle.subnetwork([True, False]):
         only_first = model(X)
     assert not torch.equal(only_first, X)
+
+
+class AddsProduct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.addcmul(x, self.f(x), torch.sigmoid(self.g(x)))
+
+
+class AddsProducts(nn.Module):
+    """The same in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AddsProduct() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.addcmul(x, block.f(x), torch.sigmoid(block.g(x)))
+        return x
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(AddsProduct(), AddsProduct()), AddsProducts]
+)
+def test_both_factors_of_addcmul_belong_to_the_branch(make):
+    model = make()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    for block in handle.blocks:
+        parts = {name.split(".")[-3 if ".f." in name else -2] for name in block.parameters}
+        assert parts == {"f", "g"}
+    called = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, *_: called.append(module))
+    with handle.forced([False, False]):
+        assert torch.equal(model(X), X)
+    assert not called
+    assert sd.summary(model, X).blocks[0].forward == 3 * 2 * 4 * 8 * 8
 
 
 SCALED = {

@@ -62,6 +62,36 @@ def test_blocks_of_other_models_are_counted_too():
         assert block.parameters == 2 * (6 * 6 + 6)
 
 
+class Matrices(nn.Module):
+    """A residual block with its matrices in one parameter, so that all print alike."""
+
+    def __init__(self, matrices: int) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(matrices, 8, 8) / 8)
+
+    def forward(self, x):
+        y = x
+        for matrix in self.matrices:
+            y = y @ matrix
+        return x + y
+
+
+def test_blocks_that_print_alike_are_counted_each():
+    model, x = nn.Sequential(Matrices(1), Matrices(9)), torch.randn(4, 8)
+    sd.apply(model, example=x)
+    first, second = sd.summary(model, x).blocks
+    assert first.forward == 2 * 4 * 8 * 8
+    assert second.forward == 9 * first.forward
+
+
+def test_a_frozen_network_has_no_backward_pass():
+    model = CifarResNet(8).requires_grad_(False)
+    sd.apply(model)
+    summary = sd.summary(model, IMAGES)
+    assert summary.backward == 0
+    assert summary.forward > 0
+
+
 def test_a_summary_changes_nothing():
     model = CifarResNet(8)
     handle = sd.apply(model)

@@ -34,7 +34,7 @@ from stochastic_depth.surgery.rejected import (
     own_backward,
 )
 from stochastic_depth.surgery.shortcuts import Shortcuts, is_mixing
-from stochastic_depth.surgery.trace import Call, Recording, recorded
+from stochastic_depth.surgery.trace import PRODUCT, Call, Recording, recorded
 from stochastic_depth.torch_private import function_around
 
 Key = tuple[str, Edits]
@@ -136,15 +136,23 @@ class _Search:
         if name not in ADDITIONS or len(operands) < 2:
             return
         self.occurrences[site_of(frame)] += 1
-        left, right, *factors = *operands, None, None
-        if name.startswith("addcmul"):
-            branches = [number for number in (right, *factors) if number is not None]
-            right = max(branches, key=lambda n: len(self.recording.reach(n)), default=None)
+        left, right, *_ = operands
         if not self.recording.calls or left is None or right is None:
             return
         self.sites[site_of(frame)] += 1
         if left != right:
             self._judge(left, right, self.recording.number(out), frame, scales_second)
+
+    def _is_shortcut_of(self, branch: int, scaled: int, call: Call) -> bool:
+        """Whether a scaled operand, or a factor of it if it is a product, is the shortcut."""
+        values = self.recording.values
+        factors = values[scaled].parents if values[scaled].made_by == PRODUCT else ()
+        for operand in (scaled, *factors):
+            of = [self.recording.reach_within(value, call) for value in (branch, operand)]
+            side = self.shortcuts.side(branch, operand, of, call)
+            if "right" in (side, None if side else self.shortcuts.part(branch, operand, of, call)):
+                return True
+        return False
 
     def _judge(
         self, left: int, right: int, total: int, frame: FrameType, scales_right: bool
@@ -159,8 +167,8 @@ class _Search:
         side = self.shortcuts.side(left, right, of, call)
         reason = self.rejections.why_not(left, right, side, call)
         part = None if side else self.shortcuts.part(left, right, of, call)
-        if scales_right and "right" in (side, part):
-            self.rejections.reject(frame, [left, right], SCALED)
+        if scales_right and self._is_shortcut_of(left, right, call):
+            self.rejections.add(self.rejections.described(frame, SCALED))
             return
         if around := function_around(frame):
             reason = own_backward(around)

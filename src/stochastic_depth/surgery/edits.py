@@ -112,7 +112,7 @@ def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple
     """The arguments of an addition, operands first, also of `torch.add(input=x, other=y)`."""
     others = dict(kwargs)
     first = (others.pop("input"),) if "input" in others else ()
-    last = (others.pop("other"),) if "other" in others else ()
+    last = [others.pop(name) for name in ("other", "tensor1", "tensor2") if name in others]
     return (*first, *args, *last), others
 
 

@@ -47,7 +47,7 @@ def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = 
     own = "forward" in vars(module) and len(gates) > 0
     if own and not all(isinstance(edit, Deferred | Entry) for edit in gates):
         raise UnsupportedBlockError("its forward method is set on the instance, not in the class")
-    kind = gated_class(type(module), tuple(gates), select, _look(module), own)
+    kind = gated_class(type(module), tuple(gates), select, fingerprint(module), own)
     module.__dict__[GATES] = tuple(gates.values())
     module.__class__ = kind
     if own:
@@ -93,17 +93,17 @@ def gated_class(
     kind: type[nn.Module],
     edits: tuple[Edit, ...],
     select: bool,
-    look: str,
+    alike: str,
     own_forward: bool = False,
 ) -> Any:
     """A subclass of `kind`, of the same name, which has gates at `edits`.
 
     torch.compile keeps a limited number of graphs for each code object of a method, and remembers
     changing sizes by the name of the code. So modules with different attributes, and therefore a
-    different `look`, get code objects and names of their own.
+    different `alike`, get code objects and names of their own.
 
     Args:
-        look: a text that is equal for modules which a compiler may give the same graphs.
+        alike: a text that is equal for modules which a compiler may give the same graphs.
         own_forward: whether the module has a `forward` that was set on the instance.
 
     Raises:
@@ -117,7 +117,7 @@ def gated_class(
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        return _build, (build, kind, edits, select, look, own_forward, *arguments[1:]), *rest
+        return _build, (build, kind, edits, select, alike, own_forward, *arguments[1:]), *rest
 
     @functools.wraps(kind.__init__)
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -141,7 +141,7 @@ def gated_class(
     forward = vars(made).get("forward")  # transformers wraps it as the class is made
     deferring = any(isinstance(edit, Deferred | Entry) for edit in edits)
     if isinstance(forward, FunctionType) and not deferring:
-        forward.__code__ = forward.__code__.replace(co_name=f"forward_{look}")
+        forward.__code__ = forward.__code__.replace(co_name=f"forward_{alike}")
     return made
 
 
@@ -236,8 +236,8 @@ def _called(function: FunctionType, _: Any) -> FunctionType:
     return forward  # type: ignore[return-value]
 
 
-def _look(module: nn.Module) -> str:
-    """A digest of the attributes of `module`, equal for modules that may share compiled graphs."""
+def fingerprint(module: nn.Module) -> str:
+    """A digest of the attributes of `module`, and of the shapes of all tensors in it."""
     parts = [
         (
             name,
@@ -291,7 +291,7 @@ def _build(
     kind: type[nn.Module],
     edits: tuple[Edit, ...],
     select: bool,
-    look: str,
+    alike: str,
     own_forward: bool,
     *rest: Any,
 ) -> Any:
@@ -302,7 +302,7 @@ def _build(
             fit.
     """
     try:
-        return build(gated_class(kind, edits, select, look, own_forward), *rest)
+        return build(gated_class(kind, edits, select, alike, own_forward), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
             f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "

@@ -14,6 +14,7 @@ from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.applied import applied_to, handle_of
 from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.install import fingerprint
 from stochastic_depth.surgery.proof.calls import CLOSED, OPEN
 from stochastic_depth.surgery.trace import CountFlops
 from stochastic_depth.tensors import tensors_in
@@ -144,18 +145,18 @@ def summary(model: nn.Module, example: Example) -> Summary:
         model.train(training)
         shapes = _input_shapes(model, handle.blocks, run)
         forward, backward = _count(run)
-        counted: dict[tuple[str, str], tuple[int, int]] = {}
+        counted: dict[tuple[str, str, int], tuple[int, int]] = {}
         summaries = []
         for block, p in zip(handle.blocks, handle.probabilities.full, strict=True):
             module = block.module
-            look = (repr(module), f"{shapes.get(block.name)} of {len(block.gates)} gates")
-            if look not in counted:
+            alike = fingerprint(module), shapes.get(block.name, block.name), len(block.gates)
+            if alike not in counted:
                 with force([block], CLOSED):
                     without = _count(run)
-                counted[look] = forward - without[0], backward - without[1]
+                counted[alike] = forward - without[0], backward - without[1]
             size = sum(p.numel() for owned in block.owned for p in owned.parameters())
             kind = type(module).__name__
-            summaries.append(BlockSummary(block.name, kind, p, size, *counted[look]))
+            summaries.append(BlockSummary(block.name, kind, p, size, *counted[alike]))
     return Summary(tuple(summaries), forward, backward, handle.closed, _gating(handle))
 
 
@@ -178,9 +179,10 @@ def _count(run: Callable[[], Any]) -> tuple[int, int]:
     """FLOPs of the forward and of the backward pass."""
     with CountFlops() as forward:
         outputs = tensors_in(run())
-    total = torch.stack([out.float().sum() for out in outputs if out.requires_grad]).sum()
+    totals = [out.float().sum() for out in outputs if out.requires_grad]
     with CountFlops() as backward:
-        total.backward()
+        if totals:  # something is trained
+            torch.stack(totals).sum().backward()
     return forward.total, backward.total
 
 

@@ -1,7 +1,7 @@
 """Record one forward pass: which value is computed from which, in which module, at what cost."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,10 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 }
 """PyTorch's FLOP formulas by operator. It has none for attention on a CPU, which costs the same
 as on a GPU."""
+
+
+PRODUCT = "product of addcmul"
+"""Is recorded as the function that made the product which `addcmul` adds."""
 
 
 class CountFlops(TorchDispatchMode):
@@ -281,6 +285,8 @@ class _Functions(TorchFunctionMode):
         if kwargs and getattr(func, "__name__", "") in ADDITIONS:
             given, _ = by_position(args, kwargs)
         operands = tuple(self.recording.number(x) if isinstance(x, Tensor) else None for x in given)
+        if getattr(func, "__name__", "").startswith("addcmul"):
+            parents = operands = self.recording.number(given[0]), self._product(given[1:3])
         before = 0 if self.counter is None else self.counter.total
         counted = [(x, changes_of(x)) for x in inputs if not x.is_inference()]
         out = func(*args, **(kwargs or {}))
@@ -302,6 +308,11 @@ class _Functions(TorchFunctionMode):
             flops = 0
         self.on_function(func, operands, out, scales_second(name, kwargs or {}))
         return out
+
+    def _product(self, factors: Sequence[Tensor]) -> int:
+        """Record the product that `addcmul` adds, as if it had been computed before."""
+        parents = tuple(map(self.recording.number, factors))
+        return self.recording.add(factors[0] * factors[1], parents, PRODUCT)
 
 
 def _hooks(
