@@ -80,7 +80,7 @@ WAYS = {
     Layer: "slice",
     ByPosition: "slice",
     ThroughView: "slice",
-    AroundSourceless: "opaque",
+    AroundSourceless: "deferred",
     InTheTrunk: "deferred",
 }
 

@@ -151,7 +151,7 @@ def one_block(model, n, x, mask, condition):
     return model.blocks[n](x, mask, condition)
 
 
-WAYS = {Sliced: "slice", Looping: "slice", Handing: "call", Opaque: "opaque", Trunk: "deferred"}
+WAYS = {Sliced: "slice", Looping: "slice", Handing: "call", Opaque: "deferred", Trunk: "deferred"}
 
 
 @pytest.mark.parametrize("kind", WAYS, ids=lambda kind: kind.__name__)

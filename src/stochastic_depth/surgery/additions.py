@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import CodeType, FrameType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.errors import ExampleError, StochasticDepthError
 from stochastic_depth.surgery.branch_source import (
@@ -60,9 +60,7 @@ def discover(
         ExampleError: when the model does not run on the example.
     """
     search = _Search(Recording(model), gradients)
-    with recorded(
-        model, search.recording, search.on_function, search.on_return, count_flops, gradients
-    ):
+    with recorded(model, search.recording, search.on_function, count_flops, gradients):
         try:
             output = run()
         except StochasticDepthError:
@@ -90,8 +88,8 @@ class _Search:
         self.recording, self.training = recording, training
         self.found: dict[Key, Addition] = {}
         self.snapshots: defaultdict[Key, list[Snapshot]] = defaultdict(list)
-        self.sums: dict[int, tuple[Key, int]] = {}
-        """The results of residual additions, each with its key and the number of its shortcut."""
+        self.sums = set[int]()
+        """The results of residual additions."""
         self.occurrences: Counter[Site] = Counter()
         """How often each expression has been evaluated."""
         self.sites: Counter[Site] = Counter()
@@ -250,7 +248,7 @@ class _Search:
                 events=before.events + new.events,
             )
         )
-        self.sums[event.total] = key, event.shortcut
+        self.sums.add(event.total)
         self.snapshots[key].append(located.snapshot)
 
     def _is_mixed_later(self, value: int) -> bool:
@@ -264,12 +262,3 @@ class _Search:
                     seen.add(child)
                     ahead.append(child)
         return False
-
-    def on_return(self, call: Call, output: Any) -> None:
-        """Record whether a module returns its first argument plus one branch."""
-        given = call.args[0] if call.args else None
-        if isinstance(output, Tensor) and isinstance(given, Tensor):
-            key, shortcut = self.sums.get(self.recording.number(output), (None, None))
-            if key is not None and key[0] == call.name:
-                whole = self.recording.number(given) == shortcut
-                self.found[key] = replace(self.found[key], whole=whole)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -11,7 +11,7 @@ from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.places import Places
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.branches import Event
-from stochastic_depth.surgery.edits import Argument, Deferred, Edit, Opaque, Registered, Sum
+from stochastic_depth.surgery.edits import Argument, Deferred, Edit, Registered, Sum
 from stochastic_depth.surgery.example import Example
 
 Granularity = Literal["block", "unit"]
@@ -58,6 +58,14 @@ class Found:
     change: str = ""
     """How its branch changes its shortcut in place; empty if it does not."""
 
+    def without_recording(self) -> "Found":
+        """This block without the tensors of the recorded pass, to be kept as long as the model."""
+        units = [
+            replace(unit, events=tuple(event.without_recording() for event in unit.events))
+            for unit in self.units
+        ]
+        return replace(self, units=tuple(units))
+
     @property
     def mechanism(self) -> str:
         """The name of the mechanism that makes it skippable; "none" if it was refused."""
@@ -70,7 +78,6 @@ class Found:
 MECHANISM_OF = {
     Registered: "registered",
     Deferred: "deferred",
-    Opaque: "opaque",
     Argument: "call",
     Sum: "slice",
 }

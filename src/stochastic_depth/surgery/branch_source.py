@@ -50,8 +50,6 @@ class Addition:
     """Names of the modules inside the owner that ran for the branch, one entry for each call."""
     parameters: frozenset[str] = frozenset()
     """Names of the parameters inside the owner that the branch uses."""
-    whole: bool = False
-    """Whether the owner returns this sum, and its first argument is the shortcut."""
     events: tuple[Event, ...] = ()
     """One event for each time that the addition was made in the recorded pass."""
     coupled: Event | None = None

@@ -7,7 +7,7 @@ skipped.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -61,6 +61,10 @@ class Event:
     """The values of the branch that are computed during that call."""
     modules: frozenset[str] = frozenset()
     """Names of the modules that ran for its branch."""
+
+    def without_recording(self) -> "Event":
+        """This event without the calls that hold the tensors of the recorded pass."""
+        return replace(self, stack=(), enclosing=None, branch=set())
 
     def branch_within(self, recording: Recording, call: Call) -> set[int]:
         """The values of the branch, back to the inputs of `call`."""

@@ -79,12 +79,6 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class Opaque:
-    """A whole module that returns its input plus a branch. Closed, it returns a copy of its
-    input."""
-
-
-@dataclass(frozen=True)
 class Registered:
     """A whole module whose forward method was registered with `sd.register_unit`."""
 
@@ -160,7 +154,7 @@ class Entry:
 
 
 Sliced = Sum | Argument
-Edit = Sum | Argument | Opaque | Registered | Deferred | Entry
+Edit = Sum | Argument | Registered | Deferred | Entry
 
 
 _POSITIONS: dict[int, tuple[CodeType, list[Any]]] = {}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import CellType, FunctionType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.block import Block, count_inside, owned_parameters
 from stochastic_depth.errors import UnsupportedBlockError
@@ -19,9 +19,9 @@ from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.deferred.forward import deferring_forward
-from stochastic_depth.surgery.edits import Deferred, Edit, Entry, Opaque, Registered, Sliced
+from stochastic_depth.surgery.edits import Deferred, Edit, Entry, Registered, Sliced
 from stochastic_depth.surgery.rewrite import slice_method
-from stochastic_depth.surgery.select_samples import SAMPLES, samples
+from stochastic_depth.surgery.select_samples import SAMPLES
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each edit of the module."""
@@ -172,9 +172,7 @@ def _gated_methods(
         else:  # reached by super(): a class between `defined` and its children
             parents.append(type(defined.__name__, (defined,), {name: method}))
     for number, edit in enumerate(edits):
-        if isinstance(edit, Opaque):
-            methods["forward"] = _opaque_forward(kind, number)
-        elif isinstance(edit, Registered):
+        if isinstance(edit, Registered):
             methods["forward"] = _registered_forward(edit.forward, number)
     if any(isinstance(edit, Deferred | Entry) for edit in edits):
         inner = _own_forward if own_forward else methods.get("forward") or kind.forward
@@ -254,21 +252,6 @@ def fingerprint(module: nn.Module) -> str:
 def _gates_now(numbers: Sequence[int], module: nn.Module) -> list[Gate]:
     gates: tuple[BlockGates, ...] = module.__dict__[GATES]
     return [gates[number].now(module.training) for number in numbers]
-
-
-def _opaque_forward(kind: Any, number: int) -> FunctionType:
-    """The forward method of `kind`, which returns its input plus one branch, under a gate."""
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        gate: Gate = self.__dict__[GATES][number].now(self.training)
-        if not gate.open:
-            return x.clone()  # what follows may overwrite it
-        with gate.forward_only():
-            given = samples(self, gate, ([x, *args], kwargs), number)
-            out = kind.forward(self, *given[0], **given[1])
-        return gate.rescale(out, x)
-
-    return forward  # type: ignore[return-value]
 
 
 def _registered_forward(gated: Callable[..., Any], number: int) -> FunctionType:

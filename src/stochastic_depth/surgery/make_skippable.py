@@ -98,6 +98,7 @@ def make_skippable(
             silenced = silence(model, kept)
             proved = _gated_and_proved(model, kept, example, gate, budget)
             if failure is None:
+                kept = [block.without_recording() for block in kept]
                 return Skippable(kept, probabilities, silenced, proved)
             _undo(model, silenced)
             break
@@ -106,7 +107,7 @@ def make_skippable(
             if error.of_model:
                 raise failure or error from None
             culprits = _culprits(error, kept, failures)
-            more = {b.name for b in culprits or kept if b.mechanism in ("slice", "call", "opaque")}
+            more = {b.name for b in culprits or kept if b.mechanism in ("slice", "call")}
             if more and example is not None:
                 deferred |= more
                 found = find(deferred)

@@ -1,7 +1,7 @@
 """Choose the mechanism by which each residual block is made skippable: the first that fits.
 
-A registered forward method is tried first, then rewriting the methods that add, then skipping the
-module as a whole. A block for which none of these works is deferred.
+A registered forward method is tried first, then rewriting the methods that add. A block for which
+neither works is deferred.
 """
 
 import functools
@@ -21,7 +21,7 @@ from stochastic_depth.surgery.blocks import Found, Unit, residual_block
 from stochastic_depth.surgery.branch_source import Addition
 from stochastic_depth.surgery.branches import Analysis, Event, Group
 from stochastic_depth.surgery.deferred_groups import deferred_edits
-from stochastic_depth.surgery.edits import Argument, Edit, Opaque, Registered, Sliced, Sum
+from stochastic_depth.surgery.edits import Argument, Edit, Registered, Sliced, Sum
 from stochastic_depth.surgery.install import gated_class
 from stochastic_depth.surgery.rewrite import skipped_when_closed
 
@@ -36,10 +36,9 @@ def edited_block(
         return residual_block(name, module, flops)
     units: dict[Any, Unit] = {}
     refusal = ""
-    of_owner = Counter(addition.owner for addition in additions)
     for addition in additions:
         try:
-            edits = edits_of(addition, modules, of_owner[addition.owner] == 1)
+            edits = edits_of(addition, modules)
         except UnsupportedBlockError as error:
             refusal = refusal or str(error)
             continue
@@ -67,36 +66,27 @@ def rewritten_unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit
     Raises:
         UnsupportedBlockError: when they cannot be rewritten.
     """
-    edits = edits_of(addition, modules, alone=False)
+    edits = edits_of(addition, modules)
     return Unit(edits, _sums(addition, modules), modules=frozenset(addition.modules))
 
 
 def edits_of(
-    addition: Addition, modules: Mapping[str, nn.Module], alone: bool
+    addition: Addition, modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[nn.Module, Edit], ...]:
     """The modules that get the gate of `addition`, and where; the module that adds comes first.
 
     Args:
         modules: all modules of the model, by name.
-        alone: whether it is the only addition of its owner.
 
     Raises:
-        UnsupportedBlockError: when no mechanism fits; the message says what was tried.
+        UnsupportedBlockError: when its methods cannot be rewritten.
     """
     whole = registered_around(addition.owner, modules)
     if whole is not None:
         forward = registered(type(modules[whole]))
         assert forward is not None
         return ((modules[whole], Registered(forward)),)
-    try:
-        return _sliced(addition, modules)
-    except UnsupportedBlockError as error:
-        if addition.whole and alone:
-            return ((modules[addition.owner], Opaque()),)
-        raise UnsupportedBlockError(
-            f"{error}; nor can the module be skipped as a whole, because it returns more than its "
-            "input plus one branch"
-        ) from error
+    return _sliced(addition, modules)
 
 
 def _sliced(

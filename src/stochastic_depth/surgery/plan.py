@@ -31,9 +31,9 @@ class PlannedBlock:
     mechanism: str
     """"Residual": the block is built to be skipped. "slice": the method that adds is rewritten at
     the addition. "call": the method that calls it is rewritten too, because the branch begins
-    there. "registered": its forward method comes from `sd.register_unit`. "opaque": the module is
-    skipped as a whole. "deferred": nothing is rewritten, and the modules of the branch are not
-    called. "none": the block cannot be skipped, see `refusal`."""
+    there. "registered": its forward method comes from `sd.register_unit`. "deferred": nothing
+    is rewritten, and the modules of the branch are not called. "none": the block cannot be skipped,
+    see `refusal`."""
     survival: float
     parameters: int
     """The number of parameters of its branches."""
@@ -134,7 +134,7 @@ def plan(
         more = {
             block.name
             for block, after in zip(found, tried, strict=True)
-            if after.refusal and block.mechanism in ("slice", "call", "opaque")
+            if after.refusal and block.mechanism in ("slice", "call")
         }
         if not more:
             break

@@ -225,7 +225,6 @@ def recorded(
     model: nn.Module,
     recording: Recording,
     on_function: Callable[[Callable[..., Any], tuple[int | None, ...], Any, bool], None],
-    on_return: Callable[[Call, Any], None],
     count_flops: bool,
     gradients: bool = False,
 ) -> Iterator[None]:
@@ -235,14 +234,13 @@ def recorded(
         on_function: called after every function, with the function, the numbers of its positional
             arguments (None for arguments that are not tensors), its result, and whether it is an
             addition that multiplies its second operand.
-        on_return: called after every call of a module, with that call and its output.
         gradients: whether autograd is on.
     """
     with ExitStack() as entered:
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 continue
-            for handle in _hooks(name, module, recording, on_return):
+            for handle in _hooks(name, module, recording):
                 entered.callback(handle.remove)
         entered.enter_context(torch.set_grad_enabled(gradients))
         counter = entered.enter_context(CountFlops()) if count_flops else None
@@ -315,9 +313,7 @@ class _Functions(TorchFunctionMode):
         return self.recording.add(factors[0] * factors[1], parents, PRODUCT)
 
 
-def _hooks(
-    name: str, module: nn.Module, recording: Recording, on_return: Callable[[Call, Any], None]
-) -> tuple[Any, Any]:
+def _hooks(name: str, module: nn.Module, recording: Recording) -> tuple[Any, Any]:
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = recording.numbers((args, kwargs))
         began = len(recording.values)
@@ -329,7 +325,6 @@ def _hooks(
         call = recording.calls.pop()
         call.ended, call.gave_tensor = len(recording.values), isinstance(output, Tensor)
         recording.finished.append((call, recording.numbers(output)))
-        on_return(call, output)
 
     return (
         module.register_forward_pre_hook(begin, with_kwargs=True),

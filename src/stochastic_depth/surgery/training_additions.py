@@ -266,7 +266,7 @@ _UNLIKE = (
 
 def _with_rewritten(block: Found, additions: Sequence[Addition], rewrite: Rewrite) -> Found:
     """`block`, with its methods rewritten at `additions` too."""
-    if block.refusal or block.mechanism in ("registered", "opaque", "Residual"):
+    if block.refusal or block.mechanism in ("registered", "Residual"):
         return block
     try:
         units = (*block.units, *map(rewrite, additions))
