@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
@@ -383,3 +384,58 @@ def test_an_example_that_cannot_be_trained_on_is_warned_of():
         sd.apply(model, example=X[:1])
     sd.remove(model)
     sd.apply(model, example=X)
+
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class InFunction(Trunk):
+    """Adds what a function with its own backward pass makes of a branch, in a loop."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + Sine.apply(block.f(x))
+        return x
+
+
+class InCheckpoint(Trunk):
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + checkpoint(block.f, x, use_reentrant=True)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("model", [InFunction, InCheckpoint])
+@pytest.mark.parametrize("options", [{"drop_rate": 0.5}, {"gate": "sample"}, {"gate": "subset"}])
+def test_a_gradient_that_is_lost_on_the_way_is_noticed(model, options):
+    with pytest.raises(UnsupportedBlockError, match=r"gradient of '\S+' is not that of .*Function"):
+        sd.apply(model(), example=X, **options)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("model", [InFunction, InCheckpoint])
+def test_a_gradient_that_is_not_lost_is_the_originals(model):
+    torch.manual_seed(0)
+    net = model()
+    handle = sd.apply(net, example=X)
+    with handle.forced([True, False, True]):
+        net(X).square().sum().backward()
+    x = net.stem(X)
+    for n in (0, 2):
+        f = net.blocks[n].f
+        x = x + (f(x).sin() if model is InFunction else f(x))
+    parameters = [*net.stem.parameters(), *net.blocks[0].parameters(), *net.blocks[2].parameters()]
+    expected = torch.autograd.grad(x.square().sum(), parameters)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)

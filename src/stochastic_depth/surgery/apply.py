@@ -178,6 +178,7 @@ def apply(
         lambda found: chosen_survival(survival, found, stacks, schedule),
         example,
         gate,
+        chosen,
         budget,
     )
     drops = min(made.probabilities.full) < 1

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.block import Block
+from stochastic_depth.choices import Scale
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import GateKind
 from stochastic_depth.hooks import batch_size
@@ -66,6 +67,7 @@ def make_skippable(
     probabilities_of: Callable[[Sequence[Found]], Probabilities],
     example: Example | None,
     gate: GateKind,
+    scale: Scale,
     budget: float | None,
 ) -> Skippable:
     """Make all blocks skippable and prove it. Blocks that fail the proof are deferred.
@@ -96,7 +98,7 @@ def make_skippable(
                 raise unsupported(first.name, first.module, first.refusal, names)
             probabilities = probabilities_of(kept)
             silenced = silence(model, kept)
-            proved = _gated_and_proved(model, kept, example, gate, budget)
+            proved = _gated_and_proved(model, kept, example, gate, scale, budget)
             if failure is None:
                 kept = [block.without_recording() for block in kept]
                 return Skippable(kept, probabilities, silenced, proved)
@@ -172,6 +174,7 @@ def _gated_and_proved(
     found: Sequence[Found],
     example: Example | None,
     gate: GateKind,
+    scale: Scale,
     budget: float | None,
 ) -> Proved:
     """Give every block its gates, and prove the blocks that are not `Residual` units."""
@@ -198,5 +201,5 @@ def _gated_and_proved(
         if batch is not None and select:
             learn_samples(model, (example, half), batch, found, blocks)
         difference = check(model, run, found, blocks, reference, batch, gate)
-        resets = check_training(model, run, found, blocks, batch, gate)
+        resets = check_training(model, run, found, blocks, batch, gate, scale)
     return Proved(blocks, difference, resets)

@@ -107,7 +107,7 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         with ungated(model):
             reference = reference_outputs(model, run, applied.found, batch)
         difference = check(model, run, applied.found, blocks, reference, batch, kind)
-        check_training(model, step, applied.found, blocks, batch, kind)
+        check_training(model, step, applied.found, blocks, batch, kind, applied.handle.scale)
     every_other = [n % 2 == 0 and len(blocks) > 1 for n in range(len(blocks))]
     patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}
     with preserve_state(model):

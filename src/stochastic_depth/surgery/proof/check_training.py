@@ -11,6 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.block import Block
+from stochastic_depth.choices import Scale
 from stochastic_depth.errors import (
     AdditionNotReachedError,
     StochasticDepthError,
@@ -50,6 +51,7 @@ def check_training(
     blocks: Sequence[Block],
     batch: int | None = None,
     kind: GateKind = "batch",
+    scale: Scale = "inference",
 ) -> dict[str, Any]:
     """Check that in training mode open blocks are reached, and closed blocks run nothing.
 
@@ -82,7 +84,7 @@ def check_training(
                 with in_training(blocks, [CLOSED] * len(blocks)):
                     called = _counted(model, run, 0)
                 refuse_running(found, passes[0], called, "in training mode ")
-                _compare(model, run, found, blocks, batch, kind)
+                _compare(model, run, found, blocks, batch, kind, scale)
                 for first in (1, 0):  # every other block, so that each is closed in one of two
                     closed = list(range(first, len(blocks), 2))
                     if why := _why_not_trained(run, blocks, closed):
@@ -122,22 +124,24 @@ def _compare(
     blocks: Sequence[Block],
     batch: int | None,
     kind: GateKind,
+    scale: Scale,
 ) -> None:
-    """Compare the model with the original with bypassed additions, in training mode.
+    """Compare outputs with those of the original with bypassed additions, in training mode.
 
-    Dropout is switched off in both, since a closed branch draws no random numbers. A model that
-    draws other random numbers or keeps a state has different outputs in any case, so its outputs
-    are not compared.
+    With all gates open, in the form that training draws them, gradients are compared too. Dropout
+    is switched off in both, since a closed branch draws no random numbers. A model that draws other
+    random numbers or keeps a state has different outputs in any case, so its outputs are not
+    compared.
 
     Raises:
-        UnsupportedBlockError: when the outputs differ.
+        UnsupportedBlockError: when outputs or gradients differ.
     """
 
     def wrong(part: list[int], gate: Gate = CLOSED, keep: Tensor | None = None) -> str:
         gates = [gate if n in part else OPEN for n in range(len(blocks))]
-        with in_training(blocks, gates):
+        with torch.no_grad(), in_training(blocks, gates):
             outputs = tensors_in(run())
-        with ungated(model), bypassed([found[n] for n in part], keep):
+        with torch.no_grad(), ungated(model), bypassed([found[n] for n in part], keep):
             expected = tensors_in(run())
         if largest_difference(expected, outputs) <= TOLERANCE:
             return ""
@@ -149,13 +153,34 @@ def _compare(
             "of the original; a BatchNorm in its branch, for example, then sees fewer samples"
         )
 
+    def wrong_though_open(part: list[int]) -> str:
+        gates = [fully_open if n in part else OPEN for n in range(len(blocks))]
+        with in_training(blocks, gates):
+            outputs, gradients = _step(model, run)
+        with ungated(model):
+            expected, expected_gradients = _step(model, run)
+        same = largest_difference(expected, outputs) <= TOLERANCE
+        if differs := _different(expected_gradients, gradients) if same else "output":
+            return (
+                f"in training mode, with its gate open, the {differs} is not that of the original: "
+                "where a value of its branch goes through an autograd.Function, which reentrant "
+                "checkpointing is, write the addition in the forward method of the block, or give "
+                "checkpoint use_reentrant=False"
+            )
+        return ""
+
     only = [n for n, block in enumerate(found) if block.training_only]
+    trials: list[tuple[list[int], Callable[[list[int]], str]]]
     trials = [(closed, wrong) for closed in _closed_in_training(found, only)]
+    fully_open = _fully_open(kind, scale, batch)
+    if not fully_open.is_plain:
+        everything = list(range(len(found)))
+        trials.append((everything, wrong_though_open))
     if only and batch is not None:
         half, keep = half_gate(batch, kind)
         trials.append((only, functools.partial(wrong, gate=half, keep=keep)))
-    with torch.no_grad(), _SteadyDropout(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # reentrant checkpoints warn that there are no gradients
+    with _SteadyDropout(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # checkpoints warn of inputs without gradients
         for part, is_wrong in trials:
             why = is_wrong(part)
             if not why:
@@ -169,6 +194,59 @@ def _compare(
             changes = [text for n in culprits if (text := _change_in_place(found[n]))]
             why = ": ".join([why, *changes[:1]])
             raise unsupported(first.name, first.module, why + random, names)
+
+
+def _fully_open(kind: GateKind, scale: Scale, batch: int | None) -> Gate:
+    """A gate of the form that training steps draw, which changes nothing."""
+    factor = torch.ones((), dtype=torch.float64, device="cpu") if scale == "training" else None
+    if batch is None or kind == "batch":
+        return Gate(factor=factor)
+    if kind == "sample":
+        return Gate(factor=factor, keep=torch.ones(batch, dtype=torch.bool), batch=batch)
+    return Gate(factor=factor, samples=torch.arange(batch, device="cpu"), batch=batch)
+
+
+def _step(model: nn.Module, run: Callable[..., Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The outputs of a training step, and the gradients of a random sum of them, by parameter.
+
+    There are no gradients where the backward pass fails.
+    """
+    outputs = tensors_in(run())
+    source = torch.Generator("cpu").manual_seed(0)
+    terms = []
+    for out in outputs:
+        if out.requires_grad and (out.is_floating_point() or out.is_complex()):
+            weights = torch.randn(out.shape, generator=source, device="cpu")
+            terms.append((out.abs() if out.is_complex() else out).mul(weights.to(out.device)).sum())
+    try:
+        if terms:
+            torch.stack([term.float() for term in terms]).sum().backward()
+        held = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: gradient.to_dense() for name, gradient in held.items()}
+    except Exception:  # `_why_not_trained` reports it
+        gradients = {}
+    for parameter in model.parameters():
+        parameter.grad = None
+    return outputs, gradients
+
+
+def _different(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """The gradient that differs, as errors call it; empty if all are the same."""
+    if not expected:
+        return ""
+    largest = max(gradient.abs().max().item() for gradient in expected.values() if gradient.numel())
+    for name in dict.fromkeys((*expected, *found)):
+        known = expected.get(name, found.get(name))
+        assert known is not None
+        one, other = (
+            gradients.get(name, torch.zeros_like(known)) for gradients in (expected, found)
+        )
+        if known.numel() and not torch.equal(one, other):
+            epsilon = torch.finfo(known.dtype).eps
+            accepted = max(100 * epsilon * one.abs().max().item(), 10 * epsilon * largest)
+            if not (one - other).abs().max().item() <= accepted:
+                return f"gradient of {name!r}"
+    return ""
 
 
 def _change_in_place(block: Found) -> str:
