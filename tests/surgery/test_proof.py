@@ -439,3 +439,55 @@ def test_a_gradient_that_is_not_lost_is_the_originals(model):
     expected = torch.autograd.grad(x.square().sum(), parameters)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+class Shared:
+    mask: Tensor | None = None
+
+
+class KeepsMask(nn.Module):
+    """The first of several branches keeps a mask for all of them."""
+
+    def __init__(self, shared: Shared, first: bool, padding: bool) -> None:
+        super().__init__()
+        self.f, self.shared, self.first, self.padding = nn.Linear(8, 8), shared, first, padding
+
+    def forward(self, x):
+        if self.first:
+            self.shared.mask = x.abs().sum(-1) > 0 if self.padding else x[..., 0] > 0
+        return self.f(x) * self.shared.mask[..., None]
+
+
+class Masked(nn.Module):
+    def __init__(self, padding: bool) -> None:
+        super().__init__()
+        shared = Shared()
+        self.branches = nn.ModuleList(KeepsMask(shared, n == 0, padding) for n in range(3))
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_what_a_branch_leaves_for_other_blocks_is_noticed_on_other_inputs(padding, samples):
+    x = torch.randn(samples, 5, 8)
+    with pytest.raises(UnsupportedBlockError, match=r"left on an object in an earlier pass"):
+        sd.apply(Masked(padding), example=x)
+    handle = sd.apply(Masked(padding), example=x, exclude="branches.0")
+    assert len(handle.blocks) == 2
+
+
+def test_a_change_in_place_that_the_example_does_not_need_is_noticed():
+    class Rectifies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8))
+
+        def forward(self, x):
+            return x + self.f(x)
+
+    with pytest.raises(UnsupportedBlockError, match=r"give it inplace=False"):
+        sd.apply(Rectifies(), example=torch.rand(4, 8))

@@ -35,6 +35,7 @@ from stochastic_depth.surgery.proof.check_samples import (
     refuse_one,
 )
 from stochastic_depth.surgery.proof.check_training import check_training
+from stochastic_depth.surgery.proof.other_inputs import run_on_other_inputs
 from stochastic_depth.surgery.proof.visible import visible_branches
 from stochastic_depth.surgery.select_modules import chosen_modules
 from stochastic_depth.survival import Probabilities
@@ -196,7 +197,8 @@ def _gated_and_proved(
     deadline = math.inf if budget is None else time.monotonic() + budget / 2
     with visible_branches(model, run):
         half = example if batch is None else check_samples(model, example, found, batch)
-        reference = reference_outputs(model, run, found, batch, deadline)
+        other = run_on_other_inputs(model, example)
+        reference = reference_outputs(model, run, found, batch, deadline, other)
         blocks = put_gates(model, found, select)
         if batch is not None and select:
             learn_samples(model, (example, half), batch, found, blocks)

@@ -17,6 +17,7 @@ from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.check import check, reference_outputs
 from stochastic_depth.surgery.proof.check_training import check_training, train_once
+from stochastic_depth.surgery.proof.other_inputs import run_on_other_inputs
 from stochastic_depth.surgery.proof.visible import visible_branches
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.surgery.trace import CountFlops
@@ -105,7 +106,8 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     step = caller(forward, example)
     with visible_branches(model, run):
         with ungated(model):
-            reference = reference_outputs(model, run, applied.found, batch)
+            other = run_on_other_inputs(model, example)
+            reference = reference_outputs(model, run, applied.found, batch, other=other)
         difference = check(model, run, applied.found, blocks, reference, batch, kind)
         check_training(model, step, applied.found, blocks, batch, kind, applied.handle.scale)
     every_other = [n % 2 == 0 and len(blocks) > 1 for n in range(len(blocks))]

@@ -55,6 +55,8 @@ class Reference:
     open: Outputs
     closed: tuple[frozenset[int], ...]
     """The sets of closed blocks, given by the numbers of the blocks."""
+    run: Callable[..., Any]
+    """Calls the model on the inputs for `outputs`: other ones than the example, if it can."""
     outputs: tuple[Outputs, ...]
     """The outputs for each set, with its blocks closed."""
     selected: tuple[Outputs, ...]
@@ -87,11 +89,13 @@ def reference_outputs(
     found: Sequence[Found],
     batch: int | None = None,
     deadline: float = math.inf,
+    other: Callable[..., Any] | None = None,
 ) -> Reference:
     """Run the original model in evaluation mode, with its additions bypassed set by set.
 
     Args:
         run: calls the model; its argument is a seed for the random number generators.
+        other: calls it on other inputs, if it can run on them.
         batch: the number of samples in the example, for gates of single samples.
         deadline: a time of `time.monotonic()`, after which no further set is begun.
 
@@ -118,12 +122,13 @@ def reference_outputs(
                 break
             blocks = [found[n] for n in closed]
             with bypassed(blocks):
-                outputs.append(tensors_in(run()))
+                outputs.append(tensors_in((other or run)()))
             if keep is not None:
                 with bypassed(blocks, keep):
                     selected.append(tensors_in(run()))
             sets.append(closed)
-    return Reference(expected, tuple(sets), tuple(outputs), tuple(selected), remembers)
+    outputs, selected = tuple(outputs), tuple(selected)
+    return Reference(expected, tuple(sets), other or run, outputs, selected, remembers)
 
 
 def check(
@@ -145,14 +150,18 @@ def check(
             block.
     """
     difference = 0.0
-    proof = _Proof(model, run, found, blocks, reference.remembers)
+    proof = _Proof(model, run, reference.run, found, blocks, reference.remembers)
     with preserve_state(model):
         model.eval()
         with force(blocks, OPEN), counted_calls(model) as usual:
             proof.open(reference.open)
+        if reference.run is not run:
+            with force(blocks, OPEN), torch.no_grad(), counted_calls(model) as usual:
+                reference.run()
         for number, (closed, expected) in enumerate(
             zip(reference.closed, reference.outputs, strict=True)
         ):
+            proof.run_before()
             with force(blocks, OPEN), force([blocks[n] for n in closed], CLOSED):
                 with counted_calls(model) as called:
                     difference = max(difference, proof.closed(closed, expected))
@@ -181,17 +190,29 @@ class _Proof:
     def __init__(
         self,
         model: nn.Module,
+        example: Callable[..., Any],
         run: Callable[..., Any],
         found: Sequence[Found],
         blocks: Sequence[Block],
         remembers: bool,
     ) -> None:
-        self.model, self.run, self.found, self.blocks = model, run, found, blocks
+        self.model, self.found, self.blocks = model, found, blocks
+        self.example, self.run = example, run
+        """Call the model: on the example, and on other inputs if it can run on them."""
         self.remembers = remembers
+
+    def run_before(self) -> None:
+        """Run the model on the example with all gates open, before it runs on other inputs.
+
+        What a branch leaves on an object is then that of the example.
+        """
+        if self.run is not self.example:
+            with force(self.blocks, OPEN), torch.no_grad():
+                self.example()
 
     def open(self, expected: Outputs) -> None:
         """Check that with every gate open the outputs equal the original ones, bit for bit."""
-        difference, why = self._outcome(expected)
+        difference, why = self._outcome(expected, run=self.example)
         if difference:
             raise UnsupportedBlockError(f"with every gate open {why}{self._remark()}")
 
@@ -245,7 +266,7 @@ class _Proof:
             force(blocks, half),
             counted_calls(self.model) as called,
         ):
-            difference, why = self._outcome(expected)
+            difference, why = self._outcome(expected, run=self.example)
         if not difference <= 10 * TOLERANCE:
             wrong = functools.partial(self._wrong, gate=half, keep=keep)
             self._raise_for_smallest(sorted(chosen), why, wrong, "open for half of the samples")
@@ -262,11 +283,21 @@ class _Proof:
         Args:
             keep: bool [batch], the samples for which `gate` is open, if not for all or none.
         """
+        run = self.run if keep is None else self.example
         with ungated(self.model), bypassed([self.found[n] for n in part], keep), torch.no_grad():
-            expected = tensors_in(self.run())
+            expected = tensors_in(run())
+        self.run_before()
         with force(self.blocks, OPEN), force([self.blocks[n] for n in part], gate):
-            difference, why = self._outcome(expected)
+            difference, why = self._outcome(expected, run=run)
         return "" if difference <= (TOLERANCE if keep is None else 10 * TOLERANCE) else why
+
+    def _wrong_on_example(self, part: list[int]) -> bool:
+        """Whether the outputs with blocks closed are wrong for the inputs of the pass before."""
+        with ungated(self.model), bypassed([self.found[n] for n in part]), torch.no_grad():
+            expected = tensors_in(self.example())
+        self.run_before()
+        with force(self.blocks, OPEN), force([self.blocks[n] for n in part], CLOSED):
+            return self._outcome(expected, run=self.example)[0] > TOLERANCE
 
     def _wrong_unwatched(self, part: list[int], gradients: bool) -> str:
         with ungated(self.model), bypassed([self.found[n] for n in part]), torch.no_grad():
@@ -292,14 +323,21 @@ class _Proof:
         first = self.found[culprits[0]]
         if changes := [self.found[n].change for n in culprits if self.found[n].change]:
             why += f": {changes[0]}"
+        elif self.run is not self.example and not self._wrong_on_example(culprits):
+            why += f": {STALE}"
         reason = f"with {' and '.join(map(repr, names[:3]))} {when} {why}{self._remark()}"
         raise unsupported(first.name, first.module, reason, names[1:])
 
-    def _outcome(self, expected: Outputs, gradients: bool = False) -> tuple[float, str]:
+    def _outcome(
+        self,
+        expected: Outputs,
+        gradients: bool = False,
+        run: Callable[..., Any] | None = None,
+    ) -> tuple[float, str]:
         """The largest difference from `expected`, relative to its largest value; and a sentence."""
         try:
             with torch.set_grad_enabled(gradients):
-                outputs = tensors_in(self.run())
+                outputs = tensors_in((run or self.run)())
         except AdditionNotReachedError:
             return math.inf, UNREACHED
         except Exception as error:
@@ -316,6 +354,10 @@ class _Proof:
         return REMEMBERS if self.remembers else unsteady(self.model, self.run)
 
 
+STALE = (
+    "something is computed from what its branch left on an object in an earlier pass, a mask for "
+    "example, because a closed branch leaves nothing: compute it outside of the branch"
+)
 REMEMBERS = (
     " (the model itself gives different outputs when it is called again with the same input: it "
     "keeps something from one call for the next, and a closed branch keeps nothing)"

@@ -1,0 +1,61 @@
+"""Other inputs than the example, of the same shapes.
+
+On them a closed block shows what it leaves undone: a mask that it keeps on a shared object for
+later blocks, or a change in place that the example happens not to need.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.tensors import replace_tensors, tensors_in
+
+
+def run_on_other_inputs(model: nn.Module, example: Example) -> Callable[..., Any] | None:
+    """A function that calls `model` on inputs other than the example.
+
+    Samples are in another order. If the model has finite outputs for them, numbers have random
+    signs too, and the first sample ends with a zero, as padding does. The result is None if the
+    model cannot run on such inputs. The model must have no gates.
+    """
+    for change in (_with_signs, _in_another_order):
+        run = caller(model, _changed(example, change))
+        with preserve_state(model), torch.no_grad():
+            model.eval()
+            try:
+                outputs = tensors_in(run())
+            except Exception:
+                continue
+        if all(bool(out.isfinite().all()) for out in outputs if out.layout == torch.strided):
+            return run
+    return None
+
+
+def _changed(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
+    """`example` with `change` applied to each tensor that holds the samples first."""
+    samples = next((len(tensor) for tensor in tensors_in(example) if tensor.ndim), 0)
+
+    def new(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or len(tensor) != samples or tensor.layout != torch.strided:
+            return tensor
+        return change(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+    return replace_tensors(example, new)
+
+
+def _in_another_order(tensor: Tensor) -> Tensor:
+    return tensor.roll(1, next((n for n, length in enumerate(tensor.shape) if length > 1), 0))
+
+
+def _with_signs(tensor: Tensor) -> Tensor:
+    changed = _in_another_order(tensor)
+    if tensor.is_floating_point():
+        source = torch.Generator("cpu").manual_seed(0)
+        flips = torch.randint(2, tensor.shape, generator=source, device="cpu")
+        changed = changed * (1 - 2 * flips).to(tensor)
+    if tensor.ndim > (2 if tensor.is_floating_point() else 1) and tensor.dtype != torch.bool:
+        changed[0, -1] = 0
+    return changed
