@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import pickle
 
 import pytest
@@ -330,3 +331,135 @@ def test_a_running_mean_of_a_branch_needs_every_pass_and_is_refused():
     x = torch.randn(5, 6, dtype=torch.float64)
     with pytest.raises(sd.errors.UnsupportedBlockError, match="uses its output for more"):
         sd.apply(nn.Sequential(Averages(), Averages()), example=x)
+
+
+def halved(y):
+    y.mul_(0.5)
+    return y
+
+
+def without_first(y):
+    y[:, 0] = 0
+    return y
+
+
+def into_half(y):
+    return torch.mul(y, 0.5, out=torch.empty_like(y)) if not torch.is_grad_enabled() else y * 0.5
+
+
+def rectified_half(y):
+    half = y[:, :3]
+    half.clamp_(min=0)
+    return y
+
+
+class ChangesInLoop(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+        self.branches = nn.ModuleList(nn.Linear(6, 6, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x):
+        for branch in self.branches:
+            y = self.change(branch(x))
+            x = x + y
+        return x
+
+
+@pytest.mark.parametrize("change", [halved, without_first, into_half, rectified_half])
+@pytest.mark.parametrize("options", [{}, {"drop_rate": 0.5}, {"gate": "sample"}])
+def test_a_branch_that_the_loop_changes_in_place_is_right_under_all_gates(change, options):
+    torch.manual_seed(0)
+    model = ChangesInLoop(change)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    handle = sd.apply(model, example=x, **options)
+    factors = [1 / p if "drop_rate" in options else 1 for p in handle.survival]
+    for gates in itertools.product((True, False), repeat=3):
+        with handle.forced(gates):
+            found = model(x)
+        expected = x
+        for branch, is_open, factor in zip(model.branches, gates, factors, strict=True):
+            if is_open:
+                expected = expected + factor * change(branch(expected).clone())
+        torch.testing.assert_close(found, expected)
+        if any(gates):
+            parameters = list(model.parameters())
+            grads = [
+                torch.autograd.grad(
+                    out.square().sum(), parameters, allow_unused=True, materialize_grads=True
+                )
+                for out in (found, expected)
+            ]
+            torch.testing.assert_close(*grads)
+
+
+class MeanInTraining(nn.Module):
+    """Keeps a running mean of its branch, in training mode only."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = (nn.Linear(6, 6, dtype=torch.float64) for _ in range(2))
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.f(x).tanh()
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return x + self.g(y - self.mean)
+
+
+class GivesLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(6, 6, dtype=torch.float64)
+
+    def forward(self, x):
+        y = self.f(x).tanh()
+        return x + y, y.square().mean()
+
+
+class SumsLosses(nn.Module):
+    """Sums what its blocks return beside their outputs, in training mode only."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(GivesLoss() for _ in range(3))
+
+    def forward(self, x):
+        total = 0.0
+        for block in self.blocks:
+            x, loss = block(x)
+            if self.training:
+                total = total + loss
+        return (x, total) if self.training else x
+
+
+def test_what_training_alone_needs_of_a_branch_is_named():
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with pytest.raises(sd.errors.UnsupportedBlockError, match=r"'blocks\.0'.*in training mode"):
+        sd.apply(SumsLosses(), example=x)
+    with pytest.raises(sd.errors.UnsupportedBlockError, match=r"'0'.*in training mode"):
+        sd.apply(nn.Sequential(MeanInTraining(), MeanInTraining()), example=x)
+
+
+class WeightNormed(nn.Module):
+    """As in a vocoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = (nn.utils.weight_norm(nn.Linear(6, 6)) for _ in range(2))
+
+    def forward(self, x):
+        return x + self.g(self.f(x).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_weight_norm_of_the_old_kind_is_skipped():
+    model, x = nn.Sequential(nn.Linear(6, 6), WeightNormed(), WeightNormed()), torch.randn(5, 6)
+    handle = sd.apply(model, example=x)
+    with handle.forced([False, True]):
+        found = model(x)
+    h = model[0](x)
+    torch.testing.assert_close(found, h + model[2].g(model[2].f(h).tanh()))
+    found.sum().backward()
+    assert model[2].f.weight_g.grad.abs().sum() > 0

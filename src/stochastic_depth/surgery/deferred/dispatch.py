@@ -199,6 +199,7 @@ def _change(
         node.function = _set_item
     node.fakes = shapes_of(before)
     node.tape.in_place.append(node)
+    node.tape.changes_computed |= target._node.done
     target._node, target._leaf = node, -1
     return target
 

@@ -70,6 +70,9 @@ class Tape:
         """Weak references, because a call whose result nobody holds any more need not be made."""
         self.in_place: list[Node] = []
         """The calls that change a tensor."""
+        self.changes_computed = False
+        """Whether one of them changes a tensor that is already computed."""
+        self.is_running = False
         self.is_over = False
         """Whether the forward pass has ended; what is done with a result after that is not
         deferred."""
@@ -89,10 +92,14 @@ class Tape:
 
     def run(self) -> None:
         """Make all of the calls whose results may still be needed."""
-        for reference in list(self.nodes):
-            node = reference()
-            if node is not None:
-                node.run()
+        self.is_running = True
+        try:
+            for reference in list(self.nodes):
+                node = reference()
+                if node is not None:
+                    node.run()
+        finally:
+            self.is_running = False
 
 
 def tape_of_pass() -> Tape | None:
@@ -167,8 +174,9 @@ class Node:
 
     def result(self) -> Any:
         """The result of the call, which is made now if it was not made before."""
-        if self.tape.in_place:
-            self.tape.run()
+        tape = self.tape
+        if tape.in_place and not tape.is_running and (not self.done or tape.changes_computed):
+            tape.run()
         return self.run()
 
     def run(self) -> Any:

@@ -81,9 +81,10 @@ def check_training(
                 if why := _model_skips(block, passes, names):
                     raise unsupported(block.name, block.module, why)
             try:
-                with in_training(blocks, [CLOSED] * len(blocks)):
-                    called = _counted(model, run, 0)
-                refuse_running(found, passes[0], called, "in training mode ")
+                for _ in range(2):  # the second one may use what the first has left
+                    with in_training(blocks, [CLOSED] * len(blocks)):
+                        called = _counted(model, run, 0)
+                    refuse_running(found, passes[0], called, "in training mode ")
                 _compare(model, run, found, blocks, batch, kind, scale)
                 for first in (1, 0):  # every other block, so that each is closed in one of two
                     closed = list(range(first, len(blocks), 2))
@@ -91,20 +92,28 @@ def check_training(
                         if original := _why_original_fails(model, run):
                             return _not_proved(original)
                         wrong = functools.partial(_why_not_trained, run, blocks)
-                        closed, why = smallest(closed, why, wrong)
-                        block = found[closed[0] if closed else 0]
-                        names = [found[n].name for n in closed[1:]]
-                        reason = f"with it closed a training step fails: {why}"
-                        raise unsupported(block.name, block.module, reason, names)
+                        raise _fails_closed(found, *smallest(closed, why, wrong))
             except AdditionNotReachedError as error:
                 raise _unreached(error, found) from error
         except StochasticDepthError:
             raise
-        except Exception:
+        except Exception as error:
             if original := _why_original_fails(model, run):
                 return _not_proved(original)
-            raise
+            wrong = functools.partial(_why_not_trained, run, blocks)
+            everything = list(range(len(blocks)))
+            why = wrong(everything) or f"{type(error).__name__}: {error}"
+            raise _fails_closed(found, *smallest(everything, why, wrong)) from error
     return resets
+
+
+def _fails_closed(found: Sequence[Found], closed: Sequence[int], why: str) -> UnsupportedBlockError:
+    """The error for blocks with which a training step fails while they are closed."""
+    block = found[closed[0] if closed else 0]
+    names = [found[n].name for n in closed[1:]]
+    return unsupported(
+        block.name, block.module, f"with it closed a training step fails: {why}", names
+    )
 
 
 def _not_proved(why: str) -> dict[str, Any]:
@@ -365,7 +374,11 @@ def _attributes_set(
     for name, block in names.items():
         for attribute, value in vars(model.get_submodule(name)).items():
             is_left = isinstance(value, Tensor) and value.grad_fn is not None
+            module = model.get_submodule(name)
+            computed_from = {f"{attribute}_{part}" for part in ("v", "orig")}
             if not is_left or isinstance(value, nn.Parameter):
+                continue
+            if not computed_from.isdisjoint(module._parameters):  # by weight_norm, before each call
                 continue
             old = before[name].get(attribute)
             if attribute not in before[name] or (
