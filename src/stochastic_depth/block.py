@@ -58,11 +58,6 @@ class Block:
     """The modules and parameters of the branch, cached because collecting them is slow."""
 
     @property
-    def training_gate(self) -> Gate | None:
-        """The gate of the current training pass; None between passes."""
-        return self.gates[0].training
-
-    @property
     def evaluation_gate(self) -> Gate:
         """The gate in evaluation."""
         return self.gates[0].evaluation

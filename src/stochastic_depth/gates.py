@@ -128,7 +128,7 @@ class Gate(NamedTuple):
         return zeros.index_copy(0, samples.to(f.device), f)
 
 
-OPEN, SHUT = Gate(), Gate(open=False)
+OPEN, CLOSED = Gate(), Gate(open=False)
 
 
 @dataclass(slots=True)
@@ -323,7 +323,7 @@ def training_gates(
     if closed == "forward-only":
         return [Gate(detached=not b) for b in coins.tolist()]
     if kind == "batch" and scale != "training":
-        return [OPEN if b else SHUT for b in coins.tolist()]
+        return [OPEN if b else CLOSED for b in coins.tolist()]
     if kind == "batch":
         return [Gate(b, factor) for b, factor in zip(coins.tolist(), factors, strict=True)]
     if kind == "sample":

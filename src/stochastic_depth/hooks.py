@@ -131,7 +131,7 @@ class ForwardHooks:
 
     def _begin(self, gates: list[Gate], replicated: bool) -> None:
         self._in_backward.clear()  # a backward pass that failed may have left an entry
-        begun = ForwardPass(self, gates, replicated or gradients_are_awaited())
+        begun = ForwardPass(self, gates, replicated or gradients_are_awaited(), self._running())
         self._stack[-1] = begun
         self._recent.append(begun)
         self._passes = [ref for ref in self._passes if ref() is not None]
@@ -140,12 +140,16 @@ class ForwardHooks:
 
     def _end(self, output: Any) -> Any:
         ended = self._stack.pop()
-        around = next((outer for outer in reversed(self._stack) if outer is not None), None)
-        if around is None:
+        outer = self._running()
+        if outer is None:
             self.handle.clear_gates()
         else:
-            set_training_gates(self.blocks, around.gates)
+            set_training_gates(self.blocks, outer.gates)
         return output if ended is None else ended.end(output)
+
+    def _running(self) -> "ForwardPass | None":
+        """The innermost running forward pass that has drawn gates, or None."""
+        return next((each for each in reversed(self._stack) if each is not None), None)
 
     def _recall(self, number: int) -> Gate | None:
         """The gate of block `number`, if a backward pass is recomputing it; otherwise None."""
@@ -167,15 +171,19 @@ class ForwardHooks:
         return self._pass_of_node(node_number()) or self._in_backward.get(backward)
 
     def _pass_of_node(self, node: int) -> "ForwardPass | None":
-        """The forward pass that created the autograd node `node`, or that the node encloses."""
-        passes = [there for ref in self._passes if (there := ref()) is not None]
-        for there in passes:
-            if there.first_node <= node < there.end_node:
-                return there
-        around = [there for there in passes if there.first_node == node + 1]
-        if len([there for there in around if there.first_node == there.end_node]) > 1:
-            return None  # several within one reentrant checkpoint
-        return around[0] if around else None
+        """The forward pass that created the autograd node numbered `node`; or, for the node of a
+        reentrant checkpoint, the pass that ran inside it.
+
+        Each thread numbers its own nodes. The result is None where the number fits several passes:
+        those of two threads, or those inside one reentrant checkpoint.
+        """
+        passes = [each for ref in self._passes if (each := ref()) is not None]
+        creators = [each for each in passes if each.first_node <= node < each.end_node]
+        if creators:
+            return _only([p for p in creators if not any(p is other.outer for other in creators)])
+        enclosed = [each for each in passes if each.first_node == node + 1]
+        checkpointed = [each for each in enclosed if each.first_node == each.end_node]
+        return _only(checkpointed or enclosed)
 
     def entered_backward(self, of: "ForwardPass") -> bool:
         """Record that the backward pass has reached `of`; returns False if that was known."""
@@ -195,8 +203,12 @@ class ForwardHooks:
 class ForwardPass:
     """One forward pass in training: its gates, and what happens when its backward pass begins."""
 
-    def __init__(self, hooks: ForwardHooks, gates: list[Gate], awaited: bool) -> None:
+    def __init__(
+        self, hooks: ForwardHooks, gates: list[Gate], awaited: bool, outer: "ForwardPass | None"
+    ) -> None:
         self._hooks, self.gates = hooks, gates
+        self.outer = outer
+        """The running forward pass within which this one began."""
         self.thread = get_ident()
         self._needs_all_gradients = awaited
         """Whether DistributedDataParallel waits for a gradient of every parameter."""
@@ -345,6 +357,11 @@ class _ObservedCall:
             now = now.before
         if isinstance(now, _ObservedCall):
             now.before, now.call = self.before, self.call
+
+
+def _only(passes: Sequence[ForwardPass]) -> ForwardPass | None:
+    """The single pass of a list; None where there is no pass, or more than one."""
+    return passes[0] if len(passes) == 1 else None
 
 
 def refuse_cache(output: object) -> None:

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from stochastic_depth.block import Block, force
-from stochastic_depth.gates import Closed
+from stochastic_depth.gates import CLOSED, OPEN, Closed
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.applied import applied_to, handle_of
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.install import fingerprint
-from stochastic_depth.surgery.proof.calls import CLOSED, OPEN
 from stochastic_depth.surgery.trace import CountFlops
 from stochastic_depth.tensors import tensors_in
 

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from stochastic_depth.block import Block, force, set_training_gates
-from stochastic_depth.gates import Gate
+from stochastic_depth.gates import CLOSED, OPEN, Gate
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.deferred.dispatch import UNKNOWN
 from stochastic_depth.surgery.deferred.placeholder import why_computed
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.tensors import tensors_in
 
-CLOSED, OPEN = Gate(open=False), Gate()
 TIMES_ZERO = Gate(factor=torch.zeros((), dtype=torch.float64, device="cpu"))
 """The branch runs and is multiplied by 0, so that the outputs are those of a closed block."""
 

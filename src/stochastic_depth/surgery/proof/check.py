@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from stochastic_depth.block import Block, force
 from stochastic_depth.errors import AdditionNotReachedError, ApplyError, UnsupportedBlockError
-from stochastic_depth.gates import Gate, GateKind
+from stochastic_depth.gates import CLOSED, OPEN, Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.calls import (
-    CLOSED,
-    OPEN,
     TIMES_ZERO,
     CallCounts,
     counted_calls,

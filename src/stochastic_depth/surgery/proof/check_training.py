@@ -16,14 +16,12 @@ from stochastic_depth.errors import (
     StochasticDepthError,
     UnsupportedBlockError,
 )
-from stochastic_depth.gates import Gate, GateKind
+from stochastic_depth.gates import CLOSED, OPEN, Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import Found, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.calls import (
-    CLOSED,
-    OPEN,
     CallCounts,
     counted_calls,
     in_training,
