@@ -49,7 +49,7 @@ class Block:
     """Names of the parameters of its branch, in the model on which `sd.apply` was called."""
     module: nn.Module
     """The module that the block is named after."""
-    asking: tuple[nn.Module, ...]
+    gate_readers: tuple[nn.Module, ...]
     """The modules that read its gates. While one is in training mode, it reads the training
     gates."""
     owned: tuple[Owned, ...]
@@ -65,7 +65,7 @@ class Block:
     @property
     def is_training(self) -> bool:
         """Whether any of the modules that read its gates is in training mode."""
-        return any(module.training for module in self.asking)
+        return any(module.training for module in self.gate_readers)
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that its branch has now and that require a gradient."""

@@ -19,7 +19,7 @@ from stochastic_depth.block import set_training_gates
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
-from stochastic_depth.places import ReadingModules
+from stochastic_depth.module_snapshot import GateReaders
 from stochastic_depth.tensors import in_graph, replace_tensors, tensors_in
 from stochastic_depth.torch_private import (
     at_end_of_backward,
@@ -54,7 +54,7 @@ class ForwardHooks:
 
     def __init__(self, model: nn.Module, handle: Handle) -> None:
         self.handle, self.blocks = handle, handle.blocks
-        self._reading = ReadingModules(model, handle.blocks)
+        self._gate_readers = GateReaders(model, handle.blocks)
         handle.forward_pass = self.forward_pass
         for number, block in enumerate(self.blocks):
             for addition in block.gates:
@@ -72,7 +72,7 @@ class ForwardHooks:
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw gates, unless this is evaluation or a recomputation."""
         self._stack.append(None)
-        self._reading.warn_of_replaced(model)
+        self._gate_readers.warn_of_replaced(model)
         if not (model.training or any(block.is_training for block in self.blocks)):
             return
         if is_replica(model):
@@ -218,7 +218,7 @@ class ForwardPass:
         self._observed: list[_ObservedCall] = []
         self._blocks = [b for b, g in zip(hooks.blocks, gates, strict=True) if not g.learns]
         """Blocks whose branch passes no gradient."""
-        self._unplaced: dict[nn.Module, list[nn.Parameter]] = {}
+        self._pending: dict[nn.Module, list[nn.Parameter]] = {}
         """By module, parameters of closed blocks whose output has not been found in the graph
         yet."""
         self._sparse: set[nn.Parameter] = set()
@@ -230,7 +230,7 @@ class ForwardPass:
             for block in self._blocks:  # collected now: FSDP replaces parameters while gathered
                 parameters = block.trained()
                 if parameters:
-                    self._unplaced.setdefault(block.module, []).extend(parameters)
+                    self._pending.setdefault(block.module, []).extend(parameters)
                     self._sparse.update(block.sparse_weights())
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._observe()
@@ -240,7 +240,7 @@ class ForwardPass:
 
         The call of each module is replaced, which costs less than a hook on the module.
         """
-        for module in self._unplaced:
+        for module in self._pending:
             before = call_of(module)
             if before is None or not is_compiled(module):
                 observed = _ObservedCall(self, module, before)
@@ -250,20 +250,20 @@ class ForwardPass:
     @never_traced
     def note_output(self, module: nn.Module, output: Any) -> Any:
         """Record where in the graph the output of a closed block is; returns the output."""
-        parameters = self._unplaced.get(module)
+        parameters = self._pending.get(module)
         if parameters is None or get_ident() != self.thread:
             return output
         if type(output) is Tensor:
-            places = [output] if output.grad_fn is not None else []
+            in_graph_now = [output] if output.grad_fn is not None else []
         else:
-            places = in_graph(output)
-        if places and self._needs_all_gradients:
+            in_graph_now = in_graph(output)
+        if in_graph_now and self._needs_all_gradients:
             output = attach(output, parameters)
-            places = in_graph(output)
-        for tensor in places:
+            in_graph_now = in_graph(output)
+        for tensor in in_graph_now:
             self._hook_node(tensor, parameters)
-        if places:
-            del self._unplaced[module]
+        if in_graph_now:
+            del self._pending[module]
         return output
 
     def _hook_node(self, tensor: Tensor, parameters: list[nn.Parameter]) -> None:
@@ -295,7 +295,7 @@ class ForwardPass:
         if is_transformed():  # then gradients are returned, and not kept by parameters
             return output
         if self._needs_all_gradients:
-            parameters = [p for left in self._unplaced.values() for p in left]
+            parameters = [p for left in self._pending.values() for p in left]
         elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
             return output
         else:
@@ -306,7 +306,7 @@ class ForwardPass:
         """Hook: a backward pass has reached a tensor that this pass has computed."""
         if not self._hooks.entered_backward(self):
             return
-        self._give_gradients([p for left in self._unplaced.values() for p in left])
+        self._give_gradients([p for left in self._pending.values() for p in left])
         if any(is_compiled(block.module) for block in self._hooks.blocks):
             set_training_gates(self._hooks.blocks, self.gates)  # compiled code reads them
             at_end_of_backward(self._hooks.handle.clear_gates)
@@ -404,11 +404,11 @@ def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
     """
     tensors = [t for t in tensors_in(output) if not isinstance(t, nn.Parameter)]
     tensors = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-    places = in_graph(tensors) or tensors
-    if not places or not parameters:
+    in_graph_now = in_graph(tensors) or tensors
+    if not in_graph_now or not parameters:
         return output
-    attached = _Attach.apply(len(places), *places, *reversed(parameters))
-    new = {id(old): tensor for old, tensor in zip(places, attached, strict=True)}
+    attached = _Attach.apply(len(in_graph_now), *in_graph_now, *reversed(parameters))
+    new = {id(old): tensor for old, tensor in zip(in_graph_now, attached, strict=True)}
     return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
 
 

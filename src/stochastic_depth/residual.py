@@ -44,7 +44,7 @@ def residual_step(
         >>> torch.equal(sd.residual_step(x, branch, gate=sd.Gate(open=False)), x)
         True
     """
-    gate.check_batch(x.shape[0])
+    gate.require_batch(x.shape[0])
     out = x if shortcut is None else shortcut(x)
     if gate.open:
         with gate.forward_only():

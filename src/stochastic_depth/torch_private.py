@@ -339,9 +339,9 @@ def changes_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-def subclass_of(kind: type[Any], tensor: Tensor) -> Any:
-    """A tensor of class `kind` over the same storage. Replacement: a faster `as_subclass`."""
-    return Tensor._make_subclass(kind, tensor)
+def subclass_of(cls: type[Any], tensor: Tensor) -> Any:
+    """A tensor of class `cls` over the same storage. Replacement: a faster `as_subclass`."""
+    return Tensor._make_subclass(cls, tensor)
 
 
 def zero(tensors: list[Tensor]) -> None:

@@ -185,7 +185,10 @@ def test_a_mask_that_comes_later_is_not_taken_for_samples():
     sd.apply(model, sd.Uniform(0.5), example=x, gate="subset")
     handle = sd.handle_of(model)
     keep = torch.tensor([[True, False, True, False]])
-    with handle.forced(keep), pytest.raises(sd.errors.GateError, match="not there on the example"):
+    with (
+        handle.forced(keep),
+        pytest.raises(sd.errors.GateError, match="that the example did not have"),
+    ):
         model[0](x, mask)
 
 

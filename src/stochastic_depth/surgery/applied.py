@@ -8,8 +8,8 @@ from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
-from stochastic_depth.surgery.blocks import Found, deferred_modules
-from stochastic_depth.surgery.droppath import Silenced
+from stochastic_depth.surgery.blocks import FoundBlock, deferred_modules
+from stochastic_depth.surgery.droppath import ChangedSetting
 from stochastic_depth.surgery.install import take_gates
 from stochastic_depth.torch_private import set_call
 
@@ -22,11 +22,11 @@ class Applied:
     """What `sd.apply` has found in a model, and what it has changed there."""
 
     handle: Handle
-    found: Sequence[Found]
+    found: Sequence[FoundBlock]
     difference: float
     """The largest difference of outputs that the proof found, relative to the largest output."""
     hooks: tuple[RemovableHandle, ...]
-    silenced: list[Silenced]
+    changed_settings: list[ChangedSetting]
 
 
 def note_applied(model: nn.Module, applied: Applied) -> None:
@@ -53,7 +53,7 @@ def remove(model: nn.Module) -> None:
     applied = applied_to(model)
     for hook in applied.hooks:
         hook.remove()
-    for drop_path in applied.silenced:
+    for drop_path in applied.changed_settings:
         drop_path.restore()
     for block in applied.found:
         for module in (block.module, *deferred_modules(block)):

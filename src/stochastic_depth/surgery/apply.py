@@ -13,7 +13,7 @@ from stochastic_depth.errors import ApplyError, SurvivalError
 from stochastic_depth.handle import Handle, integer
 from stochastic_depth.hooks import ForwardHooks
 from stochastic_depth.surgery.applied import Applied, note_applied
-from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
+from stochastic_depth.surgery.blocks import FoundBlock, Granularity, nothing_found
 from stochastic_depth.surgery.droppath import own_rates
 from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.find import find_blocks, find_residuals
@@ -25,7 +25,7 @@ from stochastic_depth.surgery.refuse import (
     refuse_wrapped,
 )
 from stochastic_depth.surgery.rejected import Rejected, listed
-from stochastic_depth.surgery.select_modules import Choice
+from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import (
     LinearDecay,
     Probabilities,
@@ -42,8 +42,8 @@ def apply(
     drop_rate: float | None = None,
     schedule: Schedule | None = None,
     example: Example | None = None,
-    include: Choice | None = None,
-    exclude: Choice = (),
+    include: ModuleSelector | None = None,
+    exclude: ModuleSelector = (),
     granularity: Granularity = "block",
     stacks: str | Sequence[str] = (),
     gate: GateKind = "batch",
@@ -161,7 +161,7 @@ def apply(
     refuse_wrapped(model)
     refuse_nested(example)
 
-    def find(defer: Container[str]) -> Sequence[Found]:
+    def find(defer: Container[str]) -> Sequence[FoundBlock]:
         if example is None:
             return find_residuals(model, include, exclude)
         rejected: list[Rejected] = []
@@ -196,7 +196,9 @@ def apply(
         closed,
     )
     hooks = _hooks(model, handle, made.proved.resets)
-    note_applied(model, Applied(handle, made.found, made.proved.difference, hooks, made.silenced))
+    note_applied(
+        model, Applied(handle, made.found, made.proved.difference, hooks, made.changed_settings)
+    )
     return handle
 
 
@@ -274,7 +276,7 @@ class ResetAttributes:
 
 def chosen_survival(
     survival: Survival | Literal["own"] | None,
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     stacks: str | Sequence[str],
     schedule: Schedule | None = None,
 ) -> Probabilities:

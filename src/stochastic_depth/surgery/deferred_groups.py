@@ -9,44 +9,56 @@ from torch import nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.blocks import repeated_block
-from stochastic_depth.surgery.branches import MIN_SAVED, Analysis, Event, Group, mostly_shared
-from stochastic_depth.surgery.edits import Calls, Deferred
+from stochastic_depth.surgery.branches import (
+    MIN_SAVED,
+    AdditionEvent,
+    Analysis,
+    Group,
+    mostly_shared,
+)
+from stochastic_depth.surgery.edits import BranchCalls, DeferredEdit
 from stochastic_depth.surgery.trace import Call
 
 
 def deferred_groups(
-    events: Iterable[Event], analysis: Analysis, modules: Mapping[str, nn.Module]
+    events: Iterable[AdditionEvent], analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> list[Group]:
     """Group additions into blocks: by call of a module, or by iteration of a loop in it."""
-    made_in: dict[int, list[Event]] = {}
+    made_in: dict[int, list[AdditionEvent]] = {}
     for event in events:
         if event.enclosing is None:
-            analysis.place(event)
+            analysis.find_enclosing_call(event)
         assert event.enclosing is not None
         made_in.setdefault(event.enclosing.serial, []).append(event)
-    blocks: dict[tuple[str, Any], list[Event]] = {}
+    blocks: dict[tuple[str, Any], list[AdditionEvent]] = {}
     for of_call in made_in.values():
         looped = max(Counter(event.site for event in of_call).values()) > 1
-        turns = analysis.turns(of_call)
+        iterations = analysis.iterations(of_call)
         for event in of_call:
-            key = _iteration(event, turns, analysis) if looped else _call(event, analysis, modules)
+            key = (
+                _iteration(event, iterations, analysis)
+                if looped
+                else _call(event, analysis, modules)
+            )
             blocks.setdefault(key, []).append(event)
     return [
         analysis.group(name, _outermost(group, analysis)) for (name, _), group in blocks.items()
     ]
 
 
-def _outermost(events: Sequence[Event], analysis: Analysis) -> list[Event]:
+def _outermost(events: Sequence[AdditionEvent], analysis: Analysis) -> list[AdditionEvent]:
     """The events that are not part of the branch of another event.
 
     Events whose sums do not reach the outputs are dropped if there are others. In the last block,
     for example, a second stream may be added to and never read.
     """
     events = [e for e in events if e.total in analysis.alive] or events
-    return [e for e in events if not any(e.total in analysis.inside(o) for o in events)]
+    return [e for e in events if not any(e.total in analysis.exclusive_to(o) for o in events)]
 
 
-def _call(event: Event, analysis: Analysis, modules: Mapping[str, nn.Module]) -> tuple[str, Any]:
+def _call(
+    event: AdditionEvent, analysis: Analysis, modules: Mapping[str, nn.Module]
+) -> tuple[str, Any]:
     """The name of the block of an addition outside loops, and a number for its call.
 
     Calls that are not computed from each other have the same number.
@@ -57,10 +69,12 @@ def _call(event: Event, analysis: Analysis, modules: Mapping[str, nn.Module]) ->
         return ".".join(_module_path(event, analysis)), (event.site, event.occurrence)
     around = (event.enclosing, *event.enclosing.ancestors())
     call = next((call for call in around if call.name == name), event.enclosing)
-    return name, analysis.turn(call)
+    return name, analysis.iteration(call)
 
 
-def _iteration(event: Event, turns: Mapping[Event, int], analysis: Analysis) -> tuple[str, Any]:
+def _iteration(
+    event: AdditionEvent, iterations: Mapping[AdditionEvent, int], analysis: Analysis
+) -> tuple[str, Any]:
     """The name of the block of an addition in a loop over modules, and a number.
 
     The block is the outermost module, inside the one that loops, in which no expression adds twice,
@@ -68,21 +82,21 @@ def _iteration(event: Event, turns: Mapping[Event, int], analysis: Analysis) -> 
     network.
 
     Args:
-        turns: all additions of the loop, see `Analysis.turns`.
+        turns: all additions of the loop, see `Analysis.iterations`.
     """
     assert event.enclosing is not None
-    paths = {other: _module_path(other, analysis, looped=True) for other in turns}
+    paths = {other: _module_path(other, analysis, looped=True) for other in iterations}
     path = paths[event]
     for length in range(len(_path(event.enclosing.name)) + 1, len(path) + 1):
         prefix = path[:length]
-        inside = [other for other in turns if paths[other][:length] == prefix]
-        added = {(other.site, *paths[other], turns[other]) for other in inside}
+        inside = [other for other in iterations if paths[other][:length] == prefix]
+        added = {(other.site, *paths[other], iterations[other]) for other in inside}
         if len(added) == len({other.site for other in inside}):
             return ".".join(prefix), None
-    return ".".join(path), turns[event]
+    return ".".join(path), iterations[event]
 
 
-def _module_path(event: Event, analysis: Analysis, looped: bool = False) -> list[str]:
+def _module_path(event: AdditionEvent, analysis: Analysis, looped: bool = False) -> list[str]:
     """The common beginning of the names of the branch's modules, or the largest's name.
 
     Modules that run for several branches are left out, because they do not tell these apart.
@@ -106,7 +120,7 @@ def _path(name: str) -> list[str]:
     return name.split(".") if name else []
 
 
-def _returns_branch(event: Event, analysis: Analysis) -> tuple[Call, ...]:
+def _returns_branch(event: AdditionEvent, analysis: Analysis) -> tuple[Call, ...]:
     """The outermost call that returns the last value of a branch, or no call.
 
     One layer may compute what is added to several streams, and so run for none of them alone.
@@ -120,7 +134,7 @@ def _returns_branch(event: Event, analysis: Analysis) -> tuple[Call, ...]:
     return (max(calls, key=lambda each: each[:2])[2],) if calls else ()
 
 
-def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[Deferred]:
+def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[DeferredEdit]:
     """The edits that give `group` its gates, one for each addition.
 
     Args:
@@ -129,13 +143,13 @@ def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[Deferre
     Raises:
         UnsupportedBlockError: when too little of the branch is used by the addition alone.
     """
-    if group.saved < MIN_SAVED:
-        shared = group.own < MIN_SAVED
+    if group.saved_share < MIN_SAVED:
+        shared = group.exclusive_share < MIN_SAVED
         raise UnsupportedBlockError(
-            mostly_shared(group.own) if shared else _too_few_modules(group.saved)
+            mostly_shared(group.exclusive_share) if shared else _too_few_modules(group.saved_share)
         )
     return [
-        Deferred(
+        DeferredEdit(
             group.block,
             first + number,
             ((event.site, event.side),),
@@ -146,7 +160,7 @@ def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[Deferre
     ]
 
 
-def _calls_for(event: Event, group: Group, analysis: Analysis) -> tuple[Calls, ...]:
+def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[BranchCalls, ...]:
     """The calls that are not made while the block is closed, by module.
 
     Raises:
@@ -165,11 +179,11 @@ def _calls_for(event: Event, group: Group, analysis: Analysis) -> tuple[Calls, .
         ordinals = tuple(every.index(call) for call in which)
         inner = name[len(owner.name) + 1 :] if owner.name else name
         gave_tensors = all(call.gave_tensor for call in which)
-        calls.append(Calls(inner, ordinals, len(every), gave_tensors))
+        calls.append(BranchCalls(inner, ordinals, len(every), gave_tensors))
     return tuple(calls)
 
 
-def _computes(call: Call, event: Event, analysis: Analysis) -> bool:
+def _computes(call: Call, event: AdditionEvent, analysis: Analysis) -> bool:
     """Whether a call computes a part of the branch of `event`."""
     computed = range(call.began, call.ended)  # empty where it returns its input
     return not event.branch.isdisjoint([*computed, *analysis.outputs_of[call.serial]])

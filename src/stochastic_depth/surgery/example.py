@@ -105,7 +105,7 @@ class _Held:
     """The state of one module, without its children."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.kind = module, type(module)
+        self.module, self.cls = module, type(module)
         self.scripted = isinstance(module, torch.jit.ScriptModule)
         self.training = module.training
         self.buffers = [] if self.scripted else list(module._buffers.items())
@@ -128,7 +128,7 @@ class _Held:
 
     def restore(self) -> None:
         self.module.training = self.training
-        if not self.scripted and type(self.module) is self.kind:  # a lazy module changes its class
+        if not self.scripted and type(self.module) is self.cls:  # a lazy module changes its class
             attributes = vars(self.module)
             for name in _attributes(self.module).keys() - self.attributes.keys():
                 del attributes[name]
@@ -165,5 +165,5 @@ def _put_back(now: dict[str, Any], kept: list[tuple[str, Any]]) -> None:
 
 def has_content(tensor: Tensor) -> bool:
     """Whether `tensor` is a plain tensor with values: not on the meta device, sharded or sparse."""
-    kinds = (Tensor, nn.Parameter, nn.Buffer)
-    return type(tensor) in kinds and tensor.device.type != "meta" and tensor.layout == torch.strided
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+    return plain and tensor.device.type != "meta" and tensor.layout == torch.strided

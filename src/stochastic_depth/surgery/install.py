@@ -17,11 +17,18 @@ from stochastic_depth.block import Block, count_inside, owned_parameters
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.deferred.forward import deferring_forward
-from stochastic_depth.surgery.edits import Deferred, Edit, Entry, Opaque, Registered, Sliced
+from stochastic_depth.surgery.edits import (
+    DeferredEdit,
+    Edit,
+    EntryEdit,
+    OpaqueEdit,
+    RegisteredEdit,
+    RewriteEdit,
+)
 from stochastic_depth.surgery.rewrite import slice_method
-from stochastic_depth.surgery.select_samples import SAMPLES, samples
+from stochastic_depth.surgery.select_samples import HOLDS_SAMPLES, select_drawn
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each edit of the module."""
@@ -45,11 +52,11 @@ def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = 
         UnsupportedBlockError: when a method cannot be edited; `module` is then as it was before.
     """
     own = "forward" in vars(module) and len(gates) > 0
-    if own and not all(isinstance(edit, Deferred | Entry) for edit in gates):
+    if own and not all(isinstance(edit, DeferredEdit | EntryEdit) for edit in gates):
         raise UnsupportedBlockError("its forward method is set on the instance, not in the class")
-    kind = gated_class(type(module), tuple(gates), select, fingerprint(module), own)
+    cls = gated_class(type(module), tuple(gates), select, fingerprint(module), own)
     module.__dict__[GATES] = tuple(gates.values())
-    module.__class__ = kind
+    module.__class__ = cls
     if own:
         _rename(module, "forward", _OWN_FORWARD)
 
@@ -58,7 +65,7 @@ def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
     module.__class__ = ungated_class(type(module))
     del module.__dict__[GATES]
-    module.__dict__.pop(SAMPLES, None)
+    module.__dict__.pop(HOLDS_SAMPLES, None)
     if "forward" in vars(module):  # set since then
         vars(module).pop(_OWN_FORWARD, None)
     _rename(module, _OWN_FORWARD, "forward")
@@ -70,18 +77,18 @@ def _rename(module: nn.Module, attribute: str, to: str) -> None:
         vars(module)[to] = vars(module).pop(attribute)
 
 
-def ungated_class(kind: type) -> Any:
-    """`kind` without gates: with the original class in the place of the class with gates.
+def ungated_class(cls: type) -> Any:
+    """`cls` without gates: with the original class in the place of the class with gates.
 
     `fully_shard` and parametrizations put classes of their own on top; these stay.
     """
-    if _ORIGINAL in vars(kind):
-        return vars(kind)[_ORIGINAL]
-    bases = tuple(map(ungated_class, kind.__bases__))
-    if bases == kind.__bases__:
-        return kind
-    members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    return type(kind)(kind.__name__, bases, members)
+    if _ORIGINAL in vars(cls):
+        return vars(cls)[_ORIGINAL]
+    bases = tuple(map(ungated_class, cls.__bases__))
+    if bases == cls.__bases__:
+        return cls
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, members)
 
 
 def is_installed(module: nn.Module) -> bool:
@@ -90,13 +97,13 @@ def is_installed(module: nn.Module) -> bool:
 
 @functools.cache
 def gated_class(
-    kind: type[nn.Module],
+    cls: type[nn.Module],
     edits: tuple[Edit, ...],
     select: bool,
     alike: str,
     own_forward: bool = False,
 ) -> Any:
-    """A subclass of `kind`, of the same name, which has gates at `edits`.
+    """A subclass of `cls`, of the same name, which has gates at `edits`.
 
     torch.compile keeps a limited number of graphs for each code object of a method, and remembers
     changing sizes by the name of the code. So modules with different attributes, and therefore a
@@ -109,46 +116,46 @@ def gated_class(
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
     """
-    methods, parents = _gated_methods(kind, edits, select, own_forward)
-    if "forward" not in methods and isinstance(kind.forward, FunctionType):
-        torchs_own = kind.forward.__module__.partition(".")[0] == "torch"
+    methods, parents = _gated_methods(cls, edits, select, own_forward)
+    if "forward" not in methods and isinstance(cls.forward, FunctionType):
+        torchs_own = cls.forward.__module__.partition(".")[0] == "torch"
         remade = _called if torchs_own else _remade
-        methods["forward"] = remade(kind.forward, kind.forward.__closure__)
+        methods["forward"] = remade(cls.forward, cls.forward.__closure__)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        return _build, (build, kind, edits, select, alike, own_forward, *arguments[1:]), *rest
+        return _build, (build, cls, edits, select, alike, own_forward, *arguments[1:]), *rest
 
-    @functools.wraps(kind.__init__)
+    @functools.wraps(cls.__init__)
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         if type(self) is made:  # a newly constructed module has no gates
-            self.__class__ = kind
-        kind.__init__(self, *args, **kwargs)
+            self.__class__ = cls
+        cls.__init__(self, *args, **kwargs)
 
     made: type[nn.Module] = type(
-        kind.__name__,
-        (kind, *parents),
+        cls.__name__,
+        (cls, *parents),
         {
             **methods,
             "__init__": initialise,
             "__reduce_ex__": reduce,
-            _ORIGINAL: kind,
-            "__module__": kind.__module__,
-            "__qualname__": kind.__qualname__,
-            "__doc__": kind.__doc__,
+            _ORIGINAL: cls,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
         },
     )
     forward = vars(made).get("forward")  # transformers wraps it as the class is made
-    deferring = any(isinstance(edit, Deferred | Entry) for edit in edits)
+    deferring = any(isinstance(edit, DeferredEdit | EntryEdit) for edit in edits)
     if isinstance(forward, FunctionType) and not deferring:
         forward.__code__ = forward.__code__.replace(co_name=f"forward_{alike}")
     return made
 
 
 def _gated_methods(
-    kind: type[nn.Module], edits: tuple[Edit, ...], select: bool, own_forward: bool
+    cls: type[nn.Module], edits: tuple[Edit, ...], select: bool, own_forward: bool
 ) -> tuple[dict[str, Any], list[type[nn.Module]]]:
-    """The methods of `kind` with gates at `edits`, by name.
+    """The methods of `cls` with gates at `edits`, by name.
 
     Returns:
         The methods; and classes with such a method that have to be put between a parent class and
@@ -159,27 +166,31 @@ def _gated_methods(
     """
     methods: dict[str, Any] = {}
     parents: list[type[nn.Module]] = []
-    sliced = [edit for edit in edits if isinstance(edit, Sliced)]
-    for defined, name in dict.fromkeys((edit.place.kind, edit.place.method) for edit in sliced):
-        mine = [edit for edit in sliced if (edit.place.kind, edit.place.method) == (defined, name)]
+    sliced = [edit for edit in edits if isinstance(edit, RewriteEdit)]
+    for defined, name in dict.fromkeys(
+        (edit.location.cls, edit.location.method) for edit in sliced
+    ):
+        mine = [
+            edit for edit in sliced if (edit.location.cls, edit.location.method) == (defined, name)
+        ]
         gates = functools.partial(_gates_now, [edits.index(edit) for edit in mine])
         outer = vars(defined)[name]
         inner = inspect.unwrap(outer)
         new = slice_method(inner, mine, gates, select)
         method = _wrapped_as(outer, inner, new)
-        if getattr(kind, name) is vars(defined)[name]:
+        if getattr(cls, name) is vars(defined)[name]:
             methods[name] = method
         else:  # reached by super(): a class between `defined` and its children
             parents.append(type(defined.__name__, (defined,), {name: method}))
     for number, edit in enumerate(edits):
-        if isinstance(edit, Opaque):
-            methods["forward"] = _opaque_forward(kind, number)
-        elif isinstance(edit, Registered):
+        if isinstance(edit, OpaqueEdit):
+            methods["forward"] = _opaque_forward(cls, number)
+        elif isinstance(edit, RegisteredEdit):
             methods["forward"] = _registered_forward(edit.forward, number)
-    if any(isinstance(edit, Deferred | Entry) for edit in edits):
-        inner = _own_forward if own_forward else methods.get("forward") or kind.forward
-        deferred = [(n, edit) for n, edit in enumerate(edits) if isinstance(edit, Deferred)]
-        is_entry = any(isinstance(edit, Entry) for edit in edits)
+    if any(isinstance(edit, DeferredEdit | EntryEdit) for edit in edits):
+        inner = _own_forward if own_forward else methods.get("forward") or cls.forward
+        deferred = [(n, edit) for n, edit in enumerate(edits) if isinstance(edit, DeferredEdit)]
+        is_entry = any(isinstance(edit, EntryEdit) for edit in edits)
         methods["forward"] = deferring_forward(inner, deferred, GATES, is_entry)
     return methods, parents
 
@@ -256,16 +267,16 @@ def _gates_now(numbers: Sequence[int], module: nn.Module) -> list[Gate]:
     return [gates[number].now(module.training) for number in numbers]
 
 
-def _opaque_forward(kind: Any, number: int) -> FunctionType:
-    """The forward method of `kind`, which returns its input plus one branch, under a gate."""
+def _opaque_forward(cls: Any, number: int) -> FunctionType:
+    """The forward method of `cls`, which returns its input plus one branch, under a gate."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gate: Gate = self.__dict__[GATES][number].now(self.training)
         if not gate.open:
             return x.clone()  # what follows may overwrite it
         with gate.forward_only():
-            given = samples(self, gate, ([x, *args], kwargs), number)
-            out = kind.forward(self, *given[0], **given[1])
+            given = select_drawn(self, gate, ([x, *args], kwargs), number)
+            out = cls.forward(self, *given[0], **given[1])
         return gate.rescale(out, x)
 
     return forward  # type: ignore[return-value]
@@ -288,7 +299,7 @@ def _own_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _build(
     build: Any,
-    kind: type[nn.Module],
+    cls: type[nn.Module],
     edits: tuple[Edit, ...],
     select: bool,
     alike: str,
@@ -302,15 +313,15 @@ def _build(
             fit.
     """
     try:
-        return build(gated_class(kind, edits, select, alike, own_forward), *rest)
+        return build(gated_class(cls, edits, select, alike, own_forward), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
-            f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "
+            f"a pickled {cls.__name__} with stochastic depth does not fit its class as it is "
             f"now ({error}): save its state_dict, and apply after loading"
         ) from error
 
 
-def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Block]:
+def put_gates(model: nn.Module, found: Sequence[FoundBlock], select: bool) -> list[Block]:
     """Install gates in all modules of all blocks, one for each unit, and return the blocks."""
     edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
     blocks: list[Block] = []
@@ -327,24 +338,24 @@ def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Bl
                 edits.setdefault(module, {})[edit] = of_unit
         blocks.append(_block(model, there, block, gates))
     if any(block.mechanism == "deferred" for block in found):
-        edits.setdefault(model, {})[Entry()] = BlockGates()
-    holds = {m: block for block in found for unit in block.units for m, _ in unit.edits}
+        edits.setdefault(model, {})[EntryEdit()] = BlockGates()
+    block_of = {m: block for block in found for unit in block.units for m, _ in unit.edits}
     for module, of_module in edits.items():
         try:
             install(module, of_module, select)
         except UnsupportedBlockError as error:
-            block = holds.get(module, found[0])
+            block = block_of.get(module, found[0])
             raise unsupported(block.name, block.module, error) from error
     return blocks
 
 
 def _block(
-    model: nn.Module, there: Mapping[str, int], found: Found, gates: tuple[BlockGates, ...]
+    model: nn.Module, there: Mapping[str, int], found: FoundBlock, gates: tuple[BlockGates, ...]
 ) -> Block:
     edited = (module for unit in found.units for module, _ in unit.edits)
     owned = owned_parameters(model, found.parameters, there)
-    asking = tuple(dict.fromkeys(edited)) or (found.module,)
-    return Block(found.name, gates, found.parameters, found.module, asking, owned)
+    gate_readers = tuple(dict.fromkeys(edited)) or (found.module,)
+    return Block(found.name, gates, found.parameters, found.module, gate_readers, owned)
 
 
 def take_gates(model: nn.Module) -> None:
@@ -362,8 +373,8 @@ def ungated(model: nn.Module) -> Iterator[None]:
     installed = [(module, type(module)) for module in model.modules() if is_installed(module)]
     with_own_forward = [module for module, _ in installed if _OWN_FORWARD in vars(module)]
     residuals = [(m, m.gates) for m in model.modules() if isinstance(m, Residual)]
-    for module, kind in installed:
-        module.__class__ = ungated_class(kind)
+    for module, cls in installed:
+        module.__class__ = ungated_class(cls)
     for module in with_own_forward:
         _rename(module, _OWN_FORWARD, "forward")
     for residual, _ in residuals:
@@ -371,8 +382,8 @@ def ungated(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, kind in installed:
-            module.__class__ = kind
+        for module, cls in installed:
+            module.__class__ = cls
         for module in with_own_forward:
             _rename(module, "forward", _OWN_FORWARD)
         for residual, gates in residuals:

@@ -8,14 +8,14 @@ from torch import nn
 
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.apply import chosen_survival, linear_decay
-from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
+from stochastic_depth.surgery.blocks import FoundBlock, Granularity, nothing_found
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find import find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.proof.calls import still_running
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_nested
 from stochastic_depth.surgery.rejected import Rejected, listed
-from stochastic_depth.surgery.select_modules import Choice
+from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import Survival
 
 
@@ -95,8 +95,8 @@ def plan(
     survival: Survival | Literal["own"] | None = None,
     *,
     drop_rate: float | None = None,
-    include: Choice | None = None,
-    exclude: Choice = (),
+    include: ModuleSelector | None = None,
+    exclude: ModuleSelector = (),
     granularity: Granularity = "block",
     stacks: str | Sequence[str] = (),
 ) -> Plan:
@@ -134,7 +134,7 @@ def plan(
         more = {
             block.name
             for block, after in zip(found, tried, strict=True)
-            if after.refusal and block.mechanism in ("slice", "call", "opaque")
+            if after.refusal and block.can_be_deferred
         }
         if not more:
             break
@@ -162,7 +162,7 @@ def plan(
     )
 
 
-def _tried(model: nn.Module, example: Example, found: list[Found]) -> list[Found]:
+def _tried(model: nn.Module, example: Example, found: list[FoundBlock]) -> list[FoundBlock]:
     """`found`, with the reason for each block that still runs when it is closed."""
     accepted = [block for block in found if not block.refusal]
     try:

@@ -17,12 +17,18 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.additions import discover
-from stochastic_depth.surgery.blocks import Found, Unit
+from stochastic_depth.surgery.blocks import FoundBlock, Unit
 from stochastic_depth.surgery.branch_source import Addition
-from stochastic_depth.surgery.branches import Analysis, Event, Group
+from stochastic_depth.surgery.branches import AdditionEvent, Analysis, Group
 from stochastic_depth.surgery.deferred_groups import deferred_edits, deferred_groups
-from stochastic_depth.surgery.droppath import silence
-from stochastic_depth.surgery.edits import ADDITIONS, Deferred, Site, by_position, site_of
+from stochastic_depth.surgery.droppath import disable_drop_paths
+from stochastic_depth.surgery.edits import (
+    ADDITIONS,
+    CallSite,
+    DeferredEdit,
+    by_position,
+    call_site_of,
+)
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.rejected import Rejected
 from stochastic_depth.torch_private import function_around
@@ -37,20 +43,20 @@ class InTraining:
 
     additions: list[Addition]
     """All residual additions of the pass in training mode."""
-    new: tuple[Event, ...]
+    new: tuple[AdditionEvent, ...]
     """The events that do not happen in evaluation."""
-    again: Mapping[Event, Event]
+    again: Mapping[AdditionEvent, AdditionEvent]
     """For each event of evaluation, the same event in training mode."""
     analysis: Analysis
     rejected: list[Rejected]
-    within: Mapping[Site, str]
+    within: Mapping[CallSite, str]
     """Expressions that add inside an `autograd.Function`, each with the name of that function."""
 
 
 def added_in_training(
     model: nn.Module,
     run: Callable[[], Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     additions: Sequence[Addition],
     analysis: Analysis,
     count_flops: bool,
@@ -63,7 +69,7 @@ def added_in_training(
     Args:
         additions: the additions of evaluation; `analysis` is of the same pass.
     """
-    silenced = silence(model, found)
+    changed_settings = disable_drop_paths(model, found)
     rejected: list[Rejected] = []
     try:
         with preserve_state(model), torch.enable_grad():
@@ -78,13 +84,13 @@ def added_in_training(
                 return None
             now, of_now = discover(model, run, count_flops, rejected, gradients=True)
     finally:
-        for each in silenced:
+        for each in changed_settings:
             each.restore()
     new, again = _matched(additions, analysis, now, of_now)
     return InTraining(now, tuple(new), again, of_now, rejected, sites.within)
 
 
-def _gives_more(block: Found, analysis: Analysis) -> bool:
+def _gives_more(block: FoundBlock, analysis: Analysis) -> bool:
     """Whether a module of a deferred branch returns a value that nothing is computed from."""
     values = analysis.recording.values
     return block.mechanism == "deferred" and any(
@@ -97,7 +103,7 @@ def _gives_more(block: Found, analysis: Analysis) -> bool:
 
 def _matched(
     before: Sequence[Addition], of_before: Analysis, now: Sequence[Addition], of_now: Analysis
-) -> tuple[list[Event], dict[Event, Event]]:
+) -> tuple[list[AdditionEvent], dict[AdditionEvent, AdditionEvent]]:
     """Match the events of the two passes.
 
     Two events are the same if one expression makes them in one module, and their branches use a
@@ -107,12 +113,12 @@ def _matched(
         The events of `now` that are not in `before`; and for each event of `before` the same one in
         `now`.
     """
-    left: dict[object, list[tuple[Event, frozenset[str]]]] = {}
+    left: dict[object, list[tuple[AdditionEvent, frozenset[str]]]] = {}
     for event in (event for addition in before for event in addition.events):
         left.setdefault(_expression(event), []).append((event, _runs(event, of_before)))
     known = {of: [runs for _, runs in each] for of, each in left.items()}
-    new: list[Event] = []
-    again: dict[Event, Event] = {}
+    new: list[AdditionEvent] = []
+    again: dict[AdditionEvent, AdditionEvent] = {}
     for event in (event for addition in now for event in addition.events):
         of, runs = _expression(event), _runs(event, of_now)
         if not _is_known(runs, known.get(of, ())):
@@ -124,15 +130,15 @@ def _matched(
     return new, again
 
 
-def _expression(event: Event) -> object:
+def _expression(event: AdditionEvent) -> object:
     """A key for the expression and the module that make an addition."""
     return event.site, event.stack[-1].name
 
 
-def _runs(event: Event, analysis: Analysis) -> frozenset[str]:
+def _runs(event: AdditionEvent, analysis: Analysis) -> frozenset[str]:
     """Names of the parameters that its branch uses; where it uses none, names of its modules."""
     if event.enclosing is None:
-        analysis.place(event)
+        analysis.find_enclosing_call(event)
     parameters = analysis.parameters(event.branch)
     return frozenset(parameters or analysis.group("", [event]).modules)
 
@@ -147,8 +153,8 @@ class _Sites(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Counter[Site] = Counter()
-        self.within: dict[Site, str] = {}
+        self.seen: Counter[CallSite] = Counter()
+        self.within: dict[CallSite, str] = {}
         """The expressions that add inside an `autograd.Function`, each with the name of that
         function."""
 
@@ -160,19 +166,19 @@ class _Sites(TorchFunctionMode):
             both = all(isinstance(operand, Tensor) for operand in operands[:2])
             if both and len(operands) > 1:
                 frame = sys._getframe(1)
-                self.seen[site_of(frame)] += 1
+                self.seen[call_site_of(frame)] += 1
                 if function := function_around(frame):
-                    self.within[site_of(frame)] = function
+                    self.within[call_site_of(frame)] = function
         return func(*args, **(kwargs or {}))
 
 
 def joined(
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     additions: Sequence[tuple[str, Addition]],
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
     rewrite: Rewrite,
-) -> tuple[list[Found], set[Event]]:
+) -> tuple[list[FoundBlock], set[AdditionEvent]]:
     """Add to each block of `found` what it adds in training mode only.
 
     Args:
@@ -196,7 +202,7 @@ def joined(
             blocks[n] = _with_rewritten(blocks[n], [addition], rewrite)
         if len(own) != len(numbers):
             blocks[numbers[-1]] = replace(blocks[numbers[-1]], refusal=_UNLIKE)
-    alone = set[Event]()
+    alone = set[AdditionEvent]()
     events = [event for addition in deferred for event in addition.events]
     for group in deferred_groups(events, analysis, modules):
         numbers = [n for n, block in enumerate(blocks) if block.name == group.block]
@@ -207,7 +213,7 @@ def joined(
     return blocks, alone
 
 
-def with_events(block: Found, again: Mapping[Event, Event]) -> Found:
+def with_events(block: FoundBlock, again: Mapping[AdditionEvent, AdditionEvent]) -> FoundBlock:
     """A deferred block with the events of training mode that belong to it."""
     units = [
         replace(unit, events=(*unit.events, *(again[e] for e in unit.events if e in again)))
@@ -216,7 +222,9 @@ def with_events(block: Found, again: Mapping[Event, Event]) -> Found:
     return replace(block, units=tuple(units))
 
 
-def as_both_need(block: Found, again: Mapping[Event, Event], training: Analysis) -> Found:
+def as_both_need(
+    block: FoundBlock, again: Mapping[AdditionEvent, AdditionEvent], training: Analysis
+) -> FoundBlock:
     """`block`, deferring only the modules that no mode needs for anything but its addition."""
     events = [again.get(event) for unit in block.units for event in unit.events]
     if block.mechanism != "deferred" or None in events:
@@ -232,22 +240,22 @@ def as_both_need(block: Found, again: Mapping[Event, Event], training: Analysis)
     units = []
     for unit, edit in zip(block.units, edits, strict=True):
         before = unit.edits[0][1]
-        assert isinstance(before, Deferred)
+        assert isinstance(before, DeferredEdit)
         both = replace(before, calls=edit.calls)
         units.append(replace(unit, edits=((owner, both),), modules=frozenset(group.modules)))
     return replace(block, units=tuple(units), modules=group.modules)
 
 
 def with_training_only(
-    found: Sequence[Found], alone: Sequence[Found], analysis: Analysis
-) -> list[Found]:
+    found: Sequence[FoundBlock], alone: Sequence[FoundBlock], analysis: Analysis
+) -> list[FoundBlock]:
     """`found` and the blocks `alone`, which run in training mode only, in the order of execution.
 
     Args:
         analysis: the analysis of a pass in training mode.
     """
 
-    def begins(block: Found) -> int:
+    def begins(block: FoundBlock) -> int:
         calls = [call for name in (block.name, *block.modules) for call in analysis.calls_of(name)]
         return min((call.serial for call in calls), default=0)
 
@@ -264,7 +272,9 @@ _UNLIKE = (
 )
 
 
-def _with_rewritten(block: Found, additions: Sequence[Addition], rewrite: Rewrite) -> Found:
+def _with_rewritten(
+    block: FoundBlock, additions: Sequence[Addition], rewrite: Rewrite
+) -> FoundBlock:
     """`block`, with its methods rewritten at `additions` too."""
     if block.refusal or block.mechanism in ("registered", "opaque", "Residual"):
         return block
@@ -277,8 +287,8 @@ def _with_rewritten(block: Found, additions: Sequence[Addition], rewrite: Rewrit
 
 
 def _with_deferred(
-    block: Found, group: Group, analysis: Analysis, modules: Mapping[str, nn.Module]
-) -> Found:
+    block: FoundBlock, group: Group, analysis: Analysis, modules: Mapping[str, nn.Module]
+) -> FoundBlock:
     """The deferred `block`, with its additions in training mode."""
     if block.refusal:
         return block
@@ -298,10 +308,10 @@ def _with_deferred(
     return replace(block, units=tuple(units), modules=block.modules | group.modules)
 
 
-def _with_edit(unit: Unit, event: Event, edit: Deferred) -> Unit:
+def _with_edit(unit: Unit, event: AdditionEvent, edit: DeferredEdit) -> Unit:
     """A deferred unit that also knows where its addition stands in training mode."""
     owner, before = unit.edits[0]
-    assert isinstance(before, Deferred)
+    assert isinstance(before, DeferredEdit)
     calls = {each.module: each for each in before.calls}
     for each in edit.calls:
         known = calls.setdefault(each.module, each)
@@ -317,5 +327,5 @@ def _with_edit(unit: Unit, event: Event, edit: Deferred) -> Unit:
 def _names(unit: Unit) -> set[str]:
     """Names, relative to the owner, of the modules whose calls a deferred unit skips."""
     _, edit = unit.edits[0]
-    assert isinstance(edit, Deferred)
+    assert isinstance(edit, DeferredEdit)
     return {calls.module for calls in edit.calls}

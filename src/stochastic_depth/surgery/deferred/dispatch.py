@@ -24,8 +24,8 @@ from stochastic_depth.surgery.deferred.gates import (
     addition_at,
     additions_of,
     adds_branch,
-    chosen_values,
     no_graph,
+    selected_values,
 )
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
@@ -45,7 +45,7 @@ from stochastic_depth.surgery.deferred.shapes import (
     shapes,
     shapes_of,
 )
-from stochastic_depth.surgery.edits import ADDITIONS, Site, by_position, site_of
+from stochastic_depth.surgery.edits import ADDITIONS, CallSite, by_position, call_site_of
 from stochastic_depth.torch_private import subclass_of, tree_flatten, tree_unflatten
 
 LAZY = {"T", "mT", "H", "mH", "real", "imag", "data"}
@@ -114,7 +114,7 @@ class _Dispatching(Placeholder):
         if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
             return _change(func, additions, found, args, kwargs, _caller())
         if all(p._node.done for p in found):
-            args, kwargs = chosen_values(args, kwargs, additions, _caller)
+            args, kwargs = selected_values(args, kwargs, additions, _caller)
             with no_graph(additions):
                 return mark_as_branch(found[0]._node.tape, additions, func(*args, **kwargs))
         node = Node(found[0]._node.tape, additions, func, args, kwargs)
@@ -180,7 +180,7 @@ def _change(
     found: list[Placeholder],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    site: Site,
+    site: CallSite,
 ) -> Any:
     """Make or defer `func(*args, **kwargs)`, which changes a tensor in place, at `site`.
 
@@ -188,7 +188,7 @@ def _change(
     """
     target = kwargs.get("out") if kwargs.get("out") is not None else args[0]
     if not isinstance(target, Placeholder) or all(p._node.done for p in found):
-        new_args, new_kwargs = chosen_values(args, kwargs, additions, lambda: site)
+        new_args, new_kwargs = selected_values(args, kwargs, additions, lambda: site)
         result = func(*new_args, **new_kwargs)
         return target if result is not None else None
     before = _placeholder(target._node, target._leaf)
@@ -208,9 +208,9 @@ def _set_item(target: Tensor, key: Any, new: Any) -> Tensor:
     return target
 
 
-def _caller() -> Site:
+def _caller() -> CallSite:
     """The place in the code of the call that `__torch_function__` is answering."""
     frame = sys._getframe(2)
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back
-    return site_of(frame)
+    return call_site_of(frame)

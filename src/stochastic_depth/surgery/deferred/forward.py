@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from stochastic_depth.errors import AdditionNotReachedError, GateError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.hooks import never_traced
-from stochastic_depth.places import Places
+from stochastic_depth.module_snapshot import ModuleSnapshot
 from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
-from stochastic_depth.surgery.deferred.gates import chosen, no_graph
+from stochastic_depth.surgery.deferred.gates import no_graph, select_inputs
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
     Node,
@@ -32,7 +32,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     set_tape,
     tape_of_pass,
 )
-from stochastic_depth.surgery.edits import Calls, Deferred
+from stochastic_depth.surgery.edits import BranchCalls, DeferredEdit
 from stochastic_depth.torch_private import call_of, set_call, tree_flatten, whole_call
 
 
@@ -67,31 +67,31 @@ class _DeferredCalls:
     The modules are those that the owner holds now under the names in `edits`.
     """
 
-    def __init__(self, owner: nn.Module, edits: Sequence[Deferred]) -> None:
+    def __init__(self, owner: nn.Module, edits: Sequence[DeferredEdit]) -> None:
         self.edits = edits
-        calls_of: dict[str, list[tuple[int, Calls]]] = {}
+        calls_of: dict[str, list[tuple[int, BranchCalls]]] = {}
         for number, edit in enumerate(edits):
             for calls in edit.calls:
                 calls_of.setdefault(calls.module, []).append((number, calls))
         self.modules: list[_DeferredModule] = []
         self.modules_of: list[list[_DeferredModule]] = [[] for _ in edits]
         """For each addition, the modules that run for it."""
-        self.places = Places(owner, calls_of)
-        for name, submodule in self.places.modules.items():
+        self.snapshot = ModuleSnapshot(owner, calls_of)
+        for name, submodule in self.snapshot.modules.items():
             pairs = calls_of[name]
             additions_of: dict[int, list[int]] = {}
             for number, calls in pairs:
-                for call in calls.which:
+                for call in calls.indices:
                     additions_of.setdefault(call, []).append(number)
             module = _DeferredModule(
                 submodule,
                 name,
-                pairs[-1][1].of,
+                pairs[-1][1].count,
                 additions_of,
-                all(calls.tensor for _, calls in pairs),
+                all(calls.return_tensors for _, calls in pairs),
             )
             self.modules.append(module)
-            for number in {number for number, calls in pairs if calls.which}:
+            for number in {number for number, calls in pairs if calls.indices}:
                 self.modules_of[number].append(module)
         self.structures: dict[Any, Any] = {}
         """What deferred calls return, by module and by the form of their arguments."""
@@ -101,7 +101,10 @@ _DEFERRED_CALLS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.
 
 
 def deferring_forward(
-    forward: Callable[..., Any], edits: Sequence[tuple[int, Deferred]], gates: str, is_entry: bool
+    forward: Callable[..., Any],
+    edits: Sequence[tuple[int, DeferredEdit]],
+    gates: str,
+    is_entry: bool,
 ) -> Any:
     """The method `forward` of an owner, under the gates of its deferred additions.
 
@@ -139,9 +142,11 @@ def deferring_forward(
 class _Session:
     """One call of an owner, during which the modules of its branches are deferred or marked."""
 
-    def __init__(self, owner: nn.Module, edits: Sequence[Deferred], gates: Sequence[Gate]) -> None:
+    def __init__(
+        self, owner: nn.Module, edits: Sequence[DeferredEdit], gates: Sequence[Gate]
+    ) -> None:
         plan = _DEFERRED_CALLS.get(owner)
-        if plan is None or plan.edits is not edits or not plan.places.is_current():
+        if plan is None or plan.edits is not edits or not plan.snapshot.is_current():
             plan = _DEFERRED_CALLS[owner] = _DeferredCalls(owner, edits)
         self.plan, self.edits = plan, edits
         self.additions = {
@@ -274,8 +279,8 @@ class _Interceptor:
         if len(drawn) == 1 and len(additions) == len(mine):
             (gate,) = drawn.values()
             of = frozenset(additions)
-            place = deferred.name, self.called
-            args, kwargs = chosen(additions[0].owner, gate, of, (args, kwargs), place)
+            key = deferred.name, self.called
+            args, kwargs = select_inputs(additions[0].owner, gate, of, (args, kwargs), key)
         args, kwargs = resolved(args), resolved(kwargs)
         with no_graph(additions if len(additions) == len(mine) else []):
             return mark_as_branch(self.tape, tuple(additions), self.forward(*args, **kwargs))

@@ -24,9 +24,10 @@ from stochastic_depth.surgery.deferred.placeholder import (
     value,
     with_values,
 )
-from stochastic_depth.surgery.edits import Site, scales_second
+from stochastic_depth.surgery.edits import CallSite, scales_second
 from stochastic_depth.surgery.rejected import SCALED
-from stochastic_depth.surgery.select_samples import samples
+from stochastic_depth.surgery.select_samples import select_drawn
+from stochastic_depth.tensors import map_structure
 from stochastic_depth.torch_private import recomputation
 
 
@@ -39,7 +40,7 @@ def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
     return additions
 
 
-def addition_at(additions: tuple[GatedAddition, ...], site: Site) -> GatedAddition | None:
+def addition_at(additions: tuple[GatedAddition, ...], site: CallSite) -> GatedAddition | None:
     """The addition that stands at `site`, or None."""
     return next((addition for addition in additions if site in addition.sites), None)
 
@@ -117,11 +118,11 @@ def _scaled(addition: GatedAddition, operand: Any) -> Any:
     return operand
 
 
-def chosen_values(
+def selected_values(
     args: Any,
     kwargs: Mapping[str, Any],
     additions: tuple[GatedAddition, ...],
-    site: Callable[[], Site],
+    site: Callable[[], CallSite],
 ) -> tuple[Any, Mapping[str, Any]]:
     """`with_values`, and under a gate for single samples only the drawn samples.
 
@@ -130,35 +131,32 @@ def chosen_values(
     """
     addition = next((addition for addition in additions if addition.gate.samples is not None), None)
     if addition is not None:
-        args, kwargs = chosen(
+        args, kwargs = select_inputs(
             addition.owner, addition.gate, frozenset(additions), (args, kwargs), site()
         )
     return with_values(args, kwargs)
 
 
-def chosen(
-    owner: nn.Module, gate: Gate, additions: frozenset[GatedAddition], values: Any, place: Hashable
+def select_inputs(
+    owner: nn.Module, gate: Gate, additions: frozenset[GatedAddition], values: Any, key: Hashable
 ) -> Any:
     """`values`, with the drawn samples of every tensor from outside the branches of `additions`.
 
     Args:
         owner: the module whose code adds.
-        place: the place in the code.
+        key: identifies the position in the code.
     """
     if gate.samples is None:
         return values
-    if isinstance(values, Placeholder):
-        if not additions.isdisjoint(values._node.additions):
-            return values
-        return samples(owner, gate, value(values), place)
-    kind = type(values)
-    if kind is tuple or kind is list:
-        parts = [chosen(owner, gate, additions, each, (place, n)) for n, each in enumerate(values)]
-        changed = any(new is not old for new, old in zip(parts, values, strict=True))
-        return kind(parts) if changed else values
-    if kind is dict:
-        return {k: chosen(owner, gate, additions, each, (place, k)) for k, each in values.items()}
-    return samples(owner, gate, values, place)
+
+    def select(leaf: Any, key: Hashable) -> Any:
+        if isinstance(leaf, Placeholder):
+            if not additions.isdisjoint(leaf._node.additions):
+                return leaf
+            leaf = value(leaf)
+        return select_drawn(owner, gate, leaf, key)
+
+    return map_structure(select, values, key)
 
 
 def no_graph(additions: Sequence[GatedAddition]) -> AbstractContextManager[Any]:

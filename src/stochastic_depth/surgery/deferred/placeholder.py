@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.edits import Site
+from stochastic_depth.surgery.edits import CallSite
+from stochastic_depth.tensors import map_structure
 from stochastic_depth.torch_private import changes_of, tree_flatten, tree_unflatten
 
 _PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
@@ -45,7 +46,7 @@ class GatedAddition:
     __slots__ = ("copies", "deferred", "gate", "name", "owner", "reached", "recomputed", "sites")
 
     def __init__(
-        self, name: str, sites: Mapping[Site, int], gate: Gate, copies: bool, owner: nn.Module
+        self, name: str, sites: Mapping[CallSite, int], gate: Gate, copies: bool, owner: nn.Module
     ) -> None:
         self.name, self.sites, self.gate, self.copies = name, sites, gate, copies
         self.owner = owner
@@ -291,20 +292,21 @@ def with_values(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str,
 
 
 def mapped(function: Callable[[Any], Any], values: Any) -> Any:
-    """`values`, with `function` applied to each tensor and module in it."""
-    if isinstance(values, Tensor | nn.Module):
-        return function(values)
-    if isinstance(values, slice):
-        parts = values.start, values.stop, values.step
-        return slice(*[mapped(function, each) for each in parts])
-    kind = type(values)
-    if kind is tuple or kind is list:
-        return kind([mapped(function, each) for each in values])
-    if kind is dict:
-        return {name: mapped(function, each) for name, each in values.items()}
-    if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return kind(*[mapped(function, each) for each in values])
-    return values
+    """`values`, with `function` applied to each tensor and module in it.
+
+    Unlike `map_structure`, it looks into slices and named tuples too.
+    """
+
+    def in_leaf(leaf: Any, _: Any) -> Any:
+        if isinstance(leaf, Tensor | nn.Module):
+            return function(leaf)
+        if isinstance(leaf, slice):
+            return slice(*mapped(function, (leaf.start, leaf.stop, leaf.step)))
+        if isinstance(leaf, tuple) and hasattr(leaf, "_fields"):
+            return type(leaf)(*mapped(function, tuple(leaf)))
+        return leaf
+
+    return map_structure(in_leaf, values)
 
 
 def tensors_of(*values: Any) -> Iterator[Tensor]:

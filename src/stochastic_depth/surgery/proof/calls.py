@@ -11,7 +11,7 @@ from torch import nn
 
 from stochastic_depth.block import Block, force, set_training_gates
 from stochastic_depth.gates import CLOSED, OPEN, Gate
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.deferred.dispatch import UNKNOWN
 from stochastic_depth.surgery.deferred.placeholder import why_computed
 from stochastic_depth.surgery.example import preserve_state
@@ -33,7 +33,7 @@ class CallCounts:
 
 
 def still_running(
-    model: nn.Module, run: Callable[..., Any], found: Sequence[Found], blocks: Sequence[Block]
+    model: nn.Module, run: Callable[..., Any], found: Sequence[FoundBlock], blocks: Sequence[Block]
 ) -> list[str]:
     """For each block, the reason why its branch runs while it is closed; empty if it does not.
 
@@ -51,7 +51,7 @@ def still_running(
 def _still_running(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
     training: bool,
 ) -> list[str]:
@@ -77,7 +77,7 @@ def _failure(run: Callable[..., Any], closed: AbstractContextManager[None]) -> s
     return ""
 
 
-def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
+def still_called(block: FoundBlock, usual: CallCounts, called: CallCounts) -> str:
     """The reason why a closed block calls modules of its branch; empty if it calls none.
 
     Args:
@@ -98,7 +98,7 @@ def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
 
 
 def refuse_running(
-    blocks: Sequence[Found], usual: CallCounts, called: CallCounts, remark: str = ""
+    blocks: Sequence[FoundBlock], usual: CallCounts, called: CallCounts, remark: str = ""
 ) -> None:
     """Raise `UnsupportedBlockError` if a closed block calls a module of its branch.
 

@@ -20,7 +20,7 @@ from stochastic_depth.block import Block, force
 from stochastic_depth.errors import AdditionNotReachedError, ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import CLOSED, OPEN, Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.calls import (
@@ -82,7 +82,7 @@ def closed_sets(blocks: int) -> list[frozenset[int]]:
 def reference_outputs(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     batch: int | None = None,
     deadline: float = math.inf,
 ) -> Reference:
@@ -127,7 +127,7 @@ def reference_outputs(
 def check(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
     reference: Reference,
     batch: int | None = None,
@@ -180,7 +180,7 @@ class _Proof:
         self,
         model: nn.Module,
         run: Callable[..., Any],
-        found: Sequence[Found],
+        found: Sequence[FoundBlock],
         blocks: Sequence[Block],
         remembers: bool,
     ) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from stochastic_depth.block import Block, force
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.proof.calls import in_training
 from stochastic_depth.surgery.proof.reference import bypassed
-from stochastic_depth.surgery.select_samples import SAMPLES, Seen, noted
+from stochastic_depth.surgery.select_samples import HOLDS_SAMPLES, SeenShapes, record_shapes
 from stochastic_depth.tensors import largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_leaves, tree_map
 
@@ -22,7 +22,7 @@ REMEDY = 'use gate="batch", or put the batch first'
 
 
 def check_samples(
-    model: nn.Module, example: Example, found: Sequence[Found], batch: int
+    model: nn.Module, example: Example, found: Sequence[FoundBlock], batch: int
 ) -> Example:
     """Prove that the first dimension of the inputs is the batch.
 
@@ -35,7 +35,7 @@ def check_samples(
     Raises:
         ApplyError: when the outputs differ, or the example has fewer than two samples.
     """
-    refuse_one(batch)
+    require_two_samples(batch)
     half = half_of(batch)
     with preserve_state(model), torch.no_grad():
         model.eval()
@@ -66,7 +66,7 @@ def check_samples(
     raise failure
 
 
-def refuse_one(batch: int) -> None:
+def require_two_samples(batch: int) -> None:
     """Raise `ApplyError` if an example has too few samples to tell which dimension they are."""
     if batch < 2:
         raise ApplyError(
@@ -118,7 +118,7 @@ def learn_samples(
     model: nn.Module,
     examples: tuple[Example, Example],
     batch: int,
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
 ) -> None:
     """Record in the modules which of the tensors that enter a branch hold samples.
@@ -132,27 +132,27 @@ def learn_samples(
     """
     sizes = batch, half_of(batch)
     known: dict[nn.Module, dict[Any, bool]] = {}
-    holds = {m: block for block in found for unit in block.units for m, _ in unit.edits}
-    handed = {m for b in found for u in b.units if len(u.edits) > 1 for m, _ in u.edits}
+    block_of = {m: block for block in found for unit in block.units for m, _ in unit.edits}
+    with_callers = {m for b in found for u in b.units if len(u.edits) > 1 for m, _ in u.edits}
     for training in (False, True):
         seen = [
             _shapes(model, caller(model, each), blocks, size, training)
             for each, size in zip(examples, sizes, strict=True)
         ]
-        for (module, place), shapes in seen[0].items():
-            pairs = zip(shapes, seen[1].get((module, place), ()), strict=False)
+        for (module, key), shapes in seen[0].items():
+            pairs = zip(shapes, seen[1].get((module, key), ()), strict=False)
             verdicts = {_verdict(one, other, sizes) for one, other in pairs}
             verdict = verdicts.pop() if len(verdicts) == 1 else None
-            if verdicts or (verdict is None and module not in handed):
-                block = holds.get(module, found[0])
+            if verdicts or (verdict is None and module not in with_callers):
+                block = block_of.get(module, found[0])
                 why = (
                     f"a tensor {list(shapes[0])} comes into its branch that does not hold the "
                     f'{batch} samples first: use gate="batch" for this model'
                 )
                 raise unsupported(block.name, block.module, why)
-            known.setdefault(module, {})[place] = bool(verdict)
-    for module, places in known.items():
-        module.__dict__[SAMPLES] = places
+            known.setdefault(module, {})[key] = bool(verdict)
+    for module, keys in known.items():
+        module.__dict__[HOLDS_SAMPLES] = keys
 
 
 def _verdict(one: tuple[int, ...], other: tuple[int, ...], sizes: tuple[int, int]) -> bool | None:
@@ -180,11 +180,11 @@ def _shapes(
     """Shapes of what enters the branches; empty if the example cannot be trained on."""
     gate = Gate(samples=torch.arange(batch, device="cpu"), batch=batch)
     gates = in_training(blocks, [gate] * len(blocks)) if training else force(blocks, gate)
-    seen: Seen = {}
+    seen: SeenShapes = {}
     with preserve_state(model), torch.no_grad():
         model.train(training)
         try:
-            with gates, noted() as seen:
+            with gates, record_shapes() as seen:
                 run()
         except Exception:
             if not training:

@@ -18,7 +18,7 @@ from stochastic_depth.errors import (
 )
 from stochastic_depth.gates import CLOSED, OPEN, Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.calls import (
@@ -44,7 +44,7 @@ TRAINING_PASSES = 4
 def check_training(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
     batch: int | None = None,
     kind: GateKind = "batch",
@@ -116,7 +116,7 @@ def _not_proved(why: str) -> dict[str, Any]:
 def _compare(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
     batch: int | None,
     kind: GateKind,
@@ -169,7 +169,7 @@ def _compare(
             raise unsupported(first.name, first.module, why + random, names)
 
 
-def _change_in_place(block: Found) -> str:
+def _change_in_place(block: FoundBlock) -> str:
     """How the branch of `block` may change its shortcut in place; empty if it cannot."""
     inside = block.module.named_modules(prefix=block.name)
     drops = [name for name, module in inside if isinstance(module, Dropout) and module.inplace]
@@ -181,7 +181,7 @@ def _change_in_place(block: Found) -> str:
     )
 
 
-def _closed_in_training(found: Sequence[Found], only: Sequence[int]) -> list[list[int]]:
+def _closed_in_training(found: Sequence[FoundBlock], only: Sequence[int]) -> list[list[int]]:
     """Sets of blocks to close: all blocks, and sets that tell the blocks of `only` apart.
 
     Args:
@@ -215,7 +215,9 @@ class _SteadyDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _unreached(error: AdditionNotReachedError, found: Sequence[Found]) -> UnsupportedBlockError:
+def _unreached(
+    error: AdditionNotReachedError, found: Sequence[FoundBlock]
+) -> UnsupportedBlockError:
     """The error for a block whose addition is not reached in training mode."""
     named = next((block for block in found if f"block {block.name!r}" in str(error)), None)
     why = "in training mode it does not add where it does in evaluation"
@@ -253,7 +255,9 @@ def _counted(model: nn.Module, run: Callable[..., Any], seed: int) -> CallCounts
     return calls
 
 
-def _model_skips(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]) -> str:
+def _model_skips(
+    block: FoundBlock, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]
+) -> str:
     """Why a block is not reached in all of `passes`, which have every gate open; empty if it is.
 
     Args:
@@ -273,7 +277,7 @@ def _model_skips(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.M
 
 
 def _attributes_set(
-    model: nn.Module, found: Sequence[Found], before: dict[str, dict[str, Any]]
+    model: nn.Module, found: Sequence[FoundBlock], before: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Attributes of modules in branches that hold a tensor with a graph, with their earlier values.
 

@@ -12,7 +12,7 @@ from torch import nn
 from stochastic_depth.block import Block
 
 
-class Places:
+class ModuleSnapshot:
     """The modules that a model holds under some names when this is created.
 
     Attributes:
@@ -42,7 +42,7 @@ class Places:
         return all(modules.get(part) is module for modules, part, module in self._held)
 
 
-class ReadingModules:
+class GateReaders:
     """The modules of a model that read gates; warns when one of them does so no longer.
 
     It is replaced by another module, or its `forward` is replaced by a function on the instance.
@@ -54,7 +54,7 @@ class ReadingModules:
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._blocks = blocks
-        self._places: Places | None = None
+        self._snapshot: ModuleSnapshot | None = None
         """None in a copy, until its first forward pass."""
         self._forwards: list[tuple[str, nn.Module, type, Any]] = []
         """Each module with its name, its class, and the `forward` that is set on the instance."""
@@ -66,21 +66,24 @@ class ReadingModules:
         What holds the module or the method still, such as a wrapper, does not replace it. Modules
         that were moved or taken off are not replaced either.
         """
-        places = self._places
+        snapshot = self._snapshot
         forwards = [
             name
-            for name, module, kind, forward in self._forwards
-            if vars(module).get("forward") is not forward and type(module) is kind
+            for name, module, cls, forward in self._forwards
+            if vars(module).get("forward") is not forward and type(module) is cls
         ]
-        if places is not None and places.is_current() and not forwards:
+        if snapshot is not None and snapshot.is_current() and not forwards:
             return
         self._look(model)
-        if places is None or self._places is None:
+        if snapshot is None or self._snapshot is None:
             return
-        there, now = set(self._places.modules.values()), Places(model, places.modules).modules
+        there, now = (
+            set(self._snapshot.modules.values()),
+            ModuleSnapshot(model, snapshot.modules).modules,
+        )
         replaced = [
             (name, f"replaced after sd.apply (by {type(now[name]).__name__}). What stands there")
-            for name, module in places.modules.items()
+            for name, module in snapshot.modules.items()
             if module not in there and name in now and there.isdisjoint(now[name].modules())
         ]
         replaced += [
@@ -99,10 +102,10 @@ class ReadingModules:
 
     def _look(self, model: nn.Module) -> None:
         """Note which modules read gates now, and what is set as their `forward`."""
-        reading = {module for block in self._blocks for module in block.asking}
+        reading = {module for block in self._blocks for module in block.gate_readers}
         names = [name for name, each in model.named_modules() if each in reading]
-        self._places = Places(model, names)
-        found = self._places.modules.items()
+        self._snapshot = ModuleSnapshot(model, names)
+        found = self._snapshot.modules.items()
         self._forwards = [(name, m, type(m), vars(m).get("forward")) for name, m in found]
 
     def __getstate__(self) -> dict[str, Any]:  # a copy looks for its own modules
