@@ -510,7 +510,7 @@ def test_a_block_that_is_replaced_after_sd_apply_is_warned_of_with_the_remedy(ma
     blocks = model.blocks if make is Net else model[1]
     model.train(training)(batch())
     blocks[2], blocks[4] = new().double(), new().double()
-    with pytest.warns(UserWarning, match=r"2' and 1 more: replaced after sd\.apply \(by \w+\)"):
+    with pytest.warns(UserWarning, match=r"2' was replaced after sd\.apply, by a \w+; .*1 more"):
         model(batch())
     model(batch())  # warned of once
     sd.remove(model)
@@ -554,7 +554,7 @@ def test_a_block_that_is_replaced_in_a_copy_is_warned_of_there_alone():
     other(batch())
     other.blocks[0] = Block().double()
     model(batch())
-    with pytest.warns(UserWarning, match=r"'blocks\.0': replaced after sd\.apply"):
+    with pytest.warns(UserWarning, match=r"'blocks\.0' was replaced after sd\.apply"):
         other(batch())
 
 

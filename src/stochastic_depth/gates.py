@@ -350,8 +350,8 @@ def evaluation_gates(survival: tuple[float, ...], scale: Scale) -> list[Gate]:
 def _require_batch(expected: int, samples: int) -> None:
     if samples != expected:
         raise GateError(
-            f"this block got {samples} samples, the gates were drawn for {expected}: "
-            "gates for single samples need the batch as the first dimension of every block; "
+            f"this block got {samples} samples, but the gates were drawn for {expected}. Gates for "
+            "single samples need the batch as the first dimension of the input of every block: "
             'use gate="batch" for this model'
         )
 

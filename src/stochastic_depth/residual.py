@@ -59,9 +59,8 @@ class Residual(nn.Module):
     By itself it is the plain unit of constant depth. `sd.apply` on the model that contains it gives
     it gates. Its parameters are named `branch.`, `shortcut.` and `activation.`.
 
-    If the unit runs inside an `autograd.Function` whose own backward pass recomputes it, that
-    backward pass must call the unit and not its branch, which has no gate. Calling the branch is an
-    error.
+    If the unit runs inside an `autograd.Function` whose backward recomputes it, that backward must
+    call the unit. To call the branch, which has no gate, is an error.
 
     Args:
         branch: f_l, from [batch, ...] to the shape of the shortcut's output.

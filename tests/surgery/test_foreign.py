@@ -526,7 +526,9 @@ class Batchless(Base):
 
 def test_a_block_whose_samples_are_not_first_is_no_block_for_a_subset():
     assert len(sd.apply(network(Batchless), example=X).survival) == 3
-    with pytest.raises(sd.errors.UnsupportedBlockError, match="does not have the 5 samples first"):
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match=r"first dimension is not the batch \(5\)"
+    ):
         sd.apply(network(Batchless), example=X, gate="subset")
 
 

@@ -76,7 +76,9 @@ class ThrowsCoinInMethod(Plain):
 
 @pytest.mark.parametrize("model", [SkipsLayersInTheLoop, lambda: Trunk(ThrowsCoinInMethod)])
 def test_a_layer_drop_of_the_models_own_is_refused_whatever_it_is_called(model):
-    reason = "passes in training mode the model leaves it out by itself: set its own layer drop"
+    reason = (
+        "passes in training mode the model itself leaves it out: set the model's own layer drop"
+    )
     with pytest.raises(UnsupportedBlockError, match=reason):
         sd.apply(model(), sd.Uniform(0.5), example=X)
 
@@ -90,7 +92,7 @@ class OtherPathInTraining(Plain):
 
 
 def test_a_path_of_training_alone_that_no_gate_is_on_is_refused():
-    reason = "in training mode it does not add where it does in evaluation"
+    reason = "in training mode it does not make the addition that it makes in evaluation"
     with pytest.raises(UnsupportedBlockError, match=reason):
         sd.apply(Trunk(OtherPathInTraining), example=X)
 

@@ -157,7 +157,7 @@ class Steps(nn.Module):
 KINDS = {
     Shows: "needed for more than the addition",
     Routes: "written into another tensor in place",
-    TossesACoin: "the model leaves it out by itself",
+    TossesACoin: "the model itself leaves it out",
     Fuses: "in training mode",
     LeavesInside: "its branch sets 'loss' of",
 }

@@ -185,7 +185,7 @@ def test_half_a_coupling_is_listed():
     (rejected,) = plan.rejected
     assert "'1' and 1 more" in rejected
     assert "Coupling.forward" in rejected
-    assert "a coupling" in rejected
+    assert "a one-sided coupling" in rejected
 
 
 class Discards(Streams):

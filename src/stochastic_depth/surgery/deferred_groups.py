@@ -47,10 +47,10 @@ def deferred_groups(
 
 
 def _outermost(events: Sequence[AdditionEvent], analysis: Analysis) -> list[AdditionEvent]:
-    """The events that are not part of the branch of another event.
+    """The events that are not part of the branch of a different event.
 
-    Events whose sums do not reach the outputs are dropped if there are others. In the last block,
-    for example, a second stream may be added to and never read.
+    Events whose sums do not reach the outputs are dropped, unless there are no others. The last
+    block, for example, may add to a second stream that nothing reads.
     """
     events = [e for e in events if e.total in analysis.alive] or events
     return [e for e in events if not any(e.total in analysis.exclusive_to(o) for o in events)]
@@ -59,9 +59,9 @@ def _outermost(events: Sequence[AdditionEvent], analysis: Analysis) -> list[Addi
 def _call(
     event: AdditionEvent, analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> tuple[str, Any]:
-    """The name of the block of an addition outside loops, and a number for its call.
+    """The name of the block of an addition outside loops, and the iteration of its call.
 
-    Calls that are not computed from each other have the same number.
+    Calls that do not depend on each other have the same iteration.
     """
     assert event.enclosing is not None
     name = repeated_block(event.enclosing.name, modules)
@@ -75,11 +75,10 @@ def _call(
 def _iteration(
     event: AdditionEvent, iterations: Mapping[AdditionEvent, int], analysis: Analysis
 ) -> tuple[str, Any]:
-    """The name of the block of an addition in a loop over modules, and a number.
+    """The name of the block of an addition in a loop over modules, and its iteration, if needed.
 
-    The block is the outermost module, inside the one that loops, in which no expression adds twice,
-    except to values that are not computed from each other, as in the two halves of a siamese
-    network.
+    The block is the outermost module, inside the one that loops, in which no expression adds twice;
+    except to values that do not depend on each other, as in the two halves of a siamese network.
 
     Args:
         turns: all additions of the loop, see `Analysis.iterations`.
@@ -97,9 +96,9 @@ def _iteration(
 
 
 def _module_path(event: AdditionEvent, analysis: Analysis, looped: bool = False) -> list[str]:
-    """The common beginning of the names of the branch's modules, or the largest's name.
+    """The common prefix of the names of the branch's modules; or the name of the largest module.
 
-    Modules that run for several branches are left out, because they do not tell these apart.
+    Modules that several branches call are left out, because they belong to none in particular.
     """
     assert event.enclosing is not None
     calls = analysis.group("", [event]).calls or (
@@ -123,7 +122,7 @@ def _path(name: str) -> list[str]:
 def _returns_branch(event: AdditionEvent, analysis: Analysis) -> tuple[Call, ...]:
     """The outermost call that returns the last value of a branch, or no call.
 
-    One layer may compute what is added to several streams, and so run for none of them alone.
+    One layer may compute the branches of several streams, so that no stream needs it exclusively.
     """
     assert event.enclosing is not None
     calls = [
@@ -141,7 +140,7 @@ def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[Deferre
         first: the number of the first of these additions within their owner.
 
     Raises:
-        UnsupportedBlockError: when too little of the branch is used by the addition alone.
+        UnsupportedBlockError: when too little of the branch is exclusive to the addition.
     """
     if group.saved_share < MIN_SAVED:
         shared = group.exclusive_share < MIN_SAVED
@@ -161,7 +160,7 @@ def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[Deferre
 
 
 def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[BranchCalls, ...]:
-    """The calls that are not made while the block is closed, by module.
+    """The calls to leave out while the block is closed, by module.
 
     Raises:
         UnsupportedBlockError: when there are none.
@@ -171,22 +170,25 @@ def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[
         if len(group.events) == 1 or _computes(call, event, analysis):
             by_module.setdefault(call.name, []).append(call)
     if not by_module:
-        raise UnsupportedBlockError("no module runs for its branch alone")
+        raise UnsupportedBlockError(_NO_MODULE)
     owner = group.owner
     calls = []
     for name, which in by_module.items():
         every = [call for call in analysis.calls_of(name) if call.is_within(owner)]
         ordinals = tuple(every.index(call) for call in which)
         inner = name[len(owner.name) + 1 :] if owner.name else name
-        gave_tensors = all(call.gave_tensor for call in which)
-        calls.append(BranchCalls(inner, ordinals, len(every), gave_tensors))
+        return_tensors = all(call.returned_tensor for call in which)
+        calls.append(BranchCalls(inner, ordinals, len(every), return_tensors))
     return tuple(calls)
 
 
 def _computes(call: Call, event: AdditionEvent, analysis: Analysis) -> bool:
     """Whether a call computes a part of the branch of `event`."""
-    computed = range(call.began, call.ended)  # empty where it returns its input
+    computed = range(call.began, call.ended)  # empty if it returns its input
     return not event.branch.isdisjoint([*computed, *analysis.outputs_of[call.serial]])
+
+
+_NO_MODULE = "there is no module that only its branch needs"
 
 
 def _too_few_modules(saved: float) -> str:
@@ -196,5 +198,5 @@ def _too_few_modules(saved: float) -> str:
         saved: the share of the branch's FLOPs, from 0 to 1, that its modules compute.
     """
     if not saved:
-        return "no module runs for its branch alone"
-    return f"the modules that run for its branch alone compute only about {saved:.0%} of its FLOPs"
+        return _NO_MODULE
+    return f"the modules that only its branch needs compute only about {saved:.0%} of its FLOPs"

@@ -19,6 +19,14 @@ Position = tuple[int, int, int, int]
 """The first and last line of an expression in its file, then its first and last column."""
 
 
+NOT_REACHED = (
+    "the residual addition of this block did not run in this pass: the model took a different path "
+    "than on the example, and nothing on that path is skipped. Give sd.apply an example that takes "
+    "it"
+)
+"""The message for a pass that bypasses the addition of a block."""
+
+
 @dataclass(frozen=True)
 class SourceLocation:
     """An expression in a method."""

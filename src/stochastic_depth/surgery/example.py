@@ -20,7 +20,7 @@ Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
     """A function that calls `model` on a copy of `example`, each time from the same random state.
 
-    The function has one argument, a seed that is 0 when not given.
+    The function has one argument, a seed, by default 0.
     """
 
     def call(seed: int = 0) -> Any:
@@ -41,7 +41,7 @@ def on_meta(model: nn.Module, example: Example) -> bool:
     return any(tensor.device.type == "meta" for tensor in tensors)
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 """Attributes of every `nn.Module`, which PyTorch itself manages: tensors, children and hooks."""
 
 
@@ -49,9 +49,9 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 def preserve_state(model: nn.Module) -> Iterator[None]:
     """Restore `model` afterwards: modes, tensors, gradients and attributes; and the random state.
 
-    If a forward pass replaces a buffer or a parameter, the original tensor comes back, with its
+    If a forward pass replaces a buffer or a parameter, the original tensor is restored, with its
     content. While this is entered, no module runs compiled, and PyTorch's own transformer layers do
-    not take their fused path, because both bypass hooks and modes.
+    not use their fused path, because both bypass hooks and modes.
     """
     modules = list(model.modules())
     held = [_Held(module) for module in modules]
@@ -153,7 +153,7 @@ def _numpy() -> Any:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
 
 
 def _put_back(now: dict[str, Any], kept: list[tuple[str, Any]]) -> None:

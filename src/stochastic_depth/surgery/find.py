@@ -53,8 +53,8 @@ from stochastic_depth.surgery.training_additions import (
     InTraining,
     added_in_training,
     as_both_need,
-    joined,
-    with_events,
+    with_counterparts,
+    with_training_additions,
     with_training_only,
 )
 
@@ -108,11 +108,11 @@ def find_blocks(
 
 
 def _outside_functions(
-    block: FoundBlock, events: Sequence[AdditionEvent], within: Mapping[CallSite, str]
+    block: FoundBlock, events: Sequence[AdditionEvent], functions: Mapping[CallSite, str]
 ) -> FoundBlock:
     """`block`, refused if an `autograd.Function` adds its branch in training mode."""
-    functions = [within[event.site] for event in events if event.site in within]
-    return replace(block, refusal=own_backward(functions[0])) if functions else block
+    around = [functions[event.site] for event in events if event.site in functions]
+    return replace(block, refusal=own_backward(around[0])) if around else block
 
 
 def _called_alike(block: FoundBlock, evaluation: Analysis, training: Analysis) -> FoundBlock:
@@ -286,10 +286,10 @@ class _Finder:
         """
         found = []
         for block, events in pairs:
-            block = _outside_functions(block, events, training.within)
+            block = _outside_functions(block, events, training.functions)
             block = _called_alike(block, evaluation, training.analysis)
-            block = as_both_need(block, training.again, training.analysis)
-            found.append(with_events(block, training.again))
+            block = as_both_need(block, training.counterparts, training.analysis)
+            found.append(with_counterparts(block, training.counterparts))
         new = set(training.new)
         of_block = [
             (_block_of(a, self.modules, self.granularity)[0], replace(a, events=events))
@@ -298,14 +298,16 @@ class _Finder:
         ]
         of_block = [(n, a) for n, a in of_block if not n or self.selected.allows(n, a.modules)]
         rewrite = functools.partial(rewritten_unit, modules=self.modules)
-        found, alone = joined(found, of_block, training.analysis, self.modules, rewrite)
+        found, only = with_training_additions(
+            found, of_block, training.analysis, self.modules, rewrite
+        )
         later = training.rejected
-        blocks = self.blocks(training.additions, training.analysis, later) if alone else []
+        blocks = self.blocks(training.additions, training.analysis, later) if only else []
         known = {(each.owner, each.location) for each in rejected}
         rejected += [each for each in later if (each.owner, each.location) not in known]
         return with_training_only(
             found,
-            [block for block, events in blocks if alone.issuperset(events)],
+            [block for block, events in blocks if only.issuperset(events)],
             training.analysis,
         )
 

@@ -1,4 +1,4 @@
-"""Put gates into modules and into the blocks of a model, and take them out again.
+"""Install gates in modules and in the blocks of a model, and remove them.
 
 A module of any class gets gates by replacing its class with a subclass of it.
 """
@@ -40,10 +40,10 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = False) -> None:
-    """Put `gates` at their edits of `module`, in place, in order of execution.
+    """Install `gates` in `module`, in place, each at its edit, in the order of execution.
 
     The module keeps its parameters, its attributes and, for `isinstance`, its class. A `forward`
-    that was set on the instance is moved aside, and called by the one with gates.
+    that was set on the instance is kept under a different name, and the one with gates calls it.
 
     Args:
         select: whether a gate may run the branch on some of the samples only.
@@ -78,9 +78,9 @@ def _rename(module: nn.Module, attribute: str, to: str) -> None:
 
 
 def ungated_class(cls: type) -> Any:
-    """`cls` without gates: with the original class in the place of the class with gates.
+    """`cls` without gates: the original class takes the place of the class with gates.
 
-    `fully_shard` and parametrizations put classes of their own on top; these stay.
+    `fully_shard` and parametrizations derive further classes from it; these stay.
     """
     if _ORIGINAL in vars(cls):
         return vars(cls)[_ORIGINAL]
@@ -103,14 +103,14 @@ def gated_class(
     alike: str,
     own_forward: bool = False,
 ) -> Any:
-    """A subclass of `cls`, of the same name, which has gates at `edits`.
+    """A subclass of `cls`, of the same name, with gates at `edits`.
 
     torch.compile keeps a limited number of graphs for each code object of a method, and remembers
-    changing sizes by the name of the code. So modules with different attributes, and therefore a
-    different `alike`, get code objects and names of their own.
+    changing sizes by the name of the code. So modules with a different `alike` get different code
+    objects and names.
 
     Args:
-        alike: a text that is equal for modules which a compiler may give the same graphs.
+        alike: a text that is equal for modules that may share compiled graphs.
         own_forward: whether the module has a `forward` that was set on the instance.
 
     Raises:
@@ -158,8 +158,8 @@ def _gated_methods(
     """The methods of `cls` with gates at `edits`, by name.
 
     Returns:
-        The methods; and classes with such a method that have to be put between a parent class and
-        its children.
+        The methods; and classes with such a method, to be put between a base class and the classes
+        that are derived from it.
 
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
@@ -180,7 +180,7 @@ def _gated_methods(
         method = _wrapped_as(outer, inner, new)
         if getattr(cls, name) is vars(defined)[name]:
             methods[name] = method
-        else:  # reached by super(): a class between `defined` and its children
+        else:  # reached by super(): derive a class from `defined`, to come before it in the MRO
             parents.append(type(defined.__name__, (defined,), {name: method}))
     for number, edit in enumerate(edits):
         if isinstance(edit, OpaqueEdit):
@@ -196,7 +196,7 @@ def _gated_methods(
 
 
 def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> FunctionType:
-    """Put `new` into the decorators that turn `inner` into `outer`.
+    """`new`, under the decorators that turn `inner` into `outer`.
 
     Raises:
         UnsupportedBlockError: when a decorator does not keep what it wraps in its closure.
@@ -219,7 +219,7 @@ def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> 
 
 
 def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> FunctionType:
-    """A copy of `function` with another closure."""
+    """A copy of `function` with a different closure."""
     made = FunctionType(
         function.__code__,
         function.__globals__,
@@ -235,9 +235,9 @@ def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> Fun
 
 
 def _called(function: FunctionType, _: Any) -> FunctionType:
-    """A function of this file that calls `function` of PyTorch.
+    """A function defined in this file that calls `function` of PyTorch.
 
-    The compiler begins no graph in a function that stands in PyTorch's own files.
+    The compiler begins no graph in a function that is defined in PyTorch's own files.
     """
 
     @functools.wraps(function)
@@ -273,7 +273,7 @@ def _opaque_forward(cls: Any, number: int) -> FunctionType:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gate: Gate = self.__dict__[GATES][number].now(self.training)
         if not gate.open:
-            return x.clone()  # what follows may overwrite it
+            return x.clone()  # later code may change it in place
         with gate.forward_only():
             given = select_drawn(self, gate, ([x, *args], kwargs), number)
             out = cls.forward(self, *given[0], **given[1])
@@ -309,20 +309,19 @@ def _build(
     """Rebuild a module when it is unpickled or copied.
 
     Raises:
-        UnsupportedBlockError: when the source of its class has changed since, so that it does not
-            fit.
+        UnsupportedBlockError: when the source of its class has changed since.
     """
     try:
         return build(gated_class(cls, edits, select, alike, own_forward), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
-            f"a pickled {cls.__name__} with stochastic depth does not fit its class as it is "
-            f"now ({error}): save its state_dict, and apply after loading"
+            f"a pickled {cls.__name__} with stochastic depth does not fit the present source of "
+            f"its class ({error}): save its state_dict instead, and call sd.apply after loading"
         ) from error
 
 
 def put_gates(model: nn.Module, found: Sequence[FoundBlock], select: bool) -> list[Block]:
-    """Install gates in all modules of all blocks, one for each unit, and return the blocks."""
+    """Install gates in the modules of all blocks, one for each unit, and return the blocks."""
     edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
     blocks: list[Block] = []
     there = count_inside(name for name, _ in model.named_parameters())
@@ -359,7 +358,7 @@ def _block(
 
 
 def take_gates(model: nn.Module) -> None:
-    """Undo `put_gates`, whole or in part."""
+    """Undo `put_gates`, even if it was not completed."""
     for module in model.modules():
         if isinstance(module, Residual):
             module.gates = None

@@ -36,7 +36,7 @@ from stochastic_depth.surgery.rewrite import skipped_when_closed
 def edited_block(
     name: str, additions: list[Addition], modules: Mapping[str, nn.Module], analysis: Analysis
 ) -> FoundBlock:
-    """The block of `additions` with its modules edited, or with the reason why they cannot be."""
+    """The block of `additions` with edits of its modules, or with the reason why there are none."""
     module = modules[name]
     flops = analysis.flops(event for addition in additions for event in addition.events)
     if isinstance(module, Residual):
@@ -81,11 +81,11 @@ def rewritten_unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit
 def edits_of(
     addition: Addition, modules: Mapping[str, nn.Module], alone: bool
 ) -> tuple[tuple[nn.Module, Edit], ...]:
-    """The modules that get the gate of `addition`, and where; the module that adds comes first.
+    """The modules that get the gate of `addition`, each with its edit; the one that adds is first.
 
     Args:
         modules: all modules of the model, by name.
-        alone: whether it is the only addition of its owner.
+        alone: whether the owner makes no other addition.
 
     Raises:
         UnsupportedBlockError: when no mechanism fits; the message says what was tried.
@@ -115,7 +115,7 @@ def _rewrite_edits(
         UnsupportedBlockError: when a method cannot be rewritten, or nothing would be skipped.
     """
     if addition.begins_elsewhere:
-        raise UnsupportedBlockError("its branch begins outside of all modules of the model")
+        raise UnsupportedBlockError("its branch begins outside all modules of the model")
     edits: list[tuple[nn.Module, Edit]] = []
     skips = False
     for name, edit in addition.edits:
@@ -127,7 +127,7 @@ def _rewrite_edits(
         of_module: list[RewriteEdit] = [edit]
         calls, unused = skipped_when_closed(edit)
         skips |= calls
-        for outer in edit.callers:  # they may compute the branch for the method they call
+        for outer in edit.callers:  # they may compute the branch, and pass it on
             if not unused:
                 break
             of_module.append(ArgumentEdit(outer.location, unused, outer.dead))
@@ -137,7 +137,7 @@ def _rewrite_edits(
         edits += [(modules[name], each) for each in of_module]
     if not skips:
         raise UnsupportedBlockError(
-            f"{edits[0][1]}: the model needs all of its branch for other things too"
+            f"{edits[0][1]}: all of its branch is needed for more than the addition"
         )
     return tuple(edits)
 
@@ -159,7 +159,7 @@ def _addition_edits(
 
 
 def clashes(found: FoundBlock, events: Sequence[AdditionEvent]) -> bool:
-    """Whether rewriting the methods of `found` would move one of `events` in the source."""
+    """Whether rewriting the methods of `found` would change the call site of one of `events`."""
     for unit in found.units:
         for module, edit in unit.edits:
             if isinstance(edit, RewriteEdit):
@@ -180,11 +180,11 @@ def deferred_block(
     first: Counter[str],
     reasons: Mapping[AdditionEvent, str],
 ) -> FoundBlock:
-    """The deferred block of `group`; refused where too little of its branch is used by it alone.
+    """The deferred block of `group`; refused if too little of its branch is exclusive to it.
 
     Args:
         first: how many additions of each owner have been numbered so far; updated here.
-        reasons: why the methods that make an addition could not be rewritten, where that was tried.
+        reasons: why the methods that make an addition could not be rewritten; empty if they can.
     """
     owner = group.owner.name
     units: tuple[Unit, ...] = ()

@@ -1,9 +1,9 @@
 """Rewrite a method so that its residual additions have gates.
 
-For each addition, the code of the method is divided into what only the branch needs and the rest.
-The first part is put under `if gate.open:`, so that a closed gate runs none of it, and the addition
-becomes its shortcut. A method may only compute something that it passes to the module that adds.
-There the argument of the call is put under the gate.
+For each addition, the code of the method is divided into what only the branch needs, and the rest.
+The first part is put under `if gate.open:`, so that a closed gate skips all of it, and the addition
+becomes its shortcut. If a method only computes something that it passes to the module that adds,
+the argument of that call is put under the gate.
 """
 
 import ast
@@ -20,6 +20,7 @@ import torch
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.edits import (
+    NOT_REACHED,
     AdditionEdit,
     ArgumentEdit,
     CallParameter,
@@ -51,7 +52,7 @@ from stochastic_depth.surgery.syntax import (
 def edit_statement(
     statement: ast.AugAssign, edit: AdditionEdit, gate: str
 ) -> tuple[list[ast.stmt], ast.stmt, list[ast.AST]]:
-    """`x += f` under an open gate and under a closed gate, and the branch in it."""
+    """`x += f` under an open gate, the same under a closed gate, and the branch in it."""
     if not isinstance(statement.target, ast.Name) or not isinstance(statement.op, ast.Add):
         raise UnsupportedBlockError(f"{edit.location}: not an addition to a variable")
     name = statement.target.id
@@ -105,7 +106,7 @@ def edit_arguments(
 def _exchange_arguments(
     statement: ast.stmt, edit: ArgumentEdit, exchange: Callable[[ast.expr], ast.expr]
 ) -> list[ast.AST]:
-    """Replace arguments of a call in place; returns the arguments that were there before."""
+    """Replace arguments of a call in place; returns the original arguments."""
     at = next(node for node in ast.walk(statement) if is_at(node, edit.location))
     before: list[ast.AST] = []
     if isinstance(at, ast.Call) and not any(isinstance(a, ast.Starred) for a in at.args):
@@ -171,7 +172,7 @@ def slice_method(
         UnsupportedBlockError: when the source is missing or has a form that cannot be edited.
     """
     tree = definition(function)
-    _tell_ways_around(tree, edits)
+    _warn_where_bypassed(tree, edits)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
     for number, edit in enumerate(edits):
         branch, shared, _ = _edit(tree, edit, f"_gate_{number}")
@@ -180,52 +181,50 @@ def slice_method(
     names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(edits))]
     drawn = call("_gates", ast.Name(module, ast.Load()))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
-    names_used = {"_gates": gates, "_select": select_drawn, "_passed_by": _passed_by}
+    names_used = {"_gates": gates, "_select": select_drawn, "_bypassed": _warn_bypassed}
     return compiled(function, tree, names_used)
 
 
-def _passed_by(gate: Gate, addition: str) -> None:
-    """Warn that a method went another way than on the example, past an addition with this gate."""
+def _warn_bypassed(gate: Gate, addition: str) -> None:
+    """Warn that the method took a path that skips this addition; on the example it did not."""
     if gate.is_plain or torch.compiler.is_compiling():
         return
     warnings.warn(
-        f"{addition}: this addition, by which a block was found, was not reached in this pass: the "
-        "model takes another path than on the example; give sd.apply an example that takes it. "
-        "What it runs instead is never skipped",
+        f"{addition}: {NOT_REACHED}",
         stacklevel=2,
     )
 
 
-def _tell_ways_around(tree: ast.FunctionDef, edits: Sequence[RewriteEdit]) -> None:
-    """Call `_passed_by` wherever a method calls something on a way that misses an addition."""
+def _warn_where_bypassed(tree: ast.FunctionDef, edits: Sequence[RewriteEdit]) -> None:
+    """Call `_warn_bypassed` on every path that bypasses an addition but still calls something."""
 
     def has_addition(nodes: Sequence[ast.AST], among: Sequence[RewriteEdit] = edits) -> bool:
         inside = [node for part in nodes for node in ast.walk(part)]
         return any(is_at(node, edit.location) for node in inside for edit in among)
 
-    def misses(nodes: Sequence[ast.AST]) -> bool:
+    def bypasses(nodes: Sequence[ast.AST]) -> bool:
         calls = any(isinstance(node, ast.Call) for part in nodes for node in ast.walk(part))
         fails = bool(nodes) and isinstance(nodes[-1], ast.Raise)
         return calls and not fails and not has_addition(nodes)
 
-    tell: list[Callable[[], None]] = []
+    insertions: list[Callable[[], None]] = []
     for number, edit in enumerate(edits):
         if not isinstance(edit, AdditionEdit):
             continue
-        passed_by = call("_passed_by", f"_gate_{number}", ast.Constant(str(edit)))
-        for block, start in _ways_around(tree.body, edit.location):
-            if misses(block[start:]):
+        warning = call("_bypassed", f"_gate_{number}", ast.Constant(str(edit)))
+        for block, start in _bypasses(tree.body, edit.location):
+            if bypasses(block[start:]):
                 before = block[start]
-                tell.append(partial(_insert, block, before, ast.Expr(passed_by)))
+                insertions.append(partial(_insert, block, before, ast.Expr(warning)))
         for node in ast.walk(tree):
             if isinstance(node, ast.IfExp):
                 for one, other in (("body", "orelse"), ("orelse", "body")):
                     value = getattr(node, other)
-                    if has_addition([getattr(node, one)], [edit]) and misses([value]):
-                        told = ast.BoolOp(ast.Or(), [passed_by, value])
-                        tell.append(partial(setattr, node, other, told))
-    for each in tell:
-        each()
+                    if has_addition([getattr(node, one)], [edit]) and bypasses([value]):
+                        warned = ast.BoolOp(ast.Or(), [warning, value])
+                        insertions.append(partial(setattr, node, other, warned))
+    for insert in insertions:
+        insert()
     ast.fix_missing_locations(tree)
 
 
@@ -233,19 +232,20 @@ def _insert(block: list[ast.stmt], before: ast.stmt, statement: ast.stmt) -> Non
     block.insert(block.index(before), statement)
 
 
-def _ways_around(
+def _bypasses(
     block: list[ast.stmt], location: SourceLocation
 ) -> Iterator[tuple[list[ast.stmt], int]]:
-    """Where a method runs statements by which it does not come to `location`.
+    """The control-flow paths that bypass `location`.
 
     Yields:
-        A list of statements, and the index from which on it does not come there.
+        A list of statements, and the index of the first statement that runs only when `location` is
+        bypassed.
     """
     for index, statement in enumerate(block):
         if any(is_at(node, location) for node in ast.walk(statement)):
             for arm in (getattr(statement, "body", []), getattr(statement, "orelse", [])):
                 if any(is_at(node, location) for part in arm for node in ast.walk(part)):
-                    yield from _ways_around(arm, location)
+                    yield from _bypasses(arm, location)
                     if isinstance(statement, ast.If) and isinstance(arm[-1], ast.Return):
                         yield block, index + 1
                 elif isinstance(statement, ast.If):
@@ -259,11 +259,7 @@ def _ways_around(
 
 
 def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, ...]]:
-    """Whether a closed gate at `edit` skips any call, and parameters that only the branch needs.
-
-    Returns:
-        The parameters, each with its position in a call, if it has one, and its name.
-    """
+    """Whether a closed gate at `edit` skips any call; and parameters that only the branch needs."""
     tree = definition(inspect.unwrap(vars(edit.location.cls)[edit.location.method]))
     used = uses(tree)
     branch, shared, needed = _edit(tree, edit, "_gate")
@@ -281,8 +277,8 @@ def _edit(
     """Put everything that only the branch at `edit` needs under `gate`, in place.
 
     Returns:
-        The expressions and statements of the branch alone; the statements that other code may need
-        too; and the variables that the method needs from outside under a closed gate.
+        The expressions and statements that only the branch needs; the statements that other code
+        may need too; and the variables that the method needs under a closed gate.
     """
     path, needed = _find(tree.body, edit.location, Needed())
     block, index = path.pop()
@@ -329,11 +325,11 @@ def _as_assignment(statement: ast.stmt) -> ast.stmt:
 def _find(
     block: list[ast.stmt], location: SourceLocation, needed: Needed
 ) -> tuple[list[tuple[list[ast.stmt], int]], Needed]:
-    """The path to the statement at `location`: lists of statements with indices, outermost first.
+    """The path to the statement at `location`: lists of statements, each with an index, outermost
+    first; and the variables that are needed after that statement.
 
     Args:
-        needed: the variables that are needed after `block`; returned with those needed by the
-            statements that follow the one at `location`.
+        needed: the variables that are needed after `block`; updated in place.
 
     Raises:
         UnsupportedBlockError: when the addition is inside a loop or another unsupported statement.

@@ -1,8 +1,8 @@
 """Residual additions that a model makes in training mode only.
 
-A block may make its addition in another expression in training mode than in evaluation, for example
-under `if self.training:`. Its one gate must close both. Other blocks run in training mode only, for
-example those of an auxiliary head.
+A block may use different expressions for its addition in training mode and in evaluation, for
+example under `if self.training:`. Its one gate must close both. Other blocks run in training mode
+only, for example those of an auxiliary head.
 """
 
 import sys
@@ -39,17 +39,17 @@ Rewrite = Callable[[Addition], Unit]
 
 @dataclass(frozen=True)
 class InTraining:
-    """What a recorded pass in training mode has shown."""
+    """The results of a recorded pass in training mode."""
 
     additions: list[Addition]
     """All residual additions of the pass in training mode."""
     new: tuple[AdditionEvent, ...]
     """The events that do not happen in evaluation."""
-    again: Mapping[AdditionEvent, AdditionEvent]
+    counterparts: Mapping[AdditionEvent, AdditionEvent]
     """For each event of evaluation, the same event in training mode."""
     analysis: Analysis
     rejected: list[Rejected]
-    within: Mapping[CallSite, str]
+    functions: Mapping[CallSite, str]
     """Expressions that add inside an `autograd.Function`, each with the name of that function."""
 
 
@@ -61,13 +61,13 @@ def added_in_training(
     analysis: Analysis,
     count_flops: bool,
 ) -> InTraining | None:
-    """Record a pass in training mode, if it differs from evaluation; otherwise return None.
+    """Record a pass in training mode, if it may differ from evaluation; otherwise return None.
 
-    The two differ if training mode makes more additions. They may also differ if evaluation does
-    not use everything that a module of a deferred branch returns, because a loss may use it.
+    It differs if training mode makes more additions. It may also differ if evaluation does not use
+    everything that a module of a deferred branch returns, because a loss may use the rest.
 
     Args:
-        additions: the additions of evaluation; `analysis` is of the same pass.
+        additions: the additions of evaluation; `analysis` belongs to the same pass.
     """
     changed_settings = disable_drop_paths(model, found)
     rejected: list[Rejected] = []
@@ -77,17 +77,17 @@ def added_in_training(
             try:
                 with _Sites() as sites:
                     run()
-            except Exception:  # the example is not one to train on
+            except Exception:  # the model cannot train on the example
                 return None
-            adds_more = not sites.seen <= analysis.sites or sites.within
+            adds_more = not sites.seen <= analysis.sites or sites.functions
             if not adds_more and not any(_gives_more(block, analysis) for block in found):
                 return None
-            now, of_now = discover(model, run, count_flops, rejected, gradients=True)
+            now, analysis_now = discover(model, run, count_flops, rejected, gradients=True)
     finally:
-        for each in changed_settings:
-            each.restore()
-    new, again = _matched(additions, analysis, now, of_now)
-    return InTraining(now, tuple(new), again, of_now, rejected, sites.within)
+        for setting in changed_settings:
+            setting.restore()
+    new, counterparts = _matched(additions, analysis, now, analysis_now)
+    return InTraining(now, tuple(new), counterparts, analysis_now, rejected, sites.functions)
 
 
 def _gives_more(block: FoundBlock, analysis: Analysis) -> bool:
@@ -102,32 +102,35 @@ def _gives_more(block: FoundBlock, analysis: Analysis) -> bool:
 
 
 def _matched(
-    before: Sequence[Addition], of_before: Analysis, now: Sequence[Addition], of_now: Analysis
+    before: Sequence[Addition],
+    analysis_before: Analysis,
+    now: Sequence[Addition],
+    analysis_now: Analysis,
 ) -> tuple[list[AdditionEvent], dict[AdditionEvent, AdditionEvent]]:
     """Match the events of the two passes.
 
-    Two events are the same if one expression makes them in one module, and their branches use a
-    common parameter, or the same modules.
+    Two events are the same if the same expression makes them in the same module, and their branches
+    share a parameter, or call the same modules.
 
     Returns:
-        The events of `now` that are not in `before`; and for each event of `before` the same one in
-        `now`.
+        The events of `now` that are not in `before`; and for each event of `before` that is in
+        `now`, its counterpart.
     """
     left: dict[object, list[tuple[AdditionEvent, frozenset[str]]]] = {}
     for event in (event for addition in before for event in addition.events):
-        left.setdefault(_expression(event), []).append((event, _runs(event, of_before)))
-    known = {of: [runs for _, runs in each] for of, each in left.items()}
+        left.setdefault(_expression(event), []).append((event, _runs(event, analysis_before)))
+    known = {key: [runs for _, runs in each] for key, each in left.items()}
     new: list[AdditionEvent] = []
-    again: dict[AdditionEvent, AdditionEvent] = {}
+    counterparts: dict[AdditionEvent, AdditionEvent] = {}
     for event in (event for addition in now for event in addition.events):
-        of, runs = _expression(event), _runs(event, of_now)
-        if not _is_known(runs, known.get(of, ())):
+        key, runs = _expression(event), _runs(event, analysis_now)
+        if not _is_known(runs, known.get(key, ())):
             new.append(event)
             continue
-        same = (n for n, (_, its) in enumerate(left[of]) if _is_known(runs, [its]))
+        same = (n for n, (_, its) in enumerate(left[key]) if _is_known(runs, [its]))
         if (n := next(same, None)) is not None:
-            again[left[of].pop(n)[0]] = event
-    return new, again
+            counterparts[left[key].pop(n)[0]] = event
+    return new, counterparts
 
 
 def _expression(event: AdditionEvent) -> object:
@@ -136,7 +139,7 @@ def _expression(event: AdditionEvent) -> object:
 
 
 def _runs(event: AdditionEvent, analysis: Analysis) -> frozenset[str]:
-    """Names of the parameters that its branch uses; where it uses none, names of its modules."""
+    """Names of the parameters that its branch uses; if it uses none, names of its modules."""
     if event.enclosing is None:
         analysis.find_enclosing_call(event)
     parameters = analysis.parameters(event.branch)
@@ -154,7 +157,7 @@ class _Sites(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[CallSite] = Counter()
-        self.within: dict[CallSite, str] = {}
+        self.functions: dict[CallSite, str] = {}
         """The expressions that add inside an `autograd.Function`, each with the name of that
         function."""
 
@@ -168,29 +171,29 @@ class _Sites(TorchFunctionMode):
                 frame = sys._getframe(1)
                 self.seen[call_site_of(frame)] += 1
                 if function := function_around(frame):
-                    self.within[call_site_of(frame)] = function
+                    self.functions[call_site_of(frame)] = function
         return func(*args, **(kwargs or {}))
 
 
-def joined(
+def with_training_additions(
     found: Sequence[FoundBlock],
     additions: Sequence[tuple[str, Addition]],
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
     rewrite: Rewrite,
 ) -> tuple[list[FoundBlock], set[AdditionEvent]]:
-    """Add to each block of `found` what it adds in training mode only.
+    """Give each block of `found` the additions that it makes in training mode only.
 
     Args:
         additions: each with the name of the block that it belongs to.
 
     Returns:
-        The blocks; and the events that belong to none of them.
+        The blocks; and the events that belong to no block.
     """
     blocks = list(found)
     deferred: list[Addition] = []
     for name in dict.fromkeys(name for name, _ in additions):
-        own = [addition for of, addition in additions if of == name]
+        own = [addition for block, addition in additions if block == name]
         numbers = [n for n, block in enumerate(blocks) if block.name == name]
         if not numbers or any(blocks[n].mechanism == "deferred" for n in numbers):
             deferred += own
@@ -202,31 +205,36 @@ def joined(
             blocks[n] = _with_rewritten(blocks[n], [addition], rewrite)
         if len(own) != len(numbers):
             blocks[numbers[-1]] = replace(blocks[numbers[-1]], refusal=_UNLIKE)
-    alone = set[AdditionEvent]()
+    unassigned = set[AdditionEvent]()
     events = [event for addition in deferred for event in addition.events]
     for group in deferred_groups(events, analysis, modules):
         numbers = [n for n, block in enumerate(blocks) if block.name == group.block]
         for n in numbers[:1]:
             blocks[n] = _with_deferred(blocks[n], group, analysis, modules)
         if not numbers:
-            alone.update(group.events)
-    return blocks, alone
+            unassigned.update(group.events)
+    return blocks, unassigned
 
 
-def with_events(block: FoundBlock, again: Mapping[AdditionEvent, AdditionEvent]) -> FoundBlock:
-    """A deferred block with the events of training mode that belong to it."""
+def with_counterparts(
+    block: FoundBlock, counterparts: Mapping[AdditionEvent, AdditionEvent]
+) -> FoundBlock:
+    """A deferred block with its events in training mode as well."""
     units = [
-        replace(unit, events=(*unit.events, *(again[e] for e in unit.events if e in again)))
+        replace(
+            unit,
+            events=(*unit.events, *(counterparts[e] for e in unit.events if e in counterparts)),
+        )
         for unit in block.units
     ]
     return replace(block, units=tuple(units))
 
 
 def as_both_need(
-    block: FoundBlock, again: Mapping[AdditionEvent, AdditionEvent], training: Analysis
+    block: FoundBlock, counterparts: Mapping[AdditionEvent, AdditionEvent], training: Analysis
 ) -> FoundBlock:
-    """`block`, deferring only the modules that no mode needs for anything but its addition."""
-    events = [again.get(event) for unit in block.units for event in unit.events]
+    """`block`, deferring only modules that neither mode needs for anything but its addition."""
+    events = [counterparts.get(event) for unit in block.units for event in unit.events]
     if block.mechanism != "deferred" or None in events:
         return block
     group = training.group(block.name, [event for event in events if event is not None])
@@ -236,7 +244,7 @@ def as_both_need(
     try:
         edits = deferred_edits(group, training, 0)
     except UnsupportedBlockError:
-        return block  # the proof says which module training mode needs
+        return block  # the proof names the module that training mode needs
     units = []
     for unit, edit in zip(block.units, edits, strict=True):
         before = unit.edits[0][1]
@@ -247,9 +255,9 @@ def as_both_need(
 
 
 def with_training_only(
-    found: Sequence[FoundBlock], alone: Sequence[FoundBlock], analysis: Analysis
+    found: Sequence[FoundBlock], only: Sequence[FoundBlock], analysis: Analysis
 ) -> list[FoundBlock]:
-    """`found` and the blocks `alone`, which run in training mode only, in the order of execution.
+    """`found` and the blocks `only`, which run in training mode only, in the order of execution.
 
     Args:
         analysis: the analysis of a pass in training mode.
@@ -260,15 +268,15 @@ def with_training_only(
         return min((call.serial for call in calls), default=0)
 
     blocks = list(found)
-    for block in alone:
+    for block in only:
         later = (n for n, other in enumerate(blocks) if begins(other) > begins(block))
         blocks.insert(next(later, len(blocks)), replace(block, training_only=True))
     return blocks
 
 
 _UNLIKE = (
-    "in training mode its module makes another number of residual additions than in evaluation: "
-    'granularity="block" gives all of them one gate'
+    "in training mode its module makes a different number of residual additions than in "
+    'evaluation: granularity="block" gives all of them one gate'
 )
 
 
@@ -281,7 +289,7 @@ def _with_rewritten(
     try:
         units = (*block.units, *map(rewrite, additions))
     except UnsupportedBlockError as error:
-        return replace(block, refusal=f"in training mode it adds in another way: {error}")
+        return replace(block, refusal=f"in training mode it adds differently: {error}")
     called = Counter(name for addition in additions for name in addition.modules)
     return replace(block, units=units, modules=block.modules | called)
 
@@ -301,15 +309,15 @@ def _with_deferred(
             if modules[group.owner.name] is not units[n].edits[0][0] or not names & _names(
                 units[n]
             ):
-                raise UnsupportedBlockError("other modules run for its branch than in evaluation")
+                raise UnsupportedBlockError("its branch calls different modules than in evaluation")
             units[n] = _with_edit(units[n], event, edit)
     except UnsupportedBlockError as error:
-        return replace(block, refusal=f"in training mode it adds in another way: {error}")
+        return replace(block, refusal=f"in training mode it adds differently: {error}")
     return replace(block, units=tuple(units), modules=block.modules | group.modules)
 
 
 def _with_edit(unit: Unit, event: AdditionEvent, edit: DeferredEdit) -> Unit:
-    """A deferred unit that also knows where its addition stands in training mode."""
+    """A deferred unit that also has the call site of its addition in training mode."""
     owner, before = unit.edits[0]
     assert isinstance(before, DeferredEdit)
     calls = {each.module: each for each in before.calls}

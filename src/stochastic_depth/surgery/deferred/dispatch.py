@@ -3,13 +3,13 @@
 `defer_call` and `mark_as_branch` create placeholders. Every function that is called with one
 arrives at `__torch_function__`, which decides:
 
-- Questions for shapes, dtypes and devices are answered without computing anything.
-- The residual addition of the branch is made by `add` of `gates`: it is the sum, or the shortcut.
-- What needs the values of a tensor, such as `.item()` or an `if`, has them computed now; so has
-  what is done with one after the forward pass has ended.
-- A change in place makes the placeholder stand for the changed tensor.
-- Any other call is deferred as well, or made now if all of its placeholders are computed. Either
-  way the result is a placeholder again.
+- A question for a shape, dtype or device is answered without computing anything.
+- The residual addition of the branch is made by `add` of `gates`: the sum, or the shortcut.
+- A function that needs the values of a tensor, such as `.item()` or an `if`, computes them
+  immediately; so does any use after the forward pass.
+- After a change in place, the placeholder stands for the changed tensor.
+- Any other call is deferred too; or it is made at once, if all of its placeholders are computed.
+  Either way the result is a placeholder.
 """
 
 import sys
@@ -67,13 +67,13 @@ SEVERAL |= {"svd", "eigh", "eig", "lu", "aminmax", "broadcast_tensors", "meshgri
 SEVERAL |= {"hsplit", "vsplit", "dsplit", "slogdet", "unsafe_chunk", "unsafe_split", "lstm", "gru"}
 SEVERAL |= {"multi_head_attention_forward", "native_layer_norm", "native_batch_norm", "where"}
 SEVERAL |= {"max_pool1d", "max_pool2d", "max_pool3d", "lstsq", "nanmedian", "rnn_tanh", "rnn_relu"}
-"""Functions that may return several tensors. Their shapes are inferred at once, to know how
+"""Functions that may return several tensors. Their shapes are inferred at once, to find out how
 many."""
 UNKNOWN = (
     "the structure of its output is known only after computing it (that of a packed sequence, for "
-    "example, depends on lengths)"
+    "example, depends on the lengths)"
 )
-"""The reason for making a call that could have been deferred."""
+"""The reason for making a call immediately that could have been deferred."""
 _NOTHING = torch.empty(0, device="meta")
 """The storage of every placeholder."""
 
@@ -129,10 +129,10 @@ class _Dispatching(Placeholder):
 def defer_call(node: Node, gives_tensor: bool = False) -> Any:
     """The result of a call that is not made: its structure, with placeholders in place of tensors.
 
-    Where not even the structure can be inferred, the call is made.
+    If the structure cannot be inferred, the call is made.
 
     Args:
-        gives_tensor: whether to assume that the result is one tensor if nothing else is known.
+        gives_tensor: whether to assume, in that case, that the result is one tensor.
     """
     try:
         leaves, structure = shapes(node)
@@ -209,7 +209,7 @@ def _set_item(target: Tensor, key: Any, new: Any) -> Tensor:
 
 
 def _caller() -> CallSite:
-    """The place in the code of the call that `__torch_function__` is answering."""
+    """The call site of the function that `__torch_function__` handles."""
     frame = sys._getframe(2)
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back

@@ -1,9 +1,9 @@
-"""Run a module whose branches are deferred while their blocks are closed; nothing is rewritten.
+"""Run a module so that the branches of closed blocks are deferred; nothing is rewritten.
 
-While a gate is closed, the modules that run for its branch alone are not called. Each returns a
-`Placeholder` instead, and the addition, which is recognised by its position in the code, returns
-its shortcut. Where a gate scales a branch, or opens it for some samples only, the values of the
-branch are marked as placeholders too, so that the addition recognises them.
+While a gate is closed, the modules that only its branch needs are not called. Each call returns a
+`Placeholder` instead, and the addition, which is recognised by its call site, returns its shortcut.
+If a gate scales a branch, or opens it for some samples only, the values of the branch are marked as
+placeholders too, so that the addition recognises them.
 """
 
 import threading
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import AdditionNotReachedError, GateError
 from stochastic_depth.gates import BlockGates, Gate
-from stochastic_depth.hooks import never_traced
 from stochastic_depth.module_snapshot import ModuleSnapshot
 from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
 from stochastic_depth.surgery.deferred.gates import no_graph, select_inputs
@@ -32,13 +31,19 @@ from stochastic_depth.surgery.deferred.placeholder import (
     set_tape,
     tape_of_pass,
 )
-from stochastic_depth.surgery.edits import BranchCalls, DeferredEdit
-from stochastic_depth.torch_private import call_of, set_call, tree_flatten, whole_call
+from stochastic_depth.surgery.edits import NOT_REACHED, BranchCalls, DeferredEdit
+from stochastic_depth.torch_private import (
+    call_of,
+    never_traced,
+    set_call,
+    tree_flatten,
+    whole_call,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class _DeferredModule:
-    """A module, some calls of which run for deferred additions alone.
+    """A module of which some calls are made only for deferred additions.
 
     Additions are given by their numbers among those of the owner.
     """
@@ -49,22 +54,22 @@ class _DeferredModule:
     calls: int
     """How often the owner called it on the example."""
     additions_of: Mapping[int, Sequence[int]]
-    """For each of these calls, by number, the additions that it runs for."""
+    """For each of these calls, by number, the additions that need it."""
     gives_tensor: bool
-    """Whether each call returned a tensor, not a tuple or another structure."""
+    """Whether each call returned a tensor, rather than a tuple or another structure."""
 
     @cached_property
     def additions_of_every(self) -> Sequence[int] | None:
-        """The additions of every call, where all calls have the same; None where they differ."""
+        """The additions that every call is made for; None if they differ from call to call."""
         first, *others = map(list, self.additions_of.values())
         alike = len(self.additions_of) == self.calls and all(other == first for other in others)
         return first if alike else None
 
 
 class _DeferredCalls:
-    """The calls of modules that are deferred for the additions of one owner.
+    """The module calls that are deferred for the additions of one owner.
 
-    The modules are those that the owner holds now under the names in `edits`.
+    The modules are those that the owner now holds under the names in `edits`.
     """
 
     def __init__(self, owner: nn.Module, edits: Sequence[DeferredEdit]) -> None:
@@ -75,7 +80,7 @@ class _DeferredCalls:
                 calls_of.setdefault(calls.module, []).append((number, calls))
         self.modules: list[_DeferredModule] = []
         self.modules_of: list[list[_DeferredModule]] = [[] for _ in edits]
-        """For each addition, the modules that run for it."""
+        """For each addition, the modules that are called for it."""
         self.snapshot = ModuleSnapshot(owner, calls_of)
         for name, submodule in self.snapshot.modules.items():
             pairs = calls_of[name]
@@ -94,7 +99,7 @@ class _DeferredCalls:
             for number in {number for number, calls in pairs if calls.indices}:
                 self.modules_of[number].append(module)
         self.structures: dict[Any, Any] = {}
-        """What deferred calls return, by module and by the form of their arguments."""
+        """The structure of the results of deferred calls, by module and form of the arguments."""
 
 
 _DEFERRED_CALLS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.WeakKeyDictionary()
@@ -140,7 +145,7 @@ def deferring_forward(
 
 
 class _Session:
-    """One call of an owner, during which the modules of its branches are deferred or marked."""
+    """One call of an owner, with the calls in its branches deferred, or their results marked."""
 
     def __init__(
         self, owner: nn.Module, edits: Sequence[DeferredEdit], gates: Sequence[Gate]
@@ -176,20 +181,16 @@ class _Session:
     def require_additions_reached(self) -> None:
         """Raise `AdditionNotReachedError` if a branch was deferred and never added.
 
-        Warn if a branch did not run in training: what the model runs in its place is never skipped.
+        Warn if training never reached the addition; the path taken instead is not skippable.
         """
         for n, addition in self.additions.items():
             if addition.reached:
                 continue
-            message = (
-                f"block {addition.name!r}: {self.edits[n]}, by which it was found, was not "
-                "reached in this pass: the model takes another path than on the example; give "
-                "sd.apply an example that takes it"
-            )
+            message = f"block {addition.name!r}, {self.edits[n]}: {NOT_REACHED}"
             if addition.deferred:
                 raise AdditionNotReachedError(message)
             if addition.owner.training and self.plan.modules_of[n]:
-                warnings.warn(f"{message}. What it runs instead is never skipped", stacklevel=3)
+                warnings.warn(message, stacklevel=3)
 
     def refuse_recomputed(self) -> None:
         """Raise `GateError` when a checkpoint would recompute a branch without its gate."""
@@ -198,13 +199,14 @@ class _Session:
                 raise GateError(
                     f"block {addition.name!r}: {self.edits[n]} is within a function that "
                     "torch.utils.checkpoint recomputes in the backward pass, where it has no "
-                    "gate: checkpoint the branch alone, x = x + checkpoint(branch, x), "
-                    "or the module that adds, checkpoint(layer, x)"
+                    "gate: checkpoint only the branch, x = x + checkpoint(branch, x), or the "
+                    "module that adds, checkpoint(layer, x)"
                 )
 
 
 class _Switch:
-    """Is called in place of a module. Calls what the current thread has set, or else the module."""
+    """Stand-in for a module's call: runs this thread's replacement if there is one, otherwise the
+    module."""
 
     lock = threading.Lock()
 
@@ -244,7 +246,7 @@ class _Switch:
 
 
 class _Interceptor:
-    """Is called in place of one module during a session; defers the call, or marks its result."""
+    """Replaces the call of one module during a session: defers the call, or marks its result."""
 
     def __init__(
         self,
@@ -255,16 +257,16 @@ class _Interceptor:
     ) -> None:
         self.session, self.tape, self.forward, self.deferred = session, tape, forward, deferred
         self.called = 0
-        """How often it was called, where its calls are told apart."""
+        """How many calls there were so far, if they differ in their additions."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         deferred, mine = self.deferred, self.deferred.additions_of_every
         if mine is None:
             if self.called >= deferred.calls:
                 raise GateError(
-                    f"{deferred.name!r} is called more often than the {deferred.calls} times that "
-                    "it was called on the example: its calls are told apart by their number; give "
-                    "sd.apply an example with as many calls"
+                    f"{deferred.name!r} is called more often than on the example ({deferred.calls} "
+                    "times), so it is not known which block this call belongs to: give sd.apply an "
+                    "example with as many calls"
                 )
             mine = deferred.additions_of.get(self.called, ())
             self.called += 1
@@ -278,9 +280,10 @@ class _Interceptor:
         drawn = {id(addition.gate.samples): addition.gate for addition in additions}
         if len(drawn) == 1 and len(additions) == len(mine):
             (gate,) = drawn.values()
-            of = frozenset(additions)
             key = deferred.name, self.called
-            args, kwargs = select_inputs(additions[0].owner, gate, of, (args, kwargs), key)
+            args, kwargs = select_inputs(
+                additions[0].owner, gate, frozenset(additions), (args, kwargs), key
+            )
         args, kwargs = resolved(args), resolved(kwargs)
         with no_graph(additions if len(additions) == len(mine) else []):
             return mark_as_branch(self.tape, tuple(additions), self.forward(*args, **kwargs))

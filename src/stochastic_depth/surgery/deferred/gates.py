@@ -1,8 +1,8 @@
 """What a gate does with the placeholders of its branch.
 
-At the residual addition, a closed gate returns the shortcut, and an open gate scales the branch and
-adds it. Before that, a gate for some samples selects these samples from every value that enters the
-branch, and a gate whose branch only runs forward keeps it out of the autograd graph.
+At the residual addition, a closed gate returns the shortcut; an open gate scales the branch and
+adds it. Before that, a gate for some of the samples selects these from every value that enters the
+branch, and a forward-only gate keeps the branch out of the autograd graph.
 """
 
 import sys
@@ -41,7 +41,7 @@ def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
 
 
 def addition_at(additions: tuple[GatedAddition, ...], site: CallSite) -> GatedAddition | None:
-    """The addition that stands at `site`, or None."""
+    """The addition that is made at `site`, or None."""
     return next((addition for addition in additions if site in addition.sites), None)
 
 
@@ -65,7 +65,7 @@ def add(
         name: the name of `func`; an addition in place changes its first operand.
 
     Raises:
-        GateError: when this call multiplies the shortcut, as that of the example did not.
+        GateError: when this call scales the shortcut, as the call on the example did not.
     """
     if side == 1 and scales_second(name, kwargs):
         raise GateError(f"block {addition.name!r}: in this pass {SCALED}")
@@ -94,8 +94,8 @@ def add(
 def _checkpoints_around(addition: GatedAddition) -> Iterator[Callable[[], bool]]:
     """The running checkpoints between the call of the owner and its addition.
 
-    The call of the owner is found as a frame of `deferring`, the method that `deferring_forward`
-    returns, whose session has this addition.
+    The call of the owner is recognised by the frame of `deferring`, the method that
+    `deferring_forward` returns, with a session that has this addition.
     """
     frame = sys._getframe(2)
     while frame is not None:
@@ -124,10 +124,10 @@ def selected_values(
     additions: tuple[GatedAddition, ...],
     site: Callable[[], CallSite],
 ) -> tuple[Any, Mapping[str, Any]]:
-    """`with_values`, and under a gate for single samples only the drawn samples.
+    """As `with_values`; under a gate for single samples, with the drawn samples only.
 
     Args:
-        site: returns the place in the code; called only under such a gate.
+        site: returns the call site; called only under such a gate.
     """
     addition = next((addition for addition in additions if addition.gate.samples is not None), None)
     if addition is not None:
@@ -160,6 +160,6 @@ def select_inputs(
 
 
 def no_graph(additions: Sequence[GatedAddition]) -> AbstractContextManager[Any]:
-    """A context for the branches of `additions`: without autograd if all only run forward."""
+    """The context that the branches of `additions` run in: no autograd if all are forward-only."""
     detached = bool(additions) and all(addition.gate.detached for addition in additions)
     return torch.no_grad() if detached else nullcontext()

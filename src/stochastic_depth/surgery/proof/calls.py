@@ -29,7 +29,7 @@ class CallCounts:
     given: Counter[str]
     """How many elements the tensors among its arguments had, summed over all calls."""
     why: dict[str, str]
-    """Why a deferred call was made after all; empty for calls that were not deferred."""
+    """Why a deferred call was made; empty for calls that were not deferred."""
 
 
 def still_running(
@@ -37,8 +37,8 @@ def still_running(
 ) -> list[str]:
     """For each block, the reason why its branch runs while it is closed; empty if it does not.
 
-    Only the calls of modules are compared, not values, so this works on the meta device too. Blocks
-    that run in training mode only are closed in training mode.
+    Only calls of modules are compared, no values, so this works on the meta device too. Blocks that
+    run in training mode only are closed in training mode.
     """
     reasons = _still_running(model, run, found, blocks, training=False)
     if any(block.training_only for block in found):
@@ -92,7 +92,7 @@ def still_called(block: FoundBlock, usual: CallCounts, called: CallCounts) -> st
     if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
         why = called.why[running[0]] or "the model uses its output for more than the addition"
         if why == UNKNOWN and block.units[0].edits[0][0] is not block.module:
-            why += "; if the lines stood in the forward method of a layer, they could be rewritten"
+            why += "; in the forward method of a layer these lines could be rewritten"
         return f"{running[0]!r} of its branch must run even when the block is closed: {why}"
     return ""
 
@@ -103,7 +103,7 @@ def refuse_running(
     """Raise `UnsupportedBlockError` if a closed block calls a module of its branch.
 
     Args:
-        remark: begins the reason, for example "in training mode ".
+        remark: a prefix of the reason, for example "in training mode ".
     """
     reasons = [(block, still_called(block, usual, called)) for block in blocks]
     running = [(block, why) for block, why in reasons if why]

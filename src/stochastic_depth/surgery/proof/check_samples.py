@@ -26,8 +26,8 @@ def check_samples(
 ) -> Example:
     """Prove that the first dimension of the inputs is the batch.
 
-    Half of the samples, in another order, must have the same outputs as among all samples. Half of
-    the time steps would not, whether a model looks back in time or ahead.
+    Half of the samples, in a different order, must have the same outputs as among all samples. Half
+    of the time steps would have different ones, whether a model looks back in time or ahead.
 
     Returns:
         The example with half of the samples.
@@ -50,24 +50,23 @@ def check_samples(
                 raise
             except Exception as error:
                 failure = failure or ApplyError(
-                    "gates for single samples need the batch as first dimension of all inputs: "
-                    f"with {half} of {batch} {type(model).__name__} fails "
+                    "gates for single samples need the batch as the first dimension of all inputs: "
+                    f"with {half} of {batch} samples {type(model).__name__} fails "
                     f"({type(error).__name__}: {error}); {REMEDY}"
                 )
                 continue
             if _are_among(outputs, whole, batch):
                 return part
             failure = failure or ApplyError(
-                f"the first dimension of the inputs of {type(model).__name__} is not the batch: "
-                f"{half} of {batch} alone give other outputs than among the others, as time "
-                f"steps do and samples do not; {REMEDY}"
+                f"{type(model).__name__}: running {half} of {batch} samples changes their outputs, "
+                f"so the first dimension is not the batch (is it time?); {REMEDY}"
             )
     assert failure is not None
     raise failure
 
 
 def require_two_samples(batch: int) -> None:
-    """Raise `ApplyError` if an example has too few samples to tell which dimension they are."""
+    """Raise `ApplyError` unless an example has at least two samples."""
     if batch < 2:
         raise ApplyError(
             "gates for single samples need an example of at least two samples, to see that its "
@@ -85,7 +84,7 @@ def every_other(x: Tensor) -> Tensor:
 
 
 def halves(example: Example, batch: int) -> Iterator[Example]:
-    """`example` with half of the samples, once for each guess of which tensors hold samples.
+    """`example` with half of the samples, once for each guess about which tensors hold samples.
 
     The first tensor always does. Other tensors of the same length may be masks [time, time].
     """
@@ -121,14 +120,14 @@ def learn_samples(
     found: Sequence[FoundBlock],
     blocks: Sequence[Block],
 ) -> None:
-    """Record in the modules which of the tensors that enter a branch hold samples.
+    """Record, in the modules, which of the tensors that enter a branch hold samples.
 
     Args:
         examples: the example with all samples, and the example with half of them.
 
     Raises:
-        UnsupportedBlockError: when a tensor that enters a branch holds samples in a dimension that
-            is not the first.
+        UnsupportedBlockError: when the batch is not the first dimension of a tensor that enters a
+            branch.
     """
     sizes = batch, half_of(batch)
     known: dict[nn.Module, dict[Any, bool]] = {}
@@ -146,8 +145,8 @@ def learn_samples(
             if verdicts or (verdict is None and module not in with_callers):
                 block = block_of.get(module, found[0])
                 why = (
-                    f"a tensor {list(shapes[0])} comes into its branch that does not hold the "
-                    f'{batch} samples first: use gate="batch" for this model'
+                    f"a tensor of shape {list(shapes[0])} enters the branch, and its first "
+                    f'dimension is not the batch ({batch}): use gate="batch" for this model'
                 )
                 raise unsupported(block.name, block.module, why)
             known.setdefault(module, {})[key] = bool(verdict)
@@ -156,7 +155,7 @@ def learn_samples(
 
 
 def _verdict(one: tuple[int, ...], other: tuple[int, ...], sizes: tuple[int, int]) -> bool | None:
-    """Whether a tensor holds the samples in its first dimension; None if in another one.
+    """Whether the first dimension of a tensor is the batch; None if it is a later dimension.
 
     Args:
         one: its shape with all samples.
@@ -177,7 +176,7 @@ def _shapes(
     batch: int,
     training: bool,
 ) -> Mapping[Any, Any]:
-    """Shapes of what enters the branches; empty if the example cannot be trained on."""
+    """The shapes of tensors that enter branches; empty if the model cannot train on the example."""
     gate = Gate(samples=torch.arange(batch, device="cpu"), batch=batch)
     gates = in_training(blocks, [gate] * len(blocks)) if training else force(blocks, gate)
     seen: SeenShapes = {}

@@ -59,13 +59,13 @@ def check_training(
         attribute, with their values from before. They have to be reset before each pass.
 
     Raises:
-        UnsupportedBlockError: when the model itself leaves a block out, runs it on another path in
-            training mode, or its backward pass fails, for example because a tensor was changed in
-            place.
+        UnsupportedBlockError: when the model itself drops a block, when training mode runs it on a
+            different path, or when its backward pass fails, for example because a tensor was
+            changed in place.
     """
     with preserve_state(model), torch.enable_grad(), warnings.catch_warnings():
-        # What a model does in training on another way than in evaluation is judged here.
-        warnings.filterwarnings("ignore", message=".* was not reached in this pass")
+        # Suppress this warning: the checks below cover a different path in training mode.
+        warnings.filterwarnings("ignore", message=".* did not run in this pass")
         model.train()
         before = {name: dict(vars(module)) for name, module in model.named_modules()}
         try:
@@ -81,7 +81,7 @@ def check_training(
                     called = _counted(model, run, 0)
                 refuse_running(found, passes[0], called, "in training mode ")
                 _compare(model, run, found, blocks, batch, kind)
-                for first in (1, 0):  # every other block, so that each is closed in one of two
+                for first in (1, 0):  # every other block, so that each is closed in one step
                     closed = list(range(first, len(blocks), 2))
                     if why := _why_not_trained(run, blocks, closed):
                         if original := _why_original_fails(model, run):
@@ -106,7 +106,7 @@ def check_training(
 def _not_proved(why: str) -> dict[str, Any]:
     """Warn that training mode is not proved, because the original cannot train on the example."""
     warnings.warn(
-        f"training mode is not proved: the model itself takes no training step on the example "
+        f"training mode is not proved: the model itself cannot take a training step on the example "
         f"({why}): give an example as in training",
         stacklevel=2,
     )
@@ -121,11 +121,11 @@ def _compare(
     batch: int | None,
     kind: GateKind,
 ) -> None:
-    """Compare the model with the original with bypassed additions, in training mode.
+    """Compare the model, in training mode, with the original in which additions are bypassed.
 
-    Dropout is switched off in both, since a closed branch draws no random numbers. A model that
-    draws other random numbers or keeps a state has different outputs in any case, so its outputs
-    are not compared.
+    Dropout is disabled in both, because a closed branch draws no random numbers. The outputs of a
+    model that draws further random numbers, or keeps a state, differ in any case and are not
+    compared.
 
     Raises:
         UnsupportedBlockError: when the outputs differ.
@@ -140,11 +140,11 @@ def _compare(
         if largest_difference(expected, outputs) <= TOLERANCE:
             return ""
         return (
-            "in training mode, with it closed, the output is not that of the original whose "
+            "in training mode, with it closed, the output differs from that of the original whose "
             "addition returns its shortcut"
             if keep is None
-            else "in training mode, with it open for half of the samples, the output is not that "
-            "of the original; a BatchNorm in its branch, for example, then sees fewer samples"
+            else "in training mode, with it open for half of the samples, the output differs from "
+            "that of the original; a BatchNorm in its branch, for example, then sees fewer samples"
         )
 
     only = [n for n, block in enumerate(found) if block.training_only]
@@ -182,10 +182,10 @@ def _change_in_place(block: FoundBlock) -> str:
 
 
 def _closed_in_training(found: Sequence[FoundBlock], only: Sequence[int]) -> list[list[int]]:
-    """Sets of blocks to close: all blocks, and sets that tell the blocks of `only` apart.
+    """Sets of blocks to close: all blocks, and sets that separate the blocks of `only`.
 
     Args:
-        only: the blocks that run in training mode only; evaluation has told the others apart.
+        only: the blocks that run in training mode only; the others were separated in evaluation.
     """
     parts = [[only[n] for n in sorted(part)] for part in closed_sets(len(only))] if only else []
     return [list(range(len(found))), *(part for part in parts if len(part) < len(found))]
@@ -194,8 +194,8 @@ def _closed_in_training(found: Sequence[FoundBlock], only: Sequence[int]) -> lis
 class _SteadyDropout(TorchFunctionMode):
     """While entered, dropout draws no random numbers.
 
-    It keeps every value. Dropout in place halves every value, so that a branch that changes its
-    shortcut is noticed: a closed block does not change it.
+    It keeps every value; in place, it halves every value. So a branch that changes its shortcut in
+    place is noticed, because a closed block does not change it.
     """
 
     def __torch_function__(
@@ -218,9 +218,11 @@ class _SteadyDropout(TorchFunctionMode):
 def _unreached(
     error: AdditionNotReachedError, found: Sequence[FoundBlock]
 ) -> UnsupportedBlockError:
-    """The error for a block whose addition is not reached in training mode."""
-    named = next((block for block in found if f"block {block.name!r}" in str(error)), None)
-    why = "in training mode it does not add where it does in evaluation"
+    """The error for a block whose addition does not run in training mode."""
+    named = next(
+        (block for block in found if str(error).startswith(f"block {block.name!r},")), None
+    )
+    why = "in training mode it does not make the addition that it makes in evaluation"
     if named is None:
         return UnsupportedBlockError(f"{why}: {error}")
     return unsupported(named.name, named.module, why)
@@ -258,11 +260,10 @@ def _counted(model: nn.Module, run: Callable[..., Any], seed: int) -> CallCounts
 def _model_skips(
     block: FoundBlock, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]
 ) -> str:
-    """Why a block is not reached in all of `passes`, which have every gate open; empty if it is.
+    """Why a block does not run in some of `passes`, in which every gate is open; empty if it does.
 
     Args:
-        names: the names of all modules. Where no module runs for a branch, the module that adds
-            must run.
+        names: the names of all modules. If a branch calls no module, the module that adds must run.
     """
     for unit in block.units:
         runs = unit.modules or {names[module] for module, _ in unit.edits if module in names}
@@ -270,8 +271,8 @@ def _model_skips(
         if runs and not all(reached):
             often = f"{len(reached) - sum(reached)} of {len(reached)}"
             return (
-                f"in {often} passes in training mode the model leaves it out by itself: set its "
-                "own layer drop or drop path to 0, because sd.apply takes over its job"
+                f"in {often} passes in training mode the model itself leaves it out: set the "
+                "model's own layer drop or drop path to 0, because sd.apply takes its place"
             )
     return ""
 
@@ -279,7 +280,7 @@ def _model_skips(
 def _attributes_set(
     model: nn.Module, found: Sequence[FoundBlock], before: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Attributes of modules in branches that hold a tensor with a graph, with their earlier values.
+    """Attributes in which modules of branches keep a tensor with a graph, with their old values.
 
     Raises:
         UnsupportedBlockError: when such an attribute had no value before the pass.
@@ -298,9 +299,9 @@ def _attributes_set(
                 raise unsupported(
                     block.name,
                     block.module,
-                    f"its branch sets {attribute!r} of {name!r} to a tensor with a graph, which "
-                    "would be left from an earlier step while the block is closed: in __init__, "
-                    "give the attribute the value of a closed block, such as torch.zeros(())",
+                    f"its branch sets {attribute!r} of {name!r} to a tensor with a graph, which a "
+                    "closed block would leave there from an earlier step: in __init__, set the "
+                    "attribute to its value for a closed block, such as torch.zeros(())",
                 )
             left[f"{name}.{attribute}"] = old
     return left

@@ -1,6 +1,6 @@
-"""The original model in which some additions return their shortcut.
+"""The reference for closed blocks; it executes all branches.
 
-A model with closed blocks is compared with it. All branches run in it.
+It is the original model, in which some additions return their shortcut.
 """
 
 import sys
@@ -31,18 +31,18 @@ def bypassed(blocks: Iterable[FoundBlock], keep: Tensor | None = None) -> Iterat
     """While entered, the additions of `blocks` return their shortcut. The model must have no gates.
 
     Args:
-        keep: bool [batch], the samples for which the branches are added nevertheless.
+        keep: bool [batch], the samples for which the branches are still added.
     """
     additions: list[tuple[nn.Module, AdditionEdit]] = []
     occurrences: dict[tuple[CallSite, int], int] = {}
     with ExitStack() as entered:
         for block in blocks:
             if block.training_only and not block.module.training:
-                continue  # it does not run here, and other blocks may add at the same place
+                continue  # it does not run here, and other blocks may add in the same expression
             additions += [addition for unit in block.units for addition in unit.additions]
             for unit in block.units:
                 here = [e for e in unit.events if e.training == block.module.training]
-                events = here or unit.events  # if no pass in training mode was recorded
+                events = here or unit.events  # no pass in training mode was recorded
                 occurrences |= {(e.site, e.occurrence): e.side for e in events}
             whole = [u.edits[0][0] for u in block.units if not u.additions and not u.events]
             for module in whole:
@@ -54,7 +54,7 @@ def bypassed(blocks: Iterable[FoundBlock], keep: Tensor | None = None) -> Iterat
 
 
 class _Bypass(TorchFunctionMode):
-    """Makes the chosen additions return their shortcut, recognised by their place in the source."""
+    """Makes some additions return their shortcut; it recognises them by their source location."""
 
     def __init__(
         self,
@@ -122,8 +122,8 @@ def _mixed(output: Tensor, shortcut: Tensor, keep: Tensor | None) -> Tensor:
         return shortcut
     if len(output) != len(keep):
         error = UnsupportedBlockError(
-            f"a residual addition is of a tensor {list(output.shape)}, which does not have the "
-            f'{len(keep)} samples first: use gate="batch" for this model'
+            f"a residual addition has the shape {list(output.shape)}, and its first dimension is "
+            f'not the batch ({len(keep)}): use gate="batch" for this model'
         )
         error.of_model = True
         raise error
