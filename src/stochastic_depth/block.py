@@ -89,8 +89,8 @@ class _BranchState:
     def __init__(self, owned: Sequence[Owned]) -> None:
         names = [(each.owner._modules, each.name) for each in owned]
         names += [(each.owner._modules, "parametrizations") for each in owned]
-        names = [(held, name) for held, name in names if name in held]
-        self._names = [(held, name, held[name]) for held, name in names]
+        names = [(modules, name) for modules, name in names if name in modules]
+        self._names = [(modules, name, modules[name]) for modules, name in names]
         inside = [m for _, _, module in self._names if module is not None for m in module.modules()]
         owners = [each.owner for each in owned if each.name not in each.owner._modules]
         dictionaries = [d for m in inside for d in (m._modules, m._parameters)]
@@ -105,8 +105,8 @@ class _BranchState:
 
     def is_current(self) -> bool:
         """Whether the branch still has the same modules and parameters."""
-        for held, name, value in self._names:
-            if held.get(name) is not value:
+        for modules, name, value in self._names:
+            if modules.get(name) is not value:
                 return False
         return self._numbers == list(map(id, chain.from_iterable(self._views)))
 

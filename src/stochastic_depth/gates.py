@@ -55,7 +55,7 @@ class Gate(NamedTuple):
         return self.learns and self.factor is None and self.batch is None
 
     def forward_only(self) -> AbstractContextManager[Any]:
-        """The context that the branch runs in: without a graph where it is detached."""
+        """The context that the branch runs in: without a graph if it is detached."""
         return torch.no_grad() if self.detached else nullcontext()
 
     def select(self, value: Any) -> Any:
@@ -84,7 +84,7 @@ class Gate(NamedTuple):
                 0.
 
         Raises:
-            GateError: when gates for single samples were drawn for another batch size.
+            GateError: when gates for single samples were drawn for a different batch size.
         """
         if self.detached:
             return f.detach()
@@ -292,7 +292,7 @@ def _smallest(u: Tensor, survival: tuple[float, ...], min_samples: int, multiple
 
 
 def seed_of_rank(seed: int, rank: int) -> int:
-    """The seed of one process, where each process draws different gates."""
+    """The seed of one process, if each process draws different gates."""
     return int.from_bytes(digest(7, "gates of a rank", seed, rank), "little")
 
 

@@ -159,7 +159,7 @@ class Handle:
 
     @property
     def survival(self) -> tuple[float, ...]:
-        """(p_1, ..., p_L); where they follow a schedule, the values of the last draw."""
+        """(p_1, ..., p_L); under a schedule, the values of the last draw."""
         return self._survival
 
     @property
@@ -370,7 +370,7 @@ class Handle:
         """The gates that a user has given, as coins.
 
         Raises:
-            GateError: when they have another type or shape.
+            GateError: when their type or shape is wrong.
         """
         blocks = len(self.blocks)
         try:

@@ -170,7 +170,7 @@ class ForwardHooks:
         """The forward pass that created the autograd node numbered `node`; or, for the node of a
         reentrant checkpoint, the pass that ran inside it.
 
-        Each thread numbers its own nodes. The result is None where the number fits several passes:
+        Each thread numbers its own nodes. The result is None if the number fits several passes:
         those of two threads, or those inside one reentrant checkpoint.
         """
         passes = [each for ref in self._passes if (each := ref()) is not None]
@@ -261,6 +261,6 @@ def batch_size(inputs: object) -> int:
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)
     raise GateError(
-        "gates for single samples need a tensor [batch, ...] among the model's inputs, and there "
-        'is none: use gate="batch"'
+        "gates for single samples need a tensor [batch, ...] among the model's inputs, but no "
+        'input is a tensor: use gate="batch"'
     )

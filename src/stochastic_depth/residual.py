@@ -32,7 +32,7 @@ def residual_step(
         H_l, [batch, ...].
 
     Raises:
-        GateError: when gates for single samples were drawn for another batch size.
+        GateError: when gates for single samples were drawn for a different batch size.
 
     The paper, section 3, equations 2 and 5.
 

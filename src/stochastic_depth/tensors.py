@@ -128,5 +128,5 @@ def _attributes(value: object) -> dict[str, Any]:
         found = {name: getattr(value, name) for name in fields if hasattr(value, name)}
         return found | getattr(value, "__dict__", {})
     slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
-    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return held | getattr(value, "__dict__", {})
+    values = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return values | getattr(value, "__dict__", {})

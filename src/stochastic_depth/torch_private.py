@@ -154,7 +154,7 @@ def _functions_by_forward(newest: type) -> dict[int, tuple[CodeType, type]]:
     reused.
 
     Args:
-        newest: cache key: defining another autograd.Function changes it.
+        newest: cache key: defining a new autograd.Function changes it.
     """
     found: dict[int, tuple[CodeType, type]] = {}
     for function in _subclasses(torch.autograd.Function):
@@ -197,7 +197,7 @@ def gradients_are_kept() -> bool:
 
 
 def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, excluded from torch.compile: a graph ends where it is called.
+    """`function`, excluded from torch.compile: a graph ends at its call.
 
     Replacement: `torch.compiler.disable`, if it did not load the compiler, which takes seconds.
     """

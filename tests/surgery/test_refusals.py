@@ -192,6 +192,38 @@ def test_the_advice_of_a_refused_block_makes_the_model_apply(kind):
     assert applies(lambda: Model(kind), x, str(refused.value)) == ["blocks.0", "blocks.1"]
 
 
+class Noisy(Plain):
+    """Closed, it draws no random number, so that later layers draw different ones."""
+
+    def __init__(self, noise: bool) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x):
+        noise = torch.rand(()) if self.noise else 1
+        return x + noise * torch.relu(self.linear(x))
+
+
+class SomeNoisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Noisy(n % 2 == 0) for n in range(4))
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return torch.rand(()) * self.head(x)
+
+
+def test_blocks_of_a_class_are_not_left_out_because_others_of_it_fail():
+    x = torch.randn(3, WIDTH)
+    with pytest.raises(sd.errors.UnsupportedBlockError) as refused:
+        sd.apply(SomeNoisy(), sd.Uniform(0.5), example=x)
+    assert followed(str(refused.value)) == {"exclude": ["layers.0", "layers.2"]}
+    assert applies(SomeNoisy, x, str(refused.value)) == ["layers.1", "layers.3"]
+
+
 def test_where_nothing_can_be_skipped_nothing_is_to_be_left_out():
     with pytest.raises(
         sd.errors.UnsupportedBlockError, match="no other block of the model"

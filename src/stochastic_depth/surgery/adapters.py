@@ -19,12 +19,12 @@ def register_unit(cls: type[nn.Module] | str) -> Callable[[GatedForward], GatedF
     """A decorator that says how to skip the modules of a class, where `sd.apply` cannot see it.
 
     The decorated function is the forward method of the class, written with a gate. `sd.apply`
-    compares it with the original as it does all others: with the gate open, with the gate closed,
-    and that a closed gate runs nothing of the branch.
+    proves it like any other: with the gate open and with the gate closed it is compared with the
+    original, and a closed gate must call no module of the branch.
 
     Args:
         kind: the class, or "package.module.Class" for a class that is not to be imported for this.
-            It also covers derived classes that have no forward method of their own.
+            It also covers derived classes that inherit its forward method.
 
     Raises:
         ApplyError: when a function was registered for the class already.
@@ -47,7 +47,7 @@ def register_unit(cls: type[nn.Module] | str) -> Callable[[GatedForward], GatedF
     def register(forward: GatedForward) -> GatedForward:
         if name in _registered:
             raise ApplyError(
-                f"sd.register_unit({name!r}): registered already, by {_registered[name]}"
+                f"sd.register_unit({name!r}): already registered, by {_registered[name]}"
             )
         _registered[name] = forward
         return forward

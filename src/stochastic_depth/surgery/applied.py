@@ -14,7 +14,7 @@ from stochastic_depth.surgery.install import take_gates
 from stochastic_depth.torch_private import set_call
 
 _APPLIED = "_stochastic_depth_applied"
-"""The attribute of a model that holds what `remove` needs."""
+"""The attribute of a model in which its `Applied` is stored."""
 
 
 @dataclass(frozen=True)

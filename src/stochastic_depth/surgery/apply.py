@@ -57,7 +57,7 @@ def apply(
 ) -> Handle:
     """Make the residual blocks of `model` skippable, in place.
 
-    The training loop stays as it is: a hook draws the gates whenever `model` is called in training
+    The training loop does not change: a hook draws the gates whenever `model` is called in training
     mode. Parameter names, `state_dict` keys and classes (for `isinstance`) do not change.
 
     With an `example`, the residual blocks of any model are found by recording one forward pass.
@@ -128,8 +128,8 @@ def apply(
         order in which they run on `example`, or without an example in order of registration.
 
     Warns:
-        UserWarning: when the normalisation layers look trained and `scale` is "inference" because
-            it was not given. Weights that were trained at constant depth evaluate worse under it.
+        UserWarning: when the normalisation layers look trained and `scale` is "inference" by
+            default. Weights that were trained at constant depth evaluate worse under it.
 
     Raises:
         ApplyError: when `model` has no residual block, has stochastic depth already, or is wrapped

@@ -76,7 +76,7 @@ class FoundBlock:
 
     @property
     def can_be_deferred(self) -> bool:
-        """Whether the block has a mechanism in whose place it may be deferred."""
+        """Whether the block has a mechanism that deferring may replace."""
         return self.mechanism in ("slice", "call", "opaque")
 
     @property
@@ -177,9 +177,9 @@ def with_remedy(
     """
     out, rest = list(dict.fromkeys(left_out)), list(dict.fromkeys(kept))
     if rest and any(is_inside(name, outer) for name in rest for outer in out):
-        remedy = f"include={_around(rest, out)!r} leaves what cannot be skipped as it is"
+        remedy = f"include={_around(rest, out)!r} leaves unchanged what cannot be skipped"
     elif rest:
-        what = "it as it is" if len(out) == 1 else "them as they are"
+        what = "it unchanged" if len(out) == 1 else "them unchanged"
         remedy = f"exclude={out!r} leaves {what}"
     elif tried_all:
         remedy = "no other block of the model can be skipped"

@@ -29,8 +29,8 @@ UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
 """Parts of the names of functions that may make values larger."""
 
 Edits = tuple[tuple[str, RewriteEdit | None], ...]
-"""The modules to edit, by name, with the place of the edit; the module that adds comes first. The
-place is None where the expression is not in a method of the module."""
+"""The modules to edit, by name, each with its edit; the module that adds is the first. The edit is
+None if the expression is not in a method of the module."""
 
 
 @dataclass(frozen=True)

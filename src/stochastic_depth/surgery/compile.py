@@ -31,9 +31,9 @@ def compile_blocks(model: Model, **options: Any) -> Model:
     stay. Copies and pickles of the model are not compiled, nor is the model after `sd.remove`.
     `sd.summary` and `sd.verify` run the blocks uncompiled.
 
-    More graphs are compiled for batches of another size. With `granularity="unit"` a block of n
+    More graphs are compiled for batches of a different size. With `granularity="unit"` a block of n
     additions has 2^n of them in training. With `gate="subset"` the number of samples changes: that
-    takes six graphs in training, or a dozen where the batch size changes too.
+    takes six graphs in training, or a dozen if the batch size changes too.
 
     Args:
         model: a model that `sd.apply` was called on.

@@ -46,7 +46,7 @@ CallParameter = tuple[int | None, str | None]
 
 @dataclass(frozen=True)
 class Caller:
-    """A call of one method of a module by another of its methods."""
+    """A call of one method of a module by a different one of its methods."""
 
     location: SourceLocation
     dead: frozenset[str] = frozenset()
@@ -217,10 +217,10 @@ def locations_in(
     seen = set[nn.Module]()
     while frame is not None:
         code = frame.f_code
-        held = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(held, nn.Module) and held in modules and held not in seen:
-            seen.add(held)
-            yield held, _in_method(held, code, frame.f_lasti // 2)
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and owner in modules and owner not in seen:
+            seen.add(owner)
+            yield owner, _in_method(owner, code, frame.f_lasti // 2)
         frame = frame.f_back
 
 

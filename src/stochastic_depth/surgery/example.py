@@ -24,8 +24,8 @@ def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
     """
 
     def call(seed: int = 0) -> Any:
-        held = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in tensors}
-        given = copy.deepcopy(example, held)  # which the model may change in place
+        copies = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in tensors}
+        given = copy.deepcopy(example, copies)  # which the model may change in place
         seed_everything(seed)
         if isinstance(given, Mapping):
             return model(**given)
@@ -54,7 +54,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     not use their fused path, because both bypass hooks and modes.
     """
     modules = list(model.modules())
-    held = [_Held(module) for module in modules]
+    states = [_ModuleState(module) for module in modules]
     compiled = [(module, call_of(module)) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -70,8 +70,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, implementation in compiled:
             set_call(module, implementation)
-        for each in held:
-            each.restore()
+        for state in states:
+            state.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
 
@@ -101,7 +101,7 @@ def seed_everything(seed: int) -> None:
         numpy.random.seed(seed)
 
 
-class _Held:
+class _ModuleState:
     """The state of one module, without its children."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -157,7 +157,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _put_back(now: dict[str, Any], kept: list[tuple[str, Any]]) -> None:
-    """Make `now` hold the very objects that `kept` lists, by name."""
+    """Make `now` contain exactly the objects that `kept` lists, by name."""
     if len(now) != len(kept) or any(now.get(name) is not value for name, value in kept):
         now.clear()
         now.update(kept)

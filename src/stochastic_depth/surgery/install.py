@@ -205,13 +205,13 @@ def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> 
         return new
     wrapped = outer.__wrapped__  # type: ignore[attr-defined]
     cells = list(outer.__closure__ or ())
-    held = [i for i, cell in enumerate(cells) if cell.cell_contents is wrapped]
-    if not held:
+    wrapping = [i for i, cell in enumerate(cells) if cell.cell_contents is wrapped]
+    if not wrapping:
         raise UnsupportedBlockError(
             f"{outer.__qualname__} has a decorator that cannot be applied again"
         )
     replacement = _wrapped_as(wrapped, inner, new)
-    for i in held:
+    for i in wrapping:
         cells[i] = CellType(replacement)
     made = _remade(outer, tuple(cells))
     made.__dict__["__wrapped__"] = replacement

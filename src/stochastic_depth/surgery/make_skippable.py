@@ -35,6 +35,9 @@ from stochastic_depth.surgery.proof.visible import visible_branches
 from stochastic_depth.surgery.select_modules import select_modules
 from stochastic_depth.survival import Probabilities
 
+_FURTHER_ATTEMPTS = 3
+"""How often blocks of a failing class are tried again if no block of a different class is left."""
+
 
 @dataclass(frozen=True)
 class Proved:
@@ -146,9 +149,12 @@ class _Attempts:
                 break
             outcome = self.defer_until_proved(left_out)
         tried_all = failed == left_out
-        if isinstance(outcome, _Failure) and _without(self.model, self.found, failed):
-            left_out = failed  # and not blocks that were given up because of their class
+        for _ in range(_FURTHER_ATTEMPTS):  # with blocks that were given up because of their class
+            if isinstance(outcome, Skippable) or not _without(self.model, self.found, failed):
+                break
+            left_out = set(failed)
             outcome = self.defer_until_proved(left_out)
+            failed |= outcome.failed if isinstance(outcome, _Failure) else set()
         out = [block.name for block in self.found if block.name in left_out]
         if isinstance(outcome, _Failure):
             return with_remedy(first.error, out, [], tried_all)

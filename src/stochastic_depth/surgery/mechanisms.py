@@ -74,18 +74,18 @@ def rewritten_unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit
     Raises:
         UnsupportedBlockError: when they cannot be rewritten.
     """
-    edits = edits_of(addition, modules, alone=False)
+    edits = edits_of(addition, modules, is_only=False)
     return Unit(edits, _addition_edits(addition, modules), modules=frozenset(addition.modules))
 
 
 def edits_of(
-    addition: Addition, modules: Mapping[str, nn.Module], alone: bool
+    addition: Addition, modules: Mapping[str, nn.Module], is_only: bool
 ) -> tuple[tuple[nn.Module, Edit], ...]:
     """The modules that get the gate of `addition`, each with its edit; the one that adds is first.
 
     Args:
         modules: all modules of the model, by name.
-        alone: whether the owner makes no other addition.
+        is_only: whether the owner makes no other addition.
 
     Raises:
         UnsupportedBlockError: when no mechanism fits; the message says what was tried.
@@ -98,7 +98,7 @@ def edits_of(
     try:
         return _rewrite_edits(addition, modules)
     except UnsupportedBlockError as error:
-        if addition.whole and alone:
+        if addition.whole and is_only:
             return ((modules[addition.owner], OpaqueEdit()),)
         raise UnsupportedBlockError(
             f"{error}; nor can the module be skipped as a whole, because it returns more than its "

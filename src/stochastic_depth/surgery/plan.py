@@ -40,7 +40,7 @@ class PlannedBlock:
     flops: int
     """FLOPs of its branches in one forward pass on the example, counted as 2 per multiply-add."""
     refusal: str
-    """The reason why it cannot be made skippable; empty where it can."""
+    """The reason why it cannot be made skippable; empty if it can."""
     training_only: bool = False
     """Whether the model runs it in training mode only."""
 

@@ -332,7 +332,7 @@ def _find(
         needed: the variables that are needed after `block`; updated in place.
 
     Raises:
-        UnsupportedBlockError: when the addition is inside a loop or another unsupported statement.
+        UnsupportedBlockError: when the addition is inside a loop or in another unsupported form.
     """
     for index, statement in enumerate(block):
         if not any(is_at(node, location) for node in ast.walk(statement)):

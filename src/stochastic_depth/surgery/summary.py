@@ -138,7 +138,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
     opened = force(handle.blocks, OPEN)
     found = applied_to(model).found
     training = any(block.training_only for block in found)
-    # The forward method alone runs no hooks, which would draw gates in training mode.
+    # Calling only the forward method runs no hooks, which would draw gates in training mode.
     run = caller(model.forward if training else model, example)
     with preserve_state(model), torch.enable_grad(), opened:
         model.train(training)
@@ -188,7 +188,7 @@ def _count(run: Callable[[], Any]) -> tuple[int, int]:
 def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> dict[str, str]:
     shapes: dict[str, str] = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             shapes[name] = str([tuple(tensor.shape) for tensor in tensors_in((args, kwargs))])
 
@@ -196,7 +196,7 @@ def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any])
 
     handles = [
         model.get_submodule(block.name).register_forward_pre_hook(
-            note(block.name), with_kwargs=True
+            record(block.name), with_kwargs=True
         )
         for block in blocks
     ]

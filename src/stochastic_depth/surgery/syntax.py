@@ -18,7 +18,7 @@ def operands(node: ast.AST, edit: AdditionEdit) -> tuple[ast.expr, ast.expr]:
     c)`, or a call `f(a, b)` of a function that adds.
 
     Raises:
-        UnsupportedBlockError: when it has another form.
+        UnsupportedBlockError: when it has a different form.
     """
     if edit.within is not None and isinstance(node, ast.Call):
         position, name = edit.within

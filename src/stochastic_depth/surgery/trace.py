@@ -163,8 +163,8 @@ class Recording:
 
     def parameters(self, values: set[int]) -> frozenset[str]:
         """The names of the parameters among these values."""
-        held = (id(self.values[value].tensor) for value in values)
-        return frozenset(self._parameters[one] for one in held if one in self._parameters)
+        ids = (id(self.values[value].tensor) for value in values)
+        return frozenset(self._parameters[each] for each in ids if each in self._parameters)
 
     def modules(self, values: set[int], since: int) -> tuple[str, ...]:
         """Names of the modules whose outputs are all among `values`, one entry for each call.

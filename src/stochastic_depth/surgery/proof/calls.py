@@ -128,7 +128,7 @@ def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
     """While entered, count the calls of all modules of `model`."""
     calls = CallCounts(Counter(), Counter(), {})
 
-    def note(name: str) -> Callable[..., None]:
+    def count(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             calls.number[name] += 1
             calls.why.setdefault(name, why_computed())
@@ -137,7 +137,7 @@ def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
         return hook
 
     handles = [
-        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        module.register_forward_pre_hook(count(name), with_kwargs=True)
         for name, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)
     ]
