@@ -192,16 +192,20 @@ def test_the_advice_of_a_refused_block_makes_the_model_apply(kind):
     assert applies(lambda: Model(kind), x, str(refused.value)) == ["blocks.0", "blocks.1"]
 
 
+class Noise(nn.Module):
+    def forward(self, x):
+        return torch.rand(()) * x
+
+
 class Noisy(Plain):
     """Closed, it draws no random number, so that later layers draw different ones."""
 
     def __init__(self, noise: bool) -> None:
         super().__init__()
-        self.noise = noise
+        self.noise = Noise() if noise else nn.Identity()
 
     def forward(self, x):
-        noise = torch.rand(()) if self.noise else 1
-        return x + noise * torch.relu(self.linear(x))
+        return x + self.noise(torch.relu(self.linear(x)))
 
 
 class SomeNoisy(nn.Module):
@@ -306,7 +310,7 @@ def test_what_a_block_keeps_between_calls_is_the_reason():
             return x + y.tanh()
 
     with pytest.raises(
-        sd.errors.UnsupportedBlockError, match="keeps something from one call"
+        sd.errors.UnsupportedBlockError, match="keeps a state from call to call"
     ) as caught:
         sd.apply(nn.Sequential(Echo(), Echo(), Echo()), example=torch.randn(4, 8))
     assert "random" not in str(caught.value)
