@@ -80,15 +80,11 @@ class GateReaders:
         self._take_snapshot(model)
         if snapshot is None or self._snapshot is None:
             return
-        there, now = (
-            set(self._snapshot.modules.values()),
-            ModuleSnapshot(model, snapshot.modules).modules,
-        )
+        there = set(self._snapshot.modules.values())
+        now = ModuleSnapshot(model, snapshot.modules).modules
         replaced = [
-            (
-                f"{name!r} was replaced after sd.apply, by a {type(now[name]).__name__}; the new "
-                "module is never skipped"
-            )
+            f"{name!r} was replaced after sd.apply, by a {type(now[name]).__name__}; the new "
+            "module is never skipped"
             for name, module in snapshot.modules.items()
             if module not in there and name in now and there.isdisjoint(now[name].modules())
         ]

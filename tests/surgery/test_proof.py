@@ -245,7 +245,7 @@ def test_samples_first_is_proved_and_time_first_is_refused():
     time_first = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     for gate in ("sample", "subset"):
         with pytest.raises(
-            ApplyError, match=r'is not the batch: .* use gate="batch", or put the batch first'
+            ApplyError, match=r'is not the batch .*; use gate="batch", or put the batch first'
         ):
             sd.apply(time_first, example=torch.randn(5, 2, 8), gate=gate)
     with pytest.raises(ApplyError, match="at least two samples"):

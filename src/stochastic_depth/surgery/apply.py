@@ -16,14 +16,14 @@ from stochastic_depth.surgery.applied import Applied, store_applied
 from stochastic_depth.surgery.blocks import FoundBlock, Granularity, nothing_found
 from stochastic_depth.surgery.droppath import own_rates
 from stochastic_depth.surgery.example import Example
-from stochastic_depth.surgery.find import find_blocks, find_residuals
+from stochastic_depth.surgery.find.find_blocks import find_blocks, find_residuals
 from stochastic_depth.surgery.make_skippable import make_skippable
+from stochastic_depth.surgery.record.rejected import Rejected, listed
 from stochastic_depth.surgery.refuse import (
     refuse_applied,
     refuse_nested,
     refuse_wrapped,
 )
-from stochastic_depth.surgery.rejected import Rejected, listed
 from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import (
     LinearDecay,

@@ -10,7 +10,6 @@ from torch import nn
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.module_snapshot import ModuleSnapshot
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.branches import AdditionEvent
 from stochastic_depth.surgery.edits import (
     AdditionEdit,
     ArgumentEdit,
@@ -20,6 +19,7 @@ from stochastic_depth.surgery.edits import (
     RegisteredEdit,
 )
 from stochastic_depth.surgery.example import Example
+from stochastic_depth.surgery.record.branches import AdditionEvent
 
 Granularity = Literal["block", "unit"]
 """Whether all residual additions of a block share a gate, or each has its own."""

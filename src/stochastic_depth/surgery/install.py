@@ -27,8 +27,8 @@ from stochastic_depth.surgery.edits import (
     RegisteredEdit,
     RewriteEdit,
 )
-from stochastic_depth.surgery.rewrite import slice_method
-from stochastic_depth.surgery.select_samples import HOLDS_SAMPLES, select_drawn
+from stochastic_depth.surgery.rewrite.methods import slice_method
+from stochastic_depth.surgery.rewrite.select_samples import HOLDS_SAMPLES, select_drawn
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each edit of the module."""

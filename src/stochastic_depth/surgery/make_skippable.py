@@ -148,7 +148,6 @@ class _Attempts:
             if not _without(self.model, self.found, left_out):
                 break
             outcome = self.defer_until_proved(left_out)
-        tried_all = failed == left_out
         for _ in range(_FURTHER_ATTEMPTS):  # with blocks that were given up because of their class
             if isinstance(outcome, Skippable) or not _without(self.model, self.found, failed):
                 break
@@ -157,6 +156,7 @@ class _Attempts:
             failed |= outcome.failed if isinstance(outcome, _Failure) else set()
         out = [block.name for block in self.found if block.name in left_out]
         if isinstance(outcome, _Failure):
+            tried_all = not _without(self.model, self.found, failed)
             return with_remedy(first.error, out, [], tried_all)
         _undo(self.model, outcome.changed_settings)
         return with_remedy(first.error, out, [block.name for block in outcome.found])

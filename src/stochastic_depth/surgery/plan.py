@@ -10,11 +10,11 @@ from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.apply import linear_decay, survival_of_blocks
 from stochastic_depth.surgery.blocks import FoundBlock, Granularity, nothing_found
 from stochastic_depth.surgery.example import Example, caller
-from stochastic_depth.surgery.find import find_blocks
+from stochastic_depth.surgery.find.find_blocks import find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.proof.calls import still_running
+from stochastic_depth.surgery.record.rejected import Rejected, listed
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_nested
-from stochastic_depth.surgery.rejected import Rejected, listed
 from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import Survival
 

@@ -25,8 +25,8 @@ from stochastic_depth.surgery.deferred.placeholder import (
     with_values,
 )
 from stochastic_depth.surgery.edits import CallSite, scales_second
-from stochastic_depth.surgery.rejected import SCALED
-from stochastic_depth.surgery.select_samples import select_drawn
+from stochastic_depth.surgery.record.rejected import SCALED
+from stochastic_depth.surgery.rewrite.select_samples import select_drawn
 from stochastic_depth.tensors import map_structure
 from stochastic_depth.torch_private import recomputation
 

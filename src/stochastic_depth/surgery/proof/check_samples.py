@@ -14,7 +14,7 @@ from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.proof.calls import in_training
 from stochastic_depth.surgery.proof.reference import bypassed
-from stochastic_depth.surgery.select_samples import HOLDS_SAMPLES, SeenShapes, record_shapes
+from stochastic_depth.surgery.rewrite.select_samples import HOLDS_SAMPLES, SeenShapes, record_shapes
 from stochastic_depth.tensors import largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_leaves, tree_map
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.surgery.edits import CallSite, Side
-from stochastic_depth.surgery.trace import Call, Recording
+from stochastic_depth.surgery.record.trace import Call, Recording
 
 MIN_SAVED = 0.5
 """The share of a branch's FLOPs that a closed block must save."""

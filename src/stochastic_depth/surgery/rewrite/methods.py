@@ -27,7 +27,7 @@ from stochastic_depth.surgery.edits import (
     RewriteEdit,
     SourceLocation,
 )
-from stochastic_depth.surgery.liveness import (
+from stochastic_depth.surgery.rewrite.liveness import (
     Backward,
     Needed,
     assign,
@@ -37,8 +37,8 @@ from stochastic_depth.surgery.liveness import (
     surely_defines,
     uses,
 )
-from stochastic_depth.surgery.select_samples import select_drawn, select_in_source
-from stochastic_depth.surgery.syntax import (
+from stochastic_depth.surgery.rewrite.select_samples import select_drawn, select_in_source
+from stochastic_depth.surgery.rewrite.syntax import (
     call,
     compiled,
     definition,
@@ -189,10 +189,7 @@ def _warn_bypassed(gate: Gate, addition: str) -> None:
     """Warn that the method took a path that skips this addition; on the example it did not."""
     if gate.is_plain or torch.compiler.is_compiling():
         return
-    warnings.warn(
-        f"{addition}: {NOT_REACHED}",
-        stacklevel=2,
-    )
+    warnings.warn(f"{addition}: {NOT_REACHED}", stacklevel=2)
 
 
 def _warn_where_bypassed(tree: ast.FunctionDef, edits: Sequence[RewriteEdit]) -> None:
@@ -202,7 +199,7 @@ def _warn_where_bypassed(tree: ast.FunctionDef, edits: Sequence[RewriteEdit]) ->
         inside = [node for part in nodes for node in ast.walk(part)]
         return any(is_at(node, edit.location) for node in inside for edit in among)
 
-    def bypasses(nodes: Sequence[ast.AST]) -> bool:
+    def calls_without_addition(nodes: Sequence[ast.AST]) -> bool:
         calls = any(isinstance(node, ast.Call) for part in nodes for node in ast.walk(part))
         fails = bool(nodes) and isinstance(nodes[-1], ast.Raise)
         return calls and not fails and not has_addition(nodes)
@@ -212,15 +209,17 @@ def _warn_where_bypassed(tree: ast.FunctionDef, edits: Sequence[RewriteEdit]) ->
         if not isinstance(edit, AdditionEdit):
             continue
         warning = call("_bypassed", f"_gate_{number}", ast.Constant(str(edit)))
-        for block, start in _bypasses(tree.body, edit.location):
-            if bypasses(block[start:]):
+        for block, start in _paths_around(tree.body, edit.location):
+            if calls_without_addition(block[start:]):
                 before = block[start]
                 insertions.append(partial(_insert, block, before, ast.Expr(warning)))
         for node in ast.walk(tree):
             if isinstance(node, ast.IfExp):
                 for one, other in (("body", "orelse"), ("orelse", "body")):
                     value = getattr(node, other)
-                    if has_addition([getattr(node, one)], [edit]) and bypasses([value]):
+                    if has_addition([getattr(node, one)], [edit]) and calls_without_addition(
+                        [value]
+                    ):
                         warned = ast.BoolOp(ast.Or(), [warning, value])
                         insertions.append(partial(setattr, node, other, warned))
     for insert in insertions:
@@ -232,7 +231,7 @@ def _insert(block: list[ast.stmt], before: ast.stmt, statement: ast.stmt) -> Non
     block.insert(block.index(before), statement)
 
 
-def _bypasses(
+def _paths_around(
     block: list[ast.stmt], location: SourceLocation
 ) -> Iterator[tuple[list[ast.stmt], int]]:
     """The control-flow paths that bypass `location`.
@@ -245,7 +244,7 @@ def _bypasses(
         if any(is_at(node, location) for node in ast.walk(statement)):
             for arm in (getattr(statement, "body", []), getattr(statement, "orelse", [])):
                 if any(is_at(node, location) for part in arm for node in ast.walk(part)):
-                    yield from _bypasses(arm, location)
+                    yield from _paths_around(arm, location)
                     if isinstance(statement, ast.If) and isinstance(arm[-1], ast.Return):
                         yield block, index + 1
                 elif isinstance(statement, ast.If):

@@ -3,7 +3,7 @@
 from collections.abc import Container
 
 from stochastic_depth.surgery.edits import Side
-from stochastic_depth.surgery.trace import Call, Recording
+from stochastic_depth.surgery.record.trace import Call, Recording
 
 MIXES = (
     "linear",

@@ -9,15 +9,15 @@ from torch import nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.blocks import repeated_block
-from stochastic_depth.surgery.branches import (
+from stochastic_depth.surgery.edits import BranchCalls, DeferredEdit
+from stochastic_depth.surgery.record.branches import (
     MIN_SAVED,
     AdditionEvent,
     Analysis,
     Group,
     mostly_shared,
 )
-from stochastic_depth.surgery.edits import BranchCalls, DeferredEdit
-from stochastic_depth.surgery.trace import Call
+from stochastic_depth.surgery.record.trace import Call
 
 
 def deferred_groups(

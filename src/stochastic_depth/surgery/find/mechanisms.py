@@ -18,9 +18,6 @@ from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.adapters import registered
 from stochastic_depth.surgery.blocks import FoundBlock, Unit, residual_block
-from stochastic_depth.surgery.branch_source import Addition
-from stochastic_depth.surgery.branches import AdditionEvent, Analysis, Group
-from stochastic_depth.surgery.deferred_groups import deferred_edits
 from stochastic_depth.surgery.edits import (
     AdditionEdit,
     ArgumentEdit,
@@ -29,8 +26,11 @@ from stochastic_depth.surgery.edits import (
     RegisteredEdit,
     RewriteEdit,
 )
+from stochastic_depth.surgery.find.deferred_groups import deferred_edits
 from stochastic_depth.surgery.install import gated_class
-from stochastic_depth.surgery.rewrite import skipped_when_closed
+from stochastic_depth.surgery.record.branch_source import Addition
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis, Group
+from stochastic_depth.surgery.rewrite.methods import skipped_when_closed
 
 
 def edited_block(

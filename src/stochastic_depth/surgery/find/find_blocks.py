@@ -15,41 +15,30 @@ from torch import nn
 
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.additions import discover
 from stochastic_depth.surgery.blocks import (
     FoundBlock,
     Granularity,
     repeated_block,
     residual_block,
 )
-from stochastic_depth.surgery.branch_source import Addition
-from stochastic_depth.surgery.branches import (
-    MIN_SAVED,
-    AdditionEvent,
-    Analysis,
-    Group,
-    mostly_shared,
-)
-from stochastic_depth.surgery.deferred_groups import deferred_groups
 from stochastic_depth.surgery.edits import CallSite
 from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.surgery.mechanisms import (
+from stochastic_depth.surgery.find.deferred_groups import deferred_groups
+from stochastic_depth.surgery.find.mechanisms import (
     clashes,
     deferred_block,
     edited_block,
     registered_around,
     rewritten_unit,
 )
-from stochastic_depth.surgery.rejected import Rejected, own_backward
-from stochastic_depth.surgery.residual_additions import (
+from stochastic_depth.surgery.find.residual_additions import (
     LONG_SKIP,
     outermost,
     rejected_as,
     without_long_skips,
     without_sums,
 )
-from stochastic_depth.surgery.select_modules import ModuleSelector, SelectedModules, select_modules
-from stochastic_depth.surgery.training_additions import (
+from stochastic_depth.surgery.find.training_additions import (
     InTraining,
     added_in_training,
     as_both_need,
@@ -57,6 +46,17 @@ from stochastic_depth.surgery.training_additions import (
     with_training_additions,
     with_training_only,
 )
+from stochastic_depth.surgery.record.additions import discover
+from stochastic_depth.surgery.record.branch_source import Addition
+from stochastic_depth.surgery.record.branches import (
+    MIN_SAVED,
+    AdditionEvent,
+    Analysis,
+    Group,
+    mostly_shared,
+)
+from stochastic_depth.surgery.record.rejected import Rejected, own_backward
+from stochastic_depth.surgery.select_modules import ModuleSelector, SelectedModules, select_modules
 
 REWRITTEN = ("slice", "call")
 """The mechanisms that rewrite a method."""

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.liveness import (
+from stochastic_depth.surgery.rewrite.liveness import (
     assign,
     changed_in_place,
     defines,
     surely_defines,
     uses,
 )
-from stochastic_depth.surgery.syntax import call
+from stochastic_depth.surgery.rewrite.syntax import call
 from stochastic_depth.tensors import map_structure
 
 HOLDS_SAMPLES = "_stochastic_depth_samples"

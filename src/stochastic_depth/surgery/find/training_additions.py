@@ -16,11 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.additions import discover
 from stochastic_depth.surgery.blocks import FoundBlock, Unit
-from stochastic_depth.surgery.branch_source import Addition
-from stochastic_depth.surgery.branches import AdditionEvent, Analysis, Group
-from stochastic_depth.surgery.deferred_groups import deferred_edits, deferred_groups
 from stochastic_depth.surgery.droppath import disable_drop_paths
 from stochastic_depth.surgery.edits import (
     ADDITIONS,
@@ -30,7 +26,11 @@ from stochastic_depth.surgery.edits import (
     call_site_of,
 )
 from stochastic_depth.surgery.example import preserve_state
-from stochastic_depth.surgery.rejected import Rejected
+from stochastic_depth.surgery.find.deferred_groups import deferred_edits, deferred_groups
+from stochastic_depth.surgery.record.additions import discover
+from stochastic_depth.surgery.record.branch_source import Addition
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis, Group
+from stochastic_depth.surgery.record.rejected import Rejected
 from stochastic_depth.torch_private import function_around
 
 Rewrite = Callable[[Addition], Unit]

@@ -14,15 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from stochastic_depth.errors import ExampleError, StochasticDepthError
-from stochastic_depth.surgery.branch_source import (
+from stochastic_depth.surgery.edits import ADDITIONS, CallSite, Side, call_site_of
+from stochastic_depth.surgery.record.branch_source import (
     Addition,
     Edits,
     locate,
     with_later_facts,
 )
-from stochastic_depth.surgery.branches import AdditionEvent, Analysis
-from stochastic_depth.surgery.edits import ADDITIONS, CallSite, Side, call_site_of
-from stochastic_depth.surgery.rejected import (
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
+from stochastic_depth.surgery.record.rejected import (
     COUPLING,
     OTHER_FORMS,
     REPEATED,
@@ -31,8 +31,8 @@ from stochastic_depth.surgery.rejected import (
     Rejections,
     own_backward,
 )
-from stochastic_depth.surgery.shortcuts import Shortcuts, is_mixing
-from stochastic_depth.surgery.trace import PRODUCT, Call, Recording, recorded
+from stochastic_depth.surgery.record.shortcuts import Shortcuts, is_mixing
+from stochastic_depth.surgery.record.trace import PRODUCT, Call, Recording, recorded
 from stochastic_depth.torch_private import function_around
 
 Key = tuple[str, Edits]

@@ -11,7 +11,6 @@ from types import FrameType
 
 from torch import Tensor
 
-from stochastic_depth.surgery.branches import AdditionEvent, Variables
 from stochastic_depth.surgery.edits import (
     AdditionEdit,
     ArgumentEdit,
@@ -22,7 +21,8 @@ from stochastic_depth.surgery.edits import (
     SourceLocation,
     methods_of,
 )
-from stochastic_depth.surgery.trace import Call, Recording
+from stochastic_depth.surgery.record.branches import AdditionEvent, Variables
+from stochastic_depth.surgery.record.trace import Call, Recording
 from stochastic_depth.tensors import tensors_in
 
 UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")

@@ -7,10 +7,10 @@ from torch import nn
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import is_repeated, repeated_block
-from stochastic_depth.surgery.branch_source import Addition
-from stochastic_depth.surgery.branches import Analysis
-from stochastic_depth.surgery.rejected import COUPLING, Rejected
-from stochastic_depth.surgery.syntax import in_loop
+from stochastic_depth.surgery.record.branch_source import Addition
+from stochastic_depth.surgery.record.branches import Analysis
+from stochastic_depth.surgery.record.rejected import COUPLING, Rejected
+from stochastic_depth.surgery.rewrite.syntax import in_loop
 
 LONG_SKIP = "a long skip connection: "
 HIDDEN_STATES = (

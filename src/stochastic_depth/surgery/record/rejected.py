@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 from stochastic_depth.surgery.edits import Side, methods_of
-from stochastic_depth.surgery.shortcuts import Shortcuts
-from stochastic_depth.surgery.trace import Call, Recording
+from stochastic_depth.surgery.record.shortcuts import Shortcuts
+from stochastic_depth.surgery.record.trace import Call, Recording
 
 COUPLING = "a one-sided coupling layer: one half is updated from the other, and never the reverse"
 REPEATED = "it adds the same value repeatedly, like a bias that layers share"
