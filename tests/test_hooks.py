@@ -126,7 +126,7 @@ def test_a_failed_forward_pass_leaves_no_gates():
     model, handle = applied()
     with pytest.raises(RuntimeError, match="shapes"):
         model(torch.randn(2, 7, dtype=torch.float64))
-    assert [block.training_gate for block in handle.blocks] == [None] * BLOCKS
+    assert [block.gates[0].training for block in handle.blocks] == [None] * BLOCKS
     with pytest.raises(sd.errors.GateError, match="outside of a forward pass of the model"):
         model.features(batch())
 
@@ -316,7 +316,7 @@ def test_gradients_that_are_asked_for_are_given_and_written_nowhere():
 def test_gates_are_not_in_force_after_the_backward_pass_either():
     model, handle = applied(Wrapped(lambda y: y, recompute=True))
     model(batch()).sum().backward()
-    assert [block.training_gate for block in handle.blocks] == [None] * BLOCKS
+    assert [block.gates[0].training for block in handle.blocks] == [None] * BLOCKS
 
 
 def test_a_parameter_that_the_model_returns_gets_no_hooks():
@@ -510,7 +510,7 @@ def test_a_block_that_is_replaced_after_sd_apply_is_warned_of_with_the_remedy(ma
     blocks = model.blocks if make is Net else model[1]
     model.train(training)(batch())
     blocks[2], blocks[4] = new().double(), new().double()
-    with pytest.warns(UserWarning, match=r"2' and 1 more: replaced after sd\.apply \(by \w+\)"):
+    with pytest.warns(UserWarning, match=r"2' was replaced after sd\.apply, by a \w+; .*1 more"):
         model(batch())
     model(batch())  # warned of once
     sd.remove(model)
@@ -554,7 +554,7 @@ def test_a_block_that_is_replaced_in_a_copy_is_warned_of_there_alone():
     other(batch())
     other.blocks[0] = Block().double()
     model(batch())
-    with pytest.warns(UserWarning, match=r"'blocks\.0': replaced after sd\.apply"):
+    with pytest.warns(UserWarning, match=r"'blocks\.0' was replaced after sd\.apply"):
         other(batch())
 
 
@@ -640,6 +640,22 @@ def test_a_second_thread_in_training_mode_is_refused_and_the_first_goes_on():
     torch.testing.assert_close(output, expected)
     output.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_passes_of_two_threads_are_each_recomputed_under_their_own_gates(order):
+    model, handle = applied(Wrapped(lambda y: y, recompute=False))
+    gates = [torch.tensor([1, 0, 1, 0, 1]).bool(), torch.tensor([0, 1, 0, 1, 0]).bool()]
+    losses = []
+    for step in range(2):
+        with handle.forced(gates[step]):
+            losses.append(in_a_thread(lambda step=step: model(batch(step)).square().sum()))
+    for step in order:
+        model.zero_grad()
+        losses[step].backward()
+        expected = expected_gradients(model, batch(step), gates[step])
+        for mine, true in zip(gradients(model), expected, strict=True):
+            torch.testing.assert_close(mine, true)
 
 
 def test_a_copy_has_its_own_passes():

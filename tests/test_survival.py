@@ -146,7 +146,7 @@ def test_one_stack_is_given_by_its_name() -> None:
         ),
         ([0.5, 0, 1, 1, 1, 1], (), r"block 2 of 6 the survival probability 0"),
         ({"head": 2.0}, (), r"block 6 of 6 the survival probability 2"),
-        (sd.Uniform(0.5), ["body"], r"'body' contains no block"),
+        (sd.Uniform(0.5), ["body"], r"no block belongs to 'body'"),
         ([0.5] * 6, ["decoder"], r"stacks=\['decoder'\] needs a rule"),
         ("linear", (), r"survival='linear' is not a rule"),
     ],

@@ -14,15 +14,15 @@ from stochastic_depth.gates import BlockGates, Gate
 class Owned(NamedTuple):
     """A parameter or child of a module that belongs to a branch.
 
-    It is stored by its owner, because wrapping a model changes names.
+    It is identified by its owner and its name there, because wrapping a model changes names.
     """
 
     owner: nn.Module
     name: str
-    """The name of a child of `owner` that belongs to the branch as a whole, or of a parameter."""
+    """The name of a child of `owner` that belongs entirely to the branch, or of a parameter."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that now have this name, whatever has replaced the original ones."""
+        """The parameters that have this name now, even if they were replaced."""
         child = self.owner._modules.get(self.name)
         if child is not None:
             yield from child.parameters()
@@ -49,18 +49,13 @@ class Block:
     """Names of the parameters of its branch, in the model on which `sd.apply` was called."""
     module: nn.Module
     """The module that the block is named after."""
-    asking: tuple[nn.Module, ...]
+    gate_readers: tuple[nn.Module, ...]
     """The modules that read its gates. While one is in training mode, it reads the training
     gates."""
     owned: tuple[Owned, ...]
-    """The parameters of its branch, each stored by its owner."""
+    """The parameters of its branch."""
     _state: "_BranchState | None" = field(default=None, repr=False)
     """The modules and parameters of the branch, cached because collecting them is slow."""
-
-    @property
-    def training_gate(self) -> Gate | None:
-        """The gate of the current training pass; None between passes."""
-        return self.gates[0].training
 
     @property
     def evaluation_gate(self) -> Gate:
@@ -70,7 +65,7 @@ class Block:
     @property
     def is_training(self) -> bool:
         """Whether any of the modules that read its gates is in training mode."""
-        return any(module.training for module in self.asking)
+        return any(module.training for module in self.gate_readers)
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that its branch has now and that require a gradient."""
@@ -84,7 +79,7 @@ class Block:
         state = self._state or _BranchState(self.owned)
         return [t.get_parameter("weight") for t in state.tables if t.sparse] if state.tables else []
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy collects the state of its own branch
+    def __getstate__(self) -> dict[str, Any]:  # a copy caches the state of its own branch
         return {**self.__dict__, "_state": None}
 
 
@@ -94,8 +89,8 @@ class _BranchState:
     def __init__(self, owned: Sequence[Owned]) -> None:
         names = [(each.owner._modules, each.name) for each in owned]
         names += [(each.owner._modules, "parametrizations") for each in owned]
-        names = [(held, name) for held, name in names if name in held]
-        self._names = [(held, name, held[name]) for held, name in names]
+        names = [(modules, name) for modules, name in names if name in modules]
+        self._names = [(modules, name, modules[name]) for modules, name in names]
         inside = [m for _, _, module in self._names if module is not None for m in module.modules()]
         owners = [each.owner for each in owned if each.name not in each.owner._modules]
         dictionaries = [d for m in inside for d in (m._modules, m._parameters)]
@@ -109,9 +104,9 @@ class _BranchState:
         self.tables = [table for table in tables if table._parameters.get("weight") in mine]
 
     def is_current(self) -> bool:
-        """Whether the branch still holds the very same modules and parameters."""
-        for held, name, value in self._names:
-            if held.get(name) is not value:
+        """Whether the branch still has the same modules and parameters."""
+        for modules, name, value in self._names:
+            if modules.get(name) is not value:
                 return False
         return self._numbers == list(map(id, chain.from_iterable(self._views)))
 
@@ -119,10 +114,10 @@ class _BranchState:
 def owned_parameters(
     model: nn.Module, names: Iterable[str], there: Mapping[str, int]
 ) -> tuple[Owned, ...]:
-    """The parameters of `model` with these names, stored by the modules that own them.
+    """The parameters of `model` with these names, by owner.
 
-    The result contains modules where possible, as few and as large as possible, none of which has
-    any other parameter.
+    Where possible the result has a whole module in place of its parameters: as few and as large
+    modules as possible, all of whose parameters are among the names.
 
     Args:
         there: the result of `count_inside` for the names of all parameters of the model.
@@ -142,7 +137,7 @@ def owned_parameters(
 
 
 def count_inside(names: Iterable[str]) -> dict[str, int]:
-    """How many of `names` are inside each module on their paths, by name of the module."""
+    """How many of `names` are inside each module, by name of the module."""
     count: dict[str, int] = {}
     for name in names:
         while name := name.rpartition(".")[0]:

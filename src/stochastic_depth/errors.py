@@ -10,11 +10,11 @@ class SurvivalError(StochasticDepthError, ValueError):
 
 
 class GateError(StochasticDepthError, ValueError):
-    """Gates that do not fit the model, are not drawn yet, or were drawn for another batch."""
+    """Gates that do not fit the model, are not drawn yet, or were drawn for a different batch."""
 
 
 class AdditionNotReachedError(GateError):
-    """A pass that does not reach the addition of a closed block, as it did on the example."""
+    """A pass that does not make the addition of a closed block, as the example did."""
 
 
 class ApplyError(StochasticDepthError, ValueError):
@@ -29,7 +29,7 @@ class UnsupportedBlockError(ApplyError):
     """A residual block that cannot be made skippable; names it, the reason and the remedies."""
 
     blocks: tuple[str, ...] = ()
-    """The names of the blocks that the error is about, where they are known."""
+    """The names of the blocks that the error is about, if they are known."""
     of_model: bool = False
     """Whether the error is about the whole model, so that no other mechanism would help."""
 
@@ -43,7 +43,7 @@ class TruncateError(ApplyError):
 
 
 class StateError(StochasticDepthError, ValueError):
-    """A `state_dict` of gates that belongs to another model or other settings."""
+    """A `state_dict` of gates of a different model or of different settings."""
 
 
 class MissingExtraError(StochasticDepthError, ImportError):
@@ -55,7 +55,7 @@ class ConfigError(StochasticDepthError, ValueError):
 
 
 class EngineError(StochasticDepthError, ValueError):
-    """A training step that an engine cannot take; names the obstacle and another engine."""
+    """A training step that an engine cannot take; names the obstacle and an engine that can."""
 
 
 class DataError(StochasticDepthError, ValueError):
@@ -67,7 +67,7 @@ class ExportError(StochasticDepthError, ValueError):
 
 
 class RunError(StochasticDepthError):
-    """A run folder that is missing, in use, or of another run."""
+    """A run folder that is missing, in use, or of a different run."""
 
 
 class CheckpointError(RunError):

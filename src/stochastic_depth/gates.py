@@ -14,6 +14,7 @@ from torch import Tensor
 from stochastic_depth.choices import Closed, GateKind, Scale
 from stochastic_depth.errors import GateError
 from stochastic_depth.randomness import digest, uniforms
+from stochastic_depth.tensors import map_structure
 
 
 class Gate(NamedTuple):
@@ -54,29 +55,26 @@ class Gate(NamedTuple):
         return self.learns and self.factor is None and self.batch is None
 
     def forward_only(self) -> AbstractContextManager[Any]:
-        """The context that the branch runs in: without a graph where it is detached."""
+        """The context that the branch runs in: without a graph if it is detached."""
         return torch.no_grad() if self.detached else nullcontext()
 
     def select(self, value: Any) -> Any:
         """Select the samples that the branch runs on: [batch, ...] -> [k, ...].
 
         Args:
-            value: a tensor; or tuples, lists and mappings that contain tensors. Anything that is
-                not a tensor [batch, ...] stays as it is.
+            value: a tensor, or nested tuples, lists and dicts that contain tensors. Everything that
+                is not a tensor [batch, ...] is returned unchanged.
         """
-        if self.samples is None:
+        samples = self.samples
+        if samples is None or len(samples) == self.batch:
             return value
-        if isinstance(value, Tensor):
-            if value.ndim == 0 or len(value) != self.batch or len(self.samples) == self.batch:
-                return value
-            return value.index_select(0, self.samples.to(value.device))
-        if type(value) in (tuple, list):
-            parts = [self.select(v) for v in value]
-            changed = any(new is not old for new, old in zip(parts, value, strict=True))
-            return type(value)(parts) if changed else value  # the branch may append to it
-        if type(value) is dict:
-            return {key: self.select(v) for key, v in value.items()}
-        return value
+
+        def select(leaf: Any, _: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != self.batch:
+                return leaf
+            return leaf.index_select(0, samples.to(leaf.device))
+
+        return map_structure(select, value)
 
     def scale(self, f: Tensor) -> Tensor:
         """The output `f` of a branch, scaled as an open gate adds it: [batch, ...].
@@ -86,14 +84,14 @@ class Gate(NamedTuple):
                 0.
 
         Raises:
-            GateError: when gates for single samples were drawn for another batch size.
+            GateError: when gates for single samples were drawn for a different batch size.
         """
         if self.detached:
             return f.detach()
         if self.samples is not None:
             return self._spread(f if self.factor is None else f * self.factor, self.samples)
         if self.keep is not None:
-            self.check_batch(len(f))
+            self.require_batch(len(f))
             mask = self.keep.to(f.device, f.dtype)
             if self.factor is not None:
                 mask = mask * self.factor
@@ -113,22 +111,22 @@ class Gate(NamedTuple):
             return out
         return shortcut + self.scale(out - self.select(shortcut))
 
-    def check_batch(self, samples: int) -> None:
-        """Raise `GateError` if a block gets another number of samples than its gate is for."""
+    def require_batch(self, samples: int) -> None:
+        """Raise `GateError` unless a block gets as many samples as its gate was drawn for."""
         if self.batch is not None:
-            _check_batch(self.batch, samples)
+            _require_batch(self.batch, samples)
 
     def _spread(self, f: Tensor, samples: Tensor) -> Tensor:
         """[k, ...] -> [batch, ...], with zeros for the samples that are not drawn."""
-        f = self.select(f)  # it may hold all samples, because other code needs them too
-        _check_batch(len(samples), len(f))
+        f = self.select(f)  # it holds all samples if other code needs them too
+        _require_batch(len(samples), len(f))
         if len(samples) == self.batch:
             return f
         zeros = f.new_zeros((self.batch or 0, *f.shape[1:]))
         return zeros.index_copy(0, samples.to(f.device), f)
 
 
-OPEN, SHUT = Gate(), Gate(open=False)
+OPEN, CLOSED = Gate(), Gate(open=False)
 
 
 @dataclass(slots=True)
@@ -246,8 +244,8 @@ def balanced_blocks(survival: tuple[float, ...], order: Sequence[int], start: fl
 
 
 _FEWEST_IN_A_PART = 9
-"""Blocks that are put into a random order together: the fewer, the more two of them depend on each
-other."""
+"""The smallest number of blocks that are put into a random order together. The fewer there are, the
+more two of them depend on each other."""
 
 
 def _random_order(u: Tensor) -> list[int]:
@@ -294,7 +292,7 @@ def _smallest(u: Tensor, survival: tuple[float, ...], min_samples: int, multiple
 
 
 def seed_of_rank(seed: int, rank: int) -> int:
-    """The seed of one process, where each process draws different gates."""
+    """The seed of one process, if each process draws different gates."""
     return int.from_bytes(digest(7, "gates of a rank", seed, rank), "little")
 
 
@@ -323,7 +321,7 @@ def training_gates(
     if closed == "forward-only":
         return [Gate(detached=not b) for b in coins.tolist()]
     if kind == "batch" and scale != "training":
-        return [OPEN if b else SHUT for b in coins.tolist()]
+        return [OPEN if b else CLOSED for b in coins.tolist()]
     if kind == "batch":
         return [Gate(b, factor) for b, factor in zip(coins.tolist(), factors, strict=True)]
     if kind == "sample":
@@ -349,11 +347,11 @@ def evaluation_gates(survival: tuple[float, ...], scale: Scale) -> list[Gate]:
     return [Gate(p > 0, factor) for p, factor in zip(survival, factors, strict=True)]
 
 
-def _check_batch(expected: int, samples: int) -> None:
+def _require_batch(expected: int, samples: int) -> None:
     if samples != expected:
         raise GateError(
-            f"this block got {samples} samples, the gates were drawn for {expected}: "
-            "gates for single samples need the batch as the first dimension of every block; "
+            f"this block got {samples} samples, but the gates were drawn for {expected}. Gates for "
+            "single samples need the batch as the first dimension of the input of every block: "
             'use gate="batch" for this model'
         )
 

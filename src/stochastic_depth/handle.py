@@ -4,16 +4,16 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from stochastic_depth.block import Block, set_evaluation_gates, set_training_gates
-from stochastic_depth.choices import GateKind, Scale, SkippedPolicy
-from stochastic_depth.errors import GateError, StateError
+from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
+from stochastic_depth.errors import ApplyError, GateError, StateError
 from stochastic_depth.gates import (
-    Closed,
     Gate,
     draw,
     evaluation_gates,
@@ -22,12 +22,66 @@ from stochastic_depth.gates import (
 from stochastic_depth.survival import Probabilities
 
 
+@dataclass(frozen=True)
+class GateSettings:
+    """How gates are drawn, and what they do; `sd.apply` explains each setting.
+
+    Raises:
+        ApplyError: when a setting has an unknown value, or two settings conflict.
+    """
+
+    gate: GateKind = "batch"
+    min_samples: int = 0
+    balance: bool = False
+    multiple_of: int = 1
+    closed: Closed = "skipped"
+    scale: Scale = "inference"
+    skipped: SkippedPolicy = "paper"
+
+    def __post_init__(self) -> None:
+        scales = ("none",) if self.closed == "forward-only" else ("inference", "training")
+        require_choice("gate", self.gate, get_args(GateKind))
+        require_choice("closed", self.closed, get_args(Closed))
+        require_choice("skipped", self.skipped, get_args(SkippedPolicy))
+        if self.closed == "forward-only" and self.gate != "batch":
+            raise ApplyError(
+                f'closed="forward-only" needs gate="batch", this is gate="{self.gate}": '
+                "forward-only blocks are drawn per mini-batch"
+            )
+        if self.closed == "forward-only" and self.scale != "none":
+            raise ApplyError(
+                f'scale="{self.scale}" with closed="forward-only": every branch is added in every '
+                "step, so there is no expectation to correct; leave scale out"
+            )
+        require_choice("scale", self.scale, scales)
+        if self.min_samples < 0:
+            raise ApplyError(f"min_samples={self.min_samples}: give a number of samples, 0 or more")
+        if self.min_samples > 0 and self.gate != "subset":
+            raise ApplyError(
+                f'min_samples={self.min_samples} needs gate="subset", this is gate="{self.gate}": '
+                "leave it out, or choose the subset gate"
+            )
+        if self.multiple_of < 1:
+            raise ApplyError(f"multiple_of={self.multiple_of}: give a number of samples, 1 or more")
+        if self.multiple_of > 1 and not (self.balance and self.gate == "subset"):
+            raise ApplyError(
+                f'multiple_of={self.multiple_of} needs gate="subset" and balance=True, this is '
+                f'gate="{self.gate}" and balance={self.balance}'
+            )
+
+
+def require_choice(option: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise `ApplyError` unless `value` is one of `known`."""
+    if value not in known:
+        raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
+
+
 class Forced(NamedTuple):
-    """Gates that a user has given, and that take the place of drawn ones."""
+    """Gates that a user has given, in place of drawn ones."""
 
     coins: Tensor
     scaled: bool
-    """Whether open branches are multiplied by the factor of evaluation."""
+    """Whether to apply the evaluation factor to open branches."""
 
 
 class Handle:
@@ -57,28 +111,22 @@ class Handle:
         self,
         blocks: Iterable[Block],
         survival: Probabilities,
-        gate: GateKind,
-        scale: Scale,
-        skipped: SkippedPolicy,
+        settings: GateSettings,
         seed: int,
-        min_samples: int = 0,
-        balance: bool = False,
-        multiple_of: int = 1,
-        closed: Closed = "skipped",
     ) -> None:
         self.blocks = list(blocks)
         self.probabilities = survival
-        self.gate: GateKind = gate
-        self.scale: Scale = scale
-        self.skipped: SkippedPolicy = skipped
+        self.gate: GateKind = settings.gate
+        self.scale: Scale = settings.scale
+        self.skipped: SkippedPolicy = settings.skipped
+        self.min_samples = settings.min_samples
+        self.balance = settings.balance
+        self.multiple_of = settings.multiple_of
+        self.closed: Closed = settings.closed
         self.seed = seed
         self.rank: int | None = None
         self.share: tuple[int, int] | None = None
         self.parts = 1
-        self.min_samples = min_samples
-        self.balance = balance
-        self.multiple_of = multiple_of
-        self.closed: Closed = closed
         self.forward_pass: Callable[[list[Gate]], AbstractContextManager[None]] = _no_pass
         """Returns a context in which the given gates are in force, as in a forward pass.
         `ForwardHooks` sets it."""
@@ -94,7 +142,7 @@ class Handle:
 
         It may be set. If it is set to the number of the optimizer's step before each forward pass,
         all micro-batches of that step run under the same gates, a schedule counts the optimizer's
-        steps, and a checkpoint can restore the gates from that number alone.
+        steps, and a checkpoint needs only that number to restore the gates.
 
         Raises:
             GateError: when it is set to a negative number, or to something that is not an integer.
@@ -111,7 +159,7 @@ class Handle:
 
     @property
     def survival(self) -> tuple[float, ...]:
-        """(p_1, ..., p_L); where they follow a schedule, the values of the last draw."""
+        """(p_1, ..., p_L); under a schedule, the values of the last draw."""
         return self._survival
 
     @property
@@ -216,13 +264,13 @@ class Handle:
         Args:
             gates: which blocks are open, bool [L]; or for which samples, bool [L, batch]. With all
                 blocks open this is the full network, unscaled.
-            scaled: whether an open branch is multiplied as the full network is in evaluation (by
-                p_l under scale="inference"). Otherwise it counts as in a training step: once (the
-                paper), or divided by p_l under scale="training".
+            scaled: apply the evaluation factor to open branches (p_l under scale="inference"); if
+                False, scale as in training: not at all (the paper), or by 1 / p_l under
+                scale="training".
 
         Raises:
-            GateError: when `gates` is not bool [L] or [L, batch]; or when the model returns a cache
-                of keys and values, into which closed blocks put nothing.
+            GateError: when `gates` is not bool [L] or [L, batch]; or when the model returns a
+                key/value cache, to which closed blocks add no entries.
         """
         forced = self._as_forced(gates, scaled, dimensions=(1, 2))
         before = self._in_training, self._in_evaluation
@@ -291,7 +339,7 @@ class Handle:
         """Restore the state that `state_dict` has returned.
 
         Raises:
-            StateError: when it belongs to other survival probabilities, gates or scaling.
+            StateError: when it was saved under different survival probabilities, gates or scaling.
         """
         for name in ("seed", "step"):
             if not isinstance(state.get(name), int):
@@ -322,7 +370,7 @@ class Handle:
         """The gates that a user has given, as coins.
 
         Raises:
-            GateError: when they have another type or shape.
+            GateError: when their type or shape is wrong.
         """
         blocks = len(self.blocks)
         try:
@@ -355,7 +403,7 @@ class Handle:
 
     @torch.inference_mode(False)  # a factor made in inference mode could not be used in training
     def clear_gates(self) -> None:
-        """Take the training gates from all blocks after a forward pass; forced gates stay."""
+        """Remove the training gates of all blocks after a forward pass; forced gates stay."""
         nothing = [None] * len(self.blocks)
         forced = self._in_training is not None
         set_training_gates(self.blocks, self._gates_while_forced() if forced else nothing)
@@ -370,29 +418,24 @@ class Handle:
     def _identity(self) -> dict[str, Any]:
         return {
             **self.probabilities.described(),
-            "gate": self.gate,
-            "min_samples": self.min_samples,
-            "balance": self.balance,
-            "multiple_of": self.multiple_of,
-            "closed": self.closed,
-            "scale": self.scale,
-            "skipped": self.skipped,
+            **{setting.name: getattr(self, setting.name) for setting in fields(GateSettings)},
         }
 
     def __repr__(self) -> str:
         return (
             f"Handle({len(self.blocks)} blocks, p from {self._survival[0]:.4g} to "
             f"{self._survival[-1]:.4g}, expected depth {self.expected_depth:.4g}, "
-            f"gate={self.gate!r}, {'balanced, ' if self.balance else ''}{self._described()}"
+            f"gate={self.gate!r}, {self._unusual()}scale={self.scale!r}, "
             f"skipped={self.skipped!r}, seed={self.seed}, step={self.step})"
         )
 
-    def _described(self) -> str:
-        """The settings that are not the default, for `repr`."""
+    def _unusual(self) -> str:
+        """The settings that `repr` shows only if they differ from the default."""
         schedule = self.probabilities.described()["schedule"]
-        named = f"schedule={schedule['name']}, " if schedule else ""
-        closed = "closed='forward-only', " if self.closed == "forward-only" else ""
-        return f"{named}{closed}scale={self.scale!r}, "
+        shown = ["balanced"] if self.balance else []
+        shown += [f"schedule={schedule['name']}"] if schedule else []
+        shown += [f"closed={self.closed!r}"] if self.closed == "forward-only" else []
+        return "".join(f"{each}, " for each in shown)
 
 
 def _no_pass(_: list[Gate]) -> AbstractContextManager[None]:

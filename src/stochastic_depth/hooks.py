@@ -6,7 +6,7 @@ force. When its backward pass recomputes a block, the block gets the gate of tha
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
@@ -16,33 +16,29 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.block import set_training_gates
+from stochastic_depth.closed_gradients import ClosedGradients
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
-from stochastic_depth.places import ReadingModules
-from stochastic_depth.tensors import in_graph, replace_tensors, tensors_in
+from stochastic_depth.module_snapshot import GateReaders
+from stochastic_depth.tensors import tensors_in
 from stochastic_depth.torch_private import (
     at_end_of_backward,
     backward_pass,
-    call_of,
     gradients_are_awaited,
-    gradients_are_kept,
     is_compiled,
     is_mapped,
     is_replica,
     is_replicated,
-    is_transformed,
     never_traced,
     next_node_number,
     node_number,
     outside_transforms,
-    set_call,
     tree_leaves,
-    whole_call,
 )
 
 _REMEMBERED = 64
-"""How many of the latest forward passes are kept even if none of their outputs is alive."""
+"""How many of the latest forward passes are kept even if their outputs are not."""
 
 
 class ForwardHooks:
@@ -54,7 +50,7 @@ class ForwardHooks:
 
     def __init__(self, model: nn.Module, handle: Handle) -> None:
         self.handle, self.blocks = handle, handle.blocks
-        self._reading = ReadingModules(model, handle.blocks)
+        self._gate_readers = GateReaders(model, handle.blocks)
         handle.forward_pass = self.forward_pass
         for number, block in enumerate(self.blocks):
             for addition in block.gates:
@@ -72,7 +68,7 @@ class ForwardHooks:
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw gates, unless this is evaluation or a recomputation."""
         self._stack.append(None)
-        self._reading.warn_of_replaced(model)
+        self._gate_readers.warn_of_replaced(model)
         if not (model.training or any(block.is_training for block in self.blocks)):
             return
         if is_replica(model):
@@ -100,7 +96,7 @@ class ForwardHooks:
 
     @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        """Hook on the model; it is also called when the forward pass has failed."""
+        """Hook on the model; it is also called if the forward pass has failed."""
         if not self._stack:  # a hook before ours has failed
             return output
         trained = self._stack[-1] is not None and torch.is_grad_enabled()
@@ -121,17 +117,17 @@ class ForwardHooks:
             self._end(None)
 
     def _refuse_threads(self) -> None:
-        """Raise `GateError` when another thread is in a forward pass."""
-        if any(there is not None and there.thread != get_ident() for there in self._stack):
+        """Raise `GateError` if a different thread is in a forward pass."""
+        if any(each is not None and each.thread != get_ident() for each in self._stack):
             raise GateError(
-                "the model is called from two threads at once, in training mode, but it has gates "
+                "the model is called in training mode from two threads at once, but it has gates "
                 "for one pass at a time: call it from one thread, or give each thread a copy "
                 "(copy.deepcopy(model))"
             )
 
     def _begin(self, gates: list[Gate], replicated: bool) -> None:
         self._in_backward.clear()  # a backward pass that failed may have left an entry
-        begun = ForwardPass(self, gates, replicated or gradients_are_awaited())
+        begun = ForwardPass(self, gates, replicated or gradients_are_awaited(), self._running())
         self._stack[-1] = begun
         self._recent.append(begun)
         self._passes = [ref for ref in self._passes if ref() is not None]
@@ -140,15 +136,19 @@ class ForwardHooks:
 
     def _end(self, output: Any) -> Any:
         ended = self._stack.pop()
-        around = next((outer for outer in reversed(self._stack) if outer is not None), None)
-        if around is None:
+        outer = self._running()
+        if outer is None:
             self.handle.clear_gates()
         else:
-            set_training_gates(self.blocks, around.gates)
+            set_training_gates(self.blocks, outer.gates)
         return output if ended is None else ended.end(output)
 
+    def _running(self) -> "ForwardPass | None":
+        """The innermost running forward pass that has drawn gates, or None."""
+        return next((each for each in reversed(self._stack) if each is not None), None)
+
     def _recall(self, number: int) -> Gate | None:
-        """The gate of block `number`, if a backward pass is recomputing it; otherwise None."""
+        """The gate of block `number` if a backward pass is recomputing it; otherwise None."""
         if backward_pass() is None:
             return None
         again = self._pass_of_backward()
@@ -167,18 +167,22 @@ class ForwardHooks:
         return self._pass_of_node(node_number()) or self._in_backward.get(backward)
 
     def _pass_of_node(self, node: int) -> "ForwardPass | None":
-        """The forward pass that created the autograd node `node`, or that the node encloses."""
-        passes = [there for ref in self._passes if (there := ref()) is not None]
-        for there in passes:
-            if there.first_node <= node < there.end_node:
-                return there
-        around = [there for there in passes if there.first_node == node + 1]
-        if len([there for there in around if there.first_node == there.end_node]) > 1:
-            return None  # several within one reentrant checkpoint
-        return around[0] if around else None
+        """The forward pass that created the autograd node numbered `node`; or, for the node of a
+        reentrant checkpoint, the pass that ran inside it.
+
+        Each thread numbers its own nodes. The result is None if the number fits several passes:
+        those of two threads, or those inside one reentrant checkpoint.
+        """
+        passes = [each for ref in self._passes if (each := ref()) is not None]
+        creators = [each for each in passes if each.first_node <= node < each.end_node]
+        if creators:
+            return _only([p for p in creators if not any(p is other.outer for other in creators)])
+        enclosed = [each for each in passes if each.first_node == node + 1]
+        checkpointed = [each for each in enclosed if each.first_node == each.end_node]
+        return _only(checkpointed or enclosed)
 
     def entered_backward(self, of: "ForwardPass") -> bool:
-        """Record that the backward pass has reached `of`; returns False if that was known."""
+        """Record that the backward pass has reached `of`; returns False if it had before."""
         backward = backward_pass()
         if backward is None or self._in_backward.get(backward) is of:
             return False
@@ -195,163 +199,49 @@ class ForwardHooks:
 class ForwardPass:
     """One forward pass in training: its gates, and what happens when its backward pass begins."""
 
-    def __init__(self, hooks: ForwardHooks, gates: list[Gate], awaited: bool) -> None:
+    def __init__(
+        self, hooks: ForwardHooks, gates: list[Gate], awaited: bool, outer: "ForwardPass | None"
+    ) -> None:
         self._hooks, self.gates = hooks, gates
+        self.outer = outer
+        """The running forward pass within which this one began."""
         self.thread = get_ident()
-        self._needs_all_gradients = awaited
-        """Whether DistributedDataParallel waits for a gradient of every parameter."""
-        self._freezes = hooks.handle.skipped == "freeze"
         self.first_node = self.end_node = next_node_number()
         """The pass makes the autograd nodes numbered from `first_node` to below `end_node`."""
-        self._observed: list[_ObservedCall] = []
-        self._blocks = [b for b, g in zip(hooks.blocks, gates, strict=True) if not g.learns]
-        """Blocks whose branch passes no gradient."""
-        self._unplaced: dict[nn.Module, list[nn.Parameter]] = {}
-        """By module, parameters of closed blocks whose output has not been found in the graph
-        yet."""
-        self._sparse: set[nn.Parameter] = set()
-        self._last_node: tuple[Any, int] | None = None
-        """The autograd node of the last closed block's output, and the number of the node's
-        result."""
-        self._last_parameters: list[nn.Parameter] = []
-        if awaited or not self._freezes:
-            for block in self._blocks:  # collected now: FSDP replaces parameters while gathered
-                parameters = block.trained()
-                if parameters:
-                    self._unplaced.setdefault(block.module, []).extend(parameters)
-                    self._sparse.update(block.sparse_weights())
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._observe()
-
-    def _observe(self) -> None:
-        """Observe the outputs of closed blocks, to know when a gradient reaches one of them.
-
-        The call of each module is replaced, which costs less than a hook on the module.
-        """
-        for module in self._unplaced:
-            before = call_of(module)
-            if before is None or not is_compiled(module):
-                observed = _ObservedCall(self, module, before)
-                self._observed.append(observed)
-                set_call(module, observed)
-
-    @never_traced
-    def note_output(self, module: nn.Module, output: Any) -> Any:
-        """Record where in the graph the output of a closed block is; returns the output."""
-        parameters = self._unplaced.get(module)
-        if parameters is None or get_ident() != self.thread:
-            return output
-        if type(output) is Tensor:
-            places = [output] if output.grad_fn is not None else []
-        else:
-            places = in_graph(output)
-        if places and self._needs_all_gradients:
-            output = attach(output, parameters)
-            places = in_graph(output)
-        for tensor in places:
-            self._hook_node(tensor, parameters)
-        if places:
-            del self._unplaced[module]
-        return output
-
-    def _hook_node(self, tensor: Tensor, parameters: list[nn.Parameter]) -> None:
-        """Give these parameters their gradients when the backward pass reaches `tensor`."""
-        place = tensor.grad_fn, tensor.output_nr
-        if place == self._last_node:  # an identity shortcut: the previous closed block's output
-            self._last_parameters.extend(parameters)
-            return
-        self._last_node, self._last_parameters = place, list(parameters)
-        hook = partial(self._at_node, tensor.output_nr, self._last_parameters)
-        place[0].register_prehook(hook)  # pyright: ignore[reportOptionalMemberAccess]
+        closed = [b for b, gate in zip(hooks.blocks, gates, strict=True) if not gate.learns]
+        self._closed_gradients = ClosedGradients(closed, hooks.handle.skipped, awaited)
 
     def end(self, output: Any) -> Any:
         """End the pass; returns its output, to which closed branches are attached where needed."""
-        for observed in reversed(self._observed):
-            observed.end()
-        self._observed.clear()
-        self._last_node, self._last_parameters = None, []
+        self._closed_gradients.end_forward()
         if torch.is_grad_enabled() and output is not None:
-            output = self._attached(output)
+            output = self._closed_gradients.attached(output)
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:  # a hook on a leaf would never be removed
                     tensor.register_hook(self.backward_begins)
         self.end_node = next_node_number()
         return output
 
-    def _attached(self, output: Any) -> Any:
-        """`output`, with closed branches attached to its graph where DDP or autograd needs it."""
-        if is_transformed():  # then gradients are returned, and not kept by parameters
-            return output
-        if self._needs_all_gradients:
-            parameters = [p for left in self._unplaced.values() for p in left]
-        elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
-            return output
-        else:
-            parameters = [p for block in self._blocks for p in block.trained()]
-        return attach(output, parameters)
-
     def backward_begins(self, _: Tensor | None = None) -> None:
         """Hook: a backward pass has reached a tensor that this pass has computed."""
         if not self._hooks.entered_backward(self):
             return
-        self._give_gradients([p for left in self._unplaced.values() for p in left])
+        self._closed_gradients.give_pending()
         if any(is_compiled(block.module) for block in self._hooks.blocks):
             set_training_gates(self._hooks.blocks, self.gates)  # compiled code reads them
             at_end_of_backward(self._hooks.handle.clear_gates)
 
-    def _at_node(
-        self, number: int, parameters: Sequence[nn.Parameter], gradients: tuple[Tensor | None, ...]
-    ) -> None:
-        """Hook: a backward pass has reached a node, though maybe not by its result `number`."""
-        if gradients[number] is not None:
-            self._give_gradients(parameters)
 
-    def _give_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give the parameters of closed blocks zero gradients; under "freeze" only for a moment."""
-        without = [p for p in parameters if p.grad is None]
-        if without and not gradients_are_kept():
-            return
-        for parameter in without:
-            layout = torch.sparse_coo if parameter in self._sparse else None
-            parameter.grad = torch.zeros_like(parameter, layout=layout)
-        if self._freezes and without:
-            at_end_of_backward(partial(_clear, without), after_others=True)
-
-
-class _ObservedCall:
-    """Is called in place of a module whose output is observed."""
-
-    __slots__ = ("before", "by", "call", "module")
-    is_watching = True
-
-    def __init__(self, by: ForwardPass, module: nn.Module, before: Callable[..., Any] | None):
-        self.by: ForwardPass | None = by
-        self.module, self.before = module, before
-        """`before` is what is otherwise called in place of the module's forward method."""
-        self.call = before or whole_call(module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.call(*args, **kwargs)
-        return output if self.by is None else self.by.note_output(self.module, output)
-
-    def end(self) -> None:
-        """Stop observing; another thread that observes the module since then continues."""
-        self.by = None
-        now = call_of(self.module)
-        if now is self:
-            set_call(self.module, self.before)
-            return
-        while isinstance(now, _ObservedCall) and now.before is not self:
-            now = now.before
-        if isinstance(now, _ObservedCall):
-            now.before, now.call = self.before, self.call
+def _only(passes: Sequence[ForwardPass]) -> ForwardPass | None:
+    """The single pass of a list; None where there is no pass, or more than one."""
+    return passes[0] if len(passes) == 1 else None
 
 
 def refuse_cache(output: object) -> None:
-    """Raise `GateError` when a model with closed blocks returns a cache of keys and values."""
+    """Raise `GateError` if a model with closed blocks returns a key/value cache."""
     if getattr(output, "past_key_values", None) is not None:
         raise GateError(
-            "the model returns past_key_values, into which closed blocks put nothing: "
+            "the model returns past_key_values, a cache to which closed blocks add no entries: "
             "call it with use_cache=False, or set model.config.use_cache = False"
         )
 
@@ -365,51 +255,12 @@ def batch_size(inputs: object) -> int:
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and is_mapped(leaf):
             raise GateError(
-                "the model is called within torch.vmap, which hides the samples from it, and there "
-                'are gates for single samples: use gate="batch", whose gates all samples share'
+                "the model is called within torch.vmap, which hides the batch dimension that gates "
+                'for single samples need: use gate="batch", whose gates all samples share'
             )
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)
     raise GateError(
-        "gates for single samples need a tensor [batch, ...] among the model's inputs, and there "
-        'is none: use gate="batch"'
+        "gates for single samples need a tensor [batch, ...] among the model's inputs, but no "
+        'input is a tensor: use gate="batch"'
     )
-
-
-def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
-    """`output`, with a graph in which autograd reaches each of `parameters` without a gradient.
-
-    `DistributedDataParallel`, and therefore `replicate`, ends a backward pass when autograd has
-    reached every parameter. It never reaches those of a branch that did not run. Here they are
-    attached to the output of their block, so that autograd reaches them at the time when an open
-    branch would be reached. That matters because DDP sends gradients in the order of its very first
-    backward pass. Returns `output` itself where no tensor in it can have a gradient.
-    """
-    tensors = [t for t in tensors_in(output) if not isinstance(t, nn.Parameter)]
-    tensors = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-    places = in_graph(tensors) or tensors
-    if not places or not parameters:
-        return output
-    attached = _Attach.apply(len(places), *places, *reversed(parameters))
-    new = {id(old): tensor for old, tensor in zip(places, attached, strict=True)}
-    return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
-
-
-class _Attach(torch.autograd.Function):
-    """The identity of the first `count` tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.others = len(tensors) - count
-        # Not views: a view that a function of ours returns must not be changed in place.
-        return tuple(tensor.detach() for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *gradients, *(None,) * ctx.others
-
-
-def _clear(parameters: Sequence[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None

@@ -32,7 +32,7 @@ def residual_step(
         H_l, [batch, ...].
 
     Raises:
-        GateError: when gates for single samples were drawn for another batch size.
+        GateError: when gates for single samples were drawn for a different batch size.
 
     The paper, section 3, equations 2 and 5.
 
@@ -44,7 +44,7 @@ def residual_step(
         >>> torch.equal(sd.residual_step(x, branch, gate=sd.Gate(open=False)), x)
         True
     """
-    gate.check_batch(x.shape[0])
+    gate.require_batch(x.shape[0])
     out = x if shortcut is None else shortcut(x)
     if gate.open:
         with gate.forward_only():
@@ -59,9 +59,8 @@ class Residual(nn.Module):
     By itself it is the plain unit of constant depth. `sd.apply` on the model that contains it gives
     it gates. Its parameters are named `branch.`, `shortcut.` and `activation.`.
 
-    If the unit runs inside an `autograd.Function` whose own backward pass recomputes it, that
-    backward pass must call the unit and not its branch, which has no gate. Calling the branch is an
-    error.
+    If the unit runs inside an `autograd.Function` whose backward recomputes it, that backward must
+    call the unit. To call the branch, which has no gate, is an error.
 
     Args:
         branch: f_l, from [batch, ...] to the shape of the shortcut's output.

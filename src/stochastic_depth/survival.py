@@ -24,7 +24,7 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class LinearDecay:
-    """p_l = 1 - (l / L) * (1 - p_L): early blocks nearly always survive, the last one with p_L.
+    """p_l = 1 - (l / L) * (1 - p_L): early blocks nearly always survive, the last with p_L.
 
     The default of the paper (section 3, equation 4). `final` is p_L, reached exactly.
 
@@ -382,8 +382,8 @@ def _positions(names: Sequence[str], stacks: str | Sequence[str]) -> tuple[tuple
     for stack in stacks:
         if stack not in stack_of:
             raise SurvivalError(
-                f"stacks={list(stacks)}: {stack!r} contains no block of its own, outside the other "
-                "stacks; sd.plan shows the blocks"
+                f"stacks={list(stacks)}: no block belongs to {stack!r} (a block belongs to the "
+                "innermost listed stack); sd.plan shows the blocks"
             )
     return tuple(
         (stack_of[: n + 1].count(stack), stack_of.count(stack)) for n, stack in enumerate(stack_of)

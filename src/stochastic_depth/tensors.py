@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stochastic_depth.torch_private import tree_leaves, tree_map
 
 _DEPTH = 4
-"""How many levels of objects inside of objects are searched."""
+"""How many levels of nested objects are searched."""
 _NO_CONTAINERS = (
     bool | int | float | complex | str | bytes | type(None) | type | Callable | nn.Module
     | torch.dtype | torch.device | torch.Size | torch.Generator
@@ -31,10 +31,29 @@ def tensors_in(value: object) -> list[Tensor]:
 def in_graph(value: object) -> list[Tensor]:
     """The tensors in `value` that have a grad_fn.
 
-    Placeholders of deferred calls are left out, because asking them would make the calls.
+    Placeholders of deferred calls are left out, because reading their grad_fn would make the calls.
     """
     computed = (t for t in tensors_in(value) if not getattr(type(t), "is_deferred", False))
     return [tensor for tensor in computed if tensor.grad_fn is not None]
+
+
+def map_structure(
+    function: Callable[[Any, Hashable], Any], value: Any, key: Hashable = None
+) -> Any:
+    """`value`, with `function(leaf, key)` in place of each leaf of nested tuples, lists and dicts.
+
+    A tuple or list in which nothing changes is returned itself, because its owner may append to it.
+
+    Args:
+        key: the key of `value`; inside it, keys are (key, index) and (key, name).
+    """
+    if type(value) in (tuple, list):
+        parts = [map_structure(function, each, (key, n)) for n, each in enumerate(value)]
+        changed = any(new is not old for new, old in zip(parts, value, strict=True))
+        return type(value)(parts) if changed else value
+    if type(value) is dict:
+        return {name: map_structure(function, each, (key, name)) for name, each in value.items()}
+    return function(value, key)
 
 
 def replace_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
@@ -43,10 +62,10 @@ def replace_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
 
 
 def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest difference between two lists of tensors, each relative to its largest value.
+    """The largest difference between two lists of tensors, relative to each tensor's largest value.
 
-    It is infinite where one tensor has a number and the other has nan or an infinity, and where the
-    shapes or the numbers of tensors differ.
+    It is infinite if a number is compared with nan or an infinity, and if the shapes or the numbers
+    of tensors differ.
     """
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return math.inf
@@ -77,7 +96,7 @@ def _tensors(value: object, depth: int, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _replaced(value: Any, new: Callable[[Tensor], Tensor], depth: int) -> Any:
-    def of_leaf(leaf: Any) -> Any:
+    def replaced_in_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return new(leaf)
         attributes = _attributes(leaf) if depth < _DEPTH else {}
@@ -90,14 +109,14 @@ def _replaced(value: Any, new: Callable[[Tensor], Tensor], depth: int) -> Any:
             return leaf
         leaf = copy.copy(leaf)
         for name, inside in changed.items():
-            object.__setattr__(leaf, name, inside)  # of frozen dataclasses too
+            object.__setattr__(leaf, name, inside)  # which works on frozen dataclasses too
         return leaf
 
     if isinstance(value, Tensor):
         return new(value)
     if not tensors_in(value):
         return value
-    return tree_map(of_leaf, value)
+    return tree_map(replaced_in_leaf, value)
 
 
 def _attributes(value: object) -> dict[str, Any]:
@@ -108,6 +127,6 @@ def _attributes(value: object) -> dict[str, Any]:
         fields = (field.name for field in dataclasses.fields(value))
         found = {name: getattr(value, name) for name in fields if hasattr(value, name)}
         return found | getattr(value, "__dict__", {})
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return held | getattr(value, "__dict__", {})
+    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    values = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return values | getattr(value, "__dict__", {})

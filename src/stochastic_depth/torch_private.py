@@ -105,18 +105,17 @@ def at_end_of_backward(act: Callable[[], Any], after_others: bool = False) -> No
     Replacement: a public form of it, which PyTorch's own DDP and FSDP would use too.
 
     Args:
-        after_others: whether to call it after all functions that other code has queued or will
-            queue.
+        after_others: whether to call it after all functions that other code queues.
     """
     engine = Variable._execution_engine
     engine.queue_callback(partial(engine.queue_callback, act) if after_others else act)
 
 
 def recomputation(frame: FrameType) -> Callable[[], bool] | None:
-    """For a frame of `torch.utils.checkpoint`: a function that says whether it will be recomputed.
+    """For a frame of `torch.utils.checkpoint`: a function that returns whether it is recomputed.
 
-    The answer is known when the frame has ended. The result is None for other frames. Replacement:
-    as for `backward_pass`.
+    The answer is known only after the frame has ended. The result is None for any other frame.
+    Replacement: as for `backward_pass`.
     """
     code = frame.f_code
     if code.co_filename != _CHECKPOINT:
@@ -149,13 +148,13 @@ def function_around(frame: FrameType | None) -> str | None:
 
 @lru_cache(maxsize=1)
 def _functions_by_forward(newest: type) -> dict[int, tuple[CodeType, type]]:
-    """Every `autograd.Function` with the code of its forward pass, by the identity of the code.
+    """Every `autograd.Function` with the code of its forward pass.
 
-    To hash code takes longer. Code that is kept here gives its identity to no other.
+    Keyed by id(code), because hashing code is slow. Holding the code keeps its id from being
+    reused.
 
     Args:
-        newest: the last class that PyTorch has made for the backward pass of a function; it is
-            another one as soon as there is another function.
+        newest: cache key: defining a new autograd.Function changes it.
     """
     found: dict[int, tuple[CodeType, type]] = {}
     for function in _subclasses(torch.autograd.Function):
@@ -198,7 +197,7 @@ def gradients_are_kept() -> bool:
 
 
 def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, excluded from torch.compile: a graph ends where it is called.
+    """`function`, excluded from torch.compile: a graph ends at its call.
 
     Replacement: `torch.compiler.disable`, if it did not load the compiler, which takes seconds.
     """
@@ -275,8 +274,7 @@ def is_transformed() -> bool:
 def outside_transforms() -> Iterator[None]:
     """While entered, function transforms have no effect, so that tensors may be kept.
 
-    A tensor that is made within a transform is of no use after it. Replacement: a public form of
-    it.
+    Tensors created inside a transform must not outlive it. Replacement: a public form of it.
     """
     if not is_transformed():
         yield
@@ -288,7 +286,7 @@ def outside_transforms() -> Iterator[None]:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether torch.vmap maps over a dimension of `tensor`, which does not show it then.
+    """Whether `tensor` is batched by vmap, so that its shape lacks that dimension.
 
     Replacement: a public way to ask.
     """
@@ -302,7 +300,7 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 # Modules: what is called in place of a forward method and its hooks.
-# Replacement: a public hook around a call that may leave it out.
+# Replacement: a public hook that can skip the wrapped call.
 
 _CALL = "_compiled_call_impl"
 
@@ -339,9 +337,9 @@ def changes_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-def subclass_of(kind: type[Any], tensor: Tensor) -> Any:
-    """A tensor of class `kind` over the same storage. Replacement: a faster `as_subclass`."""
-    return Tensor._make_subclass(kind, tensor)
+def subclass_of(cls: type[Any], tensor: Tensor) -> Any:
+    """A tensor of class `cls` over the same storage. Replacement: a faster `as_subclass`."""
+    return Tensor._make_subclass(cls, tensor)
 
 
 def zero(tensors: list[Tensor]) -> None:

@@ -186,7 +186,7 @@ def test_a_bad_drop_rate_is_named(rate) -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(sd.errors.ApplyError, match=r"an nn\.Module, and this is Tensor"):
+    with pytest.raises(sd.errors.ApplyError, match=r"an nn\.Module, this is Tensor"):
         sd.apply(torch.zeros(3))  # pyright: ignore[reportArgumentType]
 
 
@@ -347,7 +347,10 @@ def test_classes_that_others_put_on_top_of_a_block_stay(verb: str) -> None:
     [
         (lambda model: torch.compile(model, backend="eager"), "then sd.compile_blocks"),
         (lambda model: nn.Sequential(torch.compile(model[0], backend="eager")), "sd.compile_bl"),
-        (lambda model: nn.Sequential(torch.jit.script(model[0].f), model[1]), "script what sd.fo"),
+        (
+            lambda model: nn.Sequential(torch.jit.script(model[0].f), model[1]),
+            "script the model after sd.fo",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -461,7 +461,7 @@ def test_what_cannot_be_compiled_is_an_error():
 
     model, x = stack(Breaking, EQUAL), inputs(EQUAL)
     with pytest.raises(
-        sd.errors.ApplyError, match="Sequential has no stochastic depth: give the model"
+        sd.errors.ApplyError, match=r"Sequential has no stochastic depth: call sd\.apply"
     ):
         sd.compile_blocks(model)
     compiled(model, x)

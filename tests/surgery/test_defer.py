@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.surgery.applied import applied_to
-from stochastic_depth.surgery.find import find_blocks
+from stochastic_depth.surgery.find.find_blocks import find_blocks
 from support.blocks import ONE_ADDITION, WIDTH, SaysHow, X, closed, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -76,7 +76,7 @@ def test_recomputed_branches_have_the_gates_and_gradients_of_their_pass(reentran
 
 def test_additions_within_a_reentrant_checkpoint_are_refused():
     model = Recomputed(reentrant=True, whole=True)
-    with pytest.raises(sd.errors.StochasticDepthError, match="checkpoint the branch alone"):
+    with pytest.raises(sd.errors.StochasticDepthError, match="checkpoint only the branch"):
         sd.apply(model, sd.Uniform(0.5), example=example())
     assert type(model) is Recomputed
 
@@ -88,7 +88,7 @@ def test_an_addition_that_would_be_computed_again_without_its_gate_is_an_error(o
     every = torch.ones(3, *[4] * ("gate" in options), dtype=torch.bool)
     with (
         handle.forced(every),
-        pytest.raises(sd.errors.GateError, match="checkpoint the branch alone"),
+        pytest.raises(sd.errors.GateError, match="checkpoint only the branch"),
     ):
         model(example())
 
@@ -114,7 +114,7 @@ def test_blocks_that_do_not_run_in_training_are_warned_of():
     assert [block.name for block in handle.blocks] == ["small.0", "small.1", "small.2"]
     with handle.forced([False, True, True]):
         model(torch.randn(3, 4))
-        with pytest.warns(UserWarning, match=r"'small\.0'.*another path.*is never skipped"):
+        with pytest.warns(UserWarning, match=r"'small\.0'.*different path.*nothing on that path"):
             model(torch.randn(8, 4))
     model.eval()(torch.randn(8, 4))
 
@@ -315,7 +315,7 @@ def test_what_a_closed_branch_keeps_is_not_computed_with_the_weights_of_a_later_
         model(x)
     with torch.no_grad():
         model[0].f.weight.mul_(2)  # as an optimizer does
-    with pytest.raises(sd.errors.GateError, match=r"Linear in a closed branch .* optimizer's"):
+    with pytest.raises(sd.errors.GateError, match=r"Linear in a closed branch .* optimizer\.step"):
         model[0].last.sum()
     torch.testing.assert_close(2 * model[1].last, 2 * model[1].f(x))
 

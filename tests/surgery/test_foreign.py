@@ -490,7 +490,7 @@ def test_a_forward_method_replaced_after_sd_apply_is_warned_of_with_the_remedy()
     model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Left()).double()
     sd.apply(model, example=X)
     patched(model[2])
-    with pytest.warns(UserWarning, match=r"'2': its forward method was replaced"):
+    with pytest.warns(UserWarning, match=r"'2': its forward was replaced"):
         model(X)
     model(X)  # warned of once
     sd.remove(model)
@@ -513,7 +513,7 @@ def test_a_forward_method_that_is_wrapped_after_sd_apply_is_not_warned_of():
 
 
 def test_a_class_is_registered_once():
-    with pytest.raises(sd.errors.ApplyError, match=r"SaysHow.*registered already"):
+    with pytest.raises(sd.errors.ApplyError, match=r"SaysHow.*already registered"):
         sd.register_unit(SaysHow)(skip_or_sum)
 
 
@@ -526,7 +526,9 @@ class Batchless(Base):
 
 def test_a_block_whose_samples_are_not_first_is_no_block_for_a_subset():
     assert len(sd.apply(network(Batchless), example=X).survival) == 3
-    with pytest.raises(sd.errors.UnsupportedBlockError, match="does not have the 5 samples first"):
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match=r"first dimension is not the batch \(5\)"
+    ):
         sd.apply(network(Batchless), example=X, gate="subset")
 
 

@@ -419,7 +419,7 @@ class Stacked(Layers):
 
 @pytest.mark.parametrize(
     ("form", "reason"),
-    [(InProduct, r"inside of a product \(addmm\)"), (Stacked, "a sum over a stack of tensors")],
+    [(InProduct, r"part of a product \(addmm\)"), (Stacked, "a sum over a stack of tensors")],
 )
 def test_an_addition_that_is_not_taken_is_the_reason_where_there_is_no_other(form, reason):
     with pytest.raises(ApplyError, match=f"not taken: .*{reason}"):

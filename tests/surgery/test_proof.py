@@ -77,7 +77,9 @@ class ThrowsCoinInMethod(Plain):
 
 @pytest.mark.parametrize("model", [SkipsLayersInTheLoop, lambda: Trunk(ThrowsCoinInMethod)])
 def test_a_layer_drop_of_the_models_own_is_refused_whatever_it_is_called(model):
-    reason = "passes in training mode the model leaves it out by itself: set its own layer drop"
+    reason = (
+        "passes in training mode the model itself leaves it out: set the model's own layer drop"
+    )
     with pytest.raises(UnsupportedBlockError, match=reason):
         sd.apply(model(), sd.Uniform(0.5), example=X)
 
@@ -91,7 +93,7 @@ class OtherPathInTraining(Plain):
 
 
 def test_a_path_of_training_alone_that_no_gate_is_on_is_refused():
-    reason = "in training mode it does not add where it does in evaluation"
+    reason = "in training mode it does not make the addition that it makes in evaluation"
     with pytest.raises(UnsupportedBlockError, match=reason):
         sd.apply(Trunk(OtherPathInTraining), example=X)
 
@@ -244,7 +246,7 @@ def test_samples_first_is_proved_and_time_first_is_refused():
     time_first = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     for gate in ("sample", "subset"):
         with pytest.raises(
-            ApplyError, match=r'is not the batch: .* use gate="batch", or put the batch first'
+            ApplyError, match=r'is not the batch .*; use gate="batch", or put the batch first'
         ):
             sd.apply(time_first, example=torch.randn(5, 2, 8), gate=gate)
     with pytest.raises(ApplyError, match="at least two samples"):

@@ -157,7 +157,7 @@ class Steps(nn.Module):
 KINDS = {
     Shows: "needed for more than the addition",
     Routes: "written into another tensor in place",
-    TossesACoin: "the model leaves it out by itself",
+    TossesACoin: "the model itself leaves it out",
     Fuses: "in training mode",
     LeavesInside: "its branch sets 'loss' of",
 }
@@ -190,6 +190,42 @@ def test_the_advice_of_a_refused_block_makes_the_model_apply(kind):
         sd.apply(Model(kind), sd.Uniform(0.5), example=x)
     assert "exclude=['']" not in str(refused.value)
     assert applies(lambda: Model(kind), x, str(refused.value)) == ["blocks.0", "blocks.1"]
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return torch.rand(()) * x
+
+
+class Noisy(Plain):
+    """Closed, it draws no random number, so that later layers draw different ones."""
+
+    def __init__(self, noise: bool) -> None:
+        super().__init__()
+        self.noise = Noise() if noise else nn.Identity()
+
+    def forward(self, x):
+        return x + self.noise(torch.relu(self.linear(x)))
+
+
+class SomeNoisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Noisy(n % 2 == 0) for n in range(4))
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return torch.rand(()) * self.head(x)
+
+
+def test_blocks_of_a_class_are_not_left_out_because_others_of_it_fail():
+    x = torch.randn(3, WIDTH)
+    with pytest.raises(sd.errors.UnsupportedBlockError) as refused:
+        sd.apply(SomeNoisy(), sd.Uniform(0.5), example=x)
+    assert followed(str(refused.value)) == {"exclude": ["layers.0", "layers.2"]}
+    assert applies(SomeNoisy, x, str(refused.value)) == ["layers.1", "layers.3"]
 
 
 def test_where_nothing_can_be_skipped_nothing_is_to_be_left_out():
@@ -274,7 +310,7 @@ def test_what_a_block_keeps_between_calls_is_the_reason():
             return x + y.tanh()
 
     with pytest.raises(
-        sd.errors.UnsupportedBlockError, match="keeps something from one call"
+        sd.errors.UnsupportedBlockError, match="keeps a state from call to call"
     ) as caught:
         sd.apply(nn.Sequential(Echo(), Echo(), Echo()), example=torch.randn(4, 8))
     assert "random" not in str(caught.value)

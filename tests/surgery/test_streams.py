@@ -185,7 +185,7 @@ def test_half_a_coupling_is_listed():
     (rejected,) = plan.rejected
     assert "'1' and 1 more" in rejected
     assert "Coupling.forward" in rejected
-    assert "a coupling" in rejected
+    assert "a one-sided coupling" in rejected
 
 
 class Discards(Streams):
@@ -275,7 +275,7 @@ def test_what_is_added_within_a_function_with_a_backward_pass_of_its_own_is_refu
     """Its backward pass would take off again what a closed block never added."""
     model = Inverted(always).double()
     with pytest.raises(
-        sd.errors.ApplyError, match=r"within Inverting, an autograd\.Function .* no gates"
+        sd.errors.ApplyError, match=r"within Inverting, an autograd\.Function .* without gates"
     ):
         sd.apply(model, sd.Uniform(0.5), example=X)
 

@@ -91,7 +91,7 @@ def forward(self, x, mask, condition):
 """
 
 
-class Opaque(nn.Module):
+class Sourceless(nn.Module):
     """Nothing knows its source."""
 
     def __init__(self) -> None:
@@ -151,7 +151,13 @@ def one_block(model, n, x, mask, condition):
     return model.blocks[n](x, mask, condition)
 
 
-WAYS = {Sliced: "slice", Looping: "slice", Handing: "call", Opaque: "deferred", Trunk: "deferred"}
+WAYS = {
+    Sliced: "slice",
+    Looping: "slice",
+    Handing: "call",
+    Sourceless: "deferred",
+    Trunk: "deferred",
+}
 
 
 @pytest.mark.parametrize("kind", WAYS, ids=lambda kind: kind.__name__)
@@ -185,7 +191,10 @@ def test_a_mask_that_comes_later_is_not_taken_for_samples():
     sd.apply(model, sd.Uniform(0.5), example=x, gate="subset")
     handle = sd.handle_of(model)
     keep = torch.tensor([[True, False, True, False]])
-    with handle.forced(keep), pytest.raises(sd.errors.GateError, match="not there on the example"):
+    with (
+        handle.forced(keep),
+        pytest.raises(sd.errors.GateError, match="that the example did not have"),
+    ):
         model[0](x, mask)
 
 

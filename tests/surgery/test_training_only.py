@@ -133,7 +133,7 @@ def test_the_plan_and_the_summary_know_them(kind):
     model = kind().double()
     plan = sd.plan(model, X)
     assert [block.training_only for block in plan.blocks] == [False, False, True, True]
-    assert "in training mode alone: 'auxiliary.0', 'auxiliary.1'" in str(plan)
+    assert "in training mode only: 'auxiliary.0', 'auxiliary.1'" in str(plan)
     sd.apply(model, example=X)
     flops = {block.forward for block in sd.summary(model, X).blocks}
     assert flops == {4 * 2 * 6 * 6}

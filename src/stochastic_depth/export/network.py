@@ -26,7 +26,7 @@ from stochastic_depth.export.load import (
 from stochastic_depth.export.truncate import Dropped, truncate
 from stochastic_depth.surgery import handle_of
 from stochastic_depth.surgery.applied import applied_inside
-from stochastic_depth.surgery.trace import CountFlops
+from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.train import Run, best_record, trained_model
 from stochastic_depth.train.build import architecture, skippable
 from stochastic_depth.train.runtime import Runtime, versions

@@ -16,7 +16,7 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
-from stochastic_depth.surgery.blocks import CONTAINERS, Found
+from stochastic_depth.surgery.blocks import CONTAINERS, FoundBlock
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.tensors import largest_difference, tensors_in
@@ -301,7 +301,7 @@ def truncate(
         model.train(was_training)
 
 
-def stages(found: Sequence[Found]) -> list[list[int]]:
+def stages(found: Sequence[FoundBlock]) -> list[list[int]]:
     """The positions of the blocks, one list for each stage."""
     result: list[list[int]] = []
     before = None
@@ -314,7 +314,7 @@ def stages(found: Sequence[Found]) -> list[list[int]]:
     return result
 
 
-def _closed(found: Sequence[Found], keep: int | Sequence[int]) -> list[int]:
+def _closed(found: Sequence[FoundBlock], keep: int | Sequence[int]) -> list[int]:
     """The positions of the blocks that are not kept."""
     if isinstance(keep, int):
         if keep < 1:
@@ -349,7 +349,7 @@ def _closed_outputs(twin: nn.Module, closed: Sequence[int], example: Example) ->
     return outputs
 
 
-def _must_pass(block: Found) -> Any:
+def _must_pass(block: FoundBlock) -> Any:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         given, gives = tensors_in((args, kwargs)), tensors_in(output)
         if not given or not gives or not torch.equal(given[0], gives[0]):
@@ -371,7 +371,7 @@ def _edit(model: nn.Module, closed: Sequence[int], weights: dict[str, float]) ->
     replace_by_shortcuts(model, names)
 
 
-def _of(found: Found, model: nn.Module, used: Collection[str]) -> list[str]:
+def _of(found: FoundBlock, model: nn.Module, used: Collection[str]) -> list[str]:
     """The block, and modules of its branch that are in other lists, such as norms beside layers."""
     beside = [
         name

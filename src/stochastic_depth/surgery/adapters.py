@@ -15,16 +15,16 @@ _registered: dict[str, Callable[..., Any]] = {}
 """Gated forward methods, by the module and name of the class."""
 
 
-def register_unit(kind: type[nn.Module] | str) -> Callable[[GatedForward], GatedForward]:
+def register_unit(cls: type[nn.Module] | str) -> Callable[[GatedForward], GatedForward]:
     """A decorator that says how to skip the modules of a class, where `sd.apply` cannot see it.
 
     The decorated function is the forward method of the class, written with a gate. `sd.apply`
-    compares it with the original as it does all others: with the gate open, with the gate closed,
-    and that a closed gate runs nothing of the branch.
+    proves it like any other: with the gate open and with the gate closed it is compared with the
+    original, and a closed gate must call no module of the branch.
 
     Args:
         kind: the class, or "package.module.Class" for a class that is not to be imported for this.
-            It also covers derived classes that have no forward method of their own.
+            It also covers derived classes that inherit its forward method.
 
     Raises:
         ApplyError: when a function was registered for the class already.
@@ -42,12 +42,12 @@ def register_unit(kind: type[nn.Module] | str) -> Callable[[GatedForward], Gated
         ...         return x, mask
         ...     return x + gate.scale(block.linear(gate.select(x * mask))), mask
     """
-    name = kind if isinstance(kind, str) else _name(kind)
+    name = cls if isinstance(cls, str) else _name(cls)
 
     def register(forward: GatedForward) -> GatedForward:
         if name in _registered:
             raise ApplyError(
-                f"sd.register_unit({name!r}): registered already, by {_registered[name]}"
+                f"sd.register_unit({name!r}): already registered, by {_registered[name]}"
             )
         _registered[name] = forward
         return forward
@@ -55,9 +55,9 @@ def register_unit(kind: type[nn.Module] | str) -> Callable[[GatedForward], Gated
     return register
 
 
-def registered(kind: type[nn.Module]) -> Callable[..., Any] | None:
+def registered(cls: type[nn.Module]) -> Callable[..., Any] | None:
     """The registered forward method of a class; None if there is none."""
-    for parent in kind.__mro__:
+    for parent in cls.__mro__:
         if _name(parent) in _registered:
             return _registered[_name(parent)]
         if "forward" in vars(parent):
@@ -65,8 +65,8 @@ def registered(kind: type[nn.Module]) -> Callable[..., Any] | None:
     return None
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @register_unit("transformers.models.mt5.modeling_mt5.MT5LayerSelfAttention")

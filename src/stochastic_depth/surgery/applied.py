@@ -1,4 +1,4 @@
-"""`sd.remove` and `sd.handle_of`: what `sd.apply` stores on a model, and how it is undone."""
+"""`sd.remove` and `sd.handle_of`: what `sd.apply` stores on a model, and how to undo it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,28 +8,28 @@ from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
-from stochastic_depth.surgery.blocks import Found, deferred_modules
-from stochastic_depth.surgery.droppath import Silenced
+from stochastic_depth.surgery.blocks import FoundBlock, deferred_modules
+from stochastic_depth.surgery.droppath import ChangedSetting
 from stochastic_depth.surgery.install import take_gates
 from stochastic_depth.torch_private import set_call
 
 _APPLIED = "_stochastic_depth_applied"
-"""The attribute of a model that holds what `remove` needs."""
+"""The attribute of a model in which its `Applied` is stored."""
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What `sd.apply` has found in a model, and what it has changed there."""
+    """The blocks that `sd.apply` has found in a model, and its changes of the model."""
 
     handle: Handle
-    found: Sequence[Found]
+    found: Sequence[FoundBlock]
     difference: float
     """The largest difference of outputs that the proof found, relative to the largest output."""
     hooks: tuple[RemovableHandle, ...]
-    silenced: list[Silenced]
+    changed_settings: list[ChangedSetting]
 
 
-def note_applied(model: nn.Module, applied: Applied) -> None:
+def store_applied(model: nn.Module, applied: Applied) -> None:
     """Store `applied` on the model. A copy of the model gets a copy of it."""
     setattr(model, _APPLIED, applied)
 
@@ -53,8 +53,8 @@ def remove(model: nn.Module) -> None:
     applied = applied_to(model)
     for hook in applied.hooks:
         hook.remove()
-    for drop_path in applied.silenced:
-        drop_path.restore()
+    for setting in applied.changed_settings:
+        setting.restore()
     for block in applied.found:
         for module in (block.module, *deferred_modules(block)):
             set_call(module, None)
@@ -86,8 +86,8 @@ def applied_to(model: nn.Module) -> Applied:
     applied: Applied | None = getattr(model, _APPLIED, None)
     if applied is None:
         raise ApplyError(
-            f"{type(model).__name__} has no stochastic depth: give the model that sd.apply was "
-            "given"
+            f"{type(model).__name__} has no stochastic depth: call sd.apply(model), or give the "
+            "model that it was called on"
         )
     return applied
 

@@ -3,29 +3,28 @@
 import warnings
 from collections.abc import Container, Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError
-from stochastic_depth.handle import Handle, integer
+from stochastic_depth.handle import GateSettings, Handle, integer, require_choice
 from stochastic_depth.hooks import ForwardHooks
-from stochastic_depth.surgery.applied import Applied, note_applied
-from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
+from stochastic_depth.surgery.applied import Applied, store_applied
+from stochastic_depth.surgery.blocks import FoundBlock, Granularity, nothing_found
 from stochastic_depth.surgery.droppath import own_rates
 from stochastic_depth.surgery.example import Example
-from stochastic_depth.surgery.find import find_blocks, find_residuals
+from stochastic_depth.surgery.find.find_blocks import find_blocks, find_residuals
 from stochastic_depth.surgery.make_skippable import make_skippable
+from stochastic_depth.surgery.record.rejected import Rejected, listed
 from stochastic_depth.surgery.refuse import (
     refuse_applied,
     refuse_nested,
-    refuse_settings,
     refuse_wrapped,
 )
-from stochastic_depth.surgery.rejected import Rejected, listed
-from stochastic_depth.surgery.select_modules import Choice
+from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import (
     LinearDecay,
     Probabilities,
@@ -42,8 +41,8 @@ def apply(
     drop_rate: float | None = None,
     schedule: Schedule | None = None,
     example: Example | None = None,
-    include: Choice | None = None,
-    exclude: Choice = (),
+    include: ModuleSelector | None = None,
+    exclude: ModuleSelector = (),
     granularity: Granularity = "block",
     stacks: str | Sequence[str] = (),
     gate: GateKind = "batch",
@@ -58,25 +57,26 @@ def apply(
 ) -> Handle:
     """Make the residual blocks of `model` skippable, in place.
 
-    The training loop stays as it is: a hook draws the gates whenever `model` is called in training
+    The training loop does not change: a hook draws the gates whenever `model` is called in training
     mode. Parameter names, `state_dict` keys and classes (for `isinstance`) do not change.
 
     With an `example`, the residual blocks of any model are found by recording one forward pass.
-    They are changed so that a closed block runs nothing of its branch, and the result is verified.
-    With every gate open, the outputs equal the original's bit for bit. With blocks closed, in sets
-    that tell each block and each pair of blocks apart, the outputs equal those of the original
-    model in which the additions of these blocks return their shortcut. A training step works. A
-    model that is built from `sd.Residual` units needs no example.
+    They are changed so that a closed block skips all of its branch, and the result is proved. With
+    every gate open, the outputs equal the original's bit for bit. Several sets of blocks are
+    closed, such that for any two blocks some set closes the first and not the second; the outputs
+    equal those of the original model in which the additions of these blocks return their shortcut.
+    A training step works. The proof needs memory for one to two more copies of the parameters and
+    buffers. A model that is built from `sd.Residual` units needs no example.
 
     Drop paths inside the blocks (of timm, torchvision or transformers) and the layerdrop of
-    transformers are set to rate 0 until `sd.remove`, because stochastic depth takes over their job.
+    transformers are set to rate 0 until `sd.remove`, because stochastic depth replaces them.
 
     Args:
         model: the model that holds residual blocks.
-        survival: the survival probabilities p_l. Either a rule, `sd.LinearDecay(0.5)` when not
-            given; or a sequence of L probabilities; or a mapping from the names of blocks to
+        survival: the survival probabilities p_l. Either a rule, by default `sd.LinearDecay(0.5)`;
+            or a sequence of L probabilities; or a mapping from the names of blocks to
             probabilities, in which blocks that are not named have 1; or a function of (block,
-            blocks, step); or "own", which takes 1 minus the rate of each block's own drop path.
+            blocks, step); or "own": 1 minus the rate of each block's own drop path.
         drop_rate: the drop rate 1 - p_L of the last block under linear decay, as other libraries
             count. It is given in place of `survival`.
         schedule: how drop rates change over the training steps: `sd.Warmup(1000)`,
@@ -84,16 +84,16 @@ def apply(
             that is in force, from 0 to 1.
         example: the inputs of one forward call: a tensor, a tuple of arguments, or a mapping of
             keyword arguments. A small batch is enough.
-        include: the modules in which to look for blocks, chosen by name, by class, or by a function
-            of name and module that returns a bool. The whole model when not given.
-        exclude: modules to leave as they are, with everything inside them. A block that has one of
+        include: the modules in which to look for blocks, selected by name, by class, or by a
+            function of name and module that returns a bool. By default the whole model.
+        exclude: modules to leave unchanged, with everything inside them. A block that has one of
             them in its branch is never skipped.
         granularity: "block" throws one coin for all residual additions of a repeated block (an
             element of a list of modules of one class, or one iteration of a loop), and one for each
             addition that the model's own forward method makes. "unit" throws one coin for each
             addition.
         stacks: names of modules, such as ("encoder", "decoder"). The rule counts l and L from 1 in
-            each of them. The whole model is one stack when not given.
+            each of them. By default the whole model is one stack.
         gate: "batch" throws one coin for each block and mini-batch (the paper): a closed block
             costs nothing. "sample" throws one coin for each block and sample, and masks the branch,
             as the DropPath of timm and torchvision does: it saves nothing. "subset" throws the same
@@ -102,8 +102,8 @@ def apply(
         balance: whether the amount of work is the same in every step. With the "batch" gate, the
             number of open blocks is the floor or the ceiling of the sum of p_l, and each block is
             still open with probability p_l: step time and peak memory become those of the expected
-            depth. With the other gates, each block gets round(p_l * batch) samples, but never none:
-            shapes do not change from step to step.
+            depth. With the other gates, each block with p_l > 0 gets round(p_l * batch) samples,
+            and at least one: shapes do not change from step to step.
         min_samples: with the "subset" gate, the smallest number of samples in a subset (BatchNorm
             needs two). It makes p_l a little larger.
         multiple_of: with balanced subsets, their size is rounded to a multiple of this, such as 8.
@@ -113,24 +113,23 @@ def apply(
             compute the same function, which suits fine-tuning.
         scale: "inference" multiplies by p_l in evaluation (the paper), which fits weights that are
             trained from scratch. "training" divides by p_l in training, as timm and torchvision do,
-            and evaluates weights that were trained at constant depth as they are. When not given,
-            it is "training" with `drop_rate` and with "own", and "inference" otherwise. With
+            and evaluates weights that were trained at constant depth unchanged. By default it is
+            "training" with `drop_rate` and with "own", and "inference" otherwise. With
             closed="forward-only" nothing is scaled.
         skipped: the gradient of the parameters of a skipped block. "paper" makes it zero, so that
             momentum and weight decay still move the parameters. "freeze" leaves it None, so that
             the optimizer leaves them alone.
         seed: chooses the sequence of gates.
         budget: about how many seconds the proof may take; the first set of closed blocks is always
-            tried. The number of its passes grows with log2 L, and without a budget all of them are
-            run.
+            tried. The number of passes grows with log2 L. By default all of them are run.
 
     Returns:
         The handle: probabilities, gates, and the state for checkpoints. Blocks are numbered in the
         order in which they run on `example`, or without an example in order of registration.
 
     Warns:
-        UserWarning: when the normalisation layers look trained and `scale` is "inference" because
-            it was not given. Weights that were trained at constant depth evaluate worse under it.
+        UserWarning: when the normalisation layers look trained and `scale` is "inference" by
+            default. Weights that were trained at constant depth evaluate worse under it.
 
     Raises:
         ApplyError: when `model` has no residual block, has stochastic depth already, or is wrapped
@@ -152,16 +151,24 @@ def apply(
         >>> sd.apply(encoder, drop_rate=0.1, example=torch.randn(2, 5, 16)).survival
         (0.975, 0.95, 0.925, 0.9)
     """
-    refuse_settings(gate, closed, scale, skipped, granularity, balance, min_samples, multiple_of)
+    require_choice("granularity", granularity, get_args(Granularity))
+    settings = GateSettings(
+        gate=gate,
+        scale=_scale(scale, closed, as_drop_path=drop_rate is not None or survival == "own"),
+        skipped=skipped,
+        min_samples=min_samples,
+        balance=balance,
+        multiple_of=multiple_of,
+        closed=closed,
+    )
     if drop_rate is not None:
         survival = linear_decay(drop_rate, survival)
-    chosen = _scale(scale, closed, as_drop_path=drop_rate is not None or survival == "own")
     seed = integer("seed", seed)
     refuse_applied(model)
     refuse_wrapped(model)
     refuse_nested(example)
 
-    def find(defer: Container[str]) -> Sequence[Found]:
+    def find(defer: Container[str]) -> Sequence[FoundBlock]:
         if example is None:
             return find_residuals(model, include, exclude)
         rejected: list[Rejected] = []
@@ -175,41 +182,34 @@ def apply(
     made = make_skippable(
         model,
         find,
-        lambda found: chosen_survival(survival, found, stacks, schedule),
+        lambda found: survival_of_blocks(survival, found, stacks, schedule),
         example,
         gate,
-        chosen,
+        settings.scale,
         budget,
     )
     drops = min(made.probabilities.full) < 1
-    if scale is None and chosen == "inference" and drops and look_trained(model):
+    if scale is None and settings.scale == "inference" and drops and look_trained(model):
         warnings.warn(TRAINED, stacklevel=2)
-    handle = Handle(
-        made.proved.blocks,
-        made.probabilities,
-        gate,
-        chosen,
-        skipped,
-        seed,
-        min_samples,
-        balance,
-        multiple_of,
-        closed,
-    )
+    handle = Handle(made.proved.blocks, made.probabilities, settings, seed)
     hooks = _hooks(model, handle, made.proved.resets)
-    note_applied(model, Applied(handle, made.found, made.proved.difference, hooks, made.silenced))
+    store_applied(
+        model, Applied(handle, made.found, made.proved.difference, hooks, made.changed_settings)
+    )
     return handle
 
 
 def _scale(scale: Scale | None, closed: Closed, as_drop_path: bool) -> Scale:
-    """Where the expectation is corrected, by the defaults of `apply`.
+    """Where the expectation is corrected, by default.
 
     Args:
-        as_drop_path: whether survival is given as other libraries do, which divide by p_l.
+        as_drop_path: whether survival is given as in other libraries, which divide by p_l.
     """
+    if scale is not None:
+        return scale
     if closed == "forward-only":
         return "none"
-    return scale or ("training" if as_drop_path else "inference")
+    return "training" if as_drop_path else "inference"
 
 
 def _hooks(model: nn.Module, handle: Handle, resets: dict[str, Any]) -> tuple[RemovableHandle, ...]:
@@ -258,8 +258,8 @@ def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
 class ResetAttributes:
     """A hook on the model that resets attributes which branches set on their modules.
 
-    An example is the balancing loss that a mixture of experts keeps for the training loop to add
-    up. Without the reset, a closed branch would keep the loss of an earlier step.
+    An example is the balancing loss that a mixture of experts stores for the training loop. Without
+    the reset, a closed branch would keep the loss of an earlier step.
     """
 
     def __init__(self, first: dict[str, Any]) -> None:
@@ -273,9 +273,9 @@ class ResetAttributes:
                 setattr(model.get_submodule(name), attribute, value)
 
 
-def chosen_survival(
+def survival_of_blocks(
     survival: Survival | Literal["own"] | None,
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     stacks: str | Sequence[str],
     schedule: Schedule | None = None,
 ) -> Probabilities:

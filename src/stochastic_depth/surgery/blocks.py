@@ -1,21 +1,27 @@
-"""The record of a residual block that was found, and the errors that name a block."""
+"""Residual blocks that were found in a model, and the errors that name a block."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
-from stochastic_depth.places import Places
+from stochastic_depth.module_snapshot import ModuleSnapshot
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.branches import Event
-from stochastic_depth.surgery.edits import Argument, Deferred, Edit, Registered, Sum
+from stochastic_depth.surgery.edits import (
+    AdditionEdit,
+    ArgumentEdit,
+    DeferredEdit,
+    Edit,
+    RegisteredEdit,
+)
 from stochastic_depth.surgery.example import Example
+from stochastic_depth.surgery.record.branches import AdditionEvent
 
 Granularity = Literal["block", "unit"]
-"""One coin for all residual additions of a block, or one for each addition."""
+"""Whether all residual additions of a block share a gate, or each has its own."""
 
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -27,30 +33,33 @@ class Unit:
 
     edits: tuple[tuple[nn.Module, Edit], ...]
     """The modules that get the gate, each with the edit that puts the gate into its code."""
-    additions: tuple[tuple[nn.Module, Sum], ...]
-    """The modules whose code adds, each with the place of the addition."""
-    events: tuple[Event, ...] = ()
+    additions: tuple[tuple[nn.Module, AdditionEdit], ...]
+    """The modules whose code adds, each with the edit of the addition."""
+    events: tuple[AdditionEvent, ...] = ()
     """The additions that a deferred unit made in the recorded forward pass."""
     modules: frozenset[str] = frozenset()
-    """Names of the modules that run for its branch."""
+    """Names of the modules that its branch calls."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A residual block: a `Residual` unit, or additions in other modules that share a coin."""
+class FoundBlock:
+    """A residual block before it has gates: a `Residual` unit, or additions in other modules.
+
+    It becomes a `Block` when gates are installed.
+    """
 
     name: str
     module: nn.Module
     shortcut: str
     """"identity" or "projection"; "identity, projection" where its additions differ."""
     units: tuple[Unit, ...]
-    """Empty for a `Residual`, whose addition has a place for a gate already."""
+    """Empty for a `Residual`, which is written with a gate."""
     modules: Counter[str]
-    """How often each module runs for its branches in one forward pass, by name."""
+    """How often its branches call each module in one pass, by name. Empty for a `Residual`."""
     parameters: tuple[str, ...]
     """Names of the parameters of its branches, in the model."""
     flops: int
-    """FLOPs of its branches in one forward pass on the example; 0 where they were not counted."""
+    """FLOPs of its branches in one forward pass on the example; 0 if they were not counted."""
     refusal: str = ""
     """The reason why it cannot be made skippable; empty if it can."""
     training_only: bool = False
@@ -58,7 +67,7 @@ class Found:
     change: str = ""
     """How its branch changes its shortcut in place; empty if it does not."""
 
-    def without_recording(self) -> "Found":
+    def without_recording(self) -> "FoundBlock":
         """This block without the tensors of the recorded pass, to be kept as long as the model."""
         units = [
             replace(unit, events=tuple(event.without_recording() for event in unit.events))
@@ -66,32 +75,43 @@ class Found:
         ]
         return replace(self, units=tuple(units))
 
+    def names_in_branch(self) -> Collection[str]:
+        """Names of the modules in its branches."""
+        if isinstance(self.module, Residual):
+            return [name for name, _ in self.module.branch.named_modules(prefix=_branch(self.name))]
+        return self.modules
+
+    @property
+    def can_be_deferred(self) -> bool:
+        """Whether the block has a mechanism that deferring may replace."""
+        return self.mechanism in ("slice", "call")
+
     @property
     def mechanism(self) -> str:
         """The name of the mechanism that makes it skippable; "none" if it was refused."""
         if self.refusal:
             return "none"
-        kinds = {type(edit) for unit in self.units for _, edit in unit.edits}
-        return next((name for kind, name in MECHANISM_OF.items() if kind in kinds), "Residual")
+        classes = {type(edit) for unit in self.units for _, edit in unit.edits}
+        return next((name for cls, name in MECHANISM_OF.items() if cls in classes), "Residual")
 
 
 MECHANISM_OF = {
-    Registered: "registered",
-    Deferred: "deferred",
-    Argument: "call",
-    Sum: "slice",
+    RegisteredEdit: "registered",
+    DeferredEdit: "deferred",
+    ArgumentEdit: "call",
+    AdditionEdit: "slice",
 }
 """The mechanism of a block is the first of these that one of its units needs."""
 
 
-def deferred_modules(found: Found) -> list[nn.Module]:
-    """The outermost modules of the branches of a deferred block; empty for any other block."""
+def deferred_modules(found: FoundBlock) -> list[nn.Module]:
+    """The outermost modules of the branches of a deferred block; empty if it is not deferred."""
     return [
         module
         for unit in found.units
         for owner, edit in unit.edits
-        if isinstance(edit, Deferred)
-        for module in Places(owner, [calls.module for calls in edit.calls]).modules.values()
+        if isinstance(edit, DeferredEdit)
+        for module in ModuleSnapshot(owner, [calls.module for calls in edit.calls]).modules.values()
     ]
 
 
@@ -99,7 +119,7 @@ def repeated_block(owner: str, modules: Mapping[str, nn.Module]) -> str:
     """The name of the block that a residual module belongs to.
 
     The block is the first module, from `owner` outwards, that is an element of a list of modules of
-    one class; or `owner` itself where there is none.
+    one class; or `owner` itself if there is none.
     """
     name = owner
     while name:
@@ -140,7 +160,7 @@ def nothing_found(
 def unsupported(
     name: str, module: nn.Module, why: object, others: Sequence[str] = ()
 ) -> UnsupportedBlockError:
-    """The error for a block, with its class and the reason, which holds for `others` too."""
+    """The error that names a block, its class and the reason, which holds for `others` too."""
     error = UnsupportedBlockError(
         f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}"
     )
@@ -149,52 +169,58 @@ def unsupported(
 
 
 def with_remedy(
-    error: UnsupportedBlockError, left_out: Iterable[str], kept: Iterable[str]
+    error: UnsupportedBlockError,
+    left_out: Iterable[str],
+    kept: Iterable[str],
+    tried_all: bool = True,
 ) -> UnsupportedBlockError:
     """`error` with a sentence that says what to leave out.
 
     Args:
-        left_out: names of the blocks without which stochastic depth can be applied.
-        kept: names of all other blocks.
+        left_out: names of the blocks that cannot be skipped.
+        kept: names of the blocks that can be skipped without them.
+        tried_all: whether every block was tried; relevant if `kept` is empty.
     """
     out, rest = list(dict.fromkeys(left_out)), list(dict.fromkeys(kept))
-    if rest and any(is_inside(name, of) for name in rest for of in out):
-        remedy = f"include={_around(rest, out)!r} leaves what cannot be skipped as it is"
+    if rest and any(is_inside(name, outer) for name in rest for outer in out):
+        remedy = f"include={_around(rest, out)!r} leaves unchanged what cannot be skipped"
     elif rest:
-        what = "it as it is" if len(out) == 1 else "them as they are"
+        what = "it unchanged" if len(out) == 1 else "them unchanged"
         remedy = f"exclude={out!r} leaves {what}"
-    else:
+    elif tried_all:
         remedy = "no other block of the model can be skipped"
+    else:
+        remedy = "no other block of the model can be skipped, as far as was tried"
     advised = UnsupportedBlockError(
-        f"{error}; {remedy}; sd.register_unit says how one is skipped, or build it from sd.Residual"
+        f"{error}; {remedy}; or tell sd.apply how to skip it, with sd.register_unit, or build it "
+        "from sd.Residual"
     )
     advised.blocks = error.blocks
     return advised
 
 
-def is_inside(name: str, of: str) -> bool:
-    """Whether the module `name` is inside the module `of`, judged by their names."""
-    return name != of and (not of or name.startswith(f"{of}."))
+def is_inside(name: str, outer: str) -> bool:
+    """Whether the module `name` is inside the module `outer`, judging by their names."""
+    return name != outer and (not outer or name.startswith(f"{outer}."))
 
 
-def _around(names: Sequence[str], apart: Sequence[str]) -> list[str]:
-    """The outermost modules that hold some of `names` and none of `apart`."""
+def _branch(name: str) -> str:
+    """The name of the branch of the `Residual` unit `name`."""
+    return f"{name}.branch" if name else "branch"
+
+
+def _around(names: Sequence[str], without: Sequence[str]) -> list[str]:
+    """The outermost modules that contain some of `names` and none of `without`."""
     found: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         paths = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
-        found[next(p for p in paths if not any(a == p or is_inside(a, p) for a in apart))] = None
+        found[next(p for p in paths if not any(w == p or is_inside(w, p) for w in without))] = None
     return list(found)
 
 
-def branch_modules(name: str, module: Residual) -> list[str]:
-    """Names of the modules in the branch of a `Residual` unit."""
-    branch = f"{name}.branch" if name else "branch"
-    return [inner for inner, _ in module.branch.named_modules(prefix=branch)]
-
-
-def residual_block(name: str, module: Residual, flops: int) -> Found:
-    branch = f"{name}.branch" if name else "branch"
-    parameters = tuple(f"{branch}.{inner}" for inner, _ in module.branch.named_parameters())
+def residual_block(name: str, module: Residual, flops: int) -> FoundBlock:
+    """The block of a `Residual` unit."""
+    parameters = tuple(inner for inner, _ in module.branch.named_parameters(_branch(name)))
     shortcut = "identity" if module.shortcut is None else "projection"
-    return Found(name, module, shortcut, (), Counter(), parameters, flops)
+    return FoundBlock(name, module, shortcut, (), Counter(), parameters, flops)

@@ -31,9 +31,9 @@ def compile_blocks(model: Model, **options: Any) -> Model:
     stay. Copies and pickles of the model are not compiled, nor is the model after `sd.remove`.
     `sd.summary` and `sd.verify` run the blocks uncompiled.
 
-    More graphs are compiled for batches of another size. With `granularity="unit"` a block of n
+    More graphs are compiled for batches of a different size. With `granularity="unit"` a block of n
     additions has 2^n of them in training. With `gate="subset"` the number of samples changes: that
-    takes six graphs in training, or a dozen where the batch size changes too.
+    takes six graphs in training, or a dozen if the batch size changes too.
 
     Args:
         model: a model that `sd.apply` was called on.
@@ -59,13 +59,13 @@ def compile_blocks(model: Model, **options: Any) -> Model:
     blocks = dict.fromkeys(found.module for found in applied.found if found.mechanism != "deferred")
     if model in blocks:
         raise ApplyError(
-            f"{type(model).__name__} is itself a block, and compiled it would draw no gates: "
-            "put it into an nn.Sequential, and apply stochastic depth to that"
+            f"{type(model).__name__} is itself a block; compiling it would bypass the hook that "
+            "draws its gates: put it into an nn.Sequential, and apply stochastic depth to that"
         )
     deferred = [found for found in applied.found if found.mechanism == "deferred"]
     modules = dict.fromkeys(module for found in deferred for module in deferred_modules(found))
     for block in [*blocks, *modules]:
         if not is_installed(block) and "forward" not in vars(block):
-            install(block, {})  # so that its graphs are not counted with those of other blocks
+            install(block, {})  # so that its graphs do not count towards the limit of other blocks
         block.compile(**{"fullgraph": True, **_LIMIT, **options})
     return model

@@ -1,4 +1,4 @@
-"""A model's own drop path and layerdrop, which are off while stochastic depth is applied."""
+"""A model's own drop path and layerdrop, which are disabled while stochastic depth is applied."""
 
 import copy
 import numbers
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stochastic_depth.errors import SurvivalError
-from stochastic_depth.surgery.blocks import Found
+from stochastic_depth.surgery.blocks import FoundBlock
 
 KINDS = ("droppath", "stochasticdepth", "layerdrop", "skiplayer")
 """Parts of the names, in lower case, of classes of modules that drop branches or layers."""
@@ -27,25 +27,25 @@ layers."""
 
 
 @dataclass(frozen=True)
-class Silenced:
-    """A drop rate or a similar setting that is changed while stochastic depth is applied.
+class ChangedSetting:
+    """A drop rate, or a similar setting, that is changed while stochastic depth is applied.
 
-    Other models may share a configuration object. So this model gets a changed copy of it.
+    A configuration object may be shared with other models, so this model gets a changed copy.
     """
 
     holders: tuple[Any, ...]
-    """The module that has the setting; or all modules that share the configuration which has it."""
+    """The module with the setting; or all modules that share the configuration with the setting."""
     attribute: str
-    rate: Any
-    """The value of the setting before."""
+    original: Any
+    """The value of the setting without stochastic depth."""
     value: Any = 0.0
     """The value while stochastic depth is applied."""
-    of_config: bool = False
+    in_config: bool = False
     """Whether the setting is in the `config` of the holders."""
 
-    def silence(self) -> None:
+    def change(self) -> None:
         """Change the setting."""
-        if not self.of_config:
+        if not self.in_config:
             setattr(self.holders[0], self.attribute, self.value)
             return
         copied = copy.copy(self.holders[0].config)
@@ -54,32 +54,34 @@ class Silenced:
             holder.config = copied
 
     def restore(self) -> None:
-        """Put the setting back."""
-        holder = self.holders[0].config if self.of_config else self.holders[0]
-        setattr(holder, self.attribute, self.rate)
+        """Restore the original value."""
+        holder = self.holders[0].config if self.in_config else self.holders[0]
+        setattr(holder, self.attribute, self.original)
 
 
-def silence(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
+def disable_drop_paths(model: nn.Module, found: Sequence[FoundBlock]) -> list[ChangedSetting]:
     """Set the drop paths inside the blocks, and the layerdrop around them, to rate 0.
 
     PyTorch's own transformer layers are also kept from computing a whole layer in one fused call,
-    because blocks inside of that call could not be skipped.
+    because blocks inside that call could not be skipped.
     """
-    silenced = [drop_path for block in found for drop_path in _inside(block)]
-    silenced += [*_around(model, found), *_fused(model, found)]
-    for each in silenced:
-        each.silence()
-    return silenced
+    changed_settings = [drop_path for block in found for drop_path in _inside(block)]
+    changed_settings += [*_around(model, found), *_fused(model, found)]
+    for each in changed_settings:
+        each.change()
+    return changed_settings
 
 
-def own_rates(found: Sequence[Found]) -> list[float]:
-    """The drop rate of each block's own drop path; 0 where it has none.
+def own_rates(found: Sequence[FoundBlock]) -> list[float]:
+    """The drop rate of each block's own drop path; 0 if it has none.
 
     Raises:
         SurvivalError: when the drop paths of one block have different rates, or no block has a rate
             above 0.
     """
-    rates = [{_round(drop_path.rate) for drop_path in _inside(block)} or {0.0} for block in found]
+    rates = [
+        {_round(drop_path.original) for drop_path in _inside(block)} or {0.0} for block in found
+    ]
     for block, different in zip(found, rates, strict=True):
         if len(different) > 1:
             raise SurvivalError(
@@ -96,17 +98,17 @@ def own_rates(found: Sequence[Found]) -> list[float]:
 
 
 def _round(rate: Any) -> float:
-    """A rate as it was written, such as 0.1, also where it was stored in single precision."""
+    """A rate as it was written, such as 0.1, even if it was stored in single precision."""
     return float(rate) if isinstance(rate, float) else float(f"{float(rate):.6g}")
 
 
-def _around(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
+def _around(model: nn.Module, found: Sequence[FoundBlock]) -> list[ChangedSetting]:
     """The layerdrop settings of the modules around the blocks, and of their configurations."""
     paths = [block.name.split(".") for block in found]
     above = {".".join(path[:length]) for path in paths for length in range(len(path))}
     around = [module for name, module in model.named_modules() if name in above]
-    silenced = [
-        Silenced((module,), attribute, rate)
+    changed_settings = [
+        ChangedSetting((module,), attribute, rate)
         for module in around
         for attribute in (*LAYER_RATES, *(_rate_of(module) or ()))
         if is_rate(rate := getattr(module, attribute, None))
@@ -114,36 +116,36 @@ def _around(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
     configs = {id(c): c for m in around if (c := getattr(m, "config", None)) is not None}
     for config in configs.values():
         sharing = tuple(m for m in model.modules() if getattr(m, "config", None) is config)
-        silenced += [
-            Silenced(sharing, attribute, rate, of_config=True)
+        changed_settings += [
+            ChangedSetting(sharing, attribute, rate, in_config=True)
             for attribute in LAYER_RATES
             if is_rate(rate := getattr(config, attribute, None))
         ]
-    return silenced
+    return changed_settings
 
 
-def _inside(block: Found) -> list[Silenced]:
-    """The drop paths inside of a block whose rate is above 0."""
+def _inside(block: FoundBlock) -> list[ChangedSetting]:
+    """The drop paths inside a block whose rate is above 0."""
     return [
-        Silenced((module,), *attribute, rate)
+        ChangedSetting((module,), *attribute, rate)
         for module in block.module.modules()
         if (attribute := _rate_of(module)) and is_rate(rate := getattr(module, *attribute))
     ]
 
 
-def _fused(model: nn.Module, found: Sequence[Found]) -> list[Silenced]:
-    """The settings by which PyTorch's encoder layers, and stacks of them, take their fused path."""
+def _fused(model: nn.Module, found: Sequence[FoundBlock]) -> list[ChangedSetting]:
+    """The settings that let PyTorch's encoder layers, and stacks of them, use their fused path."""
     holders = {block.module for block in found}
     holders |= {module for block in found for unit in block.units for module, _ in unit.edits}
-    silenced = []
+    changed_settings = []
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and module in holders:
             now = module.activation_relu_or_gelu
-            silenced.append(Silenced((module,), "activation_relu_or_gelu", now, 0))
+            changed_settings.append(ChangedSetting((module,), "activation_relu_or_gelu", now, 0))
         elif isinstance(module, nn.TransformerEncoder) and holders & set(module.modules()):
             now = module.use_nested_tensor
-            silenced.append(Silenced((module,), "use_nested_tensor", now, False))
-    return silenced
+            changed_settings.append(ChangedSetting((module,), "use_nested_tensor", now, False))
+    return changed_settings
 
 
 def _rate_of(module: nn.Module) -> tuple[str] | None:

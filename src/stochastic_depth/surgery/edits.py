@@ -1,8 +1,8 @@
-"""The edits that put a branch under a gate, and how their places are found in the source.
+"""The edits that put a branch under a gate, and how to find their locations in the source.
 
-A `Place` is an expression in a method of a class; that method is rewritten there. A `Site` is an
-expression in any function, as the interpreter's frames show it; a deferred addition is recognised
-by its site while it runs.
+A `SourceLocation` is an expression in a method of a class, where the method can be rewritten. A
+`CallSite` is an expression in any function, as an interpreter frame shows it; a deferred addition
+is recognised by its call site while it runs.
 """
 
 import inspect
@@ -13,97 +13,108 @@ from typing import Any, Literal
 
 from torch import nn
 
-Side = Literal["left", "right"]
+Side = Literal[0, 1]
+"""Which of the two operands of an addition is its shortcut."""
 Position = tuple[int, int, int, int]
 """The first and last line of an expression in its file, then its first and last column."""
 
 
+NOT_REACHED = (
+    "the residual addition of this block did not run in this pass: the model took a different path "
+    "than on the example, and nothing on that path is skipped. Give sd.apply an example that takes "
+    "it"
+)
+"""The message for a pass that bypasses the addition of a block."""
+
+
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """An expression in a method."""
 
-    kind: type[nn.Module]
-    """The class that defines the method: the class of the module, or a parent class."""
+    cls: type[nn.Module]
+    """The class that defines the method: that of the module, or one of its base classes."""
     method: str
     position: Position
 
     def __str__(self) -> str:
-        return f"{self.kind.__qualname__}.{self.method}, line {self.position[0]}"
+        return f"{self.cls.__qualname__}.{self.method}, line {self.position[0]}"
 
 
-Parameter = tuple[int | None, str | None]
-"""A parameter of a function: its position, if it has one, and its name, if that is known."""
+CallParameter = tuple[int | None, str | None]
+"""A parameter of a function: its position, or None; and its name, or None if that is unknown."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """The call of one method in another."""
+    """A call of one method of a module by a different one of its methods."""
 
-    place: Place
+    location: SourceLocation
     dead: frozenset[str] = frozenset()
-    """Variables of the calling method that were None, or not used after the addition. A closed
-    branch does not compute them, and sets them to None."""
+    """Variables of the calling method that are None, or unused, after the addition. Under a closed
+    gate they are not computed, but set to None."""
 
 
 @dataclass(frozen=True)
-class Sum:
-    """An addition in a method. Closed, it is its shortcut, and nothing of its branch runs."""
+class AdditionEdit:
+    """An addition in a method.
 
-    place: Place
-    shortcut: Side
-    within: Parameter | None = None
-    """For a call of a function that adds: which of its parameters is the shortcut."""
+    With a closed gate the addition returns its shortcut, and no code of its branch runs.
+    """
+
+    location: SourceLocation
+    side: Side
+    within: CallParameter | None = None
+    """If the method calls a function that adds: which parameter of it is the shortcut."""
     dead: frozenset[str] = frozenset()
     """As `Caller.dead`, for the method that adds."""
     callers: tuple[Caller, ...] = ()
-    """The calls through which other methods of the module reach this one, the innermost first."""
+    """The calls by which other methods of the module reach this one, innermost first."""
     copies: bool = False
-    """Whether a closed addition must copy its shortcut, because later code may overwrite the sum in
-    place."""
+    """Whether to return a copy of the shortcut, because later code may change the sum in place."""
 
     def __str__(self) -> str:
-        return str(self.place)
+        return str(self.location)
 
 
 @dataclass(frozen=True)
-class Argument:
-    """A call in a method that is passed a value of the branch. Closed, it is passed None.
+class ArgumentEdit:
+    """A call, in a method, that passes a value of the branch to the module or method that adds.
 
-    The addition is in the module or method that is called.
+    With a closed gate the call receives None.
     """
 
-    place: Place
-    arguments: tuple[Parameter, ...]
+    location: SourceLocation
+    arguments: tuple[CallParameter, ...]
     dead: frozenset[str] = frozenset()
     callers: tuple[Caller, ...] = ()
 
 
 @dataclass(frozen=True)
-class Registered:
+class RegisteredEdit:
     """A whole module whose forward method was registered with `sd.register_unit`."""
 
     forward: Callable[..., Any]
 
 
-Site = tuple[str, str, int, Any]
-"""An expression in the code: the file, the function, its first line, and the position inside it."""
+CallSite = tuple[str, str, int, Any]
+"""An expression: its file and function, the first line of the function, and where it is there."""
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_"}
-"""Names of the functions that add."""
+"""Names of PyTorch's functions that add."""
 
 
 def scales_second(name: str, others: Mapping[str, Any]) -> bool:
-    """Whether an addition multiplies its second operand first, as `torch.add(x, y, alpha=2)`.
+    """Whether an addition scales its second operand, as `torch.add(x, y, alpha=2)` does.
 
     Args:
-        name: one of `ADDITIONS`; the result is False for other functions.
-        others: the arguments that are no operands.
+        name: the name of the function; the result is False if it is not one of `ADDITIONS`.
+        others: the arguments other than the operands.
     """
     return name in ADDITIONS and (name.startswith("addcmul") or others.get("alpha", 1) != 1)
 
 
 def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of an addition, operands first, also of `torch.add(input=x, other=y)`."""
+    """The operands of an addition, also if given by name; and its other arguments."""
     others = dict(kwargs)
     first = (others.pop("input"),) if "input" in others else ()
     last = [others.pop(name) for name in ("other", "tensor1", "tensor2") if name in others]
@@ -111,60 +122,61 @@ def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple
 
 
 @dataclass(frozen=True)
-class Calls:
-    """The calls of a module, during one call of the owner, that belong to a branch."""
+class BranchCalls:
+    """The calls of one module that belong to a branch, during one call of the owner."""
 
     module: str
-    """Its name, relative to the owner."""
-    which: tuple[int, ...]
-    """The numbers of those calls, from 0."""
-    of: int
-    """How many calls there are in all. If all belong to the branch, their number may change."""
-    tensor: bool
-    """Whether each of them returned a tensor, not a tuple or another structure."""
+    """The name of the module, relative to the owner."""
+    indices: tuple[int, ...]
+    """Which of the module's calls belong to the branch, counted from 0."""
+    count: int
+    """How often the module is called in all. If all calls belong to the branch, a later pass may
+    make more or fewer."""
+    return_tensors: bool
+    """Whether each of them returned a tensor, rather than a tuple or another structure."""
 
     @property
     def always(self) -> bool:
         """Whether all calls of the module belong to the branch."""
-        return len(self.which) == self.of
+        return len(self.indices) == self.count
 
 
 @dataclass(frozen=True)
-class Deferred:
-    """One deferred residual addition: an edit of the module in which all of its branch runs."""
+class DeferredEdit:
+    """A deferred residual addition, as an edit of the module in which all of its branch runs."""
 
     block: str
     """The name of its block."""
     number: int
-    """The number of this addition within its owner."""
-    sites: tuple[tuple[Site, int], ...]
-    """The expressions that make the addition, each with the position of the shortcut among the
-    operands. There are two where training mode makes it in another expression than evaluation."""
-    calls: tuple[Calls, ...]
+    """The number of this addition among those of its owner."""
+    sites: tuple[tuple[CallSite, Side], ...]
+    """The expressions that make the addition, each with its shortcut's side. There are two if
+    training mode and evaluation use different expressions."""
+    calls: tuple[BranchCalls, ...]
     copies: bool
-    """As `Sum.copies`."""
+    """As `AdditionEdit.copies`."""
 
     def __str__(self) -> str:
         return f"the addition in {self.sites[0][0][1]}"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """The model itself. When it returns, all deferred calls that its outputs need are made."""
+class EntryEdit:
+    """The model itself, which makes the deferred calls that its outputs need before it returns."""
 
 
-Sliced = Sum | Argument
-Edit = Sum | Argument | Registered | Deferred | Entry
+RewriteEdit = AdditionEdit | ArgumentEdit
+Edit = AdditionEdit | ArgumentEdit | RegisteredEdit | DeferredEdit | EntryEdit
 
 
 _POSITIONS: dict[int, tuple[CodeType, list[Any]]] = {}
 
 
-def site_of(frame: FrameType) -> Site:
+def call_site_of(frame: FrameType) -> CallSite:
     """The expression that `frame` is evaluating.
 
-    The number of the bytecode instruction does not identify it, because that changes when the
-    interpreter specialises a call.
+    It is identified by its position, because the interpreter changes bytecode when it specialises
+    a call.
     """
     code = frame.f_code
     known = _POSITIONS.get(id(code))
@@ -180,32 +192,32 @@ def site_of(frame: FrameType) -> Site:
 class Method:
     """A running method of a module."""
 
-    place: Place | None
-    """The expression that it is evaluating; None where its source is not known."""
+    location: SourceLocation | None
+    """The expression that it is evaluating; None if its source is unknown."""
     frame: FrameType
     called: FrameType | None
-    """The frame of the function that this expression calls, if it is a call."""
+    """The frame of the function that this expression calls; None if it is not such a call."""
 
 
-def find_places(
+def locations_in(
     modules: Container[nn.Module], frame: FrameType | None
-) -> Iterator[tuple[nn.Module, Place | None]]:
-    """Which of `modules` have a running method around `frame`, and what each evaluates.
+) -> Iterator[tuple[nn.Module, SourceLocation | None]]:
+    """For each of `modules` with a running method around `frame`: the expression it evaluates.
 
     The frames are walked once for all modules, because reading their variables is slow.
     """
     seen = set[nn.Module]()
     while frame is not None:
         code = frame.f_code
-        held = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(held, nn.Module) and held in modules and held not in seen:
-            seen.add(held)
-            yield held, _in_method(held, code, frame.f_lasti // 2)
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and owner in modules and owner not in seen:
+            seen.add(owner)
+            yield owner, _in_method(owner, code, frame.f_lasti // 2)
         frame = frame.f_back
 
 
 def methods_of(module: nn.Module, frame: FrameType | None) -> Iterator[Method]:
-    """The running methods of `module` around `frame`, the innermost first."""
+    """The running methods of `module` around `frame`, innermost first."""
     called = None
     while frame is not None:
         code = frame.f_code
@@ -214,13 +226,13 @@ def methods_of(module: nn.Module, frame: FrameType | None) -> Iterator[Method]:
         called, frame = frame, frame.f_back
 
 
-def _in_method(module: nn.Module, code: CodeType, instruction: int) -> Place | None:
+def _in_method(module: nn.Module, code: CodeType, instruction: int) -> SourceLocation | None:
     first, last, start, end = list(code.co_positions())[instruction]
     if first is None or last is None or start is None or end is None:
         return None
-    for kind in type(module).__mro__:
-        method = vars(kind).get(code.co_name)
+    for cls in type(module).__mro__:
+        method = vars(cls).get(code.co_name)
         inner = inspect.unwrap(method) if callable(method) else None
-        if kind is not nn.Module and getattr(inner, "__code__", None) is code:
-            return Place(kind, code.co_name, (first, last, start, end))
+        if cls is not nn.Module and getattr(inner, "__code__", None) is code:
+            return SourceLocation(cls, code.co_name, (first, last, start, end))
     return None

@@ -20,12 +20,12 @@ Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
     """A function that calls `model` on a copy of `example`, each time from the same random state.
 
-    The function has one argument, a seed that is 0 when not given.
+    The function has one argument, a seed, by default 0.
     """
 
     def call(seed: int = 0) -> Any:
-        held = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in tensors}
-        given = copy.deepcopy(example, held)  # which the model may change in place
+        copies = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in tensors}
+        given = copy.deepcopy(example, copies)  # which the model may change in place
         seed_everything(seed)
         if isinstance(given, Mapping):
             return model(**given)
@@ -41,7 +41,7 @@ def on_meta(model: nn.Module, example: Example) -> bool:
     return any(tensor.device.type == "meta" for tensor in tensors)
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 """Attributes of every `nn.Module`, which PyTorch itself manages: tensors, children and hooks."""
 
 
@@ -49,12 +49,12 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 def preserve_state(model: nn.Module) -> Iterator[None]:
     """Restore `model` afterwards: modes, tensors, gradients and attributes; and the random state.
 
-    If a forward pass replaces a buffer or a parameter, the original tensor comes back, with its
+    If a forward pass replaces a buffer or a parameter, the original tensor is restored, with its
     content. While this is entered, no module runs compiled, and PyTorch's own transformer layers do
-    not take their fused path, because both bypass hooks and modes.
+    not use their fused path, because both bypass hooks and modes.
     """
     modules = list(model.modules())
-    held = [_Held(module) for module in modules]
+    states = [_ModuleState(module) for module in modules]
     compiled = [(module, call_of(module)) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -70,8 +70,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, implementation in compiled:
             set_call(module, implementation)
-        for each in held:
-            each.restore()
+        for state in states:
+            state.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
 
@@ -101,11 +101,11 @@ def seed_everything(seed: int) -> None:
         numpy.random.seed(seed)
 
 
-class _Held:
+class _ModuleState:
     """The state of one module, without its children."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.kind = module, type(module)
+        self.module, self.cls = module, type(module)
         self.scripted = isinstance(module, torch.jit.ScriptModule)
         self.training = module.training
         self.buffers = [] if self.scripted else list(module._buffers.items())
@@ -128,7 +128,7 @@ class _Held:
 
     def restore(self) -> None:
         self.module.training = self.training
-        if not self.scripted and type(self.module) is self.kind:  # a lazy module changes its class
+        if not self.scripted and type(self.module) is self.cls:  # a lazy module changes its class
             attributes = vars(self.module)
             for name in _attributes(self.module).keys() - self.attributes.keys():
                 del attributes[name]
@@ -153,11 +153,11 @@ def _numpy() -> Any:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
 
 
 def _put_back(now: dict[str, Any], kept: list[tuple[str, Any]]) -> None:
-    """Make `now` hold the very objects that `kept` lists, by name."""
+    """Make `now` contain exactly the objects that `kept` lists, by name."""
     if len(now) != len(kept) or any(now.get(name) is not value for name, value in kept):
         now.clear()
         now.update(kept)
@@ -165,5 +165,5 @@ def _put_back(now: dict[str, Any], kept: list[tuple[str, Any]]) -> None:
 
 def has_content(tensor: Tensor) -> bool:
     """Whether `tensor` is a plain tensor with values: not on the meta device, sharded or sparse."""
-    kinds = (Tensor, nn.Parameter, nn.Buffer)
-    return type(tensor) in kinds and tensor.device.type != "meta" and tensor.layout == torch.strided
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+    return plain and tensor.device.type != "meta" and tensor.layout == torch.strided

@@ -1,4 +1,4 @@
-"""Put gates into modules and into the blocks of a model, and take them out again.
+"""Install gates in modules and in the blocks of a model, and remove them.
 
 A module of any class gets gates by replacing its class with a subclass of it.
 """
@@ -17,11 +17,17 @@ from stochastic_depth.block import Block, count_inside, owned_parameters
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.deferred.forward import deferring_forward
-from stochastic_depth.surgery.edits import Deferred, Edit, Entry, Registered, Sliced
-from stochastic_depth.surgery.rewrite import slice_method
-from stochastic_depth.surgery.select_samples import SAMPLES
+from stochastic_depth.surgery.edits import (
+    DeferredEdit,
+    Edit,
+    EntryEdit,
+    RegisteredEdit,
+    RewriteEdit,
+)
+from stochastic_depth.surgery.rewrite.methods import slice_method
+from stochastic_depth.surgery.rewrite.select_samples import HOLDS_SAMPLES
 
 GATES = "_stochastic_depth_gates"
 """The attribute of a module that holds its `BlockGates`, one for each edit of the module."""
@@ -33,10 +39,10 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = False) -> None:
-    """Put `gates` at their edits of `module`, in place, in order of execution.
+    """Install `gates` in `module`, in place, each at its edit, in the order of execution.
 
     The module keeps its parameters, its attributes and, for `isinstance`, its class. A `forward`
-    that was set on the instance is moved aside, and called by the one with gates.
+    that was set on the instance is kept under a different name, and the one with gates calls it.
 
     Args:
         select: whether a gate may run the branch on some of the samples only.
@@ -45,11 +51,11 @@ def install(module: nn.Module, gates: Mapping[Edit, BlockGates], select: bool = 
         UnsupportedBlockError: when a method cannot be edited; `module` is then as it was before.
     """
     own = "forward" in vars(module) and len(gates) > 0
-    if own and not all(isinstance(edit, Deferred | Entry) for edit in gates):
+    if own and not all(isinstance(edit, DeferredEdit | EntryEdit) for edit in gates):
         raise UnsupportedBlockError("its forward method is set on the instance, not in the class")
-    kind = gated_class(type(module), tuple(gates), select, fingerprint(module), own)
+    cls = gated_class(type(module), tuple(gates), select, fingerprint(module), own)
     module.__dict__[GATES] = tuple(gates.values())
-    module.__class__ = kind
+    module.__class__ = cls
     if own:
         _rename(module, "forward", _OWN_FORWARD)
 
@@ -58,7 +64,7 @@ def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
     module.__class__ = ungated_class(type(module))
     del module.__dict__[GATES]
-    module.__dict__.pop(SAMPLES, None)
+    module.__dict__.pop(HOLDS_SAMPLES, None)
     if "forward" in vars(module):  # set since then
         vars(module).pop(_OWN_FORWARD, None)
     _rename(module, _OWN_FORWARD, "forward")
@@ -70,18 +76,18 @@ def _rename(module: nn.Module, attribute: str, to: str) -> None:
         vars(module)[to] = vars(module).pop(attribute)
 
 
-def ungated_class(kind: type) -> Any:
-    """`kind` without gates: with the original class in the place of the class with gates.
+def ungated_class(cls: type) -> Any:
+    """`cls` without gates: the original class takes the place of the class with gates.
 
-    `fully_shard` and parametrizations put classes of their own on top; these stay.
+    `fully_shard` and parametrizations derive further classes from it; these stay.
     """
-    if _ORIGINAL in vars(kind):
-        return vars(kind)[_ORIGINAL]
-    bases = tuple(map(ungated_class, kind.__bases__))
-    if bases == kind.__bases__:
-        return kind
-    members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    return type(kind)(kind.__name__, bases, members)
+    if _ORIGINAL in vars(cls):
+        return vars(cls)[_ORIGINAL]
+    bases = tuple(map(ungated_class, cls.__bases__))
+    if bases == cls.__bases__:
+        return cls
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, members)
 
 
 def is_installed(module: nn.Module) -> bool:
@@ -90,100 +96,104 @@ def is_installed(module: nn.Module) -> bool:
 
 @functools.cache
 def gated_class(
-    kind: type[nn.Module],
+    cls: type[nn.Module],
     edits: tuple[Edit, ...],
     select: bool,
     alike: str,
     own_forward: bool = False,
 ) -> Any:
-    """A subclass of `kind`, of the same name, which has gates at `edits`.
+    """A subclass of `cls`, of the same name, with gates at `edits`.
 
     torch.compile keeps a limited number of graphs for each code object of a method, and remembers
-    changing sizes by the name of the code. So modules with different attributes, and therefore a
-    different `alike`, get code objects and names of their own.
+    changing sizes by the name of the code. So modules with a different `alike` get different code
+    objects and names.
 
     Args:
-        alike: a text that is equal for modules which a compiler may give the same graphs.
+        alike: a text that is equal for modules that may share compiled graphs.
         own_forward: whether the module has a `forward` that was set on the instance.
 
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
     """
-    methods, parents = _gated_methods(kind, edits, select, own_forward)
-    if "forward" not in methods and isinstance(kind.forward, FunctionType):
-        torchs_own = kind.forward.__module__.partition(".")[0] == "torch"
+    methods, parents = _gated_methods(cls, edits, select, own_forward)
+    if "forward" not in methods and isinstance(cls.forward, FunctionType):
+        torchs_own = cls.forward.__module__.partition(".")[0] == "torch"
         remade = _called if torchs_own else _remade
-        methods["forward"] = remade(kind.forward, kind.forward.__closure__)
+        methods["forward"] = remade(cls.forward, cls.forward.__closure__)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        return _build, (build, kind, edits, select, alike, own_forward, *arguments[1:]), *rest
+        return _build, (build, cls, edits, select, alike, own_forward, *arguments[1:]), *rest
 
-    @functools.wraps(kind.__init__)
+    @functools.wraps(cls.__init__)
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         if type(self) is made:  # a newly constructed module has no gates
-            self.__class__ = kind
-        kind.__init__(self, *args, **kwargs)
+            self.__class__ = cls
+        cls.__init__(self, *args, **kwargs)
 
     made: type[nn.Module] = type(
-        kind.__name__,
-        (kind, *parents),
+        cls.__name__,
+        (cls, *parents),
         {
             **methods,
             "__init__": initialise,
             "__reduce_ex__": reduce,
-            _ORIGINAL: kind,
-            "__module__": kind.__module__,
-            "__qualname__": kind.__qualname__,
-            "__doc__": kind.__doc__,
+            _ORIGINAL: cls,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
         },
     )
     forward = vars(made).get("forward")  # transformers wraps it as the class is made
-    deferring = any(isinstance(edit, Deferred | Entry) for edit in edits)
+    deferring = any(isinstance(edit, DeferredEdit | EntryEdit) for edit in edits)
     if isinstance(forward, FunctionType) and not deferring:
         forward.__code__ = forward.__code__.replace(co_name=f"forward_{alike}")
     return made
 
 
 def _gated_methods(
-    kind: type[nn.Module], edits: tuple[Edit, ...], select: bool, own_forward: bool
+    cls: type[nn.Module], edits: tuple[Edit, ...], select: bool, own_forward: bool
 ) -> tuple[dict[str, Any], list[type[nn.Module]]]:
-    """The methods of `kind` with gates at `edits`, by name.
+    """The methods of `cls` with gates at `edits`, by name.
 
     Returns:
-        The methods; and classes with such a method that have to be put between a parent class and
-        its children.
+        The methods; and classes with such a method, to be put between a base class and the classes
+        that are derived from it.
 
     Raises:
         UnsupportedBlockError: when a method cannot be edited.
     """
     methods: dict[str, Any] = {}
     parents: list[type[nn.Module]] = []
-    sliced = [edit for edit in edits if isinstance(edit, Sliced)]
-    for defined, name in dict.fromkeys((edit.place.kind, edit.place.method) for edit in sliced):
-        mine = [edit for edit in sliced if (edit.place.kind, edit.place.method) == (defined, name)]
+    sliced = [edit for edit in edits if isinstance(edit, RewriteEdit)]
+    for defined, name in dict.fromkeys(
+        (edit.location.cls, edit.location.method) for edit in sliced
+    ):
+        mine = [
+            edit for edit in sliced if (edit.location.cls, edit.location.method) == (defined, name)
+        ]
         gates = functools.partial(_gates_now, [edits.index(edit) for edit in mine])
         outer = vars(defined)[name]
         inner = inspect.unwrap(outer)
         new = slice_method(inner, mine, gates, select)
         method = _wrapped_as(outer, inner, new)
-        if getattr(kind, name) is vars(defined)[name]:
+        if getattr(cls, name) is vars(defined)[name]:
             methods[name] = method
-        else:  # reached by super(): a class between `defined` and its children
+        else:  # reached by super(): derive a class from `defined`, to come before it in the MRO
             parents.append(type(defined.__name__, (defined,), {name: method}))
     for number, edit in enumerate(edits):
-        if isinstance(edit, Registered):
+        if isinstance(edit, RegisteredEdit):
             methods["forward"] = _registered_forward(edit.forward, number)
-    if any(isinstance(edit, Deferred | Entry) for edit in edits):
-        inner = _own_forward if own_forward else methods.get("forward") or kind.forward
-        deferred = [(n, edit) for n, edit in enumerate(edits) if isinstance(edit, Deferred)]
-        is_entry = any(isinstance(edit, Entry) for edit in edits)
+    if any(isinstance(edit, DeferredEdit | EntryEdit) for edit in edits):
+        inner = _own_forward if own_forward else methods.get("forward") or cls.forward
+        deferred = [(n, edit) for n, edit in enumerate(edits) if isinstance(edit, DeferredEdit)]
+        is_entry = any(isinstance(edit, EntryEdit) for edit in edits)
         methods["forward"] = deferring_forward(inner, deferred, GATES, is_entry)
     return methods, parents
 
 
 def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> FunctionType:
-    """Put `new` into the decorators that turn `inner` into `outer`.
+    """`new`, under the decorators that turn `inner` into `outer`.
 
     Raises:
         UnsupportedBlockError: when a decorator does not keep what it wraps in its closure.
@@ -192,13 +202,13 @@ def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> 
         return new
     wrapped = outer.__wrapped__  # type: ignore[attr-defined]
     cells = list(outer.__closure__ or ())
-    held = [i for i, cell in enumerate(cells) if cell.cell_contents is wrapped]
-    if not held:
+    wrapping = [i for i, cell in enumerate(cells) if cell.cell_contents is wrapped]
+    if not wrapping:
         raise UnsupportedBlockError(
             f"{outer.__qualname__} has a decorator that cannot be applied again"
         )
     replacement = _wrapped_as(wrapped, inner, new)
-    for i in held:
+    for i in wrapping:
         cells[i] = CellType(replacement)
     made = _remade(outer, tuple(cells))
     made.__dict__["__wrapped__"] = replacement
@@ -206,7 +216,7 @@ def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> 
 
 
 def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> FunctionType:
-    """A copy of `function` with another closure."""
+    """A copy of `function` with a different closure."""
     made = FunctionType(
         function.__code__,
         function.__globals__,
@@ -222,9 +232,9 @@ def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> Fun
 
 
 def _called(function: FunctionType, _: Any) -> FunctionType:
-    """A function of this file that calls `function` of PyTorch.
+    """A function defined in this file that calls `function` of PyTorch.
 
-    The compiler begins no graph in a function that stands in PyTorch's own files.
+    The compiler begins no graph in a function that is defined in PyTorch's own files.
     """
 
     @functools.wraps(function)
@@ -271,7 +281,7 @@ def _own_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _build(
     build: Any,
-    kind: type[nn.Module],
+    cls: type[nn.Module],
     edits: tuple[Edit, ...],
     select: bool,
     alike: str,
@@ -281,20 +291,19 @@ def _build(
     """Rebuild a module when it is unpickled or copied.
 
     Raises:
-        UnsupportedBlockError: when the source of its class has changed since, so that it does not
-            fit.
+        UnsupportedBlockError: when the source of its class has changed since.
     """
     try:
-        return build(gated_class(kind, edits, select, alike, own_forward), *rest)
+        return build(gated_class(cls, edits, select, alike, own_forward), *rest)
     except UnsupportedBlockError as error:
         raise UnsupportedBlockError(
-            f"a pickled {kind.__name__} with stochastic depth does not fit its class as it is "
-            f"now ({error}): save its state_dict, and apply after loading"
+            f"a pickled {cls.__name__} with stochastic depth does not fit the present source of "
+            f"its class ({error}): save its state_dict instead, and call sd.apply after loading"
         ) from error
 
 
-def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Block]:
-    """Install gates in all modules of all blocks, one for each unit, and return the blocks."""
+def put_gates(model: nn.Module, found: Sequence[FoundBlock], select: bool) -> list[Block]:
+    """Install gates in the modules of all blocks, one for each unit, and return the blocks."""
     edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
     blocks: list[Block] = []
     there = count_inside(name for name, _ in model.named_parameters())
@@ -310,28 +319,28 @@ def put_gates(model: nn.Module, found: Sequence[Found], select: bool) -> list[Bl
                 edits.setdefault(module, {})[edit] = of_unit
         blocks.append(_block(model, there, block, gates))
     if any(block.mechanism == "deferred" for block in found):
-        edits.setdefault(model, {})[Entry()] = BlockGates()
-    holds = {m: block for block in found for unit in block.units for m, _ in unit.edits}
+        edits.setdefault(model, {})[EntryEdit()] = BlockGates()
+    block_of = {m: block for block in found for unit in block.units for m, _ in unit.edits}
     for module, of_module in edits.items():
         try:
             install(module, of_module, select)
         except UnsupportedBlockError as error:
-            block = holds.get(module, found[0])
+            block = block_of.get(module, found[0])
             raise unsupported(block.name, block.module, error) from error
     return blocks
 
 
 def _block(
-    model: nn.Module, there: Mapping[str, int], found: Found, gates: tuple[BlockGates, ...]
+    model: nn.Module, there: Mapping[str, int], found: FoundBlock, gates: tuple[BlockGates, ...]
 ) -> Block:
     edited = (module for unit in found.units for module, _ in unit.edits)
     owned = owned_parameters(model, found.parameters, there)
-    asking = tuple(dict.fromkeys(edited)) or (found.module,)
-    return Block(found.name, gates, found.parameters, found.module, asking, owned)
+    gate_readers = tuple(dict.fromkeys(edited)) or (found.module,)
+    return Block(found.name, gates, found.parameters, found.module, gate_readers, owned)
 
 
 def take_gates(model: nn.Module) -> None:
-    """Undo `put_gates`, whole or in part."""
+    """Undo `put_gates`, even if it was not completed."""
     for module in model.modules():
         if isinstance(module, Residual):
             module.gates = None
@@ -345,8 +354,8 @@ def ungated(model: nn.Module) -> Iterator[None]:
     installed = [(module, type(module)) for module in model.modules() if is_installed(module)]
     with_own_forward = [module for module, _ in installed if _OWN_FORWARD in vars(module)]
     residuals = [(m, m.gates) for m in model.modules() if isinstance(m, Residual)]
-    for module, kind in installed:
-        module.__class__ = ungated_class(kind)
+    for module, cls in installed:
+        module.__class__ = ungated_class(cls)
     for module in with_own_forward:
         _rename(module, _OWN_FORWARD, "forward")
     for residual, _ in residuals:
@@ -354,8 +363,8 @@ def ungated(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, kind in installed:
-            module.__class__ = kind
+        for module, cls in installed:
+            module.__class__ = cls
         for module in with_own_forward:
             _rename(module, "forward", _OWN_FORWARD)
         for residual, gates in residuals:

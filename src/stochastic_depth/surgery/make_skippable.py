@@ -1,8 +1,7 @@
-"""Put gates into the blocks of a model and prove them; defer or leave out the blocks that fail."""
+"""Put gates into the blocks of a model and prove them; defer the blocks that fail."""
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +13,14 @@ from stochastic_depth.choices import Scale
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import GateKind
 from stochastic_depth.hooks import batch_size
-from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import (
-    Found,
-    branch_modules,
+    FoundBlock,
     is_inside,
     nothing_found,
     unsupported,
     with_remedy,
 )
-from stochastic_depth.surgery.droppath import Silenced, silence
+from stochastic_depth.surgery.droppath import ChangedSetting, disable_drop_paths
 from stochastic_depth.surgery.example import Example, caller, on_meta
 from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.proof.calls import still_running
@@ -32,49 +29,63 @@ from stochastic_depth.surgery.proof.check_samples import (
     check_samples,
     halves,
     learn_samples,
-    refuse_one,
+    require_two_samples,
 )
 from stochastic_depth.surgery.proof.check_training import check_training
 from stochastic_depth.surgery.proof.other_inputs import run_on_other_inputs
 from stochastic_depth.surgery.proof.visible import visible_branches
-from stochastic_depth.surgery.select_modules import chosen_modules
+from stochastic_depth.surgery.select_modules import select_modules
 from stochastic_depth.survival import Probabilities
+
+_FURTHER_ATTEMPTS = 3
+"""How often blocks of a failing class are tried again if no block of a different class is left."""
 
 
 @dataclass(frozen=True)
 class Proved:
-    """The blocks with their gates, and what the proof has found."""
+    """Blocks with gates, and the results of their proof."""
 
     blocks: list[Block]
     difference: float
     """The largest difference of outputs, relative to the largest output; nan on the meta device."""
     resets: dict[str, Any]
-    """Attributes that branches set, by name of module and attribute, with their first values."""
+    """Attributes that branches set, by name of module and attribute, with their initial values."""
 
 
 @dataclass(frozen=True)
 class Skippable:
     """The blocks of a model that has been made skippable."""
 
-    found: Sequence[Found]
+    found: Sequence[FoundBlock]
     probabilities: Probabilities
-    silenced: list[Silenced]
+    changed_settings: list[ChangedSetting]
     proved: Proved
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An attempt to make blocks skippable that has failed; the model is as it was before."""
+
+    error: UnsupportedBlockError
+    failed: frozenset[str]
+    """The blocks that the error names."""
+    given_up: frozenset[str]
+    """These blocks; and all others of their class, if a block of it has failed before."""
 
 
 def make_skippable(
     model: nn.Module,
-    find: Callable[[Container[str]], Sequence[Found]],
-    probabilities_of: Callable[[Sequence[Found]], Probabilities],
+    find: Callable[[Container[str]], Sequence[FoundBlock]],
+    probabilities_of: Callable[[Sequence[FoundBlock]], Probabilities],
     example: Example | None,
     gate: GateKind,
     scale: Scale,
     budget: float | None,
 ) -> Skippable:
-    """Make all blocks skippable and prove it. Blocks that fail the proof are deferred.
+    """Make all blocks skippable, and prove it.
 
-    A block whose rewritten methods do not pass the proof is deferred. Where that does not help, the
-    other blocks are tried without it, so that the error can say what to leave out.
+    A block that fails the proof with rewritten methods is deferred. If a block cannot be made
+    skippable, the others are tried without it, so that the error can say what to leave out.
 
     Args:
         find: finds the blocks; its argument names those that must be deferred.
@@ -83,96 +94,131 @@ def make_skippable(
     Raises:
         UnsupportedBlockError: when a block cannot be made skippable.
     """
-    failures: Counter[str] = Counter()
-    """How many blocks of each class have failed."""
-    deferred, left_out = set[str](), set[str]()
-    failure: UnsupportedBlockError | None = None
-    found = find(deferred)
-    if not found:
-        raise nothing_found(model, example)
-    while kept := _others(model, found, left_out):
-        silenced: list[Silenced] = []
+    attempts = _Attempts(model, find, probabilities_of, example, gate, scale, budget)
+    made = attempts.defer_until_proved(frozenset())
+    if isinstance(made, Skippable):
+        return made
+    raise attempts.named_with_remedy(made) from made.error
+
+
+class _Attempts:
+    """Attempts to make the blocks of a model skippable, each with more blocks deferred."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        find: Callable[[Container[str]], Sequence[FoundBlock]],
+        probabilities_of: Callable[[Sequence[FoundBlock]], Probabilities],
+        example: Example | None,
+        gate: GateKind,
+        scale: Scale,
+        budget: float | None,
+    ) -> None:
+        self.model, self.find, self.probabilities_of = model, find, probabilities_of
+        self.example, self.budget = example, budget
+        self.gate: GateKind = gate
+        self.scale: Scale = scale
+        self.deferred = set[str]()
+        self.failed_classes = set[type]()
+        self.found = find(self.deferred)
+        if not self.found:
+            raise nothing_found(model, example)
+
+    def defer_until_proved(self, left_out: Set[str]) -> Skippable | _Failure:
+        """Make all blocks but `left_out` skippable; those that fail are deferred where possible."""
+        while True:
+            kept = _without(self.model, self.found, left_out)
+            try:
+                return self._gated_and_proved(kept)
+            except UnsupportedBlockError as error:
+                failure = self._failure(error, kept)
+            culprits = [block for block in kept if block.name in failure.given_up] or kept
+            more = {block.name for block in culprits if block.can_be_deferred}
+            if failure.error.of_model or not more or self.example is None:
+                return failure
+            self.deferred |= more
+            self.found = self.find(self.deferred)
+
+    def named_with_remedy(self, first: _Failure) -> UnsupportedBlockError:
+        """The error of the first failure, with a sentence that says which blocks to leave out."""
+        left_out, failed = set[str](), set[str]()
+        outcome: Skippable | _Failure = first
+        while isinstance(outcome, _Failure):
+            if outcome.error.of_model:
+                return first.error
+            if not outcome.given_up:
+                return outcome.error
+            left_out |= outcome.given_up
+            failed |= outcome.failed
+            if not _without(self.model, self.found, left_out):
+                break
+            outcome = self.defer_until_proved(left_out)
+        for _ in range(_FURTHER_ATTEMPTS):  # with blocks that were given up because of their class
+            if isinstance(outcome, Skippable) or not _without(self.model, self.found, failed):
+                break
+            left_out = set(failed)
+            outcome = self.defer_until_proved(left_out)
+            failed |= outcome.failed if isinstance(outcome, _Failure) else set()
+        out = [block.name for block in self.found if block.name in left_out]
+        if isinstance(outcome, _Failure):
+            tried_all = not _without(self.model, self.found, failed)
+            return with_remedy(first.error, out, [], tried_all)
+        _undo(self.model, outcome.changed_settings)
+        return with_remedy(first.error, out, [block.name for block in outcome.found])
+
+    def _gated_and_proved(self, kept: Sequence[FoundBlock]) -> Skippable:
+        """Make the blocks `kept` skippable; if that fails, the model is as it was before."""
+        if refused := [block for block in kept if block.refusal]:
+            first, *others = refused
+            names = [block.name for block in others]
+            raise unsupported(first.name, first.module, first.refusal, names)
+        probabilities = self.probabilities_of(kept)
+        changed = disable_drop_paths(self.model, kept)
         try:
-            if refused := [block for block in kept if block.refusal]:
-                first, *others = refused
-                names = [block.name for block in others]
-                raise unsupported(first.name, first.module, first.refusal, names)
-            probabilities = probabilities_of(kept)
-            silenced = silence(model, kept)
-            proved = _gated_and_proved(model, kept, example, gate, scale, budget)
-            if failure is None:
-                kept = [block.without_recording() for block in kept]
-                return Skippable(kept, probabilities, silenced, proved)
-            _undo(model, silenced)
-            break
-        except UnsupportedBlockError as error:
-            _undo(model, silenced)
-            if error.of_model:
-                raise failure or error from None
-            culprits = _culprits(error, kept, failures)
-            more = {b.name for b in culprits or kept if b.mechanism in ("slice", "call")}
-            if more and example is not None:
-                deferred |= more
-                found = find(deferred)
-                continue
-            failure = failure or error
-            if not culprits:
-                raise
-            left_out |= {block.name for block in culprits}
+            proved = _gated_and_proved(
+                self.model, kept, self.example, self.gate, self.scale, self.budget
+            )
         except BaseException:
-            _undo(model, silenced)
+            _undo(self.model, changed)
             raise
-    assert failure is not None
-    out = [block.name for block in found if block.name in left_out]
-    raise with_remedy(failure, out, [block.name for block in kept]) from failure
+        kept = [block.without_recording() for block in kept]
+        return Skippable(kept, probabilities, changed, proved)
+
+    def _failure(self, error: UnsupportedBlockError, kept: Sequence[FoundBlock]) -> _Failure:
+        named = [block for block in kept if block.name in error.blocks]
+        classes = {type(block.module) for block in named}
+        repeated = classes & self.failed_classes
+        self.failed_classes |= classes
+        alike = [block for block in kept if type(block.module) in repeated]
+        return _Failure(
+            error,
+            frozenset(block.name for block in named),
+            frozenset(block.name for block in [*named, *alike]),
+        )
 
 
-def _culprits(
-    error: UnsupportedBlockError, kept: Sequence[Found], failures: Counter[str]
-) -> list[Found]:
-    """The blocks that failed; if their class has failed before, all blocks of that class.
-
-    Args:
-        failures: how many blocks of each class have failed; updated here.
-    """
-    named = [block for block in kept if block.name in error.blocks]
-    kinds = Counter(type(block.module).__name__ for block in named)
-    repeated = {kind for kind in kinds if failures[kind]}
-    failures.update(kinds)
-    return named + [block for block in kept if type(block.module).__name__ in repeated]
-
-
-def _others(model: nn.Module, found: Sequence[Found], left_out: Set[str]) -> list[Found]:
+def _without(model: nn.Module, found: Sequence[FoundBlock], left_out: Set[str]) -> list[FoundBlock]:
     """The blocks that remain if the user follows the advice to leave out `left_out`.
 
     The advice `exclude=` also leaves out blocks that have one of `left_out` in their branch. The
     advice `include=` does not.
     """
     rest = [block for block in found if block.name not in left_out]
-    if not left_out or any(is_inside(block.name, of) for block in rest for of in left_out):
+    if not left_out or any(is_inside(block.name, out) for block in rest for out in left_out):
         return rest
-    chosen = chosen_modules(model, None, sorted(left_out))
-    return [
-        block
-        for block in rest
-        if chosen.has(
-            block.name,
-            branch_modules(block.name, block.module)
-            if isinstance(block.module, Residual)
-            else block.modules,
-        )
-    ]
+    selected = select_modules(model, None, sorted(left_out))
+    return [block for block in rest if selected.allows(block.name, block.names_in_branch())]
 
 
-def _undo(model: nn.Module, silenced: Sequence[Silenced]) -> None:
-    for drop_path in silenced:
-        drop_path.restore()
+def _undo(model: nn.Module, changed: Sequence[ChangedSetting]) -> None:
+    for setting in changed:
+        setting.restore()
     take_gates(model)
 
 
 def _gated_and_proved(
     model: nn.Module,
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     example: Example | None,
     gate: GateKind,
     scale: Scale,
@@ -184,10 +230,10 @@ def _gated_and_proved(
         return Proved(put_gates(model, found, select), 0.0, {})
     run = caller(model, example)
     batch = None if gate == "batch" else batch_size(example)
-    if on_meta(model, example):  # without values; sd.verify compares them later
+    if on_meta(model, example):  # there are no values to compare; sd.verify does it later
         blocks = put_gates(model, found, select)
         if batch is not None and select:
-            refuse_one(batch)
+            require_two_samples(batch)
             half = next(halves(example, batch))
             learn_samples(model, (example, half), batch, found, blocks)
         for block, why in zip(found, still_running(model, run, found, blocks), strict=True):

@@ -7,15 +7,15 @@ from typing import Literal
 from torch import nn
 
 from stochastic_depth.plain_text import plain_table, si
-from stochastic_depth.surgery.apply import chosen_survival, linear_decay
-from stochastic_depth.surgery.blocks import Found, Granularity, nothing_found
+from stochastic_depth.surgery.apply import linear_decay, survival_of_blocks
+from stochastic_depth.surgery.blocks import FoundBlock, Granularity, nothing_found
 from stochastic_depth.surgery.example import Example, caller
-from stochastic_depth.surgery.find import find_blocks
+from stochastic_depth.surgery.find.find_blocks import find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.proof.calls import still_running
+from stochastic_depth.surgery.record.rejected import Rejected, listed
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_nested
-from stochastic_depth.surgery.rejected import Rejected, listed
-from stochastic_depth.surgery.select_modules import Choice
+from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import Survival
 
 
@@ -40,7 +40,7 @@ class PlannedBlock:
     flops: int
     """FLOPs of its branches in one forward pass on the example, counted as 2 per multiply-add."""
     refusal: str
-    """The reason why it cannot be made skippable; empty where it can."""
+    """The reason why it cannot be made skippable; empty if it can."""
     training_only: bool = False
     """Whether the model runs it in training mode only."""
 
@@ -54,8 +54,7 @@ class Plan:
 
     blocks: tuple[PlannedBlock, ...]
     rejected: tuple[str, ...] = ()
-    """Additions that are not residual, a line for each: the module, where it adds, and the
-    reason."""
+    """Additions that are not residual, one line for each: the module, the location, the reason."""
 
     @property
     def complete(self) -> bool:
@@ -82,7 +81,7 @@ class Plan:
         refused = [f"{b.name!r} ({b.kind}): {b.refusal}" for b in self.blocks if b.refusal]
         skippable = f"{len(self.blocks) - len(refused)} of {len(self.blocks)} blocks skippable"
         only = [b.name for b in self.blocks if b.training_only]
-        notes = [f"in training mode alone: {', '.join(map(repr, only))}"] if only else []
+        notes = [f"in training mode only: {', '.join(map(repr, only))}"] if only else []
         rejected = [f"not taken: {each}" for each in self.rejected]
         return "\n".join(
             [plain_table(PLAN_HEAD, self.rows, left=4), skippable, *notes, *refused, *rejected]
@@ -95,16 +94,16 @@ def plan(
     survival: Survival | Literal["own"] | None = None,
     *,
     drop_rate: float | None = None,
-    include: Choice | None = None,
-    exclude: Choice = (),
+    include: ModuleSelector | None = None,
+    exclude: ModuleSelector = (),
     granularity: Granularity = "block",
     stacks: str | Sequence[str] = (),
 ) -> Plan:
-    """Show what `sd.apply` would do with the same arguments; `model` is not changed.
+    """Show what `sd.apply` would do with these arguments and gate="batch"; `model` is not changed.
 
-    Every block is found, made skippable, and closed once for a trial, in which it must call no
-    module of its branch. Values are not compared as in `sd.apply`, so this works on the meta device
-    too.
+    Every block is made skippable, and closed once: then it must not call any module of its branch.
+    Values are not compared, so this works on the meta device too. `sd.apply` may still refuse a
+    block whose outputs are wrong, or that cannot run on some of the samples (gate="subset").
 
     Raises:
         ApplyError: when `model` has no residual block.
@@ -123,7 +122,7 @@ def plan(
     refuse_nested(example)
     rejected: list[Rejected] = []
     deferred = set[str]()
-    while True:  # blocks that fail are deferred, as by `sd.apply`
+    while True:  # as `sd.apply` does, defer blocks that fail
         rejected.clear()
         found = find_blocks(
             model, example, granularity, include, exclude, True, defer=deferred, rejected=rejected
@@ -134,7 +133,7 @@ def plan(
         more = {
             block.name
             for block, after in zip(found, tried, strict=True)
-            if after.refusal and block.mechanism in ("slice", "call")
+            if after.refusal and block.can_be_deferred
         }
         if not more:
             break
@@ -142,7 +141,7 @@ def plan(
     found = tried
     if drop_rate is not None:
         survival = linear_decay(drop_rate, survival)
-    p = chosen_survival(survival, found, stacks).at(0)
+    p = survival_of_blocks(survival, found, stacks).at(0)
     return Plan(
         tuple(
             PlannedBlock(
@@ -162,8 +161,8 @@ def plan(
     )
 
 
-def _tried(model: nn.Module, example: Example, found: list[Found]) -> list[Found]:
-    """`found`, with the reason for each block that still runs when it is closed."""
+def _tried(model: nn.Module, example: Example, found: list[FoundBlock]) -> list[FoundBlock]:
+    """`found`, with the reason for each block whose branch still runs while it is closed."""
     accepted = [block for block in found if not block.refusal]
     try:
         blocks = put_gates(model, accepted, select=False)

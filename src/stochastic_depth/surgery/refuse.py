@@ -1,14 +1,10 @@
-"""Models and settings that `sd.apply` refuses before it looks at anything."""
-
-from typing import get_args
+"""Models and examples that `sd.apply` and other functions refuse at once."""
 
 import torch
 from torch import nn
 
-from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.blocks import Granularity
 from stochastic_depth.surgery.install import is_installed
 from stochastic_depth.tensors import tensors_in
 
@@ -17,9 +13,9 @@ _ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._c
 
 
 def refuse_applied(model: nn.Module) -> None:
-    """Raise `ApplyError` when `model` is no module, or has stochastic depth already."""
+    """Raise `ApplyError` if `model` is not a module, or has stochastic depth already."""
     if not isinstance(model, nn.Module):
-        raise ApplyError(f"a model is an nn.Module, and this is {type(model).__name__}")
+        raise ApplyError(f"the model must be an nn.Module, this is {type(model).__name__}")
     for name, module in model.named_modules():
         if is_installed(module) or (isinstance(module, Residual) and module.gates is not None):
             raise ApplyError(
@@ -29,7 +25,7 @@ def refuse_applied(model: nn.Module) -> None:
 
 
 def refuse_sharded(model: nn.Module, verb: str) -> None:
-    """Raise `ApplyError` if `model` is sharded: then no process has all of its weights."""
+    """Raise `ApplyError` if `model` is sharded, so that no process has all of its weights."""
     for name, module in model.named_modules():
         if any(base.__module__.startswith(_SHARDED) for base in type(module).__mro__):
             raise ApplyError(
@@ -48,8 +44,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ApplyError(
-                f"{name or type(model).__name__!r} is scripted already, and cannot be looked into: "
-                "sd.apply the original model, and script what sd.fold leaves of it"
+                f"{name or type(model).__name__!r} is scripted already, so its code cannot be "
+                "changed: sd.apply the original model, and script the model after sd.fold"
             )
         for base in type(module).__mro__:
             if base.__module__.startswith("torch._dynamo"):
@@ -74,53 +70,7 @@ def refuse_nested(example: object) -> None:
     """Raise `ApplyError` if an example has nested tensors, which cannot be compared."""
     if any(tensor.is_nested for tensor in tensors_in(example)):
         raise ApplyError(
-            "the example has a nested tensor, whose values cannot be compared: give one that is "
-            "padded, example=torch.nested.to_padded_tensor(x, 0.0); in training the model may be "
-            "given nested tensors"
-        )
-
-
-def refuse_settings(
-    gate: GateKind,
-    closed: Closed,
-    scale: Scale | None,
-    skipped: SkippedPolicy,
-    granularity: Granularity,
-    balance: bool,
-    min_samples: int,
-    multiple_of: int,
-) -> None:
-    """Raise `ApplyError` if a setting has an unknown value, or two settings conflict."""
-    for option, value, known in (
-        ("gate", gate, get_args(GateKind)),
-        ("closed", closed, get_args(Closed)),
-        ("scale", "inference" if scale is None else scale, ("inference", "training")),
-        ("skipped", skipped, get_args(SkippedPolicy)),
-        ("granularity", granularity, get_args(Granularity)),
-    ):
-        if value not in known:
-            raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
-    if min_samples < 0:
-        raise ApplyError(f"min_samples={min_samples}: give a number of samples, 0 or more")
-    if min_samples > 0 and gate != "subset":
-        raise ApplyError(
-            f'min_samples={min_samples} needs gate="subset", this is gate="{gate}": '
-            "leave it out, or choose the subset gate"
-        )
-    if multiple_of < 1:
-        raise ApplyError(f"multiple_of={multiple_of}: give a number of samples, 1 or more")
-    if multiple_of > 1 and not (balance and gate == "subset"):
-        raise ApplyError(
-            f'multiple_of={multiple_of} needs gate="subset" and balance=True, this is '
-            f'gate="{gate}" and balance={balance}'
-        )
-    if closed == "forward-only" and gate != "batch":
-        raise ApplyError(
-            f'closed="forward-only" needs gate="batch", this is gate="{gate}": leave it '
-            "out, the branch of a block learns from the whole mini-batch or not at all"
-        )
-    if closed == "forward-only" and scale is not None:
-        raise ApplyError(
-            f'scale="{scale}" with closed="forward-only": every branch is added in every step, so '
-            "that there is no expectation to correct; leave scale out"
+            "the example has a nested tensor, whose values cannot be compared: give a padded one, "
+            "example=torch.nested.to_padded_tensor(x, 0.0); in training the model may get nested "
+            "tensors"
         )

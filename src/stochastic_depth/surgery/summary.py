@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from stochastic_depth.block import Block, force
-from stochastic_depth.gates import Closed
+from stochastic_depth.gates import CLOSED, OPEN, Closed
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.applied import applied_to, handle_of
 from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.install import fingerprint
-from stochastic_depth.surgery.proof.calls import CLOSED, OPEN
-from stochastic_depth.surgery.trace import CountFlops
 from stochastic_depth.tensors import tensors_in
 
 
@@ -139,7 +138,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
     opened = force(handle.blocks, OPEN)
     found = applied_to(model).found
     training = any(block.training_only for block in found)
-    # The forward method alone runs no hooks, which would draw gates in training mode.
+    # Calling only the forward method runs no hooks, which would draw gates in training mode.
     run = caller(model.forward if training else model, example)
     with preserve_state(model), torch.enable_grad(), opened:
         model.train(training)
@@ -189,7 +188,7 @@ def _count(run: Callable[[], Any]) -> tuple[int, int]:
 def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> dict[str, str]:
     shapes: dict[str, str] = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             shapes[name] = str([tuple(tensor.shape) for tensor in tensors_in((args, kwargs))])
 
@@ -197,7 +196,7 @@ def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any])
 
     handles = [
         model.get_submodule(block.name).register_forward_pre_hook(
-            note(block.name), with_kwargs=True
+            record(block.name), with_kwargs=True
         )
         for block in blocks
     ]

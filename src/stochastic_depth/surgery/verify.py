@@ -14,13 +14,13 @@ from stochastic_depth.hooks import batch_size
 from stochastic_depth.plain_text import plain_table
 from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.check import check, reference_outputs
 from stochastic_depth.surgery.proof.check_training import check_training, train_once
 from stochastic_depth.surgery.proof.other_inputs import run_on_other_inputs
 from stochastic_depth.surgery.proof.visible import visible_branches
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
-from stochastic_depth.surgery.trace import CountFlops
 from stochastic_depth.timing import take_turns
 
 
@@ -66,11 +66,11 @@ class Verification:
 def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verification:
     """Prove, on this model and example, that closed blocks are skipped and nothing else changes.
 
-    With every gate open, the outputs equal those of the original model, bit for bit. With blocks
-    closed, in sets that tell each block and each pair of blocks apart, they equal those of the
-    original model in which the additions of these blocks return their shortcut. No module of a
-    closed branch is called, and a training step works. `sd.apply` checks the same. Then forward and
-    backward passes are timed, in turns. The model is left as it was.
+    With every gate open, the outputs equal those of the original model, bit for bit. Several sets
+    of blocks are closed, such that for any two blocks some set closes the first and not the second;
+    the outputs equal those of the original model in which the additions of these blocks return
+    their shortcut. No module of a closed branch is called, and a training step works. `sd.apply`
+    checks the same. Then forward and backward passes are timed, in turns. The model is not changed.
 
     Args:
         model: a model that `sd.apply` was called on.

@@ -3,13 +3,13 @@
 `defer_call` and `mark_as_branch` create placeholders. Every function that is called with one
 arrives at `__torch_function__`, which decides:
 
-- Questions for shapes, dtypes and devices are answered without computing anything.
-- The residual addition of the branch is made by `add` of `gates`: it is the sum, or the shortcut.
-- What needs the values of a tensor, such as `.item()` or an `if`, has them computed now; so has
-  what is done with one after the forward pass has ended.
-- A change in place makes the placeholder stand for the changed tensor.
-- Any other call is deferred as well, or made now if all of its placeholders are computed. Either
-  way the result is a placeholder again.
+- A question for a shape, dtype or device is answered without computing anything.
+- The residual addition of the branch is made by `add` of `gates`: the sum, or the shortcut.
+- A function that needs the values of a tensor, such as `.item()` or an `if`, computes them
+  immediately; so does any use after the forward pass.
+- After a change in place, the placeholder stands for the changed tensor.
+- Any other call is deferred too; or it is made at once, if all of its placeholders are computed.
+  Either way the result is a placeholder.
 """
 
 import sys
@@ -24,8 +24,8 @@ from stochastic_depth.surgery.deferred.gates import (
     addition_at,
     additions_of,
     adds_branch,
-    chosen_values,
     no_graph,
+    selected_values,
 )
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
@@ -45,7 +45,7 @@ from stochastic_depth.surgery.deferred.shapes import (
     shapes,
     shapes_of,
 )
-from stochastic_depth.surgery.edits import ADDITIONS, Site, by_position, site_of
+from stochastic_depth.surgery.edits import ADDITIONS, CallSite, by_position, call_site_of
 from stochastic_depth.torch_private import subclass_of, tree_flatten, tree_unflatten
 
 LAZY = {"T", "mT", "H", "mH", "real", "imag", "data"}
@@ -67,13 +67,13 @@ SEVERAL |= {"svd", "eigh", "eig", "lu", "aminmax", "broadcast_tensors", "meshgri
 SEVERAL |= {"hsplit", "vsplit", "dsplit", "slogdet", "unsafe_chunk", "unsafe_split", "lstm", "gru"}
 SEVERAL |= {"multi_head_attention_forward", "native_layer_norm", "native_batch_norm", "where"}
 SEVERAL |= {"max_pool1d", "max_pool2d", "max_pool3d", "lstsq", "nanmedian", "rnn_tanh", "rnn_relu"}
-"""Functions that may return several tensors. Their shapes are inferred at once, to know how
+"""Functions that may return several tensors. Their shapes are inferred at once, to find out how
 many."""
 UNKNOWN = (
     "the structure of its output is known only after computing it (that of a packed sequence, for "
-    "example, depends on lengths)"
+    "example, depends on the lengths)"
 )
-"""The reason for making a call that could have been deferred."""
+"""The reason for making a call immediately that could have been deferred."""
 _NOTHING = torch.empty(0, device="meta")
 """The storage of every placeholder."""
 
@@ -114,7 +114,7 @@ class _Dispatching(Placeholder):
         if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
             return _change(func, additions, found, args, kwargs, _caller())
         if all(p._node.done for p in found):
-            args, kwargs = chosen_values(args, kwargs, additions, _caller)
+            args, kwargs = selected_values(args, kwargs, additions, _caller)
             with no_graph(additions):
                 return mark_as_branch(found[0]._node.tape, additions, func(*args, **kwargs))
         node = Node(found[0]._node.tape, additions, func, args, kwargs)
@@ -129,10 +129,10 @@ class _Dispatching(Placeholder):
 def defer_call(node: Node, gives_tensor: bool = False) -> Any:
     """The result of a call that is not made: its structure, with placeholders in place of tensors.
 
-    Where not even the structure can be inferred, the call is made.
+    If the structure cannot be inferred, the call is made.
 
     Args:
-        gives_tensor: whether to assume that the result is one tensor if nothing else is known.
+        gives_tensor: whether to assume, in that case, that the result is one tensor.
     """
     try:
         leaves, structure = shapes(node)
@@ -180,7 +180,7 @@ def _change(
     found: list[Placeholder],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    site: Site,
+    site: CallSite,
 ) -> Any:
     """Make or defer `func(*args, **kwargs)`, which changes a tensor in place, at `site`.
 
@@ -188,7 +188,7 @@ def _change(
     """
     target = kwargs.get("out") if kwargs.get("out") is not None else args[0]
     if not isinstance(target, Placeholder) or all(p._node.done for p in found):
-        new_args, new_kwargs = chosen_values(args, kwargs, additions, lambda: site)
+        new_args, new_kwargs = selected_values(args, kwargs, additions, lambda: site)
         result = func(*new_args, **new_kwargs)
         return target if result is not None else None
     before = _placeholder(target._node, target._leaf)
@@ -209,9 +209,9 @@ def _set_item(target: Tensor, key: Any, new: Any) -> Tensor:
     return target
 
 
-def _caller() -> Site:
-    """The place in the code of the call that `__torch_function__` is answering."""
+def _caller() -> CallSite:
+    """The call site of the function that `__torch_function__` handles."""
     frame = sys._getframe(2)
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back
-    return site_of(frame)
+    return call_site_of(frame)

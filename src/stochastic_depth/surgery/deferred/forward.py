@@ -1,9 +1,9 @@
-"""Run a module whose branches are deferred while their blocks are closed; nothing is rewritten.
+"""Run a module so that the branches of closed blocks are deferred; nothing is rewritten.
 
-While a gate is closed, the modules that run for its branch alone are not called. Each returns a
-`Placeholder` instead, and the addition, which is recognised by its position in the code, returns
-its shortcut. Where a gate scales a branch, or opens it for some samples only, the values of the
-branch are marked as placeholders too, so that the addition recognises them.
+While a gate is closed, the modules that only its branch needs are not called. Each call returns a
+`Placeholder` instead, and the addition, which is recognised by its call site, returns its shortcut.
+If a gate scales a branch, or opens it for some samples only, the values of the branch are marked as
+placeholders too, so that the addition recognises them.
 """
 
 import threading
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import AdditionNotReachedError, GateError
 from stochastic_depth.gates import BlockGates, Gate
-from stochastic_depth.hooks import never_traced
-from stochastic_depth.places import Places
+from stochastic_depth.module_snapshot import ModuleSnapshot
 from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
-from stochastic_depth.surgery.deferred.gates import chosen, no_graph
+from stochastic_depth.surgery.deferred.gates import no_graph, select_inputs
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
     Node,
@@ -32,13 +31,19 @@ from stochastic_depth.surgery.deferred.placeholder import (
     set_tape,
     tape_of_pass,
 )
-from stochastic_depth.surgery.edits import Calls, Deferred
-from stochastic_depth.torch_private import call_of, set_call, tree_flatten, whole_call
+from stochastic_depth.surgery.edits import NOT_REACHED, BranchCalls, DeferredEdit
+from stochastic_depth.torch_private import (
+    call_of,
+    never_traced,
+    set_call,
+    tree_flatten,
+    whole_call,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class _DeferredModule:
-    """A module, some calls of which run for deferred additions alone.
+    """A module of which some calls are made only for deferred additions.
 
     Additions are given by their numbers among those of the owner.
     """
@@ -49,59 +54,62 @@ class _DeferredModule:
     calls: int
     """How often the owner called it on the example."""
     additions_of: Mapping[int, Sequence[int]]
-    """For each of these calls, by number, the additions that it runs for."""
+    """For each of these calls, by number, the additions that need it."""
     gives_tensor: bool
-    """Whether each call returned a tensor, not a tuple or another structure."""
+    """Whether each call returned a tensor, rather than a tuple or another structure."""
 
     @cached_property
     def additions_of_every(self) -> Sequence[int] | None:
-        """The additions of every call, where all calls have the same; None where they differ."""
+        """The additions that every call is made for; None if they differ from call to call."""
         first, *others = map(list, self.additions_of.values())
         alike = len(self.additions_of) == self.calls and all(other == first for other in others)
         return first if alike else None
 
 
 class _DeferredCalls:
-    """The calls of modules that are deferred for the additions of one owner.
+    """The module calls that are deferred for the additions of one owner.
 
-    The modules are those that the owner holds now under the names in `edits`.
+    The modules are those that the owner now holds under the names in `edits`.
     """
 
-    def __init__(self, owner: nn.Module, edits: Sequence[Deferred]) -> None:
+    def __init__(self, owner: nn.Module, edits: Sequence[DeferredEdit]) -> None:
         self.edits = edits
-        calls_of: dict[str, list[tuple[int, Calls]]] = {}
+        calls_of: dict[str, list[tuple[int, BranchCalls]]] = {}
         for number, edit in enumerate(edits):
             for calls in edit.calls:
                 calls_of.setdefault(calls.module, []).append((number, calls))
         self.modules: list[_DeferredModule] = []
         self.modules_of: list[list[_DeferredModule]] = [[] for _ in edits]
-        """For each addition, the modules that run for it."""
-        self.places = Places(owner, calls_of)
-        for name, submodule in self.places.modules.items():
+        """For each addition, the modules that are called for it."""
+        self.snapshot = ModuleSnapshot(owner, calls_of)
+        for name, submodule in self.snapshot.modules.items():
             pairs = calls_of[name]
             additions_of: dict[int, list[int]] = {}
             for number, calls in pairs:
-                for call in calls.which:
+                for call in calls.indices:
                     additions_of.setdefault(call, []).append(number)
             module = _DeferredModule(
                 submodule,
                 name,
-                pairs[-1][1].of,
+                pairs[-1][1].count,
                 additions_of,
-                all(calls.tensor for _, calls in pairs),
+                all(calls.return_tensors for _, calls in pairs),
             )
             self.modules.append(module)
-            for number in {number for number, calls in pairs if calls.which}:
+            for number in {number for number, calls in pairs if calls.indices}:
                 self.modules_of[number].append(module)
         self.structures: dict[Any, Any] = {}
-        """What deferred calls return, by module and by the form of their arguments."""
+        """The structure of the results of deferred calls, by module and form of the arguments."""
 
 
 _DEFERRED_CALLS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.WeakKeyDictionary()
 
 
 def deferring_forward(
-    forward: Callable[..., Any], edits: Sequence[tuple[int, Deferred]], gates: str, is_entry: bool
+    forward: Callable[..., Any],
+    edits: Sequence[tuple[int, DeferredEdit]],
+    gates: str,
+    is_entry: bool,
 ) -> Any:
     """The method `forward` of an owner, under the gates of its deferred additions.
 
@@ -137,11 +145,13 @@ def deferring_forward(
 
 
 class _Session:
-    """One call of an owner, during which the modules of its branches are deferred or marked."""
+    """One call of an owner, with the calls in its branches deferred, or their results marked."""
 
-    def __init__(self, owner: nn.Module, edits: Sequence[Deferred], gates: Sequence[Gate]) -> None:
+    def __init__(
+        self, owner: nn.Module, edits: Sequence[DeferredEdit], gates: Sequence[Gate]
+    ) -> None:
         plan = _DEFERRED_CALLS.get(owner)
-        if plan is None or plan.edits is not edits or not plan.places.is_current():
+        if plan is None or plan.edits is not edits or not plan.snapshot.is_current():
             plan = _DEFERRED_CALLS[owner] = _DeferredCalls(owner, edits)
         self.plan, self.edits = plan, edits
         self.additions = {
@@ -171,20 +181,16 @@ class _Session:
     def require_additions_reached(self) -> None:
         """Raise `AdditionNotReachedError` if a branch was deferred and never added.
 
-        Warn if a branch did not run in training: what the model runs in its place is never skipped.
+        Warn if training never reached the addition; the path taken instead is not skippable.
         """
         for n, addition in self.additions.items():
             if addition.reached:
                 continue
-            message = (
-                f"block {addition.name!r}: {self.edits[n]}, by which it was found, was not "
-                "reached in this pass: the model takes another path than on the example; give "
-                "sd.apply an example that takes it"
-            )
+            message = f"block {addition.name!r}, {self.edits[n]}: {NOT_REACHED}"
             if addition.deferred:
                 raise AdditionNotReachedError(message)
             if addition.owner.training and self.plan.modules_of[n]:
-                warnings.warn(f"{message}. What it runs instead is never skipped", stacklevel=3)
+                warnings.warn(message, stacklevel=3)
 
     def refuse_recomputed(self) -> None:
         """Raise `GateError` when a checkpoint would recompute a branch without its gate."""
@@ -193,13 +199,14 @@ class _Session:
                 raise GateError(
                     f"block {addition.name!r}: {self.edits[n]} is within a function that "
                     "torch.utils.checkpoint recomputes in the backward pass, where it has no "
-                    "gate: checkpoint the branch alone, x = x + checkpoint(branch, x), "
-                    "or the module that adds, checkpoint(layer, x)"
+                    "gate: checkpoint only the branch, x = x + checkpoint(branch, x), or the "
+                    "module that adds, checkpoint(layer, x)"
                 )
 
 
 class _Switch:
-    """Is called in place of a module. Calls what the current thread has set, or else the module."""
+    """Stand-in for a module's call: runs this thread's replacement if there is one, otherwise the
+    module."""
 
     lock = threading.Lock()
 
@@ -239,7 +246,7 @@ class _Switch:
 
 
 class _Interceptor:
-    """Is called in place of one module during a session; defers the call, or marks its result."""
+    """Replaces the call of one module during a session: defers the call, or marks its result."""
 
     def __init__(
         self,
@@ -250,16 +257,16 @@ class _Interceptor:
     ) -> None:
         self.session, self.tape, self.forward, self.deferred = session, tape, forward, deferred
         self.called = 0
-        """How often it was called, where its calls are told apart."""
+        """How many calls there were so far, if they differ in their additions."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         deferred, mine = self.deferred, self.deferred.additions_of_every
         if mine is None:
             if self.called >= deferred.calls:
                 raise GateError(
-                    f"{deferred.name!r} is called more often than the {deferred.calls} times that "
-                    "it was called on the example: its calls are told apart by their number; give "
-                    "sd.apply an example with as many calls"
+                    f"{deferred.name!r} is called more often than on the example ({deferred.calls} "
+                    "times), so it is not known which block this call belongs to: give sd.apply an "
+                    "example with as many calls"
                 )
             mine = deferred.additions_of.get(self.called, ())
             self.called += 1
@@ -273,9 +280,10 @@ class _Interceptor:
         drawn = {id(addition.gate.samples): addition.gate for addition in additions}
         if len(drawn) == 1 and len(additions) == len(mine):
             (gate,) = drawn.values()
-            of = frozenset(additions)
-            place = deferred.name, self.called
-            args, kwargs = chosen(additions[0].owner, gate, of, (args, kwargs), place)
+            key = deferred.name, self.called
+            args, kwargs = select_inputs(
+                additions[0].owner, gate, frozenset(additions), (args, kwargs), key
+            )
         args, kwargs = resolved(args), resolved(kwargs)
         with no_graph(additions if len(additions) == len(mine) else []):
             return mark_as_branch(self.tape, tuple(additions), self.forward(*args, **kwargs))

@@ -1,8 +1,8 @@
 """What a gate does with the placeholders of its branch.
 
-At the residual addition, a closed gate returns the shortcut, and an open gate scales the branch and
-adds it. Before that, a gate for some samples selects these samples from every value that enters the
-branch, and a gate whose branch only runs forward keeps it out of the autograd graph.
+At the residual addition, a closed gate returns the shortcut; an open gate scales the branch and
+adds it. Before that, a gate for some of the samples selects these from every value that enters the
+branch, and a forward-only gate keeps the branch out of the autograd graph.
 """
 
 import sys
@@ -24,9 +24,10 @@ from stochastic_depth.surgery.deferred.placeholder import (
     value,
     with_values,
 )
-from stochastic_depth.surgery.edits import Site, scales_second
-from stochastic_depth.surgery.rejected import SCALED
-from stochastic_depth.surgery.select_samples import samples
+from stochastic_depth.surgery.edits import CallSite, scales_second
+from stochastic_depth.surgery.record.rejected import SCALED
+from stochastic_depth.surgery.rewrite.select_samples import select_drawn
+from stochastic_depth.tensors import map_structure
 from stochastic_depth.torch_private import recomputation
 
 
@@ -39,8 +40,8 @@ def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
     return additions
 
 
-def addition_at(additions: tuple[GatedAddition, ...], site: Site) -> GatedAddition | None:
-    """The addition that stands at `site`, or None."""
+def addition_at(additions: tuple[GatedAddition, ...], site: CallSite) -> GatedAddition | None:
+    """The addition that is made at `site`, or None."""
     return next((addition for addition in additions if site in addition.sites), None)
 
 
@@ -64,7 +65,7 @@ def add(
         name: the name of `func`; an addition in place changes its first operand.
 
     Raises:
-        GateError: when this call multiplies the shortcut, as that of the example did not.
+        GateError: when this call scales the shortcut, as the call on the example did not.
     """
     if side == 1 and scales_second(name, kwargs):
         raise GateError(f"block {addition.name!r}: in this pass {SCALED}")
@@ -93,8 +94,8 @@ def add(
 def _checkpoints_around(addition: GatedAddition) -> Iterator[Callable[[], bool]]:
     """The running checkpoints between the call of the owner and its addition.
 
-    The call of the owner is found as a frame of `deferring`, the method that `deferring_forward`
-    returns, whose session has this addition.
+    The call of the owner is recognised by the frame of `deferring`, the method that
+    `deferring_forward` returns, with a session that has this addition.
     """
     frame = sys._getframe(2)
     while frame is not None:
@@ -117,51 +118,48 @@ def _scaled(addition: GatedAddition, operand: Any) -> Any:
     return operand
 
 
-def chosen_values(
+def selected_values(
     args: Any,
     kwargs: Mapping[str, Any],
     additions: tuple[GatedAddition, ...],
-    site: Callable[[], Site],
+    site: Callable[[], CallSite],
 ) -> tuple[Any, Mapping[str, Any]]:
-    """`with_values`, and under a gate for single samples only the drawn samples.
+    """As `with_values`; under a gate for single samples, with the drawn samples only.
 
     Args:
-        site: returns the place in the code; called only under such a gate.
+        site: returns the call site; called only under such a gate.
     """
     addition = next((addition for addition in additions if addition.gate.samples is not None), None)
     if addition is not None:
-        args, kwargs = chosen(
+        args, kwargs = select_inputs(
             addition.owner, addition.gate, frozenset(additions), (args, kwargs), site()
         )
     return with_values(args, kwargs)
 
 
-def chosen(
-    owner: nn.Module, gate: Gate, additions: frozenset[GatedAddition], values: Any, place: Hashable
+def select_inputs(
+    owner: nn.Module, gate: Gate, additions: frozenset[GatedAddition], values: Any, key: Hashable
 ) -> Any:
     """`values`, with the drawn samples of every tensor from outside the branches of `additions`.
 
     Args:
         owner: the module whose code adds.
-        place: the place in the code.
+        key: identifies the position in the code.
     """
     if gate.samples is None:
         return values
-    if isinstance(values, Placeholder):
-        if not additions.isdisjoint(values._node.additions):
-            return values
-        return samples(owner, gate, value(values), place)
-    kind = type(values)
-    if kind is tuple or kind is list:
-        parts = [chosen(owner, gate, additions, each, (place, n)) for n, each in enumerate(values)]
-        changed = any(new is not old for new, old in zip(parts, values, strict=True))
-        return kind(parts) if changed else values
-    if kind is dict:
-        return {k: chosen(owner, gate, additions, each, (place, k)) for k, each in values.items()}
-    return samples(owner, gate, values, place)
+
+    def select(leaf: Any, key: Hashable) -> Any:
+        if isinstance(leaf, Placeholder):
+            if not additions.isdisjoint(leaf._node.additions):
+                return leaf
+            leaf = value(leaf)
+        return select_drawn(owner, gate, leaf, key)
+
+    return map_structure(select, values, key)
 
 
 def no_graph(additions: Sequence[GatedAddition]) -> AbstractContextManager[Any]:
-    """A context for the branches of `additions`: without autograd if all only run forward."""
+    """The context that the branches of `additions` run in: no autograd if all are forward-only."""
     detached = bool(additions) and all(addition.gate.detached for addition in additions)
     return torch.no_grad() if detached else nullcontext()

@@ -1,14 +1,14 @@
 """Deferred calls of a branch, and the placeholders that stand for their results.
 
-While a block is closed, a call that only its branch needs is not made. A `Node` remembers the call
+While a block is closed, a call that only its branch needs is not made. A `Node` stores the call
 with its arguments. A `Placeholder` stands for a tensor in the result. A `Tape` keeps the nodes of a
-forward pass in the order of the code. `value` and `resolved` return the tensors themselves: they
-make the call then, as the model made it, under the gradient mode and autocast of that time.
+forward pass in program order. `value` and `resolved` return the tensors themselves: they make the
+call, under the gradient mode and autocast in which the model asked for it.
 
 A placeholder may also stand for a tensor that is already computed, so that the residual addition
 recognises its branch. A `GatedAddition` is one addition during one call of the module that adds.
 
-What PyTorch's functions do with a placeholder is in `dispatch`.
+`dispatch` says what PyTorch's functions do with a placeholder.
 """
 
 import threading
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.edits import Site
+from stochastic_depth.surgery.edits import CallSite
+from stochastic_depth.tensors import map_structure
 from stochastic_depth.torch_private import changes_of, tree_flatten, tree_unflatten
 
 _PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
@@ -31,57 +32,56 @@ _local = threading.local()
 
 
 class GatedAddition:
-    """One residual addition during one call of its owner, under a gate that is not plainly open.
+    """One residual addition during one call of its owner, under a gate that changes the branch.
 
     The owner is the module whose code adds. A placeholder carries the additions to whose branches
-    it belongs, and an addition looks for itself among them.
+    it belongs, so that an addition can find itself among them.
 
     Args:
-        name: the block, as errors name it.
-        sites: where in the code the addition stands, and which operand is the shortcut there.
+        name: the name of the block, for errors.
+        sites: the call sites of the addition, each with the side of its shortcut.
         copies: whether a closed addition returns a copy of its shortcut.
     """
 
     __slots__ = ("copies", "deferred", "gate", "name", "owner", "reached", "recomputed", "sites")
 
     def __init__(
-        self, name: str, sites: Mapping[Site, int], gate: Gate, copies: bool, owner: nn.Module
+        self, name: str, sites: Mapping[CallSite, int], gate: Gate, copies: bool, owner: nn.Module
     ) -> None:
         self.name, self.sites, self.gate, self.copies = name, sites, gate, copies
         self.owner = owner
         self.deferred = 0
         """How many module calls have returned placeholders of this branch."""
         self.reached = 0
-        """How often the addition was reached."""
+        """How often the addition was made."""
         self.recomputed: list[Callable[[], bool]] | None = [] if torch.is_grad_enabled() else None
-        """For each checkpoint around the addition, a function that says whether it will
+        """For each checkpoint around the addition, a function that returns whether it will
         recompute."""
 
 
 class Tape:
-    """The calls that a forward pass has deferred, in the order of the code.
+    """The calls that a forward pass has deferred, in program order.
 
     If one of them works in place, all are made, in this order, as soon as one result is needed. So
-    views, and values that were read before the change, are what they would have been.
+    views, and values that were read before the change, have the right content.
     """
 
     def __init__(self) -> None:
         self.nodes: list[weakref.ref[Node]] = []
-        """Weak references, because a call whose result nobody holds any more need not be made."""
+        """Weak references, because a call whose result is no longer referenced need not be made."""
         self.in_place: list[Node] = []
         """The calls that change a tensor."""
         self.changes_computed = False
         """Whether one of them changes a tensor that is already computed."""
         self.is_running = False
         self.is_over = False
-        """Whether the forward pass has ended; what is done with a result after that is not
-        deferred."""
+        """Whether the forward pass has ended, so that later uses of results are not deferred."""
 
     def end(self) -> None:
-        """The forward pass has ended.
+        """End the forward pass.
 
-        What a module has kept of a closed branch may be read later, as long as the weights are
-        those of this pass.
+        A result of a closed branch that a module has kept may be read later, as long as the weights
+        are those of this pass.
         """
         self.is_over = True
         for reference in self.nodes:
@@ -114,7 +114,7 @@ def set_tape(tape: Tape | None) -> None:
 
 @contextmanager
 def because(reason: str) -> Iterator[None]:
-    """While entered, `reason` is the reason why deferred calls are made after all."""
+    """While entered, `reason` is the recorded reason for making deferred calls."""
     before = why_computed()
     _local.reason = reason
     try:
@@ -124,12 +124,12 @@ def because(reason: str) -> Iterator[None]:
 
 
 def why_computed() -> str:
-    """The reason why a deferred call is being made; empty where none was given."""
+    """The reason why a deferred call is being made; empty if none was recorded."""
     return getattr(_local, "reason", "")
 
 
 class Node:
-    """A deferred call of a function or module, or its result once it was made.
+    """A deferred call of a function or module; and its result, once the call was made.
 
     Args:
         additions: the residual additions to whose branches the call belongs.
@@ -166,10 +166,9 @@ class Node:
         self.fakes: Any = None
         """The shapes of the result, once `shapes` has inferred them."""
         self.context = _context()
-        """The gradient mode and autocast under which the model made the call; it is made under the
-        same."""
+        """The gradient mode and autocast in which the model asked for the call."""
         self.versions = [(t, changes_of(t)) for t in tensors_of(args, self.kwargs)]
-        """The tensors that it reads, each with the number of its changes in place until now."""
+        """The tensors that it reads, each with the number of its changes in place so far."""
         tape.nodes.append(weakref.ref(self))
 
     def result(self) -> Any:
@@ -180,15 +179,14 @@ class Node:
         return self.run()
 
     def run(self) -> Any:
-        """As `result`, without regard to other calls on the tape."""
+        """As `result`, regardless of other calls on the tape."""
         if not self.done:
             for tensor, version in self.versions:
                 if changes_of(tensor) != version:
                     raise GateError(
-                        f"{_name(self)} in a closed branch is needed outside of it, after a "
-                        f"tensor {list(tensor.shape)} that it reads was changed in place, as an "
-                        "optimizer's step does: read before it what the branch has kept, or leave "
-                        "the block as it is, by exclude="
+                        f"the output of {_name(self)} in a closed branch is read only now, but its "
+                        f"input (shape {list(tensor.shape)}) was modified in place since, e.g. by "
+                        "optimizer.step(). Read it earlier, or exclude= the block"
                     )
             args, kwargs = with_values(self.args, self.kwargs)
             with under(self.context):
@@ -198,7 +196,7 @@ class Node:
 
     @classmethod
     def finished(cls, tape: Tape, additions: tuple[GatedAddition, ...], tensor: Tensor) -> "Node":
-        """A node for a tensor that is already computed; it takes no place on the tape."""
+        """A node for a tensor that is already computed; it is not put on the tape."""
         node = cls.__new__(cls)
         node.tape, node.additions, node.function, node.module = (
             tape,
@@ -225,19 +223,18 @@ class Placeholder(Tensor):
     is_deferred = True
     _node: Node
     _leaf: int
-    """Its position among the tensors of the node's result; -1 where the result is itself a
-    tensor."""
+    """Its position among the leaves of the node's result; -1 if the result is itself a tensor."""
 
 
 def value(placeholder: Placeholder) -> Tensor:
-    """The tensor that `placeholder` stands for, computed now if it was not computed before."""
+    """The tensor that `placeholder` stands for, computed now if it was not before."""
     result = placeholder._node.result()
     if placeholder._leaf >= 0:
         result = tree_flatten(result)[0][placeholder._leaf]
     if not isinstance(result, Tensor):
         raise GateError(
             f"{_name(placeholder._node)} in a closed branch returned {type(result).__name__} where "
-            "a tensor was expected: exclude= leaves the block as it is"
+            "a tensor was expected: exclude= the block"
         )
     return result
 
@@ -246,7 +243,7 @@ def resolved(output: Any, everything: bool = True) -> Any:
     """`output`, with tensors in place of placeholders.
 
     Args:
-        everything: whether to make deferred calls; otherwise placeholders of deferred calls stay.
+        everything: whether to make deferred calls; otherwise their placeholders stay.
     """
     if isinstance(output, Placeholder):
         return value(output) if everything or output._node.done else output
@@ -299,20 +296,21 @@ def with_values(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str,
 
 
 def mapped(function: Callable[[Any], Any], values: Any) -> Any:
-    """`values`, with `function` applied to each tensor and module in it."""
-    if isinstance(values, Tensor | nn.Module):
-        return function(values)
-    if isinstance(values, slice):
-        parts = values.start, values.stop, values.step
-        return slice(*[mapped(function, each) for each in parts])
-    kind = type(values)
-    if kind is tuple or kind is list:
-        return kind([mapped(function, each) for each in values])
-    if kind is dict:
-        return {name: mapped(function, each) for name, each in values.items()}
-    if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return kind(*[mapped(function, each) for each in values])
-    return values
+    """`values`, with `function` applied to each tensor and module in it.
+
+    Unlike `map_structure`, it looks into slices and named tuples too.
+    """
+
+    def in_leaf(leaf: Any, _: Any) -> Any:
+        if isinstance(leaf, Tensor | nn.Module):
+            return function(leaf)
+        if isinstance(leaf, slice):
+            return slice(*mapped(function, (leaf.start, leaf.stop, leaf.step)))
+        if isinstance(leaf, tuple) and hasattr(leaf, "_fields"):
+            return type(leaf)(*mapped(function, tuple(leaf)))
+        return leaf
+
+    return map_structure(in_leaf, values)
 
 
 def tensors_of(*values: Any) -> Iterator[Tensor]:

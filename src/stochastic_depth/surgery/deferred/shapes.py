@@ -1,8 +1,8 @@
 """The shape, dtype and device of placeholders, inferred without computing their values.
 
 A deferred call is made on fake tensors, which have a shape and no values. In place of a module, a
-copy without hooks is called. The result is remembered by module or function and by the shapes of
-the arguments, so that each call is inferred once for each kind of inputs.
+copy without hooks is called. Results are cached by module or function and by the shapes of the
+arguments.
 """
 
 import weakref
@@ -33,7 +33,7 @@ SHAPES |= {"is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_mps", "is_xpu",
 SHAPES |= {"is_mkldnn", "is_sparse_csr", "is_same_size", "is_inference", "is_conj", "is_neg"}
 """Methods and attributes that can be answered from the shape and the dtype."""
 _UNKNOWN: Any = object()
-"""Remembered in place of shapes that cannot be inferred."""
+"""Cached in place of shapes that cannot be inferred."""
 _MODULES: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _FUNCTIONS: dict[Any, dict[Any, Any]] = {}
 
@@ -48,7 +48,7 @@ def shapes(node: Node) -> tuple[list[Any], Any]:
     """The leaves and the structure of the result of `node`, with fake tensors in place of tensors.
 
     Raises:
-        Exception: of any kind, where they cannot be inferred.
+        Exception: of any class, when they cannot be inferred.
     """
     if node.fakes is None:
         key = (_signature(node.args), _signature(node.kwargs), node.context)
@@ -78,7 +78,7 @@ def _infer(node: Node) -> Any:
 
 
 def shapes_of(placeholder: Placeholder) -> tuple[list[Any], Any] | None:
-    """The `shapes` of one placeholder, which may be computed already; None if unknown."""
+    """The `shapes` of one placeholder, computed or not; None if they are unknown."""
     try:
         leaves, structure = tree_flatten(_fake(placeholder))
     except Exception:
@@ -87,7 +87,7 @@ def shapes_of(placeholder: Placeholder) -> tuple[list[Any], Any] | None:
 
 
 def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The result of a function in `SHAPES`; an argument of unknown shape is computed for it."""
+    """The result of a function in `SHAPES`; an argument of unknown shape is computed."""
     if len(args) == 1 and args[0]._node.done:
         return func(value(args[0]), **kwargs)
     try:
@@ -99,7 +99,7 @@ def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def requires_grad(placeholder: Placeholder) -> bool:
-    """Whether autograd would track the tensor, as far as that is known without computing it."""
+    """Whether autograd would track the tensor, as far as is known without computing it."""
     node = placeholder._node
     if node.done:
         return value(placeholder).requires_grad
@@ -135,7 +135,7 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 def _signature(values: Any) -> Any:
-    """A key that is equal for arguments with which a call has the same output shapes."""
+    """A key that is equal for arguments that lead to the same output shapes."""
     if isinstance(values, Placeholder) and not values._node.done:
         values = _fake(values)
     if isinstance(values, Tensor):

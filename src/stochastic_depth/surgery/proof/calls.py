@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from stochastic_depth.block import Block, force, set_training_gates
-from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.gates import CLOSED, OPEN, Gate
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.deferred.dispatch import UNKNOWN
 from stochastic_depth.surgery.deferred.placeholder import why_computed
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.tensors import tensors_in
 
-CLOSED, OPEN = Gate(open=False), Gate()
 TIMES_ZERO = Gate(factor=torch.zeros((), dtype=torch.float64, device="cpu"))
 """The branch runs and is multiplied by 0, so that the outputs are those of a closed block."""
 
@@ -30,16 +29,16 @@ class CallCounts:
     given: Counter[str]
     """How many elements the tensors among its arguments had, summed over all calls."""
     why: dict[str, str]
-    """Why a deferred call was made after all; empty for calls that were not deferred."""
+    """Why a deferred call was made; empty for calls that were not deferred."""
 
 
 def still_running(
-    model: nn.Module, run: Callable[..., Any], found: Sequence[Found], blocks: Sequence[Block]
+    model: nn.Module, run: Callable[..., Any], found: Sequence[FoundBlock], blocks: Sequence[Block]
 ) -> list[str]:
     """For each block, the reason why its branch runs while it is closed; empty if it does not.
 
-    Only the calls of modules are compared, not values, so this works on the meta device too. Blocks
-    that run in training mode only are closed in training mode.
+    Only calls of modules are compared, no values, so this works on the meta device too. Blocks that
+    run in training mode only are closed in training mode.
     """
     reasons = _still_running(model, run, found, blocks, training=False)
     if any(block.training_only for block in found):
@@ -52,7 +51,7 @@ def still_running(
 def _still_running(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
     training: bool,
 ) -> list[str]:
@@ -78,7 +77,7 @@ def _failure(run: Callable[..., Any], closed: AbstractContextManager[None]) -> s
     return ""
 
 
-def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
+def still_called(block: FoundBlock, usual: CallCounts, called: CallCounts) -> str:
     """The reason why a closed block calls modules of its branch; empty if it calls none.
 
     Args:
@@ -93,18 +92,18 @@ def still_called(block: Found, usual: CallCounts, called: CallCounts) -> str:
     if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
         why = called.why[running[0]] or "the model uses its output for more than the addition"
         if why == UNKNOWN and block.units[0].edits[0][0] is not block.module:
-            why += "; if the lines stood in the forward method of a layer, they could be rewritten"
+            why += "; in the forward method of a layer these lines could be rewritten"
         return f"{running[0]!r} of its branch must run even when the block is closed: {why}"
     return ""
 
 
 def refuse_running(
-    blocks: Sequence[Found], usual: CallCounts, called: CallCounts, remark: str = ""
+    blocks: Sequence[FoundBlock], usual: CallCounts, called: CallCounts, remark: str = ""
 ) -> None:
     """Raise `UnsupportedBlockError` if a closed block calls a module of its branch.
 
     Args:
-        remark: begins the reason, for example "in training mode ".
+        remark: a prefix of the reason, for example "in training mode ".
     """
     reasons = [(block, still_called(block, usual, called)) for block in blocks]
     running = [(block, why) for block, why in reasons if why]
@@ -129,7 +128,7 @@ def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
     """While entered, count the calls of all modules of `model`."""
     calls = CallCounts(Counter(), Counter(), {})
 
-    def note(name: str) -> Callable[..., None]:
+    def count(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             calls.number[name] += 1
             calls.why.setdefault(name, why_computed())
@@ -138,7 +137,7 @@ def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
         return hook
 
     handles = [
-        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        module.register_forward_pre_hook(count(name), with_kwargs=True)
         for name, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)
     ]

@@ -1,7 +1,7 @@
 """Prove on a model and an example that its blocks do what they should under their gates.
 
-The reference is computed independently. The whole original model runs, branches included, and only
-the results of the chosen additions are replaced by their shortcuts (`bypassed`).
+The reference is computed independently: the whole original model runs, branches included, and only
+the results of some additions are replaced by their shortcuts (`bypassed`).
 """
 
 import functools
@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from stochastic_depth.block import Block, force
 from stochastic_depth.errors import AdditionNotReachedError, ApplyError, UnsupportedBlockError
-from stochastic_depth.gates import Gate, GateKind
+from stochastic_depth.gates import CLOSED, OPEN, Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.calls import (
-    CLOSED,
-    OPEN,
     TIMES_ZERO,
     CallCounts,
     counted_calls,
@@ -36,7 +34,7 @@ from stochastic_depth.tensors import largest_difference, tensors_in
 
 TOLERANCE = 1e-5
 """The largest accepted difference with closed blocks, relative to the largest output. The outputs
-may differ a little, because sums may be computed in another order."""
+may differ a little, because sums may be computed in a different order."""
 
 
 UNREACHED = (
@@ -50,7 +48,7 @@ Outputs = list[Tensor]
 
 @dataclass(frozen=True)
 class Reference:
-    """Outputs of the original model: with no block closed, and with each set of blocks closed."""
+    """Outputs of the original model with no block closed, and with each of several sets closed."""
 
     open: Outputs
     closed: tuple[frozenset[int], ...]
@@ -62,31 +60,32 @@ class Reference:
     selected: tuple[Outputs, ...]
     """The outputs for each set, with its blocks open for every other sample only."""
     remembers: bool
-    """Whether a second call on the same inputs has other outputs."""
+    """Whether a second call with the same inputs has different outputs."""
 
 
 def closed_sets(blocks: int) -> list[frozenset[int]]:
-    """Sets of blocks to close that tell each block, and each pair of blocks, from all others.
+    """Sets of blocks to close: all blocks, and then a separating family.
 
-    They are the set of all blocks, and the fewest sets of which, for any two blocks, one holds the
-    first without the second: each block is in its own choice of half of the sets, and no choice
-    holds another one (Sperner's theorem). That is about log2 L + log2 log2 L sets instead of L.
+    A separating family: for any two blocks, some set closes the first and not the second. It is the
+    smallest such family. Each block is in its own selection of half of the sets, and no selection
+    contains a different one (Sperner's theorem). That is about log2 L + log2 log2 L sets instead of
+    L.
     """
     numbers = range(blocks)
     if blocks < 2:
         return [frozenset(numbers)] if blocks else []
     sets = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= blocks)
-    choices = list(zip(numbers, itertools.combinations(range(sets), sets // 2), strict=False))
+    selections = list(zip(numbers, itertools.combinations(range(sets), sets // 2), strict=False))
     return [
         frozenset(numbers),
-        *(frozenset(n for n, choice in choices if each in choice) for each in range(sets)),
+        *(frozenset(n for n, selection in selections if each in selection) for each in range(sets)),
     ]
 
 
 def reference_outputs(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     batch: int | None = None,
     deadline: float = math.inf,
     other: Callable[..., Any] | None = None,
@@ -111,7 +110,7 @@ def reference_outputs(
         expected = tensors_in(whole)
         if not expected:
             raise ApplyError(
-                f"no tensor was found in what {type(model).__name__} returns, a "
+                f"no tensor was found in the output of {type(model).__name__}, a "
                 f"{type(whole).__name__}, so nothing can be proved: return a tensor, a tuple, a "
                 "dict or a dataclass of them, or register the class with torch.utils._pytree"
             )
@@ -134,7 +133,7 @@ def reference_outputs(
 def check(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
     reference: Reference,
     batch: int | None = None,
@@ -185,14 +184,14 @@ def half_gate(batch: int, kind: GateKind = "subset") -> tuple[Gate, Tensor]:
 
 
 class _Proof:
-    """Compares the outputs of a model with gates, and says what is wrong where they differ."""
+    """Compares the outputs of a model with gates, and says what is wrong if they differ."""
 
     def __init__(
         self,
         model: nn.Module,
         example: Callable[..., Any],
         run: Callable[..., Any],
-        found: Sequence[Found],
+        found: Sequence[FoundBlock],
         blocks: Sequence[Block],
         remembers: bool,
     ) -> None:
@@ -241,18 +240,18 @@ class _Proof:
                     "takes a fused or cached path,",
                 )
 
-    def multiplied(self, chosen: frozenset[int], expected: Outputs) -> None:
-        """Check that a set of blocks whose branches are multiplied by 0 have no effect."""
-        with force(self.blocks, OPEN), force([self.blocks[n] for n in chosen], TIMES_ZERO):
+    def multiplied(self, numbers: frozenset[int], expected: Outputs) -> None:
+        """Check that blocks whose branches are multiplied by 0 have no effect."""
+        with force(self.blocks, OPEN), force([self.blocks[n] for n in numbers], TIMES_ZERO):
             difference, why = self._outcome(expected)
         if not difference <= TOLERANCE:
             wrong = functools.partial(self._wrong, gate=TIMES_ZERO)
             when = "multiplied by 0 (a registered function must use gate.scale)"
-            self._raise_for_smallest(sorted(chosen), why, wrong, when)
+            self._raise_for_smallest(sorted(numbers), why, wrong, when)
 
     def selected(
         self,
-        chosen: frozenset[int],
+        numbers: frozenset[int],
         expected: Outputs,
         usual: CallCounts,
         batch: int,
@@ -260,7 +259,7 @@ class _Proof:
     ) -> None:
         """Check a set of blocks that are open for every other sample only."""
         half, keep = half_gate(batch, kind)
-        blocks = [self.blocks[n] for n in chosen]
+        blocks = [self.blocks[n] for n in numbers]
         with (
             force(self.blocks, OPEN),
             force(blocks, half),
@@ -269,8 +268,8 @@ class _Proof:
             difference, why = self._outcome(expected, run=self.example)
         if not difference <= 10 * TOLERANCE:
             wrong = functools.partial(self._wrong, gate=half, keep=keep)
-            self._raise_for_smallest(sorted(chosen), why, wrong, "open for half of the samples")
-        for n in sorted(chosen) if kind == "subset" else ():
+            self._raise_for_smallest(sorted(numbers), why, wrong, "open for half of the samples")
+        for n in sorted(numbers) if kind == "subset" else ():
             block = self.found[n]
             if block.training_only:
                 continue
@@ -281,7 +280,7 @@ class _Proof:
         """What is wrong with `gate` at the blocks `part`; empty if nothing is.
 
         Args:
-            keep: bool [batch], the samples for which `gate` is open, if not for all or none.
+            keep: bool [batch], the samples for which `gate` is open; None for all or none.
         """
         run = self.run if keep is None else self.example
         with ungated(self.model), bypassed([self.found[n] for n in part], keep), torch.no_grad():
@@ -316,7 +315,7 @@ class _Proof:
             numbers: the blocks of a set that is wrong.
             why: what is wrong with it.
             wrong: returns what is wrong with a part of the set; empty if nothing is.
-            when: describes the state of the blocks in which they are wrong.
+            when: the state of the blocks in which they are wrong.
         """
         culprits, why = smallest(numbers, why, wrong)
         names = [self.found[n].name for n in culprits]
@@ -343,7 +342,7 @@ class _Proof:
         except Exception as error:
             return math.inf, f"the model fails: {type(error).__name__}: {error}"
         if [x.shape for x in outputs] != [x.shape for x in expected]:
-            return math.inf, "the model returns tensors of other shapes"
+            return math.inf, "the model returns tensors of different shapes"
         difference = largest_difference(expected, outputs)
         return difference, (
             f"the output differs from the original's by {difference:.2g} of its largest value "
@@ -360,12 +359,12 @@ STALE = (
 )
 REMEMBERS = (
     " (the model itself gives different outputs when it is called again with the same input: it "
-    "keeps something from one call for the next, and a closed branch keeps nothing)"
+    "keeps a state from call to call, which a closed branch does not update)"
 )
 
 
 def unsteady(model: nn.Module, run: Callable[..., Any]) -> str:
-    """Why the original model returns other outputs for the same input; empty if it does not."""
+    """Why the original model returns different outputs for the same input; empty if it does not."""
     with preserve_state(model), ungated(model), torch.no_grad():
         outputs, again, other = (tensors_in(run(seed)) for seed in (0, 0, 1))
     if not _equal(outputs, again):
@@ -374,7 +373,7 @@ def unsteady(model: nn.Module, run: Callable[..., Any]) -> str:
         mode = "training mode" if model.training else "evaluation"
         return (
             f" (the model itself draws random numbers in {mode}; a closed branch draws none, so "
-            "that later layers draw other numbers)"
+            "that later layers draw different ones)"
         )
     return ""
 
@@ -397,7 +396,7 @@ def smallest(
 
 @contextmanager
 def _fast_path() -> Iterator[None]:
-    """While entered, PyTorch's transformer layers take their fused path, as in ordinary use."""
+    """While entered, PyTorch's transformer layers use their fused path, as in ordinary use."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(True)
     try:

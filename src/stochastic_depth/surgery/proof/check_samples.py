@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from stochastic_depth.block import Block, force
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.proof.calls import in_training
 from stochastic_depth.surgery.proof.reference import bypassed
-from stochastic_depth.surgery.select_samples import SAMPLES, Seen, noted
+from stochastic_depth.surgery.rewrite.select_samples import HOLDS_SAMPLES, SeenShapes, record_shapes
 from stochastic_depth.tensors import largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_leaves, tree_map
 
@@ -22,12 +22,12 @@ REMEDY = 'use gate="batch", or put the batch first'
 
 
 def check_samples(
-    model: nn.Module, example: Example, found: Sequence[Found], batch: int
+    model: nn.Module, example: Example, found: Sequence[FoundBlock], batch: int
 ) -> Example:
     """Prove that the first dimension of the inputs is the batch.
 
-    Half of the samples, in another order, must have the same outputs as among all samples. Half of
-    the time steps would not, whether a model looks back in time or ahead.
+    Half of the samples, in a different order, must have the same outputs as among all samples. Half
+    of the time steps would have different ones, whether a model looks back in time or ahead.
 
     Returns:
         The example with half of the samples.
@@ -35,7 +35,7 @@ def check_samples(
     Raises:
         ApplyError: when the outputs differ, or the example has fewer than two samples.
     """
-    refuse_one(batch)
+    require_two_samples(batch)
     half = half_of(batch)
     with preserve_state(model), torch.no_grad():
         model.eval()
@@ -50,24 +50,23 @@ def check_samples(
                 raise
             except Exception as error:
                 failure = failure or ApplyError(
-                    "gates for single samples need the batch as first dimension of all inputs: "
-                    f"with {half} of {batch} {type(model).__name__} fails "
+                    "gates for single samples need the batch as the first dimension of all inputs: "
+                    f"with {half} of {batch} samples {type(model).__name__} fails "
                     f"({type(error).__name__}: {error}); {REMEDY}"
                 )
                 continue
             if _are_among(outputs, whole, batch):
                 return part
             failure = failure or ApplyError(
-                f"the first dimension of the inputs of {type(model).__name__} is not the batch: "
-                f"{half} of {batch} alone give other outputs than among the others, as time "
-                f"steps do and samples do not; {REMEDY}"
+                f"{type(model).__name__}: running {half} of {batch} samples changes their outputs, "
+                f"so the first dimension is not the batch (is it time?); {REMEDY}"
             )
     assert failure is not None
     raise failure
 
 
-def refuse_one(batch: int) -> None:
-    """Raise `ApplyError` if an example has too few samples to tell which dimension they are."""
+def require_two_samples(batch: int) -> None:
+    """Raise `ApplyError` unless an example has at least two samples."""
     if batch < 2:
         raise ApplyError(
             "gates for single samples need an example of at least two samples, to see that its "
@@ -85,7 +84,7 @@ def every_other(x: Tensor) -> Tensor:
 
 
 def halves(example: Example, batch: int) -> Iterator[Example]:
-    """`example` with half of the samples, once for each guess of which tensors hold samples.
+    """`example` with half of the samples, once for each guess about which tensors hold samples.
 
     The first tensor always does. Other tensors of the same length may be masks [time, time].
     """
@@ -118,45 +117,45 @@ def learn_samples(
     model: nn.Module,
     examples: tuple[Example, Example],
     batch: int,
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
 ) -> None:
-    """Record in the modules which of the tensors that enter a branch hold samples.
+    """Record, in the modules, which of the tensors that enter a branch hold samples.
 
     Args:
         examples: the example with all samples, and the example with half of them.
 
     Raises:
-        UnsupportedBlockError: when a tensor that enters a branch holds samples in a dimension that
-            is not the first.
+        UnsupportedBlockError: when the batch is not the first dimension of a tensor that enters a
+            branch.
     """
     sizes = batch, half_of(batch)
     known: dict[nn.Module, dict[Any, bool]] = {}
-    holds = {m: block for block in found for unit in block.units for m, _ in unit.edits}
-    handed = {m for b in found for u in b.units if len(u.edits) > 1 for m, _ in u.edits}
+    block_of = {m: block for block in found for unit in block.units for m, _ in unit.edits}
+    with_callers = {m for b in found for u in b.units if len(u.edits) > 1 for m, _ in u.edits}
     for training in (False, True):
         seen = [
             _shapes(model, caller(model, each), blocks, size, training)
             for each, size in zip(examples, sizes, strict=True)
         ]
-        for (module, place), shapes in seen[0].items():
-            pairs = zip(shapes, seen[1].get((module, place), ()), strict=False)
+        for (module, key), shapes in seen[0].items():
+            pairs = zip(shapes, seen[1].get((module, key), ()), strict=False)
             verdicts = {_verdict(one, other, sizes) for one, other in pairs}
             verdict = verdicts.pop() if len(verdicts) == 1 else None
-            if verdicts or (verdict is None and module not in handed):
-                block = holds.get(module, found[0])
+            if verdicts or (verdict is None and module not in with_callers):
+                block = block_of.get(module, found[0])
                 why = (
-                    f"a tensor {list(shapes[0])} comes into its branch that does not hold the "
-                    f'{batch} samples first: use gate="batch" for this model'
+                    f"a tensor of shape {list(shapes[0])} enters the branch, and its first "
+                    f'dimension is not the batch ({batch}): use gate="batch" for this model'
                 )
                 raise unsupported(block.name, block.module, why)
-            known.setdefault(module, {})[place] = bool(verdict)
-    for module, places in known.items():
-        module.__dict__[SAMPLES] = places
+            known.setdefault(module, {})[key] = bool(verdict)
+    for module, keys in known.items():
+        module.__dict__[HOLDS_SAMPLES] = keys
 
 
 def _verdict(one: tuple[int, ...], other: tuple[int, ...], sizes: tuple[int, int]) -> bool | None:
-    """Whether a tensor holds the samples in its first dimension; None if in another one.
+    """Whether the first dimension of a tensor is the batch; None if it is a later dimension.
 
     Args:
         one: its shape with all samples.
@@ -177,14 +176,14 @@ def _shapes(
     batch: int,
     training: bool,
 ) -> Mapping[Any, Any]:
-    """Shapes of what enters the branches; empty if the example cannot be trained on."""
+    """The shapes of tensors that enter branches; empty if the model cannot train on the example."""
     gate = Gate(samples=torch.arange(batch, device="cpu"), batch=batch)
     gates = in_training(blocks, [gate] * len(blocks)) if training else force(blocks, gate)
-    seen: Seen = {}
+    seen: SeenShapes = {}
     with preserve_state(model), torch.no_grad():
         model.train(training)
         try:
-            with gates, noted() as seen:
+            with gates, record_shapes() as seen:
                 run()
         except Exception:
             if not training:

@@ -17,14 +17,12 @@ from stochastic_depth.errors import (
     StochasticDepthError,
     UnsupportedBlockError,
 )
-from stochastic_depth.gates import Gate, GateKind
+from stochastic_depth.gates import CLOSED, OPEN, Gate, GateKind
 from stochastic_depth.hooks import refuse_cache
-from stochastic_depth.surgery.blocks import Found, unsupported
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.calls import (
-    CLOSED,
-    OPEN,
     CallCounts,
     counted_calls,
     in_training,
@@ -47,7 +45,7 @@ TRAINING_PASSES = 4
 def check_training(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
     batch: int | None = None,
     kind: GateKind = "batch",
@@ -63,13 +61,13 @@ def check_training(
         attribute, with their values from before. They have to be reset before each pass.
 
     Raises:
-        UnsupportedBlockError: when the model itself leaves a block out, runs it on another path in
-            training mode, or its backward pass fails, for example because a tensor was changed in
-            place.
+        UnsupportedBlockError: when the model itself drops a block, when training mode runs it on a
+            different path, or when its backward pass fails, for example because a tensor was
+            changed in place.
     """
     with preserve_state(model), torch.enable_grad(), warnings.catch_warnings():
-        # What a model does in training on another way than in evaluation is judged here.
-        warnings.filterwarnings("ignore", message=".* was not reached in this pass")
+        # Suppress this warning: the checks below cover a different path in training mode.
+        warnings.filterwarnings("ignore", message=".* did not run in this pass")
         model.train()
         before = {name: dict(vars(module)) for name, module in model.named_modules()}
         try:
@@ -86,7 +84,7 @@ def check_training(
                         called = _counted(model, run, 0)
                     refuse_running(found, passes[0], called, "in training mode ")
                 _compare(model, run, found, blocks, batch, kind, scale)
-                for first in (1, 0):  # every other block, so that each is closed in one of two
+                for first in (1, 0):  # every other block, so that each is closed in one step
                     closed = list(range(first, len(blocks), 2))
                     if why := _why_not_trained(run, blocks, closed):
                         if original := _why_original_fails(model, run):
@@ -107,7 +105,9 @@ def check_training(
     return resets
 
 
-def _fails_closed(found: Sequence[Found], closed: Sequence[int], why: str) -> UnsupportedBlockError:
+def _fails_closed(
+    found: Sequence[FoundBlock], closed: Sequence[int], why: str
+) -> UnsupportedBlockError:
     """The error for blocks with which a training step fails while they are closed."""
     block = found[closed[0] if closed else 0]
     names = [found[n].name for n in closed[1:]]
@@ -119,7 +119,7 @@ def _fails_closed(found: Sequence[Found], closed: Sequence[int], why: str) -> Un
 def _not_proved(why: str) -> dict[str, Any]:
     """Warn that training mode is not proved, because the original cannot train on the example."""
     warnings.warn(
-        f"training mode is not proved: the model itself takes no training step on the example "
+        f"training mode is not proved: the model itself cannot take a training step on the example "
         f"({why}): give an example as in training",
         stacklevel=2,
     )
@@ -129,17 +129,17 @@ def _not_proved(why: str) -> dict[str, Any]:
 def _compare(
     model: nn.Module,
     run: Callable[..., Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     blocks: Sequence[Block],
     batch: int | None,
     kind: GateKind,
     scale: Scale,
 ) -> None:
-    """Compare outputs with those of the original with bypassed additions, in training mode.
+    """Compare the model, in training mode, with the original in which additions are bypassed.
 
     With all gates open, in the form that training draws them, gradients are compared too. Dropout
-    is switched off in both, since a closed branch draws no random numbers. A model that draws other
-    random numbers or keeps a state has different outputs in any case, so its outputs are not
+    is disabled in both, because a closed branch draws no random numbers. The outputs of a model
+    that draws further random numbers, or keeps a state, differ in any case and are not
     compared.
 
     Raises:
@@ -155,11 +155,11 @@ def _compare(
         if largest_difference(expected, outputs) <= TOLERANCE:
             return ""
         return (
-            "in training mode, with it closed, the output is not that of the original whose "
+            "in training mode, with it closed, the output differs from that of the original whose "
             "addition returns its shortcut"
             if keep is None
-            else "in training mode, with it open for half of the samples, the output is not that "
-            "of the original; a BatchNorm in its branch, for example, then sees fewer samples"
+            else "in training mode, with it open for half of the samples, the output differs from "
+            "that of the original; a BatchNorm in its branch, for example, then sees fewer samples"
         )
 
     def wrong_though_open(part: list[int]) -> str:
@@ -258,7 +258,7 @@ def _different(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
     return ""
 
 
-def _change_in_place(block: Found) -> str:
+def _change_in_place(block: FoundBlock) -> str:
     """How the branch of `block` may change its shortcut in place; empty if it cannot."""
     inside = block.module.named_modules(prefix=block.name)
     drops = [name for name, module in inside if isinstance(module, Dropout) and module.inplace]
@@ -270,11 +270,11 @@ def _change_in_place(block: Found) -> str:
     )
 
 
-def _closed_in_training(found: Sequence[Found], only: Sequence[int]) -> list[list[int]]:
-    """Sets of blocks to close: all blocks, and sets that tell the blocks of `only` apart.
+def _closed_in_training(found: Sequence[FoundBlock], only: Sequence[int]) -> list[list[int]]:
+    """Sets of blocks to close: all blocks, and sets that separate the blocks of `only`.
 
     Args:
-        only: the blocks that run in training mode only; evaluation has told the others apart.
+        only: the blocks that run in training mode only; the others were separated in evaluation.
     """
     parts = [[only[n] for n in sorted(part)] for part in closed_sets(len(only))] if only else []
     return [list(range(len(found))), *(part for part in parts if len(part) < len(found))]
@@ -283,8 +283,8 @@ def _closed_in_training(found: Sequence[Found], only: Sequence[int]) -> list[lis
 class _SteadyDropout(TorchFunctionMode):
     """While entered, dropout draws no random numbers.
 
-    It keeps every value. Dropout in place halves every value, so that a branch that changes its
-    shortcut is noticed: a closed block does not change it.
+    It keeps every value; in place, it halves every value. So a branch that changes its shortcut in
+    place is noticed, because a closed block does not change it.
     """
 
     def __torch_function__(
@@ -304,10 +304,14 @@ class _SteadyDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _unreached(error: AdditionNotReachedError, found: Sequence[Found]) -> UnsupportedBlockError:
-    """The error for a block whose addition is not reached in training mode."""
-    named = next((block for block in found if f"block {block.name!r}" in str(error)), None)
-    why = "in training mode it does not add where it does in evaluation"
+def _unreached(
+    error: AdditionNotReachedError, found: Sequence[FoundBlock]
+) -> UnsupportedBlockError:
+    """The error for a block whose addition does not run in training mode."""
+    named = next(
+        (block for block in found if str(error).startswith(f"block {block.name!r},")), None
+    )
+    why = "in training mode it does not make the addition that it makes in evaluation"
     if named is None:
         return UnsupportedBlockError(f"{why}: {error}")
     return unsupported(named.name, named.module, why)
@@ -342,12 +346,13 @@ def _counted(model: nn.Module, run: Callable[..., Any], seed: int) -> CallCounts
     return calls
 
 
-def _model_skips(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]) -> str:
-    """Why a block is not reached in all of `passes`, which have every gate open; empty if it is.
+def _model_skips(
+    block: FoundBlock, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]
+) -> str:
+    """Why a block does not run in some of `passes`, in which every gate is open; empty if it does.
 
     Args:
-        names: the names of all modules. Where no module runs for a branch, the module that adds
-            must run.
+        names: the names of all modules. If a branch calls no module, the module that adds must run.
     """
     for unit in block.units:
         runs = unit.modules or {names[module] for module, _ in unit.edits if module in names}
@@ -355,16 +360,16 @@ def _model_skips(block: Found, passes: Sequence[CallCounts], names: Mapping[nn.M
         if runs and not all(reached):
             often = f"{len(reached) - sum(reached)} of {len(reached)}"
             return (
-                f"in {often} passes in training mode the model leaves it out by itself: set its "
-                "own layer drop or drop path to 0, because sd.apply takes over its job"
+                f"in {often} passes in training mode the model itself leaves it out: set the "
+                "model's own layer drop or drop path to 0, because sd.apply takes its place"
             )
     return ""
 
 
 def _attributes_set(
-    model: nn.Module, found: Sequence[Found], before: dict[str, dict[str, Any]]
+    model: nn.Module, found: Sequence[FoundBlock], before: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Attributes of modules in branches that hold a tensor with a graph, with their earlier values.
+    """Attributes in which modules of branches keep a tensor with a graph, with their old values.
 
     Raises:
         UnsupportedBlockError: when such an attribute had no value before the pass.
@@ -387,9 +392,9 @@ def _attributes_set(
                 raise unsupported(
                     block.name,
                     block.module,
-                    f"its branch sets {attribute!r} of {name!r} to a tensor with a graph, which "
-                    "would be left from an earlier step while the block is closed: in __init__, "
-                    "give the attribute the value of a closed block, such as torch.zeros(())",
+                    f"its branch sets {attribute!r} of {name!r} to a tensor with a graph, which a "
+                    "closed block would leave there from an earlier step: in __init__, set the "
+                    "attribute to its value for a closed block, such as torch.zeros(())",
                 )
             left[f"{name}.{attribute}"] = old
     return left

@@ -1,6 +1,6 @@
-"""The original model in which some additions return their shortcut.
+"""The reference for closed blocks; it executes all branches.
 
-A model with closed blocks is compared with it. All branches run in it.
+It is the original model, in which some additions return their shortcut.
 """
 
 import sys
@@ -15,27 +15,34 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.blocks import Found
-from stochastic_depth.surgery.edits import ADDITIONS, Site, Sum, by_position, find_places, site_of
+from stochastic_depth.surgery.blocks import FoundBlock
+from stochastic_depth.surgery.edits import (
+    ADDITIONS,
+    AdditionEdit,
+    CallSite,
+    by_position,
+    call_site_of,
+    locations_in,
+)
 
 
 @contextmanager
-def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[None]:
+def bypassed(blocks: Iterable[FoundBlock], keep: Tensor | None = None) -> Iterator[None]:
     """While entered, the additions of `blocks` return their shortcut. The model must have no gates.
 
     Args:
-        keep: bool [batch], the samples for which the branches are added nevertheless.
+        keep: bool [batch], the samples for which the branches are still added.
     """
-    additions: list[tuple[nn.Module, Sum]] = []
-    occurrences: dict[tuple[Site, int], int] = {}
+    additions: list[tuple[nn.Module, AdditionEdit]] = []
+    occurrences: dict[tuple[CallSite, int], int] = {}
     with ExitStack() as entered:
         for block in blocks:
             if block.training_only and not block.module.training:
-                continue  # it does not run here, and other blocks may add at the same place
+                continue  # it does not run here, and other blocks may add in the same expression
             additions += [addition for unit in block.units for addition in unit.additions]
             for unit in block.units:
                 here = [e for e in unit.events if e.training == block.module.training]
-                events = here or unit.events  # if no pass in training mode was recorded
+                events = here or unit.events  # no pass in training mode was recorded
                 occurrences |= {(e.site, e.occurrence): e.side for e in events}
             whole = [u.edits[0][0] for u in block.units if not u.additions and not u.events]
             for module in whole:
@@ -47,20 +54,20 @@ def bypassed(blocks: Iterable[Found], keep: Tensor | None = None) -> Iterator[No
 
 
 class _Bypass(TorchFunctionMode):
-    """Makes the chosen additions return their shortcut, recognised by their place in the source."""
+    """Makes some additions return their shortcut; it recognises them by their source location."""
 
     def __init__(
         self,
-        additions: list[tuple[nn.Module, Sum]],
-        occurrences: dict[tuple[Site, int], int],
+        additions: list[tuple[nn.Module, AdditionEdit]],
+        occurrences: dict[tuple[CallSite, int], int],
         keep: Tensor | None,
     ) -> None:
         super().__init__()
-        self.additions: dict[nn.Module, list[Sum]] = {}
+        self.additions: dict[nn.Module, list[AdditionEdit]] = {}
         for module, edit in additions:
             self.additions.setdefault(module, []).append(edit)
         self.occurrences, self.keep = occurrences, keep
-        self.reached: Counter[Site] = Counter()
+        self.reached: Counter[CallSite] = Counter()
         """How often each expression was evaluated."""
 
     def __torch_function__(
@@ -69,16 +76,15 @@ class _Bypass(TorchFunctionMode):
         if getattr(func, "__name__", "") in ADDITIONS:
             args, kwargs = by_position(args, kwargs or {})
         if getattr(func, "__name__", "") in ADDITIONS and len(args) >= 2:
-            site = site_of(sys._getframe(1))
+            site = call_site_of(sys._getframe(1))
             side = self.occurrences.get((site, self.reached[site]))
             self.reached[site] += 1
             if side is not None:
                 return self._closed(func, args, kwargs or {}, side)
-            for module, place in find_places(self.additions, sys._getframe(1)):
+            for module, location in locations_in(self.additions, sys._getframe(1)):
                 for edit in self.additions[module]:
-                    if edit.place == place:
-                        side = 0 if edit.shortcut == "left" else 1
-                        return self._closed(func, args, kwargs or {}, side)
+                    if edit.location == location:
+                        return self._closed(func, args, kwargs or {}, edit.side)
         return func(*args, **(kwargs or {}))
 
     def _closed(self, func: Callable[..., Any], args: tuple, kwargs: dict, side: int) -> Tensor:
@@ -116,8 +122,8 @@ def _mixed(output: Tensor, shortcut: Tensor, keep: Tensor | None) -> Tensor:
         return shortcut
     if len(output) != len(keep):
         error = UnsupportedBlockError(
-            f"a residual addition is of a tensor {list(output.shape)}, which does not have the "
-            f'{len(keep)} samples first: use gate="batch" for this model'
+            f"a residual addition has the shape {list(output.shape)}, and its first dimension is "
+            f'not the batch ({len(keep)}): use gate="batch" for this model'
         )
         error.of_model = True
         raise error

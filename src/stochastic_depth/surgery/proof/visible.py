@@ -1,8 +1,8 @@
-"""Make every branch show in the outputs of a model while it is compared with the original.
+"""Make every branch affect the outputs of a model while it is compared with the original.
 
-Branches are often initialised to zero or nearly so: a last convolution or a gain of zero, the
-LayerScale of 1e-6 of ConvNeXt, the gates of a diffusion transformer. As long as they are, a wrong
-block has the same outputs as a right one.
+Branches are often initialised to zero or nearly zero: by a last convolution or a gain of zero, the
+LayerScale of 1e-6 of ConvNeXt, or the gates of a diffusion transformer. Then a wrong block has the
+same outputs as a right one.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ _VANISHING = 1e-3
 
 @contextmanager
 def visible_branches(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """While entered, trainable parameters that are zero or nearly so have random values.
+    """While entered, trainable parameters that are zero or nearly zero have random values.
 
-    They are the same values each time. Nothing is replaced in a model that cannot run with them.
+    The values are the same each time. If the model cannot run with them, nothing is replaced.
 
     Args:
         run: calls the model on the example.
@@ -48,7 +48,7 @@ def _vanishes(parameter: Tensor) -> bool:
 
 
 def _values_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Random values: of a gain or a bias from 0.05 to 0.15; of a matrix as for initialisation."""
+    """Random values: from 0.05 to 0.15 for a gain or bias; as for initialisation for a matrix."""
     u = torch.rand(parameter.shape, generator=generator, device="cpu")
     if parameter.ndim < 2:
         return 0.05 + 0.1 * u

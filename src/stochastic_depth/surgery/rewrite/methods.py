@@ -1,9 +1,9 @@
 """Rewrite a method so that its residual additions have gates.
 
-For each addition, the code of the method is divided into what only the branch needs and the rest.
-The first part is put under `if gate.open:`, so that a closed gate runs none of it, and the addition
-becomes its shortcut. A method may only compute something that it passes to the module that adds.
-There the argument of the call is put under the gate.
+For each addition, the code of the method is divided into what only the branch needs, and the rest.
+The first part is put under `if gate.open:`, so that a closed gate skips all of it, and the addition
+becomes its shortcut. If a method only computes something that it passes to the module that adds,
+the argument of that call is put under the gate.
 """
 
 import ast
@@ -19,8 +19,15 @@ import torch
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.edits import Argument, Parameter, Place, Sliced, Sum
-from stochastic_depth.surgery.liveness import (
+from stochastic_depth.surgery.edits import (
+    NOT_REACHED,
+    AdditionEdit,
+    ArgumentEdit,
+    CallParameter,
+    RewriteEdit,
+    SourceLocation,
+)
+from stochastic_depth.surgery.rewrite.liveness import (
     Backward,
     Needed,
     assign,
@@ -30,8 +37,8 @@ from stochastic_depth.surgery.liveness import (
     surely_defines,
     uses,
 )
-from stochastic_depth.surgery.select_samples import samples, select_samples
-from stochastic_depth.surgery.syntax import (
+from stochastic_depth.surgery.rewrite.select_samples import select_drawn, select_in_source
+from stochastic_depth.surgery.rewrite.syntax import (
     call,
     compiled,
     definition,
@@ -43,14 +50,14 @@ from stochastic_depth.surgery.syntax import (
 
 
 def edit_statement(
-    statement: ast.AugAssign, edit: Sum, gate: str
+    statement: ast.AugAssign, edit: AdditionEdit, gate: str
 ) -> tuple[list[ast.stmt], ast.stmt, list[ast.AST]]:
-    """`x += f` under an open gate and under a closed gate, and the branch in it."""
+    """`x += f` under an open gate, the same under a closed gate, and the branch in it."""
     if not isinstance(statement.target, ast.Name) or not isinstance(statement.op, ast.Add):
-        raise UnsupportedBlockError(f"{edit.place}: not an addition to a variable")
+        raise UnsupportedBlockError(f"{edit.location}: not an addition to a variable")
     name = statement.target.id
     opened = copy.deepcopy(statement)
-    if edit.shortcut == "left":
+    if edit.side == 0:
         branch: ast.expr = opened.value
         opened.value = of_gate(gate, "scale", branch)
         shortcut: ast.expr = ast.Name(name, ast.Load())
@@ -61,15 +68,15 @@ def edit_statement(
     return [*before, opened], assign(name, _maybe_copy(shortcut, edit.copies)), [branch]
 
 
-class ReplaceSum(ast.NodeTransformer):
+class GateAddition(ast.NodeTransformer):
     """`a + b` -> `a + gate.scale(b) if gate.open else a`."""
 
-    def __init__(self, edit: Sum, gate: str) -> None:
+    def __init__(self, edit: AdditionEdit, gate: str) -> None:
         self.edit, self.gate = edit, gate
         self.branch: ast.expr = ast.Constant(None)
 
     def visit(self, node: ast.AST) -> Any:
-        if not is_at(node, self.edit.place):
+        if not is_at(node, self.edit.location):
             return self.generic_visit(node)
         shortcut, self.branch = operands(node, self.edit)
         if self.branch is not node:
@@ -81,7 +88,7 @@ class ReplaceSum(ast.NodeTransformer):
 
 
 def edit_arguments(
-    statement: ast.stmt, edit: Argument, gate: str
+    statement: ast.stmt, edit: ArgumentEdit, gate: str
 ) -> tuple[ast.stmt, list[ast.AST]]:
     """Turn `f(a, b)` into `f(a if gate.open else None, b)`, in place.
 
@@ -97,10 +104,10 @@ def edit_arguments(
 
 
 def _exchange_arguments(
-    statement: ast.stmt, edit: Argument, exchange: Callable[[ast.expr], ast.expr]
+    statement: ast.stmt, edit: ArgumentEdit, exchange: Callable[[ast.expr], ast.expr]
 ) -> list[ast.AST]:
-    """Replace arguments of a call in place; returns the arguments that were there before."""
-    at = next(node for node in ast.walk(statement) if is_at(node, edit.place))
+    """Replace arguments of a call in place; returns the original arguments."""
+    at = next(node for node in ast.walk(statement) if is_at(node, edit.location))
     before: list[ast.AST] = []
     if isinstance(at, ast.Call) and not any(isinstance(a, ast.Starred) for a in at.args):
         positions = {n for n, _ in edit.arguments if n is not None}
@@ -114,7 +121,7 @@ def _exchange_arguments(
                 before.append(keyword.value)
                 keyword.value = exchange(keyword.value)
     if len(before) != len(edit.arguments):
-        raise UnsupportedBlockError(f"{edit.place}: not a plain call of the module that adds")
+        raise UnsupportedBlockError(f"{edit.location}: not a plain call of the module that adds")
     return before
 
 
@@ -130,14 +137,14 @@ class _Scale(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-class Shortcut(ast.NodeTransformer):
+class ReplaceByShortcut(ast.NodeTransformer):
     """Replaces an addition by its shortcut."""
 
-    def __init__(self, edit: Sum) -> None:
+    def __init__(self, edit: AdditionEdit) -> None:
         self.edit = edit
 
     def visit(self, node: ast.AST) -> Any:
-        if is_at(node, self.edit.place):
+        if is_at(node, self.edit.location):
             return operands(node, self.edit)[0]
         return self.generic_visit(node)
 
@@ -151,7 +158,7 @@ SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
 
 def slice_method(
     function: FunctionType,
-    edits: Sequence[Sliced],
+    edits: Sequence[RewriteEdit],
     gates: Callable[[Any], Sequence[Gate]],
     select: bool,
 ) -> FunctionType:
@@ -165,61 +172,58 @@ def slice_method(
         UnsupportedBlockError: when the source is missing or has a form that cannot be edited.
     """
     tree = definition(function)
-    _tell_ways_around(tree, edits)
+    _warn_where_bypassed(tree, edits)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
     for number, edit in enumerate(edits):
         branch, shared, _ = _edit(tree, edit, f"_gate_{number}")
         if select:
-            select_samples(tree, branch, shared, set(others), f"_gate_{number}")
+            select_in_source(tree, branch, shared, set(others), f"_gate_{number}")
     names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(edits))]
     drawn = call("_gates", ast.Name(module, ast.Load()))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
-    names_used = {"_gates": gates, "_samples": samples, "_passed_by": _passed_by}
+    names_used = {"_gates": gates, "_select": select_drawn, "_bypassed": _warn_bypassed}
     return compiled(function, tree, names_used)
 
 
-def _passed_by(gate: Gate, addition: str) -> None:
-    """Warn that a method went another way than on the example, past an addition with this gate."""
+def _warn_bypassed(gate: Gate, addition: str) -> None:
+    """Warn that the method took a path that skips this addition; on the example it did not."""
     if gate.is_plain or torch.compiler.is_compiling():
         return
-    warnings.warn(
-        f"{addition}: this addition, by which a block was found, was not reached in this pass: the "
-        "model takes another path than on the example; give sd.apply an example that takes it. "
-        "What it runs instead is never skipped",
-        stacklevel=2,
-    )
+    warnings.warn(f"{addition}: {NOT_REACHED}", stacklevel=2)
 
 
-def _tell_ways_around(tree: ast.FunctionDef, edits: Sequence[Sliced]) -> None:
-    """Call `_passed_by` wherever a method calls something on a way that misses an addition."""
+def _warn_where_bypassed(tree: ast.FunctionDef, edits: Sequence[RewriteEdit]) -> None:
+    """Call `_warn_bypassed` on every path that bypasses an addition but still calls something."""
 
-    def has_addition(nodes: Sequence[ast.AST], among: Sequence[Sliced] = edits) -> bool:
+    def has_addition(nodes: Sequence[ast.AST], among: Sequence[RewriteEdit] = edits) -> bool:
         inside = [node for part in nodes for node in ast.walk(part)]
-        return any(is_at(node, edit.place) for node in inside for edit in among)
+        return any(is_at(node, edit.location) for node in inside for edit in among)
 
-    def misses(nodes: Sequence[ast.AST]) -> bool:
+    def calls_without_addition(nodes: Sequence[ast.AST]) -> bool:
         calls = any(isinstance(node, ast.Call) for part in nodes for node in ast.walk(part))
         fails = bool(nodes) and isinstance(nodes[-1], ast.Raise)
         return calls and not fails and not has_addition(nodes)
 
-    tell: list[Callable[[], None]] = []
+    insertions: list[Callable[[], None]] = []
     for number, edit in enumerate(edits):
-        if not isinstance(edit, Sum):
+        if not isinstance(edit, AdditionEdit):
             continue
-        passed_by = call("_passed_by", f"_gate_{number}", ast.Constant(str(edit)))
-        for block, start in _ways_around(tree.body, edit.place):
-            if misses(block[start:]):
+        warning = call("_bypassed", f"_gate_{number}", ast.Constant(str(edit)))
+        for block, start in _paths_around(tree.body, edit.location):
+            if calls_without_addition(block[start:]):
                 before = block[start]
-                tell.append(partial(_insert, block, before, ast.Expr(passed_by)))
+                insertions.append(partial(_insert, block, before, ast.Expr(warning)))
         for node in ast.walk(tree):
             if isinstance(node, ast.IfExp):
                 for one, other in (("body", "orelse"), ("orelse", "body")):
                     value = getattr(node, other)
-                    if has_addition([getattr(node, one)], [edit]) and misses([value]):
-                        told = ast.BoolOp(ast.Or(), [passed_by, value])
-                        tell.append(partial(setattr, node, other, told))
-    for each in tell:
-        each()
+                    if has_addition([getattr(node, one)], [edit]) and calls_without_addition(
+                        [value]
+                    ):
+                        warned = ast.BoolOp(ast.Or(), [warning, value])
+                        insertions.append(partial(setattr, node, other, warned))
+    for insert in insertions:
+        insert()
     ast.fix_missing_locations(tree)
 
 
@@ -227,17 +231,20 @@ def _insert(block: list[ast.stmt], before: ast.stmt, statement: ast.stmt) -> Non
     block.insert(block.index(before), statement)
 
 
-def _ways_around(block: list[ast.stmt], place: Place) -> Iterator[tuple[list[ast.stmt], int]]:
-    """Where a method runs statements by which it does not come to `place`.
+def _paths_around(
+    block: list[ast.stmt], location: SourceLocation
+) -> Iterator[tuple[list[ast.stmt], int]]:
+    """The control-flow paths that bypass `location`.
 
     Yields:
-        A list of statements, and the index from which on it does not come there.
+        A list of statements, and the index of the first statement that runs only when `location` is
+        bypassed.
     """
     for index, statement in enumerate(block):
-        if any(is_at(node, place) for node in ast.walk(statement)):
+        if any(is_at(node, location) for node in ast.walk(statement)):
             for arm in (getattr(statement, "body", []), getattr(statement, "orelse", [])):
-                if any(is_at(node, place) for part in arm for node in ast.walk(part)):
-                    yield from _ways_around(arm, place)
+                if any(is_at(node, location) for part in arm for node in ast.walk(part)):
+                    yield from _paths_around(arm, location)
                     if isinstance(statement, ast.If) and isinstance(arm[-1], ast.Return):
                         yield block, index + 1
                 elif isinstance(statement, ast.If):
@@ -250,13 +257,9 @@ def _ways_around(block: list[ast.stmt], place: Place) -> Iterator[tuple[list[ast
                         yield arm, 0
 
 
-def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
-    """Whether a closed gate at `edit` skips any call, and parameters that only the branch needs.
-
-    Returns:
-        The parameters, each with its position in a call, if it has one, and its name.
-    """
-    tree = definition(inspect.unwrap(vars(edit.place.kind)[edit.place.method]))
+def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, ...]]:
+    """Whether a closed gate at `edit` skips any call; and parameters that only the branch needs."""
+    tree = definition(inspect.unwrap(vars(edit.location.cls)[edit.location.method]))
     used = uses(tree)
     branch, shared, needed = _edit(tree, edit, "_gate")
     both = [*branch, *shared]
@@ -268,26 +271,26 @@ def skipped_when_closed(edit: Sliced) -> tuple[bool, tuple[Parameter, ...]]:
 
 
 def _edit(
-    tree: ast.FunctionDef, edit: Sliced, gate: str
+    tree: ast.FunctionDef, edit: RewriteEdit, gate: str
 ) -> tuple[list[ast.AST], list[ast.AST], frozenset[str]]:
     """Put everything that only the branch at `edit` needs under `gate`, in place.
 
     Returns:
-        The expressions and statements of the branch alone; the statements that other code may need
-        too; and the variables that the method needs from outside under a closed gate.
+        The expressions and statements that only the branch needs; the statements that other code
+        may need too; and the variables that the method needs under a closed gate.
     """
-    path, needed = _find(tree.body, edit.place, Needed())
+    path, needed = _find(tree.body, edit.location, Needed())
     block, index = path.pop()
     statement = block[index] = _as_assignment(block[index])
     branch: list[ast.AST]
-    if isinstance(edit, Argument):
+    if isinstance(edit, ArgumentEdit):
         closed, branch = edit_arguments(statement, edit, gate)
-    elif isinstance(statement, ast.AugAssign) and is_at(statement, edit.place):
+    elif isinstance(statement, ast.AugAssign) and is_at(statement, edit.location):
         opened, closed, branch = edit_statement(statement, edit, gate)
         block[index] = ast.If(is_open(gate), opened, [closed])
     else:
-        closed = Shortcut(edit).visit(copy.deepcopy(statement))
-        replace = ReplaceSum(edit, gate)
+        closed = ReplaceByShortcut(edit).visit(copy.deepcopy(statement))
+        replace = GateAddition(edit, gate)
         block[index] = replace.visit(statement)
         branch = [replace.branch]
     needed.before(closed, defines(closed))
@@ -319,19 +322,19 @@ def _as_assignment(statement: ast.stmt) -> ast.stmt:
 
 
 def _find(
-    block: list[ast.stmt], place: Place, needed: Needed
+    block: list[ast.stmt], location: SourceLocation, needed: Needed
 ) -> tuple[list[tuple[list[ast.stmt], int]], Needed]:
-    """The path to the statement at `place`: lists of statements with indices, outermost first.
+    """The path to the statement at `location`: lists of statements, each with an index, outermost
+    first; and the variables that are needed after that statement.
 
     Args:
-        needed: the variables that are needed after `block`; returned with those needed by the
-            statements that follow the one at `place`.
+        needed: the variables that are needed after `block`; updated in place.
 
     Raises:
-        UnsupportedBlockError: when the addition is inside a loop or another unsupported statement.
+        UnsupportedBlockError: when the addition is inside a loop or in another unsupported form.
     """
     for index, statement in enumerate(block):
-        if not any(is_at(node, place) for node in ast.walk(statement)):
+        if not any(is_at(node, location) for node in ast.walk(statement)):
             continue
         for later in reversed(block[index + 1 :]):
             needed.before(later, surely_defines(later))
@@ -339,8 +342,8 @@ def _find(
             return [(block, index)], needed
         if isinstance(statement, ast.If | ast.With):
             for inner in (statement.body, getattr(statement, "orelse", [])):
-                if any(is_at(node, place) for part in inner for node in ast.walk(part)):
-                    path, needed = _find(inner, place, needed)
+                if any(is_at(node, location) for part in inner for node in ast.walk(part)):
+                    path, needed = _find(inner, location, needed)
                     return [(block, index), *path], needed
-        raise UnsupportedBlockError(f"{place}: an addition inside a {type(statement).__name__}")
-    raise UnsupportedBlockError(f"{place}: the source has changed since it was imported")
+        raise UnsupportedBlockError(f"{location}: an addition inside a {type(statement).__name__}")
+    raise UnsupportedBlockError(f"{location}: the source has changed since it was imported")

@@ -3,7 +3,7 @@
 from collections.abc import Container
 
 from stochastic_depth.surgery.edits import Side
-from stochastic_depth.surgery.trace import Call, Recording
+from stochastic_depth.surgery.record.trace import Call, Recording
 
 MIXES = (
     "linear",
@@ -21,9 +21,9 @@ MIXES = (
 )
 """Parts of the names of functions that mix values; a branch contains at least one such function.
 
-A computation that only adds to a value, scales it or applies a function to each number is no
-branch: an activation that is written out, a rotary embedding, a normalisation. "unseen" stands for
-a function that the recording did not see."""
+A computation that only adds to a value, scales it or applies a function to each number is not a
+branch. Examples are an activation that is written out, a rotary embedding and a normalisation.
+"unseen" stands for a function that the recording did not see."""
 
 
 ACTIVATIONS = ("relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "mish", "softmax", "glu")
@@ -35,7 +35,7 @@ SPLITS = {"chunk", "split", "unbind", "__getitem__", "narrow", "tensor_split"}
 
 REARRANGES = SPLITS | {"view", "reshape", "permute", "transpose", "contiguous", "flatten", "clone"}
 REARRANGES |= {"unflatten", "squeeze", "unsqueeze", "to", "float", "rearrange", "movedim", "select"}
-"""Names of functions that return their argument in another form, or a part of it."""
+"""Names of functions that return their argument, or a part of it, in a different form."""
 
 
 PROJECTIONS = ("shortcut", "skip", "down", "proj", "ident", "res")
@@ -43,48 +43,49 @@ PROJECTIONS = ("shortcut", "skip", "down", "proj", "ident", "res")
 
 
 class Shortcuts:
-    """Tells which operand of an addition in a recorded forward pass is the shortcut.
+    """Decides which operand of an addition in a recorded forward pass is the shortcut.
 
     Values are given by their numbers in the recording.
 
     Args:
-        sums: the results of the residual additions found until now.
+        sums: the results of the residual additions found so far.
     """
 
     def __init__(self, recording: Recording, sums: Container[int]) -> None:
         self.recording, self.sums = recording, sums
 
-    def side(self, left: int, right: int, of: list[set[int]], call: Call) -> Side | None:
+    def side(self, left: int, right: int, reached: list[set[int]], call: Call) -> Side | None:
         """Which operand is the shortcut, or None if the addition is not residual.
 
         Args:
-            of: the values that the left and the right operand were computed from, within `call`.
+            reached: the values from which the left and the right operand were computed, back to the
+                inputs of `call`.
         """
-        if left in of[1]:
-            return "left"
-        if right in of[0]:
-            return "right"
-        if not (call.inputs & of[0] and call.inputs & of[1]):
+        if left in reached[1]:
+            return 0
+        if right in reached[0]:
+            return 1
+        if not (call.inputs & reached[0] and call.inputs & reached[1]):
             return None
         if (left in self.sums) != (right in self.sums):  # x + f(x) + g(x)
-            return "left" if left in self.sums else "right"
-        made = [sum(value >= call.began for value in values) for values in of]
-        if made[0] < made[1] and self._is_projection(of[0], of[1]):
-            return "left"
-        if made[1] < made[0] and self._is_projection(of[1], of[0]):
-            return "right"
+            return 0 if left in self.sums else 1
+        made = [sum(value >= call.began for value in values) for values in reached]
+        if made[0] < made[1] and self._is_projection(reached[0], reached[1]):
+            return 0
+        if made[1] < made[0] and self._is_projection(reached[1], reached[0]):
+            return 1
         return None
 
-    def part(self, left: int, right: int, of: list[set[int]], call: Call) -> Side | None:
+    def part(self, left: int, right: int, reached: list[set[int]], call: Call) -> Side | None:
         """Which operand is an unchanged part of the input of `call`, or one of its streams.
 
         The other operand is computed from the input as well: `a + f(b)`, as in reversible networks.
         """
-        sides: tuple[Side, Side] = "left", "right"
-        pairs = zip(sides, (left, right), of, reversed(of), strict=True)
-        for side, number, own, other in pairs:
-            mixes = call.inputs & other and self.mixes(other - own)
-            if mixes and self._is_stream(number, call):
+        sides: tuple[Side, Side] = 0, 1
+        for side in sides:
+            own, others = reached[side], reached[1 - side]
+            mixes = call.inputs & others and self.mixes(others - own)
+            if mixes and self._is_stream((left, right)[side], call):
                 return side
         return None
 
@@ -102,14 +103,14 @@ class Shortcuts:
     def _is_projection(self, shortcut: set[int], branch: set[int]) -> bool:
         """Whether `shortcut` is a projection of a single value from which `branch` starts too.
 
-        - The shortcut is computed from one value. The carry of a highway network, (1 - t(x)) * x,
-          is computed from two.
-        - It has fewer functions with weights than the branch, and no activation function. So
-          neither of two parallel branches counts as the projection of the other.
-        - If it has weights and does not change the shape, the name of its module says that it is a
+        - The shortcut must be computed from one value. The carry of a highway network,
+          (1 - t(x)) * x, is computed from two.
+        - It must have fewer functions with weights than the branch, and no activation function.
+          Otherwise one of two parallel branches could count as the projection of the other.
+        - If it has weights and keeps the shape, the name of its module must say that it is a
           projection.
-        - It is not the other part of a split value, as in a coupling layer.
-        - It contains no residual addition.
+        - It must not be the other part of a split value, as in a coupling layer.
+        - It must not contain a residual addition.
         """
         shared = shortcut & branch
         own, others = shortcut - shared, branch - shared

@@ -9,47 +9,59 @@ from torch import nn
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.blocks import repeated_block
-from stochastic_depth.surgery.branches import MIN_SAVED, Analysis, Event, Group, mostly_shared
-from stochastic_depth.surgery.edits import Calls, Deferred
-from stochastic_depth.surgery.trace import Call
+from stochastic_depth.surgery.edits import BranchCalls, DeferredEdit
+from stochastic_depth.surgery.record.branches import (
+    MIN_SAVED,
+    AdditionEvent,
+    Analysis,
+    Group,
+    mostly_shared,
+)
+from stochastic_depth.surgery.record.trace import Call
 
 
 def deferred_groups(
-    events: Iterable[Event], analysis: Analysis, modules: Mapping[str, nn.Module]
+    events: Iterable[AdditionEvent], analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> list[Group]:
     """Group additions into blocks: by call of a module, or by iteration of a loop in it."""
-    made_in: dict[int, list[Event]] = {}
+    made_in: dict[int, list[AdditionEvent]] = {}
     for event in events:
         if event.enclosing is None:
-            analysis.place(event)
+            analysis.find_enclosing_call(event)
         assert event.enclosing is not None
         made_in.setdefault(event.enclosing.serial, []).append(event)
-    blocks: dict[tuple[str, Any], list[Event]] = {}
+    blocks: dict[tuple[str, Any], list[AdditionEvent]] = {}
     for of_call in made_in.values():
         looped = max(Counter(event.site for event in of_call).values()) > 1
-        turns = analysis.turns(of_call)
+        iterations = analysis.iterations(of_call)
         for event in of_call:
-            key = _iteration(event, turns, analysis) if looped else _call(event, analysis, modules)
+            key = (
+                _iteration(event, iterations, analysis)
+                if looped
+                else _call(event, analysis, modules)
+            )
             blocks.setdefault(key, []).append(event)
     return [
         analysis.group(name, _outermost(group, analysis)) for (name, _), group in blocks.items()
     ]
 
 
-def _outermost(events: Sequence[Event], analysis: Analysis) -> list[Event]:
-    """The events that are not part of the branch of another event.
+def _outermost(events: Sequence[AdditionEvent], analysis: Analysis) -> list[AdditionEvent]:
+    """The events that are not part of the branch of a different event.
 
-    Events whose sums do not reach the outputs are dropped if there are others. In the last block,
-    for example, a second stream may be added to and never read.
+    Events whose sums do not reach the outputs are dropped, unless there are no others. The last
+    block, for example, may add to a second stream that nothing reads.
     """
     events = [e for e in events if e.total in analysis.alive] or events
-    return [e for e in events if not any(e.total in analysis.inside(o) for o in events)]
+    return [e for e in events if not any(e.total in analysis.exclusive_to(o) for o in events)]
 
 
-def _call(event: Event, analysis: Analysis, modules: Mapping[str, nn.Module]) -> tuple[str, Any]:
-    """The name of the block of an addition outside loops, and a number for its call.
+def _call(
+    event: AdditionEvent, analysis: Analysis, modules: Mapping[str, nn.Module]
+) -> tuple[str, Any]:
+    """The name of the block of an addition outside loops, and the iteration of its call.
 
-    Calls that are not computed from each other have the same number.
+    Calls that do not depend on each other have the same iteration.
     """
     assert event.enclosing is not None
     name = repeated_block(event.enclosing.name, modules)
@@ -57,35 +69,36 @@ def _call(event: Event, analysis: Analysis, modules: Mapping[str, nn.Module]) ->
         return ".".join(_module_path(event, analysis)), (event.site, event.occurrence)
     around = (event.enclosing, *event.enclosing.ancestors())
     call = next((call for call in around if call.name == name), event.enclosing)
-    return name, analysis.turn(call)
+    return name, analysis.iteration(call)
 
 
-def _iteration(event: Event, turns: Mapping[Event, int], analysis: Analysis) -> tuple[str, Any]:
-    """The name of the block of an addition in a loop over modules, and a number.
+def _iteration(
+    event: AdditionEvent, iterations: Mapping[AdditionEvent, int], analysis: Analysis
+) -> tuple[str, Any]:
+    """The name of the block of an addition in a loop over modules, and its iteration, if needed.
 
-    The block is the outermost module, inside the one that loops, in which no expression adds twice,
-    except to values that are not computed from each other, as in the two halves of a siamese
-    network.
+    The block is the outermost module, inside the one that loops, in which no expression adds twice;
+    except to values that do not depend on each other, as in the two halves of a siamese network.
 
     Args:
-        turns: all additions of the loop, see `Analysis.turns`.
+        turns: all additions of the loop, see `Analysis.iterations`.
     """
     assert event.enclosing is not None
-    paths = {other: _module_path(other, analysis, looped=True) for other in turns}
+    paths = {other: _module_path(other, analysis, looped=True) for other in iterations}
     path = paths[event]
     for length in range(len(_path(event.enclosing.name)) + 1, len(path) + 1):
         prefix = path[:length]
-        inside = [other for other in turns if paths[other][:length] == prefix]
-        added = {(other.site, *paths[other], turns[other]) for other in inside}
+        inside = [other for other in iterations if paths[other][:length] == prefix]
+        added = {(other.site, *paths[other], iterations[other]) for other in inside}
         if len(added) == len({other.site for other in inside}):
             return ".".join(prefix), None
-    return ".".join(path), turns[event]
+    return ".".join(path), iterations[event]
 
 
-def _module_path(event: Event, analysis: Analysis, looped: bool = False) -> list[str]:
-    """The common beginning of the names of the branch's modules, or the largest's name.
+def _module_path(event: AdditionEvent, analysis: Analysis, looped: bool = False) -> list[str]:
+    """The common prefix of the names of the branch's modules; or the name of the largest module.
 
-    Modules that run for several branches are left out, because they do not tell these apart.
+    Modules that several branches call are left out, because they belong to none in particular.
     """
     assert event.enclosing is not None
     calls = analysis.group("", [event]).calls or (
@@ -106,10 +119,10 @@ def _path(name: str) -> list[str]:
     return name.split(".") if name else []
 
 
-def _returns_branch(event: Event, analysis: Analysis) -> tuple[Call, ...]:
+def _returns_branch(event: AdditionEvent, analysis: Analysis) -> tuple[Call, ...]:
     """The outermost call that returns the last value of a branch, or no call.
 
-    One layer may compute what is added to several streams, and so run for none of them alone.
+    One layer may compute the branches of several streams, so that no stream needs it exclusively.
     """
     assert event.enclosing is not None
     calls = [
@@ -120,22 +133,22 @@ def _returns_branch(event: Event, analysis: Analysis) -> tuple[Call, ...]:
     return (max(calls, key=lambda each: each[:2])[2],) if calls else ()
 
 
-def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[Deferred]:
+def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[DeferredEdit]:
     """The edits that give `group` its gates, one for each addition.
 
     Args:
         first: the number of the first of these additions within their owner.
 
     Raises:
-        UnsupportedBlockError: when too little of the branch is used by the addition alone.
+        UnsupportedBlockError: when too little of the branch is exclusive to the addition.
     """
-    if group.saved < MIN_SAVED:
-        shared = group.own < MIN_SAVED
+    if group.saved_share < MIN_SAVED:
+        shared = group.exclusive_share < MIN_SAVED
         raise UnsupportedBlockError(
-            mostly_shared(group.own) if shared else _too_few_modules(group.saved)
+            mostly_shared(group.exclusive_share) if shared else _too_few_modules(group.saved_share)
         )
     return [
-        Deferred(
+        DeferredEdit(
             group.block,
             first + number,
             ((event.site, event.side),),
@@ -146,8 +159,8 @@ def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[Deferre
     ]
 
 
-def _calls_for(event: Event, group: Group, analysis: Analysis) -> tuple[Calls, ...]:
-    """The calls that are not made while the block is closed, by module.
+def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[BranchCalls, ...]:
+    """The calls to leave out while the block is closed, by module.
 
     Raises:
         UnsupportedBlockError: when there are none.
@@ -157,22 +170,25 @@ def _calls_for(event: Event, group: Group, analysis: Analysis) -> tuple[Calls, .
         if len(group.events) == 1 or _computes(call, event, analysis):
             by_module.setdefault(call.name, []).append(call)
     if not by_module:
-        raise UnsupportedBlockError("no module runs for its branch alone")
+        raise UnsupportedBlockError(_NO_MODULE)
     owner = group.owner
     calls = []
     for name, which in by_module.items():
         every = [call for call in analysis.calls_of(name) if call.is_within(owner)]
         ordinals = tuple(every.index(call) for call in which)
         inner = name[len(owner.name) + 1 :] if owner.name else name
-        gave_tensors = all(call.gave_tensor for call in which)
-        calls.append(Calls(inner, ordinals, len(every), gave_tensors))
+        return_tensors = all(call.returned_tensor for call in which)
+        calls.append(BranchCalls(inner, ordinals, len(every), return_tensors))
     return tuple(calls)
 
 
-def _computes(call: Call, event: Event, analysis: Analysis) -> bool:
+def _computes(call: Call, event: AdditionEvent, analysis: Analysis) -> bool:
     """Whether a call computes a part of the branch of `event`."""
-    computed = range(call.began, call.ended)  # empty where it returns its input
+    computed = range(call.began, call.ended)  # empty if it returns its input
     return not event.branch.isdisjoint([*computed, *analysis.outputs_of[call.serial]])
+
+
+_NO_MODULE = "there is no module that only its branch needs"
 
 
 def _too_few_modules(saved: float) -> str:
@@ -182,5 +198,5 @@ def _too_few_modules(saved: float) -> str:
         saved: the share of the branch's FLOPs, from 0 to 1, that its modules compute.
     """
     if not saved:
-        return "no module runs for its branch alone"
-    return f"the modules that run for its branch alone compute only about {saved:.0%} of its FLOPs"
+        return _NO_MODULE
+    return f"the modules that only its branch needs compute only about {saved:.0%} of its FLOPs"

@@ -17,19 +17,25 @@ from torch import nn
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.adapters import registered
-from stochastic_depth.surgery.blocks import Found, Unit, residual_block
-from stochastic_depth.surgery.branch_source import Addition
-from stochastic_depth.surgery.branches import Analysis, Event, Group
-from stochastic_depth.surgery.deferred_groups import deferred_edits
-from stochastic_depth.surgery.edits import Argument, Edit, Registered, Sliced, Sum
+from stochastic_depth.surgery.blocks import FoundBlock, Unit, residual_block
+from stochastic_depth.surgery.edits import (
+    AdditionEdit,
+    ArgumentEdit,
+    Edit,
+    RegisteredEdit,
+    RewriteEdit,
+)
+from stochastic_depth.surgery.find.deferred_groups import deferred_edits
 from stochastic_depth.surgery.install import gated_class
-from stochastic_depth.surgery.rewrite import skipped_when_closed
+from stochastic_depth.surgery.record.branch_source import Addition
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis, Group
+from stochastic_depth.surgery.rewrite.methods import skipped_when_closed
 
 
 def edited_block(
     name: str, additions: list[Addition], modules: Mapping[str, nn.Module], analysis: Analysis
-) -> Found:
-    """The block of `additions` with its modules edited, or with the reason why they cannot be."""
+) -> FoundBlock:
+    """The block of `additions` with edits of its modules, or with the reason why there are none."""
     module = modules[name]
     flops = analysis.flops(event for addition in additions for event in addition.events)
     if isinstance(module, Residual):
@@ -45,10 +51,10 @@ def edited_block(
         before = units.get(edits) or Unit(edits, ())
         units[edits] = replace(
             before,
-            additions=before.additions + _sums(addition, modules),
+            additions=before.additions + _addition_edits(addition, modules),
             modules=before.modules | frozenset(addition.modules),
         )
-    return Found(
+    return FoundBlock(
         name,
         module,
         ", ".join(dict.fromkeys("identity" if a.identity else "projection" for a in additions)),
@@ -67,13 +73,13 @@ def rewritten_unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit
         UnsupportedBlockError: when they cannot be rewritten.
     """
     edits = edits_of(addition, modules)
-    return Unit(edits, _sums(addition, modules), modules=frozenset(addition.modules))
+    return Unit(edits, _addition_edits(addition, modules), modules=frozenset(addition.modules))
 
 
 def edits_of(
     addition: Addition, modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[nn.Module, Edit], ...]:
-    """The modules that get the gate of `addition`, and where; the module that adds comes first.
+    """The modules that get the gate of `addition`, each with its edit; the one that adds is first.
 
     Args:
         modules: all modules of the model, by name.
@@ -85,11 +91,11 @@ def edits_of(
     if whole is not None:
         forward = registered(type(modules[whole]))
         assert forward is not None
-        return ((modules[whole], Registered(forward)),)
-    return _sliced(addition, modules)
+        return ((modules[whole], RegisteredEdit(forward)),)
+    return _rewrite_edits(addition, modules)
 
 
-def _sliced(
+def _rewrite_edits(
     addition: Addition, modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[nn.Module, Edit], ...]:
     """The expressions at which methods are rewritten, from the addition to where its branch begins.
@@ -98,7 +104,7 @@ def _sliced(
         UnsupportedBlockError: when a method cannot be rewritten, or nothing would be skipped.
     """
     if addition.begins_elsewhere:
-        raise UnsupportedBlockError("its branch begins outside of all modules of the model")
+        raise UnsupportedBlockError("its branch begins outside all modules of the model")
     edits: list[tuple[nn.Module, Edit]] = []
     skips = False
     for name, edit in addition.edits:
@@ -107,20 +113,20 @@ def _sliced(
                 f"its addition is not in a method of {type(modules[name]).__name__}, but in a "
                 "function that a method calls"
             )
-        of_module: list[Sliced] = [edit]
+        of_module: list[RewriteEdit] = [edit]
         calls, unused = skipped_when_closed(edit)
         skips |= calls
-        for outer in edit.callers:  # they may compute the branch for the method they call
+        for outer in edit.callers:  # they may compute the branch, and pass it on
             if not unused:
                 break
-            of_module.append(Argument(outer.place, unused, outer.dead))
+            of_module.append(ArgumentEdit(outer.location, unused, outer.dead))
             calls, unused = skipped_when_closed(of_module[-1])
             skips |= calls
         gated_class(type(modules[name]), tuple(of_module), False, "")
         edits += [(modules[name], each) for each in of_module]
     if not skips:
         raise UnsupportedBlockError(
-            f"{edits[0][1]}: the model needs all of its branch for other things too"
+            f"{edits[0][1]}: all of its branch is needed for more than the addition"
         )
     return tuple(edits)
 
@@ -133,20 +139,20 @@ def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | Non
     return name or None
 
 
-def _sums(
+def _addition_edits(
     addition: Addition, modules: Mapping[str, nn.Module]
-) -> tuple[tuple[nn.Module, Sum], ...]:
+) -> tuple[tuple[nn.Module, AdditionEdit], ...]:
     """The module that adds and the addition in its source, if that is known."""
     name, edit = addition.edits[0]
-    return ((modules[name], edit),) if isinstance(edit, Sum) else ()
+    return ((modules[name], edit),) if isinstance(edit, AdditionEdit) else ()
 
 
-def clashes(found: Found, events: Sequence[Event]) -> bool:
-    """Whether rewriting the methods of `found` would move one of `events` in the source."""
+def clashes(found: FoundBlock, events: Sequence[AdditionEvent]) -> bool:
+    """Whether rewriting the methods of `found` would change the call site of one of `events`."""
     for unit in found.units:
         for module, edit in unit.edits:
-            if isinstance(edit, Sliced):
-                code = inspect.unwrap(vars(edit.place.kind)[edit.place.method]).__code__
+            if isinstance(edit, RewriteEdit):
+                code = inspect.unwrap(vars(edit.location.cls)[edit.location.method]).__code__
                 if any(
                     event.site[:2] == (code.co_filename, code.co_qualname)
                     and any(call.module is module for call in event.stack)
@@ -161,13 +167,13 @@ def deferred_block(
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
     first: Counter[str],
-    reasons: Mapping[Event, str],
-) -> Found:
-    """The deferred block of `group`; refused where too little of its branch is used by it alone.
+    reasons: Mapping[AdditionEvent, str],
+) -> FoundBlock:
+    """The deferred block of `group`; refused if too little of its branch is exclusive to it.
 
     Args:
         first: how many additions of each owner have been numbered so far; updated here.
-        reasons: why the methods that make an addition could not be rewritten, where that was tried.
+        reasons: why the methods that make an addition could not be rewritten; empty if they can.
     """
     owner = group.owner.name
     units: tuple[Unit, ...] = ()
@@ -183,7 +189,7 @@ def deferred_block(
         before = next(filter(None, (reasons[event] for event in group.events)), "")
         refusal = f"{before}; nor can it be deferred: {error}" if before else str(error)
     shortcuts = dict.fromkeys("identity" if e.identity else "projection" for e in group.events)
-    return Found(
+    return FoundBlock(
         group.block,
         modules[group.block],
         ", ".join(shortcuts),

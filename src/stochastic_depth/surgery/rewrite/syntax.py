@@ -8,17 +8,17 @@ from types import FunctionType
 from typing import Any
 
 from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.edits import Place, Sum
+from stochastic_depth.surgery.edits import AdditionEdit, SourceLocation
 
 
-def operands(node: ast.AST, edit: Sum) -> tuple[ast.expr, ast.expr]:
-    """The shortcut and the branch of an addition, given the node at its place.
+def operands(node: ast.AST, edit: AdditionEdit) -> tuple[ast.expr, ast.expr]:
+    """The shortcut and the branch of an addition, given the node at its location.
 
     The node is one of `a + b`, `torch.add(a, b)`, `a.add(b)`, `sum([a, b])`, `torch.addcmul(a, b,
     c)`, or a call `f(a, b)` of a function that adds.
 
     Raises:
-        UnsupportedBlockError: when it has another form.
+        UnsupportedBlockError: when it has a different form.
     """
     if edit.within is not None and isinstance(node, ast.Call):
         position, name = edit.within
@@ -26,25 +26,27 @@ def operands(node: ast.AST, edit: Sum) -> tuple[ast.expr, ast.expr]:
         shortcut = (node.args[position : position + 1] if position is not None else []) + named
         if len(shortcut) != 1 or not isinstance(shortcut[0], ast.Name):
             raise UnsupportedBlockError(
-                f"{edit}: the shortcut that is passed to the function that adds must be a variable"
+                f"{edit}: the shortcut must be passed to the function that adds as a variable"
             )
         return shortcut[0], node
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         pair = node.left, node.right
     elif isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Attribute):
-        if len(node.args) == 3 and node.func.attr == "addcmul" and edit.shortcut == "left":
+        if len(node.args) == 3 and node.func.attr == "addcmul" and edit.side == 0:
             return node.args[0], node
         if len(node.args) == 2 and node.func.attr == "add":
             pair = node.args[0], node.args[1]
         elif len(node.args) == 1 and node.func.attr in ("add", "add_"):
             pair = node.func.value, node.args[0]
         else:
-            raise UnsupportedBlockError(f"{edit.place}: a call that is not a plain addition")
+            raise UnsupportedBlockError(f"{edit.location}: this call is not a plain addition")
     elif is_sum_of_two(node):
         pair = tuple(node.args[0].elts)  # type: ignore[attr-defined]
     else:
-        raise UnsupportedBlockError(f"{edit.place}: an addition inside another function")
-    return pair if edit.shortcut == "left" else (pair[1], pair[0])
+        raise UnsupportedBlockError(
+            f"{edit.location}: the addition is made inside a different function"
+        )
+    return pair[edit.side], pair[1 - edit.side]
 
 
 def is_sum_of_two(node: ast.AST) -> bool:
@@ -55,9 +57,10 @@ def is_sum_of_two(node: ast.AST) -> bool:
     return isinstance(what, ast.List | ast.Tuple) and len(what.elts) == 2
 
 
-def is_at(node: ast.AST, place: Place) -> bool:
+def is_at(node: ast.AST, location: SourceLocation) -> bool:
     return (
-        isinstance(node, ast.BinOp | ast.Call | ast.AugAssign) and _position(node) == place.position
+        isinstance(node, ast.BinOp | ast.Call | ast.AugAssign)
+        and _position(node) == location.position
     )
 
 
@@ -80,12 +83,12 @@ def of_gate(gate: str, method: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(function, list(arguments), [])
 
 
-def in_loop(place: Place) -> bool:
-    """Whether the expression at `place` stands in a loop of its method."""
+def in_loop(location: SourceLocation) -> bool:
+    """Whether the expression at `location` is inside a loop of its method."""
     loops = ast.For | ast.While
-    tree = definition(inspect.unwrap(vars(place.kind)[place.method]))
+    tree = definition(inspect.unwrap(vars(location.cls)[location.method]))
     inside = (n for loop in ast.walk(tree) if isinstance(loop, loops) for n in ast.walk(loop))
-    return any(is_at(node, place) for node in inside)
+    return any(is_at(node, location) for node in inside)
 
 
 class _Mangle(ast.NodeTransformer):
@@ -93,21 +96,21 @@ class _Mangle(ast.NodeTransformer):
 
     def __init__(self, qualname: str) -> None:
         scopes = qualname.split(".")[:-1]
-        self.kind = scopes[-1].lstrip("_") if scopes and scopes[-1] != "<locals>" else ""
+        self.cls = scopes[-1].lstrip("_") if scopes and scopes[-1] != "<locals>" else ""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         for field in ("id", "attr", "arg", "name"):
             name = getattr(node, field, None)
-            if self.kind and isinstance(name, str) and name[:2] == "__" and name[-2:] != "__":
-                setattr(node, field, f"_{self.kind}{name}")
+            if self.cls and isinstance(name, str) and name[:2] == "__" and name[-2:] != "__":
+                setattr(node, field, f"_{self.cls}{name}")
         return super().generic_visit(node)
 
 
 def definition(function: FunctionType) -> ast.FunctionDef:
-    """The syntax tree of `function`, with the positions that it has in its file.
+    """The syntax tree of `function`, with positions counted in its file.
 
     Raises:
-        UnsupportedBlockError: when there is no source, or it is not a plain method.
+        UnsupportedBlockError: when the source is missing, or is not that of a plain method.
     """
     try:
         lines, first = inspect.getsourcelines(function)
@@ -115,7 +118,7 @@ def definition(function: FunctionType) -> ast.FunctionDef:
     except (OSError, TypeError, SyntaxError, IndexError) as error:
         raise UnsupportedBlockError(f"{function.__qualname__} has no source to edit") from error
     if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
-        raise UnsupportedBlockError(f"{function.__qualname__} is no plain method")
+        raise UnsupportedBlockError(f"{function.__qualname__} is not a plain method")
     _Mangle(function.__qualname__).visit(tree)
     ast.increment_lineno(tree, first - 1)
     indent = len(lines[0]) - len(lines[0].lstrip())
@@ -132,7 +135,7 @@ def compiled(
     """Compile `tree` to a function with the globals, defaults and closure of `function`.
 
     Args:
-        names: further names that the code uses, with their values.
+        names: further names that the code uses, each with its value.
     """
     free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     values = {**names, **{name: cell.cell_contents for name, cell in free.items()}}

@@ -1,10 +1,10 @@
 """Select the drawn samples from every value that enters a branch, for subset gates.
 
-`select_samples` puts the selection into the source of a method; `samples` does it when the method
-runs. The length of a tensor does not say whether it holds samples: a mask [time, time] may be as
-long as the batch. So the model runs on all samples of the example and on half of them. A value that
-has half the length in the second pass is taken to hold samples, at its place in the code, in every
-later pass.
+`select_in_source` rewrites a method so that it calls `select_drawn`, which selects the samples when
+the method runs. The length of a tensor does not say whether it holds samples: a mask [time, time]
+may be as long as the batch. So the model runs on all samples of the example, and on half of them. A
+value that is half as long in the second pass holds samples, and so does the value at the same
+position in the code in every later pass.
 """
 
 import ast
@@ -17,28 +17,32 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.liveness import (
+from stochastic_depth.surgery.rewrite.liveness import (
     assign,
     changed_in_place,
     defines,
     surely_defines,
     uses,
 )
-from stochastic_depth.surgery.syntax import call
+from stochastic_depth.surgery.rewrite.syntax import call
+from stochastic_depth.tensors import map_structure
 
-SAMPLES = "_stochastic_depth_samples"
-"""The attribute of a module that says at which places of its code a tensor holds samples."""
+HOLDS_SAMPLES = "_stochastic_depth_samples"
+"""The attribute of a module that says, by key, which tensors that enter a branch hold samples."""
 
-Seen = dict[tuple[nn.Module, Hashable], list[tuple[int, ...]]]
-"""The shapes of the tensors that entered branches, by module and place in its code."""
+SeenShapes = dict[tuple[nn.Module, Hashable], list[tuple[int, ...]]]
+"""The shapes of the tensors that entered branches, by module and key."""
 
-_seen: list[Seen] = []
+_seen: list[SeenShapes] = []
 
 
 @contextmanager
-def noted() -> Iterator[Seen]:
-    """While entered, record shapes that enter branches. Gates must be open for all samples."""
-    seen: Seen = {}
+def record_shapes() -> Iterator[SeenShapes]:
+    """While entered, record the shapes of tensors that enter branches.
+
+    Gates must be open for all samples.
+    """
+    seen: SeenShapes = {}
     _seen.append(seen)
     try:
         yield seen
@@ -46,45 +50,42 @@ def noted() -> Iterator[Seen]:
         _seen.pop()
 
 
-def samples(module: nn.Module, gate: Gate, value: Any, place: Hashable) -> Any:
+def select_drawn(module: nn.Module, gate: Gate, value: Any, key: Hashable) -> Any:
     """Select the drawn samples from a value that enters a branch, [batch, ...] -> [k, ...].
 
     Args:
         module: the module whose code runs.
-        value: a tensor; or tuples, lists and mappings, each of whose tensors has a place of its
-            own.
-        place: identifies the place in the code, and the variable.
+        value: a tensor, or nested tuples, lists and dicts, in which each tensor has its own key.
+        key: identifies the position in the code, and the variable.
 
     Raises:
-        GateError: when a tensor is as long as the batch and was not seen at this place on the
-            example.
+        GateError: when a tensor is as long as the batch and had no such key on the example.
     """
-    if gate.samples is None:
+    samples = gate.samples
+    if samples is None:
         return value
-    if isinstance(value, Tensor):
+
+    def select(leaf: Any, key: Hashable) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
         if not torch.compiler.is_compiling() and _seen:
-            _seen[-1].setdefault((module, place), []).append(tuple(value.shape))
-            return value
-        if value.ndim == 0 or len(value) != gate.batch or len(gate.samples) == gate.batch:
-            return value
-        known = module.__dict__.get(SAMPLES, {})
-        if place not in known:
+            _seen[-1].setdefault((module, key), []).append(tuple(leaf.shape))
+            return leaf
+        if leaf.ndim == 0 or len(leaf) != gate.batch or len(samples) == gate.batch:
+            return leaf
+        known = module.__dict__.get(HOLDS_SAMPLES, {})
+        if key not in known:
             raise GateError(
-                f"a tensor {list(value.shape)} that was not there on the example enters a branch "
-                f"of {type(module).__name__}, and may or may not hold the {gate.batch} samples: "
-                "give sd.apply an example with this tensor"
+                f"a tensor of shape {list(leaf.shape)} that the example did not have enters a "
+                f"branch of {type(module).__name__}, and it is not known whether its first "
+                f"dimension is the batch ({gate.batch}): give sd.apply an example with this tensor"
             )
-        return value.index_select(0, gate.samples.to(value.device)) if known[place] else value
-    if type(value) in (tuple, list):
-        parts = [samples(module, gate, each, (place, n)) for n, each in enumerate(value)]
-        changed = any(new is not old for new, old in zip(parts, value, strict=True))
-        return type(value)(parts) if changed else value  # which the branch may append to
-    if type(value) is dict:
-        return {key: samples(module, gate, each, (place, key)) for key, each in value.items()}
-    return value
+        return leaf.index_select(0, samples.to(leaf.device)) if known[key] else leaf
+
+    return map_structure(select, value, key)
 
 
-def select_samples(
+def select_in_source(
     tree: ast.FunctionDef,
     branch: Iterable[ast.AST],
     shared: Iterable[ast.AST],
@@ -100,7 +101,7 @@ def select_samples(
     """
     module = tree.args.args[0].arg
     for_all = set(map(id, shared))
-    selecting = _Selecting(variables, gate, module, _first_bound(tree))
+    selecting = _SelectInSource(variables, gate, module, _first_bound(tree))
     for node in sorted([*branch, *shared], key=_in_source):
         if id(node) in for_all:
             selecting.outside |= defines(node)
@@ -108,16 +109,15 @@ def select_samples(
             selecting.visit(node)
         else:
             selecting.generic_visit(node)
-    _Inserting(selecting.before).visit(tree)
+    _InsertBefore(selecting.before).visit(tree)
     ast.fix_missing_locations(tree)
 
 
-class _Selecting(ast.NodeTransformer):
-    """Replaces `x` by `_samples(self, gate, x, "x")` for variables from outside the branch.
+class _SelectInSource(ast.NodeTransformer):
+    """Replaces `x` by `_select(self, gate, x, "x")` if the variable is set outside the branch.
 
-    A value that is computed in the branch has the drawn samples already. For a statement that
-    changes a variable from outside, such as a loop, the samples are selected once before the
-    statement.
+    A value that is computed in the branch holds the drawn samples already. If a statement such as a
+    loop changes a variable from outside, the samples are selected once, before the statement.
     """
 
     def __init__(
@@ -128,19 +128,19 @@ class _Selecting(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> Any:
         if node.id in self.outside and isinstance(node.ctx, ast.Load):
-            return ast.copy_location(self._samples(node), node)
+            return ast.copy_location(self._select(node), node)
         return node
 
-    def _samples(self, name: ast.Name) -> ast.Call:
-        place = ast.Constant(f"{self.gate}.{name.id}")
-        return call("_samples", self.module, self.gate, name, place)
+    def _select(self, name: ast.Name) -> ast.Call:
+        key = ast.Constant(f"{self.gate}.{name.id}")
+        return call("_select", self.module, self.gate, name, key)
 
     def _select_before(self, node: ast.stmt, names: Iterable[str]) -> None:
         here = _in_source(node)
         for name in sorted(self.outside.intersection(names)):
             if self.bound.get(name, here) >= here:  # first assigned by the statement itself
                 continue
-            value = self._samples(ast.Name(name, ast.Load()))
+            value = self._select(ast.Name(name, ast.Load()))
             self.before.setdefault(id(node), []).append(assign(name, value))
             self.outside = self.outside - {name}
 
@@ -191,7 +191,7 @@ class _Selecting(ast.NodeTransformer):
         statements[:] = [self.visit(statement) for statement in statements]
 
 
-class _Inserting(ast.NodeTransformer):
+class _InsertBefore(ast.NodeTransformer):
     """Inserts statements before others, which are given by their `id`."""
 
     def __init__(self, before: dict[int, list[ast.stmt]]) -> None:

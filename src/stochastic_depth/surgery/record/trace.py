@@ -2,62 +2,21 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import flop_registry
 
 from stochastic_depth.surgery.edits import ADDITIONS, by_position, scales_second
+from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.tensors import tensors_in
-from stochastic_depth.torch_private import TorchDispatchMode, changes_of
-
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
-_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
-FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATTENTION],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _ATTENTION_BACKWARD
-    ],
-}
-"""PyTorch's FLOP formulas by operator. It has none for attention on a CPU, which costs the same
-as on a GPU."""
-
+from stochastic_depth.torch_private import changes_of
 
 PRODUCT = "product of addcmul"
-"""Is recorded as the function that made the product which `addcmul` adds."""
-
-
-class CountFlops(TorchDispatchMode):
-    """While entered, adds up the FLOPs of products, convolutions and attention in `total`.
-
-    PyTorch's `FlopCounterMode` also attributes them to modules. For that it needs hooks in the
-    backward graph, which not every model allows.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "prim":  # queries of fake tensors, such as their device
-            return NotImplemented
-        formula = FORMULAS.get(func._overloadpacket)
-        if formula is None:
-            with self:
-                out = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if out is NotImplemented else out
-        out = func(*args, **kwargs)
-        with suppress(Exception):  # a formula may not know the operands, such as nested tensors
-            self.total += formula(*args, **kwargs, out_val=out)
-        return out
+"""The name recorded for the function that made the product in `addcmul`."""
 
 
 @dataclass(eq=False)
@@ -77,11 +36,11 @@ class Call:
     parent: "Call | None" = None
     ended: int = 0
     """The number of the first value that is computed after the call."""
-    gave_tensor: bool = False
-    """Whether it returned a tensor, and not a tuple or another structure."""
+    returned_tensor: bool = False
+    """Whether it returned a tensor, rather than a tuple or another structure."""
 
     def ancestors(self) -> "Iterator[Call]":
-        """The calls around this one, the innermost first."""
+        """The calls around this one, innermost first."""
         call = self.parent
         while call is not None:
             yield call
@@ -96,16 +55,16 @@ class Value:
     """A tensor, and the function that computed it."""
 
     tensor: Tensor
-    """Kept alive, so that no other tensor can get its `id`."""
+    """Kept alive, so that its `id` is not reused."""
     parents: tuple[int, ...]
     """The numbers of the values that it was computed from."""
     made_by: str
-    """The name of the function; "unseen" where no function was seen, empty for inputs and
+    """The name of the function; "unseen" if no function was seen, empty for inputs and
     parameters."""
     flops: int
     children: list[int] = field(default_factory=list)
     together: range = range(0)
-    """The numbers of all values that the same call of the function returned."""
+    """The numbers of all values that the function returned in the same call."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +72,9 @@ class Change:
     """A change of a tensor in place."""
 
     at: int
-    """How many values there were before."""
+    """How many values were recorded before."""
     function: str
-    """The name of the function that makes it."""
+    """The name of the function that makes the change."""
     call: Call | None
     """The innermost module call during which it is made."""
 
@@ -126,14 +85,14 @@ class Recording:
     def __init__(self, model: nn.Module) -> None:
         self.values: list[Value] = []
         self.calls: list[Call] = []
-        """The calls that are running, the innermost last."""
+        """The running calls, innermost last."""
         self.finished: list[tuple[Call, set[int]]] = []
         """The finished calls, each with the numbers of the values that it returned."""
         self.serial = itertools.count()
         self.may_overwrite = any(getattr(module, "inplace", False) for module in model.modules())
-        """Whether any module works in place, perhaps in training mode only."""
+        """Whether any module works in place, even if in training mode only."""
         self.written: dict[int, list[int]] = {}
-        """For each value that was written into by index (`y[i] = f`): the values written."""
+        """For each value that was index-assigned to (`y[i] = f`): the values that were assigned."""
         self._changes: dict[int, list[Change]] = {}
         """For each tensor that was changed in place, by its `id`: the changes, in order."""
         self._number: dict[int, int] = {}
@@ -157,17 +116,17 @@ class Recording:
         self._aliases.append(tensor)
 
     def overwrites(self, tensor: Tensor, function: str) -> None:
-        """Note that a function has changed a tensor that it was given, in place."""
+        """Record that a function has changed one of its arguments in place."""
         call = self.calls[-1] if self.calls else None
         change = Change(len(self.values), function, call)
         self._changes.setdefault(id(_viewed(tensor)), []).append(change)
 
     def changes(self, value: int) -> list[Change]:
-        """The changes in place of the tensor, or of views of it."""
+        """The changes in place of a value, or of views of it."""
         return self._changes.get(id(_viewed(self.values[value].tensor)), [])
 
     def is_overwritten(self, value: int) -> bool:
-        """Whether a later function changes the tensor, or a view of it, in place."""
+        """Whether a later function changes a value, or a view of it, in place."""
         return self.may_overwrite or any(change.at > value for change in self.changes(value))
 
     def numbers(self, values: object) -> set[int]:
@@ -185,7 +144,7 @@ class Recording:
         return number
 
     def reach(self, value: int, until: int = 0) -> set[int]:
-        """The values that `value` was computed from, itself included, back to the value `until`."""
+        """`value` and the values that it was computed from, back to the value `until`."""
         seen, ahead = {value}, [value]
         while ahead:
             for parent in self.values[ahead.pop()].parents:
@@ -195,7 +154,7 @@ class Recording:
         return seen
 
     def reach_within(self, value: int, call: Call) -> set[int]:
-        """The values that `value` was computed from, back to the inputs of `call`."""
+        """`value` and the values that it was computed from, back to the inputs of `call`."""
         return self.reach(value, min([call.began, *call.inputs]))
 
     def functions(self, values: set[int]) -> list[str]:
@@ -204,14 +163,14 @@ class Recording:
 
     def parameters(self, values: set[int]) -> frozenset[str]:
         """The names of the parameters among these values."""
-        held = (id(self.values[value].tensor) for value in values)
-        return frozenset(self._parameters[one] for one in held if one in self._parameters)
+        ids = (id(self.values[value].tensor) for value in values)
+        return frozenset(self._parameters[each] for each in ids if each in self._parameters)
 
     def modules(self, values: set[int], since: int) -> tuple[str, ...]:
         """Names of the modules whose outputs are all among `values`, one entry for each call.
 
         Args:
-            since: the number of the first value from which calls count.
+            since: calls that began before the value of this number do not count.
         """
         return tuple(
             call.name
@@ -234,7 +193,7 @@ def recorded(
         on_function: called after every function, with the function, the numbers of its positional
             arguments (None for arguments that are not tensors), its result, and whether it is an
             addition that multiplies its second operand.
-        gradients: whether autograd is on.
+        gradients: whether autograd is enabled.
     """
     with ExitStack() as entered:
         for name, module in model.named_modules():
@@ -257,7 +216,7 @@ def _held_by(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _viewed(tensor: Tensor) -> Tensor:
-    """The tensor of which it is a view, or it."""
+    """The tensor of which `tensor` is a view; or `tensor` itself."""
     return tensor if tensor._base is None else tensor._base
 
 
@@ -323,7 +282,7 @@ def _hooks(name: str, module: nn.Module, recording: Recording) -> tuple[Any, Any
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
         call = recording.calls.pop()
-        call.ended, call.gave_tensor = len(recording.values), isinstance(output, Tensor)
+        call.ended, call.returned_tensor = len(recording.values), isinstance(output, Tensor)
         recording.finished.append((call, recording.numbers(output)))
 
     return (

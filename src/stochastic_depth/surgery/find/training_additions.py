@@ -1,8 +1,8 @@
 """Residual additions that a model makes in training mode only.
 
-A block may make its addition in another expression in training mode than in evaluation, for example
-under `if self.training:`. Its one gate must close both. Other blocks run in training mode only, for
-example those of an auxiliary head.
+A block may use different expressions for its addition in training mode and in evaluation, for
+example under `if self.training:`. Its one gate must close both. Other blocks run in training mode
+only, for example those of an auxiliary head.
 """
 
 import sys
@@ -16,15 +16,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.additions import discover
-from stochastic_depth.surgery.blocks import Found, Unit
-from stochastic_depth.surgery.branch_source import Addition
-from stochastic_depth.surgery.branches import Analysis, Event, Group
-from stochastic_depth.surgery.deferred_groups import deferred_edits, deferred_groups
-from stochastic_depth.surgery.droppath import silence
-from stochastic_depth.surgery.edits import ADDITIONS, Deferred, Site, by_position, site_of
+from stochastic_depth.surgery.blocks import FoundBlock, Unit
+from stochastic_depth.surgery.droppath import disable_drop_paths
+from stochastic_depth.surgery.edits import (
+    ADDITIONS,
+    CallSite,
+    DeferredEdit,
+    by_position,
+    call_site_of,
+)
 from stochastic_depth.surgery.example import preserve_state
-from stochastic_depth.surgery.rejected import Rejected
+from stochastic_depth.surgery.find.deferred_groups import deferred_edits, deferred_groups
+from stochastic_depth.surgery.record.additions import discover
+from stochastic_depth.surgery.record.branch_source import Addition
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis, Group
+from stochastic_depth.surgery.record.rejected import Rejected
 from stochastic_depth.torch_private import function_around
 
 Rewrite = Callable[[Addition], Unit]
@@ -33,37 +39,37 @@ Rewrite = Callable[[Addition], Unit]
 
 @dataclass(frozen=True)
 class InTraining:
-    """What a recorded pass in training mode has shown."""
+    """The results of a recorded pass in training mode."""
 
     additions: list[Addition]
     """All residual additions of the pass in training mode."""
-    new: tuple[Event, ...]
+    new: tuple[AdditionEvent, ...]
     """The events that do not happen in evaluation."""
-    again: Mapping[Event, Event]
+    counterparts: Mapping[AdditionEvent, AdditionEvent]
     """For each event of evaluation, the same event in training mode."""
     analysis: Analysis
     rejected: list[Rejected]
-    within: Mapping[Site, str]
+    functions: Mapping[CallSite, str]
     """Expressions that add inside an `autograd.Function`, each with the name of that function."""
 
 
 def added_in_training(
     model: nn.Module,
     run: Callable[[], Any],
-    found: Sequence[Found],
+    found: Sequence[FoundBlock],
     additions: Sequence[Addition],
     analysis: Analysis,
     count_flops: bool,
 ) -> InTraining | None:
-    """Record a pass in training mode, if it differs from evaluation; otherwise return None.
+    """Record a pass in training mode, if it may differ from evaluation; otherwise return None.
 
-    The two differ if training mode makes more additions. They may also differ if evaluation does
-    not use everything that a module of a deferred branch returns, because a loss may use it.
+    It differs if training mode makes more additions. It may also differ if evaluation does not use
+    everything that a module of a deferred branch returns, because a loss may use the rest.
 
     Args:
-        additions: the additions of evaluation; `analysis` is of the same pass.
+        additions: the additions of evaluation; `analysis` belongs to the same pass.
     """
-    silenced = silence(model, found)
+    changed_settings = disable_drop_paths(model, found)
     rejected: list[Rejected] = []
     try:
         with preserve_state(model), torch.enable_grad():
@@ -71,20 +77,20 @@ def added_in_training(
             try:
                 with _Sites() as sites:
                     run()
-            except Exception:  # the example is not one to train on
+            except Exception:  # the model cannot train on the example
                 return None
-            adds_more = not sites.seen <= analysis.sites or sites.within
+            adds_more = not sites.seen <= analysis.sites or sites.functions
             if not adds_more and not any(_gives_more(block, analysis) for block in found):
                 return None
-            now, of_now = discover(model, run, count_flops, rejected, gradients=True)
+            now, analysis_now = discover(model, run, count_flops, rejected, gradients=True)
     finally:
-        for each in silenced:
-            each.restore()
-    new, again = _matched(additions, analysis, now, of_now)
-    return InTraining(now, tuple(new), again, of_now, rejected, sites.within)
+        for setting in changed_settings:
+            setting.restore()
+    new, counterparts = _matched(additions, analysis, now, analysis_now)
+    return InTraining(now, tuple(new), counterparts, analysis_now, rejected, sites.functions)
 
 
-def _gives_more(block: Found, analysis: Analysis) -> bool:
+def _gives_more(block: FoundBlock, analysis: Analysis) -> bool:
     """Whether a module of a deferred branch returns a value that nothing is computed from."""
     values = analysis.recording.values
     return block.mechanism == "deferred" and any(
@@ -96,43 +102,46 @@ def _gives_more(block: Found, analysis: Analysis) -> bool:
 
 
 def _matched(
-    before: Sequence[Addition], of_before: Analysis, now: Sequence[Addition], of_now: Analysis
-) -> tuple[list[Event], dict[Event, Event]]:
+    before: Sequence[Addition],
+    analysis_before: Analysis,
+    now: Sequence[Addition],
+    analysis_now: Analysis,
+) -> tuple[list[AdditionEvent], dict[AdditionEvent, AdditionEvent]]:
     """Match the events of the two passes.
 
-    Two events are the same if one expression makes them in one module, and their branches use a
-    common parameter, or the same modules.
+    Two events are the same if the same expression makes them in the same module, and their branches
+    share a parameter, or call the same modules.
 
     Returns:
-        The events of `now` that are not in `before`; and for each event of `before` the same one in
-        `now`.
+        The events of `now` that are not in `before`; and for each event of `before` that is in
+        `now`, its counterpart.
     """
-    left: dict[object, list[tuple[Event, frozenset[str]]]] = {}
+    left: dict[object, list[tuple[AdditionEvent, frozenset[str]]]] = {}
     for event in (event for addition in before for event in addition.events):
-        left.setdefault(_expression(event), []).append((event, _runs(event, of_before)))
-    known = {of: [runs for _, runs in each] for of, each in left.items()}
-    new: list[Event] = []
-    again: dict[Event, Event] = {}
+        left.setdefault(_expression(event), []).append((event, _runs(event, analysis_before)))
+    known = {key: [runs for _, runs in each] for key, each in left.items()}
+    new: list[AdditionEvent] = []
+    counterparts: dict[AdditionEvent, AdditionEvent] = {}
     for event in (event for addition in now for event in addition.events):
-        of, runs = _expression(event), _runs(event, of_now)
-        if not _is_known(runs, known.get(of, ())):
+        key, runs = _expression(event), _runs(event, analysis_now)
+        if not _is_known(runs, known.get(key, ())):
             new.append(event)
             continue
-        same = (n for n, (_, its) in enumerate(left[of]) if _is_known(runs, [its]))
+        same = (n for n, (_, its) in enumerate(left[key]) if _is_known(runs, [its]))
         if (n := next(same, None)) is not None:
-            again[left[of].pop(n)[0]] = event
-    return new, again
+            counterparts[left[key].pop(n)[0]] = event
+    return new, counterparts
 
 
-def _expression(event: Event) -> object:
+def _expression(event: AdditionEvent) -> object:
     """A key for the expression and the module that make an addition."""
     return event.site, event.stack[-1].name
 
 
-def _runs(event: Event, analysis: Analysis) -> frozenset[str]:
-    """Names of the parameters that its branch uses; where it uses none, names of its modules."""
+def _runs(event: AdditionEvent, analysis: Analysis) -> frozenset[str]:
+    """Names of the parameters that its branch uses; if it uses none, names of its modules."""
     if event.enclosing is None:
-        analysis.place(event)
+        analysis.find_enclosing_call(event)
     parameters = analysis.parameters(event.branch)
     return frozenset(parameters or analysis.group("", [event]).modules)
 
@@ -147,8 +156,8 @@ class _Sites(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Counter[Site] = Counter()
-        self.within: dict[Site, str] = {}
+        self.seen: Counter[CallSite] = Counter()
+        self.functions: dict[CallSite, str] = {}
         """The expressions that add inside an `autograd.Function`, each with the name of that
         function."""
 
@@ -160,31 +169,31 @@ class _Sites(TorchFunctionMode):
             both = all(isinstance(operand, Tensor) for operand in operands[:2])
             if both and len(operands) > 1:
                 frame = sys._getframe(1)
-                self.seen[site_of(frame)] += 1
+                self.seen[call_site_of(frame)] += 1
                 if function := function_around(frame):
-                    self.within[site_of(frame)] = function
+                    self.functions[call_site_of(frame)] = function
         return func(*args, **(kwargs or {}))
 
 
-def joined(
-    found: Sequence[Found],
+def with_training_additions(
+    found: Sequence[FoundBlock],
     additions: Sequence[tuple[str, Addition]],
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
     rewrite: Rewrite,
-) -> tuple[list[Found], set[Event]]:
-    """Add to each block of `found` what it adds in training mode only.
+) -> tuple[list[FoundBlock], set[AdditionEvent]]:
+    """Give each block of `found` the additions that it makes in training mode only.
 
     Args:
         additions: each with the name of the block that it belongs to.
 
     Returns:
-        The blocks; and the events that belong to none of them.
+        The blocks; and the events that belong to no block.
     """
     blocks = list(found)
     deferred: list[Addition] = []
     for name in dict.fromkeys(name for name, _ in additions):
-        own = [addition for of, addition in additions if of == name]
+        own = [addition for block, addition in additions if block == name]
         numbers = [n for n, block in enumerate(blocks) if block.name == name]
         if not numbers or any(blocks[n].mechanism == "deferred" for n in numbers):
             deferred += own
@@ -196,29 +205,36 @@ def joined(
             blocks[n] = _with_rewritten(blocks[n], [addition], rewrite)
         if len(own) != len(numbers):
             blocks[numbers[-1]] = replace(blocks[numbers[-1]], refusal=_UNLIKE)
-    alone = set[Event]()
+    unassigned = set[AdditionEvent]()
     events = [event for addition in deferred for event in addition.events]
     for group in deferred_groups(events, analysis, modules):
         numbers = [n for n, block in enumerate(blocks) if block.name == group.block]
         for n in numbers[:1]:
             blocks[n] = _with_deferred(blocks[n], group, analysis, modules)
         if not numbers:
-            alone.update(group.events)
-    return blocks, alone
+            unassigned.update(group.events)
+    return blocks, unassigned
 
 
-def with_events(block: Found, again: Mapping[Event, Event]) -> Found:
-    """A deferred block with the events of training mode that belong to it."""
+def with_counterparts(
+    block: FoundBlock, counterparts: Mapping[AdditionEvent, AdditionEvent]
+) -> FoundBlock:
+    """A deferred block with its events in training mode as well."""
     units = [
-        replace(unit, events=(*unit.events, *(again[e] for e in unit.events if e in again)))
+        replace(
+            unit,
+            events=(*unit.events, *(counterparts[e] for e in unit.events if e in counterparts)),
+        )
         for unit in block.units
     ]
     return replace(block, units=tuple(units))
 
 
-def as_both_need(block: Found, again: Mapping[Event, Event], training: Analysis) -> Found:
-    """`block`, deferring only the modules that no mode needs for anything but its addition."""
-    events = [again.get(event) for unit in block.units for event in unit.events]
+def as_both_need(
+    block: FoundBlock, counterparts: Mapping[AdditionEvent, AdditionEvent], training: Analysis
+) -> FoundBlock:
+    """`block`, deferring only modules that neither mode needs for anything but its addition."""
+    events = [counterparts.get(event) for unit in block.units for event in unit.events]
     if block.mechanism != "deferred" or None in events:
         return block
     group = training.group(block.name, [event for event in events if event is not None])
@@ -228,57 +244,59 @@ def as_both_need(block: Found, again: Mapping[Event, Event], training: Analysis)
     try:
         edits = deferred_edits(group, training, 0)
     except UnsupportedBlockError:
-        return block  # the proof says which module training mode needs
+        return block  # the proof names the module that training mode needs
     units = []
     for unit, edit in zip(block.units, edits, strict=True):
         before = unit.edits[0][1]
-        assert isinstance(before, Deferred)
+        assert isinstance(before, DeferredEdit)
         both = replace(before, calls=edit.calls)
         units.append(replace(unit, edits=((owner, both),), modules=frozenset(group.modules)))
     return replace(block, units=tuple(units), modules=group.modules)
 
 
 def with_training_only(
-    found: Sequence[Found], alone: Sequence[Found], analysis: Analysis
-) -> list[Found]:
-    """`found` and the blocks `alone`, which run in training mode only, in the order of execution.
+    found: Sequence[FoundBlock], only: Sequence[FoundBlock], analysis: Analysis
+) -> list[FoundBlock]:
+    """`found` and the blocks `only`, which run in training mode only, in the order of execution.
 
     Args:
         analysis: the analysis of a pass in training mode.
     """
 
-    def begins(block: Found) -> int:
+    def begins(block: FoundBlock) -> int:
         calls = [call for name in (block.name, *block.modules) for call in analysis.calls_of(name)]
         return min((call.serial for call in calls), default=0)
 
     blocks = list(found)
-    for block in alone:
+    for block in only:
         later = (n for n, other in enumerate(blocks) if begins(other) > begins(block))
         blocks.insert(next(later, len(blocks)), replace(block, training_only=True))
     return blocks
 
 
 _UNLIKE = (
-    "in training mode its module makes another number of residual additions than in evaluation: "
-    'granularity="block" gives all of them one gate'
+    "in training mode its module makes a different number of residual additions than in "
+    'evaluation: granularity="block" gives all of them one gate'
 )
 
 
-def _with_rewritten(block: Found, additions: Sequence[Addition], rewrite: Rewrite) -> Found:
+def _with_rewritten(
+    block: FoundBlock, additions: Sequence[Addition], rewrite: Rewrite
+) -> FoundBlock:
     """`block`, with its methods rewritten at `additions` too."""
     if block.refusal or block.mechanism in ("registered", "Residual"):
         return block
     try:
         units = (*block.units, *map(rewrite, additions))
     except UnsupportedBlockError as error:
-        return replace(block, refusal=f"in training mode it adds in another way: {error}")
+        return replace(block, refusal=f"in training mode it adds differently: {error}")
     called = Counter(name for addition in additions for name in addition.modules)
     return replace(block, units=units, modules=block.modules | called)
 
 
 def _with_deferred(
-    block: Found, group: Group, analysis: Analysis, modules: Mapping[str, nn.Module]
-) -> Found:
+    block: FoundBlock, group: Group, analysis: Analysis, modules: Mapping[str, nn.Module]
+) -> FoundBlock:
     """The deferred `block`, with its additions in training mode."""
     if block.refusal:
         return block
@@ -291,17 +309,17 @@ def _with_deferred(
             if modules[group.owner.name] is not units[n].edits[0][0] or not names & _names(
                 units[n]
             ):
-                raise UnsupportedBlockError("other modules run for its branch than in evaluation")
+                raise UnsupportedBlockError("its branch calls different modules than in evaluation")
             units[n] = _with_edit(units[n], event, edit)
     except UnsupportedBlockError as error:
-        return replace(block, refusal=f"in training mode it adds in another way: {error}")
+        return replace(block, refusal=f"in training mode it adds differently: {error}")
     return replace(block, units=tuple(units), modules=block.modules | group.modules)
 
 
-def _with_edit(unit: Unit, event: Event, edit: Deferred) -> Unit:
-    """A deferred unit that also knows where its addition stands in training mode."""
+def _with_edit(unit: Unit, event: AdditionEvent, edit: DeferredEdit) -> Unit:
+    """A deferred unit that also has the call site of its addition in training mode."""
     owner, before = unit.edits[0]
-    assert isinstance(before, Deferred)
+    assert isinstance(before, DeferredEdit)
     calls = {each.module: each for each in before.calls}
     for each in edit.calls:
         known = calls.setdefault(each.module, each)
@@ -317,5 +335,5 @@ def _with_edit(unit: Unit, event: Event, edit: Deferred) -> Unit:
 def _names(unit: Unit) -> set[str]:
     """Names, relative to the owner, of the modules whose calls a deferred unit skips."""
     _, edit = unit.edits[0]
-    assert isinstance(edit, Deferred)
+    assert isinstance(edit, DeferredEdit)
     return {calls.module for calls in edit.calls}

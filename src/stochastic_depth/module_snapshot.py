@@ -1,4 +1,4 @@
-"""Where the modules of a model are, and whether others stand in their places by now."""
+"""Remember a model's modules by name and detect replaced ones."""
 
 import functools
 import inspect
@@ -12,11 +12,11 @@ from torch import nn
 from stochastic_depth.block import Block
 
 
-class Places:
-    """The modules that a model holds under some names when this is created.
+class ModuleSnapshot:
+    """The modules that a model has under some names, at the time when this is created.
 
     Attributes:
-        modules: the modules, by name, without the names under which there is nothing.
+        modules: the modules, by name; names that the model does not have are left out.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -28,24 +28,27 @@ class Places:
                 parent, module = module, getattr(module, part, None)
                 if not isinstance(module, nn.Module):
                     break
-                if part in parent._modules:  # a wrapper may pass on the names of what it wraps
+                if (
+                    part in parent._modules
+                ):  # a wrapper may forward the names of the module it wraps
                     held[id(parent), part] = parent._modules, module
             else:
                 self.modules[name] = module
         self._held = [(modules, part, module) for (_, part), (modules, module) in held.items()]
 
     def is_current(self) -> bool:
-        """Whether the model still holds the very same modules under these names.
+        """Whether the model still has the same modules under these names.
 
-        It costs about 0.1 us for each module.
+        It takes about 0.1 us for each module.
         """
         return all(modules.get(part) is module for modules, part, module in self._held)
 
 
-class ReadingModules:
-    """The modules of a model that read gates; warns when one of them does so no longer.
+class GateReaders:
+    """The modules of a model that read gates; warns if one of them no longer does.
 
-    It is replaced by another module, or its `forward` is replaced by a function on the instance.
+    That is so if it was replaced by a different module, or its `forward` by a function that is set
+    on the instance.
 
     Args:
         model: the model on which `sd.apply` was called.
@@ -54,65 +57,68 @@ class ReadingModules:
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._blocks = blocks
-        self._places: Places | None = None
+        self._snapshot: ModuleSnapshot | None = None
         """None in a copy, until its first forward pass."""
         self._forwards: list[tuple[str, nn.Module, type, Any]] = []
-        """Each module with its name, its class, and the `forward` that is set on the instance."""
-        self._look(model)
+        """The name, module and class of each reader, and the `forward` set on the instance."""
+        self._take_snapshot(model)
 
     def warn_of_replaced(self, model: nn.Module) -> None:
         """Warn once if a module or its `forward` was replaced since the last call.
 
-        What holds the module or the method still, such as a wrapper, does not replace it. Modules
-        that were moved or taken off are not replaced either.
+        Wrapping a module or a method does not count as replacing it, nor does moving or removing a
+        module.
         """
-        places = self._places
+        snapshot = self._snapshot
         forwards = [
             name
-            for name, module, kind, forward in self._forwards
-            if vars(module).get("forward") is not forward and type(module) is kind
+            for name, module, cls, forward in self._forwards
+            if vars(module).get("forward") is not forward and type(module) is cls
         ]
-        if places is not None and places.is_current() and not forwards:
+        if snapshot is not None and snapshot.is_current() and not forwards:
             return
-        self._look(model)
-        if places is None or self._places is None:
+        self._take_snapshot(model)
+        if snapshot is None or self._snapshot is None:
             return
-        there, now = set(self._places.modules.values()), Places(model, places.modules).modules
+        there = set(self._snapshot.modules.values())
+        now = ModuleSnapshot(model, snapshot.modules).modules
         replaced = [
-            (name, f"replaced after sd.apply (by {type(now[name]).__name__}). What stands there")
-            for name, module in places.modules.items()
+            f"{name!r} was replaced after sd.apply, by a {type(now[name]).__name__}; the new "
+            "module is never skipped"
+            for name, module in snapshot.modules.items()
             if module not in there and name in now and there.isdisjoint(now[name].modules())
         ]
         replaced += [
-            (name, "its forward method was replaced on the instance after sd.apply. What it runs")
+            f"{name!r}: its forward was replaced on the instance after sd.apply; the new one is "
+            "never skipped"
             for name in forwards
             if name in now and now[name] in there and not _still_calls(now[name])
         ]
         if replaced:
-            (first, what), *others = replaced
-            more = f" and {len(others)} more" if others else ""
+            first, *others = replaced
+            more = f" ({len(others)} more were replaced)" if others else ""
             warnings.warn(
-                f"{first!r}{more}: {what} now is never skipped, though the handle counts it: "
-                "sd.remove(model) and sd.apply again, or replace it before sd.apply",
+                f"{first}, although the handle still counts the block{more}: sd.remove(model) and "
+                "sd.apply again, or replace it before sd.apply",
                 stacklevel=4,
             )
 
-    def _look(self, model: nn.Module) -> None:
-        """Note which modules read gates now, and what is set as their `forward`."""
-        reading = {module for block in self._blocks for module in block.asking}
-        names = [name for name, each in model.named_modules() if each in reading]
-        self._places = Places(model, names)
-        found = self._places.modules.items()
+    def _take_snapshot(self, model: nn.Module) -> None:
+        """Record which modules read gates now, and which `forward` is set on each instance."""
+        readers = {module for block in self._blocks for module in block.gate_readers}
+        names = [name for name, each in model.named_modules() if each in readers]
+        self._snapshot = ModuleSnapshot(model, names)
+        found = self._snapshot.modules.items()
         self._forwards = [(name, m, type(m), vars(m).get("forward")) for name, m in found]
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy looks for its own modules
+    def __getstate__(self) -> dict[str, Any]:  # a copy takes a snapshot of its own modules
         return {**self.__dict__, "_places": None, "_forwards": []}
 
 
 def _still_calls(module: nn.Module) -> bool:
-    """Whether what is set as `forward` on the instance refers to the method of its class.
+    """Whether the `forward` set on the instance refers to the method of its class.
 
-    A wrapper does, or what keeps the method in another attribute of the module.
+    A wrapper does so, or code that keeps the method in a different attribute of the module.
     """
     todo, seen = list(vars(module).values()), set[int]()
     while todo:

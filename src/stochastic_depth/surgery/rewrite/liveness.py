@@ -1,4 +1,4 @@
-"""Find the statements of a method that only the branch needs, going backwards from the addition."""
+"""Find the statements of a method that only the branch needs, backwards from the addition."""
 
 import ast
 import copy
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 def only_assigns(statement: ast.stmt) -> bool:
-    """Whether a statement only computes values of variables."""
+    """Whether a statement does nothing but set or change variables."""
     if isinstance(statement, ast.If | ast.For | ast.While):
         return all(map(only_assigns, [*statement.body, *statement.orelse]))
     if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
@@ -106,7 +106,7 @@ def _names(node: ast.AST) -> Iterator[ast.Name]:
 
 
 def is_steady(test: ast.expr) -> bool:
-    """Whether a condition may be evaluated earlier than it stands, because it calls nothing."""
+    """Whether a condition may be evaluated at an earlier point, because it calls nothing."""
     kinds = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp)
     others = (ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop)
     return all(isinstance(node, kinds + others) for node in ast.walk(test))
@@ -114,15 +114,15 @@ def is_steady(test: ast.expr) -> bool:
 
 @dataclass
 class Needed:
-    """The variables that are needed under a closed gate, from some point of the method on."""
+    """The variables that the code after some point of a method needs under a closed gate."""
 
     live: frozenset[str] = frozenset()
-    """Variables that are needed in any case."""
+    """Variables that are always needed."""
     maybe: dict[str, list[ast.expr]] = field(default_factory=dict)
-    """Variables that are needed only if one of these conditions holds."""
+    """Variables that are needed only if one of their conditions holds."""
 
     def before(self, statement: ast.stmt, redefined: frozenset[str]) -> None:
-        """Go back over a statement that runs in any case.
+        """Step back over a statement that always runs.
 
         Args:
             redefined: the variables that certainly have a new value after it.
@@ -144,7 +144,7 @@ class Needed:
         return Needed(self.live, maybe)
 
     def settle(self, changes: Callable[[ast.expr], bool]) -> None:
-        """Where a statement `changes` the condition of a use, treat the variable as needed."""
+        """Treat a variable as always needed if a statement `changes` one of its conditions."""
         settled = [name for name, tests in self.maybe.items() if any(map(changes, tests))]
         self.live |= frozenset(settled)
         self.maybe = {name: tests for name, tests in self.maybe.items() if name not in settled}
@@ -152,7 +152,7 @@ class Needed:
 
 @dataclass
 class Backward:
-    """Collects the code of a branch, statement by statement, going backwards."""
+    """Collects the code of a branch, statement by statement, backwards."""
 
     runs: ast.expr
     """The condition under which it runs."""
@@ -161,7 +161,7 @@ class Backward:
     branch: list[ast.AST]
     """The expressions and statements of the branch found so far."""
     shared: list[ast.AST] = field(default_factory=list)
-    """Statements that the branch always needs, and other code needs under a condition."""
+    """Statements that the branch always needs, and that other code needs under a condition."""
     guards: list[ast.expr] = field(default_factory=list)
     """Conditions under which the addition is reached."""
 
@@ -171,7 +171,7 @@ class Backward:
         self.runs = any_of([self.runs, negated(test)])
 
     def through(self, block: list[ast.stmt], index: int, needed: Needed) -> None:
-        """Go back over the statements before `index` of `block`, which is changed in place."""
+        """Step back over the statements before `index` of `block`, which is changed in place."""
         for i in range(index - 1, -1, -1):
             statement = block[i]
             defined = defines(statement)
@@ -198,7 +198,7 @@ class Backward:
             self.dead -= defined  # before this statement, they had other values
 
     def skipped(self, statement: ast.stmt, beside: frozenset[str], needed: Needed) -> ast.stmt:
-        """Make a statement run with the branch only; without it, `beside` are set to None."""
+        """Put a statement under the gate; while it is closed, the variables `beside` are None."""
         needed.live -= beside
         conditions = [
             test for name in sorted(defines(statement)) for test in needed.maybe.pop(name, [])
@@ -210,7 +210,7 @@ class Backward:
         return ast.If(any_of([self.runs, *conditions]), [statement], nothing)
 
     def through_both(self, statement: ast.If, needed: Needed) -> None:
-        """Go back over both arms of a condition; parts of the branch may be in either."""
+        """Step back over both arms of a condition; either may hold parts of the branch."""
         arms = []
         for arm in (statement.body, statement.orelse):
             inside, dead = needed.copied(), self.dead

@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from types import FrameType
 
 from stochastic_depth.surgery.edits import Side, methods_of
-from stochastic_depth.surgery.shortcuts import Shortcuts
-from stochastic_depth.surgery.trace import Call, Recording
+from stochastic_depth.surgery.record.shortcuts import Shortcuts
+from stochastic_depth.surgery.record.trace import Call, Recording
 
-COUPLING = (
-    "a coupling: it adds to one part of a value, or to one stream, something computed from another "
-    "part, and that other part gets nothing back"
-)
-REPEATED = "it adds the same value again and again, like a bias that layers share"
+COUPLING = "a one-sided coupling layer: one half is updated from the other, and never the reverse"
+REPEATED = "it adds the same value repeatedly, like a bias that layers share"
 OTHER_SHAPE = "its two operands have different shapes"
 SHORTCUT_BROADCAST = (
     "its shortcut has no batch dimension, and is broadcast to the samples of its branch, like a "
@@ -23,18 +20,18 @@ BRANCH_BROADCAST = (
     "its branch is broadcast to the shape of its shortcut: write it as x + f(x).expand_as(x)"
 )
 WRITTEN = (
-    "its branch is written into a tensor by index (y[i] = f(x[i])): write it as "
+    "its branch is assigned to a part of a tensor (y[i] = f(x[i])): write it as "
     "x + torch.zeros_like(x).index_put((i,), f(x[i])), or by torch.cat or F.pad"
 )
 SCALED = (
-    "its shortcut is the operand that the addition multiplies (alpha of torch.add, a factor of "
+    "its shortcut is the operand that the addition scales (alpha of torch.add, a factor of "
     "torch.addcmul): write it as alpha * x + f(x)"
 )
 
 PRODUCTS = ("addmm", "baddbmm", "addbmm", "addmv", "addr")
 OTHER_FORMS = {
     **{
-        name: f"it is added inside of a product ({name}): write it as x + a @ b"
+        name: f"the addition is part of a product ({name}): write it as x + a @ b"
         for name in PRODUCTS
     },
     **dict.fromkeys(("sub", "subtract"), "a subtraction: write it as x + -f(x)"),
@@ -47,7 +44,7 @@ OTHER_FORMS = {
     },
 }
 """Functions other than additions that may add a branch to a shortcut, by name, each with the reason
-that it is not taken, and the remedy."""
+why it is rejected, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +53,29 @@ class Rejected:
 
     owner: str
     """Name of the module whose code adds."""
-    place: str
-    """Where the addition stands in the source, as far as that is known."""
+    location: str
+    """The location of the addition in the source, as far as it is known."""
     reason: str
 
 
 def listed(rejected: Sequence[Rejected]) -> tuple[str, ...]:
-    """One line for each place and reason, with the number of modules that share both."""
+    """One line for each location and reason, with the number of modules that share both."""
     owners: dict[tuple[str, str], dict[str, None]] = {}
     for each in rejected:
-        owners.setdefault((each.place, each.reason), {})[each.owner or "the model"] = None
+        owners.setdefault((each.location, each.reason), {})[each.owner or "the model"] = None
     return tuple(
         f"{next(iter(names))!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, "
-        f"{place}: {reason}"
-        for (place, reason), names in owners.items()
+        f"{location}: {reason}"
+        for (location, reason), names in owners.items()
     )
 
 
 def own_backward(function: str) -> str:
     """The reason why an addition inside an `autograd.Function` cannot have a gate."""
     return (
-        f"it is computed within {function}, an autograd.Function whose own backward pass knows no "
-        "gates (that of reversible layers computes every branch again): run the layers without it, "
-        "or under torch.utils.checkpoint"
+        f"it is computed within {function}, an autograd.Function whose backward recomputes "
+        "branches without gates, as reversible layers do: run the layers without it, or under "
+        "torch.utils.checkpoint"
     )
 
 
@@ -88,10 +85,10 @@ class Rejections:
     def __init__(self, recording: Recording, shortcuts: Shortcuts) -> None:
         self.recording, self.shortcuts = recording, shortcuts
         self.rejected: dict[tuple[str, str], Rejected] = {}
-        """The first rejected addition at each place of each module."""
+        """The first rejected addition at each location of each module."""
 
     def add(self, rejected: Rejected) -> None:
-        self.rejected.setdefault((rejected.owner, rejected.place), rejected)
+        self.rejected.setdefault((rejected.owner, rejected.location), rejected)
 
     def reject(self, frame: FrameType, operands: Sequence[int], reason: str) -> None:
         """Record an addition made in `frame`, if all of its operands are computed values."""
@@ -99,13 +96,13 @@ class Rejections:
             self.add(self.described(frame, reason))
 
     def described(self, frame: FrameType, reason: str) -> Rejected:
-        """Describe an addition that is being made in `frame`."""
+        """Describe the addition that is being made in `frame`."""
         call = self.recording.calls[-1]
-        place = next((m.place for m in methods_of(call.module, frame) if m.place), None)
-        return Rejected(call.name, str(place or "in a function"), reason)
+        location = next((m.location for m in methods_of(call.module, frame) if m.location), None)
+        return Rejected(call.name, str(location or "in a function"), reason)
 
     def sum_of_stack(self, operands: tuple[int | None, ...], frame: FrameType) -> None:
-        """Record `torch.stack([x, f(x)]).sum(0)`."""
+        """Reject `torch.stack([x, f(x)]).sum(0)`."""
         stacked = operands[0] if operands else None
         if stacked is None or not self.recording.calls:
             return
@@ -115,8 +112,7 @@ class Rejections:
             self.reject(frame, value.parents, reason)
 
     def other_form(self, name: str, total: int, frame: FrameType) -> None:
-        """Record a residual addition that is made by one of `OTHER_FORMS`, with the result
-        `total`."""
+        """Reject a residual addition that one of `OTHER_FORMS` makes, with the result `total`."""
         first, *others = self.recording.values[total].parents
         if not others or not self.recording.calls:
             return
@@ -131,8 +127,7 @@ class Rejections:
                 self.add(self.described(frame, OTHER_FORMS[name]))
 
     def written(self, left: int, right: int, frame: FrameType) -> bool:
-        """Record an addition of a tensor that a branch was written into; returns whether it is
-        one."""
+        """If a branch was index-assigned into an operand, record the rejection and return True."""
         for shortcut, added in ((left, right), (right, left)):
             written = self.recording.written.get(added, ())
             if any(self._is_branch(number, shortcut) for number in written):
@@ -143,7 +138,7 @@ class Rejections:
     def other_shape(
         self, left: int, right: int, total: int, repeated: set[int], frame: FrameType
     ) -> None:
-        """Record an addition of two values of different shapes.
+        """Reject an addition of two values of different shapes.
 
         Args:
             repeated: the operands that the same expression has added before.
@@ -162,10 +157,10 @@ class Rejections:
         self.reject(frame, [left, right], OTHER_SHAPE)
 
     def why_not(self, left: int, right: int, side: Side | None, call: Call) -> str:
-        """The reason why an addition inside `call` is not residual; empty if it is residual.
+        """The reason why an addition during `call` is not residual; empty if it is residual.
 
         Args:
-            side: which operand is the shortcut; None where neither can be.
+            side: which operand is the shortcut; None if neither can be.
         """
         if self.recording.values[left].tensor.numel() < 2:
             return "it adds single numbers, such as losses"
@@ -174,7 +169,7 @@ class Rejections:
                 "parallel branches: neither operand was computed from the other, nor is one a "
                 "projection of a value from which the other was computed too"
             )
-        shortcut, added = (left, right) if side == "left" else (right, left)
+        shortcut, added = (left, right) if side == 0 else (right, left)
         within = self.recording.reach_within
         if not self.shortcuts.mixes(within(added, call) - within(shortcut, call)):
             return "its branch mixes nothing: it has no product, convolution or pooling"

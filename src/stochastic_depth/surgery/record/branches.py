@@ -1,8 +1,8 @@
 """The values and module calls of a forward pass that belong to the branch of a residual addition.
 
 A branch may share values with other parts of the model, such as a condition or a position bias.
-These have to be computed even when the block is closed. Only what the branch alone needs can be
-skipped.
+These have to be computed even when the block is closed. Only values that nothing but the branch
+needs can be skipped.
 """
 
 from collections import Counter
@@ -12,27 +12,32 @@ from typing import Any
 
 from torch import nn
 
-from stochastic_depth.surgery.edits import Site
-from stochastic_depth.surgery.trace import Call, Recording
+from stochastic_depth.surgery.edits import CallSite, Side
+from stochastic_depth.surgery.record.trace import Call, Recording
 
 MIN_SAVED = 0.5
 """The share of a branch's FLOPs that a closed block must save."""
 
 
-def mostly_shared(own: float) -> str:
+def mostly_shared(exclusive: float) -> str:
     """The reason to refuse a block whose branch is mostly needed elsewhere.
 
     Args:
-        own: the share of the branch's FLOPs, from 0 to 1, that the addition alone needs.
+        exclusive: the share of the branch's FLOPs, from 0 to 1, that only the addition needs.
     """
     return (
-        f"most of its branch (about {1 - own:.0%} of its FLOPs) is needed for more than the "
-        "addition: an output of the model, or of another block, is computed from it"
+        f"most of its branch (about {1 - exclusive:.0%} of its FLOPs) is needed for more than the "
+        "addition: an output of the model, or of a different block, is computed from it"
     )
 
 
+Variables = dict[str, int | None]
+"""Variables of a running method that are None, or whose value only the branch has used so far, each
+with the number of that value."""
+
+
 @dataclass(eq=False)
-class Event:
+class AdditionEvent:
     """One execution of a residual addition in the recorded forward pass.
 
     Values are given by their numbers in the recording.
@@ -43,28 +48,31 @@ class Event:
     """The result of the branch."""
     total: int
     """The result of the addition."""
-    side: int
-    """Which operand is the shortcut, 0 or 1."""
-    site: Site
+    side: Side
+    site: CallSite
     occurrence: int
-    """How many times the same expression was evaluated before, in this pass."""
+    """How often the same expression was evaluated before in this pass."""
     stack: tuple[Call, ...]
-    """The module calls around it, the innermost last."""
+    """The running module calls, innermost last."""
     identity: bool
-    """Whether the shortcut is the identity, not a projection."""
+    """Whether the shortcut is the identity; otherwise it is a projection."""
     training: bool = False
     """Whether the pass was in training mode."""
     enclosing: Call | None = None
-    """The innermost module call that computes all of the branch; None until `place` has found
-    it."""
+    """The innermost module call that computes all of the branch. `Analysis.find_enclosing_call`
+    sets it."""
     branch: set[int] = field(default_factory=set)
-    """The values of the branch that are computed during that call."""
+    """The values of the branch that are computed during that call; before it is known, during the
+    call of the owner of the addition."""
     modules: frozenset[str] = frozenset()
-    """Names of the modules that ran for its branch."""
+    """Names of the modules that the branch calls."""
+    variables: Sequence[Sequence[Variables]] = ()
+    """For each module to be edited, and each of its running methods: the variables that a closed
+    branch may leave out."""
 
-    def without_recording(self) -> "Event":
+    def without_recording(self) -> "AdditionEvent":
         """This event without the calls that hold the tensors of the recorded pass."""
-        return replace(self, stack=(), enclosing=None, branch=set())
+        return replace(self, stack=(), enclosing=None, branch=set(), variables=())
 
     def branch_within(self, recording: Recording, call: Call) -> set[int]:
         """The values of the branch, back to the inputs of `call`."""
@@ -74,26 +82,25 @@ class Event:
 
 @dataclass(frozen=True)
 class Group:
-    """The additions that share one gate, and the modules that run for them alone."""
+    """Additions that share one gate, and the module calls that nothing else needs."""
 
     block: str
     """The name of the block that the additions form."""
-    events: tuple[Event, ...]
+    events: tuple[AdditionEvent, ...]
     owner: Call
     """The module call during which the branches run."""
     calls: tuple[Call, ...]
-    """The outermost module calls that run for these additions alone."""
+    """The outermost module calls that only these additions need."""
     modules: Counter[str]
-    """How often each module runs for them alone, by name."""
+    """How often each module is called for these additions only, by name."""
     parameters: tuple[str, ...]
     flops: int
-    """FLOPs of `calls`, and of the values that are computed from their results, in one forward
-    pass."""
-    saved: float
-    """The share of the branch's multiplications, from 0 to 1, that is saved without `calls` and the
-    values computed from their results. Of several additions, the one that saves least counts."""
-    own: float
-    """The share of the branch's multiplications, from 0 to 1, that the additions alone need."""
+    """FLOPs, in one forward pass, of `calls` and of the values computed from their results."""
+    saved_share: float
+    """The share of the branch's multiplications, from 0 to 1, that is saved if `calls` are not
+    made. It is the smallest share of any of the additions."""
+    exclusive_share: float
+    """The share of the branch's multiplications, from 0 to 1, that only the additions need."""
 
 
 class Analysis:
@@ -101,7 +108,7 @@ class Analysis:
 
     Args:
         outputs: the numbers of the values that the model has returned.
-        mixes: whether a function, given by name, mixes values; every branch has such a function.
+        mixes: whether a function, given by name, mixes values; every branch calls such a function.
         sites: how often each expression has added two tensors.
     """
 
@@ -110,16 +117,16 @@ class Analysis:
         recording: Recording,
         outputs: set[int],
         mixes: Callable[[str], bool],
-        sites: Counter[Site],
+        sites: Counter[CallSite],
     ) -> None:
         self.recording, self.outputs, self.mixes = recording, outputs, mixes
         self.sites = sites
         self.output: Any = None
-        """What the model has returned."""
+        """The output of the model."""
         self.totals: set[int] = set()
-        """The results of all residual additions for which `place` was called."""
-        self._inside: dict[Event, set[int]] = {}
-        self._turn_of: dict[Call, int] = {}
+        """The results of the additions for which `find_enclosing_call` was called."""
+        self._exclusive_to: dict[AdditionEvent, set[int]] = {}
+        self._iteration_of: dict[Call, int] = {}
         self.alive: set[int] = set()
         """The values that the outputs are computed from."""
         for output in outputs:
@@ -134,78 +141,79 @@ class Analysis:
         """The calls of a module, by its name."""
         return self.calls_by_name.get(module, [])
 
-    def place(self, event: Event) -> None:
-        """Find the innermost call that computes everything that only the branch needs."""
+    def find_enclosing_call(self, event: AdditionEvent) -> None:
+        """Set `event.enclosing` to the innermost call that computes all that only the branch needs,
+        and `event.branch` to the values of the branch within that call."""
         self.totals.add(event.total)
         for call in reversed(event.stack):
             branch = event.branch_within(self.recording, call)
-            own = self.exclusive(branch, {event.total})
             event.enclosing, event.branch = call, branch
             if not any(
                 value < call.began and event.shortcut in self.recording.reach(value, event.shortcut)
-                for value in own
+                for value in self.exclusive_values(branch, {event.total})
             ):
                 return
 
-    def turns(self, events: Iterable[Event]) -> dict[Event, int]:
-        """How many times the same expression must have added before each event can happen.
+    def iterations(self, events: Iterable[AdditionEvent]) -> dict[AdditionEvent, int]:
+        """For each event, the number of its iteration in a loop, from 0.
 
-        Events of one expression with the same number are not computed from each other, like those
-        of the two halves of a siamese network.
+        It is the number of earlier additions by the same expression that the event depends on, one
+        through the other. Events of one expression with the same number do not depend on each
+        other, like those of the two halves of a siamese network.
         """
-        found: dict[Event, int] = {}
-        of_site: dict[Site, list[Event]] = {}
-        highest: Counter[Site] = Counter()
+        found: dict[AdditionEvent, int] = {}
+        of_site: dict[CallSite, list[AdditionEvent]] = {}
+        highest: Counter[CallSite] = Counter()
         for event in sorted(events, key=lambda event: event.total):
             before = of_site.setdefault(event.site, [])
-            turn = 0
+            iteration = 0
             for first in (before[-1:], before[:1]):  # the last one is most often enough
-                if first and turn <= highest[event.site]:
+                if first and iteration <= highest[event.site]:
                     reached = self.recording.reach(event.total, first[0].total)
-                    turn = max((found[b] + 1 for b in before if b.total in reached), default=0)
-            found[event] = turn
-            highest[event.site] = max(highest[event.site], turn)
+                    iteration = max((found[b] + 1 for b in before if b.total in reached), default=0)
+            found[event] = iteration
+            highest[event.site] = max(highest[event.site], iteration)
             before.append(event)
         return found
 
-    def turn(self, call: Call) -> int:
-        """As `turns`, for a call of a module: how many of its calls must be made before."""
-        known = self._turn_of.get(call)
+    def iteration(self, call: Call) -> int:
+        """The number of earlier calls of its module that a call depends on; see `iterations`."""
+        known = self._iteration_of.get(call)
         if known is None:
             before = [other for other in self.calls_of(call.name) if other.ended <= call.began]
             reached: set[int] = set()
             for given in call.inputs if before else ():
                 reached |= self.recording.reach(given)
             needed = [c for c in before if not reached.isdisjoint(range(c.began, c.ended))]
-            known = max((self.turn(other) + 1 for other in needed), default=0)
-            self._turn_of[call] = known
+            known = max((self.iteration(other) + 1 for other in needed), default=0)
+            self._iteration_of[call] = known
         return known
 
-    def exclusive(self, branch: set[int], totals: set[int]) -> set[int]:
-        """The values of `branch` that are needed only to compute the sums `totals`."""
-        own: set[int] = set()
+    def exclusive_values(self, branch: set[int], totals: set[int]) -> set[int]:
+        """The values of `branch` that only the sums `totals` need."""
+        exclusive: set[int] = set()
         values = self.recording.values
         for value in sorted(branch, reverse=True):
             together = values[value].together or (value,)
             if not self.outputs.isdisjoint(together):
                 continue
             children = (child for each in together for child in values[each].children)
-            if all(c in totals or c in own or c not in self.alive for c in children):
-                own.add(value)
-        return own
+            if all(c in totals or c in exclusive or c not in self.alive for c in children):
+                exclusive.add(value)
+        return exclusive
 
-    def group(self, block: str, events: Sequence[Event]) -> Group:
-        """The block of the additions `events`, made in one call or one iteration of a loop."""
+    def group(self, block: str, events: Sequence[AdditionEvent]) -> Group:
+        """Group the additions `events`, which are made in one call or one iteration of a loop."""
         shortcuts = {event.shortcut for event in events}
         branch = set[int]().union(*(event.branch for event in events)) - shortcuts
-        own = self.exclusive(branch, {event.total for event in events})
+        exclusive = self.exclusive_values(branch, {event.total for event in events})
         enclosing = _common([event.enclosing for event in events if event.enclosing is not None])
         calls = [
             (call, outputs)
             for call, outputs in self.recording.finished
             if call.is_within(enclosing)
-            and outputs & own
-            and all(n in own or n not in self.alive for n in outputs)
+            and outputs & exclusive
+            and all(n in exclusive or n not in self.alive for n in outputs)
         ]
         serials = {call.serial for call, _ in calls}
         outermost = [
@@ -215,10 +223,10 @@ class Analysis:
         while owner.parent is not None and (
             len(self.calls_by_name.get(owner.name, [])) > 1
             or not all(f"{call.name}.".startswith(f"{owner.name}.") for call in outermost)
-        ):  # a module that blocks share may run here, and have its name in another block
+        ):  # a module that blocks share may run here, and have its name in a different block
             owner = owner.parent
         deferred = {value for call in outermost for value in range(call.began, call.ended)}
-        for value in sorted(own):  # a value computed from a placeholder is one too
+        for value in sorted(exclusive):  # a value computed from a placeholder is one too
             if not deferred.isdisjoint(self.recording.values[value].parents):
                 deferred.add(value)
         return Group(
@@ -227,34 +235,37 @@ class Analysis:
             owner,
             tuple(outermost),
             Counter(call.name for call, _ in calls),
-            self.parameters(own),
-            sum(self.recording.values[value].flops for value in own & deferred),
+            self.parameters(exclusive),
+            sum(self.recording.values[value].flops for value in exclusive & deferred),
             self._share(events, deferred),
-            self._share(events, own),
+            self._share(events, exclusive),
         )
 
-    def _share(self, events: Sequence[Event], of: set[int]) -> float:
-        """The share of the branch's multiplications, 0 to 1, that compute the values `of`.
+    def _share(self, events: Sequence[AdditionEvent], computed: set[int]) -> float:
+        """The share of a branch's multiplications, 0 to 1, that compute the values `computed`.
 
-        Where two streams feed each other, the branch of one is computed from earlier sums of the
-        other. The work that went into these sums belongs to other blocks, and is not counted.
+        If two streams feed each other, the branch of one is computed from earlier sums of the
+        other. The work for these sums belongs to other blocks, and is not counted.
+
+        Returns:
+            The smallest share of any of the branches.
         """
         shares = []
         totals = self.totals - {event.total for event in events}
         for event in events:
             assert event.enclosing is not None
             inside = {value for value in event.branch if value >= event.enclosing.began}
-            for total in totals & inside - self.inside(event):
+            for total in totals & inside - self.exclusive_to(event):
                 inside -= self.recording.reach(total, event.enclosing.began)
             for values in (self._from_shortcut(event, inside), inside):
                 costs = {value: self._cost(value) for value in values}
                 if any(costs.values()):
                     break
-            saved = sum(cost for value, cost in costs.items() if value in of)
+            saved = sum(cost for value, cost in costs.items() if value in computed)
             shares.append(saved / max(1, sum(costs.values())))
         return min(shares)
 
-    def _from_shortcut(self, event: Event, inside: set[int]) -> set[int]:
+    def _from_shortcut(self, event: AdditionEvent, inside: set[int]) -> set[int]:
         """The values of a branch that are computed from its shortcut.
 
         Values that are computed from something else, such as the shifts and scales that all blocks
@@ -267,10 +278,10 @@ class Analysis:
         return reached - {event.shortcut}
 
     def _cost(self, number: int) -> int:
-        """About how many multiplications computed a value; 0 where the function does not mix.
+        """About how many multiplications computed a value; 0 if the function does not mix.
 
-        The number is estimated from the shapes of the arguments. For an exact count, PyTorch's
-        dispatcher would have to load the compiler, which takes seconds.
+        The number is estimated from the shapes of the arguments. An exact count would need a
+        dispatch mode, which loads PyTorch's compiler and takes seconds.
         """
         value = self.recording.values[number]
         if not self.mixes(value.made_by):
@@ -290,28 +301,28 @@ class Analysis:
             return size
         return size * given[0].shape[-1]
 
-    def surrounds(self, event: Event, other: Event) -> bool:
-        """Whether everything computed from the sum of `other` is in the branch of `event`."""
+    def contains(self, event: AdditionEvent, other: AdditionEvent) -> bool:
+        """Whether nothing but the branch of `event` needs the sum of `other`."""
         assert event.enclosing is not None
         if (
             not event.enclosing.began <= other.total < event.total
             or other.total not in event.branch
         ):
             return False
-        return other.total in self.inside(event)
+        return other.total in self.exclusive_to(event)
 
-    def inside(self, event: Event) -> set[int]:
-        """The values that are computed for `event` alone, including sums of other additions.
+    def exclusive_to(self, event: AdditionEvent) -> set[int]:
+        """The values that nothing but `event` needs, which may include sums of other additions.
 
-        If each of two streams is computed from the other, neither is inside the other.
+        If each of two streams is computed from the other, neither is exclusive to the other.
         """
-        known = self._inside.get(event)
+        known = self._exclusive_to.get(event)
         if known is None:
-            known = self._inside[event] = self.exclusive(event.branch, {event.total})
+            known = self._exclusive_to[event] = self.exclusive_values(event.branch, {event.total})
         return known
 
-    def change_of_shortcut(self, events: Iterable[Event]) -> str:
-        """How a module of a branch changes the shortcut in place; empty if none does."""
+    def change_of_shortcut(self, events: Iterable[AdditionEvent]) -> str:
+        """How a module in a branch changes the shortcut in place; empty if none does."""
         for event in events:
             assert event.enclosing is not None
             for change in self.recording.changes(event.shortcut):
@@ -323,15 +334,15 @@ class Analysis:
                     return _in_place(inside[0], change.function)
         return ""
 
-    def flops(self, events: Iterable[Event]) -> int:
-        """FLOPs of the branches of `events`; a function that several of them use counts once."""
+    def flops(self, events: Iterable[AdditionEvent]) -> int:
+        """FLOPs of the branches of `events`; a function that several branches use counts once."""
         branch = set[int]().union(*(event.branch for event in events))
         return sum(self.recording.values[value].flops for value in branch)
 
-    def parameters(self, own: set[int]) -> tuple[str, ...]:
-        """Names of the parameters from which the values `own` were computed."""
-        parents = {p for value in own for p in self.recording.values[value].parents}
-        return tuple(sorted(self.recording.parameters(own | parents)))
+    def parameters(self, values: set[int]) -> tuple[str, ...]:
+        """Names of the parameters from which `values` were computed."""
+        parents = {p for value in values for p in self.recording.values[value].parents}
+        return tuple(sorted(self.recording.parameters(values | parents)))
 
 
 def _in_place(call: Call, function: str) -> str:

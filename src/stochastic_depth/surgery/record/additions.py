@@ -5,7 +5,7 @@ two values that were computed from the same input of one module (a projection sh
 """
 
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import CodeType, FrameType
@@ -14,17 +14,15 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.errors import ExampleError, StochasticDepthError
-from stochastic_depth.surgery.branch_source import (
+from stochastic_depth.surgery.edits import ADDITIONS, CallSite, Side, call_site_of
+from stochastic_depth.surgery.record.branch_source import (
     Addition,
     Edits,
-    Located,
-    Snapshot,
     locate,
-    with_what_follows,
+    with_later_facts,
 )
-from stochastic_depth.surgery.branches import Analysis, Event
-from stochastic_depth.surgery.edits import ADDITIONS, Side, Site, site_of
-from stochastic_depth.surgery.rejected import (
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
+from stochastic_depth.surgery.record.rejected import (
     COUPLING,
     OTHER_FORMS,
     REPEATED,
@@ -33,12 +31,12 @@ from stochastic_depth.surgery.rejected import (
     Rejections,
     own_backward,
 )
-from stochastic_depth.surgery.shortcuts import Shortcuts, is_mixing
-from stochastic_depth.surgery.trace import PRODUCT, Call, Recording, recorded
+from stochastic_depth.surgery.record.shortcuts import Shortcuts, is_mixing
+from stochastic_depth.surgery.record.trace import PRODUCT, Call, Recording, recorded
 from stochastic_depth.torch_private import function_around
 
 Key = tuple[str, Edits]
-"""Identifies an addition: its owner, and where to edit it."""
+"""Identifies an addition by its owner and its edits."""
 
 
 def discover(
@@ -53,8 +51,8 @@ def discover(
     In training mode the pass updates statistics, as any other does: see `preserve_state`.
 
     Args:
-        rejected: this list gets the additions of computed values that are not residual.
-        gradients: whether autograd is on, as in a training step.
+        rejected: additions of computed values that are not residual are appended to this list.
+        gradients: whether autograd is enabled, as in a training step.
 
     Raises:
         ExampleError: when the model does not run on the example.
@@ -87,34 +85,31 @@ class _Search:
     def __init__(self, recording: Recording, training: bool) -> None:
         self.recording, self.training = recording, training
         self.found: dict[Key, Addition] = {}
-        self.snapshots: defaultdict[Key, list[Snapshot]] = defaultdict(list)
         self.sums = set[int]()
         """The results of residual additions."""
-        self.occurrences: Counter[Site] = Counter()
+        self.occurrences: Counter[CallSite] = Counter()
         """How often each expression has been evaluated."""
-        self.sites: Counter[Site] = Counter()
+        self.sites: Counter[CallSite] = Counter()
         """How often each expression has added two tensors."""
         self.added: dict[tuple[CodeType, int, int], list[int]] = {}
         """For each expression and each value that it has added, the results of these additions."""
-        self.couplings: dict[int, tuple[Located, Rejected]] = {}
-        """The results of additions that are residual only if the other stream is added to in
-        turn."""
+        self.couplings: dict[int, tuple[Addition, Rejected]] = {}
+        """By result: additions to one stream that are residual only if the other stream is added
+        to as well, and the rejection if it is not."""
         self.shortcuts = Shortcuts(recording, self.sums)
         self.rejections = Rejections(recording, self.shortcuts)
 
     def result(self, outputs: set[int]) -> list[Addition]:
-        """All residual additions, once the model has returned its outputs."""
+        """All residual additions, after the model has returned `outputs`."""
         for _, rejected in self.couplings.values():
             self.rejections.add(rejected)
         return [
             replace(
                 addition,
-                edits=with_what_follows(
-                    self.recording, addition.edits, self.snapshots[key], outputs
-                ),
-                is_last=not any(self._is_mixed_later(s.total) for s in self.snapshots[key]),
+                edits=with_later_facts(self.recording, addition.edits, addition.events, outputs),
+                is_last=not any(self._is_mixed_later(e.total) for e in addition.events),
             )
-            for key, addition in self.found.items()
+            for addition in self.found.values()
         ]
 
     def on_function(
@@ -133,22 +128,24 @@ class _Search:
             self.rejections.sum_of_stack(operands, frame)
         if name not in ADDITIONS or len(operands) < 2:
             return
-        self.occurrences[site_of(frame)] += 1
+        self.occurrences[call_site_of(frame)] += 1
         left, right, *_ = operands
         if not self.recording.calls or left is None or right is None:
             return
-        self.sites[site_of(frame)] += 1
+        self.sites[call_site_of(frame)] += 1
         if left != right:
             self._judge(left, right, self.recording.number(out), frame, scales_second)
 
     def _is_shortcut_of(self, branch: int, scaled: int, call: Call) -> bool:
-        """Whether a scaled operand, or a factor of it if it is a product, is the shortcut."""
+        """Whether the operand `scaled`, or a factor of it if it is a product, is the shortcut."""
         values = self.recording.values
         factors = values[scaled].parents if values[scaled].made_by == PRODUCT else ()
         for operand in (scaled, *factors):
-            of = [self.recording.reach_within(value, call) for value in (branch, operand)]
-            side = self.shortcuts.side(branch, operand, of, call)
-            if "right" in (side, None if side else self.shortcuts.part(branch, operand, of, call)):
+            reached = [self.recording.reach_within(value, call) for value in (branch, operand)]
+            side = self.shortcuts.side(branch, operand, reached, call)
+            if side is None:
+                side = self.shortcuts.part(branch, operand, reached, call)
+            if side == 1:
                 return True
         return False
 
@@ -161,35 +158,36 @@ class _Search:
         if values[left].tensor.shape != values[right].tensor.shape:
             self.rejections.other_shape(left, right, total, repeated, frame)
             return
-        of = [self.recording.reach_within(value, call) for value in (left, right)]
-        side = self.shortcuts.side(left, right, of, call)
+        reached = [self.recording.reach_within(value, call) for value in (left, right)]
+        side = self.shortcuts.side(left, right, reached, call)
         reason = self.rejections.why_not(left, right, side, call)
-        part = None if side else self.shortcuts.part(left, right, of, call)
+        part = self.shortcuts.part(left, right, reached, call) if side is None else None
         if scales_right and self._is_shortcut_of(left, right, call):
             self.rejections.add(self.rejections.described(frame, SCALED))
             return
-        if around := function_around(frame):
-            reason = own_backward(around)
-        if side is not None and not reason and (left, right)[side == "right"] not in repeated:
-            identity = left in of[1] or right in of[0]
+        if function := function_around(frame):
+            reason = own_backward(function)
+        if side is not None and not reason and (left, right)[side] not in repeated:
+            identity = left in reached[1] or right in reached[0]
             self._join(self._located(left, right, side, identity, total, frame))
-        elif part is not None and not around:
-            located = self._located(left, right, part, True, total, frame)
-            if not self._completes_coupling(located):
-                self.couplings[total] = located, self.rejections.described(frame, COUPLING)
+        elif part is not None and not function:
+            addition = self._located(left, right, part, True, total, frame)
+            if not self._completes_coupling(addition):
+                self.couplings[total] = addition, self.rejections.described(frame, COUPLING)
         elif not self.rejections.written(left, right, frame):
             self.rejections.reject(frame, [left, right], reason or REPEATED)
 
     def _located(
         self, left: int, right: int, side: Side, identity: bool, total: int, frame: FrameType
-    ) -> Located:
-        shortcut, added = (left, right) if side == "left" else (right, left)
-        site = site_of(frame)
-        event = Event(
-            shortcut,
-            added,
+    ) -> Addition:
+        """The addition of `left` and `right`, with this execution of it as its event."""
+        operands = left, right
+        site = call_site_of(frame)
+        event = AdditionEvent(
+            operands[side],
+            operands[1 - side],
             total,
-            0 if side == "left" else 1,
+            side,
             site,
             self.occurrences[site] - 1,
             tuple(self.recording.calls),
@@ -201,8 +199,8 @@ class _Search:
     def _added_before(self, left: int, right: int, total: int, frame: FrameType) -> set[int]:
         """The operands that the same expression has added before, such as a bias that layers share.
 
-        Parallel networks that begin with the same value add it too, each to a value of its own;
-        such an operand is not returned.
+        Parallel networks may begin with the same value, and each add it to a different value. Such
+        an operand is not returned.
         """
         repeated = set[int]()
         for value, other in ((left, right), (right, left)):
@@ -212,28 +210,27 @@ class _Search:
             before.append(total)
         return repeated
 
-    def _completes_coupling(self, located: Located) -> bool:
-        """Record a coupling and an earlier one, if each adds to the other's stream."""
-        (new,) = located.addition.events
+    def _completes_coupling(self, addition: Addition) -> bool:
+        """Record a coupling and an earlier one, if each adds to the stream of the other."""
+        (new,) = addition.events
         for total, (before, _) in self.couplings.items():
-            (old,) = before.addition.events
+            (old,) = before.events
             reaches_old = old.shortcut in self.recording.reach(new.added)
             if reaches_old and new.shortcut in self.recording.reach(old.added):
                 del self.couplings[total]
                 self._join(before)
-                self._join(located)
+                self._join(addition)
                 return True
         return False
 
-    def _join(self, located: Located) -> None:
-        """Record a residual addition, and any earlier coupling that is residual because of it."""
-        new, (event,) = located.addition, located.addition.events
-        for total in [total for total in self.couplings if total in located.branch]:
+    def _join(self, new: Addition) -> None:
+        """Record a residual addition, and earlier couplings that are residual because of it."""
+        (event,) = new.events
+        for total in [total for total in self.couplings if total in event.branch]:
             coupling, _ = self.couplings[total]
-            if event.shortcut in self.recording.reach(coupling.addition.events[0].added):
+            if event.shortcut in self.recording.reach(coupling.events[0].added):
                 del self.couplings[total]
-                coupled = replace(coupling.addition, coupled=event)
-                self._join(replace(coupling, addition=coupled))
+                self._join(replace(coupling, coupled=event))
         key = new.owner, new.edits
         before = self.found.get(key)
         self.found[key] = (
@@ -249,7 +246,6 @@ class _Search:
             )
         )
         self.sums.add(event.total)
-        self.snapshots[key].append(located.snapshot)
 
     def _is_mixed_later(self, value: int) -> bool:
         """Whether any function with weights uses a value, or anything that is computed from it."""

@@ -1,0 +1,214 @@
+"""The gradients of the parameters of closed blocks, whose branches autograd never reaches.
+
+Under skipped="paper" they get zeros when the backward pass reaches the output of their block. If
+DistributedDataParallel waits for them, or if nothing else is trained, they are attached to the
+graph.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.block import Block
+from stochastic_depth.choices import SkippedPolicy
+from stochastic_depth.tensors import in_graph, replace_tensors, tensors_in
+from stochastic_depth.torch_private import (
+    at_end_of_backward,
+    call_of,
+    gradients_are_kept,
+    is_compiled,
+    is_transformed,
+    never_traced,
+    set_call,
+    whole_call,
+)
+
+
+class ClosedGradients:
+    """Gives the parameters of closed blocks their gradients, for one forward pass.
+
+    Args:
+        blocks: the blocks through whose branch no gradient passes.
+        skipped: the gradients that their parameters get.
+        awaited: whether DistributedDataParallel waits for a gradient of every parameter.
+    """
+
+    def __init__(self, blocks: Sequence[Block], skipped: SkippedPolicy, awaited: bool) -> None:
+        self._blocks, self._awaited = blocks, awaited
+        self._freezes = skipped == "freeze"
+        self._thread = get_ident()
+        self._observed: list[_ObservedCall] = []
+        self._pending: dict[nn.Module, list[nn.Parameter]] = {}
+        """By module, parameters of closed blocks whose output was not found in the graph yet."""
+        self._sparse: set[nn.Parameter] = set()
+        self._last_node: tuple[Any, int] | None = None
+        """The autograd node of the last closed block's output, and the number of the node's
+        result."""
+        self._last_parameters: list[nn.Parameter] = []
+        if awaited or not self._freezes:
+            for block in blocks:  # collected now: FSDP replaces parameters while gathered
+                parameters = block.trained()
+                if parameters:
+                    self._pending.setdefault(block.module, []).extend(parameters)
+                    self._sparse.update(block.sparse_weights())
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._observe()
+
+    def _observe(self) -> None:
+        """Observe the outputs of closed blocks, to know when a gradient reaches one of them.
+
+        The call of each module is replaced, which costs less than a hook on the module.
+        """
+        for module in self._pending:
+            before = call_of(module)
+            if before is None or not is_compiled(module):
+                observed = _ObservedCall(self, module, before)
+                self._observed.append(observed)
+                set_call(module, observed)
+
+    @never_traced
+    def hook_output(self, module: nn.Module, output: Any) -> Any:
+        """Hook the graph at the output of a closed block; returns the output."""
+        parameters = self._pending.get(module)
+        if parameters is None or get_ident() != self._thread:
+            return output
+        if type(output) is Tensor:
+            tensors = [output] if output.grad_fn is not None else []
+        else:
+            tensors = in_graph(output)
+        if tensors and self._awaited:
+            output = attach(output, parameters)
+            tensors = in_graph(output)
+        for tensor in tensors:
+            self._hook_node(tensor, parameters)
+        if tensors:
+            del self._pending[module]
+        return output
+
+    def _hook_node(self, tensor: Tensor, parameters: list[nn.Parameter]) -> None:
+        """Give these parameters their gradients when the backward pass reaches `tensor`."""
+        node = tensor.grad_fn, tensor.output_nr
+        if node == self._last_node:  # an identity shortcut: the previous closed block's output
+            self._last_parameters.extend(parameters)
+            return
+        self._last_node, self._last_parameters = node, list(parameters)
+        hook = partial(self._at_node, tensor.output_nr, self._last_parameters)
+        node[0].register_prehook(hook)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def end_forward(self) -> None:
+        """Stop observing outputs."""
+        for observed in reversed(self._observed):
+            observed.end()
+        self._observed.clear()
+        self._last_node, self._last_parameters = None, []
+
+    def attached(self, output: Any) -> Any:
+        """`output`, with closed branches attached to its graph if DDP or autograd needs them."""
+        if is_transformed():  # then gradients are returned, and not kept by parameters
+            return output
+        if self._awaited:
+            parameters = self._still_pending()
+        elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
+            return output
+        else:
+            parameters = [p for block in self._blocks for p in block.trained()]
+        return attach(output, parameters)
+
+    def give_pending(self) -> None:
+        """Give gradients to the parameters of blocks whose output was not found in the graph."""
+        self._give(self._still_pending())
+
+    def _still_pending(self) -> list[nn.Parameter]:
+        return [parameter for pending in self._pending.values() for parameter in pending]
+
+    def _at_node(
+        self, number: int, parameters: Sequence[nn.Parameter], gradients: tuple[Tensor | None, ...]
+    ) -> None:
+        """Node pre-hook; gradients[number] is None if backward arrived through another output."""
+        if gradients[number] is not None:
+            self._give(parameters)
+
+    def _give(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Set the missing gradients of `parameters` to zero; under "freeze" until backward ends."""
+        without = [p for p in parameters if p.grad is None]
+        if without and not gradients_are_kept():
+            return
+        for parameter in without:
+            layout = torch.sparse_coo if parameter in self._sparse else None
+            parameter.grad = torch.zeros_like(parameter, layout=layout)
+        if self._freezes and without:
+            at_end_of_backward(partial(_clear, without), after_others=True)
+
+
+class _ObservedCall:
+    """Replaces the call of a module whose output is observed."""
+
+    __slots__ = ("before", "call", "gradients", "module")
+    is_watching = True
+
+    def __init__(
+        self, gradients: ClosedGradients, module: nn.Module, before: Callable[..., Any] | None
+    ):
+        self.gradients: ClosedGradients | None = gradients
+        self.module, self.before = module, before
+        """`before` is what replaced the call of the module before."""
+        self.call = before or whole_call(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.call(*args, **kwargs)
+        return output if self.gradients is None else self.gradients.hook_output(self.module, output)
+
+    def end(self) -> None:
+        """Stop observing; a different thread that has observed the module since then continues."""
+        self.gradients = None
+        now = call_of(self.module)
+        if now is self:
+            set_call(self.module, self.before)
+            return
+        while isinstance(now, _ObservedCall) and now.before is not self:
+            now = now.before
+        if isinstance(now, _ObservedCall):
+            now.before, now.call = self.before, self.call
+
+
+def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
+    """`output`, with a graph in which autograd reaches each of `parameters`, without a gradient.
+
+    `DistributedDataParallel`, and therefore `replicate`, ends a backward pass when autograd has
+    reached every parameter. It never reaches those of a branch that did not run. Here they are
+    attached to the output of their block, so that autograd reaches them when it would reach an open
+    branch. That matters because DDP sends gradients in the order of its first backward pass.
+    Returns `output` itself if no tensor in it can have a gradient.
+    """
+    tensors = [t for t in tensors_in(output) if not isinstance(t, nn.Parameter)]
+    tensors = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    tensors = in_graph(tensors) or tensors
+    if not tensors or not parameters:
+        return output
+    attached = _Attach.apply(len(tensors), *tensors, *reversed(parameters))
+    new = {id(old): tensor for old, tensor in zip(tensors, attached, strict=True)}
+    return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
+
+
+class _Attach(torch.autograd.Function):
+    """The identity of the first `count` tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.others = len(tensors) - count
+        # Not views: a view that a custom function returns must not be changed in place.
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *gradients, *(None,) * ctx.others
+
+
+def _clear(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

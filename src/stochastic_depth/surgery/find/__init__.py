@@ -1,0 +1,1 @@
+"""Group residual additions into blocks, and choose how each is made skippable."""

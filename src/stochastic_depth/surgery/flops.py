@@ -1,0 +1,50 @@
+"""Count the FLOPs of what really runs: products, convolutions and attention."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from stochastic_depth.torch_private import TorchDispatchMode
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATTENTION],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATTENTION_BACKWARD
+    ],
+}
+"""PyTorch's FLOP formulas by operator. It has none for attention on a CPU, which costs as much as
+on a GPU."""
+
+
+class CountFlops(TorchDispatchMode):
+    """While entered, adds up the FLOPs of products, convolutions and attention in `total`.
+
+    PyTorch's `FlopCounterMode` also attributes them to modules. For that it needs hooks in the
+    backward graph, which not every model allows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # queries of fake tensors, such as their device
+            return NotImplemented
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is None:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        with suppress(Exception):  # a formula may not know the operands, such as nested tensors
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out

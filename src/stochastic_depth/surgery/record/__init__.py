@@ -1,0 +1,1 @@
+"""Record one forward pass and find its residual additions."""

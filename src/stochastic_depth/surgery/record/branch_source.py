@@ -1,0 +1,228 @@
+"""Locate a residual addition, and the beginning of its branch, in the source.
+
+While an addition is being made, the methods that lead to it are running. Their frames show which
+expressions to edit, and which variables need not be computed while the branch is closed.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+
+from torch import Tensor
+
+from stochastic_depth.surgery.edits import (
+    AdditionEdit,
+    ArgumentEdit,
+    Caller,
+    CallParameter,
+    Method,
+    RewriteEdit,
+    SourceLocation,
+    methods_of,
+)
+from stochastic_depth.surgery.record.branches import AdditionEvent, Variables
+from stochastic_depth.surgery.record.trace import Call, Recording
+from stochastic_depth.tensors import tensors_in
+
+UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
+"""Parts of the names of functions that may make values larger."""
+
+Edits = tuple[tuple[str, RewriteEdit | None], ...]
+"""The modules to edit, by name, each with its edit; the module that adds is the first. The edit is
+None if the expression is not in a method of the module."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A residual addition in the source, and how its branch was computed."""
+
+    owner: str
+    """Name of the module in which the branch begins: the one that adds, or one that calls it."""
+    edits: Edits
+    identity: bool
+    """Whether the shortcut is the value that the branch was computed from, or a different part of
+    that value; otherwise it is a projection."""
+    begins_elsewhere: bool = False
+    """Whether a part of the branch is computed before the owner is called."""
+    modules: tuple[str, ...] = ()
+    """Names of the modules inside the owner that the branch calls, one entry for each call."""
+    parameters: frozenset[str] = frozenset()
+    """Names of the parameters inside the owner that the branch uses."""
+    events: tuple[AdditionEvent, ...] = ()
+    """The executions of the addition in the recorded pass."""
+    coupled: AdditionEvent | None = None
+    """In a reversible network: the addition to the other stream that makes this one residual."""
+    upsamples: bool = False
+    """Whether the branch resizes a value to a larger one."""
+    is_last: bool = False
+    """Whether no function with weights uses its result, as in an output of the model."""
+
+
+def locate(
+    recording: Recording,
+    event: AdditionEvent,
+    frame: FrameType,
+    mixes: Callable[[set[int]], list[str]],
+) -> Addition:
+    """The addition that `event` executes, with the edits that make its branch skippable.
+
+    The search begins at the module that adds, and goes outwards through its callers to the one in
+    whose call the branch begins. `event` gets its branch within that call.
+
+    Args:
+        frame: the frame of the expression that adds.
+        mixes: returns the functions that mix, among those that computed the given values.
+    """
+    edits: list[tuple[str, RewriteEdit | None]] = []
+    frames: list[list[FrameType]] = []
+    passed: tuple[CallParameter, ...] = ()
+    call = event.stack[-1]
+    for call in reversed(event.stack):
+        methods = list(methods_of(call.module, frame))
+        frames.append([method.frame for method in methods])
+        edit = (
+            _argument_edit(methods, passed) if edits else _addition_edit(recording, methods, event)
+        )
+        edits.append((call.name, edit))
+        event.branch = event.branch_within(recording, call)
+        passed = _passed_arguments(recording, call, event.branch, event.shortcut, mixes)
+        if not passed:
+            break
+    modules = recording.modules(event.branch, call.began)
+    event.modules = frozenset(modules)
+    event.variables = [
+        [_branch_variables(running, recording, event.branch) for running in methods]
+        for methods in frames
+    ]
+    return Addition(
+        call.name,
+        tuple(edits),
+        event.identity,
+        begins_elsewhere=bool(passed),
+        modules=modules,
+        parameters=recording.parameters(event.branch),
+        events=(event,),
+        upsamples=any(_is_upsampled(recording, value) for value in event.branch),
+    )
+
+
+def _is_upsampled(recording: Recording, number: int) -> bool:
+    """Whether a value was resized to a larger one."""
+    value = recording.values[number]
+    if not value.parents or not any(part in value.made_by for part in UPSAMPLES):
+        return False
+    before, after = recording.values[value.parents[0]].tensor.shape, value.tensor.shape
+    return after[-1:] > before[-1:]
+
+
+def _addition_edit(
+    recording: Recording, methods: list[Method], event: AdditionEvent
+) -> AdditionEdit | None:
+    """The edit where the innermost of `methods` adds, or calls a function that adds."""
+    location, callers = _locations(methods)
+    function = methods[0].called if methods else None
+    if location is None or function is None:
+        return location and AdditionEdit(location, event.side, callers=callers)
+    code = function.f_code
+    for n, name in enumerate(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
+        value = function.f_locals.get(name)
+        if isinstance(value, Tensor) and recording.number(value) == event.shortcut:
+            position = n if n < code.co_argcount else None
+            return AdditionEdit(location, event.side, (position, name), callers=callers)
+    return None
+
+
+def _argument_edit(methods: list[Method], passed: tuple[CallParameter, ...]) -> ArgumentEdit | None:
+    """The edit where the innermost of `methods` passes a part of the branch to a module."""
+    location, callers = _locations(methods)
+    return location and ArgumentEdit(location, passed, callers=callers)
+
+
+def _locations(methods: list[Method]) -> tuple[SourceLocation | None, tuple[Caller, ...]]:
+    """The expression that the innermost method evaluates, and the calls by which it is reached."""
+    locations = [method.location for method in methods]
+    known = list(itertools.takewhile(lambda location: location is not None, locations))
+    return (known[0] if known else None), tuple(
+        Caller(location) for location in known[1:] if location
+    )
+
+
+def _passed_arguments(
+    recording: Recording,
+    call: Call,
+    branch: set[int],
+    shortcut: int,
+    mixes: Callable[[set[int]], list[str]],
+) -> tuple[CallParameter, ...]:
+    """The arguments of `call` that hold a part of the branch, computed before the call."""
+
+    def is_of_branch(tensor: Tensor) -> bool:
+        value = recording.number(tensor)
+        if value not in branch or value >= call.began:
+            return False
+        made = recording.reach(value, shortcut)
+        return shortcut in made and bool(mixes(made - recording.reach(shortcut, shortcut)))
+
+    positional = [((n, None), value) for n, value in enumerate(call.args)]
+    named = [((None, name), value) for name, value in call.kwargs.items()]
+    return tuple(
+        parameter
+        for parameter, value in [*positional, *named]
+        if any(map(is_of_branch, tensors_in(value)))
+    )
+
+
+def _branch_variables(frame: FrameType, recording: Recording, branch: set[int]) -> Variables:
+    """The variables of a running method that a closed branch may leave out; see `Variables`."""
+    found: dict[str, int | None] = {}
+    for name, value in frame.f_locals.items():
+        if value is None:
+            found[name] = None
+        elif isinstance(value, Tensor):
+            number = recording.number(value)
+            if branch.issuperset(recording.values[number].children):
+                found[name] = number
+    return found
+
+
+def with_later_facts(
+    recording: Recording, edits: Edits, events: Sequence[AdditionEvent], outputs: set[int]
+) -> Edits:
+    """`edits`, completed with facts that are known only after the pass.
+
+    These are whether the sum is overwritten, and which variables were dead at every event: those
+    that were None, or whose value was not used after the addition.
+
+    Args:
+        events: the events of the addition.
+        outputs: the numbers of the values that the model returned.
+    """
+
+    def is_dead(number: int | None, total: int) -> bool:
+        if number is None:
+            return True
+        used_later = any(child > total for child in recording.values[number].children)
+        return not used_later and number not in outputs
+
+    def dead(module: int, method: int) -> frozenset[str]:
+        names = [
+            {
+                name
+                for name, number in event.variables[module][method].items()
+                if is_dead(number, event.total)
+            }
+            for event in events
+            if method < len(event.variables[module])
+        ]
+        return frozenset(set.intersection(*names)) if len(names) == len(events) else frozenset()
+
+    def completed(module: int, edit: RewriteEdit | None) -> RewriteEdit | None:
+        if edit is None:
+            return None
+        callers = tuple(Caller(c.location, dead(module, n)) for n, c in enumerate(edit.callers, 1))
+        edit = replace(edit, dead=dead(module, 0), callers=callers)
+        return replace(edit, copies=copies) if isinstance(edit, AdditionEdit) else edit
+
+    copies = any(recording.is_overwritten(event.total) for event in events)
+    return tuple((name, completed(n, edit)) for n, (name, edit) in enumerate(edits))
