@@ -1,6 +1,6 @@
 import torch
 
-from stochastic_depth.lab.bench.skipping import NETWORKS, closed_unit_seconds, overhead_steps
+from stochastic_depth.lab.bench.overhead import NETWORKS, closed_unit_seconds, overhead_steps
 from stochastic_depth.lab.bench.workload import PlainResNet, Workload, copy_weights
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.timing import Timing, paired_ratio, take_turns

@@ -8,6 +8,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from stochastic_depth.lab.bench.costs import show_costs, step_costs
+from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, Workload, training_step
 from stochastic_depth.lab.options import ClosedOptions
 from stochastic_depth.models.published import library
@@ -100,7 +101,7 @@ def _network(
         return Logits(hf.GPT2LMHeadModel(config)), texts[:, :-1], texts[:, 1:]
 
 
-def bench_closed(options: ClosedOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+def bench(options: ClosedOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Compare skipped and forward-only blocks with constant depth."""
     adapters = ", LoRA" if options.lora else ""
     unit = "images" if options.network == "vit-small" else "texts"
@@ -109,4 +110,7 @@ def bench_closed(options: ClosedOptions, runtime: Runtime, console: Console) -> 
         f"p_L = {options.final:g}"
     )
     costs = step_costs(lambda: closed_steps(options, runtime), options.repeats, runtime, console)
-    return {"alternatives": show_costs(title, costs, CONSTANT, runtime, console)}
+    return {
+        "clock": clock(runtime).__name__,
+        "alternatives": show_costs(title, costs, CONSTANT, runtime, console),
+    }

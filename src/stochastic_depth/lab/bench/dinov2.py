@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.bench.costs import StepCost, show_costs, step_costs
+from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, copy_weights, training_step
 from stochastic_depth.lab.options import Dinov2Options
 from stochastic_depth.randomness import generator
@@ -92,7 +93,7 @@ def dinov2_steps(rate: float, options: Dinov2Options, runtime: Runtime) -> dict[
     return steps
 
 
-def bench_dinov2(options: Dinov2Options, runtime: Runtime, console: Console) -> dict[str, Any]:
+def bench(options: Dinov2Options, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time both at several drop rates, which are the same for every block."""
     rates: dict[str, Any] = {}
     for rate in options.rates:
@@ -108,7 +109,7 @@ def bench_dinov2(options: Dinov2Options, runtime: Runtime, console: Console) -> 
         )
         rates[f"{rate:g}"] = show_costs(title, costs, CONSTANT, runtime, console)
         console.print(f"ours is faster by {_faster(costs):.2f} x")
-    return {"rates": rates}
+    return {"clock": clock(runtime).__name__, "rates": rates}
 
 
 def _faster(costs: dict[str, StepCost]) -> float:
