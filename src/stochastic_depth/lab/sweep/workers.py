@@ -96,9 +96,14 @@ class Workers:
     def __enter__(self) -> Self:
         # Ctrl-C reaches the whole process group, but this process tells the workers to stop.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for process in self._processes:
-            process.start()
-        signal.signal(signal.SIGINT, before)
+        try:
+            for process in self._processes:
+                process.start()
+        except BaseException:
+            self._stop()
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
         return self
 
     def __exit__(
@@ -107,9 +112,13 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for process in self._processes:
+        self._stop()
+
+    def _stop(self) -> None:
+        started = [process for process in self._processes if process.pid is not None]
+        for process in started:
             process.terminate()
-        for process in self._processes:
+        for process in started:
             process.join()
 
     def working(self) -> bool:
