@@ -70,6 +70,14 @@ def test_the_version(capsys):
         (["analyze", "activ"], "did you mean active?"),
         (["bench", "peer"], "did you mean peers"),
         (["eval"], "RUN"),
+        (["compare", "digits-constant"], "constant depth already"),
+        (["train", "--resume", "nowhere", "--epochs", "9"], "a run cannot be extended"),
+        (["train", "--resume", "nowhere", "--seed=1"], "--seed cannot be given with --resume"),
+        (["export", "nowhere", "--depth", "2"], "--depth is 2.0: it must be above 0"),
+        (["export", "nowhere", "--elastic", "--format", "onnx"], "--elastic keeps all blocks"),
+        (["predict", "nowhere", "picture.png", "--depth", "0"], "--depth is 0.0"),
+        (["bench", "depth", "--deepest", "10"], "--deepest is 10"),
+        (["recipes", "digits", "garbage"], "garbage is too much"),
     ],
 )
 def test_a_typo_is_met_with_a_suggestion_and_exit_code_2(arguments, hint, capsys):
@@ -85,11 +93,9 @@ def test_a_typo_is_met_with_a_suggestion_and_exit_code_2(arguments, hint, capsys
         (["train", "digits", "--model.depth", "9"], "depth=9"),
         (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
         (["eval", "nowhere"], "nowhere is not a run folder"),
-        (["compare", "digits-constant"], "constant depth already"),
         (["predict", "nowhere.onnx", "picture.png"], "nowhere.onnx does not exist"),
         (["report", "nowhere"], "nowhere holds no run"),
         (["analyze", "active", "nowhere"], "nowhere is not a run folder"),
-        (["train", "--resume", "nowhere", "--epochs", "9"], "a run cannot be extended"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(arguments, shown, capsys):
@@ -127,6 +133,7 @@ sys.exit(code)
         (["train", "digits", "--help"], 0),
         (["train", "digits", "--epoch", "3"], 2),
         (["train", "digits", "--survival.final", "1.5"], 2),
+        (["bench", "depth", "--deepest", "10"], 2),
         (["bench", "peers", "--help"], 0),
         (["eval", "nowhere"], 1),
         (["export", "nowhere"], 1),

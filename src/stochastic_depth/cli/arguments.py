@@ -3,8 +3,8 @@
 import difflib
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import field, make_dataclass
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -103,12 +103,19 @@ def parse(
         default=tyro.MISSING_NONPROP if default is None else default,
         registry=NUMBERS,
     )
-    try:
+    with understood():
         getattr(asked, "check", lambda: None)()
+    return asked
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """While entered, a ConfigError is one of the command line: print it, and exit with code 2."""
+    try:
+        yield
     except ConfigError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
-    return asked
 
 
 def parse_recipe(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from stochastic_depth.cli.arguments import parse, require_run
-from stochastic_depth.errors import ConfigError, ExportError, RunError
+from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.lab.options import at_least
 
 if TYPE_CHECKING:
@@ -40,6 +40,13 @@ class Export:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The file to write (none: named as the run, in the current folder)."""
 
+    def check(self) -> None:
+        _check_share(self.depth)
+        if self.elastic and (self.format != "safetensors" or self.depth < 1):
+            raise ConfigError(
+                "--elastic keeps all blocks, in a safetensors file: leave out --depth and --format"
+            )
+
 
 @dataclass(frozen=True)
 class Predict:
@@ -64,17 +71,17 @@ class Predict:
     def check(self) -> None:
         if not self.pictures:
             raise ConfigError("no IMAGE is given: name one picture or several")
+        _check_share(self.depth)
         at_least(1, top=self.top)
+
+
+def _check_share(depth: float) -> None:
+    if not 0 < depth <= 1:
+        raise ConfigError(f"--depth is {depth}: it must be above 0 and at most 1, a share")
 
 
 def export(arguments: list[str]) -> int:
     asked = parse(Export, "export", arguments)
-    if not 0 < asked.depth <= 1:
-        raise ExportError(f"--depth is {asked.depth}: it must be above 0 and at most 1, a share")
-    if asked.elastic and (asked.format != "safetensors" or asked.depth < 1):
-        raise ExportError(
-            "--elastic keeps all blocks, in a safetensors file: leave out --depth and --format"
-        )
     require_run(asked.run)
     from stochastic_depth.cli.console import PlainConsole
 

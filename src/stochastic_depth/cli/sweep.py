@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from stochastic_depth.cli.arguments import choose, parse_recipe
+from stochastic_depth.cli.arguments import choose, parse_recipe, understood
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.extras import require
 from stochastic_depth.lab.options import at_least
@@ -60,6 +60,9 @@ class Options:
 
     def check(self) -> None:
         at_least(1, seeds=self.seeds, workers=self.workers, threads=self.threads)
+        for final in self.survival:
+            if not 0 < final <= 1:
+                raise ConfigError(f"--survival has {final}: it must be above 0 and at most 1")
 
     def chosen_seeds(self) -> tuple[int, ...]:
         return tuple(range(self.config.seed, self.config.seed + self.seeds))
@@ -142,7 +145,8 @@ def sweep(arguments: list[str]) -> int:
     for argument in rest:
         option = argument.split("=")[0]
         if option in SWEPT[kind]:
-            raise ConfigError(f"{option} is swept: give {SWEPT[kind][option]} instead")
+            with understood():
+                raise ConfigError(f"{option} is swept: give {SWEPT[kind][option]} instead")
     about = f"{ABOUT}\nThe grid is {KINDS[kind]}."
     asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind])
     from stochastic_depth.cli.console import PlainConsole
@@ -154,7 +158,9 @@ def sweep(arguments: list[str]) -> int:
                 require(module, "report")
         from stochastic_depth.lab.sweep.folder import open_sweep
     folder = asked.out or Path("runs") / f"sweep-{kind}-{asked.config.recipe}"
-    opened = open_sweep(folder, kind, asked.grid(), asked.config)
+    with understood():
+        grid = asked.grid()
+    opened = open_sweep(folder, kind, grid, asked.config)
     return _run(opened, asked, console, shlex.join(["sweep", *arguments]))
 
 

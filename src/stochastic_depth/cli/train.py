@@ -3,14 +3,21 @@
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from stochastic_depth.cli.arguments import choose, described, parse, parse_recipe, require_run
+from stochastic_depth.cli.arguments import (
+    choose,
+    described,
+    parse,
+    parse_recipe,
+    require_run,
+    understood,
+)
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
 from stochastic_depth.lab.options import at_least
@@ -76,6 +83,10 @@ class Compare:
         at_least(1, seeds=self.seeds)
         if self.minutes is not None and not self.minutes > 0:
             raise ConfigError(f"--minutes is {self.minutes}: it must be above 0")
+        if self.config.survival.rule == "constant":
+            raise ConfigError(
+                f"{self.config.recipe} has constant depth already: compare a stochastic one"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,13 +101,17 @@ class Evaluate:
 
 def train(arguments: list[str]) -> int:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
-        asked = _parse_resume(arguments)
+        with understood():
+            _check_resume(arguments)
+        asked = parse(Resume, "train", arguments)
+        assert asked.resume is not None
+        require_run(asked.resume)
         return _joined(lambda console: _resume(asked, console), asked.quiet)
     begun = parse_recipe("train", TRAIN, arguments, Begin, Resume)
     return _joined(lambda console: _begin(begun, console), begun.quiet)
 
 
-def _parse_resume(arguments: list[str]) -> Resume:
+def _check_resume(arguments: list[str]) -> None:
     known = ("--resume", "--data", "--quiet", "--no-quiet", "--help")
     for argument in arguments:
         name = argument.split("=")[0]
@@ -111,13 +126,9 @@ def _parse_resume(arguments: list[str]) -> Resume:
                 f"{name} cannot be given with --resume, which keeps the configuration that the "
                 "run began with: leave it out, or begin another run with it"
             )
-    asked = parse(Resume, "train", arguments)
-    assert asked.resume is not None
-    require_run(asked.resume)
-    return asked
 
 
-def _joined(work, quiet: bool) -> int:
+def _joined(work: "Callable[[PlainConsole], int]", quiet: bool) -> int:
     """Call `work` in each process that torchrun has started; only the first one prints."""
     from stochastic_depth.cli.console import PlainConsole
 
@@ -311,7 +322,10 @@ def recipes(arguments: list[str]) -> int:
             table.add_row(name, summary)
         console.print(table)
         return 0
-    name, _ = choose("stochastic-depth recipes", RECIPES_ABOUT, "recipe", summaries, arguments)
+    name, more = choose("stochastic-depth recipes", RECIPES_ABOUT, "recipe", summaries, arguments)
+    if more:
+        with understood():
+            raise ConfigError(f"{shlex.join(more)} is too much: give one recipe, or none")
     console.print(described(name).strip())
     console.print_json(json.dumps(RECIPES[name]().to_json()))
     return 0

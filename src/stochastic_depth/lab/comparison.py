@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.errors import RunError
 from stochastic_depth.files import SMALL, is_there, read_file, write_whole
 from stochastic_depth.lab.drawing import file_png
 from stochastic_depth.lab.formatting import plus_minus
@@ -66,11 +66,8 @@ def train_pairs(
             later seed are not returned.
 
     Raises:
-        ConfigError: when `config` itself has constant depth.
         RunError: when `folder` contains runs of another configuration.
     """
-    if config.survival.rule == "constant":
-        raise ConfigError(f"{config.recipe} has constant depth already: compare a stochastic one")
     runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
     a_pair = 0.0
     for seed in seeds:
