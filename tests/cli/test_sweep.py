@@ -154,15 +154,6 @@ def test_what_cannot_be_swept_is_one_line(arguments, code, shown, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["survival", "depth", "gates"])
-def test_each_kind_has_help(kind, capsys):
-    assert main(["sweep", kind, "--help"]) == 0
-    shown = capsys.readouterr().out
-    assert f"stochastic-depth sweep {kind}" in shown
-    assert "cifar10-resnet110" in shown
-    assert max(map(len, shown.splitlines())) <= 80
-
-
 def test_a_sweep_of_gates_has_a_row_for_each_gating_at_equal_rates(tmp_path, capsys):
     ways = ["constant", "balanced-batch", "forward-only", "early", "balanced-subset"]
     pytest.importorskip("vl_convert", reason="needs the extra report")

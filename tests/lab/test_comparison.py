@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.comparison import compare, train_pairs
 from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.recipes import RECIPES
@@ -49,8 +48,3 @@ def test_figures_are_those_of_the_journals(runs):
     saving = 1 - medians["stochastic"] / medians["constant"]
     assert comparison.saving_measured == pytest.approx(saving)
     assert 0.15 < comparison.saving_expected < 0.3
-
-
-def test_constant_depth_has_no_twin(tmp_path):
-    with pytest.raises(ConfigError, match="constant depth already"):
-        train_pairs(RECIPES["digits-constant"](), [0], tmp_path, None, lambda: None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from stochastic_depth.cli.arguments import choose, parse, require_run
+from stochastic_depth.cli.arguments import Flag, choose, parse, require_run
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.extras import require
 from stochastic_depth.lab.options import RemovedDepthOptions, at_least
@@ -50,8 +50,8 @@ class NetworkAnalysis(Analysis):
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where their data is now (none: where it was)."""
-    again: bool = False
-    """Measure again, even if there is a result with the same settings."""
+    again: Flag = False
+    """Measure the networks again, even if their folders have a result with the same settings."""
 
     def networks(self, runs: list["Run"]) -> Iterator["TrainedNetwork"]:
         """The trained networks, one at a time."""

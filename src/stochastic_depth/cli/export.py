@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from stochastic_depth.cli.arguments import parse, require_run
+from stochastic_depth.cli.arguments import Flag, parse, require_run
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.lab.options import at_least
 
@@ -30,7 +30,7 @@ class Export:
     """safetensors, torch (torch.export, .pt2), or onnx; all accept batches of any size."""
     depth: float = 1.0
     """The share of blocks to keep; those that validation needs least are removed."""
-    elastic: bool = False
+    elastic: Flag = False
     """Keep all blocks, store the order in which they can be left out (predict --depth chooses), and
     measure error and cost at each depth; for safetensors only."""
     checkpoint: Checkpoint = "best"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from stochastic_depth.cli.arguments import parse
+from stochastic_depth.cli.arguments import Flag, parse
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
 
@@ -25,7 +25,7 @@ class Report:
     """The page."""
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Also write every figure as PNG and SVG, and its data as CSV, into this folder."""
-    watch: tyro.conf.FlagCreatePairsOff[bool] = False
+    watch: Flag = False
     """Write the page again whenever a run has progressed, until all are finished."""
 
     def check(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from stochastic_depth.cli.arguments import choose, parse_recipe, understood
+from stochastic_depth.cli.arguments import Flag, choose, parse_recipe, understood
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.extras import require
 from stochastic_depth.lab.options import at_least
@@ -27,10 +27,16 @@ The same command again, on this machine or on another that shares the folder,
 joins in. Whatever is killed, the others go on with; nothing is trained twice.
 """
 KINDS: dict[Kind, str] = {
-    "survival": "p_L for linear decay and uniform, and the constant-depth line",
-    "depth": "p_L against depth",
-    "gates": "ways of gating at equal rates, and constant depth",
+    "survival": "values of p_L for linear decay and uniform, and constant depth",
+    "depth": "values of p_L at several depths",
+    "gates": "every way of gating at equal rates, and constant depth",
 }
+COMMON: dict[Kind, tuple[str, ...]] = {
+    "survival": ("--survival FLOAT...", "--rules RULE...", "--model.depth INT"),
+    "depth": ("--survival FLOAT...", "--depths INT..."),
+    "gates": ("--survival FLOAT", "--gatings GATING...", "--model.depth INT"),
+}
+"""The options of each sweep that are used most."""
 SWEPT: dict[Kind, dict[str, str]] = {
     "survival": {"--survival.final": "--survival", "--survival.rule": "--rules"},
     "depth": {"--survival.final": "--survival", "--model.depth": "--depths"},
@@ -53,9 +59,9 @@ class Options:
     """Processes that train at the same time (1, where seconds are to be compared)."""
     threads: int | None = None
     """Threads of each worker (none: the processor's, divided among the workers)."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder for the runs (none: runs/sweep-KIND-RECIPE)."""
-    quiet: bool = False
+    quiet: Flag = False
     """Print only the table."""
 
     def check(self) -> None:
@@ -147,8 +153,9 @@ def sweep(arguments: list[str]) -> int:
         if option in SWEPT[kind]:
             with understood():
                 raise ConfigError(f"{option} is swept: give {SWEPT[kind][option]} instead")
-    about = f"{ABOUT}\nThe grid is {KINDS[kind]}."
-    asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind])
+    about = f"{ABOUT}\nThe grid has {KINDS[kind]}."
+    common = *COMMON[kind], "--seeds INT", "--workers INT", "--out DIR"
+    asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind], common)
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from stochastic_depth.cli.arguments import (
+    Flag,
     choose,
     described,
     parse,
@@ -50,10 +51,10 @@ RECIPES_ABOUT = "List the recipes, or show one: source, command, published resul
 @dataclass(frozen=True)
 class Begin:
     config: Annotated[Config, tyro.conf.arg(name="")]
-    run: Path | None = None
+    run: Folder = None
     """The run folder (none: runs/RECIPE, or the first of runs/RECIPE-2, ... that does not
     exist)."""
-    quiet: bool = False
+    quiet: Flag = False
     """Print nothing."""
 
 
@@ -63,7 +64,7 @@ class Resume:
     """Resume this run from its newest checkpoint, with the configuration it began with."""
     data: Folder = None
     """With --resume: where its data is now (none: where it was)."""
-    quiet: bool = False
+    quiet: Flag = False
     """Print nothing."""
 
 
@@ -74,9 +75,9 @@ class Compare:
     """How many seeds, from `seed` on."""
     minutes: float | None = None
     """About how long it may take. On a slow machine fewer seeds or epochs are then trained."""
-    out: Path | None = None
+    out: Folder = None
     """The folder for the runs, the picture and the JSON (none: runs/compare-RECIPE)."""
-    quiet: bool = False
+    quiet: Flag = False
     """Print only the table."""
 
     def check(self) -> None:
@@ -107,12 +108,19 @@ def train(arguments: list[str]) -> int:
         assert asked.resume is not None
         require_run(asked.resume)
         return _joined(lambda console: _resume(asked, console), asked.quiet)
-    begun = parse_recipe("train", TRAIN, arguments, Begin, Resume)
+    begun = parse_recipe(
+        "train",
+        TRAIN,
+        arguments,
+        Begin,
+        ("--run DIR", "--model.depth INT", "--survival.final FLOAT"),
+        Resume,
+    )
     return _joined(lambda console: _begin(begun, console), begun.quiet)
 
 
 def _check_resume(arguments: list[str]) -> None:
-    known = ("--resume", "--data", "--quiet", "--no-quiet", "--help")
+    known = ("--resume", "--data", "--quiet", "--help")
     for argument in arguments:
         name = argument.split("=")[0]
         if name == "--epochs":
@@ -214,7 +222,8 @@ def _stopped(console: "PlainConsole", interrupted: "Interrupted", again: str) ->
 
 def compare(arguments: list[str]) -> int:
     began = time.monotonic()
-    asked = parse_recipe("compare", COMPARE, arguments, Compare)
+    common = "--seeds INT", "--minutes FLOAT", "--out DIR", "--model.depth INT"
+    asked = parse_recipe("compare", COMPARE, arguments, Compare, common)
     from stochastic_depth.cli.console import PlainConsole
 
     console, config = PlainConsole(), asked.config

@@ -124,8 +124,13 @@ class SteadyOptions(ResNetOptions):
     """cifar-resnet, of `depth` layers, or the name of a timm model (vit_small_patch16_224)."""
     final: float = 0.5
     """p_L of linear decay."""
-    limit: int = 2**30
-    """The number of bytes into which the largest batch has to fit."""
+    limit: float = 1.0
+    """The memory in GiB into which the largest batch has to fit."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.limit > 0:
+            raise ConfigError(f"--limit is {self.limit}: it must be above 0, in GiB")
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class ClosedOptions(StepOptions):
 
     network: Literal["vit-small", "gpt2"] = "vit-small"
     """timm's ViT-S/16, or the GPT-2 of transformers."""
-    lora: bool = False
+    lora: tyro.conf.FlagCreatePairsOff[bool] = False
     """Train only adapters of peft, beside frozen weights."""
     final: float = 0.5
     """p_L of linear decay."""
@@ -153,7 +158,7 @@ class ClosedOptions(StepOptions):
 class Dinov2Options(StepOptions):
     """The subset gate against DINOv2's own block."""
 
-    dinov2: str = "dinov2"
+    dinov2: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("dinov2")
     """A checkout of https://github.com/facebookresearch/dinov2."""
     rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
     """Drop rates; each is that of every block."""

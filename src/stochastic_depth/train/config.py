@@ -32,9 +32,9 @@ class DataConfig:
     validation: int | None = None
     """How many training images are held out for validation (none: as many as in the paper)."""
     train: int | None = None
-    """Train on a fixed random subset of this many images (none: on all)."""
+    """Train on a fixed random subset of this many images (none: all images)."""
     size: int | None = None
-    """Reduce the images to this many pixels a side (none: keep their size)."""
+    """Reduce the images to this many pixels a side (none: their own size)."""
     augment: bool | None = None
     """Randomly crop and flip the training images (none: where the paper does so)."""
     download: bool = False
@@ -89,7 +89,7 @@ class ScheduleConfig:
     shape: Literal["linear", "constant"] = "linear"
     """How the drop rates of early end: linearly, or at once (constant)."""
     gamma: float = 0.001
-    """Rate of the progressive schedule."""
+    """Rate of the progressive schedule, per step."""
     at: tuple[float, ...] = (0.0, 0.5)
     """Where each of `shares` begins: shares of the training, or numbers of steps if above 1."""
     shares: tuple[float, ...] = (0.5, 1.0)
@@ -152,7 +152,8 @@ class SurvivalConfig:
     scale: Literal["inference", "training"] | None = None
     """Multiply by p_l in evaluation (the default), or divide by it in training."""
     skipped: SkippedPolicy = "paper"
-    """The gradient of the parameters of a skipped block: zero (paper), or None (freeze)."""
+    """The gradient of the parameters of a skipped block: zero, so that momentum and weight decay
+    still apply (paper), or None, so that they stay as they are (freeze)."""
     schedule: Annotated[ScheduleConfig, tyro.conf.arg(name="schedule", prefix_name=False)] = field(
         default_factory=ScheduleConfig
     )
@@ -226,7 +227,7 @@ class DistributedConfig:
 class Config:
     """The configuration of one training run."""
 
-    recipe: str = "custom"
+    recipe: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "custom"
     """The name of the recipe that this configuration started from."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

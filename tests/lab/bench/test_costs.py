@@ -119,7 +119,7 @@ def test_a_block_of_a_checkout_is_held_against_the_subset_gate(tmp_path, monkeyp
     (tmp_path / "dinov2/layers").mkdir(parents=True)
     (tmp_path / "dinov2/layers/block.py").write_text(BLOCK)
     options = Dinov2Options(
-        dinov2=str(tmp_path), rates=(0.5,), blocks=2, width=64, batch=4, size=4, repeats=2
+        dinov2=tmp_path, rates=(0.5,), blocks=2, width=64, batch=4, size=4, repeats=2
     )
     found = dinov2.bench(options, CPU, QUIET)["rates"]["0.5"]
     for name in (dinov2.THEIRS, dinov2.OURS):

@@ -67,7 +67,7 @@ def their_block(checkout: Path) -> type[nn.Module]:
 
 def dinov2_steps(rate: float, options: Dinov2Options, runtime: Runtime) -> dict[str, Step]:
     """A training step of each alternative, on the same weights and tokens."""
-    block = their_block(Path(options.dinov2))
+    block = their_block(options.dinov2)
     shape = {"dim": options.width, "num_heads": options.width // 64, "qkv_bias": True}
     x = torch.randn(options.batch, options.size, options.width, generator=generator("bench"))
     labels = torch.arange(options.batch) % 10

@@ -103,7 +103,7 @@ def milliseconds(seconds: float) -> str:
 
 def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: dict[str, Any]) -> None:
     """Write the settings, the machine and versions, and the result, which names its clock."""
-    files = ("out", "plot", "root")
+    files = ("out", "plot", "root", "dinov2")
     settings = {name: value for name, value in asdict(options).items() if name not in files}
     content = {
         "settings": settings,

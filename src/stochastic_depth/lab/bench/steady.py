@@ -145,7 +145,7 @@ def bench(options: SteadyOptions, runtime: Runtime, console: Console) -> dict[st
     table = bench_table(title, runtime, "", *columns)
     rows: dict[str, Any] = {}
     for name, result in found.items():
-        largest = result.largest_batch(options.batch, options.limit)
+        largest = result.largest_batch(options.batch, round(options.limit * 2**30))
         rows[name] = {
             **asdict(result),
             "relative_median": statistics.median(result.seconds) / seconds,
@@ -168,6 +168,6 @@ def bench(options: SteadyOptions, runtime: Runtime, console: Console) -> dict[st
     console.print(
         "median, bytes (on a GPU the allocator's peak, else kept for backward): of constant "
         "depth's;\nspread: deviation over mean of the seconds; batch: the largest with at most "
-        f"{options.limit:,} bytes in any step"
+        f"{options.limit:g} GiB in any step"
     )
     return {"clock": compared.clock.__name__, "alternatives": rows}
