@@ -3,21 +3,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from stochastic_depth.lab.comparison import compare, train_pairs
 from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
-from stochastic_depth.train.display import Display
+from support.runs import unseen
 
 SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=2)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    display = Display(Console(quiet=True), quiet=True)
-    return train_pairs(SMALL, [3, 4], tmp_path_factory.mktemp("pairs"), display, lambda: None)
+    return train_pairs(SMALL, [3, 4], tmp_path_factory.mktemp("pairs"), unseen(), lambda: None)
 
 
 def test_spread_is_mean_and_sample_deviation():

@@ -38,6 +38,7 @@ COMMANDS = {
     "removed-blocks": ("Blocks thrown away", "stochastic-depth analyze depth RUN"),
     "survival-sweep": ("Error and time against p_L", "stochastic-depth sweep survival RECIPE"),
     "depth-sweep": ("Error over p_L and depth", "stochastic-depth sweep depth RECIPE"),
+    "gates-sweep": ("Error and cost by way of gating", "stochastic-depth sweep gates RECIPE"),
     "depth-cost": ("Time and memory against depth", "stochastic-depth bench depth --out FILE"),
 }
 """For figures that lack data: the title, and the command that measures the data."""

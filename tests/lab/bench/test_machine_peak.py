@@ -1,8 +1,10 @@
+import time
+
 import pytest
 import torch
 from rich.console import Console
 
-from stochastic_depth.block_program.library import missing, peak
+from stochastic_depth.block_program.library import missing
 from stochastic_depth.lab.bench.costs import MachinePeak, machine_peak, step_flops
 from stochastic_depth.lab.bench.peers import bench as bench_peers
 from stochastic_depth.lab.bench.skip import bench as bench_skip
@@ -57,4 +59,11 @@ def test_a_product_of_matrices_is_below_the_peak():
     machine = machine_peak(CPU, lambda: a @ a)
     assert machine is not None
     assert machine.flops_per_step == 2 * 256**3
-    assert machine.flops_per_second > peak(torch.float32, 1, repeats=1) / 4
+
+    def seconds():
+        began = time.thread_time()
+        a @ a
+        return time.thread_time() - began
+
+    fastest = min(seconds() for _ in range(200))
+    assert 0.1 < machine.share(fastest) < 1.1  # of a peak that was measured a moment before

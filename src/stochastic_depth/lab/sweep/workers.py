@@ -26,9 +26,9 @@ from stochastic_depth.errors import DivergedError, RunError, StochasticDepthErro
 from stochastic_depth.files import is_there, reason, require_writable, visible
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.processes import fresh_processes
-from stochastic_depth.train import Interrupted, Record, Run, begin, fit, reopen
+from stochastic_depth.train import Interrupted, Run, begin, fit, reopen
+from stochastic_depth.train.display import Silent
 from stochastic_depth.train.fit import StopSignals
-from stochastic_depth.train.train_state import TrainState
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -171,7 +171,7 @@ def train_point(sweep: Sweep, point: Point, stop: Callable[[], int | None]) -> N
         return
     try:
         run, images = _open(sweep, point)
-        for _ in fit(run, images, _Silent(point.name), stop):
+        for _ in fit(run, images, _UnusualEvents(point.name), stop):
             pass
     except DivergedError as error:
         sweep.fail(point, str(error))
@@ -211,16 +211,11 @@ def _work(sweep: Sweep, threads: int) -> None:
             sys.exit(1)
 
 
-class _Silent:
-    """A callback that prints only unusual events."""
+class _UnusualEvents(Silent):
+    """A callback that prints what a run says, and nothing of its progress."""
 
     def __init__(self, label: str) -> None:
         self._label = label
-
-    def begin(self, run: Run, train_state: TrainState) -> None: ...
-    def step(self, train_state: TrainState, loss: torch.Tensor) -> None: ...
-    def evaluating(self) -> None: ...
-    def record(self, record: Record) -> None: ...
 
     def say(self, text: str) -> None:
         print(visible(f"{self._label} {text}"), file=sys.stderr)
