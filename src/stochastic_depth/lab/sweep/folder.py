@@ -182,6 +182,26 @@ def open_sweep(folder: Path, kind: Kind, grid: Grid, config: Config) -> Sweep:
     return Sweep(folder, kind, grid, config)
 
 
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep that `open_sweep` has begun in `folder`.
+
+    Raises:
+        RunError: when its description cannot be understood.
+    """
+    described = folder / "sweep.json"
+    found = _read(described)
+    if found.get("format") != FORMAT:
+        raise RunError(
+            f"{described} has format {found.get('format')}, this version reads {FORMAT}: use the "
+            "version that wrote it"
+        )
+    try:
+        grid = Grid(**{name: tuple(values) for name, values in found["grid"].items()})
+        return Sweep(folder, found["kind"], grid, Config.from_json(found["config"]))
+    except (AttributeError, ConfigError, KeyError, TypeError) as error:
+        raise RunError(f"{described} is not of a sweep: {error!r}") from error
+
+
 def _make(folder: Path) -> None:
     try:
         strange = {p.name for p in folder.iterdir()} - OURS if folder.exists() else set()
