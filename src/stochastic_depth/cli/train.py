@@ -232,6 +232,7 @@ def compare(arguments: list[str]) -> int:
             require(module, "report")
         from stochastic_depth.files import write_whole
         from stochastic_depth.lab import comparison
+        from stochastic_depth.lab.pace import SECONDS_AT_END
         from stochastic_depth.train import Interrupted
         from stochastic_depth.train.display import Display
         from stochastic_depth.train.fit import StopSignals
@@ -239,27 +240,27 @@ def compare(arguments: list[str]) -> int:
     seeds = range(config.seed, config.seed + asked.seeds)
     end = None
     if asked.minutes is not None:
-        end = began + 60 * asked.minutes - comparison.SECONDS_AT_END
+        end = began + 60 * asked.minutes - SECONDS_AT_END
         config = _fitted(config, seeds, folder, end, console)
     with StopSignals() as stop, Display(console, asked.quiet) as display:
         try:
             runs = comparison.train_pairs(config, seeds, folder, display, stop, end)
         except Interrupted as interrupted:
             return _stopped(console, interrupted, shlex.join(["compare", *arguments]))
-    found = comparison.compare(runs)
-    records = comparison.records_of_all(runs)["constant"]
-    epochs, trained = records[0][-1].epoch, len(records)
+    found = comparison.compared(runs)
+    trained = found.series[0].runs
+    epochs = trained[0].records[-1].epoch
     title = f"{config.data.name}, {config.model.kind} {config.model.depth}, {epochs:g} epochs"
-    console.print(comparison.comparison_table(title, found, trained))
+    console.print(comparison.comparison_table(title, found))
     if epochs < asked.config.epochs / 2:
         console.print(
             f"{epochs:g} of {asked.config.epochs} epochs are too few to compare errors by: look at "
             "the seconds and the active blocks"
         )
-    if epochs < config.epochs or trained < len(seeds):
+    if epochs < config.epochs or len(trained) < len(seeds):
         done = f"{epochs:g} of {config.epochs} epochs"
         if epochs >= config.epochs:
-            done = f"{trained} of {len(seeds)} seeds"
+            done = f"{len(trained)} of {len(seeds)} seeds"
         console.print(
             f"stopped after {done}, to end in {asked.minutes:g} minutes: the same command "
             "again goes on"
@@ -275,7 +276,7 @@ def _fitted(
     config: Config, seeds: Sequence[int], folder: Path, end: float, console: "PlainConsole"
 ) -> Config:
     """`config`, with as many epochs as fit until `end`; prints what was measured and decided."""
-    from stochastic_depth.lab.comparison import epochs_of, measure_pace
+    from stochastic_depth.lab.pace import epochs_of, measure_pace
 
     console.print("measuring how long a training step takes here")
     pace = measure_pace(config)
