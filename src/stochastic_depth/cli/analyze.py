@@ -10,7 +10,6 @@ import tyro
 
 from stochastic_depth.cli.arguments import Flag, choose, parse, require_run
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.extras import require
 from stochastic_depth.lab.options import RemovedDepthOptions, at_least
 
 if TYPE_CHECKING:
@@ -188,8 +187,7 @@ def analyze(arguments: list[str]) -> int:
 
     console = PlainConsole()
     with console.starting():
-        require("altair", "report")
-        import stochastic_depth.lab.charts  # noqa: F401
+        import torch  # noqa: F401
     asked.print(console)
     return 0
 

@@ -16,14 +16,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from stochastic_depth.files import make_folders, write_whole
-from stochastic_depth.lab.active_blocks import active_blocks_figure, drop_rates_figure
+from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_rates_figure
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.drawing import NARROW, WIDE, file_png, file_svg, page_svg
-from stochastic_depth.lab.ensemble import ensemble_figure
-from stochastic_depth.lab.gradients import block_gradients, gradient_strength
+from stochastic_depth.lab.ensemble_chart import ensemble_figure
+from stochastic_depth.lab.gradients_chart import block_gradients, gradient_strength
 from stochastic_depth.lab.outcomes import Experiment, describe, describe_data, experiments
-from stochastic_depth.lab.removed_depth import removed_blocks
+from stochastic_depth.lab.removed_depth_chart import removed_blocks
 from stochastic_depth.lab.sources import (
     RecordedRun,
     RecordedSweep,
