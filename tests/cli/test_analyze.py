@@ -76,7 +76,7 @@ def test_no_question_needs_the_library_of_charts(runs, tmp_path):
 def test_gradients_are_shown_by_kind_epoch_and_block(runs, capsys):
     out = shown(capsys, "gradients", *kinds(runs, "*"), "--epochs", 2, "--blocks", 2)
     assert "constant" in out
-    assert "linear 0.5" in out
+    assert "decay to" in out
     assert "ratio" in out
     rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert rows == ["2", "1", "3", "1", "3"]  # one epoch; then two of three blocks, twice

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from stochastic_depth.choices import SweepKind
 from stochastic_depth.lab.comparison import train_pairs
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.page import write_report
 from stochastic_depth.lab.sources import read_sources
-from stochastic_depth.lab.sweep.folder import Grid, Kind, open_sweep
+from stochastic_depth.lab.sweep.folder import Grid, open_sweep
 from stochastic_depth.lab.sweep.gates import FILE
 from stochastic_depth.lab.sweep.workers import train_point
 from stochastic_depth.recipes import RECIPES
@@ -153,7 +154,7 @@ def experiment(compared) -> Experiment:
     return found
 
 
-def _swept(folder: Path, kind: Kind, grid: Grid) -> Path:
+def _swept(folder: Path, kind: SweepKind, grid: Grid) -> Path:
     sweep = open_sweep(folder, kind, grid, replace(SMALL, epochs=1))
     for point in grid.points():
         train_point(sweep, point, lambda: None)

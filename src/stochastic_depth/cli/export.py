@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from stochastic_depth.choices import CheckpointName, at_least
 from stochastic_depth.cli.arguments import Flag, parse, require_run
 from stochastic_depth.errors import ConfigError, RunError
-from stochastic_depth.lab.options import at_least
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from stochastic_depth.export.load import Description
     from stochastic_depth.export.truncate import Dropped
-
-Checkpoint = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Export:
     elastic: Flag = False
     """Keep all blocks, store the order in which they can be left out (predict --depth chooses), and
     measure error and cost at each depth; for safetensors only."""
-    checkpoint: Checkpoint = "best"
+    checkpoint: CheckpointName = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where its data is now (none: where it was)."""
@@ -63,7 +61,7 @@ class Predict:
     """The share of blocks to run, for a file that was exported with --elastic."""
     top: int = 3
     """How many classes to show for each picture."""
-    checkpoint: Checkpoint = "best"
+    checkpoint: CheckpointName = "best"
     """For a run folder: the checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """For a run folder: where its data is now (none: where it was)."""

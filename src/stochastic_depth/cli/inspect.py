@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from stochastic_depth.choices import at_least
 from stochastic_depth.cli.arguments import Flag, parse
 from stochastic_depth.errors import ApplyError, ConfigError, ExampleError, StochasticDepthError
 from stochastic_depth.extras import require
-from stochastic_depth.lab.options import at_least
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,7 +12,7 @@ from stochastic_depth.extras import require
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportOptions:
     """Errors, times, savings, and all figures for which there is data, on one page."""
 
     runs: Annotated[
@@ -34,7 +34,7 @@ class Report:
 
 
 def report(arguments: list[str]) -> int:
-    asked = parse(Report, "report", arguments)
+    asked = parse(ReportOptions, "report", arguments)
     for path in asked.runs:
         if not path.exists():
             raise RunError(

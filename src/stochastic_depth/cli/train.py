@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from stochastic_depth.choices import CheckpointName, at_least
 from stochastic_depth.cli.arguments import (
     Flag,
     choose,
@@ -21,7 +22,6 @@ from stochastic_depth.cli.arguments import (
 )
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
-from stochastic_depth.lab.options import at_least
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train.config import Config
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from stochastic_depth.train import Interrupted, Run
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
-Checkpoint = Literal["best", "last"]
 
 TRAIN = """Train one network; everything is written to one run folder.
 
@@ -94,7 +93,7 @@ class Compare:
 class Evaluate:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run folder."""
-    checkpoint: Checkpoint = "best"
+    checkpoint: CheckpointName = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Folder = None
     """Where its data is now (none: where it was)."""

@@ -9,7 +9,7 @@ from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, dashes,
 from stochastic_depth.lab.ensemble import NAMES
 from stochastic_depth.lab.formatting import plus_minus, seeds
 from stochastic_depth.lab.outcomes import Series, Spread
-from stochastic_depth.lab.style import CONSTANT, STOCHASTIC
+from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
 
 METRICS = {
     "error": ("Test error", "percent", 1.0),
@@ -23,7 +23,7 @@ PREDICTORS = {
     "mean": Key(NAMES["mean"], STOCHASTIC[0]),
     "scaled": Key(NAMES["scaled"], STOCHASTIC[1]),
     "single": Key(NAMES["single"], STOCHASTIC[2], (6, 3)),
-    "unscaled": Key(NAMES["unscaled"], CONSTANT, (2, 2)),
+    "unscaled": Key(NAMES["unscaled"], CONSTANT_COLOUR, (2, 2)),
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.lab.outcomes import Spread
+from stochastic_depth.lab.outcomes import CONSTANT, Spread
 from stochastic_depth.train import Record, Run
 
 
@@ -87,14 +87,14 @@ def first_table(epochs: Sequence[float], found: dict[str, Gradients]) -> Table:
     table.add_column("epoch", justify="right")
     for name in found:
         table.add_column(name, justify="right")
-    others = [name for name in found if name != "constant"]
-    has_ratio = "constant" in found and len(others) == 1
+    others = [name for name in found if name != CONSTANT]
+    has_ratio = CONSTANT in found and len(others) == 1
     if has_ratio:
         table.add_column("ratio", justify="right")
     for at, epoch in enumerate(epochs):
         row = [f"{epoch:g}", *(_small(of_kind.first[at]) for of_kind in found.values())]
         if has_ratio:
-            ratio = found[others[0]].first[at].mean / found["constant"].first[at].mean
+            ratio = found[others[0]].first[at].mean / found[CONSTANT].first[at].mean
             row.append(f"{ratio:.2f}")
         table.add_row(*row)
     return table

@@ -10,23 +10,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from stochastic_depth.choices import at_least
 from stochastic_depth.errors import ConfigError
 
 DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 """Layers of the networks of `bench depth`."""
 NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transformer"]
-
-
-def at_least(minimum: int, **values: int | None) -> None:
-    """Raise an error for numbers below `minimum`; their names are those of options.
-
-    Raises:
-        ConfigError: naming the option and its value.
-    """
-    for name, value in values.items():
-        if value is not None and value < minimum:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} is {value}: it must be at least {minimum}")
 
 
 @dataclass(frozen=True)

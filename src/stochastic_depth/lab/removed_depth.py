@@ -28,7 +28,7 @@ Order = Literal["last", "least needed"]
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """A network without some of its blocks; the others keep their p_l."""
 
     removed: int
@@ -50,7 +50,7 @@ class Curve:
     order: Order
     recalibrated: bool
     """Whether the BatchNorm statistics were measured again after the removal."""
-    points: list[Point]
+    points: list[CurvePoint]
 
 
 def measured_curves(
@@ -71,7 +71,7 @@ def measured_curves(
 
     def parse(found: dict[str, Any]) -> list[Curve]:
         return [
-            Curve(**{**curve, "points": [Point(**point) for point in curve["points"]]})
+            Curve(**{**curve, "points": [CurvePoint(**point) for point in curve["points"]]})
             for curve in found["curves"]
         ]
 
@@ -109,11 +109,11 @@ def curves(
     measured = dict(zip(pruned, zip(of_test, of_validation, strict=True), strict=True))
     seconds = seconds_per_image(network, list(removals), settings.batch, settings.repeats, progress)
 
-    def point(order: Sequence[int], k: int, is_recalibrated: bool) -> Point:
+    def point(order: Sequence[int], k: int, is_recalibrated: bool) -> CurvePoint:
         removed = tuple(sorted(order[:k]))
         test, validation = measured[removed, is_recalibrated]
         left = parameters_without(network, removed)
-        return Point(k, list(removed), test, validation, left, seconds[removed])
+        return CurvePoint(k, list(removed), test, validation, left, seconds[removed])
 
     return [
         Curve(name, is_recalibrated, [point(order, k, is_recalibrated) for k in counts])
@@ -164,7 +164,9 @@ def depth_table(order: Order, of_kinds: dict[str, list[list[Curve]]]) -> Table:
     return table
 
 
-def _points_at(of_kind: list[list[Curve]], order: Order, recalibrated: bool, k: int) -> list[Point]:
+def _points_at(
+    of_kind: list[list[Curve]], order: Order, recalibrated: bool, k: int
+) -> list[CurvePoint]:
     """The point at which `k` blocks are removed, for every run of a kind."""
     return [
         point
@@ -176,5 +178,5 @@ def _points_at(of_kind: list[list[Curve]], order: Order, recalibrated: bool, k: 
     ]
 
 
-def _spread(points: list[Point], figure: Callable[[Point], float]) -> Spread:
+def _spread(points: list[CurvePoint], figure: Callable[[CurvePoint], float]) -> Spread:
     return Spread.of([figure(point) for point in points])

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import (
@@ -32,7 +33,7 @@ from stochastic_depth.train.checkpoint import require_weights_of
 FORMAT = 1
 """The format number of the files of an analysis."""
 
-Analysis = Literal["ensemble", "depth"]
+AnalysisName = Literal["ensemble", "depth"]
 T = TypeVar("T")
 
 
@@ -58,7 +59,7 @@ class RecordedRun:
         """The machine, the versions, the commit and all other fields of `config.json`."""
         return json.loads(read_file(self.run.path / "config.json", SMALL))
 
-    def analysis(self, name: Analysis) -> dict[str, Any] | None:
+    def analysis(self, name: AnalysisName) -> dict[str, Any] | None:
         """The result of `stochastic-depth analyze`; None if it was not run.
 
         Raises:
@@ -174,9 +175,7 @@ class TrainedNetwork:
     step: int
 
 
-def trained(
-    path: Path, data: Path | None = None, which: Literal["best", "last"] = "best"
-) -> TrainedNetwork:
+def trained(path: Path, data: Path | None = None, which: CheckpointName = "best") -> TrainedNetwork:
     """Load the network of a run's checkpoint.
 
     Raises:
@@ -188,12 +187,12 @@ def trained(
     return TrainedNetwork(run, images, model, skippable(model), step)
 
 
-def analysis_path(run: Run, name: Analysis) -> Path:
+def analysis_path(run: Run, name: AnalysisName) -> Path:
     """The path of the result of the analysis `name` of a run."""
     return run.path / "analysis" / f"{name}.json"
 
 
-def write_analysis(run: Run, name: Analysis, found: dict[str, Any]) -> None:
+def write_analysis(run: Run, name: AnalysisName, found: dict[str, Any]) -> None:
     """Write the result of an analysis.
 
     Raises:
@@ -208,7 +207,7 @@ def write_analysis(run: Run, name: Analysis, found: dict[str, Any]) -> None:
 
 
 def read_analysis(
-    run: Run, name: Analysis, settings: dict[str, Any], parse: Callable[[dict[str, Any]], T]
+    run: Run, name: AnalysisName, settings: dict[str, Any], parse: Callable[[dict[str, Any]], T]
 ) -> T | None:
     """An earlier result of an analysis with the same `settings`; None if there is no readable one.
 

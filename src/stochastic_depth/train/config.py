@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-from stochastic_depth.choices import Closed, GateKind, Initialisation, SkippedPolicy
+from stochastic_depth.choices import Closed, GateKind, Initialisation, RuleName, SkippedPolicy
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Steps, Warmup
 
@@ -110,6 +110,25 @@ class ScheduleConfig:
             )
         _finite("schedule", self)
 
+    @property
+    def name(self) -> str:
+        """The kind and the settings that it uses: "early until 0.3 linear"."""
+        words: list[str] = [self.kind]
+        for setting in SETTINGS[self.kind]:
+            value = getattr(self, setting)
+            if setting == "shape":
+                words.append(value)
+            elif isinstance(value, tuple):
+                words += [setting, "/".join(f"{each:g}" for each in value)]
+            else:
+                words += [setting, f"{value:g}"]
+        return " ".join(words)
+
+    def without_unused(self) -> "ScheduleConfig":
+        """The same schedule, with the settings that its kind does not use at their defaults."""
+        used = {setting: getattr(self, setting) for setting in SETTINGS[self.kind]}
+        return ScheduleConfig(self.kind, **used)
+
     def of(self, steps: int) -> Schedule | None:
         """The schedule for a training run of `steps` steps; None where drop rates are constant."""
         until, since, *at = (
@@ -133,11 +152,23 @@ class ScheduleConfig:
                 return None
 
 
+SETTINGS = {
+    "none": (),
+    "warmup": ("until",),
+    "early": ("until", "shape"),
+    "late": ("until",),
+    "decreasing": ("since", "until"),
+    "progressive": ("gamma",),
+    "steps": ("at", "shares"),
+}
+"""The settings that each kind of schedule uses."""
+
+
 @dataclass(frozen=True)
 class SurvivalConfig:
     """Which blocks are dropped in training."""
 
-    rule: Literal["linear", "uniform", "constant"] = "linear"
+    rule: RuleName = "linear"
     """Linear decay from 1 to `final`; `final` for all blocks (uniform); or no stochastic depth
     (constant)."""
     final: float = 0.5

@@ -3,7 +3,7 @@ import timeit
 import torch
 from torch import nn
 
-from stochastic_depth.lab.bench.overhead import NETWORKS, closed_unit_seconds, overhead_steps
+from stochastic_depth.lab.bench.overhead import ALTERNATIVES, closed_unit_seconds, overhead_steps
 from stochastic_depth.lab.bench.workload import PlainResNet, Workload, copy_weights
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.timing import Timing, paired_ratio, take_turns
@@ -20,7 +20,7 @@ def test_the_plain_network_computes_the_same():
 def test_both_take_the_same_training_steps():
     steps = overhead_steps(8, Workload(4, 8, 3, Runtime("cpu", "float32", 1)))
     losses = {name: [step().item() for _ in range(3)] for name, step in steps.items()}
-    assert losses[NETWORKS[0]] == losses[NETWORKS[1]]
+    assert losses[ALTERNATIVES[0]] == losses[ALTERNATIVES[1]]
 
 
 def test_a_closed_unit_costs_a_few_calls_of_a_module_that_returns_its_input(one_thread):

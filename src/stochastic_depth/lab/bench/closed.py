@@ -11,13 +11,14 @@ from stochastic_depth.lab.bench.costs import show_costs, step_costs
 from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, Workload, training_step
 from stochastic_depth.lab.options import ClosedOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay
 from stochastic_depth.train.runtime import Runtime
 
-CONSTANT, SKIPPED, FORWARD_ONLY = "constant depth", "skipped", "forward-only"
+SKIPPED, FORWARD_ONLY = "skipped", "forward-only"
 ADAPTED = {
     "vit-small": ["qkv", "proj", "fc1", "fc2"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],

@@ -25,17 +25,17 @@ from stochastic_depth.survival import Uniform
 from stochastic_depth.timing import paired_ratio, take_turns
 from stochastic_depth.train.runtime import Runtime
 
-NETWORKS = ("without the library", "applied, all gates open")
+ALTERNATIVES = ("without the library", "applied, all gates open")
 
 
 def overhead_steps(depth: int, workload: Workload) -> dict[str, Step]:
-    """One training step of each of `NETWORKS`, on the same weights and images."""
+    """One training step of each of `ALTERNATIVES`, on the same weights and images."""
     channels = workload.channels
     applied, plain = CifarResNet(depth, channels=channels), PlainResNet(depth, channels)
     copy_weights(applied, plain)
     apply(applied, Uniform(1.0))
     steps = map(workload.step, (plain, applied))
-    return dict(zip(NETWORKS, steps, strict=True))
+    return dict(zip(ALTERNATIVES, steps, strict=True))
 
 
 class _Unit(nn.Module):
@@ -74,7 +74,7 @@ def bench(options: OverheadOptions, runtime: Runtime, console: Console) -> dict[
     timed = timings(rounds)
     title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
     console.print(table_of(title, runtime, timed, options.batch))
-    without, applied = NETWORKS
+    without, applied = ALTERNATIVES
     ratio = timed[applied].median / timed[without].median
     paired = paired_ratio(rounds, applied, without)
     low, high = paired.quartiles

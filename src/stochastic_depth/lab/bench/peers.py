@@ -23,6 +23,7 @@ from stochastic_depth.lab.bench.workload import (
     training_step,
 )
 from stochastic_depth.lab.options import NetworkName, PeersOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
@@ -31,7 +32,6 @@ from stochastic_depth.survival import LinearDecay, Uniform, survival_probabiliti
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
 
-CONSTANT = "constant depth"
 OURS = "stochastic-depth"
 
 

@@ -24,13 +24,12 @@ from stochastic_depth.lab.bench.workload import (
     saved_for_backward,
 )
 from stochastic_depth.lab.options import SkipOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import summary
 from stochastic_depth.survival import LinearDecay, Survival, Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
-
-CONSTANT = "constant depth"
 
 
 def alternatives(blocks: int) -> dict[str, tuple[Survival, list[bool] | None]]:

@@ -21,6 +21,7 @@ from stochastic_depth.lab.bench.workload import (
     saved_for_backward,
 )
 from stochastic_depth.lab.options import SteadyOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import library
 from stochastic_depth.surgery import apply
@@ -28,7 +29,7 @@ from stochastic_depth.survival import LinearDecay, Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
 
-CONSTANT, INDEPENDENT, BALANCED = "constant depth", "independent gates", "balanced gates"
+INDEPENDENT, BALANCED = "independent gates", "balanced gates"
 
 
 @dataclass(frozen=True)

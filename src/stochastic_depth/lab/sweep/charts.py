@@ -10,14 +10,14 @@ import altair as alt
 
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered, log_axis
 from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds
-from stochastic_depth.lab.outcomes import RunOutcome, Series, Spread
+from stochastic_depth.lab.outcomes import CONSTANT, RunOutcome, Series, Spread
 from stochastic_depth.lab.sources import RecordedRun, RecordedSweep
-from stochastic_depth.lab.style import CONSTANT, HEAT, STOCHASTIC
+from stochastic_depth.lab.style import CONSTANT_COLOUR, HEAT, STOCHASTIC
 
 KEYS = {
     "linear": Key("linear decay", STOCHASTIC[0]),
     "uniform": Key("uniform", STOCHASTIC[1]),
-    "constant": Key("constant depth", CONSTANT, (6, 3)),
+    "constant": Key(CONSTANT, CONSTANT_COLOUR, (6, 3)),
 }
 """Legend keys, by the name of the rule."""
 
@@ -237,7 +237,7 @@ def _depth_sentence(cells: Cells) -> str:
     return f"{sentence}; the best p_L is {' and '.join(clauses)}."
 
 
-ERROR = Key("test error: a seed each, mean and deviation", CONSTANT)
+ERROR = Key("test error: a seed each, mean and deviation", CONSTANT_COLOUR)
 TIME, PEAK = Key("time of a step", STOCHASTIC[0]), Key("peak memory of a step", STOCHASTIC[1])
 
 

@@ -21,7 +21,7 @@ from stochastic_depth.train import Config, open_run
 from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, versions
 
-CONSTANT = "constant"
+CONSTANT_GATING = "constant"
 FILE = "gates.json"
 """The file in the sweep's folder that is written when the sweep is complete."""
 
@@ -63,7 +63,9 @@ def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[st
     config, survival = sweep.config, sweep.grid.survival[0]
     config = replace(config, survival=replace(config.survival, final=survival))
     runtime = resolve_runtime(config)
-    names = dict.fromkeys((CONSTANT, *sweep.grid.gatings))  # costs are relative to constant depth
+    names = dict.fromkeys(
+        (CONSTANT_GATING, *sweep.grid.gatings)
+    )  # costs are relative to constant depth
     trained = open_run(sweep.path(next(filter(sweep.done, sweep.grid.points()))))
     shape, classes = trained.shape, len(trained.classes)
     costs = step_costs(
@@ -83,7 +85,7 @@ def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[st
             "test_errors": [outcome.test_error_best.mean for outcome in outcomes],
             "test_errors_last": [outcome.test_error_last.mean for outcome in outcomes],
             "step": asdict(costs[name]),
-            "relative": asdict(costs[name].relative_to(costs[CONSTANT])),
+            "relative": asdict(costs[name].relative_to(costs[CONSTANT_GATING])),
         }
     return {
         "title": describe(config),
