@@ -109,6 +109,7 @@ def test_the_version(capsys):
         (["analyze", "activ"], "did you mean active?"),
         (["bench", "peer"], "did you mean peers"),
         (["eval"], "RUN"),
+        (["train", "digits", "--run", "--help"], "Missing value for argument '--run'"),
         (["compare", "digits-constant"], "constant depth already"),
         (["train", "--resume", "nowhere", "--epochs", "9"], "a run cannot be extended"),
         (["train", "--resume", "nowhere", "--seed=1"], "--seed cannot be given with --resume"),

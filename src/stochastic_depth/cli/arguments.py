@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import field, make_dataclass
 from functools import cache, partial
 from io import BytesIO, TextIOWrapper
@@ -301,8 +301,12 @@ def _written_help(call: Callable[[], object]) -> tuple[str, str]:
     """The first line and the boxes of the help that a call of tyro prints."""
     written = TextIOWrapper(BytesIO(), encoding=sys.stdout.encoding)
     written.isatty = sys.stdout.isatty  # which decides about colours
-    with redirect_stdout(written), suppress(SystemExit):
-        call()
+    try:
+        with redirect_stdout(written):
+            call()
+    except SystemExit as exit:
+        if exit.code:  # what is wrong is printed already, to the standard error
+            raise
     written.seek(0)
     usage, _, boxes = written.read().partition("\n")
     return usage, boxes.lstrip("\n")
