@@ -13,6 +13,7 @@ import pytest
 from stochastic_depth import __version__
 from stochastic_depth.cli import COMMANDS, main, spin_count
 from stochastic_depth.cli.analyze import QUESTIONS
+from stochastic_depth.cli.arguments import _docstrings
 from stochastic_depth.cli.bench import BENCHMARKS
 from stochastic_depth.cli.sweep import OPTIONS
 from stochastic_depth.errors import MissingExtraError
@@ -67,6 +68,19 @@ def test_help_without_a_recipe_names_the_options_and_where_all_of_them_are(comma
     assert main([*command.split(), "digits", "--help"]) == 0
     page = capsys.readouterr().out
     assert all(f" {option} " in page for option in named)
+
+
+def test_without_source_code_commands_work_and_options_have_no_text(monkeypatch, capsys):
+    def none(_):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("inspect.getsource", none)
+    _docstrings.cache_clear()
+    try:
+        assert main(["train", "digits", "--help"]) == 0
+    finally:
+        _docstrings.cache_clear()
+    assert "--survival.final FLOAT" in capsys.readouterr().out
 
 
 def test_a_recipe_keeps_its_name(capsys):

@@ -78,6 +78,7 @@ def _options(asked: StructTypeInfo) -> StructConstructorSpec | None:
 
 
 NONE = re.compile(r" \(none: ([^)]*)\)")
+"""How docstrings say what None stands for."""
 
 
 def _told(kind: type) -> dict[str, str]:
@@ -91,9 +92,13 @@ def _told(kind: type) -> dict[str, str]:
 
 @cache
 def _docstrings(module: str) -> dict[str, dict[str, str]]:
-    """The docstrings of fields, by class and field."""
+    """The docstrings of fields, by class and field; none where there is no source to read."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except OSError:
+        return found
+    for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef):
             found[node.name] = {
                 field.target.id: " ".join(text.split())
