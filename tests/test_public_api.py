@@ -73,7 +73,6 @@ def test_all_is_sorted_and_complete(module: types.ModuleType) -> None:
     aliases = {n for n in module.__all__ if typing.get_origin(getattr(module, n)) is not None}
     assert module.__all__ == sorted(module.__all__)
     assert set(module.__all__) - aliases == public - aliases
-    assert all(hasattr(module, name) for name in module.__all__)
 
 
 @modules
@@ -105,19 +104,20 @@ def test_every_error_is_of_the_one_tree() -> None:
     assert [name for name in sd.__all__ if name.endswith("Error")] == []  # one place for each
 
 
-LABORATORY = {"analysis", "bench", "block_program", "cli", "lab", "recipes", "report", "train"}
+BLOCK_PROGRAM = "stochastic_depth.block_program."
+"""Its blocks and sums are pieces of a program, named as what they compute."""
 
 
 def test_no_two_classes_of_the_library_share_a_name() -> None:
     places: dict[str, set[str]] = {}
     for module in pkgutil.walk_packages(sd.__path__, "stochastic_depth."):
-        if module.name.split(".")[1] in LABORATORY:
+        if module.name.startswith(BLOCK_PROGRAM):
             continue
         spec = module.module_finder.find_spec(module.name, None)  # pyright: ignore
         for node in ast.parse(spec.loader.get_source(module.name)).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, set()).add(module.name)
-    assert len(places) > 50
+    assert len(places) > 150
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 

@@ -3,6 +3,9 @@ import runpy
 from pathlib import Path
 
 from stochastic_depth.cli import COMMANDS
+from stochastic_depth.cli.analyze import QUESTIONS
+from stochastic_depth.cli.bench import BENCHMARKS
+from stochastic_depth.cli.sweep import OPTIONS
 from stochastic_depth.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +35,10 @@ def test_every_recipe_and_no_other_is_in_the_table_of_recipes():
 
 
 def test_every_command_is_shown():
-    shown = re.findall(r"^stochastic-depth (\w+)", COMMANDS_PAGE, re.MULTILINE)
-    assert set(shown) == set(COMMANDS)
+    shown = re.findall(r"^stochastic-depth (\w+) +(\w*)", COMMANDS_PAGE, re.MULTILINE)
+    assert {command for command, _ in shown} == set(COMMANDS)
+    for command, choices in (("analyze", QUESTIONS), ("bench", BENCHMARKS), ("sweep", OPTIONS)):
+        assert {name for found, name in shown if found == command} == set(choices)
 
 
 def test_the_files_it_points_to_exist():

@@ -37,20 +37,17 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "YOLO_CONFIG_DIR": "/tmp", "TOKENIZERS_PAR
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torchvision compiles what it computes of regions
 
 import torch
+from coverage_builders import BUILDERS, DRAWN, LARGE, TOO_LARGE, drawn, not_tried
+from coverage_oracle import Claim, Watch, counted, matched, missed, tensors, within
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-if torch.version.cuda is None:  # torchvision's wheels miss two operators on a CPU build of torch
-    _operators = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from coverage_builders import BUILDERS, DRAWN, LARGE, TOO_LARGE, drawn, not_tried
-from coverage_oracle import Claim, Watch, counted, matched, missed, tensors, within
-
 import stochastic_depth as sd
+from stochastic_depth.extras import import_torchvision
 from stochastic_depth.surgery.applied import applied_to
+
+import_torchvision()  # before libraries that need it
 
 SECONDS, WALL, BYTES = 120, 900, 6 << 30
 """What one model may take: seconds of processor time and of the clock, and memory."""

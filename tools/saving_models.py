@@ -20,15 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-if torch.version.cuda is None:  # torchvision's wheels miss two operators on a CPU build of torch
-    _operators = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 from torch import nn
 
 import stochastic_depth as sd
+from stochastic_depth.extras import import_torchvision
 from stochastic_depth.models.published import published
 from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.example import caller
@@ -46,6 +41,8 @@ PUBLISHED = {
 DEPTH, WIDTH = 8, 384
 SUBSET = ("timm/vit_small_patch16_224", 16)
 ROUNDS = 9
+
+import_torchvision()  # before libraries that need it
 
 
 def dit() -> tuple[nn.Module, Any]:

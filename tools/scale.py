@@ -103,10 +103,21 @@ def data_parallel(network: Network, survival: Sequence[float], machine: Machine,
     return forward + max(2 * forward, machine.collective(sent, gpus, calls)), sent
 
 
-def sharded(network: Network, survival: Sequence[float], machine: Machine, gpus: int):
-    """As FSDP2: bfloat16 parameters gathered in both passes, float32 gradients scattered."""
-    parameters, flops, open_blocks = network.expected(survival)
-    passed_on, calls = (gpus - 1) / gpus, open_blocks + 1
+def sharded(
+    network: Network,
+    survival: Sequence[float],
+    machine: Machine,
+    gpus: int,
+    sent: Sequence[float] | None = None,
+) -> tuple[float, float]:
+    """As FSDP2: bfloat16 parameters gathered in both passes, float32 gradients scattered.
+
+    Args:
+        sent: the probabilities with which each block communicates, if not those of `survival`.
+    """
+    _, flops, _ = network.expected(survival)
+    parameters, _, blocks = network.expected(survival if sent is None else sent)
+    passed_on, calls = (gpus - 1) / gpus, blocks + 1
     gathered, scattered = passed_on * 2 * parameters, passed_on * 4 * parameters
     forward = flops / (machine.flops * network.efficiency)
     seconds = max(forward, machine.collective(gathered, gpus, calls)) + max(
@@ -135,27 +146,13 @@ def table(network: Network, way, machine: Machine) -> list[str]:
             calls = 4 * network.expected(constant)[0] / 25e6
             all_sent = forward + max(2 * forward, machine.collective(sent, gpus, calls))
         else:
-            all_sent = sharded_but_not_skipped(network, stochastic, machine, gpus)
+            all_sent, _ = sharded(network, stochastic, machine, gpus, sent=constant)
         lines.append(
             f"| {gpus:,} | {sent / 1e9:.2f} | {still_sent / 1e9:.2f} | "
             f"{100 * (1 - still_sent / sent):.1f} % | {1e3 * before:.0f} | {1e3 * after:.0f} | "
             f"{100 * (1 - after / before):.1f} % | {100 * (1 - all_sent / before):.1f} % |"
         )
     return [*lines, ""]
-
-
-def sharded_but_not_skipped(
-    network: Network, survival: Sequence[float], machine: Machine, gpus: int
-) -> float:
-    """Seconds of a step in which closed blocks compute nothing and communicate all the same."""
-    whole, _, _ = network.expected([1.0] * len(network.blocks))
-    _, flops, _ = network.expected(survival)
-    passed_on, calls = (gpus - 1) / gpus, len(network.blocks) + 1
-    gathered, scattered = passed_on * 2 * whole, passed_on * 4 * whole
-    forward = flops / (machine.flops * network.efficiency)
-    return max(forward, machine.collective(gathered, gpus, calls)) + max(
-        2 * forward, machine.collective(gathered + scattered, gpus, 2 * calls)
-    )
 
 
 def main() -> None:

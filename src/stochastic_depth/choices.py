@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from stochastic_depth.errors import ConfigError
+
 GateKind = Literal["batch", "sample", "subset"]
 """One coin for each block and mini-batch (the paper); or one for each block and sample, by which
 the branch is masked ("sample") or runs on the drawn samples only ("subset")."""
@@ -21,3 +23,25 @@ None."""
 Initialisation = Literal["zero-gain", "he"]
 """The initial state of a residual network: every block equals its shortcut, or the original papers'
 initialisation."""
+
+RuleName = Literal["linear", "uniform", "constant"]
+"""A survival rule in a configuration: linear decay, one probability for all blocks, or no
+stochastic depth."""
+
+CheckpointName = Literal["best", "last"]
+"""The checkpoint of the lowest validation error, or the newest."""
+
+SweepKind = Literal["survival", "depth", "gates"]
+"""What a sweep varies: p_L and rules, p_L and depths, or ways of gating."""
+
+
+def at_least(minimum: int, **values: int | None) -> None:
+    """Raise an error for numbers below `minimum`; their names are those of options.
+
+    Raises:
+        ConfigError: naming the option and its value.
+    """
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} is {value}: it must be at least {minimum}")

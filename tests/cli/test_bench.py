@@ -5,13 +5,21 @@ import pytest
 
 from stochastic_depth import __version__
 from stochastic_depth.cli import main
+from stochastic_depth.cli.bench import BENCHMARKS
+from stochastic_depth.lab.bench.engines import DESIGNS
+from stochastic_depth.lab.options import EngineOptions, StepOptions
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
 ]
 
-SMALL = ["--batch", "4", "--device", "cpu", "--precision", "float32"]
+SMALL = ["--batch", "4"]
+ON_CPU = ["--device", "cpu", "--precision", "float32"]
+CLOCKS = dict.fromkeys(BENCHMARKS, "perf_counter") | dict.fromkeys(
+    ("skip", "steady", "closed", "dinov2", "peers", "engines"), "process_time"
+)
+"""By which clock each times its steps on one thread of a CPU."""
 
 
 @pytest.fixture
@@ -22,6 +30,8 @@ def bench(tmp_path, monkeypatch, capsys):
     def run(*arguments, repeats=3):
         out = tmp_path / "result.json"
         command = ["bench", *arguments, *SMALL, "--repeats", str(repeats), "--out", str(out)]
+        if issubclass(BENCHMARKS[arguments[0]], StepOptions):
+            command += ON_CPU
         assert main(command) == 0
         printed = capsys.readouterr().out
         assert max(map(len, printed.splitlines())) <= 80
@@ -32,6 +42,11 @@ def bench(tmp_path, monkeypatch, capsys):
         assert result["versions"]["stochastic-depth"] == __version__
         assert result["machine"]["threads"] == 1
         assert result["settings"]["repeats"] == repeats
+        assert result["clock"] == CLOCKS[arguments[0]]
+        assert (result["execution"]["precision"], result["execution"]["device"]) == (
+            "float32",
+            "cpu",
+        )
         return printed, result
 
     return run
@@ -40,15 +55,54 @@ def bench(tmp_path, monkeypatch, capsys):
 def test_overhead(bench):
     printed, result = bench("overhead", "--depth", "8", "--size", "16")
     assert "cost of the library" in printed
+    assert "engine eager: autograd takes the steps" in " ".join(printed.split())
+    assert (result["execution"]["engine"], result["execution"]["kernels"]) == (
+        "eager",
+        "reference",
+    )
     assert all(len(seconds) == 3 for seconds in result["seconds"].values())
 
 
-@pytest.mark.parametrize("name", ["closed", "dinov2", "pictures"])
-def test_networks_without_a_block_program_are_not_said_to_have_one(name, capsys):
-    assert main(["bench", name, "--engine", "graphs"]) == 2
-    assert "--engine is graphs: there is no block program for this network" in (
-        " ".join(capsys.readouterr().err.split())
-    )
+def test_only_what_an_engine_takes_has_the_option():
+    with_engine = {name for name, kind in BENCHMARKS.items() if issubclass(kind, EngineOptions)}
+    assert with_engine == {"skip", "peers", "depth", "data", "profile", "pictures", "busy"}
+    assert [n for n, kind in BENCHMARKS.items() if not issubclass(kind, StepOptions)] == [
+        "distributed"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("peers --network vit-small --engine graphs", "autograd takes the steps of vit-small"),
+        ("pictures --engine graphs", "compiled"),
+        ("profile --engine compiled", "graphs"),
+        ("overhead --engine graphs", "engine"),
+        ("distributed --device cuda", "device"),
+        ("peers --rate 1", "--rate is 1.0: a drop rate is at least 0 and below 1"),
+        ("depth --deepest 20", "--deepest is 20: the first depth is 20"),
+    ],
+)
+def test_an_option_that_cannot_be_met_is_a_wrong_command_line(arguments, said, capsys):
+    assert main(["bench", *arguments.split()]) == 2
+    shown = capsys.readouterr()
+    assert said in " ".join((shown.out + shown.err).split())
+
+
+def test_steady(bench):
+    printed, result = bench("steady", "--depth", "8", "--size", "8")
+    assert result["execution"]["engine"] == "eager"
+    assert "engine eager: autograd takes the steps" in " ".join(printed.split())
+    assert result["alternatives"].keys() == {
+        "constant depth",
+        "independent gates",
+        "balanced gates",
+    }
+
+
+def test_busy(bench):
+    _, result = bench("busy", "--depth", "8", "--size", "8", repeats=2)
+    assert result["seconds"].keys() == {"quiet", "one core busy"}
 
 
 def test_skip(bench):
@@ -138,6 +192,8 @@ def test_engines(bench, monkeypatch):
     printed, result = bench("engines", "--depth", "8", "--size", "16")
     assert "graphs, PyTorch's kernels" in printed
     assert result["seconds"].keys() >= {"eager 100 %", "eager 50 %"}
+    assert result["designs"]["eager"] == {"engine": "eager", "kernels": "reference"}
+    assert {*result["designs"], *result["missing"]} == {*DESIGNS}
     for name, reason in result["missing"].items():
         assert name in printed
         assert reason

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -5,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 
 from stochastic_depth import __version__
 from stochastic_depth.cli import COMMANDS, main, spin_count
+from stochastic_depth.cli.analyze import QUESTIONS
+from stochastic_depth.cli.arguments import _docstrings
+from stochastic_depth.cli.bench import BENCHMARKS
+from stochastic_depth.cli.sweep import OPTIONS
 from stochastic_depth.errors import MissingExtraError
 from stochastic_depth.recipes import RECIPES
 
@@ -29,12 +34,60 @@ def test_without_a_command_the_commands_are_told(capsys):
     assert all(f"• {command} " in shown for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command, capsys):
-    assert main([command, "--help"]) == 0
+PAGES = [
+    *([command] for command in COMMANDS),
+    *(["analyze", question] for question in QUESTIONS),
+    *(["bench", benchmark] for benchmark in BENCHMARKS),
+    *(["sweep", kind] for kind in OPTIONS),
+    *(["sweep", kind, "digits"] for kind in OPTIONS),
+    *([command, recipe] for command in ("train", "compare") for recipe in RECIPES),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=" ".join)
+def test_every_page_of_help_fills_eighty_columns_and_no_more(page, capsys):
+    assert main([*page, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines).startswith(f"usage: stochastic-depth {' '.join(page)} ")
+    assert max(map(len, lines)) <= 80
+    assert not any("(none:" in line and "(default: None)" in line for line in lines)
+    boxes = [line[1:-1].rstrip() for line in lines if len(line) == 80 and line[0] in "│ "]
+    for line, following in pairwise(boxes):
+        at = len(following) - len(following.lstrip())
+        if at > 3 and line[at - 2 : at] == "  " and line[at:].strip():  # one description
+            assert len(line) + 1 + len(following.split()[0]) > 77, (line, following)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "sweep survival", "sweep gates"])
+def test_help_without_a_recipe_names_the_options_and_where_all_of_them_are(command, capsys):
+    assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
-    assert f"stochastic-depth {command}" in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    assert f"Options: stochastic-depth {command} RECIPE --help\n" in shown
+    named = re.findall(r"--[a-z.-]+", shown.partition("Those used most: ")[2])
+    assert len(named) >= 7
+    assert main([*command.split(), "digits", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert all(f" {option} " in page for option in named)
+
+
+def test_without_source_code_commands_work_and_options_have_no_text(monkeypatch, capsys):
+    def none(_):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("inspect.getsource", none)
+    _docstrings.cache_clear()
+    try:
+        assert main(["train", "digits", "--help"]) == 0
+    finally:
+        _docstrings.cache_clear()
+    assert "--survival.final FLOAT" in capsys.readouterr().out
+
+
+def test_a_recipe_keeps_its_name(capsys):
+    assert main(["train", "digits", "--recipe", "cifar10-resnet110"]) == 2
+    capsys.readouterr()
+    main(["train", "digits", "--help"])
+    assert "--recipe" not in capsys.readouterr().out
 
 
 def test_the_help_of_a_recipe_tells_defaults_and_units(capsys):
@@ -70,6 +123,15 @@ def test_the_version(capsys):
         (["analyze", "activ"], "did you mean active?"),
         (["bench", "peer"], "did you mean peers"),
         (["eval"], "RUN"),
+        (["train", "digits", "--run", "--help"], "Missing value for argument '--run'"),
+        (["compare", "digits-constant"], "constant depth already"),
+        (["train", "--resume", "nowhere", "--epochs", "9"], "a run cannot be extended"),
+        (["train", "--resume", "nowhere", "--seed=1"], "--seed cannot be given with --resume"),
+        (["export", "nowhere", "--depth", "2"], "--depth is 2.0: it must be above 0"),
+        (["export", "nowhere", "--elastic", "--format", "onnx"], "--elastic keeps all blocks"),
+        (["predict", "nowhere", "picture.png", "--depth", "0"], "--depth is 0.0"),
+        (["bench", "depth", "--deepest", "10"], "--deepest is 10"),
+        (["recipes", "digits", "garbage"], "garbage is too much"),
     ],
 )
 def test_a_typo_is_met_with_a_suggestion_and_exit_code_2(arguments, hint, capsys):
@@ -85,11 +147,9 @@ def test_a_typo_is_met_with_a_suggestion_and_exit_code_2(arguments, hint, capsys
         (["train", "digits", "--model.depth", "9"], "depth=9"),
         (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
         (["eval", "nowhere"], "nowhere is not a run folder"),
-        (["compare", "digits-constant"], "constant depth already"),
         (["predict", "nowhere.onnx", "picture.png"], "nowhere.onnx does not exist"),
         (["report", "nowhere"], "nowhere holds no run"),
         (["analyze", "active", "nowhere"], "nowhere is not a run folder"),
-        (["train", "--resume", "nowhere", "--epochs", "9"], "a run cannot be extended"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(arguments, shown, capsys):
@@ -127,6 +187,7 @@ sys.exit(code)
         (["train", "digits", "--help"], 0),
         (["train", "digits", "--epoch", "3"], 2),
         (["train", "digits", "--survival.final", "1.5"], 2),
+        (["bench", "depth", "--deepest", "10"], 2),
         (["bench", "peers", "--help"], 0),
         (["eval", "nowhere"], 1),
         (["export", "nowhere"], 1),
@@ -148,11 +209,24 @@ def test_threads_that_wait_give_their_core_back(monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     main(["--version"])
     assert os.environ["GOMP_SPINCOUNT"] == spin_count()
-    on_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    assert spin_count() == ("1000" if on_intel else "10000")
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     main(["--version"])
     assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("processor", "count"),
+    [("vendor_id: GenuineIntel", "1000"), ("vendor_id: AuthenticAMD", "10000"), (None, "10000")],
+)
+def test_threads_look_less_often_where_a_look_takes_longer(processor, count, monkeypatch):
+    def opened(path):
+        assert path == "/proc/cpuinfo"
+        if processor is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(processor)
+
+    monkeypatch.setattr("builtins.open", opened)
+    assert spin_count() == count
 
 
 def test_train_prints_a_line_for_each_epoch_and_then_the_errors(tmp_path, capsys):

@@ -105,7 +105,7 @@ def test_any_value_in_a_configuration_is_taken_as_it_is_or_refused(data, counts)
 OPTIONS = [
     "--epochs", "--seed", "--model.depth", "--survival.final", "--survival.rule", "--data.root",
     "--optimizer.milestones", "--optimizer.learning-rate", "--data.augment", "--run", "--quiet",
-    "--data.download", "--evaluate-every", "--precision", "--help", "--", "-", "--no-quiet",
+    "--data.download", "--evaluate-every", "--precision", "--help", "--", "-", "--data.no-download",
 ]  # fmt: skip
 WORDS = [
     "0",
@@ -134,7 +134,7 @@ WORDS = [
 def test_any_command_line_is_understood_or_refused(arguments, counts, capsys):
     counts["command lines understood or refused"] += 1
     try:
-        begun = parse_recipe("train", "", ["digits", *arguments], Begin)
+        begun = parse_recipe("train", "", ["digits", *arguments], Begin, ())
     except (SystemExit, StochasticDepthError):
         return
     assert isinstance(begun.config, Config)

@@ -11,16 +11,7 @@ from stochastic_depth.cli import main
 from stochastic_depth.data import load
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, begin, fit
-
-
-class Silent:
-    """A `Progress` that says nothing."""
-
-    def begin(self, run, training): ...
-    def step(self, training, loss): ...
-    def evaluating(self): ...
-    def record(self, record): ...
-    def say(self, text): ...
+from stochastic_depth.train.display import SILENT
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +20,7 @@ def trained(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "run"
     config = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=3)
     run, images = begin(config, path)
-    assert len(list(fit(run, images, Silent()))) == 3
+    assert len(list(fit(run, images, SILENT))) == 3
     return path
 
 

@@ -137,20 +137,20 @@ def test_an_elastic_file_gives_what_it_measured_at_every_depth(elastic, trained,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shown"),
+    ("arguments", "code", "shown"),
     [
-        (["--depth", "0"], "--depth is 0.0"),
-        (["--depth", "1.5"], "--depth is 1.5"),
-        (["--elastic", "--format", "onnx"], "--elastic"),
-        (["--elastic", "--depth", "0.5"], "--elastic"),
-        (["--out", "nowhere/net.safetensors"], "nowhere/net.safetensors"),
+        (["--depth", "0"], 2, "--depth is 0.0"),
+        (["--depth", "1.5"], 2, "--depth is 1.5"),
+        (["--elastic", "--format", "onnx"], 2, "--elastic"),
+        (["--elastic", "--depth", "0.5"], 2, "--elastic"),
+        (["--out", "nowhere/net.safetensors"], 1, "nowhere/net.safetensors"),
     ],
 )
 def test_what_cannot_be_exported_is_an_error_of_one_line(
-    arguments, shown, trained, capsys, monkeypatch
+    arguments, code, shown, trained, capsys, monkeypatch
 ):
     monkeypatch.chdir(trained.parent)
-    assert main(["export", str(trained), *arguments]) == 1
+    assert main(["export", str(trained), *arguments]) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert shown in error

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import stochastic_depth as sd
-from stochastic_depth.integrations import metrics
+from stochastic_depth.integrations import _on_device_of, metrics
 from stochastic_depth.models import CifarResNet
 
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
@@ -77,6 +77,34 @@ def test_the_saved_state_is_json_and_another_one_is_refused(tmp_path):
     (tmp_path / FILE).unlink()
     with pytest.raises(sd.errors.CheckpointError, match=f"{FILE} is missing"):
         Loop().accelerator.load_state(str(tmp_path))
+
+
+def test_one_process_writes_the_file_and_what_was_there_outlives_a_failure(tmp_path, monkeypatch):
+    loop = Loop()
+    loop.train(0, 2)
+    loop.accelerator.save_state(str(tmp_path))
+    before = (tmp_path / FILE).read_bytes()
+    loop.train(2, 4)
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", full)
+        with pytest.raises(sd.errors.RunError, match=f"{FILE} could not be written"):
+            loop.accelerator.save_state(str(tmp_path))
+    assert (tmp_path / FILE).read_bytes() == before
+    monkeypatch.setattr(accelerate.Accelerator, "is_main_process", False)
+    loop.accelerator.save_state(str(tmp_path))
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_an_example_is_moved_to_the_device_of_the_model_whatever_holds_its_tensors():
+    example = {"pixels": [IMAGES[0], (IMAGES[1],)], "scale": 2}
+    moved = _on_device_of(torch.nn.Linear(2, 2, device="meta"), example)
+    assert {moved["pixels"][0].device.type, moved["pixels"][1][0].device.type} == {"meta"}
+    assert moved["scale"] == 2
+    assert example["pixels"][0].device.type == "cpu"
 
 
 def test_a_model_without_stochastic_depth_is_refused():

@@ -7,15 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from stochastic_depth.choices import SweepKind
 from stochastic_depth.lab.comparison import train_pairs
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.page import write_report
 from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.sweep.folder import Grid, open_sweep
+from stochastic_depth.lab.sweep.gates import FILE
+from stochastic_depth.lab.sweep.workers import train_point
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.train import Config, ModelConfig, OptimizerConfig, SurvivalConfig, begin, fit
-from stochastic_depth.train.display import Display
+from stochastic_depth.train import ModelConfig, OptimizerConfig
+from support.runs import unseen
 
 SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=2)
 """Six blocks, two epochs."""
@@ -32,8 +35,7 @@ def pairs(tmp_path_factory):
         epochs=4,
         engine="eager",
     )
-    display = Display(Console(quiet=True), quiet=True)
-    return train_pairs(config, [0], tmp_path_factory.mktemp("trained"), display, lambda: None)
+    return train_pairs(config, [0], tmp_path_factory.mktemp("trained"), unseen(), lambda: None)
 
 
 @pytest.fixture
@@ -59,10 +61,13 @@ def hostile(compared, tmp_path_factory) -> tuple[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def page(compared, survival_sweep, depth_sweep, benchmark_file, tmp_path_factory) -> Path:
+def page(
+    compared, survival_sweep, depth_sweep, gates_sweep, benchmark_file, tmp_path_factory
+) -> Path:
     """A report of everything."""
     out = tmp_path_factory.mktemp("page") / "report.html"
-    made = write_report([compared, survival_sweep, depth_sweep, benchmark_file], out)
+    sources = [compared, survival_sweep, depth_sweep, gates_sweep, benchmark_file]
+    made = write_report(sources, out)
     assert made.missing == ()
     return out
 
@@ -75,20 +80,11 @@ def hostile_page(hostile, tmp_path_factory) -> Path:
     return out
 
 
-def train(config: Config, path: Path) -> Path:
-    run, images = begin(config, path)
-    with Display(Console(quiet=True), quiet=True) as display:
-        for _ in fit(run, images, display.show()):
-            pass
-    return path
-
-
 @pytest.fixture(scope="session")
 def compared(tmp_path_factory) -> Path:
     """A folder as `compare` leaves it, two seeds, with every analysis."""
     folder = tmp_path_factory.mktemp("compared")
-    with Display(Console(quiet=True), quiet=True) as display:
-        runs = train_pairs(SMALL, [0, 1], folder, display, lambda: None)
+    runs = train_pairs(SMALL, [0, 1], folder, unseen(), lambda: None)
     for kind, of_kind in runs.items():
         for seed, run in enumerate(of_kind):
             _described_anew(run.journal, kind == "constant", seed)
@@ -102,32 +98,37 @@ def compared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def survival_sweep(tmp_path_factory) -> Path:
     """Linear decay and uniform at two p_L, and constant depth."""
-    settings = [(rule, final) for rule in ("linear", "uniform") for final in (0.5, 1.0)]
-    configs = {
-        f"{rule}-{final}": replace(SMALL, epochs=1, survival=SurvivalConfig(rule, final))
-        for rule, final in (*settings, ("constant", 0.5))
-    }
-    rules = ["linear", "uniform", "constant"]
-    grid = {"rules": rules, "survival": [0.5, 1.0], "depths": [14], "seeds": [0]}
-    return _sweep(tmp_path_factory.mktemp("survival"), "survival", grid, configs)
+    grid = Grid(("linear", "uniform", "constant"), (0.5, 1.0), (14,), (0,))
+    return _swept(tmp_path_factory.mktemp("survival"), "survival", grid)
 
 
 @pytest.fixture(scope="session")
 def depth_sweep(tmp_path_factory) -> Path:
     """Two depths at two p_L; one of the names is hostile."""
-    configs = {
-        f"{depth}-{final}": replace(
-            SMALL,
-            epochs=1,
-            model=ModelConfig(depth=depth),
-            survival=SurvivalConfig("linear", final),
-        )
-        for depth in (8, 14)
-        for final in (0.5, 1.0)
+    folder = _swept(
+        tmp_path_factory.mktemp("depth"), "depth", Grid(("linear",), (0.5, 1.0), (8, 14), (0,))
+    )
+    runs = folder / "runs"
+    (runs / "linear-0.5-depth8-seed0").rename(runs / HOSTILE.replace("/", ""))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gates_sweep(tmp_path_factory) -> Path:
+    """Constant depth and one coin a batch, with their costs."""
+    gatings = {"constant": 1.0, "batch": 0.8}
+    grid = Grid(("linear",), (0.5,), (14,), (0,), tuple(gatings))
+    folder = _swept(tmp_path_factory.mktemp("gates"), "gates", grid)
+    rows = {
+        name: {
+            "test_errors": [5.0],
+            "relative": dict.fromkeys(("seconds", "flops", "kept", "peak_kept"), share),
+        }
+        for name, share in gatings.items()
     }
-    configs[HOSTILE.replace("/", "")] = configs.pop("8-0.5")
-    grid = {"rules": ["linear"], "survival": [0.5, 1.0], "depths": [8, 14], "seeds": [0]}
-    return _sweep(tmp_path_factory.mktemp("depth"), "depth", grid, configs)
+    result = {"title": "ResNet-14 on digits", "p_L": 0.5, "gatings": rows}
+    (folder / FILE).write_text(json.dumps(result))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -153,11 +154,10 @@ def experiment(compared) -> Experiment:
     return found
 
 
-def _sweep(folder: Path, kind: str, grid: dict, configs: dict[str, Config]) -> Path:
-    for name, config in configs.items():
-        train(config, folder / "runs" / name)
-    described = {"format": 1, "kind": kind, "grid": grid, "recipe": "digits"}
-    (folder / "sweep.json").write_text(json.dumps(described))
+def _swept(folder: Path, kind: SweepKind, grid: Grid) -> Path:
+    sweep = open_sweep(folder, kind, grid, replace(SMALL, epochs=1))
+    for point in grid.points():
+        train_point(sweep, point, lambda: None)
     return folder
 
 

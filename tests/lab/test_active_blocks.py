@@ -17,6 +17,7 @@ from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import survival_probabilities
 from stochastic_depth.train import ModelConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.config import ScheduleConfig
+from stochastic_depth.train.display import SILENT
 
 PROBABILITIES = st.lists(st.floats(0.01, 1), min_size=1, max_size=7)
 
@@ -71,15 +72,10 @@ def run_of(path, silent, survival, epochs=3):
     return run
 
 
-class Silent:
-    def __getattr__(self, name):
-        return lambda *_: None
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_under_a_schedule_the_distribution_is_the_mean_over_the_steps(tmp_path):
     schedule = ScheduleConfig("warmup", until=0.5)
-    run = run_of(tmp_path / "run", Silent(), SurvivalConfig(final=0.2, schedule=schedule))
+    run = run_of(tmp_path / "run", SILENT, SurvivalConfig(final=0.2, schedule=schedule))
     final = np.array([11 / 15, 7 / 15, 3 / 15])
     rows = [
         stats.poisson_binom(1 - min(1, step / 15) * (1 - final)).pmf(range(4)) for step in range(30)

@@ -64,7 +64,7 @@ def opened(browser):
 def test_every_figure_is_drawn_and_nothing_is_wider_than_the_page(page, opened, width):
     tab = opened(page, width)
     figures = tab.locator("figure")
-    assert figures.count() == 10
+    assert figures.count() == 11
     drawn = tab.evaluate(
         """() => [...document.querySelectorAll("figure")].map((figure) => {
           const drawings = [...figure.querySelectorAll(".drawing svg")];

@@ -1,24 +1,22 @@
+import json
 import statistics
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from stochastic_depth.errors import ConfigError
-from stochastic_depth.lab.comparison import compare, train_pairs
+from stochastic_depth.lab.comparison import compared, train_pairs, write_comparison
 from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
-from stochastic_depth.train.display import Display
+from support.runs import unseen
 
 SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=2)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    display = Display(Console(quiet=True), quiet=True)
-    return train_pairs(SMALL, [3, 4], tmp_path_factory.mktemp("pairs"), display, lambda: None)
+    return train_pairs(SMALL, [3, 4], tmp_path_factory.mktemp("pairs"), unseen(), lambda: None)
 
 
 def test_spread_is_mean_and_sample_deviation():
@@ -35,22 +33,18 @@ def test_the_twins_differ_in_the_survival_rule_alone(runs):
         assert replace(constant.config, survival=stochastic.config.survival) == stochastic.config
 
 
-def test_figures_are_those_of_the_journals(runs):
-    comparison = compare(runs)
+def test_figures_are_those_of_the_journals(runs, tmp_path):
+    write_comparison(tmp_path / "comparison.json", compared(runs), runs)
+    found = json.loads((tmp_path / "comparison.json").read_text())["comparison"]
     last = [run.records()[-1].test_error for run in runs["stochastic"]]
-    assert comparison.stochastic.test_error_last.mean == pytest.approx(np.mean(last))
-    assert comparison.blocks == 6
-    assert comparison.expected_active_blocks == pytest.approx((3 * 6 - 1) / 4)
-    assert comparison.constant.active_blocks == Spread(6.0, 0.0)
+    assert found["stochastic"]["test_error_last"]["mean"] == pytest.approx(np.mean(last))
+    assert found["blocks"] == 6
+    assert found["expected_active_blocks"] == pytest.approx((3 * 6 - 1) / 4)
+    assert found["constant"]["active_blocks"] == {"mean": 6.0, "deviation": 0.0}
     medians = {
         kind: statistics.median(r.seconds for run in runs[kind] for r in run.records())
         for kind in runs
     }
     saving = 1 - medians["stochastic"] / medians["constant"]
-    assert comparison.saving_measured == pytest.approx(saving)
-    assert 0.15 < comparison.saving_expected < 0.3
-
-
-def test_constant_depth_has_no_twin(tmp_path):
-    with pytest.raises(ConfigError, match="constant depth already"):
-        train_pairs(RECIPES["digits-constant"](), [0], tmp_path, None, lambda: None)
+    assert found["saving_measured"] == pytest.approx(saving)
+    assert 0.15 < found["saving_expected"] < 0.3

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stochastic_depth.lab.active_blocks import active_blocks_figure, drop_rates_figure
+from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_rates_figure
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure, _ticks
 from stochastic_depth.lab.drawing import file_svg
-from stochastic_depth.lab.ensemble import ensemble_figure
-from stochastic_depth.lab.gradients import block_gradients
-from stochastic_depth.lab.removed_depth import removed_blocks
+from stochastic_depth.lab.ensemble_chart import ensemble_figure
+from stochastic_depth.lab.gradients_chart import block_gradients
+from stochastic_depth.lab.removed_depth_chart import removed_blocks
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep import charts
 from stochastic_depth.lab.training_curves import training_curves, training_time

@@ -70,9 +70,9 @@ def test_runs_that_differ_in_their_seed_alone_are_of_one_kind(two, pairs, tmp_pa
     constant, milder = pairs["constant"][0], SurvivalConfig(final=0.8)
     mild = run_with(two[0], tmp_path / "mild", [], survival=milder)
     assert grouped([*two, constant, mild]) == {
-        "linear 0.5": two,
-        "constant": [constant],
-        "linear 0.8": [mild],
+        "linear decay to 0.5": two,
+        "constant depth": [constant],
+        "linear decay to 0.8": [mild],
     }
     deeper = run_with(two[0], tmp_path / "deeper", [], model=ModelConfig(depth=20))
     assert list(grouped([*two, deeper])) == ["a", "deeper"]

@@ -6,19 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 from stochastic_depth.lab import comparison
-from stochastic_depth.lab.comparison import (
-    FEWEST_EPOCHS,
-    Pace,
-    epochs_of,
-    measure_pace,
-    train_pairs,
-)
+from stochastic_depth.lab.comparison import compared, train_pairs
+from stochastic_depth.lab.pace import FEWEST_EPOCHS, Pace, epochs_of, measure_pace
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
-from stochastic_depth.train.display import Display
+from support.runs import unseen
 
 SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=8), epochs=1)
 
@@ -61,13 +55,12 @@ def test_measuring_takes_steps_with_one_thread_and_with_all_and_leaves_the_bette
 
 
 def test_no_seed_is_begun_that_would_end_too_late_and_a_later_call_goes_on(tmp_path):
-    display = Display(Console(quiet=True), quiet=True)
     assert epochs_of(tmp_path, SMALL, [0, 1]) is None
-    first = train_pairs(SMALL, [0, 1], tmp_path, display, lambda: None, time.monotonic())
+    first = train_pairs(SMALL, [0, 1], tmp_path, unseen(), lambda: None, time.monotonic())
     assert [run.config.seed for run in first["constant"]] == [0]
     assert epochs_of(tmp_path, replace(SMALL, epochs=20), [0, 1]) == 1
     later = time.monotonic() + 1e6
-    second = train_pairs(SMALL, [0, 1], tmp_path, display, lambda: None, later)
+    second = train_pairs(SMALL, [0, 1], tmp_path, unseen(), lambda: None, later)
     assert [run.config.seed for run in second["stochastic"]] == [0, 1]
     assert [run.id for run in first["constant"]] == [run.id for run in second["constant"][:1]]
 
@@ -111,14 +104,13 @@ def test_no_epoch_is_begun_that_would_end_too_late_when_the_machine_gets_slower(
 
 
 def test_what_was_cut_short_is_compared_as_far_as_it_came_and_goes_on(tmp_path):
-    display = Display(Console(quiet=True), quiet=True)
     two = replace(SMALL, epochs=2)
-    first = train_pairs(two, [0, 1], tmp_path, display, lambda: None, time.monotonic())
+    first = train_pairs(two, [0, 1], tmp_path, unseen(), lambda: None, time.monotonic())
     assert {kind: [len(run.records()) for run in of] for kind, of in first.items()} == {
         "constant": [1],
         "stochastic": [1],
     }
-    assert comparison.compare(first).constant.test_error_last.deviation is None
-    again = train_pairs(two, [0], tmp_path, display, lambda: None, time.monotonic() + 1e6)
+    assert compared(first).series[0].outcome.test_error_last.deviation is None
+    again = train_pairs(two, [0], tmp_path, unseen(), lambda: None, time.monotonic() + 1e6)
     assert [len(run.records()) for of in again.values() for run in of] == [2, 2]
     assert all(run.weights.exists() for of in again.values() for run in of)

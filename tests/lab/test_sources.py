@@ -27,7 +27,7 @@ def test_a_sweep_is_under_way_until_every_point_is_finished_or_failed(survival_s
     folder = tmp_path / "sweep"
     shutil.copytree(survival_sweep, folder)
     assert not read_sources([folder]).under_way
-    run = folder / "runs" / "uniform-0.5"
+    run = folder / "runs" / "uniform-0.5-depth14-seed0"
     (run / "model.safetensors").unlink()
     assert read_sources([folder]).under_way
     (run / "failed.txt").write_text("the loss is not finite at step 3")

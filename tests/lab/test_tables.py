@@ -152,7 +152,11 @@ def test_a_difference_is_said_with_what_chance_does(experiment):
     [
         (0.0123, "12.3 ms"),
         (18.71, "18.7 s"),
+        (99.96, "1 min 40 s"),
+        (119.6, "2 min 00 s"),
         (205, "3 min 25 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.9, "1 h 00 min"),
         (3600 * 15 + 420, "15 h 07 min"),
     ],
 )

@@ -5,9 +5,10 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from stochastic_depth.cli import main
 from stochastic_depth.errors import RunError
@@ -15,7 +16,7 @@ from stochastic_depth.lab.page import COMMANDS, REFRESH, report, watch_report, w
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, begin, fit
-from stochastic_depth.train.display import Display
+from stochastic_depth.train.display import SILENT
 
 ADDRESSES = {"href", "xlink:href", "src", "srcset", "action", "formaction", "data", "poster"}
 
@@ -44,9 +45,9 @@ def html(page) -> str:
 
 def test_every_figure_is_on_the_page_in_two_widths_with_its_sentence_and_its_data(html):
     ids = re.findall(r'<figure id="([^"]+)">', html)
-    assert len(ids) == len(set(ids)) == 10
-    assert len(re.findall(r"<svg[^>]* viewBox", html)) == 20
-    assert html.count('class="sentence"') == 10
+    assert len(ids) == len(set(ids)) == 11
+    assert len(re.findall(r"<svg[^>]* viewBox", html)) == 22
+    assert html.count('class="sentence"') == 11
     assert "NaN" not in html
     assert "undefined" not in html
     for data in re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)"', html):
@@ -57,7 +58,7 @@ def test_every_figure_is_on_the_page_in_two_widths_with_its_sentence_and_its_dat
 
 def test_the_page_asks_nothing_of_a_network(html):
     elements = Elements(html)
-    assert len(elements.addresses) == 11
+    assert len(elements.addresses) == 12
     assert all(address.startswith("data:") for address in elements.addresses)
     assert not {"iframe", "object", "embed", "img", "image", "use"} & elements.tags
     (style,) = re.findall("<style>(.*?)</style>", html, re.DOTALL)
@@ -121,18 +122,17 @@ def test_a_watched_report_is_written_anew_until_every_run_is_finished(tmp_path):
     config = replace(RECIPES["digits"](), model=ModelConfig(depth=8), epochs=2)
     run, images = begin(config, tmp_path / "runs" / "one")
     out = tmp_path / "report.html"
-    with Display(Console(quiet=True), quiet=True) as display:
-        training = fit(run, images, display.show())
-        next(training)
-        watching = watch_report([tmp_path / "runs"], out, every=0.05)
-        next(watching)
-        assert f'data-refresh="{REFRESH}"' in out.read_text()
-        assert "1 of 2 epochs" in out.read_text()
-        next(training)
-        next(watching)
-        assert f'data-refresh="{REFRESH}"' in out.read_text()
-        assert list(training) == []
-        assert len(list(watching)) == 1
+    training = fit(run, images, SILENT)
+    next(training)
+    watching = watch_report([tmp_path / "runs"], out, every=0.05)
+    next(watching)
+    assert f'data-refresh="{REFRESH}"' in out.read_text()
+    assert "1 of 2 epochs" in out.read_text()
+    next(training)
+    next(watching)
+    assert f'data-refresh="{REFRESH}"' in out.read_text()
+    assert list(training) == []
+    assert len(list(watching)) == 1
     assert "data-refresh" not in out.read_text()
     assert "finished" in out.read_text()
 
@@ -150,7 +150,19 @@ def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_p
     assert out.read_text() == "before"
 
 
-def test_the_command_of_every_figure_that_can_be_missing_is_known(compared, survival_sweep):
+ALWAYS = {"training-curves", "training-time", "drop-rates", "gradient-strength"}
+"""Figures that need no command of their own: the journals of any runs hold what they draw."""
+
+
+def test_every_figure_that_can_be_missing_has_a_command():
+    folder = resources.files("stochastic_depth.lab")
+    sources = [path.read_text() for path in Path(str(folder)).rglob("*.py")]
+    ids = {id for source in sources for id in re.findall(r'\bid="([a-z-]+)"', source)}
+    of_inspect = {"open-and-closed", "cost-of-blocks"}
+    assert ids - of_inspect - ALWAYS == set(COMMANDS)
+
+
+def test_the_commands_of_missing_figures_are_told(compared):
     ids = {
         figure.id
         for section in report(read_sources([compared])).sections

@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from stochastic_depth.train import Interrupted, Record, begin, fit, reopen
 from stochastic_depth.train.checkpoint import load_checkpoint
+from stochastic_depth.train.display import Display
 
 CLOCK = {"seconds", "images_per_second", "peak_memory"}
 STATE = {"run": "a", "step": 7, "weights": torch.arange(50.0), "nested": [1, {"x": None}]}
@@ -17,6 +19,11 @@ STATE = {"run": "a", "step": 7, "weights": torch.arange(50.0), "nested": [1, {"x
 def finish(path, config, watch):
     run, images = begin(config, path)
     return run, list(fit(run, images, watch))
+
+
+def unseen():
+    """A display that shows nothing, for runs in pairs."""
+    return Display(Console(quiet=True), quiet=True)
 
 
 def without_clock(records):

@@ -18,7 +18,7 @@ from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import LinearDecay
 from stochastic_depth.train import Config, ModelConfig, Record, Run, SurvivalConfig, open_run
 from stochastic_depth.train.config import DistributedConfig
-from stochastic_depth.train.display import RunView
+from stochastic_depth.train.display import SILENT
 from support.ranks import report
 from support.runs import assert_same_end, finish, interrupted_and_resumed
 
@@ -37,13 +37,8 @@ def config(gate: str = "batch", **distributed: bool) -> Config:
     )
 
 
-class Silent(RunView):
-    def __init__(self) -> None:
-        super().__init__("", lambda _: None)
-
-
 def trained(path: Path, config: Config) -> tuple[Run, list[Record]]:
-    return finish(path, config, Silent())
+    return finish(path, config, SILENT)
 
 
 def same_counts_and_close_losses(records: Sequence[Record], path: Path) -> None:
@@ -79,7 +74,7 @@ def subset_gates_and_batch_normalisation_over_ranks_are_refused_together() -> No
 def a_run_with_gates_by_rank_goes_on_bit_for_bit(folder: Path) -> None:
     by_rank = config(rank_gates=True)
     run, records = trained(folder / "by-rank", by_rank)
-    other = interrupted_and_resumed(folder / "in-parts", by_rank, Silent(), stops=[3, 7])
+    other = interrupted_and_resumed(folder / "in-parts", by_rank, SILENT, stops=[3, 7])
     if dist.get_rank() == 0:
         assert_same_end(run, other)
     survival = tuple(LinearDecay(FINAL)(block, BLOCKS) for block in range(1, BLOCKS + 1))

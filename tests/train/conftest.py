@@ -7,25 +7,22 @@ import pytest
 
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import Config, DataConfig, ModelConfig, SurvivalConfig, begin, fit
+from stochastic_depth.train.display import SILENT, Silent
 
 
-class Silent:
-    """A `Callback` that remembers what it was shown."""
+class Remembering(Silent):
+    """A `Callback` that remembers what it was told."""
 
     def __init__(self):
         self.said = []
 
-    def begin(self, run, training): ...
-    def step(self, training, loss): ...
-    def evaluating(self): ...
-    def record(self, record): ...
     def say(self, text):
         self.said.append(text)
 
 
 @pytest.fixture
 def silent():
-    return Silent()
+    return Remembering()
 
 
 @pytest.fixture(scope="session")
@@ -52,5 +49,5 @@ def finished(small, tmp_path_factory) -> Path:
     """A run that has ended, to be copied."""
     path = tmp_path_factory.mktemp("finished") / "run"
     run, images = begin(small, path)
-    assert list(fit(run, images, Silent()))
+    assert list(fit(run, images, SILENT))
     return path

@@ -6,7 +6,7 @@ import torch
 import stochastic_depth
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train import Config
-from stochastic_depth.train.runtime import has_bfloat16, machine, resolve_runtime, versions
+from stochastic_depth.train.runtime import machine, resolve_runtime, versions
 
 
 def test_auto_takes_a_gpu_if_there_is_one():
@@ -14,9 +14,18 @@ def test_auto_takes_a_gpu_if_there_is_one():
     assert resolve_runtime(Config()).device == kind
 
 
-def test_auto_takes_bfloat16_where_the_processor_has_it():
-    chosen = resolve_runtime(Config(device="cpu")).precision
-    assert chosen == ("bfloat16" if has_bfloat16("cpu") else "float32")
+@pytest.mark.parametrize(
+    ("processor", "precision"),
+    [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bfloat16"),
+        ({"avx512_f": True}, "float32"),
+        ({}, "float32"),  # versions of PyTorch that cannot tell
+    ],
+)
+def test_auto_takes_bfloat16_where_the_processor_has_it(processor, precision, monkeypatch):
+    monkeypatch.setattr("stochastic_depth.train.runtime._processor", lambda: processor)
+    assert resolve_runtime(Config(device="cpu")).precision == precision
 
 
 def test_what_is_asked_for_is_taken():

@@ -24,11 +24,11 @@ COMMANDS = {
     "eval": "test error of a run's network",
     "compare": "a recipe against its constant-depth twin, over seeds",
     "analyze": "gradients, active blocks, the ensemble, removed blocks",
-    "sweep": "a recipe over a grid: p_L and survival rules, or p_L and depths",
+    "sweep": "a recipe over a grid: p_L and rules, p_L and depths, or gatings",
     "report": "tables and figures of runs, on one page",
     "export": "a run's network as a plain file, at full or lower depth",
     "predict": "what a run's or an exported network sees in pictures",
-    "bench": "what skipping saves, against others, and what the library costs",
+    "bench": "time and memory that skipping saves, against other libraries",
     "inspect": "what can be skipped in a model, and what that saves",
     "recipes": "the published results that can be reproduced",
 }

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from stochastic_depth.cli.arguments import choose, parse, require_run
+from stochastic_depth.choices import CheckpointName, at_least
+from stochastic_depth.cli.arguments import Flag, choose, parse, require_run
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.extras import require
-from stochastic_depth.lab.options import RemovedDepthOptions, at_least
+from stochastic_depth.lab.options import RemovedDepthOptions
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Analysis:
+class Question:
     """One question about finished or unfinished runs."""
 
     runs: Annotated[
@@ -43,15 +43,15 @@ class Analysis:
 
 
 @dataclass(frozen=True)
-class NetworkAnalysis(Analysis):
+class NetworkQuestion(Question):
     """A question that needs the trained networks, not only their journals."""
 
-    checkpoint: Literal["best", "last"] = "best"
+    checkpoint: CheckpointName = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where their data is now (none: where it was)."""
-    again: bool = False
-    """Measure again, even if there is a result with the same settings."""
+    again: Flag = False
+    """Measure the networks again, even if their folders have a result with the same settings."""
 
     def networks(self, runs: list["Run"]) -> Iterator["TrainedNetwork"]:
         """The trained networks, one at a time."""
@@ -62,7 +62,7 @@ class NetworkAnalysis(Analysis):
 
 
 @dataclass(frozen=True)
-class GradientStrength(Analysis):
+class GradientStrength(Question):
     """Mean absolute gradients over training and over depth; reads only journals."""
 
     epochs: tuple[float, ...] = ()
@@ -88,7 +88,7 @@ class GradientStrength(Analysis):
 
 
 @dataclass(frozen=True)
-class Active(Analysis):
+class Active(Question):
     """How many blocks were active, against the exact distribution; reads only journals."""
 
     def print(self, console: "PlainConsole") -> None:
@@ -106,7 +106,7 @@ class Active(Analysis):
 
 
 @dataclass(frozen=True)
-class Ensemble(NetworkAnalysis):
+class Ensemble(NetworkQuestion):
     """Test error and calibration of the full network and of sampled subnetworks."""
 
     subnetworks: int = 64
@@ -142,7 +142,7 @@ class Ensemble(NetworkAnalysis):
 
 
 @dataclass(frozen=True)
-class Depth(NetworkAnalysis):
+class RemovedDepth(NetworkQuestion):
     """Test error, parameters and time without the last blocks, or without the least needed ones."""
 
     settings: Annotated[RemovedDepthOptions, tyro.conf.arg(name="")] = field(
@@ -173,7 +173,7 @@ QUESTIONS = {
     "gradients": GradientStrength,
     "active": Active,
     "ensemble": Ensemble,
-    "depth": Depth,
+    "depth": RemovedDepth,
 }
 
 
@@ -188,8 +188,7 @@ def analyze(arguments: list[str]) -> int:
 
     console = PlainConsole()
     with console.starting():
-        require("altair", "report")
-        import stochastic_depth.lab.charts  # noqa: F401
+        import torch  # noqa: F401
     asked.print(console)
     return 0
 

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from stochastic_depth.cli.arguments import choose, parse
 from stochastic_depth.lab.options import (
@@ -12,6 +13,7 @@ from stochastic_depth.lab.options import (
     DepthOptions,
     Dinov2Options,
     DistributedOptions,
+    EngineOptions,
     EnginesOptions,
     OverheadOptions,
     PeersOptions,
@@ -19,54 +21,65 @@ from stochastic_depth.lab.options import (
     ProfileOptions,
     SkipOptions,
     SteadyOptions,
+    StepOptions,
 )
 
-BENCHMARKS: dict[str, tuple[type[BenchOptions], str]] = {
-    "overhead": (OverheadOptions, "skipping.overhead"),
-    "skip": (SkipOptions, "skipping.skip"),
-    "steady": (SteadyOptions, "steadiness.bench_steady"),
-    "closed": (ClosedOptions, "closed.bench_closed"),
-    "dinov2": (Dinov2Options, "dinov2.bench_dinov2"),
-    "peers": (PeersOptions, "peers.bench_peers"),
-    "depth": (DepthOptions, "depth.bench_depth"),
-    "engines": (EnginesOptions, "engines.bench_engines"),
-    "distributed": (DistributedOptions, "distributed.bench_distributed"),
-    "data": (DataOptions, "data.bench_data"),
-    "profile": (ProfileOptions, "engines.bench_profile"),
-    "pictures": (PicturesOptions, "data.bench_pictures"),
-    "busy": (BusyOptions, "steadiness.bench_busy"),
+if TYPE_CHECKING:
+    from stochastic_depth.train.runtime import Runtime
+
+BENCHMARKS: dict[str, type[BenchOptions]] = {
+    "overhead": OverheadOptions,
+    "skip": SkipOptions,
+    "steady": SteadyOptions,
+    "closed": ClosedOptions,
+    "dinov2": Dinov2Options,
+    "peers": PeersOptions,
+    "depth": DepthOptions,
+    "engines": EnginesOptions,
+    "distributed": DistributedOptions,
+    "data": DataOptions,
+    "profile": ProfileOptions,
+    "pictures": PicturesOptions,
+    "busy": BusyOptions,
 }
-"""The options of each benchmark, and the function of the laboratory that measures it."""
+"""The options of each benchmark; the module of its name in `lab.bench` measures it."""
 
 
 def bench(arguments: list[str]) -> int:
     about = "Time alternatives in turns, in one process."
-    summaries = {
-        name: str(options.__doc__).splitlines()[0] for name, (options, _) in BENCHMARKS.items()
-    }
+    summaries = {name: str(kind.__doc__).splitlines()[0] for name, kind in BENCHMARKS.items()}
     name, rest = choose("stochastic-depth bench", about, "benchmark", summaries, arguments)
-    options, where = BENCHMARKS[name]
-    asked = parse(options, f"bench {name}", rest, summaries[name])
+    asked = parse(BENCHMARKS[name], f"bench {name}", rest, summaries[name])
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()
     with console.starting():
         from stochastic_depth.lab.bench.results import write_json
-        from stochastic_depth.train.config import Config, DataConfig
-        from stochastic_depth.train.runtime import resolve_runtime
 
-        module, function = where.split(".")
-        measure = getattr(importlib.import_module(f"stochastic_depth.lab.bench.{module}"), function)
-    # Images have the size of CIFAR's unless another size is asked for.
-    data = DataConfig(name="cifar10", size=getattr(asked, "size", None))
-    runtime = resolve_runtime(
-        Config(data=data, device=asked.device, precision=asked.precision, engine=asked.engine)
-    )
-    if asked.engine == "auto" and not asked.has_block_program:
-        because = "there is no block program for this network"
-        runtime = replace(runtime, engine="eager", kernels="reference", engine_because=because)
+        measured = importlib.import_module(f"stochastic_depth.lab.bench.{name}")
+    runtime = _runtime(asked)
     console.print(runtime.described())
-    result = measure(asked, runtime, console)
+    result = measured.bench(asked, runtime, console)
     if asked.out is not None:
         write_json(asked.out, asked, runtime, result)
     return 0
+
+
+def _runtime(asked: BenchOptions) -> "Runtime":
+    """Where and how the steps of a benchmark are taken: by autograd, if it has no engine."""
+    from stochastic_depth.train.config import Config, DataConfig
+    from stochastic_depth.train.runtime import resolve_runtime
+
+    # Images have the size of CIFAR's unless another size is asked for.
+    config = Config(data=DataConfig(name="cifar10", size=getattr(asked, "size", None)))
+    if not isinstance(asked, StepOptions):
+        config = replace(config, device="cpu", precision="float32")
+    else:
+        config = replace(config, device=asked.device, precision=asked.precision)
+    if not isinstance(asked, EngineOptions):
+        because = "autograd takes the steps of this benchmark"
+    elif asked.engine == "auto" and not asked.has_block_program:
+        because = "there is no block program for this network"
+    else:
+        return resolve_runtime(replace(config, engine=asked.engine))
+    return replace(resolve_runtime(replace(config, engine="eager")), engine_because=because)

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from stochastic_depth.cli.arguments import parse, require_run
-from stochastic_depth.errors import ConfigError, ExportError, RunError
-from stochastic_depth.lab.options import at_least
+from stochastic_depth.choices import CheckpointName, at_least
+from stochastic_depth.cli.arguments import Flag, parse, require_run
+from stochastic_depth.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from stochastic_depth.export.load import Description
     from stochastic_depth.export.truncate import Dropped
-
-Checkpoint = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,22 @@ class Export:
     """safetensors, torch (torch.export, .pt2), or onnx; all accept batches of any size."""
     depth: float = 1.0
     """The share of blocks to keep; those that validation needs least are removed."""
-    elastic: bool = False
+    elastic: Flag = False
     """Keep all blocks, store the order in which they can be left out (predict --depth chooses), and
     measure error and cost at each depth; for safetensors only."""
-    checkpoint: Checkpoint = "best"
+    checkpoint: CheckpointName = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where its data is now (none: where it was)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The file to write (none: named as the run, in the current folder)."""
+
+    def check(self) -> None:
+        _check_share(self.depth)
+        if self.elastic and (self.format != "safetensors" or self.depth < 1):
+            raise ConfigError(
+                "--elastic keeps all blocks, in a safetensors file: leave out --depth and --format"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Predict:
     """The share of blocks to run, for a file that was exported with --elastic."""
     top: int = 3
     """How many classes to show for each picture."""
-    checkpoint: Checkpoint = "best"
+    checkpoint: CheckpointName = "best"
     """For a run folder: the checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """For a run folder: where its data is now (none: where it was)."""
@@ -64,17 +69,17 @@ class Predict:
     def check(self) -> None:
         if not self.pictures:
             raise ConfigError("no IMAGE is given: name one picture or several")
+        _check_share(self.depth)
         at_least(1, top=self.top)
+
+
+def _check_share(depth: float) -> None:
+    if not 0 < depth <= 1:
+        raise ConfigError(f"--depth is {depth}: it must be above 0 and at most 1, a share")
 
 
 def export(arguments: list[str]) -> int:
     asked = parse(Export, "export", arguments)
-    if not 0 < asked.depth <= 1:
-        raise ExportError(f"--depth is {asked.depth}: it must be above 0 and at most 1, a share")
-    if asked.elastic and (asked.format != "safetensors" or asked.depth < 1):
-        raise ExportError(
-            "--elastic keeps all blocks, in a safetensors file: leave out --depth and --format"
-        )
     require_run(asked.run)
     from stochastic_depth.cli.console import PlainConsole
 

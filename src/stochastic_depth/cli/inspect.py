@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from stochastic_depth.cli.arguments import parse
+from stochastic_depth.choices import at_least
+from stochastic_depth.cli.arguments import Flag, parse
 from stochastic_depth.errors import ApplyError, ConfigError, ExampleError, StochasticDepthError
 from stochastic_depth.extras import require
-from stochastic_depth.lab.options import at_least
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +44,7 @@ class Inspect:
     """Modules to leave as they are, by name."""
     repeats: int = 5
     """Rounds of timing."""
-    plan_only: bool = False
+    plan_only: Flag = False
     """Build only the structure, without storage: print the blocks, and run nothing."""
     report: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write a page here, with the blocks as a picture, the cost of each, what drop rates would save

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import tyro
 
-from stochastic_depth.cli.arguments import parse
+from stochastic_depth.cli.arguments import Flag, parse
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportOptions:
     """Errors, times, savings, and all figures for which there is data, on one page."""
 
     runs: Annotated[
@@ -25,7 +25,7 @@ class Report:
     """The page."""
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Also write every figure as PNG and SVG, and its data as CSV, into this folder."""
-    watch: tyro.conf.FlagCreatePairsOff[bool] = False
+    watch: Flag = False
     """Write the page again whenever a run has progressed, until all are finished."""
 
     def check(self) -> None:
@@ -34,7 +34,7 @@ class Report:
 
 
 def report(arguments: list[str]) -> int:
-    asked = parse(Report, "report", arguments)
+    asked = parse(ReportOptions, "report", arguments)
     for path in asked.runs:
         if not path.exists():
             raise RunError(

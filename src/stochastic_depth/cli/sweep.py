@@ -3,14 +3,14 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from stochastic_depth.cli.arguments import choose, parse_recipe
+from stochastic_depth.choices import RuleName, SweepKind, at_least
+from stochastic_depth.cli.arguments import Flag, choose, parse_recipe, understood
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.extras import require
-from stochastic_depth.lab.options import at_least
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train.config import Config
 
@@ -18,20 +18,24 @@ if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
     from stochastic_depth.lab.sweep.folder import Grid, Sweep
 
-Kind = Literal["survival", "depth", "gates"]
-Rule = Literal["linear", "uniform", "constant"]
 
 ABOUT = """Train a recipe at every point of a grid, from several seeds.
 
 The same command again, on this machine or on another that shares the folder,
 joins in. Whatever is killed, the others go on with; nothing is trained twice.
 """
-KINDS: dict[Kind, str] = {
-    "survival": "p_L for linear decay and uniform, and the constant-depth line",
-    "depth": "p_L against depth",
-    "gates": "ways of gating at equal rates, and constant depth",
+KINDS: dict[SweepKind, str] = {
+    "survival": "values of p_L for linear decay and uniform, and constant depth",
+    "depth": "values of p_L at several depths",
+    "gates": "every way of gating at equal rates, and constant depth",
 }
-SWEPT: dict[Kind, dict[str, str]] = {
+COMMON: dict[SweepKind, tuple[str, ...]] = {
+    "survival": ("--survival FLOAT...", "--rules RULE...", "--model.depth INT"),
+    "depth": ("--survival FLOAT...", "--depths INT..."),
+    "gates": ("--survival FLOAT", "--gatings GATING...", "--model.depth INT"),
+}
+"""The options of each sweep that are used most."""
+SWEPT: dict[SweepKind, dict[str, str]] = {
     "survival": {"--survival.final": "--survival", "--survival.rule": "--rules"},
     "depth": {"--survival.final": "--survival", "--model.depth": "--depths"},
     "gates": dict.fromkeys(
@@ -53,21 +57,24 @@ class Options:
     """Processes that train at the same time (1, where seconds are to be compared)."""
     threads: int | None = None
     """Threads of each worker (none: the processor's, divided among the workers)."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder for the runs (none: runs/sweep-KIND-RECIPE)."""
-    quiet: bool = False
+    quiet: Flag = False
     """Print only the table."""
 
     def check(self) -> None:
         at_least(1, seeds=self.seeds, workers=self.workers, threads=self.threads)
+        for final in self.survival:
+            if not 0 < final <= 1:
+                raise ConfigError(f"--survival has {final}: it must be above 0 and at most 1")
 
     def chosen_seeds(self) -> tuple[int, ...]:
         return tuple(range(self.config.seed, self.config.seed + self.seeds))
 
 
 @dataclass(frozen=True)
-class Survival(Options):
-    rules: tuple[Rule, ...] = ("linear", "uniform", "constant")
+class SurvivalSweep(Options):
+    rules: tuple[RuleName, ...] = ("linear", "uniform", "constant")
     """Survival rules; constant depth has no p_L and is trained once for each seed."""
 
     def grid(self) -> "Grid":
@@ -77,7 +84,7 @@ class Survival(Options):
 
 
 @dataclass(frozen=True)
-class Depth(Options):
+class DepthSweep(Options):
     depths: tuple[int, ...] = (20, 38, 56, 74, 92, 110)
     """Weighted layers of the networks."""
 
@@ -91,7 +98,7 @@ class Depth(Options):
 
 
 @dataclass(frozen=True)
-class Gates(Options):
+class GatesSweep(Options):
     survival: tuple[float, ...] = (0.5,)
     """The values of p_L."""
     gatings: tuple[str, ...] = tuple(gatings(Config()))
@@ -114,7 +121,7 @@ class Gates(Options):
         return Grid((rule,), self.survival, (depth,), self.chosen_seeds(), self.gatings)
 
 
-def _compare_gatings(sweep: "Sweep", asked: Gates, console: "PlainConsole") -> None:
+def _compare_gatings(sweep: "Sweep", asked: GatesSweep, console: "PlainConsole") -> None:
     """Measure what a step of each gating costs, and show the cost beside the errors."""
     from stochastic_depth.lab.sweep.gates import gates_table, gating_results, write_results
 
@@ -130,10 +137,10 @@ def _compare_gatings(sweep: "Sweep", asked: Gates, console: "PlainConsole") -> N
         write_whole(asked.plot, file_png(figure.title, figure))
 
 
-OPTIONS: dict[Kind, type[Survival | Depth | Gates]] = {
-    "survival": Survival,
-    "depth": Depth,
-    "gates": Gates,
+OPTIONS: dict[SweepKind, type[SurvivalSweep | DepthSweep | GatesSweep]] = {
+    "survival": SurvivalSweep,
+    "depth": DepthSweep,
+    "gates": GatesSweep,
 }
 
 
@@ -142,19 +149,23 @@ def sweep(arguments: list[str]) -> int:
     for argument in rest:
         option = argument.split("=")[0]
         if option in SWEPT[kind]:
-            raise ConfigError(f"{option} is swept: give {SWEPT[kind][option]} instead")
-    about = f"{ABOUT}\nThe grid is {KINDS[kind]}."
-    asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind])
+            with understood():
+                raise ConfigError(f"{option} is swept: give {SWEPT[kind][option]} instead")
+    about = f"{ABOUT}\nThe grid has {KINDS[kind]}."
+    common = *COMMON[kind], "--seeds INT", "--workers INT", "--out DIR"
+    asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind], common)
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()
     with console.starting():
-        if isinstance(asked, Gates) and asked.plot is not None:
+        if isinstance(asked, GatesSweep) and asked.plot is not None:
             for module in ("altair", "vl_convert"):
                 require(module, "report")
         from stochastic_depth.lab.sweep.folder import open_sweep
     folder = asked.out or Path("runs") / f"sweep-{kind}-{asked.config.recipe}"
-    opened = open_sweep(folder, kind, asked.grid(), asked.config)
+    with understood():
+        grid = asked.grid()
+    opened = open_sweep(folder, kind, grid, asked.config)
     return _run(opened, asked, console, shlex.join(["sweep", *arguments]))
 
 
@@ -162,14 +173,14 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
     import torch
 
     from stochastic_depth.lab.formatting import counted
-    from stochastic_depth.lab.sweep.progress import Progress, sweep_table
+    from stochastic_depth.lab.sweep.progress import SweepProgress, sweep_table
     from stochastic_depth.lab.sweep.workers import Workers, claimed
     from stochastic_depth.train.fit import StopSignals
 
     threads = asked.threads or max(1, torch.get_num_threads() // asked.workers)
     with (
         StopSignals() as stop,
-        Progress(sweep, console, asked.quiet) as progress,
+        SweepProgress(sweep, console, asked.quiet) as progress,
         Workers(sweep, asked.workers, threads) as workers,
     ):
         known = 0
@@ -185,7 +196,7 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
     for point in failed:
         console.say(f"{point.name} failed: {sweep.failure(point)}")
     left = sum(not sweep.ended(point) for point in points)
-    if isinstance(asked, Gates) and not left and len(failed) < len(points) and not stop():
+    if isinstance(asked, GatesSweep) and not left and len(failed) < len(points) and not stop():
         _compare_gatings(sweep, asked, console)
     else:
         console.print(sweep_table(sweep))

@@ -3,17 +3,25 @@
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from stochastic_depth.cli.arguments import choose, described, parse, parse_recipe, require_run
+from stochastic_depth.choices import CheckpointName, at_least
+from stochastic_depth.cli.arguments import (
+    Flag,
+    choose,
+    described,
+    parse,
+    parse_recipe,
+    require_run,
+    understood,
+)
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
-from stochastic_depth.lab.options import at_least
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train.config import Config
 
@@ -25,7 +33,6 @@ if TYPE_CHECKING:
     from stochastic_depth.train import Interrupted, Run
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
-Checkpoint = Literal["best", "last"]
 
 TRAIN = """Train one network; everything is written to one run folder.
 
@@ -43,10 +50,10 @@ RECIPES_ABOUT = "List the recipes, or show one: source, command, published resul
 @dataclass(frozen=True)
 class Begin:
     config: Annotated[Config, tyro.conf.arg(name="")]
-    run: Path | None = None
+    run: Folder = None
     """The run folder (none: runs/RECIPE, or the first of runs/RECIPE-2, ... that does not
     exist)."""
-    quiet: bool = False
+    quiet: Flag = False
     """Print nothing."""
 
 
@@ -56,7 +63,7 @@ class Resume:
     """Resume this run from its newest checkpoint, with the configuration it began with."""
     data: Folder = None
     """With --resume: where its data is now (none: where it was)."""
-    quiet: bool = False
+    quiet: Flag = False
     """Print nothing."""
 
 
@@ -67,22 +74,26 @@ class Compare:
     """How many seeds, from `seed` on."""
     minutes: float | None = None
     """About how long it may take. On a slow machine fewer seeds or epochs are then trained."""
-    out: Path | None = None
+    out: Folder = None
     """The folder for the runs, the picture and the JSON (none: runs/compare-RECIPE)."""
-    quiet: bool = False
+    quiet: Flag = False
     """Print only the table."""
 
     def check(self) -> None:
         at_least(1, seeds=self.seeds)
         if self.minutes is not None and not self.minutes > 0:
             raise ConfigError(f"--minutes is {self.minutes}: it must be above 0")
+        if self.config.survival.rule == "constant":
+            raise ConfigError(
+                f"{self.config.recipe} has constant depth already: compare a stochastic one"
+            )
 
 
 @dataclass(frozen=True)
 class Evaluate:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run folder."""
-    checkpoint: Checkpoint = "best"
+    checkpoint: CheckpointName = "best"
     """The checkpoint of the lowest validation error, or the newest."""
     data: Folder = None
     """Where its data is now (none: where it was)."""
@@ -90,14 +101,25 @@ class Evaluate:
 
 def train(arguments: list[str]) -> int:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
-        asked = _parse_resume(arguments)
+        with understood():
+            _check_resume(arguments)
+        asked = parse(Resume, "train", arguments)
+        assert asked.resume is not None
+        require_run(asked.resume)
         return _joined(lambda console: _resume(asked, console), asked.quiet)
-    begun = parse_recipe("train", TRAIN, arguments, Begin, Resume)
+    begun = parse_recipe(
+        "train",
+        TRAIN,
+        arguments,
+        Begin,
+        ("--run DIR", "--model.depth INT", "--survival.final FLOAT"),
+        Resume,
+    )
     return _joined(lambda console: _begin(begun, console), begun.quiet)
 
 
-def _parse_resume(arguments: list[str]) -> Resume:
-    known = ("--resume", "--data", "--quiet", "--no-quiet", "--help")
+def _check_resume(arguments: list[str]) -> None:
+    known = ("--resume", "--data", "--quiet", "--help")
     for argument in arguments:
         name = argument.split("=")[0]
         if name == "--epochs":
@@ -111,13 +133,9 @@ def _parse_resume(arguments: list[str]) -> Resume:
                 f"{name} cannot be given with --resume, which keeps the configuration that the "
                 "run began with: leave it out, or begin another run with it"
             )
-    asked = parse(Resume, "train", arguments)
-    assert asked.resume is not None
-    require_run(asked.resume)
-    return asked
 
 
-def _joined(work, quiet: bool) -> int:
+def _joined(work: "Callable[[PlainConsole], int]", quiet: bool) -> int:
     """Call `work` in each process that torchrun has started; only the first one prints."""
     from stochastic_depth.cli.console import PlainConsole
 
@@ -203,7 +221,8 @@ def _stopped(console: "PlainConsole", interrupted: "Interrupted", again: str) ->
 
 def compare(arguments: list[str]) -> int:
     began = time.monotonic()
-    asked = parse_recipe("compare", COMPARE, arguments, Compare)
+    common = "--seeds INT", "--minutes FLOAT", "--out DIR", "--model.depth INT"
+    asked = parse_recipe("compare", COMPARE, arguments, Compare, common)
     from stochastic_depth.cli.console import PlainConsole
 
     console, config = PlainConsole(), asked.config
@@ -212,6 +231,7 @@ def compare(arguments: list[str]) -> int:
             require(module, "report")
         from stochastic_depth.files import write_whole
         from stochastic_depth.lab import comparison
+        from stochastic_depth.lab.pace import SECONDS_AT_END
         from stochastic_depth.train import Interrupted
         from stochastic_depth.train.display import Display
         from stochastic_depth.train.fit import StopSignals
@@ -219,27 +239,27 @@ def compare(arguments: list[str]) -> int:
     seeds = range(config.seed, config.seed + asked.seeds)
     end = None
     if asked.minutes is not None:
-        end = began + 60 * asked.minutes - comparison.SECONDS_AT_END
+        end = began + 60 * asked.minutes - SECONDS_AT_END
         config = _fitted(config, seeds, folder, end, console)
     with StopSignals() as stop, Display(console, asked.quiet) as display:
         try:
             runs = comparison.train_pairs(config, seeds, folder, display, stop, end)
         except Interrupted as interrupted:
             return _stopped(console, interrupted, shlex.join(["compare", *arguments]))
-    found = comparison.compare(runs)
-    records = comparison.records_of_all(runs)["constant"]
-    epochs, trained = records[0][-1].epoch, len(records)
+    found = comparison.compared(runs)
+    trained = found.series[0].runs
+    epochs = trained[0].records[-1].epoch
     title = f"{config.data.name}, {config.model.kind} {config.model.depth}, {epochs:g} epochs"
-    console.print(comparison.comparison_table(title, found, trained))
+    console.print(comparison.comparison_table(title, found))
     if epochs < asked.config.epochs / 2:
         console.print(
             f"{epochs:g} of {asked.config.epochs} epochs are too few to compare errors by: look at "
             "the seconds and the active blocks"
         )
-    if epochs < config.epochs or trained < len(seeds):
+    if epochs < config.epochs or len(trained) < len(seeds):
         done = f"{epochs:g} of {config.epochs} epochs"
         if epochs >= config.epochs:
-            done = f"{trained} of {len(seeds)} seeds"
+            done = f"{len(trained)} of {len(seeds)} seeds"
         console.print(
             f"stopped after {done}, to end in {asked.minutes:g} minutes: the same command "
             "again goes on"
@@ -255,7 +275,7 @@ def _fitted(
     config: Config, seeds: Sequence[int], folder: Path, end: float, console: "PlainConsole"
 ) -> Config:
     """`config`, with as many epochs as fit until `end`; prints what was measured and decided."""
-    from stochastic_depth.lab.comparison import epochs_of, measure_pace
+    from stochastic_depth.lab.pace import epochs_of, measure_pace
 
     console.print("measuring how long a training step takes here")
     pace = measure_pace(config)
@@ -311,7 +331,10 @@ def recipes(arguments: list[str]) -> int:
             table.add_row(name, summary)
         console.print(table)
         return 0
-    name, _ = choose("stochastic-depth recipes", RECIPES_ABOUT, "recipe", summaries, arguments)
+    name, more = choose("stochastic-depth recipes", RECIPES_ABOUT, "recipe", summaries, arguments)
+    if more:
+        with understood():
+            raise ConfigError(f"{shlex.join(more)} is too much: give one recipe, or none")
     console.print(described(name).strip())
     console.print_json(json.dumps(RECIPES[name]().to_json()))
     return 0

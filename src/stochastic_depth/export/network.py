@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches
 from stochastic_depth.export.depths import errors_of, least_needed_first, seconds_of
 from stochastic_depth.export.fold import fold
@@ -55,7 +56,7 @@ class Plain:
     """BatchNorm statistics at lower depths, named "N/name" for N remaining blocks."""
 
 
-def plain_network(run: Run, images: Batches, which: Literal["best", "last"] = "best") -> Plain:
+def plain_network(run: Run, images: Batches, which: CheckpointName = "best") -> Plain:
     """The network of a checkpoint as a plain one on the CPU, with p_l in its weights.
 
     Raises:
@@ -65,7 +66,7 @@ def plain_network(run: Run, images: Batches, which: Literal["best", "last"] = "b
 
 
 def shallower_network(
-    run: Run, images: Batches, which: Literal["best", "last"], depth: float, observer: Observer
+    run: Run, images: Batches, which: CheckpointName, depth: float, observer: Observer
 ) -> Plain:
     """As `plain_network`, without the blocks that validation needs least.
 
@@ -78,9 +79,7 @@ def shallower_network(
     return _finished(run, images, model, step, _order(run, images, model, count, observer))
 
 
-def elastic_network(
-    run: Run, images: Batches, which: Literal["best", "last"], observer: Observer
-) -> Plain:
+def elastic_network(run: Run, images: Batches, which: CheckpointName, observer: Observer) -> Plain:
     """As `plain_network`, with the order in which its blocks are needed least.
 
     Raises:

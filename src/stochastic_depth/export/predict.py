@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import normalise
 from stochastic_depth.data.pictures import open_picture
 from stochastic_depth.errors import DataError, ExportError
@@ -65,7 +66,7 @@ the description of the network."""
 def open_classifier(
     path: Path,
     depth: float = 1.0,
-    which: Literal["best", "last"] = "best",
+    which: CheckpointName = "best",
     data: Path | None = None,
 ) -> Classifier:
     """Open the network of a run folder, or of a safetensors or ONNX file that `export` wrote.

@@ -12,7 +12,7 @@ once.
 
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.gates import open_shares
@@ -21,6 +21,7 @@ from stochastic_depth.surgery import handle_of
 from stochastic_depth.surgery.applied import applied_inside
 from stochastic_depth.surgery.apply import apply
 from stochastic_depth.survival import Survival
+from stochastic_depth.tensors import replace_tensors
 
 GatesPer = Literal["step", "pass"]
 """Whether all forward passes of an optimizer's step run under the same gates, or each draws its
@@ -71,10 +72,6 @@ class Settings:
 
 def _on_device_of(model: nn.Module, example: Any) -> Any:
     parameter = next(model.parameters(), None)
-    if isinstance(example, Tensor):
-        return example if parameter is None else example.to(parameter.device)
-    if isinstance(example, dict):
-        return {name: _on_device_of(model, value) for name, value in example.items()}
-    if isinstance(example, tuple):
-        return tuple(_on_device_of(model, value) for value in example)
-    return example
+    if parameter is None:
+        return example
+    return replace_tensors(example, lambda tensor: tensor.to(parameter.device))

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from stochastic_depth.errors import ApplyError, CheckpointError
+from stochastic_depth.files import write_whole
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import handle_of
 from stochastic_depth.surgery.applied import applied_inside
@@ -43,7 +44,7 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
             f"{type(model).__name__} has no stochastic depth: sd.apply(model) before "
             "accelerator.prepare"
         )
-    steps = _Steps(handle_of(applied[0]))
+    steps = _Steps(accelerator, handle_of(applied[0]))
     applied[0].register_forward_pre_hook(steps.before_forward, prepend=True)
     own: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     own.register_step_post_hook(steps.after_step)
@@ -55,7 +56,8 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
 class _Steps:
     """Counts the steps of an optimizer, and sets the step of the gates to that count."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, accelerator: Accelerator, handle: Handle) -> None:
+        self._accelerator = accelerator
         self.handle, self.done = handle, handle.step
 
     def before_forward(self, model: nn.Module, inputs: Any) -> None:
@@ -66,8 +68,11 @@ class _Steps:
         self.done += 1
 
     def save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        state = {**self.handle.state_dict(), "step": self.done}
-        (Path(folder) / FILE).write_text(json.dumps(state))
+        accelerator = self._accelerator
+        on_each_node = accelerator.project_configuration.save_on_each_node
+        if accelerator.is_local_main_process if on_each_node else accelerator.is_main_process:
+            state = {**self.handle.state_dict(), "step": self.done}
+            write_whole(Path(folder) / FILE, json.dumps(state).encode())
 
     def load(self, models: list[nn.Module], folder: str) -> None:
         file = Path(folder) / FILE

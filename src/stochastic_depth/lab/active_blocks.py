@@ -1,21 +1,15 @@
-"""How many blocks are active: the exact distribution, the counts of a run, and their figure."""
+"""How many blocks are active: the exact distribution, and the counts of a run."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import altair as alt
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.lab.charts import Figure, Row, chart, colour, keys, layered
-from stochastic_depth.lab.formatting import seeds
-from stochastic_depth.lab.outcomes import Experiment, Series
-from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.residual import Residual
 from stochastic_depth.train import Record, Run
 from stochastic_depth.train.build import build_depth, build_model
@@ -137,126 +131,6 @@ def _moments(chances: Sequence[float]) -> tuple[float, float]:
     mean = sum(n * chance for n, chance in enumerate(chances))
     variance = sum((n - mean) ** 2 * chance for n, chance in enumerate(chances))
     return mean, variance**0.5
-
-
-def active_blocks_figure(series: Series) -> Figure | None:
-    """The figure of a series; None if its journals lack counts, or gates are for single samples."""
-    plain = series.survival.schedule.kind == "none" and not series.survival.balance
-    if series.survival.gate != "batch" or not plain:
-        return None
-    counts: Counter[int] = Counter()
-    for run in series.runs:
-        for record in run.records:
-            counts.update({int(n): count for n, count in record.active_counts.items()})
-    if not counts.total():
-        return None
-    survival = torch.tensor(series.cost.survival, dtype=torch.float64)
-    exact = active_distribution(survival).tolist()
-    steps = counts.total()
-    rows: list[Row] = [
-        {
-            "active_blocks": n,
-            "steps": counts[n],
-            "share_of_steps": counts[n] / steps,
-            "probability": probability,
-        }
-        for n, probability in enumerate(exact)
-    ]
-    return Figure(
-        id="active-blocks",
-        title="Active blocks in a step",
-        sentence=_sentence(series, counts, exact),
-        rows=rows,
-        panels=(_panel(series, rows, steps),),
-        note=f"Bars: {steps:,} training steps of {seeds(len(series.runs))} ({series.name}). Line: "
-        f"the Poisson-binomial distribution, exact for these survival probabilities.",
-        height=210,
-    )
-
-
-def drop_rates_figure(experiment: Experiment) -> Figure | None:
-    """The mean drop rate over time; None if no run of `experiment` follows a schedule."""
-    scheduled = [s for s in experiment.stochastic if s.survival.schedule.kind != "none"]
-    if not scheduled:
-        return None
-    rows: list[Row] = [
-        {
-            "series": series.name,
-            "epoch": record.epoch,
-            "drop_rate": 1 - record.expected_active_blocks / blocks,
-        }
-        for series in scheduled
-        for blocks in [len(series.cost.survival)]
-        for record in series.runs[0].records
-    ]
-    values: list[Row] = [
-        {
-            "s": row["series"],
-            "x": row["epoch"],
-            "y": row["drop_rate"],
-            "label": f"{row['series']}, epoch {row['epoch']:g}: {100 * row['drop_rate']:.1f} %",
-        }
-        for row in rows
-    ]
-    x = alt.X("x:Q", title="epoch", axis=alt.Axis(tickCount=6, tickMinStep=1)).scale(nice=False)
-    y = alt.Y("y:Q", title="mean of 1 - p_l", axis=alt.Axis(format="%", tickCount=5))
-    drawn = chart(values).mark_line(point=True, strokeWidth=2)
-    kinds = {s.name: s.survival.schedule.kind for s in scheduled}
-    named = " and ".join(
-        name if kind in name else f"{name} ({kind})" for name, kind in kinds.items()
-    )
-    return Figure(
-        id="drop-rates",
-        title="Drop rate over time",
-        sentence=f"The drop rates follow a schedule in {named}.",
-        rows=rows,
-        panels=(layered(drawn.encode(x, y, colour(keys(scheduled)), description="label:N")),),
-        legend=keys(scheduled),
-        note="The mean over all blocks, and over the steps of each interval.",
-        height=180,
-    )
-
-
-def _panel(series: Series, rows: Sequence[Row], steps: int) -> alt.LayerChart:
-    seen = [n for n, row in enumerate(rows) if row["steps"] or row["probability"] > 1e-4]
-    shown = rows[max(0, min(seen) - 1) : max(seen) + 2]
-    values: list[Row] = [
-        {
-            "x": row["active_blocks"],
-            "share": 100 * row["share_of_steps"],
-            "exact": 100 * row["probability"],
-            "label": f"{row['active_blocks']} blocks: {row['steps']:,} steps, "
-            f"{100 * row['share_of_steps']:.2f} %; expected "
-            f"{steps * row['probability']:,.1f}",
-        }
-        for row in shown
-    ]
-    axis = alt.Axis(tickMinStep=1, labelAngle=0, labelOverlap="parity")
-    base = chart(values).encode(x=alt.X("x:O", title="active blocks", axis=axis))
-    return layered(
-        base.mark_bar(color=series.colour, opacity=0.45, width={"band": 0.8}).encode(
-            y=alt.Y("share:Q", title="percent of steps"), description="label:N"
-        ),
-        base.mark_line(color=LIGHT["ink"], strokeWidth=1.6, aria=False).encode(y="exact:Q"),
-        base.mark_point(color=LIGHT["ink"], filled=True, opacity=1, size=14, aria=False).encode(
-            y="exact:Q"
-        ),
-    )
-
-
-def _sentence(series: Series, counts: Counter[int], exact: Sequence[float]) -> str:
-    steps = counts.total()
-    mean = sum(n * count for n, count in counts.items()) / steps
-    expected = sum(series.cost.survival)
-    error = math.sqrt(sum(p * (1 - p) for p in series.cost.survival) / steps)
-    apart = abs(mean - expected) / error if error else 0.0
-    distance = sum(abs(counts[n] / steps - p) for n, p in enumerate(exact)) / 2
-    blocks = len(series.cost.survival)
-    return (
-        f"With {series.name}, on average {mean:.2f} of {blocks} blocks ran, where {expected:.2f} "
-        f"are expected: {apart:.1f} standard errors away. The two distributions differ in "
-        f"{100 * distance:.1f} % of the steps."
-    )
 
 
 def active_table(name: str, found: ActiveBlocks) -> Table:

@@ -22,12 +22,13 @@ def duration(seconds: float) -> str:
     """A duration in the unit that people would use."""
     if seconds < 0.1:
         return f"{1000 * seconds:.3g} ms"
-    if seconds < 100:
+    if seconds < 99.95:  # to three digits it is less than 100
         return f"{seconds:.3g} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    hours, rest = divmod(round(seconds / 60), 60)
+    return f"{hours} h {rest:02} min"
 
 
 def seeds(count: int) -> str:

@@ -10,21 +10,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from stochastic_depth.choices import at_least
 from stochastic_depth.errors import ConfigError
 
+DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
+"""Layers of the networks of `bench depth`."""
 NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transformer"]
-
-
-def at_least(minimum: int, **values: int | None) -> None:
-    """Raise an error for numbers below `minimum`; their names are those of options.
-
-    Raises:
-        ConfigError: naming the option and its value.
-    """
-    for name, value in values.items():
-        if value is not None and value < minimum:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} is {value}: it must be at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -54,30 +45,38 @@ class BenchOptions:
 
     repeats: int = 20
     """How many rounds are timed, each of one step of every alternative."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the result as JSON here."""
+
+    def check(self) -> None:
+        at_least(2, repeats=self.repeats)  # quartiles need two rounds
+
+
+@dataclass(frozen=True)
+class StepOptions(BenchOptions):
+    """A benchmark of training steps in this process."""
+
     device: str = "auto"
     """cpu or cuda (auto: a GPU if there is one)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """The precision of convolutions and matrix products."""
-    engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
-    """The engine of our own training steps, as for train; all other steps use autograd."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the result as JSON here."""
-
-    @property
-    def has_block_program(self) -> bool:
-        """Whether a block program can train the network; if not, our own steps use autograd too."""
-        return True
-
-    def check(self) -> None:
-        at_least(2, repeats=self.repeats)  # quartiles need two rounds
-        if self.engine == "graphs" and not self.has_block_program:
-            raise ConfigError(
-                "--engine is graphs: there is no block program for this network; use auto or eager"
-            )
 
 
 @dataclass(frozen=True)
-class ResNetOptions(BenchOptions):
+class EngineOptions(StepOptions):
+    """A benchmark whose steps are taken by the engine that is asked for."""
+
+    engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
+    """The engine of our own training steps, as for train; all other steps use autograd."""
+
+    @property
+    def has_block_program(self) -> bool:
+        """Whether a block program can train the network; if not, auto is autograd."""
+        return True
+
+
+@dataclass(frozen=True)
+class ResNetOptions(StepOptions):
     """A benchmark of training steps of one CIFAR ResNet."""
 
     depth: int = 110
@@ -102,7 +101,7 @@ class OverheadOptions(ResNetOptions):
 
 
 @dataclass(frozen=True)
-class SkipOptions(ResNetOptions):
+class SkipOptions(ResNetOptions, EngineOptions):
     """Time against the share of FLOPs that is spent."""
 
 
@@ -114,21 +113,22 @@ class SteadyOptions(ResNetOptions):
     """cifar-resnet, of `depth` layers, or the name of a timm model (vit_small_patch16_224)."""
     final: float = 0.5
     """p_L of linear decay."""
-    limit: int = 2**30
-    """The number of bytes into which the largest batch has to fit."""
+    limit: float = 1.0
+    """The memory in GiB into which the largest batch has to fit."""
 
-    @property
-    def has_block_program(self) -> bool:
-        return self.network == "cifar-resnet"
+    def check(self) -> None:
+        super().check()
+        if not self.limit > 0:
+            raise ConfigError(f"--limit is {self.limit}: it must be above 0, in GiB")
 
 
 @dataclass(frozen=True)
-class ClosedOptions(BenchOptions):
+class ClosedOptions(StepOptions):
     """What skipped blocks and forward-only blocks save, with equal gates."""
 
     network: Literal["vit-small", "gpt2"] = "vit-small"
     """timm's ViT-S/16, or the GPT-2 of transformers."""
-    lora: bool = False
+    lora: tyro.conf.FlagCreatePairsOff[bool] = False
     """Train only adapters of peft, beside frozen weights."""
     final: float = 0.5
     """p_L of linear decay."""
@@ -137,10 +137,6 @@ class ClosedOptions(BenchOptions):
     size: int = 96
     """The height and width of the images in pixels, or tokens in a text."""
 
-    @property
-    def has_block_program(self) -> bool:
-        return False
-
     def check(self) -> None:
         super().check()
         at_least(2, batch=self.batch)
@@ -148,10 +144,10 @@ class ClosedOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
-class Dinov2Options(BenchOptions):
+class Dinov2Options(StepOptions):
     """The subset gate against DINOv2's own block."""
 
-    dinov2: str = "dinov2"
+    dinov2: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("dinov2")
     """A checkout of https://github.com/facebookresearch/dinov2."""
     rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
     """Drop rates; each is that of every block."""
@@ -164,10 +160,6 @@ class Dinov2Options(BenchOptions):
     size: int = 64
     """Tokens in a sequence."""
 
-    @property
-    def has_block_program(self) -> bool:
-        return False
-
     def check(self) -> None:
         super().check()
         at_least(2, batch=self.batch, size=self.size)
@@ -179,7 +171,7 @@ class Dinov2Options(BenchOptions):
 
 
 @dataclass(frozen=True)
-class PeersOptions(BenchOptions):
+class PeersOptions(EngineOptions):
     """The same network, as this library and as other libraries train it."""
 
     network: NetworkName = "cifar-resnet"
@@ -204,12 +196,17 @@ class PeersOptions(BenchOptions):
         super().check()
         at_least(2, batch=self.batch)
         at_least(4, size=self.size)
+        if self.engine not in ("auto", "eager") and not self.has_block_program:
+            raise ConfigError(
+                f"--engine is {self.engine}: autograd takes the steps of {self.network}, leave "
+                "it out"
+            )
         if self.rate is not None and not 0 <= self.rate < 1:
             raise ConfigError(f"--rate is {self.rate}: a drop rate is at least 0 and below 1")
 
 
 @dataclass(frozen=True)
-class DepthOptions(BenchOptions):
+class DepthOptions(EngineOptions):
     """Time and memory against depth, for constant and stochastic depth."""
 
     deepest: int = 1202
@@ -223,6 +220,15 @@ class DepthOptions(BenchOptions):
     """How many rounds are timed, each of one step of every alternative."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Draw a picture as PNG here."""
+
+    def check(self) -> None:
+        super().check()
+        at_least(2, batch=self.batch)
+        at_least(4, size=self.size)
+        if self.deepest <= DEPTHS[0]:  # through one depth no line can be fitted
+            raise ConfigError(
+                f"--deepest is {self.deepest}: the first depth is {DEPTHS[0]}, it must be above"
+            )
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,7 @@ class DistributedOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
-class DataOptions(BenchOptions):
+class DataOptions(EngineOptions):
     """The share of a training step that is spent on data."""
 
     depth: int = 110
@@ -268,12 +274,16 @@ class DataOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
-class ProfileOptions(ResNetOptions):
+class ProfileOptions(ResNetOptions, EngineOptions):
     """Where the time of a step at constant depth goes."""
+
+    engine: Literal["auto", "eager", "graphs"] = "auto"
+    """Time the operators of autograd alone (eager), or the pieces of the block program too
+    (graphs)."""
 
 
 @dataclass(frozen=True)
-class PicturesOptions(BenchOptions):
+class PicturesOptions(EngineOptions):
     """How many pictures are decoded in a second, and how many are needed."""
 
     repeats: int = 5
@@ -289,6 +299,8 @@ class PicturesOptions(BenchOptions):
     """Folder of ImageNet (none: generated pictures of its size)."""
     pictures: int = 256
     """How many pictures to read."""
+    engine: Literal["auto", "eager", "compiled"] = "auto"
+    """The engine of the training steps, as for train."""
 
     @property
     def has_block_program(self) -> bool:
@@ -306,7 +318,7 @@ class PicturesOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
-class BusyOptions(ResNetOptions):
+class BusyOptions(ResNetOptions, EngineOptions):
     """A training step while another program keeps one core busy."""
 
     size: int = 8

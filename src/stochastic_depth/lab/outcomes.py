@@ -17,19 +17,19 @@ import torch
 
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.lab.sources import RecordedRun
-from stochastic_depth.lab.style import CONSTANT, STOCHASTIC
+from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
 from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Record, Run, SurvivalConfig, best_record
 from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.config import ModelConfig, ScheduleConfig
 
-NETWORKS = {
+FAMILIES = {
     "cifar-resnet": "ResNet",
     "imagenet-resnet": "ResNet",
     "densenet": "DenseNet",
     "vit": "ViT",
 }
-DATA = {
+DATA_SETS = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
@@ -103,7 +103,7 @@ def distinct(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each kind, by a short name: "constant", "linear 0.5".
+    """The runs of each kind, by a short name: "constant depth", "linear decay to 0.5".
 
     If several kinds would have the same name, because they differ in depth for example, each gets
     the name of the folder of its first run.
@@ -111,17 +111,24 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     kinds: dict[Config, list[Run]] = {}
     for run in runs:
         kinds.setdefault(run.config.kind(), []).append(run)
-    names = Counter(survival_name(kind) for kind in kinds)
+    names = {kind: survival_name(kind.survival) for kind in kinds}
+    alike = Counter(names.values())
     return {
-        survival_name(kind) if names[survival_name(kind)] == 1 else of_kind[0].path.name: of_kind
+        names[kind] if alike[names[kind]] == 1 else of_kind[0].path.name: of_kind
         for kind, of_kind in kinds.items()
     }
 
 
-def survival_name(config: Config) -> str:
-    """ "constant", or the rule and its p_L."""
-    survival = config.survival
-    return "constant" if survival.rule == "constant" else f"{survival.rule} {survival.final:g}"
+CONSTANT = "constant depth"
+"""What constant depth is called in every table, chart and sentence."""
+RULES = {"linear": "linear decay to", "uniform": "uniform"}
+
+
+def survival_name(survival: SurvivalConfig) -> str:
+    """The rule and its p_L, as in every table, chart and sentence."""
+    if survival.rule == "constant":
+        return CONSTANT
+    return f"{RULES[survival.rule]} {survival.final:g}"
 
 
 @dataclass(frozen=True)
@@ -289,12 +296,12 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
 
 def describe(config: Config) -> str:
     """The network, the data and the epochs, as text."""
-    return f"{NETWORKS[config.model.kind]}-{config.model.depth} on {describe_data(config)}"
+    return f"{FAMILIES[config.model.kind]}-{config.model.depth} on {describe_data(config)}"
 
 
 def describe_data(config: Config) -> str:
     """The data and the epochs, as text."""
-    data = DATA.get(config.data.name, config.data.name)
+    data = DATA_SETS.get(config.data.name, config.data.name)
     if config.data.train is not None:
         data += f" ({config.data.train:,} images)"
     return f"{data}, {config.epochs} epoch{'s' * (config.epochs != 1)}"
@@ -305,7 +312,7 @@ def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
         chosen = run.run.config.survival
         if chosen.rule == "constant":
             return SurvivalConfig(rule="constant")
-        return replace(chosen, schedule=without_unused(chosen.schedule))
+        return replace(chosen, schedule=chosen.schedule.without_unused())
 
     def order(run: RecordedRun) -> tuple:
         chosen = survival(run)
@@ -316,7 +323,7 @@ def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
     names = dict(zip(stochastic, _names(stochastic), strict=True))
     colours = {s: STOCHASTIC[n % len(STOCHASTIC)] for n, s in enumerate(stochastic)}
     return tuple(
-        Series(names.get(s, "constant depth"), colours.get(s, CONSTANT), s, members)
+        Series(names.get(s, CONSTANT), colours.get(s, CONSTANT_COLOUR), s, members)
         for s, members in groups
     )
 
@@ -327,48 +334,15 @@ def _names(stochastic: list[SurvivalConfig]) -> list[str]:
         return ["stochastic depth"]
     values = [asdict(survival) for survival in stochastic]
     apart = [k for k in values[0] if len({str(value[k]) for value in values}) > 1]
-    rules = {"linear": "linear decay to", "uniform": "uniform"}
     names = []
     for survival, value in zip(stochastic, values, strict=True):
-        parts = [f"{rules[survival.rule]} {survival.final:g}"]
+        parts = [survival_name(survival)]
         if "schedule" in apart and survival.schedule.kind != "none":
-            parts.append(schedule_name(survival.schedule))
+            parts.append(survival.schedule.name)
         others = (k for k in apart if k not in ("rule", "final", "schedule"))
         parts += [f"{k.replace('_', ' ')} {value[k]}" for k in others]
         names.append(", ".join(parts))
     return names
-
-
-SETTINGS = {
-    "none": (),
-    "warmup": ("until",),
-    "early": ("until", "shape"),
-    "late": ("until",),
-    "decreasing": ("since", "until"),
-    "progressive": ("gamma",),
-    "steps": ("at", "shares"),
-}
-"""The settings that each kind of schedule uses."""
-
-
-def without_unused(schedule: ScheduleConfig) -> ScheduleConfig:
-    """The same schedule, with the settings that its kind does not use at their defaults."""
-    used = {name: getattr(schedule, name) for name in SETTINGS[schedule.kind]}
-    return ScheduleConfig(schedule.kind, **used)
-
-
-def schedule_name(schedule: ScheduleConfig) -> str:
-    """The kind of a schedule and its settings: "early until 0.3 linear"."""
-    words = [schedule.kind]
-    for name in SETTINGS[schedule.kind]:
-        value = getattr(schedule, name)
-        if name == "shape":
-            words.append(value)
-        elif isinstance(value, tuple):
-            words += [name, "/".join(f"{each:g}" for each in value)]
-        else:
-            words += [name, f"{value:g}"]
-    return " ".join(words)
 
 
 def on_one_machine(*series: Series) -> bool:

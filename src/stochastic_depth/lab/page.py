@@ -16,15 +16,21 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from stochastic_depth.files import make_folders, write_whole
-from stochastic_depth.lab.active_blocks import active_blocks_figure, drop_rates_figure
+from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_rates_figure
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.drawing import NARROW, WIDE, file_png, file_svg, page_svg
-from stochastic_depth.lab.ensemble import ensemble_figure
-from stochastic_depth.lab.gradients import block_gradients, gradient_strength
+from stochastic_depth.lab.ensemble_chart import ensemble_figure
+from stochastic_depth.lab.gradients_chart import block_gradients, gradient_strength
 from stochastic_depth.lab.outcomes import Experiment, describe, describe_data, experiments
-from stochastic_depth.lab.removed_depth import removed_blocks
-from stochastic_depth.lab.sources import RecordedRun, Sources, Sweep, read_sources, watched_files
+from stochastic_depth.lab.removed_depth_chart import removed_blocks
+from stochastic_depth.lab.sources import (
+    RecordedRun,
+    RecordedSweep,
+    Sources,
+    read_sources,
+    watched_files,
+)
 from stochastic_depth.lab.style import style_sheet
 from stochastic_depth.lab.sweep.charts import depth_sweep, gates_figure, survival_sweep
 from stochastic_depth.lab.sweep.gates import read_results
@@ -38,6 +44,7 @@ COMMANDS = {
     "removed-blocks": ("Blocks thrown away", "stochastic-depth analyze depth RUN"),
     "survival-sweep": ("Error and time against p_L", "stochastic-depth sweep survival RECIPE"),
     "depth-sweep": ("Error over p_L and depth", "stochastic-depth sweep depth RECIPE"),
+    "gates-sweep": ("Error and cost by way of gating", "stochastic-depth sweep gates RECIPE"),
     "depth-cost": ("Time and memory against depth", "stochastic-depth bench depth --out FILE"),
 }
 """For figures that lack data: the title, and the command that measures the data."""
@@ -122,26 +129,26 @@ def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iter
     return [replace(f, id=f"{f.id}-{n}" if n > 1 else f.id) for n, f in enumerate(drawn, start=1)]
 
 
-def _sweep(sweep: Sweep) -> Section:
+def _sweep(recorded: RecordedSweep) -> Section:
+    sweep = recorded.sweep
     if sweep.kind == "gates":
-        result = read_results(sweep.path)
+        result = read_results(sweep.folder)
         drawn = gates_figure(result) if result else None
     else:
-        drawn = (depth_sweep if sweep.kind == "depth" else survival_sweep)(sweep)
-    finished = sum(run.finished for run in sweep.runs)
-    failed = sum(run.failed for run in sweep.runs)
-    said = f"{sweep.path}: {finished} of {sweep.size} runs finished"
+        drawn = (depth_sweep if sweep.kind == "depth" else survival_sweep)(recorded)
+    finished = sum(run.finished for run in recorded.runs)
+    failed = sum(run.failed for run in recorded.runs)
+    said = f"{sweep.folder}: {finished} of {recorded.size} runs finished"
     said += f", {failed} failed." if failed else "."
-    if not sweep.runs:
-        return Section(f"Sweep {sweep.path.name}", (), said)
-    shared, runs = settings(sweep.runs)
-    config = sweep.runs[0].run.config
+    if not recorded.runs:
+        return Section(f"Sweep {sweep.folder.name}", (), said)
+    shared, runs = settings(recorded.runs)
     if sweep.kind == "depth":
-        title = f"p_L against depth, {describe_data(config)}"
+        title = f"p_L against depth, {describe_data(sweep.config)}"
     elif sweep.kind == "gates":
-        title = f"Ways of gating, {describe(config)}"
+        title = f"Ways of gating, {describe(sweep.config)}"
     else:
-        title = f"p_L at one depth, {describe(config)}"
+        title = f"p_L at one depth, {describe(sweep.config)}"
     return Section(title, (drawn,) if drawn else (), said, settings=tuple(shared), runs=runs)
 
 
@@ -186,11 +193,6 @@ class Drawn:
     def data(self) -> str:
         content = base64.b64encode(self.figure.csv().encode()).decode()
         return f"data:text/csv;charset=utf-8;base64,{content}"
-
-
-def page(report: Report, sources: Sources, refresh: int | None = None) -> str:
-    """The HTML of a report on `sources`; for `refresh` see `render`."""
-    return render(report, _state(sources), refresh)
 
 
 def render(report: Report, state: str, refresh: int | None = None) -> str:
@@ -277,7 +279,7 @@ def watch_report(
 def _write(sources: Sources, out: Path, figures: Path | None, refresh: int | None) -> Report:
     made = report(sources)
     make_folders(out.parent)
-    write_whole(out, page(made, sources, refresh).encode())
+    write_whole(out, render(made, _state(sources), refresh).encode())
     if figures is not None:
         make_folders(figures)
         for section in made.sections:

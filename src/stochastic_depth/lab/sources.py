@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import (
@@ -24,14 +25,15 @@ from stochastic_depth.files import (
     write_whole,
 )
 from stochastic_depth.handle import Handle
+from stochastic_depth.lab.sweep.folder import Sweep, read_sweep
 from stochastic_depth.train import Record, Run, open_run, reopen, trained_model
 from stochastic_depth.train.build import skippable
 from stochastic_depth.train.checkpoint import require_weights_of
 
 FORMAT = 1
-"""The format number of the files of an analysis, and of `sweep.json`."""
+"""The format number of the files of an analysis."""
 
-Analysis = Literal["ensemble", "depth"]
+AnalysisName = Literal["ensemble", "depth"]
 T = TypeVar("T")
 
 
@@ -57,7 +59,7 @@ class RecordedRun:
         """The machine, the versions, the commit and all other fields of `config.json`."""
         return json.loads(read_file(self.run.path / "config.json", SMALL))
 
-    def analysis(self, name: Analysis) -> dict[str, Any] | None:
+    def analysis(self, name: AnalysisName) -> dict[str, Any] | None:
         """The result of `stochastic-depth analyze`; None if it was not run.
 
         Raises:
@@ -68,15 +70,16 @@ class RecordedRun:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """The runs of one sweep."""
+class RecordedSweep:
+    """A sweep and the content of its run folders at one moment."""
 
-    path: Path
-    kind: str
-    """The quantity that varies: "survival", "depth" or "gates"."""
-    size: int
-    """How many points the grid has, each of which will be a run."""
+    sweep: Sweep
     runs: tuple[RecordedRun, ...]
+
+    @property
+    def size(self) -> int:
+        """How many points the grid has, each of which will be a run."""
+        return len(self.sweep.grid.points())
 
     @property
     def under_way(self) -> bool:
@@ -89,7 +92,7 @@ class Sources:
     """Everything that one report shows."""
 
     runs: tuple[RecordedRun, ...]
-    sweeps: tuple[Sweep, ...]
+    sweeps: tuple[RecordedSweep, ...]
     benchmarks: tuple[dict[str, Any], ...]
     """Results that `bench depth --out` wrote."""
 
@@ -116,7 +119,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
         RunError: when one of them is something else, or cannot be understood.
     """
     runs: dict[Path, RecordedRun] = {}
-    sweeps: dict[Path, Sweep] = {}
+    sweeps: dict[Path, RecordedSweep] = {}
     benchmarks: dict[Path, dict[str, Any]] = {}
     for path in paths:
         if path.is_file():
@@ -151,8 +154,8 @@ def read_run(path: Path) -> RecordedRun:
 def watched_files(sources: Sources, paths: Iterable[Path]) -> Iterator[Path]:
     """The files that change when a run goes on, another one begins, or an analysis ends."""
     yield from paths
-    for sweep in sources.sweeps:
-        yield sweep.path / "runs"
+    for recorded in sources.sweeps:
+        yield recorded.sweep.folder / "runs"
     for recorded in sources.all_runs():
         yield recorded.run.journal
         yield recorded.run.weights
@@ -172,9 +175,7 @@ class TrainedNetwork:
     step: int
 
 
-def trained(
-    path: Path, data: Path | None = None, which: Literal["best", "last"] = "best"
-) -> TrainedNetwork:
+def trained(path: Path, data: Path | None = None, which: CheckpointName = "best") -> TrainedNetwork:
     """Load the network of a run's checkpoint.
 
     Raises:
@@ -186,12 +187,12 @@ def trained(
     return TrainedNetwork(run, images, model, skippable(model), step)
 
 
-def analysis_path(run: Run, name: Analysis) -> Path:
+def analysis_path(run: Run, name: AnalysisName) -> Path:
     """The path of the result of the analysis `name` of a run."""
     return run.path / "analysis" / f"{name}.json"
 
 
-def write_analysis(run: Run, name: Analysis, found: dict[str, Any]) -> None:
+def write_analysis(run: Run, name: AnalysisName, found: dict[str, Any]) -> None:
     """Write the result of an analysis.
 
     Raises:
@@ -206,7 +207,7 @@ def write_analysis(run: Run, name: Analysis, found: dict[str, Any]) -> None:
 
 
 def read_analysis(
-    run: Run, name: Analysis, settings: dict[str, Any], parse: Callable[[dict[str, Any]], T]
+    run: Run, name: AnalysisName, settings: dict[str, Any], parse: Callable[[dict[str, Any]], T]
 ) -> T | None:
     """An earlier result of an analysis with the same `settings`; None if there is no readable one.
 
@@ -222,17 +223,9 @@ def read_analysis(
         return None
 
 
-def _sweep(path: Path) -> Sweep:
-    described = _formatted(path / "sweep.json")
-    runs = tuple(map(read_run, sorted(filter(_is_run, _folders(path / "runs")))))
-    try:
-        kind, grid = described["kind"], described["grid"]
-        # Constant depth has no p_L that could vary.
-        pairs = sum(1 if r == "constant" else len(grid["survival"]) for r in grid["rules"])
-        pairs = len(grid.get("gatings", ())) or pairs
-        return Sweep(path, kind, pairs * len(grid["depths"]) * len(grid["seeds"]), runs)
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{path / 'sweep.json'} is not of a sweep: {error!r}") from error
+def _sweep(path: Path) -> RecordedSweep:
+    runs = sorted(filter(_is_run, _folders(path / "runs")))
+    return RecordedSweep(read_sweep(path), tuple(map(read_run, runs)))
 
 
 def _benchmark(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ DARK = {
     "violet": "#bca6ff",
 }
 
-CONSTANT = LIGHT["umber"]
+CONSTANT_COLOUR = LIGHT["umber"]
 STOCHASTIC = tuple(LIGHT[name] for name in ("blue", "magenta", "teal", "violet"))
 """Colours of stochastic depth and its variants."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-from stochastic_depth.choices import Closed, GateKind, Initialisation, SkippedPolicy
+from stochastic_depth.choices import Closed, GateKind, Initialisation, RuleName, SkippedPolicy
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Steps, Warmup
 
@@ -32,9 +32,9 @@ class DataConfig:
     validation: int | None = None
     """How many training images are held out for validation (none: as many as in the paper)."""
     train: int | None = None
-    """Train on a fixed random subset of this many images (none: on all)."""
+    """Train on a fixed random subset of this many images (none: all images)."""
     size: int | None = None
-    """Reduce the images to this many pixels a side (none: keep their size)."""
+    """Reduce the images to this many pixels a side (none: their own size)."""
     augment: bool | None = None
     """Randomly crop and flip the training images (none: where the paper does so)."""
     download: bool = False
@@ -89,7 +89,7 @@ class ScheduleConfig:
     shape: Literal["linear", "constant"] = "linear"
     """How the drop rates of early end: linearly, or at once (constant)."""
     gamma: float = 0.001
-    """Rate of the progressive schedule."""
+    """Rate of the progressive schedule, per step."""
     at: tuple[float, ...] = (0.0, 0.5)
     """Where each of `shares` begins: shares of the training, or numbers of steps if above 1."""
     shares: tuple[float, ...] = (0.5, 1.0)
@@ -109,6 +109,25 @@ class ScheduleConfig:
                 "give a share of the drop rates for each step"
             )
         _finite("schedule", self)
+
+    @property
+    def name(self) -> str:
+        """The kind and the settings that it uses: "early until 0.3 linear"."""
+        words: list[str] = [self.kind]
+        for setting in SETTINGS[self.kind]:
+            value = getattr(self, setting)
+            if setting == "shape":
+                words.append(value)
+            elif isinstance(value, tuple):
+                words += [setting, "/".join(f"{each:g}" for each in value)]
+            else:
+                words += [setting, f"{value:g}"]
+        return " ".join(words)
+
+    def without_unused(self) -> "ScheduleConfig":
+        """The same schedule, with the settings that its kind does not use at their defaults."""
+        used = {setting: getattr(self, setting) for setting in SETTINGS[self.kind]}
+        return ScheduleConfig(self.kind, **used)
 
     def of(self, steps: int) -> Schedule | None:
         """The schedule for a training run of `steps` steps; None where drop rates are constant."""
@@ -133,11 +152,23 @@ class ScheduleConfig:
                 return None
 
 
+SETTINGS = {
+    "none": (),
+    "warmup": ("until",),
+    "early": ("until", "shape"),
+    "late": ("until",),
+    "decreasing": ("since", "until"),
+    "progressive": ("gamma",),
+    "steps": ("at", "shares"),
+}
+"""The settings that each kind of schedule uses."""
+
+
 @dataclass(frozen=True)
 class SurvivalConfig:
     """Which blocks are dropped in training."""
 
-    rule: Literal["linear", "uniform", "constant"] = "linear"
+    rule: RuleName = "linear"
     """Linear decay from 1 to `final`; `final` for all blocks (uniform); or no stochastic depth
     (constant)."""
     final: float = 0.5
@@ -152,7 +183,8 @@ class SurvivalConfig:
     scale: Literal["inference", "training"] | None = None
     """Multiply by p_l in evaluation (the default), or divide by it in training."""
     skipped: SkippedPolicy = "paper"
-    """The gradient of the parameters of a skipped block: zero (paper), or None (freeze)."""
+    """The gradient of the parameters of a skipped block: zero, so that momentum and weight decay
+    still apply (paper), or None, so that they stay as they are (freeze)."""
     schedule: Annotated[ScheduleConfig, tyro.conf.arg(name="schedule", prefix_name=False)] = field(
         default_factory=ScheduleConfig
     )
@@ -226,7 +258,7 @@ class DistributedConfig:
 class Config:
     """The configuration of one training run."""
 
-    recipe: str = "custom"
+    recipe: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "custom"
     """The name of the recipe that this configuration started from."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -37,6 +37,19 @@ def picture(gates: Tensor, width: int) -> str:
     return "".join("·▐▌█"[2 * bool(left) + bool(right)] for left, right in pairs)
 
 
+class Silent:
+    """A `Callback` that shows nothing."""
+
+    def begin(self, run: Run, train_state: TrainState) -> None: ...
+    def step(self, train_state: TrainState, loss: Tensor) -> None: ...
+    def evaluating(self) -> None: ...
+    def record(self, record: Record) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+SILENT = Silent()
+
+
 @dataclass
 class RunView:
     """The `Callback` of one run; it stores what `Display` shows."""

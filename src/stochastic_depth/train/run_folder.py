@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import nn
 
+from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches, Share, batches
 from stochastic_depth.distributed.world import on_primary, rank, ranks
 from stochastic_depth.errors import CheckpointError, DataError, RunError
@@ -346,7 +347,7 @@ def open_batches(config: Config, runtime: Runtime) -> Batches:
 
 
 def trained_model(
-    run: Run, images: Batches, which: Literal["best", "last"] = "best"
+    run: Run, images: Batches, which: CheckpointName = "best"
 ) -> tuple[nn.Module, int]:
     """The network of a checkpoint in evaluation mode, its branches scaled by p_l; and its step.
 

@@ -14,7 +14,7 @@ from stochastic_depth.lab.bench.closed import (
     CONSTANT,
     FORWARD_ONLY,
     SKIPPED,
-    bench_closed,
+    bench,
     closed_steps,
 )
 from stochastic_depth.lab.bench.costs import StepCost, step_costs
@@ -90,7 +90,7 @@ def test_without_peft_there_are_no_adapters(monkeypatch):
     pytest.importorskip("timm")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(sd.errors.MissingExtraError, match="pip install peft"):
-        bench_closed(ClosedOptions(lora=True, batch=2, size=32), CPU, QUIET)
+        bench(ClosedOptions(lora=True, batch=2, size=32), CPU, QUIET)
 
 
 BLOCK = """
@@ -119,9 +119,9 @@ def test_a_block_of_a_checkout_is_held_against_the_subset_gate(tmp_path, monkeyp
     (tmp_path / "dinov2/layers").mkdir(parents=True)
     (tmp_path / "dinov2/layers/block.py").write_text(BLOCK)
     options = Dinov2Options(
-        dinov2=str(tmp_path), rates=(0.5,), blocks=2, width=64, batch=4, size=4, repeats=2
+        dinov2=tmp_path, rates=(0.5,), blocks=2, width=64, batch=4, size=4, repeats=2
     )
-    found = dinov2.bench_dinov2(options, CPU, QUIET)["rates"]["0.5"]
+    found = dinov2.bench(options, CPU, QUIET)["rates"]["0.5"]
     for name in (dinov2.THEIRS, dinov2.OURS):
         assert found[name]["relative"]["flops"] == pytest.approx(0.5, abs=0.02)
     for name in ("dinov2", "dinov2.layers", "dinov2.layers.block"):

@@ -4,10 +4,9 @@ import signal
 import pytest
 from scipy.stats import linregress
 
-from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.errors import RunError
 from stochastic_depth.lab.bench import depth as bench
 from stochastic_depth.lab.bench.depth import (
-    DEPTHS,
     Line,
     depths_up_to,
     fitted_line,
@@ -15,6 +14,7 @@ from stochastic_depth.lab.bench.depth import (
     training_steps,
 )
 from stochastic_depth.lab.bench.workload import Workload
+from stochastic_depth.lab.options import DEPTHS
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train.runtime import Runtime
 
@@ -27,8 +27,6 @@ def test_the_depths_end_with_the_deepest():
     assert depths_up_to(1202) == list(DEPTHS)
     assert depths_up_to(110) == [20, 56, 110]
     assert depths_up_to(32) == [20, 32]
-    with pytest.raises(ConfigError, match="deepest=20: the first depth is 20, choose more"):
-        depths_up_to(20)
 
 
 def test_the_fitted_line_is_the_known_one():

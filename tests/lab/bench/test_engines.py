@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from stochastic_depth.block_program.library import missing
-from stochastic_depth.lab.bench.engines import DESIGNS, active_share, designs, engine_steps
-from stochastic_depth.lab.bench.workload import Workload
+from stochastic_depth.lab.bench.engines import DESIGNS, designs, engine_steps
+from stochastic_depth.lab.bench.workload import Workload, active_share
 from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,11 +1,13 @@
+import time
+
 import pytest
 import torch
 from rich.console import Console
 
-from stochastic_depth.block_program.library import missing, peak
+from stochastic_depth.block_program.library import missing
 from stochastic_depth.lab.bench.costs import MachinePeak, machine_peak, step_flops
-from stochastic_depth.lab.bench.peers import bench_peers
-from stochastic_depth.lab.bench.skipping import skip
+from stochastic_depth.lab.bench.peers import bench as bench_peers
+from stochastic_depth.lab.bench.skip import bench as bench_skip
 from stochastic_depth.lab.bench.workload import PlainResNet, Workload
 from stochastic_depth.lab.options import PeersOptions, SkipOptions
 from stochastic_depth.train.runtime import Runtime
@@ -37,7 +39,7 @@ def test_a_share_of_the_peak_is_flops_over_the_flops_of_that_time():
 @needs_a_compiler
 def test_benchmarks_say_how_near_to_the_peak_they_come():
     console = Console(record=True, width=200)
-    found = skip(SkipOptions(repeats=2, depth=8, batch=4, size=16), CPU, console)
+    found = bench_skip(SkipOptions(repeats=2, depth=8, batch=4, size=16), CPU, console)
     shares = [row["of_the_peak"] for row in found["alternatives"].values()]
     assert all(0 < share < 1 for share in shares)
     found = bench_peers(PeersOptions(repeats=2, depth=8, batch=4, size=16), CPU, console)
@@ -57,4 +59,11 @@ def test_a_product_of_matrices_is_below_the_peak():
     machine = machine_peak(CPU, lambda: a @ a)
     assert machine is not None
     assert machine.flops_per_step == 2 * 256**3
-    assert machine.flops_per_second > peak(torch.float32, 1, repeats=1) / 4
+
+    def seconds():
+        began = time.thread_time()
+        a @ a
+        return time.thread_time() - began
+
+    fastest = min(seconds() for _ in range(200))
+    assert 0.1 < machine.share(fastest) < 1.1  # of a peak that was measured a moment before

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from stochastic_depth.errors import ConfigError, MissingExtraError
+from stochastic_depth.errors import MissingExtraError
 from stochastic_depth.lab.bench.peers import (
     CONSTANT,
     NETWORKS,
@@ -77,8 +77,3 @@ def test_without_its_library_there_is_no_network(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=f"pip install {module}"):
         peers(name, 20, 0.5, 2, 32, CPU)
-
-
-def test_a_rate_is_below_1():
-    with pytest.raises(ConfigError, match=r"rate=1\.0: a drop rate is at least 0 and below 1"):
-        peers("cifar-resnet", 8, 1.0, 4, 16, CPU)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from stochastic_depth.cli import main
 from stochastic_depth.data.folder_batches import FolderBatches
-from stochastic_depth.lab.bench.data import decoded, generated_picture, write_tree
+from stochastic_depth.lab.bench.pictures import decoded, generated_picture, write_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ def test_all_pictures_after_the_first_batches_are_counted_on_the_clock(tmp_path,
     write_tree(tmp_path, 8)
     images = FolderBatches(tmp_path, batch=2, seed=0, device="cpu", workers=0, image_size=16)
     ticks = iter([10.0, 12.0, 20.0, 21.0])
-    monkeypatch.setattr("stochastic_depth.lab.bench.data.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     assert list(decoded(images, [0], 2)) == [[6 / 2], [6 / 1]]
 
 

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from stochastic_depth.lab.bench.engines import operators, pieces
+from stochastic_depth.lab.bench.profile import operators, pieces
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.runtime import Runtime

@@ -1,6 +1,6 @@
 import pytest
 
-from stochastic_depth.lab.bench.skipping import CONSTANT, Skip, skippings
+from stochastic_depth.lab.bench.skip import CONSTANT, Skip, skippings
 from stochastic_depth.lab.bench.workload import Workload
 from stochastic_depth.train.runtime import Runtime
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stochastic_depth.lab.bench.steadiness import (
+from stochastic_depth.lab.bench.steady import (
     BALANCED,
     CONSTANT,
     INDEPENDENT,
@@ -28,6 +28,14 @@ def test_bytes_kept_are_those_of_the_steps_and_balanced_ones_are_even():
     assert max(counts) - min(counts) <= 1
     assert even.largest_batch(2, 2**20) >= uneven.largest_batch(2, 2**20)
     assert torch.tensor(even.seconds).min() > 0
+
+
+def test_the_alternatives_take_turns_in_an_order_that_is_reversed():
+    bench = Steady("cifar-resnet", 8, 0.5, Workload(2, 8, 3, Runtime("cpu", "float32", 1)))
+    called, steps = [], bench._steps
+    bench._steps = {n: lambda n=n: called.append(n) or steps[n]() for n in steps}
+    assert len(list(bench.rounds(2, warmup=0))) == 2
+    assert called[3:] == called[2::-1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the peak of its allocator")

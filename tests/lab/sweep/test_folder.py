@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from stochastic_depth.errors import ConfigError, RunError
-from stochastic_depth.lab.sweep.folder import open_sweep
+from stochastic_depth.lab.sweep.folder import open_sweep, read_sweep
 from stochastic_depth.train import DataConfig
 from support.small_sweep import GRID, SMALL
 
@@ -23,6 +23,10 @@ def test_the_folder_tells_kind_grid_and_recipe(sweep):
 
 def test_the_same_sweep_again_is_the_same(sweep):
     assert open_sweep(sweep.folder, "survival", GRID, SMALL) == sweep
+
+
+def test_a_sweep_is_read_as_it_was_begun(sweep):
+    assert read_sweep(sweep.folder) == replace(sweep, config=SMALL.essential())
 
 
 def test_what_does_not_change_results_may_be_another(sweep, tmp_path):

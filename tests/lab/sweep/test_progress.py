@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from stochastic_depth.lab.sweep.folder import open_sweep
-from stochastic_depth.lab.sweep.progress import Progress, sweep_table
+from stochastic_depth.lab.sweep.progress import SweepProgress, sweep_table
 from stochastic_depth.lab.sweep.workers import train_point
 from support.small_sweep import GRID, SMALL
 
@@ -30,7 +30,7 @@ def begun(tmp_path):
 
 def test_a_pipe_gets_a_line_for_each_run_that_ends(begun):
     console = Console(file=io.StringIO())
-    with Progress(begun, console) as progress:
+    with SweepProgress(begun, console) as progress:
         first, second, third = begun.grid.points()
         progress.look([first])
         assert console.file.getvalue() == ""
@@ -43,7 +43,7 @@ def test_a_pipe_gets_a_line_for_each_run_that_ends(begun):
 
 def test_what_had_ended_before_is_counted_and_not_told_again(sweep):
     console = Console(file=io.StringIO())
-    with Progress(sweep, console) as progress:
+    with SweepProgress(sweep, console) as progress:
         progress.look([])
         assert progress.counts() == "1/3 done, 0 running, 1 failed, left -:--:--"
     assert console.file.getvalue() == ""
@@ -51,7 +51,7 @@ def test_what_had_ended_before_is_counted_and_not_told_again(sweep):
 
 def test_quiet_shows_nothing(begun):
     console = Console(file=io.StringIO(), force_terminal=True)
-    with Progress(begun, console, quiet=True) as progress:
+    with SweepProgress(begun, console, quiet=True) as progress:
         point = begun.grid.points()[0]
         begun.path(point).mkdir()
         begun.fail(point, "why")
@@ -62,7 +62,7 @@ def test_quiet_shows_nothing(begun):
 def test_a_terminal_gets_a_bar_for_each_run_in_80_columns(sweep):
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     pages = Console(width=80, file=io.StringIO())
-    with Progress(sweep, console) as progress:
+    with SweepProgress(sweep, console) as progress:
         progress.look(sweep.grid.points()[2:])
         pages.print(progress.render())
     assert "\x1b" in console.file.getvalue()
@@ -87,7 +87,7 @@ def test_the_table_has_a_row_for_each_setting_and_blanks_where_none_is_done(swee
 
 def test_the_share_of_the_work_counts_the_layers_that_run(begun):
     first, second, third = begun.grid.points()
-    progress = Progress(begun, Console(file=io.StringIO()))
+    progress = SweepProgress(begun, Console(file=io.StringIO()))
     shares = []
     for point in (first, second, third):
         begun.path(point).mkdir()

@@ -125,6 +125,19 @@ def test_a_foreign_run_in_the_way_is_named(sweep, tmp_path):
         train_point(sweep, point, lambda: None)
 
 
+def test_workers_that_cannot_start_leave_ctrl_c_as_it_was_and_no_process(sweep, monkeypatch):
+    def failing():
+        raise OSError("no more processes")
+
+    workers = Workers(sweep, count=2, threads=1)
+    monkeypatch.setattr(workers._processes[1], "start", failing)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(OSError, match="no more"), workers:
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not multiprocessing.active_children()
+
+
 def test_a_worker_that_was_killed_is_told_by_its_signal(tmp_path):
     sweep = open_sweep(tmp_path / "sweep", "survival", GRID, replace(SMALL, epochs=1000))
     with Workers(sweep, count=1, threads=1) as workers:

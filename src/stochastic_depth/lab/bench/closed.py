@@ -8,15 +8,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from stochastic_depth.lab.bench.costs import show_costs, step_costs
+from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, Workload, training_step
 from stochastic_depth.lab.options import ClosedOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay
 from stochastic_depth.train.runtime import Runtime
 
-CONSTANT, SKIPPED, FORWARD_ONLY = "constant depth", "skipped", "forward-only"
+SKIPPED, FORWARD_ONLY = "skipped", "forward-only"
 ADAPTED = {
     "vit-small": ["qkv", "proj", "fc1", "fc2"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -100,7 +102,7 @@ def _network(
         return Logits(hf.GPT2LMHeadModel(config)), texts[:, :-1], texts[:, 1:]
 
 
-def bench_closed(options: ClosedOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+def bench(options: ClosedOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Compare skipped and forward-only blocks with constant depth."""
     adapters = ", LoRA" if options.lora else ""
     unit = "images" if options.network == "vit-small" else "texts"
@@ -109,4 +111,7 @@ def bench_closed(options: ClosedOptions, runtime: Runtime, console: Console) -> 
         f"p_L = {options.final:g}"
     )
     costs = step_costs(lambda: closed_steps(options, runtime), options.repeats, runtime, console)
-    return {"alternatives": show_costs(title, costs, CONSTANT, runtime, console)}
+    return {
+        "clock": clock(runtime).__name__,
+        "alternatives": show_costs(title, costs, CONSTANT, runtime, console),
+    }

@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.errors import RunError
 from stochastic_depth.extras import require
 from stochastic_depth.files import write_whole
 from stochastic_depth.lab.bench.results import bench_table, shown, timings
 from stochastic_depth.lab.bench.workload import Step, Workload
-from stochastic_depth.lab.options import DepthOptions
+from stochastic_depth.lab.options import DEPTHS, DepthOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.processes import fresh_processes
 from stochastic_depth.survival import LinearDecay, Survival
@@ -30,17 +30,10 @@ FINAL = 0.5
 """p_L of the networks with stochastic depth."""
 KINDS = {"constant": None, "stochastic": LinearDecay(FINAL)}
 """The survival probabilities of each kind of network."""
-DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 
 
 def depths_up_to(deepest: int) -> list[int]:
-    """The `DEPTHS` up to `deepest`, and `deepest` itself.
-
-    Raises:
-        ConfigError: when there is only one such depth, through which no line can be fitted.
-    """
-    if deepest <= DEPTHS[0]:
-        raise ConfigError(f"deepest={deepest}: the first depth is {DEPTHS[0]}, choose more")
+    """The `DEPTHS` up to `deepest`, and `deepest` itself."""
     return sorted({deepest, *(depth for depth in DEPTHS if depth < deepest)})
 
 
@@ -140,7 +133,7 @@ def _of_status(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def bench_depth(options: DepthOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+def bench(options: DepthOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Measure time and memory at every depth, and fit a line to each."""
     depths = depths_up_to(options.deepest)
     if options.plot is not None:
@@ -178,6 +171,7 @@ def bench_depth(options: DepthOptions, runtime: Runtime, console: Console) -> di
         "weights included, each in a separate process; lines by least squares",
     )
     result = {
+        "clock": "perf_counter",
         "depths": depths,
         "seconds_per_image": {k: [list(t.seconds) for t in seconds[k]] for k in KINDS},
         "bytes_per_image": memory,

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.bench.costs import StepCost, show_costs, step_costs
+from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, copy_weights, training_step
 from stochastic_depth.lab.options import Dinov2Options
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import Uniform
 from stochastic_depth.train.runtime import Runtime
 
-CONSTANT, THEIRS, OURS = "constant depth", "DINOv2's block", "subset gate, balanced"
+THEIRS, OURS = "DINOv2's block", "subset gate, balanced"
 
 
 class Stack(nn.Module):
@@ -66,7 +68,7 @@ def their_block(checkout: Path) -> type[nn.Module]:
 
 def dinov2_steps(rate: float, options: Dinov2Options, runtime: Runtime) -> dict[str, Step]:
     """A training step of each alternative, on the same weights and tokens."""
-    block = their_block(Path(options.dinov2))
+    block = their_block(options.dinov2)
     shape = {"dim": options.width, "num_heads": options.width // 64, "qkv_bias": True}
     x = torch.randn(options.batch, options.size, options.width, generator=generator("bench"))
     labels = torch.arange(options.batch) % 10
@@ -92,7 +94,7 @@ def dinov2_steps(rate: float, options: Dinov2Options, runtime: Runtime) -> dict[
     return steps
 
 
-def bench_dinov2(options: Dinov2Options, runtime: Runtime, console: Console) -> dict[str, Any]:
+def bench(options: Dinov2Options, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time both at several drop rates, which are the same for every block."""
     rates: dict[str, Any] = {}
     for rate in options.rates:
@@ -108,7 +110,7 @@ def bench_dinov2(options: Dinov2Options, runtime: Runtime, console: Console) -> 
         )
         rates[f"{rate:g}"] = show_costs(title, costs, CONSTANT, runtime, console)
         console.print(f"ours is faster by {_faster(costs):.2f} x")
-    return {"rates": rates}
+    return {"clock": clock(runtime).__name__, "rates": rates}
 
 
 def _faster(costs: dict[str, StepCost]) -> float:

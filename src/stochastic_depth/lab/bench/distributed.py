@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FSDP2 of blocks": sharded_blocks,
     "FSDP2, shard_branches": sharded_branches,
 }
-DEPTHS = {"constant depth": Uniform(1.0), "p_L = 0.5": LinearDecay(0.5)}
+SURVIVALS = {"constant depth": Uniform(1.0), "p_L = 0.5": LinearDecay(0.5)}
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,11 @@ def _measured(
     steps = {
         f"{way}, {name}": _Step(wrap, survival, depth, batch // ranks, size)
         for way, wrap in WAYS.items()
-        for name, survival in DEPTHS.items()
+        for name, survival in SURVIVALS.items()
     }
     rounds = list(take_turns(steps, repeats))
     result: dict[str, dict[str, object]] = {way: {} for way in WAYS}
-    for way, name in itertools.product(WAYS, DEPTHS):
+    for way, name in itertools.product(WAYS, SURVIVALS):
         counts = list(steps[f"{way}, {name}"].counted(ranks, repeats))
         of_step = [sum(column) / repeats for column in zip(*counts, strict=True)]
         result[way][name] = {
@@ -208,11 +208,8 @@ class _Step:
             yield collectives.bytes, collectives.calls, 1 - closed / self._whole
 
 
-def bench_distributed(
-    options: DistributedOptions, runtime: Runtime, console: Console
-) -> dict[str, Any]:
+def bench(options: DistributedOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Measure every way of training in several processes, at constant depth and at p_L = 0.5."""
-    runtime = replace(runtime, precision="float32", engine="eager", engine_because="DDP, FSDP2")
     threads = max(1, (os.cpu_count() or 1) // max(options.ranks))
     results: dict[str, Any] = {}
     for ranks in options.ranks:
@@ -230,7 +227,7 @@ def bench_distributed(
         "thread(s) a process\nsent: by each process in a step; open: of the parameters, those "
         "in no closed block",
     )
-    return {"threads": threads, "ranks": results}
+    return {"clock": "perf_counter", "threads": threads, "ranks": results}
 
 
 def _sent_table(
@@ -240,7 +237,7 @@ def _sent_table(
     columns = ("sent\nMiB", "collectives", "median\nms", "open")
     table = bench_table(title, runtime, "", *columns)
     for way, of_way in sent.items():
-        constant, stochastic = (of_way[name] for name in DEPTHS)
+        constant, stochastic = (of_way[name] for name in SURVIVALS)
         pairs = [
             (constant.bytes / 2**20, stochastic.bytes / 2**20, "{:.2f}"),
             (constant.calls, stochastic.calls, "{:.0f}"),

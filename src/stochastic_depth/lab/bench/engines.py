@@ -1,37 +1,27 @@
-"""All engines and kernels side by side, and where the time of a training step goes."""
+"""All engines and kernels side by side."""
 
-import itertools
-import os
 import shutil
-import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 
-from stochastic_depth.block_program import Program
 from stochastic_depth.block_program.library import missing
-from stochastic_depth.block_program.pieces import Block
 from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import bench_table, clock, milliseconds, shown, timings
-from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Step, Workload
-from stochastic_depth.lab.options import EnginesOptions, ProfileOptions
+from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Workload, active_share
+from stochastic_depth.lab.options import EnginesOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.survival import Uniform
 from stochastic_depth.timing import take_turns
-from stochastic_depth.train.build import build_optimizer
-from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.engine_choice import EngineName, KernelsName
-from stochastic_depth.train.engines import KERNELS
 from stochastic_depth.train.runtime import Runtime
 
 SHARES = 1.0, 0.75, 0.5
+
 
 DESIGNS: dict[str, tuple[EngineName, KernelsName]] = {
     "eager": ("eager", "reference"),
@@ -40,12 +30,6 @@ DESIGNS: dict[str, tuple[EngineName, KernelsName]] = {
     "graphs, compiled kernels": ("graphs", "compiled"),
     "graphs, native kernels": ("graphs", "native"),
 }
-
-
-def active_share(blocks: int, share: float) -> list[bool]:
-    """Gates that open `share` of the blocks, spread evenly over the depth."""
-    count = [int(share * n) for n in range(blocks + 1)]
-    return [after > before for before, after in itertools.pairwise(count)]
 
 
 def designs(runtime: Runtime) -> tuple[dict[str, Runtime], dict[str, str]]:
@@ -83,93 +67,17 @@ def engine_steps(
             yield name, share, step
 
 
-def operators(step: Step, steps: int) -> dict[str, float]:
-    """Seconds of `step` in each operator itself, on the GPU if there is one; the longest first."""
-    step()
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # otherwise the profiler records its start and end
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as recorded:
-        for _ in range(steps):
-            step()
-    microseconds = {
-        event.key: event.self_device_time_total or event.self_cpu_time_total
-        for event in recorded.key_averages()
-    }
-    longest = sorted(microseconds, key=microseconds.__getitem__, reverse=True)
-    return {name: 1e-6 * microseconds[name] / steps for name in longest}
-
-
-class Timed:
-    """A `Replay` that runs the work as it is, and measures how long it takes."""
-
-    keeps = False
-
-    def __init__(self, synchronise: Callable[[], None]) -> None:
-        self._synchronise = synchronise
-        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-        """The seconds of each call, by piece."""
-
-    def warm_up(self, work: Callable[[], None]) -> None:
-        pass
-
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        name = _named(work)
-
-        def timed() -> None:
-            self._synchronise()
-            began = time.perf_counter()
-            work()
-            self._synchronise()
-            self.seconds[name].append(time.perf_counter() - began)
-
-        return timed
-
-
-def _named(work: Any) -> str:
-    """The name of a piece of the block program: its kind, channels and direction."""
-    piece, direction = work.__self__, work.__name__.replace("_", " ")
-    if not isinstance(piece, Block):
-        return f"{type(piece).__name__.lower()}, {direction}"
-    kind = "transition to" if piece.is_transition else "block of"
-    return f"{kind} {piece.out.shape[1]} channels, {direction}"
-
-
-def pieces(depth: int, workload: Workload) -> tuple[Timed, Step]:
-    """A step of a ResNet's block program, and the recorder of the seconds of its pieces."""
-    runtime = workload.runtime
-    model = CifarResNet(depth, channels=workload.channels)
-    model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    images = workload.images().to(runtime.device)
-    labels = (torch.arange(workload.batch) % 10).to(runtime.device)
-    timed = Timed(runtime.synchronise)
-    dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
-    program = Program(
-        model.train(),
-        None,
-        build_optimizer(OptimizerConfig(), model),
-        images.shape,
-        dtype,
-        KERNELS[runtime.kernels](dtype),
-        timed,
-    )
-    return timed, lambda: program.step(images, labels)
-
-
-def bench_engines(options: EnginesOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+def bench(options: EnginesOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time every design that this machine can run, with all blocks active and with fewer."""
+    runtime = replace(runtime, engine_because="and the other engines, a row each")
     workload = Workload(options.batch, options.size, 3, runtime)
     names, absent = designs(runtime)
     built = shown(
         engine_steps(options.depth, workload, names), len(names) * len(SHARES), console, "building"
     )
     steps = {f"{name} {100 * share:.0f} %": step for name, share, step in built}
-    rounds = list(
-        shown(take_turns(steps, options.repeats, clock=clock(runtime)), options.repeats, console)
-    )
+    by = clock(runtime)
+    rounds = list(shown(take_turns(steps, options.repeats, clock=by), options.repeats, console))
     timed = timings(rounds)
     peak = machine_peak(runtime, workload.step(PlainResNet(options.depth)))
     console.print(_engines_table(options, runtime, list(names), timed, peak))
@@ -177,9 +85,11 @@ def bench_engines(options: EnginesOptions, runtime: Runtime, console: Console) -
     for name, reason in absent.items():
         console.print(f"{name}: {reason}")
     return {
+        "clock": by.__name__,
         "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
         "peak": peak and peak.to_json({n: timed[f"{n} 100 %"].median for n in names}),
         "missing": absent,
+        "designs": {n: {"engine": r.engine, "kernels": r.kernels} for n, r in names.items()},
     }
 
 
@@ -206,56 +116,3 @@ def _engines_table(
         least = peak.timing.median
         table.add_row(AT_PEAK, milliseconds(least), "", "", f"{options.batch / least:,.0f}", "1")
     return table
-
-
-SHOWN = 15
-"""How many operators are in the table; the file has all of them."""
-
-
-def bench_profile(options: ProfileOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Show where the time of a step goes, by operator and by piece of the block program."""
-    workload = Workload(options.batch, options.size, 3, runtime)
-    by_operator = operators(workload.step(CifarResNet(options.depth)), steps=3)
-    console.print(_operators_table(options, runtime, by_operator))
-    result: dict[str, Any] = {"operators": by_operator}
-    if runtime.engine == "graphs":
-        result["pieces"] = _timed_pieces(options, workload, console)
-    return result
-
-
-def _operators_table(options: ProfileOptions, runtime: Runtime, seconds: dict[str, float]) -> Table:
-    whole = sum(seconds.values())
-    title = f"ResNet-{options.depth} by autograd, {1e3 * whole:,.0f} ms a step"
-    table = bench_table(title, runtime, "operator", "ms", "share")
-    for name, of_operator in list(seconds.items())[:SHOWN]:
-        table.add_row(name, f"{1e3 * of_operator:.2f}", f"{100 * of_operator / whole:.1f} %")
-    return table
-
-
-def _timed_pieces(options: ProfileOptions, workload: Workload, console: Console) -> dict[str, Any]:
-    timed, step = pieces(options.depth, workload)
-    for _ in range(3):
-        step()
-    timed.seconds.clear()
-    whole, inside = [], [0.0]
-    for _ in shown(range(options.repeats), options.repeats, console):
-        began = time.perf_counter()
-        step()
-        whole.append(time.perf_counter() - began)
-        inside.append(sum(map(sum, timed.seconds.values())))
-    between = [
-        step - (after - before)
-        for step, (before, after) in zip(whole, itertools.pairwise(inside), strict=True)
-    ]
-    kernels, step_ms = workload.runtime.kernels, 1e3 * statistics.median(whole)
-    title = f"ResNet-{options.depth} by block program, {kernels} kernels, {step_ms:,.0f} ms a step"
-    table = bench_table(title, workload.runtime, "piece", "median, ms", "in a step")
-    result = {}
-    for name, seconds in timed.seconds.items():
-        count = len(seconds) // options.repeats
-        result[name] = {"count": count, "seconds": statistics.median(seconds)}
-        table.add_row(name, f"{1e3 * result[name]['seconds']:.2f}", f"{count}")
-    rest = statistics.median(between)
-    table.add_row("cast, update, gates", f"{1e3 * rest:.2f}", "1")
-    console.print(table)
-    return {"step": statistics.median(whole), "rest": rest, **result}

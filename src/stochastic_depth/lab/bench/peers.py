@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from stochastic_depth.choices import GateKind
-from stochastic_depth.errors import ApplyError, ConfigError, MissingExtraError
+from stochastic_depth.errors import ApplyError, MissingExtraError
 from stochastic_depth.lab.bench.costs import AT_PEAK, machine_peak
 from stochastic_depth.lab.bench.results import MEMORY, clock, shown, table_of, timings
 from stochastic_depth.lab.bench.workload import (
@@ -23,6 +23,7 @@ from stochastic_depth.lab.bench.workload import (
     training_step,
 )
 from stochastic_depth.lab.options import NetworkName, PeersOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
@@ -31,7 +32,6 @@ from stochastic_depth.survival import LinearDecay, Uniform, survival_probabiliti
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
 
-CONSTANT = "constant depth"
 OURS = "stochastic-depth"
 
 
@@ -196,11 +196,8 @@ def peers(
         size: the height and width of the images in pixels, or tokens in a text.
 
     Raises:
-        ConfigError: when the drop rate is out of range.
         MissingExtraError: without the library that the network comes from.
     """
-    if not 0 <= rate < 1:
-        raise ConfigError(f"rate={rate}: a drop rate is at least 0 and below 1")
     workload = Workload(batch, size, 3, runtime)
     match name:
         case "cifar-resnet":
@@ -213,16 +210,15 @@ def peers(
             return x_transformer_peers(rate, batch, size, runtime)
 
 
-def bench_peers(options: PeersOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+def bench(options: PeersOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time a network as this library and as others train it, and measure the memory of each."""
     network = NETWORKS[options.network]
     rate = network.rate if options.rate is None else options.rate
     batch, size = options.batch or network.batch, options.size or network.size
     with console.status(f"building {options.network}"):
         steps, missing = peers(options.network, options.depth, rate, batch, size, runtime)
-    rounds = list(
-        shown(take_turns(steps, options.repeats, clock=clock(runtime)), options.repeats, console)
-    )
+    by = clock(runtime)
+    rounds = list(shown(take_turns(steps, options.repeats, clock=by), options.repeats, console))
     timed = timings(rounds)
     with console.status("memory"):
         memory = {name: step_memory(step, runtime.device) for name, step in steps.items()}
@@ -238,6 +234,7 @@ def bench_peers(options: PeersOptions, runtime: Runtime, console: Console) -> di
         console.print(f"{name}: {reason}")
     means = {name: statistics.fmean(timing.seconds) for name, timing in timed.items()}
     return {
+        "clock": by.__name__,
         "batch": batch,
         "size": size,
         "rate": rate,

@@ -1,5 +1,6 @@
 """Training steps on random inputs, for timing, and the memory that they need."""
 
+import itertools
 import statistics
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,12 @@ class Workload:
         """Random images, always the same: float32 [batch, channels, size, size]."""
         shape = self.batch, self.channels, self.size, self.size
         return torch.randn(shape, generator=generator("bench"))
+
+
+def active_share(blocks: int, share: float) -> list[bool]:
+    """Gates that open `share` of the blocks, spread evenly over the depth."""
+    count = [int(share * n) for n in range(blocks + 1)]
+    return [after > before for before, after in itertools.pairwise(count)]
 
 
 class EngineStep:

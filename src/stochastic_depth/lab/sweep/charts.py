@@ -10,14 +10,14 @@ import altair as alt
 
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered, log_axis
 from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds
-from stochastic_depth.lab.outcomes import RunOutcome, Series, Spread
-from stochastic_depth.lab.sources import RecordedRun, Sweep
-from stochastic_depth.lab.style import CONSTANT, HEAT, STOCHASTIC
+from stochastic_depth.lab.outcomes import CONSTANT, RunOutcome, Series, Spread
+from stochastic_depth.lab.sources import RecordedRun, RecordedSweep
+from stochastic_depth.lab.style import CONSTANT_COLOUR, HEAT, STOCHASTIC
 
 KEYS = {
     "linear": Key("linear decay", STOCHASTIC[0]),
     "uniform": Key("uniform", STOCHASTIC[1]),
-    "constant": Key("constant depth", CONSTANT, (6, 3)),
+    "constant": Key(CONSTANT, CONSTANT_COLOUR, (6, 3)),
 }
 """Legend keys, by the name of the rule."""
 
@@ -25,7 +25,7 @@ Place = tuple[str, float, Series]
 """A rule, p_L, and the runs that have them."""
 
 
-def survival_sweep(sweep: Sweep) -> Figure | None:
+def survival_sweep(sweep: RecordedSweep) -> Figure | None:
     """The figure of the finished runs; None if none of them has stochastic depth."""
     points = _points(sweep)
     if not any(rule != "constant" for rule, _, _ in points):
@@ -69,7 +69,7 @@ def survival_sweep(sweep: Sweep) -> Figure | None:
     )
 
 
-def _points(sweep: Sweep) -> list[Place]:
+def _points(sweep: RecordedSweep) -> list[Place]:
     groups: dict[tuple[str, float], list[RecordedRun]] = {}
     for run in sweep.runs:
         if run.finished and run.records:
@@ -157,7 +157,7 @@ Cells = dict[tuple[int, float], list[float]]
 """The test errors of all seeds, by depth and p_L."""
 
 
-def depth_sweep(sweep: Sweep) -> Figure | None:
+def depth_sweep(sweep: RecordedSweep) -> Figure | None:
     """A heat map of the finished runs; None if there are none. Constant depth has p_L = 1."""
     cells: Cells = {}
     rows: list[Row] = []
@@ -237,7 +237,7 @@ def _depth_sentence(cells: Cells) -> str:
     return f"{sentence}; the best p_L is {' and '.join(clauses)}."
 
 
-ERROR = Key("test error: a seed each, mean and deviation", CONSTANT)
+ERROR = Key("test error: a seed each, mean and deviation", CONSTANT_COLOUR)
 TIME, PEAK = Key("time of a step", STOCHASTIC[0]), Key("peak memory of a step", STOCHASTIC[1])
 
 

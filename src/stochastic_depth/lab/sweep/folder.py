@@ -4,11 +4,12 @@ import json
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock
 
+from stochastic_depth.choices import RuleName, SweepKind
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.files import (
     SMALL,
@@ -25,14 +26,12 @@ from stochastic_depth.train import Config, Record
 from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.journal import read_journal
 
-Rule = Literal["linear", "uniform", "constant"]
-
 
 @dataclass(frozen=True)
 class Point:
     """One run of a sweep, given by what it changes in the configuration of the sweep."""
 
-    rule: Rule
+    rule: RuleName
     survival: float | None
     """p_L; None at constant depth."""
     depth: int
@@ -62,7 +61,7 @@ class Point:
 class Grid:
     """Every rule at every p_L, and constant depth once, at every depth and from every seed."""
 
-    rules: tuple[Rule, ...]
+    rules: tuple[RuleName, ...]
     survival: tuple[float, ...]
     depths: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -112,8 +111,7 @@ class Grid:
 
 
 FORMAT = 1
-OURS = {"sweep.json", "lock", "runs", "claims", "gates.json"}
-Kind = Literal["survival", "depth", "gates"]
+OWN_FILES = {"sweep.json", "lock", "runs", "claims", "gates.json"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class Sweep:
     """A grid of runs in one folder; results are read from the run folders alone."""
 
     folder: Path
-    kind: Kind
+    kind: SweepKind
     grid: Grid
     config: Config
 
@@ -154,7 +152,7 @@ class Sweep:
         return read_journal(self.path(point) / "metrics.jsonl")
 
 
-def open_sweep(folder: Path, kind: Kind, grid: Grid, config: Config) -> Sweep:
+def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Sweep:
     """Open the sweep in `folder`, or begin it.
 
     Raises:
@@ -182,9 +180,29 @@ def open_sweep(folder: Path, kind: Kind, grid: Grid, config: Config) -> Sweep:
     return Sweep(folder, kind, grid, config)
 
 
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep that `open_sweep` has begun in `folder`.
+
+    Raises:
+        RunError: when its description cannot be understood.
+    """
+    described = folder / "sweep.json"
+    found = _read(described)
+    if found.get("format") != FORMAT:
+        raise RunError(
+            f"{described} has format {found.get('format')}, this version reads {FORMAT}: use the "
+            "version that wrote it"
+        )
+    try:
+        grid = Grid(**{name: tuple(values) for name, values in found["grid"].items()})
+        return Sweep(folder, found["kind"], grid, Config.from_json(found["config"]))
+    except (AttributeError, ConfigError, KeyError, TypeError) as error:
+        raise RunError(f"{described} is not of a sweep: {error!r}") from error
+
+
 def _make(folder: Path) -> None:
     try:
-        strange = {p.name for p in folder.iterdir()} - OURS if folder.exists() else set()
+        strange = {p.name for p in folder.iterdir()} - OWN_FILES if folder.exists() else set()
         strange = {name for name in strange if not name.startswith(UNFINISHED)}
         if strange:
             raise RunError(

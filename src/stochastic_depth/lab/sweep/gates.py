@@ -17,33 +17,38 @@ from stochastic_depth.lab.formatting import percent
 from stochastic_depth.lab.outcomes import Outcome, Spread, describe
 from stochastic_depth.lab.sweep.folder import Sweep
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train import Config
+from stochastic_depth.train import Config, open_run
 from stochastic_depth.train.build import build_depth, build_model
-from stochastic_depth.train.engine_choice import SIDES
 from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, versions
 
-CONSTANT = "constant"
+CONSTANT_GATING = "constant"
 FILE = "gates.json"
 """The file in the sweep's folder that is written when the sweep is complete."""
 
 
 def gating_steps(
-    config: Config, names: Sequence[str], runtime: Runtime, steps: int
+    config: Config,
+    names: Sequence[str],
+    runtime: Runtime,
+    steps: int,
+    shape: tuple[int, int, int],
+    classes: int,
 ) -> dict[str, Step]:
     """A training step of each gating, by autograd, on random images of the data's shape.
 
     Args:
         steps: the number of steps of the whole training, which a schedule needs.
+        shape: the shape of an image, (channels, height, width), which is square.
+        classes: how many classes the images have.
     """
-    channels = 1 if config.data.name == "digits" else 3
-    side = config.data.size or SIDES[config.data.name]
+    channels, side, _ = shape
     workload = Workload(config.optimizer.batch, side, channels, runtime)
     found = {}
     for name in names:
         variant = gatings(config)[name]
-        model = build_model(variant.model, channels, 10, config.seed)
+        model = build_model(variant.model, channels, classes, config.seed)
         build_depth(model, variant.survival, config.seed, steps)
-        labels = torch.arange(workload.batch) % 10
+        labels = torch.arange(workload.batch) % classes
         found[name] = training_step(model, workload.images(), labels, runtime)
     return found
 
@@ -51,15 +56,23 @@ def gating_steps(
 def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[str, Any]:
     """The errors of the finished runs and the cost of a step, by gating, for a file.
 
+    At least one run must be finished: its images have the shape and the classes to measure with.
     Costs are means over a whole training run of `repeats` steps, so that a schedule is passed
     through.
     """
     config, survival = sweep.config, sweep.grid.survival[0]
     config = replace(config, survival=replace(config.survival, final=survival))
     runtime = resolve_runtime(config)
-    names = dict.fromkeys((CONSTANT, *sweep.grid.gatings))  # costs are relative to constant depth
+    names = dict.fromkeys(
+        (CONSTANT_GATING, *sweep.grid.gatings)
+    )  # costs are relative to constant depth
+    trained = open_run(sweep.path(next(filter(sweep.done, sweep.grid.points()))))
+    shape, classes = trained.shape, len(trained.classes)
     costs = step_costs(
-        lambda: gating_steps(config, [*names], runtime, repeats), repeats, runtime, console
+        lambda: gating_steps(config, [*names], runtime, repeats, shape, classes),
+        repeats,
+        runtime,
+        console,
     )
     rows = {}
     for name in sweep.grid.gatings:
@@ -72,7 +85,7 @@ def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[st
             "test_errors": [outcome.test_error_best.mean for outcome in outcomes],
             "test_errors_last": [outcome.test_error_last.mean for outcome in outcomes],
             "step": asdict(costs[name]),
-            "relative": asdict(costs[name].relative_to(costs[CONSTANT])),
+            "relative": asdict(costs[name].relative_to(costs[CONSTANT_GATING])),
         }
     return {
         "title": describe(config),

@@ -15,7 +15,7 @@ from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.train.display import LiveDisplay
 
 
-class Progress(LiveDisplay):
+class SweepProgress(LiveDisplay):
     """Shows the progress of a sweep: live on a terminal, elsewhere as a line for each run."""
 
     def __init__(self, sweep: Sweep, console: Console, quiet: bool = False) -> None:

@@ -26,9 +26,9 @@ from stochastic_depth.errors import DivergedError, RunError, StochasticDepthErro
 from stochastic_depth.files import is_there, reason, require_writable, visible
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.processes import fresh_processes
-from stochastic_depth.train import Interrupted, Record, Run, begin, fit, reopen
+from stochastic_depth.train import Interrupted, Run, begin, fit, reopen
+from stochastic_depth.train.display import Silent
 from stochastic_depth.train.fit import StopSignals
-from stochastic_depth.train.train_state import TrainState
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -96,9 +96,14 @@ class Workers:
     def __enter__(self) -> Self:
         # Ctrl-C reaches the whole process group, but this process tells the workers to stop.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for process in self._processes:
-            process.start()
-        signal.signal(signal.SIGINT, before)
+        try:
+            for process in self._processes:
+                process.start()
+        except BaseException:
+            self._stop()
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
         return self
 
     def __exit__(
@@ -107,9 +112,13 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for process in self._processes:
+        self._stop()
+
+    def _stop(self) -> None:
+        started = [process for process in self._processes if process.pid is not None]
+        for process in started:
             process.terminate()
-        for process in self._processes:
+        for process in started:
             process.join()
 
     def working(self) -> bool:
@@ -162,7 +171,7 @@ def train_point(sweep: Sweep, point: Point, stop: Callable[[], int | None]) -> N
         return
     try:
         run, images = _open(sweep, point)
-        for _ in fit(run, images, _Silent(point.name), stop):
+        for _ in fit(run, images, _UnusualEvents(point.name), stop):
             pass
     except DivergedError as error:
         sweep.fail(point, str(error))
@@ -202,16 +211,11 @@ def _work(sweep: Sweep, threads: int) -> None:
             sys.exit(1)
 
 
-class _Silent:
-    """A callback that prints only unusual events."""
+class _UnusualEvents(Silent):
+    """A callback that prints what a run says, and nothing of its progress."""
 
     def __init__(self, label: str) -> None:
         self._label = label
-
-    def begin(self, run: Run, train_state: TrainState) -> None: ...
-    def step(self, train_state: TrainState, loss: torch.Tensor) -> None: ...
-    def evaluating(self) -> None: ...
-    def record(self, record: Record) -> None: ...
 
     def say(self, text: str) -> None:
         print(visible(f"{self._label} {text}"), file=sys.stderr)

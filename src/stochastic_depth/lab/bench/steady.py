@@ -1,17 +1,10 @@
-"""How steady the time and the memory of training steps are.
+"""How steady the time and the memory of training steps are, by independent and balanced gates."""
 
-`bench_steady` compares independent and balanced gates with constant depth. `bench_busy` takes steps
-while another program keeps one core busy.
-"""
-
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from stochastic_depth.handle import Handle
-from stochastic_depth.lab.bench.results import bench_table, milliseconds, shown
+from stochastic_depth.lab.bench.results import bench_table, shown
 from stochastic_depth.lab.bench.workload import (
     Step,
     Workload,
@@ -27,15 +20,16 @@ from stochastic_depth.lab.bench.workload import (
     copy_weights,
     saved_for_backward,
 )
-from stochastic_depth.lab.options import BusyOptions, SteadyOptions
+from stochastic_depth.lab.options import SteadyOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import library
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform
-from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
 
-CONSTANT, INDEPENDENT, BALANCED = "constant depth", "independent gates", "balanced gates"
+INDEPENDENT, BALANCED = "independent gates", "balanced gates"
 
 
 @dataclass(frozen=True)
@@ -84,6 +78,7 @@ class Steady:
         self._steps: dict[str, Step] = {name: workload.step(model) for name, model in pairs}
         self._device = workload.runtime.device
         self._on_gpu = self._device.startswith("cuda")
+        self.clock = time.perf_counter if self._on_gpu else time.process_time
         self._of_all, self._of_block = self._bytes_kept(models[0])
 
     def rounds(self, repeats: int, warmup: int = 2) -> Iterator[dict[str, tuple[float, float]]]:
@@ -91,18 +86,18 @@ class Steady:
 
         On a CPU these are seconds of processor time, so that other programs do not count.
         """
-        clock = time.perf_counter if self._on_gpu else time.process_time
-        for number in range(-warmup, repeats):
-            found = {}
-            for name, step in self._steps.items():
-                measured = allocator_peak(self._device) if self._on_gpu else nullcontext()
-                with measured as peak:
-                    began = clock()
-                    step()
-                    seconds = clock() - began
-                found[name] = seconds, peak() if peak else self.kept(self._handles[name])
-            if number >= 0:
-                yield found
+        peaks: dict[str, int] = {}
+
+        def watched(name: str) -> None:
+            with allocator_peak(self._device) as peak:
+                self._steps[name]()
+            peaks[name] = peak()
+
+        steps = {name: partial(watched, name) for name in self._steps}
+        turns = take_turns(steps if self._on_gpu else self._steps, repeats, warmup, self.clock)
+        for seconds in turns:
+            kept = peaks or {name: self.kept(handle) for name, handle in self._handles.items()}
+            yield {name: (seconds[name], kept[name]) for name in self._steps}
 
     def kept(self, handle: Handle) -> float:
         """The bytes that the last step kept: all but those of the branches that were closed."""
@@ -139,11 +134,11 @@ def _built(network: str, depth: int, workload: Workload) -> nn.Module:
         return library("timm").create_model(network, **options)
 
 
-def bench_steady(options: SteadyOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+def bench(options: SteadyOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Take steps under independent and balanced gates, and compare how steady they are."""
     workload = Workload(options.batch, options.size, 3, runtime)
-    bench = Steady(options.network, options.depth, options.final, workload)
-    found = steadiness(list(shown(bench.rounds(options.repeats), options.repeats, console)))
+    compared = Steady(options.network, options.depth, options.final, workload)
+    found = steadiness(list(shown(compared.rounds(options.repeats), options.repeats, console)))
     seconds = statistics.median(found[CONSTANT].seconds)
     kept = statistics.fmean(found[CONSTANT].kept)
     columns = ("median", "spread", "mean bytes", "peak bytes", "peak/mean", "batch")
@@ -151,7 +146,7 @@ def bench_steady(options: SteadyOptions, runtime: Runtime, console: Console) -> 
     table = bench_table(title, runtime, "", *columns)
     rows: dict[str, Any] = {}
     for name, result in found.items():
-        largest = result.largest_batch(options.batch, options.limit)
+        largest = result.largest_batch(options.batch, round(options.limit * 2**30))
         rows[name] = {
             **asdict(result),
             "relative_median": statistics.median(result.seconds) / seconds,
@@ -174,77 +169,6 @@ def bench_steady(options: SteadyOptions, runtime: Runtime, console: Console) -> 
     console.print(
         "median, bytes (on a GPU the allocator's peak, else kept for backward): of constant "
         "depth's;\nspread: deviation over mean of the seconds; batch: the largest with at most "
-        f"{options.limit:,} bytes in any step"
+        f"{options.limit:g} GiB in any step"
     )
-    return {"alternatives": rows}
-
-
-QUIET, BUSY = "quiet", "one core busy"
-BOUND = 2.0
-"""The most that a step with all threads and one busy core may take, relative to one with one
-thread."""
-
-
-def bench_busy(options: BusyOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Time training steps with a free and with a busy core, and compare them."""
-    workload = Workload(options.batch, options.size, 3, runtime)
-    step = workload.engine_step(CifarResNet(options.depth), LinearDecay(0.5))
-    every = torch.get_num_threads()
-    threads = sorted({1, every})
-    found: dict[str, dict[int, Timing]] = {}
-    for situation in (QUIET, BUSY):
-        with busy_core() if situation == BUSY else _quiet():
-            steps = {str(count): _with_threads(step, count) for count in threads}
-            rounds = list(
-                shown(take_turns(steps, options.repeats, 1), options.repeats, console, situation)
-            )
-        torch.set_num_threads(every)
-        found[situation] = {n: Timing(tuple(r[str(n)] for r in rounds)) for n in threads}
-    title = f"A training step of ResNet-{options.depth}, batch {options.batch}, p_L = 0.5"
-    table = bench_table(title, runtime, "", QUIET, BUSY)
-    for count in threads:
-        cells = (found[situation][count] for situation in (QUIET, BUSY))
-        table.add_row(
-            f"{count} thread{'s' * (count != 1)}, ms",
-            *("{} ({}-{})".format(*map(milliseconds, (t.median, *t.quartiles))) for t in cells),
-        )
-    console.print(table)
-    ratio = found[BUSY][every].median / found[BUSY][1].median
-    spin = os.environ.get("GOMP_SPINCOUNT", "not set")
-    console.print(
-        f"with one core busy a step takes {ratio:.2f} times that of one thread (at most "
-        f"{BOUND:g} is asked for); GOMP_SPINCOUNT is {spin}"
-    )
-    return {
-        "seconds": {
-            situation: {str(n): list(timing.seconds) for n, timing in of_threads.items()}
-            for situation, of_threads in found.items()
-        },
-        "busy_over_one_thread": ratio,
-        "spin_count": spin,
-        "cores": os.cpu_count(),
-        "load": statistics.fmean(os.getloadavg()[:1]),
-    }
-
-
-def _with_threads(step: Step, count: int) -> Step:
-    def run() -> torch.Tensor:
-        torch.set_num_threads(count)
-        return step()
-
-    return run
-
-
-@contextmanager
-def busy_core() -> Iterator[None]:
-    """While entered, another process computes without a pause."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
-        try:
-            yield
-        finally:
-            process.kill()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    yield
+    return {"clock": compared.clock.__name__, "alternatives": rows}

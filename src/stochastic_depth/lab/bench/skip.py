@@ -1,41 +1,35 @@
-"""What skipping saves, and what the library costs."""
+"""What skipping saves: time against the share of the FLOPs that is spent."""
 
 import statistics
-import timeit
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
-from stochastic_depth.lab.bench.engines import active_share
 from stochastic_depth.lab.bench.results import (
     bench_table,
     clock,
     milliseconds,
     shown,
-    table_of,
-    timings,
 )
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
     Step,
     Workload,
-    copy_weights,
+    active_share,
     saved_for_backward,
 )
-from stochastic_depth.lab.options import OverheadOptions, SkipOptions
+from stochastic_depth.lab.options import SkipOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.surgery import apply, summary
+from stochastic_depth.surgery import summary
 from stochastic_depth.survival import LinearDecay, Survival, Uniform
-from stochastic_depth.timing import paired_ratio, take_turns
+from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
-
-CONSTANT = "constant depth"
 
 
 def alternatives(blocks: int) -> dict[str, tuple[Survival, list[bool] | None]]:
@@ -91,6 +85,7 @@ class Skip:
 
     def __init__(self, depth: int, workload: Workload) -> None:
         self.workload = workload
+        self.clock = clock(workload.runtime)
         self._handles: dict[str, Handle] = {}
         self.steps: dict[str, Step] = {}
         for name, (survival, gates) in alternatives((depth - 2) // 2).items():
@@ -104,8 +99,7 @@ class Skip:
 
     def rounds(self, repeats: int) -> Iterator[Round]:
         """Take turns: yields seconds and the share of FLOPs that was spent, by alternative."""
-        by = clock(self.workload.runtime)
-        for seconds in take_turns(self.steps, repeats, clock=by):
+        for seconds in take_turns(self.steps, repeats, clock=self.clock):
             yield {name: (seconds[name], self.active_flops(name)) for name in self.steps}
 
     def active_flops(self, name: str) -> float:
@@ -125,88 +119,18 @@ class Skip:
         return statistics.mean(saved), statistics.mean(active)
 
 
-NETWORKS = ("without the library", "applied, all gates open")
-
-
-def overhead_steps(depth: int, workload: Workload) -> dict[str, Step]:
-    """One training step of each of `NETWORKS`, on the same weights and images."""
-    channels = workload.channels
-    applied, plain = CifarResNet(depth, channels=channels), PlainResNet(depth, channels)
-    copy_weights(applied, plain)
-    apply(applied, Uniform(1.0))
-    steps = map(workload.step, (plain, applied))
-    return dict(zip(NETWORKS, steps, strict=True))
-
-
-class _Unit(nn.Module):
-    """A residual unit as in a model of any author."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch = nn.Linear(1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
-
-
-def closed_unit_seconds(units: int = 100, passes: int = 1000) -> float:
-    """The seconds that a closed unit adds to a training forward pass, over a module that returns x.
-
-    They include drawing the gates, handing them to the blocks, and the call. The fastest of
-    `passes` counts.
-    """
-    x = torch.ones(2, 1)
-    model = nn.Sequential(*(_Unit() for _ in range(units)))
-    handle = apply(model, Uniform(0.5), example=x)
-    nothing = nn.Sequential(*(nn.Identity() for _ in range(units)))
-    with handle.forced([True] + [False] * (units - 1)):  # one is open, so that there is a graph
-        closed, returned = (
-            min(timeit.repeat(lambda m=m: m(x), number=1, repeat=passes)) for m in (model, nothing)
-        )
-    drawn = min(timeit.repeat(lambda: handle.gates_at(0), number=1, repeat=passes))
-    return (closed + drawn - returned) / units
-
-
-def overhead(options: OverheadOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Time the library with all gates open against the same network written without it."""
-    steps = overhead_steps(options.depth, Workload(options.batch, options.size, 3, runtime))
-    rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
-    timed = timings(rounds)
-    title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
-    console.print(table_of(title, runtime, timed, options.batch))
-    without, applied = NETWORKS
-    ratio = timed[applied].median / timed[without].median
-    paired = paired_ratio(rounds, applied, without)
-    low, high = paired.quartiles
-    console.print(
-        f"cost of the library: {100 * (ratio - 1):+.2f} % by medians; round by round "
-        f"{100 * (paired.median - 1):+.2f} % ({100 * (low - 1):+.2f} to "
-        f"{100 * (high - 1):+.2f})",
-    )
-    closed = closed_unit_seconds()
-    console.print(
-        f"a closed unit of a foreign model: {1e6 * closed:.2f} microseconds a forward pass",
-    )
-    return {
-        "ratio_of_medians": ratio,
-        "median_of_ratios": paired.median,
-        "closed_unit_seconds": closed,
-        "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
-    }
-
-
-def skip(options: SkipOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+def bench(options: SkipOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time constant depth, two p_L and fixed shares of the blocks, in turns."""
-    bench = Skip(options.depth, Workload(options.batch, options.size, 3, runtime))
-    rounds = list(shown(bench.rounds(options.repeats), options.repeats, console))
+    compared = Skip(options.depth, Workload(options.batch, options.size, 3, runtime))
+    rounds = list(shown(compared.rounds(options.repeats), options.repeats, console))
     title = f"Training steps of ResNet-{options.depth}, batch {options.batch}"
-    plain = PlainResNet(options.depth, bench.workload.channels)
-    peak = machine_peak(runtime, bench.workload.step(plain))
+    plain = PlainResNet(options.depth, compared.workload.channels)
+    peak = machine_peak(runtime, compared.workload.step(plain))
     columns = ("median", "time", "FLOPs", "efficiency", "kept", "blocks")
     table = bench_table(title, runtime, "", *columns)
     rows: dict[str, Any] = {}
     for name, result in skippings(rounds).items():
-        kept, active = bench.memory(name, 3)
+        kept, active = compared.memory(name, 3)
         efficiencies = result.efficiencies
         quartiles = (
             statistics.quantiles(efficiencies, n=4, method="inclusive")
@@ -241,7 +165,11 @@ def skip(options: SkipOptions, runtime: Runtime, console: Console) -> dict[str, 
     if peak is not None:
         reached = ", ".join(f"{row['of_the_peak']:.2f}" for row in rows.values())
         console.print(f"of the machine's peak, of which the last row is 1: {reached}")
-    return {"alternatives": rows, "peak": peak and peak.to_json({})}
+    return {
+        "clock": compared.clock.__name__,
+        "alternatives": rows,
+        "peak": peak and peak.to_json({}),
+    }
 
 
 def _shares(peak: MachinePeak, result: Skipping) -> list[float]:

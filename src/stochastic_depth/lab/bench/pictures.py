@@ -1,0 +1,178 @@
+"""How fast pictures are decoded, and how fast a network takes them."""
+
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from stochastic_depth.data.folder_batches import FolderBatches
+from stochastic_depth.extras import require
+from stochastic_depth.lab.bench.results import bench_table, shown, timings
+from stochastic_depth.lab.options import PicturesOptions
+from stochastic_depth.randomness import generator
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.train.config import (
+    Config,
+    ModelConfig,
+    SurvivalConfig,
+)
+from stochastic_depth.train.runtime import Runtime
+from stochastic_depth.train.train_state import TrainState
+
+HEIGHT, WIDTH = 375, 500
+"""The size in pixels of most ImageNet pictures, whose files have 108 KB on average."""
+
+
+QUALITY = 95
+
+
+def generated_picture(number: int) -> Tensor:
+    """A picture with details of every size, as in photographs: uint8 [3, HEIGHT, WIDTH].
+
+    It is a sum of octaves of noise, each twice as fine as the one before, and weaker.
+    """
+    source, picture = generator("bench pictures", number), torch.zeros(1, 3, HEIGHT, WIDTH)
+    for octave in range(8):
+        coarse = torch.randn(1, 3, 3 * 2**octave, 4 * 2**octave, generator=source)
+        picture += F.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic") / 1.3**octave
+    return (128 + 40 * picture[0]).clamp(0, 255).byte()
+
+
+def write_tree(root: Path, pictures: int) -> None:
+    """Write generated JPEG files in two classes: `pictures` for training, two for evaluation."""
+    image = require("PIL.Image", "data")
+    for part, count in (("train", pictures), ("val", 2)):
+        for number in range(count):
+            path = root / part / f"class{number % 2}" / f"{number}.jpeg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = generated_picture(number).permute(1, 2, 0).numpy()
+            image.fromarray(pixels).save(path, quality=QUALITY)
+
+
+def decoded(images: FolderBatches, workers: Sequence[int], repeats: int) -> Iterator[list[float]]:
+    """For each round, how many pictures each number of workers prepares in a second.
+
+    Pictures are decoded, cut at random, scaled, mirrored and normalised.
+    """
+    for epoch in range(repeats):
+        rates = {}
+        for number in workers if epoch % 2 else reversed(workers):
+            images.workers = number
+            rates[number] = _decoded_a_second(images, epoch)
+        yield [rates[number] for number in workers]
+
+
+def _decoded_a_second(images: FolderBatches, epoch: int) -> float:
+    """Pictures per second, from when all workers run; each prepares whole batches."""
+    stream = images.train(epoch)
+    for _ in itertools.islice(stream, max(1, images.workers)):
+        pass
+    began = time.perf_counter()
+    count = sum(len(labels) for _, labels in stream)
+    return count / (time.perf_counter() - began)
+
+
+def taken(
+    configs: dict[str, Config], images: FolderBatches, runtime: Runtime, repeats: int
+) -> Iterator[dict[str, float]]:
+    """For each round, the seconds of a training step of each configuration, without its data."""
+    images.workers = 0
+    batch = next(images.train(0))
+    steps = {}
+    for name, config in configs.items():
+        train_state = TrainState(config, runtime, images)
+
+        def step(train_state: TrainState = train_state) -> None:
+            train_state.advance(*batch)
+            runtime.synchronise()
+
+        steps[name] = step
+    return take_turns(steps, repeats, warmup=1)
+
+
+def bench(options: PicturesOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+    with ExitStack() as stack:
+        root = options.root
+        if root is None:
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            with console.status("writing pictures"):
+                write_tree(root, options.pictures)
+        return _measured_pictures(options, root, runtime, console)
+
+
+def _measured_pictures(
+    options: PicturesOptions, root: Path, runtime: Runtime, console: Console
+) -> dict[str, Any]:
+    images = FolderBatches(
+        root,
+        batch=options.batch,
+        seed=0,
+        device=runtime.device,
+        workers=0,
+        channels_last=True,
+        train=options.pictures,
+    )
+    recipe = RECIPES["imagenet-resnet152"]()
+    stochastic = replace(
+        recipe,
+        model=ModelConfig("imagenet-resnet", options.depth),
+        optimizer=replace(recipe.optimizer, batch=options.batch),
+    )
+    configs = {
+        "constant depth": replace(stochastic, survival=SurvivalConfig("constant")),
+        "p_L = 0.5": stochastic,
+    }
+    rates = list(shown(decoded(images, options.workers, options.repeats), options.repeats, console))
+    steps = shown(
+        taken(configs, images, runtime, options.repeats), options.repeats, console, "training"
+    )
+    takes = {name: options.batch / t.median for name, t in timings(list(steps)).items()}
+    by_workers = dict(zip(options.workers, zip(*rates, strict=True), strict=True))
+    cores = (
+        runtime.threads if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
+    )
+    console.print(_pictures_table(runtime, by_workers, takes))
+    console.print(
+        f"{cores} core(s) for decoding and training; ResNet-{options.depth} takes "
+        + ", ".join(f"{rate:,.1f} a second at {name}" for name, rate in takes.items()),
+    )
+    return {
+        "clock": "perf_counter",
+        "cores": cores,
+        "load": os.getloadavg()[0],
+        "file_bytes": statistics.fmean(p.stat().st_size for p in root.glob("train/*/*")),
+        "decoded_per_second": by_workers,
+        "taken_per_second": takes,
+    }
+
+
+def _pictures_table(
+    runtime: Runtime, by_workers: dict[int, tuple[float, ...]], takes: dict[str, float]
+) -> Table:
+    columns = ["median\npictures/s", "quartiles\npictures/s"]
+    columns += [f"of what is taken\nat {name}" for name in takes]
+    title = "decoded, cut and scaled to 224 x 224"
+    table = bench_table(title, runtime, "workers", *columns)
+    for workers, rates in by_workers.items():
+        rate = Timing(rates)
+        (low, high), median = rate.quartiles, rate.median
+        table.add_row(
+            str(workers),
+            f"{median:,.0f}",
+            f"{low:,.0f}-{high:,.0f}",
+            *(f"{median / rate:,.1f} x" for rate in takes.values()),
+        )
+    return table

@@ -1,0 +1,154 @@
+"""Where the time of a training step goes, by operator and by piece of the block program."""
+
+import itertools
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from stochastic_depth.block_program import Program
+from stochastic_depth.block_program.pieces import Block
+from stochastic_depth.lab.bench.results import bench_table, shown
+from stochastic_depth.lab.bench.workload import Step, Workload
+from stochastic_depth.lab.options import ProfileOptions
+from stochastic_depth.models import CifarResNet
+from stochastic_depth.train.build import build_optimizer
+from stochastic_depth.train.config import OptimizerConfig
+from stochastic_depth.train.engines import KERNELS
+from stochastic_depth.train.runtime import Runtime
+
+
+def operators(step: Step, steps: int) -> dict[str, float]:
+    """Seconds of `step` in each operator itself, on the GPU if there is one; the longest first."""
+    step()
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # otherwise the profiler records its start and end
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
+        for _ in range(steps):
+            step()
+    microseconds = {
+        event.key: event.self_device_time_total or event.self_cpu_time_total
+        for event in recorded.key_averages()
+    }
+    longest = sorted(microseconds, key=microseconds.__getitem__, reverse=True)
+    return {name: 1e-6 * microseconds[name] / steps for name in longest}
+
+
+class Timed:
+    """A `Replay` that runs the work as it is, and measures how long it takes."""
+
+    keeps = False
+
+    def __init__(self, synchronise: Callable[[], None]) -> None:
+        self._synchronise = synchronise
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+        """The seconds of each call, by piece."""
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        pass
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        name = _named(work)
+
+        def timed() -> None:
+            self._synchronise()
+            began = time.perf_counter()
+            work()
+            self._synchronise()
+            self.seconds[name].append(time.perf_counter() - began)
+
+        return timed
+
+
+def _named(work: Any) -> str:
+    """The name of a piece of the block program: its kind, channels and direction."""
+    piece, direction = work.__self__, work.__name__.replace("_", " ")
+    if not isinstance(piece, Block):
+        return f"{type(piece).__name__.lower()}, {direction}"
+    kind = "transition to" if piece.is_transition else "block of"
+    return f"{kind} {piece.out.shape[1]} channels, {direction}"
+
+
+def pieces(depth: int, workload: Workload) -> tuple[Timed, Step]:
+    """A step of a ResNet's block program, and the recorder of the seconds of its pieces."""
+    runtime = workload.runtime
+    model = CifarResNet(depth, channels=workload.channels)
+    model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    images = workload.images().to(runtime.device)
+    labels = (torch.arange(workload.batch) % 10).to(runtime.device)
+    timed = Timed(runtime.synchronise)
+    dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
+    program = Program(
+        model.train(),
+        None,
+        build_optimizer(OptimizerConfig(), model),
+        images.shape,
+        dtype,
+        KERNELS[runtime.kernels](dtype),
+        timed,
+    )
+    return timed, lambda: program.step(images, labels)
+
+
+SHOWN = 15
+"""How many operators are in the table; the file has all of them."""
+
+
+def bench(options: ProfileOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+    """Show where the time of a step goes, by operator and by piece of the block program."""
+    workload = Workload(options.batch, options.size, 3, runtime)
+    by_operator = operators(workload.step(CifarResNet(options.depth)), steps=3)
+    console.print(_operators_table(options, runtime, by_operator))
+    result: dict[str, Any] = {"clock": "perf_counter", "operators": by_operator}
+    if runtime.engine == "graphs":
+        result["pieces"] = _timed_pieces(options, workload, console)
+    return result
+
+
+def _operators_table(options: ProfileOptions, runtime: Runtime, seconds: dict[str, float]) -> Table:
+    whole = sum(seconds.values())
+    title = f"ResNet-{options.depth} by autograd, {1e3 * whole:,.0f} ms a step"
+    table = bench_table(title, runtime, "operator", "ms", "share")
+    for name, of_operator in list(seconds.items())[:SHOWN]:
+        table.add_row(name, f"{1e3 * of_operator:.2f}", f"{100 * of_operator / whole:.1f} %")
+    return table
+
+
+def _timed_pieces(options: ProfileOptions, workload: Workload, console: Console) -> dict[str, Any]:
+    timed, step = pieces(options.depth, workload)
+    for _ in range(3):
+        step()
+    timed.seconds.clear()
+    whole, inside = [], [0.0]
+    for _ in shown(range(options.repeats), options.repeats, console):
+        began = time.perf_counter()
+        step()
+        whole.append(time.perf_counter() - began)
+        inside.append(sum(map(sum, timed.seconds.values())))
+    between = [
+        step - (after - before)
+        for step, (before, after) in zip(whole, itertools.pairwise(inside), strict=True)
+    ]
+    kernels, step_ms = workload.runtime.kernels, 1e3 * statistics.median(whole)
+    title = f"ResNet-{options.depth} by block program, {kernels} kernels, {step_ms:,.0f} ms a step"
+    table = bench_table(title, workload.runtime, "piece", "median, ms", "in a step")
+    result = {}
+    for name, seconds in timed.seconds.items():
+        count = len(seconds) // options.repeats
+        result[name] = {"count": count, "seconds": statistics.median(seconds)}
+        table.add_row(name, f"{1e3 * result[name]['seconds']:.2f}", f"{count}")
+    rest = statistics.median(between)
+    table.add_row("cast, update, gates", f"{1e3 * rest:.2f}", "1")
+    console.print(table)
+    return {"step": statistics.median(whole), "rest": rest, **result}
