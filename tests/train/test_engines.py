@@ -94,8 +94,10 @@ def test_a_mini_batch_that_is_not_whole_goes_by_autograd(float32, tmp_path, sile
     ("changes", "engine", "because"),
     [
         ({}, "graphs", "native kernels"),
-        ({"model": ModelConfig(kind="densenet", depth=10)}, "eager", "no block program"),
-        ({"survival": SurvivalConfig(gate="sample")}, "eager", "single samples"),
+        ({"model": ModelConfig(kind="densenet", depth=10)}, "eager", "this is DenseNet"),
+        ({"survival": SurvivalConfig(gate="sample")}, "eager", 'this is gate="sample"'),
+        ({"survival": SurvivalConfig(closed="forward-only")}, "eager", "skips closed branches"),
+        ({"data": DataConfig(name="folder"), "precision": "float32"}, "graphs", "native kernels"),
         ({"engine": "eager"}, "eager", "as asked"),
         ({"engine": "compiled"}, "compiled", "as asked"),
         ({"engine": "graphs"}, "graphs", "as asked"),
@@ -104,7 +106,8 @@ def test_a_mini_batch_that_is_not_whole_goes_by_autograd(float32, tmp_path, sile
 def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
     for obstacle in ("missing", "unmeasured"):
         monkeypatch.setattr(f"stochastic_depth.train.engine_choice.{obstacle}", lambda: None)
-    choice = choose_engine(replace(RECIPES["digits"](), **changes), "cpu", "bfloat16")
+    config = replace(RECIPES["digits"](), **changes)
+    choice = choose_engine(config, "cpu", "float32" if "precision" in changes else "bfloat16")
     assert choice.engine == engine
     assert because in choice.because
     assert choice.kernels == ("native" if engine == "graphs" else "reference")
@@ -113,7 +116,7 @@ def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "precision", "absent", "because"),
     [
-        ("cpu", "float32", None, "8 pixels a side, not 12"),
+        ("cpu", "float32", None, "8 pixels a side, these have 12"),
         ("cpu", "bfloat16", NO_KERNELS, NO_KERNELS),
         ("cuda", "bfloat16", None, "not been measured"),
     ],

@@ -62,10 +62,15 @@ class FlatParameters:
             self.working.copy_(self.values)
 
 
+_HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "nesterov", "maximize")
+
+
 class FlatSGD:
     """SGD on all of `flat` or some segments, with the arithmetic of `optimizer` on parameters.
 
-    Momentum and hyperparameters stay in `optimizer`, so that its checkpoints do not change.
+    Momentum and hyperparameters stay in `optimizer`, so that its checkpoints do not change. It must
+    have no dampening: that does not apply to the first gradient of a parameter, and a buffer of
+    momentum that is there from the start does not show which gradient is the first.
     """
 
     def __init__(self, flat: FlatParameters, optimizer: torch.optim.SGD) -> None:
@@ -73,15 +78,7 @@ class FlatSGD:
         parts = [slice(None), *flat.segments]
         self._parts = [nn.Parameter(flat.values[part]) for part in parts]
         self._gradients = [flat.gradients[part] for part in parts]
-        group = optimizer.param_groups[0]
-        self._inner = torch.optim.SGD(
-            self._parts,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            fused=True,
-        )
+        self._inner = torch.optim.SGD(self._parts, fused=True)
         for parameter in flat:
             view = flat.of(parameter, flat.momentum)
             known = optimizer.state[parameter].get("momentum_buffer")
@@ -93,7 +90,8 @@ class FlatSGD:
 
     def step(self, moved: Sequence[bool]) -> None:
         """Update the segments that are `moved`; the others stay as they are."""
-        self._inner.param_groups[0]["lr"] = self._outer.param_groups[0]["lr"]
+        group = self._outer.param_groups[0]
+        self._inner.param_groups[0].update({name: group[name] for name in _HYPERPARAMETERS})
         whole = all(moved)
         parts = [whole, *(is_moved and not whole for is_moved in moved)]
         for values, gradient, is_moved in zip(self._parts, self._gradients, parts, strict=True):

@@ -25,6 +25,7 @@ from stochastic_depth.block_program.pieces import (
     layer_of,
     linear_of,
 )
+from stochastic_depth.choices import Closed, GateKind
 from stochastic_depth.errors import EngineError
 from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet
@@ -63,7 +64,7 @@ class Program:
         kernels: Kernels | None = None,
         replay: Replay | None = None,
     ) -> None:
-        model = supported(model, handle, optimizer)
+        model = _require_supported(model, handle, optimizer)
         self.handle = handle
         kernels, replay = kernels or Kernels(), replay or Eagerly()
         units = [unit for unit in model.blocks if isinstance(unit, Residual)]
@@ -235,26 +236,41 @@ class Program:
         self.flat.gradients.zero_()
 
 
-def supported(
+def why_unsupported(
+    network: type[nn.Module], gate: GateKind = "batch", closed: Closed = "skipped"
+) -> str | None:
+    """Why the block program cannot train a network with these gates; None if it can."""
+    if not issubclass(network, CifarResNet):
+        return f"the block program is written for CifarResNet, this is {network.__name__}"
+    if gate != "batch":
+        return f'the block program needs gate="batch", this is gate="{gate}"'
+    if closed != "skipped":
+        return f'the block program skips closed branches, this is closed="{closed}"'
+    return None
+
+
+def _require_supported(
     model: nn.Module, handle: Handle | None, optimizer: torch.optim.Optimizer
 ) -> CifarResNet:
-    """Return `model` if the block program can train it.
+    """Return `model` if the block program can train it with these gates and this optimizer.
 
     Raises:
         EngineError: otherwise, naming the reason.
     """
-    if not isinstance(model, CifarResNet):
-        raise EngineError(
-            f"a block program is written for CifarResNet, this is {type(model).__name__}: "
-            "use --engine eager or compiled"
-        )
-    if handle is not None and handle.gate != "batch":
-        raise EngineError(
-            f'a block program needs gate="batch", this is "{handle.gate}": use --engine eager'
-        )
+    choices = () if handle is None else (handle.gate, handle.closed)
+    reason = why_unsupported(type(model), *choices)
+    if reason is not None:
+        raise EngineError(f"{reason}: use --engine eager")
     if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
         raise EngineError(
-            f"a block program updates by torch.optim.SGD with one group of parameters, this is "
+            f"the block program updates by torch.optim.SGD with one group of parameters, this is "
             f"{type(optimizer).__name__} with {len(optimizer.param_groups)}: use --engine eager"
         )
+    dampening = optimizer.param_groups[0]["dampening"]
+    if dampening:
+        raise EngineError(
+            f"the block program updates by SGD without dampening, this has dampening={dampening}: "
+            "use --engine eager"
+        )
+    assert isinstance(model, CifarResNet)
     return model

@@ -128,6 +128,8 @@ def subset(name: str, training: Images, count: int) -> Images:
 
 TREES = ("imagenet", "folder")
 """Data sets that are folders of pictures: ImageNet, and your own pictures."""
+PICTURE_SIDE = 224
+"""The height and width, in pixels, to which pictures of a folder are scaled when none is given."""
 # The paper augments CIFAR and ImageNet, not SVHN (section 4).
 AUGMENTED = ("cifar10", "cifar100", *TREES)
 
@@ -193,7 +195,7 @@ def batches(
         validation=validation or 0,
         train=train,
         augment=augment,
-        image_size=size or 224,
+        image_size=size or PICTURE_SIDE,
         name=name,
         share=share,
     )

@@ -12,13 +12,13 @@ from stochastic_depth.errors import ConfigError, ExportError
 from stochastic_depth.export.truncate import replace_by_shortcuts
 from stochastic_depth.extras import require
 from stochastic_depth.files import reason, require_file
-from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet, VisionTransformer
+from stochastic_depth.models import NETWORKS
 from stochastic_depth.residual import Residual
 
 FORMAT = 1
 KEY = "stochastic_depth"
 """The key under which a file has its description."""
-KINDS = {kind.__name__: kind for kind in (CifarResNet, DenseNet, ImageNetResNet, VisionTransformer)}
+CLASSES = {network.__name__: network for network in NETWORKS.values()}
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Architecture:
         Raises:
             ExportError: when there is no such network.
         """
-        if self.kind not in KINDS:
-            raise ExportError(f"there is no network {self.kind!r}: {', '.join(KINDS)} are known")
+        if self.kind not in CLASSES:
+            raise ExportError(f"there is no network {self.kind!r}: {', '.join(CLASSES)} are known")
         depth = self.arguments.get("depth", 0)
         if not isinstance(depth, int) or depth > tensors + 3 * len(self.removed):
             raise ExportError(f"a network of depth {depth!r} has more than {tensors} tensors")
         try:
-            model = KINDS[self.kind](**self.arguments)
+            model = CLASSES[self.kind](**self.arguments)
             remove_blocks(model, self.removed)
         except (ConfigError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise ExportError(f"{self.kind} cannot be built: {error}") from error

@@ -11,13 +11,7 @@ from stochastic_depth.distributed import synchronise_batchnorm
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.errors import ApplyError, ConfigError
 from stochastic_depth.handle import Handle
-from stochastic_depth.models import (
-    CifarResNet,
-    DenseNet,
-    ImageNetResNet,
-    Network,
-    VisionTransformer,
-)
+from stochastic_depth.models import NETWORKS, DenseNet, Network
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
@@ -29,20 +23,14 @@ def architecture(
     config: ModelConfig, channels: int, classes: int
 ) -> tuple[type[Network], dict[str, Any]]:
     """The class of the network, and its arguments except those that set its initial weights."""
-    if config.kind == "cifar-resnet":
-        return CifarResNet, {"depth": config.depth, "classes": classes, "channels": channels}
-    if config.kind == "imagenet-resnet":
-        return ImageNetResNet, {"depth": config.depth, "classes": classes}
-    if config.kind == "vit":
-        return VisionTransformer, {"depth": config.depth, "classes": classes, "channels": channels}
-    return DenseNet, {
-        "depth": config.depth,
-        "growth": config.growth,
-        "bottleneck": config.bottleneck,
-        "compression": 0.5 if config.bottleneck else 1.0,
-        "classes": classes,
-        "channels": channels,
-    }
+    arguments: dict[str, Any] = {"depth": config.depth, "classes": classes}
+    if config.kind != "imagenet-resnet":  # its images have three channels
+        arguments["channels"] = channels
+    if config.kind == "densenet":
+        arguments["growth"] = config.growth
+        arguments["bottleneck"] = config.bottleneck
+        arguments["compression"] = 0.5 if config.bottleneck else 1.0
+    return NETWORKS[config.kind], arguments
 
 
 def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> Network:

@@ -5,16 +5,26 @@ from typing import Literal, NamedTuple
 import torch
 
 from stochastic_depth.block_program.library import missing, unmeasured
+from stochastic_depth.block_program.program import why_unsupported
+from stochastic_depth.data.loading import PICTURE_SIDE
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.train.config import Config
+from stochastic_depth.models import NETWORKS
+from stochastic_depth.train.config import Config, DataName
 
 EngineName = Literal["eager", "compiled", "graphs"]
 KernelsName = Literal["reference", "native", "compiled"]
 
 
-SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32}
-"""Pixels of the images' side, where all have the same."""
+SIDES: dict[DataName, int] = {
+    "digits": 8,
+    "cifar10": 32,
+    "cifar100": 32,
+    "svhn": 32,
+    "imagenet": PICTURE_SIDE,
+    "folder": PICTURE_SIDE,
+}
+"""The height and width of the images in pixels, unless `data.size` is set."""
 
 
 class Choice(NamedTuple):
@@ -67,22 +77,16 @@ def _misfit(config: Config) -> str | None:
     They compute at least 8 pixels of a row at a time in the first stage, and 2 in the last one,
     which has a quarter of the columns.
     """
-    side = config.data.size or SIDES.get(config.data.name)
-    if side is None or side % 8:
-        return (
-            f"they are for images with a multiple of 8 pixels a side, not {side or 'of any size'}"
-        )
+    side = config.data.size or SIDES[config.data.name]
+    if side % 8:
+        return f"they need images with a multiple of 8 pixels a side, these have {side}"
     return None
 
 
 def _obstacle(config: Config) -> str | None:
     """Why the block program cannot train this configuration; None if it can."""
     if ranks() > 1:
-        return f"a block program is of one process, and {ranks()} train together"
-    if config.model.kind != "cifar-resnet":
-        return f"there is no block program for networks of the kind {config.model.kind}"
-    if config.survival.rule != "constant" and config.survival.gate != "batch":
-        return f"a block program has no gates for single samples ({config.survival.gate})"
-    if config.survival.closed == "forward-only":
-        return "a block program has no branches that run forward only"
-    return None
+        return f"the block program supports one process, {ranks()} are training"
+    survival = config.survival
+    choices = () if survival.rule == "constant" else (survival.gate, survival.closed)
+    return why_unsupported(NETWORKS[config.model.kind], *choices)
