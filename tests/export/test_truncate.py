@@ -111,6 +111,21 @@ def test_recalibration_takes_the_statistics_of_what_is_left():
     assert torch.allclose(mean, seen["x"].double().mean((0, 2, 3)), atol=1e-6)
 
 
+def test_batches_that_fail_in_recalibration_leave_the_model_as_it_was():
+    def batches():
+        yield X
+        raise OSError("a picture cannot be read")
+
+    model = network()
+    handle = sd.apply(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OSError, match="a picture"):
+        sd.truncate(model, 1, X, recalibrate=batches())
+    assert sd.handle_of(model) is handle
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "keep", "shallower"),
     [

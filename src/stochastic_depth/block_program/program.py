@@ -257,8 +257,10 @@ def _require_supported(
     Raises:
         EngineError: otherwise, naming the reason.
     """
-    choices = () if handle is None else (handle.gate, handle.closed)
-    reason = why_unsupported(type(model), *choices)
+    if handle is None:
+        reason = why_unsupported(type(model))
+    else:
+        reason = why_unsupported(type(model), handle.gate, handle.closed)
     if reason is not None:
         raise EngineError(f"{reason}: use --engine eager")
     if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:

@@ -99,7 +99,7 @@ def steps(images: int, batch: int) -> int:
 
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
     """The order of the training images in an epoch: int64 [images]."""
-    return torch.randperm(images, generator=generator("order", seed, epoch))
+    return torch.randperm(images, generator=generator("order", seed, epoch), device="cpu")
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -123,8 +123,8 @@ def draw_crops(batch: int, padding: int, *key: int | str) -> tuple[Tensor, Tenso
         with probability 1/2. They are drawn on the CPU, so that they are the same for every device.
     """
     source = generator(*key)
-    rows, columns = torch.randint(2 * padding + 1, (2, batch), generator=source)
-    flips = torch.randint(2, (batch,), generator=source).bool()
+    rows, columns = torch.randint(2 * padding + 1, (2, batch), generator=source, device="cpu")
+    flips = torch.randint(2, (batch,), generator=source, device="cpu").bool()
     return rows, columns, flips
 
 

@@ -172,7 +172,7 @@ def read_batch(path: Path, variant: Variant) -> Images:
         warnings.simplefilter("ignore")  # numpy 2 warns about files that numpy 1 has written
         batch = pickle.load(file, encoding="bytes")
     pixels = torch.from_numpy(batch[b"data"]).view(-1, 3, *SIZE)
-    return variant.images(pixels, torch.tensor(batch[variant.pickle_labels]), path)
+    return variant.images(pixels, torch.tensor(batch[variant.pickle_labels], device="cpu"), path)
 
 
 def read_binary(folder: Path, variant: Variant) -> tuple[Images, Images]:
@@ -232,7 +232,7 @@ def read_part(root: Path, variant: Variant) -> Images:
         paths += pictures
         labels += [label] * len(pictures)
     pixels = decode(len(paths), lambda i: read_file(paths[i]), lambda i: str(paths[i]), size=SIZE)
-    return variant.images(pixels, torch.tensor(labels), root)
+    return variant.images(pixels, torch.tensor(labels, device="cpu"), root)
 
 
 def some(names: set[str], most: int = 5) -> str:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -124,7 +125,10 @@ class FolderBatches:
 
     def evaluate(self, part: Part) -> Iterator[Batch]:
         images = FolderImages(self._samples[part], self._evaluation_view, ("evaluate",))
-        yield from self._load(images, torch.arange(len(images)).split(self.evaluation_batch))
+        yield from self._load(images, self._in_order(len(images)))
+
+    def _in_order(self, count: int) -> tuple[torch.Tensor, ...]:
+        return torch.arange(count, device="cpu").split(self.evaluation_batch)
 
     def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
         chosen = [mine for batch in batches if (mine := self._mine(batch))]
@@ -138,7 +142,7 @@ class FolderBatches:
             generator=generator("workers", self.seed),
         )
         try:
-            for loaded in loader:
+            for loaded in _on_cpu(loader):
                 if isinstance(loaded, DataError):
                     failure = loaded
                     break
@@ -157,6 +161,18 @@ class FolderBatches:
 
     def _mine(self, batch: torch.Tensor) -> list[int]:
         return batch[self.share.of(len(batch))].tolist()
+
+
+def _on_cpu(loader: DataLoader) -> Iterator[Any]:
+    """Iterate over `loader` with the CPU as PyTorch's default device, where its generator is."""
+    with torch.device("cpu"):
+        iterator = iter(loader)
+    while True:
+        with torch.device("cpu"):
+            loaded = next(iterator, None)
+        if loaded is None:
+            return
+        yield loaded
 
 
 def _cores() -> int:
@@ -181,6 +197,6 @@ def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
 
 def choose(samples: Samples, count: int, *key: str) -> tuple[Samples, Samples]:
     """`count` samples, in proportion to the classes; and all others."""
-    labels = torch.tensor([label for _, label in samples])
+    labels = torch.tensor([label for _, label in samples], device="cpu")
     taken, rest = (index.tolist() for index in stratified(labels, count, *key))
     return [samples[i] for i in taken], [samples[i] for i in rest]

@@ -54,7 +54,7 @@ def decode(
         MissingExtraError: when Pillow is not installed.
     """
     require("PIL.Image", "data")
-    pixels = torch.empty(count, size[1], size[0], 3, dtype=torch.uint8)
+    pixels = torch.empty(count, size[1], size[0], 3, dtype=torch.uint8, device="cpu")
 
     def decode_chunk(start: int) -> None:
         stop = min(start + CHUNK, count)
@@ -130,7 +130,7 @@ class FolderImages(torch.utils.data.Dataset[tuple[Tensor, int] | DataError]):
             picture = open_picture(Path(path))
         except DataError as error:
             return error
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # torch.manual_seed would seed the accelerators too.
             torch.default_generator.manual_seed(generator(*self.key, index).initial_seed())
             return self.view(picture), label
@@ -144,7 +144,7 @@ def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor
             return item
         images.append(item[0])
         labels.append(item[1])
-    return torch.stack(images), torch.tensor(labels)
+    return torch.stack(images), torch.tensor(labels, device="cpu")
 
 
 def open_picture(path: Path) -> Any:
@@ -177,7 +177,9 @@ def open_picture(path: Path) -> Any:
 def training_view(size: int) -> View:
     """A random part of 8% to 100% of the area, scaled to `size`, mirrored half of the time."""
     v2 = require("torchvision.transforms.v2", "data")
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    with torch.device("cpu"):  # a crop holds a tensor
+        crop = v2.RandomResizedCrop(size)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
 def evaluation_view(size: int) -> View:

@@ -6,6 +6,7 @@ Without torchrun everything here works as with a single process.
 import gc
 import importlib
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from stochastic_depth.errors import ConfigError, RunError, StochasticDepthError
+from stochastic_depth.errors import ConfigError, RunError
 
 Value = TypeVar("Value")
 
@@ -121,18 +122,29 @@ def as_on_primary(tensors: Iterable[Tensor]) -> None:
 def on_primary(act: Callable[[], Value]) -> Value:
     """Call `act` on the first rank only; every rank returns its result, or raises its error.
 
-    Results are pickled between the ranks, which all run this program.
+    Results and errors are pickled between the ranks, which all run this program. In place of an
+    error that cannot be pickled, the other ranks raise a RunError with its message.
     """
     if ranks() == 1:
         return act()
-    outcome: list = [None, None]
+    value, error = None, None
     if is_primary():
         try:
-            outcome[0] = act()
-        except StochasticDepthError as error:
-            outcome[1] = error
+            value = act()
+        except Exception as raised:
+            error = raised
+    outcome = [value, _picklable(error)]
     dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
-    value, error = outcome
+    value, sent = outcome
+    error = error or sent
     if error is not None:
         raise error
     return value
+
+
+def _picklable(error: Exception | None) -> Exception | None:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RunError(f"{type(error).__name__} in the first process: {error}")
+    return error

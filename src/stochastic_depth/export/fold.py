@@ -14,7 +14,7 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
-from stochastic_depth.tensors import largest_difference, tensors_in
+from stochastic_depth.tensors import is_out_of_memory, largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_map_only
 
 TOLERANCE = 1e-12
@@ -92,7 +92,9 @@ def multipliers(
         twin = copy.deepcopy(model).double()
         run = caller(twin, tree_map_only(Tensor, _double, example))
         before, outputs = _traced(twin, run, survival)
-    except RuntimeError:  # some of its operations are not made for float64
+    except RuntimeError as error:  # an operation that does not exist in float64, or mixed types
+        if is_out_of_memory(error):
+            raise
         twin = copy.deepcopy(model)
         run = caller(twin, example)
         before, outputs = _traced(twin, run, survival)

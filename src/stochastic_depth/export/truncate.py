@@ -262,8 +262,8 @@ def truncate(
         ApplyError: when `sd.apply` was not called on `model`.
         TruncateError: when `keep` does not fit, or a block cannot be removed, which the error
             names.
-        FoldError: when a block cannot take its p_l, which the error names. In each case `model` is
-            as it was before.
+        FoldError: when a block cannot take its p_l, which the error names. In each case, and when
+            `recalibrate` raises an error, `model` is as it was before.
 
     Examples:
         >>> model = sd.models.CifarResNet(20)
@@ -294,11 +294,12 @@ def truncate(
             f"{difference:.2g} of its largest output: keep other blocks"
         )
     check_configuration(twin, example)
+    if recalibrate is not None:  # on the copy, because the batches of the caller may fail
+        update_bn(recalibrate, twin, next(twin.parameters()).device)
     _edit(model, closed, weights)
     if recalibrate is not None:
-        was_training = model.training
-        update_bn(recalibrate, model, next(model.parameters()).device)
-        model.train(was_training)
+        for buffer, measured in zip(model.buffers(), twin.buffers(), strict=True):
+            buffer.copy_(measured)
 
 
 def stages(found: Sequence[Found]) -> list[list[int]]:

@@ -87,6 +87,7 @@ def _obstacle(config: Config) -> str | None:
     """Why the block program cannot train this configuration; None if it can."""
     if ranks() > 1:
         return f"the block program supports one process, {ranks()} are training"
-    survival = config.survival
-    choices = () if survival.rule == "constant" else (survival.gate, survival.closed)
-    return why_unsupported(NETWORKS[config.model.kind], *choices)
+    network, survival = NETWORKS[config.model.kind], config.survival
+    if survival.rule == "constant":
+        return why_unsupported(network)
+    return why_unsupported(network, survival.gate, survival.closed)

@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from stochastic_depth.errors import DivergedError, OutOfMemoryError
 from stochastic_depth.gates import open_shares
+from stochastic_depth.tensors import is_out_of_memory
 from stochastic_depth.train.run_folder import Run
 from stochastic_depth.train.train_state import TrainState
 
 _SIGNS_OF_EXHAUSTION = (
-    "can't allocate memory",  # PyTorch's allocator on a CPU
-    "could not create a memory",  # oneDNN
     "Cannot allocate memory",  # the operating system, when a loader starts its workers
     "DataLoader worker",  # when the operating system has killed it
 )
@@ -54,9 +52,7 @@ def memory_watched(run: Run, train_state: TrainState) -> Iterator[None]:
 
 def is_exhaustion(error: Exception) -> bool:
     """Whether memory is exhausted, in this process or in one that decodes pictures."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(sign in str(error) for sign in _SIGNS_OF_EXHAUSTION)
+    return is_out_of_memory(error) or any(sign in str(error) for sign in _SIGNS_OF_EXHAUSTION)
 
 
 def open_blocks(gates: Tensor) -> str:
