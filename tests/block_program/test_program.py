@@ -110,7 +110,7 @@ def test_every_pattern_of_six_blocks_is_autograds(pattern, replay):
             loss = program.step(images, labels)
             torch.testing.assert_close(loss, autograd_step(twin, twins_optimizer, images, labels))
             for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-                torch.testing.assert_close(program.flat.of(p, program.flat.gradients), q.grad)
+                torch.testing.assert_close(program.flat.view(p, program.flat.gradients), q.grad)
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)
     assert counting.forward == counting.backward == 2 * (1 + 2 * sum(pattern))
 

@@ -357,7 +357,7 @@ def test_images_too_small_for_the_network_are_told_and_leave_no_folder(small, pa
 
 
 def test_a_name_too_long_for_the_system_is_told(small, path):
-    with pytest.raises(RunError, match="cannot be made: File name too long"):
+    with pytest.raises(RunError, match="cannot be created: File name too long"):
         begin(small, path.with_name("x" * 300))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stochastic_depth.block_program.kernels import Kernels
 from stochastic_depth.block_program.memory import Buffers, FlatParameters, FlatSGD
 from stochastic_depth.block_program.pieces import (
-    Block,
+    BlockPiece,
     Eagerly,
     Head,
     Replay,
@@ -70,7 +70,7 @@ class Program:
         units = [unit for unit in model.blocks if isinstance(unit, Residual)]
         self.flat = flat = FlatParameters([model.stem, *units, model.head], dtype)
         self.update = FlatSGD(flat, optimizer)
-        self.stem_gradient = flat.of(model.stem[0].weight, flat.gradients)  # type: ignore[arg-type]
+        self.stem_gradient = flat.view(model.stem[0].weight, flat.gradients)  # type: ignore[arg-type]
         device = flat.values.device
         self.factors = torch.ones(len(units), dtype=flat.values.dtype, device=device)
 
@@ -98,14 +98,14 @@ class Program:
 
         stem = layer_of(model.stem[0], model.stem[1], flat)  # type: ignore[arg-type]
         self.stem = Stem(stem, self.images, x[0], self.gradients[0], kernels)
-        self.blocks: list[Block] = []
+        self.blocks: list[BlockPiece] = []
         streams = zip(pairwise(x), pairwise(self.gradients), strict=True)
         for unit, (io, gradients) in zip(units, streams, strict=True):
             conv1, norm1, _, conv2, norm2 = unit.branch  # type: ignore[misc]
             layers = layer_of(conv1, norm1, flat), layer_of(conv2, norm2, flat)
             if handle is not None and handle.scale == "training":
                 layers[1].norm.factor = self.factors[len(self.blocks)]
-            self.blocks.append(Block(*layers, *io, *gradients, kernels, replay.keeps))
+            self.blocks.append(BlockPiece(*layers, *io, *gradients, kernels, replay.keeps))
         head = linear_of(model.head, flat)
         self.head = Head(head, self.labels, x[-1], self.gradients[-1], kernels)
         self.counters = self._join_counters(model)
@@ -154,8 +154,8 @@ class Program:
         return self.handle.gates.tolist()
 
     def _clear_closed(self, is_open: Sequence[bool]) -> None:
-        of_blocks = zip(self.flat.segments[1:-1], is_open, strict=True)
-        closed = [self.flat.gradients[segment] for segment, b in of_blocks if not b]
+        segments = zip(self.flat.segments[1:-1], is_open, strict=True)
+        closed = [self.flat.gradients[segment] for segment, b in segments if not b]
         if closed:
             zero(closed)
 
@@ -172,12 +172,12 @@ class Program:
             x = block.out
         self._read(self.head, x)
 
-    def _read(self, piece: Block | Head, x: Tensor) -> None:
+    def _read(self, piece: BlockPiece | Head, x: Tensor) -> None:
         """Make a piece read x: in place, or copied to the fixed address that it reads."""
         if not self._is_fixed:
             piece.x = x
         elif piece.x is not x:
-            piece.x.copy_(piece.kernels.written(x))
+            piece.x.copy_(piece.kernels.materialise(x))
 
     def _backward(self, is_open: Sequence[bool]) -> None:
         for i, block in reversed(list(enumerate(self.blocks))):

@@ -122,8 +122,8 @@ def _joined(work, quiet: bool) -> int:
     from stochastic_depth.cli.console import PlainConsole
 
     with PlainConsole(quiet=quiet).starting():
-        from stochastic_depth.distributed.world import is_primary, joined
-    with joined():
+        from stochastic_depth.distributed.world import is_primary, torchrun_process_group
+    with torchrun_process_group():
         return work(PlainConsole(quiet=quiet or not is_primary()))
 
 

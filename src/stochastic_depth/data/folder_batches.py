@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from stochastic_depth.data.batching import ALONE, Batch, Part, Share, epoch_order, normalise, steps
+from stochastic_depth.data.batching import WHOLE, Batch, Part, Shard, epoch_order, normalise, steps
 from stochastic_depth.data.dataset import check_count, stratified
-from stochastic_depth.data.folders import files_readable
+from stochastic_depth.data.folders import as_data_error
 from stochastic_depth.data.pictures import (
     FolderImages,
     collate,
@@ -45,7 +45,7 @@ class FolderBatches:
         train: how many of the remaining training images to keep; all when not given.
         augment: whether training uses random crops and flips; otherwise it uses the view of
             evaluation.
-        share: the share of each batch that this process decodes and gets.
+        shard: the part of each batch that this process decodes and gets.
 
     Raises:
         DataError: when folders, classes or pictures are missing, or a count does not fit.
@@ -67,7 +67,7 @@ class FolderBatches:
         augment: bool = True,
         evaluation_batch: int = 250,
         name: str = "imagenet",
-        share: Share = ALONE,
+        shard: Shard = WHOLE,
     ):
         self.root = Path(root).expanduser()
         self.classes, training = scan(self.root / "train")
@@ -95,7 +95,7 @@ class FolderBatches:
         self.batch, self.evaluation_batch = batch, evaluation_batch
         self.seed = seed
         self.workers = workers
-        self.share = share
+        self.shard = shard
         self.device = torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (torch.tensor(v, device=self.device) for v in (MEAN, STD))
@@ -108,7 +108,7 @@ class FolderBatches:
         return self._fingerprint
 
     @cached_property
-    @files_readable()
+    @as_data_error()
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.classes).encode())
         for part, samples in self._samples.items():
@@ -131,12 +131,12 @@ class FolderBatches:
         return torch.arange(count, device="cpu").split(self.evaluation_batch)
 
     def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
-        chosen = [mine for batch in batches if (mine := self._mine(batch))]
+        shards = [indices for batch in batches if (indices := self._shard_of(batch))]
         loader = DataLoader(
             images,
-            batch_sampler=chosen,
+            batch_sampler=shards,
             collate_fn=collate,
-            num_workers=min(self.workers, _cores(), len(chosen)),
+            num_workers=min(self.workers, _cores(), len(shards)),
             pin_memory=self.device.type == "cuda",
             # Without this the loader would draw from the global random state.
             generator=generator("workers", self.seed),
@@ -159,8 +159,8 @@ class FolderBatches:
         # Raised here, when the last reference to the loader is gone and its workers have stopped.
         raise failure
 
-    def _mine(self, batch: torch.Tensor) -> list[int]:
-        return batch[self.share.of(len(batch))].tolist()
+    def _shard_of(self, batch: torch.Tensor) -> list[int]:
+        return batch[self.shard.slice_of(len(batch))].tolist()
 
 
 def _on_cpu(loader: DataLoader) -> Iterator[Any]:

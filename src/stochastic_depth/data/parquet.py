@@ -68,7 +68,7 @@ def read_shard(
     encoded: list[bytes | None] = []
     labels = [torch.empty(0, dtype=torch.int64, device="cpu")]
     try:
-        require_file(path, inside=0)
+        require_file(path, real_parts=0)
         with parquet.ParquetFile(path) as file:
             claimed, length = file.metadata.num_rows, path.stat().st_size
             if claimed > length:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.data.folders import file_readable
+from stochastic_depth.data.folders import as_data_error
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
 from stochastic_depth.files import open_file
@@ -26,8 +26,8 @@ CHUNK = 1000
 
 
 @contextmanager
-def no_warning(image: Any) -> Iterator[None]:
-    """While entered, Pillow does not warn about large pictures; they raise an error instead."""
+def ignore_size_warning(image: Any) -> Iterator[None]:
+    """While entered, Pillow does not warn of large pictures; the caller refuses them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", image.DecompressionBombWarning)
         yield
@@ -50,7 +50,8 @@ def decode(
         uint8 [count, 3, height, width].
 
     Raises:
-        DataError: when a picture is empty, foreign, truncated or of another size; names the first.
+        DataError: when one of them is empty, truncated, not a picture or of a different size; names
+            the first.
         MissingExtraError: when Pillow is not installed.
     """
     require("PIL.Image", "data")
@@ -78,7 +79,7 @@ def decode_one(encoded: bytes | None, where: str, size: tuple[int, int]) -> byte
     image = require("PIL.Image", "data")
     try:
         with image.open(BytesIO(encoded), formats=FORMATS) as picture:
-            # The header alone is read so far: a picture that claims to be huge stops here.
+            # Only the header is read so far: a picture that claims to be huge is refused here.
             if picture.size != size:
                 raise DataError(
                     f"{where}: an image of {picture.width}x{picture.height} pixels, expected "
@@ -155,10 +156,10 @@ def open_picture(path: Path) -> Any:
         MissingExtraError: when Pillow is not installed.
     """
     image = require("PIL.Image", "data")
-    with file_readable(path):
-        file = open_file(path, inside=0)
+    with as_data_error(path):
+        file = open_file(path, real_parts=0)
     try:
-        with file, no_warning(image), image.open(file, formats=FORMATS) as picture:
+        with file, ignore_size_warning(image), image.open(file, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(
                     f"{path}: an image of {picture.width}x{picture.height} pixels, expected at "

@@ -19,7 +19,7 @@ from stochastic_depth.errors import CheckpointError, GateError
 from stochastic_depth.surgery.applied import applied_to, handle_of
 
 
-def branch_modules(model: nn.Module) -> list[list[nn.Module]]:
+def modules_to_shard(model: nn.Module) -> list[list[nn.Module]]:
     """For each residual block of `model`, the outermost modules that run only in its branch.
 
     They hold all parameters of the branches, except those of the block itself and of modules that
@@ -72,7 +72,7 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
             "a sharded model needs the same gates on every rank, because all of them gather the "
             "parameters of an open block: leave out sd.distributed.gates_by_rank"
         )
-    for group in branch_modules(model):
+    for group in modules_to_shard(model):
         fully_shard(group if len(group) > 1 else group[0], **options)
     consistency = GateConsistency([handle])
 

@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def torchrun_process_group() -> Iterator[None]:
     """While entered, this process is in the process group of those that torchrun has started.
 
     Collectives on tensors of a GPU use nccl, those on tensors of a CPU use gloo.

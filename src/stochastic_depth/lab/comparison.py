@@ -26,7 +26,7 @@ from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.journal import Record
-from stochastic_depth.train.run_folder import open_batches, untrained_removed
+from stochastic_depth.train.run_folder import open_batches, remove_untrained_on_error
 from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.train_state import TrainState
 
@@ -79,7 +79,7 @@ def train_pairs(
             break
         began = time.monotonic()
         pair, turns = [], []
-        with untrained_removed(pair):
+        with remove_untrained_on_error(pair):
             for kind, chosen in zip(KINDS, (constant_depth(config), config), strict=True):
                 path = folder / f"{kind}-seed{seed}"
                 run, records = _start(replace(chosen, seed=seed), path, display, stop)
@@ -116,7 +116,7 @@ def _start(
         run, images = begin(config, path)
     else:
         run = open_run(path)
-        if run.config.essential() != config.essential():
+        if run.config.without_io() != config.without_io():
             raise RunError(f"{path} has another configuration: choose another --out")
         if not is_there(run.weights):
             run, images = reopen(path, config.data.root)
@@ -164,7 +164,7 @@ def write_comparison(path: Path, comparison: Comparison, runs: dict[str, list[Ru
     described = json.loads(read_file(runs["stochastic"][0].path / "config.json", SMALL))
     content = {
         "comparison": dataclasses.asdict(comparison),
-        "config": runs["stochastic"][0].config.essential().to_json(),
+        "config": runs["stochastic"][0].config.without_io().to_json(),
         **{k: described[k] for k in ("execution", "versions", "git_commit", "machine", "created")},
         "curves": {
             kind: [[dataclasses.asdict(record) for record in run.records()] for run in runs[kind]]
@@ -288,6 +288,6 @@ def epochs_of(folder: Path, config: Config, seeds: Sequence[int]) -> int | None:
         if path.exists():
             found = open_run(path).config
             same = replace(constant_depth(config), seed=seed, epochs=found.epochs)
-            if found.essential() == same.essential():
+            if found.without_io() == same.without_io():
                 return found.epochs
     return None

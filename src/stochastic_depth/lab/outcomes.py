@@ -110,7 +110,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """
     kinds: dict[Config, list[Run]] = {}
     for run in runs:
-        kinds.setdefault(run.config.kind(), []).append(run)
+        kinds.setdefault(run.config.without_seed(), []).append(run)
     names = Counter(survival_name(kind) for kind in kinds)
     return {
         survival_name(kind) if names[survival_name(kind)] == 1 else of_kind[0].path.name: of_kind
@@ -278,7 +278,7 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
     measured = [run for run in distinct(runs) if run.records]
     alike: dict[Config, list[RecordedRun]] = {}
     for run in measured:
-        setting = replace(run.run.config.kind(), survival=SurvivalConfig(rule="constant"))
+        setting = replace(run.run.config.without_seed(), survival=SurvivalConfig(rule="constant"))
         alike.setdefault(setting, []).append(run)
     found: list[Experiment] = []
     for setting, members in alike.items():

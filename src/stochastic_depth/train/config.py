@@ -263,7 +263,7 @@ class Config:
                 "add --survival.balance"
             )
 
-    def essential(self) -> "Config":
+    def without_io(self) -> "Config":
         """This configuration without the fields that do not change a result.
 
         These are where the data is, how it is read, and how many checkpoints are kept.
@@ -271,7 +271,7 @@ class Config:
         data = replace(self.data, root=None, workers=0, download=False)
         return replace(self, keep=1, data=data)
 
-    def kind(self) -> "Config":
+    def without_seed(self) -> "Config":
         """This configuration without its seed: equal for runs that differ in their seed only.
 
         The name of the recipe is left out too, and so is p_L under constant depth, where it is not
@@ -280,7 +280,7 @@ class Config:
         survival = self.survival
         if survival.rule == "constant":
             survival = SurvivalConfig(rule="constant")
-        return replace(self.essential(), recipe="", seed=0, survival=survival)
+        return replace(self.without_io(), recipe="", seed=0, survival=survival)
 
     def to_json(self) -> dict[str, Any]:
         """This configuration as plain JSON values."""

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from stochastic_depth.block_program.library import missing, unmeasured
+from stochastic_depth.block_program.library import why_unavailable, why_unmeasured
 from stochastic_depth.block_program.program import why_unsupported
 from stochastic_depth.data.loading import PICTURE_SIDE
 from stochastic_depth.distributed.world import ranks
@@ -27,7 +27,7 @@ SIDES: dict[DataName, int] = {
 """The height and width of the images in pixels, unless `data.size` is set."""
 
 
-class Choice(NamedTuple):
+class EngineChoice(NamedTuple):
     """The chosen engine and kernels, and the reason."""
 
     engine: EngineName
@@ -35,7 +35,7 @@ class Choice(NamedTuple):
     because: str
 
 
-def choose_engine(config: Config, device: str, precision: str) -> Choice:
+def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
     """The engine of a configuration.
 
     Raises:
@@ -43,32 +43,32 @@ def choose_engine(config: Config, device: str, precision: str) -> Choice:
     """
     on_cpu = torch.device(device).type == "cpu"
     obstacle = _obstacle(config)
-    no_kernels = missing() or unmeasured()
+    no_kernels = why_unavailable() or why_unmeasured()
     kernels: KernelsName = "compiled"
     if on_cpu:
-        kernels = "native" if missing() is None else "reference"
+        kernels = "native" if why_unavailable() is None else "reference"
     if config.engine == "graphs":
         if obstacle is not None:
             raise ConfigError(f"engine is graphs: {obstacle}; use --engine eager or compiled")
-        return Choice("graphs", kernels, "as asked")
+        return EngineChoice("graphs", kernels, "as asked")
     if config.engine == "compiled" and config.distributed.sync_batchnorm:
         raise ConfigError(
             "engine is compiled: PyTorch's compiler takes no block that waits for other processes; "
             "use --engine eager, or leave out --distributed.sync-batchnorm"
         )
     if config.engine != "auto":
-        return Choice(config.engine, "reference", "as asked")
+        return EngineChoice(config.engine, "reference", "as asked")
     if obstacle is not None:
-        return Choice("eager", "reference", obstacle)
+        return EngineChoice("eager", "reference", obstacle)
     if not on_cpu:
-        return Choice("eager", "reference", "graphs have not been measured on a GPU yet")
+        return EngineChoice("eager", "reference", "graphs have not been measured on a GPU yet")
     if no_kernels is None and precision == "float32":
         no_kernels = _misfit(config)
     if no_kernels is not None:
-        return Choice(
+        return EngineChoice(
             "eager", "reference", f"without native kernels graphs gain little: {no_kernels}"
         )
-    return Choice("graphs", "native", "there are native kernels for this processor")
+    return EngineChoice("graphs", "native", "there are native kernels for this processor")
 
 
 def _misfit(config: Config) -> str | None:

@@ -27,7 +27,7 @@ def diverged(run: Run, step: int, what: str) -> DivergedError:
 
 
 @contextmanager
-def memory_watched(run: Run, train_state: TrainState) -> Iterator[None]:
+def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
     """Turn errors of exhausted memory into one that names the step and the remedies.
 
     Raises:

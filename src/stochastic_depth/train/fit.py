@@ -19,9 +19,9 @@ from stochastic_depth.distributed.world import any_rank, on_primary, ranks
 from stochastic_depth.errors import CheckpointError, RunError, StochasticDepthError
 from stochastic_depth.files import is_there
 from stochastic_depth.train.checkpoint import read_weights, write_weights
-from stochastic_depth.train.failures import diverged, memory_watched, open_blocks
+from stochastic_depth.train.failures import as_out_of_memory_error, diverged, open_blocks
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
-from stochastic_depth.train.run_folder import Run, untrained_removed
+from stochastic_depth.train.run_folder import Run, remove_untrained_on_error
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
@@ -78,10 +78,10 @@ def fit(
         Interrupted: when `stop` has asked for it.
     """
     run.require_data(batches.fingerprint)
-    with untrained_removed([run]), ExitStack() as stack:
+    with remove_untrained_on_error([run]), ExitStack() as stack:
         still_ours = stack.enter_context(_writing(run))
         train_state = TrainState(run.config, run.runtime, batches)
-        stack.enter_context(memory_watched(run, train_state))
+        stack.enter_context(as_out_of_memory_error(run, train_state))
         _restore(run, train_state, callback)
         callback.begin(run, train_state)
         stream = _stream(batches, train_state.step)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from torch import nn
 
-from stochastic_depth.data import Batches, Share, batches
+from stochastic_depth.data import Batches, Shard, batches
 from stochastic_depth.distributed.world import on_primary, rank, ranks
 from stochastic_depth.errors import CheckpointError, DataError, RunError
 from stochastic_depth.files import (
@@ -30,7 +30,7 @@ from stochastic_depth.files import (
     write_new,
 )
 from stochastic_depth.train.build import build_network, require_trainable
-from stochastic_depth.train.checkpoint import Checkpoints, fitting, require_weights_of
+from stochastic_depth.train.checkpoint import Checkpoints, as_checkpoint_error, require_weights_of
 from stochastic_depth.train.config import Config, restore
 from stochastic_depth.train.journal import Record, best_record, read_journal
 from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, versions
@@ -120,7 +120,7 @@ class Run:
         try:
             lock.acquire()
             remove_unfinished(self.path)
-            remove_unfinished(self.checkpoints.folder, inside=1)
+            remove_unfinished(self.checkpoints.folder, real_parts=1)
             held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except Timeout:
             raise RunError(
@@ -145,7 +145,7 @@ class Run:
 
 
 @contextmanager
-def untrained_removed(runs: Sequence[Run]) -> Iterator[None]:
+def remove_untrained_on_error(runs: Sequence[Run]) -> Iterator[None]:
     """If data cannot be read, remove the folders of those `runs` in which nothing was trained yet.
 
     Once the data is mended it is other data, with which they could not go on.
@@ -341,7 +341,7 @@ def open_batches(config: Config, runtime: Runtime) -> Batches:
         size=config.data.size,
         download=config.data.download,
         workers=config.data.workers,
-        share=Share(rank(), ranks()),
+        shard=Shard(rank(), ranks()),
     )
 
 
@@ -367,7 +367,7 @@ def trained_model(
     step = best_record(records).step if which == "best" else steps[0]
     state = run.checkpoints.load(step, run.runtime.device)
     model, handle = build_network(run.config, run.runtime, images)
-    with fitting(step):
+    with as_checkpoint_error(step):
         model.load_state_dict(state["model"])
         if handle is not None:
             handle.load_state_dict(state["depth"])

@@ -1,14 +1,14 @@
 """Where and how a run computes: device, precision, threads and engine."""
 
 import platform
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from stochastic_depth.block_program.library import cpu_capabilities
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engine_choice import EngineName, KernelsName, choose_engine
@@ -75,20 +75,15 @@ def has_bfloat16(device: str) -> bool:
     """Whether the device multiplies bfloat16 in hardware, so that it is faster."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    processor = _processor()
+    processor = cpu_capabilities()
     return bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
-
-
-def _processor() -> Mapping[str, Any]:
-    """The capabilities of the processor, empty in versions of PyTorch that cannot list them."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def machine(runtime: Runtime) -> dict[str, str | int]:
     """Description of the machine, for results that are measured on it."""
     described: dict[str, str | int] = {
         "system": platform.platform(),
-        "processor": str(_processor().get("cpu_name", platform.processor())),
+        "processor": str(cpu_capabilities().get("cpu_name", platform.processor())),
         "threads": runtime.threads,
     }
     if torch.device(runtime.device).type == "cuda":

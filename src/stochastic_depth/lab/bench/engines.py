@@ -16,8 +16,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from stochastic_depth.block_program import Program
-from stochastic_depth.block_program.library import missing
-from stochastic_depth.block_program.pieces import Block
+from stochastic_depth.block_program.library import why_unavailable
+from stochastic_depth.block_program.pieces import BlockPiece
 from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import bench_table, clock, milliseconds, shown, timings
 from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Step, Workload
@@ -65,7 +65,7 @@ def _obstacle(engine: EngineName, kernels: KernelsName, runtime: Runtime) -> str
     if kernels == "native":
         if not on_cpu:
             return "they are for a CPU"
-        return missing()
+        return why_unavailable()
     if "compiled" in (engine, kernels) and on_cpu and shutil.which("g++") is None:
         return "no g++ was found, which PyTorch's compiler needs"
     return None
@@ -132,7 +132,7 @@ class Timed:
 def _named(work: Any) -> str:
     """The name of a piece of the block program: its kind, channels and direction."""
     piece, direction = work.__self__, work.__name__.replace("_", " ")
-    if not isinstance(piece, Block):
+    if not isinstance(piece, BlockPiece):
         return f"{type(piece).__name__.lower()}, {direction}"
     kind = "transition to" if piece.is_transition else "block of"
     return f"{kind} {piece.out.shape[1]} channels, {direction}"
