@@ -36,7 +36,7 @@ def test_folders_are_made_and_a_file_in_their_place_is_named(mine):
     files.make_folders(mine.parent / "a" / "b")
     files.make_folders(mine.parent / "a" / "b")
     assert (mine.parent / "a" / "b").is_dir()
-    with pytest.raises(RunError, match=r"mine is a file, and no folder"):
+    with pytest.raises(RunError, match=r"mine is a file, not a folder"):
         files.make_folders(mine)
     with pytest.raises(RunError, match=r"mine/c cannot be created: Not a directory"):
         files.make_folders(mine / "c")

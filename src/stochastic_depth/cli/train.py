@@ -156,7 +156,7 @@ def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:
     from stochastic_depth.distributed.world import is_primary, ranks
     from stochastic_depth.train import Interrupted, fit
     from stochastic_depth.train.display import Display
-    from stochastic_depth.train.fit import StopSignals
+    from stochastic_depth.train.signals import StopSignals
 
     config, runtime = run.config, run.runtime
     console.say(
@@ -214,7 +214,7 @@ def compare(arguments: list[str]) -> int:
         from stochastic_depth.lab import comparison
         from stochastic_depth.train import Interrupted
         from stochastic_depth.train.display import Display
-        from stochastic_depth.train.fit import StopSignals
+        from stochastic_depth.train.signals import StopSignals
     folder = asked.out or Path("runs") / f"compare-{config.recipe}"
     seeds = range(config.seed, config.seed + asked.seeds)
     end = None

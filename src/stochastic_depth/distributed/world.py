@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 
 @contextmanager
 def torchrun_process_group() -> Iterator[None]:
-    """While entered, this process is in the process group of those that torchrun has started.
+    """While entered, this process belongs to the group of the processes that torchrun has started.
 
     Collectives on tensors of a GPU use nccl, those on tensors of a CPU use gloo.
 
@@ -55,18 +55,18 @@ def torchrun_process_group() -> Iterator[None]:
             raise
         raise RunError(
             f"process {rank} of {size} waited for one that is no longer there; torchrun "
-            "--max-restarts N would start all of them again, to resume from the last checkpoint"
+            "--max-restarts N would restart all of them, to resume from the last checkpoint"
         ) from error
 
 
 @contextmanager
 def process_group(backend: str, **settings: Any) -> Iterator[None]:
-    """While entered, there is the process group of `dist.init_process_group(backend, **settings)`.
+    """`dist.init_process_group(backend, **settings)` on entry, and the end of the group on exit.
 
-    Its threads end with it. One that still runs when the interpreter ends may abort the process.
-    After an error the group is left as it is, because other processes may be gone.
+    Its threads end with it; a thread that still runs when the interpreter ends may abort the
+    process. After an error the group is left as it is, because other processes may be gone.
     """
-    # If it were imported later, its functions would have this group as their default argument.
+    # Import now: at import, its functions capture the default group and would keep it alive.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend, **settings)
     yield
@@ -80,12 +80,12 @@ def ranks() -> int:
 
 
 def rank() -> int:
-    """The number of this process among them, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is rank 0, the process that writes and prints."""
     return rank() == 0
 
 

@@ -32,13 +32,13 @@ from stochastic_depth.train.build import architecture, skippable
 from stochastic_depth.train.runtime import Runtime, versions
 
 CHECKED = 32
-"""How many test images a written file is compared with the network on."""
+"""Number of test images used to check a written file."""
 RECALIBRATION = 64
-"""From how many training batches a shallower network gets its BatchNorm statistics."""
+"""Number of training batches that measure the BatchNorm statistics of a shallower network."""
 
 Observer = Callable[[Iterator[Dropped], int], Iterator[Dropped]]
-"""Yields the blocks that it is given as they are dropped; its second argument is how many there
-are."""
+"""Passes on the blocks as they are dropped, for example to show them; its second argument is their
+number."""
 
 
 @dataclass(frozen=True)

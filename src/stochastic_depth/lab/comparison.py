@@ -26,7 +26,8 @@ from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.journal import Record
-from stochastic_depth.train.run_folder import open_batches, remove_untrained_on_error
+from stochastic_depth.train.open import open_batches
+from stochastic_depth.train.run_folder import remove_untrained_on_error
 from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.train_state import TrainState
 

@@ -26,7 +26,7 @@ from stochastic_depth.files import (
 from stochastic_depth.handle import Handle
 from stochastic_depth.train import Record, Run, open_run, reopen, trained_model
 from stochastic_depth.train.build import skippable
-from stochastic_depth.train.checkpoint import require_weights_of
+from stochastic_depth.train.weights import require_weights_of
 
 FORMAT = 1
 """The format number of the files of an analysis, and of `sweep.json`."""

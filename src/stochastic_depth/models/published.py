@@ -143,8 +143,8 @@ def inputs_of(model: Any, batch: int, shape: Shape | None, device: Any) -> dict[
         inputs[main] = _floats(batch, shape or (SAMPLES,), device)
     else:
         raise ConfigError(
-            f"{type(model).__name__} takes {main}, of which no example can be made: give "
-            "package.module:factory, which returns the model and an example"
+            f"{type(model).__name__} takes {main}, for which no example input can be generated: "
+            "give package.module:factory, which returns the model and an example"
         )
     if main == "input_ids" and getattr(config, "vision_config", None) is not None:
         inputs["pixel_values"] = _floats(batch, _image(config.vision_config), device)

@@ -11,7 +11,8 @@ from stochastic_depth.distributed import synchronise_batchnorm
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.errors import ApplyError, ConfigError
 from stochastic_depth.handle import Handle
-from stochastic_depth.models import NETWORKS, DenseNet, Network
+from stochastic_depth.models import DenseNet, Network
+from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform

@@ -9,7 +9,7 @@ from stochastic_depth.block_program.program import why_unsupported
 from stochastic_depth.data.loading import PICTURE_SIDE
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.models import NETWORKS
+from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.train.config import Config, DataName
 
 EngineName = Literal["eager", "compiled", "graphs"]

@@ -27,7 +27,7 @@ from stochastic_depth.files import is_there, reason, require_writable, visible
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.processes import fresh_processes
 from stochastic_depth.train import Interrupted, Record, Run, begin, fit, reopen
-from stochastic_depth.train.fit import StopSignals
+from stochastic_depth.train.signals import StopSignals
 from stochastic_depth.train.train_state import TrainState
 
 SECONDS_BETWEEN_LOOKS = 0.5
