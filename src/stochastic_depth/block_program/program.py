@@ -2,10 +2,10 @@
 
     stem -> block 0 -> block 1 -> ... -> block L-1 -> head
 
-A skipped block does nothing: the next one reads the output of the last open one. If pieces are
-captured as CUDA graphs, which work on fixed addresses, it reads a copy, made once for a whole run
-of skipped blocks. The gradient flows back through one buffer for each resolution, which a skipped
-block leaves unchanged.
+A skipped block does nothing: the next block reads the output of the last open one. If pieces are
+captured as CUDA graphs, which work on fixed addresses, it reads a copy, which is made once for any
+number of consecutive skipped blocks. The gradient flows back through one buffer for each
+resolution, which a skipped block leaves unchanged.
 """
 
 from collections.abc import Sequence
@@ -37,21 +37,22 @@ from stochastic_depth.torch_private import zero
 class Program:
     """The training step of `model` on mini-batches of one shape.
 
-    The parameters of `model` and the momentum of `optimizer` become views of flat buffers; both go
-    on working as before, and may be used between steps: for evaluation, checkpoints, or a step of
-    autograd on a mini-batch of another size.
+    The parameters of `model` and the momentum of `optimizer` become views of flat buffers. Both
+    work as before, and may be used between steps: for evaluation, checkpoints, or a step of
+    autograd on a mini-batch of a different size.
 
     Args:
-        model: in training mode.
-        handle: of `model`; None for constant depth.
-        optimizer: of all parameters, in one group.
-        shape: of the images, [batch, channels, height, width].
-        dtype: of images and activations; other than the parameters' it means autocast.
+        model: the network, in training mode.
+        handle: the handle of `model`; None for constant depth.
+        optimizer: the optimizer of all parameters, in one group.
+        shape: the shape of the images, [batch, channels, height, width].
+        dtype: the type of images and activations; if it differs from the type of the parameters,
+            the step computes as autocast does.
         kernels: the arithmetic; PyTorch's operators if not given.
-        replay: how pieces are run again; eagerly if not given.
+        replay: how pieces are repeated; eagerly if not given.
 
     Raises:
-        EngineError: when it is not written for the model, its gates or the optimizer.
+        EngineError: when it does not support the model, its gates or the optimizer.
     """
 
     def __init__(
@@ -73,55 +74,43 @@ class Program:
         self.stem_gradient = flat.view(model.stem[0].weight, flat.gradients)  # type: ignore[arg-type]
         device = flat.values.device
         self.factors = torch.ones(len(units), dtype=flat.values.dtype, device=device)
-
-        def images(channels: int, size: Sequence[int]) -> Tensor:
-            empty = torch.zeros(shape[0], channels, *size, dtype=dtype, device=device)
-            return empty.contiguous(memory_format=torch.channels_last)
-
-        size = list(shape[2:])
-        self.images, self.labels = (
-            images(shape[1], size),
-            torch.zeros(shape[0], dtype=torch.int64, device=device),
-        )
-        self.gradients = [images(model.stem[0].out_channels, size)]  # type: ignore[arg-type]
-        for unit in units:
-            added = unit.shortcut.added if isinstance(unit.shortcut, PoolAndPad) else 0
-            size = [side // 2 for side in size] if added else size
-            last = self.gradients[-1]
-            self.gradients.append(images(last.shape[1] + added, size) if added else last)
+        self.images = _zeros(shape, dtype, device)
+        self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self.gradients = _gradients(model, units, self.images)
         self._is_fixed, self.buffers = replay.keeps, Buffers()
-        # The outputs of blocks; if addresses are not fixed, only their shapes.
+        # The outputs of the stem and the blocks. If addresses are not fixed, blocks take buffers
+        # of these shapes in every step.
         x = [
             torch.empty_like(g) if i == 0 or self._is_fixed else g
             for i, g in enumerate(self.gradients)
         ]
-
         stem = layer_of(model.stem[0], model.stem[1], flat)  # type: ignore[arg-type]
         self.stem = Stem(stem, self.images, x[0], self.gradients[0], kernels)
         self.blocks: list[BlockPiece] = []
         streams = zip(pairwise(x), pairwise(self.gradients), strict=True)
-        for unit, (io, gradients) in zip(units, streams, strict=True):
+        for unit, (x_and_out, gradients) in zip(units, streams, strict=True):
             conv1, norm1, _, conv2, norm2 = unit.branch  # type: ignore[misc]
             layers = layer_of(conv1, norm1, flat), layer_of(conv2, norm2, flat)
             if handle is not None and handle.scale == "training":
                 layers[1].norm.factor = self.factors[len(self.blocks)]
-            self.blocks.append(BlockPiece(*layers, *io, *gradients, kernels, replay.keeps))
+            self.blocks.append(BlockPiece(*layers, *x_and_out, *gradients, kernels, replay.keeps))
         head = linear_of(model.head, flat)
         self.head = Head(head, self.labels, x[-1], self.gradients[-1], kernels)
         self.counters = self._join_counters(model)
         self.kept = 0
-        """Bytes that waited for the backward pass in the last step."""
+        """Bytes that the last step kept for its backward pass."""
         self._record(replay)
 
     @torch.no_grad()
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Forward, backward, update under the next gates; returns the loss, []."""
+        """Forward, backward and update under the next gates; returns the loss, []."""
         is_open = self._draw()
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.flat.cast()
-        keeps_moving = self.handle is None or self.handle.skipped == "paper"
-        if keeps_moving:
+        # Under "paper" a closed block has zero gradients, and is updated by its momentum.
+        updates_closed = self.handle is None or self.handle.skipped == "paper"
+        if updates_closed:
             self._clear_closed(is_open)
         self._forward(is_open)
         self.kept = self._bytes_kept(is_open)
@@ -129,7 +118,7 @@ class Program:
         self._backward(is_open)
         counted = torch.tensor([True, *(b for b in is_open for _ in range(2))])
         self.counters.add_(counted.to(self.counters.device))
-        self.update.step([True, *(keeps_moving or b for b in is_open), True])
+        self.update.step([True, *(updates_closed or b for b in is_open), True])
         return self.head.loss.clone()
 
     @property
@@ -138,7 +127,7 @@ class Program:
         return [block.layers[0].weight_gradient for block in self.blocks]
 
     def _join_counters(self, model: nn.Module) -> Tensor:
-        """Make the batch counters of all normalisations parts of one tensor: [1 + 2 blocks]."""
+        """Make the batch counters of all normalisations views of one tensor: [1 + 2 blocks]."""
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         counters = torch.stack([n.num_batches_tracked for n in norms])  # type: ignore[arg-type]
         for norm, counter in zip(norms, counters, strict=True):
@@ -234,6 +223,27 @@ class Program:
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         self.flat.gradients.zero_()
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Images of zeros, channels_last."""
+    zeros = torch.zeros(*shape, dtype=dtype, device=device)
+    return zeros.contiguous(memory_format=torch.channels_last)
+
+
+def _gradients(model: CifarResNet, units: Sequence[Residual], images: Tensor) -> list[Tensor]:
+    """The gradients of the outputs of the stem and of each unit: one buffer for each resolution."""
+    batch, _, *size = images.shape
+    channels: int = model.stem[0].out_channels  # type: ignore[assignment]
+    gradients = [_zeros((batch, channels, *size), images.dtype, images.device)]
+    for unit in units:
+        if isinstance(unit.shortcut, PoolAndPad):
+            channels += unit.shortcut.added
+            size = [side // 2 for side in size]
+            gradients.append(_zeros((batch, channels, *size), images.dtype, images.device))
+        else:
+            gradients.append(gradients[-1])
+    return gradients
 
 
 def why_unsupported(
