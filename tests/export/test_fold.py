@@ -314,8 +314,8 @@ class Shown(Net):
         (lambda: Net(lambda: mlp(nn.GELU())), "blocks.0", "passes through gelu"),
         (lambda: Net(lambda: mlp(nn.ReLU6())), "blocks.0", "passes through hardtanh"),
         (lambda: Net(lambda: mlp(nn.LayerNorm(WIDTH, elementwise_affine=False))), "blocks.0", ""),
-        (lambda: Tied(mlp), "blocks.0", "'blocks.0.inner.2.weight' is used"),
-        (lambda: Shown(mlp), "blocks.2", "used for something else"),
+        (lambda: Tied(mlp), "blocks.0", "'blocks.0.inner.2.weight' is also used"),
+        (lambda: Shown(mlp), "blocks.2", "is also used by"),
     ],
     ids=["gelu", "relu6", "no-gain", "tied", "shown"],
 )

@@ -325,7 +325,7 @@ def test_what_a_config_cannot_say_is_refused_before_anything_changes():
     sd.apply(model, sd.Uniform(0.8), example=example)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(
-        sd.errors.TruncateError, match="its config cannot say which layers are left"
+        sd.errors.TruncateError, match="its config cannot describe which layers are left"
     ):
         sd.truncate(model, [0, 2, 3], example)
     assert model.config.depths == [3, 2]

@@ -224,9 +224,9 @@ def load_export(path: Path | str, depth: float = 1.0) -> Exported:
         )
     try:
         description = read_description(metadata[KEY])
-        whole = {name: tensor for name, tensor in weights.items() if "/" not in name}
-        model = description.architecture.build(len(whole))
-        _load(model, whole)
+        full_depth = {name: tensor for name, tensor in weights.items() if "/" not in name}
+        model = description.architecture.build(len(full_depth))
+        _load(model, full_depth)
         if depth != 1:
             _lower(model, description, depth, weights)
     except ExportError as error:

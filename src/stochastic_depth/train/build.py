@@ -46,7 +46,7 @@ def build_depth(model: nn.Module, config: SurvivalConfig, seed: int, steps: int)
     """Give `model` stochastic depth, unless the rule is constant depth.
 
     Args:
-        steps: the number of steps of the whole training, of which a schedule takes shares.
+        steps: the number of steps of the training; a schedule is given in fractions of it.
     """
     if config.rule == "constant":
         return None
@@ -97,8 +97,7 @@ def require_trainable(config: Config, batches: Batches) -> None:
 
     Raises:
         ApplyError: when the network has no residual blocks to skip.
-        ConfigError: when there is no such network, or the images or a mini-batch are too small for
-            it.
+        ConfigError: when there is no such network, or the images or a mini-batch are too small.
     """
     channels, height, width = batches.shape
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Choose the engine that takes the training steps of a configuration, with the reason."""
+"""Choose the engine that takes the training steps of a configuration, and say why."""
 
 from typing import Literal, NamedTuple
 
@@ -39,10 +39,10 @@ def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
     """The engine of a configuration.
 
     Raises:
-        ConfigError: when the engine asked for cannot train this network.
+        ConfigError: when the requested engine cannot train this network.
     """
     on_cpu = torch.device(device).type == "cpu"
-    obstacle = _obstacle(config)
+    obstacle = _why_program_unsupported(config)
     no_kernels = why_unavailable() or why_unmeasured()
     kernels: KernelsName = "compiled"
     if on_cpu:
@@ -53,8 +53,8 @@ def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
         return EngineChoice("graphs", kernels, "as asked")
     if config.engine == "compiled" and config.distributed.sync_batchnorm:
         raise ConfigError(
-            "engine is compiled: PyTorch's compiler takes no block that waits for other processes; "
-            "use --engine eager, or leave out --distributed.sync-batchnorm"
+            "engine is compiled: PyTorch's compiler cannot compile blocks that wait for other "
+            "processes; use --engine eager, or leave out --distributed.sync-batchnorm"
         )
     if config.engine != "auto":
         return EngineChoice(config.engine, "reference", "as asked")
@@ -63,7 +63,7 @@ def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
     if not on_cpu:
         return EngineChoice("eager", "reference", "graphs have not been measured on a GPU yet")
     if no_kernels is None and precision == "float32":
-        no_kernels = _misfit(config)
+        no_kernels = _why_images_unsupported(config)
     if no_kernels is not None:
         return EngineChoice(
             "eager", "reference", f"without native kernels graphs gain little: {no_kernels}"
@@ -71,7 +71,7 @@ def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
     return EngineChoice("graphs", "native", "there are native kernels for this processor")
 
 
-def _misfit(config: Config) -> str | None:
+def _why_images_unsupported(config: Config) -> str | None:
     """Why the native kernels cannot take images of this size; None if they can.
 
     They compute at least 8 pixels of a row at a time in the first stage, and 2 in the last one,
@@ -83,7 +83,7 @@ def _misfit(config: Config) -> str | None:
     return None
 
 
-def _obstacle(config: Config) -> str | None:
+def _why_program_unsupported(config: Config) -> str | None:
     """Why the block program cannot train this configuration; None if it can."""
     if ranks() > 1:
         return f"the block program supports one process, {ranks()} are training"

@@ -110,12 +110,12 @@ class TrainState:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        whole = self.images_of(self.step)
+        batch = self.images_of(self.step)
         if self.handle is not None and ranks() > 1:
-            self.handle.share = Shard(rank(), ranks()).slice_of(whole).start, whole
+            self.handle.share = Shard(rank(), ranks()).slice_of(batch).start, batch
             self.handle.parts = ranks()
-        measured = self._engine.step(images, labels, len(labels) * ranks() / whole)
-        self.metrics.add(measured, whole)
+        measured = self._engine.step(images, labels, len(labels) * ranks() / batch)
+        self.metrics.add(measured, batch)
         if self.step % self._sampled_every == 0:
             self.metrics.add_block_gradients(self._engine.block_gradients, self.gates)
         self.step += 1
@@ -140,7 +140,7 @@ class TrainState:
         """Restore a state that `state_dict` has returned, together with `state["step"]`.
 
         Raises:
-            CheckpointError: when it belongs to another network or optimizer.
+            CheckpointError: when it belongs to a different network or optimizer.
         """
         with as_checkpoint_error(state["step"]):
             self.model.load_state_dict(state["model"])
@@ -149,4 +149,4 @@ class TrainState:
                 self.handle.load_state_dict(state["depth"])
             self.metrics.load_state_dict(state["tally"], self.runtime.device)
         self.step = state["step"]
-        self.__dict__.pop("_engine", None)  # it holds the earlier momentum
+        self.__dict__.pop("_engine", None)  # it holds the momentum of before
