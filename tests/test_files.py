@@ -36,9 +36,9 @@ def test_folders_are_made_and_a_file_in_their_place_is_named(mine):
     files.make_folders(mine.parent / "a" / "b")
     files.make_folders(mine.parent / "a" / "b")
     assert (mine.parent / "a" / "b").is_dir()
-    with pytest.raises(RunError, match=r"mine is a file, and no folder"):
+    with pytest.raises(RunError, match=r"mine is a file, not a folder"):
         files.make_folders(mine)
-    with pytest.raises(RunError, match=r"mine/c cannot be made: Not a directory"):
+    with pytest.raises(RunError, match=r"mine/c cannot be created: Not a directory"):
         files.make_folders(mine / "c")
 
 
@@ -75,11 +75,11 @@ def test_what_is_no_regular_file_is_neither_read_nor_written(tmp_path, mine, kin
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_where_links_are_allowed_they_lead_to_regular_files(tmp_path, mine, kind):
     put(tmp_path / "f", "link", mine)
-    assert files.read_file(tmp_path / "f", 10, inside=0) == b"mine"
+    assert files.read_file(tmp_path / "f", 10, real_parts=0) == b"mine"
     put(tmp_path / "special", kind, mine)
     (tmp_path / "link").symlink_to(tmp_path / "special")
     with pytest.raises(OSError, match=r"it is a (pipe|device), expected a regular file"):
-        files.read_file(tmp_path / "link", 10, inside=0)
+        files.read_file(tmp_path / "link", 10, real_parts=0)
 
 
 def test_folders_that_are_links_are_the_users_only_before_the_folder_that_is_worked_in(tmp_path):
@@ -88,21 +88,21 @@ def test_folders_that_are_links_are_the_users_only_before_the_folder_that_is_wor
     (elsewhere / "checkpoints" / "f").write_bytes(b"mine")
     (tmp_path / "run").symlink_to(elsewhere)
     path = tmp_path / "run" / "checkpoints" / "f"
-    assert files.read_file(path, 10, inside=2) == b"mine"
-    files.write_whole(path, b"ours", inside=2)
+    assert files.read_file(path, 10, real_parts=2) == b"mine"
+    files.write_whole(path, b"ours", real_parts=2)
     assert path.read_bytes() == b"ours"
     for use in (
-        lambda: files.read_file(path, 10, inside=3),
-        lambda: files.names_in(path.parent, inside=2),
-        lambda: files.remove_file(path, inside=3),
-        lambda: files.make_folder(path.parent, inside=2),
-        lambda: files.open_for_appending(path, inside=3),
-        lambda: files.remove_unfinished(path.parent, inside=2),
+        lambda: files.read_file(path, 10, real_parts=3),
+        lambda: files.names_in(path.parent, real_parts=2),
+        lambda: files.remove_file(path, real_parts=3),
+        lambda: files.make_folder(path.parent, real_parts=2),
+        lambda: files.open_for_appending(path, real_parts=3),
+        lambda: files.remove_unfinished(path.parent, real_parts=2),
     ):
         with pytest.raises(OSError, match="run is a link or a file, expected a folder"):
             use()
     with pytest.raises(RunError, match="run is a link or a file, expected a folder"):
-        files.write_whole(path, b"theirs", inside=3)
+        files.write_whole(path, b"theirs", real_parts=3)
     assert path.read_bytes() == b"ours"
 
 
@@ -133,6 +133,6 @@ def test_an_empty_folder_is_replaced_and_one_with_anything_in_it_is_not(tmp_path
     with files.whole_folder(path) as folder:
         (folder / "f").write_bytes(b"ours")
     assert os.listdir(path) == ["f"]
-    with pytest.raises(RunError, match="run cannot be made"), files.whole_folder(path):
+    with pytest.raises(RunError, match="run cannot be created"), files.whole_folder(path):
         pass
     assert os.listdir(tmp_path) == ["run"]

@@ -4,10 +4,10 @@ A folder that comes from somebody else may contain anything: a link to one of yo
 that never ends, a device. Only regular files are opened here, and the amount that is read is
 bounded.
 
-`inside` is the number of parts at the end of a path that must not be links, because they belong to
-the folder of a run: 1 for the file itself, 2 for its folder as well (`checkpoints/step-1.ckpt`).
-Users may link the parts before them as they like. With 0 the file may be a link too, as in data
-sets.
+`real_parts` is the number of parts at the end of a path that must not be links, because they
+belong to the folder of a run: 1 for the file itself, 2 for its folder as well
+(`checkpoints/step-1.ckpt`). Users may link the parts before them as they like. With 0 the file may
+be a link too, as in data sets.
 """
 
 import errno
@@ -32,30 +32,32 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 SMALL = 2**24
-"""The most bytes that are read of a description in JSON."""
+"""The largest size, in bytes, of a JSON file that is read."""
 LARGE = 2**30
-"""The most bytes that are read of a journal, an exported network or a file of a data set."""
+"""The largest size, in bytes, of a journal, an exported network or a data file that is read."""
 
 
-def open_file(path: Path, inside: int = 1) -> BufferedReader:
+def open_file(path: Path, real_parts: int = 1) -> BufferedReader:
     """Open a regular file for reading.
 
     Raises:
         OSError: when it is not a regular file, cannot be opened, or is reached through a link.
     """
-    return os.fdopen(_open(path, os.O_RDONLY, inside), "rb")
+    return os.fdopen(_open(path, os.O_RDONLY, real_parts), "rb")
 
 
-def open_for_appending(path: Path, inside: int = 1) -> FileIO:
+def open_for_appending(path: Path, real_parts: int = 1) -> FileIO:
     """Open a regular file for writing at its end, unbuffered; it is created if it does not exist.
 
     Raises:
         OSError: as `open_file`; and when the file has a second name, which would change with it.
     """
-    return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, inside), "ab", buffering=0)
+    return os.fdopen(
+        _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, real_parts), "ab", buffering=0
+    )
 
 
-def read_file(path: Path, most: int, inside: int = 1) -> bytes:
+def read_file(path: Path, most: int, real_parts: int = 1) -> bytes:
     """The whole content of a regular file.
 
     Args:
@@ -64,7 +66,7 @@ def read_file(path: Path, most: int, inside: int = 1) -> bytes:
     Raises:
         OSError: as `open_file`; and when there are more bytes than `most`.
     """
-    with open_file(path, inside) as file:
+    with open_file(path, real_parts) as file:
         size = os.fstat(file.fileno()).st_size
         # Files of /proc and similar systems claim to be empty, and are not.
         content = file.read(most + 1) if size <= most else b""
@@ -74,16 +76,16 @@ def read_file(path: Path, most: int, inside: int = 1) -> bytes:
         return content
 
 
-def require_file(path: Path, inside: int = 1) -> None:
+def require_file(path: Path, real_parts: int = 1) -> None:
     """Refuse what `open_file` refuses, before a library opens the file by its path.
 
     Raises:
         OSError: as `open_file`.
     """
-    open_file(path, inside).close()
+    open_file(path, real_parts).close()
 
 
-def require_writable(path: Path, inside: int = 1) -> None:
+def require_writable(path: Path, real_parts: int = 1) -> None:
     """Refuse what `open_for_appending` refuses, before a library opens the file by its path.
 
     A file that does not exist yet is accepted.
@@ -91,8 +93,8 @@ def require_writable(path: Path, inside: int = 1) -> None:
     Raises:
         OSError: as `open_for_appending`.
     """
-    with suppress(FileNotFoundError), _folder(path.parent, max(inside - 1, 0)) as folder:
-        found = os.stat(path.name, dir_fd=folder, follow_symlinks=not inside)
+    with suppress(FileNotFoundError), _folder(path.parent, max(real_parts - 1, 0)) as folder:
+        found = os.stat(path.name, dir_fd=folder, follow_symlinks=not real_parts)
         _require_regular(found, os.O_WRONLY)
 
 
@@ -101,28 +103,28 @@ def is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def names_in(folder: Path, inside: int = 1) -> list[str]:
+def names_in(folder: Path, real_parts: int = 1) -> list[str]:
     """The names in a folder, sorted; an empty list if there is no folder.
 
     Raises:
         OSError: when it cannot be read, or is a link.
     """
     try:
-        with _folder(folder, inside) as opened:
+        with _folder(folder, real_parts) as opened:
             return sorted(os.listdir(opened))
     except FileNotFoundError:
         return []
 
 
-def make_folder(path: Path, inside: int = 1) -> None:
+def make_folder(path: Path, real_parts: int = 1) -> None:
     """Create the folder `path` in an existing folder, unless it is there already.
 
     Raises:
         OSError: when it cannot be created, or something else is there.
     """
-    with _folder(path.parent, max(inside - 1, 0)) as above, suppress(FileExistsError):
+    with _folder(path.parent, max(real_parts - 1, 0)) as above, suppress(FileExistsError):
         os.mkdir(path.name, dir_fd=above)
-    with _folder(path, inside):
+    with _folder(path, real_parts):
         pass
 
 
@@ -135,34 +137,34 @@ def make_folders(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise RunError(f"{path} is a file, and no folder: choose another place") from error
+        raise RunError(f"{path} is a file, not a folder: choose a different place") from error
     except OSError as error:
-        raise RunError(f"{path} cannot be made: {reason(error)}") from error
+        raise RunError(f"{path} cannot be created: {reason(error)}") from error
 
 
-def remove_file(path: Path, inside: int = 1) -> None:
+def remove_file(path: Path, real_parts: int = 1) -> None:
     """Delete a file, if it is there.
 
     Raises:
         OSError: when it cannot be deleted, or its folder is a link.
     """
-    with suppress(FileNotFoundError), _folder(path.parent, max(inside - 1, 0)) as folder:
+    with suppress(FileNotFoundError), _folder(path.parent, max(real_parts - 1, 0)) as folder:
         os.unlink(path.name, dir_fd=folder)
 
 
-def remove_unfinished(folder: Path, inside: int = 0) -> None:
+def remove_unfinished(folder: Path, real_parts: int = 0) -> None:
     """Delete the half-written files that killed processes have left in `folder`.
 
     Raises:
         OSError: as `names_in` and `remove_file`.
     """
-    for name in names_in(folder, inside):
+    for name in names_in(folder, real_parts):
         if name.startswith(UNFINISHED):
-            remove_file(folder / name, inside + 1)
+            remove_file(folder / name, real_parts + 1)
 
 
-def write_whole(path: Path, content: bytes, inside: int = 1) -> None:
-    """Put `content` at `path`, replacing what was there, so that no reader ever sees a part of it.
+def write_whole(path: Path, content: bytes, real_parts: int = 1) -> None:
+    """Put `content` at `path`, replacing what was there, so that no reader sees half of it.
 
     If `path` is a link, the link is replaced, and the file that it points to stays as it is.
 
@@ -172,7 +174,7 @@ def write_whole(path: Path, content: bytes, inside: int = 1) -> None:
     """
     unfinished = UNFINISHED + secrets.token_hex(8)  # nobody else can know this name
     try:
-        with _folder(path.parent, max(inside - 1, 0)) as folder:
+        with _folder(path.parent, max(real_parts - 1, 0)) as folder:
             with suppress(FileNotFoundError):
                 found = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
                 if not stat.S_ISLNK(found.st_mode):
@@ -206,7 +208,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         unfinished.rename(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise RunError(f"{path} cannot be made: {reason(error)}") from error
+        raise RunError(f"{path} cannot be created: {reason(error)}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -222,16 +224,31 @@ def write_new(path: Path, content: bytes) -> None:
 
 def reason(error: OSError) -> str:
     """The message of the operating system, and the remedy if the disk is full."""
-    said = error.strerror or str(error)
-    return f"{said}; make room, then go on" if error.errno in _FULL else said
+    message = error.strerror or str(error)
+    return f"{message}; make room, then go on" if error.errno in _FULL else message
 
 
-def _open(path: Path, flags: int, inside: int) -> int:
-    with _folder(path.parent, max(inside - 1, 0)) as folder:
-        if inside:
+@contextmanager
+def reading(path: Path, error_class: type[Exception]) -> Iterator[None]:
+    """Turn operating system errors while `path` is read into one sentence.
+
+    Raises:
+        error_class: in place of an OSError, naming the path and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise error_class(f"{path} cannot be read: {reason(error)}") from error
+
+
+def _open(path: Path, flags: int, real_parts: int) -> int:
+    with _folder(path.parent, max(real_parts - 1, 0)) as folder:
+        if real_parts:
             flags |= os.O_NOFOLLOW
         with suppress(FileNotFoundError):  # checked first: opening a device can have an effect
-            _require_regular(os.stat(path.name, dir_fd=folder, follow_symlinks=not inside), flags)
+            _require_regular(
+                os.stat(path.name, dir_fd=folder, follow_symlinks=not real_parts), flags
+            )
         opened = os.open(path.name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
         try:
             _require_regular(os.fstat(opened), flags)
@@ -255,9 +272,9 @@ def _require_regular(found: os.stat_result, flags: int) -> None:
 
 
 @contextmanager
-def _folder(path: Path, inside: int) -> Iterator[int]:
-    """A file descriptor of a folder whose last `inside` parts are not links."""
-    parts = path.parts[len(path.parts) - inside :] if inside else ()
+def _folder(path: Path, real_parts: int) -> Iterator[int]:
+    """A file descriptor of a folder whose last `real_parts` parts are not links."""
+    parts = path.parts[len(path.parts) - real_parts :] if real_parts else ()
     start = path
     for _ in parts:
         start = start.parent

@@ -33,9 +33,9 @@ def outcome(kernels, dtype, factor, has_shortcut):
     norm = norm_of(factor, torch.promote_types(dtype, torch.float32))
     x, shortcut, gradient = (image(seed, dtype) for seed in (0, 1, 2))
     out = kernels.normalise(x, norm, shortcut if has_shortcut else None, torch.empty_like(x))
-    of_x = kernels.normalise_backward(gradient, out, x, norm)
+    grad_x = kernels.normalise_backward(gradient, out, x, norm)
     written = norm.running_mean, norm.running_var, norm.weight_gradient, norm.bias_gradient
-    return [tensor.double() for tensor in (out, of_x, gradient, *written)]
+    return [tensor.double() for tensor in (out, grad_x, gradient, *written)]
 
 
 @pytest.mark.parametrize("factor", [None, 1.25])

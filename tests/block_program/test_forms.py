@@ -17,7 +17,8 @@ from support import kernels
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
-        library.missing() is not None, reason=f"needs a compiler: {library.missing()}"
+        library.why_unavailable() is not None,
+        reason=f"needs a compiler: {library.why_unavailable()}",
     ),
 ]
 FORMS = {

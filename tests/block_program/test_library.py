@@ -82,7 +82,9 @@ def test_a_file_of_another_user_is_not_trusted(tmp_path):
     assert not only_we_write(path)
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=f"needs kernels: {library.missing()}")
+@pytest.mark.skipif(
+    library.why_unavailable() is not None, reason=f"needs kernels: {library.why_unavailable()}"
+)
 def test_a_library_that_was_planted_is_not_loaded_and_one_of_ours_is(above, monkeypatch):
     made, compile = [], library._compile
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O1"))  # as good, and sooner there

@@ -5,7 +5,7 @@ import torch
 
 from stochastic_depth.block_program import Program
 from stochastic_depth.block_program.kernels import Kernels, Linear
-from stochastic_depth.block_program.library import missing
+from stochastic_depth.block_program.library import why_unavailable
 from stochastic_depth.block_program.native import NativeKernels
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.build import build_optimizer
@@ -27,7 +27,9 @@ from support.kernels import (
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(missing() is not None, reason=f"needs native kernels: {missing()}"),
+    pytest.mark.skipif(
+        why_unavailable() is not None, reason=f"needs native kernels: {why_unavailable()}"
+    ),
 ]
 SHAPES = [
     *((4, 16, 32), (5, 16, 16), (5, 32, 16), (9, 64, 8), (2, 64, 16)),
@@ -79,10 +81,10 @@ def test_a_branch_of_another_form_is_the_references(side, dtype):
         for layer in layers:
             layer.weight = layer.weight.to(dtype)
         x, gradient = (image(3, 16, side, seed).to(dtype) for seed in (0, 1))
-        out, of_x = torch.empty_like(x), torch.zeros_like(x)
+        out, grad_x = torch.empty_like(x), torch.zeros_like(x)
         saved = kernels.branch(x, *layers, x, out)
-        kernels.branch_backward(saved, x, *layers, out, gradient, lambda of_x=of_x: of_x)
-        outcomes.append((out, of_x, *(layer.weight_gradient for layer in layers)))
+        kernels.branch_backward(saved, x, *layers, out, gradient, lambda grad_x=grad_x: grad_x)
+        outcomes.append((out, grad_x, *(layer.weight_gradient for layer in layers)))
     torch.testing.assert_close(*outcomes, rtol=0, atol=0)
 
 
@@ -150,7 +152,7 @@ def test_the_threads_are_those_that_pytorch_has_at_the_time():
         x, gradient = image(64, 16, 32, 0), image(64, 16, 32, 1)
         out = torch.empty_like(x)
         saved = kernels.branch(x, first, second, x, out)
-        kernels.written(out)
+        kernels.materialise(out)
         kernels.branch_backward(saved, x, first, second, out, gradient, lambda: gradient)
         return first.weight_gradient
 

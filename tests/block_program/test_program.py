@@ -110,7 +110,7 @@ def test_every_pattern_of_six_blocks_is_autograds(pattern, replay):
             loss = program.step(images, labels)
             torch.testing.assert_close(loss, autograd_step(twin, twins_optimizer, images, labels))
             for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-                torch.testing.assert_close(program.flat.of(p, program.flat.gradients), q.grad)
+                torch.testing.assert_close(program.flat.view(p, program.flat.gradients), q.grad)
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)
     assert counting.forward == counting.backward == 2 * (1 + 2 * sum(pattern))
 
@@ -246,6 +246,10 @@ def test_bfloat16_is_that_of_autocast():
     [
         (lambda: (DenseNet(10, 4), None), "DenseNet"),
         (lambda: network(3, sd.Uniform(0.5), gate="sample")[:2], 'gate="batch"'),
+        (
+            lambda: network(3, sd.Uniform(0.5), closed="forward-only", scale=None)[:2],
+            'closed="forward-only": use --engine eager',
+        ),
     ],
 )
 def test_what_it_was_not_written_for_is_refused(build, named):
@@ -261,3 +265,30 @@ def test_other_optimizers_are_refused():
     model, handle, _ = network(3)
     with pytest.raises(sd.errors.EngineError, match="this is AdamW with 1: use --engine eager"):
         Program(model, handle, torch.optim.AdamW(model.parameters()), (4, 3, 8, 8), torch.float64)
+
+
+def test_dampening_is_refused():
+    model, handle, _ = network(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    with pytest.raises(sd.errors.EngineError, match=r"dampening=0\.5: use --engine eager"):
+        Program(model, handle, optimizer, (4, 3, 8, 8), torch.float64)
+
+
+def test_all_other_settings_of_sgd_are_followed_even_if_they_change():
+    def built():
+        model = network(3)[0]
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1, maximize=True
+        )
+        return model, optimizer
+
+    model, optimizer = built()
+    twin, twins_optimizer = built()
+    program = Program(model, None, optimizer, (4, 3, 8, 8), torch.float64)
+    for step in range(3):
+        images, labels = mini_batch(step)
+        program.step(images, labels)
+        autograd_step(twin, twins_optimizer, images, labels)
+        for each in (optimizer, twins_optimizer):
+            each.param_groups[0].update(momentum=0.5, weight_decay=0.01, nesterov=True)
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)

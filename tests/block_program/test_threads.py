@@ -8,7 +8,9 @@ import pytest
 
 from stochastic_depth.block_program import library
 
-pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs {library.missing()}")
+pytestmark = pytest.mark.skipif(
+    library.why_unavailable() is not None, reason=f"needs {library.why_unavailable()}"
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-// Shares work of which the result is known between threads, in every way that can go wrong. Prints one
-// line for each: its name, and how often the result was wrong.
+// Runs work with a known result on several threads, in every way that could go wrong. Prints one line for
+// each: its name, and how often the result was wrong.
 
 #include "threads.h"
 

@@ -55,6 +55,19 @@ def test_evaluation_scales_the_shorter_side_and_cuts_the_middle(root):
         np.testing.assert_allclose(image, expected.transpose(2, 0, 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_default_device_of_pytorch_changes_nothing(workers, root):
+    expected = list(made(root, validation=6).train(1)), list(made(root).evaluate("test"))
+    torch.set_default_device("meta")  # as a GPU would be; its tensors have no values at all
+    try:
+        others = made(root, validation=6, workers=workers)
+        found = list(others.train(1)), list(made(root, workers=workers).evaluate("test"))
+    finally:
+        torch.set_default_device(None)
+    assert same(found[0], expected[0])
+    assert same(found[1], expected[1])
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_number_of_workers_does_not_change_the_batches(root):
     alone = list(made(root).train(1))

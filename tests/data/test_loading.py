@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import stochastic_depth.data
-from stochastic_depth.data import Images, load
+from stochastic_depth.data import Images, batches, load
 from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.data.dataset import reduced
 from stochastic_depth.errors import DataError, MissingExtraError
@@ -32,6 +32,23 @@ def test_the_validation_images_do_not_depend_on_how_many_are_trained_on():
     assert as_set(small.train) <= as_set(whole.train)
     assert small.train.labels.bincount().tolist() == [5] * 10
     assert small.fingerprint != whole.fingerprint
+
+
+@pytest.fixture
+def other_default_device():
+    torch.set_default_device("meta")  # as a GPU would be; its tensors have no values at all
+    yield
+    torch.set_default_device(None)
+
+
+def test_the_default_device_of_pytorch_changes_nothing(other_default_device):
+    def first():
+        images = batches("digits", batch=64, seed=1, device="cpu", augment=True, train=300)
+        return [*next(images.train(2)), *next(images.evaluate("validation")), images.mean]
+
+    found = first()
+    torch.set_default_device(None)
+    assert all(torch.equal(mine, other) for mine, other in zip(found, first(), strict=True))
 
 
 def test_mean_and_std_are_of_what_is_trained_on():

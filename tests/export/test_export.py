@@ -176,7 +176,7 @@ def rewritten(file, tmp_path, change=lambda values: None, weights=None):
         (lambda v: v["architecture"]["arguments"].update(depth="14"), "'14'"),
         (lambda v: v["architecture"]["arguments"].update(classes=-1), "CifarResNet"),
         (lambda v: v["architecture"]["arguments"].update(classes=11), "head.weight"),
-        (lambda v: v["architecture"]["arguments"].update(depth=8), "of no use"),
+        (lambda v: v["architecture"]["arguments"].update(depth=8), "unexpected"),
         (lambda v: v["architecture"]["arguments"].update(shell=1), "shell"),
         (lambda v: v["architecture"].update(removed=[99]), "cannot be built"),
         (lambda v: v["architecture"].update(removed=[-1]), "understood"),
@@ -199,12 +199,12 @@ def test_foreign_and_damaged_files_are_refused(file, tmp_path):
     ):
         path = tmp_path / f"{number}.safetensors"
         path.write_bytes(damaged)
-        with pytest.raises(sd.errors.ExportError, match="no whole safetensors file"):
+        with pytest.raises(sd.errors.ExportError, match="not a complete safetensors file"):
             load_export(path)
     save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(sd.errors.ExportError, match="does not say what network"):
+    with pytest.raises(sd.errors.ExportError, match="has no network description"):
         load_export(tmp_path / "foreign.safetensors")
-    with pytest.raises(sd.errors.ExportError, match=r"none\.safetensors is not there"):
+    with pytest.raises(sd.errors.ExportError, match=r"none\.safetensors does not exist"):
         load_export(tmp_path / "none.safetensors")
     weights = load_file(file)
     weights.pop("head.bias")
@@ -218,6 +218,7 @@ def test_one_depth_is_no_other(file, elastic):
     ):
         load_export(file, depth=0.5)
     with pytest.raises(
-        sd.errors.ExportError, match="depth=0: it is a share of the blocks, above 0 and at most 1"
+        sd.errors.ExportError,
+        match="depth=0: it is a fraction of the blocks, above 0 and at most 1",
     ):
         load_export(elastic, depth=0)

@@ -252,6 +252,22 @@ def test_what_does_not_run_in_float64_is_proved_as_it_is():
     assert torch.allclose(outputs(model, ROW), expected, rtol=1e-4, atol=1e-6)
 
 
+class Exhausted(nn.Linear):
+    def forward(self, x):
+        if x.dtype == torch.float64:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return super().forward(x)
+
+
+def test_too_little_memory_for_float64_is_no_reason_to_check_less_precisely():
+    model = Net(lambda: mlp(Exhausted(WIDTH, WIDTH))).eval()
+    sd.apply(model, example=ROW)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        sd.fold(model, ROW)
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
 def test_training_scale_leaves_every_weight_as_it_is():
     model = randomised(CifarResNet(8))
     before = copy.deepcopy(model.state_dict())
@@ -298,8 +314,8 @@ class Shown(Net):
         (lambda: Net(lambda: mlp(nn.GELU())), "blocks.0", "passes through gelu"),
         (lambda: Net(lambda: mlp(nn.ReLU6())), "blocks.0", "passes through hardtanh"),
         (lambda: Net(lambda: mlp(nn.LayerNorm(WIDTH, elementwise_affine=False))), "blocks.0", ""),
-        (lambda: Tied(mlp), "blocks.0", "'blocks.0.inner.2.weight' is used"),
-        (lambda: Shown(mlp), "blocks.2", "used for something else"),
+        (lambda: Tied(mlp), "blocks.0", "'blocks.0.inner.2.weight' is also used"),
+        (lambda: Shown(mlp), "blocks.2", "is also used by"),
     ],
     ids=["gelu", "relu6", "no-gain", "tied", "shown"],
 )

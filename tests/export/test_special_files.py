@@ -28,14 +28,14 @@ def test_a_picture_is_a_regular_file(trained, tmp_path, mine, kind, capsys):
     path = put(tmp_path / "picture.png", kind, mine)
     assert main(["predict", str(trained), str(path)]) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith(f"error: {path}: cannot be read (")
+    assert shown.startswith(f"error: {path} cannot be read: ")
     assert shown.count("\n") == 1
 
 
 def test_a_picture_that_is_not_there_is_not_to_be_removed(trained, tmp_path, capsys):
     assert main(["predict", str(trained), str(tmp_path / "no.png")]) == 1
     shown = capsys.readouterr().err
-    assert shown == f"error: {tmp_path / 'no.png'}: cannot be read (No such file or directory)\n"
+    assert shown == f"error: {tmp_path / 'no.png'} cannot be read: No such file or directory\n"
 
 
 def test_an_export_replaces_a_link_and_refuses_a_pipe(trained, tmp_path, mine, capsys):

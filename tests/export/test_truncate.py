@@ -111,6 +111,21 @@ def test_recalibration_takes_the_statistics_of_what_is_left():
     assert torch.allclose(mean, seen["x"].double().mean((0, 2, 3)), atol=1e-6)
 
 
+def test_batches_that_fail_in_recalibration_leave_the_model_as_it_was():
+    def batches():
+        yield X
+        raise OSError("a picture cannot be read")
+
+    model = network()
+    handle = sd.apply(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OSError, match="a picture"):
+        sd.truncate(model, 1, X, recalibrate=batches())
+    assert sd.handle_of(model) is handle
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "keep", "shallower"),
     [
@@ -310,7 +325,7 @@ def test_what_a_config_cannot_say_is_refused_before_anything_changes():
     sd.apply(model, sd.Uniform(0.8), example=example)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(
-        sd.errors.TruncateError, match="its config cannot say which layers are left"
+        sd.errors.TruncateError, match="its config cannot describe which layers are left"
     ):
         sd.truncate(model, [0, 2, 3], example)
     assert model.config.depths == [3, 2]

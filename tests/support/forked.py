@@ -8,7 +8,7 @@ import stochastic_depth.distributed
 import stochastic_depth.lab.sweep.workers
 import stochastic_depth.train.display
 import stochastic_depth.train.fit
-import stochastic_depth.train.run_folder  # noqa: F401
+import stochastic_depth.train.open  # noqa: F401
 from stochastic_depth.cli import main
 
 

@@ -98,7 +98,7 @@ def check_a_branch(n, channels, side, factor, threads):
     kernels = NativeKernels()
     saved = kernels.branch(x, first, second, x, out)
     assert sum(tensor.numel() for tensor in saved) < 2.1 * x.numel()
-    close(kernels.written(out), exact.detach())
+    close(kernels.materialise(out), exact.detach())
     kernels.branch_backward(saved, x, first, second, out, gradient, lambda: gradient)
     close(gradient, exact_x.grad)
     exact_first.check(first)
@@ -121,7 +121,7 @@ def check_two_branches(channels, side):
     one = kernels.branch(x, *layers[:2], x, middle)
     assert middle.isnan().all()
     two = kernels.branch(middle, *layers[2:], middle, out)
-    close(kernels.written(out), truth.detach())
+    close(kernels.materialise(out), truth.detach())
     kernels.branch_backward(two, middle, *layers[2:], out, gradient, lambda: gradient)
     assert not gradient[middle == 0].any()
     kernels.branch_backward(one, x, *layers[:2], middle, gradient, lambda: gradient)
@@ -136,15 +136,15 @@ def check_pooling_and_padding(channels, size, dtype):
         torch.randn(3, c, *s).to(dtype, memory_format=torch.channels_last)
         for c, s in ((channels, size), (2 * channels, half))
     )
-    mine, of_mine = torch.full_like(gradient, torch.nan), torch.full_like(x, torch.nan)
+    mine, grad_mine = torch.full_like(gradient, torch.nan), torch.full_like(x, torch.nan)
     exact_x = x.double().requires_grad_()
     exact = F.pad(F.avg_pool2d(exact_x, 2), (0, 0, 0, 0, 0, channels))
     exact.backward(gradient.double())
     kernels = NativeKernels()
     kernels.pool_and_pad(x, mine)
     close(mine, exact.detach(), ROUNDING)
-    kernels.pool_and_pad_backward(gradient, of_mine)
-    close(of_mine, exact_x.grad, ROUNDING)
+    kernels.pool_and_pad_backward(gradient, grad_mine)
+    close(grad_mine, exact_x.grad, ROUNDING)
 
 
 def check_a_transition(n, channels, side, dtype, threads):
@@ -171,23 +171,23 @@ def check_a_transition(n, channels, side, dtype, threads):
     truth.backward(gradient.double())
 
     kernels = NativeKernels(dtype)
-    middle, of_x = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    middle, grad_x = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
     out, shortcut = torch.full_like(gradient, torch.nan), torch.full_like(gradient, torch.nan)
     one = kernels.branch(x, *layers[:2], x, middle)
     kernels.pool_and_pad(middle, shortcut)
     two = kernels.branch(middle, *layers[2:], shortcut, out)
     assert sum(tensor.numel() for tensor in two) == 2 * out.numel()
     most = 16 * ROUNDING if dtype == torch.bfloat16 else 1e-5
-    close(kernels.written(out), truth.detach(), most)
+    close(kernels.materialise(out), truth.detach(), most)
 
-    def of_shortcut():
-        kernels.pool_and_pad_backward(gradient, of_x)
-        return of_x
+    def grad_shortcut():
+        kernels.pool_and_pad_backward(gradient, grad_x)
+        return grad_x
 
-    kernels.branch_backward(two, middle, *layers[2:], out, gradient, of_shortcut)
-    assert not of_x[middle == 0].any()
-    kernels.branch_backward(one, x, *layers[:2], middle, of_x, lambda: of_x)
-    close(of_x, exact_x.grad, most)
+    kernels.branch_backward(two, middle, *layers[2:], out, gradient, grad_shortcut)
+    assert not grad_x[middle == 0].any()
+    kernels.branch_backward(one, x, *layers[:2], middle, grad_x, lambda: grad_x)
+    close(grad_x, exact_x.grad, most)
     for exact, layer in zip(exacts, layers, strict=True):
         exact.check(layer, most)
 
@@ -195,7 +195,7 @@ def check_a_transition(n, channels, side, dtype, threads):
 def check_a_large_mean():
     kernels, layer = NativeKernels(), layer_of(16)
     x = image(4, 16, 16, 0, mean=1000.0)
-    kernels._library.observe(x.data_ptr(), kernels._layer(layer), *kernels._rows(x))
+    kernels._library.batch_statistics(x.data_ptr(), kernels._layer(layer), *kernels._rows(x))
     exact = x.double()
     close(layer.norm.mean, exact.mean((0, 2, 3)), 1e-6)
     close(layer.norm.rstd, (exact.var((0, 2, 3), correction=0) + 1e-5).rsqrt(), 1e-5)
@@ -206,15 +206,15 @@ def check_another_first_convolution(into, side, stride):
     first.stride = stride
     exact_first, exact_second = Exact(first), Exact(second)
     x, shortcut = image(5, into, side, 0), image(5, 16, side // stride, 1)
-    gradient, out, of_x = image(5, 16, side // stride, 2), torch.empty_like(shortcut), x * 0
+    gradient, out, grad_x = image(5, 16, side // stride, 2), torch.empty_like(shortcut), x * 0
     exact_x = x.double().requires_grad_()
     exact = F.relu(exact_second(between(exact_first(exact_x))) + shortcut.double())
     exact.backward(gradient.double())
     kernels = NativeKernels()
     saved = kernels.branch(x, first, second, shortcut, out)
-    close(kernels.written(out), exact.detach())
-    kernels.branch_backward(saved, x, first, second, out, gradient, lambda: of_x)
-    close(of_x, exact_x.grad)
+    close(kernels.materialise(out), exact.detach())
+    kernels.branch_backward(saved, x, first, second, out, gradient, lambda: grad_x)
+    close(grad_x, exact_x.grad)
     exact_first.check(first)
     exact_second.check(second)
 
@@ -226,7 +226,7 @@ def check_the_stem(channels, side):
     truth.backward(gradient.double())
     kernels = NativeKernels()
     saved = kernels.stem(images, layer, out)
-    close(kernels.written(out), truth.detach())
+    close(kernels.materialise(out), truth.detach())
     kernels.stem_backward(saved, images, layer, out, gradient)
     exact.check(layer)
 

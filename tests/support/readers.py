@@ -17,7 +17,7 @@ import scipy.io
 import torch
 from safetensors.torch import save
 
-from stochastic_depth.data.cifar import CIFAR10, read_batch, read_records, read_shard_of
+from stochastic_depth.data.cifar import CIFAR10, read_batch, read_parquet_file, read_records
 from stochastic_depth.data.folders import unpack
 from stochastic_depth.data.pictures import decode_one, open_picture
 from stochastic_depth.data.svhn import read_mat
@@ -26,13 +26,12 @@ from stochastic_depth.train import Config, open_run
 from stochastic_depth.train.checkpoint import (
     MAGIC,
     load_checkpoint,
-    read_weights,
     save_checkpoint,
-    write_weights,
 )
 from stochastic_depth.train.journal import read_journal
 from stochastic_depth.train.run_folder import create_run
 from stochastic_depth.train.runtime import resolve_runtime
+from stochastic_depth.train.weights import read_weights, write_weights
 from support.data_sets import encode, published
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
@@ -88,7 +87,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "pickle": in_file(lambda path: read_batch(path, CIFAR10), "data_batch_1"),
     "binary": in_file(lambda path: read_records(path, CIFAR10)),
     "mat": in_file(read_mat, "test_32x32.mat"),
-    "parquet": in_file(lambda path: read_shard_of(path, CIFAR10)),
+    "parquet": in_file(lambda path: read_parquet_file(path, CIFAR10)),
     "small picture": lambda content: decode_one(content, "here", (32, 32)),
     "picture": in_file(open_picture),
     "archive": read_archive,

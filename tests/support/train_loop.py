@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from stochastic_depth.distributed.world import ranks
-from stochastic_depth.errors import ConfigError
+from stochastic_depth.distributed.world import on_primary, rank, ranks
+from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.gates import draw, seed_of_rank
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import LinearDecay
@@ -65,6 +65,24 @@ def subset_gates_draw_alike_on_all_numbers_of_ranks(folder: Path) -> None:
     assert records[-1].train_loss == pytest.approx(expected[-1].train_loss, rel=0.05)
 
 
+class Unpicklable(Exception):
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(f"{name} failed with {code}")
+
+
+def every_error_of_the_first_rank_reaches_all(folder: Path) -> None:
+    """Otherwise the other ranks would wait for a result that never comes."""
+
+    def refuse() -> None:
+        raise Unpicklable("the disk", 5)
+
+    with pytest.raises(FileNotFoundError, match="none there"):
+        on_primary((folder / "none there").lstat)
+    kind = Unpicklable if rank() == 0 else RunError
+    with pytest.raises(kind, match="the disk failed with 5"):
+        on_primary(refuse)
+
+
 def subset_gates_and_batch_normalisation_over_ranks_are_refused_together() -> None:
     """Together they could wait for each other for ever."""
     with pytest.raises(ConfigError, match="leave one out"):
@@ -98,6 +116,7 @@ CHECKS = {
         subset_gates_draw_alike_on_all_numbers_of_ranks,
         subset_gates_and_batch_normalisation_over_ranks_are_refused_together,
         a_run_with_gates_by_rank_goes_on_bit_for_bit,
+        every_error_of_the_first_rank_reaches_all,
     ),
 }
 

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 import stochastic_depth as sd
 from stochastic_depth.distributed import (
     CpuSyncBatchNorm,
-    branch_modules,
     gates_by_rank,
     load_sharded,
+    modules_to_shard,
     save_sharded,
     shard_branches,
     skip_closed,
@@ -424,7 +424,7 @@ def blocks_of_a_foreign_model_are_sharded_by_their_branches() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(*(Block() for _ in range(4)), nn.Linear(WIDTH, WIDTH)).double()
         handle = sd.apply(model, sd.Uniform(0.5), example=mini_batch(0)[0], seed=1)
-        groups = branch_modules(model)
+        groups = modules_to_shard(model)
         assert groups == [[b.norm, b.up, b.down] for b in model if isinstance(b, Block)]
         if share is mine:
             shard_branches(model)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from stochastic_depth.gates import draw
 from stochastic_depth.train import ModelConfig, OptimizerConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.checkpoint import load_checkpoint, save_checkpoint
-from stochastic_depth.train.run_folder import reopen
+from stochastic_depth.train.open import reopen
 from stochastic_depth.train.train_state import TrainState
 from support.runs import interrupted_and_resumed, without_clock
 

@@ -21,11 +21,10 @@ from stochastic_depth.train.checkpoint import (
     MAGIC,
     Checkpoints,
     load_checkpoint,
-    read_weights,
     save_checkpoint,
-    write_weights,
 )
 from stochastic_depth.train.journal import read_journal
+from stochastic_depth.train.weights import read_weights, write_weights
 from support.runs import STATE, assert_same_end, finish
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,7 +172,7 @@ def test_a_checkpoint_under_another_name_is_told_and_not_used(small, path, silen
     stopped_after(2, run, images, silent)
     shutil.copy(run.checkpoints.path(4), run.checkpoints.path(12))
     list(fit(run, images, silent))
-    assert "step-000000012.ckpt is of step 4: it was renamed" in silent.said[0]
+    assert "step-000000012.ckpt belongs to step 4: it was renamed" in silent.said[0]
     assert_same_end(run, finish(tmp_path / "preserve_state", small, silent)[0])
 
 
@@ -342,7 +341,7 @@ def test_an_empty_folder_is_begun_in_and_a_folder_of_something_else_is_not(small
     other = path.with_name("other")
     other.mkdir()
     (other / "thesis").write_bytes(b"")
-    with pytest.raises(RunError, match="other exists already, and is no run: choose another"):
+    with pytest.raises(RunError, match="other exists already, and is not a run: choose another"):
         begin(small, other)
     assert [p.name for p in other.iterdir()] == ["thesis"]
 
@@ -357,7 +356,7 @@ def test_images_too_small_for_the_network_are_told_and_leave_no_folder(small, pa
 
 
 def test_a_name_too_long_for_the_system_is_told(small, path):
-    with pytest.raises(RunError, match="cannot be made: File name too long"):
+    with pytest.raises(RunError, match="cannot be created: File name too long"):
         begin(small, path.with_name("x" * 300))
 
 
@@ -374,7 +373,7 @@ def test_a_run_that_has_ended_keeps_its_journal_when_its_checkpoints_are_gone(
 ):
     shutil.copytree(finished, path)
     shutil.rmtree(path / "checkpoints")
-    with pytest.raises(CheckpointError, match="has ended, and its checkpoints are gone"):
+    with pytest.raises(CheckpointError, match="is finished and has no checkpoints left"):
         list(fit(*reopen(path), silent))
     for name in ("metrics.jsonl", "model.safetensors"):
         assert (path / name).read_bytes() == (finished / name).read_bytes()

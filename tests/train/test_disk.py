@@ -98,7 +98,9 @@ def test_a_run_stops_with_a_sentence_and_goes_on_when_there_is_room(
 
 def test_no_folder_is_left_where_a_run_cannot_be_made(small, disk):
     fill(disk)
-    with pytest.raises(RunError, match=r"run cannot be made: No space left on device; make room"):
+    with pytest.raises(
+        RunError, match=r"run cannot be created: No space left on device; make room"
+    ):
         begin(small, disk / "run")
     assert [path.name for path in disk.iterdir()] == ["filler"]
 

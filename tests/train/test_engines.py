@@ -60,7 +60,9 @@ def test_every_engine_has_the_curve_of_autograd(engine, rule, float32, tmp_path,
     assert curves[0][-1] < curves[0][0]
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=f"needs kernels: {library.missing()}")
+@pytest.mark.skipif(
+    library.why_unavailable() is not None, reason=f"needs kernels: {library.why_unavailable()}"
+)
 def test_native_kernels_have_the_curve_of_autocast(small, tmp_path, silent):
     config = replace(small, precision="bfloat16", survival=SurvivalConfig(final=0.8))
     curves = [
@@ -94,17 +96,20 @@ def test_a_mini_batch_that_is_not_whole_goes_by_autograd(float32, tmp_path, sile
     ("changes", "engine", "because"),
     [
         ({}, "graphs", "native kernels"),
-        ({"model": ModelConfig(kind="densenet", depth=10)}, "eager", "no block program"),
-        ({"survival": SurvivalConfig(gate="sample")}, "eager", "single samples"),
+        ({"model": ModelConfig(kind="densenet", depth=10)}, "eager", "this is DenseNet"),
+        ({"survival": SurvivalConfig(gate="sample")}, "eager", 'this is gate="sample"'),
+        ({"survival": SurvivalConfig(closed="forward-only")}, "eager", "skips closed branches"),
+        ({"data": DataConfig(name="folder"), "precision": "float32"}, "graphs", "native kernels"),
         ({"engine": "eager"}, "eager", "as asked"),
         ({"engine": "compiled"}, "compiled", "as asked"),
         ({"engine": "graphs"}, "graphs", "as asked"),
     ],
 )
 def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
-    for obstacle in ("missing", "unmeasured"):
+    for obstacle in ("why_unavailable", "why_unmeasured"):
         monkeypatch.setattr(f"stochastic_depth.train.engine_choice.{obstacle}", lambda: None)
-    choice = choose_engine(replace(RECIPES["digits"](), **changes), "cpu", "bfloat16")
+    config = replace(RECIPES["digits"](), **changes)
+    choice = choose_engine(config, "cpu", "float32" if "precision" in changes else "bfloat16")
     assert choice.engine == engine
     assert because in choice.because
     assert choice.kernels == ("native" if engine == "graphs" else "reference")
@@ -113,13 +118,13 @@ def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "precision", "absent", "because"),
     [
-        ("cpu", "float32", None, "8 pixels a side, not 12"),
+        ("cpu", "float32", None, "8 pixels a side, these have 12"),
         ("cpu", "bfloat16", NO_KERNELS, NO_KERNELS),
         ("cuda", "bfloat16", None, "not been measured"),
     ],
 )
 def test_auto_falls_back_to_autograd(device, precision, absent, because, monkeypatch):
-    monkeypatch.setattr("stochastic_depth.train.engine_choice.missing", lambda: absent)
+    monkeypatch.setattr("stochastic_depth.train.engine_choice.why_unavailable", lambda: absent)
     config = Config(data=DataConfig(name="cifar10", size=12))
     choice = choose_engine(config, device, precision)
     assert (choice.engine, choice.kernels) == ("eager", "reference")
@@ -127,7 +132,7 @@ def test_auto_falls_back_to_autograd(device, precision, absent, because, monkeyp
 
 
 def test_auto_takes_the_program_in_float32_where_its_kernels_fit_the_images(monkeypatch):
-    for obstacle in ("missing", "unmeasured"):
+    for obstacle in ("why_unavailable", "why_unmeasured"):
         monkeypatch.setattr(f"stochastic_depth.train.engine_choice.{obstacle}", lambda: None)
     config = RECIPES["cifar10-resnet110"]()
     assert choose_engine(config, "cpu", "float32")[:2] == ("graphs", "native")
@@ -157,4 +162,4 @@ def test_runs_of_before_engines_were_by_autograd(small, tmp_path):
 
 def test_without_a_compiler_native_kernels_say_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no C++ compiler" in library.missing()
+    assert "no C++ compiler" in library.why_unavailable()

@@ -205,9 +205,9 @@ def test_two_do_not_write_one_folder_even_if_its_lock_is_removed(small, path, si
 def test_a_journal_that_loses_lines_while_it_is_written_is_told(small, path, silent, harm):
     run, rest = under_way(small, path, silent, 2)
     harm(run.journal)
-    with pytest.raises(RunError, match="lines are lost"):
+    with pytest.raises(RunError, match="lines are missing"):
         list(rest)
-    with pytest.raises(RunError, match="lines are lost"):
+    with pytest.raises(RunError, match="lines are missing"):
         list(fit(*reopen(path), silent))
 
 

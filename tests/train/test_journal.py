@@ -46,9 +46,9 @@ def test_work_after_the_checkpoint_is_dropped(tmp_path):
 def test_a_journal_that_lost_lines_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     append_record(path, record(1))
-    with pytest.raises(RunError, match="lines are lost"):
+    with pytest.raises(RunError, match="lines are missing"):
         truncate_journal(path, path.stat().st_size + 1)
-    with pytest.raises(RunError, match="lines are lost"):
+    with pytest.raises(RunError, match="lines are missing"):
         truncate_journal(tmp_path / "missing", 1)
 
 

@@ -14,9 +14,9 @@ import torch
 from stochastic_depth.cli import main
 from stochastic_depth.errors import DataError, StochasticDepthError
 from stochastic_depth.train import Config, begin, fit, open_run, reopen, trained_model
-from stochastic_depth.train.checkpoint import read_weights, write_weights
-from stochastic_depth.train.fit import StopSignals
+from stochastic_depth.train.signals import StopSignals
 from stochastic_depth.train.train_state import TrainState
+from stochastic_depth.train.weights import read_weights, write_weights
 from support.data_sets import write_imagenet
 from support.runs import assert_same_end
 
@@ -205,7 +205,7 @@ def _(runs):
     list(fit(*reopen(runs.path), runs.watch))
     shown = " ".join(runs.watch.said)
     assert "step-000000012.ckpt belongs to another run" in shown
-    assert "step-000000016.ckpt is of step 4: it was renamed" in shown
+    assert "step-000000016.ckpt belongs to step 4: it was renamed" in shown
     runs.ends_as_if_nothing_had_happened()
     runs.restore()
     (folder / "step-000000012.ckpt").unlink()
@@ -213,10 +213,10 @@ def _(runs):
     runs.ends_as_if_nothing_had_happened()
 
 
-@row("`has ended, and its checkpoints are gone`")
+@row("`is finished and has no checkpoints left`")
 def _(runs):
     shutil.rmtree(runs.ended() / "checkpoints")
-    assert "has ended, and its checkpoints are gone" in runs.refused()
+    assert "is finished and has no checkpoints left" in runs.refused()
     assert open_run(runs.path).records() == open_run(runs.finished).records()
     assert read_weights(runs.path / "model.safetensors")
 
@@ -244,19 +244,19 @@ def _(runs):
     runs.ends_as_if_nothing_had_happened()
 
 
-@row("`lines are lost`")
+@row("`lines are missing`")
 def _(runs):
     journal = runs.stopped() / "metrics.jsonl"
     runs.backup()
     whole = journal.read_bytes()
     journal.write_bytes(whole.splitlines(keepends=True)[0])
-    assert "lines are lost" in runs.refused()
+    assert "lines are missing" in runs.refused()
     max((runs.path / "checkpoints").iterdir()).unlink()
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
     runs.restore()
     journal.write_bytes(b"")
-    assert "lines are lost" in runs.refused()
+    assert "lines are missing" in runs.refused()
     journal.write_bytes(whole)
     runs.resume()
     runs.ends_as_if_nothing_had_happened()

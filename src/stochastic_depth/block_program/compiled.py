@@ -13,11 +13,11 @@ PIXELS = (0, 2, 3)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Convert x to the precision of sums: float32, or higher if x has it."""
+    """Convert x to the precision of sums: float32, or float64 if x has it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _of_channels(v: Tensor) -> Tensor:
+def _per_channel(v: Tensor) -> Tensor:
     return v[:, None, None]
 
 
@@ -29,36 +29,36 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def activate(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None, out: Tensor) -> None:
     """out = ReLU(x * scale + shift + shortcut)."""
-    y = _wide(x) * _of_channels(scale) + _of_channels(shift)
+    y = _wide(x) * _per_channel(scale) + _per_channel(shift)
     out.copy_(torch.relu(y if shortcut is None else y + shortcut))
 
 
-def reduce(
+def parameter_gradients(
     gradient: Tensor, out: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of bias and gain; `gradient` becomes that under the ReLU, in place."""
+    """The gradients of bias and gain; masks `gradient` by the ReLU, in place."""
     masked = torch.where(out > 0, gradient, 0)
     gradient.copy_(masked)
     d = _wide(masked)
-    centred = (_wide(x) - _of_channels(mean)) * _of_channels(rstd)
+    centred = (_wide(x) - _per_channel(mean)) * _per_channel(rstd)
     return d.sum(PIXELS), (d * centred).sum(PIXELS)
 
 
-def spread(
+def input_gradient(
     gradient: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     scale: Tensor,
-    of_bias: Tensor,
-    of_weight: Tensor,
+    grad_bias: Tensor,
+    grad_weight: Tensor,
 ) -> Tensor:
     """The gradient of x."""
     count = x.numel() // x.shape[1]
-    centred = (_wide(x) - _of_channels(mean)) * _of_channels(rstd)
-    through_statistics = _of_channels(of_bias) + centred * _of_channels(of_weight)
-    of_x = (_wide(gradient) - through_statistics / count) * _of_channels(scale)
-    return of_x.to(x.dtype)
+    centred = (_wide(x) - _per_channel(mean)) * _per_channel(rstd)
+    through_statistics = _per_channel(grad_bias) + centred * _per_channel(grad_weight)
+    grad_x = (_wide(gradient) - through_statistics / count) * _per_channel(scale)
+    return grad_x.to(x.dtype)
 
 
 @cache
@@ -68,11 +68,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CompiledKernels(Kernels):
-    """Convolutions by PyTorch's operators; what is between two of them in one compiled pass.
+    """Convolutions by PyTorch's operators, and compiled kernels between them.
 
-    Two passes where sums are needed first. On a GPU the compiler writes Triton, on a CPU C++.
-
-    Sums are rounded once, so results differ from the reference's in the last bits.
+    Everything between two convolutions is one compiled kernel, or two if a reduction comes first:
+    in Triton on a GPU, in C++ on a CPU. Sums are rounded once, so results differ from the
+    reference's in the last bits.
     """
 
     def normalise(
@@ -97,11 +97,12 @@ class CompiledKernels(Kernels):
         assert norm.mean is not None
         assert norm.rstd is not None
         statistics = norm.mean, norm.rstd
-        sums = of_bias, of_weight = _compiled(reduce)(gradient, out, x, *statistics)
+        sums = _compiled(parameter_gradients)(gradient, out, x, *statistics)
+        grad_bias, grad_weight = sums
         scale = norm.weight * norm.rstd
         if norm.factor is not None:
             scale = scale * norm.factor
-            of_bias, of_weight = of_bias * norm.factor, of_weight * norm.factor
-        norm.bias_gradient.copy_(of_bias)
-        norm.weight_gradient.copy_(of_weight)
-        return _compiled(spread)(gradient, x, *statistics, scale, *sums)
+            grad_bias, grad_weight = grad_bias * norm.factor, grad_weight * norm.factor
+        norm.bias_gradient.copy_(grad_bias)
+        norm.weight_gradient.copy_(grad_weight)
+        return _compiled(input_gradient)(gradient, x, *statistics, scale, *sums)

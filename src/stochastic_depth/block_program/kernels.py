@@ -21,17 +21,17 @@ class BatchNorm:
     momentum: float
     eps: float
     factor: Tensor | None = None
-    """[]: what the output is multiplied by; None for 1."""
+    """[]: the output is multiplied by it; None for 1."""
     mean: Tensor | None = None
     rstd: Tensor | None = None
 
 
 @dataclass
 class Layer:
-    """A convolution of 3x3 without bias, padding 1, and its batch normalisation."""
+    """A 3x3 convolution with padding 1 and without bias, and its batch normalisation."""
 
     weight: Tensor
-    """In the type that is computed with, channels_last."""
+    """In the type of the computation, channels_last."""
     weight_gradient: Tensor
     stride: int
     norm: BatchNorm
@@ -54,9 +54,9 @@ class Kernels:
     """Computes with the operators of PyTorch that autograd calls, so results are identical.
 
     Other kernels are subclasses that override some of the methods. Images are [batch, channels,
-    height, width], channels_last. A forward method stores the statistics of the mini-batch in the
-    layer's `norm` and updates the running ones. A backward method writes the gradients of the
-    parameters to the layer.
+    height, width], channels_last. `grad_x` is the gradient of the loss with respect to `x`. A
+    forward method stores the statistics of the mini-batch in the layer's `norm` and updates the
+    running ones. A backward method writes the gradients of the parameters to the layer.
     """
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
@@ -68,10 +68,10 @@ class Kernels:
     def stem_backward(
         self, saved: tuple[Tensor, ...], images: Tensor, layer: Layer, out: Tensor, gradient: Tensor
     ) -> None:
-        """The gradients of the stem's parameters from the gradient of `out`."""
+        """Compute the gradients of the stem's parameters from the gradient of `out`."""
         (a,) = saved
-        of_a = self.normalise_backward(gradient, out, a, layer.norm)
-        self.convolve_backward(of_a, images, layer, needs_input=False)
+        grad_a = self.normalise_backward(gradient, out, a, layer.norm)
+        self.convolve_backward(grad_a, images, layer, needs_input=False)
 
     def branch(
         self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
@@ -94,21 +94,21 @@ class Kernels:
         second: Layer,
         out: Tensor,
         gradient: Tensor,
-        of_shortcut: Callable[[], Tensor],
+        grad_shortcut: Callable[[], Tensor],
     ) -> None:
-        """The gradients of the parameters and of x. That of x may be left out where x is 0.
+        """Compute the gradients of the parameters and of x; where x is 0, that of x may be 0.
 
         Args:
             gradient: the gradient of `out`. It is changed, in place, into the gradient of the sum
                 to which the ReLU is applied.
-            of_shortcut: returns the gradient of x through the shortcut, to which the gradient
+            grad_shortcut: returns the gradient of x through the shortcut, to which the gradient
                 through the branch is added in place. It is called after `gradient` was changed.
         """
         a, b, c = saved
-        of_c = self.normalise_backward(gradient, out, c, second.norm)
-        of_b = self.convolve_backward(of_c, b, second)
-        of_a = self.normalise_backward(of_b, b, a, first.norm)
-        of_shortcut().add_(self.convolve_backward(of_a, x, first))
+        grad_c = self.normalise_backward(gradient, out, c, second.norm)
+        grad_b = self.convolve_backward(grad_c, b, second)
+        grad_a = self.normalise_backward(grad_b, b, a, first.norm)
+        grad_shortcut().add_(self.convolve_backward(grad_a, x, first))
 
     def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
         """The cross-entropy, [], of `layer` on the mean over the pixels of x; writes all gradients.
@@ -121,25 +121,25 @@ class Kernels:
         pooled = x.mean((2, 3)).to(layer.weight.dtype)
         log_p = torch.log_softmax(torch.addmm(layer.bias, pooled, layer.weight.T), 1)
         loss = F.nll_loss(log_p, labels)
-        of_scores = log_p.exp_().sub_(F.one_hot(labels, len(layer.bias))).div_(len(labels))
-        torch.mm(of_scores.T, pooled, out=layer.weight_gradient)
-        torch.sum(of_scores, 0, out=layer.bias_gradient)
-        gradient.copy_((of_scores @ layer.weight).div_(pixels)[:, :, None, None])
+        grad_scores = log_p.exp_().sub_(F.one_hot(labels, len(layer.bias))).div_(len(labels))
+        torch.mm(grad_scores.T, pooled, out=layer.weight_gradient)
+        torch.sum(grad_scores, 0, out=layer.bias_gradient)
+        gradient.copy_((grad_scores @ layer.weight).div_(pixels)[:, :, None, None])
         return loss
 
-    def written(self, x: Tensor) -> Tensor:
-        """Return x, computed now if `stem` or `branch` has put that off until x is read."""
+    def materialise(self, x: Tensor) -> Tensor:
+        """Return x, after writing it to memory if `stem` or `branch` has postponed that."""
         return x
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
-        """out = the means over 2x2 pixels of x; channels that x does not have are zeros."""
+        """out = the means over 2x2 pixels of x, with channels of zeros appended."""
         added = out.shape[1] - x.shape[1]
         out.copy_(F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, added)))
 
-    def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
+    def pool_and_pad_backward(self, gradient: Tensor, grad_x: Tensor) -> None:
         """Write the gradient of x, computed from the gradient of `out`."""
-        spread = F.interpolate(gradient[:, : of_x.shape[1]], scale_factor=2, mode="nearest")
-        torch.mul(spread, 0.25, out=of_x)
+        nearest = F.interpolate(gradient[:, : grad_x.shape[1]], scale_factor=2, mode="nearest")
+        torch.mul(nearest, 0.25, out=grad_x)
 
     def convolve(self, x: Tensor, layer: Layer) -> Tensor:
         """The convolution of `x`."""
@@ -148,13 +148,13 @@ class Kernels:
     def convolve_backward(
         self, gradient: Tensor, x: Tensor, layer: Layer, needs_input: bool = True
     ) -> Tensor:
-        """The gradient of `x`, if it is needed; writes the gradient of the weight."""
-        geometry = [layer.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1
-        of_input, of_weight, _ = aten.convolution_backward(
-            gradient, x, layer.weight, None, *geometry, [needs_input, True, False]
+        """Return the gradient of `x`, if it is needed; write the gradient of the weight."""
+        options = [layer.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1
+        grad_input, grad_weight, _ = aten.convolution_backward(
+            gradient, x, layer.weight, None, *options, [needs_input, True, False]
         )
-        layer.weight_gradient.copy_(of_weight)
-        return of_input
+        layer.weight_gradient.copy_(grad_weight)
+        return grad_input
 
     def normalise(
         self, x: Tensor, norm: BatchNorm, shortcut: Tensor | None = None, out: Tensor | None = None
@@ -181,9 +181,12 @@ class Kernels:
     def normalise_backward(
         self, gradient: Tensor, out: Tensor, x: Tensor, norm: BatchNorm
     ) -> Tensor:
-        """The gradient of `x`; that of `out` becomes, in place, that of the ReLU's input."""
+        """Return the gradient of `x`, from the gradient of `out`.
+
+        `gradient` is masked by the ReLU, in place.
+        """
         aten.threshold_backward.grad_input(gradient, out, 0, grad_input=gradient)
-        of_x, of_weight, of_bias = aten.native_batch_norm_backward(
+        grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
             gradient if norm.factor is None else gradient * norm.factor,
             x,
             norm.weight,
@@ -195,6 +198,6 @@ class Kernels:
             norm.eps,
             [True, True, True],
         )
-        norm.weight_gradient.copy_(of_weight)
-        norm.bias_gradient.copy_(of_bias)
-        return of_x
+        norm.weight_gradient.copy_(grad_weight)
+        norm.bias_gradient.copy_(grad_bias)
+        return grad_x

@@ -9,10 +9,11 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,44 +24,50 @@ from stochastic_depth.errors import EngineError
 SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
 FLAGS = ("-O3", "-march=native", "-mtune=generic", "-pthread", "-shared", "-fPIC", "-std=c++17")
 WITHOUT_TILES = ("-mno-amx-bf16", "-mno-avx512bf16")
-"""Where the system does not let a process use tiles. Processors that have them take twice as long
-for the other product of bfloat16, of vectors, as for that of float32."""
+"""Used when the operating system denies AMX. On processors with AMX the AVX512-BF16 dot product is
+half as fast as the float32 FMA, so that is disabled too."""
 MOST_THREADS = 64
-"""That of `threads.h`."""
+"""Must equal MOST_THREADS in `threads.h`."""
 DEFINED = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
-"""Types in which images are stored, by their names in the C++ source."""
+"""The flags for each type in which images are stored."""
 
 
-def missing() -> str | None:
-    """Why native kernels cannot be compiled here; None where they can."""
+def why_unavailable() -> str | None:
+    """Why native kernels cannot be compiled here; None if they can."""
     if _compiler() is None:
         return "no C++ compiler was found (g++, or the one that CXX names)"
     return None
 
 
-def unmeasured() -> str | None:
-    """Why native kernels may not be faster on this processor; None where they are."""
-    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if not (processor.get("avx2") or processor.get("avx512_f")):
-        return "they have been measured on processors with AVX2 or AVX-512, and this has neither"
-    return None
+def why_unmeasured() -> str | None:
+    """Why native kernels may not be faster on this processor; None if they are."""
+    processor = cpu_capabilities()
+    if processor.get("avx2") or processor.get("avx512_f"):
+        return None
+    known = "has neither" if processor else "may have neither (this PyTorch does not list them)"
+    return f"they have been measured on processors with AVX2 or AVX-512, and this one {known}"
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """The processor's instruction sets and name; empty if this version of PyTorch lists none."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def peak(dtype: torch.dtype, threads: int = 1, repeats: int = 9) -> float:
-    """FLOP/s of a loop of independent multiply-adds: the most that kernels could reach.
+    """The peak FLOP/s of this processor, measured with a loop of independent multiply-adds.
 
-    A multiply-add counts as 2 FLOPs. The best of `repeats` runs of some milliseconds.
+    A multiply-add counts as 2 FLOPs. It is the best of `repeats` runs of some milliseconds.
 
     Args:
-        dtype: what images would be stored in: products are of bfloat16 where the processor has an
-            instruction for it and this is bfloat16, of float32 otherwise.
+        dtype: of images. Products are of bfloat16 if this is bfloat16 and the processor has an
+            instruction for it, of float32 otherwise.
     """
     values, rounds = torch.zeros(threads, 64), 2_000_000
-    multiply = library(dtype).multiply
+    run_multiply_adds = library(dtype).run_multiply_adds
 
     def run(row: Tensor) -> float:
-        began = time.thread_time()  # of the processor, so that others do not count
-        return multiply(row.data_ptr(), rounds) / (time.thread_time() - began)
+        began = time.thread_time()  # processor time, so that other processes do not count
+        return run_multiply_adds(row.data_ptr(), rounds) / (time.thread_time() - began)
 
     with ThreadPoolExecutor(threads) as pool:
         return max(sum(pool.map(run, values)) for _ in range(repeats))
@@ -78,9 +85,9 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         dtype: of images, bfloat16 or float32.
 
     Raises:
-        EngineError: where they cannot be compiled, saying why.
+        EngineError: when they cannot be compiled, with the reason.
     """
-    reason = missing()
+    reason = why_unavailable()
     if reason is not None:
         raise EngineError(f"native kernels: {reason}; use --engine eager")
     loaded = _loaded((*FLAGS, *DEFINED[dtype]))
@@ -93,15 +100,12 @@ def _loaded(flags: Sequence[str]) -> ctypes.CDLL:
     """The kernels as compiled with `flags`."""
     compiler = _compiler()
     assert compiler is not None
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    made_of = [
-        *(path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))),
-        compiler,
-        version,
-        *flags,
-        repr(torch.cpu.get_capabilities()),
-    ]
-    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    # Its predefined macros name its version and what -march=native stands for on this processor.
+    command = [compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(command, capture_output=True, text=True).stdout
+    sources = (path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+    key = "\0".join([*sources, compiler, *flags, macros])
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
     cache = private_cache()
     path = cache / f"native-{name}.so"
     try:
@@ -115,26 +119,26 @@ def _loaded(flags: Sequence[str]) -> ctypes.CDLL:
 
 
 def _compile(compiler: Sequence[str], path: Path) -> None:
-    """Compile the library to `path`, which is complete or does not exist."""
+    """Compile the library to `path`, where nobody ever sees an incomplete file."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [*compiler, "-o", str(made), str(SOURCE)]
+        built = Path(folder) / path.name
+        command = [*compiler, "-o", str(built), str(SOURCE)]
         outcome = subprocess.run(command, capture_output=True, text=True)
         if outcome.returncode:
-            said = outcome.stderr.strip().splitlines() or [f"it ended with {outcome.returncode}"]
-            reason = next((line for line in said if "error" in line), said[0])
+            lines = outcome.stderr.strip().splitlines() or [f"it ended with {outcome.returncode}"]
+            reason = next((line for line in lines if "error" in line), lines[0])
             raise EngineError(f"native kernels: {compiler[0]} failed: {reason}; use --engine eager")
-        made.chmod(0o700)
-        with made.open("rb") as file:
+        built.chmod(0o700)
+        with built.open("rb") as file:
             os.fsync(file.fileno())
-        made.replace(path)
+        built.replace(path)
 
 
 def private_cache() -> Path:
-    """`stochastic-depth` in the user's cache folder, made if need be, readable by its owner alone.
+    """`stochastic-depth` in the user's cache folder; created if necessary, private to the user.
 
     Raises:
-        EngineError: when it is another user's, or cannot be made.
+        EngineError: when it belongs to a different user, or cannot be created.
     """
     try:
         above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -156,13 +160,13 @@ def private_cache() -> Path:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether it belongs to this user, and is no link."""
+    """Whether it belongs to this user, and is not a link."""
     found = path.lstat()
     return found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode)
 
 
 def only_we_write(path: Path) -> bool:
-    """Whether nobody but this user can have written the file."""
+    """Whether only this user can have written the file."""
     return is_ours(path) and not path.lstat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
@@ -170,7 +174,7 @@ class CNorm(ctypes.Structure):
     """`Norm` of `statistics.h`."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("weight", "bias", "of_weight", "of_bias")),
+        *((name, c_void_p) for name in ("weight", "bias", "grad_weight", "grad_bias")),
         *((name, c_void_p) for name in ("running_mean", "running_var")),
         *((name, c_void_p) for name in ("mean", "rstd", "scale", "shift")),
         *((name, c_float) for name in ("momentum", "eps", "factor")),
@@ -180,11 +184,14 @@ class CNorm(ctypes.Structure):
 class CLayer(ctypes.Structure):
     """`Layer` of `kernels.cpp`."""
 
-    _fields_ = [("weight", c_void_p), ("of_weight", c_void_p), ("norm", CNorm)]
+    _fields_ = [("weight", c_void_p), ("grad_weight", c_void_p), ("norm", CNorm)]
 
 
 class CInput(ctypes.Structure):
-    """`Input` of `kernels.cpp`: what is convolved, x, which may be made of others on the way."""
+    """`Input` of `passes.h`: the input x of a convolution.
+
+    If `y` is set, x is computed from `y` and `shortcut` while it is read.
+    """
 
     _fields_ = [("x", c_void_p), ("y", c_void_p), ("shortcut", c_void_p), ("norm", POINTER(CNorm))]
 
@@ -193,7 +200,7 @@ class CLinear(ctypes.Structure):
     """`Linear` of `passes.h`."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("weight", "bias", "of_weight", "of_bias")),
+        *((name, c_void_p) for name in ("weight", "bias", "grad_weight", "grad_bias")),
         ("classes", c_int),
     ]
 
@@ -204,15 +211,15 @@ _POOLED = (c_int, c_int, c_int, c_int, c_int)  # rows, columns, channels of both
 _SIGNATURES = {
     "convolve3x3": (POINTER(CInput), POINTER(CLayer), c_void_p, c_int, *_IMAGES),  # c_int: stride
     "convolve3x3_backward": (POINTER(CInput), POINTER(CLayer), *[c_void_p] * 6, c_int, *_IMAGES),
-    "convolve_pictures": (c_void_p, POINTER(CLayer), c_void_p, *_IMAGES),
-    "convolve_pictures_backward": (c_void_p, POINTER(CLayer), *[c_void_p] * 3, *_IMAGES),
-    "observe": (c_void_p, POINTER(CLayer), *_ROWS),
-    "observe_backward": (c_void_p, POINTER(CLayer), *[c_void_p] * 3, *_ROWS),
-    "complete": (POINTER(CInput), *_ROWS),
-    "complete_backward": (POINTER(CInput), c_void_p, c_void_p, *_ROWS),
+    "convolve_stem": (c_void_p, POINTER(CLayer), c_void_p, *_IMAGES),
+    "convolve_stem_backward": (c_void_p, POINTER(CLayer), *[c_void_p] * 3, *_IMAGES),
+    "batch_statistics": (c_void_p, POINTER(CLayer), *_ROWS),
+    "batch_norm_input_gradient": (c_void_p, POINTER(CLayer), *[c_void_p] * 3, *_ROWS),
+    "batch_norm_relu": (POINTER(CInput), *_ROWS),
+    "relu_backward": (POINTER(CInput), c_void_p, c_void_p, *_ROWS),
     "classify": (c_void_p, POINTER(CLinear), *[c_void_p] * 3, *_IMAGES),  # pixels for the side
-    "pool": (c_void_p, c_void_p, *_POOLED),
-    "pool_backward": (c_void_p, c_void_p, *_POOLED),
+    "pool_and_pad": (c_void_p, c_void_p, *_POOLED),
+    "pool_and_pad_backward": (c_void_p, c_void_p, *_POOLED),
 }
 
 
@@ -222,23 +229,24 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     library.fits_images.argtypes = c_int, c_int, c_int  # side, channels, stride
-    library.multiply.argtypes, library.multiply.restype = (c_void_p, c_long), c_long
+    library.run_multiply_adds.argtypes = c_void_p, c_long
+    library.run_multiply_adds.restype = c_long
     return library
 
 
-def c_layer(of: Layer) -> tuple[CLayer, Tensor]:
-    """`of` as a C structure, and the memory in which the kernels note statistics, [4, channels]."""
-    norm, channels = of.norm, of.weight.shape[0]
-    noted = torch.empty(4, channels)
-    norm.mean, norm.rstd = noted[:2].unbind()
+def c_layer(layer: Layer) -> tuple[CLayer, Tensor]:
+    """`layer` as a C structure, and memory for its mean, rstd, scale and shift: [4, channels]."""
+    norm, channels = layer.norm, layer.weight.shape[0]
+    statistics = torch.empty(4, channels)
+    norm.mean, norm.rstd = statistics[:2].unbind()
     parameters = norm.weight, norm.bias, norm.weight_gradient, norm.bias_gradient
-    tensors = (*parameters, norm.running_mean, norm.running_var, *noted.unbind())
+    tensors = (*parameters, norm.running_mean, norm.running_var, *statistics.unbind())
     pointers = (tensor.data_ptr() for tensor in tensors)
-    seen = CNorm(*pointers, norm.momentum, norm.eps, 1.0)
-    return CLayer(of.weight.data_ptr(), of.weight_gradient.data_ptr(), seen), noted
+    c_norm = CNorm(*pointers, norm.momentum, norm.eps, 1.0)
+    return CLayer(layer.weight.data_ptr(), layer.weight_gradient.data_ptr(), c_norm), statistics
 
 
-def c_linear(of: Linear) -> CLinear:
-    """`of` as a C structure."""
-    tensors = of.weight, of.bias, of.weight_gradient, of.bias_gradient
-    return CLinear(*(tensor.data_ptr() for tensor in tensors), len(of.bias))
+def c_linear(layer: Linear) -> CLinear:
+    """`layer` as a C structure."""
+    tensors = layer.weight, layer.bias, layer.weight_gradient, layer.bias_gradient
+    return CLinear(*(tensor.data_ptr() for tensor in tensors), len(layer.bias))

@@ -20,49 +20,49 @@ from stochastic_depth.block_program.memory import Buffers
 
 
 @dataclass
-class Sum:
-    """x = ReLU(BN(y) + shortcut), the output of a stem or branch, which the next branch reads."""
+class PendingOutput:
+    """The output x = ReLU(BN(y) + shortcut) of a stem or branch, which the next branch computes."""
 
     y: Tensor
     layer: Layer
-    """The layer whose convolution y is."""
+    """The layer whose convolution gives y."""
     shortcut: Tensor | None
     is_written: bool = False
     """Whether x is in memory: the first convolution that reads it writes it."""
-    sums: Tensor | None = None
-    """In the backward pass, sums of the gradient under the ReLU: float64 [2, channels]."""
+    grad_sums: Tensor | None = None
+    """In the backward pass, sums over the gradient of the ReLU's input: float64 [2, channels]."""
 
 
 class NativeKernels(Kernels):
     """Convolutions on a CPU with normalisation, addition and ReLU fused into them.
 
     A convolution computes them while it reads its input, and in the backward pass while it reads
-    the gradient of its result, so no pass over the images is made for them alone. For the backward
-    pass a branch keeps the results of its two convolutions and nothing else. Its output is computed
-    and stored by the next branch that reads it. Sums are in float32 and rounded once, so results
-    differ from PyTorch's in the last bits. What these kernels are not written for (other strides,
-    numbers of channels and types) is computed by PyTorch.
+    the gradient of its result, so they need no passes over the images. For the backward pass a
+    branch keeps the results of its two convolutions and nothing else. Its output is computed and
+    stored by the next branch that reads it. Sums are in float32 and rounded once, so results differ
+    from PyTorch's in the last bits. Other strides, numbers of channels and types are left to
+    PyTorch.
 
     Raises:
-        EngineError: where it cannot be compiled, saying why.
+        EngineError: when the kernels cannot be compiled, with the reason.
     """
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self._library, self._dtype = library(dtype), dtype
         self._buffers = Buffers()
         self._layers: dict[int, tuple[CLayer, Layer, Tensor]] = {}
-        self._sums: dict[Tensor, Sum] = {}
-        """The sums whose gradient is not computed yet, by their x."""
+        self._pending: dict[Tensor, PendingOutput] = {}
+        """The outputs whose gradient is not computed yet, by their x."""
 
     def stem(self, images: Tensor, layer: Layer, out: Tensor) -> tuple[Tensor, ...]:
-        self._sums.clear()  # of a step that failed
+        self._pending.clear()  # of a step that failed
         if not self._is_stem(images, layer, out):
             return super().stem(images, layer, out)
         y = self._buffers.take(out)
-        self._library.convolve_pictures(
+        self._library.convolve_stem(
             images.data_ptr(), self._layer(layer), y.data_ptr(), *self._geometry(images)
         )
-        self._sums[out] = Sum(y, layer, None)
+        self._pending[out] = PendingOutput(y, layer, None)
         return (y,)
 
     def stem_backward(
@@ -72,8 +72,8 @@ class NativeKernels(Kernels):
             super().stem_backward(saved, images, layer, out, gradient)
             return
         (y,) = saved
-        sums = self._under_relu(out, gradient)
-        self._library.convolve_pictures_backward(
+        sums = self._relu_backward(out, gradient)
+        self._library.convolve_stem_backward(
             images.data_ptr(),
             self._layer(layer),
             y.data_ptr(),
@@ -87,16 +87,16 @@ class NativeKernels(Kernels):
         self, x: Tensor, first: Layer, second: Layer, shortcut: Tensor, out: Tensor
     ) -> tuple[Tensor, ...]:
         if not self._fits(out, second):
-            return super().branch(self.written(x), first, second, shortcut, out)
+            return super().branch(self.materialise(x), first, second, shortcut, out)
         if first.stride > 1:
-            self.written(x)
+            self.materialise(x)
         if self._fits(x, first):
             a = self._convolve(self._input(x), first, x, out)
         else:
-            a = self._convolve_by_pytorch(self.written(x), first)
-            self._library.observe(a.data_ptr(), self._layer(first), *self._rows(a))
+            a = self._convolve_by_pytorch(self.materialise(x), first)
+            self._library.batch_statistics(a.data_ptr(), self._layer(first), *self._rows(a))
         c = self._convolve(self._between(a, first), second, a, out)
-        self._sums[out] = Sum(c, second, shortcut)
+        self._pending[out] = PendingOutput(c, second, shortcut)
         return a, c
 
     def branch_backward(
@@ -107,46 +107,48 @@ class NativeKernels(Kernels):
         second: Layer,
         out: Tensor,
         gradient: Tensor,
-        of_shortcut: Callable[[], Tensor],
+        grad_shortcut: Callable[[], Tensor],
     ) -> None:
         if not self._fits(out, second):
-            super().branch_backward(saved, x, first, second, out, gradient, of_shortcut)
+            super().branch_backward(saved, x, first, second, out, gradient, grad_shortcut)
             return
         a, c = saved
-        of_b = self._buffers.take(a)
-        sums = self._under_relu(out, gradient)
+        grad_b = self._buffers.take(a)
+        sums = self._relu_backward(out, gradient)
         sums = self._convolve_backward(
-            self._between(a, first), second, c, gradient, sums, None, of_b
+            self._between(a, first), second, c, gradient, sums, None, grad_b
         )
-        of_x = of_shortcut()
+        grad_x = grad_shortcut()
         if self._fits(x, first):
-            of_what = self._convolve_backward(self._input(x), first, a, of_b, sums, of_x, of_x)
-            if x in self._sums:
-                self._sums[x].sums = of_what
+            grad_x_sums = self._convolve_backward(
+                self._input(x), first, a, grad_b, sums, grad_x, grad_x
+            )
+            if x in self._pending:
+                self._pending[x].grad_sums = grad_x_sums
             self._buffers.give(a)
-        else:  # `a` is PyTorch's
-            of_a = torch.empty_like(a)
-            self._library.observe_backward(
+        else:  # PyTorch allocated `a`
+            grad_a = torch.empty_like(a)
+            self._library.batch_norm_input_gradient(
                 a.data_ptr(),
                 self._layer(first),
-                of_b.data_ptr(),
+                grad_b.data_ptr(),
                 sums.data_ptr(),
-                of_a.data_ptr(),
+                grad_a.data_ptr(),
                 *self._rows(a),
             )
-            of_x.add_(self._convolve_by_pytorch_backward(of_a, x, first))
-        self._buffers.give(c, of_b)
+            grad_x.add_(self._convolve_by_pytorch_backward(grad_a, x, first))
+        self._buffers.give(c, grad_b)
 
     def head(self, x: Tensor, layer: Linear, labels: Tensor, gradient: Tensor) -> Tensor:
         if not (_is_image(x, self._dtype) and layer.weight.dtype == torch.float32):
-            return super().head(self.written(x), layer, labels, gradient)
+            return super().head(self.materialise(x), layer, labels, gradient)
         classes = len(layer.bias)
-        least, most = (bound.item() for bound in labels.aminmax())
-        if least < 0 or most >= classes:
-            raise IndexError(f"labels from {least} to {most}: there are {classes} classes")
+        lowest, highest = (bound.item() for bound in labels.aminmax())
+        if lowest < 0 or highest >= classes:
+            raise IndexError(f"labels from {lowest} to {highest}: there are {classes} classes")
         loss = torch.empty(())
         self._library.classify(
-            self.written(x).data_ptr(),
+            self.materialise(x).data_ptr(),
             c_linear(layer),
             labels.data_ptr(),
             loss.data_ptr(),
@@ -158,24 +160,26 @@ class NativeKernels(Kernels):
         )
         return loss
 
-    def written(self, x: Tensor) -> Tensor:
-        made = self._sums.get(x)
-        if made is not None and not made.is_written:
-            self._library.complete(self._input(x), *self._rows(x))
+    def materialise(self, x: Tensor) -> Tensor:
+        pending = self._pending.get(x)
+        if pending is not None and not pending.is_written:
+            self._library.batch_norm_relu(self._input(x), *self._rows(x))
         return x
 
     def pool_and_pad(self, x: Tensor, out: Tensor) -> None:
         if not _are_pooled(x, out, self._dtype):
-            super().pool_and_pad(self.written(x), out)
+            super().pool_and_pad(self.materialise(x), out)
             return
-        self._library.pool(self.written(x).data_ptr(), out.data_ptr(), *_pooled(x, out), _threads())
+        self._library.pool_and_pad(
+            self.materialise(x).data_ptr(), out.data_ptr(), *_pooled(x, out), _threads()
+        )
 
-    def pool_and_pad_backward(self, gradient: Tensor, of_x: Tensor) -> None:
-        if not _are_pooled(of_x, gradient, self._dtype):
-            super().pool_and_pad_backward(gradient, of_x)
+    def pool_and_pad_backward(self, gradient: Tensor, grad_x: Tensor) -> None:
+        if not _are_pooled(grad_x, gradient, self._dtype):
+            super().pool_and_pad_backward(gradient, grad_x)
             return
-        self._library.pool_backward(
-            gradient.data_ptr(), of_x.data_ptr(), *_pooled(of_x, gradient), _threads()
+        self._library.pool_and_pad_backward(
+            gradient.data_ptr(), grad_x.data_ptr(), *_pooled(grad_x, gradient), _threads()
         )
 
     def _convolve_by_pytorch(self, x: Tensor, layer: Layer) -> Tensor:
@@ -193,7 +197,7 @@ class NativeKernels(Kernels):
         return self.convolve_backward(gradient.float(), x.float(), _widened(layer))
 
     def _convolve(self, source: CInput, layer: Layer, x: Tensor, like: Tensor) -> Tensor:
-        """The convolution y of x, which source describes; its statistics go into the layer."""
+        """The convolution y of x, which `source` describes; writes the statistics of y."""
         y = self._buffers.take(like)
         self._library.convolve3x3(
             source, self._layer(layer), y.data_ptr(), layer.stride, *self._geometry(x)
@@ -208,14 +212,14 @@ class NativeKernels(Kernels):
         gradient: Tensor,
         sums: Tensor,
         added: Tensor | None,
-        of_x: Tensor,
+        grad_x: Tensor,
     ) -> Tensor:
         """Both gradients of the convolution y of x, from the gradient of BN(y) and its sums.
 
-        If x is the output of a ReLU, of_x becomes the gradient of that ReLU's input, whose sums are
-        returned.
+        If x is the output of a ReLU, grad_x becomes the gradient of that ReLU's input; returns the
+        sums over it.
         """
-        of_x_sums = _sums(of_x)
+        grad_x_sums = _empty_sums(grad_x)
         self._library.convolve3x3_backward(
             x,
             self._layer(layer),
@@ -223,23 +227,23 @@ class NativeKernels(Kernels):
             gradient.data_ptr(),
             sums.data_ptr(),
             None if added is None else added.data_ptr(),
-            of_x.data_ptr(),
-            of_x_sums.data_ptr(),
+            grad_x.data_ptr(),
+            grad_x_sums.data_ptr(),
             layer.stride,
-            *self._geometry(of_x),
+            *self._geometry(grad_x),
         )
-        return of_x_sums
+        return grad_x_sums
 
-    def _under_relu(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Turn the gradient of x, in place, into that of its ReLU's input; returns the sums."""
-        made = self._sums[x]
-        if made.sums is None:
-            made.sums = _sums(x)
-            self._library.complete_backward(
-                self._input(x), gradient.data_ptr(), made.sums.data_ptr(), *self._rows(x)
+    def _relu_backward(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Mask the gradient of x by its ReLU, in place; returns the sums over the result."""
+        pending = self._pending[x]
+        if pending.grad_sums is None:
+            pending.grad_sums = _empty_sums(x)
+            self._library.relu_backward(
+                self._input(x), gradient.data_ptr(), pending.grad_sums.data_ptr(), *self._rows(x)
             )
-        del self._sums[x]
-        return made.sums
+        del self._pending[x]
+        return pending.grad_sums
 
     def _fits(self, x: Tensor, layer: Layer) -> bool:
         """Whether there is a kernel for this convolution of x."""
@@ -253,7 +257,7 @@ class NativeKernels(Kernels):
         )
 
     def _is_stem(self, images: Tensor, layer: Layer, out: Tensor) -> bool:
-        """Whether there is a kernel for this convolution of pictures."""
+        """Whether there is a kernel for this stem."""
         few, (height, width) = images.shape[1] <= 4, images.shape[2:]
         last = images.is_contiguous(memory_format=torch.channels_last)
         is_like = images.dtype == out.dtype and last and _is_image(out, self._dtype)
@@ -267,37 +271,37 @@ class NativeKernels(Kernels):
         )
 
     def _input(self, x: Tensor) -> CInput:
-        """Arguments that describe x; a kernel that takes them computes x if it is not in memory."""
-        made = self._sums.get(x)
-        if made is None:
+        """Describe x to a kernel, which computes and stores x if it is pending."""
+        pending = self._pending.get(x)
+        if pending is None:
             return CInput(x.data_ptr(), None, None, None)
-        made.is_written = True
-        shortcut = None if made.shortcut is None else made.shortcut.data_ptr()
-        norm = ctypes.pointer(self._layer(made.layer).norm)
-        return CInput(x.data_ptr(), made.y.data_ptr(), shortcut, norm)
+        pending.is_written = True
+        shortcut = None if pending.shortcut is None else pending.shortcut.data_ptr()
+        norm = ctypes.pointer(self._layer(pending.layer).norm)
+        return CInput(x.data_ptr(), pending.y.data_ptr(), shortcut, norm)
 
     def _between(self, y: Tensor, layer: Layer) -> CInput:
-        """Arguments that describe ReLU(BN(y)), which is never stored."""
+        """Describe ReLU(BN(y)) to a kernel, which computes it and never stores it."""
         norm = ctypes.pointer(self._layer(layer).norm)
         return CInput(None, y.data_ptr(), None, norm)
 
     def _layer(self, layer: Layer) -> CLayer:
-        """The arguments of a layer for the C++ kernels."""
+        """The layer as a C structure, with its current factor."""
         known = self._layers.get(id(layer))
         if known is None:
-            seen, noted = c_layer(layer)
-            known = self._layers[id(layer)] = seen, layer, noted
+            structure, statistics = c_layer(layer)
+            known = self._layers[id(layer)] = structure, layer, statistics
         if layer.norm.factor is not None:
             known[0].norm.factor = layer.norm.factor.item()
         return known[0]
 
     def _geometry(self, x: Tensor) -> tuple[int, int, int, int]:
-        """Arguments of a shape: images, side, channels, threads."""
+        """The shape of x for a kernel: images, side, channels; and the threads."""
         n, channels, side, _ = x.shape
         return n, side, channels, _threads()
 
     def _rows(self, x: Tensor) -> tuple[int, int, int]:
-        """Arguments of a shape by rows: number of pixels, channels, threads."""
+        """The shape of x for a kernel that runs over pixels: pixels, channels; and the threads."""
         return x.numel() // x.shape[1], x.shape[1], _threads()
 
 
@@ -328,5 +332,6 @@ def _pooled(x: Tensor, out: Tensor) -> tuple[int, int, int, int]:
     return len(out) * out.shape[2], out.shape[3], x.shape[1], out.shape[1]
 
 
-def _sums(x: Tensor) -> Tensor:
+def _empty_sums(x: Tensor) -> Tensor:
+    """Memory for two sums for each channel of x."""
     return torch.empty(2, x.shape[1], dtype=torch.float64)

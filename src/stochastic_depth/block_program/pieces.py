@@ -1,6 +1,6 @@
 """The pieces of a training step (stem, residual block, head) and how they are repeated.
 
-A `Replay` turns a piece into something that does it again: itself, or a captured CUDA graph.
+A `Replay` turns a piece into something that repeats it: the piece itself, or a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d, flat: FlatParameters) -> Lay
     assert norm.running_var is not None
     assert norm.momentum is not None
     return Layer(
-        flat.of(conv.weight, flat.working),
-        flat.of(conv.weight, flat.gradients),
+        flat.view(conv.weight, flat.working),
+        flat.view(conv.weight, flat.gradients),
         conv.stride[0],
         BatchNorm(
             norm.weight.detach(),
             norm.bias.detach(),
-            flat.of(norm.weight, flat.gradients),
-            flat.of(norm.bias, flat.gradients),
+            flat.view(norm.weight, flat.gradients),
+            flat.view(norm.bias, flat.gradients),
             norm.running_mean,
             norm.running_var,
             norm.momentum,
@@ -40,8 +40,8 @@ def linear_of(module: nn.Linear, flat: FlatParameters) -> Linear:
     return Linear(
         module.weight.detach(),
         module.bias.detach(),
-        flat.of(module.weight, flat.gradients),
-        flat.of(module.bias, flat.gradients),
+        flat.view(module.weight, flat.gradients),
+        flat.view(module.bias, flat.gradients),
     )
 
 
@@ -62,10 +62,15 @@ class Stem:
         self.kernels.stem_backward(self.saved, self.images, self.layer, self.x, self.gradient)
 
 
-class Block:
+class BlockPiece:
     """A residual block: x -> ReLU(shortcut(x) + branch(x)).
 
     The branch has two layers; the shortcut is the identity, or pooling and padding.
+
+    Args:
+        gradient: where the backward pass writes the gradient of x.
+        gradient_out: where the backward pass finds the gradient of `out`.
+        keeps: whether `saved` is kept after the backward pass, as CUDA graphs need.
     """
 
     def __init__(
@@ -87,7 +92,7 @@ class Block:
         self.kernels, self._keeps = kernels, keeps
         self.saved: tuple[Tensor, ...] = ()
         self.kept = 0
-        """Bytes of what an open block keeps for its backward pass, besides x and out."""
+        """Bytes that an open block keeps for its backward pass, besides x and out."""
 
     def forward(self) -> None:
         shortcut = self.x
@@ -99,7 +104,7 @@ class Block:
 
     def backward(self) -> None:
         self.kernels.branch_backward(
-            self.saved, self.x, *self.layers, self.out, self.gradient_out, self._of_shortcut
+            self.saved, self.x, *self.layers, self.out, self.gradient_out, self._grad_shortcut
         )
         if not self._keeps:
             self.saved = ()
@@ -110,9 +115,9 @@ class Block:
 
     def skip_backward(self) -> None:
         """The backward pass of a transition's shortcut: through average pooling and padding."""
-        self._of_shortcut()
+        self._grad_shortcut()
 
-    def _of_shortcut(self) -> Tensor:
+    def _grad_shortcut(self) -> Tensor:
         if self.is_transition:
             self.kernels.pool_and_pad_backward(self.gradient_out, self.gradient)
         return self.gradient
@@ -136,15 +141,13 @@ Work = Callable[[], None]
 
 
 class Replay(Protocol):
-    """Turns work on static buffers into a callable that repeats it.
-
-    `keeps` says whether the memory that the work allocates stays reserved for it.
-    """
+    """Turns work on static buffers into a callable that repeats it."""
 
     keeps: bool
+    """Whether the memory that the work allocates stays reserved for it."""
 
     def warm_up(self, work: Work) -> None:
-        """Do all the work, if it must have been done before it can be recorded."""
+        """Do all the work once, if that is needed before it can be captured."""
         ...
 
     def __call__(self, work: Work) -> Work: ...

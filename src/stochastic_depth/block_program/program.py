@@ -2,10 +2,10 @@
 
     stem -> block 0 -> block 1 -> ... -> block L-1 -> head
 
-A skipped block does nothing: the next one reads the output of the last open one. If pieces are
-captured as CUDA graphs, which work on fixed addresses, it reads a copy, made once for a whole run
-of skipped blocks. The gradient flows back through one buffer for each resolution, which a skipped
-block leaves unchanged.
+A skipped block does nothing: the next block reads the output of the last open one. If pieces are
+captured as CUDA graphs, which work on fixed addresses, it reads a copy, which is made once for any
+number of consecutive skipped blocks. The gradient flows back through one buffer for each
+resolution, which a skipped block leaves unchanged.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stochastic_depth.block_program.kernels import Kernels
 from stochastic_depth.block_program.memory import Buffers, FlatParameters, FlatSGD
 from stochastic_depth.block_program.pieces import (
-    Block,
+    BlockPiece,
     Eagerly,
     Head,
     Replay,
@@ -25,6 +25,7 @@ from stochastic_depth.block_program.pieces import (
     layer_of,
     linear_of,
 )
+from stochastic_depth.choices import Closed, GateKind
 from stochastic_depth.errors import EngineError
 from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet
@@ -36,21 +37,22 @@ from stochastic_depth.torch_private import zero
 class Program:
     """The training step of `model` on mini-batches of one shape.
 
-    The parameters of `model` and the momentum of `optimizer` become views of flat buffers; both go
-    on working as before, and may be used between steps: for evaluation, checkpoints, or a step of
-    autograd on a mini-batch of another size.
+    The parameters of `model` and the momentum of `optimizer` become views of flat buffers. Both
+    work as before, and may be used between steps: for evaluation, checkpoints, or a step of
+    autograd on a mini-batch of a different size.
 
     Args:
-        model: in training mode.
-        handle: of `model`; None for constant depth.
-        optimizer: of all parameters, in one group.
-        shape: of the images, [batch, channels, height, width].
-        dtype: of images and activations; other than the parameters' it means autocast.
+        model: the network, in training mode.
+        handle: the handle of `model`; None for constant depth.
+        optimizer: the optimizer of all parameters, in one group.
+        shape: the shape of the images, [batch, channels, height, width].
+        dtype: the type of images and activations; if it differs from the type of the parameters,
+            the step computes as autocast does.
         kernels: the arithmetic; PyTorch's operators if not given.
-        replay: how pieces are run again; eagerly if not given.
+        replay: how pieces are repeated; eagerly if not given.
 
     Raises:
-        EngineError: when it is not written for the model, its gates or the optimizer.
+        EngineError: when it does not support the model, its gates or the optimizer.
     """
 
     def __init__(
@@ -63,64 +65,52 @@ class Program:
         kernels: Kernels | None = None,
         replay: Replay | None = None,
     ) -> None:
-        model = supported(model, handle, optimizer)
+        model = _require_supported(model, handle, optimizer)
         self.handle = handle
         kernels, replay = kernels or Kernels(), replay or Eagerly()
         units = [unit for unit in model.blocks if isinstance(unit, Residual)]
         self.flat = flat = FlatParameters([model.stem, *units, model.head], dtype)
         self.update = FlatSGD(flat, optimizer)
-        self.stem_gradient = flat.of(model.stem[0].weight, flat.gradients)  # type: ignore[arg-type]
+        self.stem_gradient = flat.view(model.stem[0].weight, flat.gradients)  # type: ignore[arg-type]
         device = flat.values.device
         self.factors = torch.ones(len(units), dtype=flat.values.dtype, device=device)
-
-        def images(channels: int, size: Sequence[int]) -> Tensor:
-            empty = torch.zeros(shape[0], channels, *size, dtype=dtype, device=device)
-            return empty.contiguous(memory_format=torch.channels_last)
-
-        size = list(shape[2:])
-        self.images, self.labels = (
-            images(shape[1], size),
-            torch.zeros(shape[0], dtype=torch.int64, device=device),
-        )
-        self.gradients = [images(model.stem[0].out_channels, size)]  # type: ignore[arg-type]
-        for unit in units:
-            added = unit.shortcut.added if isinstance(unit.shortcut, PoolAndPad) else 0
-            size = [side // 2 for side in size] if added else size
-            last = self.gradients[-1]
-            self.gradients.append(images(last.shape[1] + added, size) if added else last)
+        self.images = _zeros(shape, dtype, device)
+        self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self.gradients = _gradients(model, units, self.images)
         self._is_fixed, self.buffers = replay.keeps, Buffers()
-        # The outputs of blocks; if addresses are not fixed, only their shapes.
+        # The outputs of the stem and the blocks. If addresses are not fixed, blocks take buffers
+        # of these shapes in every step.
         x = [
             torch.empty_like(g) if i == 0 or self._is_fixed else g
             for i, g in enumerate(self.gradients)
         ]
-
         stem = layer_of(model.stem[0], model.stem[1], flat)  # type: ignore[arg-type]
         self.stem = Stem(stem, self.images, x[0], self.gradients[0], kernels)
-        self.blocks: list[Block] = []
+        self.blocks: list[BlockPiece] = []
         streams = zip(pairwise(x), pairwise(self.gradients), strict=True)
-        for unit, (io, gradients) in zip(units, streams, strict=True):
+        for unit, (x_and_out, gradients) in zip(units, streams, strict=True):
             conv1, norm1, _, conv2, norm2 = unit.branch  # type: ignore[misc]
             layers = layer_of(conv1, norm1, flat), layer_of(conv2, norm2, flat)
             if handle is not None and handle.scale == "training":
                 layers[1].norm.factor = self.factors[len(self.blocks)]
-            self.blocks.append(Block(*layers, *io, *gradients, kernels, replay.keeps))
+            self.blocks.append(BlockPiece(*layers, *x_and_out, *gradients, kernels, replay.keeps))
         head = linear_of(model.head, flat)
         self.head = Head(head, self.labels, x[-1], self.gradients[-1], kernels)
         self.counters = self._join_counters(model)
         self.kept = 0
-        """Bytes that waited for the backward pass in the last step."""
+        """Bytes that the last step kept for its backward pass."""
         self._record(replay)
 
     @torch.no_grad()
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Forward, backward, update under the next gates; returns the loss, []."""
+        """Forward, backward and update under the next gates; returns the loss, []."""
         is_open = self._draw()
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.flat.cast()
-        keeps_moving = self.handle is None or self.handle.skipped == "paper"
-        if keeps_moving:
+        # Under "paper" a closed block has zero gradients, and is updated by its momentum.
+        updates_closed = self.handle is None or self.handle.skipped == "paper"
+        if updates_closed:
             self._clear_closed(is_open)
         self._forward(is_open)
         self.kept = self._bytes_kept(is_open)
@@ -128,7 +118,7 @@ class Program:
         self._backward(is_open)
         counted = torch.tensor([True, *(b for b in is_open for _ in range(2))])
         self.counters.add_(counted.to(self.counters.device))
-        self.update.step([True, *(keeps_moving or b for b in is_open), True])
+        self.update.step([True, *(updates_closed or b for b in is_open), True])
         return self.head.loss.clone()
 
     @property
@@ -137,7 +127,7 @@ class Program:
         return [block.layers[0].weight_gradient for block in self.blocks]
 
     def _join_counters(self, model: nn.Module) -> Tensor:
-        """Make the batch counters of all normalisations parts of one tensor: [1 + 2 blocks]."""
+        """Make the batch counters of all normalisations views of one tensor: [1 + 2 blocks]."""
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         counters = torch.stack([n.num_batches_tracked for n in norms])  # type: ignore[arg-type]
         for norm, counter in zip(norms, counters, strict=True):
@@ -153,8 +143,8 @@ class Program:
         return self.handle.gates.tolist()
 
     def _clear_closed(self, is_open: Sequence[bool]) -> None:
-        of_blocks = zip(self.flat.segments[1:-1], is_open, strict=True)
-        closed = [self.flat.gradients[segment] for segment, b in of_blocks if not b]
+        segments = zip(self.flat.segments[1:-1], is_open, strict=True)
+        closed = [self.flat.gradients[segment] for segment, b in segments if not b]
         if closed:
             zero(closed)
 
@@ -171,12 +161,12 @@ class Program:
             x = block.out
         self._read(self.head, x)
 
-    def _read(self, piece: Block | Head, x: Tensor) -> None:
+    def _read(self, piece: BlockPiece | Head, x: Tensor) -> None:
         """Make a piece read x: in place, or copied to the fixed address that it reads."""
         if not self._is_fixed:
             piece.x = x
         elif piece.x is not x:
-            piece.x.copy_(piece.kernels.written(x))
+            piece.x.copy_(piece.kernels.materialise(x))
 
     def _backward(self, is_open: Sequence[bool]) -> None:
         for i, block in reversed(list(enumerate(self.blocks))):
@@ -235,26 +225,64 @@ class Program:
         self.flat.gradients.zero_()
 
 
-def supported(
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Images of zeros, channels_last."""
+    zeros = torch.zeros(*shape, dtype=dtype, device=device)
+    return zeros.contiguous(memory_format=torch.channels_last)
+
+
+def _gradients(model: CifarResNet, units: Sequence[Residual], images: Tensor) -> list[Tensor]:
+    """The gradients of the outputs of the stem and of each unit: one buffer for each resolution."""
+    batch, _, *size = images.shape
+    channels: int = model.stem[0].out_channels  # type: ignore[assignment]
+    gradients = [_zeros((batch, channels, *size), images.dtype, images.device)]
+    for unit in units:
+        if isinstance(unit.shortcut, PoolAndPad):
+            channels += unit.shortcut.added
+            size = [side // 2 for side in size]
+            gradients.append(_zeros((batch, channels, *size), images.dtype, images.device))
+        else:
+            gradients.append(gradients[-1])
+    return gradients
+
+
+def why_unsupported(
+    network: type[nn.Module], gate: GateKind = "batch", closed: Closed = "skipped"
+) -> str | None:
+    """Why the block program cannot train a network with these gates; None if it can."""
+    if not issubclass(network, CifarResNet):
+        return f"the block program is written for CifarResNet, this is {network.__name__}"
+    if gate != "batch":
+        return f'the block program needs gate="batch", this is gate="{gate}"'
+    if closed != "skipped":
+        return f'the block program skips closed branches, this is closed="{closed}"'
+    return None
+
+
+def _require_supported(
     model: nn.Module, handle: Handle | None, optimizer: torch.optim.Optimizer
 ) -> CifarResNet:
-    """Return `model` if the block program can train it.
+    """Return `model` if the block program can train it with these gates and this optimizer.
 
     Raises:
         EngineError: otherwise, naming the reason.
     """
-    if not isinstance(model, CifarResNet):
-        raise EngineError(
-            f"a block program is written for CifarResNet, this is {type(model).__name__}: "
-            "use --engine eager or compiled"
-        )
-    if handle is not None and handle.gate != "batch":
-        raise EngineError(
-            f'a block program needs gate="batch", this is "{handle.gate}": use --engine eager'
-        )
+    if handle is None:
+        reason = why_unsupported(type(model))
+    else:
+        reason = why_unsupported(type(model), handle.gate, handle.closed)
+    if reason is not None:
+        raise EngineError(f"{reason}: use --engine eager")
     if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
         raise EngineError(
-            f"a block program updates by torch.optim.SGD with one group of parameters, this is "
+            f"the block program updates by torch.optim.SGD with one group of parameters, this is "
             f"{type(optimizer).__name__} with {len(optimizer.param_groups)}: use --engine eager"
         )
+    dampening = optimizer.param_groups[0]["dampening"]
+    if dampening:
+        raise EngineError(
+            f"the block program updates by SGD without dampening, this has dampening={dampening}: "
+            "use --engine eager"
+        )
+    assert isinstance(model, CifarResNet)
     return model

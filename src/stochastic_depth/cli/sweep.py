@@ -175,7 +175,7 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
     from stochastic_depth.lab.formatting import counted
     from stochastic_depth.lab.sweep.progress import SweepProgress, sweep_table
     from stochastic_depth.lab.sweep.workers import Workers, claimed
-    from stochastic_depth.train.fit import StopSignals
+    from stochastic_depth.train.signals import StopSignals
 
     threads = asked.threads or max(1, torch.get_num_threads() // asked.workers)
     with (

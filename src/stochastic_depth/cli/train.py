@@ -140,8 +140,8 @@ def _joined(work: "Callable[[PlainConsole], int]", quiet: bool) -> int:
     from stochastic_depth.cli.console import PlainConsole
 
     with PlainConsole(quiet=quiet).starting():
-        from stochastic_depth.distributed.world import is_primary, joined
-    with joined():
+        from stochastic_depth.distributed.world import is_primary, torchrun_process_group
+    with torchrun_process_group():
         return work(PlainConsole(quiet=quiet or not is_primary()))
 
 
@@ -174,7 +174,7 @@ def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:
     from stochastic_depth.distributed.world import is_primary, ranks
     from stochastic_depth.train import Interrupted, fit
     from stochastic_depth.train.display import Display
-    from stochastic_depth.train.fit import StopSignals
+    from stochastic_depth.train.signals import StopSignals
 
     config, runtime = run.config, run.runtime
     console.say(
@@ -234,7 +234,7 @@ def compare(arguments: list[str]) -> int:
         from stochastic_depth.lab.pace import SECONDS_AT_END
         from stochastic_depth.train import Interrupted
         from stochastic_depth.train.display import Display
-        from stochastic_depth.train.fit import StopSignals
+        from stochastic_depth.train.signals import StopSignals
     folder = asked.out or Path("runs") / f"compare-{config.recipe}"
     seeds = range(config.seed, config.seed + asked.seeds)
     end = None

@@ -2,7 +2,7 @@
 
 from stochastic_depth.data.batching import (
     Batches,
-    Share,
+    Shard,
     TensorBatches,
     crop_and_flip,
     draw_crops,
@@ -17,7 +17,7 @@ __all__ = [
     "DataSet",
     "FolderBatches",
     "Images",
-    "Share",
+    "Shard",
     "TensorBatches",
     "batches",
     "crop_and_flip",

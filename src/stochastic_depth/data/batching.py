@@ -14,20 +14,20 @@ Batch = tuple[Tensor, Tensor]
 Part = Literal["validation", "test"]
 
 
-class Share(NamedTuple):
-    """The share of every batch that one process takes; shares differ by one image at most."""
+class Shard(NamedTuple):
+    """The part of every batch that one process takes; these parts differ by one image at most."""
 
     rank: int = 0
     """The number of this process, from 0."""
     ranks: int = 1
     """How many processes there are."""
 
-    def of(self, images: int) -> slice:
-        """The slice of a batch of `images` that this process takes."""
+    def slice_of(self, images: int) -> slice:
+        """The images of a batch of `images` that this process takes."""
         return slice(self.rank * images // self.ranks, (self.rank + 1) * images // self.ranks)
 
 
-ALONE = Share()
+WHOLE = Shard()
 
 
 class Batches(Protocol):
@@ -35,7 +35,7 @@ class Batches(Protocol):
 
     Attributes:
         shape: (channels, height, width) of one image as the network sees it.
-        fingerprint: a text that changes with the data.
+        fingerprint: a hash of the data.
         sizes: the number of images in `train`, `validation` and `test`.
         held_out: whether validation images were held out of the training images. If not, the test
             images are used for validation.
@@ -66,7 +66,7 @@ class Batches(Protocol):
     def shorter_side(self) -> int: ...
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from step `start` on; of each batch the share of this process.
+        """The batches of one epoch, from step `start` on; of each batch the shard of this process.
 
         Each is a pair of images, float32 [batch, channels, height, width], normalised, and labels,
         int64 [batch]. A batch is a pure function of the seed, the epoch and the step, so an epoch
@@ -75,7 +75,7 @@ class Batches(Protocol):
         ...
 
     def evaluate(self, part: Part) -> Iterator[Batch]:
-        """Every image of a part, or this process's share, in a fixed order, not augmented."""
+        """All images of a part, in a fixed order, not augmented; of each batch this shard."""
         ...
 
 
@@ -99,7 +99,7 @@ def steps(images: int, batch: int) -> int:
 
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
     """The order of the training images in an epoch: int64 [images]."""
-    return torch.randperm(images, generator=generator("order", seed, epoch))
+    return torch.randperm(images, generator=generator("order", seed, epoch), device="cpu")
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -123,8 +123,8 @@ def draw_crops(batch: int, padding: int, *key: int | str) -> tuple[Tensor, Tenso
         with probability 1/2. They are drawn on the CPU, so that they are the same for every device.
     """
     source = generator(*key)
-    rows, columns = torch.randint(2 * padding + 1, (2, batch), generator=source)
-    flips = torch.randint(2, (batch,), generator=source).bool()
+    rows, columns = torch.randint(2 * padding + 1, (2, batch), generator=source, device="cpu")
+    flips = torch.randint(2, (batch,), generator=source, device="cpu").bool()
     return rows, columns, flips
 
 
@@ -156,14 +156,14 @@ def crop_and_flip(
 
 
 class TensorBatches:
-    """`Batches` of a data set that is in the memory of `device` as a whole, as uint8.
+    """`Batches` of a data set that is held in the memory of `device`, as uint8.
 
     Args:
         augment: whether to crop and flip the training images, after normalising them with the mean
             and standard deviation of the training part. They are padded by an eighth of their
             height (the paper, section 4: 4 of 32 pixels).
         evaluation_batch: images in a batch of `evaluate`.
-        share: the share of each batch that this process gets.
+        shard: the part of each batch that this process gets.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class TensorBatches:
         device: torch.device | str,
         channels_last: bool = False,
         evaluation_batch: int = 500,
-        share: Share = ALONE,
+        shard: Shard = WHOLE,
     ):
         channels, height, width = data.train.images.shape[1:]
         self.name = data.name
@@ -192,7 +192,7 @@ class TensorBatches:
         self.padding = max(1, height // 8)
         self.seed = seed
         self.evaluation_batch = evaluation_batch
-        self.share = share
+        self.shard = shard
         self.device = torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = data.mean.to(self.device), data.std.to(self.device)
@@ -206,7 +206,7 @@ class TensorBatches:
         order = epoch_order(len(images), self.seed, epoch).to(self.device)
         for step in range(start, self.steps_per_epoch):
             chosen = order[step * self.batch : (step + 1) * self.batch]
-            mine, count = self.share.of(len(chosen)), len(chosen)
+            mine, count = self.shard.slice_of(len(chosen)), len(chosen)
             chosen = chosen[mine]
             batch = normalise(images[chosen], self.mean, self.std)
             if self.augment:
@@ -218,7 +218,7 @@ class TensorBatches:
     def evaluate(self, part: Part) -> Iterator[Batch]:
         images, labels = self._parts[part]
         for start in range(0, len(images), self.evaluation_batch):
-            mine = self.share.of(min(self.evaluation_batch, len(images) - start))
+            mine = self.shard.slice_of(min(self.evaluation_batch, len(images) - start))
             chosen = slice(start + mine.start, start + mine.stop)
             if mine.start < mine.stop:
                 batch = normalise(images[chosen], self.mean, self.std)

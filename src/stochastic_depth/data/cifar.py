@@ -66,7 +66,7 @@ class Variant:
             source: the file that the images come from.
 
         Raises:
-            DataError: when there are no images, another number of labels, or a label out of range.
+            DataError: when there are no images, not one label for each, or a label out of range.
         """
         if len(pixels) == 0:
             raise DataError(f"{source}: holds no images: fetch it again")
@@ -121,8 +121,8 @@ CIFAR100 = Variant(
 
 def find_cifar(root: Path, variant: Variant) -> tuple["Layout", Path] | None:
     """The first layout that is found in `root`, or in a folder to which its archives unpack."""
-    inside = (variant.pickle_folder, variant.binary_folder, "data", "plain_text", variant.name)
-    for folder in (root, *(root / name for name in inside)):
+    unpacked = (variant.pickle_folder, variant.binary_folder, "data", "plain_text", variant.name)
+    for folder in (root, *(root / name for name in unpacked)):
         for layout in LAYOUTS:
             if layout.present(folder, variant):
                 return layout, folder
@@ -172,7 +172,7 @@ def read_batch(path: Path, variant: Variant) -> Images:
         warnings.simplefilter("ignore")  # numpy 2 warns about files that numpy 1 has written
         batch = pickle.load(file, encoding="bytes")
     pixels = torch.from_numpy(batch[b"data"]).view(-1, 3, *SIZE)
-    return variant.images(pixels, torch.tensor(batch[variant.pickle_labels]), path)
+    return variant.images(pixels, torch.tensor(batch[variant.pickle_labels], device="cpu"), path)
 
 
 def read_binary(folder: Path, variant: Variant) -> tuple[Images, Images]:
@@ -217,8 +217,8 @@ def read_part(root: Path, variant: Variant) -> Images:
     if visible != set(variant.classes):
         raise DataError(
             f"{root}: expected one folder for each class of {variant.name}; "
-            f"missing {some(set(variant.classes) - visible)}, "
-            f"unexpected {some(visible - set(variant.classes))}"
+            f"missing {first_few(set(variant.classes) - visible)}, "
+            f"unexpected {first_few(visible - set(variant.classes))}"
         )
     paths, labels = [], []
     for label, name in enumerate(variant.classes):
@@ -232,10 +232,10 @@ def read_part(root: Path, variant: Variant) -> Images:
         paths += pictures
         labels += [label] * len(pictures)
     pixels = decode(len(paths), lambda i: read_file(paths[i]), lambda i: str(paths[i]), size=SIZE)
-    return variant.images(pixels, torch.tensor(labels), root)
+    return variant.images(pixels, torch.tensor(labels, device="cpu"), root)
 
 
-def some(names: set[str], most: int = 5) -> str:
+def first_few(names: set[str], most: int = 5) -> str:
     """The first few of `names`, as a list for an error message."""
     return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "") or "none"
 
@@ -255,34 +255,34 @@ def read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
         DataError: when a file or a row is missing or not as expected; names it.
         MissingExtraError: when pyarrow or Pillow is not installed.
     """
-    files = tuple(tuple(map(Version.of, shards(folder, part))) for part in PARTS)
+    files = tuple(tuple(map(FileKey.of, shards(folder, part))) for part in PARTS)
     train, test = _decoded(files, variant)
     return train.copy(), test.copy()
 
 
 @dataclass(frozen=True)
-class Version:
-    """A file as it is now; it is another one once it has been written again."""
+class FileKey:
+    """Cache key of a file: path, size, modification time."""
 
     path: Path
-    bytes: int
-    written: int
+    size: int
+    modified: int
 
     @classmethod
-    def of(cls, path: Path) -> "Version":
-        about = path.stat()
-        return cls(path, about.st_size, about.st_mtime_ns)
+    def of(cls, path: Path) -> "FileKey":
+        found = path.stat()
+        return cls(path, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)
-def _decoded(files: tuple[tuple[Version, ...], ...], variant: Variant) -> tuple[Images, Images]:
-    """Both parts. The runs of a comparison or a sweep read the same files, and it takes seconds."""
-    train, test = (join([read_shard_of(file.path, variant) for file in part]) for part in files)
+def _decoded(files: tuple[tuple[FileKey, ...], ...], variant: Variant) -> tuple[Images, Images]:
+    """Both parts, cached: decoding takes seconds, and the runs of a sweep read the same files."""
+    train, test = (join([read_parquet_file(key.path, variant) for key in part]) for part in files)
     return train, test
 
 
-def read_shard_of(path: Path, variant: Variant) -> Images:
-    """One parquet file of a variant."""
+def read_parquet_file(path: Path, variant: Variant) -> Images:
+    """The images of one parquet file."""
     return variant.images(*read_shard(path, variant.label_columns, SIZE), path)
 
 

@@ -44,7 +44,7 @@ class Images:
         return Images(self.images[indices], self.labels[indices])
 
     def copy(self) -> "Images":
-        """The same images in memory of their own."""
+        """A copy that shares no memory with this."""
         return Images(self.images.clone(), self.labels.clone())
 
 
@@ -110,10 +110,10 @@ class DataSet:
         # Counting the 256 values is exact, so the number of threads cannot change the result.
         channels = self.train.images.unbind(1)
         counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in channels])
-        share = counts.double() / counts[0].sum()
-        values = torch.arange(256) / torch.tensor(255, dtype=torch.float64)
-        mean = share @ values
-        variance = (share * (values - mean[:, None]) ** 2).sum(1)
+        frequencies = counts.double() / counts[0].sum()
+        values = torch.arange(256, dtype=torch.float64, device="cpu") / 255
+        mean = frequencies @ values
+        variance = (frequencies * (values - mean[:, None]) ** 2).sum(1)
         return mean.float(), variance.sqrt().float()
 
     @cached_property
@@ -137,16 +137,16 @@ def stratified(labels: Tensor, count: int, *key: int | str) -> tuple[Tensor, Ten
         The indices of the chosen samples and of the others, each in ascending order. They are a
         pure function of the labels, the count and the key.
     """
-    shuffled = torch.randperm(len(labels), generator=generator("split", *key))
+    shuffled = torch.randperm(len(labels), generator=generator("split", *key), device="cpu")
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     sizes = torch.bincount(labels)
     starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    # `share` is the rank of a sample within its class over the size of the class: the `count`
-    # smallest shares contain the same part of each class.
-    rank = torch.arange(len(labels)) - starts
-    share = (rank + 0.5).double() / sizes.repeat_interleave(sizes)
-    taken = torch.zeros(len(labels), dtype=torch.bool)
-    taken[by_class[share.argsort(stable=True)[:count]]] = True
+    # Samples are sorted by their rank within their class over the size of the class, so that the
+    # first `count` contain the same fraction of each class.
+    rank = torch.arange(len(labels), device="cpu") - starts
+    fraction = (rank + 0.5).double() / sizes.repeat_interleave(sizes)
+    taken = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
+    taken[by_class[fraction.argsort(stable=True)[:count]]] = True
     return taken.nonzero()[:, 0], (~taken).nonzero()[:, 0]
 
 
@@ -161,13 +161,14 @@ def per_class(labels: Tensor, count: int, *key: int | str) -> tuple[Tensor, Tens
         label = int(sizes.argmin())
         raise DataError(
             f"class {label} has {int(sizes[label])} images, {count} of each class are to be held "
-            "out: give the number of validation images yourself"
+            "out: give the number of validation images"
         )
     generated = generator("split", *key)
-    taken = torch.zeros(len(labels), dtype=torch.bool)
+    taken = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in range(len(sizes)):
         members = (labels == label).nonzero()[:, 0]
-        taken[members[torch.randperm(len(members), generator=generated)[:count]]] = True
+        order = torch.randperm(len(members), generator=generated, device="cpu")
+        taken[members[order[:count]]] = True
     return taken.nonzero()[:, 0], (~taken).nonzero()[:, 0]
 
 

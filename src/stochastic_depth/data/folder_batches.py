@@ -5,13 +5,14 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from stochastic_depth.data.batching import ALONE, Batch, Part, Share, epoch_order, normalise, steps
+from stochastic_depth.data.batching import WHOLE, Batch, Part, Shard, epoch_order, normalise, steps
 from stochastic_depth.data.dataset import check_count, stratified
-from stochastic_depth.data.folders import files_readable
+from stochastic_depth.data.folders import as_data_error
 from stochastic_depth.data.pictures import (
     FolderImages,
     collate,
@@ -44,7 +45,7 @@ class FolderBatches:
         train: how many of the remaining training images to keep; all when not given.
         augment: whether training uses random crops and flips; otherwise it uses the view of
             evaluation.
-        share: the share of each batch that this process decodes and gets.
+        shard: the part of each batch that this process decodes and gets.
 
     Raises:
         DataError: when folders, classes or pictures are missing, or a count does not fit.
@@ -66,7 +67,7 @@ class FolderBatches:
         augment: bool = True,
         evaluation_batch: int = 250,
         name: str = "imagenet",
-        share: Share = ALONE,
+        shard: Shard = WHOLE,
     ):
         self.root = Path(root).expanduser()
         self.classes, training = scan(self.root / "train")
@@ -94,7 +95,7 @@ class FolderBatches:
         self.batch, self.evaluation_batch = batch, evaluation_batch
         self.seed = seed
         self.workers = workers
-        self.share = share
+        self.shard = shard
         self.device = torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (torch.tensor(v, device=self.device) for v in (MEAN, STD))
@@ -107,7 +108,7 @@ class FolderBatches:
         return self._fingerprint
 
     @cached_property
-    @files_readable()
+    @as_data_error()
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.classes).encode())
         for part, samples in self._samples.items():
@@ -124,21 +125,24 @@ class FolderBatches:
 
     def evaluate(self, part: Part) -> Iterator[Batch]:
         images = FolderImages(self._samples[part], self._evaluation_view, ("evaluate",))
-        yield from self._load(images, torch.arange(len(images)).split(self.evaluation_batch))
+        yield from self._load(images, self._in_order(len(images)))
+
+    def _in_order(self, count: int) -> tuple[torch.Tensor, ...]:
+        return torch.arange(count, device="cpu").split(self.evaluation_batch)
 
     def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
-        chosen = [mine for batch in batches if (mine := self._mine(batch))]
+        shards = [indices for batch in batches if (indices := self._shard_of(batch))]
         loader = DataLoader(
             images,
-            batch_sampler=chosen,
+            batch_sampler=shards,
             collate_fn=collate,
-            num_workers=min(self.workers, _cores(), len(chosen)),
+            num_workers=min(self.workers, _cores(), len(shards)),
             pin_memory=self.device.type == "cuda",
             # Without this the loader would draw from the global random state.
             generator=generator("workers", self.seed),
         )
         try:
-            for loaded in loader:
+            for loaded in _on_cpu(loader):
                 if isinstance(loaded, DataError):
                     failure = loaded
                     break
@@ -155,8 +159,20 @@ class FolderBatches:
         # Raised here, when the last reference to the loader is gone and its workers have stopped.
         raise failure
 
-    def _mine(self, batch: torch.Tensor) -> list[int]:
-        return batch[self.share.of(len(batch))].tolist()
+    def _shard_of(self, batch: torch.Tensor) -> list[int]:
+        return batch[self.shard.slice_of(len(batch))].tolist()
+
+
+def _on_cpu(loader: DataLoader) -> Iterator[Any]:
+    """Iterate over `loader` with the CPU as PyTorch's default device, where its generator is."""
+    with torch.device("cpu"):
+        iterator = iter(loader)
+    while True:
+        with torch.device("cpu"):
+            loaded = next(iterator, None)
+        if loaded is None:
+            return
+        yield loaded
 
 
 def _cores() -> int:
@@ -181,6 +197,6 @@ def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
 
 def choose(samples: Samples, count: int, *key: str) -> tuple[Samples, Samples]:
     """`count` samples, in proportion to the classes; and all others."""
-    labels = torch.tensor([label for _, label in samples])
+    labels = torch.tensor([label for _, label in samples], device="cpu")
     taken, rest = (index.tolist() for index in stratified(labels, count, *key))
     return [samples[i] for i in taken], [samples[i] for i in rest]

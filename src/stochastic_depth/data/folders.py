@@ -17,8 +17,11 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 
 
 @contextmanager
-def files_readable() -> Iterator[None]:
+def as_data_error(path: Path | None = None) -> Iterator[None]:
     """Turn operating system errors while reading a data set into one sentence.
+
+    Args:
+        path: what is read; if it is not given, the file or folder that the system names.
 
     Raises:
         DataError: in place of the OSError, naming the file or folder.
@@ -26,8 +29,8 @@ def files_readable() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = error.filename or "a file of the data set"
-        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+        name = path or error.filename or "a file of the data set"
+        raise DataError(f"{name} cannot be read: {files.reason(error)}") from error
 
 
 def read_file(path: Path) -> bytes:
@@ -36,21 +39,8 @@ def read_file(path: Path) -> bytes:
     Raises:
         DataError: when it cannot be read, is a device or a pipe, or is too large.
     """
-    with file_readable(path):
-        return files.read_file(path, files.LARGE, inside=0)
-
-
-@contextmanager
-def file_readable(path: Path) -> Iterator[None]:
-    """Turn operating system errors while reading one file into one sentence.
-
-    Raises:
-        DataError: in place of the OSError, naming the file.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({files.reason(error)})") from error
+    with as_data_error(path):
+        return files.read_file(path, files.LARGE, real_parts=0)
 
 
 MD5 = {
@@ -86,7 +76,7 @@ def open_published(path: Path, instead: str) -> Iterator[BinaryIO]:
     Raises:
         DataError: when it cannot be read, or has another checksum.
     """
-    with file_readable(path), files.open_file(path, inside=0) as file:
+    with as_data_error(path), files.open_file(path, real_parts=0) as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
         if found != MD5[path.name]:
             raise DataError(
@@ -124,7 +114,7 @@ def data_folder(name: str, root: Path | str | None) -> Path:
 
 
 def archives(root: Path) -> list[Path]:
-    """Packed files in `root`, or `root` itself if it is one."""
+    """Archives in `root`, or `root` itself if it is one."""
     candidates = sorted(root.iterdir()) if root.is_dir() else [root]
     return [path for path in candidates if path.name.endswith(ARCHIVES)]
 
@@ -208,9 +198,9 @@ def _refuse_special(folder: Path) -> None:
     Raises:
         OSError: when a file is a pipe or a device.
     """
-    for name in names_in(folder, inside=0):
+    for name in names_in(folder, real_parts=0):
         if name.endswith((".gz", ".mat")):
-            require_file(folder / name, inside=0)
+            require_file(folder / name, real_parts=0)
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from stochastic_depth.data.batching import ALONE, Batches, Share, TensorBatches
+from stochastic_depth.data.batching import WHOLE, Batches, Shard, TensorBatches
 from stochastic_depth.data.cifar import CIFAR10, CIFAR100, find_cifar, read_cifar
 from stochastic_depth.data.dataset import DataSet, Images, check_count, reduced, stratified
 from stochastic_depth.data.folder_batches import FolderBatches
-from stochastic_depth.data.folders import data_folder, fetch, files_readable
+from stochastic_depth.data.folders import as_data_error, data_folder, fetch
 from stochastic_depth.data.svhn import has_svhn, hold_out_svhn, read_svhn
 from stochastic_depth.errors import DataError, MissingExtraError
 from stochastic_depth.extras import installing, require
@@ -41,7 +41,7 @@ def read_digits() -> tuple[Images, Images]:
 VALIDATION = {"digits": 100, "cifar10": 5_000, "cifar100": 5_000, "svhn": 6_000}
 
 
-@files_readable()
+@as_data_error()
 def load(
     name: str,
     root: Path | str | None = None,
@@ -128,11 +128,13 @@ def subset(name: str, training: Images, count: int) -> Images:
 
 TREES = ("imagenet", "folder")
 """Data sets that are folders of pictures: ImageNet, and your own pictures."""
+PICTURE_SIDE = 224
+"""The height and width, in pixels, to which pictures of a folder are scaled when none is given."""
 # The paper augments CIFAR and ImageNet, not SVHN (section 4).
 AUGMENTED = ("cifar10", "cifar100", *TREES)
 
 
-@files_readable()
+@as_data_error()
 def batches(
     name: str,
     root: Path | str | None = None,
@@ -147,7 +149,7 @@ def batches(
     size: int | None = None,
     download: bool = False,
     workers: int = 0,
-    share: Share = ALONE,
+    shard: Shard = WHOLE,
 ) -> Batches:
     """Read a data set and cut it into batches on `device`.
 
@@ -159,7 +161,7 @@ def batches(
         augment: whether to crop and flip training images; when not given, all data sets except SVHN
             and digits are augmented.
         workers: how many processes decode folders of pictures; the other data sets are in memory.
-        share: the share of each batch that this process gets, where several processes train.
+        shard: the part of each batch that this process gets, where several processes train.
 
     Raises:
         DataError: as `load`.
@@ -176,7 +178,7 @@ def batches(
             seed=seed,
             device=device,
             channels_last=channels_last,
-            share=share,
+            shard=shard,
         )
     if download:
         raise DataError(
@@ -193,7 +195,7 @@ def batches(
         validation=validation or 0,
         train=train,
         augment=augment,
-        image_size=size or 224,
+        image_size=size or PICTURE_SIDE,
         name=name,
-        share=share,
+        shard=shard,
     )

@@ -66,9 +66,9 @@ def read_shard(
     """
     arrow, parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     encoded: list[bytes | None] = []
-    labels = [torch.empty(0, dtype=torch.int64)]
+    labels = [torch.empty(0, dtype=torch.int64, device="cpu")]
     try:
-        require_file(path, inside=0)
+        require_file(path, real_parts=0)
         with parquet.ParquetFile(path) as file:
             claimed, length = file.metadata.num_rows, path.stat().st_size
             if claimed > length:
@@ -124,7 +124,7 @@ def integers(path: Path, name: str, values: Any) -> Tensor:
             f"{path}: column {name} is {values.type} with {values.null_count} nulls, expected one "
             "integer for each row"
         )
-    return torch.tensor(values.to_pylist(), dtype=torch.int64)
+    return torch.tensor(values.to_pylist(), dtype=torch.int64, device="cpu")
 
 
 def column(path: Path, names: list[str], wanted: tuple[str, ...]) -> str:

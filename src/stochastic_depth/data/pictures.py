@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.data.folders import file_readable
+from stochastic_depth.data.folders import as_data_error
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
 from stochastic_depth.files import open_file
@@ -26,8 +26,8 @@ CHUNK = 1000
 
 
 @contextmanager
-def no_warning(image: Any) -> Iterator[None]:
-    """While entered, Pillow does not warn about large pictures; they raise an error instead."""
+def ignore_size_warning(image: Any) -> Iterator[None]:
+    """While entered, Pillow does not warn of large pictures; the caller refuses them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", image.DecompressionBombWarning)
         yield
@@ -50,11 +50,12 @@ def decode(
         uint8 [count, 3, height, width].
 
     Raises:
-        DataError: when a picture is empty, foreign, truncated or of another size; names the first.
+        DataError: when one of them is empty, truncated, not a picture or of a different size; names
+            the first.
         MissingExtraError: when Pillow is not installed.
     """
     require("PIL.Image", "data")
-    pixels = torch.empty(count, size[1], size[0], 3, dtype=torch.uint8)
+    pixels = torch.empty(count, size[1], size[0], 3, dtype=torch.uint8, device="cpu")
 
     def decode_chunk(start: int) -> None:
         stop = min(start + CHUNK, count)
@@ -78,7 +79,7 @@ def decode_one(encoded: bytes | None, where: str, size: tuple[int, int]) -> byte
     image = require("PIL.Image", "data")
     try:
         with image.open(BytesIO(encoded), formats=FORMATS) as picture:
-            # The header alone is read so far: a picture that claims to be huge stops here.
+            # Only the header is read so far: a picture that claims to be huge is refused here.
             if picture.size != size:
                 raise DataError(
                     f"{where}: an image of {picture.width}x{picture.height} pixels, expected "
@@ -130,7 +131,7 @@ class FolderImages(torch.utils.data.Dataset[tuple[Tensor, int] | DataError]):
             picture = open_picture(Path(path))
         except DataError as error:
             return error
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # torch.manual_seed would seed the accelerators too.
             torch.default_generator.manual_seed(generator(*self.key, index).initial_seed())
             return self.view(picture), label
@@ -144,7 +145,7 @@ def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor
             return item
         images.append(item[0])
         labels.append(item[1])
-    return torch.stack(images), torch.tensor(labels)
+    return torch.stack(images), torch.tensor(labels, device="cpu")
 
 
 def open_picture(path: Path) -> Any:
@@ -155,10 +156,10 @@ def open_picture(path: Path) -> Any:
         MissingExtraError: when Pillow is not installed.
     """
     image = require("PIL.Image", "data")
-    with file_readable(path):
-        file = open_file(path, inside=0)
+    with as_data_error(path):
+        file = open_file(path, real_parts=0)
     try:
-        with file, no_warning(image), image.open(file, formats=FORMATS) as picture:
+        with file, ignore_size_warning(image), image.open(file, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(
                     f"{path}: an image of {picture.width}x{picture.height} pixels, expected at "
@@ -177,7 +178,9 @@ def open_picture(path: Path) -> Any:
 def training_view(size: int) -> View:
     """A random part of 8% to 100% of the area, scaled to `size`, mirrored half of the time."""
     v2 = require("torchvision.transforms.v2", "data")
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    with torch.device("cpu"):  # a crop holds a tensor
+        crop = v2.RandomResizedCrop(size)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
 def evaluation_view(size: int) -> View:

@@ -52,7 +52,7 @@ def skip_closed(ddp: nn.Module) -> None:
 
 
 class _Blocks:
-    """The blocks of one model: their parameters, and which of them were open."""
+    """The blocks of one model: their parameters, and which blocks were open."""
 
     def __init__(self, whole: nn.Module, name: str, model: nn.Module) -> None:
         self.handle: Handle = handle_of(model)
@@ -76,15 +76,15 @@ class _Blocks:
 
 def _owners(whole: nn.Module, prefix: str, handle: Handle) -> dict[Tensor, list[int]]:
     """For each parameter that only blocks use, the numbers of these blocks."""
-    of_name: dict[str, list[int]] = {}
+    numbers_by_name: dict[str, list[int]] = {}
     for number, block in enumerate(handle.blocks):
         for name in block.parameters:
-            of_name.setdefault(prefix + name, []).append(number)
+            numbers_by_name.setdefault(prefix + name, []).append(number)
     owners: dict[Tensor, list[int]] = {}
     shared = set()
     for name, parameter in whole.named_parameters(remove_duplicate=False):
-        if name in of_name:
-            owners.setdefault(parameter, []).extend(of_name[name])
+        if name in numbers_by_name:
+            owners.setdefault(parameter, []).extend(numbers_by_name[name])
         else:
             shared.add(parameter)
     return {parameter: numbers for parameter, numbers in owners.items() if parameter not in shared}
@@ -95,7 +95,7 @@ class _Reduction:
 
     def __init__(self, blocks: list[_Blocks], group: dist.ProcessGroup | None) -> None:
         self._blocks, self._group = blocks, group
-        self._consistency = GateConsistency([of_one.handle for of_one in blocks], group)
+        self._consistency = GateConsistency([each.handle for each in blocks], group)
 
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
@@ -118,14 +118,14 @@ class _Reduction:
         def put_back(future: Future[list[Tensor]]) -> Tensor:
             if len(parts) > 1:
                 received = future.value()[0].split([len(part) for part in parts])
-                for part, of_all in zip(parts, received, strict=True):
-                    part.copy_(of_all)
+                for part, average in zip(parts, received, strict=True):
+                    part.copy_(average)
             return buffer
 
         return work.get_future().then(put_back)
 
     def _open_runs(self, bucket: GradBucket) -> Iterator[slice]:
-        """The ranges of a bucket that hold other gradients than those of closed blocks."""
+        """The ranges of a bucket between the gradients of closed blocks."""
         start = end = 0
         for parameter in bucket.parameters():
             size = parameter.numel()

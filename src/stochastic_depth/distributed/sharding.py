@@ -19,7 +19,7 @@ from stochastic_depth.errors import CheckpointError, GateError
 from stochastic_depth.surgery.applied import applied_to, handle_of
 
 
-def branch_modules(model: nn.Module) -> list[list[nn.Module]]:
+def modules_to_shard(model: nn.Module) -> list[list[nn.Module]]:
     """For each residual block of `model`, the outermost modules that run only in its branch.
 
     They hold all parameters of the branches, except those of the block itself and of modules that
@@ -72,15 +72,15 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
             "a sharded model needs the same gates on every rank, because all of them gather the "
             "parameters of an open block: leave out sd.distributed.gates_by_rank"
         )
-    for group in branch_modules(model):
+    for group in modules_to_shard(model):
         fully_shard(group if len(group) > 1 else group[0], **options)
     consistency = GateConsistency([handle])
 
-    def look(model: nn.Module, args: tuple) -> None:
+    def check_gates(model: nn.Module, args: tuple) -> None:
         if model.training:
             consistency.check(next(model.parameters()).device)
 
-    model.register_forward_pre_hook(look)
+    model.register_forward_pre_hook(check_gates)
 
 
 def _outermost(
@@ -92,8 +92,8 @@ def _outermost(
     if parameters and parameters <= wanted and always.isdisjoint(module.modules()):
         yield module
     elif parameters & wanted:
-        for child, inside in module.named_children():
-            yield from _outermost(inside, prefix + child, wanted, always)
+        for child_name, child in module.named_children():
+            yield from _outermost(child, prefix + child_name, wanted, always)
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -111,23 +111,23 @@ def save_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore what `save_sharded` has written, on any number of ranks, sharded or not.
 
-    Under `skipped="freeze"` the optimizer has no state for a block that was never open, and it has
-    none after loading either.
+    Under `skipped="freeze"` the optimizer has no state for a block that was never open, neither
+    before nor after loading.
 
     `torch.distributed.checkpoint` unpickles the contents of `folder`: load only what you have
     written.
 
     Raises:
-        CheckpointError: when it cannot be read, or belongs to another network.
+        CheckpointError: when it cannot be read, or belongs to a different network.
         StateError: when it was written with other survival probabilities, gates or scaling.
     """
     state = _state(model, optimizer)
     try:
         known = FileSystemReader(folder).read_metadata().state_dict_metadata
-        lost = sorted(name for name in state["model"] if f"model.{name}" not in known)
-        if lost:
+        missing = sorted(name for name in state["model"] if f"model.{name}" not in known)
+        if missing:
             raise CheckpointError(
-                f"{folder} has no {', '.join(lost[:3])}: it is of another network"
+                f"{folder} has no {', '.join(missing[:3])}: it belongs to a different network"
             )
         load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
     except (CheckpointException, OSError) as error:
@@ -141,8 +141,8 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    weights, of_optimizer = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": of_optimizer, "depth": handle_of(model)}
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state, "depth": handle_of(model)}
 
 
 def _first(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace every batch normalisation of `model` by one over all ranks; its parameters stay.
+    """Replace every batch normalisation of `model` by one over all ranks, with the same parameters.
 
     Every rank must run the same layers. With per-rank gates, or with subsets that may be empty on a
     rank (balanced ones never are), the other ranks would wait for ever. On a GPU this is
@@ -38,10 +38,10 @@ class CpuSyncBatchNorm(_BatchNorm):
             return super().forward(input)
         others, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
         x = input if input.dtype == torch.float64 else input.float()
-        count = _Sum.apply(x.new_tensor([x.numel() / x.shape[1]]))
-        mean = _Sum.apply(x.sum(others)) / count
+        count = _SumOverRanks.apply(x.new_tensor([x.numel() / x.shape[1]]))
+        mean = _SumOverRanks.apply(x.sum(others)) / count
         centred = x - mean.view(shape)
-        variance = _Sum.apply(centred.square().sum(others)) / count
+        variance = _SumOverRanks.apply(centred.square().sum(others)) / count
         self._remember(mean.detach(), variance.detach() * count / (count - 1))
         out = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
@@ -56,20 +56,20 @@ class CpuSyncBatchNorm(_BatchNorm):
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
-        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+        weight = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), weight)
 
 
-class _Sum(torch.autograd.Function):
+class _SumOverRanks(torch.autograd.Function):
     """The sum over all ranks; its gradient is the sum over all ranks too."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
+        summed = value.clone()
+        dist.all_reduce(summed)
+        return summed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Sum.forward(ctx, gradient)
+        return _SumOverRanks.forward(ctx, gradient)

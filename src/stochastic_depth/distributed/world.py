@@ -6,6 +6,7 @@ Without torchrun everything here works as with a single process.
 import gc
 import importlib
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,14 +17,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from stochastic_depth.errors import ConfigError, RunError, StochasticDepthError
+from stochastic_depth.errors import ConfigError, RunError
 
 Value = TypeVar("Value")
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """While entered, this process is in the process group of those that torchrun has started.
+def torchrun_process_group() -> Iterator[None]:
+    """While entered, this process belongs to the group of the processes that torchrun has started.
 
     Collectives on tensors of a GPU use nccl, those on tensors of a CPU use gloo.
 
@@ -54,18 +55,18 @@ def joined() -> Iterator[None]:
             raise
         raise RunError(
             f"process {rank} of {size} waited for one that is no longer there; torchrun "
-            "--max-restarts N would start all of them again, to resume from the last checkpoint"
+            "--max-restarts N would restart all of them, to resume from the last checkpoint"
         ) from error
 
 
 @contextmanager
 def process_group(backend: str, **settings: Any) -> Iterator[None]:
-    """While entered, there is the process group of `dist.init_process_group(backend, **settings)`.
+    """`dist.init_process_group(backend, **settings)` on entry, and the end of the group on exit.
 
-    Its threads end with it. One that still runs when the interpreter ends may abort the process.
-    After an error the group is left as it is, because other processes may be gone.
+    Its threads end with it; a thread that still runs when the interpreter ends may abort the
+    process. After an error the group is left as it is, because other processes may be gone.
     """
-    # If it were imported later, its functions would have this group as their default argument.
+    # Import now: at import, its functions capture the default group and would keep it alive.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend, **settings)
     yield
@@ -79,12 +80,12 @@ def ranks() -> int:
 
 
 def rank() -> int:
-    """The number of this process among them, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is rank 0, the process that writes and prints."""
     return rank() == 0
 
 
@@ -121,18 +122,29 @@ def as_on_primary(tensors: Iterable[Tensor]) -> None:
 def on_primary(act: Callable[[], Value]) -> Value:
     """Call `act` on the first rank only; every rank returns its result, or raises its error.
 
-    Results are pickled between the ranks, which all run this program.
+    Results and errors are pickled between the ranks, which all run this program. In place of an
+    error that cannot be pickled, the other ranks raise a RunError with its message.
     """
     if ranks() == 1:
         return act()
-    outcome: list = [None, None]
+    value, error = None, None
     if is_primary():
         try:
-            outcome[0] = act()
-        except StochasticDepthError as error:
-            outcome[1] = error
+            value = act()
+        except Exception as raised:
+            error = raised
+    outcome = [value, _picklable(error)]
     dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
-    value, error = outcome
+    value, sent = outcome
+    error = error or sent
     if error is not None:
         raise error
     return value
+
+
+def _picklable(error: Exception | None) -> Exception | None:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RunError(f"{type(error).__name__} in the first process: {error}")
+    return error

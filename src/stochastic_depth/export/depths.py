@@ -1,4 +1,4 @@
-"""A trained network at several depths: the blocks it needs least, its errors and its times."""
+"""Measure a trained network at several depths: which blocks to drop first, errors and times."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

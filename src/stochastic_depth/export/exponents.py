@@ -306,7 +306,7 @@ def _settle(
                 continue
             before = set(found)
             if user not in inside or not _agrees(user, value, found):
-                raise Inexact(f"{_named(origin)} is used for something else too, by {_named(user)}")
+                raise Inexact(f"{_named(origin)} is also used by {_named(user)}")
             ahead += [new for new in found if new not in before]
 
 
@@ -315,19 +315,19 @@ def _agrees(user: TracedValue, value: TracedValue, found: Exponents) -> bool:
     form = form_of(user)
     if form is None or value in others(user, form):
         return False
-    of_factors = factors(user, form)
-    total = sum(found.get(factor, 0) for factor in of_factors)
+    multiplied = factors(user, form)
+    product = sum(found.get(factor, 0) for factor in multiplied)
     wanted = {found.get(addend, 0) for addend in addends(user, form)}
-    if user in found or wanted - {0} or not of_factors:
+    if user in found or wanted - {0} or not multiplied:
         right = found.get(user, 0)
-        return not wanted - {right} and (not of_factors or total == right)
-    if total == 0:
+        return not wanted - {right} and (not multiplied or product == right)
+    if product == 0:
         return True
-    free = [factor for factor in of_factors if factor not in found and _is_fixed(factor)]
+    free = [factor for factor in multiplied if factor not in found and _is_fixed(factor)]
     if free:
-        found.update(_demand(free[0], -total, found, set()))
+        found.update(_demand(free[0], -product, found, set()))
     else:
-        found[user] = total
+        found[user] = product
     return True
 
 

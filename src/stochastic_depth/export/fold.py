@@ -14,13 +14,13 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
-from stochastic_depth.tensors import largest_difference, tensors_in
+from stochastic_depth.tensors import is_out_of_memory, largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_map_only
 
 TOLERANCE = 1e-12
 """Tolerance of the output of a branch in float64, relative to its largest value."""
 SINGLE = 1e-5
-"""The same where the model itself computes something in single precision."""
+"""The same if the model computes something in less than float64."""
 
 
 def fold(model: nn.Module, example: Example) -> None:
@@ -83,8 +83,8 @@ def multipliers(
     """
     blocks, found = handle_of(model).blocks, applied_to(model).found
     survival = [
-        0.0 if n in closed else None if of_block.training_only else _factor(block)
-        for n, (block, of_block) in enumerate(zip(blocks, found, strict=True))
+        0.0 if n in closed else None if each.training_only else _factor(block)
+        for n, (block, each) in enumerate(zip(blocks, found, strict=True))
     ]
     if all(p in (None, 0, 1) for p in survival):
         return {}
@@ -92,7 +92,9 @@ def multipliers(
         twin = copy.deepcopy(model).double()
         run = caller(twin, tree_map_only(Tensor, _double, example))
         before, outputs = _traced(twin, run, survival)
-    except RuntimeError:  # some of its operations are not made for float64
+    except RuntimeError as error:  # an operation that does not exist in float64, or mixed types
+        if is_out_of_memory(error):
+            raise
         twin = copy.deepcopy(model)
         run = caller(twin, example)
         before, outputs = _traced(twin, run, survival)
@@ -106,10 +108,10 @@ def multipliers(
         try:
             if not all(before.scaled[number] for number in numbers):
                 raise Inexact("it does not run on the example")
-            of_block = exponents([s for number in numbers for s in before.scaled[number]])
+            by_name = exponents([s for number in numbers for s in before.scaled[number]])
         except Inexact as reason:
             raise _inexact(model, block, reason) from reason
-        result |= {name: p**e for name, e in of_block.items()}
+        result |= {name: p**e for name, e in by_name.items()}
     multiply(twin, result)
     after, folded = _traced(twin, run, [p and 1.0 for p in survival])
     _require_same(model, (before, outputs), (after, folded))

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError, ExportError
 from stochastic_depth.export.truncate import replace_by_shortcuts
-from stochastic_depth.extras import require
-from stochastic_depth.files import reason, require_file
-from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet, VisionTransformer
+from stochastic_depth.files import is_there
+from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.residual import Residual
+from stochastic_depth.train.weights import DamagedFileError, read_safetensors
 
 FORMAT = 1
 KEY = "stochastic_depth"
-"""The key under which a file has its description."""
-KINDS = {kind.__name__: kind for kind in (CifarResNet, DenseNet, ImageNetResNet, VisionTransformer)}
+"""The key of the description in the metadata of a file."""
+CLASSES = {network.__name__: network for network in NETWORKS.values()}
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Architecture:
         Raises:
             ExportError: when there is no such network.
         """
-        if self.kind not in KINDS:
-            raise ExportError(f"there is no network {self.kind!r}: {', '.join(KINDS)} are known")
+        if self.kind not in CLASSES:
+            raise ExportError(f"there is no network {self.kind!r}: {', '.join(CLASSES)} are known")
         depth = self.arguments.get("depth", 0)
         if not isinstance(depth, int) or depth > tensors + 3 * len(self.removed):
             raise ExportError(f"a network of depth {depth!r} has more than {tensors} tensors")
         try:
-            model = KINDS[self.kind](**self.arguments)
+            model = CLASSES[self.kind](**self.arguments)
             remove_blocks(model, self.removed)
         except (ConfigError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise ExportError(f"{self.kind} cannot be built: {error}") from error
@@ -66,7 +66,7 @@ def remove_blocks(model: nn.Module, positions: tuple[int, ...]) -> None:
 
 
 def blocks_at(depth: float, blocks: int) -> int:
-    """How many of `blocks` run at `depth`, which is the share that runs; at least one."""
+    """How many of `blocks` blocks run at `depth`, the fraction that runs; at least one."""
     return max(1, round(depth * blocks))
 
 
@@ -119,9 +119,11 @@ class Description:
     choices: tuple[DepthChoice, ...] = ()
 
     def choice_at(self, depth: float) -> DepthChoice | None:
-        """Error and cost at a share of the blocks; None if that depth was not measured."""
+        """Error and cost with a fraction of the blocks; None if that depth was not measured."""
         if not 0 < depth <= 1:
-            raise ExportError(f"depth={depth}: it is a share of the blocks, above 0 and at most 1")
+            raise ExportError(
+                f"depth={depth}: it is a fraction of the blocks, above 0 and at most 1"
+            )
         blocks = blocks_at(depth, len(self.order))
         return next((choice for choice in self.choices if choice.blocks == blocks), None)
 
@@ -134,7 +136,7 @@ def read_description(text: str) -> Description:
     """The description that `to_json` wrote.
 
     Raises:
-        ExportError: when it is something else.
+        ExportError: when the text is not such a description.
     """
     try:
         values = json.loads(text)
@@ -199,40 +201,32 @@ def load_export(path: Path | str, depth: float = 1.0) -> Exported:
 
     Args:
         path: the file.
-        depth: the share of blocks to run, for a file that was exported with --elastic; one of the
-            shares that were measured. The blocks that are needed least are left out.
+        depth: the fraction of blocks to run, for a file that was exported with --elastic; one of
+            the fractions that were measured. The blocks that are needed least are left out.
 
     Raises:
-        ExportError: when the file is missing, damaged or foreign, or when it has one depth only.
+        ExportError: when the file is missing, damaged, or not one that export wrote, or when
+            `depth` was not measured.
         MissingExtraError: when safetensors is not installed.
     """
-    safetensors = require("safetensors", "train")
     path = Path(path)
+    if not is_there(path):
+        raise ExportError(f"{path} does not exist: give a file that stochastic-depth export wrote")
     try:
-        require_file(path)
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
+        metadata, weights = read_safetensors(path, ExportError)
+    except DamagedFileError as error:
         raise ExportError(
-            f"{path} is not there: give a file that stochastic-depth export wrote"
-        ) from None
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {reason(error)}") from error
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ExportError(
-            f"{path} is no whole safetensors file ({error}): export the run again"
+            f"{path} is not a complete safetensors file ({error}): export the run again"
         ) from error
     if KEY not in metadata:
         raise ExportError(
-            f"{path} does not say what network its weights are of: give a file that "
-            "stochastic-depth export wrote"
+            f"{path} has no network description: give a file that stochastic-depth export wrote"
         )
     try:
         description = read_description(metadata[KEY])
-        whole = {name: tensor for name, tensor in weights.items() if "/" not in name}
-        model = description.architecture.build(len(whole))
-        _load(model, whole)
+        full_depth = {name: tensor for name, tensor in weights.items() if "/" not in name}
+        model = description.architecture.build(len(full_depth))
+        _load(model, full_depth)
         if depth != 1:
             _lower(model, description, depth, weights)
     except ExportError as error:
@@ -265,12 +259,12 @@ def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
     expected = model.state_dict()
     wrong = sorted(expected.keys() ^ weights.keys())
     if wrong:
-        where = "missing" if wrong[0] in expected else "of no use"
+        where = "missing" if wrong[0] in expected else "unexpected"
         raise ExportError(f"{len(wrong)} tensors do not fit the network: {wrong[0]!r} is {where}")
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
             raise ExportError(
                 f"{name!r} is {list(weights[name].shape)}, in the network {list(tensor.shape)}: "
-                "the description is of another network, export the run again"
+                "the description belongs to a different network, export the run again"
             )
     model.load_state_dict(weights)

@@ -33,13 +33,13 @@ from stochastic_depth.train.build import architecture, skippable
 from stochastic_depth.train.runtime import Runtime, versions
 
 CHECKED = 32
-"""How many test images a written file is compared with the network on."""
+"""Number of test images used to check a written file."""
 RECALIBRATION = 64
-"""From how many training batches a shallower network gets its BatchNorm statistics."""
+"""Number of training batches that measure the BatchNorm statistics of a shallower network."""
 
 Observer = Callable[[Iterator[Dropped], int], Iterator[Dropped]]
-"""Yields the blocks that it is given as they are dropped; its second argument is how many there
-are."""
+"""Passes on the blocks as they are dropped, for example to show them; its second argument is their
+number."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def plain_network(run: Run, images: Batches, which: CheckpointName = "best") -> 
     Raises:
         CheckpointError: as `trained_model`.
     """
-    return _finished(run, images, *trained_model(run, images, which), ())
+    return _plain(run, images, *trained_model(run, images, which), ())
 
 
 def shallower_network(
@@ -76,7 +76,7 @@ def shallower_network(
     model, step = trained_model(run, images, which)
     blocks = len(skippable(model).blocks)
     count = blocks - blocks_at(depth, blocks)
-    return _finished(run, images, model, step, _order(run, images, model, count, observer))
+    return _plain(run, images, model, step, _order(run, images, model, count, observer))
 
 
 def elastic_network(run: Run, images: Batches, which: CheckpointName, observer: Observer) -> Plain:
@@ -89,8 +89,8 @@ def elastic_network(run: Run, images: Batches, which: CheckpointName, observer: 
     blocks = len(skippable(model).blocks)
     order = _order(run, images, model, blocks - 1, observer)
     last = set(range(blocks)) - set(order)
-    whole = _finished(run, images, model, step, ())
-    return replace(whole, description=replace(whole.description, order=(*order, *last)))
+    plain = _plain(run, images, model, step, ())
+    return replace(plain, description=replace(plain.description, order=(*order, *last)))
 
 
 def _order(
@@ -101,19 +101,19 @@ def _order(
     return tuple(each.block for each in observer(dropped, count))
 
 
-def _finished(
+def _plain(
     run: Run, images: Batches, model: nn.Module, step: int, dropped: tuple[int, ...]
 ) -> Plain:
-    some = sample(images, CHECKED)
+    checked = sample(images, CHECKED)
     model = model.cpu().to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
     if dropped:
         keep = [n for n in range(len(handle_of(model).blocks)) if n not in dropped]
-        truncate(model, keep, some[:4], recalibrate=training_batches(images))
+        truncate(model, keep, checked[:4], recalibrate=training_batches(images))
     with torch.no_grad():
-        expected = model(some)
+        expected = model(checked)
     if applied_inside(model):
-        fold(model, some[:4])
-    return Plain(model, _described(run, images, step, tuple(sorted(dropped))), some, expected)
+        fold(model, checked[:4])
+    return Plain(model, _describe(run, images, step, tuple(sorted(dropped))), checked, expected)
 
 
 def training_batches(images: Batches) -> Iterator[Tensor]:
@@ -126,7 +126,7 @@ def sample(images: Batches, count: int) -> Tensor:
     return next(iter(images.evaluate("test")))[0][:count].cpu().contiguous()
 
 
-def _described(run: Run, images: Batches, step: int, removed: tuple[int, ...]) -> Description:
+def _describe(run: Run, images: Batches, step: int, removed: tuple[int, ...]) -> Description:
     config = run.config
     kind, shape = architecture(config.model, images.shape[0], len(images.classes))
     record = next(record for record in run.records() if record.step == step)

@@ -15,7 +15,7 @@ from stochastic_depth.export.load import Description, ImageInput, load_export, r
 from stochastic_depth.export.network import plain_network
 from stochastic_depth.export.write import read_onnx
 from stochastic_depth.extras import require
-from stochastic_depth.files import LARGE, read_file, reason
+from stochastic_depth.files import LARGE, read_file, reading
 from stochastic_depth.train import reopen
 
 LONGEST = 20
@@ -29,7 +29,7 @@ def read_pictures(paths: Sequence[Path], wanted: ImageInput) -> Tensor:
     stays as it is.
 
     Raises:
-        DataError: when a file is not a picture, or not a whole one; names the file.
+        DataError: when a file is not a picture, or is truncated; names the file.
         MissingExtraError: when Pillow is not installed.
     """
     pixels = torch.stack([_pixels(path, open_picture(path), wanted) for path in paths])
@@ -72,13 +72,14 @@ def open_classifier(
     """Open the network of a run folder, or of a safetensors or ONNX file that `export` wrote.
 
     Args:
-        depth: the share of blocks to run, of a file exported with --elastic.
+        depth: the fraction of blocks to run, for a file exported with --elastic.
         which: for a run: the checkpoint with the lowest validation error, or the newest one.
         data: for a run: where its data is now.
 
     Raises:
-        ExportError: when the file is missing, damaged or foreign, or when it has one depth only.
-        RunError, DataError: when the folder or the data of the run is wrong.
+        ExportError: when the file is missing, damaged, or not one that export wrote, or has no such
+            depth.
+        RunError, DataError: when the folder or the data of the run cannot be used.
     """
     if path.suffix == ".safetensors":
         return load_export(path, depth)
@@ -88,7 +89,7 @@ def open_classifier(
             "safetensors file that has several"
         )
     if path.suffix == ".onnx":
-        return _of_onnx(path)
+        return _open_onnx(path)
     if path.is_file():
         raise ExportError(f"{path}: give a run folder, or a .safetensors or .onnx file")
     run, images = reopen(path, data)
@@ -96,11 +97,9 @@ def open_classifier(
     return plain.model, plain.description
 
 
-def _of_onnx(path: Path) -> Classifier:
-    try:
+def _open_onnx(path: Path) -> Classifier:
+    with reading(path, ExportError):
         content = read_file(path, LARGE)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {reason(error)}") from error
     try:
         network, description = read_onnx(content)
         return network, read_description(description)

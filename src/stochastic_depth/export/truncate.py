@@ -50,7 +50,7 @@ def replace_by_shortcuts(model: nn.Module, names: Collection[str]) -> None:
         unit = model.get_submodule(name)
         if not name:
             raise TruncateError(
-                f"{type(model).__name__} is itself a block, without which nothing remains"
+                f"{type(model).__name__} is itself a block: nothing would be left without it"
             )
         if isinstance(unit, Residual):
             setattr(model.get_submodule(parent), child, ShortcutOnly(unit))
@@ -76,7 +76,7 @@ def _remove(model: nn.Module, name: str, children: Collection[str]) -> None:
 
 
 def _renumber(modules: Iterable[nn.Module], kept: list[int]) -> None:
-    """Update the numbers that layers store of themselves."""
+    """Update the positions that layers store."""
     for new, (old, layer) in enumerate(zip(kept, modules, strict=True)):
         for module in layer.modules():
             if getattr(module, "layer_idx", None) == old:
@@ -131,15 +131,15 @@ def check_configuration(twin: nn.Module, example: Example) -> None:
     Raises:
         TruncateError: when a configuration cannot describe what is left of its model.
     """
-    of_transformers = [
+    pretrained = [
         (name, module)
         for name, module in twin.named_modules()
         if hasattr(module, "save_pretrained") and hasattr(module, "config")
     ]
     outermost = [
         (name, module)
-        for name, module in of_transformers
-        if not any(name != n and (not n or name.startswith(f"{n}.")) for n, _ in of_transformers)
+        for name, module in pretrained
+        if not any(name != n and (not n or name.startswith(f"{n}.")) for n, _ in pretrained)
     ]
     for name, module in outermost:
         try:
@@ -147,21 +147,23 @@ def check_configuration(twin: nn.Module, example: Example) -> None:
                 built = type(module)(copy.deepcopy(module.config))
             built.load_state_dict(module.state_dict())
             built = built.to(next(module.parameters()))
-            whole = built
+            rebuilt = built
             if name:
-                whole = copy.deepcopy(twin)
-                whole.set_submodule(name, built)
-            with preserve_state(whole), preserve_state(twin), torch.no_grad():
+                rebuilt = copy.deepcopy(twin)
+                rebuilt.set_submodule(name, built)
+            with preserve_state(rebuilt), preserve_state(twin), torch.no_grad():
                 given = tensors_in(caller(twin.eval(), example)())
-                difference = largest_difference(given, tensors_in(caller(whole.eval(), example)()))
+                difference = largest_difference(
+                    given, tensors_in(caller(rebuilt.eval(), example)())
+                )
             why = "" if difference <= SAME else f"its outputs differ by {difference:.2g}"
         except Exception as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if why:
             raise TruncateError(
-                f"{type(module).__name__}: its config cannot say which layers are left, so that it "
-                f"would be another network after saving and loading ({why}): keep other blocks, "
-                "for example the first of each stage (keep=N)"
+                f"{type(module).__name__}: its config cannot describe which layers are left, so "
+                f"saving and loading would change the network ({why}): keep other blocks, for "
+                "example the first of each stage (keep=N)"
             )
 
 
@@ -262,8 +264,8 @@ def truncate(
         ApplyError: when `sd.apply` was not called on `model`.
         TruncateError: when `keep` does not fit, or a block cannot be removed, which the error
             names.
-        FoldError: when a block cannot take its p_l, which the error names. In each case `model` is
-            as it was before.
+        FoldError: when a block cannot take its p_l, which the error names. In each case, and when
+            `recalibrate` raises an error, `model` is as it was before.
 
     Examples:
         >>> model = sd.models.CifarResNet(20)
@@ -294,11 +296,12 @@ def truncate(
             f"{difference:.2g} of its largest output: keep other blocks"
         )
     check_configuration(twin, example)
+    if recalibrate is not None:  # on the copy, because the batches of the caller may fail
+        update_bn(recalibrate, twin, next(twin.parameters()).device)
     _edit(model, closed, weights)
     if recalibrate is not None:
-        was_training = model.training
-        update_bn(recalibrate, model, next(model.parameters()).device)
-        model.train(was_training)
+        for buffer, measured in zip(model.buffers(), twin.buffers(), strict=True):
+            buffer.copy_(measured)
 
 
 def stages(found: Sequence[FoundBlock]) -> list[list[int]]:
@@ -365,13 +368,13 @@ def _must_pass(block: FoundBlock) -> Any:
 def _edit(model: nn.Module, closed: Sequence[int], weights: dict[str, float]) -> None:
     found = applied_to(model).found
     used = {name for n, block in enumerate(found) if n not in closed for name in block.modules}
-    names = [name for number in closed for name in _of(found[number], model, used)]
+    names = [name for number in closed for name in _removed_with(found[number], model, used)]
     multiply(model, weights)
     remove(model)
     replace_by_shortcuts(model, names)
 
 
-def _of(found: FoundBlock, model: nn.Module, used: Collection[str]) -> list[str]:
+def _removed_with(found: FoundBlock, model: nn.Module, used: Collection[str]) -> list[str]:
     """The block, and modules of its branch that are in other lists, such as norms beside layers."""
     beside = [
         name

@@ -117,7 +117,7 @@ def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
     description = session.get_modelmeta().custom_metadata_map.get(KEY)
     if description is None:
         raise ExportError(
-            "it does not say which network it holds: give a file that stochastic-depth export wrote"
+            "it has no network description: give a file that stochastic-depth export wrote"
         )
 
     def run(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.journal import Record
-from stochastic_depth.train.run_folder import untrained_removed
+from stochastic_depth.train.run_folder import remove_untrained_on_error
 
 KINDS = ("constant", "stochastic")
 
@@ -54,7 +54,7 @@ def train_pairs(
             break
         began = time.monotonic()
         pair, turns = [], []
-        with untrained_removed(pair):
+        with remove_untrained_on_error(pair):
             for kind, chosen in zip(KINDS, (constant_depth(config), config), strict=True):
                 path = folder / f"{kind}-seed{seed}"
                 run, records = _start(replace(chosen, seed=seed), path, display, stop)
@@ -91,7 +91,7 @@ def _start(
         run, images = begin(config, path)
     else:
         run = open_run(path)
-        if run.config.essential() != config.essential():
+        if run.config.without_io() != config.without_io():
             raise RunError(f"{path} has another configuration: choose another --out")
         if not is_there(run.weights):
             run, images = reopen(path, config.data.root)
@@ -131,7 +131,7 @@ def write_comparison(path: Path, experiment: Experiment, runs: dict[str, list[Ru
             "saving_measured": stochastic.time_saved(constant),
             "saving_expected": cost.saving,
         },
-        "config": stochastic.runs[0].run.config.essential().to_json(),
+        "config": stochastic.runs[0].run.config.without_io().to_json(),
         **{k: described[k] for k in ("execution", "versions", "git_commit", "machine", "created")},
         "curves": {
             kind: [[asdict(record) for record in run.records()] for run in runs[kind]]

@@ -110,7 +110,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """
     kinds: dict[Config, list[Run]] = {}
     for run in runs:
-        kinds.setdefault(run.config.kind(), []).append(run)
+        kinds.setdefault(run.config.without_seed(), []).append(run)
     names = {kind: survival_name(kind.survival) for kind in kinds}
     alike = Counter(names.values())
     return {
@@ -285,7 +285,7 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
     measured = [run for run in distinct(runs) if run.records]
     alike: dict[Config, list[RecordedRun]] = {}
     for run in measured:
-        setting = replace(run.run.config.kind(), survival=SurvivalConfig(rule="constant"))
+        setting = replace(run.run.config.without_seed(), survival=SurvivalConfig(rule="constant"))
         alike.setdefault(setting, []).append(run)
     found: list[Experiment] = []
     for setting, members in alike.items():

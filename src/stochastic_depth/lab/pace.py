@@ -13,7 +13,7 @@ from stochastic_depth.lab.formatting import counted
 from stochastic_depth.lab.outcomes import expected_cost
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, open_run
-from stochastic_depth.train.run_folder import open_batches
+from stochastic_depth.train.open import open_batches
 from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.train_state import TrainState
 
@@ -101,6 +101,6 @@ def epochs_of(folder: Path, config: Config, seeds: Sequence[int]) -> int | None:
         if path.exists():
             found = open_run(path).config
             same = replace(constant_depth(config), seed=seed, epochs=found.epochs)
-            if found.essential() == same.essential():
+            if found.without_io() == same.without_io():
                 return found.epochs
     return None

@@ -28,7 +28,7 @@ from stochastic_depth.handle import Handle
 from stochastic_depth.lab.sweep.folder import Sweep, read_sweep
 from stochastic_depth.train import Record, Run, open_run, reopen, trained_model
 from stochastic_depth.train.build import skippable
-from stochastic_depth.train.checkpoint import require_weights_of
+from stochastic_depth.train.weights import require_weights_of
 
 FORMAT = 1
 """The format number of the files of an analysis."""
@@ -66,7 +66,7 @@ class RecordedRun:
             RunError: when the file has an unknown format.
         """
         path = analysis_path(self.run, name)
-        return _formatted(path, inside=2) if is_there(path) else None
+        return _formatted(path, real_parts=2) if is_there(path) else None
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,9 @@ def write_analysis(run: Run, name: AnalysisName, found: dict[str, Any]) -> None:
         make_folder(path.parent)
     except OSError as error:
         raise RunError(f"{path.parent} cannot be made: {reason(error)}") from error
-    write_whole(path, json.dumps({"format": FORMAT, **found}, indent=1).encode() + b"\n", inside=2)
+    write_whole(
+        path, json.dumps({"format": FORMAT, **found}, indent=1).encode() + b"\n", real_parts=2
+    )
 
 
 def read_analysis(
@@ -216,7 +218,7 @@ def read_analysis(
     """
     asked = {"format": FORMAT, **settings}
     try:
-        found = json.loads(read_file(analysis_path(run, name), LARGE, inside=2))
+        found = json.loads(read_file(analysis_path(run, name), LARGE, real_parts=2))
         same = all(found[key] == value for key, value in asked.items())
         return parse(found) if same else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -237,8 +239,8 @@ def _benchmark(path: Path) -> dict[str, Any]:
     return content
 
 
-def _formatted(path: Path, inside: int = 1) -> dict[str, Any]:
-    content = _json(path, inside)
+def _formatted(path: Path, real_parts: int = 1) -> dict[str, Any]:
+    content = _json(path, real_parts)
     if content.get("format") != FORMAT:
         raise RunError(
             f"{path} has format {content.get('format')}, this version reads {FORMAT}: use the "
@@ -247,9 +249,9 @@ def _formatted(path: Path, inside: int = 1) -> dict[str, Any]:
     return content
 
 
-def _json(path: Path, inside: int = 1) -> dict[str, Any]:
+def _json(path: Path, real_parts: int = 1) -> dict[str, Any]:
     try:
-        content = json.loads(read_file(path, LARGE, inside))
+        content = json.loads(read_file(path, LARGE, real_parts))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:

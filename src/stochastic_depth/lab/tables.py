@@ -31,10 +31,10 @@ def tables(experiment: Experiment) -> list[Table]:
 
 def published_for(series: Series) -> tuple[Config, Published] | None:
     """The published recipe with the same data, network and survival, whatever its schedule."""
-    wanted = series.runs[0].run.config.kind()
+    wanted = series.runs[0].run.config.without_seed()
     for name, published in PUBLISHED.items():
         recipe = RECIPES[name]()
-        kind = recipe.kind()
+        kind = recipe.without_seed()
         if (kind.data, kind.model, kind.survival) == (wanted.data, wanted.model, wanted.survival):
             return recipe, published
     return None

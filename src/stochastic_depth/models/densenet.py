@@ -73,9 +73,9 @@ class DenseNet(nn.Module):
         divisor = 6 if bottleneck else 3
         if depth <= 4 or (depth - 4) % divisor:
             kind = "with" if bottleneck else "without"
-            fitting = ", ".join(str(divisor * n + 4) for n in (6, 16, 31))
+            depths = ", ".join(str(divisor * n + 4) for n in (6, 16, 31))
             raise ConfigError(
-                f"depth={depth}: a DenseNet {kind} bottlenecks has {divisor}n + 4 layers: {fitting}"
+                f"depth={depth}: a DenseNet {kind} bottlenecks has {divisor}n + 4 layers: {depths}"
             )
         if not 0 < compression <= 1:
             raise ConfigError(f"compression={compression}: it must be above 0 and at most 1")

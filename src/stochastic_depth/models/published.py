@@ -52,7 +52,7 @@ def published(
         if origin in LIBRARIES and rest:
             model, example = LIBRARIES[origin](rest, batch, shape, on_device, options)
         elif ":" in name:
-            model, example = _of_factory(name, batch, shape)
+            model, example = _from_factory(name, batch, shape)
         else:
             raise _no_model(name)
         return model, _with_mask(model, example) if device == "meta" else example
@@ -143,8 +143,8 @@ def inputs_of(model: Any, batch: int, shape: Shape | None, device: Any) -> dict[
         inputs[main] = _floats(batch, shape or (SAMPLES,), device)
     else:
         raise ConfigError(
-            f"{type(model).__name__} takes {main}, of which no example can be made: give "
-            "package.module:factory, which returns the model and an example"
+            f"{type(model).__name__} takes {main}, for which no example input can be generated: "
+            "give package.module:factory, which returns the model and an example"
         )
     if main == "input_ids" and getattr(config, "vision_config", None) is not None:
         inputs["pixel_values"] = _floats(batch, _image(config.vision_config), device)
@@ -161,7 +161,7 @@ def _image(config: Any) -> Shape:
     return getattr(config, "num_channels", 3), height, width
 
 
-def _of_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, Example]:
+def _from_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, Example]:
     module, _, function = name.partition(":")
     module = module.removesuffix(".py").replace("/", ".")
     try:
@@ -172,10 +172,10 @@ def _of_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, 
             "Python finds from this folder"
         ) from error
     try:
-        made = factory()
+        result = factory()
     except TypeError as error:
         raise ConfigError(f"{name!r} cannot be called without arguments: {error}") from error
-    model, example = made if isinstance(made, tuple) else (made, None)
+    model, example = result if isinstance(result, tuple) else (result, None)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"{name!r} returns {type(model).__name__}, not a module: return a model, or a model "

@@ -7,8 +7,8 @@ from stochastic_depth.train.fit import Interrupted as Interrupted
 from stochastic_depth.train.fit import fit as fit
 from stochastic_depth.train.journal import Record as Record
 from stochastic_depth.train.journal import best_record as best_record
+from stochastic_depth.train.open import begin as begin
+from stochastic_depth.train.open import reopen as reopen
+from stochastic_depth.train.open import trained_model as trained_model
 from stochastic_depth.train.run_folder import Run as Run
-from stochastic_depth.train.run_folder import begin as begin
 from stochastic_depth.train.run_folder import open_run as open_run
-from stochastic_depth.train.run_folder import reopen as reopen
-from stochastic_depth.train.run_folder import trained_model as trained_model

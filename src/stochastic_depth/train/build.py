@@ -11,13 +11,8 @@ from stochastic_depth.distributed import synchronise_batchnorm
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.errors import ApplyError, ConfigError
 from stochastic_depth.handle import Handle
-from stochastic_depth.models import (
-    CifarResNet,
-    DenseNet,
-    ImageNetResNet,
-    Network,
-    VisionTransformer,
-)
+from stochastic_depth.models import DenseNet, Network
+from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply, handle_of
 from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
@@ -29,20 +24,14 @@ def architecture(
     config: ModelConfig, channels: int, classes: int
 ) -> tuple[type[Network], dict[str, Any]]:
     """The class of the network, and its arguments except those that set its initial weights."""
-    if config.kind == "cifar-resnet":
-        return CifarResNet, {"depth": config.depth, "classes": classes, "channels": channels}
-    if config.kind == "imagenet-resnet":
-        return ImageNetResNet, {"depth": config.depth, "classes": classes}
-    if config.kind == "vit":
-        return VisionTransformer, {"depth": config.depth, "classes": classes, "channels": channels}
-    return DenseNet, {
-        "depth": config.depth,
-        "growth": config.growth,
-        "bottleneck": config.bottleneck,
-        "compression": 0.5 if config.bottleneck else 1.0,
-        "classes": classes,
-        "channels": channels,
-    }
+    arguments: dict[str, Any] = {"depth": config.depth, "classes": classes}
+    if config.kind != "imagenet-resnet":  # its images have three channels
+        arguments["channels"] = channels
+    if config.kind == "densenet":
+        arguments["growth"] = config.growth
+        arguments["bottleneck"] = config.bottleneck
+        arguments["compression"] = 0.5 if config.bottleneck else 1.0
+    return NETWORKS[config.kind], arguments
 
 
 def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> Network:
@@ -57,7 +46,7 @@ def build_depth(model: nn.Module, config: SurvivalConfig, seed: int, steps: int)
     """Give `model` stochastic depth, unless the rule is constant depth.
 
     Args:
-        steps: the number of steps of the whole training, of which a schedule takes shares.
+        steps: the number of steps of the training; a schedule is given in fractions of it.
     """
     if config.rule == "constant":
         return None
@@ -108,8 +97,7 @@ def require_trainable(config: Config, batches: Batches) -> None:
 
     Raises:
         ApplyError: when the network has no residual blocks to skip.
-        ConfigError: when there is no such network, or the images or a mini-batch are too small for
-            it.
+        ConfigError: when there is no such network, or the images or a mini-batch are too small.
     """
     channels, height, width = batches.shape
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Checkpoints and final weights: whole files with a checksum and the identity of their run."""
+"""Checkpoints: files with a checksum and the identity of their run."""
 
 import hashlib
 import io
@@ -6,27 +6,22 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from stochastic_depth.errors import CheckpointError, RunError
 from stochastic_depth.files import (
-    is_there,
     make_folder,
     names_in,
     open_file,
+    reading,
     reason,
     remove_file,
-    require_file,
-    visible,
     write_whole,
 )
 
@@ -50,7 +45,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     payload = buffer.getvalue()
     digest = hashlib.sha256(payload).hexdigest().encode()
     try:
-        write_whole(path, MAGIC + digest + b"\n" + payload, inside=2)
+        write_whole(path, MAGIC + digest + b"\n" + payload, real_parts=2)
     except RunError as error:
         raise CheckpointError(str(error)) from error
 
@@ -61,10 +56,8 @@ def load_checkpoint(path: Path, run_id: str, device: str = "cpu") -> dict[str, A
     Raises:
         CheckpointError: when the file is missing, truncated or altered, or belongs to another run.
     """
-    try:
+    with reading(path, CheckpointError):
         payload = _read_payload(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     try:
         file = io.BytesIO(payload)
         _check_entries(file, len(payload))
@@ -86,7 +79,7 @@ def _read_payload(path: Path) -> bytes:
         CheckpointError: when the file is not a checkpoint, or is damaged.
         OSError: when it cannot be read.
     """
-    with open_file(path, inside=2) as file:
+    with open_file(path, real_parts=2) as file:
         header = file.read(len(MAGIC) + _DIGEST + 1)
         if not header.startswith(MAGIC) or len(header) < len(MAGIC) + _DIGEST + 1:
             raise CheckpointError(f"{path} is not a checkpoint of this library, or is cut short")
@@ -122,7 +115,7 @@ def _check_entries(file: io.BytesIO, size: int) -> None:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run: the last `keep`, and that of the best validation error."""
+    """The checkpoints of one run: the last `keep`, and the one with the best validation error."""
 
     folder: Path
     run_id: str
@@ -133,10 +126,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, the newest first."""
-        try:
+        with reading(self.folder, CheckpointError):
             matches = map(_NAME.fullmatch, names_in(self.folder))
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be read: {reason(error)}") from error
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def save(self, step: int, best: int | None, state: dict[str, Any]) -> None:
@@ -146,7 +137,7 @@ class Checkpoints:
             CheckpointError: when it cannot be written; names the previous one, which is intact.
         """
         try:
-            _make(self.folder)
+            _create(self.folder)
             save_checkpoint(self.path(step), {"run": self.run_id, "step": step, **state})
         except CheckpointError as error:
             before = self.steps()
@@ -157,22 +148,22 @@ class Checkpoints:
         for old in past[self.keep :]:
             if old != best:
                 with suppress(OSError):
-                    remove_file(self.path(old), inside=2)
+                    remove_file(self.path(old), real_parts=2)
 
     def load(self, step: int, device: str) -> dict[str, Any]:
         """The state after `step` steps.
 
         Raises:
-            CheckpointError: as `load_checkpoint`, and when the file is of another step.
+            CheckpointError: as `load_checkpoint`, and when the file belongs to a different step.
         """
         path = self.path(step)
         state = load_checkpoint(path, self.run_id, device)
         if state["step"] != step:
-            raise CheckpointError(f"{path} is of step {state['step']}: it was renamed")
+            raise CheckpointError(f"{path} belongs to step {state['step']}: it was renamed")
         return state
 
     def newest(self, device: str) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest state that can be trusted, and the reasons why newer ones cannot.
+        """The newest undamaged state, and the reasons why newer ones were refused.
 
         Raises:
             CheckpointError: when there are checkpoints and none of them can be trusted.
@@ -192,16 +183,16 @@ class Checkpoints:
         return None, []
 
 
-def _make(folder: Path) -> None:
+def _create(folder: Path) -> None:
     try:
         make_folder(folder)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {reason(error)}") from error
+        raise CheckpointError(f"{folder} cannot be created: {reason(error)}") from error
 
 
 @contextmanager
-def fitting(step: int) -> Iterator[None]:
-    """Turn errors of loading the state of a checkpoint into one sentence.
+def as_checkpoint_error(step: int) -> Iterator[None]:
+    """Turn errors while the state of a checkpoint is loaded into one sentence.
 
     Raises:
         CheckpointError: when the state does not fit the network.
@@ -212,77 +203,3 @@ def fitting(step: int) -> Iterator[None]:
         raise CheckpointError(
             f"the checkpoint of step {step} does not fit this network: {error}"
         ) from error
-
-
-def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, str]) -> None:
-    """Write `weights` with `about` and a checksum of both as metadata.
-
-    Raises:
-        RunError: when it cannot be written.
-    """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-    write_whole(path, save(tensors, metadata={**about, "sha256": _checksum(tensors, about)}))
-
-
-def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
-    """The tensors in `path`, on the CPU.
-
-    Args:
-        run_id: the run to which they must belong; None accepts any.
-
-    Raises:
-        RunError: when the file is missing, truncated or altered, has no checksum, or belongs to
-            another run.
-    """
-    try:
-        require_file(path)
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {reason(error)}") from error
-    except SafetensorError as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-    if run_id is not None:
-        _require_run(path, about, run_id)
-    if about.pop("sha256", None) != _checksum(tensors, about):
-        raise RunError(
-            f"{path} is damaged, or older than checksums: resuming its run writes it again"
-        )
-    return tensors
-
-
-def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(repr(sorted(about.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def require_weights_of(run_id: str, path: Path) -> None:
-    """Raise an error if the weights at `path` belong to another run; a missing file is accepted.
-
-    Raises:
-        RunError: when they belong to another run, or cannot be read.
-    """
-    if not is_there(path):
-        return
-    try:
-        require_file(path)
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {reason(error)}") from error
-    except SafetensorError:
-        return  # damaged: resuming the run writes it again
-    _require_run(path, about, run_id)
-
-
-def _require_run(path: Path, about: Mapping[str, str], run_id: str) -> None:
-    owner = about.get("run", "none")
-    if owner != run_id:
-        raise RunError(
-            f"{path} belongs to another run ({visible(owner)[:40]}, not {run_id}): remove it, and "
-            f"go on by stochastic-depth train --resume {path.parent}, which writes it again"
-        )

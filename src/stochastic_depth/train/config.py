@@ -241,7 +241,7 @@ class DistributedConfig:
     """What several processes share; without effect in a single process."""
 
     sync_batchnorm: bool = False
-    """Normalise over the images of all processes together, not of each alone."""
+    """Normalise over the images of all processes together, instead of each process separately."""
     rank_gates: bool = False
     """Each process draws its own gates. Then all gradients are sent, and all wait for the
     deepest."""
@@ -295,24 +295,24 @@ class Config:
                 "add --survival.balance"
             )
 
-    def essential(self) -> "Config":
-        """This configuration without the fields that do not change a result.
+    def without_io(self) -> "Config":
+        """This configuration without the fields that do not change results.
 
-        These are where the data is, how it is read, and how many checkpoints are kept.
+        They say where the data is, how it is read, and how many checkpoints are kept.
         """
         data = replace(self.data, root=None, workers=0, download=False)
         return replace(self, keep=1, data=data)
 
-    def kind(self) -> "Config":
+    def without_seed(self) -> "Config":
         """This configuration without its seed: equal for runs that differ in their seed only.
 
-        The name of the recipe is left out too, and so is p_L under constant depth, where it is not
-        used.
+        It also leaves out `without_io`'s fields, the name of the recipe and, under constant depth,
+        the survival settings, which are not used.
         """
         survival = self.survival
         if survival.rule == "constant":
             survival = SurvivalConfig(rule="constant")
-        return replace(self.essential(), recipe="", seed=0, survival=survival)
+        return replace(self.without_io(), recipe="", seed=0, survival=survival)
 
     def to_json(self) -> dict[str, Any]:
         """This configuration as plain JSON values."""

@@ -1,4 +1,4 @@
-"""The progress of runs: a live picture on a terminal, plain lines elsewhere, or nothing."""
+"""The progress of runs: a live view on a terminal, plain lines elsewhere, or nothing."""
 
 import time
 from abc import ABC, abstractmethod
@@ -92,7 +92,7 @@ class RunView:
         self.say_line(visible(f"{self.label} {text}" if self.label else text))
 
     def line(self, record: Record) -> str:
-        """What an interval came to, in 80 columns; the journal has the rest."""
+        """The interval's main metrics in one line of at most 80 columns."""
         line = (
             f"epoch {record.epoch:g}/{self.epochs} loss {record.train_loss:.3g} "
             f"val {record.validation_error:.2f}% test {record.test_error:.2f}%"
@@ -108,8 +108,8 @@ class RunView:
         done = self.step_done - self.began_at_step
         if done == 0:
             return "-:--:--"
-        a_step = (time.monotonic() - self.began) / done
-        return str(timedelta(seconds=round(a_step * (self.steps - self.step_done))))
+        seconds = (time.monotonic() - self.began) / done
+        return str(timedelta(seconds=round(seconds * (self.steps - self.step_done))))
 
     def render(self, width: int) -> Group:
         """Progress, gates and metrics, in about three lines."""

@@ -1,23 +1,33 @@
-"""Choose the engine that takes the training steps of a configuration, with the reason."""
+"""Choose the engine that takes the training steps of a configuration, and say why."""
 
 from typing import Literal, NamedTuple
 
 import torch
 
-from stochastic_depth.block_program.library import missing, unmeasured
+from stochastic_depth.block_program.library import why_unavailable, why_unmeasured
+from stochastic_depth.block_program.program import why_unsupported
+from stochastic_depth.data.loading import PICTURE_SIDE
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.train.config import Config
+from stochastic_depth.models.networks import NETWORKS
+from stochastic_depth.train.config import Config, DataName
 
 EngineName = Literal["eager", "compiled", "graphs"]
 KernelsName = Literal["reference", "native", "compiled"]
 
 
-SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32}
-"""Pixels of the images' side, where all have the same."""
+SIDES: dict[DataName, int] = {
+    "digits": 8,
+    "cifar10": 32,
+    "cifar100": 32,
+    "svhn": 32,
+    "imagenet": PICTURE_SIDE,
+    "folder": PICTURE_SIDE,
+}
+"""The height and width of the images in pixels, unless `data.size` is set."""
 
 
-class Choice(NamedTuple):
+class EngineChoice(NamedTuple):
     """The chosen engine and kernels, and the reason."""
 
     engine: EngineName
@@ -25,64 +35,59 @@ class Choice(NamedTuple):
     because: str
 
 
-def choose_engine(config: Config, device: str, precision: str) -> Choice:
+def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
     """The engine of a configuration.
 
     Raises:
-        ConfigError: when the engine asked for cannot train this network.
+        ConfigError: when the requested engine cannot train this network.
     """
     on_cpu = torch.device(device).type == "cpu"
-    obstacle = _obstacle(config)
-    no_kernels = missing() or unmeasured()
+    obstacle = _why_program_unsupported(config)
+    no_kernels = why_unavailable() or why_unmeasured()
     kernels: KernelsName = "compiled"
     if on_cpu:
-        kernels = "native" if missing() is None else "reference"
+        kernels = "native" if why_unavailable() is None else "reference"
     if config.engine == "graphs":
         if obstacle is not None:
             raise ConfigError(f"engine is graphs: {obstacle}; use --engine eager or compiled")
-        return Choice("graphs", kernels, "as asked")
+        return EngineChoice("graphs", kernels, "as asked")
     if config.engine == "compiled" and config.distributed.sync_batchnorm:
         raise ConfigError(
-            "engine is compiled: PyTorch's compiler takes no block that waits for other processes; "
-            "use --engine eager, or leave out --distributed.sync-batchnorm"
+            "engine is compiled: PyTorch's compiler cannot compile blocks that wait for other "
+            "processes; use --engine eager, or leave out --distributed.sync-batchnorm"
         )
     if config.engine != "auto":
-        return Choice(config.engine, "reference", "as asked")
+        return EngineChoice(config.engine, "reference", "as asked")
     if obstacle is not None:
-        return Choice("eager", "reference", obstacle)
+        return EngineChoice("eager", "reference", obstacle)
     if not on_cpu:
-        return Choice("eager", "reference", "graphs have not been measured on a GPU yet")
+        return EngineChoice("eager", "reference", "graphs have not been measured on a GPU yet")
     if no_kernels is None and precision == "float32":
-        no_kernels = _misfit(config)
+        no_kernels = _why_images_unsupported(config)
     if no_kernels is not None:
-        return Choice(
+        return EngineChoice(
             "eager", "reference", f"without native kernels graphs gain little: {no_kernels}"
         )
-    return Choice("graphs", "native", "there are native kernels for this processor")
+    return EngineChoice("graphs", "native", "there are native kernels for this processor")
 
 
-def _misfit(config: Config) -> str | None:
+def _why_images_unsupported(config: Config) -> str | None:
     """Why the native kernels cannot take images of this size; None if they can.
 
     They compute at least 8 pixels of a row at a time in the first stage, and 2 in the last one,
     which has a quarter of the columns.
     """
-    side = config.data.size or SIDES.get(config.data.name)
-    if side is None or side % 8:
-        return (
-            f"they are for images with a multiple of 8 pixels a side, not {side or 'of any size'}"
-        )
+    side = config.data.size or SIDES[config.data.name]
+    if side % 8:
+        return f"they need images with a multiple of 8 pixels a side, these have {side}"
     return None
 
 
-def _obstacle(config: Config) -> str | None:
+def _why_program_unsupported(config: Config) -> str | None:
     """Why the block program cannot train this configuration; None if it can."""
     if ranks() > 1:
-        return f"a block program is of one process, and {ranks()} train together"
-    if config.model.kind != "cifar-resnet":
-        return f"there is no block program for networks of the kind {config.model.kind}"
-    if config.survival.rule != "constant" and config.survival.gate != "batch":
-        return f"a block program has no gates for single samples ({config.survival.gate})"
-    if config.survival.closed == "forward-only":
-        return "a block program has no branches that run forward only"
-    return None
+        return f"the block program supports one process, {ranks()} are training"
+    network, survival = NETWORKS[config.model.kind], config.survival
+    if survival.rule == "constant":
+        return why_unsupported(network)
+    return why_unsupported(network, survival.gate, survival.closed)

@@ -22,7 +22,7 @@ KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
     "native": NativeKernels,
     "compiled": lambda dtype: CompiledKernels(),
 }
-"""The kernels by name. Each is called with the type in which activations are stored."""
+"""The kernels by name. Each is called with the type of activations."""
 
 
 class Engine(Protocol):
@@ -37,7 +37,7 @@ class Engine(Protocol):
 
 
 class ProgramEngine:
-    """Runs the block program on whole mini-batches, and autograd on the last one of an epoch."""
+    """Runs the block program on full mini-batches, and autograd on a smaller last one."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class ProgramEngine:
             CudaGraphs(device) if device.type == "cuda" else Eagerly(),
         )
         self._autograd = AutogradEngine(model, handle, optimizer, first_weight, runtime)
-        self._was_whole = True
+        self._was_full = True
 
     @property
     def kept(self) -> int:
@@ -69,16 +69,16 @@ class ProgramEngine:
         return self._program.kept
 
     def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
-        self._was_whole = images.shape == self._shape
-        if not self._was_whole:
+        self._was_full = images.shape == self._shape
+        if not self._was_full:
             return self._autograd.step(images, labels, weight)
         loss = self._program.step(images, labels)
         return measured(loss, self._program.stem_gradient)
 
     @property
     def block_gradients(self) -> Sequence[Tensor | None]:
-        of = self._program if self._was_whole else self._autograd
-        return of.block_gradients
+        last = self._program if self._was_full else self._autograd
+        return last.block_gradients
 
 
 def build_engine(
@@ -92,7 +92,7 @@ def build_engine(
     """The engine that `runtime` names.
 
     Args:
-        shape: the shape of a whole mini-batch, [batch, channels, height, width].
+        shape: the shape of a full mini-batch, [batch, channels, height, width].
     """
     if "compiled" in (runtime.engine, runtime.kernels):
         # By default PyTorch uses a folder in /tmp that another user could guess and create first.

@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from stochastic_depth.errors import DivergedError, OutOfMemoryError
 from stochastic_depth.gates import open_shares
+from stochastic_depth.tensors import is_out_of_memory
 from stochastic_depth.train.run_folder import Run
 from stochastic_depth.train.train_state import TrainState
 
 _SIGNS_OF_EXHAUSTION = (
-    "can't allocate memory",  # PyTorch's allocator on a CPU
-    "could not create a memory",  # oneDNN
     "Cannot allocate memory",  # the operating system, when a loader starts its workers
     "DataLoader worker",  # when the operating system has killed it
 )
@@ -29,7 +27,7 @@ def diverged(run: Run, step: int, what: str) -> DivergedError:
 
 
 @contextmanager
-def memory_watched(run: Run, train_state: TrainState) -> Iterator[None]:
+def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
     """Turn errors of exhausted memory into one that names the step and the remedies.
 
     Raises:
@@ -40,13 +38,13 @@ def memory_watched(run: Run, train_state: TrainState) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_exhaustion(error):
             raise
-        said = (str(error) or "no more")[:200].splitlines()[0]
+        message = (str(error) or "no more")[:200].splitlines()[0]
         step, config = train_state.step, train_state.config
         evaluating = not train_state.model.training
         gates = "in evaluation" if evaluating else open_blocks(train_state.gates_at(step))
         raise OutOfMemoryError(
-            f"out of memory at step {step} of {run.path} ({gates}): {said}; "
-            f"{last_good(run)}. Go on where there is more memory, or begin a run with a lower "
+            f"out of memory at step {step} of {run.path} ({gates}): {message}; "
+            f"{last_good(run)}. Resume where there is more memory, or begin a run with a lower "
             f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
             f"({config.data.workers}) or --precision bfloat16 ({train_state.runtime.precision})"
         ) from error
@@ -54,9 +52,7 @@ def memory_watched(run: Run, train_state: TrainState) -> Iterator[None]:
 
 def is_exhaustion(error: Exception) -> bool:
     """Whether memory is exhausted, in this process or in one that decodes pictures."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(sign in str(error) for sign in _SIGNS_OF_EXHAUSTION)
+    return is_out_of_memory(error) or any(sign in str(error) for sign in _SIGNS_OF_EXHAUSTION)
 
 
 def open_blocks(gates: Tensor) -> str:

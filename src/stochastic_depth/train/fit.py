@@ -1,15 +1,13 @@
 """The training loop: an iterator over the records of a run, which can be resumed at any step."""
 
 import resource
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +16,13 @@ from stochastic_depth.data import Batches
 from stochastic_depth.distributed.world import any_rank, on_primary, ranks
 from stochastic_depth.errors import CheckpointError, RunError, StochasticDepthError
 from stochastic_depth.files import is_there
-from stochastic_depth.train.checkpoint import read_weights, write_weights
-from stochastic_depth.train.failures import diverged, memory_watched, open_blocks
+from stochastic_depth.train.failures import as_out_of_memory_error, diverged, open_blocks
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
-from stochastic_depth.train.run_folder import Run, untrained_removed
+from stochastic_depth.train.run_folder import Run, remove_untrained_on_error
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
+from stochastic_depth.train.weights import read_weights, write_weights
 
 _STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}
 """How many steps lie between checks of the loss, by type of device. Reading a loss synchronises
@@ -32,7 +30,7 @@ with the GPU, so it is done rarely there."""
 
 
 class Interrupted(StochasticDepthError):
-    """Raised when a run was asked to stop by a signal, and has written a checkpoint."""
+    """Raised when a signal has stopped a run, after a checkpoint was written."""
 
     def __init__(self, run: Path, step: int, signal: int) -> None:
         super().__init__(f"{run} stopped at step {step}, with a checkpoint")
@@ -57,8 +55,8 @@ def fit(
 ) -> Iterator[Record]:
     """Train `run` from its newest checkpoint to its end, yielding each record as it is written.
 
-    If it is killed at any instant, at most the work since the last checkpoint is lost. Called
-    again, it ends, on a CPU, bit for bit where it would have ended otherwise.
+    If it is killed at any instant, at most the work since the last checkpoint is lost. If it is
+    called again, its results on a CPU are bitwise those of a run without interruption.
 
     Args:
         run: the folder to write.
@@ -68,20 +66,20 @@ def fit(
             checkpoint and stops.
 
     Raises:
-        RunError: when another process writes the folder, it is removed, or nothing can be written;
-            or when the data is not that of the run.
+        RunError: when another process writes the folder, the folder is removed or cannot be
+            written, or the data is not the data of the run.
         CheckpointError: when no checkpoint can be trusted, or one cannot be written.
-        DataError: when something, such as a picture, cannot be read. Before the first record and
-            the first checkpoint the folder is removed then.
+        DataError: when something, such as a picture, cannot be read. If there is neither a record
+            nor a checkpoint yet, the folder is removed.
         DivergedError: when a loss or a weight is not finite.
         OutOfMemoryError: when a step or an evaluation needs more memory than there is.
-        Interrupted: when `stop` has asked for it.
+        Interrupted: when `stop` has returned a signal.
     """
     run.require_data(batches.fingerprint)
-    with untrained_removed([run]), ExitStack() as stack:
-        still_ours = stack.enter_context(_writing(run))
+    with remove_untrained_on_error([run]), ExitStack() as stack:
+        check_lock = stack.enter_context(_writing(run))
         train_state = TrainState(run.config, run.runtime, batches)
-        stack.enter_context(memory_watched(run, train_state))
+        stack.enter_context(as_out_of_memory_error(run, train_state))
         _restore(run, train_state, callback)
         callback.begin(run, train_state)
         stream = _stream(batches, train_state.step)
@@ -90,7 +88,7 @@ def fit(
             record = None
             if _finish_interval(run, train_state, stream, callback, stop):
                 record = _measure(train_state, batches, callback, stop)
-            still_ours()
+            check_lock()
             # No other process has written to the journal in the meantime.
             on_primary(partial(truncate_journal, run.journal, journal))
             if record is None:
@@ -104,7 +102,7 @@ def fit(
             _save(run, train_state)
             callback.record(record)
             yield record
-        still_ours()
+        check_lock()
         on_primary(lambda: _write_weights(run, train_state, callback))
 
 
@@ -128,13 +126,13 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> None:
         if run.runtime.device == "cpu" and threads != run.runtime.threads:
             callback.say(
                 f"begun with {run.runtime.threads} threads, going on with {threads}: sums are "
-                "rounded differently (set OMP_NUM_THREADS for the same end bit by bit)"
+                "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
             )
         train_state.load_state_dict(state)
     elif on_primary(lambda: bool(is_there(run.weights) and run.records())):
         raise CheckpointError(
-            f"{run.path} has ended, and its checkpoints are gone: there is nothing to go on from, "
-            "and its journal and weights are kept as they are"
+            f"{run.path} is finished and has no checkpoints left, so it cannot be resumed; nothing "
+            "was changed"
         )
     length = 0 if state is None else state["journal_bytes"]
     on_primary(lambda: truncate_journal(run.journal, length))
@@ -158,14 +156,15 @@ def _finish_interval(
     interval = run.config.evaluate_every or train_state.steps_per_epoch
     intervals_begun = -(-train_state.step // interval) + (not train_state.metrics.images)
     end = min(train_state.steps, intervals_begun * interval)
-    look = _STEPS_BETWEEN_CHECKS.get(torch.device(train_state.runtime.device).type, 1)
+    check_every = _STEPS_BETWEEN_CHECKS.get(torch.device(train_state.runtime.device).type, 1)
     began = time.perf_counter()
     stopping = any_rank(bool(stop()))
     while train_state.step < end and not stopping:
         measured = train_state.advance(*next(stream))
         callback.step(train_state, measured.loss)
-        if train_state.step % look == 0 or train_state.step == end or (stop() and ranks() == 1):
-            position = train_state.metrics.first_diverged(look)
+        is_due = train_state.step % check_every == 0 or train_state.step == end
+        if is_due or (stop() and ranks() == 1):
+            position = train_state.metrics.first_diverged(check_every)
             if position is not None:
                 step = train_state.step - len(train_state.metrics.measured) + position
                 gates = open_blocks(train_state.gates_at(step))
@@ -179,13 +178,13 @@ def _finish_interval(
 def _measure(
     train_state: TrainState, batches: Batches, callback: Callback, stop: Callable[[], int | None]
 ) -> Record | None:
-    """The record of the interval that ends here; None if a stop signal comes too early."""
+    """The record of the interval that ends here; None if a stop signal comes before it is ready."""
     callback.evaluating()
     train_state.synchronise_statistics()
     metrics, peak = train_state.metrics, peak_memory(train_state.runtime)
     means, active = metrics.means(), train_state.active_counts().tolist()
-    of_parts = evaluate_parts(train_state.model, batches, train_state.runtime, until=stop)
-    validation, test = of_parts["validation"], of_parts["test"]
+    evaluations = evaluate_parts(train_state.model, batches, train_state.runtime, until=stop)
+    validation, test = evaluations["validation"], evaluations["test"]
     if any_rank(bool(stop())):
         return None
     return Record(
@@ -243,44 +242,3 @@ def _write_weights(run: Run, train_state: TrainState, callback: Callback) -> Non
             callback.say(f"{error}; written again")
     about = {"run": run.id, "recipe": run.config.recipe}
     write_weights(run.weights, train_state.model.state_dict(), about)
-
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-
-class StopSignals:
-    """While entered, remembers a SIGINT or SIGTERM; calling the object returns its number, or None.
-
-    A second signal takes effect at once, as it would without this.
-
-    Args:
-        numbers: other signals to remember instead.
-    """
-
-    def __init__(self, numbers: Sequence[int] = STOPPING) -> None:
-        self._numbers = numbers
-        self._came: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __call__(self) -> int | None:
-        return self._came
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._remember) for number in self._numbers}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._restore()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._came = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.files import LARGE, is_there, open_for_appending, read_file, reason
+from stochastic_depth.files import LARGE, is_there, open_for_appending, read_file, reading, reason
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Record:
 
 
 def best_record(records: list[Record]) -> Record:
-    """The record with the lowest validation error; of several, the earliest."""
+    """The record with the lowest validation error; the earliest of several."""
     return min(records, key=lambda record: (record.validation_error, record.step))
 
 
@@ -106,22 +106,21 @@ def truncate_journal(path: Path, length: int) -> None:
         raise RunError(f"{path} could not be written: {reason(error)}") from error
     if found < length:
         raise RunError(
-            f"{path} has {found} bytes, the checkpoint has seen {length}: lines are lost"
+            f"{path} has {found} bytes, it had {length} when the checkpoint was written: lines are "
+            "missing"
         )
 
 
 def read_journal(path: Path) -> list[Record]:
-    """All complete lines; none without a file. A line that is just being written is left out.
+    """All complete lines; none if there is no file. A line that is being written is left out.
 
     Raises:
         RunError: when a line is not a record; names the line.
     """
-    try:
-        lines = read_file(path, LARGE).split(b"\n")[:-1]
-    except FileNotFoundError:
+    if not is_there(path):
         return []
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {reason(error)}") from error
+    with reading(path, RunError):
+        lines = read_file(path, LARGE).split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, start=1):
         try:

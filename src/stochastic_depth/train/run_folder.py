@@ -1,4 +1,4 @@
-"""A run folder: create it, open it, be the only process that writes it, load its network."""
+"""A run folder: create it, open it, and lock it for writing."""
 
 import hashlib
 import json
@@ -7,18 +7,15 @@ import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from torch import nn
 
-from stochastic_depth.choices import CheckpointName
-from stochastic_depth.data import Batches, Share, batches
-from stochastic_depth.distributed.world import on_primary, rank, ranks
-from stochastic_depth.errors import CheckpointError, DataError, RunError
+from stochastic_depth.distributed.world import ranks
+from stochastic_depth.errors import DataError, RunError
 from stochastic_depth.files import (
     SMALL,
     is_there,
@@ -30,11 +27,10 @@ from stochastic_depth.files import (
     whole_folder,
     write_new,
 )
-from stochastic_depth.train.build import build_network, require_trainable
-from stochastic_depth.train.checkpoint import Checkpoints, fitting, require_weights_of
+from stochastic_depth.train.checkpoint import Checkpoints
 from stochastic_depth.train.config import Config, restore
-from stochastic_depth.train.journal import Record, best_record, read_journal
-from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, versions
+from stochastic_depth.train.journal import Record, read_journal
+from stochastic_depth.train.runtime import Runtime, machine, versions
 
 FORMAT = 1
 BEFORE_CHECKSUMS = frozenset(
@@ -91,7 +87,7 @@ class Run:
             )
 
     def remove_untrained(self) -> None:
-        """Remove the folder if it is as it was created, so that there is nothing to go on with."""
+        """Remove the folder if nothing was written since it was created."""
         if not is_there(self.path):
             return
         if set(names_in(self.path)) - {"config.json", "checkpoints", "lock"}:
@@ -106,7 +102,7 @@ class Run:
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[], None]]:
-        """Be the only process that writes this folder; yields a check that this is still so.
+        """Lock this folder for writing; yields a function that checks that the lock still holds.
 
         Raises:
             RunError: when another process writes it, or nothing can be written; from the check,
@@ -121,7 +117,7 @@ class Run:
         try:
             lock.acquire()
             remove_unfinished(self.path)
-            remove_unfinished(self.checkpoints.folder, inside=1)
+            remove_unfinished(self.checkpoints.folder, real_parts=1)
             held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except Timeout:
             raise RunError(
@@ -131,7 +127,7 @@ class Run:
             lock.release()
             raise RunError(f"{self.path} cannot be written: {reason(error)}") from error
 
-        def still_ours() -> None:
+        def check_lock() -> None:
             if not (path.exists() and os.path.samestat(os.fstat(held), path.stat())):
                 raise RunError(
                     f"{self.path} was removed or replaced while it was being written: nothing "
@@ -139,17 +135,17 @@ class Run:
                 )
 
         try:
-            yield still_ours
+            yield check_lock
         finally:
             os.close(held)
             lock.release()
 
 
 @contextmanager
-def untrained_removed(runs: Sequence[Run]) -> Iterator[None]:
+def remove_untrained_on_error(runs: Sequence[Run]) -> Iterator[None]:
     """If data cannot be read, remove the folders of those `runs` in which nothing was trained yet.
 
-    Once the data is mended it is other data, with which they could not go on.
+    Repaired data has another fingerprint, so these runs could not resume on it.
     """
     try:
         yield
@@ -197,7 +193,7 @@ def open_run(path: Path) -> Run:
     """Open an existing run folder.
 
     Raises:
-        RunError: when `path` contains no run, or its `config.json` cannot be understood.
+        RunError: when `path` contains no run, or its `config.json` is not valid.
     """
     described = path / "config.json"
     try:
@@ -254,7 +250,7 @@ def refuse_existing(path: Path) -> None:
         raise RunError(
             f"{path} exists already: go on with it by --resume {path}, or choose another --run"
         )
-    raise RunError(f"{path} exists already, and is no run: choose another --run")
+    raise RunError(f"{path} exists already, and is not a run: choose another --run")
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -287,89 +283,3 @@ def _git_commit() -> str | None:
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def begin(config: Config, path: Path) -> tuple[Run, Batches]:
-    """Read the data, then create the run folder, so that missing data leaves no folder behind.
-
-    Raises:
-        ConfigError, DataError, RunError: when the configuration, the data or the folder is wrong.
-    """
-    on_primary(lambda: refuse_existing(path))
-    runtime = resolve_runtime(config)
-    images = open_batches(config, runtime)
-    require_trainable(config, images)
-    about = images.fingerprint, images.classes, images.shape
-    return on_primary(lambda: create_run(path, config, runtime, *about)), images
-
-
-def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
-    """Open an existing run and its data, which is in `data_root` if it has moved.
-
-    Raises:
-        ConfigError, DataError, RunError: as for `begin`; and when the device of the run is missing,
-            or the data is not that on which it began.
-    """
-    run = on_primary(lambda: open_run(path))
-    config = run.config
-    if data_root is not None:
-        config = replace(config, data=replace(config.data, root=data_root))
-    elif config.data.root is not None and not Path(config.data.root).expanduser().exists():
-        raise DataError(
-            f"{config.data.root}, the data of {path}, is not there any more: give --data DIR "
-            "(data_root, in Python), where it is now"
-        )
-    now = resolve_runtime(replace(config, device=run.runtime.device))
-    if ranks() > 1 and run.runtime.engine == "graphs":
-        run = replace(run, runtime=replace(now, precision=run.runtime.precision))
-    images = open_batches(config, run.runtime)
-    run.require_data(images.fingerprint)
-    return run, images
-
-
-def open_batches(config: Config, runtime: Runtime) -> Batches:
-    """The data of `config`, on the device on which it is trained."""
-    return batches(
-        config.data.name,
-        config.data.root,
-        batch=config.optimizer.batch,
-        seed=config.seed,
-        device=runtime.device,
-        augment=config.data.augment,
-        channels_last=True,
-        validation=config.data.validation,
-        train=config.data.train,
-        size=config.data.size,
-        download=config.data.download,
-        workers=config.data.workers,
-        share=Share(rank(), ranks()),
-    )
-
-
-def trained_model(
-    run: Run, images: Batches, which: CheckpointName = "best"
-) -> tuple[nn.Module, int]:
-    """The network of a checkpoint in evaluation mode, its branches scaled by p_l; and its step.
-
-    Args:
-        which: the checkpoint with the lowest validation error ("best"), or the newest ("last").
-
-    Raises:
-        CheckpointError: when there is no checkpoint, or it cannot be trusted.
-        RunError: when the weights in the folder belong to another run.
-    """
-    require_weights_of(run.id, run.weights)
-    records, steps = run.records(), run.checkpoints.steps()
-    if not records or not steps:
-        raise CheckpointError(
-            f"{run.path} has no evaluated checkpoint yet: go on with it by "
-            f"stochastic-depth train --resume {run.path}"
-        )
-    step = best_record(records).step if which == "best" else steps[0]
-    state = run.checkpoints.load(step, run.runtime.device)
-    model, handle = build_network(run.config, run.runtime, images)
-    with fitting(step):
-        model.load_state_dict(state["model"])
-        if handle is not None:
-            handle.load_state_dict(state["depth"])
-    return model.eval(), step

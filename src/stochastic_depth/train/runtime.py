@@ -1,14 +1,14 @@
 """Where and how a run computes: device, precision, threads and engine."""
 
 import platform
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from stochastic_depth.block_program.library import cpu_capabilities
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engine_choice import EngineName, KernelsName, choose_engine
@@ -38,7 +38,7 @@ class Runtime:
         )
 
     def autocast(self) -> AbstractContextManager:
-        """Convolutions and products in `precision`; the weights stay in float32."""
+        """Computes convolutions and products in `precision`; the weights stay in float32."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
 
@@ -52,7 +52,7 @@ def resolve_runtime(config: Config) -> Runtime:
     """Choose the device, the precision and the engine.
 
     Raises:
-        ConfigError: when the device named is not there, or the engine is not for this network.
+        ConfigError: when there is no such device, or the engine cannot train this network.
     """
     device = config.device
     if device == "auto":
@@ -72,23 +72,18 @@ def resolve_runtime(config: Config) -> Runtime:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, so that it is faster."""
+    """Whether the device multiplies bfloat16 in hardware, which makes it faster."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    processor = _processor()
+    processor = cpu_capabilities()
     return bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
 
 
-def _processor() -> Mapping[str, Any]:
-    """The capabilities of the processor, empty in versions of PyTorch that cannot list them."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-
-
 def machine(runtime: Runtime) -> dict[str, str | int]:
-    """Description of the machine, for results that are measured on it."""
+    """A description of this machine, for results that are measured on it."""
     described: dict[str, str | int] = {
         "system": platform.platform(),
-        "processor": str(_processor().get("cpu_name", platform.processor())),
+        "processor": str(cpu_capabilities().get("cpu_name", platform.processor())),
         "threads": runtime.threads,
     }
     if torch.device(runtime.device).type == "cuda":
@@ -98,5 +93,5 @@ def machine(runtime: Runtime) -> dict[str, str | int]:
 
 def versions() -> dict[str, str]:
     """Versions of this package, of PyTorch and of Python."""
-    of_packages = {name: version(name) for name in ("stochastic-depth", "torch")}
-    return {**of_packages, "python": platform.python_version()}
+    packages = {name: version(name) for name in ("stochastic-depth", "torch")}
+    return {**packages, "python": platform.python_version()}

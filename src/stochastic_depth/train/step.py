@@ -54,8 +54,8 @@ def train_step(
         images: [batch, channels, height, width], normalised.
         labels: int64 [batch].
         first_weight: the weight of the first convolution, which no gate can skip.
-        weight: the weight of this process's loss, where processes have different numbers of images;
-            its mean over the processes is 1.
+        weight: the weight of this process's loss, if processes have different numbers of images.
+            Its mean over the processes is 1.
     """
     optimizer.zero_grad()
     with runtime.autocast():
@@ -120,8 +120,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the full network, with every branch scaled by p_l. Counts are exact.
 
-    Where several processes train, each passes its share as `batches`, and all get the results over
-    all shares. Without any batch, loss and error are nan.
+    If several processes train, each passes its shard as `batches`, and all get the results over all
+    shards. Without any batch, loss and error are nan.
     """
     was_training = model.training
     model.eval()
@@ -160,7 +160,7 @@ def evaluate_parts(
 
 
 _ROWS = ("measured", "block_gradients")
-"""Fields that are lists of tensors on the device."""
+"""The fields that are lists of tensors on the device."""
 
 
 @dataclass
@@ -190,11 +190,11 @@ class IntervalMetrics:
         """
         opened = open_shares(gates) > 0
         pairs = zip(gradients, opened.tolist(), strict=True)
-        of_open = [gradient for gradient, b in pairs if b and gradient is not None]
+        open_gradients = [gradient for gradient, b in pairs if b and gradient is not None]
         means = self.measured[-1].new_full(opened.shape, math.nan)
-        if of_open:
-            sums = torch.stack(norms(of_open, 1))
-            sizes = torch.tensor([gradient.numel() for gradient in of_open])
+        if open_gradients:
+            sums = torch.stack(norms(open_gradients, 1))
+            sizes = torch.tensor([gradient.numel() for gradient in open_gradients])
             means[opened] = (sums / sizes.to(sums.device)).to(means.dtype)
         self.block_gradients.append(means)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.data import Batches, Share
+from stochastic_depth.data import Batches, Shard
 from stochastic_depth.distributed import gates_by_rank
 from stochastic_depth.distributed.world import as_on_primary, rank, ranks, total
 from stochastic_depth.residual import Residual
@@ -19,7 +19,7 @@ from stochastic_depth.train.build import (
     images_in,
     learning_rate,
 )
-from stochastic_depth.train.checkpoint import fitting
+from stochastic_depth.train.checkpoint import as_checkpoint_error
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engines import Engine, build_engine
 from stochastic_depth.train.runtime import Runtime
@@ -106,16 +106,16 @@ class TrainState:
         """Take one training step, and add its measurements to the interval.
 
         Args:
-            images, labels: this process's share of the mini-batch.
+            images, labels: this process's shard of the mini-batch.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        whole = self.images_of(self.step)
+        batch = self.images_of(self.step)
         if self.handle is not None and ranks() > 1:
-            self.handle.share = Share(rank(), ranks()).of(whole).start, whole
+            self.handle.share = Shard(rank(), ranks()).slice_of(batch).start, batch
             self.handle.parts = ranks()
-        measured = self._engine.step(images, labels, len(labels) * ranks() / whole)
-        self.metrics.add(measured, whole)
+        measured = self._engine.step(images, labels, len(labels) * ranks() / batch)
+        self.metrics.add(measured, batch)
         if self.step % self._sampled_every == 0:
             self.metrics.add_block_gradients(self._engine.block_gradients, self.gates)
         self.step += 1
@@ -140,13 +140,13 @@ class TrainState:
         """Restore a state that `state_dict` has returned, together with `state["step"]`.
 
         Raises:
-            CheckpointError: when it belongs to another network or optimizer.
+            CheckpointError: when it belongs to a different network or optimizer.
         """
-        with fitting(state["step"]):
+        with as_checkpoint_error(state["step"]):
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.handle is not None:
                 self.handle.load_state_dict(state["depth"])
             self.metrics.load_state_dict(state["tally"], self.runtime.device)
         self.step = state["step"]
-        self.__dict__.pop("_engine", None)  # it holds the earlier momentum
+        self.__dict__.pop("_engine", None)  # it holds the momentum of before

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from stochastic_depth.block_program.library import missing
+from stochastic_depth.block_program.library import why_unavailable
 from stochastic_depth.lab.bench.engines import DESIGNS, designs, engine_steps
 from stochastic_depth.lab.bench.workload import Workload, active_share
 from stochastic_depth.train.runtime import Runtime
@@ -23,7 +23,7 @@ def test_every_design_takes_the_same_steps():
     for name, share, step in engine_steps(14, Workload(4, 16, 3, EXECUTION), names):
         losses.setdefault(share, {})[name] = [step().item() for _ in range(3)]
     for of_share in losses.values():
-        assert len(of_share) == 3 - bool(missing())
+        assert len(of_share) == 3 - bool(why_unavailable())
         first, *others = of_share.values()
         for other in others:
             assert other == pytest.approx(first, rel=1e-4)

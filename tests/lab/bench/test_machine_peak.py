@@ -4,7 +4,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from stochastic_depth.block_program.library import missing
+from stochastic_depth.block_program.library import why_unavailable
 from stochastic_depth.lab.bench.costs import MachinePeak, machine_peak, step_flops
 from stochastic_depth.lab.bench.peers import bench as bench_peers
 from stochastic_depth.lab.bench.skip import bench as bench_skip
@@ -14,7 +14,7 @@ from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = Runtime("cpu", "float32", 1)
-needs_a_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+needs_a_compiler = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
 
 def test_flops_of_a_step_are_two_for_each_multiply_add_three_times_but_for_the_stem():

@@ -26,7 +26,7 @@ def test_the_same_sweep_again_is_the_same(sweep):
 
 
 def test_a_sweep_is_read_as_it_was_begun(sweep):
-    assert read_sweep(sweep.folder) == replace(sweep, config=SMALL.essential())
+    assert read_sweep(sweep.folder) == replace(sweep, config=SMALL.without_io())
 
 
 def test_what_does_not_change_results_may_be_another(sweep, tmp_path):

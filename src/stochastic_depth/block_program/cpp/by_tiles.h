@@ -91,7 +91,7 @@ class ConvolutionByTiles {
 
 // ---------------------------------------------------------------------------- gradient of the weight
 
-// Lanes I of a and b, which are numbered on from those of a.
+// Lanes I of a and b; the lanes of b follow those of a.
 template <uint32_t... I>
 Lanes shuffled(Lanes a, Lanes b) {
 #ifdef __clang__
@@ -101,18 +101,19 @@ Lanes shuffled(Lanes a, Lanes b) {
 #endif
 }
 
-// Each takes the lanes of a and b in turn, from the first or the last two of every four lanes, one
-// lane or two at a time.
-inline Lanes first_of(Lanes a, Lanes b) {
+// As the x86 instructions of these names, in each group of four lanes (128 bits), for dwords and qwords:
+//   a: a0 a1 a2 a3   unpacklo: a0 b0 a1 b1   unpacklo_pairs: a0 a1 b0 b1
+//   b: b0 b1 b2 b3   unpackhi: a2 b2 a3 b3   unpackhi_pairs: a2 a3 b2 b3
+inline Lanes unpacklo(Lanes a, Lanes b) {
   return shuffled<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(a, b);
 }
-inline Lanes last_of(Lanes a, Lanes b) {
+inline Lanes unpackhi(Lanes a, Lanes b) {
   return shuffled<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(a, b);
 }
-inline Lanes first_two_of(Lanes a, Lanes b) {
+inline Lanes unpacklo_pairs(Lanes a, Lanes b) {
   return shuffled<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a, b);
 }
-inline Lanes last_two_of(Lanes a, Lanes b) {
+inline Lanes unpackhi_pairs(Lanes a, Lanes b) {
   return shuffled<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a, b);
 }
 
@@ -127,10 +128,10 @@ void transpose_row(const Source& source, size_t first, factor* rows, size_t stri
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++)
         pair[i] = paired<LANES>(read(first + x + 2 * i), read(first + x + 2 * i + 1));
-      const Lanes first01 = first_of(pair[0], pair[1]), last01 = last_of(pair[0], pair[1]);
-      const Lanes first23 = first_of(pair[2], pair[3]), last23 = last_of(pair[2], pair[3]);
-      const Lanes eights[] = {first_two_of(first01, first23), last_two_of(first01, first23),
-                              first_two_of(last01, last23), last_two_of(last01, last23)};
+      const Lanes low01 = unpacklo(pair[0], pair[1]), high01 = unpackhi(pair[0], pair[1]);
+      const Lanes low23 = unpacklo(pair[2], pair[3]), high23 = unpackhi(pair[2], pair[3]);
+      const Lanes eights[] = {unpacklo_pairs(low01, low23), unpackhi_pairs(low01, low23),
+                              unpacklo_pairs(high01, high23), unpackhi_pairs(high01, high23)};
       // The eight pixels of a channel are four lanes; each vector has those of four channels.
 #pragma GCC unroll 16
       for (int channel = 0; channel < LANES; channel++)
@@ -140,8 +141,8 @@ void transpose_row(const Source& source, size_t first, factor* rows, size_t stri
   }
 }
 
-// The gradient of the weight, image by image. A has the pixels of 16 channels of the input, and B those
-// of 16 channels of its result. The sum runs over the whole frame, whose zeros add nothing.
+// The gradient of the weight, image by image. A holds the pixels of 16 channels of the input, and B those
+// of 16 channels of the result. The sum runs over the whole frame, whose zeros add nothing.
 template <int In, int Out>
 class WeightGradientByTiles {
  public:
@@ -152,7 +153,7 @@ class WeightGradientByTiles {
         transposed_(In * stride_) {}
 
   // As those of WeightGradientByVectors.
-  static int together(int) { return 1; }
+  static int images_at_a_time(int) { return 1; }
 
   template <class Source>
   void add(const Source& input, int image, int, const factor* pairs, float* result) {

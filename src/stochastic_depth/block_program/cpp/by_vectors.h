@@ -4,7 +4,7 @@
 
 #include "sources.h"
 
-// How many results are summed at a time in registers, pixels times vectors of channels, and how many
+// How many results are summed at a time in registers (pixels times vectors of channels), and how many
 // taps of a row share one broadcast of a pixel.
 struct Group {
   int pixels, vectors, taps;
@@ -15,12 +15,12 @@ constexpr Group wide(int outputs, int stride) {
   if (LANES == 8) return {8, 1, taps};
   return {4, 4, 1};
 }
-// For sides that this does not divide.
+// For sides that are not multiples of wide(...).pixels.
 constexpr Group narrow(int outputs, int stride) {
   return {128 / outputs, outputs / 16, LANES == 16 && stride == 1 ? 3 : 1};
 }
 
-// The convolution of an image, with its sums. The side is that of the result.
+// The convolution of an image, and the sums over its result. The side is that of the result.
 template <int In, int Out, int STRIDE = 1>
 class ConvolutionByVectors {
  public:
@@ -87,7 +87,7 @@ class ConvolutionByVectors {
 // ---------------------------------------------------------------------------- gradient of the weight
 
 // Copies a row of the input, between two zeros, as pairs that begin at even pixels and as pairs that
-// begin at odd ones, because the taps shift it by one pixel.
+// begin at odd pixels, because the taps shift it by one pixel.
 template <int C, class Source>
 void pair_row(const Source& source, size_t first, factor* even, factor* odd, int side) {
   if constexpr (PER_LANE == 1) {
@@ -109,9 +109,9 @@ void pair_row(const Source& source, size_t first, factor* even, factor* odd, int
 }
 
 template <int C>
-constexpr int ROWS = PER_LANE == 1 && C == 16 ? 4 : 8;  // at a time, which the first cache holds
+constexpr int ROWS = PER_LANE == 1 && C == 16 ? 4 : 8;  // at a time, so that they fit into the L1 cache
 
-// Adds the gradient that a few rows, of an image or of several small ones, give to result, [9][In][Out].
+// Adds the gradient of a few rows, of an image or of several small ones, to result, [9][In][Out].
 // even, odd: up to ROWS rows of the input as `pair_row` makes them; pairs: the rows of the gradient
 // from the one above them to the one below, for each image. All rows are side + 2 pixels wide.
 template <int In, int Out>
@@ -163,9 +163,9 @@ class WeightGradientByVectors {
       : side_(side), even_(size(side)), odd_(PER_LANE == 1 ? 0 : size(side)) {}
 
   // How many images are added at a time.
-  static int together(int side) { return std::max(1, ROWS<In> / side); }
+  static int images_at_a_time(int side) { return std::max(1, ROWS<In> / side); }
 
-  // Adds what `images`, from number `image` on, give to result, [9][In][Out].
+  // Adds the gradient of `images` images, from number `image` on, to result, [9][In][Out].
   // pairs: the gradient as `pad_and_pair_row` makes it, [images][side + 2][side + 2][Out].
   template <class Source>
   void add(const Source& input, int image, int images, const factor* pairs, float* result) {

@@ -1,10 +1,10 @@
-// Convolutions of 3x3 with padding 1 from In to Out channels, and their gradients. With stride 2 the
-// sides of the result are half of those of the input.
-// Images, of which `fits` says how large they may be, are [n, side, side, channels]; channels are
-// multiples of 16, or FEW; sums are in float32.
+// 3x3 convolutions with padding 1 from In to Out channels, and their gradients. With stride 2 the sides
+// of the result are half the sides of the input.
+// Images are [n][side][side][channels]; `fits` says which sides are possible; channels are multiples of
+// 16, or FEW; sums are in float32.
 //
-// Each image is copied into a frame of zeros that the inner caches hold. Normalisation, addition and
-// ReLU are computed while it is copied, so that no pass over the image is needed for them.
+// Each image is copied into a frame of zeros that fits into the inner caches. Normalisation, addition and
+// ReLU are computed during this copy, so they need no passes over the image.
 
 #pragma once
 
@@ -43,29 +43,30 @@ Scratch<factor> packed_transposed(const stored* weight) {
   return result;
 }
 
-// What computes an image, and both gradients; each is made with the side of the result.
+// The classes that convolve an image and compute both gradients; their argument is the side of the
+// result.
 template <int In, int Out, int STRIDE>
-struct Forms {
+struct Algorithms {
   using Forward = ConvolutionByVectors<In, Out>;
-  using OfWeight = WeightGradientByVectors<In, Out>;
-  using OfInput = Forward;
+  using WeightGradient = WeightGradientByVectors<In, Out>;
+  using InputGradient = Forward;
 };
 template <int In, int Out>
-struct Forms<In, Out, 2> {
+struct Algorithms<In, Out, 2> {
   using Forward = ConvolutionByVectors<In, Out, 2>;
-  using OfWeight = StridedWeightGradient<In, Out>;
-  using OfInput = StridedInputGradient<In, Out>;
+  using WeightGradient = StridedWeightGradient<In, Out>;
+  using InputGradient = StridedInputGradient<In, Out>;
 };
 #ifdef TILES
 template <int C>
-struct Forms<C, C, 1> {
+struct Algorithms<C, C, 1> {
   using Forward = ConvolutionByTiles<C, C>;
-  using OfWeight = WeightGradientByTiles<C, C>;
-  using OfInput = Forward;
+  using WeightGradient = WeightGradientByTiles<C, C>;
+  using InputGradient = Forward;
 };
 #endif
 
-// Whether there is a form for images of this side.
+// Whether the algorithms can take images of this side.
 template <int In, int Out, int STRIDE>
 bool fits(int side) {
 #ifdef TILES
@@ -93,92 +94,94 @@ struct Shape {
   Shape strided(int stride) const { return {n, side / stride, threads}; }
 };
 
-// Convolves all images of `source`, of which `shape` is; sums: of the results, as `normalise` wants them.
+// Convolves all images of `source`. `shape` describes `source`; `sums` receives the two sums over the
+// results that `normalise` reads.
 template <int In, int Out, int STRIDE, class Source>
 void convolve(const Source& source, Scratch<factor> taps, stored* out, double* sums,
               const Shape& shape) {
   const int side = shape.side, width = side + 2;
   const Shape result = shape.strided(STRIDE);
-  Totals totals(Out, shape.threads);
+  PartSums part_sums(Out, shape.threads);
   in_parts(shape.n, shape.threads, [&](int part, int begin, int end) {
-    typename Forms<In, Out, STRIDE>::Forward convolve_image(result.side);
+    typename Algorithms<In, Out, STRIDE>::Forward convolve_image(result.side);
     Scratch<factor> padded(frame<In>(side));
     for (int i = begin; i < end; i++) {
       const size_t first = i * shape.pixels(), next = shape.after(i);
       for (int y = 0; y < side; y++)
         pad_row<In>(source, first + y * side, &padded[(y + 1) * width * In], side);
-      Moments<Out> of_image;
-      convolve_image(padded.data(), taps.data(), nullptr, out + i * result.pixels() * Out, of_image,
+      Moments<Out> moments;
+      convolve_image(padded.data(), taps.data(), nullptr, out + i * result.pixels() * Out, moments,
                      [&](size_t at, size_t count) {
-                       constexpr size_t OF_INPUT = STRIDE * STRIDE;
-                       source.fetch(next + OF_INPUT * at, OF_INPUT * count);
+                       constexpr size_t INPUT_PIXELS = STRIDE * STRIDE;  // for each of the result
+                       source.fetch(next + INPUT_PIXELS * at, INPUT_PIXELS * count);
                      });
-      of_image.end(result.pixels(), totals.first(part), totals.second(part));
+      moments.end(result.pixels(), part_sums.first(part), part_sums.second(part));
     }
   });
-  totals.over_parts(sums);
+  part_sums.add_up(sums);
 }
 
-// The gradient of the weight, [Out][9][inputs], from the gradient of the result, of which `shape` is.
-// For each part of the images `also(part)` returns a function, which is called with every image i of the
-// part, and with the gradient of the result of this image in a frame of zeros.
-template <int In, int Out, int STRIDE, class Input, class Result, class Also>
-void weigh(const Input& input, const Result& gradient, float* of_weight, int inputs,
-           const Shape& shape, const Also& also) {
+// The gradient of the weight, [Out][9][inputs], from `gradient`, that of the result. `shape` describes the
+// result. For each part of the images, make_visitor(part) returns a function visit(i, padded), which is
+// called with the gradient of each image i of the part in a frame of zeros.
+template <int In, int Out, int STRIDE, class Input, class Result, class MakeVisitor>
+void weight_gradient(const Input& input, const Result& gradient, float* grad_weight, int inputs,
+                     const Shape& shape, const MakeVisitor& make_visitor) {
   const int side = shape.side, width = side + 2;
-  std::vector<Scratch<float>> of_weights(shape.threads);
+  std::vector<Scratch<float>> part_gradients(shape.threads);
   in_parts(shape.n, shape.threads, [&](int part, int begin, int end) {
-    typename Forms<In, Out, STRIDE>::OfWeight weight_gradient(side);
-    auto also_with = also(part);
-    const int together = weight_gradient.together(side), framed = width * width * Out;
-    Scratch<factor> padded((together - 1) * framed + frame<Out>(side));
-    Scratch<factor> apart(PER_LANE == 1 ? 0 : together * framed + PIXELS_PER_STEP * Out);
-    factor* pairs = PER_LANE == 1 ? &padded[Out] : apart.data();
-    Scratch<float>& mine = of_weights[part] = Scratch<float>(9 * In * Out);
-    for (int i = begin; i < end; i += together) {
-      const int images = std::min(together, end - i);
+    typename Algorithms<In, Out, STRIDE>::WeightGradient accumulator(side);
+    auto visit = make_visitor(part);
+    const int group = accumulator.images_at_a_time(side), framed = width * width * Out;
+    Scratch<factor> padded((group - 1) * framed + frame<Out>(side));
+    Scratch<factor> in_pairs(PER_LANE == 1 ? 0 : group * framed + PIXELS_PER_STEP * Out);
+    factor* pairs = PER_LANE == 1 ? &padded[Out] : in_pairs.data();
+    Scratch<float>& mine = part_gradients[part] = Scratch<float>(9 * In * Out);
+    for (int i = begin; i < end; i += group) {
+      const int images = std::min(group, end - i);
       for (int y = 0; y < images * side; y++) {
         const int at = (y + y / side * 2 + 1) * width * Out;
         pad_and_pair_row<Out>(gradient, i * shape.pixels() + y * side, &padded[at], pairs + at, side);
       }
-      weight_gradient.add(input, i, images, pairs, mine.data());
-      for (int j = 0; j < images; j++) also_with(i + j, padded.data() + j * framed);
+      accumulator.add(input, i, images, pairs, mine.data());
+      for (int j = 0; j < images; j++) visit(i + j, padded.data() + j * framed);
     }
   });
   in_parts(Out, shape.threads, [&](int, int begin, int end) {
     for (int out = begin; out < end; out++)
       for (int tap = 0; tap < 9; tap++)
         for (int in = 0; in < inputs; in++) {
-          float& total = of_weight[(out * 9 + tap) * inputs + in] = 0;
-          for (Scratch<float>& of_part : of_weights) total += of_part[(tap * In + in) * Out + out];
+          float& sum = grad_weight[(out * 9 + tap) * inputs + in] = 0;
+          for (Scratch<float>& part : part_gradients) sum += part[(tap * In + in) * Out + out];
         }
   });
 }
 
-// Both gradients of a convolution of `input`, of which `shape` is. `added` is added to of_input, if it is
-// not null. `sums_of(pixel)` returns what sums the gradient of the image that begins at this pixel.
-template <int In, int Out, int STRIDE, class Input, class Result, class SumsOf>
+// Both gradients of a convolution of `input`, which `shape` describes. `added` is added to grad_input,
+// unless it is null. make_sums(pixel) returns a ReLUGradient or NoSums for the image whose first pixel
+// this is.
+template <int In, int Out, int STRIDE, class Input, class Result, class MakeSums>
 void convolve_backward(const Input& input, const Result& gradient, const stored* weight,
-                       float* of_weight, const stored* added, stored* of_input,
-                       const SumsOf& sums_of, double* sums, const Shape& shape) {
+                       float* grad_weight, const stored* added, stored* grad_input,
+                       const MakeSums& make_sums, double* sums, const Shape& shape) {
   const Shape result = shape.strided(STRIDE);
   Scratch<factor> taps = packed_transposed<In, Out>(weight);
-  Totals totals(In, shape.threads);
-  const auto of_parts_input = [&](int part) {
-    typename Forms<In, Out, STRIDE>::OfInput convolve_image(result.side);
+  PartSums part_sums(In, shape.threads);
+  const auto make_input_gradient = [&](int part) {
+    typename Algorithms<In, Out, STRIDE>::InputGradient convolve_image(result.side);
     return [&, part, convolve_image](int i, const factor* padded) mutable {
       const size_t first = i * shape.pixels(), next = shape.after(i);
-      auto of_image = sums_of(first);
+      auto image_sums = make_sums(first);
       convolve_image(padded, taps.data(), added ? added + first * In : nullptr,
-                     of_input + first * In, of_image, [&](size_t at, size_t count) {
+                     grad_input + first * In, image_sums, [&](size_t at, size_t count) {
                        input.fetch(next + at, count);
                        gradient.fetch(result.after(i) + at / (STRIDE * STRIDE), count / (STRIDE * STRIDE));
-                       of_image.fetch(next - first + at, count);
+                       image_sums.fetch(next - first + at, count);
                        if (added) prefetch(added + (next + at) * In, count * In);
                      });
-      of_image.end(shape.pixels(), totals.first(part), totals.second(part));
+      image_sums.end(shape.pixels(), part_sums.first(part), part_sums.second(part));
     };
   };
-  weigh<In, Out, STRIDE>(input, gradient, of_weight, In, result, of_parts_input);
-  totals.over_parts(sums);
+  weight_gradient<In, Out, STRIDE>(input, gradient, grad_weight, In, result, make_input_gradient);
+  part_sums.add_up(sums);
 }

@@ -1,27 +1,28 @@
 // Convolution and batch normalisation of residual networks, for any processor: see vectors.h.
 //
-// Images are [n, side, side, channels] (channels_last), with a multiple of 16 channels. A null pointer
-// stands for nothing. Sums over the pixels of a mini-batch are float64, [2][channels]. The sums of a
-// gradient are those of the gradient of a ReLU's input, d, and of d * (y - mean).
+// Images are [n][side][side][channels] (channels_last), with a multiple of 16 channels. `grad_x` is the
+// gradient of the loss with respect to x. The sums of a gradient are the sums over all pixels of a
+// mini-batch, float64 [2][channels]: of the gradient d of a ReLU's input, and of d * (y - mean).
 
 #include "convolution.h"
 #include "passes.h"
 
 namespace {
 
-// With stride 2 a convolution has twice as many channels.
-template <int C, int STRIDE>
-struct Channels {
-  static constexpr int IN = C, OUT = C * STRIDE, BY = STRIDE;
+// A convolution of C channels; with stride 2 its result has twice as many.
+template <int C, int S>
+struct Sizes {
+  static constexpr int IN = C, OUT = C * S, STRIDE = S;
 };
 
+// Calls work(Sizes()) with the sizes as constants; does nothing if there is no kernel for them.
 template <class Work>
-void with_channels(int channels, int stride, const Work& work) {
-  if (stride == 1 && channels == 16) work(Channels<16, 1>());
-  if (stride == 1 && channels == 32) work(Channels<32, 1>());
-  if (stride == 1 && channels == 64) work(Channels<64, 1>());
-  if (stride == 2 && channels == 16) work(Channels<16, 2>());
-  if (stride == 2 && channels == 32) work(Channels<32, 2>());
+void with_sizes(int channels, int stride, const Work& work) {
+  if (stride == 1 && channels == 16) work(Sizes<16, 1>());
+  if (stride == 1 && channels == 32) work(Sizes<32, 1>());
+  if (stride == 1 && channels == 64) work(Sizes<64, 1>());
+  if (stride == 2 && channels == 16) work(Sizes<16, 2>());
+  if (stride == 2 && channels == 32) work(Sizes<32, 2>());
 }
 
 constexpr int MOST = Coefficients::MOST;
@@ -30,32 +31,24 @@ constexpr int MOST = Coefficients::MOST;
 
 extern "C" {
 
-// A convolution of 3x3, and the batch normalisation of its result, y.
+// A 3x3 convolution, and the batch normalisation of its result, y.
 struct Layer {
   const stored* weight;  // [out][9][in]
-  float* of_weight;
+  float* grad_weight;
   Norm norm;
 };
 
-// An image x. If y is null, x is in memory. Otherwise x = ReLU(BN(y) + shortcut): it is stored when it
-// is first convolved, or, if x is null, computed again whenever it is needed.
-struct Input {
-  stored* x;
-  const stored *y, *shortcut;
-  const Norm* norm;
-};
-
-// y = conv(x), and its statistics. With stride 2 x must be in memory.
+// y = conv(x), and the statistics of y. With stride 2 x must be in memory.
 void convolve3x3(const Input* x, const Layer* layer, stored* y, int stride, int n, int side,
                  int channels, int threads) {
-  with_channels(channels, stride, [&](auto of) {
-    constexpr int IN = of.IN, OUT = of.OUT, BY = of.BY;
+  with_sizes(channels, stride, [&](auto sizes) {
+    constexpr int IN = sizes.IN, OUT = sizes.OUT, STRIDE = sizes.STRIDE;
     const Shape shape{n, side, threads};
     double sums[2 * MOST];
     const auto convolve_from = [&](const auto& source) {
-      convolve<IN, OUT, BY>(source, packed<IN, OUT>(layer->weight, IN), y, sums, shape);
+      convolve<IN, OUT, STRIDE>(source, packed<IN, OUT>(layer->weight, IN), y, sums, shape);
     };
-    if constexpr (BY == 2)
+    if constexpr (STRIDE == 2)
       convolve_from(Image<IN>{x->x});
     else if (!x->y)
       convolve_from(Image<IN>{x->x});
@@ -63,40 +56,40 @@ void convolve3x3(const Input* x, const Layer* layer, stored* y, int stride, int 
       convolve_from(Activated<IN>{x->y, x->norm->scale, x->norm->shift});
     else
       convolve_from(Added<IN>{x->y, x->shortcut, x->norm->scale, x->norm->shift, x->x});
-    normalise(layer->norm, sums, shape.strided(BY).rows(), OUT);
+    normalise(layer->norm, sums, shape.strided(STRIDE).rows(), OUT);
   });
 }
 
-// Gradients of the layer's parameters and of x, from the gradient of BN(y) and its sums. If x is
-// computed from a y of its own, of_x is the gradient of its ReLU's input, and of_x_sums are its sums.
+// Gradients of the layer's parameters and of x, from the gradient of BN(y) and its sums. If x is fused
+// (x->y is set), grad_x receives the gradient of the input of x's ReLU, and grad_x_sums its sums.
 void convolve3x3_backward(const Input* x, const Layer* layer, const stored* y, const stored* gradient,
-                          const double* sums, const stored* added, stored* of_x, double* of_x_sums,
+                          const double* sums, const stored* added, stored* grad_x, double* grad_x_sums,
                           int stride, int n, int side, int channels, int threads) {
-  with_channels(channels, stride, [&](auto of) {
-    constexpr int IN = of.IN, OUT = of.OUT, BY = of.BY;
+  with_sizes(channels, stride, [&](auto sizes) {
+    constexpr int IN = sizes.IN, OUT = sizes.OUT, STRIDE = sizes.STRIDE;
     const Shape shape{n, side, threads};
-    const Coefficients by = normalise_backward(layer->norm, sums, shape.strided(BY).rows(), OUT);
+    const Coefficients by = normalise_backward(layer->norm, sums, shape.strided(STRIDE).rows(), OUT);
     const auto backward = [&](const auto& input, const auto& sums_of) {
-      convolve_backward<IN, OUT, BY>(input, Normalised<OUT>{gradient, y, by}, layer->weight,
-                                     layer->of_weight, added, of_x, sums_of, of_x_sums, shape);
+      convolve_backward<IN, OUT, STRIDE>(input, Normalised<OUT>{gradient, y, by}, layer->weight,
+                                     layer->grad_weight, added, grad_x, sums_of, grad_x_sums, shape);
     };
-    if (!x->y) return backward(Image<IN>{x->x}, [](size_t) { return Unsummed(); });
+    if (!x->y) return backward(Image<IN>{x->x}, [](size_t) { return NoSums(); });
     const float *scale = x->norm->scale, *shift = x->norm->shift, *mean = x->norm->mean;
-    const auto under_stored = [&](size_t first) {
+    const auto mask_by_stored = [&](size_t first) {
       const size_t at = first * IN;
-      return UnderReLU<IN, true>{x->x + at, x->y + at, scale, shift, mean};
+      return ReLUGradient<IN, true>{x->x + at, x->y + at, scale, shift, mean};
     };
-    const auto under_computed = [&](size_t first) {
-      return UnderReLU<IN, false>{nullptr, x->y + first * IN, scale, shift, mean};
+    const auto mask_by_computed = [&](size_t first) {
+      return ReLUGradient<IN, false>{nullptr, x->y + first * IN, scale, shift, mean};
     };
-    if (BY == 2 || x->x) return backward(Image<IN>{x->x}, under_stored);
-    if constexpr (BY == 1) backward(Activated<IN>{x->y, scale, shift}, under_computed);
+    if (STRIDE == 2 || x->x) return backward(Image<IN>{x->x}, mask_by_stored);
+    if constexpr (STRIDE == 1) backward(Activated<IN>{x->y, scale, shift}, mask_by_computed);
   });
 }
 
-// The same for 16 channels of images of up to FEW.
-void convolve_pictures(const stored* images, const Layer* layer, stored* y, int n, int side,
-                       int channels, int threads) {
+// The stem: a 3x3 convolution from at most FEW input channels to 16.
+void convolve_stem(const stored* images, const Layer* layer, stored* y, int n, int side,
+                   int channels, int threads) {
   const Shape shape{n, side, threads};
   double sums[2 * 16];
   convolve<FEW, 16, 1>(Pictures{images, channels}, packed<FEW, 16>(layer->weight, channels), y, sums,
@@ -104,69 +97,41 @@ void convolve_pictures(const stored* images, const Layer* layer, stored* y, int 
   normalise(layer->norm, sums, shape.rows(), 16);
 }
 
-// The gradient of the images is not wanted.
-void convolve_pictures_backward(const stored* images, const Layer* layer, const stored* y,
-                                const stored* gradient, const double* sums, int n, int side,
-                                int channels, int threads) {
+// The gradients of the stem's parameters; nothing needs the gradient of the images.
+void convolve_stem_backward(const stored* images, const Layer* layer, const stored* y,
+                            const stored* gradient, const double* sums, int n, int side,
+                            int channels, int threads) {
   const Shape shape{n, side, threads};
   const Coefficients by = normalise_backward(layer->norm, sums, shape.rows(), 16);
   const Pictures pictures{images, channels};
-  const Normalised<16> of_y{gradient, y, by};
-  weigh<FEW, 16, 1>(pictures, of_y, layer->of_weight, channels, shape, [&](int) {
+  const Normalised<16> grad_y{gradient, y, by};
+  weight_gradient<FEW, 16, 1>(pictures, grad_y, layer->grad_weight, channels, shape, [&](int) {
     return [&](int i, const factor*) {
       pictures.fetch(shape.after(i), shape.pixels());
-      of_y.fetch(shape.after(i), shape.pixels());
+      grad_y.fetch(shape.after(i), shape.pixels());
     };
   });
 }
 
 // The statistics of a y that PyTorch has convolved; rows are its pixels.
-void observe(const stored* y, const Layer* layer, long rows, int channels, int threads) {
+void batch_statistics(const stored* y, const Layer* layer, long rows, int channels, int threads) {
   double sums[2 * MOST];
   sum_moments(y, sums, rows, channels, threads);
   normalise(layer->norm, sums, rows, channels);
 }
 
-// The gradient of such a y from the gradient of BN(y).
-void observe_backward(const stored* y, const Layer* layer, const stored* gradient, const double* sums,
-                      stored* of_y, long rows, int channels, int threads) {
-  spread(gradient, y, normalise_backward(layer->norm, sums, rows, channels), of_y, rows, channels,
-         threads);
+// The gradients of weight and bias of the normalisation of such a y, and of y, from the gradient of BN(y).
+void batch_norm_input_gradient(const stored* y, const Layer* layer, const stored* gradient,
+                               const double* sums, stored* grad_y, long rows, int channels,
+                               int threads) {
+  const Coefficients by = normalise_backward(layer->norm, sums, rows, channels);
+  input_gradient(gradient, y, by, grad_y, rows, channels, threads);
 }
 
-// Stores an x that no convolution has stored yet.
-void complete(const Input* x, long rows, int channels, int threads) {
-  activate(x->y, *x->norm, x->shortcut, x->x, rows, channels, threads);
-}
-
-// Turns the gradient of x, in place, into that of its ReLU's input, and sums it.
-void complete_backward(const Input* x, stored* gradient, double* sums, long rows, int channels,
-                       int threads) {
-  activate_backward(gradient, x->x, x->y, *x->norm, sums, rows, channels, threads);
-}
-
-// The cross entropy of what `layer` makes of the mean over the pixels; gradients of that and of x.
-void classify(const stored* x, const Linear* layer, const int64_t* labels, float* loss,
-              stored* gradient, int n, int pixels, int channels, int threads) {
-  classify_images(x, *layer, labels, loss, gradient, n, pixels, channels, threads);
-}
-
-// The means of 2x2 pixels of x; channels that out has in addition are zeros. rows, of all images
-// together, and columns are those of out.
-void pool(const stored* x, stored* out, int rows, int columns, int channels, int out_channels,
-          int threads) {
-  pool_and_pad(x, out, rows, columns, channels, out_channels, threads);
-}
-
-void pool_backward(const stored* gradient, stored* of_x, int rows, int columns, int channels,
-                   int out_channels, int threads) {
-  pool_and_pad_backward(gradient, of_x, rows, columns, channels, out_channels, threads);
-}
-
-// Whether a convolution of images of this side, with these channels, is written.
+// Whether there is a kernel for the convolution of images of this side with these channels.
 int fits_images(int side, int channels, int stride) {
   bool result = false;
-  with_channels(channels, stride, [&](auto of) { result = fits<of.IN, of.OUT, of.BY>(side); });
+  with_sizes(channels, stride, [&](auto sizes) { result = fits<sizes.IN, sizes.OUT, sizes.STRIDE>(side); });
   return result;
 }
 
@@ -182,9 +147,9 @@ int permitted() {
 // Whether the operands of a product are rounded to bfloat16.
 int rounds_factors() { return sizeof(factor) == 2; }
 
-// The most that the processor can do: multiply-adds in as many independent chains as keep it busy.
+// Peak throughput: multiply-adds in as many independent chains as keep the processor busy.
 // values: [64]. Returns the number of multiplications and additions.
-long multiply(float* values, long rounds) {
+long run_multiply_adds(float* values, long rounds) {
 #ifdef TILES
   // Products of zeros are twice as fast: the processor limits the power that tiles take.
   Scratch<factor> numbers(16 * 32);

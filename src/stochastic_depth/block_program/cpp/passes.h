@@ -1,4 +1,5 @@
-// What is computed outside of the convolutions, and the end of a network. Channels are a multiple of 16.
+// The passes over images outside of the convolutions, and the end of a network. Channels are a multiple
+// of 16. Functions that are extern "C" are called from Python.
 
 #pragma once
 
@@ -6,42 +7,52 @@
 
 #include "statistics.h"
 
-constexpr int AHEAD = 2048;  // elements by which a pass over images prefetches
+constexpr int AHEAD = 2048;  // how many elements ahead a pass over images prefetches
 
-// Calls work(part, first, end) for the rows of all parts, a stretch at a time.
+// Calls work(part, first, end) for the rows of all parts, some rows at a time.
 template <class Work>
-void in_stretches(long rows, int threads, const Work& work) {
-  constexpr long STRETCH = 1024;
+void in_chunks(long rows, int threads, const Work& work) {
+  constexpr long CHUNK = 1024;
   in_parts(rows, threads, [&](int part, long first, long end) {
-    for (; first < end; first += STRETCH) work(part, first, std::min(first + STRETCH, end));
+    for (; first < end; first += CHUNK) work(part, first, std::min(first + CHUNK, end));
   });
 }
 
-// Sums of y, [rows, channels].
+// An image x. If y is null, x is in memory. Otherwise x = ReLU(BN(y) + shortcut): it is stored when it
+// is first convolved, or, if x is null, computed again whenever it is needed.
+struct Input {
+  stored* x;
+  const stored *y, *shortcut;
+  const Norm* norm;
+};
+
+// The sums of y and y * y over the rows of y, [rows][channels].
 inline void sum_moments(const stored* y, double* sums, long rows, int channels, int threads) {
-  Totals totals(channels, threads);
-  in_stretches(rows, threads, [&](int part, long start, long end) {
+  PartSums part_sums(channels, threads);
+  in_chunks(rows, threads, [&](int part, long start, long end) {
     for (int c = 0; c < channels; c += LANES) {
       Moments<LANES> moments;
       for (long row = start; row < end; row++) {
         const Floats v[1] = {load(y + row * channels + c)};
         moments.add(row - start, 0, v);
       }
-      moments.end(end - start, totals.first(part) + c, totals.second(part) + c);
+      moments.end(end - start, part_sums.first(part) + c, part_sums.second(part) + c);
     }
   });
-  totals.over_parts(sums);
+  part_sums.add_up(sums);
 }
 
-// x = ReLU(y * scale + shift + shortcut); the shortcut may be null.
-inline void activate(const stored* y, const Norm& norm, const stored* shortcut, stored* x,
-                     long rows, int channels, int threads) {
+// Computes and stores x = ReLU(BN(y) + shortcut); the shortcut may be null.
+extern "C" void batch_norm_relu(const Input* input, long rows, int channels, int threads) {
+  stored* x = input->x;
+  const stored *y = input->y, *shortcut = input->shortcut;
+  const float *scale = input->norm->scale, *shift = input->norm->shift;
   in_parts(rows, threads, [&](int, long first, long end) {
     for (long row = first; row < end; row++)
       for (int c = 0; c < channels; c += LANES) {
         const size_t at = row * channels + c;
         prefetch(y + at + AHEAD, 1);
-        Floats sum = load(y + at) * load(norm.scale + c) + load(norm.shift + c);
+        Floats sum = load(y + at) * load(scale + c) + load(shift + c);
         if (shortcut) {
           prefetch(shortcut + at + AHEAD, 1);
           sum += load(shortcut + at);
@@ -51,13 +62,15 @@ inline void activate(const stored* y, const Norm& norm, const stored* shortcut, 
   });
 }
 
-// Turns the gradient of x, in place, into that of its ReLU's input, and sums it.
-inline void activate_backward(stored* gradient, const stored* x, const stored* y, const Norm& norm,
-                              double* sums, long rows, int channels, int threads) {
-  Totals totals(channels, threads);
-  in_stretches(rows, threads, [&](int part, long start, long end) {
+// Masks the gradient of x by its ReLU, in place. sums: of the result d, and of d * (y - mean).
+extern "C" void relu_backward(const Input* input, stored* gradient, double* sums, long rows,
+                              int channels, int threads) {
+  const stored *x = input->x, *y = input->y;
+  const float* mean = input->norm->mean;
+  PartSums part_sums(channels, threads);
+  in_chunks(rows, threads, [&](int part, long start, long end) {
     for (int c = 0; c < channels; c += LANES) {
-      const Floats m = load(norm.mean + c);
+      const Floats m = load(mean + c);
       Floats sum{}, product{};
       for (long row = start; row < end; row++) {
         const size_t at = row * channels + c;
@@ -68,31 +81,31 @@ inline void activate_backward(stored* gradient, const stored* x, const stored* y
         product += d * (load(y + at) - m);
       }
       for (int k = 0; k < LANES; k++) {
-        totals.first(part)[c + k] += sum[k];
-        totals.second(part)[c + k] += product[k];
+        part_sums.first(part)[c + k] += sum[k];
+        part_sums.second(part)[c + k] += product[k];
       }
     }
   });
-  totals.over_parts(sums);
+  part_sums.add_up(sums);
 }
 
-// The gradient of y from that of BN(y).
-inline void spread(const stored* gradient, const stored* y, const Coefficients& by, stored* of_y,
-                   long rows, int channels, int threads) {
+// The gradient of y from the gradient of BN(y).
+inline void input_gradient(const stored* gradient, const stored* y, const Coefficients& by,
+                           stored* grad_y, long rows, int channels, int threads) {
   in_parts(rows, threads, [&](int, long first, long end) {
     for (long row = first; row < end; row++)
       for (int c = 0; c < channels; c += LANES) {
         const size_t at = row * channels + c;
         const Floats d = load(y + at) * load(by.by_y + c) + load(by.constant + c);
-        store(of_y + at, load(gradient + at) * load(by.by_gradient + c) + d);
+        store(grad_y + at, load(gradient + at) * load(by.by_gradient + c) + d);
       }
   });
 }
 
-// Means over 2x2 of x, [2 rows, 2 columns, channels] with the rows of all images, and zeros in the
-// channels after them: [rows, columns, out_channels].
-inline void pool_and_pad(const stored* x, stored* out, int rows, int columns, int channels,
-                         int out_channels, int threads) {
+// out = the means over 2x2 pixels of x, with channels of zeros appended.
+// x: [2 * rows][2 * columns][channels]; out: [rows][columns][out_channels]; rows of all images together.
+extern "C" void pool_and_pad(const stored* x, stored* out, int rows, int columns, int channels,
+                             int out_channels, int threads) {
   const size_t width = 2 * (size_t)columns * channels;
   in_parts(rows, threads, [&](int, int first, int end) {
     for (int row = first; row < end; row++)
@@ -109,15 +122,15 @@ inline void pool_and_pad(const stored* x, stored* out, int rows, int columns, in
   });
 }
 
-// The gradient of x from that of out.
-inline void pool_and_pad_backward(const stored* gradient, stored* of_x, int rows, int columns,
-                                  int channels, int out_channels, int threads) {
+// The gradient of x from the gradient of out.
+extern "C" void pool_and_pad_backward(const stored* gradient, stored* grad_x, int rows, int columns,
+                                      int channels, int out_channels, int threads) {
   const size_t width = 2 * (size_t)columns * channels;
   in_parts(rows, threads, [&](int, int first, int end) {
     for (int row = first; row < end; row++)
       for (int column = 0; column < columns; column++) {
         const stored* from = gradient + ((size_t)row * columns + column) * out_channels;
-        stored* to = of_x + 2 * row * width + 2 * column * channels;
+        stored* to = grad_x + 2 * row * width + 2 * column * channels;
         for (int c = 0; c < channels; c += LANES) {
           const Floats each = load(from + c) * 0.25f;
           for (size_t at : {(size_t)0, (size_t)channels, width, width + channels})
@@ -134,19 +147,20 @@ inline void pool_and_pad_backward(const stored* gradient, stored* of_x, int rows
 // weight: [classes][channels]; bias: [classes].
 struct Linear {
   const float *weight, *bias;
-  float *of_weight, *of_bias;
+  float *grad_weight, *grad_bias;
   int classes;
 };
 
-// Of the images of one part.
-struct Classified {
+// The sums over the images of one part.
+struct HeadSums {
   double loss = 0;
-  std::vector<float> of_weight, of_bias;
+  std::vector<float> grad_weight, grad_bias;
 };
 
-// Adds the loss of an image by its share, writes what becomes of `mean`, [channels]: its gradient.
-inline void classify(const Linear& layer, float* mean, int channels, int64_t label, float share,
-                     float* scores, Classified& total) {
+// Adds the weighted loss of one image and its gradients to `sums`; overwrites `mean`, [channels], with its
+// gradient.
+inline void classify_image(const Linear& layer, float* mean, int channels, int64_t label,
+                           float loss_weight, float* scores, HeadSums& sums) {
   float highest = -INFINITY, sum = 0;
   for (int k = 0; k < layer.classes; k++) {
     Floats product{};
@@ -158,55 +172,56 @@ inline void classify(const Linear& layer, float* mean, int channels, int64_t lab
   }
   for (int k = 0; k < layer.classes; k++) sum += std::exp(scores[k] - highest);
   const float log_sum = highest + std::log(sum);
-  total.loss += share * (double)(log_sum - scores[label]);
+  sums.loss += loss_weight * (double)(log_sum - scores[label]);
   for (int k = 0; k < layer.classes; k++) {
-    scores[k] = share * (std::exp(scores[k] - log_sum) - (k == label));
-    total.of_bias[k] += scores[k];
+    scores[k] = loss_weight * (std::exp(scores[k] - log_sum) - (k == label));
+    sums.grad_bias[k] += scores[k];
   }
   for (int c = 0; c < channels; c += LANES) {
     const Floats m = load(mean + c);
-    Floats of_mean{};
+    Floats grad_mean{};
     for (int k = 0; k < layer.classes; k++) {
-      float* of_weight = &total.of_weight[k * channels + c];
-      store(of_weight, load(of_weight) + scores[k] * m);
-      of_mean += scores[k] * load(layer.weight + k * channels + c);
+      float* grad_weight = &sums.grad_weight[k * channels + c];
+      store(grad_weight, load(grad_weight) + scores[k] * m);
+      grad_mean += scores[k] * load(layer.weight + k * channels + c);
     }
-    store(mean + c, of_mean);
+    store(mean + c, grad_mean);
   }
 }
 
-// The mean loss over images x, [n, pixels, channels], and the gradients of all.
-inline void classify_images(const stored* x, const Linear& layer, const int64_t* labels,
-                            float* loss, stored* gradient, int n, int pixels, int channels,
-                            int threads) {
-  std::vector<Classified> totals(threads);
-  const float share = 1.0f / pixels;
+// The mean cross-entropy of `linear` on the mean over the pixels of x, [n][pixels][channels]; writes the
+// gradients of the layer and of x.
+extern "C" void classify(const stored* x, const Linear* linear, const int64_t* labels, float* loss,
+                         stored* gradient, int n, int pixels, int channels, int threads) {
+  const Linear& layer = *linear;
+  std::vector<HeadSums> part_sums(threads);
+  const float pixel_weight = 1.0f / pixels;
   in_parts(n, threads, [&](int part, int begin, int end) {
-    Classified& mine = totals[part];
-    mine.of_weight.resize((size_t)layer.classes * channels);
-    mine.of_bias.resize(layer.classes);
+    HeadSums& mine = part_sums[part];
+    mine.grad_weight.resize((size_t)layer.classes * channels);
+    mine.grad_bias.resize(layer.classes);
     std::vector<float> mean(channels), scores(layer.classes);
     for (int i = begin; i < end; i++) {
       const size_t first = (size_t)i * pixels * channels;
       for (int c = 0; c < channels; c += LANES) {
         Floats sum{};
         for (int at = 0; at < pixels; at++) sum += load(x + first + at * channels + c);
-        store(&mean[c], sum * share);
+        store(&mean[c], sum * pixel_weight);
       }
-      classify(layer, mean.data(), channels, labels[i], 1.0f / n, scores.data(), mine);
+      classify_image(layer, mean.data(), channels, labels[i], 1.0f / n, scores.data(), mine);
       for (int c = 0; c < channels; c += LANES) {
-        const Floats each = load(&mean[c]) * share;
+        const Floats each = load(&mean[c]) * pixel_weight;
         for (int at = 0; at < pixels; at++) store(gradient + first + at * channels + c, each);
       }
     }
   });
   double sum = 0;
-  std::fill_n(layer.of_weight, (size_t)layer.classes * channels, 0.0f);
-  std::fill_n(layer.of_bias, layer.classes, 0.0f);
-  for (const Classified& each : totals) {
+  std::fill_n(layer.grad_weight, (size_t)layer.classes * channels, 0.0f);
+  std::fill_n(layer.grad_bias, layer.classes, 0.0f);
+  for (const HeadSums& each : part_sums) {
     sum += each.loss;
-    for (size_t at = 0; at < each.of_weight.size(); at++) layer.of_weight[at] += each.of_weight[at];
-    for (size_t k = 0; k < each.of_bias.size(); k++) layer.of_bias[k] += each.of_bias[k];
+    for (size_t at = 0; at < each.grad_weight.size(); at++) layer.grad_weight[at] += each.grad_weight[at];
+    for (size_t k = 0; k < each.grad_bias.size(); k++) layer.grad_bias[k] += each.grad_bias[k];
   }
   *loss = (float)sum;
 }

@@ -1,5 +1,5 @@
-// The sources of a convolution: an image as it is stored, or one that is computed from others while it
-// is read. And how a row of a source is copied into a frame of zeros.
+// The sources of a convolution: a stored image, or an image that is computed from others while it is
+// read. And how a row of a source is copied into a frame of zeros.
 
 #pragma once
 
@@ -34,7 +34,7 @@ struct Activated {
   void fetch(size_t pixel, size_t count) const { prefetch(y + pixel * C, count * C); }
 };
 
-// x = ReLU(y * scale + shift + shortcut), which is also stored when it is read. The shortcut may be null.
+// x = ReLU(y * scale + shift + shortcut), which is stored when it is read. The shortcut may be null.
 template <int C>
 struct Added {
   static constexpr int CHANNELS = LANES;
@@ -70,8 +70,8 @@ struct Normalised {
     const Floats by_gradient = load(by.by_gradient + c);
     const Floats by_y = load(by.by_y + c), constant = load(by.constant + c);
     return [gradient = gradient + c, y = y + c, by_gradient, by_y, constant](size_t pixel) {
-      const Floats of_y = load(y + pixel * C) * by_y + constant;
-      return factors(load(gradient + pixel * C) * by_gradient + of_y);
+      const Floats grad_y = load(y + pixel * C) * by_y + constant;
+      return factors(load(gradient + pixel * C) * by_gradient + grad_y);
     };
   }
   void fetch(size_t pixel, size_t count) const {
@@ -80,7 +80,7 @@ struct Normalised {
   }
 };
 
-// Pictures of up to FEW channels; the missing channels are zeros.
+// Pictures of up to FEW channels; the why_unavailable channels are zeros.
 constexpr int FEW = 4;
 struct Pictures {
   static constexpr int CHANNELS = FEW;
@@ -106,8 +106,8 @@ void pad_row(const Source& source, size_t first, factor* padded, int side) {
   }
 }
 
-// The gradient of a weight is a sum over pixels. For it, the PER_LANE factors of a lane belong to
-// neighbouring pixels: [pixels / PER_LANE][C][PER_LANE]. With one factor a lane, padded rows serve.
+// The gradient of a weight is a sum over pixels. For this sum the PER_LANE factors of a lane belong to
+// neighbouring pixels: [pixels / PER_LANE][C][PER_LANE]. With one factor in a lane these are padded rows.
 
 // Copies a row of the gradient for both of its uses: to padded, as `pad_row` does, and to pairs, which
 // begin with its first pixel.

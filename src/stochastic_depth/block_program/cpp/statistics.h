@@ -1,5 +1,5 @@
 // Batch normalisation, and the two sums over all pixels of a mini-batch that it needs for each channel.
-// They are summed in float32 over an image, and in float64 over the mini-batch.
+// They are float32 over an image, and float64 over the mini-batch.
 
 #pragma once
 
@@ -11,11 +11,12 @@
 // The tensors of a normalisation, each [channels]: BN(y) * factor is y * scale + shift.
 struct Norm {
   const float *weight, *bias;
-  float *of_weight, *of_bias, *running_mean, *running_var, *mean, *rstd, *scale, *shift;
+  float *grad_weight, *grad_bias, *running_mean, *running_var, *mean, *rstd, *scale, *shift;
   float momentum, eps, factor;
 };
 
-// sums: those of y and of y * y, [2][channels].
+// Computes mean, rstd, scale and shift, and updates the running statistics.
+// sums: of y and of y * y over the mini-batch, [2][channels].
 inline void normalise(const Norm& norm, const double* sums, long rows, int channels) {
   for (int c = 0; c < channels; c++) {
     const double m = sums[c] / rows, square = sums[channels + c] / rows;
@@ -37,7 +38,8 @@ struct Coefficients {
   alignas(64) float by_gradient[MOST], by_y[MOST], constant[MOST];
 };
 
-// sums: those of the gradient of BN(y) * factor, and of its product with y - mean.
+// Computes the gradients of weight and bias; returns how to compute the gradient of y.
+// sums: of the gradient of BN(y) * factor, and of its product with y - mean, [2][channels].
 inline Coefficients normalise_backward(const Norm& norm, const double* sums, long rows,
                                        int channels) {
   Coefficients result;
@@ -45,8 +47,8 @@ inline Coefficients normalise_backward(const Norm& norm, const double* sums, lon
     const double s = sums[c] * norm.factor, q = sums[channels + c] * norm.factor;
     const double by_weight = (double)norm.weight[c] * norm.rstd[c];
     const double slope = q / rows * norm.rstd[c] * norm.rstd[c];
-    norm.of_bias[c] = (float)s;
-    norm.of_weight[c] = (float)(q * norm.rstd[c]);
+    norm.grad_bias[c] = (float)s;
+    norm.grad_weight[c] = (float)(q * norm.rstd[c]);
     result.by_gradient[c] = (float)(by_weight * norm.factor);
     result.by_y[c] = (float)(-by_weight * slope);
     result.constant[c] = (float)(by_weight * (slope * norm.mean[c] - s / rows));
@@ -54,29 +56,30 @@ inline Coefficients normalise_backward(const Norm& norm, const double* sums, lon
   return result;
 }
 
-// The sums of each part, [parts][2][channels], and in the end those of all, [2][channels].
-class Totals {
+// Two sums for each channel, by parts of the mini-batch: [parts][2][channels].
+class PartSums {
  public:
-  Totals(int channels, int parts)
-      : channels_(channels), parts_(parts), totals_((size_t)parts * 2 * channels) {}
+  PartSums(int channels, int parts)
+      : channels_(channels), parts_(parts), sums_((size_t)parts * 2 * channels) {}
 
-  double* first(int part) { return &totals_[(size_t)part * 2 * channels_]; }
+  double* first(int part) { return &sums_[(size_t)part * 2 * channels_]; }
   double* second(int part) { return first(part) + channels_; }
 
-  void over_parts(double* result) const {
+  // The sums over all parts, [2][channels].
+  void add_up(double* result) const {
     for (int at = 0; at < 2 * channels_; at++) {
       result[at] = 0;
-      for (int part = 0; part < parts_; part++) result[at] += totals_[(size_t)part * 2 * channels_ + at];
+      for (int part = 0; part < parts_; part++) result[at] += sums_[(size_t)part * 2 * channels_ + at];
     }
   }
 
  private:
   const int channels_, parts_;
-  std::vector<double> totals_;
+  std::vector<double> sums_;
 };
 
-// The sums of x and of x * x over an image, where x is rounded as it will be stored. The differences
-// to its first pixel are summed, so that a large mean costs no digits of float32.
+// The sums of x and of x * x over an image, where x is rounded as it will be stored. It sums the
+// differences to the first pixel, so that a large mean does not cost digits of float32.
 template <int C>
 struct Moments {
   alignas(64) float pivot[C], sum[C] = {}, square[C] = {};
@@ -106,11 +109,11 @@ struct Moments {
   }
 };
 
-// For the gradient of x = ReLU(y * scale + shift + shortcut), over an image: it is turned into the
-// gradient d of the ReLU's input, and d and d * (y - mean) are summed. Where x is not stored, there is
-// no shortcut, and x is computed again.
+// Masks the gradient of x = ReLU(y * scale + shift + shortcut) over an image, which gives the gradient d
+// of the ReLU's input, and sums d and d * (y - mean). If x is not stored, there is no shortcut, and x is
+// computed again.
 template <int C, bool is_stored>
-struct UnderReLU {
+struct ReLUGradient {
   const stored *x, *y;
   const float *scale, *shift, *mean;
   alignas(64) float sum[C] = {}, product[C] = {};
@@ -140,16 +143,16 @@ struct UnderReLU {
   void fetch(size_t pixel, size_t count) const { prefetch(y + pixel * C, count * C); }
 };
 
-// No sums are wanted.
-struct Unsummed {
+// In place of `ReLUGradient` where x is not the output of a ReLU: no mask and no sums.
+struct NoSums {
   template <size_t T>
   void add(size_t, int, const Floats (&)[T]) {}
   void end(size_t, double*, double*) const {}
   void fetch(size_t, size_t) const {}
 };
 
-// Finishes T results, channels c to c + LANES of the pixels from `pixel` on: adds `added`, if it is not
-// null, sums them, and stores them. Inlined, or else the results would not stay in registers before.
+// Finishes T results, channels c to c + LANES of the pixels from `pixel` on: adds `added`, unless it is
+// null, adds them to `sums`, and stores them. Inlined, so that the results stay in registers until then.
 template <int C, class Sums, size_t T>
 [[gnu::always_inline]] inline void finish(Floats (&result)[T], size_t pixel, int c,
                                           const stored* added, stored* out, Sums& sums) {

@@ -1,19 +1,19 @@
 // The gradients of a convolution of stride 2, from In to Out channels, by vectors of channels. The sides
-// of its input are twice those of its result.
+// of its input are twice the sides of its result.
 
 #pragma once
 
 #include "by_vectors.h"
 
-// The gradient of the weight. A row of the input meets a row of the result for each of the three taps
-// that are above one another.
+// The gradient of the weight. For each of the three vertical positions of the taps, one row of the input
+// belongs to a row of the result.
 template <int In, int Out>
 class StridedWeightGradient {
  public:
   explicit StridedWeightGradient(int side)
       : side_(side), rows_(std::max(side, 8 / side * side)), taps_(3 * (size_t)rows_ * side * In) {}
 
-  static int together(int side) { return std::max(1, 8 / side); }
+  static int images_at_a_time(int side) { return std::max(1, 8 / side); }
 
   // As that of WeightGradientByVectors; the side is that of the result.
   template <class Source>
@@ -32,7 +32,7 @@ class StridedWeightGradient {
   }
 
  private:
-  // Copies what each of three neighbouring taps meets of a row of the input, in pairs of lanes.
+  // Copies the pixels of a row of the input that each of three neighbouring taps reads, in pairs of lanes.
   template <class Source>
   void take_row(const Source& input, size_t first, bool outside, int y) {
     constexpr int N = Source::CHANNELS;
@@ -120,7 +120,7 @@ class StridedInputGradient {
           const size_t pixel = (size_t)row * 2 * side_ + 2 * x;
           if (c == 0) ahead(pixel, 2 * T);
           Floats result[2 * T] = {};
-          // An even row is met by the tap in the middle alone, an odd one by that below and above it.
+          // Even rows are read by the middle tap only, odd rows by the taps above and below it.
           for (int down = row % 2 ? 0 : 1; down < 3; down += 2) {
             const int y = (row + 1 - down) / 2;
             const factor* in = padded + ((y + 1) * width + x + 1) * Out;

@@ -1,9 +1,9 @@
-// Work that several threads share.
+// Run the parts of a piece of work on several threads.
 //
-// It is cut into parts, one for each thread, and whoever is there takes what nobody has begun: the
-// caller first of all. So a thread that does not get a core, because another program has it, is not
-// waited for (at a barrier, as OpenMP has it, it would be), and in a process that was forked off, which
-// has the caller alone, everything is computed too. What a part computes does not depend on who takes it.
+// There is one part for each thread, and every thread, the caller included, takes parts that nobody has
+// begun. So nobody waits for a thread that gets no core because another program has it, as at a barrier of
+// OpenMP; and in a forked process, in which only the caller exists, the caller computes everything. The
+// results do not depend on which thread takes which part.
 
 #pragma once
 
@@ -20,18 +20,18 @@
 
 constexpr int MOST_THREADS = 64;
 
-// Threads wait for something: they look for a while, because sleeping and waking take as long as a
-// small part does, and then release their core.
+// Lets threads wait for a condition: they spin for a while, because sleeping and waking take as long as a
+// small part, and then release their core.
 class Signal {
  public:
   template <class Ready>
   void wait(const Ready& ready) {
-    if (soon(ready)) return;
+    if (spin(ready)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     while (asleep_ = true, !ready()) woken_.wait(lock);
   }
 
-  // To be called after what `ready` looks at has changed.
+  // Must be called after the state that `ready` reads has changed.
   void wake() {
     if (!asleep_) return;
     std::lock_guard<std::mutex> lock(mutex_);
@@ -41,11 +41,11 @@ class Signal {
 
  private:
   template <class Ready>
-  static bool soon(const Ready& ready) {
+  static bool spin(const Ready& ready) {
     using std::chrono::steady_clock;
-    const auto end = steady_clock::now() + A_WHILE;
+    const auto end = steady_clock::now() + SPIN_TIME;
     do
-      for (int look = 0; look < 16; look++) {
+      for (int round = 0; round < 16; round++) {
         if (ready()) return true;
         pause();
       }
@@ -53,7 +53,7 @@ class Signal {
     return false;
   }
 
-  // Tells the processor that this thread does nothing but look.
+  // Hints to the processor that this thread spins.
   static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -62,24 +62,24 @@ class Signal {
 #endif
   }
 
-  static constexpr auto A_WHILE = std::chrono::microseconds(100);
+  static constexpr auto SPIN_TIME = std::chrono::microseconds(100);
 
   std::atomic<bool> asleep_{false};
   std::mutex mutex_;
   std::condition_variable woken_;
 };
 
-// The threads that help, which are made when they are first needed, and wait for ever.
+// The helper threads. They are started when they are first needed, and never end.
 class Helpers {
  public:
   // Calls work(part) for the parts 0 to parts - 1.
   template <class Work>
-  void share(int parts, const Work& work) {
-    if (parts == 1 || shared_.exchange(true)) {  // another caller has the helpers
+  void run_parts(int parts, const Work& work) {
+    if (parts == 1 || busy_.exchange(true)) {  // the helpers work for another caller
       for (int part = 0; part < parts; part++) work(part);
       return;
     }
-    hire(parts - 1);
+    start(parts - 1);
     work_ = &work;
     call_ = [](const void* work, int part) { (*(const Work*)work)(part); };
     unfinished_ = parts;
@@ -87,14 +87,14 @@ class Helpers {
     offered_.wake();
     take(0);
     finished_.wait([&] { return unfinished_ == 0; });
-    shared_ = false;
+    busy_ = false;
   }
 
  private:
-  void hire(int count) {
+  void start(int count) {
     try {
-      for (; hired_ < count; hired_++)
-        std::thread([this, own = hired_ + 1] {
+      for (; started_ < count; started_++)
+        std::thread([this, own = started_ + 1] {
           for (;;) {
             offered_.wait([&] { return unclaimed_ != 0; });
             take(own);
@@ -104,8 +104,8 @@ class Helpers {
     }
   }
 
-  // Computes unclaimed parts, its own first, until there are none. What `share` has written is read
-  // after a part is claimed only: then `share` waits for it.
+  // Computes unclaimed parts, its own first, until there are none. `work_` and `call_` are read only after
+  // a part was claimed, because `run_parts` then waits for that part before it changes them.
   void take(int own) {
     while (const uint64_t open = unclaimed_) {
       const int part = open >> own & 1 ? own : __builtin_ctzll(open);
@@ -116,17 +116,17 @@ class Helpers {
     }
   }
 
-  std::atomic<bool> shared_{false};
-  int hired_ = 0;
+  std::atomic<bool> busy_{false};
+  int started_ = 0;
   const void* work_ = nullptr;
   void (*call_)(const void*, int) = nullptr;
-  std::atomic<uint64_t> unclaimed_{0};  // bit by bit
+  std::atomic<uint64_t> unclaimed_{0};  // one bit for each part
   std::atomic<int> unfinished_{0};
   Signal offered_, finished_;
 };
 
-// Never destroyed, because its threads use it for as long as the process lives. A process that is
-// forked off has none of them, and begins with new ones.
+// Never destroyed, because its threads use it as long as the process lives. A forked process has no
+// helpers, and starts its own.
 inline Helpers* helpers = [] {
   pthread_atfork(nullptr, nullptr, [] { helpers = new Helpers; });
   return new Helpers;
@@ -136,7 +136,7 @@ inline Helpers* helpers = [] {
 template <class Work>
 void in_parts(long count, int threads, const Work& work) {
   const long parts = std::clamp<long>(threads, 1, MOST_THREADS);
-  helpers->share((int)parts, [&](int part) {
+  helpers->run_parts((int)parts, [&](int part) {
     work(part, count * part / parts, count * (part + 1) / parts);
   });
 }

@@ -1,8 +1,8 @@
 // Tile registers (AMX): products of matrices of bfloat16, summed in float32.
 //
 // A tile has up to 16 rows of 64 bytes. Registers 0 to 3 hold sums, [16][16]; A is [16][K] and B is
-// [K/2][16][2], so that a row of B has the pairs of two rows of a matrix. K is 32 or 16. Without the
-// instructions, TILES writes out what they do, for tests.
+// [K/2][16][2], so that a row of B has the pairs of two rows of a matrix. K is 32 or 16. On processors
+// without the instructions, TILES emulates them, for tests.
 
 #pragma once
 
@@ -20,7 +20,7 @@ constexpr int A = K == 32 ? 4 : 5;
 template <int K>
 constexpr int B = K == 32 ? 6 : 7;
 
-// The rows and the bytes a row of each register.
+// The number of rows, and of bytes in a row, of each register.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 32, 64, 64};
@@ -29,13 +29,13 @@ struct alignas(64) TileShapes {
 
 #ifdef __AMX_BF16__
 
-// Linux keeps the registers of a process only after it has asked for them.
+// Linux lets a process use the registers only after it has asked for permission.
 inline bool tiles_permitted() {
   constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-// The calling thread uses tiles while one of these exists.
+// Configures the tiles of the calling thread, and releases them at the end of the scope.
 class Tiles {
  public:
   Tiles() {

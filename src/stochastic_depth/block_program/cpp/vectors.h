@@ -3,8 +3,8 @@
 // `stored` is the type in which images lie in memory: bfloat16, or float32 if FLOAT32 is defined.
 // `factor` is the type of the operands of a product, whose sums are always float32. Where the
 // processor can sum products of pairs of bfloat16, a factor is bfloat16, and a lane of 32 bits holds
-// PER_LANE = 2 of them; otherwise a factor is float32. Macros, which tests also define by hand:
-// PAIRS: products of pairs; written out where the processor has no instruction for them.
+// PER_LANE = 2 of them; otherwise a factor is float32. Macros, which tests define by hand too:
+// PAIRS: products of pairs; emulated where the processor has no instruction for them.
 // TILES: products of matrices of pairs; see tiles.h.
 
 #pragma once
@@ -57,7 +57,7 @@ using Vector = typename VectorOf<T, N>::type;
 using Floats = Vector<float>;
 using Lanes = Vector<uint32_t>;
 
-// From and to memory that is aligned as its elements are.
+// Load from and store to memory that is aligned for its elements only.
 template <class V, class T>
 V get(const T* p) {
   typedef V Unaligned __attribute__((aligned(alignof(T)), may_alias));
@@ -79,7 +79,7 @@ To convert(V v) {
 
 inline Floats widened(Vector<bf16> bits) { return (Floats)(convert<Lanes>(bits) << 16); }
 
-// To the nearest, and to even halfway. A NaN that arithmetic makes remains one.
+// Round to nearest, ties to even; quiet NaNs survive.
 inline Vector<bf16> narrowed(Floats v) {
 #if defined(__AVX512BF16__) && !defined(FLOAT32) && LANES == 16
   return (Vector<bf16>)_mm512_cvtneps_pbh((__m512)v);
@@ -94,13 +94,13 @@ inline Floats load(const bf16* p) { return widened(get<Vector<bf16>>(p)); }
 inline void store(float* p, Floats v) { put(p, v); }
 inline void store(bf16* p, Floats v) { put(p, narrowed(v)); }
 
-// The value that will be read again after v has been stored.
+// The value that is read back after v has been stored.
 inline Floats as_stored(Floats v) {
   if constexpr (sizeof(stored) == 4) return v;
   return widened(narrowed(v));
 }
 
-// What is not a number remains so, and reaches the loss.
+// NaN propagates, so that it reaches the loss.
 inline Floats relu(Floats v) { return v < 0 ? Floats{} : v; }
 inline Floats where_positive(Floats condition, Floats v) { return condition <= 0 ? Floats{} : v; }
 
@@ -170,17 +170,17 @@ inline Floats multiply_add(Floats sum, Operand a, Operand b) {
 #endif
 }
 
-// Memory that is filled with zeros and begins on a cache line.
+// Zeroed memory that begins on a cache line.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(size_t count = 0) : lines_(count * sizeof(T) / 64 + 1) {}
-  T* data() { return lines_[0].of; }
+  T* data() { return lines_[0].values; }
   T& operator[](size_t at) { return data()[at]; }
 
  private:
   struct alignas(64) Line {
-    T of[64 / sizeof(T)];
+    T values[64 / sizeof(T)];
   };
   std::vector<Line> lines_;
 };

@@ -21,7 +21,7 @@ from stochastic_depth.train.config import (
     OptimizerConfig,
     SurvivalConfig,
 )
-from stochastic_depth.train.run_folder import open_batches
+from stochastic_depth.train.open import open_batches
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.train_state import TrainState
 

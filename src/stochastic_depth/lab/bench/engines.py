@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.block_program.library import missing
+from stochastic_depth.block_program.library import why_unavailable
 from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import bench_table, clock, milliseconds, shown, timings
 from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Workload, active_share
@@ -49,7 +49,7 @@ def _obstacle(engine: EngineName, kernels: KernelsName, runtime: Runtime) -> str
     if kernels == "native":
         if not on_cpu:
             return "they are for a CPU"
-        return missing()
+        return why_unavailable()
     if "compiled" in (engine, kernels) and on_cpu and shutil.which("g++") is None:
         return "no g++ was found, which PyTorch's compiler needs"
     return None

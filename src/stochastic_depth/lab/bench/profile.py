@@ -14,7 +14,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from stochastic_depth.block_program import Program
-from stochastic_depth.block_program.pieces import Block
+from stochastic_depth.block_program.pieces import BlockPiece
 from stochastic_depth.lab.bench.results import bench_table, shown
 from stochastic_depth.lab.bench.workload import Step, Workload
 from stochastic_depth.lab.options import ProfileOptions
@@ -74,7 +74,7 @@ class Timed:
 def _named(work: Any) -> str:
     """The name of a piece of the block program: its kind, channels and direction."""
     piece, direction = work.__self__, work.__name__.replace("_", " ")
-    if not isinstance(piece, Block):
+    if not isinstance(piece, BlockPiece):
         return f"{type(piece).__name__.lower()}, {direction}"
     kind = "transition to" if piece.is_transition else "block of"
     return f"{kind} {piece.out.shape[1]} channels, {direction}"

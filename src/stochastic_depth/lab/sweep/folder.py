@@ -134,7 +134,7 @@ class Sweep:
         """The recorded reason why the run of a point cannot be trained, or None."""
         path = self.path(point) / "failed.txt"
         try:
-            return read_file(path, SMALL, inside=3).decode().strip()
+            return read_file(path, SMALL, real_parts=3).decode().strip()
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -142,7 +142,7 @@ class Sweep:
 
     def fail(self, point: Point, sentence: str) -> None:
         """Record why the run of a point cannot be trained."""
-        write_whole(self.path(point) / "failed.txt", f"{sentence}\n".encode(), inside=3)
+        write_whole(self.path(point) / "failed.txt", f"{sentence}\n".encode(), real_parts=3)
 
     def ended(self, point: Point) -> bool:
         return self.done(point) or self.failure(point) is not None
@@ -166,7 +166,7 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
         "kind": kind,
         "grid": grid.to_json(),
         "recipe": config.recipe,
-        "config": config.essential().to_json(),
+        "config": config.without_io().to_json(),
     }
     _make(folder)
     with FileLock(folder / "lock"):

@@ -92,7 +92,7 @@ def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[st
         "p_L": survival,
         "steps_measured": repeats,
         "gatings": rows,
-        "config": config.essential().to_json(),
+        "config": config.without_io().to_json(),
         "machine": machine(runtime),
         "versions": versions(),
     }

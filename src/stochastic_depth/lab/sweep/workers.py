@@ -28,7 +28,7 @@ from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.processes import fresh_processes
 from stochastic_depth.train import Interrupted, Run, begin, fit, reopen
 from stochastic_depth.train.display import Silent
-from stochastic_depth.train.fit import StopSignals
+from stochastic_depth.train.signals import StopSignals
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -56,7 +56,7 @@ def claim_next(sweep: Sweep) -> Claim | None:
         path = _claim_file(sweep, point)
         lock = FileLock(path, timeout=0)
         try:
-            require_writable(path, inside=2)
+            require_writable(path, real_parts=2)
             lock.acquire()
         except Timeout:
             continue
@@ -186,7 +186,7 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
     if not is_there(path):
         return begin(config, path)
     run, images = reopen(path, config.data.root)
-    if run.config.essential() != config.essential():
+    if run.config.without_io() != config.without_io():
         raise RunError(f"{path} has another configuration than its sweep: remove it")
     torch.set_num_threads(run.runtime.threads)  # so that sums are rounded as before
     return run, images

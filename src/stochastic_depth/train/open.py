@@ -1,0 +1,105 @@
+"""Open a run together with its data: begin it, reopen it, or load its trained network."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from stochastic_depth.data import Batches, Shard, batches
+from stochastic_depth.distributed.world import on_primary, rank, ranks
+from stochastic_depth.errors import CheckpointError, DataError
+from stochastic_depth.train.build import build_network, require_trainable
+from stochastic_depth.train.checkpoint import as_checkpoint_error
+from stochastic_depth.train.config import Config
+from stochastic_depth.train.journal import best_record
+from stochastic_depth.train.run_folder import Run, create_run, open_run, refuse_existing
+from stochastic_depth.train.runtime import Runtime, resolve_runtime
+from stochastic_depth.train.weights import require_weights_of
+
+
+def begin(config: Config, path: Path) -> tuple[Run, Batches]:
+    """Read the data, then create the run folder; if the data is missing, no folder is created.
+
+    Raises:
+        ConfigError, DataError, RunError: when the configuration, the data or the folder cannot be
+            used.
+    """
+    on_primary(lambda: refuse_existing(path))
+    runtime = resolve_runtime(config)
+    images = open_batches(config, runtime)
+    require_trainable(config, images)
+    data = images.fingerprint, images.classes, images.shape
+    return on_primary(lambda: create_run(path, config, runtime, *data)), images
+
+
+def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
+    """Open an existing run and its data, which is in `data_root` if it has moved.
+
+    Raises:
+        ConfigError, DataError, RunError: as `begin`; and when the device of the run is missing, or
+            the run began on different data.
+    """
+    run = on_primary(lambda: open_run(path))
+    config = run.config
+    if data_root is not None:
+        config = replace(config, data=replace(config.data, root=data_root))
+    elif config.data.root is not None and not Path(config.data.root).expanduser().exists():
+        raise DataError(
+            f"{config.data.root}, the data of {path}, does not exist any more: give --data DIR "
+            "(data_root, in Python), where it is now"
+        )
+    now = resolve_runtime(replace(config, device=run.runtime.device))
+    if ranks() > 1 and run.runtime.engine == "graphs":  # which trains in a single process only
+        run = replace(run, runtime=replace(now, precision=run.runtime.precision))
+    images = open_batches(config, run.runtime)
+    run.require_data(images.fingerprint)
+    return run, images
+
+
+def open_batches(config: Config, runtime: Runtime) -> Batches:
+    """The data of `config`, on the device on which it is trained."""
+    return batches(
+        config.data.name,
+        config.data.root,
+        batch=config.optimizer.batch,
+        seed=config.seed,
+        device=runtime.device,
+        augment=config.data.augment,
+        channels_last=True,
+        validation=config.data.validation,
+        train=config.data.train,
+        size=config.data.size,
+        download=config.data.download,
+        workers=config.data.workers,
+        shard=Shard(rank(), ranks()),
+    )
+
+
+def trained_model(
+    run: Run, images: Batches, which: Literal["best", "last"] = "best"
+) -> tuple[nn.Module, int]:
+    """The network of a checkpoint in evaluation mode, its branches scaled by p_l; and its step.
+
+    Args:
+        which: the checkpoint with the lowest validation error ("best"), or the newest ("last").
+
+    Raises:
+        CheckpointError: when there is no checkpoint, or it cannot be trusted.
+        RunError: when the weights in the folder belong to another run.
+    """
+    require_weights_of(run.id, run.weights)
+    records, steps = run.records(), run.checkpoints.steps()
+    if not records or not steps:
+        raise CheckpointError(
+            f"{run.path} has no evaluated checkpoint yet: go on with it by "
+            f"stochastic-depth train --resume {run.path}"
+        )
+    step = best_record(records).step if which == "best" else steps[0]
+    state = run.checkpoints.load(step, run.runtime.device)
+    model, handle = build_network(run.config, run.runtime, images)
+    with as_checkpoint_error(step):
+        model.load_state_dict(state["model"])
+        if handle is not None:
+            handle.load_state_dict(state["depth"])
+    return model.eval(), step
