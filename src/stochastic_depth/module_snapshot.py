@@ -48,7 +48,7 @@ class GateReaders:
     """The modules of a model that read gates; warns if one of them no longer does.
 
     That is so if it was replaced by a different module, or its `forward` by a function that is set
-    on the instance.
+    on the instance. A `forward` that is set on the class has no effect, which is warned of too.
 
     Args:
         model: the model on which `sd.apply` was called.
@@ -61,6 +61,8 @@ class GateReaders:
         """None in a copy, until its first forward pass."""
         self._forwards: list[tuple[str, nn.Module, type, Any]] = []
         """The name, module and class of each reader, and the `forward` set on the instance."""
+        self._methods: dict[type, list[Any]] = {}
+        """For each class of a reader, the forward methods of its base classes."""
         self._take_snapshot(model)
 
     def warn_of_replaced(self, model: nn.Module) -> None:
@@ -75,7 +77,8 @@ class GateReaders:
             for name, module, cls, forward in self._forwards
             if vars(module).get("forward") is not forward and type(module) is cls
         ]
-        if snapshot is not None and snapshot.is_current() and not forwards:
+        patched = [cls for cls, methods in self._methods.items() if _forwards_of(cls) != methods]
+        if snapshot is not None and snapshot.is_current() and not forwards and not patched:
             return
         self._take_snapshot(model)
         if snapshot is None or self._snapshot is None:
@@ -94,6 +97,12 @@ class GateReaders:
             for name in forwards
             if name in now and now[name] in there and not _still_calls(now[name])
         ]
+        for cls in patched if not replaced else ():
+            warnings.warn(
+                f"{cls.__name__}.forward was replaced after sd.apply, and its blocks still run the "
+                "earlier one: sd.remove(model) and sd.apply again, or replace it before sd.apply",
+                stacklevel=4,
+            )
         if replaced:
             first, *others = replaced
             more = f" ({len(others)} more were replaced)" if others else ""
@@ -110,9 +119,15 @@ class GateReaders:
         self._snapshot = ModuleSnapshot(model, names)
         found = self._snapshot.modules.items()
         self._forwards = [(name, m, type(m), vars(m).get("forward")) for name, m in found]
+        self._methods = {type(module): _forwards_of(type(module)) for _, module in found}
 
     def __getstate__(self) -> dict[str, Any]:  # a copy takes a snapshot of its own modules
-        return {**self.__dict__, "_places": None, "_forwards": []}
+        return {**self.__dict__, "_snapshot": None, "_forwards": [], "_methods": {}}
+
+
+def _forwards_of(cls: type) -> list[Any]:
+    """The forward methods of the base classes of `cls`; None where a class has none of its own."""
+    return [vars(base).get("forward") for base in cls.__mro__[1:]]
 
 
 def _still_calls(module: nn.Module) -> bool:

@@ -82,13 +82,19 @@ def test_additions_within_a_reentrant_checkpoint_are_refused():
 
 
 @pytest.mark.parametrize("options", [{"scale": "training"}, {"gate": "sample"}])
-def test_an_addition_that_would_be_computed_again_without_its_gate_is_an_error(options):
+def test_an_addition_that_would_be_computed_again_without_its_gate_is_refused(options):
     model = Recomputed(reentrant=False, whole=True)
-    handle = sd.apply(model, sd.Uniform(0.5), example=example(), **options)
-    every = torch.ones(3, *[4] * ("gate" in options), dtype=torch.bool)
+    with pytest.raises(sd.errors.UnsupportedBlockError, match="checkpoint only the branch"):
+        sd.apply(model, sd.Uniform(0.5), example=example(), **options)
+
+
+def test_an_addition_that_is_computed_again_later_without_its_gate_is_an_error():
+    model = Recomputed(reentrant=False, whole=False)
+    handle = sd.apply(model, sd.Uniform(0.5), example=example(), scale="training")
+    model.whole = True
     with (
-        handle.forced(every),
-        pytest.raises(sd.errors.GateError, match="checkpoint only the branch"),
+        handle.forced([True] * 3),
+        pytest.raises(sd.errors.StochasticDepthError),
     ):
         model(example())
 
@@ -463,3 +469,42 @@ def test_weight_norm_of_the_old_kind_is_skipped():
     torch.testing.assert_close(found, h + model[2].g(model[2].f(h).tanh()))
     found.sum().backward()
     assert model[2].f.weight_g.grad.abs().sum() > 0
+
+
+class AddsInMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(6, 6, dtype=torch.float64) for _ in range(3))
+        self.head = nn.Linear(6, 2, dtype=torch.float64)
+
+    def features(self, x):
+        for branch in self.branches:
+            x = x + branch(x).tanh()
+        return x
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def test_a_method_that_adds_is_under_the_gates_when_it_is_called_by_itself():
+    torch.manual_seed(0)
+    model, x = AddsInMethod(), torch.randn(5, 6, dtype=torch.float64)
+    handle = sd.apply(model, example=x)
+    torch.testing.assert_close(model.head(model.eval().features(x)), model(x))
+    scaled = x
+    for branch, p in zip(model.branches, handle.survival, strict=True):
+        scaled = scaled + p * branch(scaled).tanh()
+    torch.testing.assert_close(model.features(x), scaled)
+    with handle.subnetwork([False] * 3):
+        assert torch.equal(model.features(x), x)
+    model.train()
+    with pytest.raises(sd.errors.GateError, match=r"with handle\.draw\(\)"):
+        model.features(x)
+    for _ in range(8):
+        with handle.draw():
+            found = model.features(x)
+        expected = x
+        for branch, is_open in zip(model.branches, handle.gates.tolist(), strict=True):
+            expected = expected + branch(expected).tanh() if is_open else expected
+        torch.testing.assert_close(found, expected)
+        model(x).sum().backward()

@@ -499,6 +499,25 @@ def test_a_forward_method_replaced_after_sd_apply_is_warned_of_with_the_remedy()
         assert torch.equal(model(X), model[0](X))
 
 
+def test_a_forward_method_replaced_on_the_class_after_sd_apply_is_warned_of():
+    class Own(Left):
+        def forward(self, x):
+            return x + self.f(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, WIDTH), Own(), Own()).double()
+    sd.apply(model, example=X)
+    Own.forward = lambda self, x: x + 2 * self.f(x)  # as kernels that replace a library's own do
+    with pytest.warns(UserWarning, match=r"Own\.forward was replaced after sd\.apply"):
+        model(X)
+    model(X)  # warned of once
+    sd.remove(model)
+    handle = sd.apply(model, example=X)
+    with handle.forced([True, False]):
+        h = model[0](X)
+        torch.testing.assert_close(model(X), h + 2 * model[1].f(h))
+
+
 def test_a_forward_method_that_is_wrapped_after_sd_apply_is_not_warned_of():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Left(), Left()).double()

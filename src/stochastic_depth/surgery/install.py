@@ -189,7 +189,25 @@ def _gated_methods(
         deferred = [(n, edit) for n, edit in enumerate(edits) if isinstance(edit, DeferredEdit)]
         is_entry = any(isinstance(edit, EntryEdit) for edit in edits)
         methods["forward"] = deferring_forward(inner, deferred, GATES, is_entry)
+        for name, method in _adding_methods(cls, [edit for _, edit in deferred]):
+            methods[name] = deferring_forward(method, deferred, GATES, True, is_helper=True)
     return methods, parents
+
+
+def _adding_methods(
+    cls: type[nn.Module], edits: Sequence[DeferredEdit]
+) -> Iterator[tuple[str, FunctionType]]:
+    """The methods of `cls`, beside `forward`, that make one of these additions.
+
+    They may be called without the forward method, as `forward_features` is.
+    """
+    sites = {site[:3] for edit in edits for site, _ in edit.sites}
+    for name in dir(cls):
+        method = inspect.getattr_static(cls, name)
+        if name != "forward" and isinstance(method, FunctionType):
+            code = inspect.unwrap(method).__code__
+            if (code.co_filename, code.co_qualname, code.co_firstlineno) in sites:
+                yield name, method
 
 
 def _wrapped_as(outer: FunctionType, inner: FunctionType, new: FunctionType) -> FunctionType:

@@ -9,7 +9,8 @@ placeholders too, so that the addition recognises them.
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from threading import get_ident
@@ -110,18 +111,21 @@ def deferring_forward(
     edits: Sequence[tuple[int, DeferredEdit]],
     gates: str,
     is_entry: bool,
+    is_helper: bool = False,
 ) -> Any:
     """The method `forward` of an owner, under the gates of its deferred additions.
 
     Args:
         edits: the deferred additions, each with the number of its gate.
         gates: the attribute of the module that holds all of its gates.
-        is_entry: whether the owner is the model itself.
+        is_entry: whether all deferred calls that the outputs need are made at the end, as those of
+            the model itself are.
+        is_helper: whether `forward` is another method, which has gates of its own only when the
+            forward method does not call it.
     """
     numbers = [number for number, _ in edits]
     only = [edit for _, edit in edits]
 
-    @wraps(forward)
     def deferring(self: Any, *args: Any, **kwargs: Any) -> Any:
         of_all: tuple[BlockGates, ...] = self.__dict__[gates]
         now = [of_all[number].now(self.training) for number in numbers]
@@ -141,7 +145,33 @@ def deferring_forward(
                     mine.end()
         return forward(self, *args, **kwargs)
 
-    return never_traced(deferring)
+    @wraps(forward)
+    def outermost(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_helper and self in _owners():
+            return forward(self, *args, **kwargs)
+        with _running(self):
+            return deferring(self, *args, **kwargs)
+
+    return never_traced(outermost)
+
+
+_local = threading.local()
+
+
+def _owners() -> list[nn.Module]:
+    """The modules whose additions are deferred and that are running in this thread."""
+    if not hasattr(_local, "owners"):
+        _local.owners = []
+    return _local.owners
+
+
+@contextmanager
+def _running(owner: nn.Module) -> Iterator[None]:
+    _owners().append(owner)
+    try:
+        yield
+    finally:
+        _owners().pop()
 
 
 class _Session:
