@@ -23,7 +23,7 @@ def register_unit(cls: type[nn.Module] | str) -> Callable[[GatedForward], GatedF
     original, and a closed gate must call no module of the branch.
 
     Args:
-        kind: the class, or "package.module.Class" for a class that is not to be imported for this.
+        cls: the class, or "package.module.Class" for a class that is not to be imported for this.
             It also covers derived classes that inherit its forward method.
 
     Raises:
