@@ -1,4 +1,4 @@
-"""Accelerate: one draw for each optimizer step, whatever the accumulation, and resumption."""
+"""Accelerate: one draw per optimizer step, whatever the accumulation, and resuming."""
 
 import tempfile
 

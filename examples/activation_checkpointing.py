@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks run again in the backward pass, under the gates they had."""
+"""Activation checkpointing: blocks run again in the backward pass, under the same gates."""
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks

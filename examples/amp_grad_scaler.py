@@ -1,4 +1,4 @@
-"""AMP: autocast to float16 with a gradient scaler, which may skip a step of the optimizer."""
+"""AMP: autocast to float16 with a gradient scaler, which may skip an optimizer step."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ images, labels = (images.float() / 16).view(-1, 1, 8, 8).to(device), labels.to(d
 model = CifarResNet(14, channels=1).to(device)
 handle = sd.apply(model, sd.LinearDecay(0.5))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-scaler = torch.amp.GradScaler(device, init_scale=2.0**22)  # too large, to see it come down
+scaler = torch.amp.GradScaler(device, init_scale=2.0**22)  # too large, so that it has to shrink
 for step in range(16):
     chosen = torch.randint(len(images), (64,), device=device)
     optimizer.zero_grad()

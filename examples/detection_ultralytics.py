@@ -9,7 +9,7 @@ from ultralytics import YOLO
 
 import stochastic_depth as sd
 
-folder = Path(tempfile.mkdtemp())  # in the place of your data: eight pictures, a box in each
+folder = Path(tempfile.mkdtemp())  # stands for your data: eight pictures, a box in each
 for part in ("images", "labels"):
     (folder / part).mkdir()
 for number in range(8):

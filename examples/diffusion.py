@@ -28,7 +28,7 @@ optimizers = {each: torch.optim.AdamW(each.parameters(), 1e-4) for each in (cons
 seconds = {each: [] for each in optimizers}
 for _ in range(6):
     given, noise = inputs()
-    for each, optimizer in optimizers.items():  # in turns: a busy machine is unfair to neither
+    for each, optimizer in optimizers.items():  # alternately, so that both see the same load
         start = time.perf_counter()
         F.mse_loss(each(**given).sample, noise).backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""EMA and SWA: an average is a copy with gates of its own; BatchNorm is updated at full depth."""
+"""EMA and SWA: an average is a copy with independent gates; BatchNorm is updated at full depth."""
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ for step in range(100):
         swa.update_parameters(model)
 
 for average in (ema, swa):
-    own = sd.handle_of(average.module)  # which drew nothing yet
-    own.step = handle.step  # p_l of a schedule as of the step that the average is of
+    own = sd.handle_of(average.module)  # the copy's handle, which has drawn nothing
+    own.step = handle.step  # with a schedule: p_l of the step of the average
     with own.full_depth():
         update_bn(images[:1500].split(100), average)
 

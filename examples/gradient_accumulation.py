@@ -1,4 +1,4 @@
-"""Gradient accumulation: gates for each micro-batch, or for each step of the optimizer."""
+"""Gradient accumulation: gates for each micro-batch, or for each optimizer step."""
 
 import torch
 import torch.nn.functional as F

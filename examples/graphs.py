@@ -31,7 +31,7 @@ constant, model = DeepGraphNetwork(), DeepGraphNetwork()
 handle = sd.apply(model, sd.LinearDecay(0.5), example=(nodes, edges))
 seconds = {constant: [], model: []}
 for _ in range(6):
-    for each in seconds:  # in turns, so that a busy machine is unfair to neither
+    for each in seconds:  # alternately, so that both see the same load
         start = time.perf_counter()
         each(nodes, edges).square().mean().backward()
         seconds[each].append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""A language model with transformers' Trainer: pre-trained, then fine-tuned, and what it saves."""
+"""A language model with transformers' Trainer: pretraining, then fine-tuning, and what it saves."""
 
 import argparse
 import inspect
@@ -10,7 +10,7 @@ import transformers as hf
 import stochastic_depth as sd
 from stochastic_depth.integrations.transformers import StochasticDepthCallback
 
-text = torch.tensor(list(inspect.getsource(argparse).encode()))  # one token a byte
+text = torch.tensor(list(inspect.getsource(argparse).encode()))  # one token per byte
 data = [{"input_ids": row, "labels": row} for row in text[: 64 * 512].view(-1, 64)]
 width = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
 config = hf.LlamaConfig(vocab_size=256, num_hidden_layers=8, num_key_value_heads=2, **width)
@@ -32,7 +32,7 @@ saved = sd.summary(model, {"input_ids": data[0]["input_ids"][None]}).expected_sa
 print(f"pre-training: {100 * saved:.0f} % of the FLOPs saved,", end=" ")
 print(f"{100 * (1 - stochastic / constant):.0f} % of the time")
 
-sd.remove(model)  # weights that were trained without: a mild rule, and nothing rescaled in the end
+sd.remove(model)  # to fine-tune: a mild rule, and evaluation without scaling
 mild = StochasticDepthCallback(sd.LinearDecay(0.8), scale="training", skipped="freeze")
 train(model, mild, steps=4, rate=1e-4)
 print(f"fine-tuning: {mild.handle.expected_depth:.1f} of {len(mild.handle.blocks)} layers a step")

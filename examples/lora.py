@@ -19,7 +19,7 @@ def adapted(**options):
     hf.set_seed(0)
     lora = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(hf.LlamaForCausalLM(config), lora)
-    if options:  # after the adapters are in
+    if options:  # after the adapters are added
         sd.apply(model, sd.LinearDecay(0.5), example=batch, skipped="freeze", **options)
     return model
 
@@ -27,11 +27,11 @@ def adapted(**options):
 models = {
     "all layers": adapted(),
     "skipped": adapted(closed="skipped", scale="training"),
-    "forward-only": adapted(closed="forward-only"),  # loses the backward pass alone
+    "forward-only": adapted(closed="forward-only"),  # skips only the backward pass
 }
 seconds = {name: [] for name in models}
 for _ in range(6):
-    for name, model in models.items():  # in turns, so that a busy machine is unfair to none
+    for name, model in models.items():  # alternately, so that all see the same load
         start = time.perf_counter()
         model(**batch).loss.backward()
         seconds[name].append(time.perf_counter() - start)

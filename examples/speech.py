@@ -1,4 +1,4 @@
-"""Speech: a Conformer's own layerdrop taken over, under DistributedDataParallel."""
+"""Speech: taking over a Conformer's layerdrop, under DistributedDataParallel."""
 
 import tempfile
 

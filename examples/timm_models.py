@@ -1,4 +1,4 @@
-"""timm: a model's own drop path rates, skipped for real, and timm's checkpoints."""
+"""timm: a model's own drop path rates, really skipped, and timm's checkpoints."""
 
 import tempfile
 
@@ -23,7 +23,7 @@ model = create(drop_path_rate=0.4)
 handle = sd.apply(model, "own", example=images[:2], scale="training")
 print("p_l:", *(f"{p:.2f}" for p in handle.survival))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-ema = ModelEmaV3(model, decay=0.5)  # a copy, with gates of its own
+ema = ModelEmaV3(model, decay=0.5)  # a copy with independent gates
 for step in range(4):
     optimizer.zero_grad()
     F.cross_entropy(model(images[step::40]), labels[step::40]).backward()
@@ -33,7 +33,7 @@ for step in range(4):
 with tempfile.TemporaryDirectory() as folder:
     saver = CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=folder)
     saver.save_checkpoint(epoch=0, metric=1.0)
-    plain = create()  # which knows nothing of stochastic depth
+    plain = create()  # without stochastic depth
     timm.models.load_checkpoint(plain, f"{folder}/last.pth.tar", use_ema=True)
 with torch.inference_mode():
     difference = plain.eval()(images[:8]) - ema.eval()(images[:8])

@@ -1,4 +1,4 @@
-"""torchvision's references: their training step, average of weights, and checkpoint."""
+"""torchvision's reference: its training step, weight averaging and checkpoint."""
 
 import tempfile
 

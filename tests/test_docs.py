@@ -24,8 +24,14 @@ LIBRARIES = ("timm", "torchvision", "transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def form(text: str) -> list[str]:
+    """The lines of `text`, with the same digit for every number, and seconds for milliseconds."""
+    text = re.sub(r"-?\d+(\.\d+)?(e-?\d+)?( m?s\b)?", "0", text)
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
 @pytest.mark.parametrize("name", CODE)
-def test_the_python_of_a_page_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs_from_top_to_bottom(name, tmp_path, monkeypatch, capsys):
     for library in LIBRARIES:
         if any(
             re.search(rf"^(import|from) {library}", block, re.MULTILINE) for block in CODE[name]
@@ -39,6 +45,11 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(name, tmp_path, monkeypatc
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|timm")
         exec(compile(source, tmp_path / "page.py", "exec"), names)
+    if name == "tutorial.md":
+        printed = form(capsys.readouterr().out)
+        shown = re.findall(r"^```text\n(.*?)^```", PAGES[name], re.DOTALL | re.MULTILINE)
+        assert len(shown) == 6
+        assert not [line for line in form("".join(shown)) if line not in [*printed, "..."]]
 
 
 def test_the_architecture_lists_the_tree_as_it_is():
@@ -55,7 +66,7 @@ def test_the_architecture_lists_the_tree_as_it_is():
 
 def test_the_way_of_a_foreign_model_names_files_that_are_there():
     page = PAGES["design/architecture.md"]
-    way = page[page.index("**A foreign model.**") : page.index("## How a step goes")]
+    way = page[page.index("### A foreign model") : page.index("## What happens in a step")]
     files = {path.stem for path in (ROOT / "src" / "stochastic_depth" / "surgery").rglob("*.py")}
     named = set(re.findall(r"`(\w+)`", way)) - {"remove"}
     assert len(named) > 10

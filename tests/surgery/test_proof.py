@@ -493,3 +493,38 @@ def test_a_change_in_place_that_the_example_does_not_need_is_noticed():
 
     with pytest.raises(UnsupportedBlockError, match=r"give it inplace=False"):
         sd.apply(Rectifies(), example=torch.rand(4, 8))
+
+
+class KeepsTerm(Plain):
+    """Keeps a term of the loss on itself, not on a module of its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.term = torch.zeros(())
+
+    def branch(self, x):
+        y = torch.tanh(self.f(x))
+        self.term = y.square().mean()
+        return y
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+def test_a_term_that_a_block_keeps_for_the_loss_is_that_of_this_pass():
+    torch.manual_seed(0)
+    model = Trunk(KeepsTerm)
+    handle = sd.apply(model, example=X)
+    for gates in ([True] * 3, [True, False, True], [False] * 3):
+        with handle.forced(gates):
+            out = model(X)
+        terms = [block.term for block in model.blocks]
+        for term, is_open in zip(terms, gates, strict=True):
+            assert (term.item() > 0) == is_open
+        (out.sum() + sum(terms)).backward()
+
+
+def test_a_graph_module_is_refused_with_the_order_that_works():
+    traced = torch.fx.symbolic_trace(nn.Sequential(Plain(), Plain()))
+    with pytest.raises(ApplyError, match=r"sd\.apply the model before it is traced"):
+        sd.apply(traced, example=X)

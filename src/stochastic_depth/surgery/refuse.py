@@ -37,11 +37,17 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise `ApplyError` if `model` is wrapped for several processes, compiled or scripted.
+    """Raise `ApplyError` if `model` is wrapped for several processes, traced, compiled or scripted.
 
     A wrapper counts every pass through the model, and would count the passes of `sd.apply` too.
     """
     for name, module in model.named_modules():
+        if isinstance(module, torch.fx.GraphModule):
+            raise ApplyError(
+                f"{name or type(model).__name__!r} is a torch.fx.GraphModule, which builds its "
+                "class again when it is copied or recompiled, and loses its gates: sd.apply the "
+                "model before it is traced"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise ApplyError(
                 f"{name or type(model).__name__!r} is scripted already, so its code cannot be "

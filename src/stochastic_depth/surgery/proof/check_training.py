@@ -74,7 +74,7 @@ def check_training(
         try:
             with in_training(blocks, [OPEN] * len(blocks)):
                 passes = [_counted(model, run, seed) for seed in range(TRAINING_PASSES)]
-            resets = _attributes_set(model, found, before)
+            opened = {name: dict(vars(module)) for name, module in model.named_modules()}
             names = {module: name for name, module in model.named_modules()}
             for block in found:
                 if why := _model_skips(block, passes, names):
@@ -84,6 +84,7 @@ def check_training(
                     with in_training(blocks, [CLOSED] * len(blocks)):
                         called = _counted(model, run, 0)
                     refuse_running(found, passes[0], called, "in training mode ")
+                resets = _attributes_set(model, found, before, opened)
                 _compare(model, run, found, blocks, batch, kind, scale)
                 for first in (1, 0):  # every other block, so that each is closed in one step
                     closed = list(range(first, len(blocks), 2))
@@ -371,28 +372,43 @@ def _model_skips(
 
 
 def _attributes_set(
-    model: nn.Module, found: Sequence[FoundBlock], before: dict[str, dict[str, Any]]
+    model: nn.Module,
+    found: Sequence[FoundBlock],
+    before: Mapping[str, Mapping[str, Any]],
+    opened: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Attributes in which modules of branches keep a tensor with a graph, with their old values.
+    """Attributes in which a branch keeps a tensor with a graph, with their old values.
+
+    They are attributes of the modules of a branch, and those of other modules that closed blocks
+    leave as they are.
+
+    Args:
+        before: the attributes of each module before any pass.
+        opened: after passes with all gates open. The last pass had all gates closed.
 
     Raises:
         UnsupportedBlockError: when such an attribute had no value before the pass.
     """
-    left: dict[str, Any] = {}
-    names = {name: block for block in found for name in block.modules}
-    for name, block in names.items():
-        for attribute, value in vars(model.get_submodule(name)).items():
-            is_left = isinstance(value, Tensor) and value.grad_fn is not None
-            module = model.get_submodule(name)
-            computed_from = {f"{attribute}_{part}" for part in ("v", "orig")}
-            if not is_left or isinstance(value, nn.Parameter):
+    kept: dict[str, Any] = {}
+    block_of = {name: block for block in found for name in block.modules}
+    for name, attributes in opened.items():
+        module = model.get_submodule(name)
+        for attribute, value in attributes.items():
+            has_graph = isinstance(value, Tensor) and value.grad_fn is not None
+            if (
+                not has_graph
+                or isinstance(value, nn.Parameter)
+                or _is_made_by_hook(module, attribute)
+            ):
                 continue
-            if not computed_from.isdisjoint(module._parameters):  # by weight_norm, before each call
+            if name not in block_of and vars(module).get(attribute) is not value:
                 continue
             old = before[name].get(attribute)
             if attribute not in before[name] or (
                 isinstance(old, Tensor) and old.grad_fn is not None
             ):
+                around = (block for block in found if name == block.name)
+                block = block_of.get(name) or next(around, found[0])
                 raise unsupported(
                     block.name,
                     block.module,
@@ -400,8 +416,13 @@ def _attributes_set(
                     "closed block would leave there from an earlier step: in __init__, set the "
                     "attribute to its value for a closed block, such as torch.zeros(())",
                 )
-            left[f"{name}.{attribute}"] = old
-    return left
+            kept[f"{name}.{attribute}"] = old
+    return kept
+
+
+def _is_made_by_hook(module: nn.Module, attribute: str) -> bool:
+    """Whether weight_norm, spectral_norm or pruning computes the attribute before each call."""
+    return any(f"{attribute}_{part}" in module._parameters for part in ("v", "orig"))
 
 
 def train_once(run: Callable[..., Any]) -> None:
