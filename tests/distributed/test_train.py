@@ -118,7 +118,7 @@ def test_two_processes_train_as_one_does(alone, together):
 def test_one_process_prints_and_writes(together):
     run, output = together
     assert output.count("→") == output.count("epoch 2/2") == 1
-    assert "engine eager: a block program is of one process, and 2 train together" in output
+    assert "engine eager: the block program supports one process, 2 are training" in output
     assert (run / "model.safetensors").exists()
 
 

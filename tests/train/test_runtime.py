@@ -24,7 +24,7 @@ def test_auto_takes_a_gpu_if_there_is_one():
     ],
 )
 def test_auto_takes_bfloat16_where_the_processor_has_it(processor, precision, monkeypatch):
-    monkeypatch.setattr("stochastic_depth.train.runtime._processor", lambda: processor)
+    monkeypatch.setattr("stochastic_depth.train.runtime.cpu_capabilities", lambda: processor)
     assert resolve_runtime(Config(device="cpu")).precision == precision
 
 

@@ -11,6 +11,7 @@ MIXES = (
     "mm",
     "matmul",
     "einsum",
+    "dot",
     "attention",
     "pool",
     "fft",
