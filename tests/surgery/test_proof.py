@@ -528,3 +528,26 @@ def test_a_graph_module_is_refused_with_the_order_that_works():
     traced = torch.fx.symbolic_trace(nn.Sequential(Plain(), Plain()))
     with pytest.raises(ApplyError, match=r"sd\.apply the model before it is traced"):
         sd.apply(traced, example=X)
+
+
+class Routed(nn.Module):
+    """Runs blocks for the samples that are routed to them, if there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Plain() for _ in range(3))
+
+    def forward(self, x):
+        for block, sign in zip(self.blocks, (1, -1, 1), strict=True):
+            mine = (sign * x[:, 0] > 0).nonzero().flatten()
+            if len(mine):
+                x = x.index_copy(0, mine, block(x[mine]))
+        return x
+
+
+def test_other_inputs_that_take_another_path_are_left_out():
+    torch.manual_seed(0)
+    x = X.clone()
+    x[:, 0] = x[:, 0].abs()
+    handle = sd.apply(Routed(), example=x)
+    assert [block.name for block in handle.blocks] == ["blocks.0", "blocks.2"]

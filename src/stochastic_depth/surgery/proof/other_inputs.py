@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.proof.calls import counted_calls
 from stochastic_depth.tensors import replace_tensors, tensors_in
 
 
@@ -19,18 +20,22 @@ def run_on_other_inputs(model: nn.Module, example: Example) -> Callable[..., Any
 
     Samples are in another order. If the model has finite outputs for them, numbers have random
     signs too, and the first sample ends with a zero, as padding does. The result is None if the
-    model cannot run on such inputs. The model must have no gates.
+    model cannot run on such inputs, or takes another path on them. The model must have no gates.
     """
-    for change in (_with_signs, _in_another_order):
-        run = caller(model, _changed(example, change))
-        with preserve_state(model), torch.no_grad():
-            model.eval()
+    with preserve_state(model), torch.no_grad():
+        model.eval()
+        with counted_calls(model) as usual:
+            caller(model, example)()
+        for change in (_with_signs, _in_another_order):
+            run = caller(model, _changed(example, change))
             try:
-                outputs = tensors_in(run())
+                with counted_calls(model) as calls:
+                    outputs = tensors_in(run())
             except Exception:
                 continue
-        if all(bool(out.isfinite().all()) for out in outputs if out.layout == torch.strided):
-            return run
+            dense = [out for out in outputs if out.layout == torch.strided]
+            if calls.number == usual.number and all(bool(out.isfinite().all()) for out in dense):
+                return run
     return None
 
 
