@@ -551,3 +551,98 @@ def test_other_inputs_that_take_another_path_are_left_out():
     x[:, 0] = x[:, 0].abs()
     handle = sd.apply(Routed(), example=x)
     assert [block.name for block in handle.blocks] == ["blocks.0", "blocks.2"]
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass_does_not_step_during_the_proof():
+    torch.manual_seed(0)
+    model = Trunk()
+    steps = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(steps.append)
+    sd.apply(model, drop_rate=0.5, example=X)
+    sd.verify(model, X, repeats=1)
+    assert not steps
+    model(X).sum().backward()
+    assert steps
+
+
+class InstallsHooks(Trunk):
+    """Installs hooks in its first forward pass, to record what its blocks return."""
+
+    installed = False
+
+    def forward(self, x):
+        if not self.installed:
+            self.installed = True
+            for block in self.blocks:
+                block.register_forward_hook(lambda module, args, out: self.recorded.append(out))
+        self.recorded: list[Tensor] = []
+        return super().forward(x), list(self.recorded)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_hooks_that_a_model_installs_while_it_runs_are_installed_once(called):
+    torch.manual_seed(0)
+    model = InstallsHooks()
+    if called:
+        model(X)
+    sd.plan(model, X)
+    handle = sd.apply(model, example=X)
+    assert len(handle.blocks) == 3
+    assert len(model(X)[1]) == 3
+
+
+class Queue(nn.Module):
+    """Keeps its outputs for the loss of the next step, as contrastive learning does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Trunk()
+        self.register_buffer("queue", torch.randn(4, 8))
+
+    def forward(self, x):
+        out = self.trunk(x)
+        similar = out @ self.queue.T
+        if self.training:
+            self.queue = out.detach()
+        return similar
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_rate": 0.5}])
+def test_a_queue_for_the_next_step_is_no_reason_to_refuse(options):
+    torch.manual_seed(0)
+    model = Queue()
+    before = model.queue.clone()
+    assert len(sd.apply(model, example=X, **options).blocks) == 3
+    assert torch.equal(model.queue, before)
+
+
+class Masks(Plain):
+    """Its branch is infinite where it does not count."""
+
+    def forward(self, x):
+        return x + self.f(x).masked_fill(torch.arange(8) == 3, -torch.inf)
+
+
+def test_infinite_values_of_a_branch_are_no_reason_to_refuse():
+    torch.manual_seed(0)
+    model = nn.Sequential(Trunk(Masks), nn.Softmax(-1))
+    assert len(sd.apply(model, drop_rate=0.5, example=X).blocks) == 3
+
+
+class Dormant(Plain):
+    """Is left out in evaluation while its gain is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        if not self.training and self.gain.item() == 0:
+            return x
+        return x + self.gain * self.f(x)
+
+
+def test_parameters_that_decide_the_path_are_left_as_they_are():
+    torch.manual_seed(0)
+    assert len(sd.apply(Trunk(Dormant), example=X).blocks) == 3

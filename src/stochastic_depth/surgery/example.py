@@ -45,19 +45,28 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 """Attributes of every `nn.Module`, which PyTorch itself manages: tensors, children and hooks."""
 
 
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
+"""The attributes of every `nn.Module` that hold its hooks."""
+
+
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Restore `model` afterwards: modes, tensors, gradients and attributes; and the random state.
+    """Restore `model` afterwards: modes, tensors, gradients, attributes, hooks; the random state.
 
     If a forward pass replaces a buffer or a parameter, the original tensor is restored, with its
     content. While this is entered, no module runs compiled, and PyTorch's own transformer layers do
-    not use their fused path, because both bypass hooks and modes.
+    not use their fused path, because both bypass hooks and modes. Hooks on gradients, by which an
+    optimizer may step during the backward pass, do not run.
     """
     modules = list(model.modules())
     states = [_ModuleState(module) for module in modules]
     compiled = [(module, call_of(module)) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     fused = torch.backends.mha.get_fastpath_enabled()
+    on_gradients = [hooks for p, _ in gradients if (hooks := p._post_accumulate_grad_hooks)]
+    held = [(hooks, dict(hooks)) for hooks in on_gradients]
+    for hooks, _ in held:
+        hooks.clear()
     for parameter, _ in gradients:
         parameter.grad = None
     for module, _ in compiled:
@@ -74,6 +83,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             state.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for hooks, content in held:
+            hooks.update(content)
 
 
 @contextmanager
@@ -120,6 +131,8 @@ class _ModuleState:
             ]
             if isinstance(tensor, Tensor) and has_content(tensor)
         ]
+        hooks = [vars(module)[name] for name in _HOOKS if isinstance(vars(module).get(name), dict)]
+        self.hooks = [] if self.scripted else [(each, dict(each)) for each in hooks]
         self.collections = [
             (value, type(value)(value))
             for value in self.attributes.values()
@@ -139,6 +152,10 @@ class _ModuleState:
             for tensor, content in self.contents:
                 if not torch.equal(tensor, content):
                     tensor.copy_(content)
+        for hooks, content in self.hooks:
+            if hooks.keys() != content.keys():
+                hooks.clear()
+                hooks.update(content)
         for value, content in self.collections:
             if type(value) is list:
                 value[:] = content

@@ -244,10 +244,12 @@ class _Proof:
         """Check that blocks whose branches are multiplied by 0 have no effect."""
         with force(self.blocks, OPEN), force([self.blocks[n] for n in numbers], TIMES_ZERO):
             difference, why = self._outcome(expected)
-        if not difference <= TOLERANCE:
+        # Infinite values of a branch, which a closed block does not multiply, become nan.
+        if TOLERANCE < difference < math.inf:
             wrong = functools.partial(self._wrong, gate=TIMES_ZERO)
-            when = "multiplied by 0 (a registered function must use gate.scale)"
-            self._raise_for_smallest(sorted(numbers), why, wrong, when)
+            registered = any(self.found[n].mechanism == "registered" for n in numbers)
+            hint = " (a registered function must use gate.scale)" if registered else ""
+            self._raise_for_smallest(sorted(numbers), why, wrong, f"multiplied by 0{hint}")
 
     def selected(
         self,

@@ -150,9 +150,10 @@ def _compare(
 
     def wrong(part: list[int], gate: Gate = CLOSED, keep: Tensor | None = None) -> str:
         gates = [gate if n in part else OPEN for n in range(len(blocks))]
-        with torch.no_grad(), in_training(blocks, gates):
+        closed = [found[n] for n in part]
+        with preserve_state(model), torch.no_grad(), in_training(blocks, gates):
             outputs = tensors_in(run())
-        with torch.no_grad(), ungated(model), bypassed([found[n] for n in part], keep):
+        with preserve_state(model), torch.no_grad(), ungated(model), bypassed(closed, keep):
             expected = tensors_in(run())
         if largest_difference(expected, outputs) <= TOLERANCE:
             return ""
@@ -167,11 +168,11 @@ def _compare(
     def wrong_though_open(part: list[int]) -> str:
         gates = [fully_open if n in part else OPEN for n in range(len(blocks))]
         try:
-            with in_training(blocks, gates):
+            with preserve_state(model), in_training(blocks, gates):
                 outputs, gradients = _step(model, run)
         except GateError as error:
             return f"in training mode {error}"
-        with ungated(model):
+        with preserve_state(model), ungated(model):
             expected, expected_gradients = _step(model, run)
         same = largest_difference(expected, outputs) <= TOLERANCE
         if differs := _different(expected_gradients, gradients) if same else "output":
@@ -248,7 +249,7 @@ def _different(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
     """The gradient that differs, as errors call it; empty if all are the same."""
     if not expected:
         return ""
-    largest = max(gradient.abs().max().item() for gradient in expected.values() if gradient.numel())
+    largest = max(map(_largest, expected.values()))
     for name in dict.fromkeys((*expected, *found)):
         known = expected.get(name, found.get(name))
         assert known is not None
@@ -257,10 +258,18 @@ def _different(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
         )
         if known.numel() and not torch.equal(one, other):
             epsilon = torch.finfo(known.dtype).eps
-            accepted = max(100 * epsilon * one.abs().max().item(), 10 * epsilon * largest)
-            if not (one - other).abs().max().item() <= accepted:
+            accepted = max(100 * epsilon * _largest(one), 10 * epsilon * largest)
+            same = (one == other) | (one.isnan() & other.isnan())
+            apart = (one - other).abs().masked_fill(same, 0)
+            if not apart.max().item() <= accepted:
                 return f"gradient of {name!r}"
     return ""
+
+
+def _largest(gradient: Tensor) -> float:
+    """The largest finite magnitude in a gradient."""
+    finite = gradient.abs()[gradient.isfinite()]
+    return finite.max().item() if finite.numel() else 0.0
 
 
 def _change_in_place(block: FoundBlock) -> str:

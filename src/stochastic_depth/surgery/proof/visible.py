@@ -5,6 +5,7 @@ LayerScale of 1e-6 of ConvNeXt, or the gates of a diffusion transformer. Then a 
 same outputs as a right one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.surgery.example import has_content, preserve_state
+from stochastic_depth.surgery.proof.calls import counted_calls
 from stochastic_depth.tensors import tensors_in
 
 _VANISHING = 1e-3
@@ -23,17 +25,19 @@ _VANISHING = 1e-3
 def visible_branches(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
     """While entered, trainable parameters that are zero or nearly zero have random values.
 
-    The values are the same each time. If the model cannot run with them, nothing is replaced.
+    The values are the same each time. If the model cannot run with them, or takes another path,
+    nothing is replaced.
 
     Args:
         run: calls the model on the example.
     """
     vanishing = [p for p in model.parameters() if p.requires_grad and _vanishes(p)]
+    usual = _calls(model, run) if vanishing else None
     before = [parameter.detach().clone() for parameter in vanishing]
     generator = torch.Generator("cpu").manual_seed(0)
     for parameter in vanishing:
         parameter.data.copy_(_values_like(parameter, generator))
-    if vanishing and not _is_finite(model, run):
+    if usual is not None and _calls(model, run) != usual:
         _restore(vanishing, before)
         vanishing = []
     try:
@@ -61,11 +65,14 @@ def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
         parameter.data.copy_(value)
 
 
-def _is_finite(model: nn.Module, run: Callable[..., Any]) -> bool:
-    """Whether the model runs, and all of its outputs are finite, in evaluation mode."""
+def _calls(model: nn.Module, run: Callable[..., Any]) -> Counter[str] | None:
+    """How often each module is called in evaluation mode; None if an output is not finite."""
     with preserve_state(model), torch.no_grad():
         model.eval()
         try:
-            return all(bool(tensor.isfinite().all()) for tensor in tensors_in(run()))
+            with counted_calls(model) as calls:
+                outputs = tensors_in(run())
+            dense = [out for out in outputs if out.layout == torch.strided]
+            return calls.number if all(bool(out.isfinite().all()) for out in dense) else None
         except Exception:
-            return False
+            return None
