@@ -88,13 +88,13 @@ def test_an_addition_that_would_be_computed_again_without_its_gate_is_refused(op
         sd.apply(model, sd.Uniform(0.5), example=example(), **options)
 
 
-def test_an_addition_that_is_computed_again_later_without_its_gate_is_an_error():
+def test_an_addition_that_moves_into_a_checkpoint_later_is_an_error():
     model = Recomputed(reentrant=False, whole=False)
     handle = sd.apply(model, sd.Uniform(0.5), example=example(), scale="training")
     model.whole = True
     with (
         handle.forced([True] * 3),
-        pytest.raises(sd.errors.StochasticDepthError),
+        pytest.raises(sd.errors.AdditionNotReachedError, match="took a different path"),
     ):
         model(example())
 

@@ -146,3 +146,19 @@ def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def calls_if_finite(model: nn.Module, run: Callable[..., Any]) -> Counter[str] | None:
+    """How often each module is called in evaluation mode.
+
+    None if the model cannot run, or an output is not finite.
+    """
+    with preserve_state(model), torch.no_grad():
+        model.eval()
+        try:
+            with counted_calls(model) as calls:
+                outputs = tensors_in(run())
+        except Exception:
+            return None
+    dense = [out for out in outputs if out.layout == torch.strided]
+    return calls.number if all(bool(out.isfinite().all()) for out in dense) else None

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.surgery.proof.calls import counted_calls
+from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.proof.calls import calls_if_finite
 from stochastic_depth.tensors import replace_tensors, tensors_in
 
 
@@ -22,20 +22,12 @@ def run_on_other_inputs(model: nn.Module, example: Example) -> Callable[..., Any
     signs too, and the first sample ends with a zero, as padding does. The result is None if the
     model cannot run on such inputs, or takes another path on them. The model must have no gates.
     """
-    with preserve_state(model), torch.no_grad():
-        model.eval()
-        with counted_calls(model) as usual:
-            caller(model, example)()
-        for change in (_with_signs, _in_another_order):
-            run = caller(model, _changed(example, change))
-            try:
-                with counted_calls(model) as calls:
-                    outputs = tensors_in(run())
-            except Exception:
-                continue
-            dense = [out for out in outputs if out.layout == torch.strided]
-            if calls.number == usual.number and all(bool(out.isfinite().all()) for out in dense):
-                return run
+    usual = calls_if_finite(model, caller(model, example))
+    for change in (_with_signs, _in_another_order):
+        run = caller(model, _changed(example, change))
+        calls = calls_if_finite(model, run)
+        if calls is not None and usual in (calls, None):
+            return run
     return None
 
 

@@ -5,7 +5,6 @@ LayerScale of 1e-6 of ConvNeXt, or the gates of a diffusion transformer. Then a 
 same outputs as a right one.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.surgery.example import has_content, preserve_state
-from stochastic_depth.surgery.proof.calls import counted_calls
-from stochastic_depth.tensors import tensors_in
+from stochastic_depth.surgery.example import has_content
+from stochastic_depth.surgery.proof.calls import calls_if_finite
 
 _VANISHING = 1e-3
 """Parameters are replaced if none of their values is larger than this."""
@@ -32,12 +30,12 @@ def visible_branches(model: nn.Module, run: Callable[..., Any]) -> Iterator[None
         run: calls the model on the example.
     """
     vanishing = [p for p in model.parameters() if p.requires_grad and _vanishes(p)]
-    usual = _calls(model, run) if vanishing else None
+    usual = calls_if_finite(model, run) if vanishing else None
     before = [parameter.detach().clone() for parameter in vanishing]
     generator = torch.Generator("cpu").manual_seed(0)
     for parameter in vanishing:
         parameter.data.copy_(_values_like(parameter, generator))
-    if usual is not None and _calls(model, run) != usual:
+    if usual is not None and calls_if_finite(model, run) != usual:
         _restore(vanishing, before)
         vanishing = []
     try:
@@ -63,16 +61,3 @@ def _values_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
 def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=False):
         parameter.data.copy_(value)
-
-
-def _calls(model: nn.Module, run: Callable[..., Any]) -> Counter[str] | None:
-    """How often each module is called in evaluation mode; None if an output is not finite."""
-    with preserve_state(model), torch.no_grad():
-        model.eval()
-        try:
-            with counted_calls(model) as calls:
-                outputs = tensors_in(run())
-            dense = [out for out in outputs if out.layout == torch.strided]
-            return calls.number if all(bool(out.isfinite().all()) for out in dense) else None
-        except Exception:
-            return None
