@@ -33,7 +33,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     Placeholder,
     Tape,
     because,
-    placeholders,
+    operands,
     value,
     with_values,
     without_ended,
@@ -42,8 +42,8 @@ from stochastic_depth.surgery.deferred.shapes import (
     SHAPES,
     answer_from_shape,
     requires_grad,
-    shapes,
     shapes_of,
+    shapes_of_tensor,
 )
 from stochastic_depth.surgery.edits import ADDITIONS, CallSite, by_position, call_site_of
 from stochastic_depth.torch_private import subclass_of, tree_flatten, tree_unflatten
@@ -86,7 +86,7 @@ class _Dispatching(Placeholder):
         cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func.__name__ if hasattr(func, "__name__") else ""
+        name = getattr(func, "__name__", "")
         if name == "__get__":
             name = func.__self__.__name__
             if name == "requires_grad":
@@ -95,7 +95,7 @@ class _Dispatching(Placeholder):
                 name = "item"  # for example `grad`, which needs the tensor itself
         if name in SHAPES:
             return answer_from_shape(func, args, kwargs)
-        found = placeholders((args, kwargs) if kwargs else args)
+        found, computed = operands((args, kwargs) if kwargs else args)
         if any(p._node.tape.is_over for p in found):
             args, kwargs = without_ended(args, kwargs)
             return func(*args, **kwargs)
@@ -117,7 +117,7 @@ class _Dispatching(Placeholder):
             args, kwargs = selected_values(args, kwargs, additions, _caller)
             with no_graph(additions):
                 return mark_as_branch(found[0]._node.tape, additions, func(*args, **kwargs))
-        node = Node(found[0]._node.tape, additions, func, args, kwargs)
+        node = Node(found[0]._node.tape, additions, func, args, kwargs, computed)
         if name in SEVERAL or name == "":
             return defer_call(node)
         return _placeholder(node, -1)
@@ -135,13 +135,13 @@ def defer_call(node: Node, gives_tensor: bool = False) -> Any:
         gives_tensor: whether to assume, in that case, that the result is one tensor.
     """
     try:
-        leaves, structure = shapes(node)
+        shapes = shapes_of(node)
     except Exception:
         if gives_tensor:
             return _placeholder(node, -1)
         with because(UNKNOWN):
             return mark_as_branch(node.tape, node.additions, node.result())
-    return defer_call_as(node, leaves, structure)
+    return defer_call_as(node, shapes.leaves, shapes.structure)
 
 
 def defer_call_as(node: Node, leaves: list[Any], structure: Any) -> Any:
@@ -194,10 +194,10 @@ def _change(
     before = _placeholder(target._node, target._leaf)
     args = tuple(before if arg is target else arg for arg in args)
     kwargs = {name: before if arg is target else arg for name, arg in kwargs.items()}
-    node = Node(target._node.tape, additions, func, args, kwargs)
+    node = Node(target._node.tape, additions, func, args, kwargs, operands((args, kwargs))[1])
     if func.__name__ == "__setitem__":  # which returns None
         node.function = _set_item
-    node.fakes = shapes_of(before)
+    node.shapes = shapes_of_tensor(before)
     node.tape.in_place.append(node)
     node.tape.changes_computed |= target._node.done
     target._node, target._leaf = node, -1

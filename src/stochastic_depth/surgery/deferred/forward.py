@@ -28,6 +28,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     Node,
     Placeholder,
     Tape,
+    operands,
     resolved,
     set_tape,
     tape_of_pass,
@@ -54,15 +55,15 @@ class _DeferredModule:
     """Its name, relative to the owner."""
     calls: int
     """How often the owner called it on the example."""
-    additions_of: Mapping[int, Sequence[int]]
+    additions_of: Mapping[int, tuple[int, ...]]
     """For each of these calls, by number, the additions that need it."""
     gives_tensor: bool
     """Whether each call returned a tensor, rather than a tuple or another structure."""
 
     @cached_property
-    def additions_of_every(self) -> Sequence[int] | None:
+    def additions_of_every(self) -> tuple[int, ...] | None:
         """The additions that every call is made for; None if they differ from call to call."""
-        first, *others = map(list, self.additions_of.values())
+        first, *others = self.additions_of.values()
         alike = len(self.additions_of) == self.calls and all(other == first for other in others)
         return first if alike else None
 
@@ -85,10 +86,10 @@ class _DeferredCalls:
         self.snapshot = ModuleSnapshot(owner, calls_of)
         for name, submodule in self.snapshot.modules.items():
             pairs = calls_of[name]
-            additions_of: dict[int, list[int]] = {}
+            additions_of: dict[int, tuple[int, ...]] = {}
             for number, calls in pairs:
                 for call in calls.indices:
-                    additions_of.setdefault(call, []).append(number)
+                    additions_of[call] = (*additions_of.get(call, ()), number)
             module = _DeferredModule(
                 submodule,
                 name,
@@ -190,6 +191,7 @@ class _Session:
             if not gate.is_plain
         }
         self.before: list[tuple[_Switch, Any]] = []
+        self._gated: dict[tuple[int, ...], tuple[GatedAddition, ...]] = {}
 
     def __enter__(self) -> "_Session":
         tape = tape_of_pass()
@@ -207,6 +209,13 @@ class _Session:
     def __exit__(self, *_: Any) -> None:
         for switch, before in self.before:
             switch.switch_to(before)
+
+    def gated(self, numbers: tuple[int, ...]) -> tuple[GatedAddition, ...]:
+        """Those of the additions with these numbers that have a gate in this call; one object."""
+        if numbers not in self._gated:
+            additions = tuple(self.additions[n] for n in numbers if n in self.additions)
+            self._gated[numbers] = additions
+        return self._gated[numbers]
 
     def require_additions_reached(self) -> None:
         """Raise `AdditionNotReachedError` if a branch was deferred and never added.
@@ -300,29 +309,28 @@ class _Interceptor:
                 )
             mine = deferred.additions_of.get(self.called, ())
             self.called += 1
-        additions = [self.session.additions[n] for n in mine if n in self.session.additions]
+        additions = self.session.gated(mine)
         if not additions:
             return self.forward(*args, **kwargs)
         for addition in additions:
             addition.deferred += 1
         if not all(addition.gate.open for addition in additions):
-            return self.defer_call(tuple(additions), args, kwargs)
-        drawn = {id(addition.gate.samples): addition.gate for addition in additions}
-        if len(drawn) == 1 and len(additions) == len(mine):
-            (gate,) = drawn.values()
+            return self.defer_call(additions, args, kwargs)
+        owner, gate = additions[0].owner, additions[0].gate
+        alike = all(addition.gate.samples is gate.samples for addition in additions)
+        if gate.samples is not None and alike and len(additions) == len(mine):
             key = deferred.name, self.called
-            args, kwargs = select_inputs(
-                additions[0].owner, gate, frozenset(additions), (args, kwargs), key
-            )
-        args, kwargs = resolved(args), resolved(kwargs)
-        with no_graph(additions if len(additions) == len(mine) else []):
-            return mark_as_branch(self.tape, tuple(additions), self.forward(*args, **kwargs))
+            args, kwargs = select_inputs(owner, gate, frozenset(additions), (args, kwargs), key)
+        args, kwargs = resolved(args), resolved(kwargs) if kwargs else kwargs
+        with no_graph(additions if len(additions) == len(mine) else ()):
+            return mark_as_branch(self.tape, additions, self.forward(*args, **kwargs))
 
     def defer_call(
         self, additions: tuple[GatedAddition, ...], args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         deferred = self.deferred
-        node = Node(self.tape, additions, self.forward, args, kwargs, deferred.module)
+        reads = operands((args, kwargs) if kwargs else args)[1]
+        node = Node(self.tape, additions, self.forward, args, kwargs, reads, deferred.module)
         structures = self.session.plan.structures
         key = deferred.name, deferred.module.training, _form(args), _form(kwargs)
         known = structures.get(key)

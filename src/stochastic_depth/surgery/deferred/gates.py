@@ -19,7 +19,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
     Node,
     Placeholder,
-    placeholders,
+    operands,
     resolved,
     value,
     with_values,
@@ -29,6 +29,8 @@ from stochastic_depth.surgery.record.rejected import SCALED
 from stochastic_depth.surgery.rewrite.select_samples import select_drawn
 from stochastic_depth.tensors import map_structure
 from stochastic_depth.torch_private import recomputation
+
+_NOTHING = nullcontext()
 
 
 def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
@@ -52,7 +54,7 @@ def adds_branch(addition: GatedAddition, side: int, args: tuple[Any, ...]) -> bo
     shortcut = args[side]
     others = [arg for n, arg in enumerate(args) if n != side]
     own = isinstance(shortcut, Placeholder) and addition in shortcut._node.additions
-    return not own and any(addition in p._node.additions for p in placeholders(others))
+    return not own and any(addition in p._node.additions for p in operands(others)[0])
 
 
 def add(
@@ -129,11 +131,12 @@ def selected_values(
     Args:
         site: returns the call site; called only under such a gate.
     """
-    addition = next((addition for addition in additions if addition.gate.samples is not None), None)
-    if addition is not None:
-        args, kwargs = select_inputs(
-            addition.owner, addition.gate, frozenset(additions), (args, kwargs), site()
-        )
+    for addition in additions:
+        if addition.gate.samples is not None:
+            args, kwargs = select_inputs(
+                addition.owner, addition.gate, frozenset(additions), (args, kwargs), site()
+            )
+            break
     return with_values(args, kwargs)
 
 
@@ -161,5 +164,6 @@ def select_inputs(
 
 def no_graph(additions: Sequence[GatedAddition]) -> AbstractContextManager[Any]:
     """The context that the branches of `additions` run in: no autograd if all are forward-only."""
-    detached = bool(additions) and all(addition.gate.detached for addition in additions)
-    return torch.no_grad() if detached else nullcontext()
+    if not additions or not all(addition.gate.detached for addition in additions):
+        return _NOTHING
+    return torch.no_grad()

@@ -13,7 +13,7 @@ recognises its branch. A `GatedAddition` is one addition during one call of the 
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.edits import CallSite
-from stochastic_depth.tensors import map_structure
 from stochastic_depth.torch_private import changes_of, tree_flatten, tree_unflatten
 
-_PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
-"""Types of values that cannot contain a placeholder."""
+_ATOMS = {type(None), bool, int, float, str, torch.dtype, torch.device}
+"""Types of values that contain no tensors."""
 _local = threading.local()
 
 
@@ -88,7 +87,7 @@ class Tape:
             node = reference()
             if node is not None and not node.done and node.module is not None:
                 state = [*node.module.parameters(), *node.module.buffers()]
-                node.versions += [(t, changes_of(t)) for t in tensors_of(state)]
+                node.versions += _versions(state)
 
     def run(self) -> None:
         """Make all of the calls whose results may still be needed."""
@@ -133,6 +132,7 @@ class Node:
 
     Args:
         additions: the residual additions to whose branches the call belongs.
+        reads: the computed tensors among the arguments.
         module: the module that is called, if it is one; `function` is then its forward pass.
     """
 
@@ -142,10 +142,10 @@ class Node:
         "args",
         "context",
         "done",
-        "fakes",
         "function",
         "kwargs",
         "module",
+        "shapes",
         "tape",
         "value",
         "versions",
@@ -156,18 +156,19 @@ class Node:
         tape: Tape,
         additions: tuple[GatedAddition, ...],
         function: Callable[..., Any],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        reads: list[Tensor],
         module: nn.Module | None = None,
     ) -> None:
         self.tape, self.additions, self.function, self.module = tape, additions, function, module
-        self.args, self.kwargs = args, kwargs or {}
+        self.args, self.kwargs = args, kwargs
         self.done, self.value = False, None
-        self.fakes: Any = None
-        """The shapes of the result, once `shapes` has inferred them."""
+        self.shapes: Any = None
+        """The shapes of the result, once `shapes_of` has inferred them."""
         self.context = _context()
         """The gradient mode and autocast in which the model asked for the call."""
-        self.versions = [(t, changes_of(t)) for t in tensors_of(args, self.kwargs)]
+        self.versions = _versions(reads)
         """The tensors that it reads, each with the number of its changes in place so far."""
         tape.nodes.append(weakref.ref(self))
 
@@ -190,28 +191,17 @@ class Node:
                     )
             args, kwargs = with_values(self.args, self.kwargs)
             with under(self.context):
-                value = self.function(*args, **kwargs)
-            self.finish(value)
+                self.value = self.function(*args, **kwargs)
+            self.done = True
+            del self.args, self.kwargs, self.versions
         return self.value
 
     @classmethod
     def finished(cls, tape: Tape, additions: tuple[GatedAddition, ...], tensor: Tensor) -> "Node":
         """A node for a tensor that is already computed; it is not put on the tape."""
         node = cls.__new__(cls)
-        node.tape, node.additions, node.function, node.module = (
-            tape,
-            additions,
-            torch.Tensor.view_as,
-            None,
-        )
-        node.context, node.fakes = (), None
-        node.finish(tensor)
+        node.tape, node.additions, node.done, node.value = tape, additions, True, tensor
         return node
-
-    def finish(self, value: Any) -> None:
-        """Keep the result, and release the arguments."""
-        self.done, self.value = True, value
-        self.args, self.kwargs, self.versions = (), {}, []
 
 
 class Placeholder(Tensor):
@@ -245,20 +235,28 @@ def resolved(output: Any, everything: bool = True) -> Any:
     Args:
         everything: whether to make deferred calls; otherwise their placeholders stay.
     """
-    if isinstance(output, Placeholder):
-        return value(output) if everything or output._node.done else output
-    if isinstance(output, Tensor) or (
-        type(output) is tuple and _PLAIN.issuperset(map(type, output))
-    ):
-        return output
+
+    def real(leaf: Any) -> Any:
+        replaced = isinstance(leaf, Placeholder) and (everything or leaf._node.done)
+        return value(leaf) if replaced else leaf
+
+    if isinstance(output, Tensor):
+        return real(output)
+    if type(output) is tuple and all(isinstance(e, Tensor) or type(e) in _ATOMS for e in output):
+        return tuple(map(real, output))
     leaves, structure = tree_flatten(output)
     if not any(isinstance(leaf, Placeholder) for leaf in leaves):
         return output
-    new = [
-        value(leaf) if isinstance(leaf, Placeholder) and (everything or leaf._node.done) else leaf
-        for leaf in leaves
-    ]
-    return tree_unflatten(new, structure)
+    return tree_unflatten(list(map(real, leaves)), structure)
+
+
+def with_values(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """Arguments, with tensors in place of placeholders."""
+    return mapped(_real, args), mapped(_real, kwargs) if kwargs else kwargs
+
+
+def _real(leaf: Any) -> Any:
+    return value(leaf) if isinstance(leaf, Placeholder) else leaf
 
 
 def without_ended(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
@@ -271,58 +269,57 @@ def without_ended(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[st
     return mapped(real, args), mapped(real, kwargs)
 
 
-def placeholders(values: Any) -> list[Placeholder]:
-    """All placeholders in nested tuples, lists and mappings."""
+def operands(values: Iterable[Any]) -> tuple[list[Placeholder], list[Tensor]]:
+    """All placeholders, and all computed tensors, in nested tuples, lists, dicts and slices."""
     found: list[Placeholder] = []
-    _look(values, found)
-    return found
+    computed: list[Tensor] = []
+    _sort(values, found, computed)
+    return found, computed
 
 
-def _look(values: Any, found: list[Placeholder]) -> None:
-    for each in values.values() if isinstance(values, dict) else values:
+def _sort(values: Iterable[Any], found: list[Placeholder], computed: list[Tensor]) -> None:
+    for each in values:
         if isinstance(each, Placeholder):
             found.append(each)
-        elif isinstance(each, tuple | list | dict):
-            _look(each, found)
-
-
-def with_values(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """Arguments, with tensors in place of placeholders."""
-
-    def real(leaf: Any) -> Any:
-        return value(leaf) if isinstance(leaf, Placeholder) else leaf
-
-    return mapped(real, args), mapped(real, kwargs)
+        elif isinstance(each, Tensor):
+            computed.append(each)
+        elif type(each) in _ATOMS:
+            continue
+        elif isinstance(each, (tuple, list)):
+            _sort(each, found, computed)
+        elif isinstance(each, dict):
+            _sort(each.values(), found, computed)
+        elif isinstance(each, slice):
+            _sort((each.start, each.stop, each.step), found, computed)
 
 
 def mapped(function: Callable[[Any], Any], values: Any) -> Any:
     """`values`, with `function` applied to each tensor and module in it.
 
-    Unlike `map_structure`, it looks into slices and named tuples too.
+    It looks into tuples, lists, dicts and slices. A tuple or list in which nothing changes is
+    returned itself, because its owner may append to it.
     """
+    kind = type(values)
+    if kind in _ATOMS:
+        return values
+    if isinstance(values, (Tensor, nn.Module)):
+        return function(values)
+    if kind is dict:
+        return {name: mapped(function, each) for name, each in values.items()}
+    if kind is slice:
+        return slice(*mapped(function, (values.start, values.stop, values.step)))
+    named = kind is not tuple and isinstance(values, tuple) and hasattr(values, "_fields")
+    if kind is tuple or kind is list or named:
+        parts = [each if type(each) in _ATOMS else mapped(function, each) for each in values]
+        if any(new is not old for new, old in zip(parts, values, strict=True)):
+            return kind(*parts) if named else kind(parts)
+    return values
 
-    def in_leaf(leaf: Any, _: Any) -> Any:
-        if isinstance(leaf, Tensor | nn.Module):
-            return function(leaf)
-        if isinstance(leaf, slice):
-            return slice(*mapped(function, (leaf.start, leaf.stop, leaf.step)))
-        if isinstance(leaf, tuple) and hasattr(leaf, "_fields"):
-            return type(leaf)(*mapped(function, tuple(leaf)))
-        return leaf
 
-    return map_structure(in_leaf, values)
-
-
-def tensors_of(*values: Any) -> Iterator[Tensor]:
-    """All computed tensors in `values` whose changes in place PyTorch counts."""
-    for each in values:
-        if isinstance(each, Tensor):
-            if not isinstance(each, Placeholder) and not each.is_inference():
-                yield each
-        elif isinstance(each, tuple | list):
-            yield from tensors_of(*each)
-        elif isinstance(each, dict):
-            yield from tensors_of(*each.values())
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+    """Each of `tensors` with the number of its changes in place; not those of inference mode,
+    whose changes PyTorch does not count."""
+    return [(tensor, changes_of(tensor)) for tensor in tensors if not tensor.is_inference()]
 
 
 def _name(node: Node) -> str:

@@ -7,6 +7,7 @@ arguments.
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,8 +19,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     Placeholder,
     because,
     mapped,
-    placeholders,
-    tensors_of,
+    operands,
     under,
     value,
     with_values,
@@ -44,13 +44,34 @@ def _fake_tensors() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def shapes(node: Node) -> tuple[list[Any], Any]:
-    """The leaves and the structure of the result of `node`, with fake tensors in place of tensors.
+@dataclass(frozen=True, eq=False)
+class Shapes:
+    """What is known of the result of a call that is not made.
+
+    Attributes:
+        leaves: its leaves, with fake tensors in place of tensors.
+        structure: how they are nested.
+        signatures: the `_signature` of each leaf, with which shapes are looked up.
+    """
+
+    leaves: list[Any]
+    structure: Any
+    signatures: list[Any]
+
+    @classmethod
+    def of(cls, result: Any) -> "Shapes":
+        """The shapes of `result`, whose tensors are fake."""
+        leaves, structure = tree_flatten(result)
+        return cls(leaves, structure, [_signature(leaf) for leaf in leaves])
+
+
+def shapes_of(node: Node) -> Shapes:
+    """The shapes of the result of `node`.
 
     Raises:
         Exception: of any class, when they cannot be inferred.
     """
-    if node.fakes is None:
+    if node.shapes is None:
         key = (_signature(node.args), _signature(node.kwargs), node.context)
         if node.module is not None:
             known = _MODULES.setdefault(node.module, {})
@@ -61,10 +82,10 @@ def shapes(node: Node) -> tuple[list[Any], Any]:
             if len(known) > 1000:
                 known.clear()
             known[key] = _infer(node)
-        node.fakes = known[key]
-    if node.fakes is _UNKNOWN:
+        node.shapes = known[key]
+    if node.shapes is _UNKNOWN:
         raise TypeError("not known without computing it")
-    return node.fakes
+    return node.shapes
 
 
 def _infer(node: Node) -> Any:
@@ -72,18 +93,17 @@ def _infer(node: Node) -> Any:
         args, kwargs = mapped(_faked, (node.args, node.kwargs))
         function = node.function if node.module is None else _without_hooks(node.module)
         with no_modes(), _fake_tensors(), torch.no_grad(), under(node.context[1:], grad=False):
-            return tree_flatten(function(*args, **kwargs))
+            return Shapes.of(function(*args, **kwargs))
     except Exception:
         return _UNKNOWN
 
 
-def shapes_of(placeholder: Placeholder) -> tuple[list[Any], Any] | None:
-    """The `shapes` of one placeholder, computed or not; None if they are unknown."""
+def shapes_of_tensor(placeholder: Placeholder) -> Shapes | None:
+    """The shapes of one placeholder, computed or not; None if they are unknown."""
     try:
-        leaves, structure = tree_flatten(_fake(placeholder))
+        return Shapes.of(_fake(placeholder))
     except Exception:
         return None
-    return leaves, structure
 
 
 def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -91,6 +111,8 @@ def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if len(args) == 1 and args[0]._node.done:
         return func(value(args[0]), **kwargs)
     try:
+        if len(args) == 1 and not kwargs:
+            return func(_fake(args[0]))
         inferred = mapped(_faked, args), mapped(_faked, kwargs)
     except Exception:
         with because("the shape of its output is needed, and depends on its values"):
@@ -107,10 +129,8 @@ def requires_grad(placeholder: Placeholder) -> bool:
         return False
     if node.module is not None and any(p.requires_grad for p in node.module.parameters()):
         return True
-    given = placeholders((node.args, node.kwargs))
-    return any(t.requires_grad for t in tensors_of(node.args, node.kwargs)) or any(
-        map(requires_grad, given)
-    )
+    found, computed = operands((node.args, node.kwargs))
+    return any(tensor.requires_grad for tensor in computed) or any(map(requires_grad, found))
 
 
 def _faked(given: Tensor | nn.Module) -> Tensor | nn.Module:
@@ -123,8 +143,7 @@ def _fake(tensor: Tensor) -> Tensor:
         node = tensor._node
         if node.done:
             return _fake(value(tensor))
-        leaves, _ = shapes(node)
-        fake = leaves[max(0, tensor._leaf)]
+        fake = shapes_of(node).leaves[max(0, tensor._leaf)]
         if not isinstance(fake, Tensor):
             raise TypeError("not a tensor")
         return fake
@@ -137,7 +156,7 @@ def _fake(tensor: Tensor) -> Tensor:
 def _signature(values: Any) -> Any:
     """A key that is equal for arguments that lead to the same output shapes."""
     if isinstance(values, Placeholder) and not values._node.done:
-        values = _fake(values)
+        return shapes_of(values._node).signatures[max(0, values._leaf)]
     if isinstance(values, Tensor):
         return tuple(values.shape), values.stride(), values.dtype, values.device
     if isinstance(values, tuple | list):
