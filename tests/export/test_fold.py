@@ -224,6 +224,15 @@ class Recurrent(Net):
         return super().forward(self.blocks(self.blocks(x)))
 
 
+def test_a_network_of_hundreds_of_blocks_folds():
+    units = [sd.Residual(nn.Linear(2, 2)) for _ in range(600)]
+    model, x = nn.Sequential(*units).double().eval(), torch.randn(3, 2, dtype=torch.float64)
+    sd.apply(model, sd.Uniform(0.5))
+    expected = outputs(model, x)
+    sd.fold(model, x)
+    torch.testing.assert_close(outputs(model, x), expected, rtol=1e-12, atol=0)
+
+
 def test_weights_that_run_in_several_blocks_take_their_factor_once():
     assert_folds(Recurrent(mlp, blocks=1), ROW, [0.7] * 3)
 

@@ -9,6 +9,7 @@ as in squeeze and excitation, the change is cancelled there.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,10 @@ class TracedValue:
     """Its name in the `state_dict`; empty for other tensors."""
     single: bool = False
     """Whether it is less precise than float64."""
+    is_fixed: bool = False
+    """Whether it depends on nothing but the `state_dict`."""
+    number: int = 0
+    """How many values were recorded before it."""
     users: list["TracedValue"] = field(default_factory=list)
     """The values that were computed from it directly."""
 
@@ -43,15 +48,34 @@ def operands(arguments: object) -> Iterator[TracedValue]:
     return (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, TracedValue))
 
 
-def ancestors(values: Sequence[TracedValue]) -> set[TracedValue]:
-    """All values that `values` were computed from, including themselves."""
-    seen, ahead = set(values), list(values)
-    while ahead:
-        for operand in ahead.pop().operands():
-            if operand not in seen:
-                seen.add(operand)
-                ahead.append(operand)
-    return seen
+def computed_for(branch: TracedValue, shortcuts: Sequence[TracedValue]) -> set[TracedValue]:
+    """`branch`, and all results of operations that it was computed from and `shortcuts` were not.
+
+    Results are visited from the last to the first, and only until those that remain are all
+    ancestors of a shortcut: a network of many blocks is not walked once for each block.
+    """
+    found: set[TracedValue] = set()
+    of_shortcut = {branch: False} | dict.fromkeys(shortcuts, True)
+    ahead = [(-value.number, value) for value in of_shortcut]
+    heapify(ahead)
+    undecided = sum(not shared for shared in of_shortcut.values())
+    while undecided:
+        _, value = heappop(ahead)
+        shared = of_shortcut[value]
+        if not shared:
+            found.add(value)
+            undecided -= 1
+        for operand in value.operands():
+            if not operand.operation:
+                continue
+            if operand not in of_shortcut:
+                of_shortcut[operand] = shared
+                heappush(ahead, (-operand.number, operand))
+                undecided += not shared
+            elif shared and not of_shortcut[operand]:
+                of_shortcut[operand] = True
+                undecided -= 1
+    return found
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,7 @@ class Trace(TorchDispatchMode):
         self._kept: list[Tensor] = []
         for name, tensor in model.state_dict(keep_vars=True).items():
             if id(tensor) not in self._values:
-                self._note(tensor, TracedValue(state=name))
+                self._note(tensor, TracedValue(state=name, is_fixed=True))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -103,6 +127,7 @@ class Trace(TorchDispatchMode):
                 made = self._note(tensor, TracedValue(operation, arguments))
                 made.single = tensor.is_floating_point() and tensor.dtype != torch.float64
                 self.single |= made.single
+                made.is_fixed = all(operand.is_fixed for operand in made.operands())
                 for operand in set(made.operands()):
                     operand.users.append(made)
         number = self._factors.get(id(given.get("other")))
@@ -115,6 +140,7 @@ class Trace(TorchDispatchMode):
         return self._values.get(id(tensor)) or self._note(tensor, TracedValue())
 
     def _note(self, tensor: Tensor, value: TracedValue) -> TracedValue:
+        value.number = len(self._kept)
         self._kept.append(tensor)  # so that no other tensor gets its id
         self._values[id(tensor)] = value
         return value
@@ -234,9 +260,9 @@ def exponents(scaled: Sequence[Scaled]) -> dict[str, int]:
     ends: set[TracedValue] = set()
     for each in scaled:
         shortcuts = [v for user in each.product.users for v in user.operands()]
-        around = ancestors([v for v in shortcuts if v is not each.product])
-        branch, whole = _branch(each.branch, around)
-        inside |= ancestors([branch]) - around
+        shortcuts = [v for v in shortcuts if v is not each.product]
+        branch, whole = _branch(each.branch, computed_for(each.branch, shortcuts))
+        inside |= computed_for(branch, shortcuts)
         ends |= {each.product, *whole}
         found = _demand(branch, 1, found, inside)
     for value in list(found):
@@ -244,11 +270,11 @@ def exponents(scaled: Sequence[Scaled]) -> dict[str, int]:
     return {value.state: e for value, e in found.items() if value.state and e}
 
 
-def _branch(value: TracedValue, around: set[TracedValue]) -> tuple[TracedValue, list[TracedValue]]:
+def _branch(value: TracedValue, inside: set[TracedValue]) -> tuple[TracedValue, list[TracedValue]]:
     """The value that is added to the shortcut; for `(x + f) - x`, f and also the sum."""
     if value.operation == "sub":
         whole, shortcut = value.arguments["self"], value.arguments["other"]
-        if shortcut in around and isinstance(whole, TracedValue) and whole.operation == "add":
+        if shortcut not in inside and isinstance(whole, TracedValue) and whole.operation == "add":
             parts = [part for part in whole.operands() if part is not shortcut]
             if len(parts) == 1:
                 return parts[0], [whole, value]
@@ -270,7 +296,7 @@ def _demand(value: TracedValue, e: int, found: Exponents, inside: set[TracedValu
         return found
     if value.state:
         return {**found, value: e}
-    if not value.operation or (not _is_fixed(value) and value not in inside):
+    if not value.operation or (not value.is_fixed and value not in inside):
         raise Inexact("no weight is multiplied into it linearly")
     form = form_of(value)
     if form is None:
@@ -279,7 +305,7 @@ def _demand(value: TracedValue, e: int, found: Exponents, inside: set[TracedValu
     for addend in addends(value, form):
         found = _demand(addend, e, found, inside)
     reasons: list[str] = []
-    choices = sorted(factors(value, form), key=lambda f: (f not in found, not _is_fixed(f)))
+    choices = sorted(factors(value, form), key=lambda f: (f not in found, not f.is_fixed))
     for factor in choices:
         try:
             return _demand(factor, e, found, inside)
@@ -323,18 +349,12 @@ def _agrees(user: TracedValue, value: TracedValue, found: Exponents) -> bool:
         return not wanted - {right} and (not multiplied or product == right)
     if product == 0:
         return True
-    free = [factor for factor in multiplied if factor not in found and _is_fixed(factor)]
+    free = [factor for factor in multiplied if factor not in found and factor.is_fixed]
     if free:
         found.update(_demand(free[0], -product, found, set()))
     else:
         found[user] = product
     return True
-
-
-def _is_fixed(value: TracedValue) -> bool:
-    """Whether a value depends on nothing but the `state_dict`."""
-    parts = list(value.operands())
-    return bool(value.state) or (bool(value.operation) and all(map(_is_fixed, parts)))
 
 
 def _named(value: TracedValue) -> str:
