@@ -42,7 +42,7 @@ def test_the_step_may_be_the_optimizers_so_that_micro_batches_share_gates(gate) 
             model(batch(3 * step + micro)).sum().backward()
             samples = None if gate == "batch" else 8
             assert torch.equal(
-                handle.gates, draw(4, step, handle.survival, samples, handle.min_samples)
+                handle.gates, draw(4, step, handle.survival, samples, handle.settings.min_samples)
             )
         assert handle.step == step + 1
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stochastic_depth as sd
-from stochastic_depth.survival import survival_of, survival_probabilities
+from stochastic_depth.survival import probabilities_of, survival_probabilities
 
 probabilities = st.floats(min_value=0, max_value=1, exclude_min=True)
 
@@ -89,7 +89,7 @@ def test_a_probability_outside_of_0_to_1_names_rule_block_and_value(p: float) ->
 
 def test_a_probability_outside_of_0_to_1_in_a_list_is_said_of_the_list() -> None:
     with pytest.raises(sd.errors.SurvivalError, match=r"^survival gives block 2 of 3 the .* 0\.0;"):
-        survival_of([1.0, 0.0, 0.5], ["a", "b", "c"])
+        probabilities_of([1.0, 0.0, 0.5], ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("answer", [None, "often", [0.5], 1j])
@@ -119,20 +119,29 @@ NAMES = ["encoder.0", "encoder.1", "decoder.0", "decoder.1", "decoder.2", "head"
 
 
 def test_probabilities_are_given_by_rule_by_number_or_by_name() -> None:
-    assert survival_of(sd.Uniform(0.5), NAMES) == (0.5,) * 6
+    assert probabilities_of(sd.Uniform(0.5), NAMES).at(0) == (0.5,) * 6
     given = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-    assert survival_of(given, NAMES) == given
-    assert survival_of({"decoder.1": 0.25, "head": 0.5}, NAMES) == (1, 1, 1, 0.25, 1, 0.5)
+    assert probabilities_of(given, NAMES).at(0) == given
+    assert probabilities_of({"decoder.1": 0.25, "head": 0.5}, NAMES).at(0) == (
+        1,
+        1,
+        1,
+        0.25,
+        1,
+        0.5,
+    )
 
 
 def test_a_rule_counts_blocks_anew_in_each_stack() -> None:
-    p = survival_of(sd.LinearDecay(0.4), NAMES, stacks=["encoder", "decoder"])
+    p = probabilities_of(sd.LinearDecay(0.4), NAMES, stacks=["encoder", "decoder"]).at(0)
     assert p == pytest.approx((0.7, 0.4, 0.8, 0.6, 0.4, 0.4))
 
 
 def test_one_stack_is_given_by_its_name() -> None:
     rule = sd.LinearDecay(0.4)
-    assert survival_of(rule, NAMES, "decoder") == survival_of(rule, NAMES, ["decoder"])
+    assert probabilities_of(rule, NAMES, "decoder").at(0) == probabilities_of(
+        rule, NAMES, ["decoder"]
+    ).at(0)
 
 
 @pytest.mark.parametrize(
@@ -153,4 +162,4 @@ def test_one_stack_is_given_by_its_name() -> None:
 )
 def test_what_does_not_fit_the_blocks_is_named(survival, stacks, message) -> None:
     with pytest.raises(sd.errors.SurvivalError, match=message):
-        survival_of(survival, NAMES, stacks)
+        probabilities_of(survival, NAMES, stacks)

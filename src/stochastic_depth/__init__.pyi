@@ -15,6 +15,12 @@ from stochastic_depth.gates import Gate as Gate
 from stochastic_depth.handle import Handle as Handle
 from stochastic_depth.residual import Residual as Residual
 from stochastic_depth.residual import residual_step as residual_step
+from stochastic_depth.schedules import Decreasing as Decreasing
+from stochastic_depth.schedules import Early as Early
+from stochastic_depth.schedules import Late as Late
+from stochastic_depth.schedules import Progressive as Progressive
+from stochastic_depth.schedules import Steps as Steps
+from stochastic_depth.schedules import Warmup as Warmup
 from stochastic_depth.surgery.adapters import register_unit as register_unit
 from stochastic_depth.surgery.applied import handle_of as handle_of
 from stochastic_depth.surgery.applied import remove as remove
@@ -23,13 +29,7 @@ from stochastic_depth.surgery.compile import compile_blocks as compile_blocks
 from stochastic_depth.surgery.plan import plan as plan
 from stochastic_depth.surgery.summary import summary as summary
 from stochastic_depth.surgery.verify import verify as verify
-from stochastic_depth.survival import Decreasing as Decreasing
-from stochastic_depth.survival import Early as Early
-from stochastic_depth.survival import Late as Late
 from stochastic_depth.survival import LinearDecay as LinearDecay
-from stochastic_depth.survival import Progressive as Progressive
-from stochastic_depth.survival import Steps as Steps
 from stochastic_depth.survival import Uniform as Uniform
-from stochastic_depth.survival import Warmup as Warmup
 
 __version__: str

@@ -4,76 +4,18 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stochastic_depth.block import Block, set_evaluation_gates, set_training_gates
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
-from stochastic_depth.errors import ApplyError, GateError, StateError
-from stochastic_depth.gates import (
-    Gate,
-    draw,
-    evaluation_gates,
-    training_gates,
-)
+from stochastic_depth.errors import GateError, StateError
+from stochastic_depth.gate_settings import GateSettings
+from stochastic_depth.gates import Gate, draw, evaluation_gates, training_gates
 from stochastic_depth.survival import Probabilities
-
-
-@dataclass(frozen=True)
-class GateSettings:
-    """How gates are drawn, and what they do; `sd.apply` explains each setting.
-
-    Raises:
-        ApplyError: when a setting has an unknown value, or two settings conflict.
-    """
-
-    gate: GateKind = "batch"
-    min_samples: int = 0
-    balance: bool = False
-    multiple_of: int = 1
-    closed: Closed = "skipped"
-    scale: Scale = "inference"
-    skipped: SkippedPolicy = "paper"
-
-    def __post_init__(self) -> None:
-        scales = ("none",) if self.closed == "forward-only" else ("inference", "training")
-        require_choice("gate", self.gate, get_args(GateKind))
-        require_choice("closed", self.closed, get_args(Closed))
-        require_choice("skipped", self.skipped, get_args(SkippedPolicy))
-        if self.closed == "forward-only" and self.gate != "batch":
-            raise ApplyError(
-                f'closed="forward-only" needs gate="batch", this is gate="{self.gate}": '
-                "forward-only blocks are drawn per mini-batch"
-            )
-        if self.closed == "forward-only" and self.scale != "none":
-            raise ApplyError(
-                f'scale="{self.scale}" with closed="forward-only": every branch is added in every '
-                "step, so there is no expectation to correct; leave scale out"
-            )
-        require_choice("scale", self.scale, scales)
-        if self.min_samples < 0:
-            raise ApplyError(f"min_samples={self.min_samples}: give a number of samples, 0 or more")
-        if self.min_samples > 0 and self.gate != "subset":
-            raise ApplyError(
-                f'min_samples={self.min_samples} needs gate="subset", this is gate="{self.gate}": '
-                "leave it out, or choose the subset gate"
-            )
-        if self.multiple_of < 1:
-            raise ApplyError(f"multiple_of={self.multiple_of}: give a number of samples, 1 or more")
-        if self.multiple_of > 1 and not (self.balance and self.gate == "subset"):
-            raise ApplyError(
-                f'multiple_of={self.multiple_of} needs gate="subset" and balance=True, this is '
-                f'gate="{self.gate}" and balance={self.balance}'
-            )
-
-
-def require_choice(option: str, value: object, known: tuple[str, ...]) -> None:
-    """Raise `ApplyError` unless `value` is one of `known`."""
-    if value not in known:
-        raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")
 
 
 class Forced(NamedTuple):
@@ -91,6 +33,9 @@ class Handle:
     a function of (seed, step).
 
     Attributes:
+        blocks: the blocks, in the order in which they run.
+        probabilities: (p_1, ..., p_L) in every training step.
+        settings: how gates are drawn, and what they do.
         seed: chooses the sequence of gates.
         rank: the rank of this process, if each process draws different gates; otherwise None.
         share: for gates of single samples, if several processes share a mini-batch: the position of
@@ -116,13 +61,7 @@ class Handle:
     ) -> None:
         self.blocks = list(blocks)
         self.probabilities = survival
-        self.gate: GateKind = settings.gate
-        self.scale: Scale = settings.scale
-        self.skipped: SkippedPolicy = settings.skipped
-        self.min_samples = settings.min_samples
-        self.balance = settings.balance
-        self.multiple_of = settings.multiple_of
-        self.closed: Closed = settings.closed
+        self.settings = settings
         self.seed = seed
         self.rank: int | None = None
         self.share: tuple[int, int] | None = None
@@ -135,6 +74,21 @@ class Handle:
         self._in_training: Forced | Literal["full depth"] | None = None
         self._in_evaluation: Forced | None = None
         self.step = 0
+
+    @property
+    def gate(self) -> GateKind:
+        """What has a gate of its own: the mini-batch, each sample, or a subset of the samples."""
+        return self.settings.gate
+
+    @property
+    def scale(self) -> Scale:
+        """Where branches are scaled: by p_l at inference, or by 1 / p_l in training."""
+        return self.settings.scale
+
+    @property
+    def skipped(self) -> SkippedPolicy:
+        """What optimizers see of the parameters of closed blocks."""
+        return self.settings.skipped
 
     @property
     def step(self) -> int:
@@ -224,7 +178,12 @@ class Handle:
         self._coins = coins if coins.ndim == 1 else coins[:, first : first + (batch or 0)]
         self._step += 1
         return training_gates(
-            self._coins, self._survival, self.gate, self.scale, self.balance, self.closed
+            self._coins,
+            self._survival,
+            self.gate,
+            self.scale,
+            self.settings.balance,
+            self.settings.closed,
         )
 
     def gates_at(self, step: int, batch: int | None = None) -> Tensor:
@@ -239,9 +198,9 @@ class Handle:
             step,
             self.survival_at(step),
             None if self.gate == "batch" else batch,
-            self.min_samples,
-            balance=self.balance,
-            multiple_of=self.multiple_of,
+            self.settings.min_samples,
+            balance=self.settings.balance,
+            multiple_of=self.settings.multiple_of,
             parts=self.parts,
             rank=self.rank,
         )
@@ -398,7 +357,7 @@ class Handle:
     def _gates_while_forced(self) -> list[Gate]:
         """What each block does in training while gates are forced."""
         if isinstance(self._in_training, Forced):
-            return self._gates_of(self._in_training, self.closed)
+            return self._gates_of(self._in_training, self.settings.closed)
         return [block.evaluation_gate for block in self.blocks]
 
     @torch.inference_mode(False)  # a factor made in inference mode could not be used in training
@@ -416,10 +375,7 @@ class Handle:
         set_evaluation_gates(self.blocks, evaluation)
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            **self.probabilities.described(),
-            **{setting.name: getattr(self, setting.name) for setting in fields(GateSettings)},
-        }
+        return self.probabilities.described() | asdict(self.settings)
 
     def __repr__(self) -> str:
         return (
@@ -432,9 +388,10 @@ class Handle:
     def _unusual(self) -> str:
         """The settings that `repr` shows only if they differ from the default."""
         schedule = self.probabilities.described()["schedule"]
-        shown = ["balanced"] if self.balance else []
+        shown = ["balanced"] if self.settings.balance else []
         shown += [f"schedule={schedule['name']}"] if schedule else []
-        shown += [f"closed={self.closed!r}"] if self.closed == "forward-only" else []
+        closed = self.settings.closed
+        shown += [f"closed={closed!r}"] if closed == "forward-only" else []
         return "".join(f"{each}, " for each in shown)
 
 

@@ -2,12 +2,12 @@
 
 import difflib
 import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, TypeGuard
 
 from stochastic_depth.errors import SurvivalError
+from stochastic_depth.schedules import Schedule, Steps, share_at
 
 SurvivalRule = Callable[[int, int], float]
 """`rule(l, L) -> p_l`: the survival probability of block l (1-based) of L."""
@@ -17,9 +17,6 @@ TimedRule = Callable[[int, int, int], float]
 
 Survival = SurvivalRule | TimedRule | Sequence[float] | Mapping[str, float]
 """A rule; or (p_1, ..., p_L); or p_l by the names of blocks, 1 for blocks that are not named."""
-
-Schedule = Callable[[int], float]
-"""`schedule(t) -> s`, from 0 to 1: in step t the drop rate of block l is s (1 - p_l)."""
 
 
 @dataclass(frozen=True)
@@ -57,195 +54,58 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Warmup:
-    """Drop rates that grow linearly from 0 to those of the rule, which they reach at step `until`.
+class Scheduled:
+    """(p_1, ..., p_L) of a rule of (block, blocks), whose drop rates a schedule may change."""
 
-    This is for networks that only converge when no block is dropped at first.
-
-    Examples:
-        >>> [sd.Warmup(1000)(step) for step in (0, 500, 1000)]
-        [0.0, 0.5, 1.0]
-    """
-
-    until: int
-
-    def __post_init__(self) -> None:
-        _steps(self, "until", self.until, minimum=1)
-
-    def __call__(self, step: int) -> float:
-        return min(1.0, step / self.until)
-
-
-@dataclass(frozen=True)
-class Early:
-    """Drop rates that are 0 from step `until` on: for networks that underfit.
-
-    Before that they fall linearly to 0 with shape "linear", or stay those of the rule with shape
-    "constant" (Liu et al. 2023, arXiv:2303.01500, "Dropout reduces underfitting").
-
-    Examples:
-        >>> [sd.Early(1000)(step) for step in (0, 500, 1000)]
-        [1.0, 0.5, 0.0]
-    """
-
-    until: int
-    shape: Literal["linear", "constant"] = "linear"
-
-    def __post_init__(self) -> None:
-        _steps(self, "until", self.until, minimum=1)
-        if self.shape not in ("linear", "constant"):
-            raise SurvivalError(f'{self!r}: the shape must be "linear" or "constant"')
-
-    def __call__(self, step: int) -> float:
-        if step >= self.until:
-            return 0.0
-        return 1.0 if self.shape == "constant" else 1 - step / self.until
-
-
-@dataclass(frozen=True)
-class Late:
-    """No block is dropped until step `until` (Liu et al. 2023): for networks that overfit late.
-
-    Examples:
-        >>> [sd.Late(1000)(step) for step in (0, 500, 1000)]
-        [0.0, 0.0, 1.0]
-    """
-
-    until: int
-
-    def __post_init__(self) -> None:
-        _steps(self, "until", self.until, minimum=0)
-
-    def __call__(self, step: int) -> float:
-        return float(step >= self.until)
-
-
-@dataclass(frozen=True)
-class Progressive:
-    """Drop rates that approach those of the rule as 1 - exp(-gamma * step).
-
-    This is progressive layer dropping (Zhang and He 2020, arXiv:2010.13369, equation 3). Its theta
-    is p_L of the rule: `sd.LinearDecay(theta)`.
-
-    Examples:
-        >>> [round(sd.Progressive(0.001)(step), 3) for step in (0, 500, 1000)]
-        [0.0, 0.393, 0.632]
-    """
-
-    gamma: float = 0.001
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma < math.inf:
-            raise SurvivalError(f"{self!r}: gamma must be above 0")
-
-    def __call__(self, step: int) -> float:
-        return -math.expm1(-self.gamma * step)
-
-
-@dataclass(frozen=True)
-class Decreasing:
-    """Drop rates that stay those of the rule until step `since`, then fall to 0 at `until`.
-
-    The last part of the training is at full depth, as in evaluation.
-
-    Examples:
-        >>> [sd.Decreasing(500, 1000)(step) for step in (0, 500, 1000)]
-        [1.0, 1.0, 0.0]
-    """
-
-    since: int
-    until: int
-
-    def __post_init__(self) -> None:
-        _steps(self, "since", self.since, minimum=0)
-        _steps(self, "until", self.until, minimum=self.since + 1)
-
-    def __call__(self, step: int) -> float:
-        return min(1.0, max(0.0, (self.until - step) / (self.until - self.since)))
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Shares of the rule's drop rates, each in force from its step on; 0 before the first step.
-
-    Examples:
-        >>> [sd.Steps({0: 0.2, 1000: 0.6})(step) for step in (0, 500, 1000)]
-        [0.2, 0.2, 0.6]
-    """
-
-    shares: tuple[tuple[int, float], ...]
-
-    def __init__(self, shares: Mapping[int, float] | Iterable[tuple[int, float]]) -> None:
-        pairs: Iterable[tuple[int, float]] = dict(shares).items()
-        object.__setattr__(self, "shares", tuple((int(a), float(b)) for a, b in sorted(pairs)))
-        for step, share in self.shares:
-            _steps(self, "a step", step, minimum=0)
-            if not 0 <= share <= 1:
-                raise SurvivalError(f"{self!r}: the share {share} is not in [0, 1]")
-
-    def __call__(self, step: int) -> float:
-        return next((share for start, share in reversed(self.shares) if step >= start), 0.0)
-
-
-def _steps(schedule: object, name: str, value: int, minimum: int) -> None:
-    """Raise `SurvivalError` unless `value` is a number of steps, `minimum` or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise SurvivalError(f"{schedule!r}: {name} is a number of steps, {minimum} or more")
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """(p_1, ..., p_L) in every training step."""
-
-    final: tuple[float, ...]
+    full: tuple[float, ...]
     """(p_1, ..., p_L) at the full drop rates."""
     schedule: Schedule | None = None
-    rule: TimedRule | None = None
-    """A rule of (block, blocks, step), which takes the place of `final`."""
-    positions: tuple[tuple[int, int], ...] = ()
-    """(block, blocks) for each block, as `rule` is called with them."""
 
     def at(self, step: int) -> tuple[float, ...]:
         """(p_1, ..., p_L) in training step `step`: 1 - s (1 - p_l) under a schedule.
 
         Raises:
-            SurvivalError: when a schedule or a rule gives a number outside [0, 1].
+            SurvivalError: when the schedule gives a number outside [0, 1].
         """
-        if self.rule is not None:
-            rule = self.rule
-            return tuple(
-                _checked(lambda block, blocks: rule(block, blocks, step), *at, zero=True, of=rule)
-                for at in self.positions
-            )
-        if self.schedule is None:
-            return self.final
-        share = _share(self.schedule, step)
-        return self.final if share == 1 else tuple(1 - share * (1 - p) for p in self.final)
-
-    @property
-    def full(self) -> tuple[float, ...]:
-        """(p_1, ..., p_L) at the full drop rates; under a rule of the step, those of step 0."""
-        return self.final if self.rule is None else self.at(0)
+        share = 1.0 if self.schedule is None else share_at(self.schedule, step)
+        return self.full if share == 1 else tuple(1 - share * (1 - p) for p in self.full)
 
     def described(self) -> dict[str, Any]:
         """These probabilities and their schedule as plain values, for checkpoints."""
-        return {
-            "survival": list(self.final),
-            "schedule": _described(self.rule if self.schedule is None else self.schedule),
-        }
+        return {"survival": list(self.full), "schedule": _described(self.schedule)}
 
 
-def _share(schedule: Schedule, step: int) -> float:
-    try:
-        share = float(schedule(step))
-    except (TypeError, ValueError) as error:
-        raise SurvivalError(f"{schedule!r} gives no number for step {step}: {error}") from error
-    if not 0 <= share <= 1:
-        raise SurvivalError(
-            f"{schedule!r} gives step {step} the share {share} of the drop rates; it must be at "
-            "least 0 and at most 1"
+@dataclass(frozen=True)
+class StepDependent:
+    """(p_1, ..., p_L) of a rule of (block, blocks, step)."""
+
+    rule: TimedRule
+    positions: tuple[tuple[int, int], ...]
+    """(block, blocks) for each block."""
+
+    @property
+    def full(self) -> tuple[float, ...]:
+        """(p_1, ..., p_L) in step 0."""
+        return self.at(0)
+
+    def at(self, step: int) -> tuple[float, ...]:
+        """(p_1, ..., p_L) in training step `step`.
+
+        Raises:
+            SurvivalError: when the rule gives a number outside [0, 1].
+        """
+        return tuple(
+            _checked(lambda block, blocks: self.rule(block, blocks, step), *at, True, self.rule)
+            for at in self.positions
         )
-    return share
+
+    def described(self) -> dict[str, Any]:
+        """The rule as plain values, for checkpoints."""
+        return {"survival": [], "schedule": _described(self.rule)}
+
+
+Probabilities = Scheduled | StepDependent
+"""(p_1, ..., p_L) in every training step."""
 
 
 def _described(function: object) -> dict[str, Any] | None:
@@ -258,27 +118,26 @@ def _described(function: object) -> dict[str, Any] | None:
     values = {f.name: getattr(function, f.name) for f in fields(function)}
     if isinstance(function, Steps):
         values = {"shares": [list(pair) for pair in function.shares]}
-    return {"name": name.removeprefix(f"{__name__}."), **values}
+    return {"name": name.removeprefix(f"{Steps.__module__}."), **values}
 
 
-def survival_probabilities(
-    rule: SurvivalRule, blocks: int, zero: bool = False
-) -> tuple[float, ...]:
+def survival_probabilities(rule: SurvivalRule, blocks: int) -> tuple[float, ...]:
     """(p_1, ..., p_L) for L = `blocks`.
-
-    Args:
-        zero: whether p_l = 0 is allowed, as under a schedule, where a block may not run yet.
 
     Raises:
         SurvivalError: when the rule returns a p_l outside (0, 1], or something that is not a
             number.
     """
+    _require_rule(rule)
+    return tuple(_checked(rule, block, blocks) for block in range(1, blocks + 1))
+
+
+def _require_rule(rule: object) -> None:
     if not callable(rule):
         raise SurvivalError(
             f"survival={rule!r} is not a rule: give sd.LinearDecay(0.5), sd.Uniform(0.8) "
             "or any function of (block, blocks) that returns a probability"
         )
-    return tuple(_checked(rule, block, blocks, zero) for block in range(1, blocks + 1))
 
 
 def probabilities_of(
@@ -308,20 +167,19 @@ def probabilities_of(
             "function of the step that returns the share of the drop rates, from 0 to 1"
         )
     if not _is_timed(survival):
-        final = survival_of(survival, names, stacks, zero=schedule is not None)
-        made = Probabilities(final, schedule)
+        full = _by_block(survival, names, stacks, zero=schedule is not None)
+        made = Scheduled(full, schedule)
     elif schedule is not None:
         raise SurvivalError(
             f"{survival!r} is a rule of the step itself: leave out schedule={schedule!r}"
         )
     else:
-        positions = _positions(names, stacks)
-        made = Probabilities((), None, survival, positions)  # type: ignore[arg-type]
+        made = StepDependent(survival, _positions(names, stacks))
     made.at(0)
     return made
 
 
-def _is_timed(survival: Survival) -> bool:
+def _is_timed(survival: Survival) -> TypeGuard[TimedRule]:
     """Whether `survival` is a function that requires three arguments."""
     if not callable(survival):
         return False
@@ -333,21 +191,16 @@ def _is_timed(survival: Survival) -> bool:
     return sum(p.default is p.empty for p in positional) == 3
 
 
-def survival_of(
-    survival: Survival, names: Sequence[str], stacks: str | Sequence[str] = (), zero: bool = False
+def _by_block(
+    survival: Survival, names: Sequence[str], stacks: str | Sequence[str], zero: bool
 ) -> tuple[float, ...]:
-    """(p_1, ..., p_L) of the blocks with these names, as `probabilities_of` without a schedule.
+    """(p_1, ..., p_L) of the blocks with these names, from a rule, a sequence or a mapping.
 
-    Raises:
-        SurvivalError: when a p_l is outside (0, 1], or `survival` or `stacks` do not fit the names.
+    Args:
+        zero: whether p_l = 0 is allowed, as under a schedule, where a block may not run yet.
     """
-    if (
-        callable(survival)
-        or isinstance(survival, str)
-        or not isinstance(survival, Mapping | Sequence)
-    ):
-        if not callable(survival):
-            survival_probabilities(survival, 1)  # type: ignore[arg-type]
+    if isinstance(survival, str) or not isinstance(survival, Mapping | Sequence):
+        _require_rule(survival)
         rule: SurvivalRule = survival  # type: ignore[assignment]
         return tuple(_checked(rule, *at, zero) for at in _positions(names, stacks))
     if stacks:

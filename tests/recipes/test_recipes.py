@@ -41,7 +41,11 @@ def test_the_recipes_that_reproduce_the_paper_follow_it():
         network = build_model(replace(config.model, depth=8), 3, 10, 0)
         handle = build_depth(network, config.survival, 0, 100)
         assert (handle.gate, handle.scale) == ("batch", "inference")
-        assert (handle.skipped, handle.balance, handle.closed) == ("paper", False, "skipped")
+        assert (handle.skipped, handle.settings.balance, handle.settings.closed) == (
+            "paper",
+            False,
+            "skipped",
+        )
         assert config.survival.schedule.kind == "none"
         optimizer = config.optimizer
         assert (optimizer.learning_rate, optimizer.batch) == (0.1, 128)

@@ -6,7 +6,7 @@ import tyro
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Steps, Warmup
+from stochastic_depth.schedules import Decreasing, Early, Late, Progressive, Steps, Warmup
 from stochastic_depth.train import Config, DataConfig, ModelConfig, OptimizerConfig, SurvivalConfig
 from stochastic_depth.train.config import ScheduleConfig
 

@@ -270,7 +270,7 @@ def _require_supported(
     if handle is None:
         reason = why_unsupported(type(model))
     else:
-        reason = why_unsupported(type(model), handle.gate, handle.closed)
+        reason = why_unsupported(type(model), handle.gate, handle.settings.closed)
     if reason is not None:
         raise EngineError(f"{reason}: use --engine eager")
     if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:

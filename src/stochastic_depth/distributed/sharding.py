@@ -61,7 +61,7 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
             in every hundredth pass.
     """
     handle = handle_of(model)
-    if handle.gate == "subset" and not handle.balance:
+    if handle.gate == "subset" and not handle.settings.balance:
         raise GateError(
             'gate="subset" closes a block on a rank where no sample is drawn for it, and that rank '
             "would not take part in gathering its parameters: give sd.apply balance=True, or use "

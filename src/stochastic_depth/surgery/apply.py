@@ -10,8 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError
-from stochastic_depth.handle import GateSettings, Handle, integer, require_choice
+from stochastic_depth.gate_settings import GateSettings, require_choice
+from stochastic_depth.handle import Handle, integer
 from stochastic_depth.hooks import ForwardHooks
+from stochastic_depth.schedules import Schedule
 from stochastic_depth.surgery.applied import Applied, store_applied
 from stochastic_depth.surgery.blocks import FoundBlock, Granularity, nothing_found
 from stochastic_depth.surgery.droppath import own_rates
@@ -25,13 +27,7 @@ from stochastic_depth.surgery.refuse import (
     refuse_wrapped,
 )
 from stochastic_depth.surgery.select_modules import ModuleSelector
-from stochastic_depth.survival import (
-    LinearDecay,
-    Probabilities,
-    Schedule,
-    Survival,
-    probabilities_of,
-)
+from stochastic_depth.survival import LinearDecay, Probabilities, Survival, probabilities_of
 
 
 def apply(

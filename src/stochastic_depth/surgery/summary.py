@@ -156,16 +156,16 @@ def summary(model: nn.Module, example: Example) -> Summary:
             size = sum(p.numel() for owned in block.owned for p in owned.parameters())
             kind = type(module).__name__
             summaries.append(BlockSummary(block.name, kind, p, size, *counted[alike]))
-    return Summary(tuple(summaries), forward, backward, handle.closed, _gating(handle))
+    return Summary(tuple(summaries), forward, backward, handle.settings.closed, _gating(handle))
 
 
 def _gating(handle: Handle) -> str:
-    parts = [f"gates: {'balanced, ' if handle.balance else ''}one coin a {handle.gate}"]
+    parts = [f"gates: {'balanced, ' if handle.settings.balance else ''}one coin a {handle.gate}"]
     if handle.gate == "subset":
-        parts = [f"gates: {'balanced ' if handle.balance else ''}subsets of the samples"]
+        parts = [f"gates: {'balanced ' if handle.settings.balance else ''}subsets of the samples"]
     if parts == ["gates: one coin a batch"]:
         parts = []
-    if handle.closed == "forward-only":
+    if handle.settings.closed == "forward-only":
         parts.append("closed branches run forward only")
     schedule = handle.probabilities.described()["schedule"]
     if schedule is not None:

@@ -11,7 +11,7 @@ import tyro
 
 from stochastic_depth.choices import Closed, GateKind, Initialisation, RuleName, SkippedPolicy
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.survival import Decreasing, Early, Late, Progressive, Schedule, Steps, Warmup
+from stochastic_depth.schedules import Decreasing, Early, Late, Progressive, Schedule, Steps, Warmup
 
 MOST = 10**9
 """The largest count that is accepted. A larger one is a typing error, and the product of two
