@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -129,6 +130,57 @@ def test_a_failed_forward_pass_leaves_no_gates():
     assert [block.gates[0].training for block in handle.blocks] == [None] * BLOCKS
     with pytest.raises(sd.errors.GateError, match="outside of a forward pass of the model"):
         model.features(batch())
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("inside", ["a pass", "draw"])
+def test_after_an_interrupted_pass_all_is_as_before(inside):
+    model, handle = applied()
+    around = handle.draw() if inside == "draw" else nullcontext()
+    hook = model.head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), around:
+        model.train()(batch())
+    hook.remove()
+    for step in range(5):
+        torch.testing.assert_close(model(batch(step)), by_hand(model, batch(step), handle.gates))
+        with pytest.raises(sd.errors.GateError, match="outside of a forward pass of the model"):
+            model.features(batch())
+    with ThreadPoolExecutor(1) as thread:
+        out = thread.submit(model, batch()).result()
+    torch.testing.assert_close(out, by_hand(model, batch(), handle.gates))
+
+
+class Twice(Net):
+    """Calls itself in its own forward pass, after `interrupted` passes that it has given up."""
+
+    depth, interrupted = 0, 0
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.blocks[:3](self.stem(x))
+        inner = torch.zeros(6, 2, dtype=x.dtype)
+        if self.depth == 0:
+            self.depth = 1
+            for _ in range(self.interrupted):
+                hook = self.blocks[1].register_forward_pre_hook(interrupt)
+                with suppress(KeyboardInterrupt):
+                    self(x)
+                hook.remove()
+            inner, self.depth = self(x), 0
+        return inner + self.head(self.blocks[3:](h))
+
+
+@pytest.mark.parametrize("interrupted", [0, 2])
+def test_a_pass_within_a_pass_has_gates_of_its_own_and_the_outer_one_goes_on(interrupted):
+    model, handle = applied(Twice())
+    model.train().interrupted = interrupted
+    each = interrupted + 2
+    for step in range(4):
+        outer, inner = handle.gates_at(each * step), handle.gates_at(each * step + each - 1)
+        expected = by_hand(model, batch(), outer) + by_hand(model, batch(), inner)
+        torch.testing.assert_close(model(batch()), expected)
 
 
 @pytest.mark.parametrize("module", [0, 3, -1])

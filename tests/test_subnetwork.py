@@ -125,14 +125,17 @@ def test_training_steps_are_not_concerned_and_a_schedule_goes_on() -> None:
     assert depths[0].survival == pytest.approx(sd.apply(trained(), rule).survival)
 
 
-def test_a_copy_takes_its_own_subnetwork_along() -> None:
+@pytest.mark.parametrize("force", ["subnetwork", "forced"])
+def test_a_copy_has_its_usual_gates(force: str) -> None:
     model = trained()
-    handle = sd.apply(model)
+    handle = sd.apply(model, sd.Uniform(0.5), seed=3)
     full = model(images())
-    with handle.subnetwork([False] * BLOCKS):
-        other = copy.deepcopy(model)
-    assert torch.equal(model(images()), full)
-    assert not torch.equal(other(images()), full)
+    with getattr(handle, force)([False] * BLOCKS):
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(images()), full)
+        assert not torch.equal(model(images()), full)
+    copied.train()(images())
+    assert torch.equal(sd.handle_of(copied).gates, handle.gates_at(0))
 
 
 @pytest.mark.parametrize("gates", [[True] * 5, [1.0] * BLOCKS, [[True] * BLOCKS], True, [1] * 6])

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -152,11 +152,14 @@ def set_training_gates(blocks: Iterable[Block], gates: Iterable[Gate | None]) ->
             addition.training = gate
 
 
-def set_evaluation_gates(blocks: Iterable[Block], gates: Iterable[Gate]) -> None:
-    """Give each block its gate of evaluation."""
-    for block, gate in zip(blocks, gates, strict=True):
+def set_evaluation_gates(
+    blocks: Iterable[Block], gates: Iterable[Gate], forced: Iterable[Gate] | None = None
+) -> None:
+    """Give each block its gate of evaluation, and that which is `forced` in its place, if any."""
+    for block, gate, in_force in zip(blocks, gates, forced or repeat(None), strict=False):
         for addition in block.gates:
-            addition.evaluation = gate
+            addition.evaluation = in_force or gate
+            addition.unforced = None if in_force is None else gate
 
 
 @contextmanager

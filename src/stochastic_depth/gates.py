@@ -136,6 +136,8 @@ class BlockGates:
     training: Gate | None = None
     """None between training passes."""
     evaluation: Gate = OPEN
+    unforced: Gate | None = None
+    """The gate in evaluation without forced gates; None while none are forced."""
     recall: Callable[[], Gate | None] | None = field(default=None, repr=False, compare=False)
     """Returns the gate of the original forward pass while a backward pass recomputes the block;
     otherwise it returns None."""
@@ -160,6 +162,12 @@ class BlockGates:
                 "that are called: with handle.draw(): features = model.forward_features(x)"
             )
         return self.training
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """A copy is in no forward pass, and no gate is forced in it."""
+        evaluation = self.unforced or self.evaluation
+        copied = {"training": None, "evaluation": evaluation, "unforced": None}
+        return None, {**copied, "recall": self.recall}
 
 
 def draw(

@@ -218,7 +218,8 @@ class Handle:
 
         The branch of a closed block is not executed. Nothing is drawn and no step is counted. Parts
         of the model may be called too. Afterwards the earlier gates are in force again. Contexts
-        may be nested: the innermost one counts.
+        may be nested: the innermost one counts. They hold in all threads; a copy of the model that
+        is made meanwhile has its usual gates.
 
         Args:
             gates: which blocks are open, bool [L]; or for which samples, bool [L, batch]. With all
@@ -369,10 +370,15 @@ class Handle:
 
     @torch.inference_mode(False)
     def _set_evaluation(self) -> None:
-        evaluation = evaluation_gates(self._survival, self.scale)
-        if self._in_evaluation is not None:
-            evaluation = self._gates_of(self._in_evaluation)
-        set_evaluation_gates(self.blocks, evaluation)
+        forced = self._in_evaluation
+        set_evaluation_gates(
+            self.blocks,
+            evaluation_gates(self._survival, self.scale),
+            None if forced is None else self._gates_of(forced),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:  # gates that are forced are not forced in a copy
+        return {**self.__dict__, "_in_training": None, "_in_evaluation": None}
 
     def _identity(self) -> dict[str, Any]:
         return self.probabilities.described() | asdict(self.settings)

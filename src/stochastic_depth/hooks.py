@@ -4,12 +4,15 @@ A gate belongs to the forward pass that it was drawn for. When that pass is over
 force. When its backward pass recomputes a block, the block gets the gate of that forward pass.
 """
 
+import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from stochastic_depth.tensors import tensors_in
 from stochastic_depth.torch_private import (
     at_end_of_backward,
     backward_pass,
+    frame_of_module_call,
     gradients_are_awaited,
     is_compiled,
     is_mapped,
@@ -55,9 +59,8 @@ class ForwardHooks:
         for number, block in enumerate(self.blocks):
             for addition in block.gates:
                 addition.recall = partial(self._recall, number)
-        self._stack: list[ForwardPass | None] = []
-        """The running forward passes, nested; None for a pass in evaluation mode or a
-        recomputation."""
+        self._stack: list[_Running] = []
+        """The running forward passes, nested."""
         self._passes: list[weakref.ref[ForwardPass]] = []
         """Passes that may still have a backward pass; their outputs keep them alive."""
         self._recent: deque[ForwardPass] = deque(maxlen=_REMEMBERED)
@@ -67,7 +70,7 @@ class ForwardHooks:
     @never_traced
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw gates, unless this is evaluation or a recomputation."""
-        self._stack.append(None)
+        running = self._enter(frame_of_module_call())
         self._gate_readers.warn_of_replaced(model)
         if not (model.training or any(block.is_training for block in self.blocks)):
             return
@@ -92,15 +95,17 @@ class ForwardHooks:
         batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
         with outside_transforms():
             gates = self.handle.next_gates(batch)
-        self._begin(gates, is_replicated(model))
+        self._begin(running, gates, is_replicated(model))
 
     @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
         """Hook on the model; it is also called if the forward pass has failed."""
-        if not self._stack:  # a hook before ours has failed
+        frame = frame_of_module_call()
+        running = next((each for each in self._stack if each.frame is frame), None)
+        if running is None:  # a hook before ours has failed
             return output
-        trained = self._stack[-1] is not None and torch.is_grad_enabled()
-        output = self._end(output)
+        trained = running.drawn is not None and torch.is_grad_enabled()
+        output = self._end(running, output)
         if trained or self.handle.is_subnetwork:
             refuse_cache(output)
         return output
@@ -109,33 +114,45 @@ class ForwardHooks:
     def forward_pass(self, gates: list[Gate]) -> Iterator[None]:
         """While entered, the blocks have these gates, as in a forward pass of the model."""
         self._refuse_threads()
-        self._stack.append(None)
-        self._begin(gates, replicated=False)
+        running = self._enter(None)
+        self._begin(running, gates, replicated=False)
         try:
             yield
         finally:
-            self._end(None)
+            self._end(running, None)
+
+    def _enter(self, frame: FrameType | None) -> "_Running":
+        """Note that a forward pass begins, and forget passes that have been interrupted.
+
+        PyTorch calls no hook when a forward pass ends with a KeyboardInterrupt.
+        """
+        running = _Running(frame, get_ident())
+        self._stack = [*(each for each in self._stack if each.is_running()), running]
+        return running
 
     def _refuse_threads(self) -> None:
         """Raise `GateError` if a different thread is in a forward pass."""
-        if any(each is not None and each.thread != get_ident() for each in self._stack):
+        if any(each.drawn is not None and each.thread != get_ident() for each in self._stack):
             raise GateError(
                 "the model is called in training mode from two threads at once, but it has gates "
                 "for one pass at a time: call it from one thread, or give each thread a copy "
                 "(copy.deepcopy(model))"
             )
 
-    def _begin(self, gates: list[Gate], replicated: bool) -> None:
+    def _begin(self, running: "_Running", gates: list[Gate], replicated: bool) -> None:
         self._in_backward.clear()  # a backward pass that failed may have left an entry
         begun = ForwardPass(self, gates, replicated or gradients_are_awaited(), self._running())
-        self._stack[-1] = begun
+        running.drawn = begun
         self._recent.append(begun)
         self._passes = [ref for ref in self._passes if ref() is not None]
         self._passes.append(weakref.ref(begun))
         set_training_gates(self.blocks, gates)
 
-    def _end(self, output: Any) -> Any:
-        ended = self._stack.pop()
+    def _end(self, running: "_Running", output: Any) -> Any:
+        """End a pass, and those within it that have been interrupted."""
+        at, ended = self._stack.index(running), running.drawn
+        inside = [each for each in self._stack[at + 1 :] if each.thread != running.thread]
+        self._stack = [*self._stack[:at], *inside]
         outer = self._running()
         if outer is None:
             self.handle.clear_gates()
@@ -145,7 +162,7 @@ class ForwardHooks:
 
     def _running(self) -> "ForwardPass | None":
         """The innermost running forward pass that has drawn gates, or None."""
-        return next((each for each in reversed(self._stack) if each is not None), None)
+        return next((each.drawn for each in reversed(self._stack) if each.drawn), None)
 
     def _recall(self, number: int) -> Gate | None:
         """The gate of block `number` if a backward pass is recomputing it; otherwise None."""
@@ -196,6 +213,26 @@ class ForwardHooks:
         return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
 
 
+@dataclass(eq=False)
+class _Running:
+    """A running forward pass of the model, or a context of `Handle.draw`."""
+
+    frame: FrameType | None
+    """The frame of the call of the model; None for a context, which always ends."""
+    thread: int
+    drawn: "ForwardPass | None" = None
+    """The pass, if gates were drawn for it: not in evaluation, nor in a recomputation."""
+
+    def is_running(self) -> bool:
+        """Whether it was not interrupted."""
+        if self.frame is None:
+            return True
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+
 class ForwardPass:
     """One forward pass in training: its gates, and what happens when its backward pass begins."""
 
@@ -205,7 +242,6 @@ class ForwardPass:
         self._hooks, self.gates = hooks, gates
         self.outer = outer
         """The running forward pass within which this one began."""
-        self.thread = get_ident()
         self.first_node = self.end_node = next_node_number()
         """The pass makes the autograd nodes numbered from `first_node` to below `end_node`."""
         closed = [b for b, gate in zip(hooks.blocks, gates, strict=True) if not gate.learns]

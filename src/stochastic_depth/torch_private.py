@@ -41,6 +41,7 @@ __all__ = [
     "backward_pass",
     "call_of",
     "changes_of",
+    "frame_of_module_call",
     "function_around",
     "gradients_are_awaited",
     "gradients_are_kept",
@@ -316,6 +317,17 @@ def set_call(module: nn.Module, call: Call | None) -> None:
         module.__dict__.pop(_CALL, None)
     else:
         module.__dict__[_CALL] = call
+
+
+def frame_of_module_call() -> FrameType:
+    """The frame of the module call that runs the hook in which this is called.
+
+    Replacement: a hook that PyTorch calls when a forward pass ends with a KeyboardInterrupt too.
+    """
+    frame = sys._getframe(1)
+    while frame.f_code.co_name != nn.Module._call_impl.__name__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def whole_call(module: nn.Module) -> Call:

@@ -3,6 +3,7 @@
 import copy
 import random
 import sys
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -122,21 +123,22 @@ class _ModuleState:
         self.buffers = [] if self.scripted else list(module._buffers.items())
         self.parameters = [] if self.scripted else list(module._parameters.items())
         self.attributes = {} if self.scripted else _attributes(module)
+        containers: dict[int, Any] = {}
+        held = list(_leaves(list(self.attributes.values()), containers))
         self.contents = [
             (tensor, tensor.detach().clone())
             for tensor in [
                 *(module.buffers(recurse=False) if self.scripted else ()),
                 *(tensor for _, tensor in [*self.buffers, *self.parameters]),
-                *self.attributes.values(),
+                *held,
             ]
             if isinstance(tensor, Tensor) and has_content(tensor)
         ]
         hooks = [vars(module)[name] for name in _HOOKS if isinstance(vars(module).get(name), dict)]
         self.hooks = [] if self.scripted else [(each, dict(each)) for each in hooks]
-        self.collections = [
-            (value, type(value)(value))
-            for value in self.attributes.values()
-            if type(value) in (list, dict, set)
+        self.containers = [
+            (value, dict(value) if isinstance(value, dict) else list(value))
+            for value in containers.values()
         ]
 
     def restore(self) -> None:
@@ -156,17 +158,32 @@ class _ModuleState:
             if hooks.keys() != content.keys():
                 hooks.clear()
                 hooks.update(content)
-        for value, content in self.collections:
-            if type(value) is list:
-                value[:] = content
-            else:
-                value.clear()
+        for value, content in self.containers:
+            value.clear()
+            if isinstance(value, dict | set):
                 value.update(content)
+            else:
+                value.extend(content)
 
 
 def _numpy() -> Any:
     """NumPy, if anything has imported it."""
     return sys.modules.get("numpy")
+
+
+_CONTAINERS = (list, set, dict, deque, OrderedDict, defaultdict, Counter)
+
+
+def _leaves(value: object, containers: dict[int, Any]) -> Iterator[object]:
+    """All that is in nested tuples and containers, which are added to `containers` by id."""
+    if type(value) in _CONTAINERS and id(value) not in containers:
+        containers[id(value)] = value
+    elif type(value) is not tuple:
+        yield value
+        return
+    inside: Any = value
+    for each in inside.values() if isinstance(value, dict) else inside:
+        yield from _leaves(each, containers)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

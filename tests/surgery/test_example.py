@@ -1,0 +1,49 @@
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.surgery.example import preserve_state
+
+
+class Recorder(nn.Module):
+    """Counts its calls in containers of every kind, nested ones too, and in tensors inside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads, self.recent, self.by_size = Counter(), deque(maxlen=3), defaultdict(list)
+        self.order, self.nested, self.seen = OrderedDict(), {"of": ([0], [[1]])}, set[int]()
+        self.averages, self.pair = [torch.zeros(2)], (torch.zeros(2), "name")
+        self.itself = [self.nested]
+        self.itself.append(self.itself)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.loads["all"] += 1
+        self.recent.append(len(x))
+        self.by_size[len(x)].append(x)
+        self.order[len(self.order)] = 1
+        self.nested["of"][1][0].append(2)
+        self.seen.add(len(x))
+        self.averages[0] += 1
+        self.averages.append(x)
+        self.pair[0].add_(1)
+        return x
+
+    def state(self) -> object:
+        names = ("loads", "recent", "by_size", "order", "nested", "seen", "averages", "pair")
+        return copy.deepcopy([getattr(self, name) for name in names])
+
+
+def test_containers_and_the_tensors_in_them_are_restored() -> None:
+    model = Recorder()
+    model(torch.ones(2))
+    before, containers = model.state(), [model.loads, model.recent, model.nested["of"][1]]
+    with preserve_state(model):
+        for size in (2, 3, 4):
+            model(torch.ones(size))
+        assert str(model.state()) != str(before)
+    assert str(model.state()) == str(before)
+    after = [model.loads, model.recent, model.nested["of"][1]]
+    assert all(new is old for new, old in zip(after, containers, strict=True))
+    assert model.recent.maxlen == 3
