@@ -16,6 +16,7 @@ from stochastic_depth.gates import (
     balanced_blocks,
     draw,
     evaluation_gates,
+    expected_share,
     open_shares,
     subset_size,
     training_gates,
@@ -398,6 +399,27 @@ def test_each_process_has_balanced_subsets_of_its_part_of_a_mini_batch() -> None
 @pytest.mark.parametrize("kind", ["sample", "subset"])
 def test_what_is_divided_by_is_the_share_that_a_balanced_gate_opens(kind) -> None:
     coins = draw(0, 0, (0.3, 0.0), 8, balance=True)
-    gates = training_gates(coins, (0.3, 0.0), kind, "training", balance=True)
+    gates = training_gates(coins, (0.3, 0.0), kind, "training", open_shares(coins).tolist())
     assert gates[0].factor == pytest.approx(8 / 2)
     assert not coins[1].any()
+
+
+@pytest.mark.parametrize("least", [0, 1, 2, 4, 9])
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.7, 1.0])
+def test_the_expected_share_with_a_smallest_subset_is_that_of_all_patterns(p, least) -> None:
+    patterns = itertools.product([0, 1], repeat=5)
+    expected = sum(
+        math.prod(p if coin else 1 - p for coin in coins) * max(sum(coins), min(least, 5) * (p > 0))
+        for coins in patterns
+    )
+    assert expected_share(p, 5, least) == pytest.approx(expected / 5, rel=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"min_samples": 2}, {"balance": True}])
+def test_training_is_unbiased_where_it_divides_by_what_is_open(options) -> None:
+    model, x = torch.nn.Sequential(sd.Residual(torch.nn.Linear(3, 3))), torch.ones(4, 3)
+    sd.apply(model, [0.2], gate="subset", scale="training", **options)
+    with torch.no_grad():
+        mean = torch.stack([model.train()(x) for _ in range(STEPS)]).mean((0, 1))
+        expected = model.eval()(x)[0]
+    torch.testing.assert_close(mean, expected, atol=0.06, rtol=0)

@@ -304,6 +304,20 @@ def seed_of_rank(seed: int, rank: int) -> int:
     return int.from_bytes(digest(7, "gates of a rank", seed, rank), "little")
 
 
+@functools.lru_cache(maxsize=1024)
+def expected_share(p: float, samples: int, min_samples: int) -> float:
+    """The expected share of `samples` samples that are open where at least `min_samples` are.
+
+    Without a minimum it is p. With one, too few open samples are as many more: p plus the sum over
+    k < `min_samples` of (`min_samples` - k) / `samples` times the probability of k open samples.
+    """
+    least = min(min_samples, samples)
+    missing = (
+        (least - k) * math.comb(samples, k) * p**k * (1 - p) ** (samples - k) for k in range(least)
+    )
+    return p + math.fsum(missing) / samples if p > 0 and samples else p
+
+
 def open_shares(coins: Tensor) -> Tensor:
     """The share of samples for which each block is open, of [L] or [L, batch]: float64 [L]."""
     return coins.double() if coins.ndim == 1 else coins.double().mean(1)
@@ -314,18 +328,18 @@ def training_gates(
     survival: tuple[float, ...],
     kind: GateKind,
     scale: Scale,
-    balance: bool = False,
+    shares: Sequence[float] | None = None,
     closed: Closed = "skipped",
 ) -> list[Gate]:
     """The gates of all blocks in a training step, from its coins, which `draw` returns.
 
-    Under scale="training" a branch is divided by p_l. A balanced gate opens a rounded share of the
-    samples, and divides by that share instead.
+    Args:
+        shares: the share of the samples that each block runs on in expectation, by which
+            scale="training" divides its branch; by default p_l.
     """
     factors: Sequence[Tensor | None] = [None] * len(survival)
     if scale == "training":
-        shares = open_shares(coins).tolist() if balance and kind != "batch" else survival
-        factors = _each([1 / share if share else 1.0 for share in shares])
+        factors = _each([1 / share if share else 1.0 for share in shares or survival])
     if closed == "forward-only":
         return [Gate(detached=not b) for b in coins.tolist()]
     if kind == "batch" and scale != "training":

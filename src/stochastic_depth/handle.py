@@ -14,7 +14,14 @@ from stochastic_depth.block import Block, set_evaluation_gates, set_training_gat
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gate_settings import GateSettings
-from stochastic_depth.gates import Gate, draw, evaluation_gates, training_gates
+from stochastic_depth.gates import (
+    Gate,
+    draw,
+    evaluation_gates,
+    expected_share,
+    open_shares,
+    training_gates,
+)
 from stochastic_depth.survival import Probabilities
 
 
@@ -182,9 +189,21 @@ class Handle:
             self._survival,
             self.gate,
             self.scale,
-            self.settings.balance,
+            self._shares(whole or 0),
             self.settings.closed,
         )
+
+    def _shares(self, samples: int) -> list[float]:
+        """The expected share of `samples` samples that each block runs on in the last step.
+
+        It is p_l; but balanced gates open a rounded share, and a smallest subset opens more.
+        """
+        if self.gate == "batch":
+            return list(self._survival)
+        if self.settings.balance and self._coins is not None:
+            return open_shares(self._coins).tolist()
+        least = self.settings.min_samples
+        return [expected_share(p, samples, least) for p in self._survival]
 
     def gates_at(self, step: int, batch: int | None = None) -> Tensor:
         """The gates that training step `step` draws, past or future, in the form of `gates`.

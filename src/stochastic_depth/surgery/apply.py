@@ -101,7 +101,8 @@ def apply(
             depth. With the other gates, each block with p_l > 0 gets round(p_l * batch) samples,
             and at least one: shapes do not change from step to step.
         min_samples: with the "subset" gate, the smallest number of samples in a subset (BatchNorm
-            needs two). It makes p_l a little larger.
+            needs two). Where p_l * batch is not much larger, blocks run on a larger share of the
+            samples than p_l; scale="training" divides by that share, and training is unbiased.
         multiple_of: with balanced subsets, their size is rounded to a multiple of this, such as 8.
         closed: what a closed block saves. "skipped" saves all of its branch (the paper).
             "forward-only" runs the branch without an autograd graph and adds it, and saves only its
