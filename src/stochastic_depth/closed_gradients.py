@@ -33,11 +33,18 @@ class ClosedGradients:
 
     Args:
         blocks: the blocks through whose branch no gradient passes.
-        skipped: the gradients that their parameters get.
+        others: all other blocks.
+        skipped: the gradients that the parameters of `blocks` get.
         awaited: whether DistributedDataParallel waits for a gradient of every parameter.
     """
 
-    def __init__(self, blocks: Sequence[Block], skipped: SkippedPolicy, awaited: bool) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        others: Sequence[Block],
+        skipped: SkippedPolicy,
+        awaited: bool,
+    ) -> None:
         self._blocks, self._awaited = blocks, awaited
         self._freezes = skipped == "freeze"
         self._thread = get_ident()
@@ -50,8 +57,10 @@ class ClosedGradients:
         result."""
         self._last_parameters: list[nn.Parameter] = []
         if awaited or not self._freezes:
+            # Parameters that an open block has too get a gradient from there, which stays.
+            kept = {p for block in others for p in block.trained()} if self._freezes else ()
             for block in blocks:  # collected now: FSDP replaces parameters while gathered
-                parameters = block.trained()
+                parameters = [p for p in block.trained() if p not in kept]
                 if parameters:
                     self._pending.setdefault(block.module, []).extend(parameters)
                     self._sparse.update(block.sparse_weights())

@@ -244,8 +244,13 @@ class ForwardPass:
         """The running forward pass within which this one began."""
         self.first_node = self.end_node = next_node_number()
         """The pass makes the autograd nodes numbered from `first_node` to below `end_node`."""
-        closed = [b for b, gate in zip(hooks.blocks, gates, strict=True) if not gate.learns]
-        self._closed_gradients = ClosedGradients(closed, hooks.handle.skipped, awaited)
+        blocks = list(zip(hooks.blocks, gates, strict=True))
+        self._closed_gradients = ClosedGradients(
+            [block for block, gate in blocks if not gate.learns],
+            [block for block, gate in blocks if gate.learns],
+            hooks.handle.skipped,
+            awaited,
+        )
 
     def end(self, output: Any) -> Any:
         """End the pass; returns its output, to which closed branches are attached where needed."""
