@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -116,6 +117,29 @@ def test_a_factory_of_the_current_folder_is_found_and_its_page_is_written(tmp_pa
     assert page.count('aria-label="step ') == 2 * 4 * 24
     assert "drop rate of the last block" in page
     assert "NaN" not in page
+
+
+@dataclass
+class Answer:
+    """An output whose tensors PyTorch does not find, because it is no registered container."""
+
+    logits: torch.Tensor
+
+
+class Answers(nn.Sequential):
+    def forward(self, x):
+        return Answer(super().forward(x))
+
+
+def answers():
+    return Answers(*(Block() for _ in range(4))), torch.randn(2, 8)
+
+
+def test_the_page_of_a_model_that_returns_a_dataclass_is_written(tmp_path):
+    page = tmp_path / "page.html"
+    command = ["inspect", f"{__name__}:answers", "--repeats", "2", "--report", str(page)]
+    assert main(command) == 0
+    assert "Skippable blocks" in page.read_text()
 
 
 @pytest.mark.parametrize("extra", [[], ["--plan-only"]])

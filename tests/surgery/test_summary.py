@@ -153,3 +153,28 @@ def test_gating_and_schedule_are_told_where_they_are_not_the_papers():
     sd.remove(model)
     sd.apply(model)
     assert sd.summary(model, torch.randn(2, 4)).gating == ""
+
+
+class Ragged(nn.Module):
+    """A branch with a product of nested tensors, of which no formula knows the FLOPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x):
+        rows = torch.nested.as_nested_tensor([x[0], x[1, :2]])
+        product = torch.nested.to_padded_tensor(torch.bmm(rows, rows.transpose(1, 2)), 0.0)
+        return self.mix(x) * product.sum()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_what_could_not_be_counted_is_named():
+    model = nn.Sequential(sd.Residual(Ragged()), sd.Residual(Ragged()))
+    sd.apply(model)
+    summary = sd.summary(model, torch.ones(2, 3, 4))
+    assert summary.uncounted["bmm"] >= 2
+    assert f"not counted: the FLOPs of bmm ({summary.uncounted['bmm']} calls)" in str(summary)
+    plain = CifarResNet(8)
+    sd.apply(plain)
+    assert "not counted" not in str(sd.summary(plain, IMAGES))

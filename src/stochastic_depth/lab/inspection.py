@@ -20,10 +20,9 @@ from stochastic_depth.lab.style import LIGHT, STOCHASTIC
 from stochastic_depth.lab.tables import Table, Tile
 from stochastic_depth.plain_text import si
 from stochastic_depth.surgery import Summary, handle_of
-from stochastic_depth.surgery.example import caller, preserve_state
+from stochastic_depth.surgery.example import caller, preserve_state, total
 from stochastic_depth.survival import LinearDecay, survival_probabilities
 from stochastic_depth.timing import take_turns
-from stochastic_depth.torch_private import tree_leaves
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.runtime import machine, resolve_runtime
 
@@ -77,10 +76,11 @@ def measure_rates(
 
         def step(gates: Tensor) -> Tensor:
             with handle.forced(gates), torch.enable_grad():
-                loss = _scalar(run())
-                loss.backward()
+                loss = total(run())
+                if loss is not None:  # something is trained
+                    loss.backward()
             model.zero_grad()
-            return loss.detach()
+            return torch.zeros(()) if loss is None else loss.detach()
 
         steps: dict[str, Callable[[], Tensor]] = {
             key: (lambda gates=gates: step(gates)) for key, gates in patterns.items()
@@ -100,15 +100,6 @@ def measure_rates(
         scale = expected / drawn if drawn else 0.0
         savings.append(Saving(rate, expected, time * scale, memory * scale))
     return statistics.median(r["full"] for r in rounds), savings
-
-
-def _scalar(outputs: Any) -> Tensor:
-    values = [
-        leaf
-        for leaf in tree_leaves(outputs)
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
-    ]
-    return torch.stack([value.float().sum() for value in values]).sum()
 
 
 def inspection_page(

@@ -36,6 +36,12 @@ def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
     return call
 
 
+def total(output: Any) -> Tensor | None:
+    """The sum of all tensors in `output` that have a gradient; None without any."""
+    sums = [tensor.float().sum() for tensor in tensors_in(output) if tensor.requires_grad]
+    return torch.stack(sums).sum() if sums else None
+
+
 def on_meta(model: nn.Module, example: Example) -> bool:
     """Whether weights or inputs are on the meta device, so that there are no values to compare."""
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(example)]

@@ -1,7 +1,7 @@
 """Count the FLOPs of what really runs: products, convolutions and attention."""
 
+from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ on a GPU."""
 class CountFlops(TorchDispatchMode):
     """While entered, adds up the FLOPs of products, convolutions and attention in `total`.
 
+    `uncounted` has the number of calls, by operator, whose FLOPs no formula gave.
+
     PyTorch's `FlopCounterMode` also attributes them to modules. For that it needs hooks in the
     backward graph, which not every model allows.
     """
@@ -32,6 +34,7 @@ class CountFlops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
+        self.uncounted: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -45,6 +48,8 @@ class CountFlops(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         out = func(*args, **kwargs)
-        with suppress(Exception):  # a formula may not know the operands, such as nested tensors
+        try:
             self.total += formula(*args, **kwargs, out_val=out)
+        except Exception:  # it may not know the operands, such as nested tensors
+            self.uncounted[func._overloadpacket.__name__] += 1
         return out

@@ -1,7 +1,8 @@
 """`sd.summary`: the cost of each block, and what skipping is expected to save."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
@@ -13,7 +14,7 @@ from stochastic_depth.gates import CLOSED, OPEN, Closed
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.applied import applied_to, handle_of
-from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.example import Example, caller, preserve_state, total
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.install import fingerprint
 from stochastic_depth.tensors import tensors_in
@@ -53,6 +54,9 @@ class Summary:
     gating: str = ""
     """How gates are drawn, where this differs from the paper; and the schedule of the drop
     rates."""
+    uncounted: Mapping[str, int] = field(default_factory=dict)
+    """The number of calls, by operator, whose FLOPs are in none of the counts: those of a forward
+    and backward pass at full depth."""
 
     @property
     def advice(self) -> str:
@@ -99,12 +103,18 @@ class Summary:
             (b.name, b.kind, f"{b.survival:.3f}", si(b.parameters), si(b.forward), si(b.backward))
             for b in self.blocks
         ]
-        total = f"{si(self.forward)} forward, {si(self.backward)} backward at full depth"
+        full = f"{si(self.forward)} forward, {si(self.backward)} backward at full depth"
+        calls = [
+            f"{operator} ({count} call{'s' * (count != 1)})"
+            for operator, count in self.uncounted.items()
+        ]
+        uncounted = f"not counted: the FLOPs of {', '.join(calls)}" if calls else ""
         return "\n".join(
             [
                 plain_table(head, rows, left=2),
                 f"expected depth {self.expected_depth:.4g} of {len(self.blocks)} blocks; FLOPs "
-                f"{total}; {100 * self.expected_saving:.1f} % saved",
+                f"{full}; {100 * self.expected_saving:.1f} % saved",
+                *wrap(uncounted, 96),
                 *wrap(self.gating, 96),
                 *wrap(self.advice, 96),
             ]
@@ -143,7 +153,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
     with preserve_state(model), torch.enable_grad(), opened:
         model.train(training)
         shapes = _input_shapes(model, handle.blocks, run)
-        forward, backward = _count(run)
+        forward, backward, uncounted = _count(run)
         counted: dict[tuple[str, str, int], tuple[int, int]] = {}
         summaries = []
         for block, p in zip(handle.blocks, handle.probabilities.full, strict=True):
@@ -151,12 +161,14 @@ def summary(model: nn.Module, example: Example) -> Summary:
             alike = fingerprint(module), shapes.get(block.name, block.name), len(block.gates)
             if alike not in counted:
                 with force([block], CLOSED):
-                    without = _count(run)
-                counted[alike] = forward - without[0], backward - without[1]
+                    forward_without, backward_without, _ = _count(run)
+                counted[alike] = forward - forward_without, backward - backward_without
             size = sum(p.numel() for owned in block.owned for p in owned.parameters())
             kind = type(module).__name__
             summaries.append(BlockSummary(block.name, kind, p, size, *counted[alike]))
-    return Summary(tuple(summaries), forward, backward, handle.settings.closed, _gating(handle))
+    return Summary(
+        tuple(summaries), forward, backward, handle.settings.closed, _gating(handle), dict(uncounted)
+    )
 
 
 def _gating(handle: Handle) -> str:
@@ -174,15 +186,15 @@ def _gating(handle: Handle) -> str:
     return "; ".join(parts)
 
 
-def _count(run: Callable[[], Any]) -> tuple[int, int]:
-    """FLOPs of the forward and of the backward pass."""
+def _count(run: Callable[[], Any]) -> tuple[int, int, Counter[str]]:
+    """FLOPs of the forward and of the backward pass, and the calls that could not be counted."""
     with CountFlops() as forward:
-        outputs = tensors_in(run())
-    totals = [out.float().sum() for out in outputs if out.requires_grad]
+        output = run()
+    loss = total(output)
     with CountFlops() as backward:
-        if totals:  # something is trained
-            torch.stack(totals).sum().backward()
-    return forward.total, backward.total
+        if loss is not None:  # something is trained
+            loss.backward()
+    return forward.total, backward.total, forward.uncounted + backward.uncounted
 
 
 def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> dict[str, str]:

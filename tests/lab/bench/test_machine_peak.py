@@ -2,6 +2,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 from stochastic_depth.block_program.library import why_unavailable
@@ -26,6 +27,17 @@ def test_flops_of_a_step_are_two_for_each_multiply_add_three_times_but_for_the_s
     stem = side**2 * 9 * 3 * 16  # the gradient of the images is not wanted
     expected = 2 * batch * (3 * forward + 2 * stem)
     assert step_flops(Workload(batch, side, 3, CPU).step(PlainResNet(8))) == expected
+
+
+def test_attention_counts_its_two_products_and_two_and_a_half_times_as_much_backward():
+    batch, heads, tokens, width = 2, 3, 5, 8
+    q, k, v = torch.randn(3, batch, heads, tokens, width, requires_grad=True).unbind()
+    product = 2 * batch * heads * tokens**2 * width
+
+    def step():
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+
+    assert step_flops(step) == 2 * product + 5 * product
 
 
 def test_a_share_of_the_peak_is_flops_over_the_flops_of_that_time():

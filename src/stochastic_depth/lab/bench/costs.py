@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
 from stochastic_depth.block_program import library
 from stochastic_depth.lab.bench.results import bench_table, clock, shown
 from stochastic_depth.lab.bench.workload import Step, saved_for_backward
+from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.runtime import Runtime
 
@@ -65,10 +65,10 @@ def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
 
 
 def step_flops(step: Callable[[], object]) -> int:
-    """FLOPs of the convolutions and matrix products of a step, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of the convolutions, products and attention of a step, forward and backward."""
+    with CountFlops() as counted:
         step()
-    return counter.get_total_flops()
+    return counted.total
 
 
 Build = Callable[[], Mapping[str, Step]]
