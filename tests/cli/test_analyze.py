@@ -48,7 +48,7 @@ def kinds(runs, kind):
     return sorted(runs.glob(f"{kind}-seed*"))
 
 
-@pytest.mark.parametrize("question", ["gradients", "active", "ensemble", "depth"])
+@pytest.mark.parametrize("question", ["gradients", "active", "ensemble", "pruning"])
 def test_every_question_has_help_and_needs_a_run(question, capsys):
     assert main(["analyze", question, "--help"]) == 0
     assert "RUN..." in capsys.readouterr().out
@@ -61,7 +61,7 @@ sys.modules["altair"] = None
 from stochastic_depth.cli import main
 run, *quick = sys.argv[1:]
 ensemble = ["ensemble", run, "--subnetworks", "1"]
-for question in (["gradients", run], ["active", run], ensemble, ["depth", run, *quick]):
+for question in (["gradients", run], ["active", run], ensemble, ["pruning", run, *quick]):
     assert main(["analyze", *question]) == 0, question
 """
 
@@ -114,20 +114,20 @@ def test_constant_depth_is_refused_before_anything_is_measured(runs, capsys, tmp
     assert "--subnetworks is 0" in capsys.readouterr().err
 
 
-def test_depth_of_one_run_tells_parameters_and_time(runs, capsys):
+def test_pruning_of_one_run_tells_parameters_and_time(runs, capsys):
     run = runs / "constant-seed0"
-    out = shown(capsys, "depth", run, *QUICK)
+    out = shown(capsys, "pruning", run, *QUICK)
     assert "parameters" in out
     assert "ms an" in out
     assert "without the least needed blocks" in out
     assert "constant-seed0: choosing" in out
-    assert "choosing" not in shown(capsys, "depth", run, *QUICK)
-    assert "choosing" in shown(capsys, "depth", run, *QUICK, "--again")
-    assert "choosing" in shown(capsys, "depth", run, *QUICK, "--batch", 7)
+    assert "choosing" not in shown(capsys, "pruning", run, *QUICK)
+    assert "choosing" in shown(capsys, "pruning", run, *QUICK, "--again")
+    assert "choosing" in shown(capsys, "pruning", run, *QUICK, "--batch", 7)
 
 
-def test_depth_of_two_kinds_is_side_by_side(runs, capsys):
-    out = shown(capsys, "depth", *kinds(runs, "*"), *QUICK)
+def test_pruning_of_two_kinds_is_side_by_side(runs, capsys):
+    out = shown(capsys, "pruning", *kinds(runs, "*"), *QUICK)
     assert "parameters" not in out
     assert out.count("±") > 20
 
@@ -150,6 +150,6 @@ def test_data_that_is_not_there_is_named(runs, capsys, tmp_path):
     del config["sha256"]
     config["config"]["data"].update(name="cifar10", root="/nowhere")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    assert "/nowhere" in refused(capsys, "depth", "run", *QUICK)
-    assert "elsewhere" in refused(capsys, "depth", "run", *QUICK, "--data", "elsewhere")
-    assert "not a run folder" in refused(capsys, "depth", "nothing", *QUICK)
+    assert "/nowhere" in refused(capsys, "pruning", "run", *QUICK)
+    assert "elsewhere" in refused(capsys, "pruning", "run", *QUICK, "--data", "elsewhere")
+    assert "not a run folder" in refused(capsys, "pruning", "nothing", *QUICK)

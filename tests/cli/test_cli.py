@@ -118,7 +118,7 @@ def test_the_version(capsys):
         (["compare", "--seeds", "0"], "--seeds is 0: it must be at least 1"),
         (["predict", "run"], "no IMAGE is given"),
         (["report"], "no RUN is given"),
-        (["analyze", "depth"], "no RUN is given"),
+        (["analyze", "pruning"], "no RUN is given"),
         (["inspect", "timm/resnet18", "--repeats", "0"], "--repeats is 0"),
         (["analyze", "activ"], "did you mean active?"),
         (["bench", "peer"], "did you mean peers"),

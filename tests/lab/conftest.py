@@ -89,7 +89,7 @@ def compared(tmp_path_factory) -> Path:
         for seed, run in enumerate(of_kind):
             _described_anew(run.journal, kind == "constant", seed)
             (run.path / "analysis").mkdir()
-            (run.path / "analysis" / "depth.json").write_text(json.dumps(_depth()))
+            (run.path / "analysis" / "pruning.json").write_text(json.dumps(_pruning()))
     for run in runs["stochastic"]:
         (run.path / "analysis" / "ensemble.json").write_text(json.dumps(_ensemble()))
     return folder
@@ -193,7 +193,7 @@ def _ensemble() -> dict:
     }
 
 
-def _depth() -> dict:
+def _pruning() -> dict:
     return {
         "format": 1,
         "checkpoint_step": 20,

@@ -16,7 +16,7 @@ from stochastic_depth.lab.charts import Figure, _ticks
 from stochastic_depth.lab.drawing import file_svg
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
 from stochastic_depth.lab.gradients_chart import block_gradients
-from stochastic_depth.lab.removed_depth_chart import removed_blocks
+from stochastic_depth.lab.pruning_chart import pruned_blocks
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep import charts
 from stochastic_depth.lab.training_curves import training_curves, training_time
@@ -112,7 +112,7 @@ def test_the_ensemble_has_a_panel_for_each_measure(experiment):
 
 
 def test_what_the_last_blocks_are_worth_is_said(experiment):
-    figure = removed_blocks(experiment)
+    figure = pruned_blocks(experiment)
     # 5 exp(k / 2) is above 10 from k = 2 on
     assert "without 1 of the last blocks with constant depth (5.00 % whole)" in figure.sentence
 
@@ -138,7 +138,7 @@ def test_without_data_there_is_no_figure(experiment):
         ),
     )
     assert block_gradients(bare) is None
-    assert removed_blocks(bare) is None
+    assert pruned_blocks(bare) is None
     assert active_blocks_figure(bare.stochastic[0]) is None
     assert ensemble_figure(bare.stochastic[0]) is None
 

@@ -144,8 +144,8 @@ def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_p
     (run / "analysis").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl"):
         (run / name).write_bytes((compared / "stochastic-seed0" / name).read_bytes())
-    (run / "analysis" / "depth.json").write_text("{")
-    with pytest.raises(RunError, match=r"depth.json cannot be read"):
+    (run / "analysis" / "pruning.json").write_text("{")
+    with pytest.raises(RunError, match=r"pruning.json cannot be read"):
         write_report([run], out)
     assert out.read_text() == "before"
 

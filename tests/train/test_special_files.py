@@ -23,7 +23,7 @@ FILES = (
     "checkpoints/step-000000016.ckpt",
 )
 
-COMMANDS = ("train --resume", "eval", "export", "analyze depth", "report")
+COMMANDS = ("train --resume", "eval", "export", "analyze pruning", "report")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ COMMANDS = {
     "train": "train a recipe, or go on with a run",
     "eval": "test error of a run's network",
     "compare": "a recipe against its constant-depth twin, over seeds",
-    "analyze": "gradients, active blocks, the ensemble, removed blocks",
+    "analyze": "gradients, active blocks, the ensemble, pruning",
     "sweep": "a recipe over a grid: p_L and rules, p_L and depths, or gatings",
     "report": "tables and figures of runs, on one page",
     "export": "a run's network as a plain file, at full or lower depth",

@@ -11,7 +11,7 @@ import tyro
 from stochastic_depth.choices import CheckpointName, at_least
 from stochastic_depth.cli.arguments import Flag, choose, parse, require_run
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.lab.options import RemovedDepthOptions
+from stochastic_depth.lab.options import PruningOptions
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
@@ -142,15 +142,15 @@ class Ensemble(NetworkQuestion):
 
 
 @dataclass(frozen=True)
-class RemovedDepth(NetworkQuestion):
+class Pruning(NetworkQuestion):
     """Test error, parameters and time without the last blocks, or without the least needed ones."""
 
-    settings: Annotated[RemovedDepthOptions, tyro.conf.arg(name="")] = field(
-        default_factory=RemovedDepthOptions
+    settings: Annotated[PruningOptions, tyro.conf.arg(name="")] = field(
+        default_factory=PruningOptions
     )
 
     def print(self, console: "PlainConsole") -> None:
-        from stochastic_depth.lab import removed_depth as question
+        from stochastic_depth.lab import pruning as question
         from stochastic_depth.lab.outcomes import grouped
         from stochastic_depth.lab.sources import analysis_path
 
@@ -158,22 +158,22 @@ class RemovedDepth(NetworkQuestion):
         found: dict[str, Any] = {}
         for network in self.networks(runs):
             with shown(console, network.run.path.name) as progress:
-                found[network.run.id] = question.measured_curves(
+                found[network.run.id] = question.load_or_measure_curves(
                     network, self.settings, progress, self.again
                 )
-            console.say(str(analysis_path(network.run, "depth")))
+            console.say(str(analysis_path(network.run, "pruning")))
         of_kinds = {
             name: [found[run.id] for run in of_kind] for name, of_kind in grouped(runs).items()
         }
         for order in question.ORDERS:
-            console.print(question.depth_table(order, of_kinds))
+            console.print(question.pruning_table(order, of_kinds))
 
 
 QUESTIONS = {
     "gradients": GradientStrength,
     "active": Active,
     "ensemble": Ensemble,
-    "depth": RemovedDepth,
+    "pruning": Pruning,
 }
 
 

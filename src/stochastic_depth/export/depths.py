@@ -30,10 +30,10 @@ def silent(doing: str, done: float, total: float) -> None:
     """A `Progress` that shows nothing."""
 
 
-def least_needed_first(
+def pruning_order(
     model: nn.Module, batches: Callable[[], Iterable[Batch]], runtime: Runtime
 ) -> Iterator[Dropped]:
-    """All blocks of `model` in the order in which to remove them, the least needed first.
+    """All blocks of `model` in the order in which to remove them, by the loss on `batches`.
 
     See `drop_order`.
 

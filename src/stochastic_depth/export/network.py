@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches
-from stochastic_depth.export.depths import errors_of, least_needed_first, seconds_of
+from stochastic_depth.export.depths import errors_of, pruning_order, seconds_of
 from stochastic_depth.export.fold import fold
 from stochastic_depth.export.load import (
     Architecture,
@@ -96,7 +96,7 @@ def elastic_network(run: Run, images: Batches, which: CheckpointName, observer: 
 def _order(
     run: Run, images: Batches, model: nn.Module, count: int, observer: Observer
 ) -> tuple[int, ...]:
-    order = least_needed_first(model, lambda: images.evaluate("validation"), run.runtime)
+    order = pruning_order(model, lambda: images.evaluate("validation"), run.runtime)
     dropped = itertools.islice(order, count)
     return tuple(each.block for each in observer(dropped, count))
 

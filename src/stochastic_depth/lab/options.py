@@ -19,8 +19,8 @@ NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transform
 
 
 @dataclass(frozen=True)
-class RemovedDepthOptions:
-    """How networks without some blocks are measured, and on how many images."""
+class PruningOptions:
+    """How pruned networks are measured, and on how many images."""
 
     points: int = 19
     """How many numbers of removed blocks to measure, evenly from none to all."""

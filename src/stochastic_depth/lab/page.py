@@ -23,7 +23,7 @@ from stochastic_depth.lab.drawing import NARROW, WIDE, file_png, file_svg, page_
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
 from stochastic_depth.lab.gradients_chart import block_gradients, gradient_strength
 from stochastic_depth.lab.outcomes import Experiment, describe, describe_data, experiments
-from stochastic_depth.lab.removed_depth_chart import removed_blocks
+from stochastic_depth.lab.pruning_chart import pruned_blocks
 from stochastic_depth.lab.sources import (
     RecordedRun,
     RecordedSweep,
@@ -41,7 +41,7 @@ COMMANDS = {
     "block-gradients": ("Gradient strength over depth", "stochastic-depth train RECIPE"),
     "active-blocks": ("Active blocks in a step", "stochastic-depth train RECIPE"),
     "ensemble": ("The implicit ensemble", "stochastic-depth analyze ensemble RUN"),
-    "removed-blocks": ("Blocks thrown away", "stochastic-depth analyze depth RUN"),
+    "pruned-blocks": ("Blocks pruned", "stochastic-depth analyze pruning RUN"),
     "survival-sweep": ("Error and time against p_L", "stochastic-depth sweep survival RECIPE"),
     "depth-sweep": ("Error over p_L and depth", "stochastic-depth sweep depth RECIPE"),
     "gates-sweep": ("Error and cost by way of gating", "stochastic-depth sweep gates RECIPE"),
@@ -104,7 +104,7 @@ def _experiment(experiment: Experiment) -> Section:
         block_gradients(experiment),
         *_of_each(experiment, active_blocks_figure),
         *_of_each(experiment, ensemble_figure),
-        removed_blocks(experiment),
+        pruned_blocks(experiment),
     ]
     shared, runs = settings(list(experiment.runs))
     return Section(

@@ -1,154 +1,182 @@
-"""A trained network without some of its blocks, which are closed by their gates.
+"""Prune a trained network: remove its last blocks, or those that are needed least."""
 
-Its errors, its times and its size are measured, and the order in which blocks are needed least.
-"""
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Literal
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from rich.table import Table
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from stochastic_depth.export.depths import Progress
+from stochastic_depth.lab.formatting import plus_minus, runs_text
+from stochastic_depth.lab.options import PruningOptions
+from stochastic_depth.lab.outcomes import Spread
+from stochastic_depth.lab.pruned_network import (
+    PrunedNetwork,
+    Removed,
+    choose_order,
+    errors,
+    measure_statistics,
+    parameters_without,
+    prune,
+    seconds_per_image,
+)
+from stochastic_depth.lab.sources import TrainedNetwork, read_analysis, write_analysis
+from stochastic_depth.train.runtime import machine
 
-from stochastic_depth.data.batching import Batch, Part
-from stochastic_depth.export.depths import Progress, errors_of, least_needed_first, seconds_of
-from stochastic_depth.lab.sources import TrainedNetwork
-from stochastic_depth.train.runtime import Runtime
-
-Removed = tuple[int, ...]
-"""The numbers of removed blocks, from 0, ascending."""
+Order = Literal["last", "least needed"]
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """The blocks to remove, and the BatchNorm statistics to use without them."""
+class CurvePoint:
+    """A network without some of its blocks; the others keep their p_l."""
 
-    removed: Removed
-    statistics: list[Tensor] | None
-    """The result of `recalibrated`; None for the statistics that the network was trained with."""
-
-
-@contextmanager
-def as_pruned(network: TrainedNetwork, pruned: Pruned) -> Iterator[nn.Module]:
-    """While entered, these blocks of the network are closed; the others keep their p_l."""
-    gates = [block not in pruned.removed for block in range(len(network.handle.blocks))]
-    statistics = pruned.statistics
-    normalised = with_statistics(network.model, statistics) if statistics else nullcontext()
-    with network.handle.subnetwork(gates, scaled=True), normalised:
-        yield network.model
+    removed: int
+    blocks: list[int]
+    """The numbers of the removed blocks, from 0. Their branches are removed and their shortcuts
+    stay."""
+    error: float
+    """The test error in percent."""
+    validation_error: float
+    parameters: int
+    seconds_per_image: float
+    """The median over rounds, measured on a batch."""
 
 
-def errors(
-    network: TrainedNetwork, variants: Iterable[Pruned], part: Part, progress: Progress
-) -> list[float]:
-    """The error of each variant on a part of the images, in percent; each image is read once."""
-    networks = [partial(as_pruned, network, variant) for variant in variants]
-    return errors_of(networks, network.images, part, network.run.runtime, progress)
+@dataclass(frozen=True)
+class Curve:
+    """The same network with fewer and fewer blocks."""
+
+    order: Order
+    recalibrated: bool
+    """Whether the BatchNorm statistics were measured again after the removal."""
+    points: list[CurvePoint]
 
 
-def seconds_per_image(
-    network: TrainedNetwork,
-    removals: Sequence[Removed],
-    batch: int,
-    repeats: int,
-    progress: Progress,
-) -> dict[Removed, float]:
-    """Seconds per image of a forward pass on `batch` test images: medians, in turns."""
-    images, _ = next(iter(network.images.evaluate("test")))
-    networks = {str(r): partial(as_pruned, network, Pruned(r, None)) for r in removals}
-    seconds = seconds_of(networks, images[:batch], network.run.runtime, repeats, progress)
-    return {removed: seconds[str(removed)] for removed in removals}
+def load_or_measure_curves(
+    network: TrainedNetwork, settings: PruningOptions, progress: Progress, again: bool = False
+) -> list[Curve]:
+    """The result of `measure_curves`, read from the run's `analysis/pruning.json` or written there.
 
-
-def parameters_without(network: TrainedNetwork, removed: Removed) -> int:
-    """The number of parameters of the network without the branches of removed blocks."""
-    names = [name for block in removed for name in network.handle.blocks[block].parameters]
-    gone = sum(network.model.get_parameter(name).numel() for name in names)
-    return sum(p.numel() for p in network.model.parameters()) - gone
-
-
-def recalibrated(model: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> list[Tensor]:
-    """Measure the running statistics of `model` on `batches`, without changing the model.
-
-    As in torch.optim.swa_utils.update_bn, the result is the plain mean of the statistics of all
-    batches. But here the model stays in evaluation mode, and only its normalisations are in
-    training mode. So no gates are drawn, and the current subnetwork stays the same.
-
-    Returns:
-        The statistics for `with_statistics`. Those of blocks that did not run are of no use.
+    Args:
+        again: whether to measure again what was measured before.
     """
-    norms = _norms(model)
-    momenta = [norm.momentum for norm in norms]
-    modes = [norm.training for norm in norms]
-    with with_statistics(model, _statistics(model)), torch.no_grad():
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a cumulative average
-                norm.training = True
-            for images, _ in batches:
-                with runtime.autocast():
-                    model(images)
-        finally:
-            for norm, momentum, training in zip(norms, momenta, modes, strict=True):
-                norm.momentum, norm.training = momentum, training
-        return [statistic.clone() for statistic in _statistics(model)]
+    what = {
+        "checkpoint_step": network.step,
+        "blocks": len(network.handle.blocks),
+        "images": network.images.sizes["test"],
+        "settings": asdict(settings),
+        "machine": machine(network.run.runtime),
+    }
+
+    def parse(found: dict[str, Any]) -> list[Curve]:
+        return [
+            Curve(**{**curve, "points": [CurvePoint(**point) for point in curve["points"]]})
+            for curve in found["curves"]
+        ]
+
+    before = None if again else read_analysis(network.run, "pruning", what, parse)
+    if before is not None:
+        return before
+    curves = measure_curves(network, settings, progress)
+    write_analysis(network.run, "pruning", {**what, "curves": [asdict(curve) for curve in curves]})
+    return curves
 
 
-@contextmanager
-def with_statistics(model: nn.Module, statistics: Sequence[Tensor]) -> Iterator[None]:
-    """While entered, `model` normalises by `statistics`; afterwards by its own statistics again."""
-    mine = _statistics(model)
-    before = [statistic.clone() for statistic in mine]
-    _put(mine, statistics)
-    try:
-        yield
-    finally:
-        _put(mine, before)
+def measure_curves(
+    network: TrainedNetwork, settings: PruningOptions, progress: Progress
+) -> list[Curve]:
+    """Both orders of removal, each as trained and with recalibrated BatchNorm statistics."""
+    blocks, images = len(network.handle.blocks), network.images
+    orders: dict[Order, list[int]] = {
+        "last": list(range(blocks))[::-1],
+        "least needed": choose_order(network, settings.choose_on, progress),
+    }
+    counts = sorted({round(i * blocks / (settings.points - 1)) for i in range(settings.points)})
+    removals = {tuple(sorted(order[:k])): None for order in orders.values() for k in counts}
+    mini_batches = -(-settings.recalibrate_on // network.run.config.optimizer.batch)
+    training_images = list(islice(images.train(0), mini_batches))
+    pruned: dict[tuple[Removed, bool], PrunedNetwork] = {}
+    for done, removed in enumerate(removals):
+        progress("recalibrating", done, len(removals))
+        plain = PrunedNetwork(removed, None)
+        pruned[removed, False] = plain
+        with prune(network, plain):
+            statistics = measure_statistics(network.model, training_images, network.run.runtime)
+        pruned[removed, True] = PrunedNetwork(removed, statistics)
+    of_test = errors(network, pruned.values(), "test", progress)
+    of_validation = errors(network, pruned.values(), "validation", progress)
+    measured = dict(zip(pruned, zip(of_test, of_validation, strict=True), strict=True))
+    seconds = seconds_per_image(network, list(removals), settings.batch, settings.repeats, progress)
+
+    def point(order: Sequence[int], k: int, is_recalibrated: bool) -> CurvePoint:
+        removed = tuple(sorted(order[:k]))
+        test, validation = measured[removed, is_recalibrated]
+        left = parameters_without(network, removed)
+        return CurvePoint(k, list(removed), test, validation, left, seconds[removed])
+
+    return [
+        Curve(name, is_recalibrated, [point(order, k, is_recalibrated) for k in counts])
+        for name, order in orders.items()
+        for is_recalibrated in (False, True)
+    ]
 
 
-def _norms(model: nn.Module) -> list[_BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+ORDERS: dict[Order, str] = {
+    "last": "The last k blocks removed",
+    "least needed": "The k least needed removed",
+}
 
 
-def _statistics(model: nn.Module) -> list[Tensor]:
-    return [buffer for norm in _norms(model) for buffer in norm.buffers(recurse=False)]
+def pruning_table(order: Order, of_kinds: dict[str, list[list[Curve]]]) -> Table:
+    """Test errors as trained and recalibrated; for a single kind, parameters and times too."""
+    alone = len(of_kinds) == 1
+    runs = sorted({len(of_kind) for of_kind in of_kinds.values()})
+    table = Table(
+        title=(
+            f"Test error, %, without the {order} blocks, {runs_text(*runs)}\n"
+            "as it is, and with the statistics of BatchNorm recalibrated"
+        ),
+        title_justify="left",
+    )
+    table.add_column("\nremoved", justify="right")
+    if alone:
+        table.add_column("\nparameters", justify="right")
+        table.add_column("ms an\nimage", justify="right")
+    for name in of_kinds:
+        for variant in ("as it is", "recal."):
+            table.add_column(f"{name}\n{variant}", justify="right")
+    removed = sorted({p.removed for kind in of_kinds.values() for p in kind[0][0].points})
+    for k in removed:
+        row = [f"{k}"]
+        for of_kind in of_kinds.values():
+            plain, again = (
+                _points_at(of_kind, order, recalibrated, k) for recalibrated in (False, True)
+            )
+            if alone:
+                row.append(f"{_spread(plain, lambda p: p.parameters).mean:,.0f}")
+                row.append(f"{_spread(plain, lambda p: 1000 * p.seconds_per_image).mean:.3g}")
+            row += [
+                plus_minus(_spread(points, lambda p: p.error)) if points else ""
+                for points in (plain, again)
+            ]
+        table.add_row(*row)
+    return table
 
 
-@torch.no_grad()
-def _put(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for place, value in zip(places, values, strict=True):
-        place.copy_(value)
+def _points_at(
+    of_kind: list[list[Curve]], order: Order, recalibrated: bool, k: int
+) -> list[CurvePoint]:
+    """The point at which `k` blocks are removed, for every run of a kind."""
+    return [
+        point
+        for curves in of_kind
+        for curve in curves
+        if (curve.order, curve.recalibrated) == (order, recalibrated)
+        for point in curve.points
+        if point.removed == k
+    ]
 
 
-def pruning_order(network: TrainedNetwork, choose_on: int, progress: Progress) -> list[int]:
-    """All blocks in the order of removal, the one that validation needs least first.
-
-    This takes L (L + 1) / 2 evaluations of `choose_on` images.
-    """
-    validation, blocks = network.images.sizes["validation"], len(network.handle.blocks)
-    few = list(spread(network.images.evaluate("validation"), validation, choose_on))
-    done = itertools.count(1)
-
-    def batches() -> list[Batch]:
-        progress("choosing", next(done), blocks * (blocks + 1) / 2)
-        return few
-
-    order = least_needed_first(network.model, batches, network.run.runtime)
-    return [dropped.block for dropped in order]
-
-
-def spread(batches: Iterable[Batch], images: int, count: int) -> Iterator[Batch]:
-    """Choose `count` of the `images` in `batches`, evenly: they may be sorted by class."""
-    count = min(count, images)
-    chosen = torch.arange(count) * images // count
-    start = 0
-    for pixels, labels in batches:
-        here = chosen[(chosen >= start) & (chosen < start + len(labels))] - start
-        if len(here):
-            here = here.to(labels.device)
-            yield pixels[here], labels[here]
-        start += len(labels)
+def _spread(points: list[CurvePoint], figure: Callable[[CurvePoint], float]) -> Spread:
+    return Spread.of([figure(point) for point in points])

@@ -33,7 +33,7 @@ from stochastic_depth.train.weights import require_weights_of
 FORMAT = 1
 """The format number of the files of an analysis."""
 
-AnalysisName = Literal["ensemble", "depth"]
+AnalysisName = Literal["ensemble", "pruning"]
 T = TypeVar("T")
 
 

@@ -1,4 +1,4 @@
-"""Networks without some of their blocks, against plain networks that never had them."""
+"""Pruned networks, against plain networks that never had them."""
 
 import copy
 import itertools
@@ -12,23 +12,23 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.lab.options import RemovedDepthOptions
-from stochastic_depth.lab.pruning import (
-    Pruned,
-    as_pruned,
+from stochastic_depth.lab.options import PruningOptions
+from stochastic_depth.lab.pruned_network import (
+    PrunedNetwork,
     errors,
+    measure_statistics,
     parameters_without,
-    recalibrated,
+    prune,
     spread,
 )
-from stochastic_depth.lab.removed_depth import curves, measured_curves
+from stochastic_depth.lab.pruning import load_or_measure_curves, measure_curves
 from stochastic_depth.lab.sources import trained
 from stochastic_depth.train import best_record
 from stochastic_depth.train.build import build_model
 from stochastic_depth.train.step import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FEW = RemovedDepthOptions(points=3, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
+FEW = PruningOptions(points=3, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
 KINDS = ("constant", "stochastic")
 
 
@@ -80,7 +80,7 @@ def plain_without(network, removed):
 def test_a_network_without_blocks_is_the_plain_one_that_never_had_them(network, removed):
     images, _ = next(iter(network.images.evaluate("test")))
     plain = plain_without(network, removed)
-    with torch.no_grad(), as_pruned(network, Pruned(removed, None)):
+    with torch.no_grad(), prune(network, PrunedNetwork(removed, None)):
         torch.testing.assert_close(network.model(images), plain(images), rtol=1e-4, atol=1e-4)
     assert parameters_without(network, removed) == sum(p.numel() for p in plain.parameters())
 
@@ -90,16 +90,16 @@ def test_recalibration_is_pytorchs_update_bn_on_the_plain_network(network, remov
     batches = list(itertools.islice(network.images.train(0), 3))
     before = copy.deepcopy(network.model.state_dict())
     step = network.handle.step
-    with as_pruned(network, Pruned(removed, None)):
-        statistics = recalibrated(network.model, batches, network.run.runtime)
+    with prune(network, PrunedNetwork(removed, None)):
+        statistics = measure_statistics(network.model, batches, network.run.runtime)
     plain = plain_without(network, removed)
     update_bn([images for images, _ in batches], plain)
     images, _ = next(iter(network.images.evaluate("test")))
-    thinned = Pruned(removed, statistics)
-    with torch.no_grad(), as_pruned(network, thinned):
+    pruned = PrunedNetwork(removed, statistics)
+    with torch.no_grad(), prune(network, pruned):
         torch.testing.assert_close(network.model(images), plain(images), rtol=1e-3, atol=1e-3)
     expected = evaluate(plain, network.images.evaluate("test"), network.run.runtime).error
-    assert errors(network, [thinned], "test", silent) == pytest.approx([expected], abs=0.21)
+    assert errors(network, [pruned], "test", silent) == pytest.approx([expected], abs=0.21)
     assert network.handle.step == step
     assert not any(module.training for module in network.model.modules())
     assert all(m.momentum == 0.1 for m in network.model.modules() if isinstance(m, nn.BatchNorm2d))
@@ -118,7 +118,7 @@ def test_images_are_spread_evenly_over_batches_of_any_size():
 
 def test_the_curves_begin_at_the_journals_errors_and_end_without_a_block(network, silent):
     record = best_record(network.run.records())
-    found = curves(network, FEW, silent)
+    found = measure_curves(network, FEW, silent)
     assert [(curve.order, curve.recalibrated) for curve in found] == [
         (order, again) for order in ("last", "least needed") for again in (False, True)
     ]
@@ -147,16 +147,16 @@ def test_the_first_block_chosen_is_the_one_whose_loss_alone_is_lowest(network, s
         evaluate(plain_without(network, [block]), few, network.run.runtime).loss
         for block in range(6)
     ]
-    settings = RemovedDepthOptions(points=7, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
-    least = curves(network, settings, silent)[2]
+    settings = PruningOptions(points=7, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
+    least = measure_curves(network, settings, silent)[2]
     assert losses[least.points[1].blocks[0]] == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_what_was_found_is_written_and_read_again(pairs, silent):
     network = trained(pairs["stochastic"][0].path)
     shown = []
-    found = measured_curves(network, FEW, lambda *what: shown.append(what))
-    content = json.loads((network.run.path / "analysis" / "depth.json").read_text())
+    found = load_or_measure_curves(network, FEW, lambda *what: shown.append(what))
+    content = json.loads((network.run.path / "analysis" / "pruning.json").read_text())
     assert (content["format"], content["blocks"], content["images"]) == (1, 6, 500)
     assert content["checkpoint_step"] == network.step
     assert set(content["curves"][0]["points"][0]) == {
@@ -167,7 +167,7 @@ def test_what_was_found_is_written_and_read_again(pairs, silent):
     assert sum(doing == "choosing" for doing, _, _ in shown) == 6 * 7 / 2
     assert all(0 <= done <= total for _, done, total in shown)
     shown.clear()
-    assert measured_curves(network, FEW, lambda *what: shown.append(what)) == found
+    assert load_or_measure_curves(network, FEW, lambda *what: shown.append(what)) == found
     assert not shown
 
 
@@ -176,10 +176,10 @@ def test_settings_out_of_range_are_named(setting):
     with pytest.raises(
         ConfigError, match=f"--{setting.replace('_', '-')} is 0: it must be at least"
     ):
-        RemovedDepthOptions(**{setting: 0}).check()
+        PruningOptions(**{setting: 0}).check()
 
 
 def test_a_network_without_batch_normalisation_has_nothing_to_recalibrate():
     model = nn.Sequential(nn.Linear(2, 2)).eval()
     runtime = SimpleNamespace(autocast=torch.no_grad)
-    assert recalibrated(model, [(torch.zeros(3, 2), torch.zeros(3))], runtime) == []
+    assert measure_statistics(model, [(torch.zeros(3, 2), torch.zeros(3))], runtime) == []

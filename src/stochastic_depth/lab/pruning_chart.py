@@ -1,4 +1,4 @@
-"""The figure of networks without some of their blocks."""
+"""The figure of pruned networks."""
 
 import statistics
 from typing import Any
@@ -18,7 +18,7 @@ from stochastic_depth.lab.charts import (
 )
 from stochastic_depth.lab.formatting import duration, percent
 from stochastic_depth.lab.outcomes import Experiment, Series, Spread
-from stochastic_depth.lab.removed_depth import ORDERS, Order
+from stochastic_depth.lab.pruning import ORDERS, Order
 from stochastic_depth.lab.style import LIGHT
 
 BATCH_NORM = {
@@ -27,16 +27,16 @@ BATCH_NORM = {
 }
 
 
-def removed_blocks(experiment: Experiment) -> Figure | None:
-    """The figure of the runs whose networks were measured without blocks; None without any."""
+def pruned_blocks(experiment: Experiment) -> Figure | None:
+    """The figure of the runs whose networks were pruned; None without any."""
     rows: list[Row] = [row for series in experiment.series for row in _rows(series)]
     if not rows:
         return None
     shown = [s for s in experiment.series if any(row["series"] == s.name for row in rows)]
     orders: list[Order] = [order for order in ORDERS if any(row["order"] == order for row in rows)]
     return Figure(
-        id="removed-blocks",
-        title="Blocks thrown away after training",
+        id="pruned-blocks",
+        title="Blocks pruned after training",
         sentence=_sentence(shown, rows),
         rows=rows,
         panels=tuple(_panel(shown, rows, order) for order in orders),
@@ -61,7 +61,7 @@ def _rows(series: Series) -> list[Row]:
             },
         }
         for run in series.runs
-        for content in [run.analysis("depth")]
+        for content in [run.analysis("pruning")]
         if content
         for curve in content["curves"]
         for point in curve["points"]
