@@ -9,8 +9,14 @@ from scipy import special
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.gates import draw
-from stochastic_depth.lab.ensemble import Score, drawn, ensemble, measured_ensemble, sizes_up_to
-from stochastic_depth.lab.sources import trained
+from stochastic_depth.lab.ensemble import (
+    Score,
+    draw_subnetwork,
+    load_or_measure_ensemble,
+    measure_ensemble,
+    sizes_up_to,
+)
+from stochastic_depth.lab.sources import load_trained
 from stochastic_depth.train import best_record
 
 
@@ -60,7 +66,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def network(pairs):
-    return trained(pairs["stochastic"][0].path)
+    return load_trained(pairs["stochastic"][0].path)
 
 
 def logits_by_hand(network, gates):
@@ -79,11 +85,11 @@ def logits_by_hand(network, gates):
 
 
 def test_every_predictor_is_the_one_written_out(network, silent):
-    members = [drawn(7, member, network.handle.survival) for member in range(5)]
+    members = [draw_subnetwork(7, member, network.handle.survival) for member in range(5)]
     by_hand = [logits_by_hand(network, gates) for gates in members]
     labels = by_hand[0][1]
     probabilities = np.stack([np.exp(x - np.logaddexp.reduce(x, 1)[:, None]) for x, _ in by_hand])
-    found = {(p.name, p.members): p for p in ensemble(network, 5, 7, silent)}
+    found = {(p.name, p.members): p for p in measure_ensemble(network, 5, 7, silent)}
     assert list(found) == [
         ("scaled", 1),
         ("single", 1),
@@ -109,26 +115,28 @@ def test_every_predictor_is_the_one_written_out(network, silent):
 
 def test_the_scaled_network_has_the_figures_of_the_journal(network, silent):
     record = best_record(network.run.records())
-    scaled = ensemble(network, 1, 0, silent)[0]
+    scaled = measure_ensemble(network, 1, 0, silent)[0]
     assert network.step == record.step
     assert (scaled.error, scaled.nll) == pytest.approx((record.test_error, record.test_loss))
 
 
 def test_members_are_drawn_by_p_and_are_not_those_of_training():
     survival = (0.9, 0.3, 1.0)
-    coins = torch.stack([drawn(1, member, survival) for member in range(4000)])
+    coins = torch.stack([draw_subnetwork(1, member, survival) for member in range(4000)])
     assert coins.double().mean(0).tolist() == pytest.approx(survival, abs=0.03)
     trained_with = torch.stack([draw(1, step, survival) for step in range(4000)])
     # Independent coins agree as often as two of the same probability do.
     agreement = (coins == trained_with).double().mean(0)
     assert agreement.tolist() == pytest.approx([p**2 + (1 - p) ** 2 for p in survival], abs=0.03)
-    assert not torch.equal(coins[:100], torch.stack([drawn(2, m, survival) for m in range(100)]))
+    assert not torch.equal(
+        coins[:100], torch.stack([draw_subnetwork(2, m, survival) for m in range(100)])
+    )
 
 
 def test_the_network_is_left_as_it_was(network, silent):
     images, _ = next(iter(network.images.evaluate("test")))
     before = network.model(images).detach()
-    ensemble(network, 2, 0, silent)
+    measure_ensemble(network, 2, 0, silent)
     after = network.model(images)
     assert torch.equal(after, before)
     after.sum().backward()
@@ -141,29 +149,29 @@ def test_powers_of_two_and_the_number_asked_for_are_told():
 
 
 def test_what_was_found_is_written_and_read_again(network, silent):
-    found = measured_ensemble(network, 2, 0, silent)
+    found = load_or_measure_ensemble(network, 2, 0, silent)
     content = json.loads((network.run.path / "analysis" / "ensemble.json").read_text())
     assert (content["format"], content["images"], content["subnetworks"]) == (1, 500, 2)
     assert [p["name"] for p in content["predictors"]] == [p.name for p in found]
     asked = []
-    again = measured_ensemble(network, 2, 0, lambda *shown: asked.append(shown))
+    again = load_or_measure_ensemble(network, 2, 0, lambda *shown: asked.append(shown))
     assert again == found
     assert not asked
-    measured_ensemble(network, 2, 0, lambda *shown: asked.append(shown), again=True)
+    load_or_measure_ensemble(network, 2, 0, lambda *shown: asked.append(shown), again=True)
     assert len(asked) == 4
     assert asked[-1] == ("predicting", 2000, 2000)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', None])
 def test_a_file_that_cannot_be_understood_is_measured_anew(network, silent, damage):
-    found = measured_ensemble(network, 2, 0, silent)
+    found = load_or_measure_ensemble(network, 2, 0, silent)
     path = network.run.path / "analysis" / "ensemble.json"
     content = json.loads(path.read_text())
     del content["predictors"][0]["nll"]
     path.write_text(json.dumps(content) if damage is None else damage)
-    assert measured_ensemble(network, 2, 0, silent) == found
+    assert load_or_measure_ensemble(network, 2, 0, silent) == found
 
 
 def test_constant_depth_is_no_ensemble(pairs, silent):
     with pytest.raises(ConfigError, match="has constant depth"):
-        ensemble(trained(pairs["constant"][0].path), 2, 0, silent)
+        measure_ensemble(load_trained(pairs["constant"][0].path), 2, 0, silent)

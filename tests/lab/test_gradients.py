@@ -5,7 +5,7 @@ import pytest
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.gradients import gradients, record_at, spread_epochs
-from stochastic_depth.lab.outcomes import grouped
+from stochastic_depth.lab.outcomes import group_runs
 from stochastic_depth.train import ModelConfig, Record, Run, SurvivalConfig
 from stochastic_depth.train.journal import append_record
 
@@ -69,10 +69,10 @@ def test_journals_of_before_have_no_gradients_of_blocks(two):
 def test_runs_that_differ_in_their_seed_alone_are_of_one_kind(two, pairs, tmp_path):
     constant, milder = pairs["constant"][0], SurvivalConfig(final=0.8)
     mild = run_with(two[0], tmp_path / "mild", [], survival=milder)
-    assert grouped([*two, constant, mild]) == {
+    assert group_runs([*two, constant, mild]) == {
         "linear decay to 0.5": two,
         "constant depth": [constant],
         "linear decay to 0.8": [mild],
     }
     deeper = run_with(two[0], tmp_path / "deeper", [], model=ModelConfig(depth=20))
-    assert list(grouped([*two, deeper])) == ["a", "deeper"]
+    assert list(group_runs([*two, deeper])) == ["a", "deeper"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stochastic_depth.lab import comparison
-from stochastic_depth.lab.comparison import compared, train_pairs
+from stochastic_depth.lab.comparison import compare_runs, train_pairs
 from stochastic_depth.lab.pace import FEWEST_EPOCHS, Pace, epochs_of, measure_pace
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
@@ -110,7 +110,7 @@ def test_what_was_cut_short_is_compared_as_far_as_it_came_and_goes_on(tmp_path):
         "constant": [1],
         "stochastic": [1],
     }
-    assert compared(first).series[0].outcome.test_error_last.deviation is None
+    assert compare_runs(first).series[0].outcome.test_error_last.deviation is None
     again = train_pairs(two, [0], tmp_path, unseen(), lambda: None, time.monotonic() + 1e6)
     assert [len(run.records()) for of in again.values() for run in of] == [2, 2]
     assert all(run.weights.exists() for of in again.values() for run in of)

@@ -22,7 +22,7 @@ from stochastic_depth.lab.pruned_network import (
     spread,
 )
 from stochastic_depth.lab.pruning import load_or_measure_curves, measure_curves
-from stochastic_depth.lab.sources import trained
+from stochastic_depth.lab.sources import load_trained
 from stochastic_depth.train import best_record
 from stochastic_depth.train.build import build_model
 from stochastic_depth.train.step import evaluate
@@ -34,7 +34,7 @@ KINDS = ("constant", "stochastic")
 
 @pytest.fixture(params=KINDS)
 def network(request, pairs):
-    return trained(pairs[request.param][0].path)
+    return load_trained(pairs[request.param][0].path)
 
 
 class Around(nn.Module):
@@ -153,7 +153,7 @@ def test_the_first_block_chosen_is_the_one_whose_loss_alone_is_lowest(network, s
 
 
 def test_what_was_found_is_written_and_read_again(pairs, silent):
-    network = trained(pairs["stochastic"][0].path)
+    network = load_trained(pairs["stochastic"][0].path)
     shown = []
     found = load_or_measure_curves(network, FEW, lambda *what: shown.append(what))
     content = json.loads((network.run.path / "analysis" / "pruning.json").read_text())

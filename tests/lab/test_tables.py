@@ -80,13 +80,13 @@ def test_runs_under_way_are_compared_at_equal_epochs(experiment):
     constant, stochastic = experiment.series
     behind = replace(stochastic.runs[0], finished=False, records=stochastic.runs[0].records[:1])
     series = replace(stochastic, runs=(behind,))
-    now = replace(experiment, series=(constant, series)).settled()
+    now = replace(experiment, series=(constant, series)).comparable()
     assert {len(run.records) for run in now.runs} == {1}
     ahead = replace(
         experiment, series=(constant, replace(stochastic, runs=(behind, stochastic.runs[1])))
     )
-    assert {len(run.records) for run in ahead.settled().runs} == {2}
-    assert len(ahead.settled().series[1].runs) == 1
+    assert {len(run.records) for run in ahead.comparable().runs} == {2}
+    assert len(ahead.comparable().series[1].runs) == 1
 
 
 def test_runs_are_put_together_by_all_but_survival_and_seed(compared, survival_sweep, experiment):

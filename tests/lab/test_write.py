@@ -3,6 +3,7 @@ import csv
 import hashlib
 import io
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
@@ -12,8 +13,10 @@ import pytest
 
 from stochastic_depth.cli import main
 from stochastic_depth.errors import RunError
-from stochastic_depth.lab.page import COMMANDS, REFRESH, report, watch_report, write_report
+from stochastic_depth.lab.page import REFRESH, watch_report, write_report
+from stochastic_depth.lab.report import COMMANDS, build_report
 from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.sweep.gates import FILE
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, begin, fit
 from stochastic_depth.train.display import SILENT
@@ -150,6 +153,18 @@ def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_p
     assert out.read_text() == "before"
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"title": "ResNet-14"}'])
+def test_unreadable_results_of_gatings_are_named(content, gates_sweep, tmp_path):
+    sweep, out = tmp_path / "sweep", tmp_path / "report.html"
+    shutil.copytree(gates_sweep, sweep)
+    (sweep / FILE).unlink()
+    write_report([sweep], out)
+    assert 'id="gates-sweep"' not in out.read_text()
+    (sweep / FILE).write_text(content)
+    with pytest.raises(RunError, match=r"gates.json (cannot be|is not)"):
+        write_report([sweep], out)
+
+
 ALWAYS = {"training-curves", "training-time", "drop-rates", "gradient-strength"}
 """Figures that need no command of their own: the journals of any runs hold what they draw."""
 
@@ -165,8 +180,8 @@ def test_every_figure_that_can_be_missing_has_a_command():
 def test_the_commands_of_missing_figures_are_told(compared):
     ids = {
         figure.id
-        for section in report(read_sources([compared])).sections
+        for section in build_report(read_sources([compared])).sections
         for figure in section.figures
     }
-    shown = {title for title, _ in report(read_sources([compared])).missing}
+    shown = {title for title, _ in build_report(read_sources([compared])).missing}
     assert shown == {title for id, (title, _) in COMMANDS.items() if id not in ids}

@@ -55,10 +55,10 @@ class NetworkQuestion(Question):
 
     def networks(self, runs: list["Run"]) -> Iterator["TrainedNetwork"]:
         """The trained networks, one at a time."""
-        from stochastic_depth.lab.sources import trained
+        from stochastic_depth.lab.sources import load_trained
 
         for run in runs:
-            yield trained(run.path, self.data, self.checkpoint)
+            yield load_trained(run.path, self.data, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class GradientStrength(Question):
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import gradients as question
-        from stochastic_depth.lab.outcomes import grouped
+        from stochastic_depth.lab.outcomes import group_runs
 
         runs = self.opened()
         epochs = list(self.epochs) or question.spread_epochs(runs)
         found = {
-            name: question.gradients(of_kind, epochs) for name, of_kind in grouped(runs).items()
+            name: question.gradients(of_kind, epochs) for name, of_kind in group_runs(runs).items()
         }
         console.print(question.first_table(epochs, found))
         for name, of_kind in found.items():
@@ -121,7 +121,7 @@ class Ensemble(NetworkQuestion):
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import ensemble as question
         from stochastic_depth.lab.formatting import runs_text
-        from stochastic_depth.lab.outcomes import grouped
+        from stochastic_depth.lab.outcomes import group_runs
         from stochastic_depth.lab.sources import analysis_path
 
         runs = self.opened()
@@ -129,12 +129,12 @@ class Ensemble(NetworkQuestion):
             question.refuse_constant(run)
         found: dict[str, Any] = {}
         for network in self.networks(runs):
-            with shown(console, network.run.path.name) as progress:
-                found[network.run.id] = question.measured_ensemble(
+            with progress_bar(console, network.run.path.name) as progress:
+                found[network.run.id] = question.load_or_measure_ensemble(
                     network, self.subnetworks, self.seed, progress, self.again
                 )
             console.say(str(analysis_path(network.run, "ensemble")))
-        for name, of_kind in grouped(runs).items():
+        for name, of_kind in group_runs(runs).items():
             of_runs = [found[run.id] for run in of_kind]
             alone = len(of_kind) == 1
             title = str(of_kind[0].path) if alone else f"{name}, {runs_text(len(of_kind))}"
@@ -151,19 +151,19 @@ class Pruning(NetworkQuestion):
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import pruning as question
-        from stochastic_depth.lab.outcomes import grouped
+        from stochastic_depth.lab.outcomes import group_runs
         from stochastic_depth.lab.sources import analysis_path
 
         runs = self.opened()
         found: dict[str, Any] = {}
         for network in self.networks(runs):
-            with shown(console, network.run.path.name) as progress:
+            with progress_bar(console, network.run.path.name) as progress:
                 found[network.run.id] = question.load_or_measure_curves(
                     network, self.settings, progress, self.again
                 )
             console.say(str(analysis_path(network.run, "pruning")))
         of_kinds = {
-            name: [found[run.id] for run in of_kind] for name, of_kind in grouped(runs).items()
+            name: [found[run.id] for run in of_kind] for name, of_kind in group_runs(runs).items()
         }
         for order in question.ORDERS:
             console.print(question.pruning_table(order, of_kinds))
@@ -194,7 +194,7 @@ def analyze(arguments: list[str]) -> int:
 
 
 @contextmanager
-def shown(console: "PlainConsole", name: str) -> Iterator["Progress"]:
+def progress_bar(console: "PlainConsole", name: str) -> Iterator["Progress"]:
     """Show the progress of analysing run `name`: a bar on a terminal, or a line for each stage."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -56,7 +56,7 @@ def _options(asked: StructTypeInfo) -> StructConstructorSpec | None:
     """
     if not dataclasses.is_dataclass(asked.type):
         return None
-    told, types = _told(asked.type), get_type_hints(asked.type, include_extras=True)
+    told, types = _field_docs(asked.type), get_type_hints(asked.type, include_extras=True)
     fields = []
     for each in dataclasses.fields(asked.type):
         default = tyro.MISSING_NONPROP
@@ -81,7 +81,7 @@ NONE = re.compile(r" \(none: ([^)]*)\)")
 """How docstrings say what None stands for."""
 
 
-def _told(kind: type) -> dict[str, str]:
+def _field_docs(kind: type) -> dict[str, str]:
     """The docstrings of the fields of a dataclass and its bases, each in one line."""
     told: dict[str, str] = {}
     for base in reversed(kind.__mro__):
@@ -188,18 +188,18 @@ def parse(
         registry=READING,
     )
     if {"-h", "--help"} & set(arguments):
-        usage, boxes = _written_help(call)
-        print(_usage(usage), wrapped(str(kind.__doc__) if about is None else about), "", sep="\n")
+        usage, boxes = _help_of(call)
+        print(_usage(usage), wrap_text(str(kind.__doc__) if about is None else about), "", sep="\n")
         print(boxes, end="")
         raise SystemExit(0)
     asked = call()
-    with understood():
+    with usage_errors():
         getattr(asked, "check", lambda: None)()
     return asked
 
 
 @contextmanager
-def understood() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """While entered, a ConfigError is one of the command line: print it, and exit with code 2."""
     try:
         yield
@@ -229,7 +229,7 @@ def parse_recipe(
         SystemExit: after printing help, or what is wrong.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        recipes = {name: described(name).splitlines()[0] for name in RECIPES}
+        recipes = {name: describe_recipe(name).splitlines()[0] for name in RECIPES}
         recipes[DEFAULT] += " The default."
         after = (
             f"Options: stochastic-depth {command} RECIPE --help\n\n"
@@ -242,10 +242,10 @@ def parse_recipe(
     if name not in RECIPES:
         raise SystemExit(usage_error("recipe", name, RECIPES))
     default = defaults(RECIPES[name]())
-    return parse(type(default), f"{command} {name}", arguments, described(name), default)
+    return parse(type(default), f"{command} {name}", arguments, describe_recipe(name), default)
 
 
-def described(recipe: str) -> str:
+def describe_recipe(recipe: str) -> str:
     """The docstring of a recipe, without its indentation."""
     return "\n".join(line.strip() for line in (RECIPES[recipe].__doc__ or "").splitlines())
 
@@ -290,19 +290,19 @@ def _show_help(
     shown = make_dataclass(
         "Shown", [(what, union, chosen)], bases=(no_recipe,), frozen=True, kw_only=True
     )
-    usage, boxes = _written_help(
+    usage, boxes = _help_of(
         partial(tyro.cli, shown, prog=program, args=["--help"], registry=READING)
     )
     # tyro lists every choice in the first line.
     usage = usage.replace("{" + ",".join(choices) + "}", what.upper())
-    print(_usage(usage), wrapped(about), "", sep="\n")
+    print(_usage(usage), wrap_text(about), "", sep="\n")
     print(boxes, end="")
     if after:
-        print("", wrapped(after), sep="\n")
+        print("", wrap_text(after), sep="\n")
     raise SystemExit(0)
 
 
-def _written_help(call: Callable[[], object]) -> tuple[str, str]:
+def _help_of(call: Callable[[], object]) -> tuple[str, str]:
     """The first line and the boxes of the help that a call of tyro prints."""
     written = TextIOWrapper(BytesIO(), encoding=sys.stdout.encoding)
     written.isatty = sys.stdout.isatty  # which decides about colours
@@ -323,15 +323,15 @@ def _usage(line: str) -> str:
     return f"{line}\n"
 
 
-def wrapped(text: str) -> str:
+def wrap_text(text: str) -> str:
     """Paragraphs wrapped to the terminal; a line that begins with a word and a colon stays one.
 
     tyro joins the lines of such a text and does not wrap it.
     """
-    return "\n\n".join(map(_wrapped_paragraph, text.strip().split("\n\n")))
+    return "\n\n".join(map(_wrap_paragraph, text.strip().split("\n\n")))
 
 
-def _wrapped_paragraph(text: str) -> str:
+def _wrap_paragraph(text: str) -> str:
     lines = re.split(r"\n\s*(?=[A-Z]\w*: )", text)
     return "\n".join(
         textwrap.fill(

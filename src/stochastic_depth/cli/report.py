@@ -47,7 +47,7 @@ def report(arguments: list[str]) -> int:
     with console.starting():
         for module in ("altair", "jinja2", "vl_convert"):
             require(module, "report")
-        from stochastic_depth.lab.formatting import counted
+        from stochastic_depth.lab.formatting import count_text
         from stochastic_depth.lab.page import watch_report, write_report
     if asked.watch:
         for number, _ in enumerate(watch_report(asked.runs, asked.out, asked.figures)):
@@ -56,7 +56,7 @@ def report(arguments: list[str]) -> int:
         return 0
     made = write_report(asked.runs, asked.out, asked.figures)
     drawn = sum(len(section.figures) for section in made.sections)
-    console.say(f"{asked.out}: {counted(drawn, 'figure')}")
+    console.say(f"{asked.out}: {count_text(drawn, 'figure')}")
     for title, command in made.missing:
         console.say(f"no data for: {title}; {command}")
     return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from stochastic_depth.choices import RuleName, SweepKind, at_least
-from stochastic_depth.cli.arguments import Flag, choose, parse_recipe, understood
+from stochastic_depth.cli.arguments import Flag, choose, parse_recipe, usage_errors
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.extras import require
 from stochastic_depth.recipes.paper import gatings
@@ -131,9 +131,9 @@ def _compare_gatings(sweep: "Sweep", asked: GatesSweep, console: "PlainConsole")
     if asked.plot is not None:
         from stochastic_depth.files import write_whole
         from stochastic_depth.lab.drawing import file_png
-        from stochastic_depth.lab.sweep.charts import gates_figure
+        from stochastic_depth.lab.sweep.charts import gating_figure
 
-        figure = gates_figure(result)
+        figure = gating_figure(result)
         write_whole(asked.plot, file_png(figure.title, figure))
 
 
@@ -149,7 +149,7 @@ def sweep(arguments: list[str]) -> int:
     for argument in rest:
         option = argument.split("=")[0]
         if option in SWEPT[kind]:
-            with understood():
+            with usage_errors():
                 raise ConfigError(f"{option} is swept: give {SWEPT[kind][option]} instead")
     about = f"{ABOUT}\nThe grid has {KINDS[kind]}."
     common = *COMMON[kind], "--seeds INT", "--workers INT", "--out DIR"
@@ -163,7 +163,7 @@ def sweep(arguments: list[str]) -> int:
                 require(module, "report")
         from stochastic_depth.lab.sweep.folder import open_sweep
     folder = asked.out or Path("runs") / f"sweep-{kind}-{asked.config.recipe}"
-    with understood():
+    with usage_errors():
         grid = asked.grid()
     opened = open_sweep(folder, kind, grid, asked.config)
     return _run(opened, asked, console, shlex.join(["sweep", *arguments]))
@@ -172,9 +172,9 @@ def sweep(arguments: list[str]) -> int:
 def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) -> int:
     import torch
 
-    from stochastic_depth.lab.formatting import counted
+    from stochastic_depth.lab.formatting import count_text
     from stochastic_depth.lab.sweep.progress import SweepProgress, sweep_table
-    from stochastic_depth.lab.sweep.workers import Workers, claimed
+    from stochastic_depth.lab.sweep.workers import Workers, read_claims
     from stochastic_depth.train.signals import StopSignals
 
     threads = asked.threads or max(1, torch.get_num_threads() // asked.workers)
@@ -185,7 +185,7 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
     ):
         known = 0
         while workers.working() and not stop():
-            progress.look(claimed(sweep))
+            progress.look(read_claims(sweep))
             for signal in workers.killed()[known:]:
                 progress.say(f"a worker was killed by signal {signal}; others go on with its run")
             known = len(workers.killed())
@@ -202,7 +202,7 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
         console.print(sweep_table(sweep))
     console.say(str(sweep.folder))
     if left:
-        lost = f", {counted(len(killed), 'worker')} killed" if killed else ""
+        lost = f", {count_text(len(killed), 'worker')} killed" if killed else ""
         console.say(f"{left} of {len(points)} runs are not finished{lost}")
         console.say(f"go on:  stochastic-depth {again}")
     if signal := stop():

@@ -14,11 +14,11 @@ from stochastic_depth.choices import CheckpointName, at_least
 from stochastic_depth.cli.arguments import (
     Flag,
     choose,
-    described,
+    describe_recipe,
     parse,
     parse_recipe,
     require_run,
-    understood,
+    usage_errors,
 )
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
@@ -101,12 +101,12 @@ class Evaluate:
 
 def train(arguments: list[str]) -> int:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
-        with understood():
+        with usage_errors():
             _check_resume(arguments)
         asked = parse(Resume, "train", arguments)
         assert asked.resume is not None
         require_run(asked.resume)
-        return _joined(lambda console: _resume(asked, console), asked.quiet)
+        return _in_all_processes(lambda console: _resume(asked, console), asked.quiet)
     begun = parse_recipe(
         "train",
         TRAIN,
@@ -115,7 +115,7 @@ def train(arguments: list[str]) -> int:
         ("--run DIR", "--model.depth INT", "--survival.final FLOAT"),
         Resume,
     )
-    return _joined(lambda console: _begin(begun, console), begun.quiet)
+    return _in_all_processes(lambda console: _begin(begun, console), begun.quiet)
 
 
 def _check_resume(arguments: list[str]) -> None:
@@ -135,7 +135,7 @@ def _check_resume(arguments: list[str]) -> None:
             )
 
 
-def _joined(work: "Callable[[PlainConsole], int]", quiet: bool) -> int:
+def _in_all_processes(work: "Callable[[PlainConsole], int]", quiet: bool) -> int:
     """Call `work` in each process that torchrun has started; only the first one prints."""
     from stochastic_depth.cli.console import PlainConsole
 
@@ -189,7 +189,9 @@ def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:
             for _ in fit(run, images, display.show(), stop):
                 pass
         except Interrupted as interrupted:
-            return _stopped(console, interrupted, f"train --resume {shlex.quote(str(run.path))}")
+            return _say_how_to_resume(
+                console, interrupted, f"train --resume {shlex.quote(str(run.path))}"
+            )
     if is_primary():
         console.print(run_table(run))
     return 0
@@ -212,7 +214,7 @@ def run_table(run: "Run") -> "Table":
     return table
 
 
-def _stopped(console: "PlainConsole", interrupted: "Interrupted", again: str) -> int:
+def _say_how_to_resume(console: "PlainConsole", interrupted: "Interrupted", again: str) -> int:
     """Print how to resume; returns the exit code."""
     console.say(f"{interrupted}")
     console.say(f"go on:  stochastic-depth {again}")
@@ -240,13 +242,13 @@ def compare(arguments: list[str]) -> int:
     end = None
     if asked.minutes is not None:
         end = began + 60 * asked.minutes - SECONDS_AT_END
-        config = _fitted(config, seeds, folder, end, console)
+        config = _fit_epochs(config, seeds, folder, end, console)
     with StopSignals() as stop, Display(console, asked.quiet) as display:
         try:
             runs = comparison.train_pairs(config, seeds, folder, display, stop, end)
         except Interrupted as interrupted:
-            return _stopped(console, interrupted, shlex.join(["compare", *arguments]))
-    found = comparison.compared(runs)
+            return _say_how_to_resume(console, interrupted, shlex.join(["compare", *arguments]))
+    found = comparison.compare_runs(runs)
     trained = found.series[0].runs
     epochs = trained[0].records[-1].epoch
     title = f"{config.data.name}, {config.model.kind} {config.model.depth}, {epochs:g} epochs"
@@ -271,7 +273,7 @@ def compare(arguments: list[str]) -> int:
     return 0
 
 
-def _fitted(
+def _fit_epochs(
     config: Config, seeds: Sequence[int], folder: Path, end: float, console: "PlainConsole"
 ) -> Config:
     """`config`, with as many epochs as fit until `end`; prints what was measured and decided."""
@@ -320,7 +322,7 @@ def recipes(arguments: list[str]) -> int:
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()
-    summaries = {name: described(name).splitlines()[0] for name in RECIPES}
+    summaries = {name: describe_recipe(name).splitlines()[0] for name in RECIPES}
     if not arguments:
         from rich.table import Table
 
@@ -333,8 +335,8 @@ def recipes(arguments: list[str]) -> int:
         return 0
     name, more = choose("stochastic-depth recipes", RECIPES_ABOUT, "recipe", summaries, arguments)
     if more:
-        with understood():
+        with usage_errors():
             raise ConfigError(f"{shlex.join(more)} is too much: give one recipe, or none")
-    console.print(described(name).strip())
+    console.print(describe_recipe(name).strip())
     console.print_json(json.dumps(RECIPES[name]().to_json()))
     return 0

@@ -105,9 +105,9 @@ def _start(
     return run, records()
 
 
-def compared(runs: dict[str, list[Run]]) -> Experiment:
+def compare_runs(runs: dict[str, list[Run]]) -> Experiment:
     """Constant depth and stochastic depth, up to the epoch that all of the runs have reached."""
-    return _recorded(runs).settled()
+    return _recorded(runs).comparable()
 
 
 def _recorded(runs: dict[str, list[Run]]) -> Experiment:

@@ -93,10 +93,10 @@ class Predictor:
     ece_deviation: float | None
 
 
-def measured_ensemble(
+def load_or_measure_ensemble(
     network: TrainedNetwork, subnetworks: int, seed: int, progress: Progress, again: bool = False
 ) -> list[Predictor]:
-    """The result of `ensemble`, read from the run's `analysis/ensemble.json` or written there.
+    """The result of `measure_ensemble`, read from `analysis/ensemble.json` or written there.
 
     Args:
         again: whether to measure again what was measured before.
@@ -114,14 +114,14 @@ def measured_ensemble(
     before = None if again else read_analysis(network.run, "ensemble", settings, parse)
     if before is not None:
         return before
-    predictors = ensemble(network, subnetworks, seed, progress)
+    predictors = measure_ensemble(network, subnetworks, seed, progress)
     rows = [asdict(predictor) for predictor in predictors]
     write_analysis(network.run, "ensemble", {**settings, "predictors": rows})
     return predictors
 
 
 @torch.inference_mode()
-def ensemble(
+def measure_ensemble(
     network: TrainedNetwork, subnetworks: int, seed: int, progress: Progress
 ) -> list[Predictor]:
     """Evaluate every predictor on every test image; each image is read once.
@@ -136,7 +136,7 @@ def ensemble(
     """
     handle, runtime = network.handle, network.run.runtime
     refuse_constant(network.run)
-    members = [drawn(seed, member, handle.survival) for member in range(subnetworks)]
+    members = [draw_subnetwork(seed, member, handle.survival) for member in range(subnetworks)]
     scaled, unscaled = Score(), Score()
     groups = {
         size: [Score() for _ in range(subnetworks // size)] for size in sizes_up_to(subnetworks)
@@ -183,7 +183,7 @@ def refuse_constant(run: Run) -> None:
         )
 
 
-def drawn(seed: int, member: int, survival: tuple[float, ...]) -> Tensor:
+def draw_subnetwork(seed: int, member: int, survival: tuple[float, ...]) -> Tensor:
     """The gates of one member, bool [L]; they are independent of the gates of training steps."""
     p = torch.tensor(survival, dtype=torch.float64)
     return uniforms(len(survival), "subnetwork", seed, member) < p

@@ -32,10 +32,10 @@ def duration(seconds: float) -> str:
 
 
 def seeds(count: int) -> str:
-    return counted(count, "seed")
+    return count_text(count, "seed")
 
 
-def counted(count: int, what: str) -> str:
+def count_text(count: int, what: str) -> str:
     """The number and its noun: "1 figure", "2,000 figures"."""
     return f"{count:,} {what}{'s' * (count != 1)}"
 

@@ -32,7 +32,7 @@ def gradient_strength(experiment: Experiment) -> Figure:
     return Figure(
         id="gradient-strength",
         title="Gradient strength at the first convolution",
-        sentence=_strength_sentence(experiment.settled()),
+        sentence=_strength_sentence(experiment.comparable()),
         rows=curve_rows(experiment, {"gradient_mean": lambda record: record.gradient_mean}),
         panels=(panel,),
         legend=keys(experiment.series),

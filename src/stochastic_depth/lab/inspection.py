@@ -1,49 +1,29 @@
 """A page on one model: its blocks, open and closed, their cost, and what drop rates would save."""
 
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import altair as alt
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.files import make_folders, write_whole
 from stochastic_depth.gates import draw
-from stochastic_depth.lab.bench.workload import saved_for_backward
+from stochastic_depth.lab.bench.rates import RATES, Saving, measure_rates
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, layered
-from stochastic_depth.lab.formatting import counted, duration, share
-from stochastic_depth.lab.page import Report, Section, render
+from stochastic_depth.lab.formatting import count_text, duration, share
+from stochastic_depth.lab.page import render
+from stochastic_depth.lab.report import Report, Section
 from stochastic_depth.lab.style import LIGHT, STOCHASTIC
-from stochastic_depth.lab.tables import Table, Tile
+from stochastic_depth.lab.tables import ReportTable, Tile
 from stochastic_depth.plain_text import si
-from stochastic_depth.surgery import Summary, handle_of
-from stochastic_depth.surgery.example import caller, preserve_state, total
-from stochastic_depth.survival import LinearDecay, survival_probabilities
-from stochastic_depth.timing import take_turns
+from stochastic_depth.surgery import Summary
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.runtime import machine, resolve_runtime
 
-RATES = (0.1, 0.2, 0.5)
-"""Drop rates of the last block, under linear decay."""
 STEPS = 24
 """How many training steps are in the picture of open and closed blocks."""
-DRAWS = 4
-"""How many sets of gates are timed for each rate."""
 OPEN, CLOSED = Key("open: the branch runs", STOCHASTIC[0]), Key("closed: skipped", LIGHT["grid"])
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What training steps at one drop rate save, relative to full depth."""
-
-    rate: float
-    flops: float
-    """The expected share of FLOPs that is saved."""
-    time: float
-    memory: float
 
 
 def write_inspection(
@@ -55,53 +35,6 @@ def write_inspection(
     write_whole(out, inspection_page(name, example, costs, seconds, savings).encode())
 
 
-def measure_rates(
-    model: nn.Module, example: Any, costs: Summary, repeats: int
-) -> tuple[float, list[Saving]]:
-    """The seconds of a training step at full depth, and what each of `RATES` saves.
-
-    Forward and backward passes take turns at full depth and under the gates that training steps
-    draw at each rate. Memory is what a step keeps for its backward pass.
-    """
-    handle = handle_of(model)
-    blocks = len(costs.blocks)
-    rules = {rate: survival_probabilities(LinearDecay(1 - rate), blocks) for rate in RATES}
-    patterns: dict[str, Tensor] = {"full": torch.ones(blocks, dtype=torch.bool)}
-    for rate, survival in rules.items():
-        for number in range(DRAWS):
-            patterns[f"{rate} {number}"] = draw(0, number, survival)
-    run = caller(model, example)
-    with preserve_state(model):
-        model.train()
-
-        def step(gates: Tensor) -> Tensor:
-            with handle.forced(gates), torch.enable_grad():
-                loss = total(run())
-                if loss is not None:  # something is trained
-                    loss.backward()
-            model.zero_grad()
-            return torch.zeros(()) if loss is None else loss.detach()
-
-        steps: dict[str, Callable[[], Tensor]] = {
-            key: (lambda gates=gates: step(gates)) for key, gates in patterns.items()
-        }
-        rounds = list(take_turns(steps, repeats, warmup=1))
-        kept = {key: saved_for_backward(one) for key, one in steps.items()}
-    savings = []
-    for rate, survival in rules.items():
-        keys = [f"{rate} {number}" for number in range(DRAWS)]
-        # As there are few draws, time and memory are scaled by expected over drawn FLOPs saved.
-        drawn = statistics.fmean(costs.saving(patterns[key].tolist()) for key in keys)
-        expected = costs.saving(survival)
-        time = 1 - statistics.median(
-            statistics.fmean(r[key] for key in keys) / r["full"] for r in rounds
-        )
-        memory = 1 - statistics.fmean(kept[key] for key in keys) / kept["full"]
-        scale = expected / drawn if drawn else 0.0
-        savings.append(Saving(rate, expected, time * scale, memory * scale))
-    return statistics.median(r["full"] for r in rounds), savings
-
-
 def inspection_page(
     name: str, example: Any, costs: Summary, seconds: float, savings: Sequence[Saving]
 ) -> str:
@@ -110,16 +43,17 @@ def inspection_page(
     runtime = resolve_runtime(Config(engine="eager"))
     about = machine(runtime)
     note = (
-        f"Measured on {about['processor']}, {counted(int(about['threads']), 'thread')}, with the "
-        f"example of this command; linear decay of the survival probability. A training step at "
-        f"full depth takes {duration(seconds)}, of which only forward and backward pass are timed. "
+        f"Measured on {about['processor']}, {count_text(int(about['threads']), 'thread')}, with "
+        "the example of this command; linear decay of the survival probability. A training step "
+        f"at full depth takes {duration(seconds)}, of which only forward and backward pass are "
+        "timed. "
         "Memory is what a step keeps for its backward pass."
     )
     rows = [
         [f"{s.rate:g}", f"{1 - s.rate:g}", share(s.flops), share(s.time), share(s.memory)]
         for s in savings
     ]
-    table = Table(
+    table = ReportTable(
         "Savings of a training step",
         ["drop rate of the last block", "p_L", "FLOPs", "time", "memory"],
         rows,
@@ -132,7 +66,7 @@ def inspection_page(
     )
     section = Section(
         name,
-        (gates_figure(costs), cost_figure(costs)),
+        (gate_pattern_figure(costs), cost_figure(costs)),
         tiles=tiles,
         tables=(table,),
         code=paste(name),
@@ -154,7 +88,7 @@ def _kinds(costs: Summary) -> str:
     return ", ".join(dict.fromkeys(block.kind for block in costs.blocks))
 
 
-def gates_figure(costs: Summary) -> Figure:
+def gate_pattern_figure(costs: Summary) -> Figure:
     """Which blocks run in a number of training steps, with a cell for each block and step."""
     survival = tuple(block.survival for block in costs.blocks)
     rows: list[Row] = []

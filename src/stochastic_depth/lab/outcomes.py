@@ -1,6 +1,6 @@
 """Results of runs: groups that differ only in their seed, and their means and deviations.
 
-Runs are put into groups (`grouped`, or the `Series` of an `Experiment`), and the journals of a
+Runs are put into groups (`group_runs`, or the `Series` of an `Experiment`), and the journals of a
 group are summed up in an `Outcome`. Every table, chart and sentence of the laboratory takes its
 numbers from here.
 """
@@ -102,7 +102,7 @@ def distinct(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     return list(farthest.values())
 
 
-def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of each kind, by a short name: "constant depth", "linear decay to 0.5".
 
     If several kinds would have the same name, because they differ in depth for example, each gets
@@ -263,7 +263,7 @@ class Experiment:
         config = self.config
         return tuple(config.epochs * fraction for fraction in config.optimizer.milestones)
 
-    def settled(self) -> "Experiment":
+    def comparable(self) -> "Experiment":
         """The part that can be compared: finished runs if every series has one, or equal epochs."""
         if all(any(run.finished for run in series.runs) for series in self.series):
             return self._of(lambda run: run if run.finished else None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stochastic_depth.lab.formatting import counted
+from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.outcomes import expected_cost
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, open_run
@@ -54,7 +54,7 @@ class Pace:
     def described(self) -> str:
         """A sentence: the time of a step with each number of threads, and the chosen one."""
         of_each = ", ".join(
-            f"{seconds:.2f} s with {counted(threads, 'thread')}"
+            f"{seconds:.2f} s with {count_text(threads, 'thread')}"
             for threads, seconds in sorted(self.seconds.items())
         )
         return f"a step takes {of_each}: taking {self.threads}"

@@ -66,7 +66,7 @@ class RecordedRun:
             RunError: when the file has an unknown format.
         """
         path = analysis_path(self.run, name)
-        return _formatted(path, real_parts=2) if is_there(path) else None
+        return _read_formatted(path, real_parts=2) if is_there(path) else None
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,9 @@ class TrainedNetwork:
     step: int
 
 
-def trained(path: Path, data: Path | None = None, which: CheckpointName = "best") -> TrainedNetwork:
+def load_trained(
+    path: Path, data: Path | None = None, which: CheckpointName = "best"
+) -> TrainedNetwork:
     """Load the network of a run's checkpoint.
 
     Raises:
@@ -231,7 +233,7 @@ def _sweep(path: Path) -> RecordedSweep:
 
 
 def _benchmark(path: Path) -> dict[str, Any]:
-    content = _json(path)
+    content = read_json(path)
     if not {"depths", "seconds_per_image", "bytes_per_image", "lines"} <= content.keys():
         raise RunError(
             f"{path} is not what bench depth writes: stochastic-depth bench depth --out FILE does"
@@ -239,8 +241,8 @@ def _benchmark(path: Path) -> dict[str, Any]:
     return content
 
 
-def _formatted(path: Path, real_parts: int = 1) -> dict[str, Any]:
-    content = _json(path, real_parts)
+def _read_formatted(path: Path, real_parts: int = 1) -> dict[str, Any]:
+    content = read_json(path, real_parts)
     if content.get("format") != FORMAT:
         raise RunError(
             f"{path} has format {content.get('format')}, this version reads {FORMAT}: use the "
@@ -249,7 +251,15 @@ def _formatted(path: Path, real_parts: int = 1) -> dict[str, Any]:
     return content
 
 
-def _json(path: Path, real_parts: int = 1) -> dict[str, Any]:
+def read_json(path: Path, real_parts: int = 1) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        real_parts: how many of the last parts of `path` must not be links.
+
+    Raises:
+        RunError: when it cannot be read, or holds something else.
+    """
     try:
         content = json.loads(read_file(path, LARGE, real_parts))
     except OSError as error:

@@ -12,7 +12,7 @@ from stochastic_depth.train import Config
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table of texts; the first column names the row."""
 
     title: str
@@ -21,9 +21,9 @@ class Table:
     note: str = ""
 
 
-def tables(experiment: Experiment) -> list[Table]:
+def tables(experiment: Experiment) -> list[ReportTable]:
     """The tables of the part of an experiment that can be compared."""
-    now = experiment.settled()
+    now = experiment.comparable()
     published = {series.name: published_for(series) for series in now.series}
     made = [_errors(now, published), _seconds(now, published)]
     return [*made, _savings(now)] if now.stochastic else made
@@ -43,7 +43,7 @@ def published_for(series: Series) -> tuple[Config, Published] | None:
 Found = dict[str, tuple[Config, Published] | None]
 
 
-def _errors(now: Experiment, published: Found) -> Table:
+def _errors(now: Experiment, published: Found) -> ReportTable:
     head = ["", "seeds", "best validation", "last epoch"]
     rows = [
         [
@@ -61,10 +61,10 @@ def _errors(now: Experiment, published: Found) -> Table:
             row.append(f"{match[1].error:.2f} %" if match else "")
     note = "Test error, mean ± standard deviation over seeds, at the epoch of the best validation "
     note += "error and at the last one."
-    return Table("Test error", head, rows, " ".join([note, *_sources(now, found)]))
+    return ReportTable("Test error", head, rows, " ".join([note, *_sources(now, found)]))
 
 
-def _seconds(now: Experiment, published: Found) -> Table:
+def _seconds(now: Experiment, published: Found) -> ReportTable:
     head = ["", "training", "median epoch", "ratio"]
     if now.config.evaluate_every is not None:
         head[2] = "median interval"
@@ -96,7 +96,7 @@ def _seconds(now: Experiment, published: Found) -> Table:
     )
     if not on_one_machine(*now.series):
         note += " Not all runs were on one machine: their seconds are not to be compared."
-    return Table("Training time", head, rows, note)
+    return ReportTable("Training time", head, rows, note)
 
 
 def _long(spread: Spread) -> str:
@@ -104,7 +104,7 @@ def _long(spread: Spread) -> str:
     return duration(spread.mean) + deviation
 
 
-def _savings(now: Experiment) -> Table:
+def _savings(now: Experiment) -> ReportTable:
     rows = [
         [
             series.name,
@@ -117,7 +117,7 @@ def _savings(now: Experiment) -> Table:
     ]
     head = ["", "active blocks", "expected", "time saved", "FLOPs saved"]
     note = "The FLOPs of dropped blocks, forward and backward, are the most that can be saved."
-    return Table("Saving", head, rows, note)
+    return ReportTable("Saving", head, rows, note)
 
 
 def _sources(now: Experiment, found: Sequence[tuple[Config, Published] | None]) -> list[str]:
@@ -143,7 +143,7 @@ class Tile:
 
 def tiles(experiment: Experiment) -> list[Tile]:
     """The tiles of stochastic depth, or of constant depth if there is nothing else."""
-    now = experiment.settled()
+    now = experiment.comparable()
     series = now.main
     base = now.constant if now.stochastic else None
     error, seconds = series.outcome.test_error_best, series.outcome.seconds
@@ -165,10 +165,10 @@ def tiles(experiment: Experiment) -> list[Tile]:
     return made
 
 
-def overview(experiments: list[Experiment]) -> Table:
+def overview(experiments: list[Experiment]) -> ReportTable:
     """A table with a row for each experiment."""
     rows = []
-    for now in (experiment.settled() for experiment in experiments):
+    for now in (experiment.comparable() for experiment in experiments):
         series, base = now.main, now.constant
         both = base is not None and bool(now.stochastic)
         rows.append(
@@ -181,14 +181,14 @@ def overview(experiments: list[Experiment]) -> Table:
             ]
         )
     head = ["", "constant", "stochastic", "time saved", "FLOPs saved"]
-    return Table("Test error and saving", head, rows)
+    return ReportTable("Test error and saving", head, rows)
 
 
 DESCRIBED = ("execution", "machine", "versions", "git_commit", "created")
 """The fields of `config.json` that are shown, besides the configuration."""
 
 
-def settings(runs: Sequence[RecordedRun]) -> tuple[list[tuple[str, str]], Table]:
+def settings(runs: Sequence[RecordedRun]) -> tuple[list[tuple[str, str]], ReportTable]:
     """The settings that all runs share, and a table with those in which they differ."""
     described = [
         flat({**run.described["config"], **{k: run.described.get(k) for k in DESCRIBED}})
@@ -203,7 +203,7 @@ def settings(runs: Sequence[RecordedRun]) -> tuple[list[tuple[str, str]], Table]
         for run, one in zip(runs, described, strict=True)
     ]
     common = [(name, described[0][name]) for name in shared if described[0][name]]
-    return common, Table("Runs", head, rows)
+    return common, ReportTable("Runs", head, rows)
 
 
 def _state(run: RecordedRun) -> list[str]:

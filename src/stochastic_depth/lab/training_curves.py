@@ -64,7 +64,7 @@ def training_curves(experiment: Experiment) -> Figure:
 
 
 def _curves_sentence(experiment: Experiment) -> str:
-    now = experiment.settled()
+    now = experiment.comparable()
     errors = {series.name: series.outcome.test_error_last for series in now.series}
     epoch = max(run.records[-1].epoch for run in now.runs)
     clauses = "; ".join(

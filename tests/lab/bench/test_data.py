@@ -6,7 +6,7 @@ import torch
 
 from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.lab.bench import data as bench
-from stochastic_depth.lab.bench.data import DATA, ORDER, augmented, data_and_steps, data_shares
+from stochastic_depth.lab.bench.data import DATA, ORDER, data_and_steps, data_shares, open_images
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train import Config
 from stochastic_depth.train.config import DataConfig, ModelConfig, OptimizerConfig
@@ -24,7 +24,7 @@ CONFIG = Config(
 @pytest.fixture
 def generated(monkeypatch):
     monkeypatch.setattr(bench, "IMAGES", 10)
-    return augmented(CONFIG, CPU)
+    return open_images(CONFIG, CPU)
 
 
 def test_generated_images_are_of_cifars_shape_and_augmented(generated):
@@ -42,7 +42,7 @@ def test_with_a_folder_the_images_are_cifars(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5100, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(5100) % 10
     write_pickles(tmp_path / "cifar", CIFAR10, pixels, labels, pixels[:10], labels[:10])
-    images = augmented(replace(CONFIG, data=DataConfig("cifar10", tmp_path / "cifar")), CPU)
+    images = open_images(replace(CONFIG, data=DataConfig("cifar10", tmp_path / "cifar")), CPU)
     assert images.name == "cifar10"
     assert images.steps_per_epoch == 25
 

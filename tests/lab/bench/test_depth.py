@@ -9,7 +9,7 @@ from stochastic_depth.lab.bench import depth as bench
 from stochastic_depth.lab.bench.depth import (
     Line,
     depths_up_to,
-    fitted_line,
+    fit_line,
     peak_memory,
     training_steps,
 )
@@ -30,14 +30,14 @@ def test_the_depths_end_with_the_deepest():
 
 
 def test_the_fitted_line_is_the_known_one():
-    line = fitted_line([20, 56, 110], [3 * depth + 7 for depth in (20, 56, 110)])
+    line = fit_line([20, 56, 110], [3 * depth + 7 for depth in (20, 56, 110)])
     assert (line.slope, line.intercept, line.r_squared) == pytest.approx((3, 7, 1))
-    assert fitted_line([1, 2], [5.0, 5.0]) == Line(0, 5, 1)
+    assert fit_line([1, 2], [5.0, 5.0]) == Line(0, 5, 1)
 
 
 def test_the_fitted_line_is_that_of_scipy():
     depths, values = [20, 56, 110, 218], [1.0, 2.5, 4.0, 9.5]
-    line, theirs = fitted_line(depths, values), linregress(depths, values)
+    line, theirs = fit_line(depths, values), linregress(depths, values)
     assert line.slope == pytest.approx(theirs.slope)
     assert line.intercept == pytest.approx(theirs.intercept)
     assert line.r_squared == pytest.approx(theirs.rvalue**2)

@@ -6,8 +6,8 @@ import torch
 from stochastic_depth.errors import MissingExtraError
 from stochastic_depth.lab.bench.peers import (
     CONSTANT,
-    NETWORKS,
     OURS,
+    PEERS,
     SUBSET,
     THEIRS,
     TIMM,
@@ -28,12 +28,12 @@ MODULES = {"timm": "timm", "torchvision": "torchvision", "x-transformers": "x_tr
 
 def small(name, rate):
     """The steps of a network's peers on two images of 32x32, or two texts of 32 tokens."""
-    for package in NETWORKS[name].libraries:
+    for package in PEERS[name].libraries:
         pytest.importorskip(MODULES[package], reason=f"needs {package}")
     return peers(name, 20, rate, 2, 32, CPU)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PEERS)
 def test_all_start_from_the_same_weights(name):
     steps, _ = small(name, 0.0)
     assert len(steps) > 1

@@ -6,7 +6,7 @@ from PIL import Image
 
 from stochastic_depth.cli import main
 from stochastic_depth.data.folder_batches import FolderBatches
-from stochastic_depth.lab.bench.pictures import decoded, generated_picture, write_tree
+from stochastic_depth.lab.bench.pictures import generate_picture, measure_decoding, write_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,8 +19,8 @@ def test_generated_pictures_are_of_the_size_of_imagenets(tmp_path):
         with Image.open(path) as picture:
             assert picture.size == (500, 375)
         assert 80_000 < path.stat().st_size < 140_000  # ImageNet's take 108 KB on average
-    assert torch.equal(generated_picture(1), generated_picture(1))
-    assert not torch.equal(generated_picture(1), generated_picture(2))
+    assert torch.equal(generate_picture(1), generate_picture(1))
+    assert not torch.equal(generate_picture(1), generate_picture(2))
 
 
 def test_all_pictures_after_the_first_batches_are_counted_on_the_clock(tmp_path, monkeypatch):
@@ -28,7 +28,7 @@ def test_all_pictures_after_the_first_batches_are_counted_on_the_clock(tmp_path,
     images = FolderBatches(tmp_path, batch=2, seed=0, device="cpu", workers=0, image_size=16)
     ticks = iter([10.0, 12.0, 20.0, 21.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
-    assert list(decoded(images, [0], 2)) == [[6 / 2], [6 / 1]]
+    assert list(measure_decoding(images, [0], 2)) == [[6 / 2], [6 / 1]]
 
 
 def test_pictures_are_decoded_by_each_number_of_workers_and_a_network_takes_them(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.sweep.folder import open_sweep
-from stochastic_depth.lab.sweep.workers import claim_next, claimed
+from stochastic_depth.lab.sweep.workers import claim_next, read_claims
 from support.small_sweep import GRID, SMALL
 
 
@@ -42,7 +42,7 @@ def test_points_come_in_the_order_of_the_grid_and_are_held(sweep):
     claims = [claim_next(sweep) for _ in range(6)]
     assert [claim.point for claim in claims] == GRID.points()
     assert claim_next(sweep) is None
-    assert claimed(sweep) == GRID.points()
+    assert read_claims(sweep) == GRID.points()
 
 
 def test_a_point_that_was_let_go_comes_first(sweep):
@@ -77,7 +77,7 @@ def test_points_that_ended_are_not_given_again(sweep):
     for _ in range(6):
         end(sweep, claim_next(sweep))
     assert claim_next(sweep) is None
-    assert claimed(sweep) == []
+    assert read_claims(sweep) == []
 
 
 def test_a_point_that_ended_after_the_first_look_is_not_given(sweep, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from stochastic_depth.lab.bench.results import bench_table, milliseconds, shown
+from stochastic_depth.lab.bench.results import bench_table, milliseconds, with_progress
 from stochastic_depth.lab.bench.workload import (
     Step,
     Workload,
@@ -41,7 +41,9 @@ def bench(options: BusyOptions, runtime: Runtime, console: Console) -> dict[str,
         with busy_core() if situation == BUSY else nullcontext():
             steps = {str(count): _with_threads(step, count) for count in threads}
             rounds = list(
-                shown(take_turns(steps, options.repeats, 1), options.repeats, console, situation)
+                with_progress(
+                    take_turns(steps, options.repeats, 1), options.repeats, console, situation
+                )
             )
         torch.set_num_threads(every)
         found[situation] = {n: Timing(tuple(r[str(n)] for r in rounds)) for n in threads}

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from stochastic_depth.block_program import library
-from stochastic_depth.lab.bench.results import bench_table, clock, shown
+from stochastic_depth.lab.bench.results import bench_table, clock, with_progress
 from stochastic_depth.lab.bench.workload import Step, saved_for_backward
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.timing import Timing, take_turns
@@ -105,14 +105,16 @@ def step_costs(
     steps = build()
     for step in steps.values():  # allocate and choose algorithms once
         step()
-    rounds = list(shown(take_turns(steps, repeats, 0, clock(runtime)), repeats, console))
+    rounds = list(with_progress(take_turns(steps, repeats, 0, clock(runtime)), repeats, console))
     del steps
     counted = counted or repeats
 
     def each(measure: Callable[[Step], float]) -> dict[str, list[float]]:
         """Measure each alternative on the same steps, but one after the other."""
         return {
-            name: [measure(step) for _ in shown(range(counted), counted, console, "counting")]
+            name: [
+                measure(step) for _ in with_progress(range(counted), counted, console, "counting")
+            ]
             for name, step in build().items()
         }
 

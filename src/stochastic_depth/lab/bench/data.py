@@ -10,8 +10,9 @@ from rich.console import Console
 
 from stochastic_depth.data import Batches, DataSet, Images, TensorBatches
 from stochastic_depth.data.batching import Batch, epoch_order
-from stochastic_depth.lab.bench.results import milliseconds, shown, table_of, timings
+from stochastic_depth.lab.bench.results import milliseconds, table_of, timings, with_progress
 from stochastic_depth.lab.options import DataOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.randomness import generator
 from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.config import (
@@ -35,7 +36,7 @@ IMAGES = 45_000
 """How many images are generated: as many as CIFAR-10 has without its validation images."""
 
 
-def generated_images(images: int) -> DataSet:
+def generate_images(images: int) -> DataSet:
     """Random pictures of CIFAR's shape, whose ten classes take turns."""
 
     def part(name: str, count: int) -> Images:
@@ -49,12 +50,12 @@ def generated_images(images: int) -> DataSet:
     return DataSet("generated", classes, part("train", images), few, few)
 
 
-def augmented(config: Config, runtime: Runtime) -> Batches:
+def open_images(config: Config, runtime: Runtime) -> Batches:
     """The batches that `config` trains on, cropped and flipped; generated without a folder."""
     if config.data.root is not None:
         return open_batches(config, runtime)
     return TensorBatches(
-        generated_images(IMAGES),
+        generate_images(IMAGES),
         batch=config.optimizer.batch,
         seed=config.seed,
         device=runtime.device,
@@ -124,13 +125,13 @@ def bench(options: DataOptions, runtime: Runtime, console: Console) -> dict[str,
         data=data, model=model, survival=SurvivalConfig("constant"), optimizer=optimizer
     )
     configs = {
-        "step, constant depth": constant,
+        f"step, {CONSTANT}": constant,
         "step, p_L = 0.5": replace(constant, survival=SurvivalConfig("linear", 0.5)),
     }
     with console.status("reading the images"):
-        images = augmented(constant, runtime)
+        images = open_images(constant, runtime)
     steps = data_and_steps(configs, images, runtime)
-    rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
+    rounds = list(with_progress(take_turns(steps, options.repeats), options.repeats, console))
     timed = timings(rounds)
     title = f"ResNet-{options.depth}, batch {options.batch}, {images.name} images"
     console.print(

@@ -17,7 +17,7 @@ from rich.table import Table
 from stochastic_depth.errors import RunError
 from stochastic_depth.extras import require
 from stochastic_depth.files import write_whole
-from stochastic_depth.lab.bench.results import bench_table, shown, timings
+from stochastic_depth.lab.bench.results import bench_table, timings, with_progress
 from stochastic_depth.lab.bench.workload import Step, Workload
 from stochastic_depth.lab.options import DEPTHS, DepthOptions
 from stochastic_depth.models import CifarResNet
@@ -61,7 +61,7 @@ class Line:
     """The share of the variance that the line explains."""
 
 
-def fitted_line(depths: Sequence[int], values: Sequence[float]) -> Line:
+def fit_line(depths: Sequence[int], values: Sequence[float]) -> Line:
     """The line through `values` that is fitted by least squares."""
     slope, intercept = statistics.linear_regression(depths, values)
     off = sum((v - slope * d - intercept) ** 2 for d, v in zip(depths, values, strict=True))
@@ -144,10 +144,10 @@ def bench(options: DepthOptions, runtime: Runtime, console: Console) -> dict[str
     # Memory is measured first, while no other network exists.
     peaks = {
         (kind, depth): peak_memory(depth, KINDS[kind], workload)
-        for kind, depth in shown(alternatives, len(alternatives), console, "memory")
+        for kind, depth in with_progress(alternatives, len(alternatives), console, "memory")
     }
     steps = {f"{k} {d}": step for (k, d), step in training_steps(depths, workload).items()}
-    rounds = list(shown(take_turns(steps, options.repeats, 2), options.repeats, console))
+    rounds = list(with_progress(take_turns(steps, options.repeats, 2), options.repeats, console))
     timed = timings(rounds)
     seconds = {
         kind: [_an_image(timed[f"{kind} {depth}"], options.batch) for depth in depths]
@@ -155,8 +155,8 @@ def bench(options: DepthOptions, runtime: Runtime, console: Console) -> dict[str
     }
     memory = {kind: [peaks[kind, depth] / options.batch for depth in depths] for kind in KINDS}
     lines = {
-        "seconds": {k: fitted_line(depths, [t.median for t in seconds[k]]) for k in KINDS},
-        "memory": {kind: fitted_line(depths, memory[kind]) for kind in KINDS},
+        "seconds": {k: fit_line(depths, [t.median for t in seconds[k]]) for k in KINDS},
+        "memory": {kind: fit_line(depths, memory[kind]) for kind in KINDS},
     }
     title = f"CIFAR ResNets, batch {options.batch} of {options.size}x{options.size}, p_L = {FINAL}"
     console.print(_depth_table(title, runtime, depths, seconds, memory))

@@ -24,6 +24,7 @@ from stochastic_depth.distributed import shard_branches, skip_closed
 from stochastic_depth.distributed.world import process_group
 from stochastic_depth.lab.bench.results import bench_table
 from stochastic_depth.lab.options import DistributedOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.randomness import generator
 from stochastic_depth.residual import Residual
@@ -68,13 +69,13 @@ class Collectives(TorchDispatchMode):
         self.bytes += self._passed_on * whole
 
 
-def skipping(model: nn.Module) -> nn.Module:
+def ddp_that_skips(model: nn.Module) -> nn.Module:
     ddp = DistributedDataParallel(model)
     skip_closed(ddp)
     return ddp
 
 
-def sharded_blocks(model: nn.Module) -> nn.Module:
+def fsdp_of_blocks(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, Residual):
             fully_shard(module)
@@ -82,7 +83,7 @@ def sharded_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
-def sharded_branches(model: nn.Module) -> nn.Module:
+def fsdp_of_branches(model: nn.Module) -> nn.Module:
     shard_branches(model)
     fully_shard(model)
     return model
@@ -91,11 +92,11 @@ def sharded_branches(model: nn.Module) -> nn.Module:
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DDP": DistributedDataParallel,
     "DDP, find_unused_parameters": partial(DistributedDataParallel, find_unused_parameters=True),
-    "DDP, skip_closed": skipping,
-    "FSDP2 of blocks": sharded_blocks,
-    "FSDP2, shard_branches": sharded_branches,
+    "DDP, skip_closed": ddp_that_skips,
+    "FSDP2 of blocks": fsdp_of_blocks,
+    "FSDP2, shard_branches": fsdp_of_branches,
 }
-SURVIVALS = {"constant depth": Uniform(1.0), "p_L = 0.5": LinearDecay(0.5)}
+SURVIVALS = {CONSTANT: Uniform(1.0), "p_L = 0.5": LinearDecay(0.5)}
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,12 @@ def _process(
     torch.set_num_threads(threads)
     store = f"file://{folder}/store"
     with process_group("gloo", init_method=store, rank=rank, world_size=ranks):
-        result = _measured(ranks, depth, batch, size, repeats)
+        result = _measure_here(ranks, depth, batch, size, repeats)
     if rank == 0:
         (Path(folder) / "result.json").write_text(json.dumps(result))
 
 
-def _measured(
+def _measure_here(
     ranks: int, depth: int, batch: int, size: int, repeats: int
 ) -> dict[str, dict[str, object]]:
     """What this process measured, by way and depth."""
@@ -162,7 +163,7 @@ def _measured(
     rounds = list(take_turns(steps, repeats))
     result: dict[str, dict[str, object]] = {way: {} for way in WAYS}
     for way, name in itertools.product(WAYS, SURVIVALS):
-        counts = list(steps[f"{way}, {name}"].counted(ranks, repeats))
+        counts = list(steps[f"{way}, {name}"].count_traffic(ranks, repeats))
         of_step = [sum(column) / repeats for column in zip(*counts, strict=True)]
         result[way][name] = {
             "seconds": [seconds[f"{way}, {name}"] for seconds in rounds],
@@ -198,7 +199,7 @@ class _Step:
         F.cross_entropy(self._net(self._images), self._labels).backward()
         self._optimizer.step()
 
-    def counted(self, ranks: int, steps: int) -> Iterator[tuple[float, int, float]]:
+    def count_traffic(self, ranks: int, steps: int) -> Iterator[tuple[float, int, float]]:
         """Yields bytes, collectives, and the share of parameters that are not in a closed block."""
         for _ in range(steps):
             with Collectives(ranks) as collectives:

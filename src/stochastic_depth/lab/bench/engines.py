@@ -11,7 +11,13 @@ from rich.table import Table
 
 from stochastic_depth.block_program.library import why_unavailable
 from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
-from stochastic_depth.lab.bench.results import bench_table, clock, milliseconds, shown, timings
+from stochastic_depth.lab.bench.results import (
+    bench_table,
+    clock,
+    milliseconds,
+    timings,
+    with_progress,
+)
 from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Workload, active_share
 from stochastic_depth.lab.options import EnginesOptions
 from stochastic_depth.models import CifarResNet
@@ -72,12 +78,14 @@ def bench(options: EnginesOptions, runtime: Runtime, console: Console) -> dict[s
     runtime = replace(runtime, engine_because="and the other engines, a row each")
     workload = Workload(options.batch, options.size, 3, runtime)
     names, absent = designs(runtime)
-    built = shown(
+    built = with_progress(
         engine_steps(options.depth, workload, names), len(names) * len(SHARES), console, "building"
     )
     steps = {f"{name} {100 * share:.0f} %": step for name, share, step in built}
     by = clock(runtime)
-    rounds = list(shown(take_turns(steps, options.repeats, clock=by), options.repeats, console))
+    rounds = list(
+        with_progress(take_turns(steps, options.repeats, clock=by), options.repeats, console)
+    )
     timed = timings(rounds)
     peak = machine_peak(runtime, workload.step(PlainResNet(options.depth)))
     console.print(_engines_table(options, runtime, list(names), timed, peak))

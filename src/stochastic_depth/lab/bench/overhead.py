@@ -8,9 +8,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from stochastic_depth.lab.bench.results import (
-    shown,
     table_of,
     timings,
+    with_progress,
 )
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
@@ -70,7 +70,7 @@ def closed_unit_seconds(units: int = 100, passes: int = 1000) -> float:
 def bench(options: OverheadOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time the library with all gates open against the same network written without it."""
     steps = overhead_steps(options.depth, Workload(options.batch, options.size, 3, runtime))
-    rounds = list(shown(take_turns(steps, options.repeats), options.repeats, console))
+    rounds = list(with_progress(take_turns(steps, options.repeats), options.repeats, console))
     timed = timings(rounds)
     title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
     console.print(table_of(title, runtime, timed, options.batch))

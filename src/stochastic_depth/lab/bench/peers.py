@@ -13,7 +13,7 @@ from torch import nn
 from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, MissingExtraError
 from stochastic_depth.lab.bench.costs import AT_PEAK, machine_peak
-from stochastic_depth.lab.bench.results import MEMORY, clock, shown, table_of, timings
+from stochastic_depth.lab.bench.results import MEMORY, clock, table_of, timings, with_progress
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
     Step,
@@ -35,7 +35,7 @@ from stochastic_depth.train.runtime import Runtime
 OURS = "stochastic-depth"
 
 
-TUTORIAL = "constant depth, float32, default layout"
+TUTORIAL = f"{CONSTANT}, float32, default layout"
 
 
 def cifar_resnet_peers(
@@ -163,7 +163,7 @@ def _decoder(layer_dropout: float, length: int) -> torch.nn.Module:
 
 
 @dataclass(frozen=True)
-class Network:
+class PeerNetwork:
     """Default sizes for timing a network: small enough for a CPU."""
 
     batch: int
@@ -176,11 +176,11 @@ class Network:
     unit: Literal["images", "tokens"] = "images"
 
 
-NETWORKS: dict[NetworkName, Network] = {
-    "cifar-resnet": Network(128, 32, 0.5, ("timm", "torchvision")),
-    "vit-small": Network(16, 128, 0.3, ("timm",)),
-    "convnext-tiny": Network(16, 128, 0.3, ("timm",)),
-    "x-transformer": Network(16, 128, 0.3, ("x-transformers",), "tokens"),
+PEERS: dict[NetworkName, PeerNetwork] = {
+    "cifar-resnet": PeerNetwork(128, 32, 0.5, ("timm", "torchvision")),
+    "vit-small": PeerNetwork(16, 128, 0.3, ("timm",)),
+    "convnext-tiny": PeerNetwork(16, 128, 0.3, ("timm",)),
+    "x-transformer": PeerNetwork(16, 128, 0.3, ("x-transformers",), "tokens"),
 }
 
 
@@ -212,13 +212,15 @@ def peers(
 
 def bench(options: PeersOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time a network as this library and as others train it, and measure the memory of each."""
-    network = NETWORKS[options.network]
+    network = PEERS[options.network]
     rate = network.rate if options.rate is None else options.rate
     batch, size = options.batch or network.batch, options.size or network.size
     with console.status(f"building {options.network}"):
         steps, missing = peers(options.network, options.depth, rate, batch, size, runtime)
     by = clock(runtime)
-    rounds = list(shown(take_turns(steps, options.repeats, clock=by), options.repeats, console))
+    rounds = list(
+        with_progress(take_turns(steps, options.repeats, clock=by), options.repeats, console)
+    )
     timed = timings(rounds)
     with console.status("memory"):
         memory = {name: step_memory(step, runtime.device) for name, step in steps.items()}

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from stochastic_depth.data.folder_batches import FolderBatches
 from stochastic_depth.extras import require
-from stochastic_depth.lab.bench.results import bench_table, shown, timings
+from stochastic_depth.lab.bench.results import bench_table, timings, with_progress
 from stochastic_depth.lab.options import PicturesOptions
+from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.randomness import generator
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.timing import Timing, take_turns
@@ -39,7 +40,7 @@ HEIGHT, WIDTH = 375, 500
 QUALITY = 95
 
 
-def generated_picture(number: int) -> Tensor:
+def generate_picture(number: int) -> Tensor:
     """A picture with details of every size, as in photographs: uint8 [3, HEIGHT, WIDTH].
 
     It is a sum of octaves of noise, each twice as fine as the one before, and weaker.
@@ -58,11 +59,13 @@ def write_tree(root: Path, pictures: int) -> None:
         for number in range(count):
             path = root / part / f"class{number % 2}" / f"{number}.jpeg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = generated_picture(number).permute(1, 2, 0).numpy()
+            pixels = generate_picture(number).permute(1, 2, 0).numpy()
             image.fromarray(pixels).save(path, quality=QUALITY)
 
 
-def decoded(images: FolderBatches, workers: Sequence[int], repeats: int) -> Iterator[list[float]]:
+def measure_decoding(
+    images: FolderBatches, workers: Sequence[int], repeats: int
+) -> Iterator[list[float]]:
     """For each round, how many pictures each number of workers prepares in a second.
 
     Pictures are decoded, cut at random, scaled, mirrored and normalised.
@@ -71,11 +74,11 @@ def decoded(images: FolderBatches, workers: Sequence[int], repeats: int) -> Iter
         rates = {}
         for number in workers if epoch % 2 else reversed(workers):
             images.workers = number
-            rates[number] = _decoded_a_second(images, epoch)
+            rates[number] = _decoding_rate(images, epoch)
         yield [rates[number] for number in workers]
 
 
-def _decoded_a_second(images: FolderBatches, epoch: int) -> float:
+def _decoding_rate(images: FolderBatches, epoch: int) -> float:
     """Pictures per second, from when all workers run; each prepares whole batches."""
     stream = images.train(epoch)
     for _ in itertools.islice(stream, max(1, images.workers)):
@@ -85,7 +88,7 @@ def _decoded_a_second(images: FolderBatches, epoch: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def taken(
+def measure_steps(
     configs: dict[str, Config], images: FolderBatches, runtime: Runtime, repeats: int
 ) -> Iterator[dict[str, float]]:
     """For each round, the seconds of a training step of each configuration, without its data."""
@@ -132,12 +135,19 @@ def _measured_pictures(
         optimizer=replace(recipe.optimizer, batch=options.batch),
     )
     configs = {
-        "constant depth": replace(stochastic, survival=SurvivalConfig("constant")),
+        CONSTANT: replace(stochastic, survival=SurvivalConfig("constant")),
         "p_L = 0.5": stochastic,
     }
-    rates = list(shown(decoded(images, options.workers, options.repeats), options.repeats, console))
-    steps = shown(
-        taken(configs, images, runtime, options.repeats), options.repeats, console, "training"
+    rates = list(
+        with_progress(
+            measure_decoding(images, options.workers, options.repeats), options.repeats, console
+        )
+    )
+    steps = with_progress(
+        measure_steps(configs, images, runtime, options.repeats),
+        options.repeats,
+        console,
+        "training",
     )
     takes = {name: options.batch / t.median for name, t in timings(list(steps)).items()}
     by_workers = dict(zip(options.workers, zip(*rates, strict=True), strict=True))

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from stochastic_depth.block_program import Program
 from stochastic_depth.block_program.pieces import BlockPiece
-from stochastic_depth.lab.bench.results import bench_table, shown
+from stochastic_depth.lab.bench.results import bench_table, with_progress
 from stochastic_depth.lab.bench.workload import Step, Workload
 from stochastic_depth.lab.options import ProfileOptions
 from stochastic_depth.models import CifarResNet
@@ -59,7 +59,7 @@ class Timed:
         pass
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        name = _named(work)
+        name = _piece_name(work)
 
         def timed() -> None:
             self._synchronise()
@@ -71,7 +71,7 @@ class Timed:
         return timed
 
 
-def _named(work: Any) -> str:
+def _piece_name(work: Any) -> str:
     """The name of a piece of the block program: its kind, channels and direction."""
     piece, direction = work.__self__, work.__name__.replace("_", " ")
     if not isinstance(piece, BlockPiece):
@@ -131,7 +131,7 @@ def _timed_pieces(options: ProfileOptions, workload: Workload, console: Console)
         step()
     timed.seconds.clear()
     whole, inside = [], [0.0]
-    for _ in shown(range(options.repeats), options.repeats, console):
+    for _ in with_progress(range(options.repeats), options.repeats, console):
         began = time.perf_counter()
         step()
         whole.append(time.perf_counter() - began)

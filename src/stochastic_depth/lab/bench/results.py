@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from stochastic_depth.files import write_whole
-from stochastic_depth.lab.formatting import counted
+from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.options import BenchOptions
 from stochastic_depth.timing import Timing
 from stochastic_depth.train.runtime import Runtime, machine, versions
@@ -23,7 +23,9 @@ T = TypeVar("T")
 MEMORY = "of a step: on a GPU its peak, else what is kept for backward; mean of 5"
 
 
-def shown(rounds: Iterable[T], total: int, console: Console, doing: str = "timing") -> Iterable[T]:
+def with_progress(
+    rounds: Iterable[T], total: int, console: Console, doing: str = "timing"
+) -> Iterable[T]:
     """`rounds`, with a progress bar on a terminal."""
     return track(
         rounds,
@@ -53,7 +55,7 @@ def bench_table(title: str, runtime: Runtime, first: str, *columns: str) -> Tabl
     """A table that says what it was measured on; the column `first` names the row."""
     about = machine(runtime)
     place = about.get("gpu", about["processor"]) or "processor unknown"
-    caption = f"{place}, {counted(runtime.threads, 'thread')}; ours: {runtime.described()}"
+    caption = f"{place}, {count_text(runtime.threads, 'thread')}; ours: {runtime.described()}"
     table = Table(title=title, caption=caption, caption_justify="left")
     table.add_column(first)
     for name in columns:

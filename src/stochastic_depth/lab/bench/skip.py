@@ -14,7 +14,7 @@ from stochastic_depth.lab.bench.results import (
     bench_table,
     clock,
     milliseconds,
-    shown,
+    with_progress,
 )
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
@@ -122,7 +122,7 @@ class Skip:
 def bench(options: SkipOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
     """Time constant depth, two p_L and fixed shares of the blocks, in turns."""
     compared = Skip(options.depth, Workload(options.batch, options.size, 3, runtime))
-    rounds = list(shown(compared.rounds(options.repeats), options.repeats, console))
+    rounds = list(with_progress(compared.rounds(options.repeats), options.repeats, console))
     title = f"Training steps of ResNet-{options.depth}, batch {options.batch}"
     plain = PlainResNet(options.depth, compared.workload.channels)
     peak = machine_peak(runtime, compared.workload.step(plain))

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from stochastic_depth.handle import Handle
-from stochastic_depth.lab.bench.results import bench_table, shown
+from stochastic_depth.lab.bench.results import bench_table, with_progress
 from stochastic_depth.lab.bench.workload import (
     Step,
     Workload,
@@ -65,7 +65,7 @@ class Steady:
     """
 
     def __init__(self, network: str, depth: int, final: float, workload: Workload) -> None:
-        models = [_built(network, depth, workload) for _ in range(3)]
+        models = [_build(network, depth, workload) for _ in range(3)]
         for model in models[1:]:
             copy_weights(models[0], model)
         example = None if network == "cifar-resnet" else workload.images()[:2]
@@ -124,7 +124,7 @@ def steadiness(rounds: list[dict[str, tuple[float, float]]]) -> Mapping[str, Ste
     }
 
 
-def _built(network: str, depth: int, workload: Workload) -> nn.Module:
+def _build(network: str, depth: int, workload: Workload) -> nn.Module:
     if network == "cifar-resnet":
         return CifarResNet(depth, channels=workload.channels)
     options: dict[str, Any] = {"num_classes": 10, "in_chans": workload.channels}
@@ -138,7 +138,9 @@ def bench(options: SteadyOptions, runtime: Runtime, console: Console) -> dict[st
     """Take steps under independent and balanced gates, and compare how steady they are."""
     workload = Workload(options.batch, options.size, 3, runtime)
     compared = Steady(options.network, options.depth, options.final, workload)
-    found = steadiness(list(shown(compared.rounds(options.repeats), options.repeats, console)))
+    found = steadiness(
+        list(with_progress(compared.rounds(options.repeats), options.repeats, console))
+    )
     seconds = statistics.median(found[CONSTANT].seconds)
     kept = statistics.fmean(found[CONSTANT].kept)
     columns = ("median", "spread", "mean bytes", "peak bytes", "peak/mean", "batch")

@@ -241,7 +241,7 @@ ERROR = Key("test error: a seed each, mean and deviation", CONSTANT_COLOUR)
 TIME, PEAK = Key("time of a step", STOCHASTIC[0]), Key("peak memory of a step", STOCHASTIC[1])
 
 
-def gates_figure(result: Mapping[str, Any]) -> Figure:
+def gating_figure(result: Mapping[str, Any]) -> Figure:
     """The figure of the results of `gating_results`."""
     gatings = result["gatings"]
     rows: list[Row] = [

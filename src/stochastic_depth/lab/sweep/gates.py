@@ -10,11 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.files import SMALL, read_file, write_whole
+from stochastic_depth.errors import RunError
+from stochastic_depth.files import is_there, write_whole
 from stochastic_depth.lab.bench.costs import step_costs
 from stochastic_depth.lab.bench.workload import Step, Workload, training_step
 from stochastic_depth.lab.formatting import percent
-from stochastic_depth.lab.outcomes import Outcome, Spread, describe
+from stochastic_depth.lab.outcomes import RunOutcome, Spread, describe
+from stochastic_depth.lab.sources import read_json
 from stochastic_depth.lab.sweep.folder import Sweep
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config, open_run
@@ -63,9 +65,8 @@ def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[st
     config, survival = sweep.config, sweep.grid.survival[0]
     config = replace(config, survival=replace(config.survival, final=survival))
     runtime = resolve_runtime(config)
-    names = dict.fromkeys(
-        (CONSTANT_GATING, *sweep.grid.gatings)
-    )  # costs are relative to constant depth
+    # Costs are relative to constant depth.
+    names = dict.fromkeys((CONSTANT_GATING, *sweep.grid.gatings))
     trained = open_run(sweep.path(next(filter(sweep.done, sweep.grid.points()))))
     shape, classes = trained.shape, len(trained.classes)
     costs = step_costs(
@@ -80,10 +81,10 @@ def gating_results(sweep: Sweep, console: Console, repeats: int = 30) -> dict[st
         journals = [sweep.records(point) for point in points if sweep.done(point)]
         if not journals:
             continue
-        outcomes = [Outcome.of([journal]) for journal in journals]
+        outcomes = list(map(RunOutcome.of, journals))
         rows[name] = {
-            "test_errors": [outcome.test_error_best.mean for outcome in outcomes],
-            "test_errors_last": [outcome.test_error_last.mean for outcome in outcomes],
+            "test_errors": [outcome.test_error_best for outcome in outcomes],
+            "test_errors_last": [outcome.test_error_last for outcome in outcomes],
             "step": asdict(costs[name]),
             "relative": asdict(costs[name].relative_to(costs[CONSTANT_GATING])),
         }
@@ -104,11 +105,21 @@ def write_results(sweep: Sweep, result: dict[str, Any]) -> None:
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
-    """The results that `write_results` wrote; None without a readable file."""
-    try:
-        return json.loads(read_file(folder / FILE, SMALL))
-    except (OSError, ValueError):
+    """The results that `write_results` wrote; None while there are none.
+
+    Raises:
+        RunError: when the file cannot be read, or is something else.
+    """
+    path = folder / FILE
+    if not is_there(path):
         return None
+    content = read_json(path)
+    if not {"title", "p_L", "gatings"} <= content.keys():
+        raise RunError(
+            f"{path} is not what sweep gates writes: remove it, and give the command of the sweep "
+            "again"
+        )
+    return content
 
 
 def gates_table(result: dict[str, Any]) -> Table:

@@ -68,7 +68,7 @@ def claim_next(sweep: Sweep) -> Claim | None:
     return None
 
 
-def claimed(sweep: Sweep) -> list[Point]:
+def read_claims(sweep: Sweep) -> list[Point]:
     """The points that a worker trains, or trained when it died."""
     return [
         point

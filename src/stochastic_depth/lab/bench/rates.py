@@ -1,0 +1,79 @@
+"""What drop rates save on any model, in time and memory: measured for `inspect --report`."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.gates import draw
+from stochastic_depth.lab.bench.workload import saved_for_backward
+from stochastic_depth.surgery import Summary, handle_of
+from stochastic_depth.surgery.example import caller, preserve_state, total
+from stochastic_depth.survival import LinearDecay, survival_probabilities
+from stochastic_depth.timing import take_turns
+
+RATES = (0.1, 0.2, 0.5)
+"""Drop rates of the last block, under linear decay."""
+DRAWS = 4
+"""How many sets of gates are timed for each rate."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What training steps at one drop rate save, relative to full depth."""
+
+    rate: float
+    flops: float
+    """The expected share of FLOPs that is saved."""
+    time: float
+    memory: float
+
+
+def measure_rates(
+    model: nn.Module, example: Any, costs: Summary, repeats: int
+) -> tuple[float, list[Saving]]:
+    """The seconds of a training step at full depth, and what each of `RATES` saves.
+
+    Forward and backward passes take turns at full depth and under the gates that training steps
+    draw at each rate. Memory is what a step keeps for its backward pass.
+    """
+    handle = handle_of(model)
+    blocks = len(costs.blocks)
+    rules = {rate: survival_probabilities(LinearDecay(1 - rate), blocks) for rate in RATES}
+    patterns: dict[str, Tensor] = {"full": torch.ones(blocks, dtype=torch.bool)}
+    for rate, survival in rules.items():
+        for number in range(DRAWS):
+            patterns[f"{rate} {number}"] = draw(0, number, survival)
+    run = caller(model, example)
+    with preserve_state(model):
+        model.train()
+
+        def step(gates: Tensor) -> Tensor:
+            with handle.forced(gates), torch.enable_grad():
+                loss = total(run())
+                if loss is not None:  # something is trained
+                    loss.backward()
+            model.zero_grad()
+            return torch.zeros(()) if loss is None else loss.detach()
+
+        steps: dict[str, Callable[[], Tensor]] = {
+            key: (lambda gates=gates: step(gates)) for key, gates in patterns.items()
+        }
+        rounds = list(take_turns(steps, repeats, warmup=1))
+        kept = {key: saved_for_backward(one) for key, one in steps.items()}
+    savings = []
+    for rate, survival in rules.items():
+        keys = [f"{rate} {number}" for number in range(DRAWS)]
+        # As there are few draws, time and memory are scaled by expected over drawn FLOPs saved.
+        drawn = statistics.fmean(costs.saving(patterns[key].tolist()) for key in keys)
+        expected = costs.saving(survival)
+        time = 1 - statistics.median(
+            statistics.fmean(r[key] for key in keys) / r["full"] for r in rounds
+        )
+        memory = 1 - statistics.fmean(kept[key] for key in keys) / kept["full"]
+        scale = expected / drawn if drawn else 0.0
+        savings.append(Saving(rate, expected, time * scale, memory * scale))
+    return statistics.median(r["full"] for r in rounds), savings

@@ -1,0 +1,152 @@
+"""What a report has: a section for each experiment, sweep and benchmark, from its sources."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_rates_figure
+from stochastic_depth.lab.bench.depth_chart import depth_cost
+from stochastic_depth.lab.charts import Figure
+from stochastic_depth.lab.ensemble_chart import ensemble_figure
+from stochastic_depth.lab.gradients_chart import block_gradients, gradient_strength
+from stochastic_depth.lab.outcomes import Experiment, describe, describe_data, experiments
+from stochastic_depth.lab.pruning_chart import pruned_blocks
+from stochastic_depth.lab.sources import RecordedRun, RecordedSweep, Sources
+from stochastic_depth.lab.sweep.charts import depth_sweep, gating_figure, survival_sweep
+from stochastic_depth.lab.sweep.gates import read_results
+from stochastic_depth.lab.tables import ReportTable, Tile, flat, overview, settings, tables, tiles
+from stochastic_depth.lab.training_curves import training_curves, training_time
+
+COMMANDS = {
+    "block-gradients": ("Gradient strength over depth", "stochastic-depth train RECIPE"),
+    "active-blocks": ("Active blocks in a step", "stochastic-depth train RECIPE"),
+    "ensemble": ("The implicit ensemble", "stochastic-depth analyze ensemble RUN"),
+    "pruned-blocks": ("Blocks pruned", "stochastic-depth analyze pruning RUN"),
+    "survival-sweep": ("Error and time against p_L", "stochastic-depth sweep survival RECIPE"),
+    "depth-sweep": ("Error over p_L and depth", "stochastic-depth sweep depth RECIPE"),
+    "gates-sweep": ("Error and cost by way of gating", "stochastic-depth sweep gates RECIPE"),
+    "depth-cost": ("Time and memory against depth", "stochastic-depth bench depth --out FILE"),
+}
+"""For figures that lack data: the title, and the command that measures the data."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The part of a page about one experiment, sweep or benchmark."""
+
+    title: str
+    figures: tuple[Figure, ...]
+    said: str = ""
+    tiles: tuple[Tile, ...] = ()
+    tables: tuple[ReportTable, ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
+    runs: ReportTable | None = None
+    code: str = ""
+    """Python code for the reader to paste."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sections of a page."""
+
+    sections: tuple[Section, ...]
+    overview: ReportTable | None
+    """A table of all experiments, if there are several."""
+    missing: tuple[tuple[str, str], ...]
+    """The title of each figure that lacks data, and the command that measures the data."""
+
+
+def build_report(sources: Sources) -> Report:
+    """Everything that `sources` can show. Figures in different sections have different ids."""
+    trained = experiments(sources.runs)
+    begun = [run for run in sources.runs if not run.records]
+    sections = [
+        *map(_experiment, trained),
+        *([_begun_section(begun)] if begun else []),
+        *map(_sweep, sources.sweeps),
+        *map(_benchmark, sources.benchmarks),
+    ]
+    drawn = {figure.id for section in sections for figure in section.figures}
+    missing = tuple(command for id, command in COMMANDS.items() if id not in drawn)
+    return Report(
+        tuple(_with_distinct_ids(sections)),
+        overview(trained) if len(trained) > 1 else None,
+        missing,
+    )
+
+
+def _experiment(experiment: Experiment) -> Section:
+    drawn: list[Figure | None] = [
+        training_curves(experiment),
+        training_time(experiment),
+        drop_rates_figure(experiment),
+        gradient_strength(experiment),
+        block_gradients(experiment),
+        *_of_each(experiment, active_blocks_figure),
+        *_of_each(experiment, ensemble_figure),
+        pruned_blocks(experiment),
+    ]
+    shared, runs = settings(list(experiment.runs))
+    return Section(
+        experiment.title,
+        tuple(figure for figure in drawn if figure),
+        tiles=tuple(tiles(experiment)),
+        tables=tuple(tables(experiment)),
+        settings=tuple(shared),
+        runs=runs,
+    )
+
+
+def _begun_section(runs: list[RecordedRun]) -> Section:
+    shared, table = settings(runs)
+    said = "Nothing was measured yet."
+    return Section("Runs that have begun", (), said, settings=tuple(shared), runs=table)
+
+
+def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iterable[Figure | None]:
+    """A figure for each kind of stochastic depth; the id of the first has no number."""
+    drawn = [figure for series in experiment.stochastic if (figure := draw(series))]
+    return [replace(f, id=f"{f.id}-{n}" if n > 1 else f.id) for n, f in enumerate(drawn, start=1)]
+
+
+def _sweep(recorded: RecordedSweep) -> Section:
+    sweep = recorded.sweep
+    if sweep.kind == "gates":
+        result = read_results(sweep.folder)
+        drawn = gating_figure(result) if result else None
+    else:
+        drawn = (depth_sweep if sweep.kind == "depth" else survival_sweep)(recorded)
+    finished = sum(run.finished for run in recorded.runs)
+    failed = sum(run.failed for run in recorded.runs)
+    said = f"{sweep.folder}: {finished} of {recorded.size} runs finished"
+    said += f", {failed} failed." if failed else "."
+    if not recorded.runs:
+        return Section(f"Sweep {sweep.folder.name}", (), said)
+    shared, runs = settings(recorded.runs)
+    if sweep.kind == "depth":
+        title = f"p_L against depth, {describe_data(sweep.config)}"
+    elif sweep.kind == "gates":
+        title = f"Ways of gating, {describe(sweep.config)}"
+    else:
+        title = f"p_L at one depth, {describe(sweep.config)}"
+    return Section(title, (drawn,) if drawn else (), said, settings=tuple(shared), runs=runs)
+
+
+def _benchmark(result: dict[str, Any]) -> Section:
+    described = {k: result.get(k) for k in ("settings", "execution", "machine", "versions")}
+    return Section("Cost of depth", (depth_cost(result),), settings=tuple(flat(described).items()))
+
+
+def _with_distinct_ids(sections: list[Section]) -> Iterable[Section]:
+    if len(sections) == 1:
+        return sections
+    taken: dict[str, int] = {}
+    made = []
+    for section in sections:
+        slug = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-")[:60]
+        taken[slug] = taken.get(slug, 0) + 1
+        prefix = slug if taken[slug] == 1 else f"{slug}-{taken[slug]}"
+        figures = tuple(replace(f, id=f"{prefix}-{f.id}") for f in section.figures)
+        made.append(replace(section, figures=figures))
+    return made
