@@ -13,8 +13,8 @@ import pytest
 from stochastic_depth import __version__
 from stochastic_depth.cli import COMMANDS, main, spin_count
 from stochastic_depth.cli.analyze import QUESTIONS
-from stochastic_depth.cli.arguments import _docstrings
 from stochastic_depth.cli.bench import BENCHMARKS
+from stochastic_depth.cli.help import _docstrings
 from stochastic_depth.cli.sweep import OPTIONS
 from stochastic_depth.errors import MissingExtraError
 from stochastic_depth.recipes import RECIPES

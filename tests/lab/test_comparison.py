@@ -34,7 +34,7 @@ def test_the_twins_differ_in_the_survival_rule_alone(runs):
 
 
 def test_figures_are_those_of_the_journals(runs, tmp_path):
-    write_comparison(tmp_path / "comparison.json", compare_runs(runs), runs)
+    write_comparison(tmp_path, compare_runs(runs), runs)
     found = json.loads((tmp_path / "comparison.json").read_text())["comparison"]
     last = [run.records()[-1].test_error for run in runs["stochastic"]]
     assert found["stochastic"]["test_error_last"]["mean"] == pytest.approx(np.mean(last))

@@ -18,8 +18,11 @@ from stochastic_depth.extras import require
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
 
+    from stochastic_depth.cli.console import PlainConsole
     from stochastic_depth.surgery import Plan
+    from stochastic_depth.surgery.example import Example
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def inspect(arguments: list[str]) -> int:
             for module in ("altair", "jinja2", "vl_convert"):
                 require(module, "report")
         from stochastic_depth.models.published import published
-        from stochastic_depth.surgery import apply, plan, summary, verify
+        from stochastic_depth.surgery import apply, plan
         from stochastic_depth.survival import LinearDecay, Uniform
     sys.path.insert(0, os.getcwd())  # so that a factory in the current folder is found
     device = "meta" if asked.plan_only else "cpu"
@@ -96,23 +99,32 @@ def inspect(arguments: list[str]) -> int:
             apply(
                 model, rule, example=example, exclude=asked.exclude, granularity=asked.granularity
             )
-        with console.status("timing training steps"):
-            verification = verify(model, example, repeats=asked.repeats)
-            costs = summary(model, example)
-        console.print(str(verification))
-        console.print(
-            f"expected depth {costs.expected_depth:.4g} of {len(costs.blocks)} blocks; "
-            f"{100 * costs.expected_saving:.1f} % of FLOPs saved",
-        )
-        result |= {"verification": asdict(verification), "expected_saving": costs.expected_saving}
-        if asked.report is not None:
-            from stochastic_depth.lab.inspection import write_inspection
-
-            with console.status("measuring drop rates"):
-                write_inspection(asked.report, asked.model, model, example, costs, asked.repeats)
-            console.say(str(asked.report))
+        result |= _measure(asked, model, example, console)
     _write(asked.out, result)
     return 0
+
+
+def _measure(
+    asked: Inspect, model: "nn.Module", example: "Example", console: "PlainConsole"
+) -> dict[str, object]:
+    """Verify and time a model with stochastic depth; prints the results and returns them."""
+    from stochastic_depth.surgery import summary, verify
+
+    with console.status("timing training steps"):
+        verification = verify(model, example, repeats=asked.repeats)
+        costs = summary(model, example)
+    console.print(str(verification))
+    console.print(
+        f"expected depth {costs.expected_depth:.4g} of {len(costs.blocks)} blocks; "
+        f"{100 * costs.expected_saving:.1f} % of FLOPs saved",
+    )
+    if asked.report is not None:
+        from stochastic_depth.lab.inspection import write_inspection
+
+        with console.status("measuring drop rates"):
+            write_inspection(asked.report, asked.model, model, example, costs, asked.repeats)
+        console.say(str(asked.report))
+    return {"verification": asdict(verification), "expected_saving": costs.expected_saving}
 
 
 @contextmanager

@@ -231,7 +231,6 @@ def compare(arguments: list[str]) -> int:
     with console.starting():
         for module in ("altair", "vl_convert"):
             require(module, "report")
-        from stochastic_depth.files import write_whole
         from stochastic_depth.lab import comparison
         from stochastic_depth.lab.pace import SECONDS_AT_END
         from stochastic_depth.train import Interrupted
@@ -249,27 +248,11 @@ def compare(arguments: list[str]) -> int:
         except Interrupted as interrupted:
             return _say_how_to_resume(console, interrupted, shlex.join(["compare", *arguments]))
     found = comparison.compare_runs(runs)
-    trained = found.series[0].runs
-    epochs = trained[0].records[-1].epoch
-    title = f"{config.data.name}, {config.model.kind} {config.model.depth}, {epochs:g} epochs"
-    console.print(comparison.comparison_table(title, found))
-    if epochs < asked.config.epochs / 2:
-        console.print(
-            f"{epochs:g} of {asked.config.epochs} epochs are too few to compare errors by: look at "
-            "the seconds and the active blocks"
-        )
-    if epochs < config.epochs or len(trained) < len(seeds):
-        done = f"{epochs:g} of {config.epochs} epochs"
-        if epochs >= config.epochs:
-            done = f"{len(trained)} of {len(seeds)} seeds"
-        console.print(
-            f"stopped after {done}, to end in {asked.minutes:g} minutes: the same command "
-            "again goes on"
-        )
-    comparison.write_comparison(folder / "comparison.json", found, runs)
-    write_whole(folder / "comparison.png", comparison.comparison_picture(title, runs))
-    for name in ("comparison.png", "comparison.json"):
-        console.say(str(folder / name))
+    console.print(comparison.comparison_table(found))
+    for remark in comparison.remarks(found, asked.config.epochs, config.epochs, asked.seeds):
+        console.print(remark)
+    for path in comparison.write_comparison(folder, found, runs):
+        console.say(str(path))
     return 0
 
 

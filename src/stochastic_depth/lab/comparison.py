@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -117,8 +117,48 @@ def _recorded(runs: dict[str, list[Run]]) -> Experiment:
     return experiment
 
 
-def write_comparison(path: Path, experiment: Experiment, runs: dict[str, list[Run]]) -> None:
-    """Write the results, the curves behind them and where they were measured, as JSON."""
+def remarks(experiment: Experiment, epochs: int, planned: int, seeds: int) -> Iterator[str]:
+    """What to know about a comparison that was shortened, or stopped, to end in time.
+
+    Args:
+        epochs: the epochs of the configuration that was asked for.
+        planned: the epochs that were to be trained, which may be fewer.
+        seeds: how many seeds were to be trained.
+    """
+    trained = experiment.series[0].runs
+    reached = trained[0].records[-1].epoch
+    if reached < epochs / 2:
+        yield (
+            f"{reached:g} of {epochs} epochs are too few to compare errors by: look at the seconds "
+            "and the active blocks"
+        )
+    if reached < planned or len(trained) < seeds:
+        done = f"{reached:g} of {planned} epochs"
+        if reached >= planned:
+            done = f"{len(trained)} of {seeds} seeds"
+        yield f"stopped after {done}, to end in time: the same command again goes on"
+
+
+def write_comparison(
+    folder: Path, experiment: Experiment, runs: dict[str, list[Run]]
+) -> tuple[Path, Path]:
+    """Write `comparison.png` and `comparison.json` into `folder`; returns their paths.
+
+    The picture has the training loss, the test error and the seconds of an epoch. The JSON has the
+    results, the curves behind them, and where they were measured.
+    """
+    title, picture, results = _title(experiment), folder / "comparison.png", _recorded(runs)
+    write_whole(picture, file_png(title, training_curves(results), training_time(results)))
+    write_whole(folder / "comparison.json", _to_json(experiment, runs))
+    return picture, folder / "comparison.json"
+
+
+def _title(experiment: Experiment) -> str:
+    config, epoch = experiment.config, experiment.series[0].runs[0].records[-1].epoch
+    return f"{config.data.name}, {config.model.kind} {config.model.depth}, {epoch:g} epochs"
+
+
+def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
     constant, stochastic = experiment.series
     cost = stochastic.cost
     described = stochastic.runs[0].described
@@ -138,14 +178,14 @@ def write_comparison(path: Path, experiment: Experiment, runs: dict[str, list[Ru
             for kind in KINDS
         },
     }
-    write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
+    return json.dumps(content, indent=1).encode() + b"\n"
 
 
-def comparison_table(title: str, experiment: Experiment) -> Table:
+def comparison_table(experiment: Experiment) -> Table:
     """Constant and stochastic depth, in a column each."""
     constant, stochastic = experiment.series
     cost, count = stochastic.cost, len(constant.runs)
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=_title(experiment), title_justify="left", caption_justify="left")
     table.add_column("1 seed" if count == 1 else f"mean ± deviation, {count} seeds")
     table.add_column("constant", justify="right")
     table.add_column("stochastic", justify="right")
@@ -162,9 +202,3 @@ def comparison_table(title: str, experiment: Experiment) -> Table:
     table.add_row("training time saved, measured", "", share(stochastic.time_saved(constant)))
     table.add_row("FLOPs saved, expected", "", share(cost.saving))
     return table
-
-
-def comparison_picture(title: str, runs: dict[str, list[Run]]) -> bytes:
-    """Training loss, test error and the seconds of an epoch, as PNG."""
-    experiment = _recorded(runs)
-    return file_png(title, training_curves(experiment), training_time(experiment))
