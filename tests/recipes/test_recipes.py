@@ -1,9 +1,8 @@
-import inspect
 from dataclasses import replace
 
 import pytest
 
-from stochastic_depth.recipes import RECIPES
+from stochastic_depth.recipes import PUBLISHED, RECIPES, describe_recipe
 from stochastic_depth.train.build import build_depth, build_model
 
 SHAPES = {"digits": (1, 10), "cifar10": (3, 10), "cifar100": (3, 100), "svhn": (3, 10)}
@@ -11,10 +10,18 @@ SHAPES = {"digits": (1, 10), "cifar10": (3, 10), "cifar100": (3, 100), "svhn": (
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_tells_source_command_result_and_cost(name):
-    shown = inspect.getdoc(RECIPES[name])
+    shown = describe_recipe(name)
     assert all(f"{word}: " in shown for word in ("Source", "Published", "Cost"))
     assert f"Command: stochastic-depth train {name}" in shown
     assert RECIPES[name].__name__ == name.replace("-", "_")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_error_is_in_the_first_line_of_its_recipe(name):
+    first, *others = describe_recipe(name).splitlines()
+    assert first.endswith(f" error {PUBLISHED[name].error:.2f} %.")
+    published = [line for line in others if line.startswith("Published: ")]
+    assert [f" error {PUBLISHED[name].error:.2f} %" in line for line in published] == [True]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -13,7 +13,7 @@ import tyro
 from stochastic_depth.cli.help import READING, help_of, show_help, usage_line, wrap_text
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.files import visible
-from stochastic_depth.recipes import RECIPES
+from stochastic_depth.recipes import RECIPES, describe_recipe
 from stochastic_depth.train.config import Config
 
 Arguments = TypeVar("Arguments")
@@ -147,11 +147,6 @@ def parse_recipe(
         raise SystemExit(usage_error("recipe", name, RECIPES))
     default = defaults(RECIPES[name]())
     return parse(type(default), f"{command} {name}", arguments, describe_recipe(name), default)
-
-
-def describe_recipe(recipe: str) -> str:
-    """The docstring of a recipe, without its indentation."""
-    return "\n".join(line.strip() for line in (RECIPES[recipe].__doc__ or "").splitlines())
 
 
 def require_run(path: Path) -> None:

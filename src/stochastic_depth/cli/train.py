@@ -14,7 +14,6 @@ from stochastic_depth.choices import CheckpointName, at_least
 from stochastic_depth.cli.arguments import (
     Flag,
     choose,
-    describe_recipe,
     parse,
     parse_recipe,
     require_run,
@@ -22,7 +21,7 @@ from stochastic_depth.cli.arguments import (
 )
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
-from stochastic_depth.recipes import RECIPES
+from stochastic_depth.recipes import RECIPES, describe_recipe
 from stochastic_depth.train.config import Config
 
 if TYPE_CHECKING:
@@ -320,6 +319,6 @@ def recipes(arguments: list[str]) -> int:
     if more:
         with usage_errors():
             raise ConfigError(f"{shlex.join(more)} is too much: give one recipe, or none")
-    console.print(describe_recipe(name).strip())
+    console.print(describe_recipe(name))
     console.print_json(json.dumps(RECIPES[name]().to_json()))
     return 0

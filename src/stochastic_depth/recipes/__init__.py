@@ -1,5 +1,6 @@
-"""One function for each published number; each returns a complete configuration."""
+"""Functions that return a complete configuration, for published numbers and for others."""
 
+import inspect
 from collections.abc import Callable
 
 from stochastic_depth.recipes.paper import (
@@ -58,4 +59,18 @@ RECIPES: dict[str, Callable[[], Config]] = {
 }
 """Recipes by their name on the command line."""
 
-__all__ = ["PUBLISHED", "RECIPES", "Published", "constant_depth"]
+
+def describe_recipe(name: str) -> str:
+    """What a recipe is, its source, command, published result and cost.
+
+    The first line is a summary.
+    """
+    first, *lines = inspect.cleandoc(RECIPES[name].__doc__ or "").splitlines()
+    if published := PUBLISHED.get(name):
+        first = f"{first.removesuffix('.')}: {published}."
+        cost = next(number for number, line in enumerate(lines) if line.startswith("Cost: "))
+        lines.insert(cost, f"Published: {published}{published.note}.")
+    return "\n".join([first, *lines])
+
+
+__all__ = ["PUBLISHED", "RECIPES", "Published", "constant_depth", "describe_recipe"]
