@@ -56,10 +56,12 @@ def bench(arguments: list[str]) -> int:
     with console.starting():
         from stochastic_depth.lab.bench.results import write_json
 
-        measured = importlib.import_module(f"stochastic_depth.lab.bench.{name}")
+        benchmark = importlib.import_module(f"stochastic_depth.lab.bench.{name}")
     runtime = _runtime(asked)
     console.print(runtime.described())
-    result = measured.bench(asked, runtime, console)
+    result = benchmark.measure(asked, runtime, console)
+    for part in benchmark.tables(result, asked, runtime):
+        console.print(part)
     if asked.out is not None:
         write_json(asked.out, asked, runtime, result)
     return 0
@@ -78,8 +80,15 @@ def _runtime(asked: BenchOptions) -> "Runtime":
         config = replace(config, device=asked.device, precision=asked.precision)
     if not isinstance(asked, EngineOptions):
         because = "autograd takes the steps of this benchmark"
-    elif asked.engine == "auto" and not asked.has_block_program:
+    elif asked.engine == "auto" and not _has_block_program(asked):
         because = "there is no block program for this network"
     else:
         return resolve_runtime(replace(config, engine=asked.engine))
     return replace(resolve_runtime(replace(config, engine="eager")), engine_because=because)
+
+
+def _has_block_program(asked: EngineOptions) -> bool:
+    """Whether a block program can train the network; if not, the engine auto is autograd."""
+    if isinstance(asked, PeersOptions):
+        return asked.network == "cifar-resnet"
+    return not isinstance(asked, PicturesOptions)

@@ -69,18 +69,11 @@ class EngineOptions(StepOptions):
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
     """The engine of our own training steps, as for train; all other steps use autograd."""
 
-    @property
-    def has_block_program(self) -> bool:
-        """Whether a block program can train the network; if not, auto is autograd."""
-        return True
-
 
 @dataclass(frozen=True)
-class ResNetOptions(StepOptions):
-    """A benchmark of training steps of one CIFAR ResNet."""
+class ImageOptions(StepOptions):
+    """A benchmark of training steps on random images."""
 
-    depth: int = 110
-    """Layers of the CIFAR ResNet."""
     batch: int = 128
     """Images in a step."""
     size: int = 32
@@ -90,6 +83,14 @@ class ResNetOptions(StepOptions):
         super().check()
         at_least(2, batch=self.batch)
         at_least(4, size=self.size)
+
+
+@dataclass(frozen=True)
+class ResNetOptions(ImageOptions):
+    """A benchmark of training steps of one CIFAR ResNet."""
+
+    depth: int = 110
+    """Layers of the CIFAR ResNet."""
 
 
 @dataclass(frozen=True)
@@ -188,15 +189,11 @@ class PeersOptions(EngineOptions):
     """The height and width of the images in pixels, or tokens in a text (none: 32 for cifar-resnet,
     128 for others)."""
 
-    @property
-    def has_block_program(self) -> bool:
-        return self.network == "cifar-resnet"
-
     def check(self) -> None:
         super().check()
         at_least(2, batch=self.batch)
         at_least(4, size=self.size)
-        if self.engine not in ("auto", "eager") and not self.has_block_program:
+        if self.engine not in ("auto", "eager") and self.network != "cifar-resnet":
             raise ConfigError(
                 f"--engine is {self.engine}: autograd takes the steps of {self.network}, leave "
                 "it out"
@@ -206,16 +203,12 @@ class PeersOptions(EngineOptions):
 
 
 @dataclass(frozen=True)
-class DepthOptions(EngineOptions):
+class DepthOptions(ImageOptions, EngineOptions):
     """Time and memory against depth, for constant and stochastic depth."""
 
     deepest: int = 1202
     """The depth of the last CIFAR ResNet. Those of 20, 56, 110, 218, 434, 866 and 1202 layers come
     before it."""
-    batch: int = 128
-    """Images in a step."""
-    size: int = 32
-    """The height and width of the images, in pixels."""
     repeats: int = 10
     """How many rounds are timed, each of one step of every alternative."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -223,8 +216,6 @@ class DepthOptions(EngineOptions):
 
     def check(self) -> None:
         super().check()
-        at_least(2, batch=self.batch)
-        at_least(4, size=self.size)
         if self.deepest <= DEPTHS[0]:  # through one depth no line can be fitted
             raise ConfigError(
                 f"--deepest is {self.deepest}: the first depth is {DEPTHS[0]}, it must be above"
@@ -301,10 +292,6 @@ class PicturesOptions(EngineOptions):
     """How many pictures to read."""
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """The engine of the training steps, as for train."""
-
-    @property
-    def has_block_program(self) -> bool:
-        return False
 
     def check(self) -> None:
         super().check()

@@ -14,8 +14,8 @@ from stochastic_depth.lab.bench.closed import (
     CONSTANT,
     FORWARD_ONLY,
     SKIPPED,
-    bench,
     closed_steps,
+    measure,
 )
 from stochastic_depth.lab.bench.costs import StepCost, step_costs
 from stochastic_depth.lab.bench.workload import Workload, saved_for_backward
@@ -90,7 +90,7 @@ def test_without_peft_there_are_no_adapters(monkeypatch):
     pytest.importorskip("timm")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(sd.errors.MissingExtraError, match="pip install peft"):
-        bench(ClosedOptions(lora=True, batch=2, size=32), CPU, QUIET)
+        measure(ClosedOptions(lora=True, batch=2, size=32), CPU, QUIET)
 
 
 BLOCK = """
@@ -121,7 +121,7 @@ def test_a_block_of_a_checkout_is_held_against_the_subset_gate(tmp_path, monkeyp
     options = Dinov2Options(
         dinov2=tmp_path, rates=(0.5,), blocks=2, width=64, batch=4, size=4, repeats=2
     )
-    found = dinov2.bench(options, CPU, QUIET)["rates"]["0.5"]
+    found = dinov2.measure(options, CPU, QUIET).to_json()["rates"]["0.5"]
     for name in (dinov2.THEIRS, dinov2.OURS):
         assert found[name]["relative"]["flops"] == pytest.approx(0.5, abs=0.02)
     for name in ("dinov2", "dinov2.layers", "dinov2.layers.block"):

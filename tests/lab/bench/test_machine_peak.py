@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from stochastic_depth.block_program.library import why_unavailable
+from stochastic_depth.lab.bench import peers, skip
 from stochastic_depth.lab.bench.costs import MachinePeak, machine_peak, step_flops
-from stochastic_depth.lab.bench.peers import bench as bench_peers
-from stochastic_depth.lab.bench.skip import bench as bench_skip
 from stochastic_depth.lab.bench.workload import PlainResNet, Workload
 from stochastic_depth.lab.options import PeersOptions, SkipOptions
 from stochastic_depth.train.runtime import Runtime
@@ -51,10 +50,16 @@ def test_a_share_of_the_peak_is_flops_over_the_flops_of_that_time():
 @needs_a_compiler
 def test_benchmarks_say_how_near_to_the_peak_they_come():
     console = Console(record=True, width=200)
-    found = bench_skip(SkipOptions(repeats=2, depth=8, batch=4, size=16), CPU, console)
+    options = SkipOptions(repeats=2, depth=8, batch=4, size=16)
+    result = skip.measure(options, CPU, console)
+    console.print(*skip.tables(result, options, CPU))
+    found = result.to_json()
     shares = [row["of_the_peak"] for row in found["alternatives"].values()]
     assert all(0 < share < 1 for share in shares)
-    found = bench_peers(PeersOptions(repeats=2, depth=8, batch=4, size=16), CPU, console)
+    options = PeersOptions(repeats=2, depth=8, batch=4, size=16)
+    result = peers.measure(options, CPU, console)
+    console.print(*peers.tables(result, options, CPU))
+    found = result.to_json()
     assert 0 < found["peak"]["of_the_peak"]["constant depth"] < 1
     assert console.export_text().count("at the machine's peak") == 2
 

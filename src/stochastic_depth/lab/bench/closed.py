@@ -1,13 +1,15 @@
 """What skipped blocks and forward-only blocks save at equal gates, with or without adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
-from stochastic_depth.lab.bench.costs import show_costs, step_costs
+from stochastic_depth.lab.bench.costs import COSTS, StepCost, costs_table, costs_to_json, step_costs
 from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, Workload, training_step
 from stochastic_depth.lab.options import ClosedOptions
@@ -102,16 +104,29 @@ def _network(
         return Logits(hf.GPT2LMHeadModel(config)), texts[:, :-1], texts[:, 1:]
 
 
-def bench(options: ClosedOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ClosedResult:
+    """The costs of each alternative."""
+
+    costs: Mapping[str, StepCost]
+    clock: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"clock": self.clock, "alternatives": costs_to_json(self.costs, CONSTANT)}
+
+
+def measure(options: ClosedOptions, runtime: Runtime, console: Console) -> ClosedResult:
     """Compare skipped and forward-only blocks with constant depth."""
+    costs = step_costs(lambda: closed_steps(options, runtime), options.repeats, runtime, console)
+    return ClosedResult(costs, clock(runtime).__name__)
+
+
+def tables(result: ClosedResult, options: ClosedOptions, runtime: Runtime) -> Iterator[Table | str]:
     adapters = ", LoRA" if options.lora else ""
     unit = "images" if options.network == "vit-small" else "texts"
     title = (
         f"{options.network}{adapters}, {options.batch} {unit} of {options.size}, "
         f"p_L = {options.final:g}"
     )
-    costs = step_costs(lambda: closed_steps(options, runtime), options.repeats, runtime, console)
-    return {
-        "clock": clock(runtime).__name__,
-        "alternatives": show_costs(title, costs, CONSTANT, runtime, console),
-    }
+    yield costs_table(title, result.costs, CONSTANT, runtime)
+    yield COSTS.format(CONSTANT)

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from stochastic_depth.block_program import library
-from stochastic_depth.lab.bench.results import bench_table, clock, with_progress
+from stochastic_depth.lab.bench.results import bench_table, clock, time_in_turns, with_progress
 from stochastic_depth.lab.bench.workload import Step, saved_for_backward
 from stochastic_depth.surgery.flops import CountFlops
-from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.timing import Timing
 from stochastic_depth.train.runtime import Runtime
 
 AT_PEAK = "at the machine's peak"
@@ -105,7 +106,7 @@ def step_costs(
     steps = build()
     for step in steps.values():  # allocate and choose algorithms once
         step()
-    rounds = list(with_progress(take_turns(steps, repeats, 0, clock(runtime)), repeats, console))
+    timed = time_in_turns(steps, repeats, console, clock(runtime), warmup=0)
     del steps
     counted = counted or repeats
 
@@ -121,7 +122,7 @@ def step_costs(
     flops, kept = each(step_flops), each(saved_for_backward)
     return {
         name: StepCost(
-            statistics.fmean(of_round[name] for of_round in rounds),
+            statistics.fmean(timed.timings[name].seconds),
             statistics.fmean(flops[name]),
             statistics.fmean(kept[name]),
             max(kept[name]),
@@ -130,21 +131,24 @@ def step_costs(
     }
 
 
-def show_costs(
-    title: str,
-    costs: Mapping[str, StepCost],
-    relative_to: str,
-    runtime: Runtime,
-    console: Console,
-) -> dict[str, Any]:
-    """Print a row for each alternative, relative to one of them; returns the same for a file."""
+COSTS = "time, FLOPs, bytes kept for backward: means, as shares of {}'s"
+"""The sentence below a table of `costs_table`, with the name of the alternative."""
+
+
+def costs_table(
+    title: str, costs: Mapping[str, StepCost], relative_to: str, runtime: Runtime
+) -> Table:
+    """A row for each alternative, relative to one of them."""
     table = bench_table(title, runtime, "", "step", "time", "FLOPs", "bytes kept", "peak bytes")
-    result = {}
     for name, cost in costs.items():
-        relative = cost.relative_to(costs[relative_to])
-        result[name] = {**asdict(cost), "relative": asdict(relative)}
-        shares = (f"{share:.3f}" for share in vars(relative).values())
+        shares = (f"{share:.3f}" for share in vars(cost.relative_to(costs[relative_to])).values())
         table.add_row(name, f"{1e3 * cost.seconds:,.1f} ms", *shares)
-    console.print(table)
-    console.print(f"time, FLOPs, bytes kept for backward: means, as shares of {relative_to}'s")
-    return result
+    return table
+
+
+def costs_to_json(costs: Mapping[str, StepCost], relative_to: str) -> dict[str, Any]:
+    """The costs of each alternative, and the same relative to one of them."""
+    return {
+        name: {**asdict(cost), "relative": asdict(cost.relative_to(costs[relative_to]))}
+        for name, cost in costs.items()
+    }

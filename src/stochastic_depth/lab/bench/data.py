@@ -2,19 +2,20 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from stochastic_depth.data import Batches, DataSet, Images, TensorBatches
 from stochastic_depth.data.batching import Batch, epoch_order
-from stochastic_depth.lab.bench.results import milliseconds, table_of, timings, with_progress
+from stochastic_depth.lab.bench.results import Rounds, milliseconds, table_of, time_in_turns
 from stochastic_depth.lab.options import DataOptions
 from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.randomness import generator
-from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.timing import Timing
 from stochastic_depth.train.config import (
     Config,
     DataConfig,
@@ -117,7 +118,31 @@ def data_shares(rounds: list[dict[str, float]], steps_per_epoch: int) -> dict[st
     }
 
 
-def bench(options: DataOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DataResult:
+    """The seconds of an epoch's order, a batch, and steps on batches."""
+
+    timed: Rounds
+    images: str
+    """The name of the data set."""
+    steps_per_epoch: int
+
+    @property
+    def shares(self) -> dict[str, Timing]:
+        """As from `data_shares`."""
+        return data_shares(self.timed.rounds, self.steps_per_epoch)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.timed.to_json(),
+            "images": self.images,
+            "steps_per_epoch": self.steps_per_epoch,
+            "data_share": {name: share.median for name, share in self.shares.items()},
+            "data_share_quartiles": {name: share.quartiles for name, share in self.shares.items()},
+        }
+
+
+def measure(options: DataOptions, runtime: Runtime, console: Console) -> DataResult:
     """Time the order of an epoch, a batch, and training steps on batches."""
     data = DataConfig("cifar10", options.root)
     model, optimizer = ModelConfig(depth=options.depth), OptimizerConfig(batch=options.batch)
@@ -131,25 +156,19 @@ def bench(options: DataOptions, runtime: Runtime, console: Console) -> dict[str,
     with console.status("reading the images"):
         images = open_images(constant, runtime)
     steps = data_and_steps(configs, images, runtime)
-    rounds = list(with_progress(take_turns(steps, options.repeats), options.repeats, console))
-    timed = timings(rounds)
-    title = f"ResNet-{options.depth}, batch {options.batch}, {images.name} images"
-    console.print(
-        table_of(title, runtime, {n: t for n, t in timed.items() if n != ORDER}, options.batch),
-        f"{ORDER}: {milliseconds(timed[ORDER].median)} ms, once in {images.steps_per_epoch} steps",
-    )
-    shares = data_shares(rounds, images.steps_per_epoch)
-    for name, share in shares.items():
+    timed = time_in_turns(steps, options.repeats, console)
+    return DataResult(timed, images.name, images.steps_per_epoch)
+
+
+def tables(result: DataResult, options: DataOptions, runtime: Runtime) -> Iterator[Table | str]:
+    timings = result.timed.timings
+    order = timings.pop(ORDER)
+    title = f"ResNet-{options.depth}, batch {options.batch}, {result.images} images"
+    yield table_of(title, runtime, timings, options.batch)
+    yield f"{ORDER}: {milliseconds(order.median)} ms, once in {result.steps_per_epoch} steps"
+    for name, share in result.shares.items():
         low, high = share.quartiles
-        console.print(
+        yield (
             f"data are {100 * share.median:.2f} % of a {name} "
-            f"(quartiles {100 * low:.2f} to {100 * high:.2f})",
+            f"(quartiles {100 * low:.2f} to {100 * high:.2f})"
         )
-    return {
-        "clock": "perf_counter",
-        "images": images.name,
-        "steps_per_epoch": images.steps_per_epoch,
-        "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
-        "data_share": {name: share.median for name, share in shares.items()},
-        "data_share_quartiles": {name: share.quartiles for name, share in shares.items()},
-    }

@@ -3,7 +3,7 @@
 import resource
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -17,13 +17,13 @@ from rich.table import Table
 from stochastic_depth.errors import RunError
 from stochastic_depth.extras import require
 from stochastic_depth.files import write_whole
-from stochastic_depth.lab.bench.results import bench_table, timings, with_progress
+from stochastic_depth.lab.bench.results import bench_table, time_in_turns, with_progress
 from stochastic_depth.lab.bench.workload import Step, Workload
 from stochastic_depth.lab.options import DEPTHS, DepthOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.processes import fresh_processes
 from stochastic_depth.survival import LinearDecay, Survival
-from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.timing import Timing
 from stochastic_depth.train.runtime import Runtime
 
 FINAL = 0.5
@@ -133,8 +133,40 @@ def _of_status(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def bench(options: DepthOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Measure time and memory at every depth, and fit a line to each."""
+@dataclass(frozen=True)
+class DepthResult:
+    """Time and memory of an image, by kind and depth."""
+
+    depths: Sequence[int]
+    seconds: Mapping[str, Sequence[Timing]]
+    """A timing for each depth, by kind: the share of an image in a step."""
+    memory: Mapping[str, Sequence[float]]
+    """Peak bytes for each depth, by kind: the share of an image."""
+    clock: str
+
+    def lines(self) -> dict[str, dict[str, Line]]:
+        """The lines through the medians of the seconds and through the memory, by kind."""
+        medians = {kind: [t.median for t in timings] for kind, timings in self.seconds.items()}
+        return {
+            what: {kind: fit_line(self.depths, of_kind[kind]) for kind in KINDS}
+            for what, of_kind in (("seconds", medians), ("memory", self.memory))
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "clock": self.clock,
+            "depths": self.depths,
+            "seconds_per_image": {k: [list(t.seconds) for t in self.seconds[k]] for k in KINDS},
+            "bytes_per_image": self.memory,
+            "lines": {
+                what: {kind: asdict(line) for kind, line in of_kind.items()}
+                for what, of_kind in self.lines().items()
+            },
+        }
+
+
+def measure(options: DepthOptions, runtime: Runtime, console: Console) -> DepthResult:
+    """Measure time and memory at every depth, and draw them if that is asked for."""
     depths = depths_up_to(options.deepest)
     if options.plot is not None:
         require("altair", "report")  # before hours of measuring
@@ -147,70 +179,58 @@ def bench(options: DepthOptions, runtime: Runtime, console: Console) -> dict[str
         for kind, depth in with_progress(alternatives, len(alternatives), console, "memory")
     }
     steps = {f"{k} {d}": step for (k, d), step in training_steps(depths, workload).items()}
-    rounds = list(with_progress(take_turns(steps, options.repeats, 2), options.repeats, console))
-    timed = timings(rounds)
-    seconds = {
-        kind: [_an_image(timed[f"{kind} {depth}"], options.batch) for depth in depths]
-        for kind in KINDS
-    }
-    memory = {kind: [peaks[kind, depth] / options.batch for depth in depths] for kind in KINDS}
-    lines = {
-        "seconds": {k: fit_line(depths, [t.median for t in seconds[k]]) for k in KINDS},
-        "memory": {kind: fit_line(depths, memory[kind]) for kind in KINDS},
-    }
-    title = f"CIFAR ResNets, batch {options.batch} of {options.size}x{options.size}, p_L = {FINAL}"
-    console.print(_depth_table(title, runtime, depths, seconds, memory))
-    for kind in KINDS:
-        time, space = lines["seconds"][kind], lines["memory"][kind]
-        console.print(
-            f"{kind}: {_line(time, 1e3)} ms, R² {time.r_squared:.4f}; "
-            f"{_line(space, 2**-20)} MiB, R² {space.r_squared:.4f}",
-        )
-    console.print(
-        "all for an image, 1 / batch of a step: time, median and quartiles; peak memory,\n"
-        "weights included, each in a separate process; lines by least squares",
+    timed = time_in_turns(steps, options.repeats, console, warmup=2)
+    result = DepthResult(
+        depths,
+        {k: [_an_image(timed.timings[f"{k} {d}"], options.batch) for d in depths] for k in KINDS},
+        {kind: [peaks[kind, depth] / options.batch for depth in depths] for kind in KINDS},
+        timed.clock,
     )
-    result = {
-        "clock": "perf_counter",
-        "depths": depths,
-        "seconds_per_image": {k: [list(t.seconds) for t in seconds[k]] for k in KINDS},
-        "bytes_per_image": memory,
-        "lines": {
-            what: {kind: asdict(line) for kind, line in of_kind.items()}
-            for what, of_kind in lines.items()
-        },
-    }
     if options.plot is not None:
-        _draw(options.plot, title, result)
+        _draw(options.plot, _title(options), result)
     return result
 
 
-def _draw(path: Path, title: str, result: dict[str, Any]) -> None:
+def tables(result: DepthResult, options: DepthOptions, runtime: Runtime) -> Iterator[Table | str]:
+    yield _depth_table(_title(options), runtime, result)
+    lines = result.lines()
+    for kind in KINDS:
+        time, space = lines["seconds"][kind], lines["memory"][kind]
+        yield (
+            f"{kind}: {_line(time, 1e3)} ms, R² {time.r_squared:.4f}; "
+            f"{_line(space, 2**-20)} MiB, R² {space.r_squared:.4f}"
+        )
+    yield (
+        "all for an image, 1 / batch of a step: time, median and quartiles; peak memory,\n"
+        "weights included, each in a separate process; lines by least squares"
+    )
+
+
+def _title(options: DepthOptions) -> str:
+    size = f"{options.size}x{options.size}"
+    return f"CIFAR ResNets, batch {options.batch} of {size}, p_L = {FINAL}"
+
+
+def _draw(path: Path, title: str, result: DepthResult) -> None:
     from stochastic_depth.lab.bench.depth_chart import depth_cost
     from stochastic_depth.lab.drawing import file_png
 
-    write_whole(path, file_png(title, depth_cost(result)))
+    write_whole(path, file_png(title, depth_cost(result.to_json())))
 
 
 def _an_image(timing: Timing, batch: int) -> Timing:
     return Timing(tuple(seconds / batch for seconds in timing.seconds))
 
 
-def _depth_table(
-    title: str,
-    runtime: Runtime,
-    depths: Sequence[int],
-    seconds: dict[str, list[Timing]],
-    memory: dict[str, list[float]],
-) -> Table:
+def _depth_table(title: str, runtime: Runtime, result: DepthResult) -> Table:
     """Milliseconds (median and quartiles) and MiB per image, by depth and kind."""
     columns = [f"{kind}\n{unit}" for unit in ("ms", "MiB") for kind in KINDS]
     table = bench_table(title, runtime, "\nd", *columns)
-    for n, depth in enumerate(depths):
+    for n, depth in enumerate(result.depths):
         table.add_row(
             str(depth),
-            *(_spread(seconds[kind][n]) for kind in KINDS),
-            *(f"{memory[kind][n] / 2**20:,.2f}" for kind in KINDS),
+            *(_spread(result.seconds[kind][n]) for kind in KINDS),
+            *(f"{result.memory[kind][n] / 2**20:,.2f}" for kind in KINDS),
         )
     return table
 

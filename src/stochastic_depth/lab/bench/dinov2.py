@@ -6,17 +6,19 @@ Its code is read from a checkout of github.com/facebookresearch/dinov2; none of 
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.lab.bench.costs import StepCost, show_costs, step_costs
+from stochastic_depth.lab.bench.costs import COSTS, StepCost, costs_table, costs_to_json, step_costs
 from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, copy_weights, training_step
 from stochastic_depth.lab.options import Dinov2Options
@@ -94,24 +96,36 @@ def dinov2_steps(rate: float, options: Dinov2Options, runtime: Runtime) -> dict[
     return steps
 
 
-def bench(options: Dinov2Options, runtime: Runtime, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Dinov2Result:
+    """The costs of each alternative, by the drop rate of every block."""
+
+    rates: Mapping[float, Mapping[str, StepCost]]
+    clock: str
+
+    def to_json(self) -> dict[str, Any]:
+        rates = {f"{rate:g}": costs_to_json(costs, CONSTANT) for rate, costs in self.rates.items()}
+        return {"clock": self.clock, "rates": rates}
+
+
+def measure(options: Dinov2Options, runtime: Runtime, console: Console) -> Dinov2Result:
     """Time both at several drop rates, which are the same for every block."""
-    rates: dict[str, Any] = {}
-    for rate in options.rates:
-        costs = step_costs(
+    rates = {
+        rate: step_costs(
             lambda rate=rate: dinov2_steps(rate, options, runtime),
             options.repeats,
             runtime,
             console,
             counted=3,
         )
-        title = (
-            f"{options.blocks} blocks, batch {options.batch}, {options.size} tokens, rate {rate:g}"
-        )
-        rates[f"{rate:g}"] = show_costs(title, costs, CONSTANT, runtime, console)
-        console.print(f"ours is faster by {_faster(costs):.2f} x")
-    return {"clock": clock(runtime).__name__, "rates": rates}
+        for rate in options.rates
+    }
+    return Dinov2Result(rates, clock(runtime).__name__)
 
 
-def _faster(costs: dict[str, StepCost]) -> float:
-    return costs[THEIRS].seconds / costs[OURS].seconds
+def tables(result: Dinov2Result, options: Dinov2Options, runtime: Runtime) -> Iterator[Table | str]:
+    size = f"{options.blocks} blocks, batch {options.batch}, {options.size} tokens"
+    for rate, costs in result.rates.items():
+        yield costs_table(f"{size}, rate {rate:g}", costs, CONSTANT, runtime)
+        yield f"ours is faster by {costs[THEIRS].seconds / costs[OURS].seconds:.2f} x"
+    yield COSTS.format(CONSTANT)

@@ -5,7 +5,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,7 @@ class Sent:
     """The share of parameters that are not in a closed block."""
 
 
-def measure(
+def sent_by(
     ranks: int, depth: int, batch: int, size: int, repeats: int, threads: int
 ) -> dict[str, dict[str, Sent]]:
     """Time and traffic of training steps of ResNet-`depth` in `ranks` processes, by way and depth.
@@ -209,30 +209,54 @@ class _Step:
             yield collectives.bytes, collectives.calls, 1 - closed / self._whole
 
 
-def bench(options: DistributedOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DistributedResult:
+    """What each way of training sent, by number of processes, way and depth."""
+
+    ranks: Mapping[int, Mapping[str, Mapping[str, Sent]]]
+    threads: int
+    """Threads of each process."""
+
+    def to_json(self) -> dict[str, Any]:
+        ranks = {
+            str(ranks): {
+                way: {name: asdict(sent) for name, sent in of_way.items()}
+                for way, of_way in of_ranks.items()
+            }
+            for ranks, of_ranks in self.ranks.items()
+        }
+        return {"clock": "perf_counter", "threads": self.threads, "ranks": ranks}
+
+
+def measure(options: DistributedOptions, runtime: Runtime, console: Console) -> DistributedResult:
     """Measure every way of training in several processes, at constant depth and at p_L = 0.5."""
     threads = max(1, (os.cpu_count() or 1) // max(options.ranks))
-    results: dict[str, Any] = {}
+    found = {}
     for ranks in options.ranks:
         with console.status(f"{ranks} processes"):
-            sent = measure(
+            found[ranks] = sent_by(
                 ranks, options.depth, options.batch, options.size, options.repeats, threads
             )
-        console.print(_sent_table(options, runtime, ranks, sent))
-        results[str(ranks)] = {
-            way: {name: asdict(of_depth) for name, of_depth in of_way.items()}
-            for way, of_way in sent.items()
-        }
-    console.print(
-        f"each cell: constant depth, p_L = 0.5, and their ratio; float32, eager, {threads} "
-        "thread(s) a process\nsent: by each process in a step; open: of the parameters, those "
-        "in no closed block",
+    return DistributedResult(found, threads)
+
+
+def tables(
+    result: DistributedResult, options: DistributedOptions, runtime: Runtime
+) -> Iterator[Table | str]:
+    for ranks, sent in result.ranks.items():
+        yield _sent_table(options, runtime, ranks, sent)
+    yield (
+        "each cell: constant depth, p_L = 0.5, and their ratio; float32, eager, "
+        f"{result.threads} thread(s) a process\nsent: by each process in a step; open: of the "
+        "parameters, those in no closed block"
     )
-    return {"clock": "perf_counter", "threads": threads, "ranks": results}
 
 
 def _sent_table(
-    options: DistributedOptions, runtime: Runtime, ranks: int, sent: dict[str, dict[str, Sent]]
+    options: DistributedOptions,
+    runtime: Runtime,
+    ranks: int,
+    sent: Mapping[str, Mapping[str, Sent]],
 ) -> Table:
     title = f"ResNet-{options.depth}, {ranks} processes, {options.batch} images a step"
     columns = ("sent\nMiB", "collectives", "median\nms", "open")

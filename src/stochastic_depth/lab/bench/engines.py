@@ -1,8 +1,8 @@
 """All engines and kernels side by side."""
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,17 +12,17 @@ from rich.table import Table
 from stochastic_depth.block_program.library import why_unavailable
 from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import (
+    Rounds,
     bench_table,
     clock,
     milliseconds,
-    timings,
+    time_in_turns,
     with_progress,
 )
 from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Workload, active_share
 from stochastic_depth.lab.options import EnginesOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.survival import Uniform
-from stochastic_depth.timing import take_turns
 from stochastic_depth.train.engine_choice import EngineName, KernelsName
 from stochastic_depth.train.runtime import Runtime
 
@@ -73,47 +73,59 @@ def engine_steps(
             yield name, share, step
 
 
-def bench(options: EnginesOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EnginesResult:
+    """The steps of every design at every share of active blocks, and why others are missing."""
+
+    timed: Rounds
+    designs: Mapping[str, Runtime]
+    missing: Mapping[str, str]
+    peak: MachinePeak | None
+
+    def to_json(self) -> dict[str, Any]:
+        timings = self.timed.timings
+        full = {name: timings[f"{name} 100 %"].median for name in self.designs}
+        return {
+            **self.timed.to_json(),
+            "peak": self.peak and self.peak.to_json(full),
+            "missing": dict(self.missing),
+            "designs": {
+                name: {"engine": runtime.engine, "kernels": runtime.kernels}
+                for name, runtime in self.designs.items()
+            },
+        }
+
+
+def measure(options: EnginesOptions, runtime: Runtime, console: Console) -> EnginesResult:
     """Time every design that this machine can run, with all blocks active and with fewer."""
-    runtime = replace(runtime, engine_because="and the other engines, a row each")
     workload = Workload(options.batch, options.size, 3, runtime)
-    names, absent = designs(runtime)
-    built = with_progress(
-        engine_steps(options.depth, workload, names), len(names) * len(SHARES), console, "building"
-    )
+    there, absent = designs(runtime)
+    count = len(there) * len(SHARES)
+    built = with_progress(engine_steps(options.depth, workload, there), count, console, "building")
     steps = {f"{name} {100 * share:.0f} %": step for name, share, step in built}
-    by = clock(runtime)
-    rounds = list(
-        with_progress(take_turns(steps, options.repeats, clock=by), options.repeats, console)
-    )
-    timed = timings(rounds)
+    timed = time_in_turns(steps, options.repeats, console, clock(runtime))
     peak = machine_peak(runtime, workload.step(PlainResNet(options.depth)))
-    console.print(_engines_table(options, runtime, list(names), timed, peak))
-    console.print("milliseconds of a step, median and quartiles, by the share of active blocks")
-    for name, reason in absent.items():
-        console.print(f"{name}: {reason}")
-    return {
-        "clock": by.__name__,
-        "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
-        "peak": peak and peak.to_json({n: timed[f"{n} 100 %"].median for n in names}),
-        "missing": absent,
-        "designs": {n: {"engine": r.engine, "kernels": r.kernels} for n, r in names.items()},
-    }
+    return EnginesResult(timed, there, absent, peak)
 
 
-def _engines_table(
-    options: EnginesOptions,
-    runtime: Runtime,
-    names: list[str],
-    timed: dict[str, Any],
-    peak: MachinePeak | None,
-) -> Table:
+def tables(
+    result: EnginesResult, options: EnginesOptions, runtime: Runtime
+) -> Iterator[Table | str]:
+    yield _engines_table(result, options, runtime)
+    yield "milliseconds of a step, median and quartiles, by the share of active blocks"
+    for name, reason in result.missing.items():
+        yield f"{name}: {reason}"
+
+
+def _engines_table(result: EnginesResult, options: EnginesOptions, runtime: Runtime) -> Table:
     title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
     shares = [f"{100 * share:.0f} %" for share in SHARES]
+    peak, timings = result.peak, result.timed.timings
     more = [] if peak is None else ["of the\npeak"]
+    runtime = replace(runtime, engine_because="and the other engines, a row each")
     table = bench_table(title, runtime, "", *shares, "images/s\nat 100 %", *more)
-    for name in names:
-        of_name = [timed[f"{name} {share}"] for share in shares]
+    for name in result.designs:
+        of_name = [timings[f"{name} {share}"] for share in shares]
         table.add_row(
             name,
             *("{}\n{}-{}".format(*map(milliseconds, (t.median, *t.quartiles))) for t in of_name),

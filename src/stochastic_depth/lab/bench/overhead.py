@@ -1,28 +1,22 @@
 """What the library costs: all gates open, and blocks that are closed."""
 
 import timeit
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
-from stochastic_depth.lab.bench.results import (
-    table_of,
-    timings,
-    with_progress,
-)
-from stochastic_depth.lab.bench.workload import (
-    PlainResNet,
-    Step,
-    Workload,
-    copy_weights,
-)
+from stochastic_depth.lab.bench.results import Rounds, table_of, time_in_turns
+from stochastic_depth.lab.bench.workload import PlainResNet, Step, Workload, copy_weights
 from stochastic_depth.lab.options import OverheadOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import Uniform
-from stochastic_depth.timing import paired_ratio, take_turns
+from stochastic_depth.timing import Timing, paired_ratio
 from stochastic_depth.train.runtime import Runtime
 
 ALTERNATIVES = ("without the library", "applied, all gates open")
@@ -67,30 +61,53 @@ def closed_unit_seconds(units: int = 100, passes: int = 1000) -> float:
     return (closed + drawn - returned) / units
 
 
-def bench(options: OverheadOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class OverheadResult:
+    """Training steps of both alternatives, and the cost of a closed unit."""
+
+    timed: Rounds
+    closed_unit_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """The median seconds with the library over those without."""
+        without, applied = (self.timed.timings[name] for name in ALTERNATIVES)
+        return applied.median / without.median
+
+    @property
+    def paired(self) -> Timing:
+        """The same ratio, round by round."""
+        return paired_ratio(self.timed.rounds, ALTERNATIVES[1], ALTERNATIVES[0])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.timed.to_json(),
+            "ratio_of_medians": self.ratio,
+            "median_of_ratios": self.paired.median,
+            "closed_unit_seconds": self.closed_unit_seconds,
+        }
+
+
+def measure(options: OverheadOptions, runtime: Runtime, console: Console) -> OverheadResult:
     """Time the library with all gates open against the same network written without it."""
     steps = overhead_steps(options.depth, Workload(options.batch, options.size, 3, runtime))
-    rounds = list(with_progress(take_turns(steps, options.repeats), options.repeats, console))
-    timed = timings(rounds)
+    timed = time_in_turns(steps, options.repeats, console)
+    return OverheadResult(timed, closed_unit_seconds())
+
+
+def tables(
+    result: OverheadResult, options: OverheadOptions, runtime: Runtime
+) -> Iterator[Table | str]:
     title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
-    console.print(table_of(title, runtime, timed, options.batch))
-    without, applied = ALTERNATIVES
-    ratio = timed[applied].median / timed[without].median
-    paired = paired_ratio(rounds, applied, without)
+    yield table_of(title, runtime, result.timed.timings, options.batch)
+    paired = result.paired
     low, high = paired.quartiles
-    console.print(
-        f"cost of the library: {100 * (ratio - 1):+.2f} % by medians; round by round "
+    yield (
+        f"cost of the library: {100 * (result.ratio - 1):+.2f} % by medians; round by round "
         f"{100 * (paired.median - 1):+.2f} % ({100 * (low - 1):+.2f} to "
-        f"{100 * (high - 1):+.2f})",
+        f"{100 * (high - 1):+.2f})"
     )
-    closed = closed_unit_seconds()
-    console.print(
-        f"a closed unit of a foreign model: {1e6 * closed:.2f} microseconds a forward pass",
+    yield (
+        f"a closed unit of a foreign model: {1e6 * result.closed_unit_seconds:.2f} microseconds a "
+        "forward pass"
     )
-    return {
-        "clock": "perf_counter",
-        "ratio_of_medians": ratio,
-        "median_of_ratios": paired.median,
-        "closed_unit_seconds": closed,
-        "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
-    }

@@ -1,19 +1,20 @@
 """Time the same network as this library and as other libraries train it."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, MissingExtraError
-from stochastic_depth.lab.bench.costs import AT_PEAK, machine_peak
-from stochastic_depth.lab.bench.results import MEMORY, clock, table_of, timings, with_progress
+from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
+from stochastic_depth.lab.bench.results import MEMORY, Rounds, clock, table_of, time_in_turns
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
     Step,
@@ -29,7 +30,6 @@ from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform, survival_probabilities
-from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
 
 OURS = "stochastic-depth"
@@ -210,48 +210,80 @@ def peers(
             return x_transformer_peers(rate, batch, size, runtime)
 
 
-def bench(options: PeersOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PeersResult:
+    """The steps of every peer and their memory, and why others are missing."""
+
+    timed: Rounds
+    memory: Mapping[str, float]
+    """Bytes, as `MEMORY` says."""
+    network: PeerNetwork
+    batch: int
+    size: int
+    rate: float
+    peak: MachinePeak | None
+    missing: Mapping[str, str]
+
+    @property
+    def count(self) -> int:
+        """Images or tokens in a step."""
+        return self.batch * (self.size if self.network.unit == "tokens" else 1)
+
+    @property
+    def ours(self) -> str | None:
+        """The row of this library; None if it is missing."""
+        return OURS if OURS in self.timed.timings else None
+
+    def to_json(self) -> dict[str, Any]:
+        timings, ours = self.timed.timings, self.ours
+        means = {name: statistics.fmean(timing.seconds) for name, timing in timings.items()}
+        constant = {name: t.median for name, t in timings.items() if CONSTANT in name}
+        return {
+            **self.timed.to_json(),
+            "batch": self.batch,
+            "size": self.size,
+            "rate": self.rate,
+            "libraries": {name: _version(name) for name in self.network.libraries},
+            f"{self.network.unit}_per_second": {n: self.count / mean for n, mean in means.items()},
+            "memory_bytes": dict(self.memory),
+            "memory": MEMORY,
+            "ours_is_faster_by": {
+                name: mean / means[ours] for name, mean in means.items() if ours and name != ours
+            },
+            "constant": CONSTANT,
+            "peak": self.peak and self.peak.to_json(constant),
+            "missing": dict(self.missing),
+        }
+
+
+def measure(options: PeersOptions, runtime: Runtime, console: Console) -> PeersResult:
     """Time a network as this library and as others train it, and measure the memory of each."""
     network = PEERS[options.network]
     rate = network.rate if options.rate is None else options.rate
     batch, size = options.batch or network.batch, options.size or network.size
     with console.status(f"building {options.network}"):
         steps, missing = peers(options.network, options.depth, rate, batch, size, runtime)
-    by = clock(runtime)
-    rounds = list(
-        with_progress(take_turns(steps, options.repeats, clock=by), options.repeats, console)
-    )
-    timed = timings(rounds)
+    timed = time_in_turns(steps, options.repeats, console, clock(runtime))
     with console.status("memory"):
         memory = {name: step_memory(step, runtime.device) for name, step in steps.items()}
-    count = batch * (size if network.unit == "tokens" else 1)
-    ours = OURS if OURS in timed else None
-    of_depth = f"-{options.depth}" if options.network == "cifar-resnet" else ""
-    title = f"{options.network}{of_depth}, drop rate {rate:g}, batch {batch}, size {size}"
     peak = machine_peak(runtime, steps[CONSTANT])
-    rows = timed if peak is None else {**timed, AT_PEAK: peak.timing}
-    console.print(table_of(title, runtime, rows, count, network.unit, memory, ours))
-    console.print(f"memory: {MEMORY}")
-    for name, reason in missing.items():
-        console.print(f"{name}: {reason}")
-    means = {name: statistics.fmean(timing.seconds) for name, timing in timed.items()}
-    return {
-        "clock": by.__name__,
-        "batch": batch,
-        "size": size,
-        "rate": rate,
-        "libraries": {name: _version(name) for name in network.libraries},
-        "seconds": {name: list(timing.seconds) for name, timing in timed.items()},
-        f"{network.unit}_per_second": {name: count / mean for name, mean in means.items()},
-        "memory_bytes": memory,
-        "memory": MEMORY,
-        "ours_is_faster_by": {
-            name: mean / means[ours] for name, mean in means.items() if ours and name != ours
-        },
-        "constant": CONSTANT,
-        "peak": peak and peak.to_json({n: t.median for n, t in timed.items() if CONSTANT in n}),
-        "missing": missing,
-    }
+    return PeersResult(timed, memory, network, batch, size, rate, peak, missing)
+
+
+def tables(result: PeersResult, options: PeersOptions, runtime: Runtime) -> Iterator[Table | str]:
+    of_depth = f"-{options.depth}" if options.network == "cifar-resnet" else ""
+    title = (
+        f"{options.network}{of_depth}, drop rate {result.rate:g}, batch {result.batch}, size "
+        f"{result.size}"
+    )
+    rows = result.timed.timings
+    if result.peak is not None:
+        rows[AT_PEAK] = result.peak.timing
+    unit = result.network.unit
+    yield table_of(title, runtime, rows, result.count, unit, result.memory, result.ours)
+    yield f"memory: {MEMORY}"
+    for name, reason in result.missing.items():
+        yield f"{name}: {reason}"
 
 
 def _version(package: str) -> str | None:

@@ -5,9 +5,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from stochastic_depth.data.folder_batches import FolderBatches
 from stochastic_depth.extras import require
-from stochastic_depth.lab.bench.results import bench_table, timings, with_progress
+from stochastic_depth.lab.bench.results import bench_table, time_in_turns, with_progress
 from stochastic_depth.lab.options import PicturesOptions
 from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.randomness import generator
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.timing import Timing, take_turns
+from stochastic_depth.timing import Timing
 from stochastic_depth.train.config import (
     Config,
     ModelConfig,
@@ -88,10 +88,10 @@ def _decoding_rate(images: FolderBatches, epoch: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def measure_steps(
-    configs: dict[str, Config], images: FolderBatches, runtime: Runtime, repeats: int
-) -> Iterator[dict[str, float]]:
-    """For each round, the seconds of a training step of each configuration, without its data."""
+def training_steps(
+    configs: dict[str, Config], images: FolderBatches, runtime: Runtime
+) -> dict[str, Callable[[], None]]:
+    """A training step of each configuration, always on the same batch."""
     images.workers = 0
     batch = next(images.train(0))
     steps = {}
@@ -103,22 +103,47 @@ def measure_steps(
             runtime.synchronise()
 
         steps[name] = step
-    return take_turns(steps, repeats, warmup=1)
+    return steps
 
 
-def bench(options: PicturesOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PicturesResult:
+    """Pictures per second, decoded and taken by training steps."""
+
+    decoded: Mapping[int, Sequence[float]]
+    """Of every round, by number of workers."""
+    taken: Mapping[str, float]
+    """By name of the training."""
+    cores: int
+    load: float
+    file_bytes: float
+    """The mean size of the files."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "clock": "perf_counter",
+            "cores": self.cores,
+            "load": self.load,
+            "file_bytes": self.file_bytes,
+            "decoded_per_second": self.decoded,
+            "taken_per_second": self.taken,
+        }
+
+
+def measure(options: PicturesOptions, runtime: Runtime, console: Console) -> PicturesResult:
+    """Measure how fast pictures are decoded, and how fast a network takes them."""
     with ExitStack() as stack:
         root = options.root
         if root is None:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with console.status("writing pictures"):
                 write_tree(root, options.pictures)
-        return _measured_pictures(options, root, runtime, console)
+        return _measure_in(root, options, runtime, console)
 
 
-def _measured_pictures(
-    options: PicturesOptions, root: Path, runtime: Runtime, console: Console
-) -> dict[str, Any]:
+def _measure_in(
+    root: Path, options: PicturesOptions, runtime: Runtime, console: Console
+) -> PicturesResult:
     images = FolderBatches(
         root,
         batch=options.batch,
@@ -138,46 +163,38 @@ def _measured_pictures(
         CONSTANT: replace(stochastic, survival=SurvivalConfig("constant")),
         "p_L = 0.5": stochastic,
     }
-    rates = list(
-        with_progress(
-            measure_decoding(images, options.workers, options.repeats), options.repeats, console
-        )
+    decoding = measure_decoding(images, options.workers, options.repeats)
+    rates = list(with_progress(decoding, options.repeats, console))
+    steps = training_steps(configs, images, runtime)
+    timed = time_in_turns(steps, options.repeats, console, warmup=1, doing="training")
+    return PicturesResult(
+        dict(zip(options.workers, zip(*rates, strict=True), strict=True)),
+        {name: options.batch / timing.median for name, timing in timed.timings.items()},
+        runtime.threads if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0)),
+        os.getloadavg()[0],
+        statistics.fmean(path.stat().st_size for path in root.glob("train/*/*")),
     )
-    steps = with_progress(
-        measure_steps(configs, images, runtime, options.repeats),
-        options.repeats,
-        console,
-        "training",
+
+
+def tables(
+    result: PicturesResult, options: PicturesOptions, runtime: Runtime
+) -> Iterator[Table | str]:
+    yield _pictures_table(runtime, result.decoded, result.taken)
+    yield (
+        f"{result.cores} core(s) for decoding and training; ResNet-{options.depth} takes "
+        + ", ".join(f"{rate:,.1f} a second at {name}" for name, rate in result.taken.items())
     )
-    takes = {name: options.batch / t.median for name, t in timings(list(steps)).items()}
-    by_workers = dict(zip(options.workers, zip(*rates, strict=True), strict=True))
-    cores = (
-        runtime.threads if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
-    )
-    console.print(_pictures_table(runtime, by_workers, takes))
-    console.print(
-        f"{cores} core(s) for decoding and training; ResNet-{options.depth} takes "
-        + ", ".join(f"{rate:,.1f} a second at {name}" for name, rate in takes.items()),
-    )
-    return {
-        "clock": "perf_counter",
-        "cores": cores,
-        "load": os.getloadavg()[0],
-        "file_bytes": statistics.fmean(p.stat().st_size for p in root.glob("train/*/*")),
-        "decoded_per_second": by_workers,
-        "taken_per_second": takes,
-    }
 
 
 def _pictures_table(
-    runtime: Runtime, by_workers: dict[int, tuple[float, ...]], takes: dict[str, float]
+    runtime: Runtime, by_workers: Mapping[int, Sequence[float]], takes: Mapping[str, float]
 ) -> Table:
     columns = ["median\npictures/s", "quartiles\npictures/s"]
     columns += [f"of what is taken\nat {name}" for name in takes]
     title = "decoded, cut and scaled to 224 x 224"
     table = bench_table(title, runtime, "workers", *columns)
     for workers, rates in by_workers.items():
-        rate = Timing(rates)
+        rate = Timing(tuple(rates))
         (low, high), median = rate.quartiles, rate.median
         table.add_row(
             str(workers),

@@ -5,7 +5,8 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def operators(step: Step, steps: int) -> dict[str, float]:
     return {name: 1e-6 * microseconds[name] / steps for name in longest}
 
 
-class Timed:
+class TimedReplay:
     """A `Replay` that runs the work as it is, and measures how long it takes."""
 
     keeps = False
@@ -80,14 +81,14 @@ def _piece_name(work: Any) -> str:
     return f"{kind} {piece.out.shape[1]} channels, {direction}"
 
 
-def pieces(depth: int, workload: Workload) -> tuple[Timed, Step]:
+def pieces(depth: int, workload: Workload) -> tuple[TimedReplay, Step]:
     """A step of a ResNet's block program, and the recorder of the seconds of its pieces."""
     runtime = workload.runtime
     model = CifarResNet(depth, channels=workload.channels)
     model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     images = workload.images().to(runtime.device)
     labels = (torch.arange(workload.batch) % 10).to(runtime.device)
-    timed = Timed(runtime.synchronise)
+    timed = TimedReplay(runtime.synchronise)
     dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
     program = Program(
         model.train(),
@@ -105,18 +106,53 @@ SHOWN = 15
 """How many operators are in the table; the file has all of them."""
 
 
-def bench(options: ProfileOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Show where the time of a step goes, by operator and by piece of the block program."""
+@dataclass(frozen=True)
+class ProgramTimes:
+    """The medians of the steps of a block program, and of its pieces."""
+
+    step: float
+    rest: float
+    """What is between the pieces."""
+    pieces: Mapping[str, tuple[int, float]]
+    """How often each piece runs in a step, and its seconds."""
+
+    def to_json(self) -> dict[str, Any]:
+        pieces = {name: {"count": n, "seconds": s} for name, (n, s) in self.pieces.items()}
+        return {"step": self.step, "rest": self.rest, **pieces}
+
+
+@dataclass(frozen=True)
+class ProfileResult:
+    """The seconds of each operator, and the times of the block program if it was run."""
+
+    operators: Mapping[str, float]
+    program: ProgramTimes | None
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"clock": "perf_counter", "operators": dict(self.operators)}
+        return found if self.program is None else {**found, "pieces": self.program.to_json()}
+
+
+def measure(options: ProfileOptions, runtime: Runtime, console: Console) -> ProfileResult:
+    """Measure where the time of a step goes, by operator and by piece of the block program."""
     workload = Workload(options.batch, options.size, 3, runtime)
     by_operator = operators(workload.step(CifarResNet(options.depth)), steps=3)
-    console.print(_operators_table(options, runtime, by_operator))
-    result: dict[str, Any] = {"clock": "perf_counter", "operators": by_operator}
-    if runtime.engine == "graphs":
-        result["pieces"] = _timed_pieces(options, workload, console)
-    return result
+    if runtime.engine != "graphs":
+        return ProfileResult(by_operator, None)
+    return ProfileResult(by_operator, _program_times(options, workload, console))
 
 
-def _operators_table(options: ProfileOptions, runtime: Runtime, seconds: dict[str, float]) -> Table:
+def tables(
+    result: ProfileResult, options: ProfileOptions, runtime: Runtime
+) -> Iterator[Table | str]:
+    yield _operators_table(options, runtime, result.operators)
+    if result.program is not None:
+        yield _pieces_table(options, runtime, result.program)
+
+
+def _operators_table(
+    options: ProfileOptions, runtime: Runtime, seconds: Mapping[str, float]
+) -> Table:
     whole = sum(seconds.values())
     title = f"ResNet-{options.depth} by autograd, {1e3 * whole:,.0f} ms a step"
     table = bench_table(title, runtime, "operator", "ms", "share")
@@ -125,30 +161,33 @@ def _operators_table(options: ProfileOptions, runtime: Runtime, seconds: dict[st
     return table
 
 
-def _timed_pieces(options: ProfileOptions, workload: Workload, console: Console) -> dict[str, Any]:
-    timed, step = pieces(options.depth, workload)
+def _program_times(options: ProfileOptions, workload: Workload, console: Console) -> ProgramTimes:
+    replay, step = pieces(options.depth, workload)
     for _ in range(3):
         step()
-    timed.seconds.clear()
+    replay.seconds.clear()
     whole, inside = [], [0.0]
     for _ in with_progress(range(options.repeats), options.repeats, console):
         began = time.perf_counter()
         step()
         whole.append(time.perf_counter() - began)
-        inside.append(sum(map(sum, timed.seconds.values())))
+        inside.append(sum(map(sum, replay.seconds.values())))
     between = [
         step - (after - before)
         for step, (before, after) in zip(whole, itertools.pairwise(inside), strict=True)
     ]
-    kernels, step_ms = workload.runtime.kernels, 1e3 * statistics.median(whole)
-    title = f"ResNet-{options.depth} by block program, {kernels} kernels, {step_ms:,.0f} ms a step"
-    table = bench_table(title, workload.runtime, "piece", "median, ms", "in a step")
-    result = {}
-    for name, seconds in timed.seconds.items():
-        count = len(seconds) // options.repeats
-        result[name] = {"count": count, "seconds": statistics.median(seconds)}
-        table.add_row(name, f"{1e3 * result[name]['seconds']:.2f}", f"{count}")
-    rest = statistics.median(between)
-    table.add_row("cast, update, gates", f"{1e3 * rest:.2f}", "1")
-    console.print(table)
-    return {"step": statistics.median(whole), "rest": rest, **result}
+    of_pieces = {
+        name: (len(seconds) // options.repeats, statistics.median(seconds))
+        for name, seconds in replay.seconds.items()
+    }
+    return ProgramTimes(statistics.median(whole), statistics.median(between), of_pieces)
+
+
+def _pieces_table(options: ProfileOptions, runtime: Runtime, program: ProgramTimes) -> Table:
+    step = f"{1e3 * program.step:,.0f} ms a step"
+    title = f"ResNet-{options.depth} by block program, {runtime.kernels} kernels, {step}"
+    table = bench_table(title, runtime, "piece", "median, ms", "in a step")
+    for name, (count, seconds) in program.pieces.items():
+        table.add_row(name, f"{1e3 * seconds:.2f}", f"{count}")
+    table.add_row("cast, update, gates", f"{1e3 * program.rest:.2f}", "1")
+    return table

@@ -1,12 +1,16 @@
-"""How benchmarks present their results: a progress bar, one kind of table, one kind of JSON."""
+"""The frame of every benchmark: it measures, has a result, and shows the result in tables.
+
+The module of a benchmark has two functions: `measure(options, runtime, console)` returns its
+`Result`, and `tables(result, options, runtime)` yields the tables and sentences to print.
+"""
 
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import track
@@ -15,7 +19,7 @@ from rich.table import Table
 from stochastic_depth.files import write_whole
 from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.options import BenchOptions
-from stochastic_depth.timing import Timing
+from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.runtime import Runtime, machine, versions
 
 T = TypeVar("T")
@@ -46,9 +50,44 @@ def clock(runtime: Runtime) -> Callable[[], float]:
     return time.process_time if alone else time.perf_counter
 
 
-def timings(rounds: list[dict[str, float]]) -> dict[str, Timing]:
-    """Timings of each alternative, from the seconds of each round."""
-    return {name: Timing(tuple(seconds[name] for seconds in rounds)) for name in rounds[0]}
+class Result(Protocol):
+    """What a benchmark has measured."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurements for a file, with the name of the clock."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The seconds of a step of every alternative, round by round."""
+
+    rounds: list[dict[str, float]]
+    clock: str
+    """The function of the module `time` that measured them."""
+
+    @property
+    def timings(self) -> dict[str, Timing]:
+        """The timing of each alternative."""
+        names = self.rounds[0]
+        return {name: Timing(tuple(seconds[name] for seconds in self.rounds)) for name in names}
+
+    def to_json(self) -> dict[str, Any]:
+        seconds = {name: list(timing.seconds) for name, timing in self.timings.items()}
+        return {"clock": self.clock, "seconds": seconds}
+
+
+def time_in_turns(
+    steps: Mapping[str, Callable[[], object]],
+    repeats: int,
+    console: Console,
+    by: Callable[[], float] = time.perf_counter,
+    warmup: int = 3,
+    doing: str = "timing",
+) -> Rounds:
+    """Time every step once in each of `repeats` rounds, with a progress bar on a terminal."""
+    turns = take_turns(steps, repeats, warmup, by)
+    return Rounds(list(with_progress(turns, repeats, console, doing)), by.__name__)
 
 
 def bench_table(title: str, runtime: Runtime, first: str, *columns: str) -> Table:
@@ -103,8 +142,8 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.{1 if seconds < 1 else 0}f}"
 
 
-def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: dict[str, Any]) -> None:
-    """Write the settings, the machine and versions, and the result, which names its clock."""
+def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: Result) -> None:
+    """Write the settings, the machine and versions, and the result."""
     files = ("out", "plot", "root", "dinov2")
     settings = {name: value for name, value in asdict(options).items() if name not in files}
     content = {
@@ -112,6 +151,6 @@ def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: dict[
         "execution": asdict(runtime),
         "machine": machine(runtime),
         "versions": versions(),
-        **result,
+        **result.to_json(),
     }
     write_whole(out, json.dumps(content, indent=1).encode() + b"\n")

@@ -1,12 +1,13 @@
 """What skipping saves: time against the share of the FLOPs that is spent."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
@@ -64,6 +65,12 @@ class Skipping:
             if flops < 1
         ]
 
+    @property
+    def efficiency_quartiles(self) -> list[float] | None:
+        """The quartiles of `efficiencies`; None for fewer than two rounds."""
+        values = self.efficiencies
+        return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else None
+
 
 Round = dict[str, tuple[float, float]]
 
@@ -119,59 +126,73 @@ class Skip:
         return statistics.mean(saved), statistics.mean(active)
 
 
-def bench(options: SkipOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SkipResult:
+    """The steps of each alternative, what they kept, and the machine's peak."""
+
+    alternatives: Mapping[str, Skipping]
+    memory: Mapping[str, tuple[float, float]]
+    """As from `Skip.memory`."""
+    peak: MachinePeak | None
+    clock: str
+
+    def of_the_peak(self, name: str) -> float | None:
+        """The share of the machine's peak that a step reaches; None where it was not measured."""
+        if self.peak is None:
+            return None
+        found = self.alternatives[name]
+        steps = zip(found.seconds, found.active, strict=True)
+        return statistics.median(self.peak.share(*step) for step in steps)
+
+    def to_json(self) -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for name, found in self.alternatives.items():
+            kept, active = self.memory[name]
+            rows[name] = {
+                **asdict(found),
+                "efficiency_quartiles": found.efficiency_quartiles,
+                "kept_for_backward": kept,
+                "active_blocks": active,
+            }
+            if (share := self.of_the_peak(name)) is not None:
+                rows[name]["of_the_peak"] = share
+        peak = self.peak and self.peak.to_json({})
+        return {"clock": self.clock, "alternatives": rows, "peak": peak}
+
+
+def measure(options: SkipOptions, runtime: Runtime, console: Console) -> SkipResult:
     """Time constant depth, two p_L and fixed shares of the blocks, in turns."""
-    compared = Skip(options.depth, Workload(options.batch, options.size, 3, runtime))
-    rounds = list(with_progress(compared.rounds(options.repeats), options.repeats, console))
+    skip = Skip(options.depth, Workload(options.batch, options.size, 3, runtime))
+    rounds = list(with_progress(skip.rounds(options.repeats), options.repeats, console))
+    plain = PlainResNet(options.depth, skip.workload.channels)
+    peak = machine_peak(runtime, skip.workload.step(plain))
+    memory = {name: skip.memory(name, 3) for name in skip.steps}
+    return SkipResult(skippings(rounds), memory, peak, skip.clock.__name__)
+
+
+def tables(result: SkipResult, options: SkipOptions, runtime: Runtime) -> Iterator[Table | str]:
     title = f"Training steps of ResNet-{options.depth}, batch {options.batch}"
-    plain = PlainResNet(options.depth, compared.workload.channels)
-    peak = machine_peak(runtime, compared.workload.step(plain))
     columns = ("median", "time", "FLOPs", "efficiency", "kept", "blocks")
     table = bench_table(title, runtime, "", *columns)
-    rows: dict[str, Any] = {}
-    for name, result in skippings(rounds).items():
-        kept, active = compared.memory(name, 3)
-        efficiencies = result.efficiencies
-        quartiles = (
-            statistics.quantiles(efficiencies, n=4, method="inclusive")
-            if len(efficiencies) > 1
-            else None
-        )
-        rows[name] = {
-            **asdict(result),
-            "efficiency_quartiles": quartiles,
-            "kept_for_backward": kept,
-            "active_blocks": active,
-        }
-        shares = [] if peak is None else _shares(peak, result)
-        if shares:
-            rows[name]["of_the_peak"] = statistics.median(shares)
+    for name, found in result.alternatives.items():
+        kept, active = result.memory[name]
+        quartiles = found.efficiency_quartiles
         table.add_row(
             name,
-            f"{1e3 * statistics.median(result.seconds):.1f} ms",
-            f"{statistics.median(result.relative):.3f}",
-            f"{statistics.mean(result.active):.3f}",
+            f"{1e3 * statistics.median(found.seconds):.1f} ms",
+            f"{statistics.median(found.relative):.3f}",
+            f"{statistics.mean(found.active):.3f}",
             "{1:.2f} ({0:.2f}-{2:.2f})".format(*quartiles) if quartiles else "",
             f"{kept:.3f}",
             f"{active:.3f}",
         )
-    if peak is not None:
-        table.add_row(AT_PEAK, f"{milliseconds(peak.timing.median)} ms", *[""] * 5)
-    console.print(table)
-    console.print(
+    if result.peak is not None:
+        table.add_row(AT_PEAK, f"{milliseconds(result.peak.timing.median)} ms", *[""] * 5)
+    yield table
+    yield (
         "time, FLOPs, bytes kept for backward, active blocks: of constant depth's\n"
-        "efficiency: time saved over FLOPs saved, median and quartiles of the rounds",
+        "efficiency: time saved over FLOPs saved, median and quartiles of the rounds"
     )
-    if peak is not None:
-        reached = ", ".join(f"{row['of_the_peak']:.2f}" for row in rows.values())
-        console.print(f"of the machine's peak, of which the last row is 1: {reached}")
-    return {
-        "clock": compared.clock.__name__,
-        "alternatives": rows,
-        "peak": peak and peak.to_json({}),
-    }
-
-
-def _shares(peak: MachinePeak, result: Skipping) -> list[float]:
-    """The share of the machine's peak that each step reached."""
-    return [peak.share(*step) for step in zip(result.seconds, result.active, strict=True)]
+    if result.peak is not None:
+        reached = ", ".join(f"{result.of_the_peak(name):.2f}" for name in result.alternatives)
+        yield f"of the machine's peak, of which the last row is 1: {reached}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from stochastic_depth.handle import Handle
@@ -134,43 +135,63 @@ def _build(network: str, depth: int, workload: Workload) -> nn.Module:
         return library("timm").create_model(network, **options)
 
 
-def bench(options: SteadyOptions, runtime: Runtime, console: Console) -> dict[str, Any]:
-    """Take steps under independent and balanced gates, and compare how steady they are."""
+@dataclass(frozen=True)
+class SteadyResult:
+    """The steps of each alternative."""
+
+    alternatives: Mapping[str, Steadiness]
+    clock: str
+    batch: int
+    """Images in a step."""
+    limit: int
+    """The bytes into which the largest batch has to fit."""
+
+    def to_json(self) -> dict[str, Any]:
+        constant = self.alternatives[CONSTANT]
+        seconds, kept = statistics.median(constant.seconds), statistics.fmean(constant.kept)
+        return {
+            "clock": self.clock,
+            "alternatives": {
+                name: {
+                    **asdict(found),
+                    "relative_median": statistics.median(found.seconds) / seconds,
+                    "spread": found.spread,
+                    "mean_kept": statistics.fmean(found.kept) / kept,
+                    "peak_kept": max(found.kept) / kept,
+                    "peak_over_mean": found.peak_over_mean,
+                    "largest_batch": found.largest_batch(self.batch, self.limit),
+                }
+                for name, found in self.alternatives.items()
+            },
+        }
+
+
+def measure(options: SteadyOptions, runtime: Runtime, console: Console) -> SteadyResult:
+    """Take steps under independent and balanced gates."""
     workload = Workload(options.batch, options.size, 3, runtime)
-    compared = Steady(options.network, options.depth, options.final, workload)
-    found = steadiness(
-        list(with_progress(compared.rounds(options.repeats), options.repeats, console))
-    )
-    seconds = statistics.median(found[CONSTANT].seconds)
-    kept = statistics.fmean(found[CONSTANT].kept)
+    steady = Steady(options.network, options.depth, options.final, workload)
+    rounds = list(with_progress(steady.rounds(options.repeats), options.repeats, console))
+    limit = round(options.limit * 2**30)
+    return SteadyResult(steadiness(rounds), steady.clock.__name__, options.batch, limit)
+
+
+def tables(result: SteadyResult, options: SteadyOptions, runtime: Runtime) -> Iterator[Table | str]:
     columns = ("median", "spread", "mean bytes", "peak bytes", "peak/mean", "batch")
     title = f"{options.repeats} training steps, batch {options.batch}"
     table = bench_table(title, runtime, "", *columns)
-    rows: dict[str, Any] = {}
-    for name, result in found.items():
-        largest = result.largest_batch(options.batch, round(options.limit * 2**30))
-        rows[name] = {
-            **asdict(result),
-            "relative_median": statistics.median(result.seconds) / seconds,
-            "spread": result.spread,
-            "mean_kept": statistics.fmean(result.kept) / kept,
-            "peak_kept": max(result.kept) / kept,
-            "peak_over_mean": result.peak_over_mean,
-            "largest_batch": largest,
-        }
+    for name, row in result.to_json()["alternatives"].items():
         table.add_row(
             name,
-            f"{rows[name]['relative_median']:.3f}",
-            f"{100 * result.spread:.1f} %",
-            f"{rows[name]['mean_kept']:.3f}",
-            f"{rows[name]['peak_kept']:.3f}",
-            f"{result.peak_over_mean:.3f}",
-            f"{largest:,}",
+            f"{row['relative_median']:.3f}",
+            f"{100 * row['spread']:.1f} %",
+            f"{row['mean_kept']:.3f}",
+            f"{row['peak_kept']:.3f}",
+            f"{row['peak_over_mean']:.3f}",
+            f"{row['largest_batch']:,}",
         )
-    console.print(table)
-    console.print(
+    yield table
+    yield (
         "median, bytes (on a GPU the allocator's peak, else kept for backward): of constant "
         "depth's;\nspread: deviation over mean of the seconds; batch: the largest with at most "
         f"{options.limit:g} GiB in any step"
     )
-    return {"clock": compared.clock.__name__, "alternatives": rows}
