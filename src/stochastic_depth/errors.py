@@ -5,6 +5,12 @@ class StochasticDepthError(Exception):
     """The root of the tree: `except sd.errors.StochasticDepthError` catches all of them."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the message of any error, for a sentence that reports it."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"
+
+
 class SurvivalError(StochasticDepthError, ValueError):
     """A survival probability outside (0, 1], or a rule that cannot give one."""
 

@@ -33,6 +33,15 @@ def test_what_is_asked_for_is_taken():
     assert resolve_runtime(Config(device="cpu", precision="bfloat16")).precision == "bfloat16"
 
 
+def test_a_device_that_fails_without_a_reason_is_named(monkeypatch):
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(ConfigError, match=r"device='cpu' cannot be used \(no reason given\)"):
+        resolve_runtime(Config(device="cpu"))
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ConfigError, match=device):

@@ -13,7 +13,13 @@ import tyro
 
 from stochastic_depth.choices import at_least
 from stochastic_depth.cli.arguments import Flag, parse
-from stochastic_depth.errors import ApplyError, ConfigError, ExampleError, StochasticDepthError
+from stochastic_depth.errors import (
+    ApplyError,
+    ConfigError,
+    ExampleError,
+    StochasticDepthError,
+    first_line,
+)
 from stochastic_depth.extras import require
 
 if TYPE_CHECKING:
@@ -140,12 +146,11 @@ def _on_example(asked: Inspect, what: str) -> Iterator[None]:
         if isinstance(error, StochasticDepthError) and not isinstance(error, ExampleError):
             raise
         raised = error.__cause__ or error if isinstance(error, ExampleError) else error
-        said = (str(raised) or "no reason given").splitlines()[0]
         remedy = "give another --shape, or a factory that returns (model, example)"
         if asked.plan_only:
             remedy = "leave out --plan-only, with which there are no values to compute with"
         raise ApplyError(
-            f"{asked.model} {what} ({type(raised).__name__}: {said}): {remedy}"
+            f"{asked.model} {what} ({type(raised).__name__}: {first_line(raised)}): {remedy}"
         ) from raised
 
 

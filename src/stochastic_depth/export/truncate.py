@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.block import force
-from stochastic_depth.errors import TruncateError
+from stochastic_depth.errors import TruncateError, first_line
 from stochastic_depth.export.fold import multipliers, multiply
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
@@ -158,7 +158,7 @@ def check_configuration(twin: nn.Module, example: Example) -> None:
                 )
             why = "" if difference <= SAME else f"its outputs differ by {difference:.2g}"
         except Exception as error:
-            why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            why = f"{type(error).__name__}: {first_line(error)}"
         if why:
             raise TruncateError(
                 f"{type(module).__name__}: its config cannot describe which layers are left, so "

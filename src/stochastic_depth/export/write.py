@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stochastic_depth.errors import ExportError
+from stochastic_depth.errors import ExportError, first_line
 from stochastic_depth.export.load import KEY, load_export
 from stochastic_depth.export.network import Plain
 from stochastic_depth.extras import require
@@ -112,7 +112,7 @@ def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
         session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen exception types
         raise ExportError(
-            f"onnxruntime cannot load it ({str(error).splitlines()[0]}): choose another --format"
+            f"onnxruntime cannot load it ({first_line(error)}): choose another --format"
         ) from error
     description = session.get_modelmeta().custom_metadata_map.get(KEY)
     if description is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.errors import ConfigError, MissingExtraError
+from stochastic_depth.errors import ConfigError, MissingExtraError, first_line
 from stochastic_depth.extras import import_torchvision
 from stochastic_depth.randomness import generator
 
@@ -114,8 +114,9 @@ def _transformers(
     try:
         model = transformers.AutoModel.from_config(config)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"transformers has no plain model of type {name}: {reason}") from error
+        raise ConfigError(
+            f"transformers has no plain model of type {name}: {first_line(error)}"
+        ) from error
     return model, inputs_of(model, batch, shape, device)
 
 

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from torch import Tensor
 
-from stochastic_depth.errors import DivergedError, OutOfMemoryError
+from stochastic_depth.errors import DivergedError, OutOfMemoryError, first_line
 from stochastic_depth.gates import open_shares
 from stochastic_depth.tensors import is_out_of_memory
 from stochastic_depth.train.run_folder import Run
@@ -38,12 +38,11 @@ def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_exhaustion(error):
             raise
-        message = (str(error) or "no more")[:200].splitlines()[0]
         step, config = train_state.step, train_state.config
         evaluating = not train_state.model.training
         gates = "in evaluation" if evaluating else open_blocks(train_state.gates_at(step))
         raise OutOfMemoryError(
-            f"out of memory at step {step} of {run.path} ({gates}): {message}; "
+            f"out of memory at step {step} of {run.path} ({gates}): {first_line(error)[:200]}; "
             f"{last_good(run)}. Resume where there is more memory, or begin a run with a lower "
             f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
             f"({config.data.workers}) or --precision bfloat16 ({train_state.runtime.precision})"

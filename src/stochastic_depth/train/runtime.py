@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from stochastic_depth.block_program.library import cpu_capabilities
-from stochastic_depth.errors import ConfigError
+from stochastic_depth.errors import ConfigError, first_line
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engine_choice import EngineName, KernelsName, choose_engine
 
@@ -60,9 +60,8 @@ def resolve_runtime(config: Config) -> Runtime:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"device={device!r} cannot be used ({reason}): try --device cpu"
+            f"device={device!r} cannot be used ({first_line(error)}): try --device cpu"
         ) from error
     precision = config.precision
     if precision == "auto":

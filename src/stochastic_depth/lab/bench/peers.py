@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from stochastic_depth.choices import GateKind
-from stochastic_depth.errors import ApplyError, MissingExtraError
+from stochastic_depth.errors import ApplyError, MissingExtraError, first_line
 from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import MEMORY, Rounds, clock, table_of, time_in_turns
 from stochastic_depth.lab.bench.workload import (
@@ -150,7 +150,7 @@ def x_transformer_peers(
             if model is ours:
                 apply(model, Uniform(1 - rate), example=inputs[:2], granularity="unit")
         except ApplyError as error:
-            missing[name] = str(error).splitlines()[0]
+            missing[name] = first_line(error)
             continue
         steps[name] = training_step(model, inputs, labels, runtime)
     return steps, missing

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from stochastic_depth.errors import ExampleError, StochasticDepthError
+from stochastic_depth.errors import ExampleError, StochasticDepthError, first_line
 from stochastic_depth.surgery.edits import ADDITIONS, CallSite, Side, call_site_of
 from stochastic_depth.surgery.record.branch_source import (
     Addition,
@@ -64,10 +64,9 @@ def discover(
         except StochasticDepthError:
             raise
         except Exception as error:
-            said = (str(error) or "no reason given").splitlines()[0]
             raise ExampleError(
                 f"{type(model).__name__} does not run on the example ({type(error).__name__}: "
-                f"{said}): example= is the inputs of one forward call, a tensor, a "
+                f"{first_line(error)}): example= is the inputs of one forward call, a tensor, a "
                 "tuple of arguments, or a mapping of keyword arguments"
             ) from error
     outputs = search.recording.numbers(output)
