@@ -1,5 +1,7 @@
 """All errors that this library raises on purpose, as one tree of classes."""
 
+from pathlib import Path
+
 
 class StochasticDepthError(Exception):
     """The root of the tree: `except sd.errors.StochasticDepthError` catches all of them."""
@@ -9,6 +11,22 @@ def first_line(error: BaseException) -> str:
     """The first line of the message of any error, for a sentence that reports it."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no reason given"
+
+
+_SIGNS_OF_EXHAUSTION = (
+    "out of memory",  # CUDA
+    "can't allocate memory",  # PyTorch's allocator on a CPU
+    "could not create a memory",  # oneDNN
+    "Cannot allocate memory",  # the operating system, when a loader starts its workers
+    "DataLoader worker",  # PyTorch, when the operating system has killed one
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is exhausted, in this process or in one that decodes pictures."""
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in _SIGNS_OF_EXHAUSTION
+    )
 
 
 class SurvivalError(StochasticDepthError, ValueError):
@@ -86,3 +104,11 @@ class OutOfMemoryError(RunError):
 
 class DivergedError(RunError):
     """A loss or a weight that is not finite."""
+
+
+class Interrupted(StochasticDepthError):
+    """A signal that has stopped a run, after a checkpoint was written."""
+
+    def __init__(self, run: Path, step: int, signal: int) -> None:
+        super().__init__(f"{run} stopped at step {step}, with a checkpoint")
+        self.run, self.signal = run, signal

@@ -229,8 +229,11 @@ def reason(error: OSError) -> str:
 
 
 @contextmanager
-def reading(path: Path, error_class: type[Exception]) -> Iterator[None]:
-    """Turn operating system errors while `path` is read into one sentence.
+def reading(path: Path | None, error_class: type[Exception]) -> Iterator[None]:
+    """Turn operating system errors while something is read into one sentence.
+
+    Args:
+        path: what is read; with None, the file or folder that the system names.
 
     Raises:
         error_class: in place of an OSError, naming the path and the reason.
@@ -238,7 +241,8 @@ def reading(path: Path, error_class: type[Exception]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise error_class(f"{path} cannot be read: {reason(error)}") from error
+        name = path or error.filename or "a file"
+        raise error_class(f"{name} cannot be read: {reason(error)}") from error
 
 
 def _open(path: Path, flags: int, real_parts: int) -> int:

@@ -1,8 +1,12 @@
-"""Start other processes that run a function of this library."""
+"""Start other processes; and the cores and the memory that this one uses."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import resource
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # not every system has both
@@ -24,3 +28,33 @@ def fresh_processes(module: str) -> ForkServerContext | SpawnContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     return context
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resident() -> int:
+    """The bytes of this process in memory; their peak, if the system does not report them."""
+    return _status("VmRSS") or peak_resident()
+
+
+def peak_resident() -> int:
+    """The largest number of bytes of this process that were in memory at one time."""
+    # On Linux, getrusage begins with the peak of the process that started this one.
+    if peak := _status("VmHWM"):
+        return peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def _status(name: str) -> int:
+    """A field of Linux's description of this process, in bytes; 0 if there is none."""
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)

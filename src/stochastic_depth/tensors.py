@@ -85,20 +85,6 @@ def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> f
     return largest
 
 
-_SIGNS_OF_EXHAUSTION = (
-    "out of memory",  # CUDA
-    "can't allocate memory",  # PyTorch's allocator on a CPU
-    "could not create a memory",  # oneDNN
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch or Python found no memory for a tensor."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(sign in str(error) for sign in _SIGNS_OF_EXHAUSTION)
-
-
 def _tensors(value: object, depth: int, seen: set[int]) -> Iterator[Tensor]:
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):

@@ -12,7 +12,7 @@ from stochastic_depth.data.pictures import decode, decode_one
 from stochastic_depth.errors import DataError
 from support.data_sets import encode
 
-SIZE = (32, 32)
+SIDE = 32
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
@@ -20,7 +20,7 @@ def test_many_pictures_come_out_in_order(pictures, kind):
     pixels = pictures(1100)
     options = {"lossless": True, "quality": 0} if kind == "WEBP" else {}
     encoded = [encode(image, kind, **options) for image in pixels]
-    found = decode(len(encoded), encoded.__getitem__, str, SIZE)
+    found = decode(len(encoded), encoded.__getitem__, str, SIDE)
     np.testing.assert_array_equal(found, pixels.transpose(0, 3, 1, 2))
     assert found.is_contiguous()
 
@@ -30,33 +30,33 @@ def test_grey_and_palette_pictures_become_rgb(pictures):
     for picture in (Image.fromarray(grey), Image.fromarray(grey).convert("P")):
         file = io.BytesIO()
         picture.save(file, "PNG")
-        found = np.frombuffer(decode_one(file.getvalue(), "here", SIZE), np.uint8)
+        found = np.frombuffer(decode_one(file.getvalue(), "here", SIDE), np.uint8)
         np.testing.assert_array_equal(found.reshape(32, 32, 3), np.stack([grey] * 3, -1))
 
 
 @pytest.mark.parametrize("encoded", [b"", None])
 def test_no_bytes_are_no_picture(encoded):
     with pytest.raises(DataError, match="row 3: holds no bytes"):
-        decode_one(encoded, "row 3", SIZE)
+        decode_one(encoded, "row 3", SIDE)
 
 
 def test_the_first_bad_picture_is_named(pictures):
     encoded = [encode(image) for image in pictures(1500)]
     encoded[1203] = b"GIF89a, but not really"
     with pytest.raises(DataError, match="row 1203: 22 bytes that are no readable"):
-        decode(len(encoded), encoded.__getitem__, lambda i: f"row {i}", SIZE)
+        decode(len(encoded), encoded.__getitem__, lambda i: f"row {i}", SIDE)
 
 
 def test_another_size_is_refused(pictures):
     with pytest.raises(DataError, match="32x31 pixels, expected 32x32"):
-        decode_one(encode(pictures(1)[0, :31]), "here", SIZE)
+        decode_one(encode(pictures(1)[0, :31]), "here", SIDE)
 
 
 def test_another_mode_is_refused():
     file = io.BytesIO()
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(file, "PNG")
     with pytest.raises(DataError, match="mode I;16, expected RGB"):
-        decode_one(file.getvalue(), "here", SIZE)
+        decode_one(file.getvalue(), "here", SIDE)
 
 
 @pytest.mark.parametrize("side", [5_000, 11_000, 2**31 - 1])
@@ -69,7 +69,7 @@ def test_a_picture_that_claims_to_be_huge_is_not_decoded(side, monkeypatch):
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
     monkeypatch.setattr(Image.Image, "tobytes", lambda _: pytest.fail("decoded"))
     with pytest.raises(DataError, match="here: "):
-        decode_one(bomb + chunk(b"IEND", b""), "here", SIZE)
+        decode_one(bomb + chunk(b"IEND", b""), "here", SIDE)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "BMP"])
@@ -80,4 +80,4 @@ def test_a_truncated_picture_is_refused(kind, share):
     whole = encode(pixels, kind, **({"lossless": True} if kind == "WEBP" else {}))
     encoded = whole[: int(share * len(whole))]
     with pytest.raises(DataError, match="here: "):
-        decode_one(encoded, "here", SIZE)
+        decode_one(encoded, "here", SIDE)

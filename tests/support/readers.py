@@ -88,7 +88,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "binary": in_file(lambda path: read_records(path, CIFAR10)),
     "mat": in_file(read_mat, "test_32x32.mat"),
     "parquet": in_file(lambda path: read_parquet_file(path, CIFAR10)),
-    "small picture": lambda content: decode_one(content, "here", (32, 32)),
+    "small picture": lambda content: decode_one(content, "here", 32),
     "picture": in_file(open_picture),
     "archive": read_archive,
     "checkpoint": in_file(lambda path: load_checkpoint(path, "a")),

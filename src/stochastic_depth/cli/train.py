@@ -19,7 +19,7 @@ from stochastic_depth.cli.arguments import (
     require_run,
     usage_errors,
 )
-from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.errors import ConfigError, Interrupted, RunError
 from stochastic_depth.extras import require
 from stochastic_depth.recipes import RECIPES, describe_recipe
 from stochastic_depth.train.config import Config
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from stochastic_depth.cli.console import PlainConsole
     from stochastic_depth.data import Batches
-    from stochastic_depth.train import Interrupted, Run
+    from stochastic_depth.train import Run
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 
@@ -171,7 +171,7 @@ def _begin(begun: Begin, console: "PlainConsole") -> int:
 
 def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:
     from stochastic_depth.distributed.world import is_primary, ranks
-    from stochastic_depth.train import Interrupted, fit
+    from stochastic_depth.train import fit
     from stochastic_depth.train.display import Display
     from stochastic_depth.train.signals import StopSignals
 
@@ -213,7 +213,7 @@ def run_table(run: "Run") -> "Table":
     return table
 
 
-def _say_how_to_resume(console: "PlainConsole", interrupted: "Interrupted", again: str) -> int:
+def _say_how_to_resume(console: "PlainConsole", interrupted: Interrupted, again: str) -> int:
     """Print how to resume; returns the exit code."""
     console.say(f"{interrupted}")
     console.say(f"go on:  stochastic-depth {again}")
@@ -232,7 +232,6 @@ def compare(arguments: list[str]) -> int:
             require(module, "report")
         from stochastic_depth.lab import comparison
         from stochastic_depth.lab.pace import SECONDS_AT_END
-        from stochastic_depth.train import Interrupted
         from stochastic_depth.train.display import Display
         from stochastic_depth.train.signals import StopSignals
     folder = asked.out or Path("runs") / f"compare-{config.recipe}"

@@ -17,14 +17,15 @@ from stochastic_depth.data.folders import (
     archives,
     contents,
     open_published,
-    read_file,
+    read_data_file,
     unpacking,
 )
 from stochastic_depth.data.parquet import read_shard, shards
 from stochastic_depth.data.pictures import SUFFIXES, decode
 from stochastic_depth.errors import DataError
 
-SIZE = (32, 32)
+SIDE = 32
+"""The width and height of the images, in pixels."""
 PARTS = ("train", "test")
 INSTEAD = "the binary version, the parquet files, or train/ and test/ with a folder for each class"
 
@@ -84,13 +85,6 @@ class Variant:
                 f"{len(self.classes) - 1}: these are not the labels of {self.name}"
             )
         return Images(pixels, labels)
-
-
-def join(parts: list[Images]) -> Images:
-    """The images of several files as one."""
-    return Images(
-        torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
-    )
 
 
 CIFAR10 = Variant(
@@ -158,7 +152,7 @@ def read_pickles(folder: Path, variant: Variant) -> tuple[Images, Images]:
         DataError: when a file is missing, or is not as it was published; names it.
     """
     parts = all_files(folder, variant.pickle_files)
-    train, test = (join([read_batch(path, variant) for path in part]) for part in parts)
+    train, test = (Images.join(read_batch(path, variant) for path in part) for part in parts)
     return train, test
 
 
@@ -171,7 +165,7 @@ def read_batch(path: Path, variant: Variant) -> Images:
     with open_published(path, INSTEAD) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy 2 warns about files that numpy 1 has written
         batch = pickle.load(file, encoding="bytes")
-    pixels = torch.from_numpy(batch[b"data"]).view(-1, 3, *SIZE)
+    pixels = torch.from_numpy(batch[b"data"]).view(-1, 3, SIDE, SIDE)
     return variant.images(pixels, torch.tensor(batch[variant.pickle_labels], device="cpu"), path)
 
 
@@ -182,21 +176,21 @@ def read_binary(folder: Path, variant: Variant) -> tuple[Images, Images]:
         DataError: when a file is missing or is not a whole number of records; names it.
     """
     parts = all_files(folder, variant.binary_files)
-    train, test = (join([read_records(path, variant) for path in part]) for part in parts)
+    train, test = (Images.join(read_records(path, variant) for path in part) for part in parts)
     return train, test
 
 
 def read_records(path: Path, variant: Variant) -> Images:
     """One file of records: label bytes, the last of which is the (fine) label, and 3,072 pixels."""
-    record = variant.binary_label_bytes + 3 * 32 * 32
-    content = read_file(path)
+    record = variant.binary_label_bytes + 3 * SIDE * SIDE
+    content = read_data_file(path)
     if len(content) == 0 or len(content) % record:
         raise DataError(
             f"{path}: {len(content)} bytes, expected records of {record} bytes for "
             f"{variant.name}: fetch it again"
         )
     records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, record)
-    pixels = records[:, variant.binary_label_bytes :].reshape(-1, 3, 32, 32)
+    pixels = records[:, variant.binary_label_bytes :].reshape(-1, 3, SIDE, SIDE)
     return variant.images(pixels, records[:, variant.binary_label_bytes - 1], path)
 
 
@@ -231,7 +225,7 @@ def read_part(root: Path, variant: Variant) -> Images:
             raise DataError(f"{root / name}: holds no pictures ({', '.join(SUFFIXES)})")
         paths += pictures
         labels += [label] * len(pictures)
-    pixels = decode(len(paths), lambda i: read_file(paths[i]), lambda i: str(paths[i]), size=SIZE)
+    pixels = decode(len(paths), lambda i: read_data_file(paths[i]), lambda i: str(paths[i]), SIDE)
     return variant.images(pixels, torch.tensor(labels, device="cpu"), root)
 
 
@@ -256,8 +250,7 @@ def read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
         MissingExtraError: when pyarrow or Pillow is not installed.
     """
     files = tuple(tuple(map(FileKey.of, shards(folder, part))) for part in PARTS)
-    train, test = _decoded(files, variant)
-    return train.copy(), test.copy()
+    return _decoded(files, variant)
 
 
 @dataclass(frozen=True)
@@ -277,13 +270,15 @@ class FileKey:
 @functools.lru_cache(maxsize=1)
 def _decoded(files: tuple[tuple[FileKey, ...], ...], variant: Variant) -> tuple[Images, Images]:
     """Both parts, cached: decoding takes seconds, and the runs of a sweep read the same files."""
-    train, test = (join([read_parquet_file(key.path, variant) for key in part]) for part in files)
+    train, test = (
+        Images.join(read_parquet_file(key.path, variant) for key in part) for part in files
+    )
     return train, test
 
 
 def read_parquet_file(path: Path, variant: Variant) -> Images:
     """The images of one parquet file."""
-    return variant.images(*read_shard(path, variant.label_columns, SIZE), path)
+    return variant.images(*read_shard(path, variant.label_columns, SIDE), path)
 
 
 LAYOUTS = (

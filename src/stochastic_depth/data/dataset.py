@@ -1,6 +1,7 @@
 """A decoded data set in memory: its parts, fixed subsets of them, and smaller images."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,8 @@ from stochastic_depth.randomness import generator
 @dataclass(frozen=True)
 class Images:
     """The images and labels of one part of a data set.
+
+    Do not write to the tensors: data sets that are read from the same files share them.
 
     Raises:
         DataError: when types or shapes differ from these, or there is not one label for each image.
@@ -43,9 +46,11 @@ class Images:
         """The images at `indices`: int64 [m], in that order."""
         return Images(self.images[indices], self.labels[indices])
 
-    def copy(self) -> "Images":
-        """A copy that shares no memory with this."""
-        return Images(self.images.clone(), self.labels.clone())
+    @staticmethod
+    def join(parts: "Iterable[Images]") -> "Images":
+        """The images of several parts as one, in their order."""
+        images, labels = zip(*((part.images, part.labels) for part in parts), strict=True)
+        return Images(torch.cat(images), torch.cat(labels))
 
 
 @dataclass(frozen=True)

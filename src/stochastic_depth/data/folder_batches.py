@@ -1,7 +1,6 @@
 """Batches of folders of pictures that do not fit into memory, such as ImageNet."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from stochastic_depth.data.batching import WHOLE, Batch, Part, Shard, epoch_order, normalise, steps
 from stochastic_depth.data.dataset import check_count, stratified
-from stochastic_depth.data.folders import as_data_error
 from stochastic_depth.data.pictures import (
     FolderImages,
     collate,
@@ -22,6 +20,8 @@ from stochastic_depth.data.pictures import (
 )
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
+from stochastic_depth.files import reading
+from stochastic_depth.processes import cores
 from stochastic_depth.randomness import generator
 
 # The mean and deviation of ImageNet's training images, as every published network uses them.
@@ -108,7 +108,7 @@ class FolderBatches:
         return self._fingerprint
 
     @cached_property
-    @as_data_error()
+    @reading(None, DataError)
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.classes).encode())
         for part, samples in self._samples.items():
@@ -136,7 +136,8 @@ class FolderBatches:
             images,
             batch_sampler=shards,
             collate_fn=collate,
-            num_workers=min(self.workers, _cores(), len(shards)),
+            # PyTorch warns if there are more workers than cores.
+            num_workers=min(self.workers, cores(), len(shards)),
             pin_memory=self.device.type == "cuda",
             # Without this the loader would draw from the global random state.
             generator=generator("workers", self.seed),
@@ -173,13 +174,6 @@ def _on_cpu(loader: DataLoader) -> Iterator[Any]:
         if loaded is None:
             return
         yield loaded
-
-
-def _cores() -> int:
-    """The number of cores that this process may use; PyTorch warns if there are more workers."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:

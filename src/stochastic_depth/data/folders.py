@@ -8,39 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from stochastic_depth import files
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
-from stochastic_depth.files import names_in, require_file
+from stochastic_depth.files import LARGE, names_in, open_file, read_file, reading, require_file
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 
 
-@contextmanager
-def as_data_error(path: Path | None = None) -> Iterator[None]:
-    """Turn operating system errors while reading a data set into one sentence.
-
-    Args:
-        path: what is read; if it is not given, the file or folder that the system names.
-
-    Raises:
-        DataError: in place of the OSError, naming the file or folder.
-    """
-    try:
-        yield
-    except OSError as error:
-        name = path or error.filename or "a file of the data set"
-        raise DataError(f"{name} cannot be read: {files.reason(error)}") from error
-
-
-def read_file(path: Path) -> bytes:
+def read_data_file(path: Path) -> bytes:
     """The whole content of a file.
 
     Raises:
         DataError: when it cannot be read, is a device or a pipe, or is too large.
     """
-    with as_data_error(path):
-        return files.read_file(path, files.LARGE, real_parts=0)
+    with reading(path, DataError):
+        return read_file(path, LARGE, real_parts=0)
 
 
 MD5 = {
@@ -76,7 +58,7 @@ def open_published(path: Path, instead: str) -> Iterator[BinaryIO]:
     Raises:
         DataError: when it cannot be read, or has another checksum.
     """
-    with as_data_error(path), files.open_file(path, real_parts=0) as file:
+    with reading(path, DataError), open_file(path, real_parts=0) as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
         if found != MD5[path.name]:
             raise DataError(

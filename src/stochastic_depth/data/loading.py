@@ -10,10 +10,11 @@ from stochastic_depth.data.batching import WHOLE, Batches, Shard, TensorBatches
 from stochastic_depth.data.cifar import CIFAR10, CIFAR100, find_cifar, read_cifar
 from stochastic_depth.data.dataset import DataSet, Images, check_count, reduced, stratified
 from stochastic_depth.data.folder_batches import FolderBatches
-from stochastic_depth.data.folders import as_data_error, data_folder, fetch
+from stochastic_depth.data.folders import data_folder, fetch
 from stochastic_depth.data.svhn import has_svhn, hold_out_svhn, read_svhn
 from stochastic_depth.errors import DataError, MissingExtraError
 from stochastic_depth.extras import installing, require
+from stochastic_depth.files import reading
 
 DIGITS = tuple("0123456789")
 DIGITS_TEST = 500
@@ -41,7 +42,7 @@ def read_digits() -> tuple[Images, Images]:
 VALIDATION = {"digits": 100, "cifar10": 5_000, "cifar100": 5_000, "svhn": 6_000}
 
 
-@as_data_error()
+@reading(None, DataError)
 def load(
     name: str,
     root: Path | str | None = None,
@@ -134,7 +135,7 @@ PICTURE_SIDE = 224
 AUGMENTED = ("cifar10", "cifar100", *TREES)
 
 
-@as_data_error()
+@reading(None, DataError)
 def batches(
     name: str,
     root: Path | str | None = None,

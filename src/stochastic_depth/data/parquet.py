@@ -51,14 +51,12 @@ def shards(folder: Path, part: str) -> list[Path]:
     return paths
 
 
-def read_shard(
-    path: Path, label_columns: tuple[str, ...], size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """The pixels, uint8 [n, 3, height, width], and the labels, int64 [n], of one file.
+def read_shard(path: Path, label_columns: tuple[str, ...], side: int) -> tuple[Tensor, Tensor]:
+    """The pixels, uint8 [n, 3, side, side], and the labels, int64 [n], of one file.
 
     Args:
         label_columns: the names that the column of labels may have; images are in `img` or `image`.
-        size: height and width of every image.
+        side: the width and height in pixels of every image.
 
     Raises:
         DataError: when the file or a row is not as expected; names it.
@@ -80,7 +78,7 @@ def read_shard(
             image = column(path, names, IMAGE_COLUMNS)
             label = column(path, names, label_columns)
             for batch in file.iter_batches(ROWS, columns=[image, label]):
-                read = pictures(path, image, batch.column(image), len(encoded), size)
+                read = pictures(path, image, batch.column(image), len(encoded), side)
                 room -= sum(len(content or b"") for content in read)
                 if room < 0:
                     raise DataError(
@@ -90,13 +88,11 @@ def read_shard(
                 labels.append(integers(path, label, batch.column(label)))
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: no readable parquet file ({error}): fetch it again") from error
-    pixels = decode(len(encoded), encoded.__getitem__, lambda i: f"{path}, row {i}", size=size)
+    pixels = decode(len(encoded), encoded.__getitem__, lambda i: f"{path}, row {i}", side)
     return pixels, torch.cat(labels)
 
 
-def pictures(
-    path: Path, name: str, values: Any, first: int, size: tuple[int, int]
-) -> list[bytes | None]:
+def pictures(path: Path, name: str, values: Any, first: int, side: int) -> list[bytes | None]:
     """The encoded pictures of some rows; `first` is the number of the first row."""
     types = require("pyarrow", "data").types
     found = values.type
@@ -112,7 +108,7 @@ def pictures(
         if content is not None and len(content) > MOST_BYTES:
             raise DataError(
                 f"{path}, row {row}: {len(content):,} bytes, expected an image of "
-                f"{size[0]}x{size[1]} pixels in at most {MOST_BYTES:,}"
+                f"{side}x{side} pixels in at most {MOST_BYTES:,}"
             )
     return encoded
 

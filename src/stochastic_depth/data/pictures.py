@@ -1,6 +1,5 @@
 """Decode untrusted pictures: many small ones in threads, large ones one by one."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.data.folders import as_data_error
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
-from stochastic_depth.files import open_file
+from stochastic_depth.files import open_file, reading
+from stochastic_depth.processes import cores
 from stochastic_depth.randomness import generator
 
 # Naming them keeps Pillow from trying its forty other decoders on foreign bytes.
@@ -37,17 +36,17 @@ def decode(
     count: int,
     read: Callable[[int], bytes | None],
     where: Callable[[int], str],
-    size: tuple[int, int],
+    side: int,
 ) -> Tensor:
     """Decode `count` pictures.
 
     Args:
         read: returns the encoded bytes of picture i; called from several threads, as `where` is.
         where: returns the name of picture i for error messages.
-        size: (width, height) in pixels that every picture must have.
+        side: the width and height in pixels that every picture must have.
 
     Returns:
-        uint8 [count, 3, height, width].
+        uint8 [count, 3, side, side].
 
     Raises:
         DataError: when one of them is empty, truncated, not a picture or of a different size; names
@@ -55,14 +54,14 @@ def decode(
         MissingExtraError: when Pillow is not installed.
     """
     require("PIL.Image", "data")
-    pixels = torch.empty(count, size[1], size[0], 3, dtype=torch.uint8, device="cpu")
+    pixels = torch.empty(count, side, side, 3, dtype=torch.uint8, device="cpu")
 
     def decode_chunk(start: int) -> None:
         stop = min(start + CHUNK, count)
-        raw = bytearray().join(decode_one(read(i), where(i), size) for i in range(start, stop))
+        raw = bytearray().join(decode_one(read(i), where(i), side) for i in range(start, stop))
         pixels[start:stop] = torch.frombuffer(raw, dtype=torch.uint8).view(-1, *pixels.shape[1:])
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         pending = [pool.submit(decode_chunk, start) for start in range(0, count, CHUNK)]
         try:
             for chunk in pending:
@@ -72,18 +71,18 @@ def decode(
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
-def decode_one(encoded: bytes | None, where: str, size: tuple[int, int]) -> bytes:
-    """The pixels of one picture: height * width * 3 bytes, red, green and blue in turn."""
+def decode_one(encoded: bytes | None, where: str, side: int) -> bytes:
+    """The pixels of one picture: side * side * 3 bytes, red, green and blue in turn."""
     if not encoded:
         raise DataError(f"{where}: holds no bytes of an image: fetch it again")
     image = require("PIL.Image", "data")
     try:
         with image.open(BytesIO(encoded), formats=FORMATS) as picture:
             # Only the header is read so far: a picture that claims to be huge is refused here.
-            if picture.size != size:
+            if picture.size != (side, side):
                 raise DataError(
                     f"{where}: an image of {picture.width}x{picture.height} pixels, expected "
-                    f"{size[0]}x{size[1]}: the original files hold no other size"
+                    f"{side}x{side}: the original files hold no other size"
                 )
             if picture.mode not in MODES:
                 raise DataError(f"{where}: an image of mode {picture.mode}, expected RGB")
@@ -156,7 +155,7 @@ def open_picture(path: Path) -> Any:
         MissingExtraError: when Pillow is not installed.
     """
     image = require("PIL.Image", "data")
-    with as_data_error(path):
+    with reading(path, DataError):
         file = open_file(path, real_parts=0)
     try:
         with file, ignore_size_warning(image), image.open(file, formats=FORMATS) as picture:

@@ -82,7 +82,5 @@ def hold_out_svhn(files: SvhnFiles, count: int) -> tuple[Images, Images]:
 
 
 def gather(sources: tuple[Images, ...], indices: tuple[Tensor, ...]) -> Images:
-    chosen = [source[index] for source, index in zip(sources, indices, strict=True)]
-    return Images(
-        torch.cat([part.images for part in chosen]), torch.cat([part.labels for part in chosen])
-    )
+    """The images of each source at its indices, as one."""
+    return Images.join(source[index] for source, index in zip(sources, indices, strict=True))

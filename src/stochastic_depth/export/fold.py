@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.block import Block, force
-from stochastic_depth.errors import FoldError
+from stochastic_depth.errors import FoldError, is_out_of_memory
 from stochastic_depth.export.exponents import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
-from stochastic_depth.tensors import is_out_of_memory, largest_difference, tensors_in
+from stochastic_depth.tensors import largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_map_only
 
 TOLERANCE = 1e-12

@@ -13,7 +13,7 @@ from stochastic_depth.export.truncate import replace_by_shortcuts
 from stochastic_depth.files import is_there
 from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.residual import Residual
-from stochastic_depth.train.weights import DamagedFileError, read_safetensors
+from stochastic_depth.train.weights import read_safetensors
 
 FORMAT = 1
 KEY = "stochastic_depth"
@@ -212,12 +212,7 @@ def load_export(path: Path | str, depth: float = 1.0) -> Exported:
     path = Path(path)
     if not is_there(path):
         raise ExportError(f"{path} does not exist: give a file that stochastic-depth export wrote")
-    try:
-        metadata, weights = read_safetensors(path, ExportError)
-    except DamagedFileError as error:
-        raise ExportError(
-            f"{path} is not a complete safetensors file ({error}): export the run again"
-        ) from error
+    metadata, weights = read_safetensors(path, ExportError)
     if KEY not in metadata:
         raise ExportError(
             f"{path} has no network description: give a file that stochastic-depth export wrote"

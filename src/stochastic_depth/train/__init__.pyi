@@ -3,7 +3,6 @@ from stochastic_depth.train.config import DataConfig as DataConfig
 from stochastic_depth.train.config import ModelConfig as ModelConfig
 from stochastic_depth.train.config import OptimizerConfig as OptimizerConfig
 from stochastic_depth.train.config import SurvivalConfig as SurvivalConfig
-from stochastic_depth.train.fit import Interrupted as Interrupted
 from stochastic_depth.train.fit import fit as fit
 from stochastic_depth.train.journal import Record as Record
 from stochastic_depth.train.journal import best_record as best_record

@@ -6,16 +6,10 @@ from itertools import groupby
 
 from torch import Tensor
 
-from stochastic_depth.errors import DivergedError, OutOfMemoryError, first_line
+from stochastic_depth.errors import DivergedError, OutOfMemoryError, first_line, is_out_of_memory
 from stochastic_depth.gates import open_shares
-from stochastic_depth.tensors import is_out_of_memory
 from stochastic_depth.train.run_folder import Run
 from stochastic_depth.train.train_state import TrainState
-
-_SIGNS_OF_EXHAUSTION = (
-    "Cannot allocate memory",  # the operating system, when a loader starts its workers
-    "DataLoader worker",  # when the operating system has killed it
-)
 
 
 def diverged(run: Run, step: int, what: str) -> DivergedError:
@@ -36,7 +30,7 @@ def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if not is_exhaustion(error):
+        if not is_out_of_memory(error):
             raise
         step, config = train_state.step, train_state.config
         evaluating = not train_state.model.training
@@ -47,11 +41,6 @@ def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
             f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
             f"({config.data.workers}) or --precision bfloat16 ({train_state.runtime.precision})"
         ) from error
-
-
-def is_exhaustion(error: Exception) -> bool:
-    """Whether memory is exhausted, in this process or in one that decodes pictures."""
-    return is_out_of_memory(error) or any(sign in str(error) for sign in _SIGNS_OF_EXHAUSTION)
 
 
 def open_blocks(gates: Tensor) -> str:

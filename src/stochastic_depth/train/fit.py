@@ -1,12 +1,9 @@
 """The training loop: an iterator over the records of a run, which can be resumed at any step."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,8 +11,9 @@ from torch import Tensor
 
 from stochastic_depth.data import Batches
 from stochastic_depth.distributed.world import any_rank, on_primary, ranks
-from stochastic_depth.errors import CheckpointError, RunError, StochasticDepthError
+from stochastic_depth.errors import CheckpointError, Interrupted, RunError
 from stochastic_depth.files import is_there
+from stochastic_depth.processes import peak_resident
 from stochastic_depth.train.failures import as_out_of_memory_error, diverged, open_blocks
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.run_folder import Run, remove_untrained_on_error
@@ -27,14 +25,6 @@ from stochastic_depth.train.weights import read_weights, write_weights
 _STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}
 """How many steps lie between checks of the loss, by type of device. Reading a loss synchronises
 with the GPU, so it is done rarely there."""
-
-
-class Interrupted(StochasticDepthError):
-    """Raised when a signal has stopped a run, after a checkpoint was written."""
-
-    def __init__(self, run: Path, step: int, signal: int) -> None:
-        super().__init__(f"{run} stopped at step {step}, with a checkpoint")
-        self.run, self.signal = run, signal
 
 
 class Callback(Protocol):
@@ -212,8 +202,7 @@ def peak_memory(runtime: Runtime) -> int:
     """Peak memory in bytes: allocated on the GPU, or resident in this process on a CPU."""
     if torch.device(runtime.device).type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return peak_resident()
 
 
 def _save(run: Run, train_state: TrainState) -> None:

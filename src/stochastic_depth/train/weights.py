@@ -1,8 +1,10 @@
 """Final weights: a safetensors file with a checksum and the identity of its run."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,24 @@ from stochastic_depth.extras import require
 from stochastic_depth.files import is_there, reading, require_file, visible, write_whole
 
 
-class DamagedFileError(Exception):
-    """Raised when a file is not a complete safetensors file; the message is the reason."""
+@contextmanager
+def _opened(path: Path, error_class: type[Exception]) -> Iterator[Any]:
+    """Open a safetensors file; only its header is read so far.
+
+    Raises:
+        error_class: when it cannot be read, or is not a complete safetensors file.
+        MissingExtraError: when safetensors is not installed.
+    """
+    safetensors = require("safetensors", "train")
+    with reading(path, error_class):
+        require_file(path)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                yield file
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise error_class(
+                f"{path} is not a complete safetensors file ({error}): write it again"
+            ) from error
 
 
 def read_safetensors(
@@ -22,19 +40,11 @@ def read_safetensors(
     """The metadata and the tensors of a safetensors file, on the CPU. Nothing is unpickled.
 
     Raises:
-        error_class: when the operating system cannot read the file.
-        DamagedFileError: when it is not a complete safetensors file.
+        error_class: when it cannot be read, or is not a complete safetensors file.
         MissingExtraError: when safetensors is not installed.
     """
-    safetensors = require("safetensors", "train")
-    try:
-        with reading(path, error_class):
-            require_file(path)
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise DamagedFileError(str(error)) from error
+    with _opened(path, error_class) as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, str]) -> None:
@@ -58,10 +68,7 @@ def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
         RunError: when the file is missing, truncated or altered, has no checksum, or belongs to
             another run.
     """
-    try:
-        about, tensors = read_safetensors(path, RunError)
-    except DamagedFileError as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+    about, tensors = read_safetensors(path, RunError)
     if run_id is not None:
         _require_run(path, about, run_id)
     if about.pop("sha256", None) != _checksum(tensors, about):
@@ -80,17 +87,22 @@ def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
 
 
 def require_weights_of(run_id: str, path: Path) -> None:
-    """Raise an error if the weights at `path` belong to another run; a missing file is accepted.
+    """Raise an error if the weights at `path` belong to another run, without reading them all.
+
+    A missing or damaged file is accepted.
 
     Raises:
         RunError: when they belong to another run, or cannot be read.
     """
     if not is_there(path):
         return
+    with reading(path, RunError):
+        require_file(path)
     try:
-        about, _ = read_safetensors(path, RunError)
-    except DamagedFileError:
-        return  # resuming the run writes it again
+        with _opened(path, RunError) as file:
+            about = file.metadata() or {}
+    except RunError:
+        return  # it is damaged, and resuming the run writes it again
     _require_run(path, about, run_id)
 
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stochastic_depth.errors import DataError, RunError
+from stochastic_depth.errors import DataError, Interrupted, RunError
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.lab.sweep.workers import Workers, claim_next, train_point, work
-from stochastic_depth.train import DataConfig, Interrupted, OptimizerConfig, open_run
+from stochastic_depth.train import DataConfig, OptimizerConfig, open_run
 from support.runs import assert_same_end
 from support.small_sweep import GRID, SMALL
 

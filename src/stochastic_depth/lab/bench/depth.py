@@ -1,8 +1,6 @@
 """Time and memory against depth: both should grow linearly, with stochastic depth more slowly."""
 
-import resource
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +19,7 @@ from stochastic_depth.lab.bench.results import bench_table, time_in_turns, with_
 from stochastic_depth.lab.bench.workload import Step, Workload
 from stochastic_depth.lab.options import DEPTHS, DepthOptions
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.processes import fresh_processes
+from stochastic_depth.processes import fresh_processes, peak_resident, resident
 from stochastic_depth.survival import LinearDecay, Survival
 from stochastic_depth.timing import Timing
 from stochastic_depth.train.runtime import Runtime
@@ -105,32 +103,11 @@ def _peak_memory(depth: int, survival: Survival | None, workload: Workload, step
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) if on_gpu else _resident()
+    before = torch.cuda.memory_allocated(device) if on_gpu else resident()
     step = depth_step(depth, survival, workload)
     for _ in range(steps):
         step()
-    return (torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident()) - before
-
-
-STATUS = Path("/proc/self/status")
-
-
-def _resident() -> int:
-    """The resident bytes of this process; the peak, if the system does not report them."""
-    return _of_status("VmRSS") if STATUS.exists() else _peak_resident()
-
-
-def _peak_resident() -> int:
-    """The largest number of bytes of this process that were in memory at one time."""
-    if STATUS.exists():  # on Linux getrusage begins with the peak of the parent process
-        return _of_status("VmHWM")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _of_status(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
+    return (torch.cuda.max_memory_allocated(device) if on_gpu else peak_resident()) - before
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from stochastic_depth.extras import require
 from stochastic_depth.lab.bench.results import bench_table, time_in_turns, with_progress
 from stochastic_depth.lab.options import PicturesOptions
 from stochastic_depth.lab.outcomes import CONSTANT
+from stochastic_depth.processes import cores
 from stochastic_depth.randomness import generator
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.timing import Timing
@@ -170,7 +171,7 @@ def _measure_in(
     return PicturesResult(
         dict(zip(options.workers, zip(*rates, strict=True), strict=True)),
         {name: options.batch / timing.median for name, timing in timed.timings.items()},
-        runtime.threads if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0)),
+        cores(),
         os.getloadavg()[0],
         statistics.fmean(path.stat().st_size for path in root.glob("train/*/*")),
     )

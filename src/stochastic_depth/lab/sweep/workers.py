@@ -22,11 +22,11 @@ import torch
 from filelock import FileLock, Timeout
 
 from stochastic_depth.data import Batches
-from stochastic_depth.errors import DivergedError, RunError, StochasticDepthError
+from stochastic_depth.errors import DivergedError, Interrupted, RunError, StochasticDepthError
 from stochastic_depth.files import is_there, reason, require_writable, visible
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.processes import fresh_processes
-from stochastic_depth.train import Interrupted, Run, begin, fit, reopen
+from stochastic_depth.train import Run, begin, fit, reopen
 from stochastic_depth.train.display import Silent
 from stochastic_depth.train.signals import StopSignals
 
