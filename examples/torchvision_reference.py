@@ -18,7 +18,7 @@ def train(first, last, file):
     handle = sd.apply(model, example=images[:2])
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-    state = {"model": model, "model_ema": ema, "optimizer": optimizer, "depth": handle}
+    state = {"model": model, "model_ema": ema, "optimizer": optimizer, "handle": handle}
     if first > 0:
         for name, saved in torch.load(file, weights_only=True).items():
             state[name].load_state_dict(saved)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from stochastic_depth.cli import main
+from support.runs import edit_description
 
 SMALL = ["--model.depth", "8", "--epochs", "2", "--quiet"]
 QUICK = ["--points", "3", "--choose-on", "20", "--recalibrate-on", "100", "--repeats", "2"]
@@ -59,6 +60,7 @@ WITHOUT_ALTAIR = """
 import sys
 sys.modules["altair"] = None
 from stochastic_depth.cli import main
+from support.runs import edit_description
 run, *quick = sys.argv[1:]
 ensemble = ["ensemble", run, "--subnetworks", "1"]
 for question in (["gradients", run], ["active", run], ensemble, ["pruning", run, *quick]):
@@ -146,10 +148,10 @@ def test_names_are_data(runs, capsys, tmp_path):
 
 def test_data_that_is_not_there_is_named(runs, capsys, tmp_path):
     shutil.copytree(runs / "stochastic-seed0", tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    del config["sha256"]
-    config["config"]["data"].update(name="cifar10", root="/nowhere")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    edit_description(
+        tmp_path / "run",
+        lambda described: described["config"]["data"].update(name="cifar10", root="/nowhere"),
+    )
     assert "/nowhere" in refused(capsys, "pruning", "run", *QUICK)
     assert "elsewhere" in refused(capsys, "pruning", "run", *QUICK, "--data", "elsewhere")
     assert "not a run folder" in refused(capsys, "pruning", "nothing", *QUICK)

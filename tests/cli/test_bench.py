@@ -43,7 +43,7 @@ def bench(tmp_path, monkeypatch, capsys):
         assert result["machine"]["threads"] == 1
         assert result["settings"]["repeats"] == repeats
         assert result["clock"] == CLOCKS[arguments[0]]
-        assert (result["execution"]["precision"], result["execution"]["device"]) == (
+        assert (result["runtime"]["precision"], result["runtime"]["device"]) == (
             "float32",
             "cpu",
         )
@@ -56,7 +56,7 @@ def test_overhead(bench):
     printed, result = bench("overhead", "--depth", "8", "--size", "16")
     assert "cost of the library" in printed
     assert "engine eager: autograd takes the steps" in " ".join(printed.split())
-    assert (result["execution"]["engine"], result["execution"]["kernels"]) == (
+    assert (result["runtime"]["engine"], result["runtime"]["kernels"]) == (
         "eager",
         "reference",
     )
@@ -91,7 +91,7 @@ def test_an_option_that_cannot_be_met_is_a_wrong_command_line(arguments, said, c
 
 def test_steady(bench):
     printed, result = bench("steady", "--depth", "8", "--size", "8")
-    assert result["execution"]["engine"] == "eager"
+    assert result["runtime"]["engine"] == "eager"
     assert "engine eager: autograd takes the steps" in " ".join(printed.split())
     assert result["alternatives"].keys() == {
         "constant depth",

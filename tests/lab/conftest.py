@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from stochastic_depth.lab.sweep.gates import FILE
 from stochastic_depth.lab.sweep.workers import train_point
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, OptimizerConfig
-from support.runs import unseen
+from support.runs import edit_description, unseen
 
 SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=2)
 """Six blocks, two epochs."""
@@ -44,6 +45,12 @@ def silent():
     return lambda doing, done, total: None
 
 
+def put_hostile(described: dict[str, Any]) -> None:
+    described["config"]["recipe"] = HOSTILE
+    described["machine"]["processor"] = HOSTILE
+    described["git_commit"] = HOSTILE
+
+
 @pytest.fixture(scope="session")
 def hostile(compared, tmp_path_factory) -> tuple[str, Path]:
     """A name, and a folder of runs that have it wherever a name can stand."""
@@ -51,12 +58,7 @@ def hostile(compared, tmp_path_factory) -> tuple[str, Path]:
     for source in sorted(compared.glob("*-seed0")):
         target = folder / f"{source.name}{HOSTILE}".replace("/", "")
         shutil.copytree(source, target)
-        described = json.loads((target / "config.json").read_text())
-        del described["sha256"]
-        described["config"]["recipe"] = HOSTILE
-        described["machine"]["processor"] = HOSTILE
-        described["git_commit"] = HOSTILE
-        (target / "config.json").write_text(json.dumps(described))
+        edit_description(target, put_hostile)
     return HOSTILE, folder
 
 

@@ -1,6 +1,5 @@
 import dataclasses
 import itertools
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import stochastic_depth as sd
-from stochastic_depth.errors import RunError
 from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks, active_distribution
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import survival_probabilities
@@ -90,13 +88,3 @@ def test_constant_depth_has_all_blocks_active(pairs):
     found = active_blocks(pairs["constant"][0])
     assert found.counts == [0] * 6 + [sum(found.counts)]
     assert found.expected == [0.0] * 6 + [1.0]
-
-
-def test_a_journal_of_an_older_version_is_named(pairs, tmp_path):
-    run = pairs["stochastic"][0]
-    lines = [json.loads(line) for line in run.journal.read_text().splitlines()]
-    for line in lines:
-        del line["active_counts"]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(RunError, match="does not say how many blocks were active"):
-        active_blocks(dataclasses.replace(run, path=tmp_path))

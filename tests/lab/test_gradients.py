@@ -59,10 +59,10 @@ def test_epochs_that_are_not_chosen_are_spread_over_what_all_runs_have(two, tmp_
     assert spread_epochs(pairs["constant"]) == [1, 2, 3, 4]
 
 
-def test_journals_of_before_have_no_gradients_of_blocks(two):
-    older = replace(two[0].records()[0], block_gradients=[])
+def test_networks_without_blocks_have_no_gradients_of_blocks(two):
+    plain = replace(two[0].records()[0], block_gradients=[])
     two[0].journal.unlink()
-    append_record(two[0].journal, older)
+    append_record(two[0].journal, plain)
     assert gradients(two, [1.0]).blocks == [[]]
 
 

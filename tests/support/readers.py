@@ -29,7 +29,7 @@ from stochastic_depth.train.checkpoint import (
     save_checkpoint,
 )
 from stochastic_depth.train.journal import read_journal
-from stochastic_depth.train.run_folder import create_run
+from stochastic_depth.train.run_folder import checksum, create_run
 from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.weights import read_weights, write_weights
 from support.data_sets import encode, published
@@ -72,6 +72,15 @@ def read_config(content: bytes) -> None:
     Config.from_json(values)
 
 
+def read_description(content: bytes) -> None:
+    try:
+        values = json.loads(content)
+        values["sha256"] = checksum({k: v for k, v in values.items() if k != "sha256"})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return
+    in_file(lambda path: open_run(path.parent), "config.json")(json.dumps(values).encode())
+
+
 def read_archive(content: bytes) -> None:
     with tempfile.TemporaryDirectory(dir=folder()) as inside:
         path = Path(inside) / "archive"
@@ -96,6 +105,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "weights": in_file(read_weights),
     "journal": in_file(read_journal),
     "run": in_file(lambda path: open_run(path.parent), "config.json"),
+    "run past its checksum": read_description,
     "configuration": read_config,
 }
 
@@ -143,12 +153,6 @@ def of_run() -> bytes:
     return (path / "config.json").read_bytes()
 
 
-def without_checksum(described: bytes) -> bytes:
-    values = json.loads(described)
-    del values["sha256"]
-    return json.dumps(values).encode()
-
-
 def of_journal() -> bytes:
     from support.runs import record
 
@@ -175,6 +179,7 @@ def whole_files() -> dict[str, list[bytes]]:
         "checkpoint past its checksum": [checkpoint[len(MAGIC) + 65 :]],
         "weights": [of_weights(), save({"a": torch.ones(1)})],
         "journal": [of_journal()],
-        "run": [described, without_checksum(described)],
+        "run": [described],
+        "run past its checksum": [described],
         "configuration": configurations[:4],
     }

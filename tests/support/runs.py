@@ -1,6 +1,10 @@
 """Runs from beginning to end, and whether two of them ended alike, bit for bit."""
 
 import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from stochastic_depth.errors import Interrupted
 from stochastic_depth.train import Record, begin, fit, reopen
 from stochastic_depth.train.checkpoint import load_checkpoint
 from stochastic_depth.train.display import Display
+from stochastic_depth.train.run_folder import checksum
 
 CLOCK = {"seconds", "images_per_second", "peak_memory"}
 STATE = {"run": "a", "step": 7, "weights": torch.arange(50.0), "nested": [1, {"x": None}]}
@@ -27,6 +32,15 @@ def unseen():
     return Display(Console(quiet=True), quiet=True)
 
 
+def edit_description(run: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change the `config.json` of a run, and its checksum with it."""
+    described = json.loads((run / "config.json").read_text())
+    edit(described)
+    del described["sha256"]
+    described["sha256"] = checksum(described)
+    (run / "config.json").write_text(json.dumps(described))
+
+
 def without_clock(records):
     return [
         {k: v for k, v in dataclasses.asdict(record).items() if k not in CLOCK}
@@ -41,15 +55,15 @@ def end_state(run):
     for number, values in state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items()}
     tensors |= {f"weights.{k}": v for k, v in load_file(run.weights).items()}
-    return tensors, state["depth"], state["optimizer"]["param_groups"]
+    return tensors, state["handle"], state["optimizer"]["param_groups"]
 
 
 def assert_same_end(run, other):
-    (tensors, depth, groups), (tensors2, depth2, groups2) = end_state(run), end_state(other)
+    (tensors, gates, groups), (tensors2, gates2, groups2) = end_state(run), end_state(other)
     assert tensors.keys() == tensors2.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, tensors2[name]), name
-    assert depth == depth2
+    assert gates == gates2
     assert groups == groups2
     assert without_clock(run.records()) == without_clock(other.records())
 

@@ -1,6 +1,5 @@
 """What the journal tells of each block: gradients where it was open, and how many were active."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -11,8 +10,6 @@ import torch.nn.functional as F
 
 from stochastic_depth.gates import draw
 from stochastic_depth.train import ModelConfig, OptimizerConfig, SurvivalConfig, begin, fit
-from stochastic_depth.train.checkpoint import load_checkpoint, save_checkpoint
-from stochastic_depth.train.open import reopen
 from stochastic_depth.train.train_state import TrainState
 from support.runs import interrupted_and_resumed, without_clock
 
@@ -134,27 +131,6 @@ def test_a_run_stopped_within_an_interval_tells_the_same(engine, small, path, si
     whole = list(fit(run, images, silent))
     other = interrupted_and_resumed(tmp_path / "other", config, silent, stops=[3, 7, 15])
     assert without_clock(other.records()) == without_clock(whole)
-
-
-def test_journals_and_checkpoints_of_before_are_gone_on_with(small, path, silent):
-    run, images = begin(small, path)
-    records = fit(run, images, silent)
-    next(records), next(records)
-    records.close()
-    newer = ("block_gradients", "active_counts")
-    lines = [json.loads(line) for line in run.journal.read_text().splitlines()]
-    older = [{k: v for k, v in line.items() if k not in newer} for line in lines]
-    run.journal.write_text("".join(json.dumps(line) + "\n" for line in older))
-    checkpoint = run.checkpoints.path(8)
-    state = load_checkpoint(checkpoint, run.id)
-    del state["tally"]["block_gradients"]
-    state["tally"] |= {"active_counts": {3: 1}, "active_blocks": 3.0}  # which it once held
-    save_checkpoint(checkpoint, {**state, "journal_bytes": run.journal_length()})
-    rest = list(fit(*reopen(path), silent))
-    first = run.records()[0]
-    assert (first.block_gradients, first.active_counts) == ([], {})
-    assert [record.step for record in rest] == [12, 16, 20]
-    assert sum(rest[0].active_counts.values()) == 4
 
 
 def test_a_gradient_that_is_not_finite_is_no_record(small, path, silent):

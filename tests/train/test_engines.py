@@ -1,6 +1,5 @@
 """Every engine trains alike, and `auto` takes the best there is and says why."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -147,17 +146,6 @@ def test_an_engine_that_cannot_train_the_network_leaves_no_folder(small, tmp_pat
     with pytest.raises(ConfigError, match="--engine eager"):
         begin(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_runs_of_before_engines_were_by_autograd(small, tmp_path):
-    run, _ = begin(replace(small, engine="eager"), tmp_path / "run")
-    described = json.loads((run.path / "config.json").read_text())
-    del described["config"]["engine"], described["sha256"]
-    for name in ("engine", "kernels", "engine_because"):
-        del described["execution"][name]
-    (run.path / "config.json").write_text(json.dumps(described))
-    reopened, _ = reopen(run.path)
-    assert reopened.config.engine == reopened.runtime.engine == "eager"
 
 
 def test_without_a_compiler_native_kernels_say_so(monkeypatch):

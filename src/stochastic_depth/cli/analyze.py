@@ -84,7 +84,7 @@ class GradientStrength(Question):
             if all(of_kind.blocks):
                 console.print(question.block_table(name, epochs, of_kind, self.blocks))
             else:
-                console.say(f"{name}: no gradients of blocks in the journal (none, or older)")
+                console.say(f"{name}: no gradients of blocks in the journal")
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state, "depth": handle_of(model)}
+    return {"model": model_state, "optimizer": optimizer_state, "handle": handle_of(model)}
 
 
 def _first(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from rich.table import Table
@@ -87,33 +86,20 @@ def active_blocks(run: Run) -> ActiveBlocks:
     Raises:
         RunError: when the journal has no counts.
     """
-    spans = [
-        (before, record)
-        for before, record in pairwise([None, *run.records()])
-        if record is not None
-    ]
-    counted = [(before, record) for before, record in spans if record.active_counts]
-    if not counted:
-        raise RunError(
-            f"{run.journal} does not say how many blocks were active: it is empty, or of an "
-            "older version"
-        )
-    survival_at, blocks = survival_of_run(run, counted[-1][1])
+    records = run.records()
+    if not records:
+        raise RunError(f"{run.path} has measured nothing yet: its journal is empty")
+    survival_at, blocks = survival_of_run(run, records[-1])
     counts = [0] * (blocks + 1)
-    for _, record in counted:
+    for record in records:
         for active, steps in record.active_counts.items():
             counts[int(active)] += steps
-    steps = [
-        step
-        for before, record in counted
-        for step in range(before.step if before else 0, record.step)
-    ]
     balanced = run.config.survival.balance and run.config.survival.gate == "batch"
     distribution = balanced_distribution if balanced else active_distribution
-    rows = Counter(survival_at(step) for step in steps)
+    rows = Counter(survival_at(step) for step in range(records[-1].step))
     distributions = distribution(torch.tensor(list(rows), dtype=torch.float64))
     weights = torch.tensor(list(rows.values()), dtype=torch.float64)
-    return ActiveBlocks(counts, (weights @ distributions / len(steps)).tolist())
+    return ActiveBlocks(counts, (weights @ distributions / records[-1].step).tolist())
 
 
 def survival_of_run(run: Run, record: Record) -> tuple[Callable[[int], tuple[float, ...]], int]:

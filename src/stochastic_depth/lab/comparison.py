@@ -172,7 +172,7 @@ def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
             "saving_expected": cost.saving,
         },
         "config": stochastic.runs[0].run.config.without_io().to_json(),
-        **{k: described[k] for k in ("execution", "versions", "git_commit", "machine", "created")},
+        **{k: described[k] for k in ("runtime", "versions", "git_commit", "machine", "created")},
         "curves": {
             kind: [[asdict(record) for record in run.records()] for run in runs[kind]]
             for kind in KINDS

@@ -20,8 +20,8 @@ class Gradients:
     seeds."""
     blocks: list[list[float | None]]
     """[epochs][L]: at the first convolution of each block, the mean over the sampled steps in which
-    it was open, and over the seeds. None where no seed has a value; [] where the journals are
-    older."""
+    it was open, and over the seeds. None where no seed has a value; [] where no block has a
+    convolution or linear layer of its own."""
 
 
 def gradients(runs: Sequence[Run], epochs: Sequence[float]) -> Gradients:

@@ -134,7 +134,7 @@ def _sweep(recorded: RecordedSweep) -> Section:
 
 
 def _benchmark(result: dict[str, Any]) -> Section:
-    described = {k: result.get(k) for k in ("settings", "execution", "machine", "versions")}
+    described = {k: result.get(k) for k in ("settings", "runtime", "machine", "versions")}
     return Section("Cost of depth", (depth_cost(result),), settings=tuple(flat(described).items()))
 
 

@@ -184,7 +184,7 @@ def overview(experiments: list[Experiment]) -> ReportTable:
     return ReportTable("Test error and saving", head, rows)
 
 
-DESCRIBED = ("execution", "machine", "versions", "git_commit", "created")
+DESCRIBED = ("runtime", "machine", "versions", "git_commit", "created")
 """The fields of `config.json` that are shown, besides the configuration."""
 
 

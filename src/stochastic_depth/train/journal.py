@@ -5,7 +5,7 @@ import errno
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,11 @@ class Record:
     images_per_second: float
     peak_memory: int
     """Peak bytes: allocated on the device, or resident in the process on a CPU."""
-    block_gradients: list[float | None] = field(default_factory=list)
+    block_gradients: list[float | None]
     """For each residual block, the mean absolute gradient at its first convolution, averaged over
     the sampled steps of the interval in which the block was open; None if it was open in none.
     Every tenth step is sampled, and more often where an interval has fewer than 50 steps."""
-    active_counts: dict[str, int] = field(default_factory=dict)
+    active_counts: dict[str, int]
     """In how many steps of the interval n blocks were active, by n as text. With gates for single
     samples, the number of samples; with per-rank gates, the steps of all processes."""
 

@@ -101,5 +101,5 @@ def trained_model(
     with as_checkpoint_error(step):
         model.load_state_dict(state["model"])
         if handle is not None:
-            handle.load_state_dict(state["depth"])
+            handle.load_state_dict(state["handle"])
     return model.eval(), step

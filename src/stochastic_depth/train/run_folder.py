@@ -33,11 +33,6 @@ from stochastic_depth.train.journal import Record, read_journal
 from stochastic_depth.train.runtime import Runtime, machine, versions
 
 FORMAT = 1
-BEFORE_CHECKSUMS = frozenset(
-    "format id created config execution data versions git_commit machine".split()
-)
-"""The fields of a `config.json` that was written before checksums existed."""
-_BEFORE_ENGINES = {"engine": "eager", "kernels": "reference", "engine_because": "as asked"}
 
 
 @dataclass(frozen=True)
@@ -176,13 +171,13 @@ def create_run(
         "id": run.id,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_json(),
-        "execution": asdict(runtime),
+        "runtime": asdict(runtime),
         "data": {"fingerprint": fingerprint, "classes": list(classes), "shape": list(shape)},
         "versions": versions(),
         "git_commit": _git_commit(),
         "machine": machine(runtime),
     }
-    description["sha256"] = _checksum(description)
+    description["sha256"] = checksum(description)
     with whole_folder(path) as folder:
         (folder / "checkpoints").mkdir()
         write_new(folder / "config.json", json.dumps(description, indent=2).encode() + b"\n")
@@ -208,23 +203,17 @@ def open_run(path: Path) -> Run:
                 f"{described} has format {values['format']}, this version reads {FORMAT}: use the "
                 "version that wrote it"
             )
-        claimed = values.pop("sha256", None)
-        if claimed != _checksum(values) if claimed else set(values) != BEFORE_CHECKSUMS:
+        if values.pop("sha256", None) != checksum(values):
             raise RunError(
                 f"{described} is damaged or was edited, its checksum does not match: put the "
                 "original back, or begin another run (what a run does cannot be changed)"
             )
-        values["config"].setdefault("engine", "eager")  # older runs lack these fields
-        values["config"]["data"].setdefault("size", None)
-        values["config"].setdefault("distributed", {"sync_batchnorm": False, "rank_gates": False})
-        survival = values["config"]["survival"]
-        survival["schedule"] = {"at": [0.0, 0.5], "shares": [0.5, 1.0], **survival["schedule"]}
         channels, height, width = restore(tuple[int, ...], values["data"]["shape"], "data.shape")
         return Run(
             path,
             restore(str, values["id"], "id"),
             Config.from_json(values["config"]),
-            restore(Runtime, {**_BEFORE_ENGINES, **values["execution"]}, "execution"),
+            restore(Runtime, values["runtime"], "runtime"),
             restore(str, values["data"]["fingerprint"], "data.fingerprint"),
             restore(tuple[str, ...], values["data"]["classes"], "data.classes"),
             (channels, height, width),
@@ -233,8 +222,8 @@ def open_run(path: Path) -> Run:
         raise RunError(f"{described} cannot be understood: {error}") from error
 
 
-def _checksum(description: dict[str, Any]) -> str:
-    """SHA-256 of all other fields of `config.json`."""
+def checksum(description: dict[str, Any]) -> str:
+    """SHA-256 of the fields of `config.json` besides the checksum itself."""
     return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 

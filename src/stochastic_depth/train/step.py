@@ -226,7 +226,6 @@ class IntervalMetrics:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        # Older checkpoints lack some of these fields and have some others.
-        vars(self).update({name: state[name] for name in vars(self) if name in state})
+        vars(self).update({name: state[name] for name in vars(self)})
         for name in _ROWS:
-            setattr(self, name, [row.to(device) for row in getattr(self, name)])
+            setattr(self, name, [row.to(device) for row in state[name]])

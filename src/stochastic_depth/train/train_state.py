@@ -132,8 +132,8 @@ class TrainState:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "depth": self.handle.state_dict() if self.handle else None,
-            "tally": self.metrics.state_dict(),
+            "handle": self.handle.state_dict() if self.handle else None,
+            "metrics": self.metrics.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class TrainState:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.handle is not None:
-                self.handle.load_state_dict(state["depth"])
-            self.metrics.load_state_dict(state["tally"], self.runtime.device)
+                self.handle.load_state_dict(state["handle"])
+            self.metrics.load_state_dict(state["metrics"], self.runtime.device)
         self.step = state["step"]
         self.__dict__.pop("_engine", None)  # it holds the momentum of before

@@ -73,7 +73,7 @@ def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
         _require_run(path, about, run_id)
     if about.pop("sha256", None) != _checksum(tensors, about):
         raise RunError(
-            f"{path} is damaged, or older than checksums: resuming its run writes it again"
+            f"{path} is damaged, its checksum does not match: resuming its run writes it again"
         )
     return tensors
 

@@ -148,7 +148,7 @@ def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: Resul
     settings = {name: value for name, value in asdict(options).items() if name not in files}
     content = {
         "settings": settings,
-        "execution": asdict(runtime),
+        "runtime": asdict(runtime),
         "machine": machine(runtime),
         "versions": versions(),
         **result.to_json(),
