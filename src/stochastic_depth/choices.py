@@ -4,6 +4,9 @@ from typing import Literal
 
 from stochastic_depth.errors import ConfigError
 
+DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet", "folder"]
+"""The data sets of `data.sources`."""
+
 GateKind = Literal["batch", "sample", "subset"]
 """One coin for each block and mini-batch (the paper); or one for each block and sample, by which
 the branch is masked ("sample") or runs on the drawn samples only ("subset")."""

@@ -161,7 +161,7 @@ U1 = DTYPE + b"U\x02u1K\0K\x01\x87R"
         b"Pid\n.",
         b"K\x01Q.",
         named(b"__main__", b"x") + b".",
-        named(b"stochastic_depth.data.folders", b"MD5") + b".",
+        named(b"stochastic_depth.data.cifar", b"MD5") + b".",
         named(b"builtins", b"dict") + b")R.",
         b"(ios\nsystem\n.",
         # Sizes that are claimed, not sent.

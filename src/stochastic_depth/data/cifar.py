@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from stochastic_depth.data.folders import (
     contents,
     open_published,
     read_data_file,
+    unpack,
     unpacking,
 )
 from stochastic_depth.data.parquet import read_shard, shards
@@ -28,6 +30,18 @@ SIDE = 32
 """The width and height of the images, in pixels."""
 PARTS = ("train", "test")
 INSTEAD = "the binary version, the parquet files, or train/ and test/ with a folder for each class"
+
+MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
+"""Checksums of the published pickle files of CIFAR-10 and CIFAR-100, the same as in torchvision."""
 
 # The official order: a name's position is its label.
 NAMES_10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -145,6 +159,17 @@ def read_cifar(root: Path, variant: Variant) -> tuple[Images, Images]:
     )
 
 
+def fetch_cifar(datasets: Any, variant: Variant, root: Path) -> None:
+    """Download the archive into `root` and unpack it there.
+
+    Args:
+        datasets: `torchvision.datasets`.
+    """
+    published = getattr(datasets, variant.name.upper())
+    datasets.utils.download_url(published.url, str(root), published.filename, published.tgz_md5)
+    unpack(root / published.filename, root)
+
+
 def read_pickles(folder: Path, variant: Variant) -> tuple[Images, Images]:
     """Training and test part of the "python version": pickled dictionaries of numpy arrays.
 
@@ -162,7 +187,7 @@ def read_batch(path: Path, variant: Variant) -> Images:
     Raises:
         DataError: when the file is not the published one, in which case it is not unpickled.
     """
-    with open_published(path, INSTEAD) as file, warnings.catch_warnings():
+    with open_published(path, MD5, INSTEAD) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy 2 warns about files that numpy 1 has written
         batch = pickle.load(file, encoding="bytes")
     pixels = torch.from_numpy(batch[b"data"]).view(-1, 3, SIDE, SIDE)
@@ -229,9 +254,9 @@ def read_part(root: Path, variant: Variant) -> Images:
     return variant.images(pixels, torch.tensor(labels, device="cpu"), root)
 
 
-def first_few(names: set[str], most: int = 5) -> str:
-    """The first few of `names`, as a list for an error message."""
-    return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "") or "none"
+def first_few(names: set[str]) -> str:
+    """The first five of `names`, as a list for an error message."""
+    return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "") or "none"
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,34 @@ def check_count(what: str, count: int, most: int) -> None:
         raise DataError(f"{what}={count}: choose from 1 to {most} training images")
 
 
+def hold_out(name: str, training: Images, count: int) -> tuple[Images, Images]:
+    """Hold out `count` images for validation: returns the remaining images, then those held out."""
+    check_count("validation", count, len(training) - 1)
+    held, kept = stratified(training.labels, count, name, "validation")
+    return training[kept], training[held]
+
+
+def split(
+    name: str, classes: tuple[str, ...], training: Images, test: Images, validation: int
+) -> DataSet:
+    """A data set of which `validation` training images are held out, in proportion to the classes.
+
+    Raises:
+        DataError: when there are not more training images than that.
+    """
+    kept, held = hold_out(name, training, validation)
+    return DataSet(name, classes, kept, held, test)
+
+
+def subset(name: str, training: Images, count: int) -> Images:
+    """`count` of the training images, or all of them if that is their number."""
+    check_count("train", count, len(training))
+    if count == len(training):
+        return training
+    chosen, _ = stratified(training.labels, count, name, "train")
+    return training[chosen]
+
+
 def reduced(name: str, part: Images, size: int) -> Images:
     """`part`, with every image reduced to `size` pixels a side by averaging areas.
 

@@ -1,45 +1,18 @@
 """Load a data set by its name, and cut it into batches."""
 
-from collections.abc import Callable
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from stochastic_depth.data.batching import WHOLE, Batches, Shard, TensorBatches
-from stochastic_depth.data.cifar import CIFAR10, CIFAR100, find_cifar, read_cifar
-from stochastic_depth.data.dataset import DataSet, Images, check_count, reduced, stratified
+from stochastic_depth.data.dataset import DataSet, reduced, subset
 from stochastic_depth.data.folder_batches import FolderBatches
-from stochastic_depth.data.folders import data_folder, fetch
-from stochastic_depth.data.svhn import has_svhn, hold_out_svhn, read_svhn
-from stochastic_depth.errors import DataError, MissingExtraError
-from stochastic_depth.extras import installing, require
+from stochastic_depth.data.folders import refuse_special
+from stochastic_depth.data.sources import SOURCES, Download, Source
+from stochastic_depth.errors import DataError
+from stochastic_depth.extras import require
 from stochastic_depth.files import reading
-
-DIGITS = tuple("0123456789")
-DIGITS_TEST = 500
-
-
-def read_digits() -> tuple[Images, Images]:
-    """1,297 training and 500 test images, 8x8, grey, with their 17 levels spread over 0..255.
-
-    Raises:
-        MissingExtraError: when scikit-learn is not installed.
-    """
-    library = find_spec("sklearn")
-    if library is None or library.origin is None:
-        raise MissingExtraError(f"sklearn is not installed: {installing('train', 'sklearn')}")
-    # scikit-learn's own function reads the same file, but imports SciPy first, which takes seconds.
-    table = Path(library.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    rows = torch.from_numpy(require("numpy", "train").loadtxt(table, delimiter=","))
-    pixels = rows[:, :64].mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-    everything = Images(pixels, rows[:, 64].long())
-    test, train = stratified(everything.labels, DIGITS_TEST, "digits", "test")
-    return everything[train], everything[test]
-
-
-# How many training images are held out: the numbers of the paper (section 4) for its data sets.
-VALIDATION = {"digits": 100, "cifar10": 5_000, "cifar100": 5_000, "svhn": 6_000}
 
 
 @reading(None, DataError)
@@ -73,66 +46,70 @@ def load(
             does not fit.
         MissingExtraError: when a library that this data set needs is not installed.
     """
-    if name not in VALIDATION:
+    source = SOURCES.get(name)
+    if source is None or source.read is None:
+        in_memory = ", ".join(name for name, source in SOURCES.items() if source.read is not None)
         raise DataError(
             f"there is no data set {name!r} that can be loaded into memory: choose from "
-            f"{', '.join(VALIDATION)}; for imagenet and folder call batches()"
+            f"{in_memory}; for imagenet and folder call batches()"
         )
-    if validation is None:
-        validation = VALIDATION[name]
-    if name == "digits":
-        if root is not None:
-            raise DataError(f"digits comes with scikit-learn and has no files: leave out {root}")
-        classes, (training, test) = DIGITS, read_digits()
-        kept, held = hold_out(name, training, validation)
-    elif name == "svhn":
-        folder = prepare(name, root, download, present=has_svhn)
-        classes, files = DIGITS, read_svhn(folder)
-        test = files.test
-        kept, held = hold_out_svhn(files, validation)
-    else:
-        variant = CIFAR10 if name == "cifar10" else CIFAR100
-        folder = prepare(name, root, download, present=lambda path: find_cifar(path, variant))
-        classes, (training, test) = variant.classes, read_cifar(folder, variant)
-        kept, held = hold_out(name, training, validation)
+    folder = folder_of(name, source, root, download)
+    data = source.read(folder, source.validation if validation is None else validation)
     if train is not None:
-        kept = subset(name, kept, train)
+        data = replace(data, train=subset(name, data.train, train))
     if size is not None:
-        kept, held, test = (reduced(name, part, size) for part in (kept, held, test))
-    return DataSet(name, classes, kept, held, test)
+        parts = {part: reduced(name, images, size) for part, images in data.parts.items()}
+        data = replace(data, **parts)
+    return data
 
 
-def prepare(
-    name: str, root: Path | str | None, download: bool, present: Callable[[Path], object]
-) -> Path:
-    """The folder with the files, which are downloaded first if that is allowed and needed."""
-    if download and root is not None and not present(Path(root).expanduser()):
-        fetch(name, Path(root).expanduser())
-    return data_folder(name, root)
+def folder_of(name: str, source: Source, root: Path | str | None, download: bool) -> Path:
+    """The folder of a data set; its files are fetched first if that is allowed and needed.
+
+    Raises:
+        DataError: when it is not given or does not exist, or the files cannot be fetched.
+    """
+    if source.files is None:
+        if root is not None:
+            raise DataError(f"{name} comes with scikit-learn and has no files: leave out {root}")
+        return Path()
+    held = f"DIR (root, in Python), the folder with {source.files}"
+    if download and source.download is None:
+        raise DataError(
+            f"{name} cannot be downloaded: give --data.root {held}; ImageNet is at image-net.org, "
+            "for those who register"
+        )
+    if root is None:
+        fetched = ", and with --data.download (download=True) they are fetched into it"
+        raise DataError(
+            f"{name} needs files: give --data.root {held}{fetched if source.download else ''}"
+        )
+    path = Path(root).expanduser()
+    if download and source.download is not None and not source.download.present(path):
+        fetch(name, source.download, path)
+    if not path.exists():
+        raise DataError(f"{path}: does not exist; give --data.root {held}")
+    return path
 
 
-def hold_out(name: str, training: Images, count: int) -> tuple[Images, Images]:
-    """Hold out `count` images for validation: returns the remaining images, then those held out."""
-    check_count("validation", count, len(training) - 1)
-    held, kept = stratified(training.labels, count, name, "validation")
-    return training[kept], training[held]
+def fetch(name: str, download: Download, folder: Path) -> None:
+    """Download the files of a data set into `folder`, with torchvision.
 
-
-def subset(name: str, training: Images, count: int) -> Images:
-    """`count` of the training images, or all of them if that is their number."""
-    check_count("train", count, len(training))
-    if count == len(training):
-        return training
-    chosen, _ = stratified(training.labels, count, name, "train")
-    return training[chosen]
-
-
-TREES = ("imagenet", "folder")
-"""Data sets that are folders of pictures: ImageNet, and your own pictures."""
-PICTURE_SIDE = 224
-"""The height and width, in pixels, to which pictures of a folder are scaled when none is given."""
-# The paper augments CIFAR and ImageNet, not SVHN (section 4).
-AUGMENTED = ("cifar10", "cifar100", *TREES)
+    Raises:
+        DataError: when the files cannot be downloaded.
+        MissingExtraError: when torchvision is not installed.
+    """
+    datasets = require("torchvision.datasets", "data")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_special(folder)
+        download.fetch(datasets, folder)
+    except Exception as error:
+        # The remedy is the same, whatever fails between here and the server.
+        raise DataError(
+            f"{name} could not be fetched into {folder} ({type(error).__name__}: {error}): "
+            f"fetch {download.by_hand} by hand, put it there and unpack it"
+        ) from error
 
 
 @reading(None, DataError)
@@ -168,9 +145,10 @@ def batches(
         DataError: as `load`.
         MissingExtraError: when a library that this data set needs is not installed.
     """
+    source = SOURCES.get(name)
     if augment is None:
-        augment = name in AUGMENTED
-    if name not in TREES:
+        augment = source is not None and source.augmented
+    if source is None or source.read is not None:
         data = load(name, root, validation=validation, train=train, size=size, download=download)
         return TensorBatches(
             data,
@@ -181,22 +159,17 @@ def batches(
             channels_last=channels_last,
             shard=shard,
         )
-    if download:
-        raise DataError(
-            f"{name} cannot be downloaded: give --data.root DIR (root, in Python), the folder with "
-            "train/<class>/ and val/<class>/; ImageNet is at image-net.org, for those who register"
-        )
     return FolderBatches(
-        data_folder(name, root),
+        folder_of(name, source, root, download),
         batch=batch,
         seed=seed,
         device=device,
         workers=workers,
         channels_last=channels_last,
-        validation=validation or 0,
+        validation=source.validation if validation is None else validation,
         train=train,
         augment=augment,
-        image_size=size or PICTURE_SIDE,
+        image_size=size or source.side,
         name=name,
         shard=shard,
     )

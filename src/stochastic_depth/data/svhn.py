@@ -2,18 +2,27 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochastic_depth.data.dataset import Images, check_count, per_class, stratified
+from stochastic_depth.data.dataset import DataSet, Images, check_count, per_class, stratified
 from stochastic_depth.data.folders import contents, open_published
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
 
 VALIDATION = 6_000
+"""How many training images the paper holds out."""
 INSTEAD = "the digits as pictures in train/<class>/ and val/<class>/, with --data.name folder"
 FILES = ("train_32x32.mat", "extra_32x32.mat", "test_32x32.mat")
+MD5 = {
+    "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
+    "extra_32x32.mat": "a93ce644f1a588dc4d68dda5feec44a7",
+    "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
+}
+"""Checksums of the published files, the same as in torchvision."""
+CLASSES = tuple("0123456789")
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,26 @@ class SvhnFiles:
 
 def has_svhn(root: Path) -> bool:
     return all((root / name).is_file() for name in FILES)
+
+
+def fetch_svhn(datasets: Any, root: Path) -> None:
+    """Download the three files into `root`.
+
+    Args:
+        datasets: `torchvision.datasets`.
+    """
+    for url, name, md5 in datasets.SVHN.split_list.values():
+        datasets.utils.download_url(url, str(root), name, md5)
+
+
+def split_svhn(root: Path, validation: int) -> DataSet:
+    """SVHN, of which `validation` training images are held out.
+
+    Raises:
+        DataError: as `read_svhn` and `hold_out_svhn`.
+    """
+    files = read_svhn(root)
+    return DataSet("svhn", CLASSES, *hold_out_svhn(files, validation), files.test)
 
 
 def read_svhn(root: Path) -> SvhnFiles:
@@ -53,7 +82,7 @@ def read_mat(path: Path) -> Images:
         MissingExtraError: when scipy is not installed.
     """
     scipy = require("scipy.io", "train")
-    with open_published(path, INSTEAD) as file:
+    with open_published(path, MD5, INSTEAD) as file:
         arrays = scipy.loadmat(file, variable_names=("X", "y"))
     pixels = torch.from_numpy(arrays["X"]).permute(3, 2, 0, 1).contiguous()
     return Images(pixels, torch.from_numpy(arrays["y"].astype("int64")).flatten() % 10)

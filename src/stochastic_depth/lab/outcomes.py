@@ -15,6 +15,7 @@ from itertools import groupby
 
 import torch
 
+from stochastic_depth.data.sources import SOURCES
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.lab.sources import RecordedRun
 from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
@@ -28,13 +29,6 @@ FAMILIES = {
     "imagenet-resnet": "ResNet",
     "densenet": "DenseNet",
     "vit": "ViT",
-}
-DATA_SETS = {
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "svhn": "SVHN",
-    "imagenet": "ImageNet",
-    "folder": "pictures",
 }
 
 
@@ -301,7 +295,7 @@ def describe(config: Config) -> str:
 
 def describe_data(config: Config) -> str:
     """The data and the epochs, as text."""
-    data = DATA_SETS.get(config.data.name, config.data.name)
+    data = SOURCES[config.data.name].title
     if config.data.train is not None:
         data += f" ({config.data.train:,} images)"
     return f"{data}, {config.epochs} epoch{'s' * (config.epochs != 1)}"

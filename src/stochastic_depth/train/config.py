@@ -9,15 +9,20 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-from stochastic_depth.choices import Closed, GateKind, Initialisation, RuleName, SkippedPolicy
+from stochastic_depth.choices import (
+    Closed,
+    DataName,
+    GateKind,
+    Initialisation,
+    RuleName,
+    SkippedPolicy,
+)
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.schedules import Decreasing, Early, Late, Progressive, Schedule, Steps, Warmup
 
 MOST = 10**9
 """The largest count that is accepted. A larger one is a typing error, and the product of two
 accepted counts fits into 64 bits."""
-
-DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet", "folder"]
 
 
 @dataclass(frozen=True)

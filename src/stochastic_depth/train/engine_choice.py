@@ -6,25 +6,14 @@ import torch
 
 from stochastic_depth.block_program.library import why_unavailable, why_unmeasured
 from stochastic_depth.block_program.program import why_unsupported
-from stochastic_depth.data.loading import PICTURE_SIDE
+from stochastic_depth.data.sources import SOURCES
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.models.networks import NETWORKS
-from stochastic_depth.train.config import Config, DataName
+from stochastic_depth.train.config import Config
 
 EngineName = Literal["eager", "compiled", "graphs"]
 KernelsName = Literal["reference", "native", "compiled"]
-
-
-SIDES: dict[DataName, int] = {
-    "digits": 8,
-    "cifar10": 32,
-    "cifar100": 32,
-    "svhn": 32,
-    "imagenet": PICTURE_SIDE,
-    "folder": PICTURE_SIDE,
-}
-"""The height and width of the images in pixels, unless `data.size` is set."""
 
 
 class EngineChoice(NamedTuple):
@@ -77,7 +66,7 @@ def _why_images_unsupported(config: Config) -> str | None:
     They compute at least 8 pixels of a row at a time in the first stage, and 2 in the last one,
     which has a quarter of the columns.
     """
-    side = config.data.size or SIDES[config.data.name]
+    side = config.data.size or SOURCES[config.data.name].side
     if side % 8:
         return f"they need images with a multiple of 8 pixels a side, these have {side}"
     return None
