@@ -1,4 +1,4 @@
-"""Tables and numbers in plain text."""
+"""Tables, numbers and foreign text in plain text."""
 
 from collections.abc import Iterable, Sequence
 
@@ -23,3 +23,10 @@ def si(count: float) -> str:
             return f"{count:.3g} {unit}".rstrip()
         count /= 1000
     return f"{count:.3g} P"
+
+
+def escaped(text: str) -> str:
+    """`text`, with escapes in place of what could control a terminal or cannot be encoded."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )

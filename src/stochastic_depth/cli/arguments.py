@@ -12,9 +12,10 @@ import tyro
 
 from stochastic_depth.cli.help import READING, help_of, show_help, usage_line, wrap_text
 from stochastic_depth.errors import ConfigError, RunError
-from stochastic_depth.files import visible
+from stochastic_depth.plain_text import escaped
 from stochastic_depth.recipes import RECIPES, describe_recipe
 from stochastic_depth.train.config import Config
+from stochastic_depth.train.layout import CONFIG
 
 Arguments = TypeVar("Arguments")
 Name = TypeVar("Name", bound=str)
@@ -56,7 +57,7 @@ def usage_error(what: str, given: str, known: Iterable[str]) -> int:
     """Print that there is no `what` named `given`, and similar names; returns the exit code."""
     close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
-    print(f"error: there is no {what} {visible(given)!r}; {hint}", file=sys.stderr)
+    print(f"error: there is no {what} {escaped(given)!r}; {hint}", file=sys.stderr)
     return 2
 
 
@@ -107,7 +108,7 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -155,7 +156,7 @@ def require_run(path: Path) -> None:
     Raises:
         RunError: naming the file that is missing.
     """
-    if not (path / "config.json").exists():
-        within = sorted(str(described.parent) for described in path.glob("*/config.json"))
+    if not (path / CONFIG).exists():
+        within = sorted(str(described.parent) for described in path.glob(f"*/{CONFIG}"))
         remedy = f"; the runs in it are {', '.join(within)}" if within else ""
-        raise RunError(f"{path} is not a run folder: {path / 'config.json'} cannot be read{remedy}")
+        raise RunError(f"{path} is not a run folder: {path / CONFIG} cannot be read{remedy}")

@@ -26,7 +26,7 @@ from stochastic_depth.files import (
 )
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.sweep.folder import Sweep, read_sweep
-from stochastic_depth.train import Record, Run, open_run, reopen, trained_model
+from stochastic_depth.train import Record, Run, layout, open_run, reopen, trained_model
 from stochastic_depth.train.build import skippable
 from stochastic_depth.train.weights import require_weights_of
 
@@ -52,12 +52,12 @@ class RecordedRun:
     @property
     def failed(self) -> bool:
         """Whether its sweep has recorded that it cannot be trained."""
-        return is_there(self.run.path / "failed.txt")
+        return is_there(self.run.path / layout.FAILED)
 
     @cached_property
     def described(self) -> dict[str, Any]:
         """The machine, the versions, the commit and all other fields of `config.json`."""
-        return json.loads(read_file(self.run.path / "config.json", SMALL))
+        return json.loads(read_file(self.run.path / layout.CONFIG, SMALL))
 
     def analysis(self, name: AnalysisName) -> dict[str, Any] | None:
         """The result of `stochastic-depth analyze`; None if it was not run.
@@ -159,8 +159,8 @@ def watched_files(sources: Sources, paths: Iterable[Path]) -> Iterator[Path]:
     for recorded in sources.all_runs():
         yield recorded.run.journal
         yield recorded.run.weights
-        yield recorded.run.path / "failed.txt"
-        yield recorded.run.path / "analysis"
+        yield recorded.run.path / layout.FAILED
+        yield recorded.run.path / layout.ANALYSIS
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def load_trained(
 
 def analysis_path(run: Run, name: AnalysisName) -> Path:
     """The path of the result of the analysis `name` of a run."""
-    return run.path / "analysis" / f"{name}.json"
+    return run.path / layout.ANALYSIS / f"{name}.json"
 
 
 def write_analysis(run: Run, name: AnalysisName, found: dict[str, Any]) -> None:
@@ -280,7 +280,7 @@ def _is_known(path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    return is_there(path / "config.json")
+    return is_there(path / layout.CONFIG)
 
 
 def _is_sweep(path: Path) -> bool:

@@ -24,6 +24,7 @@ from stochastic_depth.files import (
     remove_file,
     write_whole,
 )
+from stochastic_depth.train.layout import JOURNAL
 
 MAGIC = b"stochastic-depth checkpoint 1\n"
 _DIGEST = 64
@@ -177,7 +178,7 @@ class Checkpoints:
         if refused:
             raise CheckpointError(
                 f"no checkpoint can be trusted: {'; '.join(refused)}. Put a copy of {self.folder} "
-                f"in its place; or delete it and {self.folder.with_name('metrics.jsonl')}, and "
+                f"in its place; or delete it and {self.folder.with_name(JOURNAL)}, and "
                 "resume: the run begins at step 0"
             )
         return None, []

@@ -27,6 +27,7 @@ from stochastic_depth.files import (
     whole_folder,
     write_new,
 )
+from stochastic_depth.train import layout
 from stochastic_depth.train.checkpoint import Checkpoints
 from stochastic_depth.train.config import Config, restore
 from stochastic_depth.train.journal import Record, read_journal
@@ -51,15 +52,15 @@ class Run:
 
     @property
     def journal(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / layout.JOURNAL
 
     @property
     def weights(self) -> Path:
-        return self.path / "model.safetensors"
+        return self.path / layout.WEIGHTS
 
     @property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.path / "checkpoints", self.id, self.config.keep)
+        return Checkpoints(self.path / layout.CHECKPOINTS, self.id, self.config.keep)
 
     def journal_length(self) -> int:
         """The length of the journal, in bytes."""
@@ -85,14 +86,14 @@ class Run:
         """Remove the folder if nothing was written since it was created."""
         if not is_there(self.path):
             return
-        if set(names_in(self.path)) - {"config.json", "checkpoints", "lock"}:
+        if set(names_in(self.path)) - {layout.CONFIG, layout.CHECKPOINTS, layout.LOCK}:
             return
         if names_in(self.checkpoints.folder):
             return
         with self.writing(), suppress(OSError):  # where it cannot be removed, it stays
-            (self.path / "config.json").unlink()
+            (self.path / layout.CONFIG).unlink()
             self.checkpoints.folder.rmdir()
-            (self.path / "lock").unlink()
+            (self.path / layout.LOCK).unlink()
             self.path.rmdir()
 
     @contextmanager
@@ -103,7 +104,7 @@ class Run:
             RunError: when another process writes it, or nothing can be written; from the check,
                 when the folder was removed or replaced.
         """
-        path = self.path / "lock"
+        path = self.path / layout.LOCK
         lock = FileLock(path, timeout=0)
         try:
             require_writable(path)
@@ -179,8 +180,8 @@ def create_run(
     }
     description["sha256"] = checksum(description)
     with whole_folder(path) as folder:
-        (folder / "checkpoints").mkdir()
-        write_new(folder / "config.json", json.dumps(description, indent=2).encode() + b"\n")
+        (folder / layout.CHECKPOINTS).mkdir()
+        write_new(folder / layout.CONFIG, json.dumps(description, indent=2).encode() + b"\n")
     return run
 
 
@@ -190,7 +191,7 @@ def open_run(path: Path) -> Run:
     Raises:
         RunError: when `path` contains no run, or its `config.json` is not valid.
     """
-    described = path / "config.json"
+    described = path / layout.CONFIG
     try:
         text = read_file(described, SMALL)
     except OSError as error:
@@ -235,7 +236,7 @@ def refuse_existing(path: Path) -> None:
     """
     if not is_there(path) or _is_empty_folder(path):
         return
-    if is_there(path / "config.json"):
+    if is_there(path / layout.CONFIG):
         raise RunError(
             f"{path} exists already: go on with it by --resume {path}, or choose another --run"
         )

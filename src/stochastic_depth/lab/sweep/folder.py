@@ -22,7 +22,7 @@ from stochastic_depth.files import (
     write_whole,
 )
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train import Config, Record
+from stochastic_depth.train import Config, Record, layout
 from stochastic_depth.train.build import build_depth, build_model
 from stochastic_depth.train.journal import read_journal
 
@@ -128,11 +128,11 @@ class Sweep:
         return self.folder / "runs" / point.name
 
     def done(self, point: Point) -> bool:
-        return is_there(self.path(point) / "model.safetensors")
+        return is_there(self.path(point) / layout.WEIGHTS)
 
     def failure(self, point: Point) -> str | None:
         """The recorded reason why the run of a point cannot be trained, or None."""
-        path = self.path(point) / "failed.txt"
+        path = self.path(point) / layout.FAILED
         try:
             return read_file(path, SMALL, real_parts=3).decode().strip()
         except FileNotFoundError:
@@ -142,14 +142,14 @@ class Sweep:
 
     def fail(self, point: Point, sentence: str) -> None:
         """Record why the run of a point cannot be trained."""
-        write_whole(self.path(point) / "failed.txt", f"{sentence}\n".encode(), real_parts=3)
+        write_whole(self.path(point) / layout.FAILED, f"{sentence}\n".encode(), real_parts=3)
 
     def ended(self, point: Point) -> bool:
         return self.done(point) or self.failure(point) is not None
 
     def records(self, point: Point) -> list[Record]:
         """The records of a point's journal so far."""
-        return read_journal(self.path(point) / "metrics.jsonl")
+        return read_journal(self.path(point) / layout.JOURNAL)
 
 
 def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Sweep:

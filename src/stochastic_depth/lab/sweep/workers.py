@@ -23,10 +23,11 @@ from filelock import FileLock, Timeout
 
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import DivergedError, Interrupted, RunError, StochasticDepthError
-from stochastic_depth.files import is_there, reason, require_writable, visible
+from stochastic_depth.files import is_there, reason, require_writable
 from stochastic_depth.lab.sweep.folder import Point, Sweep
+from stochastic_depth.plain_text import escaped
 from stochastic_depth.processes import fresh_processes
-from stochastic_depth.train import Run, begin, fit, reopen
+from stochastic_depth.train import Run, begin, fit, layout, reopen
 from stochastic_depth.train.display import Silent
 from stochastic_depth.train.signals import StopSignals
 
@@ -181,7 +182,7 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
     path, config = sweep.path(point), point.of(sweep.config)
     if path.is_symlink():
         raise RunError(f"{path} is a link, expected a run folder: remove it")
-    if is_there(path) and not is_there(path / "config.json"):
+    if is_there(path) and not is_there(path / layout.CONFIG):
         shutil.rmtree(path)  # its process was killed while it created the folder
     if not is_there(path):
         return begin(config, path)
@@ -207,7 +208,7 @@ def _work(sweep: Sweep, threads: int) -> None:
         except Interrupted:
             sys.exit(128 + signal.SIGTERM)
         except StochasticDepthError as error:
-            print(f"error: {visible(str(error))}", file=sys.stderr)
+            print(f"error: {escaped(str(error))}", file=sys.stderr)
             sys.exit(1)
 
 
@@ -218,4 +219,4 @@ class _UnusualEvents(Silent):
         self._label = label
 
     def say(self, text: str) -> None:
-        print(visible(f"{self._label} {text}"), file=sys.stderr)
+        print(escaped(f"{self._label} {text}"), file=sys.stderr)
