@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-from stochastic_depth.errors import ConfigError
-
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet", "folder"]
 """The data sets of `data.sources`."""
 
@@ -34,17 +32,15 @@ stochastic depth."""
 CheckpointName = Literal["best", "last"]
 """The checkpoint of the lowest validation error, or the newest."""
 
+PrecisionOption = Literal["auto", "float32", "bfloat16"]
+"""The precision of convolutions and matrix products, if it is not chosen automatically."""
+
+EngineOption = Literal["auto", "eager", "compiled", "graphs"]
+"""How training steps are taken: by autograd, by autograd with compiled blocks, or by the block
+program; if it is not chosen automatically."""
+
+Granularity = Literal["block", "unit"]
+"""Whether all residual additions of a block share a gate, or each has its own."""
+
 SweepKind = Literal["survival", "depth", "gates"]
 """What a sweep varies: p_L and rules, p_L and depths, or ways of gating."""
-
-
-def at_least(minimum: int, **values: int | None) -> None:
-    """Raise an error for numbers below `minimum`; their names are those of options.
-
-    Raises:
-        ConfigError: naming the option and its value.
-    """
-    for name, value in values.items():
-        if value is not None and value < minimum:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} is {value}: it must be at least {minimum}")

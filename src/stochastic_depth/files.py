@@ -317,10 +317,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
-
-
-def visible(text: str) -> str:
-    """`text`, with escapes in place of what could control a terminal or cannot be encoded."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from stochastic_depth.cli import main
 from stochastic_depth.cli.console import PlainConsole
-from stochastic_depth.files import visible
+from stochastic_depth.plain_text import escaped
 
 NAMES = [
     "[bold]x[/bold]",
@@ -36,7 +36,7 @@ SMALL = ["--model.depth", "8", "--epochs", "1"]
     ],
 )
 def test_what_could_drive_a_terminal_is_written_as_an_escape(text, shown):
-    assert visible(text) == shown
+    assert escaped(text) == shown
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,7 +48,7 @@ def test_a_console_shows_names_as_they_are(name):
     console.print(table)
     console.print(name)
     shown = console.file.getvalue()
-    assert shown.count(visible(name)) == 5
+    assert shown.count(escaped(name)) == 5
     assert "\x1b" not in shown
 
 
@@ -77,8 +77,8 @@ def test_a_run_of_any_name_is_trained_and_told(name, tmp_path, capsys, monkeypat
     assert main(["train", "digits", *SMALL, "--run", name]) == 1
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err
-    assert visible(name) in shown.out
-    assert visible(name) in shown.err
+    assert escaped(name) in shown.out
+    assert escaped(name) in shown.err
 
 
 def test_a_name_that_is_no_text_is_told(tmp_path):

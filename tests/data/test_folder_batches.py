@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stochastic_depth.data import Batches, FolderBatches
+from stochastic_depth.data import Batches, FolderBatches, folder_batches
 from stochastic_depth.errors import DataError
 from support.data_sets import IMAGENET_CLASSES, write_imagenet
 
@@ -40,8 +40,9 @@ def test_it_is_what_training_needs(root):
     assert shapes == [((4, 3, SIZE, SIZE), torch.float32, 4)] * 5
 
 
-def test_evaluation_scales_the_shorter_side_and_cuts_the_middle(root):
-    found = torch.cat([images for images, _ in made(root, evaluation_batch=4).evaluate("test")])
+def test_evaluation_scales_the_shorter_side_and_cuts_the_middle(root, monkeypatch):
+    monkeypatch.setattr(folder_batches, "EVALUATION_BATCH", 4)
+    found = torch.cat([images for images, _ in made(root).evaluate("test")])
     labels = torch.cat([labels for _, labels in made(root).evaluate("test")])
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     for image, path in zip(found, sorted((root / "val").rglob("*.JPEG")), strict=True):

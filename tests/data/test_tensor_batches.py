@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stochastic_depth.data import Batches, DataSet, Images, TensorBatches, crop_and_flip, draw_crops
+from stochastic_depth.data import (
+    Batches,
+    DataSet,
+    Images,
+    TensorBatches,
+    batching,
+    crop_and_flip,
+    draw_crops,
+)
 from stochastic_depth.errors import DataError
 
 
@@ -131,8 +139,9 @@ def test_epochs_and_seeds_have_their_own_order_and_the_global_state_has_no_part(
     assert not same(made(seed=4).train(0), first)
 
 
-def test_evaluation_keeps_the_order_and_every_image():
-    batches = made(evaluation_batch=10)
+def test_evaluation_keeps_the_order_and_every_image(monkeypatch):
+    monkeypatch.setattr(batching, "EVALUATION_BATCH", 10)
+    batches = made()
     for part, start, n in (("validation", 100, 12), ("test", 200, 23)):
         seen = [(numbers(images, data()), labels) for images, labels in batches.evaluate(part)]
         assert list(chain(*(found for found, _ in seen))) == list(range(start, start + n))

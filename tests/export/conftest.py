@@ -11,7 +11,7 @@ from stochastic_depth.cli import main
 from stochastic_depth.data import load
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, begin, fit
-from stochastic_depth.train.display import SILENT
+from support.runs import SILENT
 
 
 @pytest.fixture(scope="session")

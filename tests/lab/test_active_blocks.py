@@ -15,7 +15,7 @@ from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import survival_probabilities
 from stochastic_depth.train import ModelConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.config import ScheduleConfig
-from stochastic_depth.train.display import SILENT
+from support.runs import SILENT
 
 PROBABILITIES = st.lists(st.floats(0.01, 1), min_size=1, max_size=7)
 

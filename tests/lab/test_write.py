@@ -19,7 +19,7 @@ from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep.gates import FILE
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, begin, fit
-from stochastic_depth.train.display import SILENT
+from support.runs import SILENT
 
 ADDRESSES = {"href", "xlink:href", "src", "srcset", "action", "formaction", "data", "poster"}
 

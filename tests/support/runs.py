@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from stochastic_depth.errors import Interrupted
 from stochastic_depth.train import Record, begin, fit, reopen
 from stochastic_depth.train.checkpoint import load_checkpoint
-from stochastic_depth.train.display import Display
+from stochastic_depth.train.display import Display, Silent
 from stochastic_depth.train.run_folder import checksum
 
+SILENT = Silent()
 CLOCK = {"seconds", "images_per_second", "peak_memory"}
 STATE = {"run": "a", "step": 7, "weights": torch.arange(50.0), "nested": [1, {"x": None}]}
 """Of a checkpoint."""

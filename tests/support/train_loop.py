@@ -18,9 +18,8 @@ from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import LinearDecay
 from stochastic_depth.train import Config, ModelConfig, Record, Run, SurvivalConfig, open_run
 from stochastic_depth.train.config import DistributedConfig
-from stochastic_depth.train.display import SILENT
 from support.ranks import report
-from support.runs import assert_same_end, finish, interrupted_and_resumed
+from support.runs import SILENT, assert_same_end, finish, interrupted_and_resumed
 
 BLOCKS, FINAL = 3, 0.3
 

@@ -7,7 +7,8 @@ import pytest
 
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import Config, DataConfig, ModelConfig, SurvivalConfig, begin, fit
-from stochastic_depth.train.display import SILENT, Silent
+from stochastic_depth.train.display import Silent
+from support.runs import SILENT
 
 
 class Remembering(Silent):

@@ -17,7 +17,7 @@ from types import FrameType
 
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.extras import require
-from stochastic_depth.files import visible
+from stochastic_depth.plain_text import escaped
 
 COMMANDS = {
     "train": "train a recipe, or go on with a run",
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _interruptible(list(sys.argv[1:] if arguments is None else arguments))
     except StochasticDepthError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from stochastic_depth.files import visible
+from stochastic_depth.plain_text import escaped
 
 
 class PlainConsole(Console):
@@ -23,13 +23,13 @@ class PlainConsole(Console):
         super().__init__(**options, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(text), **options)
+        return super().render_str(escaped(text), **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else visible(text), style, control)
+            yield Segment(text if control else escaped(text), style, control)
 
     def say(self, text: str) -> None:
         """Print a line without breaking it, so that paths and commands in it can be copied."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from stochastic_depth.choices import CheckpointName, at_least
+from stochastic_depth.choices import CheckpointName
 from stochastic_depth.cli.arguments import Flag, parse, require_run
 from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.train.config import at_least, check_that
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,8 +75,7 @@ class Predict:
 
 
 def _check_share(depth: float) -> None:
-    if not 0 < depth <= 1:
-        raise ConfigError(f"--depth is {depth}: it must be above 0 and at most 1, a share")
+    check_that(0 < depth <= 1, "--depth", depth, "above 0 and at most 1, a share")
 
 
 def export(arguments: list[str]) -> int:

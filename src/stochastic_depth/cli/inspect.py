@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from stochastic_depth.choices import at_least
+from stochastic_depth.choices import Granularity
 from stochastic_depth.cli.arguments import Flag, parse
 from stochastic_depth.errors import (
     ApplyError,
@@ -21,6 +21,7 @@ from stochastic_depth.errors import (
     first_line,
 )
 from stochastic_depth.extras import require
+from stochastic_depth.train.config import at_least, check_that
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +48,7 @@ class Inspect:
     """Samples in the example."""
     shape: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N ...")] = None
     """The shape of one sample; the published one when not given."""
-    granularity: Literal["block", "unit"] = "block"
+    granularity: Granularity = "block"
     """One coin for all residual additions of a block, or one for each."""
     exclude: tuple[str, ...] = ()
     """Modules to leave as they are, by name."""
@@ -63,8 +64,7 @@ class Inspect:
 
     def check(self) -> None:
         at_least(1, batch=self.batch, repeats=self.repeats)
-        if not 0 < self.final <= 1:
-            raise ConfigError(f"--final is {self.final}: it must be above 0 and at most 1")
+        check_that(0 < self.final <= 1, "--final", self.final, "above 0 and at most 1")
         if self.shape is not None and min(self.shape, default=0) < 1:
             raise ConfigError(f"--shape is {self.shape}: give the sizes of one sample, at least 1")
         if self.report is not None and self.plan_only:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from stochastic_depth.choices import RuleName, SweepKind, at_least
+from stochastic_depth.choices import RuleName, SweepKind
 from stochastic_depth.cli.arguments import Flag, choose, parse_recipe, usage_errors
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.extras import require
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train.config import Config
+from stochastic_depth.train.config import Config, at_least
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole

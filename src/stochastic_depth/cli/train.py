@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from stochastic_depth.choices import CheckpointName, at_least
+from stochastic_depth.choices import CheckpointName
 from stochastic_depth.cli.arguments import (
     Flag,
     choose,
@@ -22,7 +22,7 @@ from stochastic_depth.cli.arguments import (
 from stochastic_depth.errors import ConfigError, Interrupted, RunError
 from stochastic_depth.extras import require
 from stochastic_depth.recipes import RECIPES, describe_recipe
-from stochastic_depth.train.config import Config
+from stochastic_depth.train.config import Config, at_least
 
 if TYPE_CHECKING:
     from rich.table import Table

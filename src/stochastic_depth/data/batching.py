@@ -13,6 +13,9 @@ from stochastic_depth.randomness import generator
 Batch = tuple[Tensor, Tensor]
 Part = Literal["validation", "test"]
 
+EVALUATION_BATCH = 500
+"""Images in a batch of evaluation, of a data set in memory."""
+
 
 class Shard(NamedTuple):
     """The part of every batch that one process takes; these parts differ by one image at most."""
@@ -162,7 +165,6 @@ class TensorBatches:
         augment: whether to crop and flip the training images, after normalising them with the mean
             and standard deviation of the training part. They are padded by an eighth of their
             height (the paper, section 4: 4 of 32 pixels).
-        evaluation_batch: images in a batch of `evaluate`.
         shard: the part of each batch that this process gets.
     """
 
@@ -175,7 +177,6 @@ class TensorBatches:
         seed: int,
         device: torch.device | str,
         channels_last: bool = False,
-        evaluation_batch: int = 500,
         shard: Shard = WHOLE,
     ):
         channels, height, width = data.train.images.shape[1:]
@@ -191,7 +192,6 @@ class TensorBatches:
         self.augment = augment
         self.padding = max(1, height // 8)
         self.seed = seed
-        self.evaluation_batch = evaluation_batch
         self.shard = shard
         self.device = torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -217,8 +217,8 @@ class TensorBatches:
 
     def evaluate(self, part: Part) -> Iterator[Batch]:
         images, labels = self._parts[part]
-        for start in range(0, len(images), self.evaluation_batch):
-            mine = self.shard.slice_of(min(self.evaluation_batch, len(images) - start))
+        for start in range(0, len(images), EVALUATION_BATCH):
+            mine = self.shard.slice_of(min(EVALUATION_BATCH, len(images) - start))
             chosen = slice(start + mine.start, start + mine.stop)
             if mine.start < mine.stop:
                 batch = normalise(images[chosen], self.mean, self.std)

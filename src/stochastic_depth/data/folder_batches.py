@@ -28,6 +28,9 @@ from stochastic_depth.randomness import generator
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
+EVALUATION_BATCH = 250
+"""Pictures in a batch of evaluation."""
+
 Samples = list[tuple[str, int]]
 
 
@@ -65,7 +68,6 @@ class FolderBatches:
         validation: int = 0,
         train: int | None = None,
         augment: bool = True,
-        evaluation_batch: int = 250,
         name: str = "imagenet",
         shard: Shard = WHOLE,
     ):
@@ -92,7 +94,7 @@ class FolderBatches:
         self.sizes = {part: len(samples) for part, samples in self._samples.items()}
         self.held_out = validation > 0
         self.steps_per_epoch = steps(self.sizes["train"], batch)
-        self.batch, self.evaluation_batch = batch, evaluation_batch
+        self.batch = batch
         self.seed = seed
         self.workers = workers
         self.shard = shard
@@ -128,7 +130,7 @@ class FolderBatches:
         yield from self._load(images, self._in_order(len(images)))
 
     def _in_order(self, count: int) -> tuple[torch.Tensor, ...]:
-        return torch.arange(count, device="cpu").split(self.evaluation_batch)
+        return torch.arange(count, device="cpu").split(EVALUATION_BATCH)
 
     def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
         shards = [indices for batch in batches if (indices := self._shard_of(batch))]

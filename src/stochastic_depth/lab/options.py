@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from stochastic_depth.choices import at_least
+from stochastic_depth.choices import EngineOption, PrecisionOption
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.train.config import at_least
 
 DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 """Layers of the networks of `bench depth`."""
@@ -58,7 +59,7 @@ class StepOptions(BenchOptions):
 
     device: str = "auto"
     """cpu or cuda (auto: a GPU if there is one)."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: PrecisionOption = "auto"
     """The precision of convolutions and matrix products."""
 
 
@@ -66,7 +67,7 @@ class StepOptions(BenchOptions):
 class EngineOptions(StepOptions):
     """A benchmark whose steps are taken by the engine that is asked for."""
 
-    engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
+    engine: EngineOption = "auto"
     """The engine of our own training steps, as for train; all other steps use autograd."""
 
 

@@ -8,14 +8,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
+from stochastic_depth.choices import Closed, GateKind, Granularity, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError
 from stochastic_depth.gate_settings import GateSettings, require_choice
 from stochastic_depth.handle import Handle, integer
 from stochastic_depth.hooks import ForwardHooks
 from stochastic_depth.schedules import Schedule
 from stochastic_depth.surgery.applied import Applied, store_applied
-from stochastic_depth.surgery.blocks import FoundBlock, Granularity, nothing_found
+from stochastic_depth.surgery.blocks import FoundBlock, nothing_found
 from stochastic_depth.surgery.droppath import own_rates
 from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.find.find_blocks import find_blocks, find_residuals

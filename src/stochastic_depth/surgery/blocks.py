@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import nn
 
@@ -19,10 +18,6 @@ from stochastic_depth.surgery.edits import (
 )
 from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.record.branches import AdditionEvent
-
-Granularity = Literal["block", "unit"]
-"""Whether all residual additions of a block share a gate, or each has its own."""
-
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

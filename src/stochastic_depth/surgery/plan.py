@@ -6,9 +6,10 @@ from typing import Literal
 
 from torch import nn
 
+from stochastic_depth.choices import Granularity
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.apply import linear_decay, survival_of_blocks
-from stochastic_depth.surgery.blocks import FoundBlock, Granularity, nothing_found
+from stochastic_depth.surgery.blocks import FoundBlock, nothing_found
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find.find_blocks import find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates

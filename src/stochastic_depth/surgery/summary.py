@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from stochastic_depth.block import Block, force
-from stochastic_depth.gates import CLOSED, OPEN, Closed
+from stochastic_depth.choices import Closed
+from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.applied import applied_to, handle_of

@@ -12,8 +12,10 @@ import tyro
 from stochastic_depth.choices import (
     Closed,
     DataName,
+    EngineOption,
     GateKind,
     Initialisation,
+    PrecisionOption,
     RuleName,
     SkippedPolicy,
 )
@@ -51,7 +53,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("validation", "train", "size"):
             _positive(f"data.{name}", getattr(self, name))
-        _require(0 <= self.workers <= 1024, "data.workers", self.workers, "0 to 1024")
+        check_that(0 <= self.workers <= 1024, "data.workers", self.workers, "0 to 1024")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class ModelConfig:
     """DenseNet only: the BC variant, with bottlenecks and compression by half."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.depth <= 100_000, "model.depth", self.depth, "1 to 100,000")
-        _require(1 <= self.growth <= 10_000, "model.growth", self.growth, "1 to 10,000")
+        check_that(1 <= self.depth <= 100_000, "model.depth", self.depth, "1 to 100,000")
+        check_that(1 <= self.growth <= 10_000, "model.growth", self.growth, "1 to 10,000")
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,13 @@ class ScheduleConfig:
     """For steps: the shares of the rule's drop rates."""
 
     def __post_init__(self) -> None:
-        _require(self.until > 0, "schedule.until", self.until, "above 0")
-        _require(self.since >= 0, "schedule.since", self.since, "at least 0")
-        _require(self.gamma > 0, "schedule.gamma", self.gamma, "above 0")
+        check_that(self.until > 0, "schedule.until", self.until, "above 0")
+        check_that(self.since >= 0, "schedule.since", self.since, "at least 0")
+        check_that(self.gamma > 0, "schedule.gamma", self.gamma, "above 0")
         for start in self.at:
-            _require(start >= 0 and math.isfinite(start), "schedule.at", start, "at least 0")
+            check_that(start >= 0 and math.isfinite(start), "schedule.at", start, "at least 0")
         for share in self.shares:
-            _require(0 <= share <= 1, "schedule.shares", share, "from 0 to 1")
+            check_that(0 <= share <= 1, "schedule.shares", share, "from 0 to 1")
         if len(self.at) != len(self.shares):
             raise ConfigError(
                 f"schedule.at has {len(self.at)} values and schedule.shares {len(self.shares)}: "
@@ -195,7 +197,7 @@ class SurvivalConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(0 < self.final <= 1, "survival.final", self.final, "above 0 and at most 1")
+        check_that(0 < self.final <= 1, "survival.final", self.final, "above 0 and at most 1")
         _finite("survival", self)
         if self.closed == "forward-only" and (self.gate != "batch" or self.scale is not None):
             raise ConfigError(
@@ -226,18 +228,20 @@ class OptimizerConfig:
     """Images in a mini-batch."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optimizer.learning-rate", self.learning_rate, "above 0")
-        _require(self.divisor > 0, "optimizer.divisor", self.divisor, "above 0")
-        _require(0 < self.momentum < 1, "optimizer.momentum", self.momentum, "between 0 and 1")
-        _require(self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "at least 0")
-        _require(
+        check_that(self.learning_rate > 0, "optimizer.learning-rate", self.learning_rate, "above 0")
+        check_that(self.divisor > 0, "optimizer.divisor", self.divisor, "above 0")
+        check_that(0 < self.momentum < 1, "optimizer.momentum", self.momentum, "between 0 and 1")
+        check_that(
+            self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "at least 0"
+        )
+        check_that(
             self.warmup_epochs >= 0, "optimizer.warmup-epochs", self.warmup_epochs, "at least 0"
         )
-        _require(self.warmup_rate > 0, "optimizer.warmup-rate", self.warmup_rate, "above 0")
-        _require(self.batch >= 2, "optimizer.batch", self.batch, "at least 2 (BatchNorm)")
+        check_that(self.warmup_rate > 0, "optimizer.warmup-rate", self.warmup_rate, "above 0")
+        check_that(self.batch >= 2, "optimizer.batch", self.batch, "at least 2 (BatchNorm)")
         _positive("optimizer.batch", self.batch)
         for milestone in self.milestones:
-            _require(0 < milestone < 1, "optimizer.milestones", milestone, "between 0 and 1")
+            check_that(0 < milestone < 1, "optimizer.milestones", milestone, "between 0 and 1")
         _finite("optimizer", self)
 
 
@@ -280,10 +284,10 @@ class Config:
     """How many of the latest checkpoints to keep, besides that of the best validation error."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ... (auto: a GPU if there is one)."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: PrecisionOption = "auto"
     """The precision of convolutions and matrix products (auto: bfloat16 where the processor
     supports it)."""
-    engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
+    engine: EngineOption = "auto"
     """How training steps are taken: by autograd (eager), by autograd with compiled blocks
     (compiled), or by a block program (graphs), which is captured as CUDA graphs on a GPU and runs
     piece by piece on a CPU."""
@@ -333,21 +337,33 @@ class Config:
         return restore(Config, values, "config")
 
 
-def _require(holds: bool, name: str, value: object, right: str) -> None:
+def check_that(holds: bool, name: str, value: object, right: str) -> None:
+    """Raise an error for a setting that does not hold.
+
+    Raises:
+        ConfigError: naming the setting, its value, and what would be right.
+    """
     if not holds:
         raise ConfigError(f"{name} is {value}: it must be {right}")
 
 
+def at_least(minimum: int, **values: int | None) -> None:
+    """`check_that` that numbers are not below `minimum`; their names are those of options."""
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        check_that(value is None or value >= minimum, option, value, f"at least {minimum}")
+
+
 def _positive(name: str, value: int | None) -> None:
-    _require(value is None or value >= 1, name, value, "at least 1")
-    _require(value is None or value <= MOST, name, value, f"at most {MOST:,}")
+    check_that(value is None or value >= 1, name, value, "at least 1")
+    check_that(value is None or value <= MOST, name, value, f"at most {MOST:,}")
 
 
 def _finite(where: str, config: "ScheduleConfig | SurvivalConfig | OptimizerConfig") -> None:
     for name, value in vars(config).items():
         if isinstance(value, float):
             name = f"{where}.{name.replace('_', '-')}"
-            _require(math.isfinite(value), name, value, "finite")
+            check_that(math.isfinite(value), name, value, "finite")
 
 
 def _plain(value: Any) -> Any:

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from stochastic_depth.files import visible
 from stochastic_depth.gates import open_shares
+from stochastic_depth.plain_text import escaped
 from stochastic_depth.train.journal import Record
 from stochastic_depth.train.run_folder import Run
 from stochastic_depth.train.train_state import TrainState
@@ -45,9 +45,6 @@ class Silent:
     def evaluating(self) -> None: ...
     def record(self, record: Record) -> None: ...
     def say(self, text: str) -> None: ...
-
-
-SILENT = Silent()
 
 
 @dataclass
@@ -89,7 +86,7 @@ class RunView:
         self.say(self.line(record))
 
     def say(self, text: str) -> None:
-        self.say_line(visible(f"{self.label} {text}" if self.label else text))
+        self.say_line(escaped(f"{self.label} {text}" if self.label else text))
 
     def line(self, record: Record) -> str:
         """The interval's main metrics in one line of at most 80 columns."""
@@ -119,7 +116,7 @@ class RunView:
         head.add_column(ratio=1)
         head.add_column(justify="right", no_wrap=True)
         head.add_row(
-            Text(visible(self.label or self.doing)),
+            Text(escaped(self.label or self.doing)),
             ProgressBar(total=self.steps, completed=self.step_done),
             Text(f"epoch {epoch:.1f}/{self.epochs}  left {self.left()}"),
         )

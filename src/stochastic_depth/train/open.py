@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
+from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches, Shard, batches
 from stochastic_depth.distributed.world import on_primary, rank, ranks
 from stochastic_depth.errors import CheckpointError, DataError
@@ -77,7 +77,7 @@ def open_batches(config: Config, runtime: Runtime) -> Batches:
 
 
 def trained_model(
-    run: Run, images: Batches, which: Literal["best", "last"] = "best"
+    run: Run, images: Batches, which: CheckpointName = "best"
 ) -> tuple[nn.Module, int]:
     """The network of a checkpoint in evaluation mode, its branches scaled by p_l; and its step.
 

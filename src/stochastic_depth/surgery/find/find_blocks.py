@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from stochastic_depth.choices import Granularity
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import (
     FoundBlock,
-    Granularity,
     repeated_block,
     residual_block,
 )
