@@ -31,7 +31,8 @@ def _opened(path: Path, error_class: type[Exception]) -> Iterator[Any]:
                 yield file
         except (safetensors.SafetensorError, ValueError) as error:
             raise error_class(
-                f"{path} is not a complete safetensors file ({error}): write it again"
+                f"{path} is not a complete safetensors file ({error}), it was cut short or changed: "
+                "put a copy in its place"
             ) from error
 
 
