@@ -1,6 +1,6 @@
 """All errors that this library raises on purpose, as one tree of classes."""
 
-from pathlib import Path
+import pathlib
 
 
 class StochasticDepthError(Exception):
@@ -109,6 +109,6 @@ class DivergedError(RunError):
 class Interrupted(StochasticDepthError):
     """A signal that has stopped a run, after a checkpoint was written."""
 
-    def __init__(self, run: Path, step: int, signal: int) -> None:
+    def __init__(self, run: pathlib.Path, step: int, signal: int) -> None:
         super().__init__(f"{run} stopped at step {step}, with a checkpoint")
         self.run, self.signal = run, signal

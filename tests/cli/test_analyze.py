@@ -60,7 +60,6 @@ WITHOUT_ALTAIR = """
 import sys
 sys.modules["altair"] = None
 from stochastic_depth.cli import main
-from support.runs import edit_description
 run, *quick = sys.argv[1:]
 ensemble = ["ensemble", run, "--subnetworks", "1"]
 for question in (["gradients", run], ["active", run], ensemble, ["pruning", run, *quick]):

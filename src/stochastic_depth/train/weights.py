@@ -31,8 +31,8 @@ def _opened(path: Path, error_class: type[Exception]) -> Iterator[Any]:
                 yield file
         except (safetensors.SafetensorError, ValueError) as error:
             raise error_class(
-                f"{path} is not a complete safetensors file ({error}), it was cut short or changed: "
-                "put a copy in its place"
+                f"{path} is not a complete safetensors file ({error}), because it was cut short "
+                "or changed: put a copy in its place"
             ) from error
 
 
