@@ -168,7 +168,12 @@ def summary(model: nn.Module, example: Example) -> Summary:
             kind = type(module).__name__
             summaries.append(BlockSummary(block.name, kind, p, size, *counted[alike]))
     return Summary(
-        tuple(summaries), forward, backward, handle.settings.closed, _gating(handle), dict(uncounted)
+        tuple(summaries),
+        forward,
+        backward,
+        handle.settings.closed,
+        _gating(handle),
+        dict(uncounted),
     )
 
 
