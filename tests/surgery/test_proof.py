@@ -380,6 +380,42 @@ def test_parameters_that_are_nearly_zero_are_so_again_after_the_proof():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class Interrupted(Trunk):
+    """Is interrupted in one of its forward passes."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(Zero)
+        self.passes = itertools.count()
+        self.at = at
+
+    def forward(self, x):
+        if next(self.passes) == self.at:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def test_ctrl_c_in_any_pass_of_the_proof_leaves_the_model_as_it_was():
+    for at in itertools.count():
+        torch.manual_seed(0)
+        model = Interrupted(at)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        gradient = model.stem.weight.grad = torch.ones(8, 8)
+        try:
+            sd.apply(model, sd.Uniform(0.5), example=X, gate="subset")
+        except KeyboardInterrupt:
+            assert all(
+                type(module) in (Trunk, Interrupted, Zero) for module in (model, *model.blocks)
+            )
+            assert not any("stochastic_depth" in name for m in model.modules() for name in vars(m))
+        else:
+            break
+        finally:
+            assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+            assert model.training
+            assert model.stem.weight.grad is gradient
+    assert at > 20
+
+
 def test_an_example_that_cannot_be_trained_on_is_warned_of():
     model = nn.Sequential(Trunk(), nn.BatchNorm1d(8))
     with pytest.warns(UserWarning, match=r"training mode is not proved.*more than 1 value per"):

@@ -72,14 +72,14 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     on_gradients = [hooks for p, _ in gradients if (hooks := p._post_accumulate_grad_hooks)]
     held = [(hooks, dict(hooks)) for hooks in on_gradients]
-    for hooks, _ in held:
-        hooks.clear()
-    for parameter, _ in gradients:
-        parameter.grad = None
-    for module, _ in compiled:
-        set_call(module, None)
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        for hooks, _ in held:
+            hooks.clear()
+        for parameter, _ in gradients:
+            parameter.grad = None
+        for module, _ in compiled:
+            set_call(module, None)
+        torch.backends.mha.set_fastpath_enabled(False)
         with preserved_randomness(model):
             yield
     finally:

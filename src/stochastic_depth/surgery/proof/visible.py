@@ -18,6 +18,9 @@ from stochastic_depth.surgery.proof.calls import calls_if_finite
 _VANISHING = 1e-3
 """Parameters are replaced if none of their values is larger than this."""
 
+Originals = list[tuple[nn.Parameter, Tensor]]
+"""Parameters, each with a copy of its original value."""
+
 
 @contextmanager
 def visible_branches(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
@@ -29,24 +32,35 @@ def visible_branches(model: nn.Module, run: Callable[..., Any]) -> Iterator[None
     Args:
         run: calls the model on the example.
     """
-    vanishing = [p for p in model.parameters() if p.requires_grad and _vanishes(p)]
-    usual = calls_if_finite(model, run) if vanishing else None
-    before = [parameter.detach().clone() for parameter in vanishing]
-    generator = torch.Generator("cpu").manual_seed(0)
-    for parameter in vanishing:
-        parameter.data.copy_(_values_like(parameter, generator))
-    if usual is not None and calls_if_finite(model, run) != usual:
-        _restore(vanishing, before)
-        vanishing = []
+    originals = [
+        (parameter, parameter.detach().clone())
+        for parameter in model.parameters()
+        if parameter.requires_grad and _vanishes(parameter)
+    ]
+    usual = calls_if_finite(model, run) if originals else None
     try:
+        _randomise(originals)
+        if usual is not None and calls_if_finite(model, run) != usual:
+            _restore(originals)
         yield
     finally:
-        _restore(vanishing, before)
+        _restore(originals)
 
 
 def _vanishes(parameter: Tensor) -> bool:
     plain = has_content(parameter) and parameter.is_floating_point() and parameter.numel() > 0
     return plain and parameter.detach().abs().max().item() <= _VANISHING
+
+
+def _randomise(originals: Originals) -> None:
+    generator = torch.Generator("cpu").manual_seed(0)
+    for parameter, _ in originals:
+        parameter.data.copy_(_values_like(parameter, generator))
+
+
+def _restore(originals: Originals) -> None:
+    for parameter, value in originals:
+        parameter.data.copy_(value)
 
 
 def _values_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
@@ -56,8 +70,3 @@ def _values_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
         return 0.05 + 0.1 * u
     inputs = parameter[0].numel()
     return (2 * u - 1) / inputs**0.5
-
-
-def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=False):
-        parameter.data.copy_(value)
