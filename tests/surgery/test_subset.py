@@ -1,6 +1,8 @@
 """Subset gates where samples, time steps and channels are equally many: nothing tells by length."""
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
@@ -225,3 +227,32 @@ def test_samples_in_another_dimension_are_selected_where_they_come_first():
         branch = original.blocks[n](expected, mask, condition.T)
         expected = torch.where(keep[:, None, None], branch, expected)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+class Adding(nn.Module):
+    """Calls `meanwhile` in each pass, and remembers how many samples its branch got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(N, N)
+        self.meanwhile: Callable[[], object] = lambda: None
+        self.sizes: list[int] = []
+
+    def forward(self, x):
+        self.meanwhile()
+        return x + self.branch(x)
+
+    def branch(self, x):
+        self.sizes.append(len(x))
+        return self.linear(x)
+
+
+def test_a_proof_in_one_thread_leaves_the_samples_of_another_thread_selected():
+    training, proved, x = Adding(), Adding(), torch.randn(N, N)
+    sd.apply(training, sd.Uniform(0.5), example=x, gate="subset", balance=True)
+    training.sizes.clear()
+    with ThreadPoolExecutor(1) as other:
+        proved.meanwhile = lambda: other.submit(training, x).result()
+        sd.apply(proved, sd.Uniform(0.5), example=x, gate="subset")
+    assert len(training.sizes) > 20
+    assert set(training.sizes) == {N // 2}

@@ -10,6 +10,7 @@ position in the code in every later pass.
 import ast
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,21 +34,21 @@ HOLDS_SAMPLES = "_stochastic_depth_samples"
 SeenShapes = dict[tuple[nn.Module, Hashable], list[tuple[int, ...]]]
 """The shapes of the tensors that entered branches, by module and key."""
 
-_seen: list[SeenShapes] = []
+_recording: ContextVar[SeenShapes | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
 def record_shapes() -> Iterator[SeenShapes]:
-    """While entered, record the shapes of tensors that enter branches.
+    """While entered, record the shapes of tensors that enter branches in this thread.
 
     Gates must be open for all samples.
     """
     seen: SeenShapes = {}
-    _seen.append(seen)
+    token = _recording.set(seen)
     try:
         yield seen
     finally:
-        _seen.pop()
+        _recording.reset(token)
 
 
 def select_drawn(module: nn.Module, gate: Gate, value: Any, key: Hashable) -> Any:
@@ -68,8 +69,9 @@ def select_drawn(module: nn.Module, gate: Gate, value: Any, key: Hashable) -> An
     def select(leaf: Any, key: Hashable) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if not torch.compiler.is_compiling() and _seen:
-            _seen[-1].setdefault((module, key), []).append(tuple(leaf.shape))
+        seen = None if torch.compiler.is_compiling() else _recording.get()
+        if seen is not None:
+            seen.setdefault((module, key), []).append(tuple(leaf.shape))
             return leaf
         if leaf.ndim == 0 or len(leaf) != gate.batch or len(samples) == gate.batch:
             return leaf
