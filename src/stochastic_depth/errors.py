@@ -1,4 +1,4 @@
-"""All errors that this library raises on purpose, as one tree of classes."""
+"""All errors that this library raises on purpose, as one tree of classes; and a warning."""
 
 import pathlib
 
@@ -39,6 +39,9 @@ class GateError(StochasticDepthError, ValueError):
 
 class AdditionNotReachedError(GateError):
     """A pass that does not make the addition of a closed block, as the example did."""
+
+    block: str = ""
+    """The name of the block."""
 
 
 class ApplyError(StochasticDepthError, ValueError):
@@ -112,3 +115,7 @@ class Interrupted(StochasticDepthError):
     def __init__(self, run: pathlib.Path, step: int, signal: int) -> None:
         super().__init__(f"{run} stopped at step {step}, with a checkpoint")
         self.run, self.signal = run, signal
+
+
+class BypassedAdditionWarning(UserWarning):
+    """A pass that bypasses the addition of a block, which is then neither skipped nor scaled."""

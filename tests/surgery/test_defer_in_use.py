@@ -94,9 +94,10 @@ def test_an_addition_that_moves_into_a_checkpoint_later_is_an_error():
     model.whole = True
     with (
         handle.forced([True] * 3),
-        pytest.raises(sd.errors.AdditionNotReachedError, match="took a different path"),
+        pytest.raises(sd.errors.AdditionNotReachedError, match="took a different path") as error,
     ):
         model(example())
+    assert error.value.block in {block.name for block in handle.blocks}
 
 
 class OtherPath(nn.Module):
@@ -120,7 +121,10 @@ def test_blocks_that_do_not_run_in_training_are_warned_of():
     assert [block.name for block in handle.blocks] == ["small.0", "small.1", "small.2"]
     with handle.forced([False, True, True]):
         model(torch.randn(3, 4))
-        with pytest.warns(UserWarning, match=r"'small\.0'.*different path.*nothing on that path"):
+        with pytest.warns(
+            sd.errors.BypassedAdditionWarning,
+            match=r"'small\.0'.*different path.*nothing on that path",
+        ):
             model(torch.randn(8, 4))
     model.eval()(torch.randn(8, 4))
 

@@ -161,7 +161,9 @@ def test_another_way_through_a_block_than_on_the_example_is_warned_of(kind, mask
     as_shown, otherwise = ((x, mask), (x,)) if masked else ((x,), (x, mask))
     with handle.forced([False] * 3):
         assert torch.equal(model(*as_shown), x)
-        with pytest.warns(UserWarning, match=f"{kind.__name__}.forward, line .* did not run"):
+        with pytest.warns(
+            sd.errors.BypassedAdditionWarning, match=f"{kind.__name__}.forward, line .* did not run"
+        ):
             assert not torch.equal(model(*otherwise), x)
     with handle.forced([True] * 3):
         model.train()(*otherwise)

@@ -18,7 +18,6 @@ Side = Literal[0, 1]
 Position = tuple[int, int, int, int]
 """The first and last line of an expression in its file, then its first and last column."""
 
-
 NOT_REACHED = (
     "the residual addition of this block did not run in this pass: the model took a different path "
     "than on the example, and nothing on that path is skipped. Give sd.apply an example that takes "

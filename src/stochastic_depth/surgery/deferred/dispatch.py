@@ -31,6 +31,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
     Node,
     Placeholder,
+    Reason,
     Tape,
     because,
     operands,
@@ -69,9 +70,10 @@ SEVERAL |= {"multi_head_attention_forward", "native_layer_norm", "native_batch_n
 SEVERAL |= {"max_pool1d", "max_pool2d", "max_pool3d", "lstsq", "nanmedian", "rnn_tanh", "rnn_relu"}
 """Functions that may return several tensors. Their shapes are inferred at once, to find out how
 many."""
-UNKNOWN = (
+_HIDDEN = Reason(
     "the structure of its output is known only after computing it (that of a packed sequence, for "
-    "example, depends on the lengths)"
+    "example, depends on the lengths)",
+    hides_structure=True,
 )
 """The reason for making a call immediately that could have been deferred."""
 _NOTHING = torch.empty(0, device="meta")
@@ -107,7 +109,7 @@ class _Dispatching(Placeholder):
             if addition is not None and adds_branch(addition, addition.sites[site], args):
                 return add(addition, addition.sites[site], func, name, args, kwargs)
         if name in ASKS or name == "__set__" or not additions:
-            with because(f"the values of its output are needed ({name})"):
+            with because(Reason(f"the values of its output are needed ({name})")):
                 args, kwargs = with_values(args, kwargs)
             return func(*args, **kwargs)
         in_place = name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
@@ -139,7 +141,7 @@ def defer_call(node: Node, gives_tensor: bool = False) -> Any:
     except Exception:
         if gives_tensor:
             return _placeholder(node, -1)
-        with because(UNKNOWN):
+        with because(_HIDDEN):
             return mark_as_branch(node.tape, node.additions, node.result())
     return defer_call_as(node, shapes.leaves, shapes.structure)
 

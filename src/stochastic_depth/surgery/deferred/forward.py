@@ -6,6 +6,7 @@ If a gate scales a branch, or opens it for some samples only, the values of the 
 placeholders too, so that the addition recognises them.
 """
 
+import sys
 import threading
 import warnings
 import weakref
@@ -18,7 +19,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stochastic_depth.errors import AdditionNotReachedError, GateError
+from stochastic_depth.errors import (
+    AdditionNotReachedError,
+    BypassedAdditionWarning,
+    GateError,
+)
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.module_snapshot import ModuleSnapshot
 from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
@@ -196,6 +201,8 @@ class _Session:
     def __enter__(self) -> "_Session":
         tape = tape_of_pass()
         assert tape is not None
+        for addition in self.additions.values():
+            addition.caller = sys._getframe(1)
         needed = {module for n in self.additions for module in self.plan.modules_of[n]}
         for deferred in self.plan.modules:
             if deferred in needed:
@@ -209,6 +216,8 @@ class _Session:
     def __exit__(self, *_: Any) -> None:
         for switch, before in self.before:
             switch.switch_to(before)
+        for addition in self.additions.values():
+            addition.caller = None
 
     def gated(self, numbers: tuple[int, ...]) -> tuple[GatedAddition, ...]:
         """Those of the additions with these numbers that have a gate in this call; one object."""
@@ -227,9 +236,11 @@ class _Session:
                 continue
             message = f"block {addition.name!r}, {self.edits[n]}: {NOT_REACHED}"
             if addition.deferred:
-                raise AdditionNotReachedError(message)
+                error = AdditionNotReachedError(message)
+                error.block = addition.name
+                raise error
             if addition.owner.training and self.plan.modules_of[n]:
-                warnings.warn(message, stacklevel=3)
+                warnings.warn(message, BypassedAdditionWarning, stacklevel=3)
 
     def refuse_recomputed(self) -> None:
         """Raise `GateError` when a checkpoint would recompute a branch without its gate."""

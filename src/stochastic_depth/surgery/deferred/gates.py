@@ -94,17 +94,9 @@ def add(
 
 
 def _checkpoints_around(addition: GatedAddition) -> Iterator[Callable[[], bool]]:
-    """The running checkpoints between the call of the owner and its addition.
-
-    The call of the owner is recognised by the frame of `deferring`, the method that
-    `deferring_forward` returns, with a session that has this addition.
-    """
+    """The running checkpoints between the call of the owner and its addition."""
     frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name == "deferring":
-            session = frame.f_locals.get("session")
-            if session is not None and addition in session.additions.values():
-                return
+    while frame is not None and frame is not addition.caller:
         found = recomputation(frame)
         if found is not None:
             yield found

@@ -15,7 +15,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +43,25 @@ class GatedAddition:
         copies: whether a closed addition returns a copy of its shortcut.
     """
 
-    __slots__ = ("copies", "deferred", "gate", "name", "owner", "reached", "recomputed", "sites")
+    __slots__ = (
+        "caller",
+        "copies",
+        "deferred",
+        "gate",
+        "name",
+        "owner",
+        "reached",
+        "recomputed",
+        "sites",
+    )
 
     def __init__(
         self, name: str, sites: Mapping[CallSite, int], gate: Gate, copies: bool, owner: nn.Module
     ) -> None:
         self.name, self.sites, self.gate, self.copies = name, sites, gate, copies
         self.owner = owner
+        self.caller: FrameType | None = None
+        """The frame that calls the owner's own forward method, while it runs."""
         self.deferred = 0
         """How many module calls have returned placeholders of this branch."""
         self.reached = 0
@@ -111,8 +124,17 @@ def set_tape(tape: Tape | None) -> None:
     _local.tape = tape
 
 
+class Reason(NamedTuple):
+    """Why a deferred call is made although its block is closed."""
+
+    text: str
+    hides_structure: bool = False
+    """Whether the structure of its output is known only after computing it. Rewritten code never
+    asks for that."""
+
+
 @contextmanager
-def because(reason: str) -> Iterator[None]:
+def because(reason: Reason) -> Iterator[None]:
     """While entered, `reason` is the recorded reason for making deferred calls."""
     before = why_computed()
     _local.reason = reason
@@ -122,9 +144,9 @@ def because(reason: str) -> Iterator[None]:
         _local.reason = before
 
 
-def why_computed() -> str:
-    """The reason why a deferred call is being made; empty if none was recorded."""
-    return getattr(_local, "reason", "")
+def why_computed() -> Reason | None:
+    """The reason why a deferred call is being made; None if none was recorded."""
+    return getattr(_local, "reason", None)
 
 
 class Node:

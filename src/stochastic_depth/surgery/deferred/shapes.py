@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stochastic_depth.surgery.deferred.placeholder import (
     Node,
     Placeholder,
+    Reason,
     because,
     mapped,
     operands,
@@ -115,7 +116,7 @@ def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
             return func(_fake(args[0]))
         inferred = mapped(_faked, args), mapped(_faked, kwargs)
     except Exception:
-        with because("the shape of its output is needed, and depends on its values"):
+        with because(Reason("the shape of its output is needed, and depends on its values")):
             inferred = with_values(args, kwargs)
     return func(*inferred[0], **inferred[1])
 

@@ -12,8 +12,7 @@ from torch import nn
 from stochastic_depth.block import Block, force, set_training_gates
 from stochastic_depth.gates import CLOSED, OPEN, Gate
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
-from stochastic_depth.surgery.deferred.dispatch import UNKNOWN
-from stochastic_depth.surgery.deferred.placeholder import why_computed
+from stochastic_depth.surgery.deferred.placeholder import Reason, why_computed
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.tensors import tensors_in
 
@@ -28,8 +27,8 @@ class CallCounts:
     number: Counter[str]
     given: Counter[str]
     """How many elements the tensors among its arguments had, summed over all calls."""
-    why: dict[str, str]
-    """Why a deferred call was made; empty for calls that were not deferred."""
+    why: dict[str, Reason | None]
+    """Why a deferred call was made; None for calls that were not deferred."""
 
 
 def still_running(
@@ -90,8 +89,9 @@ def still_called(block: FoundBlock, usual: CallCounts, called: CallCounts) -> st
         if called.number[name] > max(0, usual.number[name] - calls)
     ]
     if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
-        why = called.why[running[0]] or "the model uses its output for more than the addition"
-        if why == UNKNOWN and block.units[0].edits[0][0] is not block.module:
+        reason = called.why[running[0]]
+        why = reason.text if reason else "the model uses its output for more than the addition"
+        if reason and reason.hides_structure and block.units[0].edits[0][0] is not block.module:
             why += "; in the forward method of a layer these lines could be rewritten"
         return f"{running[0]!r} of its branch must run even when the block is closed: {why}"
     return ""

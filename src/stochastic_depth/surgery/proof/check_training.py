@@ -12,6 +12,7 @@ from stochastic_depth.block import Block
 from stochastic_depth.choices import Scale
 from stochastic_depth.errors import (
     AdditionNotReachedError,
+    BypassedAdditionWarning,
     StochasticDepthError,
     UnsupportedBlockError,
 )
@@ -58,8 +59,8 @@ def check_training(
             changed in place.
     """
     with preserve_state(model), torch.enable_grad(), warnings.catch_warnings():
-        # Suppress this warning: the checks below cover a different path in training mode.
-        warnings.filterwarnings("ignore", message=".* did not run in this pass")
+        # The checks below cover a different path in training mode.
+        warnings.simplefilter("ignore", BypassedAdditionWarning)
         model.train()
         before = {name: dict(vars(module)) for name, module in model.named_modules()}
         try:
@@ -123,10 +124,8 @@ def _unreached(
     error: AdditionNotReachedError, found: Sequence[FoundBlock]
 ) -> UnsupportedBlockError:
     """The error for a block whose addition does not run in training mode."""
-    named = next(
-        (block for block in found if str(error).startswith(f"block {block.name!r},")), None
-    )
     why = "in training mode it does not make the addition that it makes in evaluation"
+    named = next((block for block in found if block.name == error.block), None)
     if named is None:
         return UnsupportedBlockError(f"{why}: {error}")
     return unsupported(named.name, named.module, why)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.errors import BypassedAdditionWarning, UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.edits import (
     NOT_REACHED,
@@ -189,7 +189,7 @@ def _warn_bypassed(gate: Gate, addition: str) -> None:
     """Warn that the method took a path that skips this addition; on the example it did not."""
     if gate.is_plain or torch.compiler.is_compiling():
         return
-    warnings.warn(f"{addition}: {NOT_REACHED}", stacklevel=2)
+    warnings.warn(f"{addition}: {NOT_REACHED}", BypassedAdditionWarning, stacklevel=2)
 
 
 def _warn_where_bypassed(tree: ast.FunctionDef, edits: Sequence[RewriteEdit]) -> None:
