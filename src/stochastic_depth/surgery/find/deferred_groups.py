@@ -81,7 +81,7 @@ def _iteration(
     except to values that do not depend on each other, as in the two halves of a siamese network.
 
     Args:
-        turns: all additions of the loop, see `Analysis.iterations`.
+        iterations: the iteration of each addition of the loop, see `Analysis.iterations`.
     """
     assert event.enclosing is not None
     paths = {other: _module_path(other, analysis, looped=True) for other in iterations}
