@@ -23,17 +23,17 @@ from stochastic_depth.surgery.blocks import (
 from stochastic_depth.surgery.droppath import ChangedSetting, disable_drop_paths
 from stochastic_depth.surgery.example import Example, caller, on_meta
 from stochastic_depth.surgery.install import put_gates, take_gates
-from stochastic_depth.surgery.proof.calls import still_running
-from stochastic_depth.surgery.proof.check import check, reference_outputs
-from stochastic_depth.surgery.proof.check_samples import (
+from stochastic_depth.surgery.proof.batch_dimension import (
     check_samples,
     halves,
     learn_samples,
     require_two_samples,
 )
-from stochastic_depth.surgery.proof.check_training import check_training
+from stochastic_depth.surgery.proof.call_counts import still_running
+from stochastic_depth.surgery.proof.evaluation import check, reference_outputs
+from stochastic_depth.surgery.proof.nonzero_weights import nonzero_weights
 from stochastic_depth.surgery.proof.other_inputs import run_on_other_inputs
-from stochastic_depth.surgery.proof.visible import visible_branches
+from stochastic_depth.surgery.proof.training_steps import check_training
 from stochastic_depth.surgery.select_modules import select_modules
 from stochastic_depth.survival import Probabilities
 
@@ -241,7 +241,7 @@ def _gated_and_proved(
                 raise unsupported(block.name, block.module, why)
         return Proved(blocks, math.nan, {})
     deadline = math.inf if budget is None else time.monotonic() + budget / 2
-    with visible_branches(model, run):
+    with nonzero_weights(model, run):
         half = example if batch is None else check_samples(model, example, found, batch)
         other = run_on_other_inputs(model, example)
         reference = reference_outputs(model, run, found, batch, deadline, other)

@@ -13,7 +13,7 @@ from stochastic_depth.surgery.blocks import FoundBlock, nothing_found
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find.find_blocks import find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates
-from stochastic_depth.surgery.proof.calls import still_running
+from stochastic_depth.surgery.proof.call_counts import still_running
 from stochastic_depth.surgery.record.rejected import Rejected, listed
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_nested
 from stochastic_depth.surgery.select_modules import ModuleSelector

@@ -16,10 +16,10 @@ from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.check import check, reference_outputs
-from stochastic_depth.surgery.proof.check_training import check_training, train_once
+from stochastic_depth.surgery.proof.evaluation import check, reference_outputs
+from stochastic_depth.surgery.proof.nonzero_weights import nonzero_weights
 from stochastic_depth.surgery.proof.other_inputs import run_on_other_inputs
-from stochastic_depth.surgery.proof.visible import visible_branches
+from stochastic_depth.surgery.proof.training_steps import check_training, train_once
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.timing import take_turns
 
@@ -104,7 +104,7 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         return model.forward(*args, **kwargs)
 
     step = caller(forward, example)
-    with visible_branches(model, run):
+    with nonzero_weights(model, run):
         with ungated(model):
             other = run_on_other_inputs(model, example)
             reference = reference_outputs(model, run, applied.found, batch, other=other)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.surgery.example import Example, caller
-from stochastic_depth.surgery.proof.calls import calls_if_finite
+from stochastic_depth.surgery.proof.call_counts import calls_if_finite
 from stochastic_depth.tensors import replace_tensors, tensors_in
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.surgery.example import has_content
-from stochastic_depth.surgery.proof.calls import calls_if_finite
+from stochastic_depth.surgery.proof.call_counts import calls_if_finite
 
 _VANISHING = 1e-3
 """Parameters are replaced if none of their values is larger than this."""
@@ -23,7 +23,7 @@ Originals = list[tuple[nn.Parameter, Tensor]]
 
 
 @contextmanager
-def visible_branches(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+def nonzero_weights(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
     """While entered, trainable parameters that are zero or nearly zero have random values.
 
     The values are the same each time. If the model cannot run with them, or takes another path,

@@ -12,7 +12,7 @@ from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.surgery.proof.calls import in_training
+from stochastic_depth.surgery.proof.call_counts import in_training
 from stochastic_depth.surgery.proof.reference import bypassed
 from stochastic_depth.surgery.rewrite.select_samples import HOLDS_SAMPLES, SeenShapes, record_shapes
 from stochastic_depth.tensors import largest_difference, tensors_in

@@ -21,14 +21,14 @@ from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.calls import (
+from stochastic_depth.surgery.proof.call_counts import (
     CallCounts,
     counted_calls,
     in_training,
     refuse_running,
 )
-from stochastic_depth.surgery.proof.check import smallest
-from stochastic_depth.surgery.proof.compare_training import compare_training
+from stochastic_depth.surgery.proof.evaluation import smallest
+from stochastic_depth.surgery.proof.training_outputs import compare_training
 from stochastic_depth.tensors import tensors_in
 
 TRAINING_PASSES = 4

@@ -23,7 +23,7 @@ from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.calls import (
+from stochastic_depth.surgery.proof.call_counts import (
     TIMES_ZERO,
     CallCounts,
     counted_calls,
@@ -153,7 +153,7 @@ def check(
     with preserve_state(model):
         model.eval()
         with force(blocks, OPEN), counted_calls(model) as usual:
-            proof.open(reference.open)
+            proof.check_open(reference.open)
         if reference.run is not run:
             with force(blocks, OPEN), torch.no_grad(), counted_calls(model) as usual:
                 reference.run()
@@ -163,15 +163,15 @@ def check(
             proof.run_before()
             with force(blocks, OPEN), force([blocks[n] for n in closed], CLOSED):
                 with counted_calls(model) as called:
-                    difference = max(difference, proof.closed(closed, expected))
+                    difference = max(difference, proof.check_closed(closed, expected))
                 refuse_running([found[n] for n in sorted(closed)], usual, called)
                 if number < 2:
-                    proof.unwatched(closed, expected)
+                    proof.check_without_hooks(closed, expected)
         for closed, expected in list(zip(reference.closed, reference.outputs, strict=True))[:2]:
-            proof.multiplied(closed, expected)
+            proof.check_times_zero(closed, expected)
         if batch is not None:
             for closed, expected in zip(reference.closed, reference.selected, strict=True):
-                proof.selected(closed, expected, usual, batch, kind)
+                proof.check_on_samples(closed, expected, usual, batch, kind)
     return difference
 
 
@@ -209,13 +209,13 @@ class _Proof:
             with force(self.blocks, OPEN), torch.no_grad():
                 self.example()
 
-    def open(self, expected: Outputs) -> None:
+    def check_open(self, expected: Outputs) -> None:
         """Check that with every gate open the outputs equal the original ones, bit for bit."""
         difference, why = self._outcome(expected, run=self.example)
         if difference:
             raise UnsupportedBlockError(f"with every gate open {why}{self._remark()}")
 
-    def closed(self, closed: frozenset[int], expected: Outputs) -> float:
+    def check_closed(self, closed: frozenset[int], expected: Outputs) -> float:
         """Check a set of closed blocks; returns the largest relative difference of the outputs."""
         difference, why = self._outcome(expected)
         if not difference <= TOLERANCE:
@@ -224,13 +224,13 @@ class _Proof:
             )
         return difference
 
-    def unwatched(self, closed: frozenset[int], expected: Outputs) -> None:
+    def check_without_hooks(self, closed: frozenset[int], expected: Outputs) -> None:
         """Check a set of closed blocks without hooks, as users run the model."""
         for gradients in (False, True):
             with _fast_path():
                 difference, why = self._outcome(expected, gradients)
             if difference > 10 * TOLERANCE:
-                wrong = functools.partial(self._wrong_unwatched, gradients=gradients)
+                wrong = functools.partial(self._wrong_without_hooks, gradients=gradients)
                 how = "with" if gradients else "without"
                 self._raise_for_smallest(
                     sorted(closed),
@@ -240,7 +240,7 @@ class _Proof:
                     "takes a fused or cached path,",
                 )
 
-    def multiplied(self, numbers: frozenset[int], expected: Outputs) -> None:
+    def check_times_zero(self, numbers: frozenset[int], expected: Outputs) -> None:
         """Check that blocks whose branches are multiplied by 0 have no effect."""
         with force(self.blocks, OPEN), force([self.blocks[n] for n in numbers], TIMES_ZERO):
             difference, why = self._outcome(expected)
@@ -251,7 +251,7 @@ class _Proof:
             hint = " (a registered function must use gate.scale)" if registered else ""
             self._raise_for_smallest(sorted(numbers), why, wrong, f"multiplied by 0{hint}")
 
-    def selected(
+    def check_on_samples(
         self,
         numbers: frozenset[int],
         expected: Outputs,
@@ -300,7 +300,7 @@ class _Proof:
         with force(self.blocks, OPEN), force([self.blocks[n] for n in part], CLOSED):
             return self._outcome(expected, run=self.example)[0] > TOLERANCE
 
-    def _wrong_unwatched(self, part: list[int], gradients: bool) -> str:
+    def _wrong_without_hooks(self, part: list[int], gradients: bool) -> str:
         with ungated(self.model), bypassed([self.found[n] for n in part]), torch.no_grad():
             expected = tensors_in(self.run())
         closed = [self.blocks[n] for n in part]

@@ -17,8 +17,8 @@ from stochastic_depth.gates import CLOSED, OPEN, Gate, GateKind
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.calls import in_training
-from stochastic_depth.surgery.proof.check import (
+from stochastic_depth.surgery.proof.call_counts import in_training
+from stochastic_depth.surgery.proof.evaluation import (
     TOLERANCE,
     closed_sets,
     half_gate,
