@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
-from stochastic_depth.surgery.proof.evaluation import closed_sets
+from stochastic_depth.surgery.proof.gated import closed_sets
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -94,6 +94,21 @@ def test_what_does_not_hold_is_named():
     assert sd.verify(model, X, repeats=2).blocks == len(handle.blocks)
 
 
+class SumsUp(nn.Module):
+    def forward(self, x):
+        return x.cumsum(0)
+
+
+@pytest.mark.parametrize("gate", ["sample", "subset"])
+def test_gates_for_single_samples_need_samples_in_the_first_dimension(gate):
+    model = nn.Sequential(nn.Linear(4, WIDTH), sd.Residual(SumsUp())).double()
+    sd.apply(model, sd.Uniform(0.5), gate=gate)
+    with pytest.raises(sd.errors.ApplyError, match="the first dimension is not the batch"):
+        sd.verify(model, X)
+    with pytest.raises(sd.errors.ApplyError, match="at least two samples"):
+        sd.verify(model, X[:1])
+
+
 def test_a_model_without_stochastic_depth_is_an_error():
     with pytest.raises(sd.errors.ApplyError, match="no stochastic depth"):
         sd.verify(nn.Linear(WIDTH, WIDTH), X)

@@ -1,6 +1,6 @@
 """`sd.plan`: the blocks that `sd.apply` would make, before anything is changed."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +13,7 @@ from stochastic_depth.surgery.blocks import FoundBlock, nothing_found
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find.find_blocks import find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates
+from stochastic_depth.surgery.make_skippable import Candidates
 from stochastic_depth.surgery.proof.call_counts import still_running
 from stochastic_depth.surgery.record.rejected import Rejected, listed
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_nested
@@ -122,24 +123,20 @@ def plan(
     refuse_applied(model)
     refuse_nested(example)
     rejected: list[Rejected] = []
-    deferred = set[str]()
-    while True:  # as `sd.apply` does, defer blocks that fail
+
+    def find(defer: Container[str]) -> Sequence[FoundBlock]:
         rejected.clear()
         found = find_blocks(
-            model, example, granularity, include, exclude, True, defer=deferred, rejected=rejected
+            model, example, granularity, include, exclude, True, defer=defer, rejected=rejected
         )
         if not found:
             raise nothing_found(model, example, listed(rejected))
-        tried = _tried(model, example, found)
-        more = {
-            block.name
-            for block, after in zip(found, tried, strict=True)
-            if after.refusal and block.can_be_deferred
-        }
-        if not more:
-            break
-        deferred |= more
-    found = tried
+        return found
+
+    candidates = Candidates(find)
+    found = _tried(model, example, candidates.found)
+    while candidates.defer({block.name for block in found if block.refusal}):
+        found = _tried(model, example, candidates.found)
     if drop_rate is not None:
         survival = linear_decay(drop_rate, survival)
     p = survival_of_blocks(survival, found, stacks).at(0)
@@ -162,7 +159,7 @@ def plan(
     )
 
 
-def _tried(model: nn.Module, example: Example, found: list[FoundBlock]) -> list[FoundBlock]:
+def _tried(model: nn.Module, example: Example, found: Sequence[FoundBlock]) -> list[FoundBlock]:
     """`found`, with the reason for each block whose branch still runs while it is closed."""
     accepted = [block for block in found if not block.refusal]
     try:

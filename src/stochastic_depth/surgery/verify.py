@@ -10,16 +10,12 @@ import torch
 from torch import nn
 
 from stochastic_depth.handle import Handle
-from stochastic_depth.hooks import batch_size
 from stochastic_depth.plain_text import plain_table
 from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.flops import CountFlops
-from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.evaluation import check, reference_outputs
-from stochastic_depth.surgery.proof.nonzero_weights import nonzero_weights
-from stochastic_depth.surgery.proof.other_inputs import run_on_other_inputs
-from stochastic_depth.surgery.proof.training_steps import check_training, train_once
+from stochastic_depth.surgery.proof.prove import prove
+from stochastic_depth.surgery.proof.training_steps import train_once
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.timing import take_turns
 
@@ -69,8 +65,9 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     With every gate open, the outputs equal those of the original model, bit for bit. Several sets
     of blocks are closed, such that for any two blocks some set closes the first and not the second;
     the outputs equal those of the original model in which the additions of these blocks return
-    their shortcut. No module of a closed branch is called, and a training step works. `sd.apply`
-    checks the same. Then forward and backward passes are timed, in turns. The model is not changed.
+    their shortcut. No module of a closed branch is called, and a training step works. With gates
+    for single samples, half of the samples have the same outputs as among all. `sd.apply` checks
+    the same. Then forward and backward passes are timed, in turns. The model is not changed.
 
     Args:
         model: a model that `sd.apply` was called on.
@@ -78,7 +75,8 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         repeats: how many rounds are timed.
 
     Raises:
-        ApplyError: when `sd.apply` was not called on `model`.
+        ApplyError: when `sd.apply` was not called on `model`; or when there are gates for single
+            samples, and the example has one sample, or its first dimension is not the batch.
         UnsupportedBlockError: when the proof fails; the error names the block.
 
     Examples:
@@ -95,34 +93,36 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     applied = applied_to(model)
     refuse_sharded(model, "verify")
     refuse_nested(example)
-    blocks = applied.handle.blocks
-    run = caller(model, example)
-    kind = applied.handle.gate
-    batch = None if kind == "batch" else batch_size(example)
+    handle = applied.handle
+    blocks = handle.blocks
 
     def forward(*args: Any, **kwargs: Any) -> Any:  # not the hooks of the model, which draw gates
         return model.forward(*args, **kwargs)
 
     step = caller(forward, example)
-    with nonzero_weights(model, run):
-        with ungated(model):
-            other = run_on_other_inputs(model, example)
-            reference = reference_outputs(model, run, applied.found, batch, other=other)
-        difference = check(model, run, applied.found, blocks, reference, batch, kind)
-        check_training(model, step, applied.found, blocks, batch, kind, applied.handle.scale)
+    proved = prove(
+        model,
+        example,
+        applied.found,
+        handle.gate,
+        handle.scale,
+        put_gates=lambda half: blocks,
+        forward=forward,
+        deadline=math.inf,
+    )
     every_other = [n % 2 == 0 and len(blocks) > 1 for n in range(len(blocks))]
     patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}
     with preserve_state(model):
         model.train()
-        steps = {name: _step(step, applied.handle, gates) for name, gates in patterns.items()}
+        steps = {name: _step(step, handle, gates) for name, gates in patterns.items()}
         flops = {name: _flops(one) for name, one in steps.items()}
         rounds = list(take_turns(steps, repeats, warmup=1))
     full = flops["all"] or 1
     seconds = {name: statistics.median(r[name] for r in rounds) for name in steps}
     return Verification(
         len(blocks),
-        len(reference.closed),
-        difference,
+        proved.sets,
+        proved.difference,
         (1.0, flops["half"] / full, flops["none"] / full),
         (seconds["all"], seconds["half"], seconds["none"]),
     )

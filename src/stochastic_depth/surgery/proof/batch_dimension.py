@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from stochastic_depth.block import Block, force
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
+from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.surgery.proof.call_counts import in_training
+from stochastic_depth.surgery.proof.gated import in_training
 from stochastic_depth.surgery.proof.reference import bypassed
 from stochastic_depth.surgery.rewrite.select_samples import HOLDS_SAMPLES, SeenShapes, record_shapes
 from stochastic_depth.tensors import largest_difference, tensors_in
@@ -35,7 +36,7 @@ def check_samples(
     Raises:
         ApplyError: when the outputs differ, or the example has fewer than two samples.
     """
-    require_two_samples(batch)
+    _require_two_samples(batch)
     half = half_of(batch)
     with preserve_state(model), torch.no_grad():
         model.eval()
@@ -65,7 +66,7 @@ def check_samples(
     raise failure
 
 
-def require_two_samples(batch: int) -> None:
+def _require_two_samples(batch: int) -> None:
     """Raise `ApplyError` unless an example has at least two samples."""
     if batch < 2:
         raise ApplyError(
@@ -87,7 +88,11 @@ def halves(example: Example, batch: int) -> Iterator[Example]:
     """`example` with half of the samples, once for each guess about which tensors hold samples.
 
     The first tensor always does. Other tensors of the same length may be masks [time, time].
+
+    Raises:
+        ApplyError: when there are fewer than two samples.
     """
+    _require_two_samples(batch)
     long = [x for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim]
     first, *others = [id(x) for x in long if len(x) == batch]
     for kept in range(len(others[:3]) + 1):
@@ -115,10 +120,9 @@ def _are_among(part: list[Tensor], whole: list[Tensor], batch: int) -> bool:
 
 def learn_samples(
     model: nn.Module,
-    examples: tuple[Example, Example],
-    batch: int,
     found: Sequence[FoundBlock],
     blocks: Sequence[Block],
+    examples: tuple[Example, Example],
 ) -> None:
     """Record, in the modules, which of the tensors that enter a branch hold samples.
 
@@ -129,6 +133,7 @@ def learn_samples(
         UnsupportedBlockError: when the batch is not the first dimension of a tensor that enters a
             branch.
     """
+    batch = batch_size(examples[0])
     sizes = batch, half_of(batch)
     known: dict[nn.Module, dict[Any, bool]] = {}
     block_of = {m: block for block in found for unit in block.units for m, _ in unit.edits}

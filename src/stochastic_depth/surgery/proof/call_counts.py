@@ -1,4 +1,4 @@
-"""Set the gates of a model that has no handle yet, and count the calls of its modules."""
+"""Count the calls of modules, to see that a closed block calls no module of its branch."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from stochastic_depth.block import Block, force, set_training_gates
-from stochastic_depth.gates import CLOSED, OPEN, Gate
+from stochastic_depth.block import Block, force
+from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.deferred.placeholder import Reason, why_computed
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.tensors import tensors_in
-
-TIMES_ZERO = Gate(factor=torch.zeros((), dtype=torch.float64, device="cpu"))
-"""The branch runs and is multiplied by 0, so that the outputs are those of a closed block."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +108,6 @@ def refuse_running(
         (first, why), *others = running
         names = [block.name for block, _ in others]
         raise unsupported(first.name, first.module, remark + why, names)
-
-
-@contextmanager
-def in_training(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
-    """While entered, `blocks` have these gates in training mode; afterwards they have none."""
-    set_training_gates(blocks, gates)
-    try:
-        yield
-    finally:
-        set_training_gates(blocks, [None] * len(blocks))
 
 
 @contextmanager

@@ -1,11 +1,10 @@
-"""Prove on a model and an example that its blocks do what they should under their gates.
+"""Prove in evaluation mode that the blocks of a model do what they should under their gates.
 
 The reference is computed independently: the whole original model runs, branches included, and only
 the results of some additions are replaced by their shortcuts (`bypassed`).
 """
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +15,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Block, force
 from stochastic_depth.errors import AdditionNotReachedError, ApplyError, UnsupportedBlockError
-from stochastic_depth.gates import CLOSED, OPEN, Gate, GateKind
+from stochastic_depth.gates import CLOSED, OPEN, Gate
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.call_counts import (
+from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
+from stochastic_depth.surgery.proof.gated import (
     TIMES_ZERO,
-    CallCounts,
-    counted_calls,
-    refuse_running,
+    Gated,
+    closed_sets,
+    every_other_kept,
+    smallest,
 )
 from stochastic_depth.surgery.proof.reference import bypassed
 from stochastic_depth.tensors import largest_difference, tensors_in
@@ -63,32 +63,13 @@ class Reference:
     """Whether a second call with the same inputs has different outputs."""
 
 
-def closed_sets(blocks: int) -> list[frozenset[int]]:
-    """Sets of blocks to close: all blocks, and then a separating family.
-
-    A separating family: for any two blocks, some set closes the first and not the second. It is the
-    smallest such family. Each block is in its own selection of half of the sets, and no selection
-    contains a different one (Sperner's theorem). That is about log2 L + log2 log2 L sets instead of
-    L.
-    """
-    numbers = range(blocks)
-    if blocks < 2:
-        return [frozenset(numbers)] if blocks else []
-    sets = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= blocks)
-    selections = list(zip(numbers, itertools.combinations(range(sets), sets // 2), strict=False))
-    return [
-        frozenset(numbers),
-        *(frozenset(n for n, selection in selections if each in selection) for each in range(sets)),
-    ]
-
-
 def reference_outputs(
     model: nn.Module,
     run: Callable[..., Any],
+    other: Callable[..., Any] | None,
     found: Sequence[FoundBlock],
-    batch: int | None = None,
-    deadline: float = math.inf,
-    other: Callable[..., Any] | None = None,
+    batch: int | None,
+    deadline: float,
 ) -> Reference:
     """Run the original model in evaluation mode, with its additions bypassed set by set.
 
@@ -115,7 +96,7 @@ def reference_outputs(
                 "dict or a dataclass of them, or register the class with torch.utils._pytree"
             )
         remembers = not _equal(expected, tensors_in(run()))
-        keep = None if batch is None else half_gate(batch)[1]
+        keep = None if batch is None else every_other_kept(batch)
         for closed in closed_sets(len(found)):
             if sets and time.monotonic() > deadline:
                 break
@@ -130,16 +111,8 @@ def reference_outputs(
     return Reference(expected, tuple(sets), other or run, outputs, selected, remembers)
 
 
-def check(
-    model: nn.Module,
-    run: Callable[..., Any],
-    found: Sequence[FoundBlock],
-    blocks: Sequence[Block],
-    reference: Reference,
-    batch: int | None = None,
-    kind: GateKind = "batch",
-) -> float:
-    """Compare the model, whose gates are in `blocks`, with the reference.
+def check_evaluation(gated: Gated, reference: Reference) -> float:
+    """Compare the model with the reference.
 
     Returns:
         The largest difference of outputs with blocks closed, relative to the largest output.
@@ -149,56 +122,40 @@ def check(
             block.
     """
     difference = 0.0
-    proof = _Proof(model, run, reference.run, found, blocks, reference.remembers)
+    proof = _Evaluation(gated, reference)
+    model, found = gated.model, gated.found
+    sets = list(zip(reference.closed, reference.outputs, strict=True))
     with preserve_state(model):
         model.eval()
-        with force(blocks, OPEN), counted_calls(model) as usual:
+        with gated.evaluated_with(OPEN, ()), counted_calls(model) as usual:
             proof.check_open(reference.open)
-        if reference.run is not run:
-            with force(blocks, OPEN), torch.no_grad(), counted_calls(model) as usual:
+        if reference.run is not gated.run:
+            with gated.evaluated_with(OPEN, ()), torch.no_grad(), counted_calls(model) as usual:
                 reference.run()
-        for number, (closed, expected) in enumerate(
-            zip(reference.closed, reference.outputs, strict=True)
-        ):
+        for number, (closed, expected) in enumerate(sets):
             proof.run_before()
-            with force(blocks, OPEN), force([blocks[n] for n in closed], CLOSED):
+            with gated.evaluated_with(CLOSED, closed):
                 with counted_calls(model) as called:
                     difference = max(difference, proof.check_closed(closed, expected))
                 refuse_running([found[n] for n in sorted(closed)], usual, called)
                 if number < 2:
                     proof.check_without_hooks(closed, expected)
-        for closed, expected in list(zip(reference.closed, reference.outputs, strict=True))[:2]:
+        for closed, expected in sets[:2]:
             proof.check_times_zero(closed, expected)
-        if batch is not None:
+        if gated.batch is not None:
             for closed, expected in zip(reference.closed, reference.selected, strict=True):
-                proof.check_on_samples(closed, expected, usual, batch, kind)
+                proof.check_on_samples(closed, expected, usual, gated.batch)
     return difference
 
 
-def half_gate(batch: int, kind: GateKind = "subset") -> tuple[Gate, Tensor]:
-    """A gate that is open for every other sample, and a mask of these samples: bool [batch]."""
-    keep = torch.arange(batch, device="cpu") % 2 == 0
-    if kind == "sample":
-        return Gate(keep=keep, batch=batch), keep
-    return Gate(samples=keep.nonzero().flatten(), batch=batch), keep
-
-
-class _Proof:
+class _Evaluation:
     """Compares the outputs of a model with gates, and says what is wrong if they differ."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example: Callable[..., Any],
-        run: Callable[..., Any],
-        found: Sequence[FoundBlock],
-        blocks: Sequence[Block],
-        remembers: bool,
-    ) -> None:
-        self.model, self.found, self.blocks = model, found, blocks
-        self.example, self.run = example, run
+    def __init__(self, gated: Gated, reference: Reference) -> None:
+        self.gated, self.found = gated, gated.found
+        self.example, self.run = gated.run, reference.run
         """Call the model: on the example, and on other inputs if it can run on them."""
-        self.remembers = remembers
+        self.remembers = reference.remembers
 
     def run_before(self) -> None:
         """Run the model on the example with all gates open, before it runs on other inputs.
@@ -206,7 +163,7 @@ class _Proof:
         What a branch leaves on an object is then that of the example.
         """
         if self.run is not self.example:
-            with force(self.blocks, OPEN), torch.no_grad():
+            with self.gated.evaluated_with(OPEN, ()), torch.no_grad():
                 self.example()
 
     def check_open(self, expected: Outputs) -> None:
@@ -242,7 +199,7 @@ class _Proof:
 
     def check_times_zero(self, numbers: frozenset[int], expected: Outputs) -> None:
         """Check that blocks whose branches are multiplied by 0 have no effect."""
-        with force(self.blocks, OPEN), force([self.blocks[n] for n in numbers], TIMES_ZERO):
+        with self.gated.evaluated_with(TIMES_ZERO, numbers):
             difference, why = self._outcome(expected)
         # Infinite values of a branch, which a closed block does not multiply, become nan.
         if TOLERANCE < difference < math.inf:
@@ -252,26 +209,19 @@ class _Proof:
             self._raise_for_smallest(sorted(numbers), why, wrong, f"multiplied by 0{hint}")
 
     def check_on_samples(
-        self,
-        numbers: frozenset[int],
-        expected: Outputs,
-        usual: CallCounts,
-        batch: int,
-        kind: GateKind,
+        self, numbers: frozenset[int], expected: Outputs, usual: CallCounts, batch: int
     ) -> None:
         """Check a set of blocks that are open for every other sample only."""
-        half, keep = half_gate(batch, kind)
-        blocks = [self.blocks[n] for n in numbers]
+        half, keep = self.gated.half(batch)
         with (
-            force(self.blocks, OPEN),
-            force(blocks, half),
-            counted_calls(self.model) as called,
+            self.gated.evaluated_with(half, numbers),
+            counted_calls(self.gated.model) as called,
         ):
             difference, why = self._outcome(expected, run=self.example)
         if not difference <= 10 * TOLERANCE:
             wrong = functools.partial(self._wrong, gate=half, keep=keep)
             self._raise_for_smallest(sorted(numbers), why, wrong, "open for half of the samples")
-        for n in sorted(numbers) if kind == "subset" else ():
+        for n in sorted(numbers) if self.gated.gate == "subset" else ():
             block = self.found[n]
             if block.training_only:
                 continue
@@ -285,26 +235,25 @@ class _Proof:
             keep: bool [batch], the samples for which `gate` is open; None for all or none.
         """
         run = self.run if keep is None else self.example
-        with ungated(self.model), bypassed([self.found[n] for n in part], keep), torch.no_grad():
+        with self.gated.original(part, keep), torch.no_grad():
             expected = tensors_in(run())
         self.run_before()
-        with force(self.blocks, OPEN), force([self.blocks[n] for n in part], gate):
+        with self.gated.evaluated_with(gate, part):
             difference, why = self._outcome(expected, run=run)
         return "" if difference <= (TOLERANCE if keep is None else 10 * TOLERANCE) else why
 
     def _wrong_on_example(self, part: list[int]) -> bool:
         """Whether the outputs with blocks closed are wrong for the inputs of the pass before."""
-        with ungated(self.model), bypassed([self.found[n] for n in part]), torch.no_grad():
+        with self.gated.original(part), torch.no_grad():
             expected = tensors_in(self.example())
         self.run_before()
-        with force(self.blocks, OPEN), force([self.blocks[n] for n in part], CLOSED):
+        with self.gated.evaluated_with(CLOSED, part):
             return self._outcome(expected, run=self.example)[0] > TOLERANCE
 
     def _wrong_without_hooks(self, part: list[int], gradients: bool) -> str:
-        with ungated(self.model), bypassed([self.found[n] for n in part]), torch.no_grad():
+        with self.gated.original(part), torch.no_grad():
             expected = tensors_in(self.run())
-        closed = [self.blocks[n] for n in part]
-        with force(self.blocks, OPEN), force(closed, CLOSED), _fast_path():
+        with self.gated.evaluated_with(CLOSED, part), _fast_path():
             difference, why = self._outcome(expected, gradients)
         return "" if difference <= 10 * TOLERANCE else why
 
@@ -352,7 +301,7 @@ class _Proof:
         )
 
     def _remark(self) -> str:
-        return REMEMBERS if self.remembers else unsteady(self.model, self.run)
+        return REMEMBERS if self.remembers else unsteady(self.gated.model, self.run)
 
 
 STALE = (
@@ -378,22 +327,6 @@ def unsteady(model: nn.Module, run: Callable[..., Any]) -> str:
             "that later layers draw different ones)"
         )
     return ""
-
-
-def smallest(
-    numbers: list[int], why: str, wrong: Callable[[list[int]], str]
-) -> tuple[list[int], str]:
-    """The smallest set of blocks that a bisection finds to be wrong, and what is wrong with it.
-
-    Args:
-        why: what is wrong with all of `numbers`.
-        wrong: returns what is wrong with a part of them; empty if nothing is.
-    """
-    middle = len(numbers) // 2
-    for part in (numbers[:middle], numbers[middle:]):
-        if part and len(part) < len(numbers) and (found := wrong(part)):
-            return smallest(part, found, wrong)
-    return numbers, why
 
 
 @contextmanager

@@ -2,42 +2,27 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.overrides import TorchFunctionMode
 
-from stochastic_depth.block import Block
-from stochastic_depth.choices import Scale
 from stochastic_depth.errors import GateError
-from stochastic_depth.gates import CLOSED, OPEN, Gate, GateKind
+from stochastic_depth.gates import CLOSED, Gate
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
-from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.call_counts import in_training
-from stochastic_depth.surgery.proof.evaluation import (
-    TOLERANCE,
-    closed_sets,
-    half_gate,
-    smallest,
-    unsteady,
-)
-from stochastic_depth.surgery.proof.reference import bypassed
+from stochastic_depth.surgery.proof.evaluation import TOLERANCE, unsteady
+from stochastic_depth.surgery.proof.gated import Gated, closed_sets, smallest
 from stochastic_depth.tensors import largest_difference, tensors_in
 
+Trial = tuple[list[int], Callable[[list[int]], str]]
+"""Blocks, and a function that returns what is wrong with a part of them; empty if nothing is."""
 
-def compare_training(
-    model: nn.Module,
-    run: Callable[..., Any],
-    found: Sequence[FoundBlock],
-    blocks: Sequence[Block],
-    batch: int | None,
-    kind: GateKind,
-    scale: Scale,
-) -> None:
+
+def compare_training(gated: Gated) -> None:
     """Compare the model, in training mode, with the original in which additions are bypassed.
 
     With all gates open, in the form that training draws them, gradients are compared too. Dropout
@@ -48,86 +33,86 @@ def compare_training(
     Raises:
         UnsupportedBlockError: when outputs or gradients differ.
     """
-
-    def wrong(part: list[int], gate: Gate = CLOSED, keep: Tensor | None = None) -> str:
-        gates = [gate if n in part else OPEN for n in range(len(blocks))]
-        closed = [found[n] for n in part]
-        with preserve_state(model), torch.no_grad(), in_training(blocks, gates):
-            outputs = tensors_in(run())
-        with preserve_state(model), torch.no_grad(), ungated(model), bypassed(closed, keep):
-            expected = tensors_in(run())
-        if largest_difference(expected, outputs) <= TOLERANCE:
-            return ""
-        return (
-            "in training mode, with it closed, the output differs from that of the original whose "
-            "addition returns its shortcut"
-            if keep is None
-            else "in training mode, with it open for half of the samples, the output differs from "
-            "that of the original; a BatchNorm in its branch, for example, then sees fewer samples"
-        )
-
-    def wrong_though_open(part: list[int]) -> str:
-        gates = [fully_open if n in part else OPEN for n in range(len(blocks))]
-        try:
-            with preserve_state(model), in_training(blocks, gates):
-                outputs, gradients = _step(model, run)
-        except GateError as error:
-            return f"in training mode {error}"
-        with preserve_state(model), ungated(model):
-            expected, expected_gradients = _step(model, run)
-        same = largest_difference(expected, outputs) <= TOLERANCE
-        if differs := _different(expected_gradients, gradients) if same else "output":
-            return (
-                f"in training mode, with its gate open, the {differs} is not that of the original: "
-                "where a value of its branch goes through an autograd.Function, which reentrant "
-                "checkpointing is, write the addition in the forward method of the block, or give "
-                "checkpoint use_reentrant=False"
-            )
-        return ""
-
-    only = [n for n, block in enumerate(found) if block.training_only]
-    trials: list[tuple[list[int], Callable[[list[int]], str]]]
-    trials = [(closed, wrong) for closed in _closed_in_training(found, only)]
-    fully_open = _fully_open(kind, scale, batch)
-    if not fully_open.is_plain:
-        everything = list(range(len(found)))
-        trials.append((everything, wrong_though_open))
-    if only and batch is not None:
-        half, keep = half_gate(batch, kind)
-        trials.append((only, functools.partial(wrong, gate=half, keep=keep)))
+    only = [n for n, block in enumerate(gated.found) if block.training_only]
     with _SteadyDropout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # checkpoints warn of inputs without gradients
-        for part, is_wrong in trials:
-            why = is_wrong(part)
+        for part, wrong in _trials(gated, only):
+            why = wrong(part)
             if not why:
                 continue
-            random = unsteady(model, run)
+            random = unsteady(gated.model, gated.step)
             if random and not only:
                 return
-            culprits, why = smallest(part, why, is_wrong)
-            first, *others = (found[n] for n in culprits)
+            culprits, why = smallest(part, why, wrong)
+            first, *others = (gated.found[n] for n in culprits)
             names = [block.name for block in others]
-            changes = [text for n in culprits if (text := _change_in_place(found[n]))]
+            changes = [text for n in culprits if (text := _change_in_place(gated.found[n]))]
             why = ": ".join([why, *changes[:1]])
             raise unsupported(first.name, first.module, why + random, names)
 
 
-def _fully_open(kind: GateKind, scale: Scale, batch: int | None) -> Gate:
-    """A gate of the form that training steps draw, which changes nothing."""
-    factor = torch.ones((), dtype=torch.float64, device="cpu") if scale == "training" else None
-    if batch is None or kind == "batch":
-        return Gate(factor=factor)
-    if kind == "sample":
-        return Gate(factor=factor, keep=torch.ones(batch, dtype=torch.bool), batch=batch)
-    return Gate(factor=factor, samples=torch.arange(batch, device="cpu"), batch=batch)
+def _trials(gated: Gated, only: list[int]) -> Iterator[Trial]:
+    """What is compared.
+
+    Args:
+        only: the blocks that run in training mode only; the others were separated in evaluation.
+    """
+    for closed in _closed_in_training(gated.found, only):
+        yield closed, functools.partial(_wrong_with, gated, CLOSED, None)
+    if not gated.fully_open().is_plain:
+        yield gated.everything, functools.partial(_wrong_though_open, gated)
+    if only and gated.batch is not None:
+        half, keep = gated.half(gated.batch)
+        yield only, functools.partial(_wrong_with, gated, half, keep)
 
 
-def _step(model: nn.Module, run: Callable[..., Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _wrong_with(gated: Gated, gate: Gate, keep: Tensor | None, part: list[int]) -> str:
+    """How outputs differ from the original's with `gate` at the blocks `part`; empty if not at all.
+
+    Args:
+        keep: bool [batch], the samples for which `gate` is open; None if it is closed for all.
+    """
+    with preserve_state(gated.model), torch.no_grad(), gated.trained_with(gate, part):
+        outputs = tensors_in(gated.step())
+    with preserve_state(gated.model), torch.no_grad(), gated.original(part, keep):
+        expected = tensors_in(gated.step())
+    if largest_difference(expected, outputs) <= TOLERANCE:
+        return ""
+    return (
+        "in training mode, with it closed, the output differs from that of the original whose "
+        "addition returns its shortcut"
+        if keep is None
+        else "in training mode, with it open for half of the samples, the output differs from "
+        "that of the original; a BatchNorm in its branch, for example, then sees fewer samples"
+    )
+
+
+def _wrong_though_open(gated: Gated, part: list[int]) -> str:
+    """How outputs or gradients differ from the original's with open gates; empty if not at all."""
+    try:
+        with preserve_state(gated.model), gated.trained_with(gated.fully_open(), part):
+            outputs, gradients = _step(gated)
+    except GateError as error:
+        return f"in training mode {error}"
+    with preserve_state(gated.model), gated.original():
+        expected, expected_gradients = _step(gated)
+    same = largest_difference(expected, outputs) <= TOLERANCE
+    if differs := _different(expected_gradients, gradients) if same else "output":
+        return (
+            f"in training mode, with its gate open, the {differs} is not that of the original: "
+            "where a value of its branch goes through an autograd.Function, which reentrant "
+            "checkpointing is, write the addition in the forward method of the block, or give "
+            "checkpoint use_reentrant=False"
+        )
+    return ""
+
+
+def _step(gated: Gated) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The outputs of a training step, and the gradients of a random sum of them, by parameter.
 
     There are no gradients where the backward pass fails.
     """
-    outputs = tensors_in(run())
+    outputs = tensors_in(gated.step())
     source = torch.Generator("cpu").manual_seed(0)
     terms = []
     for out in outputs:
@@ -137,11 +122,11 @@ def _step(model: nn.Module, run: Callable[..., Any]) -> tuple[list[Tensor], dict
     try:
         if terms:
             torch.stack([term.float() for term in terms]).sum().backward()
-        held = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        held = {name: p.grad for name, p in gated.model.named_parameters() if p.grad is not None}
         gradients = {name: gradient.to_dense() for name, gradient in held.items()}
     except Exception:  # `_why_not_trained` reports it
         gradients = {}
-    for parameter in model.parameters():
+    for parameter in gated.model.parameters():
         parameter.grad = None
     return outputs, gradients
 

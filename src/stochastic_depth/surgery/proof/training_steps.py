@@ -1,4 +1,4 @@
-"""Prove in training mode what `check` proves in evaluation, and that a training step works."""
+"""Prove in training mode what `evaluation` proves, and that a training step works."""
 
 import functools
 import warnings
@@ -8,26 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Block
-from stochastic_depth.choices import Scale
 from stochastic_depth.errors import (
     AdditionNotReachedError,
     BypassedAdditionWarning,
     StochasticDepthError,
     UnsupportedBlockError,
 )
-from stochastic_depth.gates import CLOSED, OPEN, GateKind
+from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
-from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.call_counts import (
-    CallCounts,
-    counted_calls,
-    in_training,
-    refuse_running,
-)
-from stochastic_depth.surgery.proof.evaluation import smallest
+from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
+from stochastic_depth.surgery.proof.gated import Gated, smallest
 from stochastic_depth.surgery.proof.training_outputs import compare_training
 from stochastic_depth.tensors import tensors_in
 
@@ -35,19 +27,8 @@ TRAINING_PASSES = 4
 """How many passes in training mode, with every gate open, must each reach every block."""
 
 
-def check_training(
-    model: nn.Module,
-    run: Callable[..., Any],
-    found: Sequence[FoundBlock],
-    blocks: Sequence[Block],
-    batch: int | None = None,
-    kind: GateKind = "batch",
-    scale: Scale = "inference",
-) -> dict[str, Any]:
+def check_training(gated: Gated) -> dict[str, Any]:
     """Check that in training mode open blocks are reached, and closed blocks run nothing.
-
-    Args:
-        batch: the number of samples in the example, for gates of single samples.
 
     Returns:
         The attributes to which a branch assigns a tensor with a graph, by name of module and
@@ -58,56 +39,74 @@ def check_training(
             different path, or when its backward pass fails, for example because a tensor was
             changed in place.
     """
-    with preserve_state(model), torch.enable_grad(), warnings.catch_warnings():
+    with preserve_state(gated.model), torch.enable_grad(), warnings.catch_warnings():
         # The checks below cover a different path in training mode.
         warnings.simplefilter("ignore", BypassedAdditionWarning)
-        model.train()
-        before = {name: dict(vars(module)) for name, module in model.named_modules()}
+        gated.model.train()
         try:
-            with in_training(blocks, [OPEN] * len(blocks)):
-                passes = [_counted(model, run, seed) for seed in range(TRAINING_PASSES)]
-            opened = {name: dict(vars(module)) for name, module in model.named_modules()}
-            names = {module: name for name, module in model.named_modules()}
-            for block in found:
-                if why := _model_skips(block, passes, names):
-                    raise unsupported(block.name, block.module, why)
-            try:
-                for _ in range(2):  # the second one may use what the first has left
-                    with in_training(blocks, [CLOSED] * len(blocks)):
-                        called = _counted(model, run, 0)
-                    refuse_running(found, passes[0], called, "in training mode ")
-                resets = _attributes_set(model, found, before, opened)
-                compare_training(model, run, found, blocks, batch, kind, scale)
-                for first in (1, 0):  # every other block, so that each is closed in one step
-                    closed = list(range(first, len(blocks), 2))
-                    if why := _why_not_trained(run, blocks, closed):
-                        if original := _why_original_fails(model, run):
-                            return _not_proved(original)
-                        wrong = functools.partial(_why_not_trained, run, blocks)
-                        raise _fails_closed(found, *smallest(closed, why, wrong))
-            except AdditionNotReachedError as error:
-                raise _unreached(error, found) from error
+            before = _attributes(gated.model)
+            usual = _passes_reach_every_block(gated)
+            opened = _attributes(gated.model)
+            _closed_runs_nothing(gated, usual)
+            resets = _attributes_set(gated, before, opened)
+            compare_training(gated)
+            for first in (1, 0):  # every other block, so that each is closed in one step
+                closed = gated.everything[first::2]
+                if why := _why_not_trained(gated, closed):
+                    if original := _why_original_fails(gated):
+                        return _not_proved(original)
+                    raise _fails_closed(gated, closed, why)
+        except AdditionNotReachedError as error:
+            raise _unreached(error, gated.found) from error
         except StochasticDepthError:
             raise
         except Exception as error:
-            if original := _why_original_fails(model, run):
+            if original := _why_original_fails(gated):
                 return _not_proved(original)
-            wrong = functools.partial(_why_not_trained, run, blocks)
-            everything = list(range(len(blocks)))
-            why = wrong(everything) or f"{type(error).__name__}: {error}"
-            raise _fails_closed(found, *smallest(everything, why, wrong)) from error
+            why = _why_not_trained(gated, gated.everything) or f"{type(error).__name__}: {error}"
+            raise _fails_closed(gated, gated.everything, why) from error
     return resets
 
 
-def _fails_closed(
-    found: Sequence[FoundBlock], closed: Sequence[int], why: str
-) -> UnsupportedBlockError:
-    """The error for blocks with which a training step fails while they are closed."""
-    block = found[closed[0] if closed else 0]
-    names = [found[n].name for n in closed[1:]]
-    return unsupported(
-        block.name, block.module, f"with it closed a training step fails: {why}", names
-    )
+def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The attributes of each module, by its name."""
+    return {name: dict(vars(module)) for name, module in model.named_modules()}
+
+
+def _passes_reach_every_block(gated: Gated) -> CallCounts:
+    """Check that passes with all gates open run every block; returns the calls of the first."""
+    with gated.trained_with(OPEN, ()):
+        passes = [_counted(gated, seed) for seed in range(TRAINING_PASSES)]
+    names = {module: name for name, module in gated.model.named_modules()}
+    for block in gated.found:
+        if why := _model_skips(block, passes, names):
+            raise unsupported(block.name, block.module, why)
+    return passes[0]
+
+
+def _closed_runs_nothing(gated: Gated, usual: CallCounts) -> None:
+    """Check that closed blocks call no module of their branches.
+
+    Args:
+        usual: the calls with every block open.
+    """
+    for _ in range(2):  # the second pass may use what the first has left
+        with gated.trained_with(CLOSED, gated.everything):
+            called = _counted(gated, 0)
+        refuse_running(gated.found, usual, called, "in training mode ")
+
+
+def _fails_closed(gated: Gated, closed: list[int], why: str) -> UnsupportedBlockError:
+    """The error for a training step that fails while the blocks `closed` are closed.
+
+    Args:
+        why: why it fails.
+    """
+    culprits, why = smallest(closed, why, functools.partial(_why_not_trained, gated))
+    first = gated.found[culprits[0] if culprits else 0]
+    names = [gated.found[n].name for n in culprits[1:]]
+    reason = f"with it closed a training step fails: {why}"
+    return unsupported(first.name, first.module, reason, names)
 
 
 def _not_proved(why: str) -> dict[str, Any]:
@@ -131,22 +130,21 @@ def _unreached(
     return unsupported(named.name, named.module, why)
 
 
-def _why_original_fails(model: nn.Module, run: Callable[..., Any]) -> str:
+def _why_original_fails(gated: Gated) -> str:
     """Why the original model cannot take a training step on the example; empty if it can."""
     try:
-        with ungated(model):
-            train_once(run)
+        with gated.original():
+            train_once(gated.step)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
-def _why_not_trained(run: Callable[..., Any], blocks: Sequence[Block], closed: list[int]) -> str:
+def _why_not_trained(gated: Gated, closed: list[int]) -> str:
     """Why a training step with the blocks `closed` fails; empty if it does not."""
-    gates = [CLOSED if n in closed else OPEN for n in range(len(blocks))]
     try:
-        with in_training(blocks, gates):
-            train_once(run)
+        with gated.trained_with(CLOSED, closed):
+            train_once(gated.step)
     except StochasticDepthError:
         raise
     except Exception as error:
@@ -154,9 +152,9 @@ def _why_not_trained(run: Callable[..., Any], blocks: Sequence[Block], closed: l
     return ""
 
 
-def _counted(model: nn.Module, run: Callable[..., Any], seed: int) -> CallCounts:
-    with counted_calls(model) as calls:
-        refuse_cache(run(seed))
+def _counted(gated: Gated, seed: int) -> CallCounts:
+    with counted_calls(gated.model) as calls:
+        refuse_cache(gated.step(seed))
     return calls
 
 
@@ -181,8 +179,7 @@ def _model_skips(
 
 
 def _attributes_set(
-    model: nn.Module,
-    found: Sequence[FoundBlock],
+    gated: Gated,
     before: Mapping[str, Mapping[str, Any]],
     opened: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -199,9 +196,9 @@ def _attributes_set(
         UnsupportedBlockError: when such an attribute had no value before the pass.
     """
     kept: dict[str, Any] = {}
-    block_of = {name: block for block in found for name in block.modules}
+    block_of = {name: block for block in gated.found for name in block.modules}
     for name, attributes in opened.items():
-        module = model.get_submodule(name)
+        module = gated.model.get_submodule(name)
         for attribute, value in attributes.items():
             has_graph = isinstance(value, Tensor) and value.grad_fn is not None
             if (
@@ -216,8 +213,8 @@ def _attributes_set(
             if attribute not in before[name] or (
                 isinstance(old, Tensor) and old.grad_fn is not None
             ):
-                around = (block for block in found if name == block.name)
-                block = block_of.get(name) or next(around, found[0])
+                around = (block for block in gated.found if name == block.name)
+                block = block_of.get(name) or next(around, gated.found[0])
                 raise unsupported(
                     block.name,
                     block.module,

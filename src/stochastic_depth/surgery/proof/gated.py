@@ -1,0 +1,138 @@
+"""A model with gates, as it is proved; the gates that it is proved under, and its original."""
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.block import Block, force, set_training_gates
+from stochastic_depth.choices import GateKind, Scale
+from stochastic_depth.gates import OPEN, Gate
+from stochastic_depth.surgery.blocks import FoundBlock
+from stochastic_depth.surgery.install import ungated
+from stochastic_depth.surgery.proof.reference import bypassed
+
+TIMES_ZERO = Gate(factor=torch.zeros((), dtype=torch.float64, device="cpu"))
+"""The branch runs and is multiplied by 0, so that the outputs are those of a closed block."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A model with gates, and what is to be proved about it.
+
+    Blocks are given by their numbers, from 0, in `found` and in `blocks`.
+    """
+
+    model: nn.Module
+    found: Sequence[FoundBlock]
+    blocks: Sequence[Block]
+    gate: GateKind
+    scale: Scale
+    batch: int | None
+    """The number of samples in the example; None if a gate is for the whole mini-batch."""
+    run: Callable[..., Any]
+    """Calls the model on the example; its argument is a seed for the random number generators."""
+    step: Callable[..., Any]
+    """As `run`, without the hooks that draw gates in training mode."""
+
+    @property
+    def everything(self) -> list[int]:
+        """The numbers of all blocks."""
+        return list(range(len(self.found)))
+
+    @contextmanager
+    def evaluated_with(self, gate: Gate, numbers: Collection[int]) -> Iterator[None]:
+        """While entered, the blocks `numbers` have `gate` in evaluation, and others are open."""
+        with force(self.blocks, OPEN), force([self.blocks[n] for n in numbers], gate):
+            yield
+
+    @contextmanager
+    def trained_with(self, gate: Gate, numbers: Collection[int]) -> Iterator[None]:
+        """While entered, the blocks `numbers` have `gate` in training mode, and others are open."""
+        gates = [gate if n in numbers else OPEN for n in self.everything]
+        with in_training(self.blocks, gates):
+            yield
+
+    @contextmanager
+    def original(self, numbers: Collection[int] = (), keep: Tensor | None = None) -> Iterator[None]:
+        """While entered, the model is the original, in which the blocks `numbers` are bypassed.
+
+        Args:
+            keep: bool [batch], the samples for which the branches are still added.
+        """
+        with ungated(self.model), bypassed([self.found[n] for n in numbers], keep):
+            yield
+
+    def half(self, batch: int) -> tuple[Gate, Tensor]:
+        """A gate that is open for every other sample, and a mask of these samples: bool [batch]."""
+        keep = every_other_kept(batch)
+        if self.gate == "sample":
+            return Gate(keep=keep, batch=batch), keep
+        return Gate(samples=keep.nonzero().flatten(), batch=batch), keep
+
+    def fully_open(self) -> Gate:
+        """A gate of the form that training steps draw, which changes nothing."""
+        scaled = self.scale == "training"
+        factor = torch.ones((), dtype=torch.float64, device="cpu") if scaled else None
+        if self.batch is None:
+            return Gate(factor=factor)
+        if self.gate == "sample":
+            keep = torch.ones(self.batch, dtype=torch.bool)
+            return Gate(factor=factor, keep=keep, batch=self.batch)
+        samples = torch.arange(self.batch, device="cpu")
+        return Gate(factor=factor, samples=samples, batch=self.batch)
+
+
+@contextmanager
+def in_training(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
+    """While entered, `blocks` have these gates in training mode; afterwards they have none."""
+    set_training_gates(blocks, gates)
+    try:
+        yield
+    finally:
+        set_training_gates(blocks, [None] * len(blocks))
+
+
+def every_other_kept(batch: int) -> Tensor:
+    """A mask of every other sample: bool [batch]."""
+    return torch.arange(batch, device="cpu") % 2 == 0
+
+
+def closed_sets(blocks: int) -> list[frozenset[int]]:
+    """Sets of blocks to close: all blocks, and then a separating family.
+
+    A separating family: for any two blocks, some set closes the first and not the second. It is the
+    smallest such family. Each block is in its own selection of half of the sets, and no selection
+    contains a different one (Sperner's theorem). That is about log2 L + log2 log2 L sets instead of
+    L.
+    """
+    numbers = range(blocks)
+    if blocks < 2:
+        return [frozenset(numbers)] if blocks else []
+    sets = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= blocks)
+    selections = list(zip(numbers, itertools.combinations(range(sets), sets // 2), strict=False))
+    return [
+        frozenset(numbers),
+        *(frozenset(n for n, selection in selections if each in selection) for each in range(sets)),
+    ]
+
+
+def smallest(
+    numbers: list[int], why: str, wrong: Callable[[list[int]], str]
+) -> tuple[list[int], str]:
+    """The smallest set of blocks that a bisection finds to be wrong, and what is wrong with it.
+
+    Args:
+        why: what is wrong with all of `numbers`.
+        wrong: returns what is wrong with a part of them; empty if nothing is.
+    """
+    middle = len(numbers) // 2
+    for part in (numbers[:middle], numbers[middle:]):
+        if part and len(part) < len(numbers) and (found := wrong(part)):
+            return smallest(part, found, wrong)
+    return numbers, why
