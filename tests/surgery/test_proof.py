@@ -453,8 +453,29 @@ class InCheckpoint(Trunk):
         return x
 
 
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x) if self.training else x
+
+
+class NoisyInFunction(InFunction):
+    """Draws random numbers in training mode, in its branches and after each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = Noisy()
+        for block in self.blocks:
+            block.f = nn.Sequential(nn.Linear(8, 8), Noisy())
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = self.noise(x + Sine.apply(block.f(x)))
+        return x
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
-@pytest.mark.parametrize("model", [InFunction, InCheckpoint])
+@pytest.mark.parametrize("model", [InFunction, InCheckpoint, NoisyInFunction])
 @pytest.mark.parametrize("options", [{"drop_rate": 0.5}, {"gate": "sample"}, {"gate": "subset"}])
 def test_a_gradient_that_is_lost_on_the_way_is_noticed(model, options):
     with pytest.raises(UnsupportedBlockError, match=r"gradient of '\S+' is not that of .*Function"):

@@ -314,6 +314,13 @@ REMEMBERS = (
 )
 
 
+def remembering(model: nn.Module, run: Callable[..., Any]) -> str:
+    """As `unsteady`, also with the same random numbers."""
+    with preserve_state(model), ungated(model), torch.no_grad():
+        outputs, again = (tensors_in(run(0)) for _ in range(2))
+    return "" if _equal(outputs, again) else REMEMBERS
+
+
 def unsteady(model: nn.Module, run: Callable[..., Any]) -> str:
     """Why the original model returns different outputs for the same input; empty if it does not."""
     with preserve_state(model), ungated(model), torch.no_grad():

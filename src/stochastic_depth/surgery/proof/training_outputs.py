@@ -3,10 +3,10 @@
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.overrides import TorchFunctionMode
 
@@ -14,12 +14,21 @@ from stochastic_depth.errors import GateError
 from stochastic_depth.gates import CLOSED, Gate
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
-from stochastic_depth.surgery.proof.evaluation import TOLERANCE, unsteady
+from stochastic_depth.surgery.proof.evaluation import TOLERANCE, remembering, unsteady
 from stochastic_depth.surgery.proof.gated import Gated, closed_sets, smallest
 from stochastic_depth.tensors import largest_difference, tensors_in
 
-Trial = tuple[list[int], Callable[[list[int]], str]]
-"""Blocks, and a function that returns what is wrong with a part of them; empty if nothing is."""
+Run = Callable[..., Any]
+
+
+class Trial(NamedTuple):
+    """One comparison of the model with the original."""
+
+    blocks: list[int]
+    wrong: Callable[[list[int]], str]
+    """Returns what is wrong with a part of the blocks; empty if nothing is."""
+    excuse: Callable[[nn.Module, Run], str]
+    """Returns why outputs differ although nothing is wrong; empty if there is no such reason."""
 
 
 def compare_training(gated: Gated) -> None:
@@ -28,7 +37,7 @@ def compare_training(gated: Gated) -> None:
     With all gates open, in the form that training draws them, gradients are compared too. Dropout
     is disabled in both, because a closed branch draws no random numbers. The outputs of a model
     that draws further random numbers, or keeps a state, differ in any case and are not
-    compared.
+    compared; with open gates both draw the same numbers, from the same seed.
 
     Raises:
         UnsupportedBlockError: when outputs or gradients differ.
@@ -36,19 +45,19 @@ def compare_training(gated: Gated) -> None:
     only = [n for n, block in enumerate(gated.found) if block.training_only]
     with _SteadyDropout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # checkpoints warn of inputs without gradients
-        for part, wrong in _trials(gated, only):
-            why = wrong(part)
+        for trial in _trials(gated, only):
+            why = trial.wrong(trial.blocks)
             if not why:
                 continue
-            random = unsteady(gated.model, gated.step)
-            if random and not only:
-                return
-            culprits, why = smallest(part, why, wrong)
+            excuse = trial.excuse(gated.model, gated.step)
+            if excuse and not only:
+                continue
+            culprits, why = smallest(trial.blocks, why, trial.wrong)
             first, *others = (gated.found[n] for n in culprits)
             names = [block.name for block in others]
             changes = [text for n in culprits if (text := _change_in_place(gated.found[n]))]
             why = ": ".join([why, *changes[:1]])
-            raise unsupported(first.name, first.module, why + random, names)
+            raise unsupported(first.name, first.module, why + excuse, names)
 
 
 def _trials(gated: Gated, only: list[int]) -> Iterator[Trial]:
@@ -58,12 +67,13 @@ def _trials(gated: Gated, only: list[int]) -> Iterator[Trial]:
         only: the blocks that run in training mode only; the others were separated in evaluation.
     """
     for closed in _closed_in_training(gated.found, only):
-        yield closed, functools.partial(_wrong_with, gated, CLOSED, None)
+        yield Trial(closed, functools.partial(_wrong_with, gated, CLOSED, None), unsteady)
     if not gated.fully_open().is_plain:
-        yield gated.everything, functools.partial(_wrong_though_open, gated)
+        wrong = functools.partial(_wrong_though_open, gated)
+        yield Trial(gated.everything, wrong, remembering)
     if only and gated.batch is not None:
         half, keep = gated.half(gated.batch)
-        yield only, functools.partial(_wrong_with, gated, half, keep)
+        yield Trial(only, functools.partial(_wrong_with, gated, half, keep), unsteady)
 
 
 def _wrong_with(gated: Gated, gate: Gate, keep: Tensor | None, part: list[int]) -> str:
