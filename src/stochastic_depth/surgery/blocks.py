@@ -19,6 +19,9 @@ from stochastic_depth.surgery.edits import (
 from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.record.branches import AdditionEvent
 
+Mechanism = Literal["Residual", "registered", "slice", "call", "deferred", "none"]
+"""How a block is made skippable; `PlannedBlock.mechanism` explains the names."""
+
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -77,20 +80,31 @@ class FoundBlock:
         return self.modules
 
     @property
-    def can_be_deferred(self) -> bool:
-        """Whether the block has a mechanism that deferring may replace."""
+    def is_rewritten(self) -> bool:
+        """Whether methods are rewritten, so that the block may be deferred instead."""
         return self.mechanism in ("slice", "call")
 
     @property
-    def mechanism(self) -> str:
+    def is_deferred(self) -> bool:
+        return self.mechanism == "deferred"
+
+    @property
+    def is_registered(self) -> bool:
+        return self.mechanism == "registered"
+
+    @property
+    def mechanism(self) -> Mechanism:
         """The name of the mechanism that makes it skippable; "none" if it was refused."""
         if self.refusal:
             return "none"
         classes = {type(edit) for unit in self.units for _, edit in unit.edits}
-        return next((name for cls, name in MECHANISM_OF.items() if cls in classes), "Residual")
+        for cls, name in MECHANISM_OF.items():
+            if cls in classes:
+                return name
+        return "Residual"
 
 
-MECHANISM_OF = {
+MECHANISM_OF: dict[type[Edit], Mechanism] = {
     RegisteredEdit: "registered",
     DeferredEdit: "deferred",
     ArgumentEdit: "call",

@@ -56,13 +56,13 @@ def compile_blocks(model: Model, **options: Any) -> Model:
         >>> model = sd.compile_blocks(model)  # the first steps compile
     """
     applied = applied_to(model)
-    blocks = dict.fromkeys(found.module for found in applied.found if found.mechanism != "deferred")
+    blocks = dict.fromkeys(found.module for found in applied.found if not found.is_deferred)
     if model in blocks:
         raise ApplyError(
             f"{type(model).__name__} is itself a block; compiling it would bypass the hook that "
             "draws its gates: put it into an nn.Sequential, and apply stochastic depth to that"
         )
-    deferred = [found for found in applied.found if found.mechanism == "deferred"]
+    deferred = [found for found in applied.found if found.is_deferred]
     modules = dict.fromkeys(module for found in deferred for module in deferred_modules(found))
     for block in [*blocks, *modules]:
         if not is_installed(block) and "forward" not in vars(block):

@@ -336,7 +336,7 @@ def put_gates(model: nn.Module, found: Sequence[FoundBlock], select: bool) -> li
             for module, edit in unit.edits:
                 edits.setdefault(module, {})[edit] = of_unit
         blocks.append(_block(model, there, block, gates))
-    if any(block.mechanism == "deferred" for block in found):
+    if any(block.is_deferred for block in found):
         edits.setdefault(model, {})[EntryEdit()] = BlockGates()
     block_of = {m: block for block in found for unit in block.units for m, _ in unit.edits}
     for module, of_module in edits.items():

@@ -117,7 +117,7 @@ class Candidates:
         Returns:
             Whether there was one.
         """
-        more = {b.name for b in self.found if b.name in failed and b.can_be_deferred}
+        more = {b.name for b in self.found if b.name in failed and b.is_rewritten}
         if more:
             self.deferred |= more
             self.found = self.find(self.deferred)

@@ -9,7 +9,7 @@ from torch import nn
 from stochastic_depth.choices import Granularity
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.apply import linear_decay, survival_of_blocks
-from stochastic_depth.surgery.blocks import FoundBlock, nothing_found
+from stochastic_depth.surgery.blocks import FoundBlock, Mechanism, nothing_found
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find.find_blocks import find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates
@@ -30,7 +30,7 @@ class PlannedBlock:
     """The name of its class."""
     shortcut: str
     """"identity" or "projection"; "identity, projection" where its additions differ."""
-    mechanism: str
+    mechanism: Mechanism
     """"Residual": the block is built to be skipped. "slice": the method that adds is rewritten at
     the addition. "call": the method that calls it is rewritten too, because the branch begins
     there. "registered": its forward method comes from `sd.register_unit`. "deferred": nothing

@@ -58,9 +58,6 @@ from stochastic_depth.surgery.record.branches import (
 from stochastic_depth.surgery.record.rejected import Rejected, own_backward
 from stochastic_depth.surgery.select_modules import ModuleSelector, SelectedModules, select_modules
 
-REWRITTEN = ("slice", "call")
-"""The mechanisms that rewrite a method."""
-
 
 def find_residuals(
     model: nn.Module, include: ModuleSelector | None, exclude: ModuleSelector
@@ -117,7 +114,7 @@ def _outside_functions(
 
 def _called_alike(block: FoundBlock, evaluation: Analysis, training: Analysis) -> FoundBlock:
     """`block`, refused if it is deferred and its modules are called more often in training mode."""
-    if block.mechanism != "deferred":
+    if not block.is_deferred:
         return block
     for name in block.modules:
         before, now = len(evaluation.calls_of(name)), len(training.calls_of(name))
@@ -222,7 +219,7 @@ class _Finder:
         assert found is not None
         if found.refusal:
             return True
-        if found.mechanism in ("registered", "Residual"):
+        if not found.is_rewritten:
             return False
         in_a_loop = any(_loops(addition.events, analysis) for addition in additions)
         one_by_one = not found.name and len(additions) > 1  # in the forward method of the model
@@ -265,7 +262,7 @@ class _Finder:
             assert found is not None
             if not self.selected.allows(each.additions[0].owner, found.names_in_branch()):
                 continue
-            if found.mechanism in REWRITTEN:
+            if found.is_rewritten:
                 share = analysis.group(each.name, each.events).exclusive_share
                 if share < MIN_SAVED:
                     found = replace(found, refusal=mostly_shared(share))

@@ -93,7 +93,7 @@ def added_in_training(
 def _gives_more(block: FoundBlock, analysis: Analysis) -> bool:
     """Whether a module of a deferred branch returns a value that nothing is computed from."""
     values = analysis.recording.values
-    return block.mechanism == "deferred" and any(
+    return block.is_deferred and any(
         all(c < call.ended or c not in analysis.alive for c in values[value].children)
         for name in block.modules
         for call in analysis.calls_of(name)
@@ -195,7 +195,7 @@ def with_training_additions(
     for name in dict.fromkeys(name for name, _ in additions):
         own = [addition for block, addition in additions if block == name]
         numbers = [n for n, block in enumerate(blocks) if block.name == name]
-        if not numbers or any(blocks[n].mechanism == "deferred" for n in numbers):
+        if not numbers or any(blocks[n].is_deferred for n in numbers):
             deferred += own
             continue
         if len(numbers) == 1:
@@ -235,7 +235,7 @@ def as_both_need(
 ) -> FoundBlock:
     """`block`, deferring only modules that neither mode needs for anything but its addition."""
     events = [counterparts.get(event) for unit in block.units for event in unit.events]
-    if block.mechanism != "deferred" or None in events:
+    if not block.is_deferred or None in events:
         return block
     group = training.group(block.name, [event for event in events if event is not None])
     owner, _ = block.units[0].edits[0]
@@ -284,7 +284,7 @@ def _with_rewritten(
     block: FoundBlock, additions: Sequence[Addition], rewrite: Rewrite
 ) -> FoundBlock:
     """`block`, with its methods rewritten at `additions` too."""
-    if block.refusal or block.mechanism in ("registered", "Residual"):
+    if not block.is_rewritten:
         return block
     try:
         units = (*block.units, *map(rewrite, additions))

@@ -85,7 +85,7 @@ def still_called(block: FoundBlock, usual: CallCounts, called: CallCounts) -> st
         for name, calls in block.modules.items()
         if called.number[name] > max(0, usual.number[name] - calls)
     ]
-    if running and not (block.mechanism == "registered" and len(running) < len(block.modules)):
+    if running and not (block.is_registered and len(running) < len(block.modules)):
         reason = called.why[running[0]]
         why = reason.text if reason else "the model uses its output for more than the addition"
         if reason and reason.hides_structure and block.units[0].edits[0][0] is not block.module:

@@ -204,7 +204,7 @@ class _Evaluation:
         # Infinite values of a branch, which a closed block does not multiply, become nan.
         if TOLERANCE < difference < math.inf:
             wrong = functools.partial(self._wrong, gate=TIMES_ZERO)
-            registered = any(self.found[n].mechanism == "registered" for n in numbers)
+            registered = any(self.found[n].is_registered for n in numbers)
             hint = " (a registered function must use gate.scale)" if registered else ""
             self._raise_for_smallest(sorted(numbers), why, wrong, f"multiplied by 0{hint}")
 
