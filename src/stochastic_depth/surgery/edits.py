@@ -1,22 +1,11 @@
-"""The edits that put a branch under a gate, and how to find their locations in the source.
+"""The edits that put a branch under a gate, each at a place in the source or in a module."""
 
-A `SourceLocation` is an expression in a method of a class, where the method can be rewritten. A
-`CallSite` is an expression in any function, as an interpreter frame shows it; a deferred addition
-is recognised by its call site while it runs.
-"""
-
-import inspect
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FrameType
-from typing import Any, Literal
+from typing import Any
 
-from torch import nn
-
-Side = Literal[0, 1]
-"""Which of the two operands of an addition is its shortcut."""
-Position = tuple[int, int, int, int]
-"""The first and last line of an expression in its file, then its first and last column."""
+from stochastic_depth.surgery.addition_functions import Side
+from stochastic_depth.surgery.frames import CallSite, SourceLocation
 
 NOT_REACHED = (
     "the residual addition of this block did not run in this pass: the model took a different path "
@@ -24,20 +13,6 @@ NOT_REACHED = (
     "it"
 )
 """The message for a pass that bypasses the addition of a block."""
-
-
-@dataclass(frozen=True)
-class SourceLocation:
-    """An expression in a method."""
-
-    cls: type[nn.Module]
-    """The class that defines the method: that of the module, or one of its base classes."""
-    method: str
-    position: Position
-
-    def __str__(self) -> str:
-        return f"{self.cls.__qualname__}.{self.method}, line {self.position[0]}"
-
 
 CallParameter = tuple[int | None, str | None]
 """A parameter of a function: its position, or None; and its name, or None if that is unknown."""
@@ -95,31 +70,6 @@ class RegisteredEdit:
     forward: Callable[..., Any]
 
 
-CallSite = tuple[str, str, int, Any]
-"""An expression: its file and function, the first line of the function, and where it is there."""
-
-ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_"}
-"""Names of PyTorch's functions that add."""
-
-
-def scales_second(name: str, others: Mapping[str, Any]) -> bool:
-    """Whether an addition scales its second operand, as `torch.add(x, y, alpha=2)` does.
-
-    Args:
-        name: the name of the function; the result is False if it is not one of `ADDITIONS`.
-        others: the arguments other than the operands.
-    """
-    return name in ADDITIONS and (name.startswith("addcmul") or others.get("alpha", 1) != 1)
-
-
-def by_position(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The operands of an addition, also if given by name; and its other arguments."""
-    others = dict(kwargs)
-    first = (others.pop("input"),) if "input" in others else ()
-    last = [others.pop(name) for name in ("other", "tensor1", "tensor2") if name in others]
-    return (*first, *args, *last), others
-
-
 @dataclass(frozen=True)
 class BranchCalls:
     """The calls of one module that belong to a branch, during one call of the owner."""
@@ -166,72 +116,3 @@ class EntryEdit:
 
 RewriteEdit = AdditionEdit | ArgumentEdit
 Edit = AdditionEdit | ArgumentEdit | RegisteredEdit | DeferredEdit | EntryEdit
-
-
-_POSITIONS: dict[int, tuple[CodeType, list[Any]]] = {}
-
-
-def call_site_of(frame: FrameType) -> CallSite:
-    """The expression that `frame` is evaluating.
-
-    It is identified by its position, because the interpreter changes bytecode when it specialises
-    a call.
-    """
-    code = frame.f_code
-    known = _POSITIONS.get(id(code))
-    if known is None:
-        known = _POSITIONS[id(code)] = code, list(code.co_positions())
-    position = known[1][frame.f_lasti // 2]
-    if None in position:
-        position = frame.f_lasti
-    return code.co_filename, code.co_qualname, code.co_firstlineno, position
-
-
-@dataclass(frozen=True)
-class Method:
-    """A running method of a module."""
-
-    location: SourceLocation | None
-    """The expression that it is evaluating; None if its source is unknown."""
-    frame: FrameType
-    called: FrameType | None
-    """The frame of the function that this expression calls; None if it is not such a call."""
-
-
-def locations_in(
-    modules: Container[nn.Module], frame: FrameType | None
-) -> Iterator[tuple[nn.Module, SourceLocation | None]]:
-    """For each of `modules` with a running method around `frame`: the expression it evaluates.
-
-    The frames are walked once for all modules, because reading their variables is slow.
-    """
-    seen = set[nn.Module]()
-    while frame is not None:
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(owner, nn.Module) and owner in modules and owner not in seen:
-            seen.add(owner)
-            yield owner, _in_method(owner, code, frame.f_lasti // 2)
-        frame = frame.f_back
-
-
-def methods_of(module: nn.Module, frame: FrameType | None) -> Iterator[Method]:
-    """The running methods of `module` around `frame`, innermost first."""
-    called = None
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
-            yield Method(_in_method(module, code, frame.f_lasti // 2), frame, called)
-        called, frame = frame, frame.f_back
-
-
-def _in_method(module: nn.Module, code: CodeType, instruction: int) -> SourceLocation | None:
-    first, last, start, end = list(code.co_positions())[instruction]
-    if first is None or last is None or start is None or end is None:
-        return None
-    for cls in type(module).__mro__:
-        method = vars(cls).get(code.co_name)
-        inner = inspect.unwrap(method) if callable(method) else None
-        if cls is not nn.Module and getattr(inner, "__code__", None) is code:
-            return SourceLocation(cls, code.co_name, (first, last, start, end))
-    return None

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochastic_depth.surgery.addition_functions import ADDITIONS, by_position
 from stochastic_depth.surgery.deferred.gates import (
     add,
     addition_at,
@@ -46,7 +47,7 @@ from stochastic_depth.surgery.deferred.shapes import (
     shapes_of,
     shapes_of_tensor,
 )
-from stochastic_depth.surgery.edits import ADDITIONS, CallSite, by_position, call_site_of
+from stochastic_depth.surgery.frames import CallSite, call_site_of
 from stochastic_depth.torch_private import subclass_of, tree_flatten, tree_unflatten
 
 LAZY = {"T", "mT", "H", "mH", "real", "imag", "data"}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
+from stochastic_depth.surgery.addition_functions import ADD_IN_PLACE, scales_second
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
     Node,
@@ -24,7 +25,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     value,
     with_values,
 )
-from stochastic_depth.surgery.edits import CallSite, scales_second
+from stochastic_depth.surgery.frames import CallSite
 from stochastic_depth.surgery.record.rejected import SCALED
 from stochastic_depth.surgery.rewrite.select_samples import select_drawn
 from stochastic_depth.tensors import map_structure
@@ -75,7 +76,7 @@ def add(
     if addition.recomputed is not None:
         addition.recomputed += _checkpoints_around(addition)
     shortcut, target = args[side], args[0]
-    changes = name in ("add_", "__iadd__", "addcmul_")
+    changes = name in ADD_IN_PLACE
     if addition.gate.open:
         shortcut = resolved(shortcut)
         new = [shortcut if n == side else _scaled(addition, arg) for n, arg in enumerate(args)]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.edits import CallSite
+from stochastic_depth.surgery.frames import CallSite
 from stochastic_depth.torch_private import changes_of, tree_flatten, tree_unflatten
 
 _ATOMS = {type(None), bool, int, float, str, torch.dtype, torch.device}

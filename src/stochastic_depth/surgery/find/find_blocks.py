@@ -21,7 +21,6 @@ from stochastic_depth.surgery.blocks import (
     repeated_block,
     residual_block,
 )
-from stochastic_depth.surgery.edits import CallSite
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.find.deferred_groups import deferred_groups
 from stochastic_depth.surgery.find.mechanisms import (
@@ -46,6 +45,7 @@ from stochastic_depth.surgery.find.training_additions import (
     with_training_additions,
     with_training_only,
 )
+from stochastic_depth.surgery.frames import CallSite
 from stochastic_depth.surgery.record.additions import discover
 from stochastic_depth.surgery.record.branch_source import Addition
 from stochastic_depth.surgery.record.branches import (

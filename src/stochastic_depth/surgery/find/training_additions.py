@@ -16,17 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.surgery.addition_functions import ADDITIONS, by_position
 from stochastic_depth.surgery.blocks import FoundBlock, Unit
 from stochastic_depth.surgery.droppath import disable_drop_paths
-from stochastic_depth.surgery.edits import (
-    ADDITIONS,
-    CallSite,
-    DeferredEdit,
-    by_position,
-    call_site_of,
-)
+from stochastic_depth.surgery.edits import DeferredEdit
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.find.deferred_groups import deferred_edits, deferred_groups
+from stochastic_depth.surgery.frames import CallSite, call_site_of
 from stochastic_depth.surgery.record.additions import discover
 from stochastic_depth.surgery.record.branch_source import Addition
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis, Group

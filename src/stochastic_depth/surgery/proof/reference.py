@@ -15,15 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.addition_functions import ADD_IN_PLACE, ADDITIONS, by_position
 from stochastic_depth.surgery.blocks import FoundBlock
-from stochastic_depth.surgery.edits import (
-    ADDITIONS,
-    AdditionEdit,
-    CallSite,
-    by_position,
-    call_site_of,
-    locations_in,
-)
+from stochastic_depth.surgery.edits import AdditionEdit
+from stochastic_depth.surgery.frames import CallSite, call_site_of, locations_in
 
 
 @contextmanager
@@ -91,7 +86,7 @@ class _Bypass(TorchFunctionMode):
         shortcut = args[side].clone()
         if self.keep is not None:
             shortcut = _mixed(func(args[0].clone(), *args[1:], **kwargs), shortcut, self.keep)
-        if getattr(func, "__name__", "") in ("add_", "__iadd__", "addcmul_"):
+        if getattr(func, "__name__", "") in ADD_IN_PLACE:
             return args[0].copy_(shortcut)
         return shortcut
 

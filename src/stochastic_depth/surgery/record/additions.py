@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.errors import ExampleError, StochasticDepthError, first_line
-from stochastic_depth.surgery.edits import ADDITIONS, CallSite, Side, call_site_of
+from stochastic_depth.surgery.addition_functions import ADDITIONS, Side
+from stochastic_depth.surgery.frames import CallSite, call_site_of
 from stochastic_depth.surgery.record.branch_source import (
     Addition,
     Edits,

@@ -16,11 +16,9 @@ from stochastic_depth.surgery.edits import (
     ArgumentEdit,
     Caller,
     CallParameter,
-    Method,
     RewriteEdit,
-    SourceLocation,
-    methods_of,
 )
+from stochastic_depth.surgery.frames import Method, SourceLocation, methods_of
 from stochastic_depth.surgery.record.branches import AdditionEvent, Variables
 from stochastic_depth.surgery.record.trace import Call, Recording
 from stochastic_depth.tensors import tensors_in

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from stochastic_depth.surgery.edits import CallSite, Side
+from stochastic_depth.surgery.addition_functions import Side
+from stochastic_depth.surgery.frames import CallSite
 from stochastic_depth.surgery.record.trace import Call, Recording
 
 MIN_SAVED = 0.5

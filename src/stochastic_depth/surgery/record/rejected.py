@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from stochastic_depth.surgery.edits import Side, methods_of
+from stochastic_depth.surgery.addition_functions import Side
+from stochastic_depth.surgery.frames import methods_of
 from stochastic_depth.surgery.record.shortcuts import Shortcuts
 from stochastic_depth.surgery.record.trace import Call, Recording
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Container
 
-from stochastic_depth.surgery.edits import Side
+from stochastic_depth.surgery.addition_functions import Side
 from stochastic_depth.surgery.record.trace import Call, Recording
 
 MIXES = (

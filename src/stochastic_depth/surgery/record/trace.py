@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stochastic_depth.surgery.edits import ADDITIONS, by_position, scales_second
+from stochastic_depth.surgery.addition_functions import ADDITIONS, by_position, scales_second
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.tensors import tensors_in
 from stochastic_depth.torch_private import changes_of

@@ -25,8 +25,8 @@ from stochastic_depth.surgery.edits import (
     ArgumentEdit,
     CallParameter,
     RewriteEdit,
-    SourceLocation,
 )
+from stochastic_depth.surgery.frames import SourceLocation
 from stochastic_depth.surgery.rewrite.liveness import (
     Backward,
     Needed,

@@ -8,7 +8,8 @@ from types import FunctionType
 from typing import Any
 
 from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.edits import AdditionEdit, SourceLocation
+from stochastic_depth.surgery.edits import AdditionEdit
+from stochastic_depth.surgery.frames import SourceLocation
 
 
 def operands(node: ast.AST, edit: AdditionEdit) -> tuple[ast.expr, ast.expr]:
