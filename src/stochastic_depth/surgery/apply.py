@@ -15,12 +15,11 @@ from stochastic_depth.handle import Handle, integer
 from stochastic_depth.hooks import ForwardHooks
 from stochastic_depth.schedules import Schedule
 from stochastic_depth.surgery.applied import Applied, store_applied
-from stochastic_depth.surgery.blocks import FoundBlock, nothing_found
+from stochastic_depth.surgery.blocks import FoundBlock
 from stochastic_depth.surgery.droppath import own_rates
 from stochastic_depth.surgery.example import Example
-from stochastic_depth.surgery.find.find_blocks import find_blocks, find_residuals
+from stochastic_depth.surgery.find.find_blocks import Found, find_blocks, find_residuals
 from stochastic_depth.surgery.make_skippable import make_skippable
-from stochastic_depth.surgery.record.rejected import Rejected, listed
 from stochastic_depth.surgery.refuse import (
     refuse_applied,
     refuse_nested,
@@ -165,16 +164,12 @@ def apply(
     refuse_wrapped(model)
     refuse_nested(example)
 
-    def find(defer: Container[str]) -> Sequence[FoundBlock]:
+    def find(defer: Container[str]) -> Found:
         if example is None:
             return find_residuals(model, include, exclude)
-        rejected: list[Rejected] = []
-        found = find_blocks(
-            model, example, granularity, include, exclude, defer=defer, rejected=rejected
+        return find_blocks(
+            model, example, granularity, include, exclude, defer=defer, count_flops=False
         )
-        if not found:
-            raise nothing_found(model, example, listed(rejected))
-        return found
 
     made = make_skippable(
         model,

@@ -14,12 +14,12 @@ from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import (
     FoundBlock,
     is_inside,
-    nothing_found,
     unsupported,
     with_remedy,
 )
 from stochastic_depth.surgery.droppath import ChangedSetting, disable_drop_paths
 from stochastic_depth.surgery.example import Example, caller, on_meta
+from stochastic_depth.surgery.find.find_blocks import Found
 from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.proof.batch_dimension import halves, learn_samples
 from stochastic_depth.surgery.proof.call_counts import still_running
@@ -54,7 +54,7 @@ class _Failure:
 
 def make_skippable(
     model: nn.Module,
-    find: Callable[[Container[str]], Sequence[FoundBlock]],
+    find: Callable[[Container[str]], Found],
     survival_of: Callable[[Sequence[FoundBlock]], Probabilities],
     example: Example | None,
     gate: GateKind,
@@ -91,8 +91,6 @@ def make_skippable(
         return Skippable(kept, probabilities, changed, proved)
 
     attempts = _Attempts(model, Candidates(find), attempt)
-    if not attempts.candidates.found:
-        raise nothing_found(model, example)
     made = attempts.defer_until_proved(frozenset())
     if isinstance(made, Skippable):
         return made
@@ -106,7 +104,7 @@ class Candidates:
         find: finds the blocks; its argument names those that must be deferred.
     """
 
-    def __init__(self, find: Callable[[Container[str]], Sequence[FoundBlock]]) -> None:
+    def __init__(self, find: Callable[[Container[str]], Found]) -> None:
         self.find = find
         self.deferred = set[str]()
         self.found = find(self.deferred)
@@ -117,7 +115,7 @@ class Candidates:
         Returns:
             Whether there was one.
         """
-        more = {b.name for b in self.found if b.name in failed and b.is_rewritten}
+        more = {b.name for b in self.found.blocks if b.name in failed and b.is_rewritten}
         if more:
             self.deferred |= more
             self.found = self.find(self.deferred)
@@ -165,7 +163,7 @@ class _Attempts:
             left_out = set(failed)
             outcome = self.defer_until_proved(left_out)
             failed |= outcome.failed if isinstance(outcome, _Failure) else set()
-        out = [block.name for block in self.candidates.found if block.name in left_out]
+        out = [block.name for block in self.candidates.found.blocks if block.name in left_out]
         if isinstance(outcome, _Failure):
             tried_all = not self._without(failed)
             return with_remedy(first.error, out, [], tried_all)
@@ -190,7 +188,7 @@ class _Attempts:
         The advice `exclude=` also leaves out blocks that have one of `left_out` in their branch.
         The advice `include=` does not.
         """
-        rest = [block for block in self.candidates.found if block.name not in left_out]
+        rest = [block for block in self.candidates.found.blocks if block.name not in left_out]
         if not left_out or any(is_inside(block.name, out) for block in rest for out in left_out):
             return rest
         selected = select_modules(self.model, None, sorted(left_out))

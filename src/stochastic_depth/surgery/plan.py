@@ -9,13 +9,13 @@ from torch import nn
 from stochastic_depth.choices import Granularity
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.apply import linear_decay, survival_of_blocks
-from stochastic_depth.surgery.blocks import FoundBlock, Mechanism, nothing_found
+from stochastic_depth.surgery.blocks import FoundBlock, Mechanism
 from stochastic_depth.surgery.example import Example, caller
-from stochastic_depth.surgery.find.find_blocks import find_blocks
+from stochastic_depth.surgery.find.find_blocks import Found, find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.make_skippable import Candidates
 from stochastic_depth.surgery.proof.call_counts import still_running
-from stochastic_depth.surgery.record.rejected import Rejected, listed
+from stochastic_depth.surgery.record.rejected import listed
 from stochastic_depth.surgery.refuse import refuse_applied, refuse_nested
 from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import Survival
@@ -122,21 +122,16 @@ def plan(
     """
     refuse_applied(model)
     refuse_nested(example)
-    rejected: list[Rejected] = []
 
-    def find(defer: Container[str]) -> Sequence[FoundBlock]:
-        rejected.clear()
-        found = find_blocks(
-            model, example, granularity, include, exclude, True, defer=defer, rejected=rejected
+    def find(defer: Container[str]) -> Found:
+        return find_blocks(
+            model, example, granularity, include, exclude, defer=defer, count_flops=True
         )
-        if not found:
-            raise nothing_found(model, example, listed(rejected))
-        return found
 
     candidates = Candidates(find)
-    found = _tried(model, example, candidates.found)
+    found = _tried(model, example, candidates.found.blocks)
     while candidates.defer({block.name for block in found if block.refusal}):
-        found = _tried(model, example, candidates.found)
+        found = _tried(model, example, candidates.found.blocks)
     if drop_rate is not None:
         survival = linear_decay(drop_rate, survival)
     p = survival_of_blocks(survival, found, stacks).at(0)
@@ -155,7 +150,7 @@ def plan(
             )
             for block, survival in zip(found, p, strict=True)
         ),
-        listed(rejected),
+        listed(candidates.found.rejected),
     )
 
 

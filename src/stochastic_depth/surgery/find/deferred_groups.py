@@ -133,11 +133,8 @@ def _returns_branch(event: AdditionEvent, analysis: Analysis) -> tuple[Call, ...
     return (max(calls, key=lambda each: each[:2])[2],) if calls else ()
 
 
-def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[DeferredEdit]:
-    """The edits that give `group` its gates, one for each addition.
-
-    Args:
-        first: the number of the first of these additions within their owner.
+def deferred_edits(group: Group, analysis: Analysis) -> list[DeferredEdit]:
+    """The edits that give `group` its gates, one for each addition, numbered from 0.
 
     Raises:
         UnsupportedBlockError: when too little of the branch is exclusive to the addition.
@@ -150,7 +147,7 @@ def deferred_edits(group: Group, analysis: Analysis, first: int) -> list[Deferre
     return [
         DeferredEdit(
             group.block,
-            first + number,
+            number,
             ((event.site, event.side),),
             _calls_for(event, group, analysis),
             analysis.recording.is_overwritten(event.total),

@@ -6,7 +6,6 @@ rewritten is deferred.
 """
 
 import functools
-from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import (
     FoundBlock,
+    nothing_found,
     repeated_block,
     residual_block,
 )
@@ -27,6 +27,7 @@ from stochastic_depth.surgery.find.mechanisms import (
     clashes,
     deferred_block,
     edited_block,
+    numbered,
     registered_around,
     rewritten_unit,
 )
@@ -55,21 +56,42 @@ from stochastic_depth.surgery.record.branches import (
     Group,
     mostly_shared,
 )
-from stochastic_depth.surgery.record.rejected import Rejected, own_backward
+from stochastic_depth.surgery.record.rejected import Rejected, listed, own_backward
 from stochastic_depth.surgery.select_modules import ModuleSelector, SelectedModules, select_modules
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model adds."""
+
+    blocks: list[FoundBlock]
+    """Its residual blocks, in the order in which they run on the example, if there is one."""
+    rejected: list[Rejected]
+    """Additions that form no block."""
 
 
 def find_residuals(
     model: nn.Module, include: ModuleSelector | None, exclude: ModuleSelector
-) -> list[FoundBlock]:
-    """The `Residual` units of `model`, in order of registration."""
+) -> Found:
+    """Find the `Residual` units of `model`, in order of registration.
+
+    Raises:
+        ApplyError: when there are none.
+    """
     selected = select_modules(model, include, exclude)
     blocks = [
         residual_block(name, module, 0)
         for name, module in model.named_modules()
         if isinstance(module, Residual)
     ]
-    return [block for block in blocks if selected.allows(block.name, block.names_in_branch())]
+    blocks = [each for each in blocks if selected.allows(each.name, each.names_in_branch())]
+    if not blocks:
+        raise nothing_found(model, None)
+    return Found(blocks, [])
+
+
+BlockWithEvents = tuple[FoundBlock, tuple[AdditionEvent, ...]]
+"""A block, and the additions of the recorded pass that it makes."""
 
 
 def find_blocks(
@@ -78,30 +100,39 @@ def find_blocks(
     granularity: Granularity,
     include: ModuleSelector | None,
     exclude: ModuleSelector,
-    count_flops: bool = False,
     *,
-    defer: Container[str] = frozenset(),
-    rejected: list[Rejected] | None = None,
-) -> list[FoundBlock]:
-    """The residual blocks of `model`, in the order in which they run on `example`.
+    defer: Container[str],
+    count_flops: bool,
+) -> Found:
+    """Find the residual blocks of `model`.
 
     Args:
         defer: names of blocks to defer even if their source can be rewritten.
-        rejected: additions that form no block are appended to this list, each with the reason.
+
+    Raises:
+        ApplyError: when there are none.
     """
-    rejected = [] if rejected is None else rejected
     selected = select_modules(model, include, exclude)
     finder = _Finder(model, dict(model.named_modules()), selected, granularity, defer)
     run = caller(model, example)
     with preserve_state(model):
         model.eval()
-        additions, analysis = discover(model, run, count_flops, rejected)
-    pairs = finder.blocks(additions, analysis, rejected)
+        additions, analysis, not_residual = discover(
+            model, run, count_flops=count_flops, gradients=False
+        )
+    pairs, no_blocks = finder.blocks(additions, analysis)
     found = [block for block, _ in pairs]
+    rejected = [*not_residual, *no_blocks]
     if any(block.refusal for block in found):
         refuse_cache(analysis.output)  # filling the cache may be all that needs the branches
     training = added_in_training(model, run, found, additions, analysis, count_flops)
-    return found if training is None else finder.with_training(pairs, analysis, training, rejected)
+    if training is not None:
+        found, later = finder.with_training(pairs, analysis, training)
+        known = {(each.owner, each.location) for each in rejected}
+        rejected += [each for each in later if (each.owner, each.location) not in known]
+    if not found:
+        raise nothing_found(model, example, listed(rejected))
+    return Found(found, rejected)
 
 
 def _outside_functions(
@@ -157,13 +188,14 @@ class _Finder:
     """Names of blocks to defer even if their source can be rewritten."""
 
     def blocks(
-        self, additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
-    ) -> list[tuple[FoundBlock, tuple[AdditionEvent, ...]]]:
-        """The blocks that `additions` form, in the order of execution, each with its events."""
-        additions = without_long_skips(additions, self.modules, rejected)
+        self, additions: list[Addition], analysis: Analysis
+    ) -> tuple[list[BlockWithEvents], list[Rejected]]:
+        """The blocks that `additions` form, in the order of execution; and those that form none."""
+        additions, rejected = without_long_skips(additions, self.modules)
         for event in (event for addition in additions for event in addition.events):
             analysis.find_enclosing_call(event)
-        additions = without_sums(additions, analysis, rejected)
+        additions, sums = without_sums(additions, analysis)
+        rejected += sums
         together: dict[tuple[str, Any], list[Addition]] = {}
         for addition in additions:
             key = _block_of(addition, self.modules, self.granularity)
@@ -187,7 +219,7 @@ class _Finder:
             (replace(found, change=analysis.change_of_shortcut(events)), events)
             for found, events in self._assembled(formed, deferred, analysis)
         ]
-        return sorted(blocks, key=lambda pair: min(event.total for event in pair[1]))
+        return sorted(blocks, key=lambda pair: min(e.total for e in pair[1])), rejected
 
     def _candidate(self, name: str, additions: list[Addition], analysis: Analysis) -> _Candidate:
         events = tuple(event for addition in additions for event in addition.events)
@@ -239,14 +271,13 @@ class _Finder:
 
     def _assembled(
         self, formed: Sequence[_Candidate], deferred: Sequence[_Candidate], analysis: Analysis
-    ) -> list[tuple[FoundBlock, tuple[AdditionEvent, ...]]]:
+    ) -> list[BlockWithEvents]:
         """The blocks among `formed` that the user has selected, each with its events.
 
         Args:
             deferred: the candidates from which the groups in `formed` were made.
         """
-        blocks = []
-        first: Counter[str] = Counter()
+        blocks: list[BlockWithEvents] = []
         reasons = {
             event: each.rewritten.refusal if each.rewritten else ""
             for each in deferred
@@ -255,7 +286,7 @@ class _Finder:
         for each in formed:
             if each.group is not None:
                 if self.selected.allows(each.name, each.group.modules):
-                    found = deferred_block(each.group, analysis, self.modules, first, reasons)
+                    found = deferred_block(each.group, analysis, self.modules, reasons)
                     blocks.append((found, each.events))
                 continue
             found = each.rewritten
@@ -267,16 +298,17 @@ class _Finder:
                 if share < MIN_SAVED:
                     found = replace(found, refusal=mostly_shared(share))
             blocks.append((found, each.events))
-        return blocks
+        found = numbered(block for block, _ in blocks)
+        return list(zip(found, (events for _, events in blocks), strict=True))
 
     def with_training(
         self,
-        pairs: Sequence[tuple[FoundBlock, tuple[AdditionEvent, ...]]],
+        pairs: Sequence[BlockWithEvents],
         evaluation: Analysis,
         training: InTraining,
-        rejected: list[Rejected],
-    ) -> list[FoundBlock]:
-        """The blocks with their additions in training mode, and the blocks that only it runs.
+    ) -> tuple[list[FoundBlock], list[Rejected]]:
+        """The blocks with their additions in training mode, and the blocks that only it runs; and
+        the additions of training mode that form no block.
 
         Args:
             pairs: the blocks found in evaluation mode, each with its events.
@@ -290,7 +322,7 @@ class _Finder:
         new = set(training.new)
         of_block = [
             (_block_of(a, self.modules, self.granularity)[0], replace(a, events=events))
-            for a in without_long_skips(training.additions, self.modules, [])
+            for a in without_long_skips(training.additions, self.modules)[0]
             if (events := tuple(event for event in a.events if event in new))
         ]
         of_block = [(n, a) for n, a in of_block if not n or self.selected.allows(n, a.modules)]
@@ -298,15 +330,13 @@ class _Finder:
         found, only = with_training_additions(
             found, of_block, training.analysis, self.modules, rewrite
         )
-        later = training.rejected
-        blocks = self.blocks(training.additions, training.analysis, later) if only else []
-        known = {(each.owner, each.location) for each in rejected}
-        rejected += [each for each in later if (each.owner, each.location) not in known]
-        return with_training_only(
-            found,
-            [block for block, events in blocks if only.issuperset(events)],
-            training.analysis,
-        )
+        blocks: list[BlockWithEvents] = []
+        rejected = training.rejected
+        if only:
+            blocks, more = self.blocks(training.additions, training.analysis)
+            rejected = [*rejected, *more]
+        alone = [block for block, events in blocks if only.issuperset(events)]
+        return with_training_only(found, alone, training.analysis), rejected
 
 
 def _loops(events: Sequence[AdditionEvent], analysis: Analysis) -> bool:

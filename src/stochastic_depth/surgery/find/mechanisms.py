@@ -6,9 +6,10 @@ neither works is deferred.
 
 import functools
 import inspect
+import itertools
 import operator
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from stochastic_depth.surgery.blocks import FoundBlock, Unit, residual_block
 from stochastic_depth.surgery.edits import (
     AdditionEdit,
     ArgumentEdit,
+    DeferredEdit,
     Edit,
     RegisteredEdit,
     RewriteEdit,
@@ -166,24 +168,20 @@ def deferred_block(
     group: Group,
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
-    first: Counter[str],
     reasons: Mapping[AdditionEvent, str],
 ) -> FoundBlock:
     """The deferred block of `group`; refused if too little of its branch is exclusive to it.
 
     Args:
-        first: how many additions of each owner have been numbered so far; updated here.
         reasons: why the methods that make an addition could not be rewritten; empty if they can.
     """
-    owner = group.owner.name
+    owner = modules[group.owner.name]
     units: tuple[Unit, ...] = ()
     refusal = ""
     try:
-        edits = deferred_edits(group, analysis, first[owner])
-        first[owner] += len(edits)
         units = tuple(
-            Unit(((modules[owner], edit),), (), (event,), frozenset(group.modules))
-            for edit, event in zip(edits, group.events, strict=True)
+            Unit(((owner, edit),), (), (event,), frozenset(group.modules))
+            for edit, event in zip(deferred_edits(group, analysis), group.events, strict=True)
         )
     except UnsupportedBlockError as error:
         before = next(filter(None, (reasons[event] for event in group.events)), "")
@@ -199,3 +197,24 @@ def deferred_block(
         group.flops,
         refusal,
     )
+
+
+def numbered(blocks: Iterable[FoundBlock]) -> list[FoundBlock]:
+    """The blocks, with the deferred additions of each owner numbered from 0."""
+    numbers: defaultdict[nn.Module, Iterator[int]] = defaultdict(itertools.count)
+
+    def with_number(owner: nn.Module, edit: Edit) -> tuple[nn.Module, Edit]:
+        if isinstance(edit, DeferredEdit):
+            edit = replace(edit, number=next(numbers[owner]))
+        return owner, edit
+
+    return [
+        replace(
+            block,
+            units=tuple(
+                replace(unit, edits=tuple(with_number(*pair) for pair in unit.edits))
+                for unit in block.units
+            ),
+        )
+        for block in blocks
+    ]

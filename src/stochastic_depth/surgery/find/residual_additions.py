@@ -19,11 +19,11 @@ HIDDEN_STATES = (
 
 
 def without_long_skips(
-    additions: list[Addition], modules: Mapping[str, nn.Module], rejected: list[Rejected]
-) -> list[Addition]:
-    """The additions that may form a block; the others are appended to `rejected`."""
+    additions: list[Addition], modules: Mapping[str, nn.Module]
+) -> tuple[list[Addition], list[Rejected]]:
+    """The additions that may form a block, and the others."""
     names = {addition.owner: repeated_block(addition.owner, modules) for addition in additions}
-    kept = []
+    kept, rejected = [], []
     for addition in additions:
         if _accumulates(addition):
             rejected.append(rejected_as(addition, "it accumulates the terms of a sum in a loop"))
@@ -46,17 +46,17 @@ def without_long_skips(
             rejected.append(rejected_as(addition, reason))
         else:
             kept.append(addition)
-    return kept
+    return kept, rejected
 
 
 def without_sums(
-    additions: list[Addition], analysis: Analysis, rejected: list[Rejected]
-) -> list[Addition]:
-    """The additions that add a branch; sums of streams or hidden states go to `rejected`."""
+    additions: list[Addition], analysis: Analysis
+) -> tuple[list[Addition], list[Rejected]]:
+    """The additions that add a branch; and the others, sums of streams or hidden states."""
     totals = {event.total for addition in additions for event in addition.events}
     streams = {event.total for a in additions if a.identity for event in a.events}
     events = {event for addition in additions for event in addition.events}
-    kept = []
+    kept, rejected = [], []
     for addition in additions:
         if addition.coupled is not None:
             if addition.coupled not in events:
@@ -77,7 +77,7 @@ def without_sums(
             rejected.append(rejected_as(addition, HIDDEN_STATES))
         else:
             kept.append(addition)
-    return kept
+    return kept, rejected
 
 
 def outermost(additions: list[Addition], analysis: Analysis) -> list[Addition]:

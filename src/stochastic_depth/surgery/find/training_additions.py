@@ -66,7 +66,6 @@ def added_in_training(
         additions: the additions of evaluation; `analysis` belongs to the same pass.
     """
     changed_settings = disable_drop_paths(model, found)
-    rejected: list[Rejected] = []
     try:
         with preserve_state(model), torch.enable_grad():
             model.train()
@@ -78,7 +77,9 @@ def added_in_training(
             adds_more = not sites.seen <= analysis.sites or sites.functions
             if not adds_more and not any(_gives_more(block, analysis) for block in found):
                 return None
-            now, analysis_now = discover(model, run, count_flops, rejected, gradients=True)
+            now, analysis_now, rejected = discover(
+                model, run, count_flops=count_flops, gradients=True
+            )
     finally:
         for setting in changed_settings:
             setting.restore()
@@ -238,7 +239,7 @@ def as_both_need(
     if block.modules <= group.modules or group.owner.module is not owner:
         return block
     try:
-        edits = deferred_edits(group, training, 0)
+        edits = deferred_edits(group, training)
     except UnsupportedBlockError:
         return block  # the proof names the module that training mode needs
     units = []
@@ -298,7 +299,7 @@ def _with_deferred(
         return block
     units = list(block.units)
     try:
-        edits = deferred_edits(group, analysis, 0)
+        edits = deferred_edits(group, analysis)
         for event, edit in zip(group.events, edits, strict=True):
             names = {calls.module for calls in edit.calls}
             n = max(range(len(units)), key=lambda n: len(names & _names(units[n])))

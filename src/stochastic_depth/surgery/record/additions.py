@@ -43,17 +43,20 @@ Key = tuple[str, Edits]
 def discover(
     model: nn.Module,
     run: Callable[[], object],
-    count_flops: bool = False,
-    rejected: list[Rejected] | None = None,
-    gradients: bool = False,
-) -> tuple[list[Addition], Analysis]:
+    *,
+    count_flops: bool,
+    gradients: bool,
+) -> tuple[list[Addition], Analysis, list[Rejected]]:
     """The residual additions of `model`, in the order in which the forward pass `run` makes them.
 
     In training mode the pass updates statistics, as any other does: see `preserve_state`.
 
     Args:
-        rejected: additions of computed values that are not residual are appended to this list.
         gradients: whether autograd is enabled, as in a training step.
+
+    Returns:
+        The additions; what is known of the values of the pass; and the additions of computed values
+        that are not residual.
 
     Raises:
         ExampleError: when the model does not run on the example.
@@ -74,9 +77,7 @@ def discover(
     analysis = Analysis(search.recording, outputs, is_mixing, search.sites)
     analysis.output = output
     additions = search.result(outputs)
-    if rejected is not None:
-        rejected += search.rejections.rejected.values()
-    return additions, analysis
+    return additions, analysis, list(search.rejections.rejected.values())
 
 
 class _Search:
