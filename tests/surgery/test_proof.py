@@ -1,5 +1,6 @@
 """What is proved is what runs: training mode, no hooks, samples, and nothing is left behind."""
 
+import copy
 import itertools
 import random
 
@@ -349,12 +350,33 @@ def twice_a_tiny_branch(block, gate, x):
     return x + 2 * gate.scale(block.gamma * torch.relu(block.f(x))) if gate.open else x
 
 
-@pytest.mark.parametrize("block", [ForgetsScale, TwiceTheBranch, TwiceATinyBranch])
+class ScalesTwice(Plain):
+    pass
+
+
+class ScalesTooEarly(Plain):
+    pass
+
+
+@sd.register_unit(ScalesTwice)
+def scales_twice(block, gate, x):
+    return x + gate.scale(gate.scale(torch.relu(block.f(x)))) if gate.open else x
+
+
+@sd.register_unit(ScalesTooEarly)
+def scales_too_early(block, gate, x):
+    return x + torch.relu(block.f(x) + gate.scale(x) - x) if gate.open else x
+
+
+@pytest.mark.parametrize(
+    "block", [ForgetsScale, ScalesTwice, ScalesTooEarly, TwiceTheBranch, TwiceATinyBranch]
+)
 def test_a_registered_function_with_other_outputs_is_refused_however_small_they_are(block):
     torch.manual_seed(0)
     model = Trunk(block)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    reason = "must use gate.scale" if block is ForgetsScale else "with every gate open the output"
+    doubles = block in (TwiceTheBranch, TwiceATinyBranch)
+    reason = "with every gate open the output" if doubles else "must use gate.scale, once"
     with pytest.raises(UnsupportedBlockError, match=reason):
         sd.apply(model, example=X)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -703,3 +725,103 @@ class Dormant(Plain):
 def test_parameters_that_decide_the_path_are_left_as_they_are():
     torch.manual_seed(0)
     assert len(sd.apply(Trunk(Dormant), example=X).blocks) == 3
+
+
+def add_relu(x, f):
+    return torch.relu(x + f)
+
+
+class AddsInAHelper(Plain):
+    """As a ResNet whose helper function adds and activates: the gate is before the activation."""
+
+    def forward(self, x):
+        return add_relu(x, self.f(x))
+
+
+class Normalises(Plain):
+    """As nGPT: the sum is normalised in the call that adds."""
+
+    def forward(self, x):
+        return self.sum(x, self.f(x))
+
+    def sum(self, x, f):
+        return nn.functional.normalize(x + f, dim=-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "training"}, {"closed": "forward-only"}])
+@pytest.mark.parametrize("block", [AddsInAHelper, Normalises])
+def test_the_factor_of_a_gate_is_that_of_the_branch_alone(block, options):
+    torch.manual_seed(0)
+    model = Trunk(block).double()
+    x = X.double().abs()
+    plain, handle = copy.deepcopy(model), sd.apply(model, sd.Uniform(0.5), example=x, **options)
+
+    def by_hand(factors):
+        out = plain.stem(x)
+        for each, factor in zip(plain.blocks, factors, strict=True):
+            added = out + factor * each.f(out)
+            out = (
+                torch.relu(added)
+                if block is AddsInAHelper
+                else nn.functional.normalize(added, dim=-1)
+            )
+        return out
+
+    whole = 0.5 if not options else 1.0
+    torch.testing.assert_close(model.eval()(x), by_hand([whole] * len(plain.blocks)))
+    if "closed" in options:
+        return
+    for gates in itertools.product([False, True], repeat=len(plain.blocks)):
+        with handle.forced(gates):
+            factors = [gate / 0.5 if options else float(gate) for gate in gates]
+            torch.testing.assert_close(model.train()(x), by_hand(factors))
+
+
+class LeavesAMask(Plain):
+    """In training mode, the first branch draws no mask where it finds one, and others use it."""
+
+    def forward(self, x, context):
+        return x + self.branch(x, context)
+
+    def branch(self, x, context):
+        f = torch.relu(self.f(x))
+        if self.training:
+            if "mask" not in context:
+                context["mask"] = (f > 0.1).to(f)
+            f = f * context["mask"]
+        return f
+
+
+class WithContext(Trunk):
+    """The context is made in each pass, or kept from the pass before where no branch leaves one."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__(LeavesAMask)
+        self.keeps, self.context = keeps, {}
+
+    def forward(self, x, gates=None):
+        x, old = self.stem(x), self.context
+        context: dict[str, Tensor] = {}
+        for n, block in enumerate(self.blocks):
+            # By hand, all branches run, and are multiplied.
+            x = block(x, context) if gates is None else x + gates[n] * block.branch(x, context)
+            if self.keeps and "mask" not in context and "mask" in old:
+                context = old
+        self.context = context
+        return x
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_branches_leave_for_others_in_training_mode_alone_is_proved_too(keeps):
+    torch.manual_seed(0)
+    model = WithContext(keeps)
+    plain = copy.deepcopy(model)
+    try:
+        handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    except UnsupportedBlockError as error:
+        assert "in training mode" in str(error)  # noqa: PT017
+        return
+    for step, gates in enumerate(itertools.product([False, True], repeat=3)):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        with handle.forced(gates):
+            torch.testing.assert_close(model.train()(x), plain.train()(x, gates))

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from stochastic_depth.errors import AdditionNotReachedError, ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import CLOSED, OPEN, Gate
 from stochastic_depth.hooks import refuse_cache
+from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
 from stochastic_depth.surgery.proof.gated import (
-    TIMES_ZERO,
+    HALF,
+    TIMES_HALF,
     Gated,
     closed_sets,
     every_other_kept,
@@ -66,7 +68,7 @@ class Reference:
 def reference_outputs(
     model: nn.Module,
     run: Callable[..., Any],
-    other: Callable[..., Any] | None,
+    other: Callable[..., Any],
     found: Sequence[FoundBlock],
     batch: int | None,
     deadline: float,
@@ -75,7 +77,7 @@ def reference_outputs(
 
     Args:
         run: calls the model; its argument is a seed for the random number generators.
-        other: calls it on other inputs, if it can run on them.
+        other: as `run`, on other inputs if the model can run on them.
         batch: the number of samples in the example, for gates of single samples.
         deadline: a time of `time.monotonic()`, after which no further set is begun.
 
@@ -102,13 +104,13 @@ def reference_outputs(
                 break
             blocks = [found[n] for n in closed]
             with bypassed(blocks):
-                outputs.append(tensors_in((other or run)()))
+                outputs.append(tensors_in(other()))
             if keep is not None:
                 with bypassed(blocks, keep):
                     selected.append(tensors_in(run()))
             sets.append(closed)
     outputs, selected = tuple(outputs), tuple(selected)
-    return Reference(expected, tuple(sets), other or run, outputs, selected, remembers)
+    return Reference(expected, tuple(sets), other, outputs, selected, remembers)
 
 
 def check_evaluation(gated: Gated, reference: Reference) -> float:
@@ -140,8 +142,7 @@ def check_evaluation(gated: Gated, reference: Reference) -> float:
                 refuse_running([found[n] for n in sorted(closed)], usual, called)
                 if number < 2:
                     proof.check_without_hooks(closed, expected)
-        for closed, expected in sets[:2]:
-            proof.check_times_zero(closed, expected)
+        proof.check_times_half()
         if gated.batch is not None:
             for closed, expected in zip(reference.closed, reference.selected, strict=True):
                 proof.check_on_samples(closed, expected, usual, gated.batch)
@@ -177,7 +178,7 @@ class _Evaluation:
         difference, why = self._outcome(expected)
         if not difference <= TOLERANCE:
             self._raise_for_smallest(
-                sorted(closed), why, lambda part: self._wrong(part, CLOSED), "closed"
+                sorted(closed), why, lambda part: self._wrong(part, CLOSED), "closed", closed=True
             )
         return difference
 
@@ -195,18 +196,17 @@ class _Evaluation:
                     wrong,
                     f"closed, in evaluation {how} gradients and without hooks, where the model "
                     "takes a fused or cached path,",
+                    closed=True,
                 )
 
-    def check_times_zero(self, numbers: frozenset[int], expected: Outputs) -> None:
-        """Check that blocks whose branches are multiplied by 0 have no effect."""
-        with self.gated.evaluated_with(TIMES_ZERO, numbers):
-            difference, why = self._outcome(expected)
-        # Infinite values of a branch, which a closed block does not multiply, become nan.
-        if TOLERANCE < difference < math.inf:
-            wrong = functools.partial(self._wrong, gate=TIMES_ZERO)
+    def check_times_half(self) -> None:
+        """Check that a gate multiplies the branch, once and before anything that follows."""
+        numbers = [n for n, b in enumerate(self.found) if not isinstance(b.module, Residual)]
+        wrong = functools.partial(self._wrong, gate=TIMES_HALF, factor=HALF)
+        if numbers and (why := wrong(numbers)):
             registered = any(self.found[n].is_registered for n in numbers)
-            hint = " (a registered function must use gate.scale)" if registered else ""
-            self._raise_for_smallest(sorted(numbers), why, wrong, f"multiplied by 0{hint}")
+            hint = " (a registered function must use gate.scale, once)" if registered else ""
+            self._raise_for_smallest(numbers, why, wrong, f"multiplied by {HALF}{hint}")
 
     def check_on_samples(
         self, numbers: frozenset[int], expected: Outputs, usual: CallCounts, batch: int
@@ -228,27 +228,32 @@ class _Evaluation:
             if block.modules and all(called.given[m] == usual.given[m] for m in block.modules):
                 raise unsupported(block.name, block.module, "its branch runs on all samples")
 
-    def _wrong(self, part: list[int], gate: Gate, keep: Tensor | None = None) -> str:
+    def _wrong(
+        self, part: list[int], gate: Gate, keep: Tensor | None = None, factor: float = 0.0
+    ) -> str:
         """What is wrong with `gate` at the blocks `part`; empty if nothing is.
 
         Args:
             keep: bool [batch], the samples for which `gate` is open; None for all or none.
+            factor: what `gate` multiplies the branches by; 0 if it is closed.
         """
         run = self.run if keep is None else self.example
-        with self.gated.original(part, keep), torch.no_grad():
+        with self.gated.original(part, keep, factor), torch.no_grad():
             expected = tensors_in(run())
         self.run_before()
         with self.gated.evaluated_with(gate, part):
             difference, why = self._outcome(expected, run=run)
         return "" if difference <= (TOLERANCE if keep is None else 10 * TOLERANCE) else why
 
-    def _wrong_on_example(self, part: list[int]) -> bool:
-        """Whether the outputs with blocks closed are wrong for the inputs of the pass before."""
+    def _is_stale(self, part: list[int]) -> bool:
+        """Whether the outputs with blocks closed are right for the inputs of the pass before."""
+        if self.run is self.example:
+            return False
         with self.gated.original(part), torch.no_grad():
             expected = tensors_in(self.example())
         self.run_before()
         with self.gated.evaluated_with(CLOSED, part):
-            return self._outcome(expected, run=self.example)[0] > TOLERANCE
+            return self._outcome(expected, run=self.example)[0] <= TOLERANCE
 
     def _wrong_without_hooks(self, part: list[int], gradients: bool) -> str:
         with self.gated.original(part), torch.no_grad():
@@ -258,7 +263,13 @@ class _Evaluation:
         return "" if difference <= 10 * TOLERANCE else why
 
     def _raise_for_smallest(
-        self, numbers: list[int], why: str, wrong: Callable[[list[int]], str], when: str
+        self,
+        numbers: list[int],
+        why: str,
+        wrong: Callable[[list[int]], str],
+        when: str,
+        *,
+        closed: bool = False,
     ) -> NoReturn:
         """Raise `UnsupportedBlockError` for the smallest set that a bisection finds to be wrong.
 
@@ -267,13 +278,14 @@ class _Evaluation:
             why: what is wrong with it.
             wrong: returns what is wrong with a part of the set; empty if nothing is.
             when: the state of the blocks in which they are wrong.
+            closed: whether that state is closed.
         """
         culprits, why = smallest(numbers, why, wrong)
         names = [self.found[n].name for n in culprits]
         first = self.found[culprits[0]]
         if changes := [self.found[n].change for n in culprits if self.found[n].change]:
             why += f": {changes[0]}"
-        elif self.run is not self.example and not self._wrong_on_example(culprits):
+        elif closed and self._is_stale(culprits):
             why += f": {STALE}"
         reason = f"with {' and '.join(map(repr, names[:3]))} {when} {why}{self._remark()}"
         raise unsupported(first.name, first.module, reason, names[1:])

@@ -17,8 +17,9 @@ from stochastic_depth.surgery.blocks import FoundBlock
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.reference import bypassed
 
-TIMES_ZERO = Gate(factor=torch.zeros((), dtype=torch.float64, device="cpu"))
-"""The branch runs and is multiplied by 0, so that the outputs are those of a closed block."""
+HALF = 0.5
+TIMES_HALF = Gate(factor=torch.full((), HALF, dtype=torch.float64, device="cpu"))
+"""The branch is multiplied by 0.5, which floating-point numbers of every type are exactly."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Gated:
     """Calls the model on the example; its argument is a seed for the random number generators."""
     step: Callable[..., Any]
     """As `run`, without the hooks that draw gates in training mode."""
+    other_step: Callable[..., Any]
+    """As `step`, on other inputs than the example if the model can run on them."""
 
     @property
     def everything(self) -> list[int]:
@@ -59,13 +62,16 @@ class Gated:
             yield
 
     @contextmanager
-    def original(self, numbers: Collection[int] = (), keep: Tensor | None = None) -> Iterator[None]:
+    def original(
+        self, numbers: Collection[int] = (), keep: Tensor | None = None, factor: float = 0.0
+    ) -> Iterator[None]:
         """While entered, the model is the original, in which the blocks `numbers` are bypassed.
 
         Args:
             keep: bool [batch], the samples for which the branches are still added.
+            factor: what the branches are multiplied by, if they are added for all samples.
         """
-        with ungated(self.model), bypassed([self.found[n] for n in numbers], keep):
+        with ungated(self.model), bypassed([self.found[n] for n in numbers], keep, factor):
             yield
 
     def half(self, batch: int) -> tuple[Gate, Tensor]:

@@ -5,7 +5,6 @@ later blocks, or a change in place that the example happens not to need.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +14,20 @@ from stochastic_depth.surgery.proof.call_counts import calls_if_finite
 from stochastic_depth.tensors import replace_tensors, tensors_in
 
 
-def run_on_other_inputs(model: nn.Module, example: Example) -> Callable[..., Any] | None:
-    """A function that calls `model` on inputs other than the example.
+def other_inputs(model: nn.Module, example: Example) -> Example:
+    """Inputs of `model` other than the example; the example itself if it cannot run on others.
 
     Samples are in another order. If the model has finite outputs for them, numbers have random
-    signs too, and the first sample ends with a zero, as padding does. The result is None if the
-    model cannot run on such inputs, or takes another path on them. The model must have no gates.
+    signs too, and the first sample ends with a zero, as padding does. The model must have no gates,
+    and takes the same path on these inputs.
     """
     usual = calls_if_finite(model, caller(model, example))
     for change in (_with_signs, _in_another_order):
-        run = caller(model, _changed(example, change))
-        calls = calls_if_finite(model, run)
+        other = _changed(example, change)
+        calls = calls_if_finite(model, caller(model, other))
         if calls is not None and usual in (calls, None):
-            return run
-    return None
+            return other
+    return example
 
 
 def _changed(example: Example, change: Callable[[Tensor], Tensor]) -> Example:

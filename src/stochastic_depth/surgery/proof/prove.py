@@ -16,7 +16,7 @@ from stochastic_depth.surgery.proof.batch_dimension import check_samples
 from stochastic_depth.surgery.proof.evaluation import check_evaluation, reference_outputs
 from stochastic_depth.surgery.proof.gated import Gated
 from stochastic_depth.surgery.proof.nonzero_weights import nonzero_weights
-from stochastic_depth.surgery.proof.other_inputs import run_on_other_inputs
+from stochastic_depth.surgery.proof.other_inputs import other_inputs
 from stochastic_depth.surgery.proof.training_steps import check_training
 
 
@@ -60,11 +60,13 @@ def prove(
     with nonzero_weights(model, run):
         with ungated(model):
             half = example if batch is None else check_samples(model, example, found, batch)
-            other = run_on_other_inputs(model, example)
+            others = other_inputs(model, example)
+            other = run if others is example else caller(model, others)
             reference = reference_outputs(model, run, other, found, batch, deadline)
         blocks = put_gates(half)
         step = caller(forward, example)
-        gated = Gated(model, found, blocks, gate, scale, batch, run, step)
+        other_step = step if others is example else caller(forward, others)
+        gated = Gated(model, found, blocks, gate, scale, batch, run, step, other_step)
         difference = check_evaluation(gated, reference)
         resets = check_training(gated)
     return Proved(blocks, len(reference.closed), difference, resets)

@@ -22,11 +22,15 @@ from stochastic_depth.surgery.frames import CallSite, call_site_of, locations_in
 
 
 @contextmanager
-def bypassed(blocks: Iterable[FoundBlock], keep: Tensor | None = None) -> Iterator[None]:
+def bypassed(
+    blocks: Iterable[FoundBlock], keep: Tensor | None = None, factor: float = 0.0
+) -> Iterator[None]:
     """While entered, the additions of `blocks` return their shortcut. The model must have no gates.
 
     Args:
         keep: bool [batch], the samples for which the branches are still added.
+        factor: what the branches are multiplied by, if they are added for all samples. It must be
+            0 for `Residual` units, whose activation is part of the block.
     """
     additions: list[tuple[nn.Module, AdditionEdit]] = []
     occurrences: dict[tuple[CallSite, int], int] = {}
@@ -41,10 +45,10 @@ def bypassed(blocks: Iterable[FoundBlock], keep: Tensor | None = None) -> Iterat
                 occurrences |= {(e.site, e.occurrence): e.side for e in events}
             whole = [u.edits[0][0] for u in block.units if not u.additions and not u.events]
             for module in whole:
-                entered.enter_context(_returns(module, lambda module, x: x, keep))
+                entered.enter_context(_returns(module, lambda module, x: x, keep, factor))
             if isinstance(block.module, Residual):
-                entered.enter_context(_returns(block.module, _around, keep))
-        entered.enter_context(_Bypass(additions, occurrences, keep))
+                entered.enter_context(_returns(block.module, _around, keep, factor))
+        entered.enter_context(_Bypass(additions, occurrences, keep, factor))
         yield
 
 
@@ -56,12 +60,13 @@ class _Bypass(TorchFunctionMode):
         additions: list[tuple[nn.Module, AdditionEdit]],
         occurrences: dict[tuple[CallSite, int], int],
         keep: Tensor | None,
+        factor: float,
     ) -> None:
         super().__init__()
         self.additions: dict[nn.Module, list[AdditionEdit]] = {}
         for module, edit in additions:
             self.additions.setdefault(module, []).append(edit)
-        self.occurrences, self.keep = occurrences, keep
+        self.occurrences, self.keep, self.factor = occurrences, keep, factor
         self.reached: Counter[CallSite] = Counter()
         """How often each expression was evaluated."""
 
@@ -83,22 +88,29 @@ class _Bypass(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _closed(self, func: Callable[..., Any], args: tuple, kwargs: dict, side: int) -> Tensor:
-        shortcut = args[side].clone()
+        result = args[side].clone()
         if self.keep is not None:
-            shortcut = _mixed(func(args[0].clone(), *args[1:], **kwargs), shortcut, self.keep)
+            result = _mixed(func(args[0].clone(), *args[1:], **kwargs), result, self.keep)
+        elif self.factor:
+            scaled = list(args)
+            scaled[side], scaled[1 - side] = result, args[1 - side] * self.factor
+            result = func(*scaled, **kwargs)
         if getattr(func, "__name__", "") in ADD_IN_PLACE:
-            return args[0].copy_(shortcut)
-        return shortcut
+            return args[0].copy_(result)
+        return result
 
 
 @contextmanager
 def _returns(
-    module: Any, closed: Callable[[Any, Tensor], Tensor], keep: Tensor | None
+    module: Any, closed: Callable[[Any, Tensor], Tensor], keep: Tensor | None, factor: float
 ) -> Iterator[None]:
     """While entered, `module` returns `closed(module, x)`, where x is its first argument."""
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return _mixed(output, closed(module, args[0]), keep)
+        shortcut = closed(module, args[0])
+        if factor:
+            return shortcut + (output - shortcut) * factor
+        return _mixed(output, shortcut, keep)
 
     handle = module.register_forward_hook(hook)
     try:

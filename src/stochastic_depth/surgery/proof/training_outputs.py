@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +11,15 @@ from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import GateError
-from stochastic_depth.gates import CLOSED, Gate
+from stochastic_depth.gates import CLOSED, OPEN, Gate
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
-from stochastic_depth.surgery.proof.evaluation import TOLERANCE, remembering, unsteady
+from stochastic_depth.surgery.proof.evaluation import STALE, TOLERANCE, remembering, unsteady
 from stochastic_depth.surgery.proof.gated import Gated, closed_sets, smallest
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 Run = Callable[..., Any]
+Excuse = Callable[[nn.Module, Run], str]
 
 
 class Trial(NamedTuple):
@@ -27,7 +28,7 @@ class Trial(NamedTuple):
     blocks: list[int]
     wrong: Callable[[list[int]], str]
     """Returns what is wrong with a part of the blocks; empty if nothing is."""
-    excuse: Callable[[nn.Module, Run], str]
+    excuse: Excuse
     """Returns why outputs differ although nothing is wrong; empty if there is no such reason."""
 
 
@@ -43,14 +44,16 @@ def compare_training(gated: Gated) -> None:
         UnsupportedBlockError: when outputs or gradients differ.
     """
     only = [n for n, block in enumerate(gated.found) if block.training_only]
+    excused = set[Excuse]()
     with _SteadyDropout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # checkpoints warn of inputs without gradients
         for trial in _trials(gated, only):
-            why = trial.wrong(trial.blocks)
+            why = "" if trial.excuse in excused else trial.wrong(trial.blocks)
             if not why:
                 continue
             excuse = trial.excuse(gated.model, gated.step)
             if excuse and not only:
+                excused.add(trial.excuse)
                 continue
             culprits, why = smallest(trial.blocks, why, trial.wrong)
             first, *others = (gated.found[n] for n in culprits)
@@ -64,37 +67,58 @@ def _trials(gated: Gated, only: list[int]) -> Iterator[Trial]:
     """What is compared.
 
     Args:
-        only: the blocks that run in training mode only; the others were separated in evaluation.
+        only: the blocks that run in training mode only.
     """
-    for closed in _closed_in_training(gated.found, only):
-        yield Trial(closed, functools.partial(_wrong_with, gated, CLOSED, None), unsteady)
+    for closed in closed_sets(len(gated.found)):
+        yield Trial(sorted(closed), functools.partial(_wrong_closed, gated), unsteady)
     if not gated.fully_open().is_plain:
         wrong = functools.partial(_wrong_though_open, gated)
         yield Trial(gated.everything, wrong, remembering)
     if only and gated.batch is not None:
         half, keep = gated.half(gated.batch)
-        yield Trial(only, functools.partial(_wrong_with, gated, half, keep), unsteady)
+        yield Trial(only, functools.partial(_wrong_for_half, gated, half, keep), unsteady)
 
 
-def _wrong_with(gated: Gated, gate: Gate, keep: Tensor | None, part: list[int]) -> str:
-    """How outputs differ from the original's with `gate` at the blocks `part`; empty if not at all.
+def _wrong_closed(gated: Gated, part: list[int]) -> str:
+    """How outputs differ from the original's with the blocks `part` closed; empty if not at all."""
+    if _same(gated, gated.other_step, CLOSED, part):
+        return ""
+    why = (
+        "in training mode, with it closed, the output differs from that of the original whose "
+        "addition returns its shortcut"
+    )
+    stale = gated.other_step is not gated.step and _same(gated, gated.step, CLOSED, part)
+    return f"{why}: {STALE}" if stale else why
+
+
+def _wrong_for_half(gated: Gated, gate: Gate, keep: Tensor, part: list[int]) -> str:
+    """How outputs differ with `gate`, which is open for the samples `keep`; empty if not at all."""
+    if _same(gated, gated.step, gate, part, keep):
+        return ""
+    return (
+        "in training mode, with it open for half of the samples, the output differs from "
+        "that of the original; a BatchNorm in its branch, for example, then sees fewer samples"
+    )
+
+
+def _same(gated: Gated, run: Run, gate: Gate, part: list[int], keep: Tensor | None = None) -> bool:
+    """Whether the outputs of `run` with `gate` at the blocks `part` are those of the original.
+
+    If `run` has other inputs than the example, a pass on the example with all gates open comes
+    before, so that what branches leave on an object is that of the example.
 
     Args:
         keep: bool [batch], the samples for which `gate` is open; None if it is closed for all.
     """
-    with preserve_state(gated.model), torch.no_grad(), gated.trained_with(gate, part):
-        outputs = tensors_in(gated.step())
+    with preserve_state(gated.model), torch.no_grad():
+        if run is not gated.step:
+            with gated.trained_with(OPEN, ()):
+                gated.step()
+        with gated.trained_with(gate, part):
+            outputs = tensors_in(run())
     with preserve_state(gated.model), torch.no_grad(), gated.original(part, keep):
-        expected = tensors_in(gated.step())
-    if largest_difference(expected, outputs) <= TOLERANCE:
-        return ""
-    return (
-        "in training mode, with it closed, the output differs from that of the original whose "
-        "addition returns its shortcut"
-        if keep is None
-        else "in training mode, with it open for half of the samples, the output differs from "
-        "that of the original; a BatchNorm in its branch, for example, then sees fewer samples"
-    )
+        expected = tensors_in(run())
+    return largest_difference(expected, outputs) <= TOLERANCE
 
 
 def _wrong_though_open(gated: Gated, part: list[int]) -> str:
@@ -178,16 +202,6 @@ def _change_in_place(block: FoundBlock) -> str:
         if drops
         else ""
     )
-
-
-def _closed_in_training(found: Sequence[FoundBlock], only: Sequence[int]) -> list[list[int]]:
-    """Sets of blocks to close: all blocks, and sets that separate the blocks of `only`.
-
-    Args:
-        only: the blocks that run in training mode only; the others were separated in evaluation.
-    """
-    parts = [[only[n] for n in sorted(part)] for part in closed_sets(len(only))] if only else []
-    return [list(range(len(found))), *(part for part in parts if len(part) < len(found))]
 
 
 class _SteadyDropout(TorchFunctionMode):
