@@ -22,6 +22,7 @@ from stochastic_depth.surgery.blocks import (
     residual_block,
 )
 from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.find.branch_parameters import BlockWithEvents, attribute_parameters
 from stochastic_depth.surgery.find.deferred_groups import deferred_groups
 from stochastic_depth.surgery.find.mechanisms import (
     clashes,
@@ -90,10 +91,6 @@ def find_residuals(
     return Found(blocks, [])
 
 
-BlockWithEvents = tuple[FoundBlock, tuple[AdditionEvent, ...]]
-"""A block, and the additions of the recorded pass that it makes."""
-
-
 def find_blocks(
     model: nn.Module,
     example: Example,
@@ -121,6 +118,7 @@ def find_blocks(
             model, run, count_flops=count_flops, gradients=False
         )
     pairs, no_blocks = finder.blocks(additions, analysis)
+    pairs = attribute_parameters(pairs, model, analysis)
     found = [block for block, _ in pairs]
     rejected = [*not_residual, *no_blocks]
     if any(block.refusal for block in found):

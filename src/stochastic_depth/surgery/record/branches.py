@@ -342,8 +342,15 @@ class Analysis:
 
     def parameters(self, values: set[int]) -> tuple[str, ...]:
         """Names of the parameters from which `values` were computed."""
-        parents = {p for value in values for p in self.recording.values[value].parents}
-        return tuple(sorted(self.recording.parameters(values | parents)))
+        return tuple(sorted(self.recording.parameters(values)))
+
+    def users_of_parameters(self) -> dict[str, set[int]]:
+        """The values on which outputs depend and that are computed from each parameter directly.
+
+        Parameters that nothing is computed from are left out.
+        """
+        users = self.recording.users_of_parameters()
+        return {name: values & self.alive for name, values in users.items() if values}
 
 
 def _in_place(call: Call, function: str) -> str:

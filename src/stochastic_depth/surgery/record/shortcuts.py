@@ -134,8 +134,7 @@ class Shortcuts:
 
     def _names(self, values: set[int]) -> list[str]:
         """The last parts of the names of the modules and parameters that made `values`."""
-        parents = {p for value in values for p in self.recording.values[value].parents}
-        names = [*self.recording.modules(values, 0), *self.recording.parameters(parents)]
+        names = [*self.recording.modules(values, 0), *self.recording.parameters(values)]
         return [part for name in names for part in name.lower().split(".")[-3:]]
 
     def mixes(self, values: set[int]) -> list[str]:

@@ -162,9 +162,15 @@ class Recording:
         return [self.values[value].made_by for value in values]
 
     def parameters(self, values: set[int]) -> frozenset[str]:
-        """The names of the parameters among these values."""
-        ids = (id(self.values[value].tensor) for value in values)
+        """The names of the parameters among these values and those that they were computed from."""
+        parents = {parent for value in values for parent in self.values[value].parents}
+        ids = (id(self.values[value].tensor) for value in values | parents)
         return frozenset(self._parameters[each] for each in ids if each in self._parameters)
+
+    def users_of_parameters(self) -> dict[str, set[int]]:
+        """The values that are computed from each parameter directly, by its name."""
+        numbers = ((name, self._number.get(each)) for each, name in self._parameters.items())
+        return {name: set(self.values[n].children) for name, n in numbers if n is not None}
 
     def modules(self, values: set[int], since: int) -> tuple[str, ...]:
         """Names of the modules whose outputs are all among `values`, one entry for each call.

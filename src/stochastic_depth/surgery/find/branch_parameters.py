@@ -1,0 +1,64 @@
+"""Which parameters belong to which block.
+
+A parameter belongs to a block if its gradient is known to be zero, or missing, while the block is
+closed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from stochastic_depth.surgery.blocks import FoundBlock
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
+
+BlockWithEvents = tuple[FoundBlock, tuple[AdditionEvent, ...]]
+"""A block, and the additions of the recorded pass that it makes."""
+
+
+def attribute_parameters(
+    pairs: Sequence[BlockWithEvents], model: nn.Module, analysis: Analysis
+) -> list[BlockWithEvents]:
+    """The blocks, each with the parameters that belong to it.
+
+    A parameter that the model uses outside of branches too belongs to no block. One that the
+    example does not use at all, such as those of an expert that got no samples, belongs to the
+    blocks that have everything which the example uses of the innermost module around it.
+    """
+    branches = set[int]().union(*(event.branch for _, events in pairs for event in events))
+    users = analysis.users_of_parameters()
+    outside = {name for name, values in users.items() if not values <= branches}
+    owners: dict[str, set[int]] = {name: set() for name in users}
+    for number, (block, _) in enumerate(pairs):
+        for name in block.parameters:
+            if name not in outside:
+                owners.setdefault(name, set()).add(number)
+    owners |= dict(_owners_of_unused(model, owners))
+    return [
+        (replace(block, parameters=tuple(sorted(n for n in owners if number in owners[n]))), events)
+        for number, (block, events) in enumerate(pairs)
+    ]
+
+
+def _owners_of_unused(
+    model: nn.Module, owners: Mapping[str, set[int]]
+) -> Iterator[tuple[str, set[int]]]:
+    """The parameters that the example does not use, each with the blocks to which it belongs.
+
+    Args:
+        owners: the blocks to which each parameter that it uses belongs.
+    """
+    of_all_inside: dict[str, set[int]] = {}
+    for name, blocks in owners.items():
+        for around in _modules_around(name):
+            of_all_inside[around] = of_all_inside.get(around, blocks) & blocks
+    for name, _ in model.named_parameters():
+        if name not in owners:
+            known = (of_all_inside[m] for m in _modules_around(name) if m in of_all_inside)
+            yield name, next(known, set())
+
+
+def _modules_around(name: str) -> Iterator[str]:
+    """The names of the modules around a parameter, innermost first, without the model itself."""
+    while name := name.rpartition(".")[0]:
+        yield name

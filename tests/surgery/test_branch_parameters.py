@@ -1,0 +1,131 @@
+"""Which parameters belong to a block, and what closed blocks do with them."""
+
+import copy
+import itertools
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import stochastic_depth as sd
+
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    """A branch that ends in a weight of the model, and has one of its own that others share."""
+
+    def __init__(self, shared: nn.Linear) -> None:
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(8), shared
+
+    def branch(self, x: Tensor, w: Tensor) -> Tensor:
+        return torch.tanh(self.f(self.norm(x))) @ w
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return x + self.branch(x, w)
+
+
+class Tied(nn.Module):
+    """`w` is used in all branches and in the trunk, `shared` in all branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.shared = nn.Parameter(torch.randn(8, 8) / 3), nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Block(self.shared) for _ in range(3))
+
+    def forward(self, x: Tensor, gates: tuple[bool, ...] | None = None) -> Tensor:
+        for n, block in enumerate(self.blocks):
+            x = block(x, self.w) if gates is None else x + gates[n] * block.branch(x, self.w)
+        return x @ self.w.T
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 3), nn.ModuleList(nn.Linear(8, 8) for _ in "abc")
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.router(x).softmax(-1)
+        out = torch.zeros_like(x)
+        for n, expert in enumerate(self.experts):
+            rows = (shares.argmax(-1) == n).nonzero().flatten()
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]) * shares[rows, n : n + 1])
+        return out
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(MixtureBlock() for _ in range(2))
+        self.head, self.unused = nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class MixtureBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixture(x)
+
+
+def test_a_parameter_of_the_trunk_belongs_to_no_block_and_a_shared_one_to_all() -> None:
+    model = Tied()
+    handle = sd.apply(model, example=X)
+    for number, block in enumerate(handle.blocks):
+        norm = {f"blocks.{number}.norm.weight", f"blocks.{number}.norm.bias"}
+        assert set(block.parameters) == norm | {"shared.weight", "shared.bias"}
+
+
+def test_experts_that_the_example_does_not_reach_belong_to_their_block() -> None:
+    model = Routed()
+    handle = sd.apply(model, example=X[:1])
+    for number, block in enumerate(handle.blocks):
+        inside = [n for n, _ in model.named_parameters() if n.startswith(f"blocks.{number}.")]
+        assert sorted(block.parameters) == sorted(inside)
+    with handle.forced([False, True]):
+        model.train()(X).sum().backward()
+    assert all(not p.grad.any() for p in model.blocks[0].parameters())
+    assert model.unused.weight.grad is None
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_parameter_that_something_open_uses_too_keeps_its_gradient(skipped, wraps) -> None:
+    model = Tied()
+    plain = copy.deepcopy(model)
+    handle = sd.apply(model, sd.Uniform(0.5), example=X, skipped=skipped)
+    run = DistributedDataParallel(model) if wraps else model
+    for gates in itertools.product([True, False], repeat=3):
+        model.zero_grad()
+        plain.zero_grad()
+        with handle.forced(gates):
+            run.train()(X).square().sum().backward()
+        plain(X, gates).square().sum().backward()
+        torch.testing.assert_close(model.w.grad, plain.w.grad)
+        if any(gates):
+            torch.testing.assert_close(model.shared.weight.grad, plain.shared.weight.grad)
+        elif skipped == "freeze":
+            assert model.shared.weight.grad is None
