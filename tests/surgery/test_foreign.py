@@ -624,3 +624,61 @@ def test_a_drop_path_that_two_units_share_is_taken_over_once():
     model.train()(X)
     sd.remove(model)
     assert {block.drop_path.drop_prob for block in list(model)[1:]} == {0.3}
+
+
+def made_in_a_function():
+    temperature, calls = 1.0, 0
+
+    class InFunction(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x, g=1.0):
+            nonlocal calls
+            calls += 1
+            h = torch.tanh(self.f(x))
+            return x + g * temperature * h
+
+    def anneal(value):
+        nonlocal temperature
+        temperature = value
+
+    return nn.Sequential(*(InFunction() for _ in range(3))).double(), anneal, lambda: calls
+
+
+@pytest.mark.parametrize("pattern", list(itertools.product((False, True), repeat=3)))
+def test_a_method_and_its_original_share_the_variables_of_the_function_around_them(pattern):
+    model, anneal, calls = made_in_a_function()
+    original = copy.deepcopy(model)
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    anneal(0.25)
+    before = calls()
+    with handle.forced(list(pattern)):
+        out = model(X)
+    assert calls() == before + 3
+    expected = X
+    for block, is_open in zip(original, pattern, strict=True):
+        expected = block(expected, float(is_open))
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_variable_may_get_its_first_value_after_sd_apply_was_called():
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.late = nn.Linear(4, 4), False
+
+        def forward(self, x):
+            h = torch.tanh(self.f(x))
+            if self.late:
+                return x + h * factor
+            return x + h
+
+    model = nn.Sequential(Late()).double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    factor = 3.0
+    assert factor
+    model[0].late = True
+    with handle.forced([True]):
+        torch.testing.assert_close(model(X), X + 3.0 * torch.tanh(model[0].f(X)))

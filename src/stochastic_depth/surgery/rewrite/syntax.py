@@ -4,7 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 from stochastic_depth.errors import UnsupportedBlockError
@@ -135,11 +135,13 @@ def compiled(
 ) -> FunctionType:
     """Compile `tree` to a function with the globals, defaults and closure of `function`.
 
+    The cells of the closure are shared, so that both functions see each change of its variables.
+
     Args:
         names: further names that the code uses, each with its value.
     """
     free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    values = {**names, **{name: cell.cell_contents for name, cell in free.items()}}
+    cells = {**{name: CellType(value) for name, value in names.items()}, **free}
     tree.decorator_list, tree.returns = [], None
     arguments = tree.args
     for argument in ast.walk(arguments):
@@ -147,13 +149,15 @@ def compiled(
             argument.annotation = None
     arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
     arguments.kw_defaults = [value and ast.Constant(None) for value in arguments.kw_defaults]
-    module = ast.parse(f"def _factory({', '.join(values)}): return {tree.name}")
+    module = ast.parse(f"def _factory({', '.join(cells)}): return {tree.name}")
     assert isinstance(module.body[0], ast.FunctionDef)
     module.body[0].body.insert(0, tree)
     ast.fix_missing_locations(module)
     made: dict[str, Any] = {}
     exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, made)
-    result: FunctionType = made["_factory"](**values)
+    code = made["_factory"](**dict.fromkeys(cells)).__code__
+    closure = tuple(cells[name] for name in code.co_freevars)
+    result = FunctionType(code, function.__globals__, function.__name__, None, closure)
     result.__defaults__, result.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     result.__qualname__, result.__doc__ = function.__qualname__, function.__doc__
     return result
