@@ -24,7 +24,6 @@ from stochastic_depth.surgery.deferred.gates import (
     add,
     addition_at,
     additions_of,
-    adds_branch,
     no_graph,
     selected_values,
 )
@@ -106,8 +105,8 @@ class _Dispatching(Placeholder):
         if name in ADDITIONS and additions:
             args, kwargs = by_position(args, kwargs)
             site = _caller()
-            addition = addition_at(additions, site)
-            if addition is not None and adds_branch(addition, addition.sites[site], args):
+            addition = addition_at(additions, site, args)
+            if addition is not None:
                 return add(addition, addition.sites[site], func, name, args, kwargs)
         if name in ASKS or name == "__set__" or not additions:
             with because(Reason(f"the values of its output are needed ({name})")):

@@ -43,12 +43,18 @@ def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
     return additions
 
 
-def addition_at(additions: tuple[GatedAddition, ...], site: CallSite) -> GatedAddition | None:
-    """The addition that is made at `site`, or None."""
-    return next((addition for addition in additions if site in addition.sites), None)
+def addition_at(
+    additions: tuple[GatedAddition, ...], site: CallSite, args: tuple[Any, ...]
+) -> GatedAddition | None:
+    """The addition that is made of the operands `args` at `site`, or None.
+
+    Blocks of one class add at the same site. The shortcut may hold a side output of another block.
+    """
+    at_site = (addition for addition in additions if site in addition.sites)
+    return next((each for each in at_site if _adds_branch(each, each.sites[site], args)), None)
 
 
-def adds_branch(addition: GatedAddition, side: int, args: tuple[Any, ...]) -> bool:
+def _adds_branch(addition: GatedAddition, side: int, args: tuple[Any, ...]) -> bool:
     """Whether the operands are a shortcut, at position `side`, and the branch of `addition`."""
     if len(args) < 2 or not isinstance(args[side], Tensor):
         return False

@@ -3,113 +3,20 @@
 import ast
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-
-def only_assigns(statement: ast.stmt) -> bool:
-    """Whether a statement does nothing but set or change variables."""
-    if isinstance(statement, ast.If | ast.For | ast.While):
-        return all(map(only_assigns, [*statement.body, *statement.orelse]))
-    if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
-        return True
-    if isinstance(statement, ast.Assign):
-        return all(_are_names(target) for target in statement.targets)
-    if isinstance(statement, ast.Expr):
-        return changed_in_place(statement) is not None
-    return isinstance(statement, ast.AugAssign | ast.AnnAssign) and _are_names(statement.target)
-
-
-def changed_in_place(node: ast.AST) -> str | None:
-    """The variable that a statement such as `x.mul_(...)` or `x.append(...)` changes, or None."""
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        function = node.value.func
-        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
-            changes = function.attr.endswith("_") or function.attr in ("append", "extend")
-            return function.value.id if changes else None
-    return None
-
-
-def _are_names(target: ast.expr) -> bool:
-    if isinstance(target, ast.Tuple | ast.List):
-        return all(map(_are_names, target.elts))
-    return isinstance(target, ast.Name)
-
-
-def uses(node: ast.AST) -> frozenset[str]:
-    """The variables whose values a node may need."""
-    names = {n.id for n in _names(node) if isinstance(n.ctx, ast.Load)}
-    changed = (n.target for n in ast.walk(node) if isinstance(n, ast.AugAssign))
-    return frozenset(names | {target.id for target in changed if isinstance(target, ast.Name)})
-
-
-def conditional_uses(node: ast.AST) -> tuple[frozenset[str], dict[str, list[ast.expr]]]:
-    """The variables that a node always needs, and those it needs under some conditions."""
-    found: dict[str, list[list[ast.expr]]] = {}
-
-    def visit(node: ast.AST, tests: list[ast.expr]) -> None:
-        if isinstance(node, ast.IfExp) and is_steady(node.test):
-            visit(node.test, tests)
-            for name in uses(node.body) & uses(node.orelse):
-                found.setdefault(name, []).append(tests)
-            visit(node.body, [*tests, node.test])
-            visit(node.orelse, [*tests, ast.UnaryOp(ast.Not(), node.test)])
-            return
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            found.setdefault(node.id, []).append(tests)
-        for child in ast.iter_child_nodes(node):
-            visit(child, tests)
-
-    visit(node, [])
-    always = (uses(node) - found.keys()) | {name for name, each in found.items() if [] in each}
-    return frozenset(always), {
-        name: [tests[0] if len(tests) == 1 else ast.BoolOp(ast.And(), tests) for tests in each]
-        for name, each in found.items()
-        if name not in always
-    }
-
-
-def defines(node: ast.AST) -> frozenset[str]:
-    """The variables that a node may set or change."""
-    loops = (n.target for n in ast.walk(node) if isinstance(n, ast.comprehension))
-    of_comprehensions = {id(name) for target in loops for name in _names(target)}
-    stored = (n for n in _names(node) if isinstance(n.ctx, ast.Store))
-    changed = (name for n in ast.walk(node) if (name := changed_in_place(n)) is not None)
-    return frozenset([*(n.id for n in stored if id(n) not in of_comprehensions), *changed])
-
-
-def surely_defines(statement: ast.stmt) -> frozenset[str]:
-    """The variables that certainly have a new value after a statement."""
-    if isinstance(statement, ast.If):
-        both = [
-            frozenset[str]().union(*map(surely_defines, part))
-            for part in (statement.body, statement.orelse)
-        ]
-        return both[0] & both[1]
-    if isinstance(statement, ast.Assign):
-        return frozenset[str]().union(*map(defines, statement.targets))
-    if isinstance(statement, ast.AnnAssign | ast.AugAssign) and statement.value is not None:
-        return defines(statement.target)
-    return frozenset()
-
-
-def stores_elsewhere(statement: ast.stmt) -> bool:
-    """Whether a statement changes something besides variables."""
-    return any(
-        isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)
-        for node in ast.walk(statement)
-    )
-
-
-def _names(node: ast.AST) -> Iterator[ast.Name]:
-    return (n for n in ast.walk(node) if isinstance(n, ast.Name))
-
-
-def is_steady(test: ast.expr) -> bool:
-    """Whether a condition may be evaluated at an earlier point, because it calls nothing."""
-    kinds = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp)
-    others = (ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop)
-    return all(isinstance(node, kinds + others) for node in ast.walk(test))
+from stochastic_depth.surgery.rewrite.changes import Changes
+from stochastic_depth.surgery.rewrite.side_outputs import used_before, used_by_test
+from stochastic_depth.surgery.rewrite.variables import (
+    conditional_uses,
+    defines,
+    is_steady,
+    only_assigns,
+    stores_elsewhere,
+    surely_defines,
+    uses,
+)
 
 
 @dataclass
@@ -120,6 +27,8 @@ class Needed:
     """Variables that are always needed."""
     maybe: dict[str, list[ast.expr]] = field(default_factory=dict)
     """Variables that are needed only if one of their conditions holds."""
+    used: frozenset[str] = frozenset()
+    """Variables that are needed for more than to be handed out; see `used_before`."""
 
     def before(self, statement: ast.stmt, redefined: frozenset[str]) -> None:
         """Step back over a statement that always runs.
@@ -127,6 +36,7 @@ class Needed:
         Args:
             redefined: the variables that certainly have a new value after it.
         """
+        self.used = used_before(statement, self.used)
         always, conditional = conditional_uses(statement)
         self.live = always | (self.live - redefined)
         self.maybe = {name: tests for name, tests in self.maybe.items() if name not in redefined}
@@ -141,7 +51,13 @@ class Needed:
 
     def copied(self) -> "Needed":
         maybe = {name: list(tests) for name, tests in self.maybe.items()}
-        return Needed(self.live, maybe)
+        return Needed(self.live, maybe, self.used)
+
+    def everything(self, statements: Iterable[ast.stmt]) -> None:
+        """Treat all variables that `statements` use as needed."""
+        names = frozenset[str]().union(*map(uses, statements))
+        self.live |= names
+        self.used |= names
 
     def settle(self, changes: Callable[[ast.expr], bool]) -> None:
         """Treat a variable as always needed if a statement `changes` one of its conditions."""
@@ -157,13 +73,22 @@ class Backward:
     runs: ast.expr
     """The condition under which it runs."""
     dead: frozenset[str]
-    """Variables that a closed branch may set to None."""
+    """Variables that a closed branch may set to None where they are only handed out."""
     branch: list[ast.AST]
     """The expressions and statements of the branch found so far."""
+    changes: Changes
+    """What the statements of the method change."""
     shared: list[ast.AST] = field(default_factory=list)
     """Statements that the branch always needs, and that other code needs under a condition."""
+    unused: list[ast.AST] = field(default_factory=list)
+    """Statements that nothing needs, and that have no other effect."""
     guards: list[ast.expr] = field(default_factory=list)
     """Conditions under which the addition is reached."""
+    wanted: frozenset[str] = field(init=False)
+    """The variables that the branch uses from this point on."""
+
+    def __post_init__(self) -> None:
+        self.wanted = frozenset[str]().union(*map(uses, self.branch))
 
     def reached_if(self, test: ast.expr) -> None:
         """Record that, before this point, the addition is reached only if `test` holds."""
@@ -174,18 +99,15 @@ class Backward:
         """Step back over the statements before `index` of `block`, which is changed in place."""
         for i in range(index - 1, -1, -1):
             statement = block[i]
-            defined = defines(statement)
+            defined = self.changes.variables(statement)
             changes = functools.partial(_changes, statement)
             if any(map(changes, self.guards)):  # before it, the guards cannot be evaluated yet
-                needed.live = needed.live.union(*map(uses, block[: i + 1]))
+                needed.everything(block[: i + 1])
                 return
             needed.settle(changes)
-            beside = defined & needed.live & self.dead
-            if (
-                only_assigns(statement)
-                and defined & needed.live == beside
-                and (not beside or defined & self.wanted())
-            ):
+            beside = defined & needed.live & self.dead - needed.used
+            skippable = defined & needed.live == beside and self.is_for_branch(statement)
+            if skippable and (not beside or defined & self.wanted):
                 block[i] = self.skipped(statement, beside, needed)
             elif (
                 isinstance(statement, ast.If)
@@ -195,39 +117,73 @@ class Backward:
                 self.through_both(statement, needed)
             else:
                 needed.before(statement, surely_defines(statement))
+                self.wanted -= surely_defines(statement)
             self.dead -= defined  # before this statement, they had other values
+
+    def is_for_branch(self, statement: ast.stmt) -> bool:
+        """Whether a statement does nothing that can be noticed, except to set variables.
+
+        What it calls may have an effect besides its result. Such calls must be for the branch: it
+        uses a variable that they set.
+        """
+        if not only_assigns(statement) or self.changes.visible(statement):
+            return False
+        simple, headers = _parts(statement)
+        wanted, more = self.wanted, frozenset[str]()
+        if wanted & self.changes.variables(statement):
+            more = frozenset[str]().union(*map(uses, headers))
+        elif self.changes.calls_unknown(statement):
+            return False
+        while not more <= wanted:
+            wanted |= more
+            inside = [part for part in simple if wanted & self.changes.variables(part)]
+            more = frozenset[str]().union(*map(uses, inside))
+        return all(
+            wanted & self.changes.variables(part) or not self.changes.calls_unknown(part)
+            for part in simple
+        )
 
     def skipped(self, statement: ast.stmt, beside: frozenset[str], needed: Needed) -> ast.stmt:
         """Put a statement under the gate; while it is closed, the variables `beside` are None."""
+        defined = self.changes.variables(statement)
         needed.live -= beside
-        conditions = [
-            test for name in sorted(defines(statement)) for test in needed.maybe.pop(name, [])
-        ]
+        needed.used -= surely_defines(statement)
+        conditions = [test for name in sorted(defined) for test in needed.maybe.pop(name, [])]
         if conditions:
             needed.only_if(uses(statement), conditions)
-        (self.shared if conditions else self.branch).append(statement)
+            needed.used |= uses(statement)
+        if defined & self.wanted:
+            self.wanted = (self.wanted - surely_defines(statement)) | uses(statement)
+            found = self.shared if conditions else self.branch
+        else:
+            found = self.shared if conditions else self.unused
+        found.append(statement)
         nothing: list[ast.stmt] = [assign(name, ast.Constant(None)) for name in sorted(beside)]
         return ast.If(any_of([self.runs, *conditions]), [statement], nothing)
 
     def through_both(self, statement: ast.If, needed: Needed) -> None:
         """Step back over both arms of a condition; either may hold parts of the branch."""
         arms = []
+        used = used_by_test(statement, needed.used)
+        dead, wanted, wanted_before = self.dead, self.wanted, frozenset[str]()
         for arm in (statement.body, statement.orelse):
-            inside, dead = needed.copied(), self.dead
+            inside = needed.copied()
             self.through(arm, len(arm), inside)
-            self.dead = dead
+            wanted_before |= self.wanted
+            self.dead, self.wanted = dead, wanted
             arms.append(inside)
-        tests = [statement.test], [negated(statement.test)]
+        self.wanted = wanted_before
+        needed.used = used | arms[0].used | arms[1].used
         needed.live = uses(statement.test) | (arms[0].live & arms[1].live)
-        needed.maybe = {}
-        for inside, (test,) in zip(arms, tests, strict=True):
+        one, other = (inside.maybe for inside in arms)
+        unchanged = {name: tests for name, tests in one.items() if other.get(name) == tests}
+        needed.maybe = dict(unchanged)
+        tests = statement.test, negated(statement.test)
+        for inside, test, opposite in zip(arms, tests, reversed(tests), strict=True):
             needed.only_if(inside.live - needed.live, [test])
-            for name, inner in inside.maybe.items():
-                needed.only_if([name], [all_of([test, any_of(inner)])])
-
-    def wanted(self) -> frozenset[str]:
-        """The variables that the branch uses."""
-        return frozenset[str]().union(*map(uses, [*self.branch, *self.shared]))
+            for name in inside.maybe.keys() - unchanged.keys():
+                if conditions := _under(test, opposite, inside.maybe[name]):
+                    needed.only_if([name], conditions)
 
 
 def any_of(tests: list[ast.expr]) -> ast.expr:
@@ -246,8 +202,31 @@ def assign(name: str, value: ast.expr) -> ast.Assign:
     return ast.Assign([ast.Name(name, ast.Store())], value)
 
 
+def _parts(statement: ast.stmt) -> tuple[list[ast.stmt], list[ast.expr]]:
+    """The simple statements in a statement; and the tests and iterables of those around them."""
+    if not isinstance(statement, ast.If | ast.For | ast.While):
+        return [statement], []
+    inside = [_parts(part) for part in [*statement.body, *statement.orelse]]
+    header = statement.iter if isinstance(statement, ast.For) else statement.test
+    simple = [part for parts, _ in inside for part in parts]
+    return simple, [header, *(each for _, headers in inside for each in headers)]
+
+
 def _changes(statement: ast.stmt, test: ast.expr) -> bool:
     return stores_elsewhere(statement) or bool(defines(statement) & uses(test))
+
+
+def _under(test: ast.expr, opposite: ast.expr, conditions: Sequence[ast.expr]) -> list[ast.expr]:
+    """That `test` and one of `conditions` hold: no test if they exclude each other, else one.
+
+    Args:
+        opposite: the negation of `test`.
+    """
+    excluded = ast.dump(opposite)
+    possible = [condition for condition in conditions if ast.dump(condition) != excluded]
+    if not possible or ast.dump(test) in map(ast.dump, possible):
+        return [test] if possible else []
+    return [all_of([test, any_of(possible)])]
 
 
 def _joined(by: ast.boolop, tests: list[ast.expr]) -> ast.expr:

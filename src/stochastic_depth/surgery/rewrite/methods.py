@@ -27,16 +27,8 @@ from stochastic_depth.surgery.edits import (
     RewriteEdit,
 )
 from stochastic_depth.surgery.frames import SourceLocation
-from stochastic_depth.surgery.rewrite.liveness import (
-    Backward,
-    Needed,
-    assign,
-    defines,
-    is_steady,
-    negated,
-    surely_defines,
-    uses,
-)
+from stochastic_depth.surgery.rewrite.changes import Changes
+from stochastic_depth.surgery.rewrite.liveness import Backward, Needed, assign, negated
 from stochastic_depth.surgery.rewrite.select_samples import select_drawn, select_in_source
 from stochastic_depth.surgery.rewrite.syntax import (
     call,
@@ -47,6 +39,7 @@ from stochastic_depth.surgery.rewrite.syntax import (
     of_gate,
     operands,
 )
+from stochastic_depth.surgery.rewrite.variables import defines, is_steady, surely_defines, uses
 
 
 def edit_statement(
@@ -56,16 +49,15 @@ def edit_statement(
     if not isinstance(statement.target, ast.Name) or not isinstance(statement.op, ast.Add):
         raise UnsupportedBlockError(f"{edit.location}: not an addition to a variable")
     name = statement.target.id
-    opened = copy.deepcopy(statement)
     if edit.side == 0:
-        branch: ast.expr = opened.value
-        opened.value = of_gate(gate, "scale", branch)
+        branch: ast.expr = statement.value
+        statement.value = of_gate(gate, "scale", branch)
         shortcut: ast.expr = ast.Name(name, ast.Load())
         before: list[ast.stmt] = []
     else:
-        branch, shortcut = ast.Name(name, ast.Load()), statement.value
+        branch, shortcut = ast.Name(name, ast.Load()), copy.deepcopy(statement.value)
         before = [assign(name, of_gate(gate, "scale", branch))]
-    return [*before, opened], assign(name, _maybe_copy(shortcut, edit.copies)), [branch]
+    return [*before, statement], assign(name, _maybe_copy(shortcut, edit.copies)), [branch]
 
 
 class GateAddition(ast.NodeTransformer):
@@ -175,9 +167,10 @@ def slice_method(
     _warn_where_bypassed(tree, edits)
     module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
     for number, edit in enumerate(edits):
-        branch, shared, _ = _edit(tree, edit, f"_gate_{number}")
+        back, _ = _edit(tree, function, edit, f"_gate_{number}")
         if select:
-            select_in_source(tree, branch, shared, set(others), f"_gate_{number}")
+            drawn_only = [*back.branch, *back.unused]
+            select_in_source(tree, drawn_only, back.shared, set(others), f"_gate_{number}")
     names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(edits))]
     drawn = call("_gates", ast.Name(module, ast.Load()))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
@@ -259,11 +252,12 @@ def _paths_around(
 
 def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, ...]]:
     """Whether a closed gate at `edit` skips any call; and parameters that only the branch needs."""
-    tree = definition(inspect.unwrap(vars(edit.location.cls)[edit.location.method]))
+    function = inspect.unwrap(vars(edit.location.cls)[edit.location.method])
+    tree = definition(function)
     used = uses(tree)
-    branch, shared, needed = _edit(tree, edit, "_gate")
-    both = [*branch, *shared]
-    calls = any(isinstance(node, ast.Call) for part in both for node in ast.walk(part))
+    back, needed = _edit(tree, function, edit, "_gate")
+    branch = [*back.branch, *back.shared]
+    calls = any(isinstance(node, ast.Call) for part in branch for node in ast.walk(part))
     positional = [argument.arg for argument in [*tree.args.posonlyargs, *tree.args.args][1:]]
     named = [(None, argument.arg) for argument in tree.args.kwonlyargs]
     parameters = [*enumerate(positional), *named]
@@ -271,14 +265,17 @@ def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, .
 
 
 def _edit(
-    tree: ast.FunctionDef, edit: RewriteEdit, gate: str
-) -> tuple[list[ast.AST], list[ast.AST], frozenset[str]]:
+    tree: ast.FunctionDef, function: FunctionType, edit: RewriteEdit, gate: str
+) -> tuple[Backward, frozenset[str]]:
     """Put everything that only the branch at `edit` needs under `gate`, in place.
 
+    Args:
+        function: the function that `tree` is the source of.
+
     Returns:
-        The expressions and statements that only the branch needs; the statements that other code
-        may need too; and the variables that the method needs under a closed gate.
+        The code that is under the gate; and the variables that the method needs if it is closed.
     """
+    changes = Changes(tree, function, edit.location.cls)
     path, needed = _find(tree.body, edit.location, Needed())
     block, index = path.pop()
     statement = block[index] = _as_assignment(block[index])
@@ -293,8 +290,12 @@ def _edit(
         replace = GateAddition(edit, gate)
         block[index] = replace.visit(statement)
         branch = [replace.branch]
+    if any(map(changes.visible, branch)):
+        raise UnsupportedBlockError(
+            f"{edit.location}: its branch changes an object that is used outside of the method"
+        )
     needed.before(closed, defines(closed))
-    back = Backward(is_open(gate), edit.dead, branch)
+    back = Backward(is_open(gate), edit.dead, branch, changes)
     back.through(block, index, needed)
     while path:
         inner = block
@@ -305,9 +306,10 @@ def _edit(
                 break
             back.reached_if(statement.test if inner is statement.body else negated(statement.test))
             needed.live |= uses(statement.test)
+            needed.used |= uses(statement.test)
         back.through(block, index, needed)
     ast.fix_missing_locations(tree)
-    return back.branch, back.shared, needed.live | frozenset(needed.maybe)
+    return back, needed.live | frozenset(needed.maybe)
 
 
 def _as_assignment(statement: ast.stmt) -> ast.stmt:

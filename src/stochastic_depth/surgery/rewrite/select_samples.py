@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
-from stochastic_depth.surgery.rewrite.liveness import (
-    assign,
+from stochastic_depth.surgery.rewrite.liveness import assign
+from stochastic_depth.surgery.rewrite.syntax import call
+from stochastic_depth.surgery.rewrite.variables import (
     changed_in_place,
     defines,
     surely_defines,
     uses,
 )
-from stochastic_depth.surgery.rewrite.syntax import call
 from stochastic_depth.tensors import map_structure
 
 HOLDS_SAMPLES = "_stochastic_depth_samples"
