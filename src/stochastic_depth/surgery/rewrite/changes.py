@@ -10,7 +10,7 @@ import builtins
 import functools
 import inspect
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -18,6 +18,20 @@ from typing import Any
 import torch
 
 from stochastic_depth.errors import UnsupportedBlockError
+from stochastic_depth.surgery.rewrite.functions import (
+    CHOICES,
+    CONTAINER_CHANGES,
+    CONTAINERS,
+    FACTS,
+    QUERIES,
+    VIEWS,
+    WITH_EFFECTS,
+    changes_in_place,
+    is_false,
+    is_torchs,
+    method_of,
+    names_of,
+)
 from stochastic_depth.surgery.rewrite.syntax import definition
 from stochastic_depth.surgery.rewrite.variables import defines
 
@@ -25,36 +39,6 @@ Objects = frozenset[int]
 """Objects that a method creates, by the `id` of the code that creates them; and `_OTHERS`."""
 _OTHERS = 0
 """Stands for all objects that the method has not created."""
-
-_CONTAINER_CHANGES = frozenset(
-    "append extend insert pop popitem popleft appendleft update setdefault remove clear".split()
-)
-"""Methods of lists and dictionaries that change them."""
-_VIEWS = frozenset(
-    """
-    view view_as view_as_real view_as_complex reshape reshape_as transpose permute t adjoint
-    swapaxes swapdims movedim moveaxis flatten unflatten ravel squeeze unsqueeze expand expand_as
-    broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d chunk split split_with_sizes
-    tensor_split hsplit vsplit dsplit unbind narrow select diagonal unfold as_strided contiguous to
-    type type_as float half bfloat16 double int long bool cpu cuda detach conj real imag positive
-    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout get items values
-    """.split()
-)
-"""Functions and methods whose result may be, share memory with, or be a part of what they get."""
-_CHOICES = frozenset("getattr next iter min max".split())
-"""Built-in functions of which this is true, too."""
-_CONTAINERS = frozenset(
-    "list tuple dict set zip enumerate reversed sorted map filter".split(),
-)
-"""Functions that return a new container of what they get."""
-_FACTS = frozenset("shape ndim dtype device requires_grad is_cuda layout itemsize".split())
-"""Attributes of tensors that nothing can change in place."""
-_QUERIES = frozenset(
-    "size dim ndimension numel nelement stride item tolist element_size is_floating_point".split()
-)
-"""Methods that change nothing of the object they belong to, whatever it is."""
-_WITH_EFFECTS = frozenset("print input open exec eval setattr delattr next iter __import__".split())
-"""Built-in functions that are called for an effect."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +97,7 @@ class Changes:
         within: frozenset[str] = frozenset(),
     ) -> None:
         self._module, self._cls, self._within = tree.args.args[0].arg, cls, within | {tree.name}
-        self._names: Mapping[str, Any] = ChainMap(function.__globals__, vars(builtins))
+        self._names: Mapping[str, Any] = ChainMap(function.__globals__, dict(vars(builtins)))
         self._nodes = list(ast.walk(tree))  # kept, so that no other node gets the `id` of one
         self._not_local = frozenset(
             name
@@ -265,7 +249,7 @@ class Changes:
                 return self._state.variables.get(node.id, _OF_OTHERS)
             case ast.Attribute():
                 value = self._value(node.value)
-                return _Value() if node.attr in _FACTS else value.parts
+                return _Value() if node.attr in FACTS else value.parts
             case ast.Subscript():
                 self._value(node.slice)
                 return self._value(node.value).parts
@@ -343,20 +327,20 @@ class Changes:
             return self._new(node) if node.args or node.keywords else self._value(function).parts
         name = function.attr if isinstance(function, ast.Attribute) else ast.unparse(function)
         in_place = any(
-            keyword.arg == "inplace" and not _is_false(keyword.value) for keyword in node.keywords
+            keyword.arg == "inplace" and not is_false(keyword.value) for keyword in node.keywords
         )
-        if _changes_in_place(name) or in_place:
-            self._change(node, first.objects)
+        if changes_in_place(name) or in_place:
+            self._change(node, first.reached)
             return first
         is_builtin = getattr(builtins, name, None) is resolved and resolved is not None
-        if not is_builtin and not _is_torchs(resolved):
+        if not is_builtin and not is_torchs(resolved):
             self._unknown.add(id(node))
             return all_given.parts | self._new(node)
-        if is_builtin and name in _WITH_EFFECTS:
+        if is_builtin and name in WITH_EFFECTS:
             self._unknown.add(id(node))
-        if is_builtin and name in _CONTAINERS:
+        if is_builtin and name in CONTAINERS:
             return self._container(node, all_given)
-        is_part = name in (_CHOICES if is_builtin else _VIEWS)
+        is_part = name in (CHOICES if is_builtin else VIEWS)
         return all_given.parts if is_part else self._new(node)
 
     def _method_call(
@@ -366,23 +350,23 @@ class Changes:
         receiver, name = self._value(function.value), function.attr
         if isinstance(function.value, ast.Name) and function.value.id == self._module:
             self._unknown.add(id(node))
-            if isinstance(method := _method(self._cls, name), FunctionType):
+            if isinstance(method := method_of(self._cls, name), FunctionType):
                 creates = _returns_new(method, self._cls, self._within)
                 return self._new(node) if creates else given.parts | _OF_OTHERS
             return self._new(node) if node.args or node.keywords else _OF_OTHERS
-        if _changes_in_place(name):
+        if changes_in_place(name):
             self._change(node, receiver.objects)
             return receiver
-        if name in _CONTAINER_CHANGES:
+        if name in CONTAINER_CHANGES:
             self._change(node, receiver.objects)
             self._put(receiver.objects, given.reached)
             return receiver.parts | given.parts
-        if name in _VIEWS:
+        if name in VIEWS:
             if self._is_visible(receiver.objects) and not hasattr(torch.Tensor, name):
                 self._unknown.add(id(node))
             return receiver.parts
         of_tensor = hasattr(torch.Tensor, name)
-        if name not in _QUERIES and (not of_tensor or self._is_visible(receiver.objects)):
+        if name not in QUERIES and (not of_tensor or self._is_visible(receiver.objects)):
             self._unknown.add(id(node))
         if of_tensor or node.args or node.keywords:
             return self._new(node)
@@ -390,7 +374,7 @@ class Changes:
 
     def _resolved(self, function: ast.expr) -> tuple[bool, Any]:
         """Whether a function is reached by a global name; and the function, None if unknown."""
-        path = list(_path(function))
+        path = list(names_of(function))
         if not path or path[0] in self._state.variables:
             return False, None
         found = self._names.get(path[0])
@@ -455,35 +439,3 @@ def _returns_new(method: FunctionType, cls: type, within: frozenset[str]) -> boo
     except UnsupportedBlockError:
         return False
     return inside.returns_new
-
-
-def _changes_in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
-
-
-def _is_false(value: ast.expr) -> bool:
-    return isinstance(value, ast.Constant) and not value.value
-
-
-def _is_torchs(function: Any) -> bool:
-    """Whether a function or class is PyTorch's, or Python's `math`."""
-    name = getattr(function, "__module__", None) or ""
-    return name.partition(".")[0] in ("torch", "math")
-
-
-def _method(cls: type, name: str) -> Any:
-    try:
-        return inspect.getattr_static(cls, name)
-    except AttributeError:
-        return None
-
-
-def _path(function: ast.expr) -> Iterator[str]:
-    """The names in a dotted expression, outermost first; nothing for other expressions."""
-    names = []
-    while isinstance(function, ast.Attribute):
-        names.append(function.attr)
-        function = function.value
-    if isinstance(function, ast.Name):
-        yield function.id
-        yield from reversed(names)
