@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,3 +87,8 @@ def test_images_of_a_wrong_type_or_number_are_refused(images, labels, message):
 def test_parts_that_do_not_fit_together_are_refused(parts, message):
     with pytest.raises(DataError, match=message):
         a_set(**parts)
+
+
+def test_one_class_is_refused():
+    with pytest.raises(DataError, match=r"has the classes \['one'\]: a classifier needs two"):
+        replace(a_set(), classes=("one",))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from stochastic_depth.data.pictures import decode, decode_one
+from stochastic_depth.data.pictures import decode, decode_one, open_picture
 from stochastic_depth.errors import DataError
 from support.data_sets import encode
 
@@ -81,3 +81,55 @@ def test_a_truncated_picture_is_refused(kind, share):
     encoded = whole[: int(share * len(whole))]
     with pytest.raises(DataError, match="here: "):
         decode_one(encoded, "here", SIDE)
+
+
+def opened(tmp_path, name, write):
+    write(tmp_path / name)
+    return np.asarray(open_picture(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", ["png", "pgm"])
+def test_grey_of_16_bits_becomes_the_nearest_grey_of_8(tmp_path, suffix):
+    grey = (np.arange(64 * 64) * 16).astype(np.uint16).reshape(64, 64)
+    grey[-1, -1] = 65535
+    found = opened(tmp_path, f"grey.{suffix}", Image.fromarray(grey).save)
+    expected = np.round(grey / 65535 * 255).astype(np.uint8)
+    np.testing.assert_array_equal(found, np.stack([expected] * 3, -1))
+
+
+def test_pixels_that_are_floating_point_numbers_are_refused(tmp_path):
+    content = b"Pf 2 1 -1.0\n" + np.array([0.5, 2], "<f4").tobytes()
+    with pytest.raises(DataError, match=r"deep\.ppm: its pixels are floating-point numbers"):
+        opened(tmp_path, "deep.ppm", lambda path: path.write_bytes(content))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_upright(tmp_path, kind, orientation):
+    pixels = np.zeros((24, 32, 3), np.uint8)
+    pixels[:8, :16] = 255
+    picture, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = orientation
+    found = opened(tmp_path, "p", lambda path: picture.save(path, kind, exif=exif))
+    picture.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(picture))
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() < 40
+
+
+def test_damaged_exif_data_is_no_reason_to_refuse_a_picture(tmp_path):
+    pixels = np.zeros((24, 32, 3), np.uint8)
+    for number, exif in enumerate((b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0no", b"x")):
+        found = opened(
+            tmp_path,
+            f"{number}.jpg",
+            lambda path, exif=exif: Image.fromarray(pixels).save(path, "JPEG", exif=exif),
+        )
+        np.testing.assert_array_equal(found, pixels)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_a_format_that_is_not_read_is_named_by_content_whatever_the_name(tmp_path, kind):
+    picture = Image.new("RGB", (8, 8))
+    with pytest.raises(DataError, match=r"p\.png: its content is no PNG.* image: convert it"):
+        opened(tmp_path, "p.png", lambda path: picture.save(path, kind))

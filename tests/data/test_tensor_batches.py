@@ -105,7 +105,7 @@ def test_images_are_padded_by_an_eighth_of_their_height(height, padding):
     pixels = torch.full((9, 1, height, height), 200, dtype=torch.uint8)
     pixels[0] = 100  # for a deviation
     part = Images(pixels, torch.zeros(9, dtype=torch.int64))
-    whole = DataSet("mine", ("a",), part, part, part)
+    whole = DataSet("mine", ("a", "b"), part, part, part)
     widest = 0
     for epoch in range(40):
         batches = TensorBatches(whole, batch=9, augment=True, seed=0, device="cpu")

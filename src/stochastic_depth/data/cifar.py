@@ -23,7 +23,8 @@ from stochastic_depth.data.folders import (
     unpacking,
 )
 from stochastic_depth.data.parquet import read_shard, shards
-from stochastic_depth.data.pictures import SUFFIXES, decode
+from stochastic_depth.data.picture_files import SUFFIXES, picture_names
+from stochastic_depth.data.pictures import decode
 from stochastic_depth.errors import DataError
 
 SIDE = 32
@@ -241,11 +242,8 @@ def read_part(root: Path, variant: Variant) -> Images:
         )
     paths, labels = [], []
     for label, name in enumerate(variant.classes):
-        pictures = sorted(
-            path
-            for path in (root / name).iterdir()
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-        )
+        below = root / name
+        pictures = [below / n for n in picture_names(below, (p.name for p in below.iterdir()))]
         if not pictures:
             raise DataError(f"{root / name}: holds no pictures ({', '.join(SUFFIXES)})")
         paths += pictures

@@ -60,7 +60,8 @@ class DataSet:
     To use your own data set, write one function that returns a `DataSet`.
 
     Raises:
-        DataError: when a part is empty, images have different shapes, or a label has no class.
+        DataError: when there are fewer than two classes, a part is empty, images have different
+            shapes, or a label has no class.
     """
 
     name: str
@@ -70,6 +71,10 @@ class DataSet:
     test: Images
 
     def __post_init__(self):
+        if len(self.classes) < 2:
+            raise DataError(
+                f"{self.name} has the classes {list(self.classes)}: a classifier needs two"
+            )
         for part, images in self.parts.items():
             if len(images) == 0:
                 raise DataError(f"the {part} part of {self.name} is empty: it needs images")

@@ -1,6 +1,5 @@
 """Batches of folders of pictures that do not fit into memory, such as ImageNet."""
 
-import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from stochastic_depth.data.batching import WHOLE, Batch, Part, Shard, epoch_order, normalise, steps
 from stochastic_depth.data.dataset import check_count, stratified
+from stochastic_depth.data.picture_files import Samples, fingerprint, scan
 from stochastic_depth.data.pictures import (
     FolderImages,
     collate,
@@ -19,8 +19,6 @@ from stochastic_depth.data.pictures import (
     training_view,
 )
 from stochastic_depth.errors import DataError
-from stochastic_depth.extras import require
-from stochastic_depth.files import reading
 from stochastic_depth.processes import cores
 from stochastic_depth.randomness import generator
 
@@ -30,8 +28,6 @@ STD = (0.229, 0.224, 0.225)
 
 EVALUATION_BATCH = 250
 """Pictures in a batch of evaluation."""
-
-Samples = list[tuple[str, int]]
 
 
 class FolderBatches:
@@ -106,18 +102,12 @@ class FolderBatches:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the paths and sizes in bytes of all pictures: 64 hexadecimal digits."""
+        """sha256 of the names and contents of all pictures, as `picture_files.fingerprint` says."""
         return self._fingerprint
 
     @cached_property
-    @reading(None, DataError)
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self.classes).encode())
-        for part, samples in self._samples.items():
-            for path, _ in samples:
-                relative = Path(path).relative_to(self.root).as_posix()
-                digest.update(repr((part, relative, Path(path).stat().st_size)).encode())
-        return digest.hexdigest()
+        return fingerprint(self.root, self.classes, self._samples)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = epoch_order(self.sizes["train"], self.seed, epoch).split(self.batch)
@@ -176,19 +166,6 @@ def _on_cpu(loader: DataLoader) -> Iterator[Any]:
         if loaded is None:
             return
         yield loaded
-
-
-def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
-    """The classes, sorted, and the path and label of every picture, sorted."""
-    datasets = require("torchvision.datasets", "data")
-    try:
-        found = datasets.ImageFolder(str(folder))
-    except OSError as error:
-        raise DataError(
-            f"{folder}: expected one folder of pictures for each class, as in train/n01440764/ "
-            f"and val/n01440764/ ({error})"
-        ) from error
-    return tuple(found.classes), found.samples
 
 
 def choose(samples: Samples, count: int, *key: str) -> tuple[Samples, Samples]:

@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochastic_depth.data.picture_files import FORMATS, NAMED
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
 from stochastic_depth.files import open_file, reading
 from stochastic_depth.processes import cores
 from stochastic_depth.randomness import generator
 
-# Naming them keeps Pillow from trying its forty other decoders on foreign bytes.
-FORMATS = ("PNG", "WEBP", "JPEG", "BMP", "PPM")
-SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".ppm")
 MODES = ("RGB", "L", "P", "RGBA")
 CHUNK = 1000
 
 
 @contextmanager
-def ignore_size_warning(image: Any) -> Iterator[None]:
-    """While entered, Pillow does not warn of large pictures; the caller refuses them."""
+def ignore_warnings() -> Iterator[None]:
+    """While entered, Pillow does not warn of large pictures, which the caller refuses, nor of
+    damaged metadata, which many good pictures have."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -148,30 +148,79 @@ def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor
 
 
 def open_picture(path: Path) -> Any:
-    """A decoded Pillow image in RGB.
+    """A decoded Pillow image in RGB, 8 bits a channel, turned upright as its EXIF data says.
 
     Raises:
-        DataError: when it is not a picture, is truncated, or claims to be huge.
+        DataError: when it is not a picture in one of `FORMATS`, is truncated, claims to be huge, or
+            has floating-point pixels.
         MissingExtraError: when Pillow is not installed.
     """
     image = require("PIL.Image", "data")
     with reading(path, DataError):
         file = open_file(path, real_parts=0)
     try:
-        with file, ignore_size_warning(image), image.open(file, formats=FORMATS) as picture:
+        with file, ignore_warnings(), image.open(file, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(
                     f"{path}: an image of {picture.width}x{picture.height} pixels, expected at "
                     f"most {MAX_PIXELS:,}: replace it"
                 )
-            return picture.convert("RGB")
+            method = UPRIGHT.get(orientation(picture))
+            pixels = eight_bits(picture, path).convert("RGB")
+            return pixels if method is None else pixels.transpose(image.Transpose[method])
     except DataError:
         raise
+    except require("PIL", "data").UnidentifiedImageError as error:
+        raise DataError(
+            f"{path}: its content is no {NAMED} image: convert it to one of these, whatever its "
+            "name says; or, if it is damaged, fetch it again"
+        ) from error
     except Exception as error:
         raise DataError(
             f"{path}: no readable {'/'.join(FORMATS)} image ({type(error).__name__}: {error}): "
             "fetch it again"
         ) from error
+
+
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held."""
+UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""What turns a picture upright, by the value of that tag."""
+
+
+def orientation(picture: Any) -> Any:
+    """The EXIF orientation of a Pillow image; None where it has none, or none that can be read."""
+    with suppress(Exception):  # for damaged data, Pillow raises one of a dozen types of errors
+        return picture.getexif().get(ORIENTATION)
+
+
+def eight_bits(picture: Any, path: Path) -> Any:
+    """A Pillow image with 16 bits a pixel as grey with 8 bits; any other one as it is.
+
+    Raises:
+        DataError: when its pixels are floating-point numbers, which have no common range.
+    """
+    if picture.mode == "F":
+        raise DataError(
+            f"{path}: its pixels are floating-point numbers: convert it to 8 or 16 bits a channel"
+        )
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    return picture.convert("I").point(sixteen_to_eight(), "L")
+
+
+@cache
+def sixteen_to_eight() -> list[int]:
+    """For each number of 16 bits, the nearest one of 8: 65535 becomes 255."""
+    return [(value + 128) // 257 for value in range(2**16)]
 
 
 def training_view(size: int) -> View:
