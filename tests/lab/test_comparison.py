@@ -5,7 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stochastic_depth.lab.comparison import compare_runs, train_pairs, write_comparison
+from stochastic_depth.lab.comparison import (
+    compare_runs,
+    comparison_table,
+    train_pairs,
+    write_comparison,
+)
 from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
@@ -48,3 +53,13 @@ def test_figures_are_those_of_the_journals(runs, tmp_path):
     saving = 1 - medians["stochastic"] / medians["constant"]
     assert found["saving_measured"] == pytest.approx(saving)
     assert 0.15 < found["saving_expected"] < 0.3
+
+
+def test_the_table_has_the_seconds_whose_ratio_is_the_time_saved(runs):
+    columns = [list(column.cells) for column in comparison_table(compare_runs(runs)).columns]
+    rows = {name: cells for name, *cells in zip(*columns, strict=True)}
+    constant, stochastic = (
+        float(s.removesuffix(" s")) for s in rows["seconds of the median epoch"]
+    )
+    saved = float(rows["time saved, ratio of median epochs"][1].removesuffix(" %"))
+    assert saved == pytest.approx(100 * (1 - stochastic / constant), abs=1)

@@ -198,7 +198,18 @@ def comparison_table(experiment: Experiment) -> Table:
         spreads = (getattr(series.outcome, field) for series in experiment.series)
         table.add_row(name, *(f"{plus_minus(spread)}{unit}" for spread in spreads))
     table.add_row("active blocks, expected", f"{len(cost.survival)}", f"{sum(cost.survival):g}")
+    typical = _typical(experiment)
+    each = (f"{series.interval_seconds:.3g} s" for series in experiment.series)
+    table.add_row(f"seconds of the {typical}", *each)
     table.add_section()
-    table.add_row("training time saved, measured", "", share(stochastic.time_saved(constant)))
+    saved = share(stochastic.time_saved(constant))
+    table.add_row(f"time saved, ratio of {typical}s", "", saved)
     table.add_row("FLOPs saved, expected", "", share(cost.saving))
     return table
+
+
+def _typical(experiment: Experiment) -> str:
+    """What `interval_seconds` are the seconds of."""
+    config = experiment.series[-1].runs[0].run.config
+    average = "median" if config.survival.schedule.kind == "none" else "mean"
+    return f"{average} {'epoch' if config.evaluate_every is None else 'interval'}"
