@@ -1,7 +1,9 @@
+import hashlib
 import json
 import struct
 from importlib.metadata import version
 
+import onnx as onnx_library
 import onnxruntime
 import pytest
 import torch
@@ -11,9 +13,10 @@ from safetensors.torch import load_file, save_file
 import stochastic_depth as sd
 from stochastic_depth.cli import main
 from stochastic_depth.export import load_export
-from stochastic_depth.export.load import KEY
+from stochastic_depth.export.load import CHECKSUM, KEY
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train import reopen, trained_model
+from stochastic_depth.train.weights import checksum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -162,7 +165,8 @@ def rewritten(file, tmp_path, change=lambda values: None, weights=None):
         values = json.loads(opened.metadata()[KEY])
     change(values)
     path = tmp_path / "changed.safetensors"
-    save_file(weights or load_file(file), path, {KEY: json.dumps(values)})
+    weights, about = weights or load_file(file), {KEY: json.dumps(values)}
+    save_file(weights, path, {**about, CHECKSUM: checksum(weights, about)})
     return path
 
 
@@ -210,6 +214,51 @@ def test_foreign_and_damaged_files_are_refused(file, tmp_path):
     weights.pop("head.bias")
     with pytest.raises(sd.errors.ExportError, match=r"'head\.bias' is missing"):
         load_export(rewritten(file, tmp_path, weights=weights))
+
+
+@pytest.mark.parametrize("kind", ["file", "elastic", "onnx"])
+def test_one_bit_that_changed_is_an_error_that_names_the_file(
+    kind, request, pictures, tmp_path, capsys
+):
+    original = request.getfixturevalue(kind)
+    content = bytearray(original.read_bytes())
+    weights = [tensor for tensor in inside_weights(original) if len(tensor) > 1000]
+    for number, tensor in enumerate((weights[0], weights[-1])):
+        path = tmp_path / f"{number}{original.suffix}"
+        content[content.index(tensor) + 503] ^= 64  # the exponent of a float32
+        path.write_bytes(content)
+        assert main(["predict", str(path), pictures[0][0]]) == 1
+        shown = capsys.readouterr().err
+        assert f"{path}" in shown
+        assert "damaged or was changed, its checksum does not match" in shown
+        assert shown.count("\n") == 1
+
+
+def inside_weights(path) -> list[bytes]:
+    """The bytes of each tensor in a file."""
+    if path.suffix == ".onnx":
+        return [tensor.raw_data for tensor in onnx_library.load(path).graph.initializer]
+    return [tensor.numpy().tobytes() for tensor in load_file(path).values()]
+
+
+def test_a_file_without_a_checksum_is_refused(file, tmp_path):
+    path = tmp_path / "without.safetensors"
+    save_file(load_file(file), path, {KEY: inside(file)})
+    with pytest.raises(
+        sd.errors.ExportError, match=r"without\.safetensors has no checksum: export"
+    ):
+        load_export(path)
+
+
+def test_the_checksum_of_an_onnx_file_is_one_of_its_properties(onnx):
+    onnx_library.checker.check_model(onnx_library.load(onnx))
+    properties = {entry.key: entry.value for entry in onnx_library.load(onnx).metadata_props}
+    content = onnx.read_bytes()
+    rest = onnx_library.load(onnx)
+    del rest.metadata_props[-1]
+    assert (
+        hashlib.sha256(content[: len(rest.SerializeToString())]).hexdigest() == properties[CHECKSUM]
+    )
 
 
 def test_one_depth_is_no_other(file, elastic):

@@ -13,11 +13,13 @@ from stochastic_depth.export.truncate import replace_by_shortcuts
 from stochastic_depth.files import is_there
 from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.residual import Residual
-from stochastic_depth.train.weights import read_safetensors
+from stochastic_depth.train.weights import checksum, read_safetensors
 
 FORMAT = 1
 KEY = "stochastic_depth"
 """The key of the description in the metadata of a file."""
+CHECKSUM = "sha256"
+"""The key of the checksum of the tensors and of all other metadata."""
 CLASSES = {network.__name__: network for network in NETWORKS.values()}
 
 
@@ -196,8 +198,8 @@ class Exported(NamedTuple):
 def load_export(path: Path | str, depth: float = 1.0) -> Exported:
     """Load the plain network from a safetensors file that `stochastic-depth export` wrote.
 
-    Nothing is unpickled. The weights must be those of the network that the file describes, name by
-    name and shape by shape.
+    Nothing is unpickled. The checksum of weights and description must match, and the weights must
+    be those of the network that the file describes, name by name and shape by shape.
 
     Args:
         path: the file.
@@ -216,6 +218,13 @@ def load_export(path: Path | str, depth: float = 1.0) -> Exported:
     if KEY not in metadata:
         raise ExportError(
             f"{path} has no network description: give a file that stochastic-depth export wrote"
+        )
+    if CHECKSUM not in metadata:
+        raise ExportError(f"{path} has no checksum: export the run again")
+    if metadata.pop(CHECKSUM) != checksum(weights, metadata):
+        raise ExportError(
+            f"{path} is damaged or was changed, its checksum does not match: put a copy in its "
+            "place, or export the run again"
         )
     try:
         description = read_description(metadata[KEY])

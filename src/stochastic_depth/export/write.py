@@ -1,5 +1,6 @@
 """Write an exported network to a file, read it back, and compare its outputs."""
 
+import hashlib
 import io
 import tempfile
 import warnings
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import ExportError, first_line
-from stochastic_depth.export.load import KEY, load_export
+from stochastic_depth.export.load import CHECKSUM, KEY, load_export
 from stochastic_depth.export.network import Plain
 from stochastic_depth.extras import require
 from stochastic_depth.files import write_whole
+from stochastic_depth.train.weights import checksum
 
 Format = Literal["safetensors", "torch", "onnx"]
 SUFFIX: dict[Format, str] = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
@@ -58,7 +60,8 @@ def _safetensors(plain: Plain) -> tuple[bytes, Callable[[Tensor], Tensor]]:
     save = require("safetensors.torch", "train").save
     tensors = plain.model.state_dict() | plain.statistics
     weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = save(weights, metadata={KEY: plain.description.to_json()})
+    about = {KEY: plain.description.to_json()}
+    content = save(weights, metadata={**about, CHECKSUM: checksum(weights, about)})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "written.safetensors"
         path.write_bytes(content)
@@ -90,6 +93,7 @@ def _onnx(plain: Plain) -> tuple[bytes, Callable[[Tensor], Tensor]]:
     proto = program.model_proto
     proto.metadata_props.add(key=KEY, value=plain.description.to_json())
     content: bytes = proto.SerializeToString()
+    content += onnx_checksum(content)
     return content, read_onnx(content)[0]
 
 
@@ -100,11 +104,26 @@ WRITERS: dict[Format, Callable[[Plain], tuple[bytes, Callable[[Tensor], Tensor]]
 }
 
 
+def onnx_checksum(content: bytes) -> bytes:
+    """The property with the checksum of an ONNX file, which is appended to the file.
+
+    A protobuf message may be continued: its reader adds this property to those in `content`.
+    """
+    entry = _field(1, CHECKSUM.encode()) + _field(2, hashlib.sha256(content).hexdigest().encode())
+    return _field(14, entry)  # ModelProto.metadata_props
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A field of a protobuf message, with a value of fewer than 128 bytes."""
+    return bytes([number << 3 | 2, len(value)]) + value
+
+
 def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
     """The network in an ONNX file as a function from images to logits, and its description as JSON.
 
     Raises:
-        ExportError: when onnxruntime cannot load it, or `write_export` has not written it.
+        ExportError: when onnxruntime cannot load it, `write_export` has not written it, or it has
+            changed since.
         MissingExtraError: when onnxruntime is not installed.
     """
     runtime = require("onnxruntime", "export")
@@ -118,6 +137,12 @@ def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
     if description is None:
         raise ExportError(
             "it has no network description: give a file that stochastic-depth export wrote"
+        )
+    size = len(content) - len(onnx_checksum(b""))
+    if content[size:] != onnx_checksum(content[:size]):
+        raise ExportError(
+            "it is damaged or was changed, its checksum does not match: put a copy in its place, "
+            "or export the run again"
         )
 
     def run(images: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, st
     """
     save = require("safetensors.torch", "train").save
     tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-    write_whole(path, save(tensors, metadata={**about, "sha256": _checksum(tensors, about)}))
+    write_whole(path, save(tensors, metadata={**about, "sha256": checksum(tensors, about)}))
 
 
 def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
@@ -73,14 +73,15 @@ def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
     about, tensors = read_safetensors(path, RunError)
     if run_id is not None:
         _require_run(path, about, run_id)
-    if about.pop("sha256", None) != _checksum(tensors, about):
+    if about.pop("sha256", None) != checksum(tensors, about):
         raise RunError(
             f"{path} is damaged, its checksum does not match: resuming its run writes it again"
         )
     return tensors
 
 
-def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+def checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """sha256 of tensors on the CPU and of what is written about them: 64 hexadecimal digits."""
     digest = hashlib.sha256(repr(sorted(about.items())).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
