@@ -250,7 +250,7 @@ def test_samples_first_is_proved_and_time_first_is_refused():
             ApplyError, match=r'is not the batch .*; use gate="batch", or put the batch first'
         ):
             sd.apply(time_first, example=torch.randn(5, 2, 8), gate=gate)
-    with pytest.raises(ApplyError, match=r"at least (two|three) samples"):
+    with pytest.raises(ApplyError, match="at least two samples"):
         sd.apply(Trunk(), example=X[:1], gate="sample")
 
 

@@ -256,29 +256,3 @@ def test_a_proof_in_one_thread_leaves_the_samples_of_another_thread_selected():
         sd.apply(proved, sd.Uniform(0.5), example=x, gate="subset")
     assert len(training.sizes) > 20
     assert set(training.sizes) == {N // 2}
-
-
-def test_two_samples_are_too_few_for_an_example_since_half_of_them_would_broadcast():
-    model = nn.Sequential(*(Attribute() for _ in range(2)))
-    with pytest.raises(sd.errors.ApplyError, match=r"at least three samples.*this one has 2"):
-        sd.apply(model, example=torch.randn(2, 4), gate="subset")
-    handle = sd.apply(model, sd.Uniform(0.5), example=torch.randn(3, 4), gate="subset")
-    x = torch.randn(8, 4)
-    for _ in range(5):
-        out, expected = model.train()(x), x
-        for block, keep in zip(model, handle.gates, strict=True):
-            scale = torch.tanh(expected)
-            expected = expected + keep.float()[:, None] * torch.tanh(block.f(expected)) * scale
-        torch.testing.assert_close(out, expected)
-
-
-class Attribute(nn.Module):
-    """A branch that reads an attribute of all samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f, self.scale = nn.Linear(4, 4), torch.ones(())
-
-    def forward(self, x):
-        self.scale = torch.tanh(x)
-        return x + torch.tanh(self.f(x)) * self.scale

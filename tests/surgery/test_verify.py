@@ -105,7 +105,7 @@ def test_gates_for_single_samples_need_samples_in_the_first_dimension(gate):
     sd.apply(model, sd.Uniform(0.5), gate=gate)
     with pytest.raises(sd.errors.ApplyError, match="the first dimension is not the batch"):
         sd.verify(model, X)
-    with pytest.raises(sd.errors.ApplyError, match=r"at least (two|three) samples"):
+    with pytest.raises(sd.errors.ApplyError, match="at least two samples"):
         sd.verify(model, X[:1])
 
 

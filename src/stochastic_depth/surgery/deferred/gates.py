@@ -85,7 +85,14 @@ def add(
     changes = name in ADD_IN_PLACE
     if addition.gate.open:
         shortcut = resolved(shortcut)
-        new = [shortcut if n == side else _scaled(addition, arg) for n, arg in enumerate(args)]
+        new = [shortcut if n == side else arg for n, arg in enumerate(args)]
+        gate = addition.gate
+        for n, operand in enumerate(new):
+            if isinstance(operand, Placeholder):
+                of_branch = addition in operand._node.additions
+                new[n] = gate.scale(value(operand)) if of_branch else value(operand)
+                if of_branch:  # a second factor, of `addcmul`, is not multiplied again
+                    gate = gate._replace(factor=None)
         if changes and isinstance(target, Placeholder):
             func = {"addcmul_": torch.addcmul}.get(name, torch.add)
         result = func(*new, **kwargs)
@@ -108,15 +115,6 @@ def _checkpoints_around(addition: GatedAddition) -> Iterator[Callable[[], bool]]
         if found is not None:
             yield found
         frame = frame.f_back
-
-
-def _scaled(addition: GatedAddition, operand: Any) -> Any:
-    """The value of an operand, multiplied by the gate if it belongs to the branch of `addition`."""
-    if isinstance(operand, Placeholder):
-        of_branch = addition in operand._node.additions
-        operand = value(operand)
-        return addition.gate.scale(operand) if of_branch else operand
-    return operand
 
 
 def selected_values(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from stochastic_depth.surgery.blocks import FoundBlock
+from stochastic_depth.surgery.blocks import CONTAINERS, FoundBlock
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
 
 BlockWithEvents = tuple[FoundBlock, tuple[AdditionEvent, ...]]
@@ -21,9 +21,9 @@ def attribute_parameters(
 ) -> list[BlockWithEvents]:
     """The blocks, each with the parameters that belong to it.
 
-    A parameter that the model uses outside of branches too belongs to no block. One that the
-    example does not use at all, such as those of an expert that got no samples, belongs to the
-    blocks that have everything which the example uses of the innermost module around it.
+    A parameter that the model uses outside of branches too belongs to no block. An element of a
+    list that the example does not use, such as an expert that got no samples, belongs to the blocks
+    that have everything which the example uses of this list.
     """
     branches = set[int]().union(*(event.branch for _, events in pairs for event in events))
     users = analysis.users_of_parameters()
@@ -43,7 +43,7 @@ def attribute_parameters(
 def _owners_of_unused(
     model: nn.Module, owners: Mapping[str, set[int]]
 ) -> Iterator[tuple[str, set[int]]]:
-    """The parameters that the example does not use, each with the blocks to which it belongs.
+    """The parameters in lists that the example does not use, each with its blocks.
 
     Args:
         owners: the blocks to which each parameter that it uses belongs.
@@ -53,9 +53,9 @@ def _owners_of_unused(
         for around in _modules_around(name):
             of_all_inside[around] = of_all_inside.get(around, blocks) & blocks
     for name, _ in model.named_parameters():
-        if name not in owners:
-            known = (of_all_inside[m] for m in _modules_around(name) if m in of_all_inside)
-            yield name, next(known, set())
+        around = next((m for m in _modules_around(name) if m in of_all_inside), "")
+        if name not in owners and isinstance(model.get_submodule(around), CONTAINERS):
+            yield name, of_all_inside.get(around, set())
 
 
 def _modules_around(name: str) -> Iterator[str]:

@@ -75,18 +75,6 @@ def _require_two_samples(batch: int) -> None:
         )
 
 
-def require_three_samples(batch: int) -> None:
-    """Raise `ApplyError` unless an example has at least three samples, for subsets of them.
-
-    Half of two samples is one, with which a value of all samples would broadcast.
-    """
-    if batch < 3:
-        raise ApplyError(
-            'gate="subset" needs an example of at least three samples, to see that a branch runs '
-            f"on the drawn samples alone; this one has {batch}"
-        )
-
-
 def half_of(batch: int) -> int:
     return (batch + 1) // 2
 

@@ -12,7 +12,7 @@ from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import FoundBlock
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.install import ungated
-from stochastic_depth.surgery.proof.batch_dimension import check_samples, require_three_samples
+from stochastic_depth.surgery.proof.batch_dimension import check_samples
 from stochastic_depth.surgery.proof.evaluation import check_evaluation, reference_outputs
 from stochastic_depth.surgery.proof.gated import Gated
 from stochastic_depth.surgery.proof.nonzero_weights import nonzero_weights
@@ -57,8 +57,6 @@ def prove(
     """
     run = caller(model, example)
     batch = None if gate == "batch" else batch_size(example)
-    if batch is not None and gate == "subset":
-        require_three_samples(batch)
     with nonzero_weights(model, run):
         with ungated(model):
             half = example if batch is None else check_samples(model, example, found, batch)
