@@ -18,8 +18,8 @@ from stochastic_depth.lab.sweep.folder import Grid, open_sweep
 from stochastic_depth.lab.sweep.gates import FILE
 from stochastic_depth.lab.sweep.workers import train_point
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.train import ModelConfig, OptimizerConfig
-from support.runs import edit_description, unseen
+from stochastic_depth.train import ModelConfig, OptimizerConfig, Run
+from support.runs import append_records, edit_description, unseen
 
 SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=2)
 """Six blocks, two epochs."""
@@ -89,7 +89,7 @@ def compared(tmp_path_factory) -> Path:
     runs = train_pairs(SMALL, [0, 1], folder, unseen(), lambda: None)
     for kind, of_kind in runs.items():
         for seed, run in enumerate(of_kind):
-            _described_anew(run.journal, kind == "constant", seed)
+            _described_anew(run, kind == "constant", seed)
             (run.path / "analysis").mkdir()
             (run.path / "analysis" / "pruning.json").write_text(json.dumps(_pruning()))
     for run in runs["stochastic"]:
@@ -163,14 +163,19 @@ def _swept(folder: Path, kind: SweepKind, grid: Grid) -> Path:
     return folder
 
 
-def _described_anew(journal: Path, constant: bool, seed: int) -> None:
+def _described_anew(run: Run, constant: bool, seed: int) -> None:
     """Gradients and gates as of longer runs, and times that do not depend on the machine's load."""
-    records = [json.loads(line) for line in journal.read_text().splitlines()]
-    for epoch, record in enumerate(records):
-        record["seconds"] = (2.0 if constant else 1.2) + 0.2 * seed + 0.1 * epoch
-        record["block_gradients"] = [0.01 / block for block in range(1, 6)] + [None]
-        record["active_counts"] = {"6": 10} if constant else {"3": 2, "4": 5, "5": 3}
-    journal.write_text("".join(json.dumps(record) + "\n" for record in records))
+    records = [
+        replace(
+            record,
+            seconds=(2.0 if constant else 1.2) + 0.2 * seed + 0.1 * epoch,
+            block_gradients=[0.01 / block for block in range(1, 6)] + [None],
+            active_counts={"6": 10} if constant else {"3": 2, "4": 5, "5": 3},
+        )
+        for epoch, record in enumerate(run.records())
+    ]
+    run.journal.unlink()
+    append_records(run.journal, run.id, records)
 
 
 def _ensemble() -> dict:

@@ -7,14 +7,13 @@ from stochastic_depth.errors import RunError
 from stochastic_depth.lab.gradients import gradients, record_at, spread_epochs
 from stochastic_depth.lab.outcomes import group_runs
 from stochastic_depth.train import ModelConfig, Record, Run, SurvivalConfig
-from stochastic_depth.train.journal import append_record
+from support.runs import append_records
 
 
 def run_with(like: Run, path, records, **changes) -> Run:
     path.mkdir()
     run = replace(like, path=path, config=replace(like.config, **changes))
-    for record in records:
-        append_record(run.journal, record)
+    append_records(run.journal, run.id, records)
     return run
 
 
@@ -62,7 +61,7 @@ def test_epochs_that_are_not_chosen_are_spread_over_what_all_runs_have(two, tmp_
 def test_networks_without_blocks_have_no_gradients_of_blocks(two):
     plain = replace(two[0].records()[0], block_gradients=[])
     two[0].journal.unlink()
-    append_record(two[0].journal, plain)
+    append_records(two[0].journal, two[0].id, [plain])
     assert gradients(two, [1.0]).blocks == [[]]
 
 

@@ -6,7 +6,7 @@ import pickle
 import tarfile
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -103,7 +103,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "checkpoint": in_file(lambda path: load_checkpoint(path, "a")),
     "checkpoint past its checksum": read_payload,
     "weights": in_file(read_weights),
-    "journal": in_file(read_journal),
+    "journal": in_file(lambda path: read_journal(path, "a")),
     "run": in_file(lambda path: open_run(path.parent), "config.json"),
     "run past its checksum": read_description,
     "configuration": read_config,
@@ -154,9 +154,12 @@ def of_run() -> bytes:
 
 
 def of_journal() -> bytes:
-    from support.runs import record
+    from support.runs import append_records, record
 
-    return b"".join(json.dumps(asdict(record(step))).encode() + b"\n" for step in (1, 2))
+    with tempfile.TemporaryDirectory(dir=folder()) as inside:
+        path = Path(inside) / "journal"
+        append_records(path, "a", [record(1), record(2)])
+        return path.read_bytes()
 
 
 @cache

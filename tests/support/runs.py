@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from stochastic_depth.errors import Interrupted
 from stochastic_depth.train import Record, begin, fit, reopen
 from stochastic_depth.train.checkpoint import load_checkpoint
 from stochastic_depth.train.display import Display, Silent
+from stochastic_depth.train.journal import append_record, last_checksum
 from stochastic_depth.train.run_folder import checksum
 
 SILENT = Silent()
@@ -91,6 +92,11 @@ def interrupted_and_resumed(path, config, watch, stops):
         run, images = reopen(path)
     list(fit(run, images, watch))
     return run
+
+
+def append_records(path: Path, run_id: str, records: Iterable[Record]) -> None:
+    for each in records:
+        append_record(path, each, last_checksum(path, run_id))
 
 
 def record(step: int, error: float = 1.0) -> Record:

@@ -295,7 +295,7 @@ def test_a_half_written_last_line_of_the_journal_is_dropped(small, path, silent,
 def test_a_line_of_the_journal_that_is_none_is_named(tmp_path, line):
     write_whole(tmp_path / "metrics.jsonl", line + b"\n")
     with pytest.raises(RunError, match=re.escape("metrics.jsonl, line 1 is not a record")):
-        read_journal(tmp_path / "metrics.jsonl")
+        read_journal(tmp_path / "metrics.jsonl", "a")
 
 
 def test_weights_of_another_run_are_refused_and_written_again(finished, path, silent):
@@ -375,3 +375,32 @@ def test_a_run_that_has_ended_keeps_its_journal_when_its_checkpoints_are_gone(
         list(fit(*reopen(path), silent))
     for name in ("metrics.jsonl", "model.safetensors"):
         assert (path / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        (b"", r"config\.json is empty: put the original back, or remove \S+ and begin another run"),
+        (b"[]", r"config\.json does not describe a run: put the original back"),
+        (
+            b'{"format": 1}',
+            r"was written by another version of this library: the format in its config\.json is 1, "
+            "and this version reads 2; use the version that wrote it",
+        ),
+    ],
+)
+def test_it_is_told_why_a_configuration_is_not_read(content, shown, path):
+    path.mkdir()
+    (path / "config.json").write_bytes(content)
+    with pytest.raises(RunError, match=shown):
+        open_run(path)
+
+
+def test_a_checkpoint_of_another_version_is_told(small, path, silent):
+    run, images = begin(small, path)
+    stopped_after(1, run, images, silent)
+    state = run.checkpoints.load(4, "cpu")
+    del state["journal"]
+    save_checkpoint(run.checkpoints.path(4), state)
+    with pytest.raises(CheckpointError, match="ckpt was written by another version of this lib"):
+        list(fit(run, images, silent))

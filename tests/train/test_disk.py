@@ -6,7 +6,6 @@ On a real file system of a few megabytes.
 import os
 import shutil
 import subprocess
-from collections import deque
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from stochastic_depth.cli import main
 from stochastic_depth.errors import CheckpointError, RunError
 from stochastic_depth.train import begin, fit, reopen
 from stochastic_depth.train.checkpoint import load_checkpoint, save_checkpoint
-from stochastic_depth.train.journal import append_record, read_journal
-from support.runs import assert_same_end, finish, record
+from stochastic_depth.train.journal import read_journal
+from support.runs import append_records, assert_same_end, finish, record
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a small file system"),
@@ -55,17 +54,17 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_the_one_before(disk):
 
 def test_a_journal_has_whole_lines_only_however_little_room_there_is(disk):
     path = disk / "metrics.jsonl"
-    append_record(path, record(0))
+    append_records(path, "a", [record(0)])
     fill(disk)
     # The system gives room by the page, so the line that does not fit is written in part first.
     with pytest.raises(RunError, match="No space left on device; make room"):
-        deque(append_record(path, record(step)) for step in range(1, 100))
-    written = len(read_journal(path))
+        append_records(path, "a", map(record, range(1, 100)))
+    written = len(read_journal(path, "a"))
     assert 1 < written < 100
     assert path.read_bytes().endswith(b"}\n")
     make_room(disk)
-    append_record(path, record(written))
-    assert [r.step for r in read_journal(path)] == list(range(written + 1))
+    append_records(path, "a", [record(written)])
+    assert [r.step for r in read_journal(path, "a")] == list(range(written + 1))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from stochastic_depth.train.signals import StopSignals
 from stochastic_depth.train.train_state import TrainState
 from stochastic_depth.train.weights import read_weights, write_weights
 from support.data_sets import write_imagenet
-from support.runs import assert_same_end
+from support.runs import assert_same_end, edit_description
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -260,6 +260,46 @@ def _(runs):
     journal.write_bytes(whole)
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
+
+
+@row("`metrics.jsonl, line N is not a record as this run wrote it`")
+def _(runs):
+    journal = runs.stopped() / "metrics.jsonl"
+    whole = journal.read_bytes()
+    changed = whole.replace(b"\n", b"\r\n")
+    journal.write_bytes(changed)
+    assert "metrics.jsonl, line 1 is not a record as this run wrote it" in runs.refused()
+    assert journal.read_bytes() == changed
+    journal.write_bytes(whole)
+    runs.backup()
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+    runs.restore()
+    shutil.rmtree(runs.path / "checkpoints")
+    journal.unlink()
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`has N records and no checkpoints`")
+def _(runs):
+    checkpoints = runs.stopped() / "checkpoints"
+    runs.backup()
+    journal = (runs.path / "metrics.jsonl").read_bytes()
+    shutil.rmtree(checkpoints)
+    assert "has 2 records and no checkpoints; nothing was changed" in runs.refused()
+    assert (runs.path / "metrics.jsonl").read_bytes() == journal
+    shutil.copytree(runs.path.with_name("backup") / "checkpoints", checkpoints)
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`was written by another version of this library`")
+def _(runs):
+    edit_description(runs.stopped(), lambda described: described.update(format=1))
+    assert (
+        "run was written by another version of this library: the format in its " in runs.refused()
+    )
 
 
 @row("`config.json is damaged or was edited`")

@@ -57,7 +57,7 @@ def test_a_journal_is_not_written_through_a_link(finished, path, mine, kind, sil
         shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
     put(path / "metrics.jsonl", kind, mine)
     before = mine.read_bytes()
-    with pytest.raises(RunError, match=r"metrics\.jsonl could not be written: it is a (link|pipe)"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be read: it is a (link|pipe)"):
         list(fit(*reopen(path), silent))
     assert mine.read_bytes() == before
     assert os.listdir(mine.parent) == ["thesis"]

@@ -73,21 +73,20 @@ def fit(
         _restore(run, train_state, callback)
         callback.begin(run, train_state)
         stream = _stream(batches, train_state.step)
-        journal = on_primary(run.journal_length)
+        journal = on_primary(run.journal_end)
         while train_state.step < train_state.steps or train_state.metrics.images:
             record = None
             if _finish_interval(run, train_state, stream, callback, stop):
                 record = _measure(train_state, batches, callback, stop)
             check_lock()
             # No other process has written to the journal in the meantime.
-            on_primary(partial(truncate_journal, run.journal, journal))
+            on_primary(partial(truncate_journal, run.journal, run.id, journal))
             if record is None:
                 _save(run, train_state)
                 raise Interrupted(run.path, train_state.step, stop() or 0)
             if not record.is_finite:
                 raise diverged(run, train_state.step, "an evaluation")
-            on_primary(partial(append_record, run.journal, record))
-            journal = on_primary(run.journal_length)
+            journal = on_primary(partial(append_record, run.journal, record, journal))
             train_state.metrics = IntervalMetrics()
             _save(run, train_state)
             callback.record(record)
@@ -118,14 +117,38 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> None:
                 f"begun with {run.runtime.threads} threads, going on with {threads}: sums are "
                 "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
             )
+        if not isinstance(state.get("journal"), str):
+            raise CheckpointError(
+                f"{run.checkpoints.path(state['step'])} was written by another version of this "
+                "library: go on with that version, or begin another run"
+            )
         train_state.load_state_dict(state)
-    elif on_primary(lambda: bool(is_there(run.weights) and run.records())):
+    else:
+        on_primary(lambda: _require_begun_only(run))
+    last = run.id if state is None else state["journal"]
+    on_primary(lambda: truncate_journal(run.journal, run.id, last))
+
+
+def _require_begun_only(run: Run) -> None:
+    """Refuse to begin a run again, and to cut its journal, because its checkpoints were removed.
+
+    A run that was killed before its first checkpoint has at most one record.
+
+    Raises:
+        CheckpointError: when it has more records, or final weights.
+    """
+    records = run.records()
+    if records and is_there(run.weights):
         raise CheckpointError(
             f"{run.path} is finished and has no checkpoints left, so it cannot be resumed; nothing "
             "was changed"
         )
-    length = 0 if state is None else state["journal_bytes"]
-    on_primary(lambda: truncate_journal(run.journal, length))
+    if len(records) > 1:
+        raise CheckpointError(
+            f"{run.path} has {len(records)} records and no checkpoints; nothing was changed. Put a "
+            f"copy of {run.checkpoints.folder} in its place; or delete {run.journal} as well, and "
+            "resume: the run begins at step 0"
+        )
 
 
 def _stream(batches: Batches, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,7 +238,7 @@ def _save(run: Run, train_state: TrainState) -> None:
         run.checkpoints.save(
             train_state.step,
             best_record(records).step if records else None,
-            {**train_state.state_dict(), "journal_bytes": run.journal_length()},
+            {**train_state.state_dict(), "journal": run.journal_end()},
         )
 
     on_primary(write)

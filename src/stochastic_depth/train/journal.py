@@ -1,16 +1,26 @@
-"""The journal of a run: a line of JSON for each evaluation, append-only, always readable."""
+"""The journal of a run: a line of JSON for each evaluation, append-only, always readable.
+
+Each line ends with a SHA-256 of the line before it and of itself; the first line begins with the
+identity of the run in place of a line before. So a line that was changed, repeated, removed, or
+copied from another run is noticed by everything that reads the journal, except for lines that are
+missing at its end, which `truncate_journal` notices.
+"""
 
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import LARGE, is_there, open_for_appending, read_file, reading, reason
+
+_LINE = re.compile(rb'(\{.*), "sha256": "([0-9a-f]{64})"\}')
 
 
 @dataclass(frozen=True)
@@ -67,67 +77,119 @@ def best_record(records: list[Record]) -> Record:
     return min(records, key=lambda record: (record.validation_error, record.step))
 
 
-def append_record(path: Path, record: Record) -> None:
+def append_record(path: Path, record: Record, before: str) -> str:
     """Append a line; it is on disk when this returns.
+
+    Args:
+        before: the checksum of the last line, or the identity of the run where there is no line.
+
+    Returns:
+        The checksum of the new line.
 
     Raises:
         RunError: when it cannot be written; the journal is then as it was before.
     """
-    line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
+    values = json.dumps(dataclasses.asdict(record)).encode().removesuffix(b"}")
+    checksum = _checksum(before, values)
+    line = values + f', "sha256": "{checksum}"}}\n'.encode()
     try:
         # Unbuffered, because closing would write a buffer again and leave half a line behind.
         with open_for_appending(path) as file:
-            before = os.fstat(file.fileno()).st_size
+            length = os.fstat(file.fileno()).st_size
             try:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError:
-                os.ftruncate(file.fileno(), before)
+                os.ftruncate(file.fileno(), length)
                 raise
     except OSError as error:
         raise RunError(f"{path} could not be written: {reason(error)}") from error
+    return checksum
 
 
-def truncate_journal(path: Path, length: int) -> None:
+def truncate_journal(path: Path, run_id: str, last: str) -> None:
     """Cut off the lines after a checkpoint, because their work is about to be repeated.
 
+    Args:
+        last: the checksum of the last line that is kept, or `run_id` to keep none.
+
     Raises:
-        RunError: when the journal is shorter than it was at the checkpoint, or cannot be written.
+        RunError: when a line was changed or that last line is missing; then nothing is cut. And
+            when the journal cannot be written.
     """
-    if length == 0 and not is_there(path):
+    lines = _read_lines(path, run_id)
+    length = 0
+    if last != run_id:
+        checksums = [checksum for _, checksum in lines]
+        if last not in checksums:
+            raise RunError(
+                f"{path} does not have the line that was its last one when the checkpoint was "
+                "written: lines are missing. Nothing was changed; put the original back"
+            )
+        length = sum(len(line) + 1 for line, _ in lines[: checksums.index(last) + 1])
+    if not is_there(path):
         return
     try:
         with open_for_appending(path) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found > length:
+            if os.fstat(file.fileno()).st_size > length:
                 os.ftruncate(file.fileno(), length)
     except OSError as error:
         raise RunError(f"{path} could not be written: {reason(error)}") from error
-    if found < length:
-        raise RunError(
-            f"{path} has {found} bytes, it had {length} when the checkpoint was written: lines are "
-            "missing"
-        )
 
 
-def read_journal(path: Path) -> list[Record]:
+def read_journal(path: Path, run_id: str) -> list[Record]:
     """All complete lines; none if there is no file. A line that is being written is left out.
 
     Raises:
-        RunError: when a line is not a record; names the line.
+        RunError: when a line is not a record of this run, or was changed; names the line.
+    """
+    records = []
+    for number, (line, _) in enumerate(_read_lines(path, run_id), start=1):
+        try:
+            values = json.loads(line)
+            del values["sha256"]
+            records.append(_record(values))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RunError(f"{path}, line {number} is not a record: {error}") from error
+    return records
+
+
+def last_checksum(path: Path, run_id: str) -> str:
+    """The checksum of the last complete line; `run_id` if there is no line.
+
+    Raises:
+        RunError: as `read_journal`.
+    """
+    lines = _read_lines(path, run_id)
+    return lines[-1][1] if lines else run_id
+
+
+def _read_lines(path: Path, run_id: str) -> list[tuple[bytes, str]]:
+    """All complete lines and their checksums.
+
+    Raises:
+        RunError: when a checksum does not match; names the line.
     """
     if not is_there(path):
         return []
     with reading(path, RunError):
-        lines = read_file(path, LARGE).split(b"\n")[:-1]
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(_record(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise RunError(f"{path}, line {number} is not a record: {error}") from error
-    return records
+        content = read_file(path, LARGE).split(b"\n")[:-1]
+    lines, before = [], run_id
+    for number, line in enumerate(content, start=1):
+        match = _LINE.fullmatch(line)
+        if match is None or _checksum(before, match[1]) != match[2].decode():
+            raise RunError(
+                f"{path}, line {number} is not a record as this run wrote it: it was changed, or "
+                "lines before it were; put the original back"
+            )
+        before = match[2].decode()
+        lines.append((line, before))
+    return lines
+
+
+def _checksum(before: str, values: bytes) -> str:
+    return hashlib.sha256(before.encode() + values).hexdigest()
 
 
 def _record(values: Any) -> Record:

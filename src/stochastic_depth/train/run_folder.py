@@ -30,10 +30,11 @@ from stochastic_depth.files import (
 from stochastic_depth.train import layout
 from stochastic_depth.train.checkpoint import Checkpoints
 from stochastic_depth.train.config import Config, restore
-from stochastic_depth.train.journal import Record, read_journal
+from stochastic_depth.train.journal import Record, last_checksum, read_journal
 from stochastic_depth.train.runtime import Runtime, machine, versions
 
-FORMAT = 1
+FORMAT = 2
+"""The number of the format of a run folder: of its description, its journal and its checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ class Run:
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.path / layout.CHECKPOINTS, self.id, self.config.keep)
 
-    def journal_length(self) -> int:
-        """The length of the journal, in bytes."""
-        return self.journal.lstat().st_size if is_there(self.journal) else 0
-
     def records(self) -> list[Record]:
         """The records of the journal so far."""
-        return read_journal(self.journal)
+        return read_journal(self.journal, self.id)
+
+    def journal_end(self) -> str:
+        """The checksum of the journal's last line; the identity of the run if there is no line."""
+        return last_checksum(self.journal, self.id)
 
     def require_data(self, fingerprint: str) -> None:
         """Refuse data that is not the data on which the run began.
@@ -197,12 +198,22 @@ def open_run(path: Path) -> Run:
     except OSError as error:
         why = f"{described} cannot be read: {reason(error)}"
         raise RunError(f"{path} is not a run folder: {why}") from None
+    if not text.strip():
+        raise RunError(
+            f"{described} is empty: put the original back, or remove {path} and begin another run"
+        )
     try:
         values = json.loads(text)
+        if not isinstance(values, dict) or "format" not in values:
+            raise RunError(
+                f"{described} does not describe a run: put the original back, or give another "
+                "folder"
+            )
         if values["format"] != FORMAT:
             raise RunError(
-                f"{described} has format {values['format']}, this version reads {FORMAT}: use the "
-                "version that wrote it"
+                f"{path} was written by another version of this library: the format in its "
+                f"{layout.CONFIG} is {values['format']!r}, and this version reads {FORMAT}; use "
+                "the version that wrote it"
             )
         if values.pop("sha256", None) != checksum(values):
             raise RunError(

@@ -22,9 +22,8 @@ from stochastic_depth.files import (
     write_whole,
 )
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train import Config, Record, layout
+from stochastic_depth.train import Config, Record, layout, open_run
 from stochastic_depth.train.build import build_depth, build_model
-from stochastic_depth.train.journal import read_journal
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,8 @@ class Sweep:
 
     def records(self, point: Point) -> list[Record]:
         """The records of a point's journal so far."""
-        return read_journal(self.path(point) / layout.JOURNAL)
+        path = self.path(point)
+        return open_run(path).records() if is_there(path) else []
 
 
 def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Sweep:
