@@ -175,10 +175,7 @@ def write_whole(path: Path, content: bytes, real_parts: int = 1) -> None:
     unfinished = UNFINISHED + secrets.token_hex(8)  # nobody else can know this name
     try:
         with _folder(path.parent, max(real_parts - 1, 0)) as folder:
-            with suppress(FileNotFoundError):
-                found = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
-                if not stat.S_ISLNK(found.st_mode):
-                    _require_regular(found, os.O_RDONLY)
+            _require_replaceable(path.name, folder)
             try:
                 _write_synced(unfinished, content, folder)
                 os.replace(unfinished, path.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -187,6 +184,22 @@ def write_whole(path: Path, content: bytes, real_parts: int = 1) -> None:
                 with suppress(OSError):
                     os.unlink(unfinished, dir_fd=folder)
                 raise
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {reason(error)}") from error
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse what `write_whole` refuses, before there is anything to write.
+
+    Raises:
+        RunError: as `write_whole`.
+    """
+    unfinished = UNFINISHED + secrets.token_hex(8)
+    try:
+        with _folder(path.parent, 0) as folder:
+            _require_replaceable(path.name, folder)
+            _write_synced(unfinished, b"", folder)
+            os.unlink(unfinished, dir_fd=folder)
     except OSError as error:
         raise RunError(f"{path} could not be written: {reason(error)}") from error
 
@@ -273,6 +286,13 @@ def _require_regular(found: os.stat_result, flags: int) -> None:
             errno.EMLINK,
             "it is a hard link, and its other name would be changed too: put a copy in its place",
         )
+
+
+def _require_replaceable(name: str, folder: int) -> None:
+    with suppress(FileNotFoundError):
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISLNK(found.st_mode):
+            _require_regular(found, os.O_RDONLY)
 
 
 @contextmanager

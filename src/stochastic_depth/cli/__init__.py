@@ -8,6 +8,7 @@ cannot be understood; 128 + n when stopped by signal n, with a checkpoint if a r
 """
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from types import FrameType
 
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.extras import require
+from stochastic_depth.files import reason
 from stochastic_depth.plain_text import escaped
 
 COMMANDS = {
@@ -39,14 +41,35 @@ MODULES = {"compare": "train", "eval": "train", "predict": "export", "recipes": 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     os.environ.setdefault("GOMP_SPINCOUNT", spin_count())  # before PyTorch is loaded
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # for encodings that have no arrows
     try:
-        return _interruptible(list(sys.argv[1:] if arguments is None else arguments))
+        code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except StochasticDepthError as error:
         print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is not None:  # it is not of an output
+            raise
+        _discard_output()
+        print(f"error: the output cannot be written: {reason(error)}", file=sys.stderr)
+        return 1
+
+
+def _discard_output() -> None:
+    """Discard what is still to be printed, which would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        return _interruptible(arguments)
     except SystemExit as exit:  # the parser has said what is wrong, or printed help
         if isinstance(exit.__context__, BrokenPipeError):  # how rich ends when its output is closed
             return 128 + signal.SIGPIPE
@@ -70,9 +93,7 @@ def spin_count() -> str:
 def _interruptible(arguments: list[str]) -> int:
     with _interrupts() as pressed:
         try:
-            code = _run(arguments)
-            sys.stdout.flush()
-            return code
+            return _run(arguments)
         except BaseException:
             if not pressed:
                 raise

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stochastic_depth.cli.arguments import choose, parse
+from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.lab.options import (
     BenchOptions,
     BusyOptions,
@@ -50,6 +51,8 @@ def bench(arguments: list[str]) -> int:
     summaries = {name: str(kind.__doc__).splitlines()[0] for name, kind in BENCHMARKS.items()}
     name, rest = choose("stochastic-depth bench", about, "benchmark", summaries, arguments)
     asked = parse(BENCHMARKS[name], f"bench {name}", rest, summaries[name])
+    require_output(asked.out, "benchmark")
+    require_output(getattr(asked, "plot", None), "picture")
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()

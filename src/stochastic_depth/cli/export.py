@@ -9,6 +9,7 @@ import tyro
 
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.cli.arguments import Flag, parse, require_run
+from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.train.config import at_least, check_that
 
@@ -19,14 +20,23 @@ if TYPE_CHECKING:
     from stochastic_depth.export.truncate import Dropped
 
 
+Format = Literal["safetensors", "torch", "onnx"]
+SUFFIX: dict[Format, str] = {
+    "safetensors": ".safetensors",
+    "torch": ".pt2",
+    "onnx": ".onnx",
+}
+
+
 @dataclass(frozen=True)
 class Export:
     """Write a trained network to a plain file, p_l in its weights, and check it."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run folder."""
-    format: Literal["safetensors", "torch", "onnx"] = "safetensors"
-    """safetensors, torch (torch.export, .pt2), or onnx; all accept batches of any size."""
+    format: Format | None = None
+    """safetensors, torch (torch.export, .pt2), or onnx (none: as the end of --out says, or
+    safetensors); all accept batches of any size."""
     depth: float = 1.0
     """The share of blocks to keep; those that validation needs least are removed."""
     elastic: Flag = False
@@ -41,10 +51,36 @@ class Export:
 
     def check(self) -> None:
         _check_share(self.depth)
-        if self.elastic and (self.format != "safetensors" or self.depth < 1):
+        form = self.chosen_format()
+        if self.elastic and (form != "safetensors" or self.depth < 1):
             raise ConfigError(
                 "--elastic keeps all blocks, in a safetensors file: leave out --depth and --format"
             )
+
+    def chosen_format(self) -> Format:
+        """The format; if it is not given, that of the suffix of --out.
+
+        Raises:
+            ConfigError: when the suffix is that of another format, or of none.
+        """
+        if self.out is None:
+            return self.format or "safetensors"
+        formats: dict[str, Format] = {suffix: form for form, suffix in SUFFIX.items()}
+        named = formats.get(self.out.suffix)
+        if self.format is not None and named in (None, self.format):
+            return self.format
+        if named is None:
+            raise ConfigError(
+                f"--out {self.out} has no suffix of a format ({', '.join(SUFFIX.values())}): "
+                "choose a name that has one, or give --format"
+            )
+        if self.format is not None:
+            raise ConfigError(
+                f"--out {self.out} is named as a file of the format {named}, and --format is "
+                f"{self.format}: leave out --format, or choose a name that ends in "
+                f"{SUFFIX[self.format]}"
+            )
+        return named
 
 
 @dataclass(frozen=True)
@@ -81,12 +117,16 @@ def _check_share(depth: float) -> None:
 def export(arguments: list[str]) -> int:
     asked = parse(Export, "export", arguments)
     require_run(asked.run)
+    form = asked.chosen_format()
+    path = asked.out or Path(asked.run.name + SUFFIX[form])
+    require_output(path, form)
+    require_output(path.with_name(path.name + ".json"), "description")
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()
     with console.starting():
         from stochastic_depth.export import network
-        from stochastic_depth.export.write import SUFFIX, write_export
+        from stochastic_depth.export.write import write_export
         from stochastic_depth.train import reopen
     from rich.progress import track
 
@@ -115,8 +155,7 @@ def export(arguments: list[str]) -> int:
         plain = network.shallower_network(run, images, asked.checkpoint, asked.depth, progress)
     else:
         plain = network.plain_network(run, images, asked.checkpoint)
-    path = asked.out or Path(run.path.name + SUFFIX[asked.format])
-    difference = write_export(path, plain, asked.format)
+    difference = write_export(path, plain, form)
     console.say(
         f"{path} ({path.stat().st_size:,} bytes): read back, outputs differ by "
         f"{difference:.1e} of the largest one"

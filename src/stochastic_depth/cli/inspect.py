@@ -13,6 +13,7 @@ import tyro
 
 from stochastic_depth.choices import Granularity
 from stochastic_depth.cli.arguments import Flag, parse
+from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import (
     ApplyError,
     ConfigError,
@@ -73,6 +74,8 @@ class Inspect:
 
 def inspect(arguments: list[str]) -> int:
     asked = parse(Inspect, "inspect", arguments)
+    require_output(asked.report, "page", makes_folders=True)
+    require_output(asked.out, "inspection")
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from stochastic_depth.cli.arguments import Flag, parse
+from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.extras import require
 
@@ -41,6 +42,7 @@ def report(arguments: list[str]) -> int:
                 f"{path} holds no run, it does not exist: give run folders, folders of runs, sweep "
                 "folders, or files that bench depth wrote with --out"
             )
+    require_output(asked.out, "page", makes_folders=True)
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()
@@ -57,6 +59,8 @@ def report(arguments: list[str]) -> int:
     made = write_report(asked.runs, asked.out, asked.figures)
     drawn = sum(len(section.figures) for section in made.sections)
     console.say(f"{asked.out}: {count_text(drawn, 'figure')}")
+    for path in made.unmeasured:
+        console.say(f"nothing measured yet in {path}: its journal is empty")
     for title, command in made.missing:
         console.say(f"no data for: {title}; {command}")
     return 0

@@ -9,6 +9,7 @@ import tyro
 
 from stochastic_depth.choices import RuleName, SweepKind
 from stochastic_depth.cli.arguments import Flag, choose, parse_recipe, usage_errors
+from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.extras import require
 from stochastic_depth.recipes.paper import gatings
@@ -154,6 +155,8 @@ def sweep(arguments: list[str]) -> int:
     about = f"{ABOUT}\nThe grid has {KINDS[kind]}."
     common = *COMMON[kind], "--seeds INT", "--workers INT", "--out DIR"
     asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind], common)
+    if isinstance(asked, GatesSweep):
+        require_output(asked.plot, "picture")
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()

@@ -19,7 +19,6 @@ from stochastic_depth.files import write_whole
 from stochastic_depth.train.weights import checksum
 
 Format = Literal["safetensors", "torch", "onnx"]
-SUFFIX: dict[Format, str] = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 LIMIT = 1e-4
 """The largest accepted difference of outputs, relative to the largest output."""
 
@@ -131,7 +130,8 @@ def read_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
         session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen exception types
         raise ExportError(
-            f"onnxruntime cannot load it ({first_line(error)}): choose another --format"
+            f"onnxruntime cannot load it ({first_line(error)}): export the run again, or with "
+            "another --format"
         ) from error
     description = session.get_modelmeta().custom_metadata_map.get(KEY)
     if description is None:

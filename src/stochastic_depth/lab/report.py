@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_rates_figure
@@ -55,6 +56,8 @@ class Report:
     """A table of all experiments, if there are several."""
     missing: tuple[tuple[str, str], ...]
     """The title of each figure that lacks data, and the command that measures the data."""
+    unmeasured: tuple[Path, ...] = ()
+    """The run folders whose journal is empty."""
 
 
 def build_report(sources: Sources) -> Report:
@@ -73,6 +76,7 @@ def build_report(sources: Sources) -> Report:
         tuple(_with_distinct_ids(sections)),
         overview(trained) if len(trained) > 1 else None,
         missing,
+        tuple(run.run.path for run in begun),
     )
 
 

@@ -90,13 +90,26 @@ def trained_model(
     """
     require_weights_of(run.id, run.weights)
     records, steps = run.records(), run.checkpoints.steps()
+    if records and not steps:
+        raise CheckpointError(
+            f"{run.path} has no checkpoints left: put a copy of {run.checkpoints.folder} in its "
+            "place, or train another run"
+        )
     if not records or not steps:
         raise CheckpointError(
             f"{run.path} has no evaluated checkpoint yet: go on with it by "
             f"stochastic-depth train --resume {run.path}"
         )
     step = best_record(records).step if which == "best" else steps[0]
-    state = run.checkpoints.load(step, run.runtime.device)
+    try:
+        state = run.checkpoints.load(step, run.runtime.device)
+    except CheckpointError as error:
+        if step == steps[0]:
+            raise
+        raise CheckpointError(
+            f"{error}. Put a copy in its place, or use the newest one: --checkpoint last "
+            '(which="last", in Python)'
+        ) from error
     model, handle = build_network(run.config, run.runtime, images)
     with as_checkpoint_error(step):
         model.load_state_dict(state["model"])

@@ -1,0 +1,190 @@
+"""What a command writes never takes the place of another file, and is checked before the work."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from stochastic_depth.cli import main
+from stochastic_depth.cli.export import Export
+from stochastic_depth.errors import ConfigError
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.train import DataConfig, ModelConfig, begin, fit
+from support.runs import SILENT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OWN = [
+    "config.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "lock",
+    "failed.txt",
+    "analysis/pruning.json",
+    "checkpoints/step-000000010.ckpt",
+]
+COMMANDS = {
+    "report": "report RUN --out FILE",
+    "export": "export RUN --format safetensors --out FILE",
+    "bench": "bench skip --out FILE",
+    "inspect": "inspect timm/resnet18 --out FILE",
+    "inspect page": "inspect timm/resnet18 --report FILE",
+    "gates": "sweep gates --plot FILE",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "run"
+    config = replace(
+        RECIPES["digits"](), data=DataConfig(train=320), model=ModelConfig(depth=8), epochs=2
+    )
+    run, images = begin(config, path)
+    list(fit(run, images, SILENT))
+    return path
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def refused(capsys, command: str, run, file) -> str:
+    assert main([{"RUN": str(run), "FILE": str(file)}.get(a, a) for a in command.split()]) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_files_of_a_run_are_not_written_over(command, name, run, capsys):
+    (run / "analysis").mkdir()
+    before = (run / name).read_bytes() if (run / name).exists() else None
+    assert f"{name} is among the files of the run {run}" in refused(
+        capsys, command, run, run / name
+    )
+    assert ((run / name).read_bytes() if (run / name).exists() else None) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_files_of_another_kind_are_not_written_over(command, run, tmp_path, capsys):
+    mine = tmp_path / "thesis"
+    mine.write_text("of years")
+    assert "thesis is not " in (shown := refused(capsys, command, run, mine))
+    assert "choose another name, or remove it" in shown
+    assert mine.read_text() == "of years"
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_a_device_and_a_folder_are_told_with_a_remedy_that_works(command, run, tmp_path, capsys):
+    assert "/dev/null is a device or a pipe, and no file: choose another name" in refused(
+        capsys, command, run, "/dev/null"
+    )
+    assert "is a folder, and no file: choose another name" in refused(
+        capsys, command, run, tmp_path
+    )
+
+
+def test_a_file_that_cannot_be_written_is_told_before_a_benchmark(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("stochastic_depth.cli.bench._runtime", lambda _: pytest.fail("it began"))
+    missing = tmp_path / "nowhere" / "result.json"
+    assert main(["bench", "skip", "--out", str(missing)]) == 1
+    assert f"{missing} could not be written: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_result_is_written_over_an_earlier_one_of_its_kind(run, capsys):
+    for _ in range(2):
+        assert main(["export", str(run), "--out", "net.safetensors"]) == 0
+        assert main(["report", str(run), "--out", "new/page.html"]) == 0
+    capsys.readouterr()
+    assert "net.safetensors is a safetensors file, not a page" in refused(
+        capsys, "report RUN --out FILE", run, "net.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "out", "chosen"),
+    [
+        (None, None, "safetensors"),
+        (None, "x.onnx", "onnx"),
+        (None, "x.pt2", "torch"),
+        (None, "x.safetensors", "safetensors"),
+        ("onnx", None, "onnx"),
+        ("torch", "x.pt", "torch"),
+    ],
+)
+def test_the_name_of_the_file_says_the_format(given, out, chosen, tmp_path):
+    asked = Export(tmp_path, format=given, out=out and tmp_path / out)
+    assert asked.chosen_format() == chosen
+
+
+@pytest.mark.parametrize(
+    ("given", "out", "shown"),
+    [
+        (None, "x.net", "has no suffix of a format (.safetensors, .pt2, .onnx)"),
+        ("torch", "x.onnx", "leave out --format, or choose a name that ends in .pt2"),
+    ],
+)
+def test_a_name_that_misleads_about_the_format_is_refused(given, out, shown, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=re.escape(shown)):
+        Export(tmp_path, format=given, out=tmp_path / out).chosen_format()
+    options = ["--format", given] if given else []
+    assert main(["export", str(tmp_path), "--out", out, *options]) == 2
+    assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["--version"], ["--help"], ["train", "--help"]])
+def test_a_full_disk_under_the_output_is_told(arguments):
+    command = [sys.executable, "-m", "stochastic_depth", *arguments]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "error: the output cannot be written: No space left on device; make room, then go on\n"
+    )
+
+
+def test_an_encoding_without_arrows_has_something_in_their_place(run):
+    ended = subprocess.run(
+        [sys.executable, "-m", "stochastic_depth", "train", "--resume", str(run)],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert b" images ? " in ended.stdout
+
+
+@pytest.mark.parametrize("command", ["eval RUN", "export RUN", "analyze pruning RUN"])
+def test_without_checkpoints_the_remedy_is_a_copy_of_them(command, run, capsys):
+    shutil.rmtree(run / "checkpoints")
+    shown = refused(capsys, command, run, "")
+    assert f"{run} has no checkpoints left: put a copy of {run}/checkpoints in its place" in shown
+    assert "--resume" not in shown
+
+
+def test_where_the_best_checkpoint_is_damaged_the_last_one_is_a_remedy(run, capsys, monkeypatch):
+    best, last = sorted((run / "checkpoints").iterdir())
+    monkeypatch.setattr(
+        "stochastic_depth.train.open.best_record",
+        lambda records: min(records, key=lambda r: r.step),
+    )
+    best.write_bytes(b"damaged")
+    assert "--checkpoint last" in refused(capsys, "eval RUN", run, "")
+    assert main(["eval", str(run), "--checkpoint", "last"]) == 0
+    last.write_bytes(b"damaged")
+    assert "--checkpoint last" not in refused(capsys, "eval RUN --checkpoint last", run, "")
+
+
+def test_a_run_that_has_measured_nothing_is_named(run, capsys):
+    (run / "metrics.jsonl").write_bytes(b"")
+    assert main(["report", str(run)]) == 0
+    assert f"nothing measured yet in {run}: its journal is empty" in capsys.readouterr().out
+
+
+def test_a_damaged_onnx_file_is_to_be_exported_again(run, capsys, tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"\x08")
+    shown = refused(capsys, "predict FILE picture.png", run, "net.onnx")
+    assert "export the run again" in shown
