@@ -44,7 +44,7 @@ def test_an_export_replaces_a_link_and_refuses_a_pipe(trained, tmp_path, mine, c
     assert not link.is_symlink()
     pipe = put(tmp_path / "pipe.safetensors", "pipe", mine)
     assert main(["export", str(trained), "--out", str(pipe)]) == 1
-    assert "it is a pipe, expected a regular file: remove it" in capsys.readouterr().err
+    assert "is a device or a pipe, and no file: choose another name" in capsys.readouterr().err
     assert mine.read_bytes() == b"mine"
 
 
