@@ -92,7 +92,7 @@ def test_journals_are_enough_for_gradients_and_active_blocks(runs, capsys, tmp_p
     shown(capsys, "gradients", "run")
     out = shown(capsys, "active", "run")
     assert "exact 2.00" in out
-    assert "has no evaluated checkpoint" in refused(capsys, "ensemble", "run")
+    assert "has no checkpoints left" in refused(capsys, "ensemble", "run")
 
 
 def test_the_ensemble_of_several_seeds_is_one_table(runs, capsys):

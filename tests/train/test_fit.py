@@ -225,7 +225,7 @@ def test_a_folder_that_is_no_run_is_refused(path):
     path.mkdir()
     with pytest.raises(RunError, match="not a run folder"):
         open_run(path)
-    (path / "config.json").write_text('{"format": 1, "id": "x"}')
+    (path / "config.json").write_text(f'{{"format": {FORMAT}, "id": "x"}}')
     with pytest.raises(RunError, match="damaged or was edited"):
         open_run(path)
 
