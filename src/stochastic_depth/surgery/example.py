@@ -57,13 +57,16 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 
 
 @contextmanager
-def preserve_state(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore `model` afterwards: modes, tensors, gradients, attributes, hooks; the random state.
 
     If a forward pass replaces a buffer or a parameter, the original tensor is restored, with its
     content. While this is entered, no module runs compiled, and PyTorch's own transformer layers do
     not use their fused path, because both bypass hooks and modes. Hooks on gradients, by which an
     optimizer may step during the backward pass, do not run.
+
+    Yields:
+        A function that restores the modules at once, so that another pass begins as the first did.
     """
     modules = list(model.modules())
     states = [_ModuleState(module) for module in modules]
@@ -72,6 +75,11 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     on_gradients = [hooks for p, _ in gradients if (hooks := p._post_accumulate_grad_hooks)]
     held = [(hooks, dict(hooks)) for hooks in on_gradients]
+
+    def restore() -> None:
+        for state in states:
+            state.restore()
+
     try:
         for hooks, _ in held:
             hooks.clear()
@@ -81,13 +89,12 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             set_call(module, None)
         torch.backends.mha.set_fastpath_enabled(False)
         with preserved_randomness(model):
-            yield
+            yield restore
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, implementation in compiled:
             set_call(module, implementation)
-        for state in states:
-            state.restore()
+        restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for hooks, content in held:

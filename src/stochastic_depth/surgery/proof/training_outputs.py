@@ -19,6 +19,7 @@ from stochastic_depth.surgery.proof.gated import Gated, closed_sets, smallest
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 Run = Callable[..., Any]
+Restore = Callable[[], None]
 Excuse = Callable[[nn.Module, Run], str]
 
 
@@ -45,9 +46,13 @@ def compare_training(gated: Gated) -> None:
     """
     only = [n for n, block in enumerate(gated.found) if block.training_only]
     excused = set[Excuse]()
-    with _SteadyDropout(), warnings.catch_warnings():
+    with (
+        preserve_state(gated.model) as restore,
+        _SteadyDropout(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # checkpoints warn of inputs without gradients
-        for trial in _trials(gated, only):
+        for trial in _trials(gated, only, restore):
             why = "" if trial.excuse in excused else trial.wrong(trial.blocks)
             if not why:
                 continue
@@ -63,37 +68,40 @@ def compare_training(gated: Gated) -> None:
             raise unsupported(first.name, first.module, why + excuse, names)
 
 
-def _trials(gated: Gated, only: list[int]) -> Iterator[Trial]:
+def _trials(gated: Gated, only: list[int], restore: Restore) -> Iterator[Trial]:
     """What is compared.
 
     Args:
         only: the blocks that run in training mode only.
+        restore: restores the state of the model; it is called after each pass.
     """
     for closed in closed_sets(len(gated.found)):
-        yield Trial(sorted(closed), functools.partial(_wrong_closed, gated), unsteady)
+        yield Trial(sorted(closed), functools.partial(_wrong_closed, gated, restore), unsteady)
     if not gated.fully_open().is_plain:
-        wrong = functools.partial(_wrong_though_open, gated)
+        wrong = functools.partial(_wrong_though_open, gated, restore)
         yield Trial(gated.everything, wrong, remembering)
     if only and gated.batch is not None:
         half, keep = gated.half(gated.batch)
-        yield Trial(only, functools.partial(_wrong_for_half, gated, half, keep), unsteady)
+        yield Trial(only, functools.partial(_wrong_for_half, gated, restore, half, keep), unsteady)
 
 
-def _wrong_closed(gated: Gated, part: list[int]) -> str:
+def _wrong_closed(gated: Gated, restore: Restore, part: list[int]) -> str:
     """How outputs differ from the original's with the blocks `part` closed; empty if not at all."""
-    if _same(gated, gated.other_step, CLOSED, part):
+    if _same(gated, restore, gated.other_step, CLOSED, part):
         return ""
     why = (
         "in training mode, with it closed, the output differs from that of the original whose "
         "addition returns its shortcut"
     )
-    stale = gated.other_step is not gated.step and _same(gated, gated.step, CLOSED, part)
+    stale = gated.other_step is not gated.step and _same(gated, restore, gated.step, CLOSED, part)
     return f"{why}: {STALE}" if stale else why
 
 
-def _wrong_for_half(gated: Gated, gate: Gate, keep: Tensor, part: list[int]) -> str:
+def _wrong_for_half(
+    gated: Gated, restore: Restore, gate: Gate, keep: Tensor, part: list[int]
+) -> str:
     """How outputs differ with `gate`, which is open for the samples `keep`; empty if not at all."""
-    if _same(gated, gated.step, gate, part, keep):
+    if _same(gated, restore, gated.step, gate, part, keep):
         return ""
     return (
         "in training mode, with it open for half of the samples, the output differs from "
@@ -101,7 +109,14 @@ def _wrong_for_half(gated: Gated, gate: Gate, keep: Tensor, part: list[int]) -> 
     )
 
 
-def _same(gated: Gated, run: Run, gate: Gate, part: list[int], keep: Tensor | None = None) -> bool:
+def _same(
+    gated: Gated,
+    restore: Restore,
+    run: Run,
+    gate: Gate,
+    part: list[int],
+    keep: Tensor | None = None,
+) -> bool:
     """Whether the outputs of `run` with `gate` at the blocks `part` are those of the original.
 
     If `run` has other inputs than the example, a pass on the example with all gates open comes
@@ -110,26 +125,31 @@ def _same(gated: Gated, run: Run, gate: Gate, part: list[int], keep: Tensor | No
     Args:
         keep: bool [batch], the samples for which `gate` is open; None if it is closed for all.
     """
-    with preserve_state(gated.model), torch.no_grad():
+    with torch.no_grad():
         if run is not gated.step:
             with gated.trained_with(OPEN, ()):
                 gated.step()
         with gated.trained_with(gate, part):
             outputs = tensors_in(run())
-    with preserve_state(gated.model), torch.no_grad(), gated.original(part, keep):
-        expected = tensors_in(run())
+        restore()
+        with gated.original(part, keep):
+            expected = tensors_in(run())
+        restore()
     return largest_difference(expected, outputs) <= TOLERANCE
 
 
-def _wrong_though_open(gated: Gated, part: list[int]) -> str:
+def _wrong_though_open(gated: Gated, restore: Restore, part: list[int]) -> str:
     """How outputs or gradients differ from the original's with open gates; empty if not at all."""
     try:
-        with preserve_state(gated.model), gated.trained_with(gated.fully_open(), part):
+        with gated.trained_with(gated.fully_open(), part):
             outputs, gradients = _step(gated)
     except GateError as error:
         return f"in training mode {error}"
-    with preserve_state(gated.model), gated.original():
+    finally:
+        restore()
+    with gated.original():
         expected, expected_gradients = _step(gated)
+    restore()
     same = largest_difference(expected, outputs) <= TOLERANCE
     if differs := _different(expected_gradients, gradients) if same else "output":
         return (
