@@ -120,7 +120,8 @@ def owned_parameters(
     modules as possible, all of whose parameters are among the names.
 
     Args:
-        there: the result of `count_inside` for the names of all parameters of the model.
+        there: the result of `count_inside` for all names of all parameters of the model; one that
+            several modules share has several.
     """
     names = list(dict.fromkeys(names))
     wanted = count_inside(names)

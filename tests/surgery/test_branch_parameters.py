@@ -129,3 +129,51 @@ def test_a_parameter_that_something_open_uses_too_keeps_its_gradient(skipped, wr
             torch.testing.assert_close(model.shared.weight.grad, plain.shared.weight.grad)
         elif skipped == "freeze":
             assert model.shared.weight.grad is None
+
+
+class TiedToTheHead(nn.Module):
+    """Layers of all branches have the weight of the head, under names of their own."""
+
+    def __init__(self, units: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList()
+        for _ in range(3):
+            layer = nn.Linear(8, 8)
+            layer.weight = self.head.weight
+            self.blocks.append(sd.Residual(layer) if units else Adds(layer))
+
+    def forward(self, x: Tensor, gates: tuple[bool, ...] | None = None) -> Tensor:
+        for n, block in enumerate(self.blocks):
+            x = block(x) if gates is None else x + gates[n] * block.branch(x)
+        return self.head(x)
+
+
+class Adds(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+@pytest.mark.parametrize(("units", "example"), [(True, None), (True, X), (False, X)])
+def test_a_weight_that_is_tied_to_the_trunk_keeps_its_gradient(skipped, units, example) -> None:
+    model = TiedToTheHead(units)
+    plain = copy.deepcopy(model)
+    handle = sd.apply(model, sd.Uniform(0.5), example=example, skipped=skipped)
+    assert [block.parameters for block in handle.blocks] == [
+        (f"blocks.{n}.branch.bias",) for n in range(3)
+    ]
+    run = DistributedDataParallel(model)
+    for gates in itertools.product([True, False], repeat=3):
+        run.zero_grad()
+        plain.zero_grad()
+        with handle.forced(gates):
+            run.train()(X).square().sum().backward()
+        plain(X, gates).square().sum().backward()
+        torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)

@@ -825,3 +825,41 @@ def test_what_branches_leave_for_others_in_training_mode_alone_is_proved_too(kee
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
         with handle.forced(gates):
             torch.testing.assert_close(model.train()(x), plain.train()(x, gates))
+
+
+class AddsInTraining(Plain):
+    """Training mode alone adds, in a helper that activates the sum."""
+
+    def forward(self, x):
+        return add_relu(x, self.f(x)) if self.training else torch.relu(x)
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Plain(), Plain()])
+        self.later = nn.ModuleList([AddsInTraining(), AddsInTraining()])
+
+    def forward(self, x):
+        for block in [*self.blocks, *self.later]:
+            x = block(x)
+        return x
+
+
+def test_the_factor_is_proved_for_blocks_of_training_mode_alone_too():
+    torch.manual_seed(0)
+    model, x = Both(), X.abs()
+    plain, handle = (
+        copy.deepcopy(model),
+        sd.apply(model, sd.Uniform(0.5), example=x, scale="training"),
+    )
+    assert len(handle.blocks) == 4
+    for gates in itertools.product([False, True], repeat=4):
+        expected = x
+        for block, gate in zip([*plain.blocks, *plain.later], gates, strict=True):
+            if isinstance(block, AddsInTraining):
+                expected = torch.relu(expected + 2 * gate * block.f(expected))
+            else:
+                expected = expected + 2 * gate * torch.relu(block.f(expected))
+        with handle.forced(gates):
+            torch.testing.assert_close(model.train()(x), expected)

@@ -324,7 +324,7 @@ def put_gates(model: nn.Module, found: Sequence[FoundBlock], select: bool) -> li
     """Install gates in the modules of all blocks, one for each unit, and return the blocks."""
     edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
     blocks: list[Block] = []
-    there = count_inside(name for name, _ in model.named_parameters())
+    there = count_inside(name for name, _ in model.named_parameters(remove_duplicate=False))
     for block in found:
         if isinstance(block.module, Residual):
             install(block.module, {})

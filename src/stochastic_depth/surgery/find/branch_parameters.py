@@ -25,18 +25,38 @@ def attribute_parameters(
     list that the example does not use, such as an expert that got no samples, belongs to the blocks
     that have everything which the example uses of this list.
     """
+    first_name = {id(p): name for name, p in model.named_parameters()}
     branches = set[int]().union(*(event.branch for _, events in pairs for event in events))
     users = analysis.users_of_parameters()
     outside = {name for name, values in users.items() if not values <= branches}
     owners: dict[str, set[int]] = {name: set() for name in users}
     for number, (block, _) in enumerate(pairs):
         for name in block.parameters:
-            if name not in outside:
-                owners.setdefault(name, set()).add(number)
+            first = first_name[id(model.get_parameter(name))]
+            if first not in outside:
+                owners.setdefault(first, set()).add(number)
     owners |= dict(_owners_of_unused(model, owners))
     return [
         (replace(block, parameters=tuple(sorted(n for n in owners if number in owners[n]))), events)
         for number, (block, events) in enumerate(pairs)
+    ]
+
+
+def attribute_parameters_of_units(
+    blocks: Sequence[FoundBlock], model: nn.Module
+) -> list[FoundBlock]:
+    """`Residual` units, each with the parameters of its branch that no other module has too."""
+    branches = tuple(f"{block.name}.branch." if block.name else "branch." for block in blocks)
+    named = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter) for name, parameter in named if not name.startswith(branches)}
+    return [
+        replace(
+            block,
+            parameters=tuple(
+                n for n in block.parameters if id(model.get_parameter(n)) not in outside
+            ),
+        )
+        for block in blocks
     ]
 
 

@@ -22,7 +22,11 @@ from stochastic_depth.surgery.blocks import (
     residual_block,
 )
 from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.surgery.find.branch_parameters import BlockWithEvents, attribute_parameters
+from stochastic_depth.surgery.find.branch_parameters import (
+    BlockWithEvents,
+    attribute_parameters,
+    attribute_parameters_of_units,
+)
 from stochastic_depth.surgery.find.deferred_groups import deferred_groups
 from stochastic_depth.surgery.find.mechanisms import (
     clashes,
@@ -88,7 +92,7 @@ def find_residuals(
     blocks = [each for each in blocks if selected.allows(each.name, each.names_in_branch())]
     if not blocks:
         raise nothing_found(model, None)
-    return Found(blocks, [])
+    return Found(attribute_parameters_of_units(blocks, model), [])
 
 
 def find_blocks(

@@ -12,10 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import CLOSED, OPEN, Gate
+from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.proof.evaluation import STALE, TOLERANCE, remembering, unsteady
-from stochastic_depth.surgery.proof.gated import Gated, closed_sets, smallest
+from stochastic_depth.surgery.proof.gated import HALF, TIMES_HALF, Gated, closed_sets, smallest
 from stochastic_depth.tensors import largest_difference, tensors_in
 
 Run = Callable[..., Any]
@@ -77,6 +78,8 @@ def _trials(gated: Gated, only: list[int], restore: Restore) -> Iterator[Trial]:
     """
     for closed in closed_sets(len(gated.found)):
         yield Trial(sorted(closed), functools.partial(_wrong_closed, gated, restore), unsteady)
+    scaled = [n for n, b in enumerate(gated.found) if not isinstance(b.module, Residual)]
+    yield Trial(scaled, functools.partial(_wrong_scaled, gated, restore), unsteady)
     if not gated.fully_open().is_plain:
         wrong = functools.partial(_wrong_though_open, gated, restore)
         yield Trial(gated.everything, wrong, remembering)
@@ -95,6 +98,17 @@ def _wrong_closed(gated: Gated, restore: Restore, part: list[int]) -> str:
     )
     stale = gated.other_step is not gated.step and _same(gated, restore, gated.step, CLOSED, part)
     return f"{why}: {STALE}" if stale else why
+
+
+def _wrong_scaled(gated: Gated, restore: Restore, part: list[int]) -> str:
+    """How outputs differ with the branches of `part` times 0.5; empty if not at all."""
+    if _same(gated, restore, gated.step, TIMES_HALF, part, factor=HALF):
+        return ""
+    return (
+        f"in training mode, with its branch multiplied by {HALF}, the output differs from that of "
+        "the original, because more than the branch is multiplied: write the addition and what "
+        "follows it as two statements of the forward method"
+    )
 
 
 def _wrong_for_half(
@@ -116,6 +130,7 @@ def _same(
     gate: Gate,
     part: list[int],
     keep: Tensor | None = None,
+    factor: float = 0.0,
 ) -> bool:
     """Whether the outputs of `run` with `gate` at the blocks `part` are those of the original.
 
@@ -124,6 +139,7 @@ def _same(
 
     Args:
         keep: bool [batch], the samples for which `gate` is open; None if it is closed for all.
+        factor: what `gate` multiplies the branches by; 0 if it is closed.
     """
     with torch.no_grad():
         if run is not gated.step:
@@ -132,7 +148,7 @@ def _same(
         with gated.trained_with(gate, part):
             outputs = tensors_in(run())
         restore()
-        with gated.original(part, keep):
+        with gated.original(part, keep, factor):
             expected = tensors_in(run())
         restore()
     return largest_difference(expected, outputs) <= TOLERANCE
