@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
+from stochastic_depth.torch_private import call_of
 
 BLOCKS = 5
 HALF = sd.Uniform(0.5)
@@ -151,6 +152,7 @@ def test_after_an_interrupted_pass_all_is_as_before(inside):
     with ThreadPoolExecutor(1) as thread:
         out = thread.submit(model, batch()).result()
     torch.testing.assert_close(out, by_hand(model, batch(), handle.gates))
+    assert not any(map(call_of, model.modules()))  # nothing of the interrupted pass is left
 
 
 class Twice(Net):

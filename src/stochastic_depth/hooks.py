@@ -127,8 +127,16 @@ class ForwardHooks:
         PyTorch calls no hook when a forward pass ends with a KeyboardInterrupt.
         """
         running = _Running(frame, get_ident())
-        self._stack = [*(each for each in self._stack if each.is_running()), running]
+        self._forget([each for each in self._stack if not each.is_running()])
+        self._stack.append(running)
         return running
+
+    def _forget(self, interrupted: "Sequence[_Running]") -> None:
+        """Remove passes that have been interrupted, and what they have set up, innermost first."""
+        for each in reversed(interrupted):
+            self._stack.remove(each)
+            if each.drawn is not None:
+                each.drawn.interrupt()
 
     def _refuse_threads(self) -> None:
         """Raise `GateError` if a different thread is in a forward pass."""
@@ -150,9 +158,10 @@ class ForwardHooks:
 
     def _end(self, running: "_Running", output: Any) -> Any:
         """End a pass, and those within it that have been interrupted."""
-        at, ended = self._stack.index(running), running.drawn
-        inside = [each for each in self._stack[at + 1 :] if each.thread != running.thread]
-        self._stack = [*self._stack[:at], *inside]
+        inside = self._stack[self._stack.index(running) + 1 :]
+        self._forget([each for each in inside if each.thread == running.thread])
+        self._stack.remove(running)
+        ended = running.drawn
         outer = self._running()
         if outer is None:
             self.handle.clear_gates()
@@ -262,6 +271,10 @@ class ForwardPass:
                     tensor.register_hook(self.backward_begins)
         self.end_node = next_node_number()
         return output
+
+    def interrupt(self) -> None:
+        """End a pass that PyTorch has not ended, as after a KeyboardInterrupt."""
+        self._closed_gradients.end_forward()
 
     def backward_begins(self, _: Tensor | None = None) -> None:
         """Hook: a backward pass has reached a tensor that this pass has computed."""
