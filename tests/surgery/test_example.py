@@ -7,6 +7,16 @@ from torch import Tensor, nn
 from stochastic_depth.surgery.example import preserve_state
 
 
+class Statistics:
+    """An object of the model's author."""
+
+    def __init__(self) -> None:
+        self.calls, self.sizes, self.mean = 0, list[int](), torch.zeros(2)
+
+    def __repr__(self) -> str:
+        return f"{vars(self)}"
+
+
 class Recorder(nn.Module):
     """Counts its calls in containers of every kind, nested ones too, and in tensors inside them."""
 
@@ -15,6 +25,7 @@ class Recorder(nn.Module):
         self.loads, self.recent, self.by_size = Counter(), deque(maxlen=3), defaultdict(list)
         self.order, self.nested, self.seen = OrderedDict(), {"of": ([0], [[1]])}, set[int]()
         self.averages, self.pair = [torch.zeros(2)], (torch.zeros(2), "name")
+        self.statistics = {"all": Statistics()}
         self.itself = [self.nested]
         self.itself.append(self.itself)  # pyright: ignore[reportArgumentType]
 
@@ -28,10 +39,25 @@ class Recorder(nn.Module):
         self.averages[0] += 1
         self.averages.append(x)
         self.pair[0].add_(1)
+        statistics = self.statistics["all"]
+        statistics.calls += 1
+        statistics.sizes.append(len(x))
+        statistics.mean.add_(1)
+        statistics.last = x  # pyright: ignore[reportAttributeAccessIssue]
         return x
 
     def state(self) -> object:
-        names = ("loads", "recent", "by_size", "order", "nested", "seen", "averages", "pair")
+        names = (
+            "statistics",
+            "loads",
+            "recent",
+            "by_size",
+            "order",
+            "nested",
+            "seen",
+            "averages",
+            "pair",
+        )
         return copy.deepcopy([getattr(self, name) for name in names])
 
 

@@ -6,6 +6,7 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -172,6 +173,8 @@ class _ModuleState:
                 hooks.clear()
                 hooks.update(content)
         for value, content in self.containers:
+            if _is_same(value, content):
+                continue
             value.clear()
             if isinstance(value, dict | set):
                 value.update(content)
@@ -187,16 +190,42 @@ def _numpy() -> Any:
 _CONTAINERS = (list, set, dict, deque, OrderedDict, defaultdict, Counter)
 
 
-def _leaves(value: object, containers: dict[int, Any]) -> Iterator[object]:
-    """All that is in nested tuples and containers, which are added to `containers` by id."""
-    if type(value) in _CONTAINERS and id(value) not in containers:
-        containers[id(value)] = value
-    elif type(value) is not tuple:
+def _leaves(value: object, containers: dict[int, Any], objects: int = 2) -> Iterator[object]:
+    """All that is in nested tuples and containers, which are added to `containers` by id.
+
+    Args:
+        objects: how many levels of objects are looked into, whose attributes are a dict.
+    """
+    inside: Any = value
+    if objects and type(value) not in _CONTAINERS and _is_object(value):
+        inside, objects = vars(value), objects - 1
+    if type(inside) in _CONTAINERS and id(inside) not in containers:
+        containers[id(inside)] = inside
+    elif type(inside) is not tuple:
         yield value
         return
-    inside: Any = value
-    for each in inside.values() if isinstance(value, dict) else inside:
-        yield from _leaves(each, containers)
+    for each in list(inside.values() if isinstance(inside, dict) else inside):
+        yield from _leaves(each, containers, objects)
+
+
+def _is_object(value: object) -> bool:
+    """Whether `value` is an object of the model's author with attributes, such as a counter."""
+    library = type(value).__module__.partition(".")[0]
+    attributes = getattr(value, "__dict__", None)
+    if type(attributes) is not dict or library in ("torch", "stochastic_depth", "logging"):
+        return False
+    return not isinstance(value, (Tensor, nn.Module, type, ModuleType)) and not callable(value)
+
+
+def _is_same(value: Any, content: Any) -> bool:
+    """Whether a container still has the same elements, in the same order."""
+    pairs = zip(value, content, strict=False)
+    if isinstance(value, dict):
+        pairs = zip(value.items(), content.items(), strict=False)
+        return len(value) == len(content) and all(
+            one is key and mine is other for (one, mine), (key, other) in pairs
+        )
+    return len(value) == len(content) and all(one is other for one, other in pairs)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
