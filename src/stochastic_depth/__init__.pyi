@@ -7,8 +7,8 @@ from stochastic_depth import models as models
 from stochastic_depth import recipes as recipes
 from stochastic_depth import surgery as surgery
 from stochastic_depth import train as train
+from stochastic_depth.export.drop_order import drop_order as drop_order
 from stochastic_depth.export.fold import fold as fold
-from stochastic_depth.export.truncate import drop_order as drop_order
 from stochastic_depth.export.truncate import truncate as truncate
 from stochastic_depth.foreign_rules import survival_rule as survival_rule
 from stochastic_depth.gates import Gate as Gate

@@ -35,7 +35,7 @@ CheckpointName = Literal["best", "last"]
 PrecisionOption = Literal["auto", "float32", "bfloat16"]
 """The precision of convolutions and matrix products, if it is not chosen automatically."""
 
-EngineOption = Literal["auto", "eager", "compiled", "graphs"]
+EngineOption = Literal["auto", "eager", "compiled", "program"]
 """How training steps are taken: by autograd, by autograd with compiled blocks, or by the block
 program; if it is not chosen automatically."""
 

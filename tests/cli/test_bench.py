@@ -74,10 +74,10 @@ def test_only_what_an_engine_takes_has_the_option():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("peers --network vit-small --engine graphs", "autograd takes the steps of vit-small"),
-        ("pictures --engine graphs", "compiled"),
-        ("profile --engine compiled", "graphs"),
-        ("overhead --engine graphs", "engine"),
+        ("peers --network vit-small --engine program", "autograd takes the steps of vit-small"),
+        ("pictures --engine program", "compiled"),
+        ("profile --engine compiled", "program"),
+        ("overhead --engine program", "engine"),
         ("distributed --device cuda", "device"),
         ("peers --rate 1", "--rate is 1.0: a drop rate is at least 0 and below 1"),
         ("depth --deepest 20", "--deepest is 20: the first depth is 20"),
@@ -112,7 +112,7 @@ def test_skip(bench):
 
 
 def test_profile(bench):
-    printed, result = bench("profile", "--depth", "8", "--size", "16", "--engine", "graphs")
+    printed, result = bench("profile", "--depth", "8", "--size", "16", "--engine", "program")
     assert "aten::convolution_backward" in printed
     assert sum(result["operators"].values()) > 0
     pieces = result["pieces"]
@@ -190,7 +190,7 @@ def test_distributed(bench):
 def test_engines(bench, monkeypatch):
     monkeypatch.setenv("PATH", "")
     printed, result = bench("engines", "--depth", "8", "--size", "16")
-    assert "graphs, PyTorch's kernels" in printed
+    assert "program, PyTorch's kernels" in printed
     assert result["seconds"].keys() >= {"eager 100 %", "eager 50 %"}
     assert result["designs"]["eager"] == {"engine": "eager", "kernels": "reference"}
     assert {*result["designs"], *result["missing"]} == {*DESIGNS}

@@ -233,7 +233,7 @@ def test_train_prints_a_line_for_each_epoch_and_then_the_errors(tmp_path, capsys
     assert main(["train", "digits", *SMALL]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("digits: cifar-resnet 8, 1,197 images → ")
-    assert re.match(r"cpu float32, engine (eager|graphs, native kernels): ", lines[1])
+    assert re.match(r"cpu float32, engine (eager|program, native kernels): ", lines[1])
     assert lines[2].startswith("epoch 1/2 loss ")
     assert lines[3].startswith("epoch 2/2 loss ")
     assert "best validation" in "".join(lines[4:])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import stochastic_depth as sd
 from stochastic_depth.cli import main
 from stochastic_depth.export import load_export
-from stochastic_depth.export.load import CHECKSUM, KEY
+from stochastic_depth.export.description import CHECKSUM, KEY
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.train import reopen, trained_model
 from stochastic_depth.train.weights import checksum

@@ -7,7 +7,7 @@ from PIL import Image
 import stochastic_depth as sd
 from stochastic_depth.cli import main
 from stochastic_depth.data.pictures import evaluation_view, open_picture
-from stochastic_depth.export.load import ImageInput
+from stochastic_depth.export.description import ImageInput
 from stochastic_depth.export.predict import open_classifier, read_pictures
 from stochastic_depth.train import reopen
 

@@ -14,7 +14,7 @@ from stochastic_depth.train.train_state import TrainState
 from support.runs import interrupted_and_resumed, without_clock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ENGINES = ["eager", "graphs"]
+ENGINES = ["eager", "program"]
 BLOCKS = 6
 
 

@@ -42,7 +42,7 @@ def float32(small):
 @pytest.mark.parametrize(
     "engine",
     [
-        "graphs",
+        "program",
         pytest.param(
             "compiled",
             marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs g++: the compiler's"),
@@ -71,7 +71,7 @@ def test_native_kernels_have_the_curve_of_autocast(small, tmp_path, silent):
 
 
 def test_a_block_program_resumes_where_it_was(float32, tmp_path, silent):
-    config = replace(float32, engine="graphs", evaluate_every=3)
+    config = replace(float32, engine="program", evaluate_every=3)
     whole = losses(config, tmp_path / "whole", silent)
     run, images = begin(config, tmp_path / "halved")
     first = next(records := fit(run, images, silent)).train_loss
@@ -86,7 +86,7 @@ def test_a_block_program_resumes_where_it_was(float32, tmp_path, silent):
 def test_a_mini_batch_that_is_not_whole_goes_by_autograd(float32, tmp_path, silent):
     few = replace(float32, data=replace(float32.data, train=40))
     curves = [
-        losses(replace(few, engine=name), tmp_path / name, silent) for name in ("eager", "graphs")
+        losses(replace(few, engine=name), tmp_path / name, silent) for name in ("eager", "program")
     ]
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
 
@@ -94,14 +94,14 @@ def test_a_mini_batch_that_is_not_whole_goes_by_autograd(float32, tmp_path, sile
 @pytest.mark.parametrize(
     ("changes", "engine", "because"),
     [
-        ({}, "graphs", "native kernels"),
+        ({}, "program", "native kernels"),
         ({"model": ModelConfig(kind="densenet", depth=10)}, "eager", "this is DenseNet"),
         ({"survival": SurvivalConfig(gate="sample")}, "eager", 'this is gate="sample"'),
         ({"survival": SurvivalConfig(closed="forward-only")}, "eager", "skips closed branches"),
-        ({"data": DataConfig(name="folder"), "precision": "float32"}, "graphs", "native kernels"),
+        ({"data": DataConfig(name="folder"), "precision": "float32"}, "program", "native kernels"),
         ({"engine": "eager"}, "eager", "as asked"),
         ({"engine": "compiled"}, "compiled", "as asked"),
-        ({"engine": "graphs"}, "graphs", "as asked"),
+        ({"engine": "program"}, "program", "as asked"),
     ],
 )
 def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
@@ -111,7 +111,7 @@ def test_auto_says_what_it_takes_and_why(changes, engine, because, monkeypatch):
     choice = choose_engine(config, "cpu", "float32" if "precision" in changes else "bfloat16")
     assert choice.engine == engine
     assert because in choice.because
-    assert choice.kernels == ("native" if engine == "graphs" else "reference")
+    assert choice.kernels == ("native" if engine == "program" else "reference")
 
 
 @pytest.mark.parametrize(
@@ -134,15 +134,15 @@ def test_auto_takes_the_program_in_float32_where_its_kernels_fit_the_images(monk
     for obstacle in ("why_unavailable", "why_unmeasured"):
         monkeypatch.setattr(f"stochastic_depth.train.engine_choice.{obstacle}", lambda: None)
     config = RECIPES["cifar10-resnet110"]()
-    assert choose_engine(config, "cpu", "float32")[:2] == ("graphs", "native")
-    for size, engine in ((16, "graphs"), (20, "eager")):
+    assert choose_engine(config, "cpu", "float32")[:2] == ("program", "native")
+    for size, engine in ((16, "program"), (20, "eager")):
         smaller = replace(config, data=replace(config.data, size=size))
         assert choose_engine(smaller, "cpu", "float32").engine == engine
-    assert choose_engine(RECIPES["digits"](), "cpu", "float32").engine == "graphs"
+    assert choose_engine(RECIPES["digits"](), "cpu", "float32").engine == "program"
 
 
 def test_an_engine_that_cannot_train_the_network_leaves_no_folder(small, tmp_path):
-    config = replace(small, engine="graphs", survival=SurvivalConfig(gate="subset"))
+    config = replace(small, engine="program", survival=SurvivalConfig(gate="subset"))
     with pytest.raises(ConfigError, match="--engine eager"):
         begin(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

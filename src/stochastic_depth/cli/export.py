@@ -16,8 +16,8 @@ from stochastic_depth.train.config import at_least, check_that
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from stochastic_depth.export.load import Description
-    from stochastic_depth.export.truncate import Dropped
+    from stochastic_depth.export.description import Description
+    from stochastic_depth.export.drop_order import Dropped
 
 
 Format = Literal["safetensors", "torch", "onnx"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.data import Batches
 from stochastic_depth.data.batching import Batch, Part
-from stochastic_depth.export.truncate import Dropped, drop_order
+from stochastic_depth.export.drop_order import Dropped, drop_order
 from stochastic_depth.timing import take_turns
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import evaluate

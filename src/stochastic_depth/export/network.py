@@ -15,16 +15,17 @@ from torch.optim.swa_utils import update_bn
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches
 from stochastic_depth.export.depths import errors_of, pruning_order, seconds_of
-from stochastic_depth.export.fold import fold
-from stochastic_depth.export.load import (
+from stochastic_depth.export.description import (
     Architecture,
     DepthChoice,
     Description,
     ImageInput,
     blocks_at,
-    remove_blocks,
 )
-from stochastic_depth.export.truncate import Dropped, truncate
+from stochastic_depth.export.drop_order import Dropped
+from stochastic_depth.export.fold import fold
+from stochastic_depth.export.remove_blocks import remove_blocks
+from stochastic_depth.export.truncate import truncate
 from stochastic_depth.surgery import handle_of
 from stochastic_depth.surgery.applied import applied_inside
 from stochastic_depth.surgery.flops import CountFlops

@@ -11,7 +11,8 @@ from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import normalise
 from stochastic_depth.data.pictures import open_picture
 from stochastic_depth.errors import DataError, ExportError
-from stochastic_depth.export.load import Description, ImageInput, load_export, read_description
+from stochastic_depth.export.description import Description, ImageInput, read_description
+from stochastic_depth.export.load import load_export
 from stochastic_depth.export.network import plain_network
 from stochastic_depth.export.write import read_onnx
 from stochastic_depth.extras import require

@@ -1,8 +1,7 @@
-"""`sd.drop_order` and `sd.truncate`: find the blocks that are needed least, and remove them."""
+"""`sd.truncate`: remove some blocks of a model, and fold p_l into those that stay."""
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,226 +9,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.block import force
-from stochastic_depth.errors import TruncateError, first_line
+from stochastic_depth.errors import TruncateError
+from stochastic_depth.export.configurations import check_configuration
 from stochastic_depth.export.fold import multipliers, multiply
+from stochastic_depth.export.remove_blocks import replace_by_shortcuts
 from stochastic_depth.gates import Gate
-from stochastic_depth.handle import Handle
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery.applied import applied_to, handle_of, remove
+from stochastic_depth.surgery.applied import applied_to, remove
 from stochastic_depth.surgery.blocks import CONTAINERS, FoundBlock
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.tensors import largest_difference, tensors_in
-
-
-class ShortcutOnly(nn.Module):
-    """A residual unit without its branch: act(shortcut(x))."""
-
-    def __init__(self, unit: Residual) -> None:
-        super().__init__()
-        self.shortcut = unit.shortcut
-        self.activation = unit.activation
-        self._overwrites = unit._overwrites
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._overwrites:
-            x = x.clone()  # the activation works in place, and x belongs to the caller
-        out = x if self.shortcut is None else self.shortcut(x)
-        return out if self.activation is None else self.activation(out)
-
-
-def replace_by_shortcuts(model: nn.Module, names: Collection[str]) -> None:
-    """Replace the named `Residual` units by their shortcuts, and remove other blocks, in place.
-
-    Raises:
-        TruncateError: when a block is the model itself.
-    """
-    lists: dict[str, list[str]] = {}
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        unit = model.get_submodule(name)
-        if not name:
-            raise TruncateError(
-                f"{type(model).__name__} is itself a block: nothing would be left without it"
-            )
-        if isinstance(unit, Residual):
-            setattr(model.get_submodule(parent), child, ShortcutOnly(unit))
-        else:
-            lists.setdefault(parent, []).append(child)
-    for parent, children in lists.items():
-        _remove(model, parent, children)
-
-
-def _remove(model: nn.Module, name: str, children: Collection[str]) -> None:
-    """Remove children of the module called `name`; in a list, the remaining ones move up."""
-    parent: Any = model.get_submodule(name)
-    before = list(parent._modules)
-    numbered = before == [str(number) for number in range(len(before))]
-    kept = [number for number in before if number not in children]
-    modules = [parent._modules[number] for number in kept]
-    parent._modules.clear()
-    for number, (old, module) in enumerate(zip(kept, modules, strict=True)):
-        parent._modules[str(number) if numbered else old] = module
-    if numbered:
-        _renumber(modules, [int(number) for number in kept])
-        _update_configurations(model, name, len(before), [int(number) for number in kept])
-
-
-def _renumber(modules: Iterable[nn.Module], kept: list[int]) -> None:
-    """Update the positions that layers store."""
-    for new, (old, layer) in enumerate(zip(kept, modules, strict=True)):
-        for module in layer.modules():
-            if getattr(module, "layer_idx", None) == old:
-                module.layer_idx = new  # type: ignore[assignment]
-
-
-def _update_configurations(model: nn.Module, name: str, before: int, kept: list[int]) -> None:
-    """Update the configurations of transformers above the list `name`, from which `kept` remain.
-
-    Args:
-        before: the length of the list before.
-    """
-    path = name.split(".")
-    for length in range(len(path) + 1):
-        above: Any = model.get_submodule(".".join(path[:length]))
-        config = getattr(above, "config", None)
-        if hasattr(above, "save_pretrained") and config is not None:
-            changed = copy.deepcopy(config)  # other models may have the same one
-            _count_layers(changed, path, before, kept)
-            for module in model.modules():
-                if getattr(module, "config", None) is config:
-                    module.config = changed
-
-
-def _count_layers(config: Any, path: list[str], before: int, kept: list[int]) -> None:
-    depths = getattr(config, "depths", None)
-    stages = [int(part) for part in path if part.isdigit()]
-    if isinstance(depths, list | tuple) and stages:
-        config.depths = [len(kept) if n == stages[0] else depth for n, depth in enumerate(depths)]
-        return
-    both = bool(getattr(config, "is_encoder_decoder", False))
-    for count in _COUNTS_OF_DECODERS if both and "decoder" in path else _COUNTS:
-        if getattr(config, count, None) == before:
-            setattr(config, count, len(kept))
-    for setting, value in list(vars(config).items()):
-        if setting in _LAYERS_BY_NUMBER and value is not None:
-            setattr(config, setting, [kept.index(number) for number in value if number in kept])
-        elif isinstance(value, list | tuple) and len(value) == before and not both:
-            setattr(config, setting, [value[number] for number in kept])
-
-
-SAME = 1e-6
-"""Relative tolerance for outputs that the same operations compute from the same weights."""
-_COUNTS = "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"
-_COUNTS_OF_DECODERS = "decoder_layers", "num_decoder_layers"
-_LAYERS_BY_NUMBER = "mlp_only_layers", "moe_layers"
-
-
-def check_configuration(twin: nn.Module, example: Example) -> None:
-    """Build the transformers models inside `twin` from their configurations, as loading them does.
-
-    Raises:
-        TruncateError: when a configuration cannot describe what is left of its model.
-    """
-    pretrained = [
-        (name, module)
-        for name, module in twin.named_modules()
-        if hasattr(module, "save_pretrained") and hasattr(module, "config")
-    ]
-    outermost = [
-        (name, module)
-        for name, module in pretrained
-        if not any(name != n and (not n or name.startswith(f"{n}.")) for n, _ in pretrained)
-    ]
-    for name, module in outermost:
-        try:
-            with torch.random.fork_rng(devices=[]):
-                built = type(module)(copy.deepcopy(module.config))
-            built.load_state_dict(module.state_dict())
-            built = built.to(next(module.parameters()))
-            rebuilt = built
-            if name:
-                rebuilt = copy.deepcopy(twin)
-                rebuilt.set_submodule(name, built)
-            with preserve_state(rebuilt), preserve_state(twin), torch.no_grad():
-                given = tensors_in(caller(twin.eval(), example)())
-                difference = largest_difference(
-                    given, tensors_in(caller(rebuilt.eval(), example)())
-                )
-            why = "" if difference <= SAME else f"its outputs differ by {difference:.2g}"
-        except Exception as error:
-            why = f"{type(error).__name__}: {first_line(error)}"
-        if why:
-            raise TruncateError(
-                f"{type(module).__name__}: its config cannot describe which layers are left, so "
-                f"saving and loading would change the network ({why}): keep other blocks, for "
-                "example the first of each stage (keep=N)"
-            )
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """One step of `drop_order`: a block that is closed from then on."""
-
-    block: int
-    """Position of the block, from 0."""
-    loss: float
-    """The loss without this block and all blocks that were dropped before."""
-    evaluations: int
-    """How often the loss was evaluated to choose this block."""
-
-
-def drop_order(model: nn.Module, loss: Callable[[nn.Module], float]) -> Iterator[Dropped]:
-    """Close the blocks of `model` one by one, each time the one whose closing costs least.
-
-    The search is greedy. To choose the n-th of L blocks, the loss is evaluated L - n + 1 times; for
-    all of them together, L (L + 1) / 2 times. The iterator may be stopped at any time. `model` is
-    not changed.
-
-    Args:
-        model: a model that `sd.apply` was called on.
-        loss: called with the model in evaluation mode with some of its blocks closed; returns its
-            loss, for example over the validation images.
-
-    Raises:
-        ApplyError: when `sd.apply` was not called on `model`.
-
-    Examples:
-        >>> model = sd.models.CifarResNet(20)
-        >>> handle = sd.apply(model)
-        >>> images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
-        >>> def loss(network):
-        ...     return nn.functional.cross_entropy(network(images), labels).item()
-        >>> order = itertools.islice(sd.drop_order(model, loss), 2)
-        >>> first = [dropped.block for dropped in order]
-        >>> sd.truncate(model, [block for block in range(9) if block not in first], images)
-        >>> len(sd.apply(model).blocks)
-        7
-    """
-    return _dropped(model, handle_of(model), loss)
-
-
-def _dropped(
-    model: nn.Module, handle: Handle, loss: Callable[[nn.Module], float]
-) -> Iterator[Dropped]:
-    was_training = model.training
-    left = list(range(len(handle.blocks)))
-
-    def without(block: int) -> float:
-        gates = [other in left and other != block for other in range(len(handle.blocks))]
-        with handle.subnetwork(gates, scaled=True):
-            return loss(model)
-
-    while left:
-        model.eval()
-        try:
-            losses = {block: without(block) for block in left}
-        finally:
-            model.train(was_training)
-        best = min(left, key=lambda block: losses[block])
-        left.remove(best)
-        yield Dropped(best, losses[best], len(losses))
-
 
 TOLERANCE = 1e-4
 """Tolerance of outputs in the model's precision, relative to their largest value."""

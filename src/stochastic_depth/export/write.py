@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import ExportError, first_line
-from stochastic_depth.export.load import CHECKSUM, KEY, load_export
+from stochastic_depth.export.description import CHECKSUM, KEY
+from stochastic_depth.export.load import load_export
 from stochastic_depth.export.network import Plain
 from stochastic_depth.extras import require
 from stochastic_depth.files import write_whole

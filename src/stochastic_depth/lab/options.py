@@ -269,9 +269,9 @@ class DataOptions(EngineOptions):
 class ProfileOptions(ResNetOptions, EngineOptions):
     """Where the time of a step at constant depth goes."""
 
-    engine: Literal["auto", "eager", "graphs"] = "auto"
+    engine: Literal["auto", "eager", "program"] = "auto"
     """Time the operators of autograd alone (eager), or the pieces of the block program too
-    (graphs)."""
+    (program)."""
 
 
 @dataclass(frozen=True)

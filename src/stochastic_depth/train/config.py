@@ -289,7 +289,7 @@ class Config:
     supports it)."""
     engine: EngineOption = "auto"
     """How training steps are taken: by autograd (eager), by autograd with compiled blocks
-    (compiled), or by a block program (graphs), which is captured as CUDA graphs on a GPU and runs
+    (compiled), or by a block program (program), which is captured as CUDA graphs on a GPU and runs
     piece by piece on a CPU."""
 
     def __post_init__(self) -> None:

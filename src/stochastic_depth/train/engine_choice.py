@@ -12,7 +12,7 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.train.config import Config
 
-EngineName = Literal["eager", "compiled", "graphs"]
+EngineName = Literal["eager", "compiled", "program"]
 KernelsName = Literal["reference", "native", "compiled"]
 
 
@@ -36,10 +36,10 @@ def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
     kernels: KernelsName = "compiled"
     if on_cpu:
         kernels = "native" if why_unavailable() is None else "reference"
-    if config.engine == "graphs":
+    if config.engine == "program":
         if obstacle is not None:
-            raise ConfigError(f"engine is graphs: {obstacle}; use --engine eager or compiled")
-        return EngineChoice("graphs", kernels, "as asked")
+            raise ConfigError(f"engine is program: {obstacle}; use --engine eager or compiled")
+        return EngineChoice("program", kernels, "as asked")
     if config.engine == "compiled" and config.distributed.sync_batchnorm:
         raise ConfigError(
             "engine is compiled: PyTorch's compiler cannot compile blocks that wait for other "
@@ -50,14 +50,16 @@ def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
     if obstacle is not None:
         return EngineChoice("eager", "reference", obstacle)
     if not on_cpu:
-        return EngineChoice("eager", "reference", "graphs have not been measured on a GPU yet")
+        return EngineChoice(
+            "eager", "reference", "the block program has not been measured on a GPU"
+        )
     if no_kernels is None and precision == "float32":
         no_kernels = _why_images_unsupported(config)
     if no_kernels is not None:
         return EngineChoice(
-            "eager", "reference", f"without native kernels graphs gain little: {no_kernels}"
+            "eager", "reference", f"the block program gains little here: {no_kernels}"
         )
-    return EngineChoice("graphs", "native", "there are native kernels for this processor")
+    return EngineChoice("program", "native", "there are native kernels for this processor")
 
 
 def _why_images_unsupported(config: Config) -> str | None:

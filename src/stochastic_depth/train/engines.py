@@ -97,7 +97,7 @@ def build_engine(
     if "compiled" in (runtime.engine, runtime.kernels):
         # By default PyTorch uses a folder in /tmp that another user could guess and create first.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_cache() / "inductor"))
-    if runtime.engine == "graphs":
+    if runtime.engine == "program":
         return ProgramEngine(model, handle, optimizer, first_weight, runtime, shape)
     compiled = runtime.engine == "compiled"
     return AutogradEngine(model, handle, optimizer, first_weight, runtime, compiled)

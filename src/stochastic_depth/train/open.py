@@ -50,7 +50,7 @@ def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
             "(data_root, in Python), where it is now"
         )
     now = resolve_runtime(replace(config, device=run.runtime.device))
-    if ranks() > 1 and run.runtime.engine == "graphs":  # which trains in a single process only
+    if ranks() > 1 and run.runtime.engine == "program":  # which trains in a single process only
         run = replace(run, runtime=replace(now, precision=run.runtime.precision))
     images = open_batches(config, run.runtime)
     run.require_data(images.fingerprint)

@@ -36,5 +36,5 @@ def test_what_a_machine_cannot_run_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert "g++" in designs(EXECUTION)[1]["compiled blocks"]
     absent = designs(replace(EXECUTION, device="cuda", precision="bfloat16"))[1]
-    assert absent == {"graphs, native kernels": "they are for a CPU"}
-    assert "C++ compiler" in designs(EXECUTION)[1]["graphs, native kernels"]
+    assert absent == {"program, native kernels": "they are for a CPU"}
+    assert "C++ compiler" in designs(EXECUTION)[1]["program, native kernels"]

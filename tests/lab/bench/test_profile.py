@@ -8,7 +8,7 @@ from stochastic_depth.models import CifarResNet
 from stochastic_depth.train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WORKLOAD = Workload(4, 16, 3, Runtime("cpu", "float32", 1, engine="graphs"))
+WORKLOAD = Workload(4, 16, 3, Runtime("cpu", "float32", 1, engine="program"))
 
 
 def test_every_piece_is_timed_within_the_step():

@@ -32,9 +32,9 @@ SHARES = 1.0, 0.75, 0.5
 DESIGNS: dict[str, tuple[EngineName, KernelsName]] = {
     "eager": ("eager", "reference"),
     "compiled blocks": ("compiled", "reference"),
-    "graphs, PyTorch's kernels": ("graphs", "reference"),
-    "graphs, compiled kernels": ("graphs", "compiled"),
-    "graphs, native kernels": ("graphs", "native"),
+    "program, PyTorch's kernels": ("program", "reference"),
+    "program, compiled kernels": ("program", "compiled"),
+    "program, native kernels": ("program", "native"),
 }
 
 

@@ -137,7 +137,7 @@ def measure(options: ProfileOptions, runtime: Runtime, console: Console) -> Prof
     """Measure where the time of a step goes, by operator and by piece of the block program."""
     workload = Workload(options.batch, options.size, 3, runtime)
     by_operator = operators(workload.step(CifarResNet(options.depth)), steps=3)
-    if runtime.engine != "graphs":
+    if runtime.engine != "program":
         return ProfileResult(by_operator, None)
     return ProfileResult(by_operator, _program_times(options, workload, console))
 
