@@ -54,6 +54,8 @@ class Block:
     gates."""
     owned: tuple[Owned, ...]
     """The parameters of its branch."""
+    around: nn.Module
+    """The module itself if its additions are made inside of it, or else the module that adds."""
     _state: "_BranchState | None" = field(default=None, repr=False)
     """The modules and parameters of the branch, cached because collecting them is slow."""
 

@@ -5,6 +5,7 @@ DistributedDataParallel waits for them, or if nothing else is trained, they are 
 graph.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import get_ident
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Block
+from stochastic_depth.block import Block, Owned
 from stochastic_depth.choices import SkippedPolicy
-from stochastic_depth.tensors import in_graph, replace_tensors, tensors_in
+from stochastic_depth.tensors import computed_tensors_in, in_graph, replace_tensors, tensors_in
 from stochastic_depth.torch_private import (
     at_end_of_backward,
     call_of,
+    function_around,
     gradients_are_kept,
     is_compiled,
     is_transformed,
@@ -33,36 +35,39 @@ class ClosedGradients:
 
     Args:
         blocks: the blocks through whose branch no gradient passes.
-        others: all other blocks.
         skipped: the gradients that the parameters of `blocks` get.
         awaited: whether DistributedDataParallel waits for a gradient of every parameter.
+        behind: the parameters that autograd may only reach through branches.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
-        others: Sequence[Block],
         skipped: SkippedPolicy,
         awaited: bool,
+        behind: Sequence[Owned] = (),
     ) -> None:
         self._blocks, self._awaited = blocks, awaited
         self._freezes = skipped == "freeze"
         self._thread = get_ident()
         self._observed: list[_ObservedCall] = []
         self._pending: dict[nn.Module, list[nn.Parameter]] = {}
-        """By module, parameters of closed blocks whose output was not found in the graph yet."""
+        """By the module around it, the parameters of each closed block whose output was not found
+        in the graph yet."""
+        self._with_gradient: dict[nn.Module, bool] = {}
+        """By module, whether a call of it may have a gradient; False under `torch.no_grad()`."""
+        owners = behind if awaited and blocks else ()
+        self._behind = [p for each in owners for p in each.parameters() if p.requires_grad]
         self._sparse: set[nn.Parameter] = set()
         self._last_node: tuple[Any, int] | None = None
         """The autograd node of the last closed block's output, and the number of the node's
         result."""
         self._last_parameters: list[nn.Parameter] = []
         if awaited or not self._freezes:
-            # Parameters that an open block has too get a gradient from there, which stays.
-            kept = {p for block in others for p in block.trained()} if self._freezes else ()
             for block in blocks:  # collected now: FSDP replaces parameters while gathered
-                parameters = [p for p in block.trained() if p not in kept]
+                parameters = block.trained()
                 if parameters:
-                    self._pending.setdefault(block.module, []).extend(parameters)
+                    self._pending.setdefault(block.around, []).extend(parameters)
                     self._sparse.update(block.sparse_weights())
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._observe()
@@ -87,14 +92,19 @@ class ClosedGradients:
             return output
         if type(output) is Tensor:
             tensors = [output] if output.grad_fn is not None else []
+            is_whole = bool(tensors)
         else:
             tensors = in_graph(output)
-        if tensors and self._awaited:
+            is_whole = bool(tensors) and len(tensors) == len(_differentiable(output))
+        if not is_whole:
+            before = self._with_gradient.get(module, False)
+            self._with_gradient[module] = before or bool(tensors) or _may_have_gradient()
+        if is_whole and self._awaited:
             output = attach(output, parameters)
             tensors = in_graph(output)
         for tensor in tensors:
             self._hook_node(tensor, parameters)
-        if tensors:
+        if is_whole:  # otherwise the sum may be what is not in the graph
             del self._pending[module]
         return output
 
@@ -132,7 +142,13 @@ class ClosedGradients:
         self._give(self._still_pending())
 
     def _still_pending(self) -> list[nn.Parameter]:
-        return [parameter for pending in self._pending.values() for parameter in pending]
+        pending = [
+            parameter
+            for module, parameters in self._pending.items()
+            if self._with_gradient.get(module, True)
+            for parameter in parameters
+        ]
+        return list(dict.fromkeys([*pending, *self._behind]))
 
     def _at_node(
         self, number: int, parameters: Sequence[nn.Parameter], gradients: tuple[Tensor | None, ...]
@@ -142,7 +158,11 @@ class ClosedGradients:
             self._give(parameters)
 
     def _give(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Set the missing gradients of `parameters` to zero; under "freeze" until backward ends."""
+        """Set the missing gradients of `parameters` to zero.
+
+        Under "freeze", those that autograd has not reached until the backward pass ends are missing
+        again then.
+        """
         without = [p for p in parameters if p.grad is None]
         if without and not gradients_are_kept():
             return
@@ -150,7 +170,8 @@ class ClosedGradients:
             layout = torch.sparse_coo if parameter in self._sparse else None
             parameter.grad = torch.zeros_like(parameter, layout=layout)
         if self._freezes and without:
-            at_end_of_backward(partial(_clear, without), after_others=True)
+            reached = [_Reached(parameter) for parameter in without]
+            at_end_of_backward(partial(_clear, reached), after_others=True)
 
 
 class _ObservedCall:
@@ -193,14 +214,28 @@ def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
     branch. That matters because DDP sends gradients in the order of its first backward pass.
     Returns `output` itself if no tensor in it can have a gradient.
     """
-    tensors = [t for t in tensors_in(output) if not isinstance(t, nn.Parameter)]
-    tensors = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    tensors = _differentiable(output)
     tensors = in_graph(tensors) or tensors
     if not tensors or not parameters:
         return output
     attached = _Attach.apply(len(tensors), *tensors, *reversed(parameters))
     new = {id(old): tensor for old, tensor in zip(tensors, attached, strict=True)}
     return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
+
+
+def _differentiable(output: Any) -> list[Tensor]:
+    """The computed tensors in `output` that can have a gradient."""
+    tensors = [t for t in computed_tensors_in(output) if not isinstance(t, nn.Parameter)]
+    return [t for t in tensors if t.is_floating_point() or t.is_complex()]
+
+
+def _may_have_gradient() -> bool:
+    """Whether what is computed now can have a gradient: not under `torch.no_grad()`.
+
+    In the forward pass of an `autograd.Function`, such as that of a reentrant checkpoint, the
+    gradient mode does not say so.
+    """
+    return torch.is_grad_enabled() or bool(function_around(sys._getframe(), checkpoints=True))
 
 
 class _Attach(torch.autograd.Function):
@@ -218,6 +253,19 @@ class _Attach(torch.autograd.Function):
         return None, *gradients, *(None,) * ctx.others
 
 
-def _clear(parameters: Sequence[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
+class _Reached:
+    """Whether the running backward pass gives a parameter a gradient, except by `_Attach`."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter, self.reached = parameter, False
+        self.hook = parameter.register_hook(self._note)
+
+    def _note(self, gradient: Tensor | None) -> None:
+        self.reached |= gradient is not None
+
+
+def _clear(parameters: Sequence[_Reached]) -> None:
+    for each in parameters:
+        each.hook.remove()
+        if not each.reached:
+            each.parameter.grad = None

@@ -98,6 +98,11 @@ class Handle:
         return self.settings.skipped
 
     @property
+    def differs_by_rank(self) -> bool:
+        """Whether a block may be open in one process and closed in another."""
+        return self.gate != "batch" or self.rank is not None
+
+    @property
     def step(self) -> int:
         """How many training forward passes have drawn gates; the next draw is for this step.
 

@@ -29,12 +29,22 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 def in_graph(value: object) -> list[Tensor]:
-    """The tensors in `value` that have a grad_fn.
+    """The computed tensors in `value` that have a grad_fn."""
+    return [tensor for tensor in computed_tensors_in(value) if tensor.grad_fn is not None]
 
-    Placeholders of deferred calls are left out, because reading their grad_fn would make the calls.
+
+def computed_tensors_in(value: object) -> list[Tensor]:
+    """The tensors in `value` except placeholders, of which most attributes need their values."""
+    return [t for t in tensors_in(value) if not getattr(type(t), "is_deferred", False)]
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """`copy.deepcopy(model)`, also of a model that keeps tensors which it has computed.
+
+    Such are the weights of `torch.nn.utils.spectral_norm`, which each pass computes again.
     """
-    computed = (t for t in tensors_in(value) if not getattr(type(t), "is_deferred", False))
-    return [tensor for tensor in computed if tensor.grad_fn is not None]
+    kept = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
 
 
 def map_structure(

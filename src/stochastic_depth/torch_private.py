@@ -130,18 +130,22 @@ def recomputation(frame: FrameType) -> Callable[[], bool] | None:
     return None if kept is None else lambda: len(kept.weak_holders) > 0
 
 
-def function_around(frame: FrameType | None) -> str | None:
+def function_around(frame: FrameType | None, checkpoints: bool = False) -> str | None:
     """The name of the `autograd.Function` in whose forward pass `frame` runs, or None.
 
-    Such a function has its own backward pass, which recomputes without gates. The functions of
-    `torch.utils.checkpoint` do not count, because they call modules again, which have their gates.
-    Replacement: a public way to ask which function is running.
+    Such a function has its own backward pass, which recomputes without gates. Replacement: a public
+    way to ask which function is running.
+
+    Args:
+        checkpoints: whether the functions of `torch.utils.checkpoint` count; they call modules
+            again, which have their gates.
     """
     newest = torch.autograd.function.BackwardCFunction.__subclasses__()[-1]
     functions = _functions_by_forward(newest)
     while frame is not None:
         _, function = functions.get(id(frame.f_code), (None, None))
-        if function is not None and function.__module__ != "torch.utils.checkpoint":
+        is_checkpoint = function is not None and function.__module__ == "torch.utils.checkpoint"
+        if function is not None and (checkpoints or not is_checkpoint):
             return function.__name__
         frame = frame.f_back
     return None

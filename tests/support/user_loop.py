@@ -350,10 +350,8 @@ def gates_by_rank_differ_and_gradients_are_the_mean() -> None:
     assert not all(torch.equal(drawn[0], other) for other in drawn)
     for p, *of_ranks in zip(model.parameters(), *gradients, strict=True):
         mean = torch.stack(of_ranks).mean(0)
-        if p.grad is None:
-            assert not handle.gates.all()
-        else:
-            torch.testing.assert_close(p.grad, mean, rtol=0, atol=TOLERANCE)
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(gradient, mean, rtol=0, atol=TOLERANCE)
 
 
 def gates_that_differ_and_shards_are_refused_together() -> None:

@@ -62,8 +62,8 @@ class _Blocks:
 
     def _note(self, model: nn.Module, args: tuple, output: Any) -> None:
         if model.training and torch.is_grad_enabled():
-            differ = self.handle.gate != "batch" or self.handle.rank is not None
-            self._opened |= torch.tensor(True) if differ else self.handle.gates
+            everything = torch.tensor(True)
+            self._opened |= everything if self.handle.differs_by_rank else self.handle.gates
 
     def forget(self) -> None:
         self._opened.zero_()

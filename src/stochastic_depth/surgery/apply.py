@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stochastic_depth.block import count_inside, owned_parameters
 from stochastic_depth.choices import Closed, GateKind, Granularity, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError
 from stochastic_depth.gate_settings import GateSettings, require_choice
@@ -19,7 +20,7 @@ from stochastic_depth.surgery.blocks import FoundBlock
 from stochastic_depth.surgery.droppath import own_rates
 from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.find.find_blocks import Found, find_blocks, find_residuals
-from stochastic_depth.surgery.make_skippable import make_skippable
+from stochastic_depth.surgery.make_skippable import Skippable, make_skippable
 from stochastic_depth.surgery.refuse import (
     refuse_applied,
     refuse_nested,
@@ -184,7 +185,7 @@ def apply(
     if scale is None and settings.scale == "inference" and drops and look_trained(model):
         warnings.warn(TRAINED, stacklevel=2)
     handle = Handle(made.proved.blocks, made.probabilities, settings, seed)
-    hooks = _hooks(model, handle, made.proved.resets)
+    hooks = _hooks(model, handle, made)
     store_applied(
         model, Applied(handle, made.found, made.proved.difference, hooks, made.changed_settings)
     )
@@ -204,9 +205,11 @@ def _scale(scale: Scale | None, closed: Closed, as_drop_path: bool) -> Scale:
     return "training" if as_drop_path else "inference"
 
 
-def _hooks(model: nn.Module, handle: Handle, resets: dict[str, Any]) -> tuple[RemovableHandle, ...]:
+def _hooks(model: nn.Module, handle: Handle, made: Skippable) -> tuple[RemovableHandle, ...]:
     """Register the hooks that draw gates and that reset attributes which branches set."""
-    around = ForwardHooks(model, handle)
+    there = count_inside(name for name, _ in model.named_parameters(remove_duplicate=False))
+    around = ForwardHooks(model, handle, owned_parameters(model, made.behind, there))
+    resets = made.proved.resets
     return (
         model.register_forward_pre_hook(around.before_forward, with_kwargs=True),
         model.register_forward_hook(around.after_forward, always_call=True),

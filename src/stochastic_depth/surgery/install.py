@@ -354,7 +354,9 @@ def _block(
     edited = (module for unit in found.units for module, _ in unit.edits)
     owned = owned_parameters(model, found.parameters, there)
     gate_readers = tuple(dict.fromkeys(edited)) or (found.module,)
-    return Block(found.name, gates, found.parameters, found.module, gate_readers, owned)
+    inside = set(found.module.modules())
+    around = gate_readers[0] if inside.isdisjoint(gate_readers) else found.module
+    return Block(found.name, gates, found.parameters, found.module, gate_readers, owned, around)
 
 
 def take_gates(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from stochastic_depth.surgery.proof.batch_dimension import halves, learn_samples
 from stochastic_depth.surgery.proof.call_counts import still_running
 from stochastic_depth.surgery.proof.prove import Proved, prove
 from stochastic_depth.surgery.select_modules import select_modules
-from stochastic_depth.survival import Probabilities
+from stochastic_depth.survival import Probabilities, Scheduled
 
 _FURTHER_ATTEMPTS = 3
 """How often blocks of a failing class are tried again if no block of a different class is left."""
@@ -39,6 +39,8 @@ class Skippable:
     probabilities: Probabilities
     changed_settings: list[ChangedSetting]
     proved: Proved
+    behind: tuple[str, ...]
+    """As `Found.behind`."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def make_skippable(
             first, *others = refused
             names = [block.name for block in others]
             raise unsupported(first.name, first.module, first.refusal, names)
-        probabilities = survival_of(kept)
+        whole = len(kept) == len(candidates.found.blocks)
+        # Without some blocks it is tried for the sake of the advice, which needs no p_l.
+        probabilities = survival_of(kept) if whole else Scheduled((1.0,) * len(kept))
         changed = disable_drop_paths(model, kept)
         try:
             proved = _put_and_prove(model, kept, example, gate, scale, budget)
@@ -88,9 +92,10 @@ def make_skippable(
             _undo(model, changed)
             raise
         kept = [block.without_recording() for block in kept]
-        return Skippable(kept, probabilities, changed, proved)
+        return Skippable(kept, probabilities, changed, proved, candidates.found.behind)
 
-    attempts = _Attempts(model, Candidates(find), attempt)
+    candidates = Candidates(find)
+    attempts = _Attempts(model, candidates, attempt)
     made = attempts.defer_until_proved(frozenset())
     if isinstance(made, Skippable):
         return made

@@ -21,25 +21,55 @@ def attribute_parameters(
 ) -> list[BlockWithEvents]:
     """The blocks, each with the parameters that belong to it.
 
-    A parameter that the model uses outside of branches too belongs to no block. An element of a
-    list that the example does not use, such as an expert that got no samples, belongs to the blocks
-    that have everything which the example uses of this list.
+    If several blocks have a parameter, it is so while all of them are closed. A parameter that the
+    model uses outside of branches too, such as that of a condition which several branches read,
+    belongs to no block. An element of a list that the example does not use, such as an expert that
+    got no samples, belongs to the blocks that have everything which the example uses of this list.
     """
     first_name = {id(p): name for name, p in model.named_parameters()}
-    branches = set[int]().union(*(event.branch for _, events in pairs for event in events))
+    only = [_only_for(block, events, analysis) for block, events in pairs]
+    branches = set[int]().union(*only)
     users = analysis.users_of_parameters()
-    outside = {name for name, values in users.items() if not values <= branches}
     owners: dict[str, set[int]] = {name: set() for name in users}
     for number, (block, _) in enumerate(pairs):
         for name in block.parameters:
             first = first_name[id(model.get_parameter(name))]
-            if first not in outside:
+            of_first = users.get(first, set())
+            if of_first <= branches and (not of_first or not only[number].isdisjoint(of_first)):
                 owners.setdefault(first, set()).add(number)
     owners |= dict(_owners_of_unused(model, owners))
     return [
         (replace(block, parameters=tuple(sorted(n for n in owners if number in owners[n]))), events)
         for number, (block, events) in enumerate(pairs)
     ]
+
+
+def _only_for(block: FoundBlock, events: Sequence[AdditionEvent], analysis: Analysis) -> set[int]:
+    """The values that only the branch of a block needs; all of them if it is registered."""
+    branch = set[int]().union(*(event.branch for event in events))
+    if block.is_registered:
+        return branch
+    shortcuts = {event.shortcut for event in events}
+    return analysis.exclusive_values(branch - shortcuts, {event.total for event in events})
+
+
+def parameters_behind_branches(
+    pairs: Sequence[BlockWithEvents], analysis: Analysis
+) -> tuple[str, ...]:
+    """Names of the parameters that have no gradient while all blocks are closed.
+
+    Those of the blocks themselves are left out, unless a block is within the branches of others, as
+    the blocks of an encoder are whose output only the branches of a decoder read.
+    """
+    surviving = analysis.surviving(event for _, events in pairs for event in events)
+    own = {
+        name
+        for block, events in pairs
+        if any(event.total in surviving for event in events)
+        for name in block.parameters
+    }
+    users = analysis.users_of_parameters()
+    return tuple(n for n, u in users.items() if u and u.isdisjoint(surviving) and n not in own)
 
 
 def attribute_parameters_of_units(

@@ -26,6 +26,7 @@ from stochastic_depth.surgery.find.branch_parameters import (
     BlockWithEvents,
     attribute_parameters,
     attribute_parameters_of_units,
+    parameters_behind_branches,
 )
 from stochastic_depth.surgery.find.deferred_groups import deferred_groups
 from stochastic_depth.surgery.find.mechanisms import (
@@ -73,6 +74,9 @@ class Found:
     """Its residual blocks, in the order in which they run on the example, if there is one."""
     rejected: list[Rejected]
     """Additions that form no block."""
+    behind: tuple[str, ...] = ()
+    """Names of parameters outside of these blocks, or of blocks within the branches of others, that
+    have no gradient while all blocks are closed."""
 
 
 def find_residuals(
@@ -123,6 +127,7 @@ def find_blocks(
         )
     pairs, no_blocks = finder.blocks(additions, analysis)
     pairs = attribute_parameters(pairs, model, analysis)
+    behind = parameters_behind_branches(pairs, analysis)
     found = [block for block, _ in pairs]
     rejected = [*not_residual, *no_blocks]
     if any(block.refusal for block in found):
@@ -134,7 +139,7 @@ def find_blocks(
         rejected += [each for each in later if (each.owner, each.location) not in known]
     if not found:
         raise nothing_found(model, example, listed(rejected))
-    return Found(found, rejected)
+    return Found(found, rejected, behind)
 
 
 def _outside_functions(

@@ -344,6 +344,20 @@ class Analysis:
         """Names of the parameters from which `values` were computed."""
         return tuple(sorted(self.recording.parameters(values)))
 
+    def surviving(self, events: Iterable[AdditionEvent]) -> set[int]:
+        """The values that the outputs are computed from while the blocks of `events` are closed."""
+        shortcut_of = {event.total: event.shortcut for event in events}
+        seen, ahead = set(self.outputs), list(self.outputs)
+        while ahead:
+            value = ahead.pop()
+            shortcut = shortcut_of.get(value)
+            parents = self.recording.values[value].parents if shortcut is None else (shortcut,)
+            for parent in parents:
+                if parent not in seen:
+                    seen.add(parent)
+                    ahead.append(parent)
+        return seen
+
     def users_of_parameters(self) -> dict[str, set[int]]:
         """The values on which outputs depend and that are computed from each parameter directly.
 
