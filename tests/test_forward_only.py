@@ -295,3 +295,40 @@ def test_a_residual_unit_compiles_with_it():
         for mine, true in zip(gradients(model).values(), gradients(plain).values(), strict=True):
             torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
     torch._dynamo.reset()
+
+
+class Collects(nn.Module):
+    """Returns what the branches are computed from, if asked for it after `sd.apply`."""
+
+    collects = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, gates: tuple[bool, ...] | None = None) -> Tensor:
+        collected = []
+        for n, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
+            h = norm(x)
+            collected.append(h)
+            branch = layer(h).tanh()
+            x = x + (branch if gates is None or gates[n] else branch.detach())
+        return (x, *collected) if self.collects else x
+
+
+def test_what_else_is_computed_from_a_value_of_a_detached_branch_keeps_its_gradient():
+    torch.manual_seed(0)
+    model = Collects().double()
+    plain = copy.deepcopy(model)
+    handle = sd.apply(model, sd.Uniform(0.5), example=X, closed="forward-only", skipped="freeze")
+    model.collects = plain.collects = True
+    for gates in [(False, False, False), (True, False, True), (False, True, False)]:
+        with handle.forced(gates):
+            mine = model(X)
+        true = plain(X, gates)
+        for network, outputs in ((model, mine), (plain, true)):
+            network.zero_grad()
+            torch.stack([out.pow(3).sum() for out in outputs]).sum().backward()
+        for one, other in zip(gradients(model).values(), gradients(plain).values(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -2,10 +2,11 @@
 
 import ast
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import rnn
 
 import stochastic_depth as sd
@@ -521,3 +522,35 @@ def test_a_branch_that_changes_its_shortcut_in_training_only_is_named_with_the_r
 def test_a_change_in_place_that_changes_no_number_is_no_reason_to_refuse():
     behind_another = nn.Sequential(nn.ReLU(), AddsTo(rectifier(True), copies=False))
     assert len(sd.apply(behind_another, example=torch.randn(3, WIDTH)).blocks) == 1
+
+
+class OfAClass(nn.Module):
+    """The second branch gives its result in a dataclass."""
+
+    @dataclass
+    class Result:
+        y: Tensor
+
+    class Wraps(nn.Linear):
+        def forward(self, x):
+            return OfAClass.Result(super().forward(x))
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Linear(6, 6), self.Wraps(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x):
+        for branch in self.branches:
+            out = branch(x)
+            x = x + (out.y if isinstance(out, self.Result) else out).relu()
+        return x
+
+
+@pytest.mark.parametrize("gate", ["batch", "subset"])
+@pytest.mark.parametrize(
+    "survival", [sd.Uniform(0.5), [0.9, 0.8, 0.7], {"branches.0": 0.9, "branches.1": 0.5}]
+)
+def test_the_block_that_fails_is_named_in_whatever_form_p_is_given(survival, gate):
+    x = torch.randn(5, 6)
+    with pytest.raises(sd.errors.UnsupportedBlockError, match=r"'branches\.1'.*exclude=\["):
+        sd.apply(OfAClass(), survival, example=x, gate=gate)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth.surgery.applied import applied_to
@@ -256,3 +256,44 @@ def test_a_proof_in_one_thread_leaves_the_samples_of_another_thread_selected():
         sd.apply(proved, sd.Uniform(0.5), example=x, gate="subset")
     assert len(training.sizes) > 20
     assert set(training.sizes) == {N // 2}
+
+
+class Collects(nn.Module):
+    """Returns what the branches are computed from, if asked for it after `sd.apply`."""
+
+    collects = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        collected = []
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            h = norm(x)
+            collected.append(h)
+            x = x + layer(h).tanh()
+        self.last = collected[-1]
+        return (x, *collected) if self.collects else x
+
+
+def test_a_value_that_has_the_drawn_samples_only_is_used_nowhere_else():
+    x = torch.randn(5, 6)
+    model = Collects()
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, gate="subset")
+    for step in range(4):
+        handle.step = step
+        assert model(x).shape == x.shape  # nothing asks for what is left over
+    drawn = handle.gates[-1].sum()
+    assert drawn < 5
+    with pytest.raises(sd.errors.GateError, match="used outside of it"):
+        print(model.last)
+    model.collects = True
+    with pytest.raises(sd.errors.GateError, match=r"shape \[\d, 6\].* an example that takes this"):
+        model(x)
+    again = Collects()
+    again.collects = True
+    sd.apply(again, sd.Uniform(0.5), example=x, gate="subset")
+    assert [out.shape for out in again(x)] == [x.shape] * 4

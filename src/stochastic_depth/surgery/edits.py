@@ -13,6 +13,12 @@ NOT_REACHED = (
     "it"
 )
 """The message for a pass that bypasses the addition of a block."""
+BRANCH_NOT_SEEN = (
+    "the output of its modules does not reach the addition as one tensor: it is written into "
+    "another tensor in place (write it as torch.zeros_like(x).index_put((i,), f(x[i])), or by "
+    "torch.cat or F.pad), or the model branches on its values"
+)
+"""The reason why a deferred block cannot be closed on the example on which it was found."""
 
 CallParameter = tuple[int | None, str | None]
 """A parameter of a function: its position, or None; and its name, or None if that is unknown."""

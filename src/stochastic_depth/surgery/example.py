@@ -187,7 +187,7 @@ def _numpy() -> Any:
     return sys.modules.get("numpy")
 
 
-_CONTAINERS = (list, set, dict, deque, OrderedDict, defaultdict, Counter)
+CONTAINERS = (list, set, dict, deque, OrderedDict, defaultdict, Counter)
 
 
 def _leaves(value: object, containers: dict[int, Any], objects: int = 2) -> Iterator[object]:
@@ -197,9 +197,9 @@ def _leaves(value: object, containers: dict[int, Any], objects: int = 2) -> Iter
         objects: how many levels of objects are looked into, whose attributes are a dict.
     """
     inside: Any = value
-    if objects and type(value) not in _CONTAINERS and _is_object(value):
+    if objects and type(value) not in CONTAINERS and is_object(value):
         inside, objects = vars(value), objects - 1
-    if type(inside) in _CONTAINERS and id(inside) not in containers:
+    if type(inside) in CONTAINERS and id(inside) not in containers:
         containers[id(inside)] = inside
     elif type(inside) is not tuple:
         yield value
@@ -208,7 +208,7 @@ def _leaves(value: object, containers: dict[int, Any], objects: int = 2) -> Iter
         yield from _leaves(each, containers, objects)
 
 
-def _is_object(value: object) -> bool:
+def is_object(value: object) -> bool:
     """Whether `value` is an object of the model's author with attributes, such as a counter."""
     library = type(value).__module__.partition(".")[0]
     attributes = getattr(value, "__dict__", None)

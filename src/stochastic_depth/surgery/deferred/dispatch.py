@@ -12,6 +12,7 @@ arrives at `__torch_function__`, which decides:
   Either way the result is a placeholder.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,6 @@ from stochastic_depth.surgery.deferred.gates import (
     add,
     addition_at,
     additions_of,
-    no_graph,
     selected_values,
 )
 from stochastic_depth.surgery.deferred.placeholder import (
@@ -34,6 +34,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
     Reason,
     Tape,
     because,
+    lacks_samples,
     operands,
     value,
     with_values,
@@ -47,7 +48,8 @@ from stochastic_depth.surgery.deferred.shapes import (
     shapes_of_tensor,
 )
 from stochastic_depth.surgery.frames import CallSite, call_site_of
-from stochastic_depth.torch_private import subclass_of, tree_flatten, tree_unflatten
+from stochastic_depth.tensors import replace_tensors
+from stochastic_depth.torch_private import subclass_of, tree_unflatten
 
 LAZY = {"T", "mT", "H", "mH", "real", "imag", "data"}
 """Attributes that are tensors themselves."""
@@ -115,10 +117,9 @@ class _Dispatching(Placeholder):
         in_place = name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
         if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
             return _change(func, additions, found, args, kwargs, _caller())
-        if all(p._node.done for p in found):
+        if all(p._node.done for p in found) and not any(map(lacks_samples, found)):
             args, kwargs = selected_values(args, kwargs, additions, _caller)
-            with no_graph(additions):
-                return mark_as_branch(found[0]._node.tape, additions, func(*args, **kwargs))
+            return mark_as_branch(found[0]._node.tape, additions, func(*args, **kwargs))
         node = Node(found[0]._node.tape, additions, func, args, kwargs, computed)
         if name in SEVERAL or name == "":
             return defer_call(node)
@@ -161,12 +162,8 @@ def mark_as_branch(tape: Tape, additions: tuple[GatedAddition, ...], result: Any
     """A computed `result`, with its tensors marked as belonging to the branches of `additions`."""
     if isinstance(result, Tensor):
         return _placeholder(Node.finished(tape, additions, result), -1)
-    if isinstance(result, tuple | list | dict) or hasattr(result, "__dataclass_fields__"):
-        leaves, structure = tree_flatten(result)
-        if any(isinstance(leaf, Tensor) for leaf in leaves):
-            return tree_unflatten(
-                [mark_as_branch(tape, additions, leaf) for leaf in leaves], structure
-            )
+    if isinstance(result, tuple | list | dict) or dataclasses.is_dataclass(result):
+        return replace_tensors(result, lambda tensor: mark_as_branch(tape, additions, tensor))
     return result
 
 

@@ -27,7 +27,7 @@ from stochastic_depth.errors import (
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.module_snapshot import ModuleSnapshot
 from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
-from stochastic_depth.surgery.deferred.gates import no_graph, select_inputs
+from stochastic_depth.surgery.deferred.gates import select_inputs
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
     Node,
@@ -217,7 +217,7 @@ class _Session:
         for switch, before in self.before:
             switch.switch_to(before)
         for addition in self.additions.values():
-            addition.caller = None
+            addition.caller, addition.is_over = None, True
 
     def gated(self, numbers: tuple[int, ...]) -> tuple[GatedAddition, ...]:
         """Those of the additions with these numbers that have a gate in this call; one object."""
@@ -333,8 +333,7 @@ class _Interceptor:
             key = deferred.name, self.called
             args, kwargs = select_inputs(owner, gate, frozenset(additions), (args, kwargs), key)
         args, kwargs = resolved(args), resolved(kwargs) if kwargs else kwargs
-        with no_graph(additions if len(additions) == len(mine) else ()):
-            return mark_as_branch(self.tape, additions, self.forward(*args, **kwargs))
+        return mark_as_branch(self.tape, additions, self.forward(*args, **kwargs))
 
     def defer_call(
         self, additions: tuple[GatedAddition, ...], args: tuple, kwargs: dict[str, Any]

@@ -2,12 +2,11 @@
 
 At the residual addition, a closed gate returns the shortcut; an open gate scales the branch and
 adds it. Before that, a gate for some of the samples selects these from every value that enters the
-branch, and a forward-only gate keeps the branch out of the autograd graph.
+branch.
 """
 
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +29,6 @@ from stochastic_depth.surgery.record.rejected import SCALED
 from stochastic_depth.surgery.rewrite.select_samples import select_drawn
 from stochastic_depth.tensors import map_structure
 from stochastic_depth.torch_private import recomputation
-
-_NOTHING = nullcontext()
 
 
 def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
@@ -104,6 +101,8 @@ def add(
     if changes and isinstance(target, Placeholder):  # from now on it stands for this sum
         target._node = Node.finished(target._node.tape, (), resolved(result))
         target._leaf = -1
+    if addition.reached >= len(addition.sites):
+        addition.is_over = True
     return result
 
 
@@ -157,10 +156,3 @@ def select_inputs(
         return select_drawn(owner, gate, leaf, key)
 
     return map_structure(select, values, key)
-
-
-def no_graph(additions: Sequence[GatedAddition]) -> AbstractContextManager[Any]:
-    """The context that the branches of `additions` run in: no autograd if all are forward-only."""
-    if not additions or not all(addition.gate.detached for addition in additions):
-        return _NOTHING
-    return torch.no_grad()

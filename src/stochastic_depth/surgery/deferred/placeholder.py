@@ -26,7 +26,7 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.frames import CallSite
 from stochastic_depth.torch_private import changes_of, tree_flatten, tree_unflatten
 
-_ATOMS = {type(None), bool, int, float, str, torch.dtype, torch.device}
+ATOMS = {type(None), bool, int, float, str, torch.dtype, torch.device}
 """Types of values that contain no tensors."""
 _local = threading.local()
 
@@ -48,6 +48,7 @@ class GatedAddition:
         "copies",
         "deferred",
         "gate",
+        "is_over",
         "name",
         "owner",
         "reached",
@@ -66,6 +67,8 @@ class GatedAddition:
         """How many module calls have returned placeholders of this branch."""
         self.reached = 0
         """How often the addition was made."""
+        self.is_over = False
+        """Whether nothing is added any more, so that what is left of the branch is used outside."""
         self.recomputed: list[Callable[[], bool]] | None = [] if torch.is_grad_enabled() else None
         """For each checkpoint around the addition, a function that returns whether it will
         recompute."""
@@ -248,7 +251,27 @@ def value(placeholder: Placeholder) -> Tensor:
             f"{_name(placeholder._node)} in a closed branch returned {type(result).__name__} where "
             "a tensor was expected: exclude= the block"
         )
+    if lacks_samples(placeholder, result):
+        raise GateError(
+            f"block {placeholder._node.additions[0].name!r} ran on some of the samples only, but a "
+            f"value of its branch (shape {list(result.shape)}) is used outside of it, unlike on "
+            "the example: give sd.apply an example that takes this path, or exclude= the block"
+        )
     return result
+
+
+def lacks_samples(placeholder: Placeholder, computed: Tensor | None = None) -> bool:
+    """Whether a computed value of a branch has only some of the samples, and is used outside of it.
+
+    Args:
+        computed: the value, if it is known.
+    """
+    for addition in placeholder._node.additions:
+        samples = addition.gate.samples
+        if addition.is_over and samples is not None and len(samples) != addition.gate.batch:
+            tensor = placeholder._node.value if computed is None else computed
+            return isinstance(tensor, Tensor) and tensor.shape[:1] == (len(samples),)
+    return False
 
 
 def resolved(output: Any, everything: bool = True) -> Any:
@@ -259,12 +282,14 @@ def resolved(output: Any, everything: bool = True) -> Any:
     """
 
     def real(leaf: Any) -> Any:
-        replaced = isinstance(leaf, Placeholder) and (everything or leaf._node.done)
-        return value(leaf) if replaced else leaf
+        if not isinstance(leaf, Placeholder):
+            return leaf
+        ready = everything or (leaf._node.done and not lacks_samples(leaf))
+        return value(leaf) if ready else leaf
 
     if isinstance(output, Tensor):
         return real(output)
-    if type(output) is tuple and all(isinstance(e, Tensor) or type(e) in _ATOMS for e in output):
+    if type(output) is tuple and all(isinstance(e, Tensor) or type(e) in ATOMS for e in output):
         return tuple(map(real, output))
     leaves, structure = tree_flatten(output)
     if not any(isinstance(leaf, Placeholder) for leaf in leaves):
@@ -305,7 +330,7 @@ def _sort(values: Iterable[Any], found: list[Placeholder], computed: list[Tensor
             found.append(each)
         elif isinstance(each, Tensor):
             computed.append(each)
-        elif type(each) in _ATOMS:
+        elif type(each) in ATOMS:
             continue
         elif isinstance(each, (tuple, list)):
             _sort(each, found, computed)
@@ -322,7 +347,7 @@ def mapped(function: Callable[[Any], Any], values: Any) -> Any:
     returned itself, because its owner may append to it.
     """
     kind = type(values)
-    if kind in _ATOMS:
+    if kind in ATOMS:
         return values
     if isinstance(values, (Tensor, nn.Module)):
         return function(values)
@@ -332,7 +357,7 @@ def mapped(function: Callable[[Any], Any], values: Any) -> Any:
         return slice(*mapped(function, (values.start, values.stop, values.step)))
     named = kind is not tuple and isinstance(values, tuple) and hasattr(values, "_fields")
     if kind is tuple or kind is list or named:
-        parts = [each if type(each) in _ATOMS else mapped(function, each) for each in values]
+        parts = [each if type(each) in ATOMS else mapped(function, each) for each in values]
         if any(new is not old for new, old in zip(parts, values, strict=True)):
             return kind(*parts) if named else kind(parts)
     return values

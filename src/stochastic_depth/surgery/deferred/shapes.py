@@ -1,10 +1,13 @@
 """The shape, dtype and device of placeholders, inferred without computing their values.
 
 A deferred call is made on fake tensors, which have a shape and no values. In place of a module, a
-copy without hooks is called. Results are cached by module or function and by the shapes of the
-arguments.
+copy is called that has fake tensors too, no hooks, and containers of its own, so that nothing which
+its forward method changes is that of the module. Results are cached by module or function and by
+the shapes of the arguments.
 """
 
+import copy
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,16 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.surgery.deferred.placeholder import (
+    ATOMS,
     Node,
     Placeholder,
     Reason,
     because,
-    mapped,
     operands,
     under,
     value,
     with_values,
 )
+from stochastic_depth.surgery.example import (
+    CONTAINERS,
+    has_content,
+    is_object,
+    preserved_randomness,
+)
+from stochastic_depth.tensors import tensors_in
 from stochastic_depth.torch_private import FakeTensorMode, no_modes, set_call, tree_flatten
 
 SHAPES = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex"}
@@ -37,6 +47,10 @@ _UNKNOWN: Any = object()
 """Cached in place of shapes that cannot be inferred."""
 _MODULES: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _FUNCTIONS: dict[Any, dict[Any, Any]] = {}
+_FEW = 64
+"""How many integers a tensor may have of which the values are kept."""
+_one_thread = threading.RLock()
+"""Held while fake tensors are used: their mode works in one thread at a time."""
 
 
 @cache
@@ -61,8 +75,14 @@ class Shapes:
 
     @classmethod
     def of(cls, result: Any) -> "Shapes":
-        """The shapes of `result`, whose tensors are fake."""
+        """The shapes of `result`, whose tensors are fake.
+
+        Raises:
+            TypeError: when there are tensors in an object that PyTorch does not look into.
+        """
         leaves, structure = tree_flatten(result)
+        if any(not isinstance(leaf, Tensor) and tensors_in(leaf) for leaf in leaves):
+            raise TypeError("tensors in an object of an unknown class")
         return cls(leaves, structure, [_signature(leaf) for leaf in leaves])
 
 
@@ -91,10 +111,12 @@ def shapes_of(node: Node) -> Shapes:
 
 def _infer(node: Node) -> Any:
     try:
-        args, kwargs = mapped(_faked, (node.args, node.kwargs))
-        function = node.function if node.module is None else _without_hooks(node.module)
-        with no_modes(), _fake_tensors(), torch.no_grad(), under(node.context[1:], grad=False):
-            return Shapes.of(function(*args, **kwargs))
+        with _one_thread, preserved_randomness(node.module or nn.Identity()):
+            twin = _Twins().of
+            args, kwargs = twin(node.args), twin(node.kwargs)
+            function = node.function if node.module is None else twin(node.module)
+            with no_modes(), _fake_tensors(), torch.no_grad(), under(node.context[1:], grad=False):
+                return Shapes.of(function(*args, **kwargs))
     except Exception:
         return _UNKNOWN
 
@@ -111,14 +133,14 @@ def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """The result of a function in `SHAPES`; an argument of unknown shape is computed."""
     if len(args) == 1 and args[0]._node.done:
         return func(value(args[0]), **kwargs)
-    try:
-        if len(args) == 1 and not kwargs:
-            return func(_fake(args[0]))
-        inferred = mapped(_faked, args), mapped(_faked, kwargs)
-    except Exception:
-        with because(Reason("the shape of its output is needed, and depends on its values")):
-            inferred = with_values(args, kwargs)
-    return func(*inferred[0], **inferred[1])
+    with _one_thread:
+        try:
+            twin = _Twins().of
+            inferred = ((_fake(args[0]),), {}) if len(args) == 1 else (twin(args), twin(kwargs))
+        except Exception:
+            with because(Reason("the shape of its output is needed, and depends on its values")):
+                inferred = with_values(args, kwargs)
+        return func(*inferred[0], **inferred[1])
 
 
 def requires_grad(placeholder: Placeholder) -> bool:
@@ -134,10 +156,6 @@ def requires_grad(placeholder: Placeholder) -> bool:
     return any(tensor.requires_grad for tensor in computed) or any(map(requires_grad, found))
 
 
-def _faked(given: Tensor | nn.Module) -> Tensor | nn.Module:
-    return _without_hooks(given) if isinstance(given, nn.Module) else _fake(given)
-
-
 def _fake(tensor: Tensor) -> Tensor:
     """A fake tensor of the same shape, strides, dtype and device."""
     if isinstance(tensor, Placeholder):
@@ -148,7 +166,7 @@ def _fake(tensor: Tensor) -> Tensor:
         if not isinstance(fake, Tensor):
             raise TypeError("not a tensor")
         return fake
-    with no_modes(), _fake_tensors():
+    with _one_thread, no_modes(), _fake_tensors():
         return torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
@@ -169,18 +187,76 @@ def _signature(values: Any) -> Any:
     return type(values), values
 
 
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """A copy of `module` with the same tensors and no hooks, to be run on fake tensors."""
-    twin = module.__class__.__new__(module.__class__)
-    twin.__dict__ = dict(module.__dict__)
-    for name in vars(module):
-        if name.endswith(("_hooks", "_hooks_with_kwargs")):
-            twin.__dict__[name] = type(vars(module)[name])()
-    set_call(twin, None)
-    twin.__dict__["_buffers"] = dict(module._buffers)
-    twin.__dict__["_parameters"] = dict(module._parameters)
-    twin.__dict__["_modules"] = {
-        name: child if child is None else _without_hooks(child)
-        for name, child in module._modules.items()
-    }
-    return twin
+class _Twins:
+    """Copies of modules and arguments for one run on fake tensors.
+
+    They share nothing that the run may change: tensors are fake; containers, and the objects of the
+    model's author, are copied. A tensor of one value, or of a few integers, is a real copy, because
+    code may ask for its values.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Any, Any]] = {}
+        """By id: an object, which is kept so that no other object gets its id, and its copy."""
+
+    def of(self, value: Any, objects: int = 2) -> Any:
+        """The copy of `value`; `value` itself where a run does not change it.
+
+        Args:
+            objects: how many levels of objects are copied.
+        """
+        if type(value) in ATOMS:
+            return value
+        if id(value) in self._made:
+            return self._made[id(value)][1]
+        if isinstance(value, Tensor):
+            return self._keep(value, _fake_or_copy(value))
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, slice):
+            return slice(
+                *(self.of(each, objects) for each in (value.start, value.stop, value.step))
+            )
+        if isinstance(value, tuple):
+            parts = [self.of(each, objects) for each in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        if type(value) in CONTAINERS:
+            return self._container(value, objects)
+        if objects and is_object(value):
+            made = self._keep(value, copy.copy(value))
+            vars(made).update({n: self.of(each, objects - 1) for n, each in vars(value).items()})
+            return made
+        return value
+
+    def _keep(self, value: Any, made: Any) -> Any:
+        self._made[id(value)] = value, made
+        return made
+
+    def _container(self, value: Any, objects: int) -> Any:
+        made = self._keep(value, copy.copy(value))
+        if isinstance(value, dict):
+            made.update({name: self.of(each, objects) for name, each in value.items()})
+        elif not isinstance(value, set):
+            made.clear()
+            made.extend(self.of(each, objects) for each in value)
+        return made
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        twin = self._keep(module, module.__class__.__new__(module.__class__))
+        for name, held in vars(module).items():
+            is_hooks = name.endswith(("_hooks", "_hooks_with_kwargs"))
+            twin.__dict__[name] = type(held)() if is_hooks else self.of(held)
+        set_call(twin, None)
+        return twin
+
+
+def _fake_or_copy(tensor: Tensor) -> Tensor:
+    """A fake tensor, or a real copy of a very small one; itself if it is of another kind."""
+    if isinstance(tensor, Placeholder):
+        return _fake(tensor)
+    if not has_content(tensor):
+        return tensor
+    if tensor.numel() <= (1 if tensor.is_floating_point() else _FEW):
+        return tensor.detach().clone()
+    fake = _fake(tensor)
+    return nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.block import Block, force
-from stochastic_depth.errors import ApplyError, UnsupportedBlockError
+from stochastic_depth.errors import AdditionNotReachedError, ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
+from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.proof.gated import in_training
 from stochastic_depth.surgery.proof.reference import bypassed
@@ -131,7 +132,7 @@ def learn_samples(
 
     Raises:
         UnsupportedBlockError: when the batch is not the first dimension of a tensor that enters a
-            branch.
+            branch, or when an addition is not reached.
     """
     batch = batch_size(examples[0])
     sizes = batch, half_of(batch)
@@ -139,10 +140,14 @@ def learn_samples(
     block_of = {m: block for block in found for unit in block.units for m, _ in unit.edits}
     with_callers = {m for b in found for u in b.units if len(u.edits) > 1 for m, _ in u.edits}
     for training in (False, True):
-        seen = [
-            _shapes(model, caller(model, each), blocks, size, training)
-            for each, size in zip(examples, sizes, strict=True)
-        ]
+        try:
+            seen = [
+                _shapes(model, caller(model, each), blocks, size, training)
+                for each, size in zip(examples, sizes, strict=True)
+            ]
+        except AdditionNotReachedError as error:
+            block = next((block for block in found if block.name == error.block), found[0])
+            raise unsupported(block.name, block.module, BRANCH_NOT_SEEN) from error
         for (module, key), shapes in seen[0].items():
             pairs = zip(shapes, seen[1].get((module, key), ()), strict=False)
             verdicts = {_verdict(one, other, sizes) for one, other in pairs}

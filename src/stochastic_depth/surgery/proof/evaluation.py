@@ -20,6 +20,7 @@ from stochastic_depth.gates import CLOSED, OPEN, Gate
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
+from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
@@ -37,13 +38,6 @@ from stochastic_depth.tensors import largest_difference, tensors_in
 TOLERANCE = 1e-5
 """The largest accepted difference with closed blocks, relative to the largest output. The outputs
 may differ a little, because sums may be computed in a different order."""
-
-
-UNREACHED = (
-    "the output of its modules does not reach the addition as one tensor: it is written into "
-    "another tensor in place, or the model branches on its values"
-)
-"""The reason why a deferred block cannot be closed on the example on which it was found."""
 
 Outputs = list[Tensor]
 
@@ -301,7 +295,7 @@ class _Evaluation:
             with torch.set_grad_enabled(gradients):
                 outputs = tensors_in((run or self.run)())
         except AdditionNotReachedError:
-            return math.inf, UNREACHED
+            return math.inf, BRANCH_NOT_SEEN
         except Exception as error:
             return math.inf, f"the model fails: {type(error).__name__}: {error}"
         if [x.shape for x in outputs] != [x.shape for x in expected]:

@@ -1,0 +1,108 @@
+"""The shapes of deferred values are inferred without a trace: nothing of the model is changed."""
+
+import copy
+import random
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Record:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class Branch(nn.Module):
+    """Counts its calls in all places that a module has."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.register_buffer("count", torch.zeros(8))
+        self.calls: list[float] = []
+        self.record, self.kept = Record(), torch.zeros(3)
+        self.hidden = [nn.BatchNorm1d(6)]  # no child
+
+    def forward(self, x: Tensor, weight: float, notes: list[int]) -> Tensor:
+        self.count += 1
+        self.kept += 1
+        self.calls.append(weight)
+        self.record.calls += 1
+        notes.append(len(x))
+        return self.hidden[0](self.norm(self.linear(x)) + random.random()) * weight
+
+    def state(self) -> list[object]:
+        norms = [self.norm, *self.hidden]
+        return [
+            self.count.tolist(),
+            self.kept.tolist(),
+            list(self.calls),
+            self.record.calls,
+            [(int(norm.num_batches_tracked), norm.running_mean.tolist()) for norm in norms],
+        ]
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(Branch() for _ in range(3))
+
+    def forward(self, x: Tensor, weight: float, notes: list[int]) -> Tensor:
+        for branch in self.branches:
+            y = branch(x, weight, notes)
+            y = torch.tanh(y.view(y.shape[0], -1, 2)).flatten(1)
+            x = x + y
+        return x
+
+
+def test_a_closed_branch_changes_nothing_on_new_shapes_new_numbers_or_in_a_copy() -> None:
+    model, x = Trunk(), torch.randn(4, 6)
+    sd.apply(model, sd.Uniform(0.5), example=(x, 1.0, []))
+    notes: list[int] = []
+    for each in (model, copy.deepcopy(model)):
+        before = [branch.state() for branch in each.branches]
+        state, torch_state = random.getstate(), torch.get_rng_state()
+        with sd.handle_of(each).forced([False] * 3):
+            for samples, weight in ((4, 1.0), (7, 1.0), (7, 0.5), (8, 0.25)):
+                x = torch.ones(samples, 6)
+                assert torch.equal(each(x, weight, notes), x)
+        assert [branch.state() for branch in each.branches] == before
+        assert not notes
+        assert random.getstate() == state
+        assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_copies_in_several_threads_run_no_closed_branch() -> None:
+    model = Trunk()
+    sd.apply(model, sd.Uniform(0.5), example=(torch.randn(4, 6), 1.0, []))
+    copies = [copy.deepcopy(model) for _ in range(4)]
+    wrong: list[object] = []
+
+    def run(each: Trunk, first: int) -> None:
+        ran: list[Tensor] = []
+        for branch in each.branches:
+            branch.linear.register_forward_hook(lambda module, args, output: ran.append(output))
+        try:
+            with sd.handle_of(each).forced([False] * 3):
+                for samples in range(first, first + 25):
+                    x = torch.randn(samples, 6)
+                    if not torch.equal(each(x, 1.0, []), x) or ran:
+                        wrong.append(samples)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(c, 2 + 30 * n)) for n, c in enumerate(copies)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
