@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.errors import ApplyError
+from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -82,7 +82,27 @@ class CustomFunction(Base):
         return x + self.f(Fused.apply(self.f(x)))
 
 
-FOUND = [Addcmul, AddcmulByName, SumOfList, AddsShortcutInPlace, Private, Recurrent, CustomFunction]
+class Weighted(Base):
+    """Both operands are multiplied, by parts of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([1.0, 0.5]))
+
+    def forward(self, x):
+        return self.weights[0] * x + self.weights[1] * torch.tanh(self.f(x))
+
+
+FOUND = [
+    Weighted,
+    Addcmul,
+    AddcmulByName,
+    SumOfList,
+    AddsShortcutInPlace,
+    Private,
+    Recurrent,
+    CustomFunction,
+]
 
 
 @pytest.mark.parametrize("form", FOUND)
@@ -473,11 +493,6 @@ OTHER = {
         "x + torch.zeros_like(x).scatter_add(dim, index, f(x))",
         lambda x, y: x + torch.zeros_like(x).scatter_add(0, rows(), y[:2]),
     ),
-    "by index": (
-        written,
-        "x + torch.zeros_like(x).index_put((i,), f(x[i]))",
-        lambda x, y: x + torch.zeros_like(x).index_put((rows()[:, 0],), y[:2]),
-    ),
 }
 
 
@@ -520,6 +535,31 @@ def test_a_form_that_is_no_addition_is_named_and_what_it_says_to_write_is_taken(
         torch.testing.assert_close(model(X), before(X.clone()))
     with handle.forced([False, False]):
         assert torch.equal(model(X), X)
+
+
+def written_as_advised(x, y):
+    return x + torch.zeros_like(x).index_put((rows()[:, 0],), y[:2])
+
+
+@pytest.mark.parametrize(
+    ("make", "add"),
+    [(in_blocks, written), (in_blocks, written_as_advised), (AddsInLoop, written_as_advised)],
+)
+def test_what_a_helper_writes_into_a_tensor_and_adds_is_a_branch(make, add):
+    before, model = make(written), make(add)
+    model.load_state_dict(before.state_dict())
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    assert len(handle.blocks) == 2
+    with handle.forced([True, True]):
+        torch.testing.assert_close(model(X), before(X.clone()))
+    with handle.forced([False, False]):
+        assert torch.equal(model(X), X)
+
+
+def test_what_a_helper_of_a_trunk_writes_into_a_tensor_is_named_with_the_remedy():
+    remedy = "write it as torch.zeros_like(x).index_put((i,), f(x[i]))"
+    with pytest.raises(UnsupportedBlockError, match=re.escape(remedy)):
+        sd.apply(AddsInLoop(written), example=X)
 
 
 class Latents(nn.Module):

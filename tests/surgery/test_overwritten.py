@@ -135,3 +135,27 @@ def test_a_closed_block_gives_a_shortcut_that_may_be_overwritten(kind, training)
             expected = _written_out(kind, expected + branch if is_open else expected)
         torch.testing.assert_close(found, (expected, aside))
         torch.testing.assert_close(gradients, _gradients((expected, aside), parameters))
+
+
+class Later(nn.Module):
+    """Overwrites its own sum, under a condition that the example does not meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        y = x + torch.tanh(self.linear(x))
+        if len(y) > 3:
+            y.mul_(0.5)
+        return y
+
+
+def test_a_sum_that_its_method_may_overwrite_is_a_copy_of_the_shortcut():
+    stem, model = nn.Linear(WIDTH, WIDTH), nn.Sequential(Later(), Later())
+    handle = sd.apply(model, sd.Uniform(0.5), example=torch.randn(3, WIDTH))
+    x = stem(torch.randn(4, WIDTH))
+    before = x.clone()
+    with handle.forced([False, False]):
+        assert torch.equal(model(x), before / 4)
+    assert torch.equal(x, before)

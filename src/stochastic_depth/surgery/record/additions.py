@@ -175,7 +175,7 @@ class _Search:
             addition = self._located(left, right, part, True, total, frame)
             if not self._completes_coupling(addition):
                 self.couplings[total] = addition, self.rejections.described(frame, COUPLING)
-        elif not self.rejections.written(left, right, frame):
+        else:
             self.rejections.reject(frame, [left, right], reason or REPEATED)
 
     def _located(

@@ -20,10 +20,6 @@ SHORTCUT_BROADCAST = (
 BRANCH_BROADCAST = (
     "its branch is broadcast to the shape of its shortcut: write it as x + f(x).expand_as(x)"
 )
-WRITTEN = (
-    "its branch is assigned to a part of a tensor (y[i] = f(x[i])): write it as "
-    "x + torch.zeros_like(x).index_put((i,), f(x[i])), or by torch.cat or F.pad"
-)
 SCALED = (
     "its shortcut is the operand that the addition scales (alpha of torch.add, a factor of "
     "torch.addcmul): write it as alpha * x + f(x)"
@@ -126,15 +122,6 @@ class Rejections:
                     self.reject(frame, [shortcut, added], OTHER_FORMS[name])
             elif self._is_branch(added, shortcut):
                 self.add(self.described(frame, OTHER_FORMS[name]))
-
-    def written(self, left: int, right: int, frame: FrameType) -> bool:
-        """If a branch was index-assigned into an operand, record the rejection and return True."""
-        for shortcut, added in ((left, right), (right, left)):
-            written = self.recording.written.get(added, ())
-            if any(self._is_branch(number, shortcut) for number in written):
-                self.add(self.described(frame, WRITTEN))
-                return True
-        return False
 
     def other_shape(
         self, left: int, right: int, total: int, repeated: set[int], frame: FrameType

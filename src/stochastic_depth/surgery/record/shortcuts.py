@@ -2,6 +2,8 @@
 
 from collections.abc import Container
 
+from torch import nn
+
 from stochastic_depth.surgery.addition_functions import Side
 from stochastic_depth.surgery.record.trace import Call, Recording
 
@@ -104,8 +106,8 @@ class Shortcuts:
     def _is_projection(self, shortcut: set[int], branch: set[int]) -> bool:
         """Whether `shortcut` is a projection of a single value from which `branch` starts too.
 
-        - The shortcut must be computed from one value. The carry of a highway network,
-          (1 - t(x)) * x, is computed from two.
+        - The shortcut must be computed from one value, and any parameters. The carry of a highway
+          network, (1 - t(x)) * x, is computed from two values.
         - It must have fewer functions with weights than the branch, and no activation function.
           Otherwise one of two parallel branches could count as the projection of the other.
         - If it has weights and keeps the shape, the name of its module must say that it is a
@@ -116,7 +118,8 @@ class Shortcuts:
         shared = shortcut & branch
         own, others = shortcut - shared, branch - shared
         values = self.recording.values
-        starts = {p for value in own for p in values[value].parents if p in shared}
+        parents = {p for value in own for p in values[value].parents if p in shared}
+        starts = {p for p in parents if not isinstance(values[p].tensor, nn.Parameter)}
         convolutions = self._convolutions(own)
         if len(starts) != 1 or convolutions >= self._convolutions(branch):
             return False

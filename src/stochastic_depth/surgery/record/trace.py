@@ -91,8 +91,6 @@ class Recording:
         self.serial = itertools.count()
         self.may_overwrite = any(getattr(module, "inplace", False) for module in model.modules())
         """Whether any module works in place, even if in training mode only."""
-        self.written: dict[int, list[int]] = {}
-        """For each value that was index-assigned to (`y[i] = f`): the values that were assigned."""
         self._changes: dict[int, list[Change]] = {}
         """For each tensor that was changed in place, by its `id`: the changes, in order."""
         self._number: dict[int, int] = {}
@@ -128,6 +126,26 @@ class Recording:
     def is_overwritten(self, value: int) -> bool:
         """Whether a later function changes a value, or a view of it, in place."""
         return self.may_overwrite or any(change.at > value for change in self.changes(value))
+
+    def changed(
+        self, tensor: Tensor, parents: tuple[int, ...], function: str, flops: int, known: bool
+    ) -> None:
+        """Record the value that a tensor has after a function has changed it in place.
+
+        If it is a view, the tensor that it is a view of has a new value, too. What the model holds
+        from pass to pass, such as a running mean, keeps its number.
+
+        Args:
+            known: whether the function has returned the tensor, and so the value is recorded.
+        """
+        viewed = _viewed(tensor)
+        if id(viewed) in self._constants:
+            return
+        if not known:
+            self.add(tensor, parents, function, flops)
+        if viewed is not tensor:
+            number = self.add(viewed, (self.number(viewed), self.number(tensor)), function)
+            self.add(tensor, (number,), function)
 
     def numbers(self, values: object) -> set[int]:
         """The numbers of all tensors in `values`."""
@@ -253,13 +271,11 @@ class _Functions(TorchFunctionMode):
         before = 0 if self.counter is None else self.counter.total
         counted = [(x, changes_of(x)) for x in inputs if not x.is_inference()]
         out = func(*args, **(kwargs or {}))
-        for tensor, changes in counted:
-            if changes_of(tensor) != changes:
-                self.recording.overwrites(tensor, getattr(func, "__name__", "a function"))
         flops = 0 if self.counter is None else self.counter.total - before
         name = getattr(func, "__name__", "")
-        if name == "__setitem__" and operands[0] is not None:
-            self.recording.written.setdefault(operands[0], []).extend(parents)
+        changed = [tensor for tensor, changes in counted if changes_of(tensor) != changes]
+        for tensor in changed:
+            self.recording.overwrites(tensor, name or "a function")
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins
             self.recording.alias(out, args[0])
             self.on_function(func, operands, out, False)
@@ -269,6 +285,9 @@ class _Functions(TorchFunctionMode):
             number = self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)
             self.recording.values[number].together = range(first, first + len(tensors))
             flops = 0
+        returned = set(map(id, tensors))
+        for tensor in changed:
+            self.recording.changed(tensor, parents, name, flops, id(tensor) in returned)
         self.on_function(func, operands, out, scales_second(name, kwargs or {}))
         return out
 

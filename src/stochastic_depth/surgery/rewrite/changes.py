@@ -109,6 +109,7 @@ class Changes:
         self._visible = set[int]()
         self._unknown = set[int]()
         self._containers = set[int]()
+        self._changed = set[int]()
         self._state = _State()
         self._returned = _Value()
         arguments = tree.args
@@ -135,6 +136,10 @@ class Changes:
     def calls_unknown(self, node: ast.AST) -> bool:
         """Whether a node calls what may have an effect besides its result."""
         return any(id(part) in self._unknown for part in ast.walk(node))
+
+    def changes_result(self, node: ast.AST) -> bool:
+        """Whether the method may change in place what the expression `node` has created."""
+        return id(node) in self._changed
 
     @property
     def returns_new(self) -> bool:
@@ -226,7 +231,9 @@ class Changes:
             case ast.Starred():
                 self._bind(statement, target.value, value)
             case ast.Attribute() | ast.Subscript():
-                self._put(self._value(target.value).objects, value.reached)
+                held = self._value(target.value).objects
+                self._change(statement, held)
+                self._put(held, value.reached)
 
     def _augmented(self, statement: ast.AugAssign) -> None:
         value, target = self._value(statement.value), statement.target
@@ -392,6 +399,7 @@ class Changes:
 
     def _change(self, node: ast.AST, objects: Objects) -> None:
         """Record that `node` changes `objects` in place."""
+        self._changed |= objects
         if self._is_visible(objects):
             self._visible.add(id(node))
         local = objects - {_OTHERS}

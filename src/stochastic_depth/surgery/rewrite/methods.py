@@ -11,6 +11,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -276,6 +277,9 @@ def _edit(
         The code that is under the gate; and the variables that the method needs if it is closed.
     """
     changes = Changes(tree, function, edit.location.cls)
+    if isinstance(edit, AdditionEdit) and not edit.copies:
+        sums = (node for node in ast.walk(tree) if is_at(node, edit.location))
+        edit = replace(edit, copies=any(map(changes.changes_result, sums)))
     path, needed = _find(tree.body, edit.location, Needed())
     block, index = path.pop()
     statement = block[index] = _as_assignment(block[index])
@@ -287,9 +291,9 @@ def _edit(
         block[index] = ast.If(is_open(gate), opened, [closed])
     else:
         closed = ReplaceByShortcut(edit).visit(copy.deepcopy(statement))
-        replace = GateAddition(edit, gate)
-        block[index] = replace.visit(statement)
-        branch = [replace.branch]
+        put_gate = GateAddition(edit, gate)
+        block[index] = put_gate.visit(statement)
+        branch = [put_gate.branch]
     if any(map(changes.visible, branch)):
         raise UnsupportedBlockError(
             f"{edit.location}: its branch changes an object that is used outside of the method"

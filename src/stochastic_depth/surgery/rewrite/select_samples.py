@@ -147,9 +147,17 @@ class _SelectInSource(ast.NodeTransformer):
             self.outside = self.outside - {name}
 
     def visit_Assign(self, node: ast.Assign) -> Any:
+        self._visit_items(node, node.targets)
         node.value = self.visit(node.value)
         self.outside = self.outside - frozenset[str]().union(*map(defines, node.targets))
         return node
+
+    def _visit_items(self, node: ast.stmt, targets: Iterable[ast.expr]) -> None:
+        """Select what an assignment to an item (`y[i] = f`) changes, and its index."""
+        for item in [part for target in targets for part in ast.walk(target)]:
+            if isinstance(item, ast.Subscript) and isinstance(item.ctx, ast.Store):
+                self._select_before(node, defines(item))
+                item.slice = self.visit(item.slice)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         node.value = node.value and self.visit(node.value)
@@ -157,6 +165,7 @@ class _SelectInSource(ast.NodeTransformer):
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
+        self._visit_items(node, [node.target])
         self._select_before(node, defines(node.target))
         node.value = self.visit(node.value)
         return node

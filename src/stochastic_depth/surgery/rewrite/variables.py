@@ -11,10 +11,10 @@ def only_assigns(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
         return True
     if isinstance(statement, ast.Assign):
-        return all(_are_names(target) for target in statement.targets)
+        return all(map(_are_variables, statement.targets))
     if isinstance(statement, ast.Expr):
         return changed_in_place(statement) is not None
-    return isinstance(statement, ast.AugAssign | ast.AnnAssign) and _are_names(statement.target)
+    return isinstance(statement, ast.AugAssign | ast.AnnAssign) and _are_variables(statement.target)
 
 
 def changed_in_place(node: ast.AST) -> str | None:
@@ -27,10 +27,19 @@ def changed_in_place(node: ast.AST) -> str | None:
     return None
 
 
-def _are_names(target: ast.expr) -> bool:
+def _are_variables(target: ast.expr) -> bool:
+    """Whether `target` is a variable, an item of one (`y[i]`), or a tuple of them."""
     if isinstance(target, ast.Tuple | ast.List):
-        return all(map(_are_names, target.elts))
-    return isinstance(target, ast.Name)
+        return all(map(_are_variables, target.elts))
+    return isinstance(target, ast.Name) or _of_item(target) is not None
+
+
+def _of_item(target: ast.AST) -> str | None:
+    """The variable of which `target` is an item (`y[i]`, `y[i][j]`), or None."""
+    is_item = False
+    while isinstance(target, ast.Subscript):
+        is_item, target = True, target.value
+    return target.id if is_item and isinstance(target, ast.Name) else None
 
 
 def uses(node: ast.AST) -> frozenset[str]:
@@ -72,7 +81,10 @@ def defines(node: ast.AST) -> frozenset[str]:
     of_comprehensions = {id(name) for target in loops for name in _names(target)}
     stored = (n for n in _names(node) if isinstance(n.ctx, ast.Store))
     changed = (name for n in ast.walk(node) if (name := changed_in_place(n)) is not None)
-    return frozenset([*(n.id for n in stored if id(n) not in of_comprehensions), *changed])
+    items = (n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store))
+    filled = (name for n in items if (name := _of_item(n)) is not None)
+    names = (n.id for n in stored if id(n) not in of_comprehensions)
+    return frozenset([*names, *changed, *filled])
 
 
 def surely_defines(statement: ast.stmt) -> frozenset[str]:
@@ -84,16 +96,23 @@ def surely_defines(statement: ast.stmt) -> frozenset[str]:
         ]
         return both[0] & both[1]
     if isinstance(statement, ast.Assign):
-        return frozenset[str]().union(*map(defines, statement.targets))
+        return frozenset[str]().union(*map(_stored, statement.targets))
     if isinstance(statement, ast.AnnAssign | ast.AugAssign) and statement.value is not None:
-        return defines(statement.target)
+        return _stored(statement.target)
     return frozenset()
 
 
+def _stored(target: ast.expr) -> frozenset[str]:
+    """The variables that an assignment to `target` replaces; an item of one is only changed."""
+    return frozenset(n.id for n in _names(target) if isinstance(n.ctx, ast.Store))
+
+
 def stores_elsewhere(statement: ast.stmt) -> bool:
-    """Whether a statement changes something besides variables."""
+    """Whether a statement changes something besides variables and their items."""
     return any(
-        isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)
+        isinstance(node, ast.Attribute | ast.Subscript)
+        and isinstance(node.ctx, ast.Store)
+        and _of_item(node) is None
         for node in ast.walk(statement)
     )
 
