@@ -343,3 +343,13 @@ def test_what_cannot_be_folded_exactly_is_refused_and_left_as_it_was(model, bloc
 def test_a_plain_model_is_told_to_be_applied_first():
     with pytest.raises(sd.errors.ApplyError, match="no stochastic depth"):
         sd.fold(CifarResNet(8), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+def test_weights_that_a_pass_has_computed_are_no_obstacle():
+    model = Net(lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH)), mlp()))
+    sd.apply(model, sd.Uniform(0.5), example=ROW)
+    model(ROW).sum().backward()  # leaves weights that are in the graph
+    expected = model.eval()(ROW)
+    sd.fold(model, ROW)
+    torch.testing.assert_close(model(ROW), expected)

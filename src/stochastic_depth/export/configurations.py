@@ -8,7 +8,7 @@ from torch import nn
 
 from stochastic_depth.errors import TruncateError, first_line
 from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.tensors import largest_difference, tensors_in
+from stochastic_depth.tensors import copied, largest_difference, tensors_in
 
 SAME = 1e-6
 """Relative tolerance for outputs that the same operations compute from the same weights."""
@@ -76,7 +76,7 @@ def check_configuration(twin: nn.Module, example: Example) -> None:
             built = built.to(next(module.parameters()))
             rebuilt = built
             if name:
-                rebuilt = copy.deepcopy(twin)
+                rebuilt = copied(twin)
                 rebuilt.set_submodule(name, built)
             with preserve_state(rebuilt), preserve_state(twin), torch.no_grad():
                 given = tensors_in(caller(twin.eval(), example)())

@@ -1,6 +1,5 @@
 """`sd.fold`: multiply p_l into the weights, so that the network becomes a plain model."""
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
-from stochastic_depth.tensors import largest_difference, tensors_in
+from stochastic_depth.tensors import copied, largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_map_only
 
 TOLERANCE = 1e-12
@@ -89,13 +88,13 @@ def multipliers(
     if all(p in (None, 0, 1) for p in survival):
         return {}
     try:
-        twin = copy.deepcopy(model).double()
+        twin = copied(model).double()
         run = caller(twin, tree_map_only(Tensor, _double, example))
         before, outputs = _traced(twin, run, survival)
     except RuntimeError as error:  # an operation that does not exist in float64, or mixed types
         if is_out_of_memory(error):
             raise
-        twin = copy.deepcopy(model)
+        twin = copied(model)
         run = caller(twin, example)
         before, outputs = _traced(twin, run, survival)
     result: dict[str, float] = {}

@@ -1,6 +1,5 @@
 """`sd.truncate`: remove some blocks of a model, and fold p_l into those that stay."""
 
-import copy
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from stochastic_depth.surgery.applied import applied_to, remove
 from stochastic_depth.surgery.blocks import CONTAINERS, FoundBlock
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
-from stochastic_depth.tensors import largest_difference, tensors_in
+from stochastic_depth.tensors import copied, largest_difference, tensors_in
 
 TOLERANCE = 1e-4
 """Tolerance of outputs in the model's precision, relative to their largest value."""
@@ -68,7 +67,7 @@ def truncate(
     refuse_sharded(model, "truncate")
     refuse_nested(example)
     weights = multipliers(model, example, closed)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     truth = _closed_outputs(twin, closed, example)
     _edit(twin, closed, weights)
     try:
