@@ -8,13 +8,15 @@ import pytest
 from stochastic_depth.lab.comparison import (
     compare_runs,
     comparison_table,
+    remarks,
     train_pairs,
+    twins,
     write_comparison,
 )
 from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
-from support.runs import unseen
+from support.runs import trained_by, unseen
 
 SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=2)
 
@@ -36,6 +38,23 @@ def test_the_twins_differ_in_the_survival_rule_alone(runs):
     for constant, stochastic in zip(runs["constant"], runs["stochastic"], strict=True):
         assert constant.config.survival.rule == "constant"
         assert replace(constant.config, survival=stochastic.config.survival) == stochastic.config
+
+
+def test_the_twins_are_trained_by_one_engine():
+    subset = replace(SMALL, survival=replace(SMALL.survival, gate="subset"))
+    assert [config.engine for config in twins(subset)] == ["eager", "eager"]
+    assert [config.engine for config in twins(SMALL)] == ["auto", "auto"]
+    assert [config.survival.rule for config in twins(subset)] == ["constant", "linear"]
+
+
+def test_seconds_of_different_engines_are_compared_by_a_remark_alone(runs, tmp_path):
+    found = trained_by(compare_runs(runs), "compiled")
+    assert any("differ in their engine" in remark for remark in remarks(found, 2, 2, 2))
+    rows = list(comparison_table(found).columns[0].cells)
+    assert not [row for row in rows if row.startswith("time saved")]
+    write_comparison(tmp_path, found, runs)
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert content["comparison"]["saving_measured"] is None
 
 
 def test_figures_are_those_of_the_journals(runs, tmp_path):

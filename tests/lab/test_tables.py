@@ -10,9 +10,11 @@ from stochastic_depth.lab.formatting import difference, duration, share
 from stochastic_depth.lab.outcomes import Spread, expected_cost, experiments, standard_error
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.tables import overview, published_for, tables, tiles
+from stochastic_depth.lab.training_curves import training_time
 from stochastic_depth.recipes import PUBLISHED, RECIPES, describe_recipe
 from stochastic_depth.train import DataConfig
 from stochastic_depth.train.config import ScheduleConfig
+from support.runs import trained_by
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -64,6 +66,22 @@ def test_the_headline_is_error_time_and_saving_against_the_expected(experiment):
     share = 1 - _median(stochastic) / _median(constant)
     assert saved.value == f"{100 * share:.1f} %"
     assert saved.beside == f"expected from FLOPs {100 * stochastic.cost.saving:.1f} %"
+
+
+def test_seconds_of_different_engines_are_not_compared(experiment):
+    apart = trained_by(experiment, "compiled")
+    note = "The runs differ in their engine: the seconds are not to be compared."
+    error, time = tiles(apart)
+    assert error == tiles(experiment)[0]
+    assert time.beside == note
+    _, seconds, saving = tables(apart)
+    assert seconds.note.endswith(note)
+    assert [row[3] for row in seconds.rows] == ["1.000", ""]
+    assert saving.rows[0][3] == ""
+    assert overview([apart]).rows[0][3] == ""
+    figure = training_time(apart)
+    assert figure.note.endswith(note)
+    assert "saves" not in figure.sentence
 
 
 def _median(series) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from stochastic_depth.errors import Interrupted
+from stochastic_depth.lab.outcomes import Experiment
 from stochastic_depth.train import Record, begin, fit, reopen
 from stochastic_depth.train.checkpoint import load_checkpoint
 from stochastic_depth.train.display import Display, Silent
+from stochastic_depth.train.engine_choice import EngineName
 from stochastic_depth.train.journal import append_record, last_checksum
 from stochastic_depth.train.run_folder import checksum
 
@@ -41,6 +44,16 @@ def edit_description(run: Path, edit: Callable[[dict[str, Any]], object]) -> Non
     del described["sha256"]
     described["sha256"] = checksum(described)
     (run / "config.json").write_text(json.dumps(described))
+
+
+def trained_by(experiment: Experiment, engine: EngineName) -> Experiment:
+    """The experiment, as if another engine had trained the runs of its last series."""
+    *others, last = experiment.series
+    runs = [
+        replace(one, run=replace(one.run, runtime=replace(one.run.runtime, engine=engine)))
+        for one in last.runs
+    ]
+    return replace(experiment, series=(*others, replace(last, runs=tuple(runs))))
 
 
 def without_clock(records):

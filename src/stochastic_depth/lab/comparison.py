@@ -12,17 +12,23 @@ from rich.table import Table
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import is_there, write_whole
 from stochastic_depth.lab.drawing import file_png
-from stochastic_depth.lab.formatting import plus_minus, share
+from stochastic_depth.lab.formatting import plus_minus, share, timing_note
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.sources import read_run
 from stochastic_depth.lab.training_curves import training_curves, training_time
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
+from stochastic_depth.train.engine_choice import on_one_engine
 from stochastic_depth.train.journal import Record
 from stochastic_depth.train.run_folder import remove_untrained_on_error
 
 KINDS = ("constant", "stochastic")
+
+
+def twins(config: Config) -> list[Config]:
+    """Constant depth and `config`, which are trained by one engine."""
+    return on_one_engine([constant_depth(config), config])
 
 
 def train_pairs(
@@ -55,7 +61,7 @@ def train_pairs(
         began = time.monotonic()
         pair, turns = [], []
         with remove_untrained_on_error(pair):
-            for kind, chosen in zip(KINDS, (constant_depth(config), config), strict=True):
+            for kind, chosen in zip(KINDS, twins(config), strict=True):
                 path = folder / f"{kind}-seed{seed}"
                 run, records = _start(replace(chosen, seed=seed), path, display, stop)
                 pair.append(run)
@@ -118,13 +124,15 @@ def _recorded(runs: dict[str, list[Run]]) -> Experiment:
 
 
 def remarks(experiment: Experiment, epochs: int, planned: int, seeds: int) -> Iterator[str]:
-    """What to know about a comparison that was shortened, or stopped, to end in time.
+    """What to know about a comparison: why seconds cannot be compared, and where it was stopped.
 
     Args:
         epochs: the epochs of the configuration that was asked for.
         planned: the epochs that were to be trained, which may be fewer.
         seeds: how many seeds were to be trained.
     """
+    if note := timing_note(experiment.runs):
+        yield note
     trained = experiment.series[0].runs
     reached = trained[0].records[-1].epoch
     if reached < epochs / 2:
@@ -155,7 +163,8 @@ def write_comparison(
 
 def _title(experiment: Experiment) -> str:
     config, epoch = experiment.config, experiment.series[0].runs[0].records[-1].epoch
-    return f"{config.data.name}, {config.model.kind} {config.model.depth}, {epoch:g} epochs"
+    epochs = f"{epoch:g} epoch{'s' * (epoch != 1)}"
+    return f"{config.data.name}, {config.model.kind} {config.model.depth}, {epochs}"
 
 
 def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
@@ -168,7 +177,7 @@ def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
             "stochastic": asdict(stochastic.outcome),
             "blocks": len(cost.survival),
             "expected_active_blocks": sum(cost.survival),
-            "saving_measured": stochastic.time_saved(constant),
+            "saving_measured": experiment.time_saved(stochastic),
             "saving_expected": cost.saving,
         },
         "config": stochastic.runs[0].run.config.without_io().to_json(),
@@ -202,8 +211,9 @@ def comparison_table(experiment: Experiment) -> Table:
     each = (f"{series.interval_seconds:.3g} s" for series in experiment.series)
     table.add_row(f"seconds of the {typical}", *each)
     table.add_section()
-    saved = share(stochastic.time_saved(constant))
-    table.add_row(f"time saved, ratio of {typical}s", "", saved)
+    saved = experiment.time_saved(stochastic)
+    if saved is not None:
+        table.add_row(f"time saved, ratio of {typical}s", "", share(saved))
     table.add_row("FLOPs saved, expected", "", share(cost.saving))
     return table
 

@@ -1,6 +1,9 @@
 """Numbers and their units as text, formatted in one way everywhere."""
 
-from stochastic_depth.lab.outcomes import Series, Spread, standard_error
+from collections.abc import Iterable
+
+from stochastic_depth.lab.outcomes import Series, Spread, standard_error, timing_differences
+from stochastic_depth.lab.sources import RecordedRun
 
 
 def percent(spread: Spread) -> str:
@@ -45,6 +48,12 @@ def runs_text(*counts: int) -> str:
     if counts == (1,):
         return "1 run"
     return f"mean ± deviation, {' or '.join(map(str, counts))} runs"
+
+
+def timing_note(runs: Iterable[RecordedRun]) -> str:
+    """Why the seconds of runs cannot be compared; empty if they can."""
+    apart = " and ".join(timing_differences(runs))
+    return f"The runs differ in their {apart}: the seconds are not to be compared." if apart else ""
 
 
 def difference(a: Spread, b: Spread, of_a: Series, of_b: Series) -> str:

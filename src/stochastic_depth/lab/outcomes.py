@@ -211,10 +211,6 @@ class Series:
         typical = statistics.fmean if scheduled else statistics.median
         return typical([record.seconds for run in self.runs for record in run.records])
 
-    def time_saved(self, constant: "Series") -> float:
-        """The share of the time of constant depth that is saved, by the seconds of an interval."""
-        return 1 - self.interval_seconds / constant.interval_seconds
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -250,6 +246,16 @@ class Experiment:
             self.stochastic,
             key=lambda s: (s.survival.rule != "linear", abs(s.survival.final - 0.5)),
         )
+
+    def time_saved(self, series: Series) -> float | None:
+        """The share of the time of constant depth that a series saves, by the seconds of intervals.
+
+        None without constant depth, or if the seconds of the two cannot be compared.
+        """
+        constant = self.constant
+        if constant is None or timing_differences([*constant.runs, *series.runs]):
+            return None
+        return 1 - series.interval_seconds / constant.interval_seconds
 
     @property
     def drops(self) -> tuple[float, ...]:
@@ -339,10 +345,19 @@ def _names(stochastic: list[SurvivalConfig]) -> list[str]:
     return names
 
 
-def on_one_machine(*series: Series) -> bool:
-    """Whether all runs were on one machine, so that their seconds can be compared."""
-    machines = {str(run.described.get("machine")) for one in series for run in one.runs}
-    return len(machines) == 1
+def timing_differences(runs: Iterable[RecordedRun]) -> list[str]:
+    """In what runs differ on which their seconds depend; empty if these can be compared."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        machine, runtime = dict(run.described["machine"]), run.run.runtime
+        for name, value in (
+            ("threads", machine.pop("threads", None)),
+            ("machine", machine),
+            ("engine", (runtime.engine, runtime.kernels)),
+            ("precision", runtime.precision),
+        ):
+            found.setdefault(name, set()).add(str(value))
+    return [name for name, values in found.items() if len(values) > 1]
 
 
 def standard_error(a: Spread, b: Spread, of_a: int, of_b: int) -> float | None:

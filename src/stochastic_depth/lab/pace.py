@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from stochastic_depth.lab.comparison import twins
 from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.outcomes import expected_cost
-from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, open_run
 from stochastic_depth.train.open import open_batches
 from stochastic_depth.train.runtime import resolve_runtime
@@ -66,7 +66,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
     Args:
         patience: seconds after which no further steps are taken.
     """
-    constant = constant_depth(config)
+    constant, _ = twins(config)
     runtime = resolve_runtime(constant)
     batches = open_batches(constant, runtime)
     train_state = TrainState(constant, runtime, batches)
@@ -100,7 +100,7 @@ def epochs_of(folder: Path, config: Config, seeds: Sequence[int]) -> int | None:
         path = folder / f"constant-seed{seed}"
         if path.exists():
             found = open_run(path).config
-            same = replace(constant_depth(config), seed=seed, epochs=found.epochs)
+            same = replace(twins(config)[0], seed=seed, epochs=found.epochs)
             if found.without_io() == same.without_io():
                 return found.epochs
     return None

@@ -81,6 +81,10 @@ class RecordedSweep:
         """How many points the grid has, each of which will be a run."""
         return len(self.sweep.grid.points())
 
+    def finished(self) -> list[RecordedRun]:
+        """The runs that figures show."""
+        return [run for run in self.runs if run.finished and run.records]
+
     @property
     def under_way(self) -> bool:
         ended = sum(run.finished or run.failed for run in self.runs)

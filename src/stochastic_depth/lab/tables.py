@@ -1,11 +1,11 @@
 """Errors, seconds, savings and settings as tables, with the published numbers beside ours."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from stochastic_depth.lab.formatting import duration, percent, plus_minus, share
-from stochastic_depth.lab.outcomes import Experiment, RunOutcome, Series, Spread, on_one_machine
+from stochastic_depth.lab.formatting import duration, percent, plus_minus, share, timing_note
+from stochastic_depth.lab.outcomes import Experiment, RunOutcome, Series, Spread
 from stochastic_depth.lab.sources import RecordedRun
 from stochastic_depth.recipes import PUBLISHED, RECIPES, Published
 from stochastic_depth.train import Config
@@ -74,10 +74,10 @@ def _seconds(now: Experiment, published: Found) -> ReportTable:
             series.name,
             f"{plus_minus(spread)} s" if spread.mean < 100 else _long(spread),
             duration(series.interval_seconds),
-            f"{1 - series.time_saved(base):.3f}" if base else "",
+            "" if saved is None else f"{1 - saved:.3f}",
         ]
         for series in now.series
-        for spread in [series.outcome.seconds]
+        for spread, saved in [(series.outcome.seconds, now.time_saved(series))]
     ]
     found = [published[series.name] for series in now.series]
     reference = published[base.name] if base else None
@@ -94,9 +94,7 @@ def _seconds(now: Experiment, published: Found) -> ReportTable:
     note = (
         "Without evaluation. Ratios are to constant depth, of medians (under a schedule, of means)."
     )
-    if not on_one_machine(*now.series):
-        note += " Not all runs were on one machine: their seconds are not to be compared."
-    return ReportTable("Training time", head, rows, note)
+    return ReportTable("Training time", head, rows, f"{note} {timing_note(now.runs)}".rstrip())
 
 
 def _long(spread: Spread) -> str:
@@ -110,7 +108,7 @@ def _savings(now: Experiment) -> ReportTable:
             series.name,
             f"{plus_minus(series.outcome.active_blocks)} of {len(series.cost.survival)}",
             f"{sum(series.cost.survival):.2f}",
-            share(series.time_saved(now.constant)) if now.constant else "",
+            _saved(now, series),
             share(series.cost.saving),
         ]
         for series in now.stochastic
@@ -118,6 +116,11 @@ def _savings(now: Experiment) -> ReportTable:
     head = ["", "active blocks", "expected", "time saved", "FLOPs saved"]
     note = "The FLOPs of dropped blocks, forward and backward, are the most that can be saved."
     return ReportTable("Saving", head, rows, note)
+
+
+def _saved(now: Experiment, series: Series) -> str:
+    saved = now.time_saved(series)
+    return "" if saved is None else share(saved)
 
 
 def _sources(now: Experiment, found: Sequence[tuple[Config, Published] | None]) -> list[str]:
@@ -159,9 +162,12 @@ def tiles(experiment: Experiment) -> list[Tile]:
             f"{base.name} {duration(base.outcome.seconds.mean)}" if base else "",
         ),
     ]
-    if base:
-        saved = share(series.time_saved(base))
-        made.append(Tile("Time saved", saved, f"expected from FLOPs {share(series.cost.saving)}"))
+    saved = now.time_saved(series)
+    if base and saved is None:
+        made[1] = replace(made[1], beside=timing_note([*base.runs, *series.runs]))
+    elif base and saved is not None:
+        expected = f"expected from FLOPs {share(series.cost.saving)}"
+        made.append(Tile("Time saved", share(saved), expected))
     return made
 
 
@@ -170,13 +176,12 @@ def overview(experiments: list[Experiment]) -> ReportTable:
     rows = []
     for now in (experiment.comparable() for experiment in experiments):
         series, base = now.main, now.constant
-        both = base is not None and bool(now.stochastic)
         rows.append(
             [
                 now.title,
                 percent(base.outcome.test_error_best) if base else "",
                 percent(series.outcome.test_error_best) if now.stochastic else "",
-                share(series.time_saved(base)) if base and both else "",
+                _saved(now, series) if now.stochastic else "",
                 share(series.cost.saving) if now.stochastic else "",
             ]
         )

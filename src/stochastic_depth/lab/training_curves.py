@@ -14,12 +14,15 @@ from stochastic_depth.lab.charts import (
     keys,
     layered,
 )
-from stochastic_depth.lab.formatting import difference, duration, percent, seeds, share
-from stochastic_depth.lab.outcomes import (
-    Experiment,
-    Series,
-    on_one_machine,
+from stochastic_depth.lab.formatting import (
+    difference,
+    duration,
+    percent,
+    seeds,
+    share,
+    timing_note,
 )
+from stochastic_depth.lab.outcomes import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
 
 
@@ -121,9 +124,7 @@ def training_time(experiment: Experiment) -> Figure:
         panels=(layered(*layers),),
         note=f"Thin: every {interval} of every seed. Bars: their median. "
         + "Upright: constant depth less the FLOPs of dropped blocks. " * bool(expected)
-        + "Evaluation is not counted."
-        + " Not all runs were on one machine: the seconds are not to be compared."
-        * (not on_one_machine(*experiment.series)),
+        + f"Evaluation is not counted. {timing_note(experiment.runs)}".rstrip(),
         height=46 * len(experiment.series),
         axis=130,
     )
@@ -165,11 +166,10 @@ def _dots(series: Series) -> list[Row]:
 def _time_sentence(experiment: Experiment, interval: str) -> str:
     clauses = [f"{series.name} {duration(series.interval_seconds)}" for series in experiment.series]
     sentence = f"The median {interval} takes: {', '.join(clauses)}."
-    constant = experiment.constant
-    if constant is None:
-        return sentence
     for series in experiment.stochastic:
-        saved, due = series.time_saved(constant), series.cost.saving
+        saved, due = experiment.time_saved(series), series.cost.saving
+        if saved is None:
+            continue
         sentence += f" {series.name[0].upper()}{series.name[1:]} saves {share(saved)} of the time"
         sentence += f", where its FLOPs promise {share(due)}."
     return sentence

@@ -1,5 +1,7 @@
 """Choose the engine that takes the training steps of a configuration, and say why."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -60,6 +62,16 @@ def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
             "eager", "reference", f"the block program gains little here: {no_kernels}"
         )
     return EngineChoice("program", "native", "there are native kernels for this processor")
+
+
+def on_one_engine(configs: Sequence[Config]) -> list[Config]:
+    """The configurations, with `eager` in place of `auto` if the program cannot train all of them.
+
+    Their seconds can then be compared. The result is the same on every machine.
+    """
+    if not any(map(_why_program_unsupported, configs)):
+        return list(configs)
+    return [replace(one, engine="eager") if one.engine == "auto" else one for one in configs]
 
 
 def _why_images_unsupported(config: Config) -> str | None:

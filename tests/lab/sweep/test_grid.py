@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 
 from stochastic_depth.errors import ApplyError, ConfigError
-from stochastic_depth.lab.sweep.folder import Grid
+from stochastic_depth.lab.sweep.folder import Grid, Sweep
 from stochastic_depth.train import ModelConfig
+from stochastic_depth.train.runtime import resolve_runtime
 from support.small_sweep import GRID, SMALL
 
 
@@ -26,6 +27,22 @@ def test_a_point_changes_its_four_values_and_nothing_else():
     assert (config.model.depth, config.seed) == (14, 7)
     survival, model = SMALL.survival, SMALL.model
     assert replace(config, survival=survival, model=model, seed=SMALL.seed) == SMALL
+
+
+@pytest.mark.parametrize(
+    ("gate", "asked", "engines"),
+    [
+        ("batch", "auto", {"auto"}),
+        ("subset", "auto", {"eager"}),
+        ("subset", "compiled", {"compiled"}),
+    ],
+)
+def test_all_points_of_a_sweep_have_one_engine(gate, asked, engines, tmp_path):
+    config = replace(SMALL, survival=replace(SMALL.survival, gate=gate), engine=asked)
+    sweep = Sweep(tmp_path, "survival", GRID, config)
+    assert {sweep.configs[point].engine for point in GRID.points()} == engines
+    runtimes = {resolve_runtime(one) for one in sweep.configs.values()}
+    assert len({(found.engine, found.kernels) for found in runtimes}) == 1
 
 
 def test_names_are_readable_and_different():

@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered, log_axis
-from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds
+from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds, timing_note
 from stochastic_depth.lab.outcomes import CONSTANT, RunOutcome, Series, Spread
 from stochastic_depth.lab.sources import RecordedRun, RecordedSweep
 from stochastic_depth.lab.style import CONSTANT_COLOUR, HEAT, STOCHASTIC
@@ -65,17 +65,16 @@ def survival_sweep(sweep: RecordedSweep) -> Figure | None:
         legend=_legend(points),
         note=f"Depth {config.model.depth}. Test error at the epoch of the best validation error. "
         "Points: mean over seeds; lines through them reach one standard deviation to each side. "
-        "Only finished runs count.",
+        f"Only finished runs count. {timing_note(sweep.finished())}".rstrip(),
     )
 
 
 def _points(sweep: RecordedSweep) -> list[Place]:
     groups: dict[tuple[str, float], list[RecordedRun]] = {}
-    for run in sweep.runs:
-        if run.finished and run.records:
-            survival = run.run.config.survival
-            final = 1.0 if survival.rule == "constant" else survival.final
-            groups.setdefault((survival.rule, final), []).append(run)
+    for run in sweep.finished():
+        survival = run.run.config.survival
+        final = 1.0 if survival.rule == "constant" else survival.final
+        groups.setdefault((survival.rule, final), []).append(run)
     return [
         (rule, final, Series(rule, "", runs[0].run.config.survival, tuple(runs)))
         for (rule, final), runs in sorted(groups.items())
@@ -161,9 +160,7 @@ def depth_sweep(sweep: RecordedSweep) -> Figure | None:
     """A heat map of the finished runs; None if there are none. Constant depth has p_L = 1."""
     cells: Cells = {}
     rows: list[Row] = []
-    for run in sweep.runs:
-        if not (run.finished and run.records):
-            continue
+    for run in sweep.finished():
         config = run.run.config
         final = 1.0 if config.survival.rule == "constant" else config.survival.final
         error = RunOutcome.of(run.records).test_error_best

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from stochastic_depth.files import (
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config, Record, layout, open_run
 from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.engine_choice import on_one_engine
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,13 @@ class Sweep:
     kind: SweepKind
     grid: Grid
     config: Config
+
+    @cached_property
+    def configs(self) -> dict[Point, Config]:
+        """The configuration of each run; one engine trains them all."""
+        points = self.grid.points()
+        configs = on_one_engine([point.of(self.config) for point in points])
+        return dict(zip(points, configs, strict=True))
 
     def path(self, point: Point) -> Path:
         """The run folder of a point."""

@@ -9,8 +9,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from stochastic_depth.lab.formatting import percent, plus_minus
+from stochastic_depth.lab.formatting import count_text, percent, plus_minus, timing_note
 from stochastic_depth.lab.outcomes import Outcome, RunOutcome
+from stochastic_depth.lab.sources import read_run
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.train.display import LiveDisplay
 
@@ -96,22 +97,25 @@ def _cost(point: Point) -> float:
 
 def sweep_table(sweep: Sweep) -> Table:
     """A row for each rule, p_L and depth: means over the seeds that are done."""
+    points = sweep.grid.points()
+    finished = {point: read_run(sweep.path(point)) for point in points if sweep.done(point)}
+    caption = "seconds of training compare only where one worker ran at a time"
     table = Table(
-        title=f"{sweep.config.data.name}, {sweep.config.model.kind}, {sweep.config.epochs} epochs; "
-        "mean ± deviation over seeds",
+        title=f"{sweep.config.data.name}, {sweep.config.model.kind}, "
+        f"{count_text(sweep.config.epochs, 'epoch')}; mean ± deviation over seeds",
         title_justify="left",
-        caption="seconds of training compare only where one worker ran at a time",
+        caption="\n".join(filter(None, (caption, timing_note(finished.values())))),
         caption_justify="left",
     )
     table.add_column("rule")
     for name in ("p_L", "depth", "seeds", "test error", "seconds", "active"):
         table.add_column(name, justify="right", no_wrap=True)
     rows: dict[tuple, list] = {}
-    for point in sweep.grid.points():
+    for point in points:
         rule = point.gating or point.rule
         rows.setdefault((rule, point.survival, point.depth), []).append(point)
     for (rule, survival, depth), points in rows.items():
-        done = [sweep.records(point) for point in points if sweep.done(point)]
+        done = [finished[point].records for point in points if point in finished]
         cells = ["", "", ""]
         if done:
             found = Outcome.of(done)

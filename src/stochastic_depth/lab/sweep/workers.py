@@ -179,7 +179,7 @@ def train_point(sweep: Sweep, point: Point, stop: Callable[[], int | None]) -> N
 
 
 def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
-    path, config = sweep.path(point), point.of(sweep.config)
+    path, config = sweep.path(point), sweep.configs[point]
     if path.is_symlink():
         raise RunError(f"{path} is a link, expected a run folder: remove it")
     if is_there(path) and not is_there(path / layout.CONFIG):
