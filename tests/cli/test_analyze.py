@@ -81,9 +81,35 @@ def test_gradients_are_shown_by_kind_epoch_and_block(runs, capsys):
     assert "ratio" in out
     rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert rows == ["2", "1", "3", "1", "3"]  # one epoch; then two of three blocks, twice
-    assert "no run folder" not in refused(
-        capsys, "gradients", runs / "constant-seed0", "--epochs", 3
-    )
+    for epoch in ("3", "1.5", "0", "nan"):
+        error = refused(capsys, "gradients", runs / "constant-seed0", "--epochs", epoch)
+        assert f"has no epoch {epoch} in its journal: choose --epochs from 1, 2\n" in error
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "gradients --blocks 1",
+        "ensemble --subnetworks 0",
+        "pruning --points 1",
+        "pruning --points -3",
+        "pruning --choose-on 0",
+        "pruning --recalibrate-on 1",
+        "pruning --batch -1",
+        "pruning --repeats 1",
+    ],
+)
+def test_a_number_that_is_too_small_is_refused_before_anything_is_measured(
+    wrong, runs, capsys, tmp_path
+):
+    unmeasured = shutil.ignore_patterns("analysis")
+    shutil.copytree(runs / "stochastic-seed0", tmp_path / "run", ignore=unmeasured)
+    question, option, number = wrong.split()
+    assert main(["analyze", question, "run", option, number]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {option} is {number}: it must be at least ")
+    assert captured.out == ""
+    assert not (tmp_path / "run" / "analysis").exists()
 
 
 def test_journals_are_enough_for_gradients_and_active_blocks(runs, capsys, tmp_path):
@@ -111,8 +137,6 @@ def test_constant_depth_is_refused_before_anything_is_measured(runs, capsys, tmp
     error = refused(capsys, "ensemble", "run", runs / "constant-seed0")
     assert "constant-seed0 has constant depth" in error
     assert not (tmp_path / "run" / "analysis" / "ensemble.json").exists()
-    assert main(["analyze", "ensemble", "run", "--subnetworks", "0"]) == 2
-    assert "--subnetworks is 0" in capsys.readouterr().err
 
 
 def test_pruning_of_one_run_tells_parameters_and_time(runs, capsys):

@@ -16,6 +16,9 @@ pytestmark = [
 
 SMALL = ["--batch", "4"]
 ON_CPU = ["--device", "cpu", "--precision", "float32"]
+FIXED_SIZE = {"data", "pictures"}
+"""Benchmarks on the images of a data set."""
+OF_CIFAR_RESNETS = [*BENCHMARKS.keys() - {"closed", "dinov2", "depth", "pictures"}]
 CLOCKS = dict.fromkeys(BENCHMARKS, "perf_counter") | dict.fromkeys(
     ("skip", "steady", "closed", "dinov2", "peers", "engines"), "process_time"
 )
@@ -81,6 +84,20 @@ def test_only_what_an_engine_takes_has_the_option():
         ("distributed --device cuda", "device"),
         ("peers --rate 1", "--rate is 1.0: a drop rate is at least 0 and below 1"),
         ("depth --deepest 20", "--deepest is 20: the first depth is 20"),
+        ("depth --deepest 33", "--deepest is 33: it must be 6n + 2"),
+        *((f"{name} --depth 21", "--depth is 21: it must be 6n + 2") for name in OF_CIFAR_RESNETS),
+        *((f"{name} --batch 1", "--batch ") for name in BENCHMARKS),
+        *((f"{name} --repeats 1", "--repeats is 1") for name in BENCHMARKS),
+        *((f"{name} --size 0", "--size is 0") for name in BENCHMARKS if name not in FIXED_SIZE),
+        ("steady --final 0", "--final is 0.0: it must be above 0 and at most 1"),
+        ("steady --limit inf", "--limit is inf"),
+        ("closed --final 1.5", "--final is 1.5"),
+        ("dinov2 --width 100", "--width is 100: it must be a multiple of 64"),
+        ("dinov2 --rates", "--rates"),
+        ("dinov2 --blocks 0", "--blocks is 0"),
+        ("distributed --ranks 1", "--ranks is 1"),
+        ("pictures --depth 20", "invalid choice '20'"),
+        ("pictures --workers -1 2", "--workers is (-1, 2)"),
     ],
 )
 def test_an_option_that_cannot_be_met_is_a_wrong_command_line(arguments, said, capsys):
@@ -145,11 +162,6 @@ def test_a_library_that_is_not_there_is_one_line(monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert "pip install timm" in shown
     assert shown.count("\n") == 1
-
-
-def test_one_round_has_no_quartiles(capsys):
-    assert main(["bench", "overhead", "--repeats", "1"]) == 2
-    assert "--repeats is 1" in capsys.readouterr().err
 
 
 def test_depth(bench, tmp_path):

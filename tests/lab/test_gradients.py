@@ -43,11 +43,21 @@ def test_gradients_are_means_over_seeds_and_over_the_seeds_that_have_one(two):
     assert found.blocks == [[1.5, 6.0, None], [5.0, 6.0, 8.0]]
 
 
-def test_an_epoch_is_that_of_the_interval_in_which_it_ends(two):
-    assert record_at(two[0], 1.5).step == 20
+def test_an_epoch_is_one_of_the_journal(two, tmp_path):
     assert record_at(two[0], 1).step == 10
-    with pytest.raises(RunError, match="a has reached epoch 2, not 3: choose other --epochs"):
-        record_at(two[0], 3)
+    for epoch in (0, 1.5, 3):
+        with pytest.raises(RunError, match=f"a has no epoch {epoch} in its journal: .* 1, 2$"):
+            record_at(two[0], epoch)
+    with pytest.raises(RunError, match="begun has no epoch 1 in its journal"):
+        record_at(run_with(two[0], tmp_path / "begun", []), 1)
+
+
+def test_an_epoch_that_is_no_whole_number_is_given_as_it_is_shown(two, tmp_path):
+    thirds = [record(step, step / 3, 1.0, []) for step in range(1, 13)]
+    run = run_with(two[0], tmp_path / "thirds", thirds)
+    assert record_at(run, float("0.333333")).step == 1
+    with pytest.raises(RunError, match=r"from 0.333333, 0.666667, 1, ..., 4$"):
+        record_at(run, 0.3)
 
 
 def test_epochs_that_are_not_chosen_are_spread_over_what_all_runs_have(two, tmp_path, pairs):

@@ -67,9 +67,13 @@ class GradientStrength(Question):
     """Mean absolute gradients over training and over depth; reads only journals."""
 
     epochs: tuple[float, ...] = ()
-    """Which epochs are shown (none: five, from the first to the last)."""
+    """Which epochs of the journals are shown (none: five, from the first to the last)."""
     blocks: int = 18
-    """How many blocks to show, evenly spread over the depth."""
+    """How many blocks to show, evenly spread from the first to the last; at least these 2."""
+
+    def check(self) -> None:
+        super().check()
+        at_least(2, blocks=self.blocks)
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import gradients as question
@@ -149,6 +153,10 @@ class Pruning(NetworkQuestion):
     settings: Annotated[PruningOptions, tyro.conf.arg(name="")] = field(
         default_factory=PruningOptions
     )
+
+    def check(self) -> None:
+        super().check()
+        self.settings.check()
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import pruning as question

@@ -28,7 +28,7 @@ def gradients(runs: Sequence[Run], epochs: Sequence[float]) -> Gradients:
     """The gradients in the journals of `runs` at these epochs.
 
     Raises:
-        RunError: when a run has not reached one of them.
+        RunError: when a journal has no record of one of them.
     """
     at = [[record_at(run, epoch) for run in runs] for epoch in epochs]
     return Gradients(
@@ -38,17 +38,19 @@ def gradients(runs: Sequence[Run], epochs: Sequence[float]) -> Gradients:
 
 
 def record_at(run: Run, epoch: float) -> Record:
-    """The record of the interval in which `epoch` ends.
+    """The record that was written at `epoch`, to the digits that tables show.
 
     Raises:
-        RunError: when the run has not reached it.
+        RunError: when the journal has none; names the epochs that it has.
     """
-    records = run.records()
-    for record in records:
-        if record.epoch >= epoch - 1e-9:
-            return record
-    done = records[-1].epoch if records else 0
-    raise RunError(f"{run.path} has reached epoch {done:g}, not {epoch:g}: choose other --epochs")
+    records = {f"{record.epoch:g}": record for record in run.records()}
+    if (shown := f"{epoch:g}") in records:
+        return records[shown]
+    known = (
+        list(records) if len(records) <= 10 else [*list(records)[:3], "...", *list(records)[-1:]]
+    )
+    remedy = f"choose --epochs from {', '.join(known)}" if known else "it is empty"
+    raise RunError(f"{run.path} has no epoch {shown} in its journal: {remedy}")
 
 
 def spread_epochs(runs: Sequence[Run], count: int = 5) -> list[float]:
@@ -101,7 +103,11 @@ def first_table(epochs: Sequence[float], found: dict[str, Gradients]) -> Table:
 
 
 def block_table(name: str, epochs: Sequence[float], found: Gradients, most: int) -> Table:
-    """The gradient at the first convolution of each block, a column for each epoch."""
+    """The gradient at the first convolution of blocks, a column for each epoch.
+
+    Args:
+        most: how many blocks are shown, at least the first and the last.
+    """
     table = Table(
         title=(
             f"{name}: the same at the first convolution of each block\n"
@@ -112,8 +118,7 @@ def block_table(name: str, epochs: Sequence[float], found: Gradients, most: int)
     for column in ("block", *(f"epoch {epoch:g}" for epoch in epochs)):
         table.add_column(column, justify="right")
     blocks = len(found.blocks[0])
-    shown = min(max(2, most), blocks)
-    for block in sorted({round(i * (blocks - 1) / max(1, shown - 1)) for i in range(shown)}):
+    for block in sorted({round(i * (blocks - 1) / (most - 1)) for i in range(most)}):
         values = (of_epoch[block] for of_epoch in found.blocks)
         cells = ("-" if value is None else f"{value:.2e}" for value in values)
         table.add_row(f"{block + 1}", *cells)

@@ -4,6 +4,7 @@ The command line reads this before anything is measured, so nothing here imports
 raises an error for wrong values, which names the option as on the command line.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,10 +13,21 @@ import tyro
 
 from stochastic_depth.choices import EngineOption, PrecisionOption
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.train.config import at_least
+from stochastic_depth.train.config import at_least, check_that
 
 DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 """Layers of the networks of `bench depth`."""
+
+
+def check_layers(option: str, layers: int) -> None:
+    """Raise a ConfigError if no CIFAR ResNet has so many layers."""
+    check_that(layers >= 8 and layers % 6 == 2, option, layers, "6n + 2: 8, 14, 20, 26, ...")
+
+
+def check_probability(option: str, probability: float) -> None:
+    check_that(0 < probability <= 1, option, probability, "above 0 and at most 1")
+
+
 NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transformer"]
 
 
@@ -93,6 +105,10 @@ class ResNetOptions(ImageOptions):
     depth: int = 110
     """Layers of the CIFAR ResNet."""
 
+    def check(self) -> None:
+        super().check()
+        check_layers("--depth", self.depth)
+
 
 @dataclass(frozen=True)
 class OverheadOptions(ResNetOptions):
@@ -120,8 +136,8 @@ class SteadyOptions(ResNetOptions):
 
     def check(self) -> None:
         super().check()
-        if not self.limit > 0:
-            raise ConfigError(f"--limit is {self.limit}: it must be above 0, in GiB")
+        check_probability("--final", self.final)
+        check_that(0 < self.limit < math.inf, "--limit", self.limit, "above 0, in GiB, and finite")
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,7 @@ class ClosedOptions(StepOptions):
 
     def check(self) -> None:
         super().check()
+        check_probability("--final", self.final)
         at_least(2, batch=self.batch)
         at_least(16, size=self.size)
 
@@ -167,6 +184,8 @@ class Dinov2Options(StepOptions):
         at_least(2, batch=self.batch, size=self.size)
         at_least(1, blocks=self.blocks)
         at_least(64, width=self.width)
+        check_that(self.width % 64 == 0, "--width", self.width, "a multiple of 64")
+        check_that(bool(self.rates), "--rates", self.rates, "one drop rate or several")
         for rate in self.rates:
             if not 0 < rate < 1:
                 raise ConfigError(f"--rates has {rate}: a drop rate is above 0 and below 1")
@@ -192,6 +211,7 @@ class PeersOptions(EngineOptions):
 
     def check(self) -> None:
         super().check()
+        check_layers("--depth", self.depth)
         at_least(2, batch=self.batch)
         at_least(4, size=self.size)
         if self.engine not in ("auto", "eager") and self.network != "cifar-resnet":
@@ -221,6 +241,7 @@ class DepthOptions(ImageOptions, EngineOptions):
             raise ConfigError(
                 f"--deepest is {self.deepest}: the first depth is {DEPTHS[0]}, it must be above"
             )
+        check_layers("--deepest", self.deepest)
 
 
 @dataclass(frozen=True)
@@ -243,6 +264,8 @@ class DistributedOptions(BenchOptions):
 
     def check(self) -> None:
         super().check()
+        check_layers("--depth", self.depth)
+        at_least(4, size=self.size)
         if not self.ranks:
             raise ConfigError("--ranks names no number of processes: give one or several")
         for ranks in self.ranks:
@@ -264,6 +287,11 @@ class DataOptions(EngineOptions):
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of CIFAR-10 (none: generated images of its shape)."""
 
+    def check(self) -> None:
+        super().check()
+        check_layers("--depth", self.depth)
+        at_least(2, batch=self.batch)
+
 
 @dataclass(frozen=True)
 class ProfileOptions(ResNetOptions, EngineOptions):
@@ -283,8 +311,8 @@ class PicturesOptions(EngineOptions):
     workers."""
     workers: tuple[int, ...] = (0, 1, 2, 4)
     """Numbers of processes that decode pictures; 0 decodes them in this process."""
-    depth: int = 152
-    """Layers of the ImageNet ResNet: 50, 101 or 152."""
+    depth: Literal[50, 101, 152] = 152
+    """Layers of the ImageNet ResNet."""
     batch: int = 16
     """Pictures in a step."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -297,7 +325,8 @@ class PicturesOptions(EngineOptions):
     def check(self) -> None:
         super().check()
         batches = self.pictures // max(1, self.batch)
-        if self.batch < 2 or not self.workers or not 0 <= max(self.workers) < batches:
+        ends = min(self.workers, default=-1), max(self.workers, default=-1)
+        if self.batch < 2 or not 0 <= ends[0] <= ends[1] < batches:
             raise ConfigError(
                 f"--workers is {self.workers}, --batch {self.batch} and --pictures "
                 f"{self.pictures}: each worker makes a batch of at least 2 before the clock "
