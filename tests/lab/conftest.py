@@ -13,7 +13,7 @@ from stochastic_depth.choices import SweepKind
 from stochastic_depth.lab.comparison import train_pairs
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.page import write_report
-from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.sources import read_sources, write_analysis
 from stochastic_depth.lab.sweep.folder import Grid, open_sweep
 from stochastic_depth.lab.sweep.gates import FILE
 from stochastic_depth.lab.sweep.workers import train_point
@@ -90,10 +90,9 @@ def compared(tmp_path_factory) -> Path:
     for kind, of_kind in runs.items():
         for seed, run in enumerate(of_kind):
             _described_anew(run, kind == "constant", seed)
-            (run.path / "analysis").mkdir()
-            (run.path / "analysis" / "pruning.json").write_text(json.dumps(_pruning()))
+            write_analysis(run, "pruning", _pruning())
     for run in runs["stochastic"]:
-        (run.path / "analysis" / "ensemble.json").write_text(json.dumps(_ensemble()))
+        write_analysis(run, "ensemble", _ensemble())
     return folder
 
 
@@ -186,7 +185,6 @@ def _ensemble() -> dict:
         }
 
     return {
-        "format": 1,
         "checkpoint_step": 20,
         "images": 300,
         "seed": 0,
@@ -202,7 +200,6 @@ def _ensemble() -> dict:
 
 def _pruning() -> dict:
     return {
-        "format": 1,
         "checkpoint_step": 20,
         "blocks": 6,
         "images": 300,
@@ -213,7 +210,7 @@ def _pruning() -> dict:
                 "points": [
                     {
                         "removed": k,
-                        "blocks": list(range(6 - k, 6)),
+                        "blocks": list(range(7 - k, 7)),
                         "error": 5 * math.exp(k / (4 if recalibrated else 2)),
                         "validation_error": 5.0,
                         "parameters": 1000 - 100 * k,

@@ -162,14 +162,19 @@ def test_what_was_found_is_written_and_read_again(network, silent):
     assert asked[-1] == ("predicting", 2000, 2000)
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', None])
-def test_a_file_that_cannot_be_understood_is_measured_anew(network, silent, damage):
+@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', "an edited number", "no checksum"])
+def test_a_file_that_was_not_written_so_is_measured_again(network, silent, damage):
     found = load_or_measure_ensemble(network, 2, 0, silent)
     path = network.run.path / "analysis" / "ensemble.json"
-    content = json.loads(path.read_text())
-    del content["predictors"][0]["nll"]
-    path.write_text(json.dumps(content) if damage is None else damage)
+    good = path.read_text()
+    content = json.loads(good)
+    if damage == "an edited number":
+        content["predictors"][0]["error"] += 1
+    if damage == "no checksum":
+        del content["sha256"]
+    path.write_text(damage if damage[0] in "{[" else json.dumps(content))
     assert load_or_measure_ensemble(network, 2, 0, silent) == found
+    assert path.read_text() == good
 
 
 def test_constant_depth_is_no_ensemble(pairs, silent):

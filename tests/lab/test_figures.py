@@ -117,6 +117,12 @@ def test_what_the_last_blocks_are_worth_is_said(experiment):
     assert "without 1 of the last blocks with constant depth (5.00 % whole)" in figure.sentence
 
 
+def test_blocks_count_from_one_and_no_block_is_an_empty_cell(experiment):
+    rows = list(csv.DictReader(io.StringIO(pruned_blocks(experiment).csv())))
+    blocks = {row["removed"]: row["blocks"] for row in rows}
+    assert (blocks["0"], blocks["2"], blocks["6"]) == ("", "5 6", "1 2 3 4 5 6")
+
+
 def test_without_data_there_is_no_figure(experiment):
     bare = replace(
         experiment,

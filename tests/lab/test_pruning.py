@@ -116,6 +116,11 @@ def test_images_are_spread_evenly_over_batches_of_any_size():
     assert torch.cat([few for _, few in spread(batches, 23, 99)]).equal(labels)
 
 
+def _places(point):
+    """The places of removed blocks, from 0."""
+    return tuple(number - 1 for number in point.blocks)
+
+
 def test_the_curves_begin_at_the_journals_errors_and_end_without_a_block(network, silent):
     record = best_record(network.run.records())
     found = measure_curves(network, FEW, silent)
@@ -126,16 +131,16 @@ def test_the_curves_begin_at_the_journals_errors_and_end_without_a_block(network
         assert [point.removed for point in curve.points] == [0, 3, 6]
         assert [len(point.blocks) for point in curve.points] == [0, 3, 6]
         sizes = [point.parameters for point in curve.points]
-        assert sizes == [parameters_without(network, tuple(p.blocks)) for p in curve.points]
+        assert sizes == [parameters_without(network, _places(p)) for p in curve.points]
         assert min(point.seconds_per_image for point in curve.points) > 0
-    assert found[0].points[1].blocks == [3, 4, 5]
+    assert found[0].points[1].blocks == [4, 5, 6]
     for curve in (found[0], found[2]):
         first = curve.points[0]
         assert (first.error, first.validation_error) == pytest.approx(
             (record.test_error, record.validation_error)
         )
     for point in (found[0].points[1], found[2].points[1]):
-        plain = plain_without(network, point.blocks)
+        plain = plain_without(network, _places(point))
         expected = evaluate(plain, network.images.evaluate("test"), network.run.runtime).error
         assert point.error == pytest.approx(expected, abs=0.21)
     assert found[0].points[2].error == found[2].points[2].error
@@ -149,7 +154,7 @@ def test_the_first_block_chosen_is_the_one_whose_loss_alone_is_lowest(network, s
     ]
     settings = PruningOptions(points=7, choose_on=50, recalibrate_on=100, batch=20, repeats=2)
     least = measure_curves(network, settings, silent)[2]
-    assert losses[least.points[1].blocks[0]] == pytest.approx(min(losses), rel=1e-5)
+    assert losses[_places(least.points[1])[0]] == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_what_was_found_is_written_and_read_again(pairs, silent):

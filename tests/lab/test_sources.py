@@ -1,10 +1,11 @@
 import json
+import re
 import shutil
 
 import pytest
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.sources import read_run, read_sources
 
 
 def test_runs_folders_of_them_sweeps_and_benchmarks_are_told_apart(
@@ -82,11 +83,50 @@ def test_what_is_none_of_these_is_refused(name, content, shown, tmp_path):
         read_sources([tmp_path / name.split("/")[0]])
 
 
-def test_an_analysis_of_another_format_is_refused(compared, tmp_path):
+def _edited(text: str) -> str:
+    return text.replace('"error": 5.0', '"error": 0.5', 1)
+
+
+def _without_checksum(text: str) -> str:
+    return json.dumps({k: v for k, v in json.loads(text).items() if k != "sha256"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda text: "{", "cannot be read: "),
+        (lambda text: "[]", "cannot be understood: it holds no object"),
+        (lambda text: '{"format": 1}', "has no checksum"),
+        (_without_checksum, "has no checksum"),
+        (_edited, "is damaged or was edited"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ensemble", "pruning"])
+def test_an_analysis_that_was_not_written_so_is_refused_with_the_remedy(
+    name, damage, what, compared, tmp_path
+):
     run = tmp_path / "run"
-    (run / "analysis").mkdir(parents=True)
-    for name in ("config.json", "metrics.jsonl"):
-        (run / name).write_bytes((compared / "stochastic-seed0" / name).read_bytes())
-    (run / "analysis" / "ensemble.json").write_text(json.dumps({"format": 7}))
-    with pytest.raises(RunError, match=r"ensemble.json has format 7"):
-        read_sources([run]).runs[0].analysis("ensemble")
+    shutil.copytree(compared / "stochastic-seed0", run)
+    path = run / "analysis" / f"{name}.json"
+    assert read_run(run).analysis(name)
+    path.write_text(damage(path.read_text()))
+    remedy = f"remove it, and measure again by stochastic-depth analyze {name} {run}"
+    with pytest.raises(RunError, match=re.escape(f"{path} {what}")) as refused:
+        read_run(run).analysis(name)
+    assert str(refused.value).endswith(remedy)
+
+
+def test_an_analysis_of_another_run_is_refused(compared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "stochastic-seed0", run)
+    shutil.copy(compared / "constant-seed0" / "analysis" / "pruning.json", run / "analysis")
+    with pytest.raises(RunError, match=r"pruning.json is of another run"):
+        read_run(run).analysis("pruning")
+
+
+def test_an_analysis_of_another_format_is_refused(compared, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "stochastic-seed0", run)
+    monkeypatch.setattr("stochastic_depth.lab.sources.FORMAT", 7)
+    with pytest.raises(RunError, match=r"ensemble.json has format 1, this version reads 7"):
+        read_run(run).analysis("ensemble")

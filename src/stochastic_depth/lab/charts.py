@@ -59,9 +59,13 @@ class Figure:
         return text.getvalue()
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""How a formula begins in a spreadsheet."""
+
+
 def _cell(value: Any) -> Any:
     """Prefix text that begins like a formula with an apostrophe, so that spreadsheets show it."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def chart(values: Sequence[Row]) -> alt.Chart:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.export.depths import Progress
 from stochastic_depth.lab.formatting import plus_minus
 from stochastic_depth.lab.outcomes import Spread
-from stochastic_depth.lab.sources import TrainedNetwork, read_analysis, write_analysis
+from stochastic_depth.lab.sources import TrainedNetwork, same_analysis, write_analysis
 from stochastic_depth.randomness import uniforms
 from stochastic_depth.train import Run
 
@@ -108,12 +108,9 @@ def load_or_measure_ensemble(
         "subnetworks": subnetworks,
     }
 
-    def parse(found: dict[str, Any]) -> list[Predictor]:
-        return [Predictor(**predictor) for predictor in found["predictors"]]
-
-    before = None if again else read_analysis(network.run, "ensemble", settings, parse)
+    before = None if again else same_analysis(network.run, "ensemble", settings)
     if before is not None:
-        return before
+        return [Predictor(**predictor) for predictor in before["predictors"]]
     predictors = measure_ensemble(network, subnetworks, seed, progress)
     rows = [asdict(predictor) for predictor in predictors]
     write_analysis(network.run, "ensemble", {**settings, "predictors": rows})

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 from rich.table import Table
 
@@ -21,7 +21,7 @@ from stochastic_depth.lab.pruned_network import (
     prune,
     seconds_per_image,
 )
-from stochastic_depth.lab.sources import TrainedNetwork, read_analysis, write_analysis
+from stochastic_depth.lab.sources import TrainedNetwork, same_analysis, write_analysis
 from stochastic_depth.train.runtime import machine
 
 Order = Literal["last", "least needed"]
@@ -33,8 +33,8 @@ class CurvePoint:
 
     removed: int
     blocks: list[int]
-    """The numbers of the removed blocks, from 0. Their branches are removed and their shortcuts
-    stay."""
+    """The numbers of the removed blocks, from 1 at the input. Their branches are removed and their
+    shortcuts stay."""
     error: float
     """The test error in percent."""
     validation_error: float
@@ -69,15 +69,12 @@ def load_or_measure_curves(
         "machine": machine(network.run.runtime),
     }
 
-    def parse(found: dict[str, Any]) -> list[Curve]:
+    before = None if again else same_analysis(network.run, "pruning", what)
+    if before is not None:
         return [
             Curve(**{**curve, "points": [CurvePoint(**point) for point in curve["points"]]})
-            for curve in found["curves"]
+            for curve in before["curves"]
         ]
-
-    before = None if again else read_analysis(network.run, "pruning", what, parse)
-    if before is not None:
-        return before
     curves = measure_curves(network, settings, progress)
     write_analysis(network.run, "pruning", {**what, "curves": [asdict(curve) for curve in curves]})
     return curves
@@ -113,7 +110,8 @@ def measure_curves(
         removed = tuple(sorted(order[:k]))
         test, validation = measured[removed, is_recalibrated]
         left = parameters_without(network, removed)
-        return CurvePoint(k, list(removed), test, validation, left, seconds[removed])
+        numbers = [block + 1 for block in removed]
+        return CurvePoint(k, numbers, test, validation, left, seconds[removed])
 
     return [
         Curve(name, is_recalibrated, [point(order, k, is_recalibrated) for k in counts])

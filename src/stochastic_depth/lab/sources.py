@@ -4,11 +4,11 @@ The results of analyses are written here too, into the folder of their run.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 
@@ -28,13 +28,13 @@ from stochastic_depth.handle import Handle
 from stochastic_depth.lab.sweep.folder import Sweep, read_sweep
 from stochastic_depth.train import Record, Run, layout, open_run, reopen, trained_model
 from stochastic_depth.train.build import skippable
+from stochastic_depth.train.run_folder import checksum
 from stochastic_depth.train.weights import require_weights_of
 
 FORMAT = 1
 """The format number of the files of an analysis."""
 
 AnalysisName = Literal["ensemble", "pruning"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ class RecordedRun:
         """The result of `stochastic-depth analyze`; None if it was not run.
 
         Raises:
-            RunError: when the file has an unknown format.
+            RunError: as `read_analysis`.
         """
-        path = analysis_path(self.run, name)
-        return _read_formatted(path, real_parts=2) if is_there(path) else None
+        return read_analysis(self.run, name) if is_there(analysis_path(self.run, name)) else None
 
 
 @dataclass(frozen=True)
@@ -199,36 +198,55 @@ def analysis_path(run: Run, name: AnalysisName) -> Path:
 
 
 def write_analysis(run: Run, name: AnalysisName, found: dict[str, Any]) -> None:
-    """Write the result of an analysis.
+    """Write the result of an analysis, with the identity of the run and a checksum.
 
     Raises:
         RunError: when it cannot be written.
     """
     path = analysis_path(run, name)
+    content = {"format": FORMAT, "run": run.id, **found}
+    content["sha256"] = checksum(content)
     try:
         make_folder(path.parent)
     except OSError as error:
         raise RunError(f"{path.parent} cannot be made: {reason(error)}") from error
-    write_whole(
-        path, json.dumps({"format": FORMAT, **found}, indent=1).encode() + b"\n", real_parts=2
-    )
+    write_whole(path, json.dumps(content, indent=1).encode() + b"\n", real_parts=2)
 
 
-def read_analysis(
-    run: Run, name: AnalysisName, settings: dict[str, Any], parse: Callable[[dict[str, Any]], T]
-) -> T | None:
-    """An earlier result of an analysis with the same `settings`; None if there is no readable one.
+def read_analysis(run: Run, name: AnalysisName) -> dict[str, Any]:
+    """The result of an analysis as `write_analysis` wrote it.
 
-    Args:
-        parse: builds the result from the content of the file.
+    Raises:
+        RunError: when it cannot be read, has no checksum or another one, is of another run, or has
+            an unknown format.
     """
-    asked = {"format": FORMAT, **settings}
+    path = analysis_path(run, name)
+    remedy = f"remove it, and measure again by stochastic-depth analyze {name} {run.path}"
     try:
-        found = json.loads(read_file(analysis_path(run, name), LARGE, real_parts=2))
-        same = all(found[key] == value for key, value in asked.items())
-        return parse(found) if same else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = read_json(path, real_parts=2)
+    except RunError as error:
+        raise RunError(f"{error}; {remedy}") from error
+    if "sha256" not in content:
+        raise RunError(f"{path} has no checksum, as an earlier version left it: {remedy}")
+    if content.pop("sha256") != checksum(content):
+        raise RunError(f"{path} is damaged or was edited, its checksum does not match: {remedy}")
+    if content.get("run") != run.id:
+        raise RunError(f"{path} is of another run: {remedy}")
+    if content.get("format") != FORMAT:
+        raise RunError(
+            f"{path} has format {content.get('format')}, this version reads {FORMAT}: use the "
+            "version that wrote it"
+        )
+    return content
+
+
+def same_analysis(run: Run, name: AnalysisName, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """An earlier result of an analysis with the same `settings`; None if there is no valid one."""
+    try:
+        found = read_analysis(run, name)
+    except RunError:
         return None
+    return found if settings.items() <= found.items() else None
 
 
 def _sweep(path: Path) -> RecordedSweep:
@@ -241,16 +259,6 @@ def _benchmark(path: Path) -> dict[str, Any]:
     if not {"depths", "seconds_per_image", "bytes_per_image", "lines"} <= content.keys():
         raise RunError(
             f"{path} is not what bench depth writes: stochastic-depth bench depth --out FILE does"
-        )
-    return content
-
-
-def _read_formatted(path: Path, real_parts: int = 1) -> dict[str, Any]:
-    content = read_json(path, real_parts)
-    if content.get("format") != FORMAT:
-        raise RunError(
-            f"{path} has format {content.get('format')}, this version reads {FORMAT}: use the "
-            "version that wrote it"
         )
     return content
 

@@ -235,7 +235,7 @@ def open_run(path: Path) -> Run:
 
 
 def checksum(description: dict[str, Any]) -> str:
-    """SHA-256 of the fields of `config.json` besides the checksum itself."""
+    """SHA-256 of the fields of `config.json`, or of an analysis, besides the checksum itself."""
     return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 
