@@ -112,6 +112,13 @@ def test_a_number_that_is_too_small_is_refused_before_anything_is_measured(
     assert not (tmp_path / "run" / "analysis").exists()
 
 
+def test_a_title_that_is_wider_than_its_table_is_not_broken(runs, capsys):
+    lines = shown(capsys, "gradients", runs / "constant-seed0", "--epochs", 2).splitlines()
+    assert lines[0] == "Mean absolute gradient at the first convolution"
+    assert lines[1] == "mean over an epoch's steps"
+    assert lines[2].startswith("┏")
+
+
 def test_journals_are_enough_for_gradients_and_active_blocks(runs, capsys, tmp_path):
     shutil.copytree(runs / "stochastic-seed0", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")

@@ -99,6 +99,20 @@ def test_all_text_has_a_contrast_of_at_least_4_5(page, opened, width, theme):
     assert low == []
 
 
+@pytest.mark.parametrize("width", [380, 700, 1440])
+def test_a_number_in_large_type_is_on_one_line_and_within_its_tile(page, opened, width):
+    lines, overflow = opened(page, width).evaluate(
+        """() => {
+          const value = document.querySelector(".tile .value");
+          value.textContent = "61.30 \u00b1 12.02 %";
+          const line = parseFloat(getComputedStyle(value).lineHeight);
+          return [value.clientHeight / line, value.scrollWidth - value.clientWidth];
+        }"""
+    )
+    assert lines == pytest.approx(1, abs=0.1)
+    assert overflow <= 0
+
+
 def test_dark_is_dark_and_print_is_light(page, opened):
     tab = opened(page, theme="dark")
     paper = "getComputedStyle(document.body).backgroundColor"

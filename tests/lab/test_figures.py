@@ -4,6 +4,7 @@ import itertools
 import re
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import altair as alt
 import pytest
@@ -16,7 +17,7 @@ from stochastic_depth.lab.charts import Figure, _ticks
 from stochastic_depth.lab.drawing import file_svg
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
 from stochastic_depth.lab.gradients_chart import block_gradients
-from stochastic_depth.lab.pruning_chart import pruned_blocks
+from stochastic_depth.lab.pruning_chart import _sentence, pruned_blocks
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep import charts
 from stochastic_depth.lab.training_curves import training_curves, training_time
@@ -113,8 +114,34 @@ def test_the_ensemble_has_a_panel_for_each_measure(experiment):
 
 def test_what_the_last_blocks_are_worth_is_said(experiment):
     figure = pruned_blocks(experiment)
-    # 5 exp(k / 2) is above 10 from k = 2 on
-    assert "without 1 of the last blocks with constant depth (5.00 % whole)" in figure.sentence
+    # 5 exp(k / 2) is above 9.75 from k = 2 on
+    of_each = "(5.00 % error with all blocks) keeps 95 % of its accuracy without its last block"
+    assert figure.sentence == f"Constant depth {of_each}; stochastic depth {of_each}."
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        (
+            [47.0, 50.0, 60.0],
+            "(47.00 % error with all blocks) keeps less than 95 % of its accuracy",
+        ),
+        ([47.0, 48.0, 49.0], "keeps 95 % of its accuracy without its last 4 blocks"),
+        ([47.0, 60.0, 49.0], "keeps less than 95 % of its accuracy without its last 2 blocks"),
+    ],
+)
+def test_a_network_that_needs_its_last_blocks_is_said_to_need_them(errors, said):
+    rows = [
+        {
+            "series": "constant depth",
+            "order": "last",
+            "recalibrated": "as trained",
+            "removed": 2 * place,
+            "error": error,
+        }
+        for place, error in enumerate(errors)
+    ]
+    assert said in _sentence([SimpleNamespace(name="constant depth")], rows)
 
 
 def test_blocks_count_from_one_and_no_block_is_an_empty_cell(experiment):

@@ -101,6 +101,18 @@ def test_runs_under_way_are_compared_at_equal_epochs(experiment):
     assert len(ahead.comparable().series[1].runs) == 1
 
 
+def test_runs_under_way_are_marked_in_the_overview(experiment):
+    (stochastic,) = experiment.stochastic
+    behind = replace(stochastic.runs[0], finished=False, records=stochastic.runs[0].records[:1])
+    under_way = replace(experiment, series=(replace(stochastic, runs=(behind,)),))
+    names = [row[0] for row in overview([experiment, under_way]).rows]
+    assert names == [experiment.title, f"{experiment.title} (after 1 of 2 epochs)"]
+    ahead = replace(
+        experiment, series=(experiment.constant, replace(stochastic, runs=stochastic.runs[1:]))
+    )
+    assert ahead.progress == ""
+
+
 def test_runs_are_put_together_by_all_but_survival_and_seed(compared, survival_sweep, experiment):
     assert [series.name for series in experiment.series] == ["constant depth", "stochastic depth"]
     assert experiment.title == "ResNet-14 on digits, 2 epochs"

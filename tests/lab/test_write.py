@@ -16,10 +16,12 @@ from stochastic_depth.errors import RunError
 from stochastic_depth.lab.page import REFRESH, watch_report, write_report
 from stochastic_depth.lab.report import COMMANDS, build_report
 from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.lab.sweep.gates import FILE
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, begin, fit
 from support.runs import SILENT
+from support.small_sweep import GRID, SMALL
 
 ADDRESSES = {"href", "xlink:href", "src", "srcset", "action", "formaction", "data", "poster"}
 
@@ -130,7 +132,7 @@ def test_a_watched_report_is_written_anew_until_every_run_is_finished(tmp_path):
     watching = watch_report([tmp_path / "runs"], out, every=0.05)
     next(watching)
     assert f'data-refresh="{REFRESH}"' in out.read_text()
-    assert "1 of 2 epochs" in out.read_text()
+    assert '<p class="state">After 1 of 2 epochs.</p>' in out.read_text()
     next(training)
     next(watching)
     assert f'data-refresh="{REFRESH}"' in out.read_text()
@@ -183,5 +185,23 @@ def test_the_commands_of_missing_figures_are_told(compared):
         for section in build_report(read_sources([compared])).sections
         for figure in section.figures
     }
-    shown = {title for title, _ in build_report(read_sources([compared])).missing}
-    assert shown == {title for id, (title, _) in COMMANDS.items() if id not in ids}
+    shown = {
+        (lacks.title, lacks.command) for lacks in build_report(read_sources([compared])).missing
+    }
+    assert shown == {told for id, told in COMMANDS.items() if id not in ids}
+
+
+def test_a_sweep_whose_runs_failed_or_go_on_is_named_in_place_of_its_command(tmp_path, capsys):
+    sweep = open_sweep(tmp_path / "sweep", "survival", GRID, SMALL)
+    points, out = GRID.points(), tmp_path / "report.html"
+    for point in points:
+        assert main(["report", str(sweep.folder), "-o", str(out)]) == 0
+        assert f"against p_L; {sweep.folder} is not finished yet" in capsys.readouterr().out
+        run, _ = begin(sweep.configs[point], sweep.path(point))
+        (run.path / "failed.txt").write_text("the loss is not finite")
+    assert main(["report", str(sweep.folder), "-o", str(out)]) == 0
+    why = f"6 of 6 runs of {sweep.folder} failed"
+    assert f"against p_L; {why}" in capsys.readouterr().out
+    assert f"against p_L: {why}" in out.read_text()
+    assert '<p class="state">6 runs, 6 failed. Written' in out.read_text()
+    assert len(list(watch_report([sweep.folder / "runs"], out))) == 1

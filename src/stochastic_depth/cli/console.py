@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from stochastic_depth.plain_text import escaped
@@ -28,8 +30,21 @@ class PlainConsole(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
+        if isinstance(renderable, Table) and (renderable.title or renderable.caption):
+            renderable = self._with_free_texts(renderable)
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else escaped(text), style, control)
+
+    def _with_free_texts(self, table: Table) -> Group:
+        """A table whose title and caption rich does not break at the width of the table."""
+        bare = copy(table)
+        bare.title = bare.caption = None
+        parts: list[RenderableType] = [bare]
+        if table.title:
+            parts.insert(0, self.render_str(str(table.title), style="table.title"))
+        if table.caption:
+            parts.append(self.render_str(str(table.caption), style="table.caption"))
+        return Group(*parts)
 
     def say(self, text: str) -> None:
         """Print a line without breaking it, so that paths and commands in it can be copied."""

@@ -61,6 +61,6 @@ def report(arguments: list[str]) -> int:
     console.say(f"{asked.out}: {count_text(drawn, 'figure')}")
     for path in made.unmeasured:
         console.say(f"nothing measured yet in {path}: its journal is empty")
-    for title, command in made.missing:
-        console.say(f"no data for: {title}; {command}")
+    for figure in made.missing:
+        console.say(f"no data for: {figure.title}; {figure.command or figure.why}")
     return 0

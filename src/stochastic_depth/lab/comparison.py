@@ -12,7 +12,7 @@ from rich.table import Table
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import is_there, write_whole
 from stochastic_depth.lab.drawing import file_png
-from stochastic_depth.lab.formatting import plus_minus, share, timing_note
+from stochastic_depth.lab.formatting import count_text, plus_minus, share, timing_note
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.sources import read_run
 from stochastic_depth.lab.training_curves import training_curves, training_time
@@ -137,11 +137,11 @@ def remarks(experiment: Experiment, epochs: int, planned: int, seeds: int) -> It
     reached = trained[0].records[-1].epoch
     if reached < epochs / 2:
         yield (
-            f"{reached:g} of {epochs} epochs are too few to compare errors by: look at the seconds "
-            "and the active blocks"
+            f"{reached:g} of {count_text(epochs, 'epoch')} are too few to compare errors by: look "
+            "at the seconds and the active blocks"
         )
     if reached < planned or len(trained) < seeds:
-        done = f"{reached:g} of {planned} epochs"
+        done = f"{reached:g} of {count_text(planned, 'epoch')}"
         if reached >= planned:
             done = f"{len(trained)} of {seeds} seeds"
         yield f"stopped after {done}, to end in time: the same command again goes on"

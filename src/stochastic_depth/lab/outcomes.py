@@ -263,6 +263,14 @@ class Experiment:
         config = self.config
         return tuple(config.epochs * fraction for fraction in config.optimizer.milestones)
 
+    @property
+    def progress(self) -> str:
+        """How far its runs are, such as "after 6 of 400 epochs"; empty if all are finished."""
+        if all(run.finished for run in self.runs):
+            return ""
+        reached, epochs = min(run.records[-1].epoch for run in self.runs), self.config.epochs
+        return f"after {reached:g} of {epochs} epoch{'s' * (epochs != 1)}"
+
     def comparable(self) -> "Experiment":
         """The part that can be compared: finished runs if every series has one, or equal epochs."""
         if all(any(run.finished for run in series.runs) for series in self.series):

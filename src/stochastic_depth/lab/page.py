@@ -16,6 +16,7 @@ from markupsafe import Markup
 from stochastic_depth.files import make_folders, write_whole
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.drawing import NARROW, WIDE, file_png, file_svg, page_svg
+from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.report import Report, build_report
 from stochastic_depth.lab.sources import Sources, read_sources, watched_files
 from stochastic_depth.lab.style import style_sheet
@@ -82,10 +83,12 @@ def _page_title(report: Report) -> str:
 
 def _state(sources: Sources) -> str:
     runs = list(sources.all_runs())
-    under_way = sum(not (run.finished or run.failed) for run in runs)
-    count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    going = f", {under_way} not finished" if under_way else ""
-    return f"{count}{going}."
+    counts = {
+        "not finished": sum(not run.ended for run in runs),
+        "failed": sum(run.failed for run in runs),
+    }
+    parts = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"{', '.join([count_text(len(runs), 'run'), *parts])}."
 
 
 REFRESH = 10

@@ -1,6 +1,7 @@
 """The figure of pruned networks."""
 
 import statistics
+from itertools import takewhile
 from typing import Any
 
 import altair as alt
@@ -103,7 +104,7 @@ def _panel(shown: list[Series], rows: list[Row], order: Order) -> alt.LayerChart
 
 
 def _sentence(shown: list[Series], rows: list[Row]) -> str:
-    """Says how many of the last blocks can be removed before 5 % of the accuracy is lost."""
+    """How many of its last blocks each network can lose before it loses 5 % of its accuracy."""
     clauses = []
     for series in shown:
         curve = {
@@ -124,15 +125,17 @@ def _sentence(shown: list[Series], rows: list[Row]) -> str:
                 }
             )
         }
-        if 0 not in curve:
-            continue
-        most = 100 - 0.95 * (100 - curve[0])
-        spoilt = [k for k, error in curve.items() if error > most]
-        within = max(k for k in curve if not spoilt or k < spoilt[0])
-        clauses.append(f"{within} of the last blocks with {series.name} ({curve[0]:.2f} % whole)")
-    if not clauses:
-        return "Test error against the number of blocks removed."
-    return f"95 % of the accuracy is left without {', '.join(clauses)}."
+        first, *removals = curve
+        most = 100 - 0.95 * (100 - curve[first])
+        kept = list(takewhile(lambda k, curve=curve, most=most: curve[k] <= most, removals))
+        removed, share = (kept[-1], "95 %") if kept else (removals[0], "less than 95 %")
+        last = "block" if removed == 1 else f"{removed} blocks"
+        clauses.append(
+            f"{series.name} ({curve[first]:.2f} % error with all blocks) keeps {share} of its "
+            f"accuracy without its last {last}"
+        )
+    sentence = "; ".join(clauses)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _mean(rows: list[Row], key: str) -> float:

@@ -10,6 +10,7 @@ from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
+from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.gradients_chart import block_gradients, gradient_strength
 from stochastic_depth.lab.outcomes import Experiment, describe, describe_data, experiments
 from stochastic_depth.lab.pruning_chart import pruned_blocks
@@ -48,14 +49,24 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A figure that lacks data."""
+
+    title: str
+    command: str
+    """Measures the data; empty if that command was given."""
+    why: str = ""
+    """Why there is no data although the command was given."""
+
+
+@dataclass(frozen=True)
 class Report:
     """All sections of a page."""
 
     sections: tuple[Section, ...]
     overview: ReportTable | None
     """A table of all experiments, if there are several."""
-    missing: tuple[tuple[str, str], ...]
-    """The title of each figure that lacks data, and the command that measures the data."""
+    missing: tuple[Missing, ...]
     unmeasured: tuple[Path, ...] = ()
     """The run folders whose journal is empty."""
 
@@ -71,13 +82,27 @@ def build_report(sources: Sources) -> Report:
         *map(_benchmark, sources.benchmarks),
     ]
     drawn = {figure.id for section in sections for figure in section.figures}
-    missing = tuple(command for id, command in COMMANDS.items() if id not in drawn)
+    missing = tuple(_missing(id, sources) for id in COMMANDS if id not in drawn)
     return Report(
         tuple(_with_distinct_ids(sections)),
         overview(trained) if len(trained) > 1 else None,
         missing,
         tuple(run.run.path for run in begun),
     )
+
+
+def _missing(id: str, sources: Sources) -> Missing:
+    title, command = COMMANDS[id]
+    for recorded in sources.sweeps:
+        folder, failed = recorded.sweep.folder, sum(run.failed for run in recorded.runs)
+        if id != f"{recorded.sweep.kind}-sweep":
+            continue
+        if recorded.under_way:
+            return Missing(title, "", f"{folder} is not finished yet")
+        if failed:
+            runs = f"{failed} of {count_text(recorded.size, 'run')} of {folder} failed"
+            return Missing(title, "", f"{runs}, for the reason in the failed.txt of each")
+    return Missing(title, command)
 
 
 def _experiment(experiment: Experiment) -> Section:
@@ -92,9 +117,11 @@ def _experiment(experiment: Experiment) -> Section:
         pruned_blocks(experiment),
     ]
     shared, runs = settings(list(experiment.runs))
+    progress = experiment.comparable().progress
     return Section(
         experiment.title,
         tuple(figure for figure in drawn if figure),
+        f"{progress.capitalize()}." if progress else "",
         tiles=tuple(tiles(experiment)),
         tables=tuple(tables(experiment)),
         settings=tuple(shared),
@@ -123,7 +150,7 @@ def _sweep(recorded: RecordedSweep) -> Section:
         drawn = (depth_sweep if sweep.kind == "depth" else survival_sweep)(recorded)
     finished = sum(run.finished for run in recorded.runs)
     failed = sum(run.failed for run in recorded.runs)
-    said = f"{sweep.folder}: {finished} of {recorded.size} runs finished"
+    said = f"{sweep.folder}: {finished} of {count_text(recorded.size, 'run')} finished"
     said += f", {failed} failed." if failed else "."
     if not recorded.runs:
         return Section(f"Sweep {sweep.folder.name}", (), said)

@@ -54,6 +54,10 @@ class RecordedRun:
         """Whether its sweep has recorded that it cannot be trained."""
         return is_there(self.run.path / layout.FAILED)
 
+    @property
+    def ended(self) -> bool:
+        return self.finished or self.failed
+
     @cached_property
     def described(self) -> dict[str, Any]:
         """The machine, the versions, the commit and all other fields of `config.json`."""
@@ -86,8 +90,7 @@ class RecordedSweep:
 
     @property
     def under_way(self) -> bool:
-        ended = sum(run.finished or run.failed for run in self.runs)
-        return ended < self.size
+        return sum(run.ended for run in self.runs) < self.size
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class Sources:
 
     @property
     def under_way(self) -> bool:
-        """Whether any run or sweep is not finished."""
-        going = any(not run.finished for run in self.runs)
+        """Whether any run or sweep has not ended."""
+        going = any(not run.ended for run in self.runs)
         return going or any(sweep.under_way for sweep in self.sweeps)
 
     def all_runs(self) -> Iterator[RecordedRun]:

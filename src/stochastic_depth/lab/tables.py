@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stochastic_depth.lab.formatting import duration, percent, plus_minus, share, timing_note
+from stochastic_depth.lab.formatting import (
+    count_text,
+    duration,
+    percent,
+    plus_minus,
+    share,
+    timing_note,
+)
 from stochastic_depth.lab.outcomes import Experiment, RunOutcome, Series, Spread
 from stochastic_depth.lab.sources import RecordedRun
 from stochastic_depth.recipes import PUBLISHED, RECIPES, Published
@@ -178,7 +185,7 @@ def overview(experiments: list[Experiment]) -> ReportTable:
         series, base = now.main, now.constant
         rows.append(
             [
-                now.title,
+                f"{now.title} ({now.progress})" if now.progress else now.title,
                 percent(base.outcome.test_error_best) if base else "",
                 percent(series.outcome.test_error_best) if now.stochastic else "",
                 _saved(now, series) if now.stochastic else "",
@@ -213,9 +220,11 @@ def settings(runs: Sequence[RecordedRun]) -> tuple[list[tuple[str, str]], Report
 
 def _state(run: RecordedRun) -> list[str]:
     reached = run.records[-1].epoch if run.records else 0
-    state = "finished" if run.finished else f"{reached:g} of {run.run.config.epochs} epochs"
-    if run.failed:
-        state = f"failed after {reached:g} epochs"
+    state = f"{reached:g} of {count_text(run.run.config.epochs, 'epoch')}"
+    if run.finished:
+        state = "finished"
+    elif run.failed:
+        state = f"failed after {state}"
     if not run.records:
         return [state, "", ""]
     found = RunOutcome.of(run.records)

@@ -85,6 +85,11 @@ def test_the_table_has_a_row_for_each_setting_and_blanks_where_none_is_done(swee
     assert third[:4] == ["constant", "", "8", "0 of 1"]
 
 
+def test_one_epoch_is_one_epoch(begun):
+    assert ", 1 epoch;" in sweep_table(replace(begun, config=replace(SMALL, epochs=1))).title
+    assert ", 2 epochs;" in sweep_table(begun).title
+
+
 def test_the_share_of_the_work_counts_the_layers_that_run(begun):
     first, second, third = begun.grid.points()
     progress = SweepProgress(begun, Console(file=io.StringIO()))
