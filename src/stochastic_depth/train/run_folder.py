@@ -33,7 +33,7 @@ from stochastic_depth.train.config import Config, restore
 from stochastic_depth.train.journal import Record, last_checksum, read_journal
 from stochastic_depth.train.runtime import Runtime, machine, versions
 
-FORMAT = 2
+FORMAT = 3
 """The number of the format of a run folder: of its description, its journal and its checkpoints."""
 
 
