@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 from stochastic_depth.errors import SurvivalError
 
@@ -131,8 +132,13 @@ class Steps:
     shares: tuple[tuple[int, float], ...]
 
     def __init__(self, shares: Mapping[int, float] | Iterable[tuple[int, float]]) -> None:
-        pairs: Iterable[tuple[int, float]] = dict(shares).items()
+        pairs: Iterable[Any] = shares.items() if isinstance(shares, Mapping) else shares
         object.__setattr__(self, "shares", tuple((int(a), float(b)) for a, b in sorted(pairs)))
+        if not self.shares:
+            raise SurvivalError(f"{self!r}: give at least one step and its share")
+        for (step, _), (following, _) in pairwise(self.shares):
+            if step == following:
+                raise SurvivalError(f"{self!r}: step {step} has two shares, give it one")
         for step, share in self.shares:
             _steps(self, "a step", step, minimum=0)
             if not 0 <= share <= 1:

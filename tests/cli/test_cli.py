@@ -352,3 +352,53 @@ def test_help_says_which_recipe_is_the_default(capsys):
     shown = capsys.readouterr().out
     assert "(default: digits)" in shown
     assert "(required)" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem", "remedy"),
+    [
+        ("digits --schedule.until 0.5", "where schedule is none", "--schedule early"),
+        ("digits --schedule.gamma=0.001", "where schedule is none", "--schedule progressive"),
+        ("digits-constant --survival.gate batch", "survival.rule is c", "--survival.rule linear"),
+        ("digits-constant --survival.balance", "survival.rule is c", "--survival.rule uniform"),
+        ("digits-constant --schedule early", "survival.rule is c", "--survival.rule linear"),
+        ("digits-constant --distributed.rank-gates", "survival.rule", "--survival.rule linear"),
+        ("digits --model.growth 12", "where model.kind is cifar-resnet", None),
+        ("digits --model.no-bottleneck", "where model.kind is cifar-resnet", None),
+        ("cifar10-densenet-bc100 --model.init he", "where model.kind is densenet", None),
+        ("cifar10-small-vit --distributed.sync_batchnorm", "which has no BatchNorm", None),
+        (
+            "digits --optimizer.warmup-rate 0.01",
+            "where optimizer.warmup-epochs is 0",
+            "--optimizer.warmup-epochs 1",
+        ),
+        (
+            "digits --optimizer.divisor 10 --optimizer.milestones",
+            "where optimizer.milestones is empty",
+            "--optimizer.milestones 0.5",
+        ),
+        (
+            "digits --optimizer.learning-rate 0.1 --optimizer.warmup-epochs 20",
+            "where optimizer.warmup-epochs is 20 and epochs 20",
+            "--optimizer.warmup-epochs 19",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused_and_the_remedy_works(
+    arguments, problem, remedy, monkeypatch, capsys
+):
+    begun = []
+    monkeypatch.setattr("stochastic_depth.cli.train._in_all_processes", lambda *_: begun.append(1))
+    recipe, option, *_ = arguments.split()
+    assert main(["train", *arguments.split()]) == 2
+    shown = capsys.readouterr().err
+    assert f"error: {option.split('=')[0][2:].replace('no-', '').replace('_', '-')} is " in shown
+    assert problem in shown
+    assert not begun
+    main(["train", recipe] if remedy is None else ["train", *arguments.split(), *remedy.split()])
+    assert begun
+
+
+def test_compare_refuses_an_option_without_effect(capsys):
+    assert main(["compare", "digits", "--schedule.until", "0.5"]) == 2
+    assert "schedule.until is 0.5, which has no effect where" in capsys.readouterr().err

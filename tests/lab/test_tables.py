@@ -143,7 +143,7 @@ def test_schedules_are_named_by_the_settings_that_they_use(experiment):
         stochastic,
         scheduled(kind="early", until=0.3),
         scheduled(kind="steps", at=(0, 0.5), shares=(0.5, 1)),
-        scheduled(kind="none", until=0.2),  # trained as `stochastic`
+        scheduled(kind="none"),  # trained as `stochastic`
     ]
     (named,) = experiments(runs)
     assert {series.name for series in named.series} == {

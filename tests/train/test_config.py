@@ -1,14 +1,15 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tyro
 
-from stochastic_depth.errors import ConfigError
+from stochastic_depth.errors import ConfigError, SurvivalError
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.schedules import Decreasing, Early, Late, Progressive, Steps, Warmup
 from stochastic_depth.train import Config, DataConfig, ModelConfig, OptimizerConfig, SurvivalConfig
-from stochastic_depth.train.config import ScheduleConfig
+from stochastic_depth.train.config import SETTINGS, ScheduleConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -39,6 +40,19 @@ def test_paths_and_optional_values_survive_json():
             r"schedule.shares is 2.0: it must be from 0 to 1",
         ),
         (lambda: ScheduleConfig(at=(0.0,)), "schedule.at has 1 values and schedule.shares 2"),
+        (
+            lambda: ScheduleConfig("steps", at=(), shares=()),
+            r"schedule.at is \[\]: give at least one",
+        ),
+        (
+            lambda: ScheduleConfig("steps", at=(0.5, 0.5), shares=(0, 1)),
+            r"schedule.at is \[0.5, 0.5\]: give at least one step, and each step once",
+        ),
+        (
+            lambda: ScheduleConfig("decreasing", since=0.9, until=0.1),
+            "schedule.since is 0.9 and schedule.until is 0.1: give a --schedule.since below",
+        ),
+        (lambda: ScheduleConfig("decreasing", since=50, until=20), "schedule.since is 50"),
         (lambda: OptimizerConfig(learning_rate=0), "optimizer.learning-rate is 0"),
         (lambda: OptimizerConfig(momentum=1), "optimizer.momentum is 1"),
         (lambda: OptimizerConfig(batch=1), "optimizer.batch is 1"),
@@ -115,3 +129,56 @@ def test_forward_only_has_neither_gates_for_single_samples_nor_a_scale():
     for wrong in ({"gate": "subset"}, {"scale": "training"}):
         with pytest.raises(ConfigError, match=r"survival\.closed is forward-only"):
             SurvivalConfig(closed="forward-only", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("until", 0.3),
+        ("since", 0.1),
+        ("shape", "constant"),
+        ("gamma", 5.0),
+        ("at", (0.0, 0.3)),
+        ("shares", (0.2, 1.0)),
+    ],
+)
+def test_a_setting_that_its_schedule_does_not_use_is_refused_and_the_remedy_works(setting, value):
+    for kind, used in SETTINGS.items():
+        if setting in used:
+            assert ScheduleConfig(kind, **{setting: value})
+            continue
+        named = re.escape(f"schedule.{setting} is {value}, which has no effect where schedule is ")
+        with pytest.raises(ConfigError, match=f"{named}{kind}: leave it out") as refused:
+            ScheduleConfig(kind, **{setting: value})
+        for remedy in str(refused.value).partition("--schedule ")[2].split(" or "):
+            assert ScheduleConfig(remedy, **{setting: value})
+
+
+@pytest.mark.parametrize("rule", ["linear", "constant"])
+def test_a_run_of_before_has_settings_that_its_schedule_does_not_use(rule):
+    values = Config(survival=SurvivalConfig(rule, gate="subset")).to_json()
+    values["survival"]["schedule"] |= {"until": 0.3, "gamma": 5.0}
+    assert Config.from_json(values) == Config(survival=SurvivalConfig(rule, gate="subset"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "problem"),
+    [
+        (ScheduleConfig("late", until=1.0), "late until 1, which drops no block in any of the 200"),
+        (ScheduleConfig("steps", at=(0.0,), shares=(0.0,)), "drops no block"),
+        (ScheduleConfig("steps", at=(300.0,), shares=(1.0,)), "drops no block"),
+        (
+            ScheduleConfig("decreasing", since=0.9, until=20.0),
+            r"since is 0\.9 and schedule\.until is 20",
+        ),
+        (ScheduleConfig("steps", at=(0.5, 100.0)), "step 100 has two shares"),
+    ],
+)
+def test_a_schedule_without_effect_in_so_many_steps_is_refused(schedule, problem):
+    with pytest.raises((ConfigError, SurvivalError), match=problem):
+        schedule.require_effect(200)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_every_schedule_has_an_effect_by_default(kind):
+    ScheduleConfig(kind).require_effect(2)

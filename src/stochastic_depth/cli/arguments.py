@@ -150,6 +150,19 @@ def parse_recipe(
     return parse(type(default), f"{command} {name}", arguments, describe_recipe(name), default)
 
 
+def refuse_without_effect(config: Config, arguments: list[str]) -> None:
+    """Refuse `arguments` that have no effect in `config`, because of others.
+
+    Raises:
+        SystemExit: after printing which one, and what to do.
+    """
+    given = {argument.split("=")[0].replace("_", "-") for argument in arguments}
+    with usage_errors():
+        for option, problem in config.without_effect().items():
+            if given & {f"--{option}", f"--{option.replace('.', '.no-')}"}:
+                raise ConfigError(problem)
+
+
 def require_run(path: Path) -> None:
     """Raise an error if `path` is not a run folder, before PyTorch is loaded.
 

@@ -16,6 +16,7 @@ from stochastic_depth.cli.arguments import (
     choose,
     parse,
     parse_recipe,
+    refuse_without_effect,
     require_run,
     usage_errors,
 )
@@ -114,6 +115,7 @@ def train(arguments: list[str]) -> int:
         ("--run DIR", "--model.depth INT", "--survival.final FLOAT"),
         Resume,
     )
+    refuse_without_effect(begun.config, arguments)
     return _in_all_processes(lambda console: _begin(begun, console), begun.quiet)
 
 
@@ -224,6 +226,7 @@ def compare(arguments: list[str]) -> int:
     began = time.monotonic()
     common = "--seeds INT", "--minutes FLOAT", "--out DIR", "--model.depth INT"
     asked = parse_recipe("compare", COMPARE, arguments, Compare, common)
+    refuse_without_effect(asked.config, arguments)
     from stochastic_depth.cli.console import PlainConsole
 
     console, config = PlainConsole(), asked.config

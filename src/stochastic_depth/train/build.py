@@ -97,9 +97,12 @@ def require_trainable(config: Config, batches: Batches) -> None:
 
     Raises:
         ApplyError: when the network has no residual blocks to skip.
-        ConfigError: when there is no such network, or the images or a mini-batch are too small.
+        ConfigError: when there is no such network, the images or a mini-batch are too small, or
+            the schedule drops no block.
     """
     channels, height, width = batches.shape
+    if config.survival.rule != "constant":
+        config.survival.schedule.require_effect(config.epochs * batches.steps_per_epoch)
     with torch.device("meta"):
         model = build_model(config.model, channels, len(batches.classes), config.seed)
         if not any(isinstance(module, Residual) for module in model.modules()):

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -116,6 +118,51 @@ class ScheduleConfig:
                 "give a share of the drop rates for each step"
             )
         _finite("schedule", self)
+        for setting, problem in self.unused().items():
+            if getattr(self, setting) != getattr(ScheduleConfig, setting):
+                raise ConfigError(problem)
+        in_one_unit = (self.since <= 1) == (self.until <= 1)
+        if self.kind == "decreasing" and in_one_unit and self.since >= self.until:
+            raise self._never_decreasing()
+        if self.kind == "steps" and (not self.at or len(set(self.at)) < len(self.at)):
+            raise ConfigError(
+                f"schedule.at is {list(self.at)}: give at least one step, and each step once"
+            )
+
+    def unused(self) -> dict[str, str]:
+        """The settings that this kind of schedule does not use, and what to do about each."""
+        return {
+            setting: f"schedule.{setting} is {getattr(self, setting)}, which has no effect where "
+            f"schedule is {self.kind}: leave it out, or give --schedule "
+            f"{' or '.join(kind for kind, used in SETTINGS.items() if setting in used)}"
+            for setting in dict.fromkeys(chain(*SETTINGS.values()))
+            if setting not in SETTINGS[self.kind]
+        }
+
+    def require_effect(self, steps: int) -> None:
+        """Refuse a schedule that cannot do in a training run of `steps` steps what it says.
+
+        Raises:
+            ConfigError: when it drops no block in any step, or ends before it begins.
+            SurvivalError: when two of its steps are one and the same.
+        """
+        if self.kind == "decreasing" and _in_steps(self.since, steps) >= _in_steps(
+            self.until, steps
+        ):
+            raise self._never_decreasing()
+        schedule = self.of(steps)
+        if schedule is not None and not any(schedule(step) for step in range(steps)):
+            raise ConfigError(
+                f"schedule is {self.name}, which drops no block in any of the {steps:,} steps of "
+                "this training: let it begin earlier, with shares above 0; or, for constant "
+                "depth, give --survival.rule constant in its place"
+            )
+
+    def _never_decreasing(self) -> ConfigError:
+        return ConfigError(
+            f"schedule.since is {self.since:g} and schedule.until is {self.until:g}: give a "
+            "--schedule.since below --schedule.until"
+        )
 
     @property
     def name(self) -> str:
@@ -138,10 +185,8 @@ class ScheduleConfig:
 
     def of(self, steps: int) -> Schedule | None:
         """The schedule for a training run of `steps` steps; None where drop rates are constant."""
-        until, since, *at = (
-            round(x * steps if x <= 1 else x) for x in (self.until, self.since, *self.at)
-        )
-        until = max(until, since + 1)
+        until, since, *at = (round(_in_steps(x, steps)) for x in (self.until, self.since, *self.at))
+        until = max(until, since + 1)  # where rounding makes them equal
         match self.kind:
             case "warmup":
                 return Warmup(until)
@@ -157,6 +202,11 @@ class ScheduleConfig:
                 return Steps(zip(at, self.shares, strict=True))
             case "none":
                 return None
+
+
+def _in_steps(time: float, steps: int) -> float:
+    """A share of a training run of `steps` steps, or a number of steps if above 1, in steps."""
+    return time * steps if time <= 1 else time
 
 
 SETTINGS = {
@@ -304,6 +354,51 @@ class Config:
                 "add --survival.balance"
             )
 
+    def without_effect(self) -> dict[str, str]:
+        """The options that have no effect because of another one, and what to do about each."""
+        found: dict[str, str] = {}
+
+        def add(where: str, part: object, names: Iterable[str], why: str, instead: str) -> None:
+            for name in names:
+                option = f"{where}.{name.replace('_', '-')}"
+                found[option] = (
+                    f"{option} is {getattr(part, name)}, which has no effect where {why}: leave it "
+                    f"out, or {instead}"
+                )
+
+        kind, optimizer = f"model.kind is {self.model.kind}", self.optimizer
+        if self.model.kind == "densenet":
+            add("model", self.model, ["init"], kind, "take a recipe of another network")
+        else:
+            names = ["growth", "bottleneck"]
+            add("model", self.model, names, kind, "take the recipe of a DenseNet")
+        if self.model.kind == "vit":
+            why = f"{kind}, which has no BatchNorm"
+            names = ["sync_batchnorm"]
+            add("distributed", self.distributed, names, why, "take a recipe of another network")
+        if self.survival.rule == "constant":
+            why = "survival.rule is constant"
+            instead = "give --survival.rule linear or uniform, in a network with residual blocks"
+            names = vars(self.survival).keys() - {"rule", "schedule"}
+            add("survival", self.survival, names, why, instead)
+            add("distributed", self.distributed, ["rank_gates"], why, instead)
+            found["schedule"] = (
+                f"schedule is {self.survival.schedule.kind}, which has no effect where {why}: "
+                f"leave it out, or {instead}"
+            )
+        if optimizer.warmup_epochs == 0:
+            why, instead = "optimizer.warmup-epochs is 0", "give --optimizer.warmup-epochs"
+            add("optimizer", optimizer, ["warmup_rate"], why, instead)
+        if not optimizer.milestones:
+            why, instead = "optimizer.milestones is empty", "give --optimizer.milestones"
+            add("optimizer", optimizer, ["divisor"], why, instead)
+        if optimizer.warmup_epochs >= self.epochs:
+            why = f"optimizer.warmup-epochs is {optimizer.warmup_epochs:g} and epochs {self.epochs}"
+            names = ["learning_rate", "milestones", "divisor"]
+            add("optimizer", optimizer, names, why, "give fewer --optimizer.warmup-epochs")
+        unused = self.survival.schedule.unused()
+        return found | {f"schedule.{name}": problem for name, problem in unused.items()}
+
     def without_io(self) -> "Config":
         """This configuration without the fields that do not change results.
 
@@ -385,7 +480,10 @@ def restore(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict) or set(value) != set(hints):
             found = sorted(value) if isinstance(value, dict) else value
             raise ConfigError(f"{where} must have the fields {sorted(hints)}, it has {found}")
-        return kind(**{k: restore(hints[k], item, f"{where}.{k}") for k, item in value.items()})
+        values = {k: restore(hints[k], item, f"{where}.{k}") for k, item in value.items()}
+        if kind is ScheduleConfig:  # once, settings that it does not use were accepted
+            values = {k: values[k] for k in ("kind", *SETTINGS[values["kind"]])}
+        return kind(**values)
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     for option in options:
         if option is types.NoneType and value is None:
