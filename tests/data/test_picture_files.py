@@ -102,6 +102,18 @@ def test_every_layout_of_folders_reads_the_same_formats(tmp_path):
         read_part(tmp_path, CIFAR10)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_picture_beside_the_classes_is_named_and_the_remedy_works(root, part):
+    shutil.copytree(root / "train", root / "val", dirs_exist_ok=True)
+    picture(stray := root / part / "lost.png", 9)
+    (root / part / "notes.txt").write_text("no picture")
+    named = f"{re.escape(str(stray))}: a picture beside .* move it into one of cats, dogs"
+    with pytest.raises(DataError, match=named):
+        scan(root / part)
+    stray.rename(root / part / "cats" / "lost.png")
+    assert scan(root / part)[0] == ("cats", "dogs")
+
+
 def test_one_class_is_refused(root):
     shutil.rmtree(root / "train" / "cats")
     with pytest.raises(DataError, match=r"train: .*needs two classes, found only dogs"):

@@ -60,7 +60,7 @@ def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
 
     Raises:
         DataError: when there are fewer than two classes, one has no pictures, or a picture is in a
-            format that is not read.
+            format that is not read or in no class.
     """
     expected = (
         "expected one folder of pictures for each class, as in train/n01440764/ and val/n01440764/"
@@ -69,11 +69,17 @@ def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
         if not folder.is_dir():
             raise DataError(f"{folder}: {expected}; there is no such folder")
         found = os.listdir(folder)
-    classes = sorted(n for n in found if not n.startswith(".") and (folder / n).is_dir())
+    folders = [name for name in found if (folder / name).is_dir()]
+    classes = sorted(name for name in folders if not name.startswith("."))
     if len(classes) < 2:
         raise DataError(
             f"{folder}: {expected}; a classifier needs two classes, found "
             f"{f'only {classes[0]}' if classes else 'no folder'}"
+        )
+    if stray := picture_names(folder, set(found).difference(folders)):
+        raise DataError(
+            f"{folder / stray[0]}: a picture beside the folders of the classes has no class: move "
+            f"it into one of {', '.join(classes[:8])}, or remove it"
         )
     samples: Samples = []
     for label, name in enumerate(classes):
