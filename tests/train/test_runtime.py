@@ -38,13 +38,16 @@ def test_a_device_that_fails_without_a_reason_is_named(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(torch, "empty", fail)
-    with pytest.raises(ConfigError, match=r"device='cpu' cannot be used \(no reason given\)"):
+    with pytest.raises(ConfigError, match=r"device is 'cpu', which cannot be used \(no reason giv"):
         resolve_runtime(Config(device="cpu"))
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
-def test_a_device_that_is_not_there_is_named(device):
-    with pytest.raises(ConfigError, match=device):
+@pytest.mark.parametrize("device", ["cuda:99", "abacus", "meta", "xla", "cpu:x", ""])
+def test_a_device_that_cannot_train_is_named_with_those_that_can(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        ConfigError, match=f"device is '{device}'.*choose from cpu, cuda:0, cuda:1$"
+    ):
         resolve_runtime(Config(device=device))
 
 

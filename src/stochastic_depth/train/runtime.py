@@ -57,11 +57,14 @@ def resolve_runtime(config: Config) -> Runtime:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}, which cannot train: choose from {here}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device={device!r} cannot be used ({first_line(error)}): try --device cpu"
+            f"device is {device!r}, which cannot be used ({first_line(error)}): choose from {here}"
         ) from error
     precision = config.precision
     if precision == "auto":
