@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -113,6 +114,31 @@ def test_every_pattern_of_six_blocks_is_autograds(pattern, replay):
                 torch.testing.assert_close(program.flat.view(p, program.flat.gradients), q.grad)
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)
     assert counting.forward == counting.backward == 2 * (1 + 2 * sum(pattern))
+
+
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+def test_without_momentum_steps_are_those_of_plain_gradient_descent(skipped):
+    options = {"skipped": skipped, "seed": 3}
+    config = OptimizerConfig(momentum=0)
+    models = []
+    for kind in ("program", "autograd", "pytorch"):
+        model, handle, _ = network(6, sd.Uniform(0.5), **options)
+        optimizer = build_optimizer(config, model)
+        if kind == "pytorch":
+            optimizer = torch.optim.SGD(
+                model.parameters(), config.learning_rate, weight_decay=config.weight_decay
+            )
+        if kind == "program":
+            shape = mini_batch(0)[0].shape
+            program = Program(model, handle, optimizer, shape, torch.float64)
+            step = program.step
+        else:
+            step = partial(autograd_step, model, optimizer)
+        for number in range(4):
+            step(*mini_batch(number))
+        models.append(model.state_dict())
+    assert_same_values(models[0], models[2], rtol=1e-10, atol=1e-12)
+    assert_same_values(models[1], models[2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("replay", [Eagerly(), Statically()])

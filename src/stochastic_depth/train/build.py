@@ -129,12 +129,15 @@ def images_in(step: int, config: Config, batches: Batches) -> int:
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay on every parameter, as in the authors' code."""
+    """SGD with Nesterov momentum, or plain SGD for a momentum of 0.
+
+    Weight decay is on every parameter, as in the authors' code.
+    """
     return torch.optim.SGD(
         model.parameters(),
         lr=config.learning_rate,
         momentum=config.momentum,
-        nesterov=True,
+        nesterov=config.momentum > 0,
         weight_decay=config.weight_decay,
     )
 

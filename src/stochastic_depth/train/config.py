@@ -271,7 +271,7 @@ class OptimizerConfig:
     warmup_rate: float = 0.01
     """The learning rate of the warm-up."""
     momentum: float = 0.9
-    """The coefficient of Nesterov momentum."""
+    """The coefficient of Nesterov momentum (0: plain gradient descent)."""
     weight_decay: float = 1e-4
     """The coefficient of the L2 penalty on every parameter."""
     batch: int = 128
@@ -280,7 +280,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_that(self.learning_rate > 0, "optimizer.learning-rate", self.learning_rate, "above 0")
         check_that(self.divisor > 0, "optimizer.divisor", self.divisor, "above 0")
-        check_that(0 < self.momentum < 1, "optimizer.momentum", self.momentum, "between 0 and 1")
+        check_that(
+            0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "at least 0 and below 1"
+        )
         check_that(
             self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "at least 0"
         )
@@ -291,7 +293,7 @@ class OptimizerConfig:
         check_that(self.batch >= 2, "optimizer.batch", self.batch, "at least 2 (BatchNorm)")
         _positive("optimizer.batch", self.batch)
         for milestone in self.milestones:
-            check_that(0 < milestone < 1, "optimizer.milestones", milestone, "between 0 and 1")
+            check_that(0 < milestone < 1, "optimizer.milestones", milestone, "above 0 and below 1")
         _finite("optimizer", self)
 
 
