@@ -402,3 +402,9 @@ def test_an_option_without_effect_is_refused_and_the_remedy_works(
 def test_compare_refuses_an_option_without_effect(capsys):
     assert main(["compare", "digits", "--schedule.until", "0.5"]) == 2
     assert "schedule.until is 0.5, which has no effect where" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["train", "digits", "--run", ""], ["compare", "--out="]])
+def test_an_empty_name_is_not_the_current_folder(arguments, capsys):
+    assert main(arguments) == 2
+    assert "the name is empty" in " ".join(capsys.readouterr().err.split())

@@ -13,6 +13,7 @@ from dataclasses import field, make_dataclass
 from functools import cache, partial
 from io import BytesIO, TextIOWrapper
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_type_hints
 
 import tyro
@@ -28,7 +29,7 @@ from tyro.constructors import (
 Name = TypeVar("Name", bound=str)
 
 READING = ConstructorRegistry()
-"""How tyro reads numbers and dataclasses of options."""
+"""How tyro reads numbers, paths and dataclasses of options."""
 
 
 @READING.struct_rule
@@ -111,6 +112,25 @@ def _number(asked: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         metavar=asked.type.__name__.upper(),
         instance_from_str=read,
         is_instance=lambda value: isinstance(value, int if asked.type is int else (int, float)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@READING.primitive_rule
+def _path(asked: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if asked.type is not Path:
+        return None
+
+    def read(words: list[str]) -> Path:
+        if not words[0]:  # which Path would take for the current folder
+            raise ValueError("the name is empty: give one, or leave the option out")
+        return Path(words[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     )
 
