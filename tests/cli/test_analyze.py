@@ -122,6 +122,7 @@ def test_a_title_that_is_wider_than_its_table_is_not_broken(runs, capsys):
 def test_journals_are_enough_for_gradients_and_active_blocks(runs, capsys, tmp_path):
     shutil.copytree(runs / "stochastic-seed0", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "model.safetensors").unlink()
     shown(capsys, "gradients", "run")
     out = shown(capsys, "active", "run")
     assert "exact 2.00" in out

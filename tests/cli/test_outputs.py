@@ -160,6 +160,7 @@ def test_an_encoding_without_arrows_has_something_in_their_place(run):
 @pytest.mark.parametrize("command", ["eval RUN", "export RUN", "analyze pruning RUN"])
 def test_without_checkpoints_the_remedy_is_a_copy_of_them(command, run, capsys):
     shutil.rmtree(run / "checkpoints")
+    (run / "model.safetensors").unlink()
     shown = refused(capsys, command, run, "")
     assert f"{run} has no checkpoints left: put a copy of {run}/checkpoints in its place" in shown
     assert "--resume" not in shown

@@ -1,4 +1,5 @@
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -242,6 +243,40 @@ def test_the_trained_model_has_the_errors_of_the_journal(small, path, silent):
         assert step == record.step
         loss, error = evaluate(model, images.evaluate("test"), run.runtime)
         assert (loss, error) == (record.test_loss, record.test_error)
+
+
+@pytest.mark.parametrize("gone", ["all checkpoints", "the last checkpoint"])
+def test_the_final_weights_stand_for_a_last_checkpoint_that_is_gone(small, path, silent, gone):
+    survival = SurvivalConfig(final=0.3, schedule=ScheduleConfig("warmup", until=2.0 * 20))
+    run, records = finish(path, replace(small, survival=survival), silent)
+    checkpoints = sorted(run.checkpoints.folder.iterdir())
+    for checkpoint in checkpoints[0 if gone == "all checkpoints" else -1 :]:
+        checkpoint.unlink()
+    _, images = reopen(path)
+    model, step = trained_model(run, images, "last")
+    assert step == records[-1].step
+    found = evaluate(model, images.evaluate("test"), run.runtime)
+    assert found == (records[-1].test_loss, records[-1].test_error)
+    content = run.weights.read_bytes()
+    run.weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RunError, match="safetensors is damaged, its checksum does not match: put"):
+        trained_model(run, images, "last")
+    run.weights.unlink()
+    if gone == "all checkpoints":
+        with pytest.raises(CheckpointError, match="has no checkpoints left: put a copy of"):
+            trained_model(run, images, "last")
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(small, path, silent):
+    run, records = finish(path, small, silent)
+    _, images = reopen(path)
+    shutil.rmtree(run.checkpoints.folder)
+    best = min(records, key=lambda r: r.validation_error)
+    if best is records[-1]:
+        assert trained_model(run, images, "best")[1] == best.step
+    else:
+        with pytest.raises(CheckpointError, match="or use the newest one: --checkpoint last"):
+            trained_model(run, images, "best")
 
 
 def test_a_run_without_a_checkpoint_cannot_be_evaluated(small, path):

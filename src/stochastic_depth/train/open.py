@@ -9,13 +9,14 @@ from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches, Shard, batches
 from stochastic_depth.distributed.world import on_primary, rank, ranks
 from stochastic_depth.errors import CheckpointError, DataError
+from stochastic_depth.files import is_there
 from stochastic_depth.train.build import build_network, require_trainable
 from stochastic_depth.train.checkpoint import as_checkpoint_error
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.journal import best_record
 from stochastic_depth.train.run_folder import Run, create_run, open_run, refuse_existing
 from stochastic_depth.train.runtime import Runtime, resolve_runtime
-from stochastic_depth.train.weights import require_weights_of
+from stochastic_depth.train.weights import read_weights, require_weights_of
 
 
 def begin(config: Config, path: Path) -> tuple[Run, Batches]:
@@ -81,30 +82,42 @@ def trained_model(
 ) -> tuple[nn.Module, int]:
     """The network of a checkpoint in evaluation mode, its branches scaled by p_l; and its step.
 
+    If the last checkpoint of a finished run is missing, its final weights are the same network.
+
     Args:
         which: the checkpoint with the lowest validation error ("best"), or the newest ("last").
 
     Raises:
         CheckpointError: when there is no checkpoint, or it cannot be trusted.
-        RunError: when the weights in the folder belong to another run.
+        RunError: when the weights in the folder belong to another run, or are needed and damaged.
     """
     require_weights_of(run.id, run.weights)
     records, steps = run.records(), run.checkpoints.steps()
-    if records and not steps:
+    whole = run.config.epochs * images.steps_per_epoch
+    finished = bool(records) and records[-1].step == whole and is_there(run.weights)
+    if records and not steps and not finished:
         raise CheckpointError(
             f"{run.path} has no checkpoints left: put a copy of {run.checkpoints.folder} in its "
             "place, or train another run"
         )
-    if not records or not steps:
+    if not records or not (steps or finished):
         raise CheckpointError(
             f"{run.path} has no evaluated checkpoint yet: go on with it by "
             f"stochastic-depth train --resume {run.path}"
         )
-    step = best_record(records).step if which == "best" else steps[0]
+    newest = records[-1].step if finished else steps[0]
+    step = best_record(records).step if which == "best" else newest
+    if step == newest and step not in steps:
+        model, handle = build_network(run.config, run.runtime, images)
+        with as_checkpoint_error(step):
+            model.load_state_dict(read_weights(run.weights, run.id))
+        if handle is not None:
+            handle.step = step
+        return model.eval(), step
     try:
         state = run.checkpoints.load(step, run.runtime.device)
     except CheckpointError as error:
-        if step == steps[0]:
+        if step == newest:
             raise
         raise CheckpointError(
             f"{error}. Put a copy in its place, or use the newest one: --checkpoint last "

@@ -74,9 +74,7 @@ def read_weights(path: Path, run_id: str | None = None) -> dict[str, Tensor]:
     if run_id is not None:
         _require_run(path, about, run_id)
     if about.pop("sha256", None) != checksum(tensors, about):
-        raise RunError(
-            f"{path} is damaged, its checksum does not match: resuming its run writes it again"
-        )
+        raise RunError(f"{path} is damaged, its checksum does not match: put a copy in its place")
     return tensors
 
 
