@@ -110,10 +110,15 @@ class DivergedError(RunError):
 
 
 class Interrupted(StochasticDepthError):
-    """A signal that has stopped a run, after a checkpoint was written."""
+    """A signal that has stopped a run, with a checkpoint or in the middle of a step."""
 
-    def __init__(self, run: pathlib.Path, step: int, signal: int) -> None:
-        super().__init__(f"{run} stopped at step {step}, with a checkpoint")
+    def __init__(
+        self, run: pathlib.Path, step: int, signal: int, has_checkpoint: bool = True
+    ) -> None:
+        how = "with a checkpoint"
+        if not has_checkpoint:
+            how = "in the middle of a step: the work since the last checkpoint will be repeated"
+        super().__init__(f"{run} stopped at step {step}, {how}")
         self.run, self.signal = run, signal
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "gradients_are_awaited",
     "gradients_are_kept",
     "is_compiled",
+    "is_compiler_error",
     "is_mapped",
     "is_replica",
     "is_replicated",
@@ -343,6 +344,11 @@ def is_compiled(module: nn.Module) -> bool:
     """Whether `module.compile()` was called. Replacement: a public property of modules."""
     call = call_of(module)
     return call is not None and not getattr(call, "is_watching", False)
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Whether torch.compile has raised it. Replacement: one public base class of these errors."""
+    return type(error).__module__.startswith(("torch._dynamo.", "torch._inductor."))
 
 
 # Tensors.

@@ -5,14 +5,16 @@ import os
 import re
 import shlex
 import shutil
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import CppCompileError
 
 from stochastic_depth.cli import main
-from stochastic_depth.errors import DataError, StochasticDepthError
+from stochastic_depth.errors import DataError, Interrupted, StochasticDepthError
 from stochastic_depth.train import Config, begin, fit, open_run, reopen, trained_model
 from stochastic_depth.train.signals import StopSignals
 from stochastic_depth.train.train_state import TrainState
@@ -101,7 +103,35 @@ def test_no_scene_is_of_a_row_that_is_gone():
     assert all(any(said.startswith(start) for said in ROWS) for start in SCENES)
 
 
-@row("`stopped at step N")
+@row("`stopped at step N, in the middle of a step")
+def _(runs):
+    runs.stopped()
+    advance = TrainState.advance
+    runs.monkeypatch.setattr(TrainState, "advance", died)
+    looks = iter([None, signal.SIGINT])  # received while the step fails
+    with pytest.raises(Interrupted, match="run stopped at step 8, in the middle of a step: the wo"):
+        list(fit(*reopen(runs.path), runs.watch, lambda: next(looks)))
+    runs.monkeypatch.setattr(TrainState, "advance", advance)
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`PyTorch's compiler has failed")
+def _(runs):
+    runs.stopped()
+    advance = TrainState.advance
+
+    def fails(*_):
+        raise CppCompileError(["g++", "x.cpp"], "In file included from y:\ny.h:7: error: no z\n")
+
+    runs.monkeypatch.setattr(TrainState, "advance", fails)
+    assert "PyTorch's compiler has failed (y.h:7: error: no z): begin a run" in runs.refused()
+    runs.monkeypatch.setattr(TrainState, "advance", advance)
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
+@row("`stopped at step N, with a checkpoint`")
 def _(runs):
     looks = iter([None] * 12)
     runs.monkeypatch.setattr(StopSignals, "__call__", lambda self: next(looks, 2))
@@ -218,7 +248,9 @@ def _(runs):
     shutil.rmtree(runs.ended() / "checkpoints")
     assert "is finished and has no checkpoints left" in runs.refused()
     assert open_run(runs.path).records() == open_run(runs.finished).records()
-    assert read_weights(runs.path / "model.safetensors")
+    assert main(["eval", str(runs.path), "--checkpoint", "last"]) == 0
+    out = str(runs.path.with_name("exported.safetensors"))
+    assert main(["export", str(runs.path), "--checkpoint", "last", "--out", out]) == 0
 
 
 @row("`no checkpoint can be trusted`")

@@ -94,6 +94,15 @@ def test_what_is_in_the_way_is_removed_and_the_run_goes_on(copied, kind, mine, s
     assert_same_end(open_run(copied), other)
 
 
+def test_weights_that_cannot_be_written_again_are_not_said_to_be(finished, path, silent):
+    shutil.copytree(finished, path)
+    (path / "model.safetensors").unlink()
+    os.mkfifo(path / "model.safetensors")
+    with pytest.raises(RunError, match="could not be written"):
+        list(fit(*reopen(path), silent))
+    assert silent.said == []
+
+
 def test_a_folder_of_checkpoints_that_is_a_link_is_refused(copied, silent):
     elsewhere = copied.with_name("elsewhere")
     (copied / "checkpoints").rename(elsewhere)

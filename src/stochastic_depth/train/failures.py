@@ -1,13 +1,22 @@
 """Errors of a run that cannot go on; they name the step, its gates and the last good checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 
 from torch import Tensor
 
-from stochastic_depth.errors import DivergedError, OutOfMemoryError, first_line, is_out_of_memory
+from stochastic_depth.errors import (
+    DivergedError,
+    EngineError,
+    Interrupted,
+    OutOfMemoryError,
+    RunError,
+    first_line,
+    is_out_of_memory,
+)
 from stochastic_depth.gates import open_shares
+from stochastic_depth.torch_private import is_compiler_error
 from stochastic_depth.train.run_folder import Run
 from stochastic_depth.train.train_state import TrainState
 
@@ -40,6 +49,46 @@ def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
             f"{last_good(run)}. Resume where there is more memory, or begin a run with a lower "
             f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
             f"({config.data.workers}) or --precision bfloat16 ({train_state.runtime.precision})"
+        ) from error
+
+
+@contextmanager
+def as_interruption(
+    run: Run, train_state: TrainState, stop: Callable[[], int | None]
+) -> Iterator[None]:
+    """Turn any error into the interruption, if a stop signal was received.
+
+    A signal that all processes of a terminal get also ends compilers and those that decode
+    pictures, so that the step fails before it is over.
+
+    Raises:
+        Interrupted: in place of errors that are not about the run itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunError) or not (signal := stop()):
+            raise
+        raise Interrupted(run.path, train_state.step, signal, has_checkpoint=False) from error
+
+
+@contextmanager
+def as_engine_error() -> Iterator[None]:
+    """Turn errors of PyTorch's compiler, of over a thousand lines, into a short one.
+
+    Raises:
+        EngineError: in place of the errors of PyTorch's compiler.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_compiler_error(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()]
+        why = next((line for line in lines if "error:" in line.lower()), first_line(error))
+        raise EngineError(
+            f"PyTorch's compiler has failed ({why[:300]}): begin a run with --engine eager; or "
+            "repair its compiler, which the environment variable CXX names, and go on with this run"
         ) from error
 
 

@@ -14,7 +14,13 @@ from stochastic_depth.distributed.world import any_rank, on_primary, ranks
 from stochastic_depth.errors import CheckpointError, Interrupted, RunError
 from stochastic_depth.files import is_there
 from stochastic_depth.processes import peak_resident
-from stochastic_depth.train.failures import as_out_of_memory_error, diverged, open_blocks
+from stochastic_depth.train.failures import (
+    as_engine_error,
+    as_interruption,
+    as_out_of_memory_error,
+    diverged,
+    open_blocks,
+)
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.run_folder import Run, remove_untrained_on_error
 from stochastic_depth.train.runtime import Runtime
@@ -63,12 +69,14 @@ def fit(
             nor a checkpoint yet, the folder is removed.
         DivergedError: when a loss or a weight is not finite.
         OutOfMemoryError: when a step or an evaluation needs more memory than there is.
-        Interrupted: when `stop` has returned a signal.
+        EngineError: when PyTorch's compiler fails.
+        Interrupted: when `stop` has returned a signal; in place of the errors that a signal causes.
     """
     run.require_data(batches.fingerprint)
     with remove_untrained_on_error([run]), ExitStack() as stack:
         check_lock = stack.enter_context(_writing(run))
         train_state = TrainState(run.config, run.runtime, batches)
+        stack.enter_context(as_engine_error())
         stack.enter_context(as_out_of_memory_error(run, train_state))
         _restore(run, train_state, callback)
         callback.begin(run, train_state)
@@ -76,8 +84,9 @@ def fit(
         journal = on_primary(run.journal_end)
         while train_state.step < train_state.steps or train_state.metrics.images:
             record = None
-            if _finish_interval(run, train_state, stream, callback, stop):
-                record = _measure(train_state, batches, callback, stop)
+            with as_interruption(run, train_state, stop):
+                if _finish_interval(run, train_state, stream, callback, stop):
+                    record = _measure(train_state, batches, callback, stop)
             check_lock()
             # No other process has written to the journal in the meantime.
             on_primary(partial(truncate_journal, run.journal, run.id, journal))
@@ -246,11 +255,14 @@ def _save(run: Run, train_state: TrainState) -> None:
 
 def _write_weights(run: Run, train_state: TrainState, callback: Callback) -> None:
     """Write the final weights, unless they are already there and undamaged."""
+    damage = None
     if is_there(run.weights):
         try:
             read_weights(run.weights, run.id)
             return
         except RunError as error:
-            callback.say(f"{error}; written again")
+            damage = error
     about = {"run": run.id, "recipe": run.config.recipe}
     write_weights(run.weights, train_state.model.state_dict(), about)
+    if damage is not None:
+        callback.say(f"{damage}; written again")
