@@ -85,7 +85,7 @@ def as_engine_error() -> Iterator[None]:
         if not is_compiler_error(error):
             raise
         lines = [line.strip() for line in str(error).splitlines()]
-        why = next((line for line in lines if "error:" in line.lower()), first_line(error))
+        why = next((line for line in lines if ": error:" in line), first_line(error))
         raise EngineError(
             f"PyTorch's compiler has failed ({why[:300]}): begin a run with --engine eager; or "
             "repair its compiler, which the environment variable CXX names, and go on with this run"
