@@ -1,8 +1,10 @@
 """The shapes of deferred values are inferred without a trace: nothing of the model is changed."""
 
 import copy
+import itertools
 import random
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -106,3 +108,66 @@ def test_copies_in_several_threads_run_no_closed_branch() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@dataclass
+class Result:
+    """What a branch gives; PyTorch does not look into it."""
+
+    name: str
+    y: Tensor
+    others: list[Tensor]
+
+
+class Wraps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Result:
+        y = self.linear(x)
+        return Result("linear", y, [y.relu(), y])
+
+
+class GivesObjects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(Wraps() for _ in range(3))
+        self.results: list[Result] = []
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        self.results = []
+        for n, branch in enumerate(self.branches):
+            result = branch(x)
+            self.results.append(result)
+            branch_value = result.y.tanh() + result.others[0]
+            x = x + branch_value if gates is None else x + gates[n] * branch_value
+        return x
+
+
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+def test_a_branch_may_give_its_result_in_an_object(gate) -> None:
+    x = torch.randn(5, 6)
+    model = GivesObjects()
+    plain = copy.deepcopy(model)
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, gate=gate)
+    for step in range(8):
+        handle.step = step
+        out = model(x)
+        gates = handle.gates.float()
+        torch.testing.assert_close(out, plain(x, gates if gates.ndim == 1 else gates[:, :, None]))
+
+
+def test_an_object_of_a_closed_branch_holds_what_the_branch_would_give() -> None:
+    x = torch.randn(5, 6)
+    model = GivesObjects()
+    handle = sd.apply(model, sd.Uniform(0.5), example=x)
+    for gates in itertools.product([True, False], repeat=3):
+        with handle.forced(gates):
+            model(x)
+        for result in model.results:
+            assert (result.name, result.y.shape) == ("linear", x.shape)
+            assert torch.equal(result.others[0], result.y.relu())
+        if not any(gates):
+            assert torch.equal(result.y, model.branches[-1].linear(x))

@@ -29,6 +29,7 @@ from stochastic_depth.surgery.deferred.gates import (
 )
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
+    Leaf,
     Node,
     Placeholder,
     Reason,
@@ -48,7 +49,7 @@ from stochastic_depth.surgery.deferred.shapes import (
     shapes_of_tensor,
 )
 from stochastic_depth.surgery.frames import CallSite, call_site_of
-from stochastic_depth.tensors import replace_tensors
+from stochastic_depth.tensors import replace_tensors, tensors_in
 from stochastic_depth.torch_private import subclass_of, tree_unflatten
 
 LAZY = {"T", "mT", "H", "mH", "real", "imag", "data"}
@@ -149,13 +150,22 @@ def defer_call(node: Node, gives_tensor: bool = False) -> Any:
 
 def defer_call_as(node: Node, leaves: list[Any], structure: Any) -> Any:
     """`defer_call` with a known structure: `leaves` has True in place of tensors."""
-    if len(leaves) == 1 and structure.num_nodes == 1:
+    are_tensors = [leaf is True or isinstance(leaf, Tensor) for leaf in leaves]
+    if are_tensors == [True] and structure.num_nodes == 1:
         return _placeholder(node, -1)
     made = [
-        _placeholder(node, n) if leaf is True or isinstance(leaf, Tensor) else leaf
-        for n, leaf in enumerate(leaves)
+        _placeholder(node, n) if is_tensor else _in_object(node, n, leaf)
+        for n, (leaf, is_tensor) in enumerate(zip(leaves, are_tensors, strict=True))
     ]
     return tree_unflatten(made, structure)
+
+
+def _in_object(node: Node, number: int, leaf: Any) -> Any:
+    """A leaf that is no tensor, with placeholders in place of the tensors in it."""
+    inside = {id(tensor): n for n, tensor in enumerate(tensors_in(leaf))}
+    if not inside:
+        return leaf
+    return replace_tensors(leaf, lambda tensor: _placeholder(node, (number, inside[id(tensor)])))
 
 
 def mark_as_branch(tape: Tape, additions: tuple[GatedAddition, ...], result: Any) -> Any:
@@ -167,7 +177,7 @@ def mark_as_branch(tape: Tape, additions: tuple[GatedAddition, ...], result: Any
     return result
 
 
-def _placeholder(node: Node, leaf: int) -> Placeholder:
+def _placeholder(node: Node, leaf: Leaf) -> Placeholder:
     made = subclass_of(_Dispatching, _NOTHING)
     made._node, made._leaf = node, leaf
     return made

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.frames import CallSite
+from stochastic_depth.tensors import tensors_in
 from stochastic_depth.torch_private import changes_of, tree_flatten, tree_unflatten
 
 ATOMS = {type(None), bool, int, float, str, torch.dtype, torch.device}
@@ -237,15 +238,28 @@ class Placeholder(Tensor):
 
     is_deferred = True
     _node: Node
-    _leaf: int
-    """Its position among the leaves of the node's result; -1 if the result is itself a tensor."""
+    _leaf: "Leaf"
+
+
+Leaf = int | tuple[int, int]
+"""The position of a tensor in the result of a call: its number among the leaves of the result; or
+the number of a leaf that is an object, and the number in it; -1 if the result is a tensor."""
+
+
+def at_leaf(result: Any, leaf: Leaf) -> Any:
+    """The tensor at the position `leaf` of a result."""
+    if leaf == -1:
+        return result
+    if isinstance(leaf, tuple):
+        return tensors_in(tree_flatten(result)[0][leaf[0]])[leaf[1]]
+    return tree_flatten(result)[0][leaf]
 
 
 def value(placeholder: Placeholder) -> Tensor:
     """The tensor that `placeholder` stands for, computed now if it was not before."""
-    result = placeholder._node.result()
-    if placeholder._leaf >= 0:
-        result = tree_flatten(result)[0][placeholder._leaf]
+    result = at_leaf(placeholder._node.result(), placeholder._leaf)
+    if isinstance(result, Placeholder):  # of a function that was given one within an object
+        result = value(result)
     if not isinstance(result, Tensor):
         raise GateError(
             f"{_name(placeholder._node)} in a closed branch returned {type(result).__name__} where "
@@ -269,7 +283,9 @@ def lacks_samples(placeholder: Placeholder, computed: Tensor | None = None) -> b
     for addition in placeholder._node.additions:
         samples = addition.gate.samples
         if addition.is_over and samples is not None and len(samples) != addition.gate.batch:
-            tensor = placeholder._node.value if computed is None else computed
+            tensor = computed
+            if tensor is None:
+                tensor = at_leaf(placeholder._node.value, placeholder._leaf)
             return isinstance(tensor, Tensor) and tensor.shape[:1] == (len(samples),)
     return False
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.surgery.deferred.placeholder import (
     ATOMS,
+    Leaf,
     Node,
     Placeholder,
     Reason,
@@ -75,15 +76,21 @@ class Shapes:
 
     @classmethod
     def of(cls, result: Any) -> "Shapes":
-        """The shapes of `result`, whose tensors are fake.
-
-        Raises:
-            TypeError: when there are tensors in an object that PyTorch does not look into.
-        """
+        """The shapes of `result`, whose tensors are fake."""
         leaves, structure = tree_flatten(result)
-        if any(not isinstance(leaf, Tensor) and tensors_in(leaf) for leaf in leaves):
-            raise TypeError("tensors in an object of an unknown class")
         return cls(leaves, structure, [_signature(leaf) for leaf in leaves])
+
+    def fake(self, leaf: Leaf) -> Any:
+        """The fake tensor at a position of the result."""
+        if isinstance(leaf, tuple):
+            return tensors_in(self.leaves[leaf[0]])[leaf[1]]
+        return self.leaves[max(0, leaf)]
+
+    def signature(self, leaf: Leaf) -> Any:
+        """The `_signature` of the tensor at a position of the result."""
+        if isinstance(leaf, tuple):
+            return _signature(self.fake(leaf))
+        return self.signatures[max(0, leaf)]
 
 
 def shapes_of(node: Node) -> Shapes:
@@ -162,7 +169,7 @@ def _fake(tensor: Tensor) -> Tensor:
         node = tensor._node
         if node.done:
             return _fake(value(tensor))
-        fake = shapes_of(node).leaves[max(0, tensor._leaf)]
+        fake = shapes_of(node).fake(tensor._leaf)
         if not isinstance(fake, Tensor):
             raise TypeError("not a tensor")
         return fake
@@ -175,7 +182,7 @@ def _fake(tensor: Tensor) -> Tensor:
 def _signature(values: Any) -> Any:
     """A key that is equal for arguments that lead to the same output shapes."""
     if isinstance(values, Placeholder) and not values._node.done:
-        return shapes_of(values._node).signatures[max(0, values._leaf)]
+        return shapes_of(values._node).signature(values._leaf)
     if isinstance(values, Tensor):
         return tuple(values.shape), values.stride(), values.dtype, values.device
     if isinstance(values, tuple | list):
