@@ -85,7 +85,10 @@ def test_only_what_an_engine_takes_has_the_option():
         ("peers --rate 1", "--rate is 1.0: a drop rate is at least 0 and below 1"),
         ("depth --deepest 20", "--deepest is 20: the first depth is 20"),
         ("depth --deepest 33", "--deepest is 33: it must be 6n + 2"),
-        *((f"{name} --depth 21", "--depth is 21: it must be 6n + 2") for name in OF_CIFAR_RESNETS),
+        *(
+            (f"{name} --depth 21", "--depth is 21: it must be 6n + 2")
+            for name in sorted(OF_CIFAR_RESNETS)
+        ),
         *((f"{name} --batch 1", "--batch ") for name in BENCHMARKS),
         *((f"{name} --repeats 1", "--repeats is 1") for name in BENCHMARKS),
         *((f"{name} --size 0", "--size is 0") for name in BENCHMARKS if name not in FIXED_SIZE),
