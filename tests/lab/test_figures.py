@@ -246,3 +246,15 @@ def _rows(panel, layer: int) -> list[dict]:
     """What a layer draws; Altair keeps what all layers share with the panel."""
     own = panel.layer[layer].data
     return (panel.data if own is alt.Undefined else own).values
+
+
+def test_the_times_of_unfinished_runs_are_of_equal_epochs(experiment):
+    def unfinished(series, *more):
+        runs = (replace(r, finished=False, records=(*r.records, *more)) for r in series.runs)
+        return replace(series, runs=tuple(runs))
+
+    constant, stochastic = experiment.series
+    later = replace(stochastic.runs[0].records[-1], epoch=9.0, seconds=1e6)
+    equal = replace(experiment, series=(unfinished(constant), unfinished(stochastic)))
+    apart = replace(experiment, series=(unfinished(constant), unfinished(stochastic, later)))
+    assert training_time(apart).sentence == training_time(equal).sentence

@@ -100,7 +100,8 @@ def training_time(experiment: Experiment) -> Figure:
         for run in series.runs
         for record in run.records
     ]
-    bars, expected = _bars(experiment)
+    now = experiment.comparable()
+    bars, expected = _bars(now)
     y = alt.Y(
         "s:N", title=None, sort=None, axis=alt.Axis(labelColor=LIGHT["ink"], labelFontSize=12)
     )
@@ -119,7 +120,7 @@ def training_time(experiment: Experiment) -> Figure:
     return Figure(
         id="training-time",
         title="Training time",
-        sentence=_time_sentence(experiment, interval),
+        sentence=_time_sentence(now, interval),
         rows=rows,
         panels=(layered(*layers),),
         note=f"Thin: every {interval} of every seed. Bars: their median. "
