@@ -385,7 +385,7 @@ def test_a_run_that_has_ended_keeps_its_journal_when_its_checkpoints_are_gone(
         (
             b'{"format": 1}',
             r"was written by another version of this library: the format in its config\.json is 1, "
-            "and this version reads 2; use the version that wrote it",
+            "and this version reads 3; use the version that wrote it",
         ),
     ],
 )
