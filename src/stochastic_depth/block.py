@@ -1,6 +1,6 @@
 """One residual block of a model with stochastic depth: its gates and its branch's parameters."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -36,6 +36,48 @@ class Owned(NamedTuple):
         else:  # pruned, or normalised by torch.nn.utils.weight_norm or spectral_norm
             parts = (own.get(f"{self.name}_{part}") for part in ("orig", "g", "v"))
             yield from (part for part in parts if part is not None)
+
+
+class Route(NamedTuple):
+    """How gradients come to a value from the outputs."""
+
+    directly: bool
+    """Whether there is a way that leads through no branch of a block."""
+    branches: frozenset[int]
+    """The numbers of the blocks through whose branches the other ways lead first."""
+
+    def is_open(self, reached: Set[int]) -> bool:
+        """Whether a gradient comes, if it comes to the outputs of the branches `reached`."""
+        return self.directly or not self.branches.isdisjoint(reached)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The routes on which gradients come to blocks and parameters, where not all are direct."""
+
+    blocks: tuple[Route, ...] = ()
+    """Those to the sum of each block; empty if all are direct."""
+    parameters: tuple[tuple[Route, tuple[Owned, ...]], ...] = ()
+    """Those to parameters that several branches use, or that belong to a block to which no route is
+    direct."""
+
+    def divide(self, learns: Sequence[bool]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """These parameters, divided into those to which a gradient comes, and the others.
+
+        Args:
+            learns: for each block, whether gradients pass through its branch.
+        """
+        reached, before = set[int](), -1
+        while len(reached) > before:
+            before = len(reached)
+            for number, route in enumerate(self.blocks):
+                if learns[number] and route.is_open(reached):
+                    reached.add(number)
+        divided: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+        for route, owned in self.parameters:
+            parameters = (p for each in owned for p in each.parameters() if p.requires_grad)
+            divided[not route.is_open(reached)].extend(parameters)
+        return divided
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Block, Owned
+from stochastic_depth.block import Block, Routes
 from stochastic_depth.choices import SkippedPolicy
 from stochastic_depth.tensors import computed_tensors_in, in_graph, replace_tensors, tensors_in
 from stochastic_depth.torch_private import (
@@ -34,20 +34,24 @@ class ClosedGradients:
     """Gives the parameters of closed blocks their gradients, for one forward pass.
 
     Args:
-        blocks: the blocks through whose branch no gradient passes.
-        skipped: the gradients that the parameters of `blocks` get.
+        blocks: all blocks of the model.
+        learns: for each block, whether gradients pass through its branch; otherwise it is closed.
+        skipped: the gradients that the parameters of closed blocks get.
         awaited: whether DistributedDataParallel waits for a gradient of every parameter.
-        behind: the parameters that autograd may only reach through branches.
+        routes: how gradients come to the blocks and their parameters.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
+        learns: Sequence[bool],
         skipped: SkippedPolicy,
         awaited: bool,
-        behind: Sequence[Owned] = (),
+        routes: Routes,
     ) -> None:
-        self._blocks, self._awaited = blocks, awaited
+        self._all_blocks, self._learns, self._routes = blocks, learns, routes
+        self._blocks = [b for b, learning in zip(blocks, learns, strict=True) if not learning]
+        self._awaited = awaited
         self._freezes = skipped == "freeze"
         self._thread = get_ident()
         self._observed: list[_ObservedCall] = []
@@ -56,16 +60,20 @@ class ClosedGradients:
         in the graph yet."""
         self._with_gradient: dict[nn.Module, bool] = {}
         """By module, whether a call of it may have a gradient; False under `torch.no_grad()`."""
-        owners = behind if awaited and blocks else ()
-        self._behind = [p for each in owners for p in each.parameters() if p.requires_grad]
+        self._in_functions: set[nn.Module] = set()
+        """The modules that were called in the forward pass of an `autograd.Function`."""
+        self._unreached: list[nn.Parameter] = []
+        """Parameters outside of the closed blocks that autograd does not reach either."""
         self._sparse: set[nn.Parameter] = set()
         self._last_node: tuple[Any, int] | None = None
         """The autograd node of the last closed block's output, and the number of the node's
         result."""
         self._last_parameters: list[nn.Parameter] = []
         if awaited or not self._freezes:
-            for block in blocks:  # collected now: FSDP replaces parameters while gathered
-                parameters = block.trained()
+            waiting = awaited and bool(self._blocks)
+            reached = set(routes.divide(learns)[0]) if waiting else set[nn.Parameter]()
+            for block in self._blocks:  # collected now: FSDP replaces parameters while gathered
+                parameters = [p for p in block.trained() if p not in reached]
                 if parameters:
                     self._pending.setdefault(block.around, []).extend(parameters)
                     self._sparse.update(block.sparse_weights())
@@ -96,12 +104,15 @@ class ClosedGradients:
         else:
             tensors = in_graph(output)
             is_whole = bool(tensors) and len(tensors) == len(_differentiable(output))
+        if not torch.is_grad_enabled() and _is_in_function():
+            self._in_functions.add(module)
         if not is_whole:
-            before = self._with_gradient.get(module, False)
-            self._with_gradient[module] = before or bool(tensors) or _may_have_gradient()
+            may = bool(tensors) or torch.is_grad_enabled() or module in self._in_functions
+            self._with_gradient[module] = may or self._with_gradient.get(module, False)
         if is_whole and self._awaited:
             output = attach(output, parameters)
             tensors = in_graph(output)
+            is_whole = bool(tensors)  # not where a checkpoint runs the block without a graph
         for tensor in tensors:
             self._hook_node(tensor, parameters)
         if is_whole:  # otherwise the sum may be what is not in the graph
@@ -124,6 +135,10 @@ class ClosedGradients:
             observed.end()
         self._observed.clear()
         self._last_node, self._last_parameters = None, []
+        if self._awaited and self._blocks:  # such a function passes a gradient on to its inputs
+            blocks = zip(self._all_blocks, self._learns, strict=True)
+            passes = [learns or b.around in self._in_functions for b, learns in blocks]
+            self._unreached = self._routes.divide(passes)[1]
 
     def attached(self, output: Any) -> Any:
         """`output`, with closed branches attached to its graph if DDP or autograd needs them."""
@@ -148,7 +163,7 @@ class ClosedGradients:
             if self._with_gradient.get(module, True)
             for parameter in parameters
         ]
-        return list(dict.fromkeys([*pending, *self._behind]))
+        return list(dict.fromkeys([*pending, *self._unreached]))
 
     def _at_node(
         self, number: int, parameters: Sequence[nn.Parameter], gradients: tuple[Tensor | None, ...]
@@ -229,13 +244,12 @@ def _differentiable(output: Any) -> list[Tensor]:
     return [t for t in tensors if t.is_floating_point() or t.is_complex()]
 
 
-def _may_have_gradient() -> bool:
-    """Whether what is computed now can have a gradient: not under `torch.no_grad()`.
+def _is_in_function() -> bool:
+    """Whether this runs in the forward pass of an `autograd.Function`, such as a checkpoint's.
 
-    In the forward pass of an `autograd.Function`, such as that of a reentrant checkpoint, the
-    gradient mode does not say so.
+    There the gradient mode does not say whether what is computed can have a gradient.
     """
-    return torch.is_grad_enabled() or bool(function_around(sys._getframe(), checkpoints=True))
+    return function_around(sys._getframe(), checkpoints=True) is not None
 
 
 class _Attach(torch.autograd.Function):

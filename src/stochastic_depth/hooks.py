@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Owned, set_training_gates
+from stochastic_depth.block import Routes, set_training_gates
 from stochastic_depth.closed_gradients import ClosedGradients
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
@@ -52,12 +52,8 @@ class ForwardHooks:
     parameters of closed blocks get the gradient that `handle.skipped` asks for.
     """
 
-    def __init__(self, model: nn.Module, handle: Handle, behind: Sequence[Owned] = ()) -> None:
-        """
-        Args:
-            behind: the parameters that autograd may only reach through branches.
-        """
-        self.handle, self.blocks, self.behind = handle, handle.blocks, behind
+    def __init__(self, model: nn.Module, handle: Handle, routes: Routes) -> None:
+        self.handle, self.blocks, self.routes = handle, handle.blocks, routes
         self._gate_readers = GateReaders(model, handle.blocks)
         handle.forward_pass = self.forward_pass
         for number, block in enumerate(self.blocks):
@@ -257,10 +253,12 @@ class ForwardPass:
         """The running forward pass within which this one began."""
         self.first_node = self.end_node = next_node_number()
         """The pass makes the autograd nodes numbered from `first_node` to below `end_node`."""
-        closed = [b for b, gate in zip(hooks.blocks, gates, strict=True) if not gate.learns]
         # A block that is closed here may have a gradient from another process.
         skipped = "paper" if awaited and hooks.handle.differs_by_rank else hooks.handle.skipped
-        self._closed_gradients = ClosedGradients(closed, skipped, awaited, hooks.behind)
+        learns = [gate.learns for gate in gates]
+        self._closed_gradients = ClosedGradients(
+            hooks.blocks, learns, skipped, awaited, hooks.routes
+        )
 
     def end(self, output: Any) -> Any:
         """End the pass; returns its output, to which closed branches are attached where needed."""

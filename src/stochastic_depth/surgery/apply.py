@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth.block import count_inside, owned_parameters
+from stochastic_depth.block import Routes, count_inside, owned_parameters
 from stochastic_depth.choices import Closed, GateKind, Granularity, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError, SurvivalError
 from stochastic_depth.gate_settings import GateSettings, require_choice
@@ -208,7 +208,8 @@ def _scale(scale: Scale | None, closed: Closed, as_drop_path: bool) -> Scale:
 def _hooks(model: nn.Module, handle: Handle, made: Skippable) -> tuple[RemovableHandle, ...]:
     """Register the hooks that draw gates and that reset attributes which branches set."""
     there = count_inside(name for name, _ in model.named_parameters(remove_duplicate=False))
-    around = ForwardHooks(model, handle, owned_parameters(model, made.behind, there))
+    shared = ((r, owned_parameters(model, names, there)) for r, names in made.routes.parameters)
+    around = ForwardHooks(model, handle, Routes(made.routes.blocks, tuple(shared)))
     resets = made.proved.resets
     return (
         model.register_forward_pre_hook(around.before_forward, with_kwargs=True),

@@ -19,6 +19,7 @@ from stochastic_depth.surgery.blocks import (
 )
 from stochastic_depth.surgery.droppath import ChangedSetting, disable_drop_paths
 from stochastic_depth.surgery.example import Example, caller, on_meta
+from stochastic_depth.surgery.find.branch_parameters import NamedRoutes
 from stochastic_depth.surgery.find.find_blocks import Found
 from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.proof.batch_dimension import halves, learn_samples
@@ -39,8 +40,7 @@ class Skippable:
     probabilities: Probabilities
     changed_settings: list[ChangedSetting]
     proved: Proved
-    behind: tuple[str, ...]
-    """As `Found.behind`."""
+    routes: NamedRoutes
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def make_skippable(
             _undo(model, changed)
             raise
         kept = [block.without_recording() for block in kept]
-        return Skippable(kept, probabilities, changed, proved, candidates.found.behind)
+        return Skippable(kept, probabilities, changed, proved, candidates.found.routes)
 
     candidates = Candidates(find)
     attempts = _Attempts(model, candidates, attempt)

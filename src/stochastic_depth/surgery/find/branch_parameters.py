@@ -4,11 +4,13 @@ A parameter belongs to a block if its gradient is known to be zero, or missing, 
 closed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import nn
 
+from stochastic_depth.block import Route
 from stochastic_depth.surgery.blocks import CONTAINERS, FoundBlock
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
 
@@ -53,23 +55,72 @@ def _only_for(block: FoundBlock, events: Sequence[AdditionEvent], analysis: Anal
     return analysis.exclusive_values(branch - shortcuts, {event.total for event in events})
 
 
-def parameters_behind_branches(
-    pairs: Sequence[BlockWithEvents], analysis: Analysis
-) -> tuple[str, ...]:
-    """Names of the parameters that have no gradient while all blocks are closed.
+class NamedRoutes(NamedTuple):
+    """As `Routes`, with the names of parameters."""
 
-    Those of the blocks themselves are left out, unless a block is within the branches of others, as
-    the blocks of an encoder are whose output only the branches of a decoder read.
+    blocks: tuple[Route, ...]
+    parameters: tuple[tuple[Route, tuple[str, ...]], ...]
+
+
+def routes_of_gradients(pairs: Sequence[BlockWithEvents], analysis: Analysis) -> NamedRoutes:
+    """The routes on which gradients come to the blocks and parameters of the recorded pass.
+
+    An encoder of whose output only the branches of a decoder know is reached through these alone.
     """
-    surviving = analysis.surviving(event for _, events in pairs for event in events)
-    own = {
-        name
-        for block, events in pairs
-        if any(event.total in surviving for event in events)
-        for name in block.parameters
+    branch_of = {
+        (event.added, event.total): number
+        for number, (_, events) in enumerate(pairs)
+        for event in events
     }
-    users = analysis.users_of_parameters()
-    return tuple(n for n, u in users.items() if u and u.isdisjoint(surviving) and n not in own)
+    routes = analysis.routes(branch_of)
+    blocks = tuple(
+        _joined(routes.get(event.total, NOWHERE) for event in events) for _, events in pairs
+    )
+    by_route: dict[Route, list[str]] = {}
+    for name, number in analysis.recording.numbers_of_parameters().items():
+        route = routes.get(number, NOWHERE)
+        if not route.directly and route.branches:
+            by_route.setdefault(route, []).append(name)
+    return _where_needed(blocks, by_route)
+
+
+def routes_of_units(blocks: Sequence[FoundBlock], model: nn.Module) -> NamedRoutes:
+    """As `routes_of_gradients`, for `Residual` units, to which all routes are taken for direct."""
+    users: dict[int, set[int]] = {}
+    name_of: dict[int, str] = {}
+    for number, block in enumerate(blocks):
+        for name in block.parameters:
+            parameter = id(model.get_parameter(name))
+            name_of.setdefault(parameter, name)
+            users.setdefault(parameter, set()).add(number)
+    by_route: dict[Route, list[str]] = {}
+    for parameter, numbers in users.items():
+        by_route.setdefault(Route(False, frozenset(numbers)), []).append(name_of[parameter])
+    return _where_needed((Route(True, frozenset()),) * len(blocks), by_route)
+
+
+NOWHERE = Route(False, frozenset())
+"""The route to a value that no output depends on."""
+
+
+def _joined(routes: Iterable[Route]) -> Route:
+    found = list(routes)
+    return Route(
+        any(route.directly for route in found),
+        frozenset[int]().union(*(route.branches for route in found)),
+    )
+
+
+def _where_needed(
+    blocks: tuple[Route, ...], by_route: Mapping[Route, Sequence[str]]
+) -> NamedRoutes:
+    """Without the parameters of one block each to which there is a direct route."""
+    parameters = tuple(
+        (route, tuple(names))
+        for route, names in by_route.items()
+        if len(route.branches) > 1 or not all(blocks[b].directly for b in route.branches)
+    )
+    return NamedRoutes(blocks if parameters else (), parameters)
 
 
 def attribute_parameters_of_units(

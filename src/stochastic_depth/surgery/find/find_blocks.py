@@ -24,9 +24,11 @@ from stochastic_depth.surgery.blocks import (
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.find.branch_parameters import (
     BlockWithEvents,
+    NamedRoutes,
     attribute_parameters,
     attribute_parameters_of_units,
-    parameters_behind_branches,
+    routes_of_gradients,
+    routes_of_units,
 )
 from stochastic_depth.surgery.find.deferred_groups import deferred_groups
 from stochastic_depth.surgery.find.mechanisms import (
@@ -74,9 +76,7 @@ class Found:
     """Its residual blocks, in the order in which they run on the example, if there is one."""
     rejected: list[Rejected]
     """Additions that form no block."""
-    behind: tuple[str, ...] = ()
-    """Names of parameters outside of these blocks, or of blocks within the branches of others, that
-    have no gradient while all blocks are closed."""
+    routes: NamedRoutes
 
 
 def find_residuals(
@@ -96,7 +96,8 @@ def find_residuals(
     blocks = [each for each in blocks if selected.allows(each.name, each.names_in_branch())]
     if not blocks:
         raise nothing_found(model, None)
-    return Found(attribute_parameters_of_units(blocks, model), [])
+    blocks = attribute_parameters_of_units(blocks, model)
+    return Found(blocks, [], routes_of_units(blocks, model))
 
 
 def find_blocks(
@@ -127,7 +128,7 @@ def find_blocks(
         )
     pairs, no_blocks = finder.blocks(additions, analysis)
     pairs = attribute_parameters(pairs, model, analysis)
-    behind = parameters_behind_branches(pairs, analysis)
+    routes = routes_of_gradients(pairs, analysis)
     found = [block for block, _ in pairs]
     rejected = [*not_residual, *no_blocks]
     if any(block.refusal for block in found):
@@ -139,7 +140,7 @@ def find_blocks(
         rejected += [each for each in later if (each.owner, each.location) not in known]
     if not found:
         raise nothing_found(model, example, listed(rejected))
-    return Found(found, rejected, behind)
+    return Found(found, rejected, routes)
 
 
 def _outside_functions(

@@ -6,12 +6,13 @@ needs can be skipped.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from stochastic_depth.block import Route
 from stochastic_depth.surgery.addition_functions import Side
 from stochastic_depth.surgery.frames import CallSite
 from stochastic_depth.surgery.record.trace import Call, Recording
@@ -344,19 +345,24 @@ class Analysis:
         """Names of the parameters from which `values` were computed."""
         return tuple(sorted(self.recording.parameters(values)))
 
-    def surviving(self, events: Iterable[AdditionEvent]) -> set[int]:
-        """The values that the outputs are computed from while the blocks of `events` are closed."""
-        shortcut_of = {event.total: event.shortcut for event in events}
-        seen, ahead = set(self.outputs), list(self.outputs)
-        while ahead:
-            value = ahead.pop()
-            shortcut = shortcut_of.get(value)
-            parents = self.recording.values[value].parents if shortcut is None else (shortcut,)
-            for parent in parents:
-                if parent not in seen:
-                    seen.add(parent)
-                    ahead.append(parent)
-        return seen
+    def routes(self, branch_of: Mapping[tuple[int, int], int]) -> dict[int, Route]:
+        """For each value that an output depends on, how gradients come to it.
+
+        Args:
+            branch_of: the numbers of blocks, by the result of their branch and the sum.
+        """
+        found: dict[int, Route] = {}
+        for number in sorted(self.alive, reverse=True):  # what is computed from a value comes later
+            directly, branches = number in self.outputs, set[int]()
+            for child in self.recording.values[number].children:
+                block = branch_of.get((number, child))
+                if block is not None:
+                    branches.add(block)
+                elif child in found:
+                    directly |= found[child].directly
+                    branches |= found[child].branches
+            found[number] = Route(directly, frozenset(branches))
+        return found
 
     def users_of_parameters(self) -> dict[str, set[int]]:
         """The values on which outputs depend and that are computed from each parameter directly.

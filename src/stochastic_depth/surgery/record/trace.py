@@ -185,10 +185,15 @@ class Recording:
         ids = (id(self.values[value].tensor) for value in values | parents)
         return frozenset(self._parameters[each] for each in ids if each in self._parameters)
 
+    def numbers_of_parameters(self) -> dict[str, int]:
+        """The number of each parameter that was used, by its name."""
+        numbers = ((name, self._number.get(each)) for each, name in self._parameters.items())
+        return {name: number for name, number in numbers if number is not None}
+
     def users_of_parameters(self) -> dict[str, set[int]]:
         """The values that are computed from each parameter directly, by its name."""
-        numbers = ((name, self._number.get(each)) for each, name in self._parameters.items())
-        return {name: set(self.values[n].children) for name, n in numbers if n is not None}
+        numbers = self.numbers_of_parameters().items()
+        return {name: set(self.values[number].children) for name, number in numbers}
 
     def modules(self, values: set[int], since: int) -> tuple[str, ...]:
         """Names of the modules whose outputs are all among `values`, one entry for each call.
