@@ -233,6 +233,17 @@ class CheckpointedThroughout(Checkpointed):
     throughout = True
 
 
+class WithTrainingOnly(Conditioned):
+    """A block that runs in training mode only comes before all others, and shifts their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Adds(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.first(x) if self.training else x)
+
+
 class TwoStreams(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -288,7 +299,8 @@ class HandsOn(nn.Module):
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("skipped", ["paper", "freeze"])
 @pytest.mark.parametrize(
-    "kind", [Conditioned, Checkpointed, CheckpointedThroughout, Streams, HandsOn]
+    "kind",
+    [Conditioned, Checkpointed, CheckpointedThroughout, WithTrainingOnly, Streams, HandsOn],
 )
 def test_ddp_gives_the_gradients_of_one_process_whatever_is_closed(kind, skipped) -> None:
     model, alone = kind(), kind()

@@ -62,19 +62,26 @@ class NamedRoutes(NamedTuple):
     parameters: tuple[tuple[Route, tuple[str, ...]], ...]
 
 
-def routes_of_gradients(pairs: Sequence[BlockWithEvents], analysis: Analysis) -> NamedRoutes:
+def routes_of_gradients(
+    pairs: Sequence[BlockWithEvents], found: Sequence[FoundBlock], analysis: Analysis
+) -> NamedRoutes:
     """The routes on which gradients come to the blocks and parameters of the recorded pass.
 
     An encoder of whose output only the branches of a decoder know is reached through these alone.
+
+    Args:
+        found: all blocks, in the order of their numbers. To those that run in training mode only,
+            which the recorded pass does not have, the route is taken for direct.
     """
-    branch_of = {
-        (event.added, event.total): number
-        for number, (_, events) in enumerate(pairs)
-        for event in events
-    }
+    numbers = {block.name: number for number, block in enumerate(found)}
+    events_of = {numbers[block.name]: events for block, events in pairs if block.name in numbers}
+    branch_of = {(e.added, e.total): n for n, events in events_of.items() for e in events}
     routes = analysis.routes(branch_of)
     blocks = tuple(
-        _joined(routes.get(event.total, NOWHERE) for event in events) for _, events in pairs
+        _joined(routes.get(event.total, NOWHERE) for event in events_of[number])
+        if number in events_of
+        else Route(True, frozenset())
+        for number in range(len(found))
     )
     by_route: dict[Route, list[str]] = {}
     for name, number in analysis.recording.numbers_of_parameters().items():

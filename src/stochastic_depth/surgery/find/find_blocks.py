@@ -128,7 +128,6 @@ def find_blocks(
         )
     pairs, no_blocks = finder.blocks(additions, analysis)
     pairs = attribute_parameters(pairs, model, analysis)
-    routes = routes_of_gradients(pairs, analysis)
     found = [block for block, _ in pairs]
     rejected = [*not_residual, *no_blocks]
     if any(block.refusal for block in found):
@@ -140,7 +139,7 @@ def find_blocks(
         rejected += [each for each in later if (each.owner, each.location) not in known]
     if not found:
         raise nothing_found(model, example, listed(rejected))
-    return Found(found, rejected, routes)
+    return Found(found, rejected, routes_of_gradients(pairs, found, analysis))
 
 
 def _outside_functions(
