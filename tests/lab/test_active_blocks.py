@@ -14,7 +14,7 @@ from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks, acti
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import survival_probabilities
 from stochastic_depth.train import ModelConfig, SurvivalConfig, begin, fit
-from stochastic_depth.train.config import ScheduleConfig
+from stochastic_depth.train.schedule_config import ScheduleConfig
 from support.runs import SILENT
 
 PROBABILITIES = st.lists(st.floats(0.01, 1), min_size=1, max_size=7)

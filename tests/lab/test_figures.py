@@ -21,7 +21,7 @@ from stochastic_depth.lab.pruning_chart import _sentence, pruned_blocks
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep import charts
 from stochastic_depth.lab.training_curves import training_curves, training_time
-from stochastic_depth.train.config import ScheduleConfig
+from stochastic_depth.train.schedule_config import ScheduleConfig
 
 
 def test_curves_hold_every_number_of_the_journals(experiment):

@@ -13,7 +13,7 @@ from stochastic_depth.lab.tables import overview, published_for, tables, tiles
 from stochastic_depth.lab.training_curves import training_time
 from stochastic_depth.recipes import PUBLISHED, RECIPES, describe_recipe
 from stochastic_depth.train import DataConfig
-from stochastic_depth.train.config import ScheduleConfig
+from stochastic_depth.train.schedule_config import ScheduleConfig
 from support.runs import trained_by
 
 

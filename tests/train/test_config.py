@@ -9,7 +9,7 @@ from stochastic_depth.errors import ConfigError, SurvivalError
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.schedules import Decreasing, Early, Late, Progressive, Steps, Warmup
 from stochastic_depth.train import Config, DataConfig, ModelConfig, OptimizerConfig, SurvivalConfig
-from stochastic_depth.train.config import SETTINGS, ScheduleConfig
+from stochastic_depth.train.schedule_config import SETTINGS, ScheduleConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)

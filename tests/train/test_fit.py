@@ -20,8 +20,8 @@ from stochastic_depth.train import (
     reopen,
     trained_model,
 )
-from stochastic_depth.train.config import ScheduleConfig
 from stochastic_depth.train.run_folder import FORMAT
+from stochastic_depth.train.schedule_config import ScheduleConfig
 from stochastic_depth.train.step import evaluate
 from support.runs import assert_same_end, end_state, finish, interrupted_and_resumed
 

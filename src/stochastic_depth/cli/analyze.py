@@ -12,7 +12,7 @@ from stochastic_depth.choices import CheckpointName
 from stochastic_depth.cli.arguments import Flag, choose, parse, require_run
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.options import PruningOptions
-from stochastic_depth.train.config import at_least
+from stochastic_depth.train.checks import at_least
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole

@@ -11,7 +11,7 @@ from stochastic_depth.choices import CheckpointName
 from stochastic_depth.cli.arguments import Flag, parse, require_run
 from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import ConfigError, RunError
-from stochastic_depth.train.config import at_least, check_that
+from stochastic_depth.train.checks import at_least, check_that
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -22,7 +22,7 @@ from stochastic_depth.errors import (
     first_line,
 )
 from stochastic_depth.extras import require
-from stochastic_depth.train.config import at_least, check_that
+from stochastic_depth.train.checks import at_least, check_that
 
 if TYPE_CHECKING:
     from rich.table import Table

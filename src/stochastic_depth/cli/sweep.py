@@ -13,7 +13,8 @@ from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.extras import require
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train.config import Config, at_least
+from stochastic_depth.train.checks import at_least
+from stochastic_depth.train.config import Config
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole

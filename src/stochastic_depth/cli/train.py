@@ -23,7 +23,8 @@ from stochastic_depth.cli.arguments import (
 from stochastic_depth.errors import ConfigError, Interrupted, RunError
 from stochastic_depth.extras import require
 from stochastic_depth.recipes import RECIPES, describe_recipe
-from stochastic_depth.train.config import Config, at_least
+from stochastic_depth.train.checks import at_least
+from stochastic_depth.train.config import Config
 
 if TYPE_CHECKING:
     from rich.table import Table

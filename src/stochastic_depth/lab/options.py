@@ -13,7 +13,7 @@ import tyro
 
 from stochastic_depth.choices import EngineOption, PrecisionOption
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.train.config import at_least, check_that
+from stochastic_depth.train.checks import at_least, check_that
 
 DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 """Layers of the networks of `bench depth`."""

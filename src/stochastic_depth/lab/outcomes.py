@@ -22,7 +22,8 @@ from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
 from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Record, Run, SurvivalConfig, best_record
 from stochastic_depth.train.build import build_depth, build_model
-from stochastic_depth.train.config import ModelConfig, ScheduleConfig
+from stochastic_depth.train.config import ModelConfig
+from stochastic_depth.train.schedule_config import ScheduleConfig
 
 FAMILIES = {
     "cifar-resnet": "ResNet",

@@ -1,13 +1,10 @@
 """The configuration of a run: frozen dataclasses, used on the command line and in JSON."""
 
 import dataclasses
-import math
-import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -22,11 +19,9 @@ from stochastic_depth.choices import (
     SkippedPolicy,
 )
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.schedules import Decreasing, Early, Late, Progressive, Schedule, Steps, Warmup
-
-MOST = 10**9
-"""The largest count that is accepted. A larger one is a typing error, and the product of two
-accepted counts fits into 64 bits."""
+from stochastic_depth.train.checks import check_that, finite, positive
+from stochastic_depth.train.plain_json import plain, restore
+from stochastic_depth.train.schedule_config import ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("validation", "train", "size"):
-            _positive(f"data.{name}", getattr(self, name))
+            positive(f"data.{name}", getattr(self, name))
         check_that(0 <= self.workers <= 1024, "data.workers", self.workers, "0 to 1024")
 
 
@@ -77,148 +72,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_that(1 <= self.depth <= 100_000, "model.depth", self.depth, "1 to 100,000")
         check_that(1 <= self.growth <= 10_000, "model.growth", self.growth, "1 to 10,000")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """How the drop rates change during the training."""
-
-    kind: Annotated[
-        Literal["none", "warmup", "early", "late", "decreasing", "progressive", "steps"],
-        tyro.conf.arg(name="schedule", prefix_name=False),
-    ] = "none"
-    """How drop rates change. warmup: grow to those of the rule until `until`. early: fall to 0
-    until `until`. late: stay 0 until `until`. decreasing: fall to 0 from `since` to `until`.
-    progressive: approach those of the rule with `gamma`. steps: a share of them from each step
-    on."""
-    until: float = 0.5
-    """A share of the training, or a number of steps if above 1."""
-    since: float = 0.0
-    """Where decreasing begins: a share of the training, or a number of steps if above 1."""
-    shape: Literal["linear", "constant"] = "linear"
-    """How the drop rates of early end: linearly, or at once (constant)."""
-    gamma: float = 0.001
-    """Rate of the progressive schedule, per step."""
-    at: tuple[float, ...] = (0.0, 0.5)
-    """Where each of `shares` begins: shares of the training, or numbers of steps if above 1."""
-    shares: tuple[float, ...] = (0.5, 1.0)
-    """For steps: the shares of the rule's drop rates."""
-
-    def __post_init__(self) -> None:
-        check_that(self.until > 0, "schedule.until", self.until, "above 0")
-        check_that(self.since >= 0, "schedule.since", self.since, "at least 0")
-        check_that(self.gamma > 0, "schedule.gamma", self.gamma, "above 0")
-        for start in self.at:
-            check_that(start >= 0 and math.isfinite(start), "schedule.at", start, "at least 0")
-        for share in self.shares:
-            check_that(0 <= share <= 1, "schedule.shares", share, "from 0 to 1")
-        if len(self.at) != len(self.shares):
-            raise ConfigError(
-                f"schedule.at has {len(self.at)} values and schedule.shares {len(self.shares)}: "
-                "give a share of the drop rates for each step"
-            )
-        _finite("schedule", self)
-        for setting, problem in self.unused().items():
-            if getattr(self, setting) != getattr(ScheduleConfig, setting):
-                raise ConfigError(problem)
-        in_one_unit = (self.since <= 1) == (self.until <= 1)
-        if self.kind == "decreasing" and in_one_unit and self.since >= self.until:
-            raise self._never_decreasing()
-        if self.kind == "steps" and (not self.at or len(set(self.at)) < len(self.at)):
-            raise ConfigError(
-                f"schedule.at is {list(self.at)}: give at least one step, and each step once"
-            )
-
-    def unused(self) -> dict[str, str]:
-        """The settings that this kind of schedule does not use, and what to do about each."""
-        return {
-            setting: f"schedule.{setting} is {getattr(self, setting)}, which has no effect where "
-            f"schedule is {self.kind}: leave it out, or give --schedule "
-            f"{' or '.join(kind for kind, used in SETTINGS.items() if setting in used)}"
-            for setting in dict.fromkeys(chain(*SETTINGS.values()))
-            if setting not in SETTINGS[self.kind]
-        }
-
-    def require_effect(self, steps: int) -> None:
-        """Refuse a schedule that cannot do in a training run of `steps` steps what it says.
-
-        Raises:
-            ConfigError: when it drops no block in any step, or ends before it begins.
-            SurvivalError: when two of its steps are one and the same.
-        """
-        if self.kind == "decreasing" and _in_steps(self.since, steps) >= _in_steps(
-            self.until, steps
-        ):
-            raise self._never_decreasing()
-        schedule = self.of(steps)
-        if schedule is not None and not any(schedule(step) for step in range(steps)):
-            raise ConfigError(
-                f"schedule is {self.name}, which drops no block in any of the {steps:,} steps of "
-                "this training: let it begin earlier, with shares above 0; or, for constant "
-                "depth, give --survival.rule constant in its place"
-            )
-
-    def _never_decreasing(self) -> ConfigError:
-        return ConfigError(
-            f"schedule.since is {self.since:g} and schedule.until is {self.until:g}: give a "
-            "--schedule.since below --schedule.until"
-        )
-
-    @property
-    def name(self) -> str:
-        """The kind and the settings that it uses: "early until 0.3 linear"."""
-        words: list[str] = [self.kind]
-        for setting in SETTINGS[self.kind]:
-            value = getattr(self, setting)
-            if setting == "shape":
-                words.append(value)
-            elif isinstance(value, tuple):
-                words += [setting, "/".join(f"{each:g}" for each in value)]
-            else:
-                words += [setting, f"{value:g}"]
-        return " ".join(words)
-
-    def without_unused(self) -> "ScheduleConfig":
-        """The same schedule, with the settings that its kind does not use at their defaults."""
-        used = {setting: getattr(self, setting) for setting in SETTINGS[self.kind]}
-        return ScheduleConfig(self.kind, **used)
-
-    def of(self, steps: int) -> Schedule | None:
-        """The schedule for a training run of `steps` steps; None where drop rates are constant."""
-        until, since, *at = (round(_in_steps(x, steps)) for x in (self.until, self.since, *self.at))
-        until = max(until, since + 1)  # where rounding makes them equal
-        match self.kind:
-            case "warmup":
-                return Warmup(until)
-            case "early":
-                return Early(until, self.shape)
-            case "late":
-                return Late(until)
-            case "decreasing":
-                return Decreasing(since, until)
-            case "progressive":
-                return Progressive(self.gamma)
-            case "steps":
-                return Steps(zip(at, self.shares, strict=True))
-            case "none":
-                return None
-
-
-def _in_steps(time: float, steps: int) -> float:
-    """A share of a training run of `steps` steps, or a number of steps if above 1, in steps."""
-    return time * steps if time <= 1 else time
-
-
-SETTINGS = {
-    "none": (),
-    "warmup": ("until",),
-    "early": ("until", "shape"),
-    "late": ("until",),
-    "decreasing": ("since", "until"),
-    "progressive": ("gamma",),
-    "steps": ("at", "shares"),
-}
-"""The settings that each kind of schedule uses."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +101,7 @@ class SurvivalConfig:
 
     def __post_init__(self) -> None:
         check_that(0 < self.final <= 1, "survival.final", self.final, "above 0 and at most 1")
-        _finite("survival", self)
+        finite("survival", self)
         if self.closed == "forward-only" and (self.gate != "batch" or self.scale is not None):
             raise ConfigError(
                 "survival.closed is forward-only, which needs the batch gate and has no scale: "
@@ -291,10 +144,10 @@ class OptimizerConfig:
         )
         check_that(self.warmup_rate > 0, "optimizer.warmup-rate", self.warmup_rate, "above 0")
         check_that(self.batch >= 2, "optimizer.batch", self.batch, "at least 2 (BatchNorm)")
-        _positive("optimizer.batch", self.batch)
+        positive("optimizer.batch", self.batch)
         for milestone in self.milestones:
             check_that(0 < milestone < 1, "optimizer.milestones", milestone, "above 0 and below 1")
-        _finite("optimizer", self)
+        finite("optimizer", self)
 
 
 @dataclass(frozen=True)
@@ -345,9 +198,9 @@ class Config:
     piece by piece on a CPU."""
 
     def __post_init__(self) -> None:
-        _positive("epochs", self.epochs)
-        _positive("evaluate-every", self.evaluate_every)
-        _positive("keep", self.keep)
+        positive("epochs", self.epochs)
+        positive("evaluate-every", self.evaluate_every)
+        positive("keep", self.keep)
         subsets = self.survival.gate == "subset" and not self.survival.balance
         if self.distributed.sync_batchnorm and subsets:
             raise ConfigError(
@@ -422,7 +275,7 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """This configuration as plain JSON values."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(values: Any) -> "Config":
@@ -432,74 +285,3 @@ class Config:
             ConfigError: when a field is missing, unknown or of another type.
         """
         return restore(Config, values, "config")
-
-
-def check_that(holds: bool, name: str, value: object, right: str) -> None:
-    """Raise an error for a setting that does not hold.
-
-    Raises:
-        ConfigError: naming the setting, its value, and what would be right.
-    """
-    if not holds:
-        raise ConfigError(f"{name} is {value}: it must be {right}")
-
-
-def at_least(minimum: int, **values: int | None) -> None:
-    """`check_that` that numbers are not below `minimum`; their names are those of options."""
-    for name, value in values.items():
-        option = f"--{name.replace('_', '-')}"
-        check_that(value is None or value >= minimum, option, value, f"at least {minimum}")
-
-
-def _positive(name: str, value: int | None) -> None:
-    check_that(value is None or value >= 1, name, value, "at least 1")
-    check_that(value is None or value <= MOST, name, value, f"at most {MOST:,}")
-
-
-def _finite(where: str, config: "ScheduleConfig | SurvivalConfig | OptimizerConfig") -> None:
-    for name, value in vars(config).items():
-        if isinstance(value, float):
-            name = f"{where}.{name.replace('_', '-')}"
-            check_that(math.isfinite(value), name, value, "finite")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def restore(kind: Any, value: Any, where: str) -> Any:
-    """Convert plain JSON to an instance of `kind`.
-
-    Raises:
-        ConfigError: when the value has another type; the message names `where`.
-    """
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        if not isinstance(value, dict) or set(value) != set(hints):
-            found = sorted(value) if isinstance(value, dict) else value
-            raise ConfigError(f"{where} must have the fields {sorted(hints)}, it has {found}")
-        values = {k: restore(hints[k], item, f"{where}.{k}") for k, item in value.items()}
-        if kind is ScheduleConfig:  # once, settings that it does not use were accepted
-            values = {k: values[k] for k in ("kind", *SETTINGS[values["kind"]])}
-        return kind(**values)
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    for option in options:
-        if option is types.NoneType and value is None:
-            return None
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if get_origin(option) is tuple and isinstance(value, list):
-            return tuple(restore(get_args(option)[0], item, where) for item in value)
-        if option is Path and isinstance(value, str) and "\0" not in value:
-            return Path(value)
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            if not -1e308 < value < 1e308:
-                break
-            return float(value)
-        if type(value) is option:
-            return value
-    raise ConfigError(f"{where} is {value!r}: expected {kind}")

@@ -29,8 +29,9 @@ from stochastic_depth.files import (
 )
 from stochastic_depth.train import layout
 from stochastic_depth.train.checkpoint import Checkpoints
-from stochastic_depth.train.config import Config, restore
+from stochastic_depth.train.config import Config
 from stochastic_depth.train.journal import Record, last_checksum, read_journal
+from stochastic_depth.train.plain_json import restore
 from stochastic_depth.train.runtime import Runtime, machine, versions
 
 FORMAT = 3
