@@ -157,13 +157,6 @@ def test_a_setting_that_its_schedule_does_not_use_is_refused_and_the_remedy_work
             assert ScheduleConfig(remedy, **{setting: value})
 
 
-@pytest.mark.parametrize("rule", ["linear", "constant"])
-def test_a_run_of_before_has_settings_that_its_schedule_does_not_use(rule):
-    values = Config(survival=SurvivalConfig(rule, gate="subset")).to_json()
-    values["survival"]["schedule"] |= {"until": 0.3, "gamma": 5.0}
-    assert Config.from_json(values) == Config(survival=SurvivalConfig(rule, gate="subset"))
-
-
 @pytest.mark.parametrize(
     ("schedule", "problem"),
     [
