@@ -66,7 +66,7 @@ def test_the_architecture_lists_the_tree_as_it_is():
 
 def test_the_way_of_a_foreign_model_names_files_that_are_there():
     page = PAGES["design/architecture.md"]
-    way = page[page.index("### A foreign model") : page.index("## What happens in a step")]
+    way = page[page.index("### A foreign model") : page.index("## Surgery")]
     files = {path.stem for path in (ROOT / "src" / "stochastic_depth" / "surgery").rglob("*.py")}
     named = set(re.findall(r"`(\w+)`", way)) - {"remove"}
     assert len(named) > 10
