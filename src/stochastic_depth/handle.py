@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
@@ -73,14 +73,17 @@ class Handle:
         self.rank: int | None = None
         self.share: tuple[int, int] | None = None
         self.parts = 1
-        self.forward_pass: Callable[[list[Gate]], AbstractContextManager[None]] = _no_pass
+        self.forward_pass: Callable[[list[Gate]], AbstractContextManager[None]]
         """Returns a context in which the given gates are in force, as in a forward pass.
         `ForwardHooks` sets it."""
+        self.observers: list[Callable[[list[Gate] | None], None]] = []
+        """Called when a forward pass begins, with its gates; with None in evaluation."""
         self._coins: Tensor | None = None
         self._survival: tuple[float, ...] = ()
         self._in_training: Forced | Literal["full depth"] | None = None
         self._in_evaluation: Forced | None = None
-        self.step = 0
+        self._step = 0
+        self._set_survival(0)
 
     @property
     def gate(self) -> GateKind:
@@ -163,7 +166,8 @@ class Handle:
         Returns:
             A context. The gates are in force until it is left, and again in the backward pass of
             everything that was computed inside. If it is not entered, the gates are only stored in
-            `handle.gates`.
+            `handle.gates`. Inside the forward pass of a `DistributedDataParallel`, give that
+            `find_unused_parameters=True`, because the output of the parts is not known here.
         """
         return self.forward_pass(self.next_gates(batch))
 
@@ -402,7 +406,7 @@ class Handle:
         )
 
     def __getstate__(self) -> dict[str, Any]:  # gates that are forced are not forced in a copy
-        return {**self.__dict__, "_in_training": None, "_in_evaluation": None}
+        return {**self.__dict__, "_in_training": None, "_in_evaluation": None, "observers": []}
 
     def _identity(self) -> dict[str, Any]:
         return self.probabilities.described() | asdict(self.settings)
@@ -423,10 +427,6 @@ class Handle:
         closed = self.settings.closed
         shown += [f"closed={closed!r}"] if closed == "forward-only" else []
         return "".join(f"{each}, " for each in shown)
-
-
-def _no_pass(_: list[Gate]) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def integer(name: str, value: object) -> int:

@@ -73,6 +73,7 @@ class ForwardHooks:
         running = self._enter(frame_of_module_call())
         self._gate_readers.warn_of_replaced(model)
         if not (model.training or any(block.is_training for block in self.blocks)):
+            self._tell(None)
             return
         if is_replica(model):
             raise GateError(
@@ -155,6 +156,12 @@ class ForwardHooks:
         self._passes = [ref for ref in self._passes if ref() is not None]
         self._passes.append(weakref.ref(begun))
         set_training_gates(self.blocks, gates)
+        self._tell(gates)
+
+    def _tell(self, gates: list[Gate] | None) -> None:
+        """Call the observers of the handle; `gates` is None in evaluation."""
+        for observe in self.handle.observers:
+            observe(gates)
 
     def _end(self, running: "_Running", output: Any) -> Any:
         """End a pass, and those within it that have been interrupted."""

@@ -220,6 +220,58 @@ def gradients_of_closed_blocks_are_not_sent() -> None:
         assert len(seen) > 2
 
 
+class CallsParts(nn.Module):
+    """A network that calls the units of a model under gates that it draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.handle = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.handle.draw():
+            for unit in self.model:
+                x = unit(x)
+        return x
+
+
+def what_has_a_gradient_is_sent_however_a_pass_begins() -> None:
+    def units_in_evaluation(model: nn.Module) -> None:
+        for unit in model[2:5]:
+            unit.eval()
+
+    def units_in_training(model: nn.Module) -> None:
+        model.eval()
+        for unit in model[2:5]:
+            unit.train()
+
+    modes = (units_in_evaluation, units_in_training, nn.Module.eval)
+    for number in range(len(modes) + 1):
+        ends = []
+        for wrap, share in ((DistributedDataParallel, mine), (lambda model: model, whole)):
+            model = CallsParts() if number == len(modes) else network()[0]
+            net = wrap(model)
+            if wrap is DistributedDataParallel:
+                skip_closed(net)
+            if number < len(modes):
+                modes[number](model)
+            train(net, sgd(model), share)
+            ends.append(model)
+        assert_same_end(*ends)
+
+
+def under_full_depth_every_gradient_is_sent() -> None:
+    ends = []
+    for wrap, share in ((DistributedDataParallel, mine), (lambda model: model, whole)):
+        model, handle = network()
+        net = wrap(model)
+        if wrap is DistributedDataParallel:
+            skip_closed(net)
+        with handle.full_depth():
+            train(net, sgd(model), share)
+        ends.append(model)
+    assert_same_end(*ends)
+
+
 def accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass() -> None:
     for skipped in ("paper", "freeze"):
         ends = []
@@ -524,6 +576,8 @@ ON_TWO = (
     compiled_blocks_train_like_one_process,
     gates_for_single_samples_are_those_of_one_process,
     gradients_of_closed_blocks_are_not_sent,
+    what_has_a_gradient_is_sent_however_a_pass_begins,
+    under_full_depth_every_gradient_is_sent,
     accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass,
     buckets_keep_the_order_of_the_backward_pass,
     buckets_are_sent_while_the_backward_pass_goes_on,

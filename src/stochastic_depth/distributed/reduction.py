@@ -1,7 +1,6 @@
 """Data parallelism that does not send the gradients of closed blocks."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.distributed.rank_gates import GateConsistency
 from stochastic_depth.errors import ApplyError
+from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.applied import applied_inside, handle_of
 from stochastic_depth.torch_private import Replicated
@@ -56,22 +56,29 @@ class _Blocks:
 
     def __init__(self, whole: nn.Module, name: str, model: nn.Module) -> None:
         self.handle: Handle = handle_of(model)
-        self._opened = torch.zeros(len(self.handle.blocks), dtype=torch.bool)
+        self._opened = [False] * len(self.handle.blocks)
         self._owners = _owners(whole, f"{name}." if name else "", self.handle)
-        model.register_forward_hook(self._note)
+        self.handle.observers.append(self._note)
 
-    def _note(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if model.training and torch.is_grad_enabled():
-            everything = torch.tensor(True)
-            self._opened |= everything if self.handle.differs_by_rank else self.handle.gates
+    def _note(self, gates: list[Gate] | None) -> None:
+        """Note which branches learn in a forward pass that begins; `gates` is None in evaluation.
+
+        A block of which a part is in evaluation mode runs whatever its gate is.
+        """
+        if not torch.is_grad_enabled():
+            return
+        for number, block in enumerate(self.handle.blocks):
+            reads_gate = gates is not None and all(m.training for m in block.gate_readers)
+            if self.handle.differs_by_rank or not reads_gate or gates[number].learns:
+                self._opened[number] = True
 
     def forget(self) -> None:
-        self._opened.zero_()
+        self._opened = [False] * len(self._opened)
 
     def closed(self, parameter: Tensor) -> bool:
         """Whether `parameter` belongs only to blocks that were closed in every forward pass."""
         owners = self._owners.get(parameter)
-        return owners is not None and not self._opened[owners].any()
+        return owners is not None and not any(self._opened[number] for number in owners)
 
 
 def _owners(whole: nn.Module, prefix: str, handle: Handle) -> dict[Tensor, list[int]]:
