@@ -415,6 +415,18 @@ def test_the_expected_share_with_a_smallest_subset_is_that_of_all_patterns(p, le
     assert expected_share(p, 5, least) == pytest.approx(expected / 5, rel=1e-12)
 
 
+@pytest.mark.parametrize(("p", "samples", "least"), [(0.5, 2048, 300), (0.1, 3000, 290)])
+def test_the_expected_share_of_a_large_batch_is_that_of_exact_arithmetic(p, samples, least) -> None:
+    exact = Fraction(p)
+    missing = sum(
+        (least - k) * math.comb(samples, k) * exact**k * (1 - exact) ** (samples - k)
+        for k in range(least)
+    )
+    assert expected_share(p, samples, least) == pytest.approx(
+        float(exact + missing / samples), rel=1e-12
+    )
+
+
 @pytest.mark.parametrize("options", [{}, {"min_samples": 2}, {"balance": True}])
 def test_training_is_unbiased_where_it_divides_by_what_is_open(options) -> None:
     model, x = torch.nn.Sequential(sd.Residual(torch.nn.Linear(3, 3))), torch.ones(4, 3)

@@ -241,6 +241,23 @@ def test_a_foreign_state_is_an_error_that_names_the_field(field: str, settings: 
     assert handle.state_dict() == before
 
 
+def test_a_state_with_a_negative_step_is_an_error() -> None:
+    handle = sd.apply(Net(), HALF)
+    with pytest.raises(sd.errors.StateError, match="the saved state has step=-1"):
+        handle.load_state_dict({**handle.state_dict(), "step": -1})
+
+
+def test_with_a_step_of_its_own_each_micro_batch_asks_the_schedule_once() -> None:
+    asked = []
+    handle = sd.apply(model := Net(), HALF, schedule=lambda step: asked.append(step) or 0.5)
+    for step in range(3):
+        for _ in range(2):
+            asked.clear()
+            handle.step = step
+            model.train()(torch.randn(5, 3, dtype=torch.float64))
+            assert asked == [step]
+
+
 @pytest.mark.parametrize("field", ["seed", "step", "survival", "gate"])
 def test_a_state_without_a_field_is_an_error_that_names_it(field: str) -> None:
     handle = sd.apply(Net(), HALF)

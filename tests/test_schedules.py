@@ -64,6 +64,7 @@ def test_a_rule_of_the_step_is_asked_for_every_block_and_step_and_in_each_stack(
         (lambda: sd.Early(3, "cubic"), r'"linear" or "constant"'),
         (lambda: sd.Decreasing(5, 5), r"until is a number of steps, 6 or more"),
         (lambda: sd.Progressive(0), "gamma must be above 0"),
+        (lambda: sd.Steps({999.9: 0.5}), r"a step is a number of steps, 0 or more"),
         (lambda: sd.Steps({0: 1.5}), r"the share 1\.5 is not in \[0, 1\]"),
         (lambda: sd.Steps({}), "give at least one step and its share"),
         (lambda: sd.Steps([(5, 0.1), (0, 1), (5, 0.2)]), "step 5 has two shares, give it one"),

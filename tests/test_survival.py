@@ -2,6 +2,7 @@ import math
 from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,6 +131,13 @@ def test_probabilities_are_given_by_rule_by_number_or_by_name() -> None:
         1,
         0.5,
     )
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_probabilities_may_be_an_array(kind) -> None:
+    given = [0.875, 0.75, 0.625, 0.5]
+    model = torch.nn.Sequential(*(sd.Residual(torch.nn.Linear(2, 2)) for _ in given))
+    assert sd.apply(model, kind(given)).survival == tuple(given)
 
 
 def test_a_rule_counts_blocks_anew_in_each_stack() -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Binomial
 
 from stochastic_depth.choices import Closed, GateKind, Scale
 from stochastic_depth.errors import GateError
@@ -312,10 +313,11 @@ def expected_share(p: float, samples: int, min_samples: int) -> float:
     k < `min_samples` of (`min_samples` - k) / `samples` times the probability of k open samples.
     """
     least = min(min_samples, samples)
-    missing = (
-        (least - k) * math.comb(samples, k) * p**k * (1 - p) ** (samples - k) for k in range(least)
-    )
-    return p + math.fsum(missing) / samples if p > 0 and samples else p
+    if p in (0, 1) or least <= 0:
+        return p
+    k = torch.arange(least, dtype=torch.float64, device="cpu")
+    few = Binomial(samples, torch.tensor(p, dtype=torch.float64, device="cpu")).log_prob(k).exp()
+    return p + ((least - k) @ few).item() / samples
 
 
 def open_shares(coins: Tensor) -> Tensor:

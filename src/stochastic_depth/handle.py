@@ -123,8 +123,9 @@ class Handle:
         number = integer("step", step)
         if number < 0:
             raise GateError(f"step={number}: steps are counted from 0")
+        if number not in (self._step, self._step - 1):  # the last draw was for another step
+            self._set_survival(max(0, number - 1))
         self._step = number
-        self._set_survival(max(0, self._step - 1))
 
     @property
     def survival(self) -> tuple[float, ...]:
@@ -190,7 +191,7 @@ class Handle:
             )
         self._set_survival(self.step)
         first, whole = self.share or (0, batch)
-        coins = self.gates_at(self.step, whole)
+        coins = self._draw(self.step, whole, self._survival)
         self._coins = coins if coins.ndim == 1 else coins[:, first : first + (batch or 0)]
         self._step += 1
         return training_gates(
@@ -198,7 +199,7 @@ class Handle:
             self._survival,
             self.gate,
             self.scale,
-            self._shares(whole or 0),
+            self._shares(whole or 0) if self.scale == "training" else None,
             self.settings.closed,
         )
 
@@ -221,10 +222,13 @@ class Handle:
             batch: the number of samples of all processes together; needed by the "sample" and
                 "subset" gates.
         """
+        return self._draw(step, batch, self.survival_at(step))
+
+    def _draw(self, step: int, batch: int | None, survival: tuple[float, ...]) -> Tensor:
         return draw(
             self.seed,
             step,
-            self.survival_at(step),
+            survival,
             None if self.gate == "batch" else batch,
             self.settings.min_samples,
             balance=self.settings.balance,
@@ -335,6 +339,11 @@ class Handle:
                     f"the saved state has {name}={state.get(name)!r}, which must be an integer: "
                     "give what handle.state_dict() returned"
                 )
+        if state["step"] < 0:
+            raise StateError(
+                f"the saved state has step={state['step']}, but steps are counted from 0: give "
+                "what handle.state_dict() returned"
+            )
         for name, mine in self._identity().items():
             if name not in state or state[name] != mine:
                 raise StateError(

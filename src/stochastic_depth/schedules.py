@@ -133,7 +133,7 @@ class Steps:
 
     def __init__(self, shares: Mapping[int, float] | Iterable[tuple[int, float]]) -> None:
         pairs: Iterable[Any] = shares.items() if isinstance(shares, Mapping) else shares
-        object.__setattr__(self, "shares", tuple((int(a), float(b)) for a, b in sorted(pairs)))
+        object.__setattr__(self, "shares", tuple((_whole(a), float(b)) for a, b in sorted(pairs)))
         if not self.shares:
             raise SurvivalError(f"{self!r}: give at least one step and its share")
         for (step, _), (following, _) in pairwise(self.shares):
@@ -146,6 +146,11 @@ class Steps:
 
     def __call__(self, step: int) -> float:
         return next((share for start, share in reversed(self.shares) if step >= start), 0.0)
+
+
+def _whole(step: Any) -> Any:
+    """`step` as a Python integer if it is a whole number; otherwise unchanged, to be refused."""
+    return int(step) if float(step).is_integer() else step
 
 
 def _steps(schedule: object, name: str, value: int, minimum: int) -> None:

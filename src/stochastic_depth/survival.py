@@ -135,8 +135,9 @@ def survival_probabilities(rule: SurvivalRule, blocks: int) -> tuple[float, ...]
 def _require_rule(rule: object) -> None:
     if not callable(rule):
         raise SurvivalError(
-            f"survival={rule!r} is not a rule: give sd.LinearDecay(0.5), sd.Uniform(0.8) "
-            "or any function of (block, blocks) that returns a probability"
+            f"survival={rule!r} is not a rule: give sd.LinearDecay(0.5), sd.Uniform(0.8), any "
+            "function of (block, blocks) that returns a probability, a sequence of one "
+            'probability for each block, a mapping from names of blocks, or "own"'
         )
 
 

@@ -74,6 +74,9 @@ def test_the_saved_state_is_json_and_another_one_is_refused(tmp_path):
     assert json.loads((tmp_path / FILE).read_text())["step"] == 2
     with pytest.raises(sd.errors.StateError, match=r"survival=\[0.5"):
         Loop(p=0.8).accelerator.load_state(str(tmp_path))
+    (tmp_path / FILE).write_text('{"step": 2')
+    with pytest.raises(sd.errors.CheckpointError, match=f"{FILE} is damaged"):
+        Loop().accelerator.load_state(str(tmp_path))
     (tmp_path / FILE).unlink()
     with pytest.raises(sd.errors.CheckpointError, match=f"{FILE} is missing"):
         Loop().accelerator.load_state(str(tmp_path))
@@ -123,6 +126,8 @@ def test_the_figures_of_a_pass():
     assert metrics(handle) == {
         **before, "stochastic_depth/realised_depth": handle.gates.sum().item() / 4
     }  # fmt: skip
+    handle.load_state_dict(handle.state_dict())
+    assert metrics(handle) == before
 
 
 class Block(torch.nn.Module):

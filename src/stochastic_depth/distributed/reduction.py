@@ -67,9 +67,11 @@ class _Blocks:
         """
         if not torch.is_grad_enabled():
             return
-        for number, block in enumerate(self.handle.blocks):
-            reads_gate = gates is not None and all(m.training for m in block.gate_readers)
-            if self.handle.differs_by_rank or not reads_gate or gates[number].learns:
+        if gates is None or self.handle.differs_by_rank:
+            self._opened = [True] * len(self._opened)
+            return
+        for number, (block, gate) in enumerate(zip(self.handle.blocks, gates, strict=True)):
+            if gate.learns or not all(module.training for module in block.gate_readers):
                 self._opened[number] = True
 
     def forget(self) -> None:

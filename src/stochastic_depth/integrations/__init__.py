@@ -10,11 +10,12 @@ This file has what they share: the metrics that are logged, and how stochastic d
 once.
 """
 
+from contextlib import suppress
 from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.errors import ConfigError
+from stochastic_depth.errors import ConfigError, GateError
 from stochastic_depth.gates import open_shares
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import handle_of
@@ -39,7 +40,7 @@ def metrics(handle: Handle) -> dict[str, float]:
     """
     expected, blocks = handle.expected_depth, len(handle.blocks)
     figures = {"expected_depth": expected, "drop_rate": 1 - expected / blocks}
-    if handle.step > 0:
+    with suppress(GateError):  # nothing was drawn yet, which is so after a resume, too
         figures["realised_depth"] = open_shares(handle.gates).sum().item()
     return {f"stochastic_depth/{name}": value for name, value in figures.items()}
 

@@ -78,5 +78,9 @@ class _Steps:
         file = Path(folder) / FILE
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: {folder} was saved without stochastic depth")
-        self.handle.load_state_dict(json.loads(file.read_text()))
+        try:
+            state = json.loads(file.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+        self.handle.load_state_dict(state)
         self.done = self.handle.step

@@ -149,6 +149,9 @@ def apply(
         (0.975, 0.95, 0.925, 0.9)
     """
     require_choice("granularity", granularity, get_args(Granularity))
+    as_list: Any = getattr(survival, "tolist", None)  # of a NumPy array, or a tensor
+    if as_list is not None:
+        survival = as_list()
     settings = GateSettings(
         gate=gate,
         scale=_scale(scale, closed, as_drop_path=drop_rate is not None or survival == "own"),

@@ -110,7 +110,7 @@ def _around(model: nn.Module, found: Sequence[FoundBlock]) -> list[ChangedSettin
     changed_settings = [
         ChangedSetting((module,), attribute, rate)
         for module in around
-        for attribute in (*LAYER_RATES, *(_rate_of(module) or ()))
+        for attribute in filter(None, (*LAYER_RATES, _rate_of(module)))
         if is_rate(rate := getattr(module, attribute, None))
     ]
     configs = {id(c): c for m in around if (c := getattr(m, "config", None)) is not None}
@@ -127,9 +127,9 @@ def _around(model: nn.Module, found: Sequence[FoundBlock]) -> list[ChangedSettin
 def _inside(block: FoundBlock) -> list[ChangedSetting]:
     """The drop paths inside a block whose rate is above 0."""
     return [
-        ChangedSetting((module,), *attribute, rate)
+        ChangedSetting((module,), attribute, rate)
         for module in block.module.modules()
-        if (attribute := _rate_of(module)) and is_rate(rate := getattr(module, *attribute))
+        if (attribute := _rate_of(module)) and is_rate(rate := getattr(module, attribute))
     ]
 
 
@@ -148,12 +148,12 @@ def _fused(model: nn.Module, found: Sequence[FoundBlock]) -> list[ChangedSetting
     return changed_settings
 
 
-def _rate_of(module: nn.Module) -> tuple[str] | None:
+def _rate_of(module: nn.Module) -> str | None:
     """The name of the attribute that holds the rate, if `module` drops branches or layers."""
     name = type(module).__name__.lower().replace("_", "")
     if not any(kind in name for kind in KINDS):
         return None
-    return next(((name,) for name in RATES if is_number(getattr(module, name, None))), None)
+    return next((name for name in RATES if is_number(getattr(module, name, None))), None)
 
 
 def is_number(value: Any) -> bool:

@@ -42,13 +42,18 @@ def call_site_of(frame: FrameType) -> CallSite:
     a call.
     """
     code = frame.f_code
-    known = _POSITIONS.get(id(code))
-    if known is None:
-        known = _POSITIONS[id(code)] = code, list(code.co_positions())
-    position = known[1][frame.f_lasti // 2]
+    position = _positions(code)[frame.f_lasti // 2]
     if None in position:
         position = frame.f_lasti
     return code.co_filename, code.co_qualname, code.co_firstlineno, position
+
+
+def _positions(code: CodeType) -> list[Any]:
+    """Where in the source each instruction comes from: lines and columns, each None if unknown."""
+    known = _POSITIONS.get(id(code))
+    if known is None:
+        known = _POSITIONS[id(code)] = code, list(code.co_positions())
+    return known[1]
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def methods_of(module: nn.Module, frame: FrameType | None) -> Iterator[Method]:
 
 
 def _in_method(module: nn.Module, code: CodeType, instruction: int) -> SourceLocation | None:
-    first, last, start, end = list(code.co_positions())[instruction]
+    first, last, start, end = _positions(code)[instruction]
     if first is None or last is None or start is None or end is None:
         return None
     for cls in type(module).__mro__:
