@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import stochastic_depth as sd
-from stochastic_depth.gates import (
-    Gate,
+from stochastic_depth.draw import (
     balanced_blocks,
     draw,
-    evaluation_gates,
     expected_share,
     open_shares,
     subset_size,
+)
+from stochastic_depth.gates import (
+    Gate,
+    evaluation_gates,
     training_gates,
 )
 from stochastic_depth.survival import survival_probabilities
@@ -86,7 +88,7 @@ def test_the_gates_depend_on_seed_and_step_alone() -> None:
 
 def test_a_fresh_process_draws_the_same_gates() -> None:
     program = (
-        "from stochastic_depth.gates import draw\n"
+        "from stochastic_depth.draw import draw\n"
         f"print([[draw(7, step, {SURVIVAL!r}).int().tolist() for step in range(50)],"
         f" draw(7, 0, {SURVIVAL!r}, batch=9).int().tolist()])"
     )

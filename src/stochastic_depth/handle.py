@@ -12,14 +12,16 @@ from torch import Tensor
 
 from stochastic_depth.block import Block, set_evaluation_gates, set_training_gates
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
+from stochastic_depth.draw import (
+    draw,
+    expected_share,
+    open_shares,
+)
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gate_settings import GateSettings
 from stochastic_depth.gates import (
     Gate,
-    draw,
     evaluation_gates,
-    expected_share,
-    open_shares,
     training_gates,
 )
 from stochastic_depth.survival import Probabilities

@@ -12,8 +12,11 @@ import pytest
 import torch.distributed as dist
 
 from stochastic_depth.distributed.world import on_primary, rank, ranks
+from stochastic_depth.draw import (
+    draw,
+    seed_of_rank,
+)
 from stochastic_depth.errors import ConfigError, RunError
-from stochastic_depth.gates import draw, seed_of_rank
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import LinearDecay
 from stochastic_depth.train import Config, ModelConfig, Record, Run, SurvivalConfig, open_run

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import stochastic_depth as sd
+from stochastic_depth.draw import (
+    draw,
+)
 from stochastic_depth.errors import DivergedError, RunError
-from stochastic_depth.gates import draw
 from stochastic_depth.train import DataConfig, ModelConfig, SurvivalConfig, begin, fit, reopen
 from stochastic_depth.train.failures import open_blocks
 from support.data_sets import write_imagenet

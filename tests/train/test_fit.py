@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import stochastic_depth as sd
+from stochastic_depth.draw import (
+    draw,
+)
 from stochastic_depth.errors import CheckpointError, ConfigError, DivergedError, RunError
-from stochastic_depth.gates import draw
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import (
     DataConfig,

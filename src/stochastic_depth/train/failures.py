@@ -6,6 +6,9 @@ from itertools import groupby
 
 from torch import Tensor
 
+from stochastic_depth.draw import (
+    open_shares,
+)
 from stochastic_depth.errors import (
     DivergedError,
     EngineError,
@@ -15,7 +18,6 @@ from stochastic_depth.errors import (
     first_line,
     is_out_of_memory,
 )
-from stochastic_depth.gates import open_shares
 from stochastic_depth.torch_private import is_compiler_error
 from stochastic_depth.train.run_folder import Run
 from stochastic_depth.train.train_state import TrainState

@@ -16,7 +16,9 @@ from stochastic_depth.data import Batches
 from stochastic_depth.data.batching import Part
 from stochastic_depth.distributed import skip_closed
 from stochastic_depth.distributed.world import ranks, total
-from stochastic_depth.gates import open_shares
+from stochastic_depth.draw import (
+    open_shares,
+)
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import compile_blocks
 from stochastic_depth.torch_private import norms
