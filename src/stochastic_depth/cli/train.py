@@ -37,6 +37,8 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 
 TRAIN = """Train one network; everything is written to one run folder.
 
+Go on with a run: stochastic-depth train --resume RUN [--data DIR] [--quiet]
+
 By N processes: torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
 """
 COMPARE = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
@@ -60,10 +62,12 @@ class Begin:
 
 @dataclass(frozen=True)
 class Resume:
+    """Go on with a run that was stopped."""
+
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Resume this run from its newest checkpoint, with the configuration it began with."""
     data: Folder = None
-    """With --resume: where its data is now (none: where it was)."""
+    """Where its data is now (none: where it was)."""
     quiet: Flag = False
     """Print nothing."""
 
@@ -108,14 +112,8 @@ def train(arguments: list[str]) -> int:
         assert asked.resume is not None
         require_run(asked.resume)
         return _in_all_processes(lambda console: _resume(asked, console), asked.quiet)
-    begun = parse_recipe(
-        "train",
-        TRAIN,
-        arguments,
-        Begin,
-        ("--run DIR", "--model.depth INT", "--survival.final FLOAT"),
-        Resume,
-    )
+    common = "--run DIR", "--model.depth INT", "--survival.final FLOAT"
+    begun = parse_recipe("train", TRAIN, arguments, Begin, common)
     refuse_without_effect(begun.config, arguments)
     return _in_all_processes(lambda console: _begin(begun, console), begun.quiet)
 
