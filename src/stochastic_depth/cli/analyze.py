@@ -1,7 +1,6 @@
 """stochastic-depth analyze: one question about runs at a time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,6 @@ from stochastic_depth.train.checks import at_least
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
-    from stochastic_depth.export.depths import Progress
     from stochastic_depth.lab.sources import TrainedNetwork
     from stochastic_depth.train import Run
 
@@ -134,7 +132,7 @@ class Ensemble(NetworkQuestion):
             question.refuse_constant(run)
         found: dict[str, Any] = {}
         for network in self.networks(runs):
-            with progress_bar(console, network.run.path.name) as progress:
+            with console.progress(network.run.path.name) as progress:
                 found[network.run.id] = question.load_or_measure_ensemble(
                     network, self.subnetworks, self.seed, progress, self.again
                 )
@@ -166,7 +164,7 @@ class Pruning(NetworkQuestion):
         runs = self.opened()
         found: dict[str, Any] = {}
         for network in self.networks(runs):
-            with progress_bar(console, network.run.path.name) as progress:
+            with console.progress(network.run.path.name) as progress:
                 found[network.run.id] = question.load_or_measure_curves(
                     network, self.settings, progress, self.again
                 )
@@ -200,27 +198,3 @@ def analyze(arguments: list[str]) -> int:
         import torch  # noqa: F401
     asked.print(console)
     return 0
-
-
-@contextmanager
-def progress_bar(console: "PlainConsole", name: str) -> Iterator["Progress"]:
-    """Show the progress of analysing run `name`: a bar on a terminal, or a line for each stage."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    stage = ""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(name, total=None)
-
-        def tell(doing: str, done: float, total: float) -> None:
-            nonlocal stage
-            if doing != stage:
-                stage = doing
-                bar.reset(task, description=f"{name} {doing}")
-                if not console.is_terminal:
-                    console.say(f"{name}: {doing}")
-            bar.update(task, completed=done, total=total)
-
-        yield tell
