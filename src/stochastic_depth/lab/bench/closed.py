@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from stochastic_depth.extras import require
 from stochastic_depth.lab.bench.costs import COSTS, StepCost, costs_table, costs_to_json, step_costs
 from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, Workload, training_step
 from stochastic_depth.lab.options import ClosedOptions
 from stochastic_depth.lab.outcomes import CONSTANT
-from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay
@@ -45,7 +45,7 @@ def adapt(model: nn.Module, targets: list[str], rank: int = 8) -> None:
     Raises:
         MissingExtraError: without peft.
     """
-    peft = library("peft")
+    peft = require("peft")
     transposed = any(type(m).__name__ == "Conv1D" for m in model.modules())  # GPT-2's layers
     config = peft.LoraConfig(r=rank, target_modules=targets, fan_in_fan_out=transposed)
     with torch.random.fork_rng():
@@ -94,10 +94,10 @@ def _network(
         torch.manual_seed(0)
         if options.network == "vit-small":
             arguments = {"num_classes": 10, "img_size": size, **build}
-            model = library("timm").create_model("vit_small_patch16_224", **arguments)
+            model = require("timm").create_model("vit_small_patch16_224", **arguments)
             images = Workload(batch, size, 3, runtime).images()
             return model, images, torch.arange(batch) % 10
-        hf = library("transformers")
+        hf = require("transformers")
         without = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
         config = hf.GPT2Config(**{**without, **build})
         texts = torch.randint(config.vocab_size, (batch, size + 1), generator=generator("bench"))

@@ -13,6 +13,7 @@ from torch import nn
 
 from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, MissingExtraError, first_line
+from stochastic_depth.extras import require
 from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import MEMORY, Rounds, clock, table_of, time_in_turns
 from stochastic_depth.lab.bench.workload import (
@@ -26,7 +27,6 @@ from stochastic_depth.lab.bench.workload import (
 from stochastic_depth.lab.options import NetworkName, PeersOptions
 from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform, survival_probabilities
@@ -53,9 +53,9 @@ def cifar_resnet_peers(
     steps: dict[str, Step] = {}
     missing: dict[str, str] = {}
     masks: dict[str, Callable[[], list[nn.Module]]] = {
-        "timm DropPath": lambda: [library("timm.layers").DropPath(rate) for rate in rates],
+        "timm DropPath": lambda: [require("timm.layers").DropPath(rate) for rate in rates],
         "torchvision StochasticDepth": lambda: [
-            library("torchvision.ops").StochasticDepth(rate, "row") for rate in rates
+            require("torchvision.ops").StochasticDepth(rate, "row") for rate in rates
         ],
     }
     if workload.runtime.engine != "eager":
@@ -102,7 +102,7 @@ def timm_peers(name: str, rate: float, workload: Workload) -> dict[str, Step]:
     Raises:
         MissingExtraError: without timm.
     """
-    timm = library("timm")
+    timm = require("timm")
     options: dict[str, Any] = {"num_classes": 10, "in_chans": workload.channels}
     if name.startswith("vit"):
         options["img_size"] = workload.size
@@ -138,7 +138,7 @@ def x_transformer_peers(
     Raises:
         MissingExtraError: without x-transformers.
     """
-    library("x_transformers")
+    require("x_transformers")
     texts = torch.randint(TOKENS, (batch, length + 1), generator=generator("bench"))
     inputs, labels = texts[:, :-1], texts[:, 1:]
     constant, theirs, ours = _decoder(0.0, length), _decoder(rate, length), _decoder(0.0, length)
@@ -157,7 +157,7 @@ def x_transformer_peers(
 
 
 def _decoder(layer_dropout: float, length: int) -> torch.nn.Module:
-    package = library("x_transformers")
+    package = require("x_transformers")
     layers = package.Decoder(dim=DIMENSION, depth=LAYERS, heads=HEADS, layer_dropout=layer_dropout)
     return package.TransformerWrapper(num_tokens=TOKENS, max_seq_len=length, attn_layers=layers)
 

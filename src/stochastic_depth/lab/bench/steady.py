@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from stochastic_depth.extras import require
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.bench.results import bench_table, with_progress
 from stochastic_depth.lab.bench.workload import (
@@ -24,7 +25,6 @@ from stochastic_depth.lab.bench.workload import (
 from stochastic_depth.lab.options import SteadyOptions
 from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.models.published import library
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform
 from stochastic_depth.timing import take_turns
@@ -132,7 +132,7 @@ def _build(network: str, depth: int, workload: Workload) -> nn.Module:
     if network.startswith("vit"):
         options["img_size"] = workload.size
     with torch.random.fork_rng():
-        return library("timm").create_model(network, **options)
+        return require("timm").create_model(network, **options)
 
 
 @dataclass(frozen=True)
