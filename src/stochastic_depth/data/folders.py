@@ -21,7 +21,7 @@ def read_data_file(path: Path) -> bytes:
         DataError: when it cannot be read, is a device or a pipe, or is too large.
     """
     with reading(path, DataError):
-        return read_file(path, LARGE, real_parts=0)
+        return read_file(path, LARGE, follow_links=True)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def open_published(path: Path, checksums: Mapping[str, str], instead: str) -> It
     Raises:
         DataError: when it cannot be read, or has another checksum.
     """
-    with reading(path, DataError), open_file(path, real_parts=0) as file:
+    with reading(path, DataError), open_file(path, follow_links=True) as file:
         found, published = hashlib.file_digest(file, "md5").hexdigest(), checksums[path.name]
         if found != published:
             raise DataError(
@@ -102,9 +102,9 @@ def refuse_special(folder: Path) -> None:
     Raises:
         OSError: when a file is a pipe or a device.
     """
-    for name in names_in(folder, real_parts=0):
+    for name in names_in(folder, inside=folder):
         if name.endswith((".gz", ".mat")):
-            require_file(folder / name, real_parts=0)
+            require_file(folder / name, follow_links=True)
 
 
 def unpack(archive: Path, folder: Path) -> None:

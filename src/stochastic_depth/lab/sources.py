@@ -213,7 +213,7 @@ def write_analysis(run: Run, name: AnalysisName, found: dict[str, Any]) -> None:
         make_folder(path.parent)
     except OSError as error:
         raise RunError(f"{path.parent} cannot be made: {reason(error)}") from error
-    write_whole(path, json.dumps(content, indent=1).encode() + b"\n", real_parts=2)
+    write_whole(path, json.dumps(content, indent=1).encode() + b"\n", inside=run.path)
 
 
 def read_analysis(run: Run, name: AnalysisName) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def read_analysis(run: Run, name: AnalysisName) -> dict[str, Any]:
     path = analysis_path(run, name)
     remedy = f"remove it, and measure again by stochastic-depth analyze {name} {run.path}"
     try:
-        content = read_json(path, real_parts=2)
+        content = read_json(path, inside=run.path)
     except RunError as error:
         raise RunError(f"{error}; {remedy}") from error
     if "sha256" not in content:
@@ -266,17 +266,17 @@ def _benchmark(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_json(path: Path, real_parts: int = 1) -> dict[str, Any]:
+def read_json(path: Path, inside: Path | None = None) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
-        real_parts: how many of the last parts of `path` must not be links.
+        inside: as for `read_file`.
 
     Raises:
         RunError: when it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(read_file(path, LARGE, real_parts))
+        content = json.loads(read_file(path, LARGE, inside))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:

@@ -115,7 +115,7 @@ class Run:
         try:
             lock.acquire()
             remove_unfinished(self.path)
-            remove_unfinished(self.checkpoints.folder, real_parts=1)
+            remove_unfinished(self.checkpoints.folder, inside=self.path)
             held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except Timeout:
             raise RunError(

@@ -142,7 +142,7 @@ class Sweep:
         """The recorded reason why the run of a point cannot be trained, or None."""
         path = self.path(point) / layout.FAILED
         try:
-            return read_file(path, SMALL, real_parts=3).decode().strip()
+            return read_file(path, SMALL, inside=self.folder).decode().strip()
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -150,7 +150,8 @@ class Sweep:
 
     def fail(self, point: Point, sentence: str) -> None:
         """Record why the run of a point cannot be trained."""
-        write_whole(self.path(point) / layout.FAILED, f"{sentence}\n".encode(), real_parts=3)
+        path = self.path(point) / layout.FAILED
+        write_whole(path, f"{sentence}\n".encode(), inside=self.folder)
 
     def ended(self, point: Point) -> bool:
         return self.done(point) or self.failure(point) is not None

@@ -57,7 +57,7 @@ def claim_next(sweep: Sweep) -> Claim | None:
         path = _claim_file(sweep, point)
         lock = FileLock(path, timeout=0)
         try:
-            require_writable(path, real_parts=2)
+            require_writable(path, inside=sweep.folder)
             lock.acquire()
         except Timeout:
             continue
