@@ -16,9 +16,7 @@ pytestmark = [
 
 SMALL = ["--batch", "4"]
 ON_CPU = ["--device", "cpu", "--precision", "float32"]
-FIXED_SIZE = {"data", "pictures"}
-"""Benchmarks on the images of a data set."""
-OF_CIFAR_RESNETS = [*BENCHMARKS.keys() - {"closed", "dinov2", "depth", "pictures"}]
+OF_CIFAR_RESNETS = [*BENCHMARKS.keys() - {"closed", "dinov2", "depth"}]
 CLOCKS = dict.fromkeys(BENCHMARKS, "perf_counter") | dict.fromkeys(
     ("skip", "steady", "closed", "dinov2", "peers", "engines"), "process_time"
 )
@@ -68,7 +66,7 @@ def test_overhead(bench):
 
 def test_only_what_an_engine_takes_has_the_option():
     with_engine = {name for name, kind in BENCHMARKS.items() if issubclass(kind, EngineOptions)}
-    assert with_engine == {"skip", "peers", "depth", "data", "profile", "pictures", "busy"}
+    assert with_engine == {"skip", "peers", "depth", "profile"}
     assert [n for n, kind in BENCHMARKS.items() if not issubclass(kind, StepOptions)] == [
         "distributed"
     ]
@@ -78,7 +76,6 @@ def test_only_what_an_engine_takes_has_the_option():
     ("arguments", "said"),
     [
         ("peers --network vit-small --engine program", "autograd takes the steps of vit-small"),
-        ("pictures --engine program", "compiled"),
         ("profile --engine compiled", "program"),
         ("overhead --engine program", "engine"),
         ("distributed --device cuda", "device"),
@@ -91,7 +88,7 @@ def test_only_what_an_engine_takes_has_the_option():
         ),
         *((f"{name} --batch 1", "--batch ") for name in BENCHMARKS),
         *((f"{name} --repeats 1", "--repeats is 1") for name in BENCHMARKS),
-        *((f"{name} --size 0", "--size is 0") for name in BENCHMARKS if name not in FIXED_SIZE),
+        *((f"{name} --size 0", "--size is 0") for name in BENCHMARKS),
         ("steady --final 0", "--final is 0.0: it must be above 0 and at most 1"),
         ("steady --limit inf", "--limit is inf"),
         ("closed --final 1.5", "--final is 1.5"),
@@ -99,8 +96,6 @@ def test_only_what_an_engine_takes_has_the_option():
         ("dinov2 --rates", "--rates"),
         ("dinov2 --blocks 0", "--blocks is 0"),
         ("distributed --ranks 1", "--ranks is 1"),
-        ("pictures --depth 20", "invalid choice '20'"),
-        ("pictures --workers -1 2", "--workers is (-1, 2)"),
     ],
 )
 def test_an_option_that_cannot_be_met_is_a_wrong_command_line(arguments, said, capsys):
@@ -118,11 +113,6 @@ def test_steady(bench):
         "independent gates",
         "balanced gates",
     }
-
-
-def test_busy(bench):
-    _, result = bench("busy", "--depth", "8", "--size", "8", repeats=2)
-    assert result["seconds"].keys() == {"quiet", "one core busy"}
 
 
 def test_skip(bench):
@@ -178,16 +168,6 @@ def test_depth(bench, tmp_path):
     assert result["lines"]["memory"]["constant"].keys() == {"slope", "intercept", "r_squared"}
     assert all(count > 0 for of_kind in result["bytes_per_image"].values() for count in of_kind)
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_data(bench, monkeypatch):
-    monkeypatch.setattr("stochastic_depth.lab.bench.data.IMAGES", 40)
-    printed, result = bench("data", "--depth", "8")
-    assert result["images"] == "generated"
-    assert result["steps_per_epoch"] == 10
-    for name, share in result["data_share"].items():
-        assert 0 < share < 1
-        assert f"data are {100 * share:.2f} % of a {name}" in printed
 
 
 def test_distributed(bench):

@@ -8,9 +8,7 @@ from stochastic_depth.cli.arguments import choose, parse
 from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.lab.options import (
     BenchOptions,
-    BusyOptions,
     ClosedOptions,
-    DataOptions,
     DepthOptions,
     Dinov2Options,
     DistributedOptions,
@@ -18,7 +16,6 @@ from stochastic_depth.lab.options import (
     EnginesOptions,
     OverheadOptions,
     PeersOptions,
-    PicturesOptions,
     ProfileOptions,
     SkipOptions,
     SteadyOptions,
@@ -38,10 +35,7 @@ BENCHMARKS: dict[str, type[BenchOptions]] = {
     "depth": DepthOptions,
     "engines": EnginesOptions,
     "distributed": DistributedOptions,
-    "data": DataOptions,
     "profile": ProfileOptions,
-    "pictures": PicturesOptions,
-    "busy": BusyOptions,
 }
 """The options of each benchmark; the module of its name in `lab.bench` measures it."""
 
@@ -92,6 +86,4 @@ def _runtime(asked: BenchOptions) -> "Runtime":
 
 def _has_block_program(asked: EngineOptions) -> bool:
     """Whether a block program can train the network; if not, the engine auto is autograd."""
-    if isinstance(asked, PeersOptions):
-        return asked.network == "cifar-resnet"
-    return not isinstance(asked, PicturesOptions)
+    return not isinstance(asked, PeersOptions) or asked.network == "cifar-resnet"

@@ -277,68 +277,9 @@ class DistributedOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
-class DataOptions(EngineOptions):
-    """The share of a training step that is spent on data."""
-
-    depth: int = 110
-    """Layers of the CIFAR ResNet."""
-    batch: int = 128
-    """Images in a step."""
-    root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder of CIFAR-10 (none: generated images of its shape)."""
-
-    def check(self) -> None:
-        super().check()
-        check_layers("--depth", self.depth)
-        at_least(2, batch=self.batch)
-
-
-@dataclass(frozen=True)
 class ProfileOptions(ResNetOptions, EngineOptions):
     """Where the time of a step at constant depth goes."""
 
     engine: Literal["auto", "eager", "program"] = "auto"
     """Time the operators of autograd alone (eager), or the pieces of the block program too
     (program)."""
-
-
-@dataclass(frozen=True)
-class PicturesOptions(EngineOptions):
-    """How many pictures are decoded in a second, and how many are needed."""
-
-    repeats: int = 5
-    """How many rounds are timed, each of one pass over the pictures with every number of
-    workers."""
-    workers: tuple[int, ...] = (0, 1, 2, 4)
-    """Numbers of processes that decode pictures; 0 decodes them in this process."""
-    depth: Literal[50, 101, 152] = 152
-    """Layers of the ImageNet ResNet."""
-    batch: int = 16
-    """Pictures in a step."""
-    root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder of ImageNet (none: generated pictures of its size)."""
-    pictures: int = 256
-    """How many pictures to read."""
-    engine: Literal["auto", "eager", "compiled"] = "auto"
-    """The engine of the training steps, as for train."""
-
-    def check(self) -> None:
-        super().check()
-        batches = self.pictures // max(1, self.batch)
-        ends = min(self.workers, default=-1), max(self.workers, default=-1)
-        if self.batch < 2 or not 0 <= ends[0] <= ends[1] < batches:
-            raise ConfigError(
-                f"--workers is {self.workers}, --batch {self.batch} and --pictures "
-                f"{self.pictures}: each worker makes a batch of at least 2 before the clock "
-                "starts, and some must be left"
-            )
-
-
-@dataclass(frozen=True)
-class BusyOptions(ResNetOptions, EngineOptions):
-    """A training step while another program keeps one core busy."""
-
-    size: int = 8
-    """The height and width of the images, in pixels."""
-    repeats: int = 10
-    """How many rounds of steps are timed, with a free and with a busy core."""
