@@ -16,9 +16,9 @@ pytestmark = [
 
 SMALL = ["--batch", "4"]
 ON_CPU = ["--device", "cpu", "--precision", "float32"]
-OF_CIFAR_RESNETS = [*BENCHMARKS.keys() - {"closed", "dinov2", "depth"}]
+OF_CIFAR_RESNETS = [*BENCHMARKS.keys() - {"closed", "depth"}]
 CLOCKS = dict.fromkeys(BENCHMARKS, "perf_counter") | dict.fromkeys(
-    ("skip", "steady", "closed", "dinov2", "peers", "engines"), "process_time"
+    ("skip", "steady", "closed", "peers", "engines"), "process_time"
 )
 """By which clock each times its steps on one thread of a CPU."""
 
@@ -92,9 +92,6 @@ def test_only_what_an_engine_takes_has_the_option():
         ("steady --final 0", "--final is 0.0: it must be above 0 and at most 1"),
         ("steady --limit inf", "--limit is inf"),
         ("closed --final 1.5", "--final is 1.5"),
-        ("dinov2 --width 100", "--width is 100: it must be a multiple of 64"),
-        ("dinov2 --rates", "--rates"),
-        ("dinov2 --blocks 0", "--blocks is 0"),
         ("distributed --ranks 1", "--ranks is 1"),
     ],
 )

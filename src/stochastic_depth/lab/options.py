@@ -163,35 +163,6 @@ class ClosedOptions(StepOptions):
 
 
 @dataclass(frozen=True)
-class Dinov2Options(StepOptions):
-    """The subset gate against DINOv2's own block."""
-
-    dinov2: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("dinov2")
-    """A checkout of https://github.com/facebookresearch/dinov2."""
-    rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
-    """Drop rates; each is that of every block."""
-    blocks: int = 12
-    """Blocks of the network."""
-    width: int = 384
-    """The width of a token; there is one head for each 64."""
-    batch: int = 16
-    """Sequences in a step."""
-    size: int = 64
-    """Tokens in a sequence."""
-
-    def check(self) -> None:
-        super().check()
-        at_least(2, batch=self.batch, size=self.size)
-        at_least(1, blocks=self.blocks)
-        at_least(64, width=self.width)
-        check_that(self.width % 64 == 0, "--width", self.width, "a multiple of 64")
-        check_that(bool(self.rates), "--rates", self.rates, "one drop rate or several")
-        for rate in self.rates:
-            if not 0 < rate < 1:
-                raise ConfigError(f"--rates has {rate}: a drop rate is above 0 and below 1")
-
-
-@dataclass(frozen=True)
 class PeersOptions(EngineOptions):
     """The same network, as this library and as other libraries train it."""
 

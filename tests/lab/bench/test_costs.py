@@ -8,8 +8,6 @@ from rich.console import Console
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth.errors import ConfigError
-from stochastic_depth.lab.bench import dinov2
 from stochastic_depth.lab.bench.closed import (
     CONSTANT,
     FORWARD_ONLY,
@@ -19,7 +17,7 @@ from stochastic_depth.lab.bench.closed import (
 )
 from stochastic_depth.lab.bench.costs import StepCost, step_costs
 from stochastic_depth.lab.bench.workload import Workload, saved_for_backward
-from stochastic_depth.lab.options import ClosedOptions, Dinov2Options
+from stochastic_depth.lab.options import ClosedOptions
 from stochastic_depth.models import VisionTransformer
 from stochastic_depth.train.runtime import Runtime
 
@@ -91,43 +89,3 @@ def test_without_peft_there_are_no_adapters(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(sd.errors.MissingExtraError, match="pip install peft"):
         measure(ClosedOptions(lora=True, batch=2, size=32), CPU, QUIET)
-
-
-BLOCK = """
-import torch
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self, dim, num_heads, qkv_bias, drop_path):
-        super().__init__()
-        self.attn, self.mlp, self.rate = nn.Linear(dim, dim), nn.Linear(dim, dim), drop_path
-
-    def forward(self, x):
-        for branch in (self.attn, self.mlp):
-            if self.training and self.rate > 0:
-                chosen = torch.randperm(len(x))[: max(1, int(len(x) * (1 - self.rate)))]
-                x = x.index_add(0, chosen, branch(x[chosen]), alpha=len(x) / len(chosen))
-            else:
-                x = x + branch(x)
-        return x
-"""
-
-
-def test_a_block_of_a_checkout_is_held_against_the_subset_gate(tmp_path, monkeypatch):
-    for name in ("dinov2", "dinov2.layers", "dinov2.layers.block"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    (tmp_path / "dinov2/layers").mkdir(parents=True)
-    (tmp_path / "dinov2/layers/block.py").write_text(BLOCK)
-    options = Dinov2Options(
-        dinov2=tmp_path, rates=(0.5,), blocks=2, width=64, batch=4, size=4, repeats=2
-    )
-    found = dinov2.measure(options, CPU, QUIET).to_json()["rates"]["0.5"]
-    for name in (dinov2.THEIRS, dinov2.OURS):
-        assert found[name]["relative"]["flops"] == pytest.approx(0.5, abs=0.02)
-    for name in ("dinov2", "dinov2.layers", "dinov2.layers.block"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-def test_a_folder_that_is_no_checkout_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="give a checkout of https"):
-        dinov2.their_block(tmp_path)

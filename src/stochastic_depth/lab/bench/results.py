@@ -144,7 +144,7 @@ def milliseconds(seconds: float) -> str:
 
 def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: Result) -> None:
     """Write the settings, the machine and versions, and the result."""
-    files = ("out", "plot", "dinov2")
+    files = ("out", "plot")
     settings = {name: value for name, value in asdict(options).items() if name not in files}
     content = {
         "settings": settings,
