@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
@@ -15,8 +16,8 @@ from stochastic_depth.lab.bench.closed import (
     closed_steps,
     measure,
 )
-from stochastic_depth.lab.bench.costs import StepCost, step_costs
-from stochastic_depth.lab.bench.workload import Workload, saved_for_backward
+from stochastic_depth.lab.bench.costs import StepCost, step_costs, step_flops
+from stochastic_depth.lab.bench.workload import PlainResNet, Workload, saved_for_backward
 from stochastic_depth.lab.options import ClosedOptions
 from stochastic_depth.models import VisionTransformer
 from stochastic_depth.train.runtime import Runtime
@@ -89,3 +90,25 @@ def test_without_peft_there_are_no_adapters(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(sd.errors.MissingExtraError, match="pip install peft"):
         measure(ClosedOptions(lora=True, batch=2, size=32), CPU, QUIET)
+
+
+def test_flops_of_a_step_are_two_for_each_multiply_add_three_times_but_for_the_stem():
+    batch, side = 2, 16
+    forward = 0
+    for size, into, out, count in ((16, 16, 16, 2), (8, 16, 32, 1), (8, 32, 32, 1)):
+        forward += count * size**2 * 9 * into * out
+    forward += 4**2 * 9 * (32 * 64 + 64 * 64) + 64 * 10
+    stem = side**2 * 9 * 3 * 16  # the gradient of the images is not wanted
+    expected = 2 * batch * (3 * forward + 2 * stem)
+    assert step_flops(Workload(batch, side, 3, CPU).step(PlainResNet(8))) == expected
+
+
+def test_attention_counts_its_two_products_and_two_and_a_half_times_as_much_backward():
+    batch, heads, tokens, width = 2, 3, 5, 8
+    q, k, v = torch.randn(3, batch, heads, tokens, width, requires_grad=True).unbind()
+    product = 2 * batch * heads * tokens**2 * width
+
+    def step():
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+
+    assert step_flops(step) == 2 * product + 5 * product

@@ -1,68 +1,17 @@
-"""What training steps cost: time, FLOPs, and bytes kept for the backward pass.
-
-`MachinePeak` is the most FLOPs per second that this machine reaches, against which steps are held.
-"""
+"""What training steps cost: time, FLOPs, and bytes kept for the backward pass."""
 
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.block_program import library
 from stochastic_depth.lab.bench.results import bench_table, clock, time_in_turns, with_progress
 from stochastic_depth.lab.bench.workload import Step, saved_for_backward
 from stochastic_depth.surgery.flops import CountFlops
-from stochastic_depth.timing import Timing
 from stochastic_depth.train.runtime import Runtime
-
-AT_PEAK = "at the machine's peak"
-"""The name of the row for a step of constant depth that does nothing but its multiply-adds."""
-
-
-@dataclass(frozen=True)
-class MachinePeak:
-    """The peak of this machine, and the FLOPs of a step at constant depth."""
-
-    flops_per_second: float
-    """FLOPs per second of a loop of independent multiply-adds, on as many threads as the steps."""
-    flops_per_step: int
-    """Forward and backward, counted as 2 per multiply-add."""
-
-    @property
-    def timing(self) -> Timing:
-        """The time of a step that does nothing but its multiply-adds, at peak speed."""
-        seconds = self.flops_per_step / self.flops_per_second
-        return Timing((seconds, seconds))
-
-    def share(self, seconds: float, active: float = 1.0) -> float:
-        """The share of the peak that a step reaches.
-
-        Args:
-            seconds: how long the step takes.
-            active: the share of the FLOPs of constant depth that it spends.
-        """
-        return active * self.flops_per_step / (seconds * self.flops_per_second)
-
-    def to_json(self, seconds: Mapping[str, float]) -> dict[str, Any]:
-        """Both values, and the share of the peak that steps at constant depth reach."""
-        of_the_peak = {name: self.share(value) for name, value in seconds.items()}
-        return {**asdict(self), "of_the_peak": of_the_peak}
-
-
-def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
-    """Measure the peak; None on a GPU, and where no compiler can build the loop.
-
-    Args:
-        constant: a step at constant depth, by autograd, whose FLOPs are counted.
-    """
-    if torch.device(runtime.device).type != "cpu" or library.why_unavailable() is not None:
-        return None
-    dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
-    return MachinePeak(library.peak(dtype, runtime.threads), step_flops(constant))
 
 
 def step_flops(step: Callable[[], object]) -> int:

@@ -14,7 +14,6 @@ from torch import nn
 from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, MissingExtraError, first_line
 from stochastic_depth.extras import require
-from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
 from stochastic_depth.lab.bench.results import MEMORY, Rounds, clock, table_of, time_in_turns
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
@@ -221,7 +220,6 @@ class PeersResult:
     batch: int
     size: int
     rate: float
-    peak: MachinePeak | None
     missing: Mapping[str, str]
 
     @property
@@ -237,7 +235,6 @@ class PeersResult:
     def to_json(self) -> dict[str, Any]:
         timings, ours = self.timed.timings, self.ours
         means = {name: statistics.fmean(timing.seconds) for name, timing in timings.items()}
-        constant = {name: t.median for name, t in timings.items() if CONSTANT in name}
         return {
             **self.timed.to_json(),
             "batch": self.batch,
@@ -250,8 +247,6 @@ class PeersResult:
             "ours_is_faster_by": {
                 name: mean / means[ours] for name, mean in means.items() if ours and name != ours
             },
-            "constant": CONSTANT,
-            "peak": self.peak and self.peak.to_json(constant),
             "missing": dict(self.missing),
         }
 
@@ -266,8 +261,7 @@ def measure(options: PeersOptions, runtime: Runtime, console: Console) -> PeersR
     timed = time_in_turns(steps, options.repeats, console, clock(runtime))
     with console.status("memory"):
         memory = {name: step_memory(step, runtime.device) for name, step in steps.items()}
-    peak = machine_peak(runtime, steps[CONSTANT])
-    return PeersResult(timed, memory, network, batch, size, rate, peak, missing)
+    return PeersResult(timed, memory, network, batch, size, rate, missing)
 
 
 def tables(result: PeersResult, options: PeersOptions, runtime: Runtime) -> Iterator[Table | str]:
@@ -276,11 +270,8 @@ def tables(result: PeersResult, options: PeersOptions, runtime: Runtime) -> Iter
         f"{options.network}{of_depth}, drop rate {result.rate:g}, batch {result.batch}, size "
         f"{result.size}"
     )
-    rows = result.timed.timings
-    if result.peak is not None:
-        rows[AT_PEAK] = result.peak.timing
-    unit = result.network.unit
-    yield table_of(title, runtime, rows, result.count, unit, result.memory, result.ours)
+    timings, unit = result.timed.timings, result.network.unit
+    yield table_of(title, runtime, timings, result.count, unit, result.memory, result.ours)
     yield f"memory: {MEMORY}"
     for name, reason in result.missing.items():
         yield f"{name}: {reason}"

@@ -130,7 +130,7 @@ def table_of(
             f"{count / mean:,.0f}",
         ]
         if memory is not None:
-            row.append(f"{memory[name] / 2**20:,.1f}" if name in memory else "")
+            row.append(f"{memory[name] / 2**20:,.1f}")
         if relative_to:
             ours = statistics.fmean(timings[relative_to].seconds)
             row.append("" if name == relative_to else f"{mean / ours:.2f} x")
