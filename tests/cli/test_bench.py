@@ -8,6 +8,8 @@ from stochastic_depth.cli import main
 from stochastic_depth.cli.bench import BENCHMARKS
 from stochastic_depth.lab.bench.engines import DESIGNS
 from stochastic_depth.lab.options import EngineOptions, StepOptions
+from stochastic_depth.recipes.paper import gatings
+from stochastic_depth.train import Config
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -16,9 +18,9 @@ pytestmark = [
 
 SMALL = ["--batch", "4"]
 ON_CPU = ["--device", "cpu", "--precision", "float32"]
-OF_CIFAR_RESNETS = [*BENCHMARKS.keys() - {"closed", "depth"}]
+OF_CIFAR_RESNETS = [*BENCHMARKS.keys() - {"depth"}]
 CLOCKS = dict.fromkeys(BENCHMARKS, "perf_counter") | dict.fromkeys(
-    ("skip", "steady", "closed", "peers", "engines"), "process_time"
+    ("skip", "gates", "peers", "engines"), "process_time"
 )
 """By which clock each times its steps on one thread of a CPU."""
 
@@ -89,9 +91,11 @@ def test_only_what_an_engine_takes_has_the_option():
         *((f"{name} --batch 1", "--batch ") for name in BENCHMARKS),
         *((f"{name} --repeats 1", "--repeats is 1") for name in BENCHMARKS),
         *((f"{name} --size 0", "--size is 0") for name in BENCHMARKS),
-        ("steady --final 0", "--final is 0.0: it must be above 0 and at most 1"),
-        ("steady --limit inf", "--limit is inf"),
-        ("closed --final 1.5", "--final is 1.5"),
+        ("gates --final 0", "--final is 0.0: it must be above 0 and at most 1"),
+        ("gates --gatings loud", "there is no gating 'loud': choose among constant, batch"),
+        ("gates --network gpt2", "--network is gpt2: give cifar-resnet, vit, timm/NAME or"),
+        ("gates --network timm/resnet18 --depth 20", "--depth is not for timm/resnet18"),
+        ("gates --network vit --depth 0", "--depth is 0"),
         ("distributed --ranks 1", "--ranks is 1"),
     ],
 )
@@ -101,15 +105,12 @@ def test_an_option_that_cannot_be_met_is_a_wrong_command_line(arguments, said, c
     assert said in " ".join((shown.out + shown.err).split())
 
 
-def test_steady(bench):
-    printed, result = bench("steady", "--depth", "8", "--size", "8")
+def test_gates(bench):
+    printed, result = bench("gates", "--depth", "8", "--size", "8")
     assert result["runtime"]["engine"] == "eager"
     assert "engine eager: autograd takes the steps" in " ".join(printed.split())
-    assert result["alternatives"].keys() == {
-        "constant depth",
-        "independent gates",
-        "balanced gates",
-    }
+    assert list(result["gatings"]) == list(gatings(Config()))
+    assert set(result["gatings"]["constant"]["relative"].values()) == {1}
 
 
 def test_skip(bench):

@@ -32,7 +32,6 @@ COMMANDS = {
     "bench": "bench skip --out FILE",
     "inspect": "inspect timm/resnet18 --out FILE",
     "inspect page": "inspect timm/resnet18 --report FILE",
-    "gates": "sweep gates --plot FILE",
 }
 
 

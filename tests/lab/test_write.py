@@ -3,7 +3,6 @@ import csv
 import hashlib
 import io
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
@@ -17,7 +16,6 @@ from stochastic_depth.lab.page import REFRESH, watch_report, write_report
 from stochastic_depth.lab.report import COMMANDS, build_report
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep.folder import open_sweep
-from stochastic_depth.lab.sweep.gates import FILE
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, begin, fit
 from support.runs import SILENT
@@ -153,18 +151,6 @@ def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_p
     with pytest.raises(RunError, match=r"pruning.json cannot be read"):
         write_report([run], out)
     assert out.read_text() == "before"
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"title": "ResNet-14"}'])
-def test_unreadable_results_of_gatings_are_named(content, gates_sweep, tmp_path):
-    sweep, out = tmp_path / "sweep", tmp_path / "report.html"
-    shutil.copytree(gates_sweep, sweep)
-    (sweep / FILE).unlink()
-    write_report([sweep], out)
-    assert 'id="gates-sweep"' not in out.read_text()
-    (sweep / FILE).write_text(content)
-    with pytest.raises(RunError, match=r"gates.json (cannot be|is not)"):
-        write_report([sweep], out)
 
 
 ALWAYS = {"training-curves", "training-time", "drop-rates", "gradient-strength"}

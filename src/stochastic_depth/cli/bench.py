@@ -8,16 +8,15 @@ from stochastic_depth.cli.arguments import choose, parse
 from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.lab.options import (
     BenchOptions,
-    ClosedOptions,
     DepthOptions,
     DistributedOptions,
     EngineOptions,
     EnginesOptions,
+    GatesOptions,
     OverheadOptions,
     PeersOptions,
     ProfileOptions,
     SkipOptions,
-    SteadyOptions,
     StepOptions,
 )
 
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 BENCHMARKS: dict[str, type[BenchOptions]] = {
     "overhead": OverheadOptions,
     "skip": SkipOptions,
-    "steady": SteadyOptions,
-    "closed": ClosedOptions,
+    "gates": GatesOptions,
     "peers": PeersOptions,
     "depth": DepthOptions,
     "engines": EnginesOptions,

@@ -15,8 +15,7 @@ from stochastic_depth.lab.gradients_chart import block_gradients, gradient_stren
 from stochastic_depth.lab.outcomes import Experiment, describe, describe_data, experiments
 from stochastic_depth.lab.pruning_chart import pruned_blocks
 from stochastic_depth.lab.sources import RecordedRun, RecordedSweep, Sources
-from stochastic_depth.lab.sweep.charts import depth_sweep, gating_figure, survival_sweep
-from stochastic_depth.lab.sweep.gates import read_results
+from stochastic_depth.lab.sweep.charts import depth_sweep, gates_sweep, survival_sweep
 from stochastic_depth.lab.tables import ReportTable, Tile, flat, overview, settings, tables, tiles
 from stochastic_depth.lab.training_curves import training_curves, training_time
 
@@ -27,7 +26,7 @@ COMMANDS = {
     "pruned-blocks": ("Blocks pruned", "stochastic-depth analyze pruning RUN"),
     "survival-sweep": ("Error and time against p_L", "stochastic-depth sweep survival RECIPE"),
     "depth-sweep": ("Error over p_L and depth", "stochastic-depth sweep depth RECIPE"),
-    "gates-sweep": ("Error and cost by way of gating", "stochastic-depth sweep gates RECIPE"),
+    "gates-sweep": ("Error by way of gating", "stochastic-depth sweep gates RECIPE"),
     "depth-cost": ("Time and memory against depth", "stochastic-depth bench depth --out FILE"),
 }
 """For figures that lack data: the title, and the command that measures the data."""
@@ -143,11 +142,8 @@ def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iter
 
 def _sweep(recorded: RecordedSweep) -> Section:
     sweep = recorded.sweep
-    if sweep.kind == "gates":
-        result = read_results(sweep.folder)
-        drawn = gating_figure(result) if result else None
-    else:
-        drawn = (depth_sweep if sweep.kind == "depth" else survival_sweep)(recorded)
+    draw = {"survival": survival_sweep, "depth": depth_sweep, "gates": gates_sweep}[sweep.kind]
+    drawn = draw(recorded)
     finished = sum(run.finished for run in recorded.runs)
     failed = sum(run.failed for run in recorded.runs)
     said = f"{sweep.folder}: {finished} of {count_text(recorded.size, 'run')} finished"

@@ -1,7 +1,3 @@
-"""What a step costs, and the two benchmarks that compare by it."""
-
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,23 +5,12 @@ from rich.console import Console
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth.lab.bench.closed import (
-    CONSTANT,
-    FORWARD_ONLY,
-    SKIPPED,
-    closed_steps,
-    measure,
-)
 from stochastic_depth.lab.bench.costs import StepCost, step_costs, step_flops
 from stochastic_depth.lab.bench.workload import PlainResNet, Workload, saved_for_backward
-from stochastic_depth.lab.options import ClosedOptions
 from stochastic_depth.models import VisionTransformer
 from stochastic_depth.train.runtime import Runtime
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = Runtime("cpu", "float32", 1)
 QUIET = Console(quiet=True)
 
@@ -65,31 +50,6 @@ def test_a_graph_that_is_given_up_before_the_backward_pass_is_not_kept():
 
     assert saved_for_backward(lambda: step(True)) == x.nbytes
     assert saved_for_backward(lambda: step(False)) == 2 * x.nbytes
-
-
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("network", ["vit-small", "gpt2"])
-def test_forward_only_saves_the_bytes_of_skipped_blocks_but_not_their_forward_pass(network, lora):
-    pytest.importorskip({"vit-small": "timm", "gpt2": "transformers"}[network])
-    if lora:
-        pytest.importorskip("peft", reason="needs peft")
-    build = {
-        "vit-small": {"depth": 4, "embed_dim": 64, "num_heads": 2},
-        "gpt2": {"n_layer": 4, "n_embd": 64, "n_head": 2, "vocab_size": 100},
-    }[network]
-    options = ClosedOptions(network=network, lora=lora, batch=2, size=32, final=0.1)
-    costs = step_costs(lambda: closed_steps(options, CPU, build), 4, CPU, QUIET)
-    whole, skipped, forward_only = (costs[name] for name in (CONSTANT, SKIPPED, FORWARD_ONLY))
-    assert skipped.flops < forward_only.flops < whole.flops
-    assert forward_only.kept == pytest.approx(skipped.kept, rel=0.1)
-    assert forward_only.kept < whole.kept
-
-
-def test_without_peft_there_are_no_adapters(monkeypatch):
-    pytest.importorskip("timm")
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(sd.errors.MissingExtraError, match="pip install peft"):
-        measure(ClosedOptions(lora=True, batch=2, size=32), CPU, QUIET)
 
 
 def test_flops_of_a_step_are_two_for_each_multiply_add_three_times_but_for_the_stem():

@@ -1,15 +1,22 @@
-"""What training steps cost: time, FLOPs, and bytes kept for the backward pass."""
+"""What training steps cost: time, FLOPs and memory."""
 
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.lab.bench.results import bench_table, clock, time_in_turns, with_progress
-from stochastic_depth.lab.bench.workload import Step, saved_for_backward
+from stochastic_depth.lab.bench.results import (
+    MEMORY,
+    bench_table,
+    clock,
+    time_in_turns,
+    with_progress,
+)
+from stochastic_depth.lab.bench.workload import Step, step_memory
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.train.runtime import Runtime
 
@@ -33,7 +40,7 @@ class StepCost:
     """Mean seconds of a step, by `clock`."""
     flops: float
     kept: float
-    """Bytes that are kept for the backward pass, without parameters."""
+    """Bytes, as `MEMORY` says."""
     peak_kept: float
     """The bytes of the step that keeps the most."""
 
@@ -68,7 +75,7 @@ def step_costs(
             for name, step in build().items()
         }
 
-    flops, kept = each(step_flops), each(saved_for_backward)
+    flops, kept = each(step_flops), each(partial(step_memory, device=runtime.device, steps=1))
     return {
         name: StepCost(
             statistics.fmean(timed.timings[name].seconds),
@@ -80,7 +87,7 @@ def step_costs(
     }
 
 
-COSTS = "time, FLOPs, bytes kept for backward: means, as shares of {}'s"
+COSTS = f"all as shares of {{}}'s, means of the steps; memory {MEMORY}"
 """The sentence below a table of `costs_table`, with the name of the alternative."""
 
 
@@ -88,7 +95,7 @@ def costs_table(
     title: str, costs: Mapping[str, StepCost], relative_to: str, runtime: Runtime
 ) -> Table:
     """A row for each alternative, relative to one of them."""
-    table = bench_table(title, runtime, "", "step", "time", "FLOPs", "bytes kept", "peak bytes")
+    table = bench_table(title, runtime, "", "step", "time", "FLOPs", "memory", "its peak")
     for name, cost in costs.items():
         shares = (f"{share:.3f}" for share in vars(cost.relative_to(costs[relative_to])).values())
         table.add_row(name, f"{1e3 * cost.seconds:,.1f} ms", *shares)

@@ -21,6 +21,7 @@ from stochastic_depth.lab.bench.workload import (
     Workload,
     copy_weights,
     step_memory,
+    timm_model,
     training_step,
 )
 from stochastic_depth.lab.options import NetworkName, PeersOptions
@@ -101,15 +102,11 @@ def timm_peers(name: str, rate: float, workload: Workload) -> dict[str, Step]:
     Raises:
         MissingExtraError: without timm.
     """
-    timm = require("timm")
-    options: dict[str, Any] = {"num_classes": 10, "in_chans": workload.channels}
-    if name.startswith("vit"):
-        options["img_size"] = workload.size
-    constant = timm.create_model(name, **options)
+    constant = timm_model(name, workload.size)
     steps = {}
     gates: dict[str, GateKind | None] = {TIMM: None, OURS: "batch", SUBSET: "subset"}
     for peer, gate in gates.items():
-        model = timm.create_model(name, drop_path_rate=rate, **options)
+        model = timm_model(name, workload.size, drop_path_rate=rate)
         copy_weights(constant, model)
         if gate is not None:
             survival = "own" if rate else Uniform(1.0)
@@ -243,7 +240,7 @@ class PeersResult:
             "libraries": {name: _version(name) for name in self.network.libraries},
             f"{self.network.unit}_per_second": {n: self.count / mean for n, mean in means.items()},
             "memory_bytes": dict(self.memory),
-            "memory": MEMORY,
+            "memory": f"{MEMORY}; mean of 5",
             "ours_is_faster_by": {
                 name: mean / means[ours] for name, mean in means.items() if ours and name != ours
             },
@@ -272,7 +269,7 @@ def tables(result: PeersResult, options: PeersOptions, runtime: Runtime) -> Iter
     )
     timings, unit = result.timed.timings, result.network.unit
     yield table_of(title, runtime, timings, result.count, unit, result.memory, result.ours)
-    yield f"memory: {MEMORY}"
+    yield f"memory: {MEMORY}; mean of 5"
     for name, reason in result.missing.items():
         yield f"{name}: {reason}"
 

@@ -24,7 +24,7 @@ from stochastic_depth.train.runtime import Runtime, machine, versions
 
 T = TypeVar("T")
 
-MEMORY = "of a step: on a GPU its peak, else what is kept for backward; mean of 5"
+MEMORY = "of a step: on a GPU its peak, else what is kept for backward"
 
 
 def with_progress(

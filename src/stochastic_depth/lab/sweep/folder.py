@@ -112,7 +112,7 @@ class Grid:
 
 
 FORMAT = 1
-OWN_FILES = {"sweep.json", "lock", "runs", "claims", "gates.json"}
+OWN_FILES = {"sweep.json", "lock", "runs", "claims"}
 
 
 @dataclass(frozen=True)
