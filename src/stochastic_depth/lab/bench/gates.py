@@ -10,12 +10,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError, first_line
+from stochastic_depth.extras import require
 from stochastic_depth.lab.bench.costs import COSTS, StepCost, costs_table, costs_to_json, step_costs
 from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, Workload, timm_model, training_step
 from stochastic_depth.lab.options import GatesOptions
 from stochastic_depth.models import CifarResNet, VisionTransformer
-from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train.build import build_depth
@@ -84,7 +84,7 @@ def build_network(
 
 def _language_model(kind: str, arguments: dict[str, Any]) -> Any:
     """A language model of transformers, without dropout, so that only gates differ."""
-    transformers = library("transformers")
+    transformers = require("transformers")
     try:
         config = transformers.AutoConfig.for_model(kind, use_cache=False, **arguments)
         rates = {n: 0.0 for n, v in vars(config).items() if "drop" in n and isinstance(v, float)}
@@ -104,7 +104,7 @@ def add_adapters(model: nn.Module, layers: tuple[str, ...], rank: int = 8) -> No
         ConfigError: when there are no such layers.
         MissingExtraError: without peft.
     """
-    peft = library("peft")
+    peft = require("peft")
     transposed = any(type(m).__name__ == "Conv1D" for m in model.modules())  # GPT-2's layers
     config = peft.LoraConfig(r=rank, target_modules=[*layers], fan_in_fan_out=transposed)
     try:
