@@ -169,9 +169,9 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
         progress.look([])
         killed = workers.killed()
     points = sweep.grid.points()
-    failed = [point for point in points if sweep.failure(point)]
-    for point in failed:
-        console.say(f"{point.name} failed: {sweep.failure(point)}")
+    failed = {point: why for point in points if (why := sweep.failure(point)) is not None}
+    for point, why in failed.items():
+        console.say(f"{point.name} failed: {why}")
     left = sum(not sweep.ended(point) for point in points)
     console.print(sweep_table(sweep))
     console.say(str(sweep.folder))

@@ -156,6 +156,13 @@ class Sweep:
     def ended(self, point: Point) -> bool:
         return self.done(point) or self.failure(point) is not None
 
+    def journal_size(self, point: Point) -> int:
+        """The size in bytes of a point's journal so far."""
+        try:
+            return (self.path(point) / layout.JOURNAL).lstat().st_size
+        except FileNotFoundError:
+            return 0
+
     def records(self, point: Point) -> list[Record]:
         """The records of a point's journal so far."""
         path = self.path(point)
