@@ -130,6 +130,13 @@ def test_runs_are_put_together_by_all_but_survival_and_seed(compared, survival_s
     assert len(overview([experiment, swept]).rows) == 2
 
 
+def test_constant_depth_alone_is_an_experiment(experiment):
+    (alone,) = experiments(experiment.constant.runs)
+    assert [series.name for series in alone.series] == ["constant depth"]
+    assert [table.title for table in tables(alone)] == ["Test error", "Training time"]
+    assert tiles(alone)[0].label == "Test error, constant depth"
+
+
 def test_schedules_are_named_by_the_settings_that_they_use(experiment):
     (constant, stochastic) = (series.runs[0] for series in experiment.series)
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,27 @@ def test_a_watched_report_is_written_anew_until_every_run_is_finished(tmp_path):
     assert len(list(watching)) == 1
     assert "data-refresh" not in out.read_text()
     assert "finished" in out.read_text()
+
+
+@pytest.mark.parametrize("out", ["report.html", "one/report.html"])
+def test_a_watched_report_is_not_written_anew_for_its_own_sake(
+    out, tmp_path, compared, monkeypatch
+):
+    """A page beside the runs, or in the folder of one, changes the time of that folder."""
+    runs, turns = tmp_path / "runs", []
+    shutil.copytree(compared / "constant-seed0", runs / "one")
+    (runs / "one" / "model.safetensors").unlink()
+
+    def sleep(seconds):
+        turns.append(seconds)
+        if len(turns) == 3:
+            shutil.copytree(compared / "stochastic-seed0", runs / "two")
+        if len(turns) == 6:
+            shutil.copy(compared / "constant-seed0" / "model.safetensors", runs / "one")
+
+    monkeypatch.setattr("stochastic_depth.lab.page.time.sleep", sleep)
+    written = [len(turns) for _ in islice(watch_report([runs], runs / out), 4)]
+    assert written == [0, 3, 6]
 
 
 def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_path):

@@ -339,8 +339,8 @@ def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
 
 def _names(stochastic: list[SurvivalConfig]) -> list[str]:
     """A name for each configuration, made from the settings in which they differ."""
-    if len(stochastic) == 1:
-        return ["stochastic depth"]
+    if len(stochastic) < 2:
+        return ["stochastic depth"] * len(stochastic)
     values = [asdict(survival) for survival in stochastic]
     apart = [k for k in values[0] if len({str(value[k]) for value in values}) > 1]
     names = []
