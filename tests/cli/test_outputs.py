@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from stochastic_depth.cli import main
 from stochastic_depth.cli.export import Export
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.sources import read_run
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import DataConfig, ModelConfig, begin, fit
 from support.runs import SILENT
@@ -102,6 +104,15 @@ def test_a_result_is_written_over_an_earlier_one_of_its_kind(run, capsys):
     assert "net.safetensors is a safetensors file, not a page" in refused(
         capsys, "report RUN --out FILE", run, "net.safetensors"
     )
+
+
+@pytest.mark.parametrize(("here", "given"), [("run", "."), ("run/mine", "..")])
+def test_a_run_that_is_given_without_its_name_has_it(here, given, run, capsys, monkeypatch):
+    Path(here).mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+    assert main(["export", given]) == 0
+    assert capsys.readouterr().out.startswith("run.safetensors (")
+    assert read_run(Path(given)).name == "run"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from stochastic_depth.cli.arguments import Flag, parse, require_run
 from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.train.checks import at_least, check_that
+from stochastic_depth.train.layout import with_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,7 +117,7 @@ def export(arguments: list[str]) -> int:
     asked = parse(Export, "export", arguments)
     require_run(asked.run)
     form = asked.chosen_format()
-    path = asked.out or Path(asked.run.name + SUFFIX[form])
+    path = asked.out or Path(with_name(asked.run).name + SUFFIX[form])
     require_output(path, form)
     require_output(path.with_name(path.name + ".json"), "description")
     from stochastic_depth.cli.console import PlainConsole

@@ -193,6 +193,7 @@ def open_run(path: Path) -> Run:
     Raises:
         RunError: when `path` contains no run, or its `config.json` is not valid.
     """
+    path = layout.with_name(path)
     described = path / layout.CONFIG
     try:
         text = read_file(described, SMALL)

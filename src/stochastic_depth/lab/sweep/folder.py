@@ -212,7 +212,9 @@ def read_sweep(folder: Path) -> Sweep:
         )
     try:
         grid = Grid(**{name: tuple(values) for name, values in found["grid"].items()})
-        return Sweep(folder, found["kind"], grid, Config.from_json(found["config"]))
+        return Sweep(
+            layout.with_name(folder), found["kind"], grid, Config.from_json(found["config"])
+        )
     except (AttributeError, ConfigError, KeyError, TypeError) as error:
         raise RunError(f"{described} is not of a sweep: {error!r}") from error
 
