@@ -1,6 +1,7 @@
 """stochastic-depth train, compare and eval, and the list of recipes."""
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -238,7 +239,7 @@ def compare(arguments: list[str]) -> int:
         from stochastic_depth.train.signals import StopSignals
     folder = asked.out or Path("runs") / f"compare-{config.recipe}"
     seeds = range(config.seed, config.seed + asked.seeds)
-    end = None
+    end = math.inf
     if asked.minutes is not None:
         end = began + 60 * asked.minutes - SECONDS_AT_END
         config = _fit_epochs(config, seeds, folder, end, console)
@@ -249,7 +250,7 @@ def compare(arguments: list[str]) -> int:
             return _say_how_to_resume(console, interrupted, shlex.join(["compare", *arguments]))
     found = comparison.compare_runs(runs)
     console.print(comparison.comparison_table(found))
-    for remark in comparison.remarks(found, asked.config.epochs, config.epochs, asked.seeds):
+    for remark in comparison.remarks(found, asked.config.epochs, asked.seeds):
         console.print(remark)
     for path in comparison.write_comparison(folder, found, runs):
         console.say(str(path))
@@ -259,14 +260,19 @@ def compare(arguments: list[str]) -> int:
 def _fit_epochs(
     config: Config, seeds: Sequence[int], folder: Path, end: float, console: "PlainConsole"
 ) -> Config:
-    """`config`, with as many epochs as fit until `end`; prints what was measured and decided."""
-    from stochastic_depth.lab.pace import epochs_of, measure_pace
+    """`config`, with the epochs of the runs that have begun, or with as many as fit until `end`.
 
-    console.print("measuring how long a training step takes here")
-    pace = measure_pace(config)
-    console.print(pace.described())
-    epochs = epochs_of(folder, config, seeds)
-    if epochs is None:
+    Only where none has begun, training steps are timed, which chooses the number of threads too.
+    """
+    from stochastic_depth.lab.comparison import first_run
+    from stochastic_depth.lab.pace import measure_pace
+
+    if begun := first_run(folder, seeds):
+        epochs = begun.config.epochs
+    else:
+        console.print("measuring how long a training step takes here")
+        pace = measure_pace(config)
+        console.print(pace.described())
         epochs = pace.epochs_in(end - time.monotonic(), config.epochs)
     if epochs < config.epochs:
         console.print(

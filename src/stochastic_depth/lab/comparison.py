@@ -1,12 +1,14 @@
 """Compare stochastic with constant depth: same network, data, seeds and machine, in turns."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from stochastic_depth.errors import RunError
@@ -37,12 +39,12 @@ def train_pairs(
     folder: Path,
     display: Display,
     stop: Callable[[], int | None],
-    end: float | None = None,
+    end: float = math.inf,
 ) -> dict[str, list[Run]]:
     """Train `config` and its twin of constant depth for each seed, in turns by the epoch.
 
     Other load on the machine then affects both. Finished runs are kept, interrupted ones are
-    resumed.
+    resumed, all with the number of threads that the first one began with.
 
     Args:
         end: a time of `time.monotonic`. Before a turn that would end later, the current runs are
@@ -53,12 +55,13 @@ def train_pairs(
         RunError: when `folder` contains runs of another configuration.
     """
     runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
-    a_pair = 0.0
+    if begun := first_run(folder, seeds):
+        torch.set_num_threads(begun.runtime.threads)  # sums are rounded as before
+    longest = 0.0
     for seed in seeds:
-        begun = (folder / f"{KINDS[0]}-seed{seed}").exists()
-        if end is not None and runs[KINDS[0]] and not begun and time.monotonic() + a_pair > end:
-            break
         began = time.monotonic()
+        if runs[KINDS[0]] and began + longest > end:
+            break
         pair, turns = [], []
         with remove_untrained_on_error(pair):
             for kind, chosen in zip(KINDS, twins(config), strict=True):
@@ -72,17 +75,23 @@ def train_pairs(
                 runs[kind].append(run)
         if not finished:
             break
-        a_pair = max(a_pair, time.monotonic() - began)
+        longest = max(longest, time.monotonic() - began)
     return runs
 
 
-def _take_turns(turns: Sequence[Generator[Record]], epochs: int, end: float | None) -> bool:
+def first_run(folder: Path, seeds: Sequence[int]) -> Run | None:
+    """The first run of a comparison that has begun in `folder`; None if none has."""
+    paths = (folder / f"{kind}-seed{seed}" for seed in seeds for kind in KINDS)
+    return next((open_run(path) for path in paths if is_there(path)), None)
+
+
+def _take_turns(turns: Sequence[Generator[Record]], epochs: int, end: float) -> bool:
     """Train one epoch of each in turn to the last; False if another turn would end after `end`."""
     longest, began = 0.0, time.monotonic()
     for records in zip_longest(*turns):
         longest, began = max(longest, time.monotonic() - began), time.monotonic()
         epoch = max(record.epoch for record in records if record is not None)
-        if end is not None and epoch < epochs and began + longest > end:
+        if epoch < epochs and began + longest > end:
             for turn in turns:
                 turn.close()
             return False
@@ -123,18 +132,17 @@ def _recorded(runs: dict[str, list[Run]]) -> Experiment:
     return experiment
 
 
-def remarks(experiment: Experiment, epochs: int, planned: int, seeds: int) -> Iterator[str]:
+def remarks(experiment: Experiment, epochs: int, seeds: int) -> Iterator[str]:
     """What to know about a comparison: why seconds cannot be compared, and where it was stopped.
 
     Args:
-        epochs: the epochs of the configuration that was asked for.
-        planned: the epochs that were to be trained, which may be fewer.
+        epochs: how many epochs were asked for; the runs may have been begun with fewer.
         seeds: how many seeds were to be trained.
     """
     if note := timing_note(experiment.runs):
         yield note
     trained = experiment.series[0].runs
-    reached = trained[0].records[-1].epoch
+    reached, planned = trained[0].records[-1].epoch, experiment.config.epochs
     if reached < epochs / 2:
         yield (
             f"{reached:g} of {count_text(epochs, 'epoch')} are too few to compare errors by: look "
