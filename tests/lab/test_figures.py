@@ -80,6 +80,25 @@ def test_active_blocks_are_counted_over_seeds_and_epochs(experiment):
     assert "on average 4.10 of 6 blocks ran, where 4.25 are expected" in figure.sentence
 
 
+@pytest.mark.parametrize(
+    "settings", [{"balance": True}, {"schedule": ScheduleConfig("early", until=0.5)}]
+)
+def test_active_blocks_of_balanced_gates_and_under_a_schedule_are_drawn(experiment, settings):
+    series = experiment.stochastic[0]
+    survival = replace(series.survival, **settings)
+    runs = tuple(
+        replace(run, run=replace(run.run, config=replace(run.run.config, survival=survival)))
+        for run in series.runs
+    )
+    figure = active_blocks_figure(replace(series, survival=survival, runs=runs))
+    chances = [row["probability"] for row in figure.rows]
+    assert sum(chances) == pytest.approx(1)
+    if survival.balance:
+        assert {n: p for n, p in enumerate(chances) if p} == pytest.approx({4: 0.75, 5: 0.25})
+    else:
+        assert chances[6] > 0.5  # no block is dropped in the second half
+
+
 def test_gates_for_single_samples_have_no_count_of_blocks(experiment):
     series = experiment.stochastic[0]
     assert (

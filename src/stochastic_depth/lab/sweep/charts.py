@@ -9,8 +9,8 @@ import altair as alt
 
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered, log_axis
 from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds, timing_note
-from stochastic_depth.lab.outcomes import CONSTANT, RunOutcome, Series, Spread
-from stochastic_depth.lab.sources import RecordedRun, RecordedSweep
+from stochastic_depth.lab.outcomes import CONSTANT, RunOutcome, Series, Spread, experiments
+from stochastic_depth.lab.sources import RecordedSweep
 from stochastic_depth.lab.style import CONSTANT_COLOUR, HEAT, STOCHASTIC
 
 KEYS = {
@@ -69,15 +69,9 @@ def survival_sweep(sweep: RecordedSweep) -> Figure | None:
 
 
 def _points(sweep: RecordedSweep) -> list[Place]:
-    groups: dict[tuple[str, float], list[RecordedRun]] = {}
-    for run in sweep.finished():
-        survival = run.run.config.survival
-        final = 1.0 if survival.rule == "constant" else survival.final
-        groups.setdefault((survival.rule, final), []).append(run)
-    return [
-        (rule, final, Series(rule, "", runs[0].run.config.survival, tuple(runs)))
-        for (rule, final), runs in sorted(groups.items())
-    ]
+    all_series = (s for experiment in experiments(sweep.finished()) for s in experiment.series)
+    points = ((s.survival.rule, 1.0 if s.constant else s.survival.final, s) for s in all_series)
+    return sorted(points, key=lambda point: point[:2])
 
 
 def _legend(points: list[Place]) -> list[Key]:
