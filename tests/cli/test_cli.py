@@ -278,7 +278,8 @@ def test_compare_shows_both_depths_and_trains_nothing_twice(tmp_path, capsys):
     arguments = ["compare", "digits", *SMALL, "--seeds", "2", "--out", "both"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "time saved, ratio of median epochs" in shown
+    for title in ("ResNet-8 on digits", "Test error", "Training time", "Saving", "FLOPs saved"):
+        assert title in shown
     assert (tmp_path / "both" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "both" / "comparison.json").read_text())
     assert len(content["curves"]["stochastic"]) == 2

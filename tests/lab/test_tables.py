@@ -1,9 +1,11 @@
+import io
 import re
 import statistics
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import ttest_ind
 
 from stochastic_depth.lab.formatting import difference, duration, share
@@ -55,6 +57,10 @@ def test_tables_hold_mean_and_deviation_over_seeds(experiment):
     assert time.rows[0][3] == "1.000"
     assert saving.rows[0][2] == "4.25"
     assert all(len(row) == len(t.head) for t in (error, time, saving) for row in t.rows)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(error.rich())
+    for text in (error.title, *error.head, *error.rows[0], "at the last one"):
+        assert text in console.file.getvalue()
 
 
 def test_the_headline_is_error_time_and_saving_against_the_expected(experiment):

@@ -43,7 +43,7 @@ Go on with a run: stochastic-depth train --resume RUN [--data DIR] [--quiet]
 By N processes: torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
 """
 COMPARE = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
-as a table and a picture: errors, seconds, the saving measured and expected.
+in tables and a picture: errors, seconds, the saving measured and expected.
 
 Started again it goes on where it stopped, and trains nothing twice.
 """
@@ -83,7 +83,7 @@ class Compare:
     out: Folder = None
     """The folder for the runs, the picture and the JSON (none: runs/compare-RECIPE)."""
     quiet: Flag = False
-    """Print only the table."""
+    """Print only the tables."""
 
     def check(self) -> None:
         at_least(1, seeds=self.seeds)
@@ -235,6 +235,7 @@ def compare(arguments: list[str]) -> int:
             require(module, "report")
         from stochastic_depth.lab import comparison
         from stochastic_depth.lab.pace import SECONDS_AT_END
+        from stochastic_depth.lab.tables import tables
         from stochastic_depth.train.display import Display
         from stochastic_depth.train.signals import StopSignals
     folder = asked.out or Path("runs") / f"compare-{config.recipe}"
@@ -249,7 +250,8 @@ def compare(arguments: list[str]) -> int:
         except Interrupted as interrupted:
             return _say_how_to_resume(console, interrupted, shlex.join(["compare", *arguments]))
     found = comparison.compare_runs(runs)
-    console.print(comparison.comparison_table(found))
+    console.say(found.title)
+    console.print(*(table.rich() for table in tables(found)))
     for remark in comparison.remarks(found, asked.config.epochs, asked.seeds):
         console.print(remark)
     for path in comparison.write_comparison(folder, found, runs):

@@ -9,12 +9,11 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import is_there, write_whole
 from stochastic_depth.lab.drawing import file_png
-from stochastic_depth.lab.formatting import count_text, plus_minus, share, timing_note
+from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.sources import read_run
 from stochastic_depth.lab.training_curves import training_curves, training_time
@@ -133,14 +132,12 @@ def _recorded(runs: dict[str, list[Run]]) -> Experiment:
 
 
 def remarks(experiment: Experiment, epochs: int, seeds: int) -> Iterator[str]:
-    """What to know about a comparison: why seconds cannot be compared, and where it was stopped.
+    """What to know about a comparison that was not trained in full.
 
     Args:
         epochs: how many epochs were asked for; the runs may have been begun with fewer.
         seeds: how many seeds were to be trained.
     """
-    if note := timing_note(experiment.runs):
-        yield note
     trained = experiment.series[0].runs
     reached, planned = trained[0].records[-1].epoch, experiment.config.epochs
     if reached < epochs / 2:
@@ -163,16 +160,11 @@ def write_comparison(
     The picture has the training loss, the test error and the seconds of an epoch. The JSON has the
     results, the curves behind them, and where they were measured.
     """
-    title, picture, results = _title(experiment), folder / "comparison.png", _recorded(runs)
+    picture, results = folder / "comparison.png", _recorded(runs)
+    title = ", ".join(filter(None, (results.title, results.progress)))
     write_whole(picture, file_png(title, training_curves(results), training_time(results)))
     write_whole(folder / "comparison.json", _to_json(experiment, runs))
     return picture, folder / "comparison.json"
-
-
-def _title(experiment: Experiment) -> str:
-    config, epoch = experiment.config, experiment.series[0].runs[0].records[-1].epoch
-    epochs = f"{epoch:g} epoch{'s' * (epoch != 1)}"
-    return f"{config.data.name}, {config.model.kind} {config.model.depth}, {epochs}"
 
 
 def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
@@ -196,38 +188,3 @@ def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
         },
     }
     return json.dumps(content, indent=1).encode() + b"\n"
-
-
-def comparison_table(experiment: Experiment) -> Table:
-    """Constant and stochastic depth, in a column each."""
-    constant, stochastic = experiment.series
-    cost, count = stochastic.cost, len(constant.runs)
-    table = Table(title=_title(experiment), title_justify="left", caption_justify="left")
-    table.add_column("1 seed" if count == 1 else f"mean ± deviation, {count} seeds")
-    table.add_column("constant", justify="right")
-    table.add_column("stochastic", justify="right")
-    for name, field, unit in (
-        ("test error, best validation", "test_error_best", " %"),
-        ("test error, last epoch", "test_error_last", " %"),
-        ("seconds of training", "seconds", " s"),
-        ("active blocks", "active_blocks", ""),
-    ):
-        spreads = (getattr(series.outcome, field) for series in experiment.series)
-        table.add_row(name, *(f"{plus_minus(spread)}{unit}" for spread in spreads))
-    table.add_row("active blocks, expected", f"{len(cost.survival)}", f"{sum(cost.survival):g}")
-    typical = _typical(experiment)
-    each = (f"{series.interval_seconds:.3g} s" for series in experiment.series)
-    table.add_row(f"seconds of the {typical}", *each)
-    table.add_section()
-    saved = experiment.time_saved(stochastic)
-    if saved is not None:
-        table.add_row(f"time saved, ratio of {typical}s", "", share(saved))
-    table.add_row("FLOPs saved, expected", "", share(cost.saving))
-    return table
-
-
-def _typical(experiment: Experiment) -> str:
-    """What `interval_seconds` are the seconds of."""
-    config = experiment.series[-1].runs[0].run.config
-    average = "median" if config.survival.schedule.kind == "none" else "mean"
-    return f"{average} {'epoch' if config.evaluate_every is None else 'interval'}"
