@@ -192,7 +192,7 @@ def test_where_the_best_checkpoint_is_damaged_the_last_one_is_a_remedy(run, caps
 def test_a_run_that_has_measured_nothing_is_named(run, capsys):
     (run / "metrics.jsonl").write_bytes(b"")
     assert main(["report", str(run)]) == 0
-    assert f"nothing measured yet in {run}: its journal is empty" in capsys.readouterr().out
+    assert f"No record in the journal yet: {run}.\n" in capsys.readouterr().out
 
 
 def test_a_damaged_onnx_file_is_to_be_exported_again(run, capsys, tmp_path):

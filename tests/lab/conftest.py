@@ -69,7 +69,7 @@ def page(
     out = tmp_path_factory.mktemp("page") / "report.html"
     sources = [compared, survival_sweep, depth_sweep, gates_sweep, benchmark_file]
     made = write_report(sources, out)
-    assert made.missing == ()
+    assert made.commands == ()
     return out
 
 
