@@ -15,7 +15,6 @@ from stochastic_depth.train.checks import at_least
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
-    from stochastic_depth.export.depths import Progress
     from stochastic_depth.lab.outcomes import Experiment
     from stochastic_depth.lab.sources import TrainedNetwork
 
@@ -151,7 +150,7 @@ class Ensemble(NetworkQuestion):
             question.refuse_constant(recorded.run)
         found: dict[str, Any] = {}
         for network in self.networks(asked):
-            with progress_bar(console, network.run.path.name) as progress:
+            with console.progress(network.run.path.name) as progress:
                 found[network.run.id] = question.load_or_measure_ensemble(
                     network, self.subnetworks, self.seed, progress, self.again
                 )
@@ -184,7 +183,7 @@ class Pruning(NetworkQuestion):
         asked = self.experiments()
         found: dict[str, Any] = {}
         for network in self.networks(asked):
-            with progress_bar(console, network.run.path.name) as progress:
+            with console.progress(network.run.path.name) as progress:
                 found[network.run.id] = question.load_or_measure_curves(
                     network, self.settings, progress, self.again
                 )

@@ -90,7 +90,7 @@ def _lock(sweep: Sweep, point: Point) -> FileLock | None:
     path = _claim_file(sweep, point)
     lock = FileLock(path, timeout=0)
     try:
-        require_writable(path, real_parts=2)
+        require_writable(path, inside=sweep.folder)
         lock.acquire()
     except Timeout:
         return None
