@@ -322,7 +322,7 @@ class _Finder:
         """
         found = []
         for block, events in pairs:
-            block = _outside_functions(block, events, training.functions)
+            block = _outside_functions(block, events, training.analysis.functions)
             block = _called_alike(block, evaluation, training.analysis)
             block = as_both_need(block, training.counterparts, training.analysis)
             found.append(with_counterparts(block, training.counterparts))

@@ -5,29 +5,24 @@ example under `if self.training:`. Its one gate must close both. Other blocks ru
 only, for example those of an auxiliary head.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.addition_functions import ADDITIONS, by_position
+from stochastic_depth.errors import StochasticDepthError, UnsupportedBlockError
 from stochastic_depth.surgery.blocks import FoundBlock, Unit
 from stochastic_depth.surgery.droppath import disable_drop_paths
 from stochastic_depth.surgery.edits import DeferredEdit
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.find.deferred_groups import deferred_edits, deferred_groups
-from stochastic_depth.surgery.frames import CallSite, call_site_of
 from stochastic_depth.surgery.record.additions import discover
 from stochastic_depth.surgery.record.branch_source import Addition
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis, Group
 from stochastic_depth.surgery.record.rejected import Rejected
-from stochastic_depth.torch_private import function_around
 
 Rewrite = Callable[[Addition], Unit]
 """Rewrites the methods that make an addition, or raises `UnsupportedBlockError`."""
@@ -45,8 +40,6 @@ class InTraining:
     """For each event of evaluation, the same event in training mode."""
     analysis: Analysis
     rejected: list[Rejected]
-    functions: Mapping[CallSite, str]
-    """Expressions that add inside an `autograd.Function`, each with the name of that function."""
 
 
 def added_in_training(
@@ -57,7 +50,7 @@ def added_in_training(
     analysis: Analysis,
     count_flops: bool,
 ) -> InTraining | None:
-    """Record a pass in training mode, if it may differ from evaluation; otherwise return None.
+    """Record a pass in training mode; returns None if it cannot differ from evaluation.
 
     It differs if training mode makes more additions. It may also differ if evaluation does not use
     everything that a module of a deferred branch returns, because a loss may use the rest.
@@ -69,22 +62,19 @@ def added_in_training(
     try:
         with preserve_state(model), torch.enable_grad():
             model.train()
-            try:
-                with _Sites() as sites:
-                    run()
-            except Exception:  # the model cannot train on the example
-                return None
-            adds_more = not sites.seen <= analysis.sites or sites.functions
-            if not adds_more and not any(_gives_more(block, analysis) for block in found):
-                return None
             now, analysis_now, rejected = discover(
                 model, run, count_flops=count_flops, gradients=True
             )
+    except StochasticDepthError:  # the model cannot train on the example
+        return None
     finally:
         for setting in changed_settings:
             setting.restore()
+    adds_more = not analysis_now.sites <= analysis.sites or analysis_now.functions
+    if not adds_more and not any(_gives_more(block, analysis) for block in found):
+        return None
     new, counterparts = _matched(additions, analysis, now, analysis_now)
-    return InTraining(now, tuple(new), counterparts, analysis_now, rejected, sites.functions)
+    return InTraining(now, tuple(new), counterparts, analysis_now, rejected)
 
 
 def _gives_more(block: FoundBlock, analysis: Analysis) -> bool:
@@ -146,30 +136,6 @@ def _runs(event: AdditionEvent, analysis: Analysis) -> frozenset[str]:
 def _is_known(runs: frozenset[str], known: Iterable[frozenset[str]]) -> bool:
     """Whether a branch is one of those that the same expression adds in evaluation."""
     return any(runs == before or not runs.isdisjoint(before) for before in known)
-
-
-class _Sites(TorchFunctionMode):
-    """While entered, counts how often each expression adds two tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[CallSite] = Counter()
-        self.functions: dict[CallSite, str] = {}
-        """The expressions that add inside an `autograd.Function`, each with the name of that
-        function."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in ADDITIONS:
-            operands, _ = by_position(args, kwargs or {})
-            both = all(isinstance(operand, Tensor) for operand in operands[:2])
-            if both and len(operands) > 1:
-                frame = sys._getframe(1)
-                self.seen[call_site_of(frame)] += 1
-                if function := function_around(frame):
-                    self.functions[call_site_of(frame)] = function
-        return func(*args, **(kwargs or {}))
 
 
 def with_training_additions(

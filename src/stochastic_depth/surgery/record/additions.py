@@ -74,7 +74,7 @@ def discover(
                 "tuple of arguments, or a mapping of keyword arguments"
             ) from error
     outputs = search.recording.numbers(output)
-    analysis = Analysis(search.recording, outputs, is_mixing, search.sites)
+    analysis = Analysis(search.recording, outputs, is_mixing, search.sites, search.functions)
     analysis.output = output
     additions = search.result(outputs)
     return additions, analysis, list(search.rejections.rejected.values())
@@ -92,6 +92,9 @@ class _Search:
         """How often each expression has been evaluated."""
         self.sites: Counter[CallSite] = Counter()
         """How often each expression has added two tensors."""
+        self.functions: dict[CallSite, str] = {}
+        """The expressions that add inside an `autograd.Function`, each with the name of that
+        function."""
         self.added: dict[tuple[CodeType, int, int], list[int]] = {}
         """For each expression and each value that it has added, the results of these additions."""
         self.couplings: dict[int, tuple[Addition, Rejected]] = {}
@@ -168,6 +171,7 @@ class _Search:
             return
         if function := function_around(frame):
             reason = own_backward(function)
+            self.functions[call_site_of(frame)] = function
         if side is not None and not reason and (left, right)[side] not in repeated:
             identity = left in reached[1] or right in reached[0]
             self._join(self._located(left, right, side, identity, total, frame))

@@ -112,6 +112,8 @@ class Analysis:
         outputs: the numbers of the values that the model has returned.
         mixes: whether a function, given by name, mixes values; every branch calls such a function.
         sites: how often each expression has added two tensors.
+        functions: the expressions that add inside an `autograd.Function`, each with the name of
+            that function.
     """
 
     def __init__(
@@ -120,9 +122,10 @@ class Analysis:
         outputs: set[int],
         mixes: Callable[[str], bool],
         sites: Counter[CallSite],
+        functions: Mapping[CallSite, str],
     ) -> None:
         self.recording, self.outputs, self.mixes = recording, outputs, mixes
-        self.sites = sites
+        self.sites, self.functions = sites, functions
         self.output: Any = None
         """The output of the model."""
         self.totals: set[int] = set()
