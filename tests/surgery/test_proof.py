@@ -632,6 +632,16 @@ def test_other_inputs_that_take_another_path_are_left_out():
     assert [block.name for block in handle.blocks] == ["blocks.0", "blocks.2"]
 
 
+class TakesNoTokens(Trunk):
+    def forward(self, x, tokens):
+        return super().forward(x) + tokens.sum(-1, keepdim=True)
+
+
+def test_an_input_may_be_empty():
+    tokens = torch.zeros(len(X), 0, dtype=torch.long)
+    assert len(sd.apply(TakesNoTokens(), example=(X, tokens)).blocks) == 3
+
+
 def test_an_optimizer_that_steps_in_the_backward_pass_does_not_step_during_the_proof():
     torch.manual_seed(0)
     model = Trunk()

@@ -52,6 +52,7 @@ def _with_signs(tensor: Tensor) -> Tensor:
         source = torch.Generator("cpu").manual_seed(0)
         flips = torch.randint(2, tensor.shape, generator=source, device="cpu")
         changed = changed * (1 - 2 * flips).to(tensor)
-    if tensor.ndim > (2 if tensor.is_floating_point() else 1) and tensor.dtype != torch.bool:
+    padded = tensor.ndim > (2 if tensor.is_floating_point() else 1) and tensor.dtype != torch.bool
+    if padded and tensor.numel():
         changed[0, -1] = 0
     return changed
