@@ -27,7 +27,7 @@ from stochastic_depth.extras import import_torchvision
 from stochastic_depth.models.published import published
 from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.example import caller
-from stochastic_depth.surgery.proof.training_steps import train_once
+from stochastic_depth.surgery.proof.training import train_once
 from stochastic_depth.timing import take_turns
 
 PUBLISHED = {

@@ -1,5 +1,6 @@
 """What is proved is what runs: training mode, no hooks, samples, and nothing is left behind."""
 
+import contextlib
 import copy
 import itertools
 import random
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
-from stochastic_depth.surgery.proof.gated import closed_sets
+from stochastic_depth.surgery.proof.gated import Gated, closed_sets
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -51,11 +52,35 @@ class Trunk(nn.Module):
 def test_sets_of_closed_blocks_tell_each_pair_apart_in_logarithmic_number(blocks, number):
     sets = closed_sets(blocks)
     assert len(sets) == number
-    assert not blocks or sets[0] == set(range(blocks))
+    assert not blocks or sets[0] == list(range(blocks))
     assert all(sets)
     for one, other in itertools.combinations(range(blocks), 2):
         assert any(one in each and other not in each for each in sets)
         assert any(other in each and one not in each for each in sets)
+
+
+class Counted(Trunk):
+    """Counts its forward passes."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Plain() for _ in range(blocks))
+        self.passes = itertools.count()
+
+    def forward(self, x):
+        next(self.passes)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("gate", ["batch", "sample"])
+def test_without_time_one_set_of_blocks_is_closed_however_many_there_are(gate):
+    def passes(blocks: int, budget: float | None) -> int:
+        model = Counted(blocks)
+        assert len(sd.apply(model, example=X, gate=gate, budget=budget).blocks) == blocks
+        return next(model.passes)
+
+    assert passes(12, budget=0.0) == passes(1, budget=None)
+    assert passes(12, budget=100.0) == passes(12, budget=None) > passes(12, budget=0.0)
 
 
 class SkipsLayersInTheLoop(Trunk):
@@ -873,3 +898,18 @@ def test_the_factor_is_proved_for_blocks_of_training_mode_alone_too():
                 expected = expected + 2 * gate * torch.relu(block.f(expected))
         with handle.forced(gates):
             torch.testing.assert_close(model.train()(x), expected)
+
+
+def test_an_original_that_is_not_the_model_of_before_is_noticed(monkeypatch):
+    @contextlib.contextmanager
+    def original(gated, *_):
+        weight = gated.model.stem.weight
+        weight.data.mul_(2)
+        try:
+            yield
+        finally:
+            weight.data.div_(2)
+
+    monkeypatch.setattr(Gated, "original", original)
+    with pytest.raises(UnsupportedBlockError, match="is not itself again when its gates are taken"):
+        sd.apply(Trunk(), example=X)

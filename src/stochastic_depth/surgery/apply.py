@@ -61,8 +61,9 @@ def apply(
     every gate open, the outputs equal the original's bit for bit. Several sets of blocks are
     closed, such that for any two blocks some set closes the first and not the second; the outputs
     equal those of the original model in which the additions of these blocks return their shortcut.
-    A training step works. The proof needs memory for one to two more copies of the parameters and
-    buffers. A model that is built from `sd.Residual` units needs no example.
+    This holds in evaluation and in training mode, and training steps work. The proof needs memory
+    for one to two more copies of the parameters and buffers. A model that is built from
+    `sd.Residual` units needs no example.
 
     Drop paths inside the blocks (of timm, torchvision or transformers) and the layerdrop of
     transformers are set to rate 0 until `sd.remove`, because stochastic depth replaces them.
@@ -117,8 +118,9 @@ def apply(
             momentum and weight decay still move the parameters. "freeze" leaves it None, so that
             the optimizer leaves them alone.
         seed: chooses the sequence of gates.
-        budget: about how many seconds the proof may take; the first set of closed blocks is always
-            tried. The number of passes grows with log2 L. By default all of them are run.
+        budget: about how many seconds the proof may take. When they are over, no further set of
+            blocks is closed; the first set, all blocks, is always tried in both modes. By default
+            all sets are tried, and the number of passes grows with log2 L.
 
     Returns:
         The handle: probabilities, gates, and the state for checkpoints. Blocks are numbered in the

@@ -233,5 +233,14 @@ def _put_and_prove(
             if why:
                 raise unsupported(block.name, block.module, why)
         return Proved(blocks, 0, math.nan, {})
-    deadline = math.inf if budget is None else time.monotonic() + budget / 2
-    return prove(model, example, found, gate, scale, put, model, deadline)
+    deadline = math.inf if budget is None else time.monotonic() + budget
+    return prove(
+        model,
+        example,
+        found,
+        gate=gate,
+        scale=scale,
+        put_gates=put,
+        forward=model,
+        deadline=deadline,
+    )

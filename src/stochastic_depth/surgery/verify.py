@@ -15,7 +15,7 @@ from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.proof.prove import prove
-from stochastic_depth.surgery.proof.training_steps import train_once
+from stochastic_depth.surgery.proof.training import train_once
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.timing import take_turns
 
@@ -65,9 +65,10 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     With every gate open, the outputs equal those of the original model, bit for bit. Several sets
     of blocks are closed, such that for any two blocks some set closes the first and not the second;
     the outputs equal those of the original model in which the additions of these blocks return
-    their shortcut. No module of a closed branch is called, and a training step works. With gates
-    for single samples, half of the samples have the same outputs as among all. `sd.apply` checks
-    the same. Then forward and backward passes are timed, in turns. The model is not changed.
+    their shortcut, in evaluation and in training mode. No module of a closed branch is called, and
+    training steps work. With gates for single samples, half of the samples have the same outputs as
+    among all. `sd.apply` checks the same. Then forward and backward passes are timed, in turns. The
+    model is not changed.
 
     Args:
         model: a model that `sd.apply` was called on.
@@ -104,8 +105,8 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         model,
         example,
         applied.found,
-        handle.gate,
-        handle.scale,
+        gate=handle.gate,
+        scale=handle.scale,
         put_gates=lambda half: blocks,
         forward=forward,
         deadline=math.inf,

@@ -14,7 +14,6 @@ from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
 from stochastic_depth.surgery.example import Example, caller, preserve_state
-from stochastic_depth.surgery.proof.gated import in_training
 from stochastic_depth.surgery.proof.reference import bypassed
 from stochastic_depth.surgery.rewrite.select_samples import HOLDS_SAMPLES, SeenShapes, record_shapes
 from stochastic_depth.tensors import largest_difference, tensors_in
@@ -188,12 +187,11 @@ def _shapes(
 ) -> Mapping[Any, Any]:
     """The shapes of tensors that enter branches; empty if the model cannot train on the example."""
     gate = Gate(samples=torch.arange(batch, device="cpu"), batch=batch)
-    gates = in_training(blocks, [gate] * len(blocks)) if training else force(blocks, gate)
     seen: SeenShapes = {}
     with preserve_state(model), torch.no_grad():
         model.train(training)
         try:
-            with gates, record_shapes() as seen:
+            with force(blocks, gate), record_shapes() as seen:
                 run()
         except Exception:
             if not training:

@@ -14,6 +14,7 @@ from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.deferred.placeholder import Reason, why_computed
 from stochastic_depth.surgery.example import preserve_state
+from stochastic_depth.surgery.install import ungated
 from stochastic_depth.tensors import tensors_in
 
 
@@ -136,11 +137,11 @@ def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
 
 
 def calls_if_finite(model: nn.Module, run: Callable[..., Any]) -> Counter[str] | None:
-    """How often each module is called in evaluation mode.
+    """How often each module is called in evaluation mode. Gates that the model has are ignored.
 
     None if the model cannot run, or an output is not finite.
     """
-    with preserve_state(model), torch.no_grad():
+    with preserve_state(model), ungated(model), torch.no_grad():
         model.eval()
         try:
             with counted_calls(model) as calls:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,16 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Block, force, set_training_gates
+from stochastic_depth.block import Block, force
 from stochastic_depth.choices import GateKind, Scale
 from stochastic_depth.gates import OPEN, Gate
 from stochastic_depth.surgery.blocks import FoundBlock
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.reference import bypassed
-
-HALF = 0.5
-TIMES_HALF = Gate(factor=torch.full((), HALF, dtype=torch.float64, device="cpu"))
-"""The branch is multiplied by 0.5, which floating-point numbers of every type are exactly."""
 
 
 @dataclass(frozen=True)
@@ -37,28 +34,29 @@ class Gated:
     batch: int | None
     """The number of samples in the example; None if a gate is for the whole mini-batch."""
     run: Callable[..., Any]
-    """Calls the model on the example; its argument is a seed for the random number generators."""
-    step: Callable[..., Any]
-    """As `run`, without the hooks that draw gates in training mode."""
-    other_step: Callable[..., Any]
-    """As `step`, on other inputs than the example if the model can run on them."""
+    """Calls the model on the example; its argument is a seed for the random number generators. In
+    training mode it leaves out the hooks that draw gates."""
+    other: Callable[..., Any]
+    """As `run`, on other inputs than the example if the model can run on them."""
+    deadline: float
+    """A time of `time.monotonic()`, after which no further set of blocks is closed."""
 
     @property
     def everything(self) -> list[int]:
         """The numbers of all blocks."""
         return list(range(len(self.found)))
 
-    @contextmanager
-    def evaluated_with(self, gate: Gate, numbers: Collection[int]) -> Iterator[None]:
-        """While entered, the blocks `numbers` have `gate` in evaluation, and others are open."""
-        with force(self.blocks, OPEN), force([self.blocks[n] for n in numbers], gate):
-            yield
+    def sets(self) -> Iterator[list[int]]:
+        """The sets of blocks to close; after the deadline there are no more, but always one."""
+        for number, closed in enumerate(closed_sets(len(self.found))):
+            if number and time.monotonic() > self.deadline:
+                return
+            yield closed
 
     @contextmanager
-    def trained_with(self, gate: Gate, numbers: Collection[int]) -> Iterator[None]:
-        """While entered, the blocks `numbers` have `gate` in training mode, and others are open."""
-        gates = [gate if n in numbers else OPEN for n in self.everything]
-        with in_training(self.blocks, gates):
+    def with_gate(self, gate: Gate, numbers: Collection[int] = ()) -> Iterator[None]:
+        """While entered, the blocks `numbers` have `gate` in both modes, and others are open."""
+        with force(self.blocks, [gate if n in numbers else OPEN for n in self.everything]):
             yield
 
     @contextmanager
@@ -76,7 +74,7 @@ class Gated:
 
     def half(self, batch: int) -> tuple[Gate, Tensor]:
         """A gate that is open for every other sample, and a mask of these samples: bool [batch]."""
-        keep = every_other_kept(batch)
+        keep = torch.arange(batch, device="cpu") % 2 == 0
         if self.gate == "sample":
             return Gate(keep=keep, batch=batch), keep
         return Gate(samples=keep.nonzero().flatten(), batch=batch), keep
@@ -94,22 +92,7 @@ class Gated:
         return Gate(factor=factor, samples=samples, batch=self.batch)
 
 
-@contextmanager
-def in_training(blocks: Sequence[Block], gates: Sequence[Gate]) -> Iterator[None]:
-    """While entered, `blocks` have these gates in training mode; afterwards they have none."""
-    set_training_gates(blocks, gates)
-    try:
-        yield
-    finally:
-        set_training_gates(blocks, [None] * len(blocks))
-
-
-def every_other_kept(batch: int) -> Tensor:
-    """A mask of every other sample: bool [batch]."""
-    return torch.arange(batch, device="cpu") % 2 == 0
-
-
-def closed_sets(blocks: int) -> list[frozenset[int]]:
+def closed_sets(blocks: int) -> list[list[int]]:
     """Sets of blocks to close: all blocks, and then a separating family.
 
     A separating family: for any two blocks, some set closes the first and not the second. It is the
@@ -119,26 +102,10 @@ def closed_sets(blocks: int) -> list[frozenset[int]]:
     """
     numbers = range(blocks)
     if blocks < 2:
-        return [frozenset(numbers)] if blocks else []
+        return [list(numbers)] if blocks else []
     sets = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= blocks)
     selections = list(zip(numbers, itertools.combinations(range(sets), sets // 2), strict=False))
     return [
-        frozenset(numbers),
-        *(frozenset(n for n, selection in selections if each in selection) for each in range(sets)),
+        list(numbers),
+        *([n for n, selection in selections if each in selection] for each in range(sets)),
     ]
-
-
-def smallest(
-    numbers: list[int], why: str, wrong: Callable[[list[int]], str]
-) -> tuple[list[int], str]:
-    """The smallest set of blocks that a bisection finds to be wrong, and what is wrong with it.
-
-    Args:
-        why: what is wrong with all of `numbers`.
-        wrong: returns what is wrong with a part of them; empty if nothing is.
-    """
-    middle = len(numbers) // 2
-    for part in (numbers[:middle], numbers[middle:]):
-        if part and len(part) < len(numbers) and (found := wrong(part)):
-            return smallest(part, found, wrong)
-    return numbers, why

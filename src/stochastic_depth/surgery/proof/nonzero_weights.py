@@ -5,6 +5,7 @@ LayerScale of 1e-6 of ConvNeXt, or the gates of a diffusion transformer. Then a 
 same outputs as a right one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,9 @@ Originals = list[tuple[nn.Parameter, Tensor]]
 
 
 @contextmanager
-def nonzero_weights(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+def nonzero_weights(
+    model: nn.Module, run: Callable[..., Any], usual: Counter[str] | None
+) -> Iterator[None]:
     """While entered, trainable parameters that are zero or nearly zero have random values.
 
     The values are the same each time. If the model cannot run with them, or takes another path,
@@ -31,16 +34,16 @@ def nonzero_weights(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]
 
     Args:
         run: calls the model on the example.
+        usual: how often that calls each module; None if that is not known.
     """
     originals = [
         (parameter, parameter.detach().clone())
         for parameter in model.parameters()
         if parameter.requires_grad and _vanishes(parameter)
     ]
-    usual = calls_if_finite(model, run) if originals else None
     try:
         _randomise(originals)
-        if usual is not None and calls_if_finite(model, run) != usual:
+        if originals and usual is not None and calls_if_finite(model, run) != usual:
             _restore(originals)
         yield
     finally:

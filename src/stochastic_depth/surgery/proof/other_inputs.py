@@ -4,6 +4,7 @@ On them a closed block shows what it leaves undone: a mask that it keeps on a sh
 later blocks, or a change in place that the example happens not to need.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -14,14 +15,16 @@ from stochastic_depth.surgery.proof.call_counts import calls_if_finite
 from stochastic_depth.tensors import replace_tensors, tensors_in
 
 
-def other_inputs(model: nn.Module, example: Example) -> Example:
+def other_inputs(model: nn.Module, example: Example, usual: Counter[str] | None) -> Example:
     """Inputs of `model` other than the example; the example itself if it cannot run on others.
 
     Samples are in another order. If the model has finite outputs for them, numbers have random
-    signs too, and the first sample ends with a zero, as padding does. The model must have no gates,
-    and takes the same path on these inputs.
+    signs too, and the first sample ends with a zero, as padding does. The model takes the same path
+    on these inputs.
+
+    Args:
+        usual: how often each module is called on the example; None if that is not known.
     """
-    usual = calls_if_finite(model, caller(model, example))
     for change in (_with_signs, _in_another_order):
         other = _changed(example, change)
         calls = calls_if_finite(model, caller(model, other))

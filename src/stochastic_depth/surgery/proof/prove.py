@@ -13,11 +13,12 @@ from stochastic_depth.surgery.blocks import FoundBlock
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.batch_dimension import check_samples
-from stochastic_depth.surgery.proof.evaluation import check_evaluation, reference_outputs
+from stochastic_depth.surgery.proof.call_counts import calls_if_finite
+from stochastic_depth.surgery.proof.evaluation import check_evaluation, untouched_outputs
 from stochastic_depth.surgery.proof.gated import Gated
 from stochastic_depth.surgery.proof.nonzero_weights import nonzero_weights
 from stochastic_depth.surgery.proof.other_inputs import other_inputs
-from stochastic_depth.surgery.proof.training_steps import check_training
+from stochastic_depth.surgery.proof.training import check_training
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def prove(
     model: nn.Module,
     example: Example,
     found: Sequence[FoundBlock],
+    *,
     gate: GateKind,
     scale: Scale,
     put_gates: Callable[[Example], Sequence[Block]],
@@ -49,24 +51,27 @@ def prove(
         put_gates: puts the gates into `model`, or returns the blocks that have them already. Its
             argument is `example` with half of the samples; all of them with gate="batch".
         forward: calls `model` without the hooks that draw gates in training mode.
-        deadline: a time of `time.monotonic()`, after which no further set of blocks is begun.
+        deadline: a time of `time.monotonic()`, after which no further set of blocks is closed.
 
     Raises:
         UnsupportedBlockError: when a block does not do what it should.
         ApplyError: when the model returns no tensor, or its first dimension is not the batch.
     """
-    run = caller(model, example)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (forward if model.training else model)(*args, **kwargs)
+
+    run = caller(call, example)
     batch = None if gate == "batch" else batch_size(example)
-    with nonzero_weights(model, run):
+    usual = calls_if_finite(model, run)
+    with nonzero_weights(model, run, usual):
         with ungated(model):
             half = example if batch is None else check_samples(model, example, found, batch)
-            others = other_inputs(model, example)
-            other = run if others is example else caller(model, others)
-            reference = reference_outputs(model, run, other, found, batch, deadline)
+            others = other_inputs(model, example, usual)
+            untouched = untouched_outputs(model, run)
+        other = run if others is example else caller(call, others)
         blocks = put_gates(half)
-        step = caller(forward, example)
-        other_step = step if others is example else caller(forward, others)
-        gated = Gated(model, found, blocks, gate, scale, batch, run, step, other_step)
-        difference = check_evaluation(gated, reference)
+        gated = Gated(model, found, blocks, gate, scale, batch, run, other, deadline)
+        sets, difference = check_evaluation(gated, untouched)
         resets = check_training(gated)
-    return Proved(blocks, len(reference.closed), difference, resets)
+    return Proved(blocks, sets, difference, resets)

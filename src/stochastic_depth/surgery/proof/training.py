@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import (
     AdditionNotReachedError,
@@ -19,8 +20,8 @@ from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
-from stochastic_depth.surgery.proof.gated import Gated, smallest
-from stochastic_depth.surgery.proof.training_outputs import compare_training
+from stochastic_depth.surgery.proof.comparison import Comparison, smallest, trials
+from stochastic_depth.surgery.proof.gated import Gated
 from stochastic_depth.tensors import tensors_in
 
 TRAINING_PASSES = 4
@@ -49,7 +50,7 @@ def check_training(gated: Gated) -> dict[str, Any]:
             opened = _attributes(gated.model)
             _closed_runs_nothing(gated, usual)
             resets = _attributes_set(gated, before, opened)
-            compare_training(gated)
+            _compare(gated)
             for first in (1, 0):  # every other block, so that each is closed in one step
                 closed = gated.everything[first::2]
                 if why := _why_not_trained(gated, closed):
@@ -75,7 +76,7 @@ def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _passes_reach_every_block(gated: Gated) -> CallCounts:
     """Check that passes with all gates open run every block; returns the calls of the first."""
-    with gated.trained_with(OPEN, ()):
+    with gated.with_gate(OPEN):
         passes = [_counted(gated, seed) for seed in range(TRAINING_PASSES)]
     names = {module: name for name, module in gated.model.named_modules()}
     for block in gated.found:
@@ -91,9 +92,45 @@ def _closed_runs_nothing(gated: Gated, usual: CallCounts) -> None:
         usual: the calls with every block open.
     """
     for _ in range(2):  # the second pass may use what the first has left
-        with gated.trained_with(CLOSED, gated.everything):
+        with gated.with_gate(CLOSED, gated.everything):
             called = _counted(gated, 0)
         refuse_running(gated.found, usual, called, "in training mode ")
+
+
+def _compare(gated: Gated) -> None:
+    """Compare the model with its original.
+
+    Dropout is disabled in both, because a closed branch draws no random numbers.
+    """
+    with preserve_state(gated.model) as restore, _SteadyDropout(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # checkpoints warn of inputs without gradients
+        comparison = Comparison(gated, restore)
+        for trial in trials(gated):
+            comparison.check(trial)
+
+
+class _SteadyDropout(TorchFunctionMode):
+    """While entered, dropout draws no random numbers.
+
+    It keeps every value; in place, it halves every value. So a branch that changes its shortcut in
+    place is noticed, because a closed block does not change it.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if "dropout" in name and args and isinstance(args[0], Tensor):
+            given = dict(zip(("p", "training", "inplace"), args[1:], strict=False)) | kwargs
+            drops = given.get("training", given.get("train", True)) and given.get("p") != 0
+            in_place = name.endswith("_") or given.get("inplace")
+            return args[0].mul_(0.5) if drops and in_place else args[0] + 0
+        if name == "scaled_dot_product_attention":
+            kwargs.pop("dropout_p", None)
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        elif name == "multi_head_attention_forward":
+            kwargs["training"] = False
+        return func(*args, **kwargs)
 
 
 def _fails_closed(gated: Gated, closed: list[int], why: str) -> UnsupportedBlockError:
@@ -134,7 +171,7 @@ def _why_original_fails(gated: Gated) -> str:
     """Why the original model cannot take a training step on the example; empty if it can."""
     try:
         with gated.original():
-            train_once(gated.step)
+            train_once(gated.run)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -143,8 +180,8 @@ def _why_original_fails(gated: Gated) -> str:
 def _why_not_trained(gated: Gated, closed: list[int]) -> str:
     """Why a training step with the blocks `closed` fails; empty if it does not."""
     try:
-        with gated.trained_with(CLOSED, closed):
-            train_once(gated.step)
+        with gated.with_gate(CLOSED, closed):
+            train_once(gated.run)
     except StochasticDepthError:
         raise
     except Exception as error:
@@ -154,7 +191,7 @@ def _why_not_trained(gated: Gated, closed: list[int]) -> str:
 
 def _counted(gated: Gated, seed: int) -> CallCounts:
     with counted_calls(gated.model) as calls:
-        refuse_cache(gated.step(seed))
+        refuse_cache(gated.run(seed))
     return calls
 
 

@@ -1,0 +1,330 @@
+"""Compare a model with gates with its original, and name the block that is wrong if they differ."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd as Dropout
+
+from stochastic_depth.errors import AdditionNotReachedError, UnsupportedBlockError
+from stochastic_depth.gates import CLOSED, OPEN, Gate
+from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
+from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
+from stochastic_depth.surgery.example import preserve_state
+from stochastic_depth.surgery.install import ungated
+from stochastic_depth.surgery.proof.gated import Gated
+from stochastic_depth.tensors import largest_difference, tensors_in
+
+TOLERANCE = 1e-5
+"""The largest accepted difference with closed blocks, relative to the largest output. The outputs
+may differ a little, because sums may be computed in a different order."""
+
+HALF = 0.5
+TIMES_HALF = Gate(factor=torch.full((), HALF, dtype=torch.float64, device="cpu"))
+"""The branch is multiplied by 0.5, which floating-point numbers of every type are exactly."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One comparison with the original: a gate at some blocks, while all others are open."""
+
+    blocks: list[int]
+    gate: Gate
+    state: str
+    """The state of the blocks under the gate, as errors call it."""
+    hint: str = ""
+    """A cause that is likely if outputs differ, and the remedy."""
+    keep: Tensor | None = None
+    """bool [batch], the samples for which the gate is open; None for all or none."""
+    factor: float = 0.0
+    """What the gate multiplies the branches by; 0 if it is closed."""
+    unchanged: bool = False
+    """Whether the gate changes nothing; then gradients are compared too."""
+    tolerance: float = TOLERANCE
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """A context in which the model with gates runs, and the original does not."""
+
+
+def trials(gated: Gated) -> Iterator[Trial]:
+    """The comparisons to make in the mode in which the model is."""
+    sets: list[list[int]] = []
+    for closed in gated.sets():
+        sets.append(closed)
+        yield Trial(closed, CLOSED, "closed")
+    scaled = [n for n, b in enumerate(gated.found) if not isinstance(b.module, Residual)]
+    if scaled:
+        registered = any(gated.found[n].is_registered for n in scaled)
+        hint = GATE_SCALE if registered else MORE_IS_MULTIPLIED
+        yield Trial(scaled, TIMES_HALF, f"multiplied by {HALF}", hint, factor=HALF)
+    if gated.model.training:
+        if not gated.fully_open().is_plain:
+            fully = gated.fully_open()
+            yield Trial(gated.everything, fully, "open", OWN_BACKWARD, unchanged=True)
+        only = [n for n, block in enumerate(gated.found) if block.training_only]
+        sets = [only] if only else []
+    if gated.batch is not None:
+        half, keep = gated.half(gated.batch)
+        state, hint = "open for half of the samples", FEWER_SAMPLES if gated.model.training else ""
+        for blocks in sets:
+            yield Trial(blocks, half, state, hint, keep=keep, tolerance=10 * TOLERANCE)
+
+
+GATE_SCALE = "a registered function must use gate.scale, once"
+MORE_IS_MULTIPLIED = (
+    "if more than the branch is multiplied, write the addition and what follows it as two "
+    "statements of the forward method"
+)
+OWN_BACKWARD = (
+    "where a value of its branch goes through an autograd.Function, which reentrant checkpointing "
+    "is, write the addition in the forward method of the block, or give checkpoint "
+    "use_reentrant=False"
+)
+FEWER_SAMPLES = "a BatchNorm in its branch, for example, then sees fewer samples"
+STALE = (
+    "something is computed from what its branch left on an object in an earlier pass, a mask for "
+    "example, because a closed branch leaves nothing: compute it outside of the branch"
+)
+
+
+class Results(NamedTuple):
+    """What is compared of one pass."""
+
+    outputs: list[Tensor]
+    gradients: Mapping[str, Tensor] = {}
+    """Those of a random sum of the outputs, by parameter; empty if they are not compared."""
+
+
+class Comparison:
+    """Compares a model with its original, in the mode in which the model is.
+
+    In training mode the outputs of a model that draws random numbers, or keeps a state, differ in
+    any case. They are not compared, unless there are blocks that run in training mode only.
+
+    Args:
+        restore: restores the state of the model. In training mode, in which a pass changes it, this
+            is done after each pass.
+    """
+
+    def __init__(self, gated: Gated, restore: Callable[[], None]) -> None:
+        self.gated, self.model, self._restore = gated, gated.model, restore
+        self.training = gated.model.training
+        self.excused = set[bool]()
+        """The kinds of trials, `unchanged` or not, whose outputs differ in any case."""
+
+    def check(self, trial: Trial, expected: Results | None = None) -> float:
+        """Compare the outputs under a gate with those of the original.
+
+        Args:
+            expected: the results of the original, if they are known.
+
+        Returns:
+            The largest difference, relative to the largest output.
+
+        Raises:
+            UnsupportedBlockError: when they differ; the error names the block.
+        """
+        if trial.unchanged in self.excused:
+            return 0.0
+        difference, why = self.difference(trial, trial.blocks, expected)
+        if difference <= trial.tolerance:
+            return difference
+        excuse = self.why_unsteady(draws=not trial.unchanged)
+        only = any(block.training_only for block in self.gated.found)
+        if excuse and self.training and not only:
+            self.excused.add(trial.unchanged)
+            return 0.0
+        raise self._refusal(trial, why, excuse)
+
+    def difference(
+        self, trial: Trial, part: list[int], expected: Results | None = None
+    ) -> tuple[float, str]:
+        """How the outputs differ with the gate at the blocks `part`.
+
+        Returns:
+            The largest difference, relative to the largest output; and a sentence.
+        """
+        known = self.expected(trial, part) if expected is None else expected
+        try:
+            with torch.no_grad(), self.gated.with_gate(trial.gate, part), trial.around():
+                found = self._run(trial)
+        except AdditionNotReachedError:
+            return math.inf, BRANCH_NOT_SEEN
+        except Exception as error:
+            return math.inf, f"the model fails: {type(error).__name__}: {error}"
+        if [x.shape for x in found.outputs] != [x.shape for x in known.outputs]:
+            return math.inf, "the model returns tensors of different shapes"
+        difference = largest_difference(known.outputs, found.outputs)
+        name = _different(known.gradients, found.gradients)
+        if name and difference <= trial.tolerance:
+            return math.inf, f"the gradient of {name!r} is not that of the original"
+        return difference, (
+            f"the output differs from the original's by {difference:.2g} of its largest value "
+            "where it should not"
+        )
+
+    def expected(self, trial: Trial, part: list[int]) -> Results:
+        """The results of the original.
+
+        If they are for other inputs than the example and blocks are to be closed, a pass on the
+        example with all gates open follows, so that what branches leave on an object is that of the
+        example.
+        """
+        bypassed = () if trial.unchanged else part
+        with torch.no_grad(), self.gated.original(bypassed, trial.keep, trial.factor):
+            expected = self._run(trial)
+        if self.gated.other is not self.gated.run and not trial.gate.open:
+            with torch.no_grad(), self.gated.with_gate(OPEN):
+                self.gated.run()
+        return expected
+
+    def why_unsteady(self, draws: bool) -> str:
+        """Why the original returns different outputs for the same input; empty if it does not.
+
+        Args:
+            draws: whether other random numbers count as a reason.
+        """
+        self.restart()
+        with preserve_state(self.model), ungated(self.model), torch.no_grad():
+            first, again, other = (tensors_in(self.gated.run(seed)) for seed in (0, 0, int(draws)))
+        if largest_difference(first, again):
+            return REMEMBERS
+        mode = "training mode" if self.training else "evaluation"
+        return DRAWS.format(mode) if largest_difference(first, other) else ""
+
+    def restart(self) -> None:
+        """Restore the model, so that another pass begins as the first did."""
+        self._restore()
+        self.model.train(self.training)
+
+    def _run(self, trial: Trial) -> Results:
+        try:
+            if trial.unchanged:
+                with torch.enable_grad():
+                    return _step(self.model, self.gated.other)
+            return Results(tensors_in(self.gated.other()))
+        finally:
+            if self.training:
+                self.restart()
+
+    def _refusal(self, trial: Trial, why: str, excuse: str) -> UnsupportedBlockError:
+        """The error for the smallest part of the blocks that a bisection finds to be wrong.
+
+        Args:
+            why: what is wrong with all of them.
+            excuse: why the original itself may differ from call to call; empty if it does not.
+        """
+
+        def wrong(part: list[int]) -> str:
+            difference, sentence = self.difference(trial, part)
+            return "" if difference <= trial.tolerance else sentence
+
+        culprits, why = smallest(trial.blocks, why, wrong)
+        blocks = [self.gated.found[n] for n in culprits]
+        names = [block.name for block in blocks]
+        changes = [change for block in blocks if (change := self._change_in_place(block))]
+        if hint := changes[0] if changes else self._hint(trial, culprits):
+            why += f": {hint}"
+        mode = "in training mode, " if self.training else ""
+        reason = f"{mode}with {' and '.join(map(repr, names[:3]))} {trial.state} {why}{excuse}"
+        return unsupported(names[0], blocks[0].module, reason, names[1:])
+
+    def _hint(self, trial: Trial, culprits: list[int]) -> str:
+        if trial.gate.open or self.gated.other is self.gated.run:
+            return trial.hint
+        on_example = Comparison(replace(self.gated, other=self.gated.run), self._restore)
+        difference, _ = on_example.difference(trial, culprits)
+        return STALE if difference <= trial.tolerance else trial.hint
+
+    def _change_in_place(self, block: FoundBlock) -> str:
+        """How the branch of `block` may change its shortcut in place; empty if it cannot."""
+        if block.change or not self.training:
+            return block.change
+        for name, module in block.module.named_modules(prefix=block.name):
+            if isinstance(module, Dropout) and module.inplace:
+                return (
+                    f"dropout works in place in {name!r}, which a closed block does not run: give "
+                    "it inplace=False, or write x + f(x.clone())"
+                )
+        return ""
+
+
+REMEMBERS = (
+    " (the model itself gives different outputs when it is called again with the same input: it "
+    "keeps a state from call to call, which a closed branch does not update)"
+)
+DRAWS = (
+    " (the model itself draws random numbers in {}; a closed branch draws none, so that later "
+    "layers draw different ones)"
+)
+
+
+def smallest(
+    numbers: list[int], why: str, wrong: Callable[[list[int]], str]
+) -> tuple[list[int], str]:
+    """The smallest set of blocks that a bisection finds to be wrong, and what is wrong with it.
+
+    Args:
+        why: what is wrong with all of `numbers`.
+        wrong: returns what is wrong with a part of them; empty if nothing is.
+    """
+    middle = len(numbers) // 2
+    for part in (numbers[:middle], numbers[middle:]):
+        if part and len(part) < len(numbers) and (found := wrong(part)):
+            return smallest(part, found, wrong)
+    return numbers, why
+
+
+def _step(model: nn.Module, run: Callable[..., Any]) -> Results:
+    """The outputs of a training step, and the gradients of a random sum of them, by parameter.
+
+    There are no gradients where the backward pass fails.
+    """
+    outputs = tensors_in(run())
+    source = torch.Generator("cpu").manual_seed(0)
+    terms = []
+    for out in outputs:
+        if out.requires_grad and (out.is_floating_point() or out.is_complex()):
+            weights = torch.randn(out.shape, generator=source, device="cpu")
+            terms.append((out.abs() if out.is_complex() else out).mul(weights.to(out.device)).sum())
+    try:
+        if terms:
+            torch.stack([term.float() for term in terms]).sum().backward()
+        held = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: gradient.to_dense() for name, gradient in held.items()}
+    except Exception:  # the training steps of `check_training` report it
+        gradients = {}
+    for parameter in model.parameters():
+        parameter.grad = None
+    return Results(outputs, gradients)
+
+
+def _different(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """The name of a parameter whose gradients differ; empty if all are the same."""
+    if not expected:
+        return ""
+    largest = max(map(_largest, expected.values()))
+    for name in dict.fromkeys((*expected, *found)):
+        known = expected.get(name, found.get(name))
+        assert known is not None
+        one, other = (
+            gradients.get(name, torch.zeros_like(known)) for gradients in (expected, found)
+        )
+        if known.numel() and not torch.equal(one, other):
+            epsilon = torch.finfo(known.dtype).eps
+            accepted = max(100 * epsilon * _largest(one), 10 * epsilon * largest)
+            same = (one == other) | (one.isnan() & other.isnan())
+            apart = (one - other).abs().masked_fill(same, 0)
+            if not apart.max().item() <= accepted:
+                return name
+    return ""
+
+
+def _largest(gradient: Tensor) -> float:
+    """The largest finite magnitude in a gradient."""
+    finite = gradient.abs()[gradient.isfinite()]
+    return finite.max().item() if finite.numel() else 0.0
