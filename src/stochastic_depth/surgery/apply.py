@@ -181,10 +181,10 @@ def apply(
         model,
         find,
         lambda found: survival_of_blocks(survival, found, stacks, schedule),
-        example,
-        gate,
-        settings.scale,
-        budget,
+        example=example,
+        gate=gate,
+        scale=settings.scale,
+        budget=budget,
     )
     drops = min(made.probabilities.full) < 1
     if scale is None and settings.scale == "inference" and drops and look_trained(model):

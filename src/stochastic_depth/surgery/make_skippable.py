@@ -43,65 +43,6 @@ class Skippable:
     routes: NamedRoutes
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """An attempt to make blocks skippable that has failed; the model is as it was before."""
-
-    error: UnsupportedBlockError
-    failed: frozenset[str]
-    """The blocks that the error names."""
-    given_up: frozenset[str]
-    """These blocks; and all others of their class, if a block of it has failed before."""
-
-
-def make_skippable(
-    model: nn.Module,
-    find: Callable[[Container[str]], Found],
-    survival_of: Callable[[Sequence[FoundBlock]], Probabilities],
-    example: Example | None,
-    gate: GateKind,
-    scale: Scale,
-    budget: float | None,
-) -> Skippable:
-    """Make all blocks skippable, and prove it.
-
-    A block that fails the proof with rewritten methods is deferred. If a block cannot be made
-    skippable, the others are tried without it, so that the error can say what to leave out.
-
-    Args:
-        find: finds the blocks; its argument names those that must be deferred.
-        survival_of: returns the survival probabilities of blocks.
-
-    Raises:
-        UnsupportedBlockError: when a block cannot be made skippable.
-    """
-
-    def attempt(kept: Sequence[FoundBlock]) -> Skippable:
-        """Make the blocks `kept` skippable; if that fails, the model is as it was before."""
-        if refused := [block for block in kept if block.refusal]:
-            first, *others = refused
-            names = [block.name for block in others]
-            raise unsupported(first.name, first.module, first.refusal, names)
-        whole = len(kept) == len(candidates.found.blocks)
-        # Without some blocks it is tried for the sake of the advice, which needs no p_l.
-        probabilities = survival_of(kept) if whole else Scheduled((1.0,) * len(kept))
-        changed = disable_drop_paths(model, kept)
-        try:
-            proved = _put_and_prove(model, kept, example, gate, scale, budget)
-        except BaseException:
-            _undo(model, changed)
-            raise
-        kept = [block.without_recording() for block in kept]
-        return Skippable(kept, probabilities, changed, proved, candidates.found.routes)
-
-    candidates = Candidates(find)
-    attempts = _Attempts(model, candidates, attempt)
-    made = attempts.defer_until_proved(frozenset())
-    if isinstance(made, Skippable):
-        return made
-    raise attempts.named_with_remedy(made) from made.error
-
-
 class Candidates:
     """The blocks of a model, of which those that fail are deferred.
 
@@ -127,53 +68,124 @@ class Candidates:
         return bool(more)
 
 
+def make_skippable(
+    model: nn.Module,
+    find: Callable[[Container[str]], Found],
+    survival_of: Callable[[Sequence[FoundBlock]], Probabilities],
+    *,
+    example: Example | None,
+    gate: GateKind,
+    scale: Scale,
+    budget: float | None,
+) -> Skippable:
+    """Make all blocks skippable, and prove it.
+
+    A block that fails the proof with rewritten methods is deferred. If a block cannot be made
+    skippable, the others are tried without it, so that the error can say what to leave out.
+
+    Args:
+        find: finds the blocks; its argument names those that must be deferred.
+        survival_of: returns the survival probabilities of blocks.
+        budget: about how many seconds the proof may take; None for no limit.
+
+    Raises:
+        UnsupportedBlockError: when a block cannot be made skippable.
+    """
+    candidates = Candidates(find)
+    deadline = math.inf if budget is None else time.monotonic() + budget
+    attempts = _Attempts(model, candidates, survival_of, example, gate, scale, deadline)
+    made = attempts.without(frozenset())
+    if isinstance(made, _Failure):
+        raise attempts.error_with_remedy(made) from made.error
+    return made
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What stands in the way of making blocks skippable; the model is as it was before."""
+
+    error: UnsupportedBlockError
+    failed: frozenset[str]
+    """The blocks that the error names."""
+    given_up: frozenset[str]
+    """These blocks; and all others of their class, if a block of it has failed before."""
+
+
 @dataclass
 class _Attempts:
     """Attempts to make the blocks of a model skippable, each with more blocks deferred."""
 
     model: nn.Module
     candidates: Candidates
-    attempt: Callable[[Sequence[FoundBlock]], Skippable]
+    survival_of: Callable[[Sequence[FoundBlock]], Probabilities]
+    example: Example | None
+    gate: GateKind
+    scale: Scale
+    deadline: float
+    """A time of `time.monotonic()`, after which proofs are shortened."""
     failed_classes: set[type] = field(default_factory=set)
 
-    def defer_until_proved(self, left_out: Set[str]) -> Skippable | _Failure:
+    def without(self, left_out: Set[str]) -> Skippable | _Failure:
         """Make all blocks but `left_out` skippable; those that fail are deferred where possible."""
         while True:
-            kept = self._without(left_out)
+            kept = self._kept(left_out)
             try:
-                return self.attempt(kept)
+                return self._attempt(kept)
             except UnsupportedBlockError as error:
                 failure = self._failure(error, kept)
             culprits = failure.given_up or {block.name for block in kept}
             if failure.error.of_model or not self.candidates.defer(culprits):
                 return failure
 
-    def named_with_remedy(self, first: _Failure) -> UnsupportedBlockError:
-        """The error of the first failure, with a sentence that says which blocks to leave out."""
-        left_out, failed = set[str](), set[str]()
-        outcome: Skippable | _Failure = first
-        while isinstance(outcome, _Failure):
-            if outcome.error.of_model:
-                return first.error
-            if not outcome.given_up:
-                return outcome.error
-            left_out |= outcome.given_up
-            failed |= outcome.failed
-            if not self._without(left_out):
-                break
-            outcome = self.defer_until_proved(left_out)
-        for _ in range(_FURTHER_ATTEMPTS):  # with blocks that were given up because of their class
-            if isinstance(outcome, Skippable) or not self._without(failed):
-                break
-            left_out = set(failed)
-            outcome = self.defer_until_proved(left_out)
-            failed |= outcome.failed if isinstance(outcome, _Failure) else set()
-        out = [block.name for block in self.candidates.found.blocks if block.name in left_out]
-        if isinstance(outcome, _Failure):
-            tried_all = not self._without(failed)
-            return with_remedy(first.error, out, [], tried_all)
-        _undo(self.model, outcome.changed_settings)
-        return with_remedy(first.error, out, [block.name for block in outcome.found])
+    def _attempt(self, kept: Sequence[FoundBlock]) -> Skippable:
+        """Make the blocks `kept` skippable; if that fails, the model is as it was before."""
+        if refused := [block for block in kept if block.refusal]:
+            first, *others = refused
+            names = [block.name for block in others]
+            raise unsupported(first.name, first.module, first.refusal, names)
+        whole = len(kept) == len(self.candidates.found.blocks)
+        # Without some blocks it is tried for the sake of the advice, which needs no p_l.
+        probabilities = self.survival_of(kept) if whole else Scheduled((1.0,) * len(kept))
+        changed = disable_drop_paths(self.model, kept)
+        try:
+            proved = self._put_and_prove(kept)
+        except BaseException:
+            _undo(self.model, changed)
+            raise
+        kept = [block.without_recording() for block in kept]
+        return Skippable(kept, probabilities, changed, proved, self.candidates.found.routes)
+
+    def _put_and_prove(self, kept: Sequence[FoundBlock]) -> Proved:
+        """Give every block its gates, and prove the blocks that are not `Residual` units."""
+        model, example, select = self.model, self.example, self.gate == "subset"
+        if example is None or not any(block.units for block in kept):
+            return Proved(put_gates(model, kept, select), 0, 0.0, {})
+
+        def put(half: Example) -> list[Block]:
+            blocks = put_gates(model, kept, select)
+            if select:
+                learn_samples(model, kept, blocks, (example, half))
+            return blocks
+
+        if not on_meta(model, example):
+            return prove(
+                model,
+                example,
+                kept,
+                gate=self.gate,
+                scale=self.scale,
+                put_gates=put,
+                forward=model,
+                deadline=self.deadline,
+            )
+        # There are no values to compare; sd.verify does it later.
+        half = next(halves(example, batch_size(example))) if select else example
+        blocks = put(half)
+        running = still_running(model, caller(model, example), kept, blocks)
+        for block, why in zip(kept, running, strict=True):
+            if why:
+                raise unsupported(block.name, block.module, why)
+        return Proved(blocks, 0, math.nan, {})
 
     def _failure(self, error: UnsupportedBlockError, kept: Sequence[FoundBlock]) -> _Failure:
         named = [block for block in kept if block.name in error.blocks]
@@ -187,7 +199,37 @@ class _Attempts:
             frozenset(block.name for block in [*named, *alike]),
         )
 
-    def _without(self, left_out: Set[str]) -> list[FoundBlock]:
+    def error_with_remedy(self, first: _Failure) -> UnsupportedBlockError:
+        """The error of the first failure, with a sentence that says which blocks to leave out.
+
+        The others are tried first without the classes that fail, which takes few attempts; and if
+        nothing is left then, without the failing blocks alone.
+        """
+        left_out, failed = set[str](), set[str]()
+        outcome: Skippable | _Failure = first
+        while isinstance(outcome, _Failure):
+            if outcome.error.of_model:
+                return first.error
+            if not outcome.given_up:
+                return outcome.error
+            left_out |= outcome.given_up
+            failed |= outcome.failed
+            if not self._kept(left_out):
+                break
+            outcome = self.without(left_out)
+        for _ in range(_FURTHER_ATTEMPTS):
+            if isinstance(outcome, Skippable) or not self._kept(failed):
+                break
+            left_out = set(failed)
+            outcome = self.without(left_out)
+            failed |= outcome.failed if isinstance(outcome, _Failure) else set()
+        out = [block.name for block in self.candidates.found.blocks if block.name in left_out]
+        if isinstance(outcome, _Failure):
+            return with_remedy(first.error, out, [], tried_all=not self._kept(failed))
+        _undo(self.model, outcome.changed_settings)
+        return with_remedy(first.error, out, [block.name for block in outcome.found])
+
+    def _kept(self, left_out: Set[str]) -> list[FoundBlock]:
         """The blocks that remain if the user follows the advice to leave out `left_out`.
 
         The advice `exclude=` also leaves out blocks that have one of `left_out` in their branch.
@@ -204,43 +246,3 @@ def _undo(model: nn.Module, changed: Sequence[ChangedSetting]) -> None:
     for setting in changed:
         setting.restore()
     take_gates(model)
-
-
-def _put_and_prove(
-    model: nn.Module,
-    found: Sequence[FoundBlock],
-    example: Example | None,
-    gate: GateKind,
-    scale: Scale,
-    budget: float | None,
-) -> Proved:
-    """Give every block its gates, and prove the blocks that are not `Residual` units."""
-    select = gate == "subset"
-    if example is None or not any(block.units for block in found):
-        return Proved(put_gates(model, found, select), 0, 0.0, {})
-
-    def put(half: Example) -> list[Block]:
-        blocks = put_gates(model, found, select)
-        if select:
-            learn_samples(model, found, blocks, (example, half))
-        return blocks
-
-    if on_meta(model, example):  # there are no values to compare; sd.verify does it later
-        batch = None if gate == "batch" else batch_size(example)
-        blocks = put(next(halves(example, batch)) if select and batch is not None else example)
-        run = caller(model, example)
-        for block, why in zip(found, still_running(model, run, found, blocks), strict=True):
-            if why:
-                raise unsupported(block.name, block.module, why)
-        return Proved(blocks, 0, math.nan, {})
-    deadline = math.inf if budget is None else time.monotonic() + budget
-    return prove(
-        model,
-        example,
-        found,
-        gate=gate,
-        scale=scale,
-        put_gates=put,
-        forward=model,
-        deadline=deadline,
-    )
