@@ -106,12 +106,12 @@ class Comparison:
     any case. They are not compared, unless there are blocks that run in training mode only.
 
     Args:
-        restore: restores the state of the model. In training mode, in which a pass changes it, this
-            is done after each pass.
+        restore: restores the state of the model in this mode. In training mode, in which a pass
+            changes it, this is done after each pass.
     """
 
     def __init__(self, gated: Gated, restore: Callable[[], None]) -> None:
-        self.gated, self.model, self._restore = gated, gated.model, restore
+        self.gated, self.model, self.restore = gated, gated.model, restore
         self.training = gated.model.training
         self.excused = set[bool]()
         """The kinds of trials, `unchanged` or not, whose outputs differ in any case."""
@@ -188,18 +188,13 @@ class Comparison:
         Args:
             draws: whether other random numbers count as a reason.
         """
-        self.restart()
+        self.restore()
         with preserve_state(self.model), ungated(self.model), torch.no_grad():
             first, again, other = (tensors_in(self.gated.run(seed)) for seed in (0, 0, int(draws)))
         if largest_difference(first, again):
             return REMEMBERS
         mode = "training mode" if self.training else "evaluation"
         return DRAWS.format(mode) if largest_difference(first, other) else ""
-
-    def restart(self) -> None:
-        """Restore the model, so that another pass begins as the first did."""
-        self._restore()
-        self.model.train(self.training)
 
     def _run(self, trial: Trial) -> Results:
         try:
@@ -209,7 +204,7 @@ class Comparison:
             return Results(tensors_in(self.gated.other()))
         finally:
             if self.training:
-                self.restart()
+                self.restore()
 
     def _refusal(self, trial: Trial, why: str, excuse: str) -> UnsupportedBlockError:
         """The error for the smallest part of the blocks that a bisection finds to be wrong.
@@ -236,7 +231,7 @@ class Comparison:
     def _hint(self, trial: Trial, culprits: list[int]) -> str:
         if trial.gate.open or self.gated.other is self.gated.run:
             return trial.hint
-        on_example = Comparison(replace(self.gated, other=self.gated.run), self._restore)
+        on_example = Comparison(replace(self.gated, other=self.gated.run), self.restore)
         difference, _ = on_example.difference(trial, culprits)
         return STALE if difference <= trial.tolerance else trial.hint
 

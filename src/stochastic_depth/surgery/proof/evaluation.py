@@ -60,22 +60,26 @@ def check_evaluation(gated: Gated, untouched: list[Tensor]) -> tuple[int, float]
         UnsupportedBlockError: when an output differs, or a closed branch runs; the error names the
             block.
     """
-    sets, largest = 0, 0.0
-    with preserve_state(gated.model) as restore:
+    with preserve_state(gated.model):
         gated.model.eval()
-        comparison = Comparison(gated, restore)
-        usual = _check_open(gated, restore, untouched)
-        for trial in trials(gated):
-            expected = comparison.expected(trial, trial.blocks)
-            with counted_calls(gated.model) as called:
-                difference = comparison.check(trial, expected)
-            if not trial.gate.open:
-                refuse_running([gated.found[n] for n in trial.blocks], usual, called)
-                if sets < 2:
-                    _check_without_hooks(comparison, trial, expected)
-                sets, largest = sets + 1, max(largest, difference)
-            elif trial.keep is not None and gated.gate == "subset":
-                _refuse_all_samples(gated, trial, usual, called)
+        with preserve_state(gated.model) as restore:
+            return _check(gated, Comparison(gated, restore), untouched)
+
+
+def _check(gated: Gated, comparison: Comparison, untouched: list[Tensor]) -> tuple[int, float]:
+    sets, largest = 0, 0.0
+    usual = _check_open(gated, comparison.restore, untouched)
+    for trial in trials(gated):
+        expected = comparison.expected(trial, trial.blocks)
+        with counted_calls(gated.model) as called:
+            difference = comparison.check(trial, expected)
+        if not trial.gate.open:
+            refuse_running([gated.found[n] for n in trial.blocks], usual, called)
+            if sets < 2:
+                _check_without_hooks(comparison, trial, expected)
+            sets, largest = sets + 1, max(largest, difference)
+        elif trial.keep is not None and gated.gate == "subset":
+            _refuse_all_samples(gated, trial, usual, called)
     return sets, largest
 
 
@@ -92,7 +96,7 @@ def _check_open(gated: Gated, restore: Callable[[], None], untouched: list[Tenso
     if difference:
         remark = comparison.why_unsteady(draws=True)
         raise UnsupportedBlockError(f"with every gate open {why}{remark}")
-    comparison.restart()
+    restore()
     if largest_difference(untouched, comparison.expected(every, []).outputs):
         raise UnsupportedBlockError(
             f"{type(gated.model).__name__} is not itself again when its gates are taken: its "
