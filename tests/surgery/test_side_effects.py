@@ -122,7 +122,7 @@ class MonitorsForUnused(Block):
         watched = self.monitor(x)
         doubled = 2 * watched
         h = torch.tanh(self.f(x))
-        shape = h.shape, doubled  # noqa: F841
+        shape = x.shape, doubled  # noqa: F841
         return x + g * h
 
 
@@ -167,10 +167,19 @@ class FillsAnAttribute(Block):
         return x + g * h
 
 
+class FillsADictionary(Block):
+    def forward(self, x, taps, seen, g=1.0):
+        options = {"weight": self.f.weight}
+        options.update(bias=self.f.bias)
+        bias = options.pop("bias")
+        h = torch.tanh(nn.functional.linear(x, bias=bias, **options))
+        return x + g * h
+
+
 EFFECTS = [
     AppendsToArgument, AppendsIfAsked, CountsInArgument, CountsInPartOfArgument, CountsInBuffer,
     CountsInBufferOfBranch, CountsInItsExpression, CountsByFunction, Monitors, MonitorsForUnused,
-    MonitorsInACondition, ReusesTheName, PopsFromArgument, FillsAnAttribute,
+    MonitorsInACondition, ReusesTheName, PopsFromArgument, FillsAnAttribute, FillsADictionary,
 ]  # fmt: skip
 
 
@@ -240,16 +249,7 @@ class ChangesWhatAMethodMade(Block):
         return x + g * h
 
 
-class FillsADictionary(Block):
-    def forward(self, x, taps, seen, g=1.0):
-        options = {"weight": self.f.weight}
-        options.update(bias=self.f.bias)
-        bias = options.pop("bias")
-        h = torch.tanh(nn.functional.linear(x, bias=bias, **options))
-        return x + g * h
-
-
-OF_ITS_OWN = [GathersFeatures, ScalesItsQueries, ChangesWhatAMethodMade, FillsADictionary]
+OF_ITS_OWN = [GathersFeatures, ScalesItsQueries, ChangesWhatAMethodMade]
 
 
 class Network(nn.Module):
@@ -311,9 +311,34 @@ def test_a_block_is_deferred_if_others_can_see_what_its_branch_does(kind):
 
 
 @pytest.mark.parametrize("kind", OF_ITS_OWN)
-def test_what_a_method_does_with_its_own_objects_is_skipped(kind):
-    model, handle = require_same_effects(kind, "slice")
+def test_a_block_is_deferred_if_its_branch_changes_what_it_has_computed(kind):
+    model, handle = require_same_effects(kind, "deferred")
     require_nothing_called(model, handle)
+
+
+def test_a_branch_is_skipped_unless_a_condition_under_which_others_see_it_holds():
+    class Keeps(Block):
+        """As an attention layer with a cache."""
+
+        def forward(self, x, taps, seen, g=1.0):
+            h = torch.tanh(self.f(x))
+            if taps is not None:
+                taps.append(h)
+                h = taps[0]
+            return x + g * self.g(h)
+
+    model = Network(Keeps)
+    original = copy.deepcopy(model)
+    handle = sd.apply(model, sd.Uniform(0.5), example=(X, None, None))
+    assert {found.mechanism for found in applied_to(model).found} == {"slice"}
+    called = []
+    model.blocks[1].f.register_forward_hook(lambda *_: called.append(1))
+    with handle.forced([True, False, True]):
+        for taps, expected_taps, calls in ((None, None, 0), ([], [], 1)):
+            found, expected = model(X, taps, None), original(X, expected_taps, None, (1, 0, 1))
+            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(taps, expected_taps)
+            assert len(called) == calls
 
 
 def test_a_change_of_what_the_shortcut_shares_is_made_under_a_closed_gate():

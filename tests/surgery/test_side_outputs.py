@@ -1,4 +1,4 @@
-"""Further results of a branch beside its sum: None under a closed gate, if that changes nothing."""
+"""Further results of a branch beside its sum: computed under a closed gate where they are used."""
 
 import copy
 import itertools
@@ -31,6 +31,35 @@ class HandsOut(Block):
     def forward(self, x, g=1.0):
         w, h = torch.tanh(self.f(x)).chunk(2, -1)
         return x + g * h, w
+
+
+class HandsOutWhatItUses(Block):
+    """As an attention layer that adds its shortcut itself."""
+
+    def forward(self, x, g=1.0):
+        w, h = self.f(x).chunk(2, -1)
+        w = torch.tanh(w)
+        h = w * h
+        y = x + g * torch.tanh(h)
+        return y, w
+
+
+class Adds(nn.Module):
+    def forward(self, h, x, g):
+        return x + g * torch.tanh(h)
+
+
+class HandsOutFromTheCaller(Block):
+    """As BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add = Adds()
+
+    def forward(self, x, g=1.0):
+        h, w = self.f(x).chunk(2, -1)
+        y = self.add(h, x, g)
+        return y, w
 
 
 class HandsOutInParts(Block):
@@ -73,7 +102,18 @@ class ComputesIfMissing(Block):
         return y, w
 
 
-HANDED_OUT = [HandsOut, HandsOutInParts, HandsOutIfComputed, HandsOutOrReturns, ComputesIfMissing]
+class HandsOutBoth(Block):
+    """The statement that is for the branch is not for its second result."""
+
+    def forward(self, x, g=1.0):
+        both = self.f(x)
+        w = both[..., :WIDTH]
+        return x + g * torch.tanh(both[..., WIDTH:]), w
+
+
+DEFERRED = [
+    HandsOutInParts, HandsOutIfComputed, HandsOutOrReturns, ComputesIfMissing, HandsOutBoth,
+]  # fmt: skip
 
 
 class Logs(Block):
@@ -161,8 +201,71 @@ class SometimesNone(Block):
         return y if w is None else y + w
 
 
+class HandsOutItsArgument(Block):
+    """Which the branch uses, too."""
+
+    def forward(self, x, g=1.0):
+        y, x = self.add_to(x, g, x * 2)
+        return y if x.size(1) <= 4 else y + x
+
+    def add_to(self, x, g, w):
+        h = torch.tanh(self.f(w))[..., :WIDTH]
+        y = x + g * h
+        return y, w
+
+
+class ReturnsInstead(Block):
+    def forward(self, x, g=1.0):
+        h, w = torch.tanh(self.f(x)).chunk(2, -1)
+        y = x + g * h
+        if x.size(1) > 4:
+            return w
+        return y, w
+
+
+class SetsInItsExpression(Block):
+    def forward(self, x, g=1.0):
+        h = x
+        y = x + g * (h := torch.tanh(self.f(x))[..., :WIDTH])
+        return y + h if x.size(1) > 4 else y
+
+
+class UsesInAFunction(Block):
+    def forward(self, x, g=1.0):
+        h = x
+        late = lambda: h  # noqa: E731
+        h = torch.tanh(self.f(x))[..., :WIDTH]
+        y = x + g * h
+        return y + late() if x.size(1) > 4 else y
+
+
+class UsesInALoop(Block):
+    """Under a condition that the loop changes."""
+
+    def forward(self, x, g=1.0):
+        h, late = x, False
+        h = torch.tanh(self.f(h))[..., :WIDTH]
+        y = x + g * h
+        for _ in range(2):
+            y = y + (h if late else 0)
+            late = x.size(1) > 4
+        return y
+
+
+class UsesIfChanged(Block):
+    """Under a condition that is set after the addition."""
+
+    def forward(self, x, g=1.0):
+        h, late = x, self.steps > 0
+        h = torch.tanh(self.f(h))[..., :WIDTH]
+        y = x + g * h
+        late = x.size(1) > 4
+        return y + h if late else y
+
+
 USED = [
     Logs, LogsBefore, AddsBias, Masks, PassesOn, Decides, DecidesInArm, SometimesNone,
+    ReturnsInstead, SetsInItsExpression, UsesInAFunction, UsesInALoop, UsesIfChanged,
 ]  # fmt: skip
 
 
@@ -212,9 +315,9 @@ def require_exact(kind, way):
     return model, handle
 
 
-@pytest.mark.parametrize("kind", HANDED_OUT)
-def test_a_side_output_that_is_only_handed_out_is_none_while_its_block_is_closed(kind):
-    model, handle = require_exact(kind, "slice")
+@pytest.mark.parametrize("kind", [HandsOut, HandsOutWhatItUses, HandsOutFromTheCaller])
+def test_a_side_output_that_is_only_returned_is_none_while_its_block_is_closed(kind):
+    model, handle = require_exact(kind, "call" if kind is HandsOutFromTheCaller else "slice")
     called = []
     for block in model.blocks:
         block.f.register_forward_hook(lambda *_: called.append(1))
@@ -222,10 +325,22 @@ def test_a_side_output_that_is_only_handed_out_is_none_while_its_block_is_closed
         model(inputs(4))
         _, side = model.blocks[0](inputs(4))
     assert not called
-    if kind is ComputesIfMissing:
-        assert not side.any()
-    else:
-        assert side is None or side == {"weights": None}
+    assert side is None
+
+
+@pytest.mark.parametrize("kind", DEFERRED)
+def test_a_side_output_that_nothing_uses_is_not_computed_while_its_block_is_closed(kind):
+    model, handle = require_exact(kind, "deferred")
+    called = []
+    for block in model.blocks:
+        block.f.register_forward_hook(lambda *_: called.append(1))
+    with handle.forced([False] * 3):
+        model(inputs(4))
+    assert not called
+
+
+def test_an_argument_that_is_handed_out_is_passed():
+    require_exact(HandsOutItsArgument, "call")
 
 
 @pytest.mark.parametrize("kind", USED)

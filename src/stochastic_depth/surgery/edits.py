@@ -25,16 +25,6 @@ CallParameter = tuple[int | None, str | None]
 
 
 @dataclass(frozen=True)
-class Caller:
-    """A call of one method of a module by a different one of its methods."""
-
-    location: SourceLocation
-    dead: frozenset[str] = frozenset()
-    """Variables of the calling method that are None, or unused, after the addition. Under a closed
-    gate they are not computed, but set to None."""
-
-
-@dataclass(frozen=True)
 class AdditionEdit:
     """An addition in a method.
 
@@ -45,9 +35,7 @@ class AdditionEdit:
     side: Side
     within: CallParameter | None = None
     """If the method calls a function that adds: which parameter of it is the shortcut."""
-    dead: frozenset[str] = frozenset()
-    """As `Caller.dead`, for the method that adds."""
-    callers: tuple[Caller, ...] = ()
+    callers: tuple[SourceLocation, ...] = ()
     """The calls by which other methods of the module reach this one, innermost first."""
     copies: bool = False
     """Whether to return a copy of the shortcut, because later code may change the sum in place."""
@@ -65,8 +53,7 @@ class ArgumentEdit:
 
     location: SourceLocation
     arguments: tuple[CallParameter, ...]
-    dead: frozenset[str] = frozenset()
-    callers: tuple[Caller, ...] = ()
+    callers: tuple[SourceLocation, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,6 @@ class Method:
 
     location: SourceLocation | None
     """The expression that it is evaluating; None if its source is unknown."""
-    frame: FrameType
     called: FrameType | None
     """The frame of the function that this expression calls; None if it is not such a call."""
 
@@ -90,7 +89,7 @@ def methods_of(module: nn.Module, frame: FrameType | None) -> Iterator[Method]:
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
-            yield Method(_in_method(module, code, frame.f_lasti // 2), frame, called)
+            yield Method(_in_method(module, code, frame.f_lasti // 2), called)
         called, frame = frame, frame.f_back
 
 

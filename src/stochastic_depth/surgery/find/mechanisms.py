@@ -121,7 +121,7 @@ def _rewrite_edits(
         for outer in edit.callers:  # they may compute the branch, and pass it on
             if not unused:
                 break
-            of_module.append(ArgumentEdit(outer.location, unused, outer.dead))
+            of_module.append(ArgumentEdit(outer, unused))
             calls, unused = skipped_when_closed(of_module[-1])
             skips |= calls
         gated_class(type(modules[name]), tuple(of_module), False, "")

@@ -20,7 +20,7 @@ from stochastic_depth.surgery.record.branch_source import (
     Addition,
     Edits,
     locate,
-    with_later_facts,
+    with_copies,
 )
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
 from stochastic_depth.surgery.record.rejected import (
@@ -76,7 +76,7 @@ def discover(
     outputs = search.recording.numbers(output)
     analysis = Analysis(search.recording, outputs, is_mixing, search.sites, search.functions)
     analysis.output = output
-    additions = search.result(outputs)
+    additions = search.result()
     return additions, analysis, list(search.rejections.rejected.values())
 
 
@@ -103,14 +103,14 @@ class _Search:
         self.shortcuts = Shortcuts(recording, self.sums)
         self.rejections = Rejections(recording, self.shortcuts)
 
-    def result(self, outputs: set[int]) -> list[Addition]:
-        """All residual additions, after the model has returned `outputs`."""
+    def result(self) -> list[Addition]:
+        """All residual additions, after the model has returned."""
         for _, rejected in self.couplings.values():
             self.rejections.add(rejected)
         return [
             replace(
                 addition,
-                edits=with_later_facts(self.recording, addition.edits, addition.events, outputs),
+                edits=with_copies(self.recording, addition.edits, addition.events),
                 is_last=not any(self._is_mixed_later(e.total) for e in addition.events),
             )
             for addition in self.found.values()

@@ -1,7 +1,7 @@
 """Locate a residual addition, and the beginning of its branch, in the source.
 
 While an addition is being made, the methods that lead to it are running. Their frames show which
-expressions to edit, and which variables need not be computed while the branch is closed.
+expressions to edit.
 """
 
 import itertools
@@ -14,12 +14,11 @@ from torch import Tensor
 from stochastic_depth.surgery.edits import (
     AdditionEdit,
     ArgumentEdit,
-    Caller,
     CallParameter,
     RewriteEdit,
 )
 from stochastic_depth.surgery.frames import Method, SourceLocation, methods_of
-from stochastic_depth.surgery.record.branches import AdditionEvent, Variables
+from stochastic_depth.surgery.record.branches import AdditionEvent
 from stochastic_depth.surgery.record.trace import Call, Recording
 from stochastic_depth.tensors import tensors_in
 
@@ -73,12 +72,10 @@ def locate(
         mixes: returns the functions that mix, among those that computed the given values.
     """
     edits: list[tuple[str, RewriteEdit | None]] = []
-    frames: list[list[FrameType]] = []
     passed: tuple[CallParameter, ...] = ()
     call = event.stack[-1]
     for call in reversed(event.stack):
         methods = list(methods_of(call.module, frame))
-        frames.append([method.frame for method in methods])
         edit = (
             _argument_edit(methods, passed) if edits else _addition_edit(recording, methods, event)
         )
@@ -89,10 +86,6 @@ def locate(
             break
     modules = recording.modules(event.branch, call.began)
     event.modules = frozenset(modules)
-    event.variables = [
-        [_branch_variables(running, recording, event.branch) for running in methods]
-        for methods in frames
-    ]
     return Addition(
         call.name,
         tuple(edits),
@@ -137,13 +130,11 @@ def _argument_edit(methods: list[Method], passed: tuple[CallParameter, ...]) -> 
     return location and ArgumentEdit(location, passed, callers=callers)
 
 
-def _locations(methods: list[Method]) -> tuple[SourceLocation | None, tuple[Caller, ...]]:
+def _locations(methods: list[Method]) -> tuple[SourceLocation | None, tuple[SourceLocation, ...]]:
     """The expression that the innermost method evaluates, and the calls by which it is reached."""
     locations = [method.location for method in methods]
-    known = list(itertools.takewhile(lambda location: location is not None, locations))
-    return (known[0] if known else None), tuple(
-        Caller(location) for location in known[1:] if location
-    )
+    known = [location for location in itertools.takewhile(bool, locations) if location]
+    return (known[0] if known else None), tuple(known[1:])
 
 
 def _passed_arguments(
@@ -171,56 +162,11 @@ def _passed_arguments(
     )
 
 
-def _branch_variables(frame: FrameType, recording: Recording, branch: set[int]) -> Variables:
-    """The variables of a running method that a closed branch may leave out; see `Variables`."""
-    found: dict[str, int | None] = {}
-    for name, value in frame.f_locals.items():
-        if value is None:
-            found[name] = None
-        elif isinstance(value, Tensor):
-            number = recording.number(value)
-            if branch.issuperset(recording.values[number].children):
-                found[name] = number
-    return found
-
-
-def with_later_facts(
-    recording: Recording, edits: Edits, events: Sequence[AdditionEvent], outputs: set[int]
-) -> Edits:
-    """`edits`, completed with facts that are known only after the pass.
-
-    These are whether the sum is overwritten, and which variables were dead at every event: those
-    that were None, or whose value was not used after the addition.
-
-    Args:
-        events: the events of the addition.
-        outputs: the numbers of the values that the model returned.
-    """
-
-    def is_dead(number: int | None, total: int) -> bool:
-        if number is None:
-            return True
-        used_later = any(child > total for child in recording.values[number].children)
-        return not used_later and number not in outputs
-
-    def dead(module: int, method: int) -> frozenset[str]:
-        names = [
-            {
-                name
-                for name, number in event.variables[module][method].items()
-                if is_dead(number, event.total)
-            }
-            for event in events
-            if method < len(event.variables[module])
-        ]
-        return frozenset(set.intersection(*names)) if len(names) == len(events) else frozenset()
-
-    def completed(module: int, edit: RewriteEdit | None) -> RewriteEdit | None:
-        if edit is None:
-            return None
-        callers = tuple(Caller(c.location, dead(module, n)) for n, c in enumerate(edit.callers, 1))
-        edit = replace(edit, dead=dead(module, 0), callers=callers)
-        return replace(edit, copies=copies) if isinstance(edit, AdditionEdit) else edit
-
-    copies = any(recording.is_overwritten(event.total) for event in events)
-    return tuple((name, completed(n, edit)) for n, (name, edit) in enumerate(edits))
+def with_copies(recording: Recording, edits: Edits, events: Sequence[AdditionEvent]) -> Edits:
+    """`edits`, returning a copy of the shortcut if the pass has overwritten the sum of an event."""
+    if not any(recording.is_overwritten(event.total) for event in events):
+        return edits
+    return tuple(
+        (name, replace(edit, copies=True) if isinstance(edit, AdditionEdit) else edit)
+        for name, edit in edits
+    )

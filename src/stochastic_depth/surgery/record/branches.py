@@ -33,11 +33,6 @@ def mostly_shared(exclusive: float) -> str:
     )
 
 
-Variables = dict[str, int | None]
-"""Variables of a running method that are None, or whose value only the branch has used so far, each
-with the number of that value."""
-
-
 @dataclass(eq=False)
 class AdditionEvent:
     """One execution of a residual addition in the recorded forward pass.
@@ -68,13 +63,10 @@ class AdditionEvent:
     call of the owner of the addition."""
     modules: frozenset[str] = frozenset()
     """Names of the modules that the branch calls."""
-    variables: Sequence[Sequence[Variables]] = ()
-    """For each module to be edited, and each of its running methods: the variables that a closed
-    branch may leave out."""
 
     def without_recording(self) -> "AdditionEvent":
         """This event without the calls that hold the tensors of the recorded pass."""
-        return replace(self, stack=(), enclosing=None, branch=set(), variables=())
+        return replace(self, stack=(), enclosing=None, branch=set())
 
     def branch_within(self, recording: Recording, call: Call) -> set[int]:
         """The values of the branch, back to the inputs of `call`."""

@@ -2,21 +2,22 @@
 
 import ast
 import copy
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from stochastic_depth.surgery.rewrite.changes import Changes
-from stochastic_depth.surgery.rewrite.side_outputs import used_before, used_by_test
 from stochastic_depth.surgery.rewrite.variables import (
+    changes_something,
     conditional_uses,
     defines,
+    handed_out,
     is_steady,
     only_assigns,
-    stores_elsewhere,
+    own_tensors,
     surely_defines,
     uses,
 )
+
+JUMPS = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 
 
 @dataclass
@@ -27,8 +28,8 @@ class Needed:
     """Variables that are always needed."""
     maybe: dict[str, list[ast.expr]] = field(default_factory=dict)
     """Variables that are needed only if one of their conditions holds."""
-    used: frozenset[str] = frozenset()
-    """Variables that are needed for more than to be handed out; see `used_before`."""
+    handed_out: frozenset[str] = frozenset()
+    """Variables that are returned beside the result of the method; None will do."""
 
     def before(self, statement: ast.stmt, redefined: frozenset[str]) -> None:
         """Step back over a statement that always runs.
@@ -36,12 +37,14 @@ class Needed:
         Args:
             redefined: the variables that certainly have a new value after it.
         """
-        self.used = used_before(statement, self.used)
         always, conditional = conditional_uses(statement)
         self.live = always | (self.live - redefined)
         self.maybe = {name: tests for name, tests in self.maybe.items() if name not in redefined}
+        handed = frozenset(name.id for name in handed_out(statement))
+        self.handed_out = handed | (self.handed_out - redefined)
         for name, tests in conditional.items():
             self.only_if([name], tests)
+        self.settle(statement)
 
     def only_if(self, names: Iterable[str], tests: list[ast.expr]) -> None:
         """Record variables that are needed if one of `tests` holds."""
@@ -51,17 +54,15 @@ class Needed:
 
     def copied(self) -> "Needed":
         maybe = {name: list(tests) for name, tests in self.maybe.items()}
-        return Needed(self.live, maybe, self.used)
+        return Needed(self.live, maybe, self.handed_out)
 
-    def everything(self, statements: Iterable[ast.stmt]) -> None:
+    def everything(self, statements: Iterable[ast.AST]) -> None:
         """Treat all variables that `statements` use as needed."""
-        names = frozenset[str]().union(*map(uses, statements))
-        self.live |= names
-        self.used |= names
+        self.live |= frozenset[str]().union(*map(uses, statements))
 
-    def settle(self, changes: Callable[[ast.expr], bool]) -> None:
-        """Treat a variable as always needed if a statement `changes` one of its conditions."""
-        settled = [name for name, tests in self.maybe.items() if any(map(changes, tests))]
+    def settle(self, statement: ast.stmt) -> None:
+        """Treat a variable as always needed if `statement` may change one of its conditions."""
+        settled = [name for name, tests in self.maybe.items() if _may_change(statement, tests)]
         self.live |= frozenset(settled)
         self.maybe = {name: tests for name, tests in self.maybe.items() if name not in settled}
 
@@ -72,16 +73,12 @@ class Backward:
 
     runs: ast.expr
     """The condition under which it runs."""
-    dead: frozenset[str]
-    """Variables that a closed branch may set to None where they are only handed out."""
     branch: list[ast.AST]
-    """The expressions and statements of the branch found so far."""
-    changes: Changes
-    """What the statements of the method change."""
+    """The expressions of the branch, and the statements that put others under the gate."""
+    module: str
+    """The name of the variable that holds the module."""
     shared: list[ast.AST] = field(default_factory=list)
     """Statements that the branch always needs, and that other code needs under a condition."""
-    unused: list[ast.AST] = field(default_factory=list)
-    """Statements that nothing needs, and that have no other effect."""
     guards: list[ast.expr] = field(default_factory=list)
     """Conditions under which the addition is reached."""
     wanted: frozenset[str] = field(init=False)
@@ -99,82 +96,59 @@ class Backward:
         """Step back over the statements before `index` of `block`, which is changed in place."""
         for i in range(index - 1, -1, -1):
             statement = block[i]
-            defined = self.changes.variables(statement)
-            changes = functools.partial(_changes, statement)
-            if any(map(changes, self.guards)):  # before it, the guards cannot be evaluated yet
+            if _may_change(statement, self.guards):  # before it, they cannot be evaluated yet
                 needed.everything(block[: i + 1])
                 return
-            needed.settle(changes)
-            beside = defined & needed.live & self.dead - needed.used
-            skippable = defined & needed.live == beside and self.is_for_branch(statement)
-            if skippable and (not beside or defined & self.wanted):
-                block[i] = self.skipped(statement, beside, needed)
-            elif (
-                isinstance(statement, ast.If)
-                and is_steady(statement.test)
-                and only_assigns(statement)
-            ):
+            needed.settle(statement)
+            assigns = only_assigns(statement, own_tensors(block, i, self.module))
+            wanted = self.wanted_before(statement) if assigns else None
+            jumps = any(isinstance(part, JUMPS) for part in ast.walk(statement))
+            others = needed.live | (needed.handed_out - surely_defines(statement))
+            if wanted is not None and others.isdisjoint(defines(statement)):
+                block[i] = self.skipped(statement, needed)
+                self.wanted = wanted
+            elif isinstance(statement, ast.If) and is_steady(statement.test) and not jumps:
                 self.through_both(statement, needed)
             else:
                 needed.before(statement, surely_defines(statement))
                 self.wanted -= surely_defines(statement)
-            self.dead -= defined  # before this statement, they had other values
 
-    def is_for_branch(self, statement: ast.stmt) -> bool:
-        """Whether a statement does nothing that can be noticed, except to set variables.
+    def wanted_before(self, statement: ast.stmt) -> frozenset[str] | None:
+        """The variables that the branch uses from `statement` on, if all of it is for the branch.
 
-        What it calls may have an effect besides its result. Such calls must be for the branch: it
-        uses a variable that they set.
+        What a statement calls may have an effect besides its result. So each part of it must set a
+        variable that the branch uses; otherwise the result is None.
         """
-        if not only_assigns(statement) or self.changes.visible(statement):
-            return False
-        simple, headers = _parts(statement)
-        wanted, more = self.wanted, frozenset[str]()
-        if wanted & self.changes.variables(statement):
-            more = frozenset[str]().union(*map(uses, headers))
-        elif self.changes.calls_unknown(statement):
-            return False
-        while not more <= wanted:
-            wanted |= more
-            inside = [part for part in simple if wanted & self.changes.variables(part)]
-            more = frozenset[str]().union(*map(uses, inside))
-        return all(
-            wanted & self.changes.variables(part) or not self.changes.calls_unknown(part)
-            for part in simple
-        )
+        used = self.wanted & defines(statement)
+        return _wanted_before(statement, self.wanted) if used else None
 
-    def skipped(self, statement: ast.stmt, beside: frozenset[str], needed: Needed) -> ast.stmt:
-        """Put a statement under the gate; while it is closed, the variables `beside` are None."""
-        defined = self.changes.variables(statement)
-        needed.live -= beside
-        needed.used -= surely_defines(statement)
-        conditions = [test for name in sorted(defined) for test in needed.maybe.pop(name, [])]
+    def skipped(self, statement: ast.stmt, needed: Needed) -> ast.If:
+        """Put a statement under the gate; while it is closed, what is only handed out is None."""
+        defined, surely = defines(statement), surely_defines(statement)
+        beside = defined & needed.handed_out
+        needed.handed_out -= beside
+        conditions = [test for name in sorted(defined) for test in needed.maybe.get(name, [])]
+        needed.maybe = {name: tests for name, tests in needed.maybe.items() if name not in surely}
         if conditions:
             needed.only_if(uses(statement), conditions)
-            needed.used |= uses(statement)
-        if defined & self.wanted:
-            self.wanted = (self.wanted - surely_defines(statement)) | uses(statement)
-            found = self.shared if conditions else self.branch
-        else:
-            found = self.shared if conditions else self.unused
-        found.append(statement)
         nothing: list[ast.stmt] = [assign(name, ast.Constant(None)) for name in sorted(beside)]
-        return ast.If(any_of([self.runs, *conditions]), [statement], nothing)
+        gated = ast.If(any_of([self.runs, *conditions]), [statement], nothing)
+        (self.shared if conditions else self.branch).append(ast.copy_location(gated, statement))
+        return gated
 
     def through_both(self, statement: ast.If, needed: Needed) -> None:
         """Step back over both arms of a condition; either may hold parts of the branch."""
         arms = []
-        used = used_by_test(statement, needed.used)
-        dead, wanted, wanted_before = self.dead, self.wanted, frozenset[str]()
+        wanted, wanted_before = self.wanted, frozenset[str]()
         for arm in (statement.body, statement.orelse):
             inside = needed.copied()
             self.through(arm, len(arm), inside)
             wanted_before |= self.wanted
-            self.dead, self.wanted = dead, wanted
+            self.wanted = wanted
             arms.append(inside)
         self.wanted = wanted_before
-        needed.used = used | arms[0].used | arms[1].used
         needed.live = uses(statement.test) | (arms[0].live & arms[1].live)
+        needed.handed_out = arms[0].handed_out | arms[1].handed_out
         one, other = (inside.maybe for inside in arms)
         unchanged = {name: tests for name, tests in one.items() if other.get(name) == tests}
         needed.maybe = dict(unchanged)
@@ -184,6 +158,34 @@ class Backward:
             for name in inside.maybe.keys() - unchanged.keys():
                 if conditions := _under(test, opposite, inside.maybe[name]):
                     needed.only_if([name], conditions)
+
+
+def _wanted_before(statement: ast.stmt, wanted: frozenset[str]) -> frozenset[str] | None:
+    """As `Backward.wanted_before`, where the branch uses `wanted` after the statement."""
+    match statement:
+        case ast.Pass() | ast.Break() | ast.Continue():
+            return wanted
+        case ast.If(body=body, orelse=orelse):
+            arms = [_wanted_before_all(arm, wanted) for arm in (body, orelse)]
+            return None if None in arms else uses(statement.test).union(*filter(None, arms))
+        case ast.For(body=body, orelse=orelse):
+            wanted |= uses(statement)
+            parts = [_wanted_before(part, wanted) for part in (*body, *orelse)]
+            return None if None in parts else wanted
+        case _:
+            used = wanted & defines(statement)
+            return (wanted - surely_defines(statement)) | uses(statement) if used else None
+
+
+def _wanted_before_all(
+    statements: Sequence[ast.stmt], wanted: frozenset[str]
+) -> frozenset[str] | None:
+    for statement in reversed(statements):
+        before = _wanted_before(statement, wanted)
+        if before is None:
+            return None
+        wanted = before
+    return wanted
 
 
 def any_of(tests: list[ast.expr]) -> ast.expr:
@@ -202,18 +204,10 @@ def assign(name: str, value: ast.expr) -> ast.Assign:
     return ast.Assign([ast.Name(name, ast.Store())], value)
 
 
-def _parts(statement: ast.stmt) -> tuple[list[ast.stmt], list[ast.expr]]:
-    """The simple statements in a statement; and the tests and iterables of those around them."""
-    if not isinstance(statement, ast.If | ast.For | ast.While):
-        return [statement], []
-    inside = [_parts(part) for part in [*statement.body, *statement.orelse]]
-    header = statement.iter if isinstance(statement, ast.For) else statement.test
-    simple = [part for parts, _ in inside for part in parts]
-    return simple, [header, *(each for _, headers in inside for each in headers)]
-
-
-def _changes(statement: ast.stmt, test: ast.expr) -> bool:
-    return stores_elsewhere(statement) or bool(defines(statement) & uses(test))
+def _may_change(statement: ast.stmt, tests: Iterable[ast.expr]) -> bool:
+    """Whether a statement may change one of these conditions."""
+    changes, defined = changes_something(statement), defines(statement)
+    return any(changes or not defined.isdisjoint(uses(test)) for test in tests)
 
 
 def _under(test: ast.expr, opposite: ast.expr, conditions: Sequence[ast.expr]) -> list[ast.expr]:

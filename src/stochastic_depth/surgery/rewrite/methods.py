@@ -9,38 +9,42 @@ the argument of that call is put under the gate.
 import ast
 import copy
 import inspect
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from types import FunctionType
 from typing import Any
 
-import torch
-
-from stochastic_depth.errors import BypassedAdditionWarning, UnsupportedBlockError
+from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.edits import (
-    NOT_REACHED,
     AdditionEdit,
     ArgumentEdit,
     CallParameter,
     RewriteEdit,
 )
 from stochastic_depth.surgery.frames import SourceLocation
-from stochastic_depth.surgery.rewrite.changes import Changes
+from stochastic_depth.surgery.rewrite.bypassed import warn_bypassed, warn_where_bypassed
 from stochastic_depth.surgery.rewrite.liveness import Backward, Needed, assign, negated
 from stochastic_depth.surgery.rewrite.select_samples import select_drawn, select_in_source
 from stochastic_depth.surgery.rewrite.syntax import (
     call,
     compiled,
     definition,
-    is_at,
     is_open,
+    module_of,
+    node_at,
     of_gate,
     operands,
+    replaced,
 )
-from stochastic_depth.surgery.rewrite.variables import defines, is_steady, surely_defines, uses
+from stochastic_depth.surgery.rewrite.variables import (
+    changes_something,
+    defines,
+    is_steady,
+    surely_defines,
+    used_in_functions,
+    uses,
+)
 
 
 def edit_statement(
@@ -61,23 +65,15 @@ def edit_statement(
     return [*before, statement], assign(name, _maybe_copy(shortcut, edit.copies)), [branch]
 
 
-class GateAddition(ast.NodeTransformer):
-    """`a + b` -> `a + gate.scale(b) if gate.open else a`."""
-
-    def __init__(self, edit: AdditionEdit, gate: str) -> None:
-        self.edit, self.gate = edit, gate
-        self.branch: ast.expr = ast.Constant(None)
-
-    def visit(self, node: ast.AST) -> Any:
-        if not is_at(node, self.edit.location):
-            return self.generic_visit(node)
-        shortcut, self.branch = operands(node, self.edit)
-        if self.branch is not node:
-            opened = _Scale(self.branch, self.gate).visit(node)
-        else:
-            opened = of_gate(self.gate, "rescale", self.branch, copy.deepcopy(shortcut))
-        closed = _maybe_copy(copy.deepcopy(shortcut), self.edit.copies)
-        return ast.IfExp(is_open(self.gate), opened, closed)
+def put_gate(node: ast.expr, edit: AdditionEdit, gate: str) -> tuple[ast.IfExp, ast.expr]:
+    """`a + b` -> `a + gate.scale(b) if gate.open else a`, and the branch `b`."""
+    shortcut, branch = operands(node, edit)
+    closed = _maybe_copy(copy.deepcopy(shortcut), edit.copies)
+    if branch is node:
+        opened: ast.expr = of_gate(gate, "rescale", branch, copy.deepcopy(shortcut))
+    else:
+        opened = replaced(node, branch, of_gate(gate, "scale", branch))
+    return ast.IfExp(is_open(gate), opened, closed), branch
 
 
 def edit_arguments(
@@ -100,7 +96,7 @@ def _exchange_arguments(
     statement: ast.stmt, edit: ArgumentEdit, exchange: Callable[[ast.expr], ast.expr]
 ) -> list[ast.AST]:
     """Replace arguments of a call in place; returns the original arguments."""
-    at = next(node for node in ast.walk(statement) if is_at(node, edit.location))
+    at = node_at(edit.location, statement)
     before: list[ast.AST] = []
     if isinstance(at, ast.Call) and not any(isinstance(a, ast.Starred) for a in at.args):
         positions = {n for n, _ in edit.arguments if n is not None}
@@ -116,30 +112,6 @@ def _exchange_arguments(
     if len(before) != len(edit.arguments):
         raise UnsupportedBlockError(f"{edit.location}: not a plain call of the module that adds")
     return before
-
-
-class _Scale(ast.NodeTransformer):
-    """Replaces one node, found by identity, by `gate.scale(node)`."""
-
-    def __init__(self, branch: ast.AST, gate: str) -> None:
-        self.branch, self.gate = branch, gate
-
-    def visit(self, node: ast.AST) -> Any:
-        if node is self.branch and isinstance(node, ast.expr):
-            return of_gate(self.gate, "scale", node)
-        return self.generic_visit(node)
-
-
-class ReplaceByShortcut(ast.NodeTransformer):
-    """Replaces an addition by its shortcut."""
-
-    def __init__(self, edit: AdditionEdit) -> None:
-        self.edit = edit
-
-    def visit(self, node: ast.AST) -> Any:
-        if is_at(node, self.edit.location):
-            return operands(node, self.edit)[0]
-        return self.generic_visit(node)
 
 
 def _maybe_copy(shortcut: ast.expr, copied: bool) -> ast.expr:
@@ -165,90 +137,16 @@ def slice_method(
         UnsupportedBlockError: when the source is missing or has a form that cannot be edited.
     """
     tree = definition(function)
-    _warn_where_bypassed(tree, edits)
-    module, *others = function.__code__.co_varnames + function.__code__.co_cellvars
+    warn_where_bypassed(tree, edits)
     for number, edit in enumerate(edits):
-        back, _ = _edit(tree, function, edit, f"_gate_{number}")
+        back, _ = _edit(tree, edit, f"_gate_{number}")
         if select:
-            drawn_only = [*back.branch, *back.unused]
-            select_in_source(tree, drawn_only, back.shared, set(others), f"_gate_{number}")
+            select_in_source(tree, back.branch, back.shared, f"_gate_{number}")
     names: list[ast.expr] = [ast.Name(f"_gate_{n}", ast.Store()) for n in range(len(edits))]
-    drawn = call("_gates", ast.Name(module, ast.Load()))
+    drawn = call("_gates", module_of(tree))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
-    names_used = {"_gates": gates, "_select": select_drawn, "_bypassed": _warn_bypassed}
+    names_used = {"_gates": gates, "_select": select_drawn, "_bypassed": warn_bypassed}
     return compiled(function, tree, names_used)
-
-
-def _warn_bypassed(gate: Gate, addition: str) -> None:
-    """Warn that the method took a path that skips this addition; on the example it did not."""
-    if gate.is_plain or torch.compiler.is_compiling():
-        return
-    warnings.warn(f"{addition}: {NOT_REACHED}", BypassedAdditionWarning, stacklevel=2)
-
-
-def _warn_where_bypassed(tree: ast.FunctionDef, edits: Sequence[RewriteEdit]) -> None:
-    """Call `_warn_bypassed` on every path that bypasses an addition but still calls something."""
-
-    def has_addition(nodes: Sequence[ast.AST], among: Sequence[RewriteEdit] = edits) -> bool:
-        inside = [node for part in nodes for node in ast.walk(part)]
-        return any(is_at(node, edit.location) for node in inside for edit in among)
-
-    def calls_without_addition(nodes: Sequence[ast.AST]) -> bool:
-        calls = any(isinstance(node, ast.Call) for part in nodes for node in ast.walk(part))
-        fails = bool(nodes) and isinstance(nodes[-1], ast.Raise)
-        return calls and not fails and not has_addition(nodes)
-
-    insertions: list[Callable[[], None]] = []
-    for number, edit in enumerate(edits):
-        if not isinstance(edit, AdditionEdit):
-            continue
-        warning = call("_bypassed", f"_gate_{number}", ast.Constant(str(edit)))
-        for block, start in _paths_around(tree.body, edit.location):
-            if calls_without_addition(block[start:]):
-                before = block[start]
-                insertions.append(partial(_insert, block, before, ast.Expr(warning)))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.IfExp):
-                for one, other in (("body", "orelse"), ("orelse", "body")):
-                    value = getattr(node, other)
-                    if has_addition([getattr(node, one)], [edit]) and calls_without_addition(
-                        [value]
-                    ):
-                        warned = ast.BoolOp(ast.Or(), [warning, value])
-                        insertions.append(partial(setattr, node, other, warned))
-    for insert in insertions:
-        insert()
-    ast.fix_missing_locations(tree)
-
-
-def _insert(block: list[ast.stmt], before: ast.stmt, statement: ast.stmt) -> None:
-    block.insert(block.index(before), statement)
-
-
-def _paths_around(
-    block: list[ast.stmt], location: SourceLocation
-) -> Iterator[tuple[list[ast.stmt], int]]:
-    """The control-flow paths that bypass `location`.
-
-    Yields:
-        A list of statements, and the index of the first statement that runs only when `location` is
-        bypassed.
-    """
-    for index, statement in enumerate(block):
-        if any(is_at(node, location) for node in ast.walk(statement)):
-            for arm in (getattr(statement, "body", []), getattr(statement, "orelse", [])):
-                if any(is_at(node, location) for part in arm for node in ast.walk(part)):
-                    yield from _paths_around(arm, location)
-                    if isinstance(statement, ast.If) and isinstance(arm[-1], ast.Return):
-                        yield block, index + 1
-                elif isinstance(statement, ast.If):
-                    yield arm, 0
-            return
-        for node in ast.walk(statement):
-            if isinstance(node, ast.If):
-                for arm in (node.body, node.orelse):
-                    if any(isinstance(part, ast.Return) for part in arm):
-                        yield arm, 0
 
 
 def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, ...]]:
@@ -256,7 +154,7 @@ def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, .
     function = inspect.unwrap(vars(edit.location.cls)[edit.location.method])
     tree = definition(function)
     used = uses(tree)
-    back, needed = _edit(tree, function, edit, "_gate")
+    back, needed = _edit(tree, edit, "_gate")
     branch = [*back.branch, *back.shared]
     calls = any(isinstance(node, ast.Call) for part in branch for node in ast.walk(part))
     positional = [argument.arg for argument in [*tree.args.posonlyargs, *tree.args.args][1:]]
@@ -265,41 +163,40 @@ def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, .
     return calls, tuple((n, name) for n, name in parameters if name in used - needed)
 
 
-def _edit(
-    tree: ast.FunctionDef, function: FunctionType, edit: RewriteEdit, gate: str
-) -> tuple[Backward, frozenset[str]]:
+def _edit(tree: ast.FunctionDef, edit: RewriteEdit, gate: str) -> tuple[Backward, frozenset[str]]:
     """Put everything that only the branch at `edit` needs under `gate`, in place.
-
-    Args:
-        function: the function that `tree` is the source of.
 
     Returns:
         The code that is under the gate; and the variables that the method needs if it is closed.
     """
-    changes = Changes(tree, function, edit.location.cls)
-    if isinstance(edit, AdditionEdit) and not edit.copies:
-        sums = (node for node in ast.walk(tree) if is_at(node, edit.location))
-        edit = replace(edit, copies=any(map(changes.changes_result, sums)))
-    path, needed = _find(tree.body, edit.location, Needed())
+    if any(isinstance(node, ast.Global | ast.Nonlocal) for node in ast.walk(tree)):
+        raise UnsupportedBlockError(f"{edit.location}: its method sets variables of others")
+    path, needed = _find(tree.body, edit.location, Needed(used_in_functions(tree)))
+    later = [part for block, index in path for part in block[index + 1 :]]
     block, index = path.pop()
     statement = block[index] = _as_assignment(block[index])
+    closed: ast.stmt
     branch: list[ast.AST]
     if isinstance(edit, ArgumentEdit):
         closed, branch = edit_arguments(statement, edit, gate)
-    elif isinstance(statement, ast.AugAssign) and is_at(statement, edit.location):
-        opened, closed, branch = edit_statement(statement, edit, gate)
+    elif isinstance(node := node_at(edit.location, statement), ast.AugAssign):
+        if any(map(changes_something, later)):
+            edit = replace(edit, copies=True)
+        opened, closed, branch = edit_statement(node, edit, gate)
         block[index] = ast.If(is_open(gate), opened, [closed])
     else:
-        closed = ReplaceByShortcut(edit).visit(copy.deepcopy(statement))
-        put_gate = GateAddition(edit, gate)
-        block[index] = put_gate.visit(statement)
-        branch = [put_gate.branch]
-    if any(map(changes.visible, branch)):
+        assert isinstance(node, ast.expr)
+        closed = _as_shortcut(copy.deepcopy(statement), edit)
+        if any(map(changes_something, [closed, *later])):
+            edit = replace(edit, copies=True)
+        gated, part = put_gate(node, edit, gate)
+        block[index], branch = replaced(statement, node, gated), [part]
+    if any(changes_something(part) or defines(part) for part in branch):
         raise UnsupportedBlockError(
-            f"{edit.location}: its branch changes an object that is used outside of the method"
+            f"{edit.location}: the expression of its branch changes an object or sets a variable"
         )
     needed.before(closed, defines(closed))
-    back = Backward(is_open(gate), edit.dead, branch, changes)
+    back = Backward(is_open(gate), branch, module_of(tree))
     back.through(block, index, needed)
     while path:
         inner = block
@@ -310,10 +207,18 @@ def _edit(
                 break
             back.reached_if(statement.test if inner is statement.body else negated(statement.test))
             needed.live |= uses(statement.test)
-            needed.used |= uses(statement.test)
+        elif isinstance(statement, ast.With):
+            needed.everything(statement.items)
         back.through(block, index, needed)
     ast.fix_missing_locations(tree)
-    return back, needed.live | frozenset(needed.maybe)
+    return back, needed.live | frozenset(needed.maybe) | needed.handed_out
+
+
+def _as_shortcut(statement: ast.stmt, edit: AdditionEdit) -> ast.stmt:
+    """`statement`, with its addition replaced by the shortcut in place."""
+    node = node_at(edit.location, statement)
+    assert node is not None
+    return replaced(statement, node, operands(node, edit)[0])
 
 
 def _as_assignment(statement: ast.stmt) -> ast.stmt:
@@ -340,7 +245,7 @@ def _find(
         UnsupportedBlockError: when the addition is inside a loop or in another unsupported form.
     """
     for index, statement in enumerate(block):
-        if not any(is_at(node, location) for node in ast.walk(statement)):
+        if node_at(location, statement) is None:
             continue
         for later in reversed(block[index + 1 :]):
             needed.before(later, surely_defines(later))
@@ -348,7 +253,7 @@ def _find(
             return [(block, index)], needed
         if isinstance(statement, ast.If | ast.With):
             for inner in (statement.body, getattr(statement, "orelse", [])):
-                if any(is_at(node, location) for part in inner for node in ast.walk(part)):
+                if node_at(location, *inner):
                     path, needed = _find(inner, location, needed)
                     return [(block, index), *path], needed
         raise UnsupportedBlockError(f"{location}: an addition inside a {type(statement).__name__}")

@@ -8,7 +8,7 @@ position in the code in every later pass.
 """
 
 import ast
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,13 +19,8 @@ from torch import Tensor, nn
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.rewrite.liveness import assign
-from stochastic_depth.surgery.rewrite.syntax import call
-from stochastic_depth.surgery.rewrite.variables import (
-    changed_in_place,
-    defines,
-    surely_defines,
-    uses,
-)
+from stochastic_depth.surgery.rewrite.syntax import call, module_of
+from stochastic_depth.surgery.rewrite.variables import defines, stored
 from stochastic_depth.tensors import map_structure
 
 HOLDS_SAMPLES = "_stochastic_depth_samples"
@@ -88,45 +83,39 @@ def select_drawn(module: nn.Module, gate: Gate, value: Any, key: Hashable) -> An
 
 
 def select_in_source(
-    tree: ast.FunctionDef,
-    branch: Iterable[ast.AST],
-    shared: Iterable[ast.AST],
-    variables: set[str],
-    gate: str,
+    tree: ast.FunctionDef, branch: Sequence[ast.AST], shared: Sequence[ast.AST], gate: str
 ) -> None:
     """Make the expressions and statements of a branch use the drawn samples, in place.
 
     Args:
         shared: statements that run for all samples, because other code needs their results too.
-        variables: the names of all variables of the method.
         gate: the name of the variable that holds the gate.
     """
-    module = tree.args.args[0].arg
-    for_all = set(map(id, shared))
-    selecting = _SelectInSource(variables, gate, module, _first_bound(tree))
-    for node in sorted([*branch, *shared], key=_in_source):
-        if id(node) in for_all:
+    parts, for_all = [*branch, *shared], set[ast.AST](shared)
+    inside = {node for part in parts for node in ast.walk(part)}
+    for_all |= {name for name in stored(tree) if name not in inside}
+    selecting = _SelectInSource(tree, gate)
+    for node in sorted({*parts, *for_all}, key=_in_source):
+        if node in for_all:
             selecting.outside |= defines(node)
-        elif isinstance(node, ast.stmt):
-            selecting.visit(node)
+        elif isinstance(node, ast.If):  # puts a statement under the gate
+            selecting.visit_all(node.body)
         else:
             selecting.generic_visit(node)
-    _InsertBefore(selecting.before).visit(tree)
     ast.fix_missing_locations(tree)
 
 
 class _SelectInSource(ast.NodeTransformer):
     """Replaces `x` by `_select(self, gate, x, "x")` if the variable is set outside the branch.
 
-    A value that is computed in the branch holds the drawn samples already. If a statement such as a
-    loop changes a variable from outside, the samples are selected once, before the statement.
+    A value that is computed in the branch holds the drawn samples already.
     """
 
-    def __init__(
-        self, variables: set[str], gate: str, module: str, bound: dict[str, tuple[int, int]]
-    ) -> None:
-        self.outside, self.gate, self.module, self.bound = variables, gate, module, bound
-        self.before: dict[int, list[ast.stmt]] = {}
+    def __init__(self, tree: ast.FunctionDef, gate: str) -> None:
+        self.module, self.gate = module_of(tree), gate
+        parameters = {a.arg for a in ast.walk(tree.args) if isinstance(a, ast.arg)}
+        self.outside = parameters - {self.module}
+        """The variables that have been set outside the branch so far, for all samples."""
 
     def visit_Name(self, node: ast.Name) -> Any:
         if node.id in self.outside and isinstance(node.ctx, ast.Load):
@@ -137,90 +126,44 @@ class _SelectInSource(ast.NodeTransformer):
         key = ast.Constant(f"{self.gate}.{name.id}")
         return call("_select", self.module, self.gate, name, key)
 
-    def _select_before(self, node: ast.stmt, names: Iterable[str]) -> None:
-        here = _in_source(node)
-        for name in sorted(self.outside.intersection(names)):
-            if self.bound.get(name, here) >= here:  # first assigned by the statement itself
-                continue
-            value = self._select(ast.Name(name, ast.Load()))
-            self.before.setdefault(id(node), []).append(assign(name, value))
-            self.outside = self.outside - {name}
-
     def visit_Assign(self, node: ast.Assign) -> Any:
-        self._visit_items(node, node.targets)
-        node.value = self.visit(node.value)
-        self.outside = self.outside - frozenset[str]().union(*map(defines, node.targets))
+        self.generic_visit(node)
+        self.outside -= defines(node)
         return node
-
-    def _visit_items(self, node: ast.stmt, targets: Iterable[ast.expr]) -> None:
-        """Select what an assignment to an item (`y[i] = f`) changes, and its index."""
-        for item in [part for target in targets for part in ast.walk(target)]:
-            if isinstance(item, ast.Subscript) and isinstance(item.ctx, ast.Store):
-                self._select_before(node, defines(item))
-                item.slice = self.visit(item.slice)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         node.value = node.value and self.visit(node.value)
-        self.outside = self.outside - defines(node.target)
+        self.outside -= defines(node.target)
         return node
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
-        self._visit_items(node, [node.target])
-        self._select_before(node, defines(node.target))
-        node.value = self.visit(node.value)
-        return node
-
-    def visit_Expr(self, node: ast.Expr) -> Any:
-        changed = changed_in_place(node)
-        self._select_before(node, [] if changed is None else [changed])
-        return self.generic_visit(node)
-
-    def visit_For(self, node: ast.For) -> Any:
-        self._select_before(node, defines(node) & uses(node) - defines(node.target))
+    def visit_For(self, node: ast.For) -> list[ast.stmt]:
         node.iter = self.visit(node.iter)
-        self.outside = self.outside - defines(node.target)
-        self._visit_all(node.body)
-        self._visit_all(node.orelse)
-        return node
-
-    def visit_While(self, node: ast.While) -> Any:
-        self._select_before(node, defines(node) & uses(node))
-        return self.generic_visit(node)
+        changed = self.outside & (defines(node) - defines(node.target))
+        self.outside -= defines(node)
+        self.visit_all(node.body)
+        self.visit_all(node.orelse)
+        return [*map(self._selected, sorted(changed)), node]
 
     def visit_If(self, node: ast.If) -> Any:
-        self._select_before(node, defines(node) - surely_defines(node))
         node.test = self.visit(node.test)
-        before, after = self.outside, set[str]()
+        before, after = self.outside, []
         for arm in (node.body, node.orelse):
-            self.outside = before
-            self._visit_all(arm)
-            after |= self.outside
-        self.outside = after
+            self.outside = set(before)
+            self.visit_all(arm)
+            after.append(self.outside)
+        self.outside = after[0] & after[1]
+        for arm, outside in zip((node.body, node.orelse), after, strict=True):
+            for name in sorted(outside - self.outside):  # set in the other arm
+                arm.append(self._selected(name))
         return node
 
-    def _visit_all(self, statements: list[ast.stmt]) -> None:
-        statements[:] = [self.visit(statement) for statement in statements]
+    def _selected(self, name: str) -> ast.stmt:
+        """The statement that replaces a variable by its drawn samples."""
+        return assign(name, self._select(ast.Name(name, ast.Load())))
 
-
-class _InsertBefore(ast.NodeTransformer):
-    """Inserts statements before others, which are given by their `id`."""
-
-    def __init__(self, before: dict[int, list[ast.stmt]]) -> None:
-        self.before = before
-
-    def visit(self, node: ast.AST) -> Any:
-        self.generic_visit(node)
-        return [*self.before[id(node)], node] if id(node) in self.before else node
-
-
-def _first_bound(tree: ast.FunctionDef) -> dict[str, tuple[int, int]]:
-    """The line and column at which each variable of a function gets its first value."""
-    first = {a.arg: (0, 0) for a in ast.walk(tree.args) if isinstance(a, ast.arg)}
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    stores = [node for node in names if not isinstance(node.ctx, ast.Load)]
-    for node in sorted(stores, key=_in_source):
-        first.setdefault(node.id, _in_source(node))
-    return first
+    def visit_all(self, statements: list[ast.stmt]) -> None:
+        visited = [self.visit(statement) for statement in statements]
+        statements[:] = [n for new in visited for n in (new if isinstance(new, list) else [new])]
 
 
 def _in_source(node: ast.AST) -> tuple[int, int]:

@@ -58,15 +58,29 @@ def is_sum_of_two(node: ast.AST) -> bool:
     return isinstance(what, ast.List | ast.Tuple) and len(what.elts) == 2
 
 
-def is_at(node: ast.AST, location: SourceLocation) -> bool:
-    return (
-        isinstance(node, ast.BinOp | ast.Call | ast.AugAssign)
-        and _position(node) == location.position
-    )
+def node_at(location: SourceLocation, *parts: ast.AST) -> ast.expr | ast.AugAssign | None:
+    """The expression, or statement `x += f`, at `location` in one of `parts`; None if not there."""
+    for node in (node for part in parts for node in ast.walk(part)):
+        if isinstance(node, ast.BinOp | ast.Call | ast.AugAssign):
+            position = node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+            if position == location.position:
+                return node
+    return None
 
 
-def _position(node: ast.stmt | ast.expr) -> tuple[int, int | None, int, int | None]:
-    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+def replaced(root: ast.AST, old: ast.AST, new: ast.AST) -> Any:
+    """`root` after the node `old` in it was replaced by `new`, in place; `new` if it is `root`."""
+    if old is root:
+        return new
+    for parent in ast.walk(root):
+        for field, value in ast.iter_fields(parent):
+            if value is old:
+                setattr(parent, field, new)
+                return root
+            if isinstance(value, list) and any(part is old for part in value):
+                value[:] = [new if part is old else part for part in value]
+                return root
+    raise ValueError(f"{ast.dump(old)} is not in {ast.dump(root)}")
 
 
 def is_open(gate: str) -> ast.expr:
@@ -86,10 +100,9 @@ def of_gate(gate: str, method: str, *arguments: ast.expr) -> ast.Call:
 
 def in_loop(location: SourceLocation) -> bool:
     """Whether the expression at `location` is inside a loop of its method."""
-    loops = ast.For | ast.While
     tree = definition(inspect.unwrap(vars(location.cls)[location.method]))
-    inside = (n for loop in ast.walk(tree) if isinstance(loop, loops) for n in ast.walk(loop))
-    return any(is_at(node, location) for node in inside)
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While)]
+    return node_at(location, *loops) is not None
 
 
 class _Mangle(ast.NodeTransformer):
@@ -118,7 +131,7 @@ def definition(function: FunctionType) -> ast.FunctionDef:
         tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError) as error:
         raise UnsupportedBlockError(f"{function.__qualname__} has no source to edit") from error
-    if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
+    if not isinstance(tree, ast.FunctionDef) or not [*tree.args.posonlyargs, *tree.args.args]:
         raise UnsupportedBlockError(f"{function.__qualname__} is not a plain method")
     _Mangle(function.__qualname__).visit(tree)
     ast.increment_lineno(tree, first - 1)
@@ -128,6 +141,11 @@ def definition(function: FunctionType) -> ast.FunctionDef:
             node.col_offset += indent
             node.end_col_offset += indent
     return tree
+
+
+def module_of(method: ast.FunctionDef) -> str:
+    """The name of the first parameter of a method."""
+    return [*method.args.posonlyargs, *method.args.args][0].arg
 
 
 def compiled(

@@ -1,57 +1,211 @@
-"""Which variables an expression or statement uses, and which it sets."""
+"""Which variables code uses and sets, and whether it changes anything else.
+
+This is decided by the form of the code alone. Code that may change an object counts as changing it,
+except where a method writes a new tensor part by part (`own_tensors`).
+"""
 
 import ast
 from collections.abc import Iterator
 
-
-def only_assigns(statement: ast.stmt) -> bool:
-    """Whether a statement does nothing but set or change variables."""
-    if isinstance(statement, ast.If | ast.For | ast.While):
-        return all(map(only_assigns, [*statement.body, *statement.orelse]))
-    if isinstance(statement, ast.Pass | ast.Break | ast.Continue):
-        return True
-    if isinstance(statement, ast.Assign):
-        return all(map(_are_variables, statement.targets))
-    if isinstance(statement, ast.Expr):
-        return changed_in_place(statement) is not None
-    return isinstance(statement, ast.AugAssign | ast.AnnAssign) and _are_variables(statement.target)
-
-
-def changed_in_place(node: ast.AST) -> str | None:
-    """The variable that a statement such as `x.mul_(...)` or `x.append(...)` changes, or None."""
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        function = node.value.func
-        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
-            changes = function.attr.endswith("_") or function.attr in ("append", "extend")
-            return function.value.id if changes else None
-    return None
+_CHANGES = frozenset(
+    """
+    append extend insert pop popitem popleft appendleft update setdefault remove clear setattr
+    delattr exec eval
+    """.split()
+)
+"""Names of functions and methods that change an object, such as a list."""
+_NEW_TENSORS = frozenset(
+    """
+    zeros zeros_like ones ones_like empty empty_like full full_like new_zeros new_ones new_empty
+    new_full clone matmul bmm softmax
+    """.split()
+)
+"""Names of functions and methods that return a new tensor."""
 
 
-def _are_variables(target: ast.expr) -> bool:
-    """Whether `target` is a variable, an item of one (`y[i]`), or a tuple of them."""
-    if isinstance(target, ast.Tuple | ast.List):
-        return all(map(_are_variables, target.elts))
-    return isinstance(target, ast.Name) or _of_item(target) is not None
+def only_assigns(statement: ast.stmt, own: frozenset[str]) -> bool:
+    """Whether a statement does nothing but set variables, and write parts of `own`.
+
+    The functions that it calls may do more.
+    """
+    match statement:
+        case ast.Pass() | ast.Break() | ast.Continue():
+            return True
+        case ast.If():
+            headers = [statement.test]
+        case ast.For():
+            headers = [statement.target, statement.iter]
+        case ast.Assign() | ast.AnnAssign():
+            return not changes_something(statement) or _fills(statement, own)
+        case _:
+            return _fills(statement, own)
+    parts = [*statement.body, *statement.orelse]
+    return not any(map(changes_something, headers)) and all(only_assigns(p, own) for p in parts)
 
 
-def _of_item(target: ast.AST) -> str | None:
-    """The variable of which `target` is an item (`y[i]`, `y[i][j]`), or None."""
-    is_item = False
-    while isinstance(target, ast.Subscript):
-        is_item, target = True, target.value
-    return target.id if is_item and isinstance(target, ast.Name) else None
+def changes_something(node: ast.AST) -> bool:
+    """Whether code may change an object, rather than only compute values and set variables.
+
+    The functions that it calls may do so, too, if their names do not say it.
+    """
+    return any(map(_changes, ast.walk(node)))
+
+
+def _changes(node: ast.AST) -> bool:
+    match node:
+        case ast.AugAssign() | ast.Expr(value=ast.Call()):
+            return True
+        case (
+            ast.Attribute(ctx=ast.Store() | ast.Del()) | ast.Subscript(ctx=ast.Store() | ast.Del())
+        ):
+            return True
+        case ast.Yield() | ast.YieldFrom() | ast.Await():  # others run meanwhile
+            return True
+        case ast.Import() | ast.ImportFrom() | ast.FunctionDef() | ast.ClassDef():
+            return True
+        case ast.Delete() | ast.ExceptHandler() | ast.Match():  # they set variables, too
+            return True
+        case ast.Call():
+            return _is_in_place(node)
+        case _:
+            return False
+
+
+def _is_in_place(call: ast.Call) -> bool:
+    """Whether a call changes an object, by its name and arguments."""
+    name = _function(call)
+    advances = name == "next" and any(isinstance(a, ast.Name | ast.Attribute) for a in call.args)
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or name in _CHANGES
+        or advances
+        or any(
+            k.arg == "out" or (k.arg == "inplace" and not _is_false(k.value)) for k in call.keywords
+        )
+    )
+
+
+def _function(call: ast.Call) -> str:
+    """The last part of the name of the function that a call calls, or an empty text."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
+def _is_false(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and not value.value
+
+
+def own_tensors(block: list[ast.stmt], index: int, module: str) -> frozenset[str]:
+    """The variables of which `block[index]` writes parts, if each holds a new tensor of the method.
+
+    An example is `y` in `y = torch.zeros_like(x)`, then `y[i] = f(x[i])` for each `i`. Between the
+    two, nothing else uses the variable. So if nothing uses it afterwards, nothing can notice that
+    it was not written.
+
+    Args:
+        module: the name of the variable that holds the module.
+    """
+    written = {written_by(n) for n in ast.walk(block[index]) if isinstance(n, ast.stmt)}
+    return frozenset(name for name in written if name and _is_new(name, block[: index + 1], module))
+
+
+def _is_new(name: str, statements: list[ast.stmt], module: str) -> bool:
+    """Whether the last of `statements` that sets a variable creates its tensor, and all after it do
+    nothing with the variable but write parts of it."""
+    for statement in reversed(statements):
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=target)], value=made) if target == name:
+                return _makes_tensor(made, module)
+        parts = [n for n in ast.walk(statement) if isinstance(n, ast.stmt)]
+        writes = (part for part in parts if _fills(part, frozenset({name})))
+        inside = {node for part in writes for node in ast.walk(part)}
+        if any(node.id == name and node not in inside for node in _names(statement)):
+            return False
+    return False
+
+
+def _makes_tensor(value: ast.expr, module: str) -> bool:
+    """Whether an expression returns a new tensor, which nothing else holds."""
+    match value:
+        case ast.BinOp(op=ast.MatMult()):
+            return not changes_something(value)
+        case ast.Call(func=function):
+            of_module = module in {name.id for name in _names(function)}
+            is_new = _function(value) in _NEW_TENSORS and not of_module
+            return is_new and not changes_something(value)
+        case _:
+            return False
+
+
+def written_by(statement: ast.stmt) -> str | None:
+    """The variable of which a statement such as `y[i] = f` or `y.mul_(f)` writes a part."""
+    match statement:
+        case ast.Assign(targets=[ast.Subscript() as place]):
+            pass
+        case ast.AugAssign(target=ast.Name() | ast.Subscript() as place):
+            pass
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=place)) as call):
+            if not _is_in_place(call):
+                return None
+        case _:
+            return None
+    while not isinstance(place, ast.Name):
+        match place:
+            case ast.Subscript() | ast.Attribute():
+                place = place.value
+            case ast.Call():
+                place = place.func
+            case _:
+                return None
+    return place.id
+
+
+def _fills(statement: ast.stmt, own: frozenset[str]) -> bool:
+    """Whether a statement does nothing but write a part of one of `own`."""
+    if written_by(statement) not in own or len(defines(statement)) > 1:
+        return False
+    writes = {statement, getattr(statement, "target", None)}
+    if isinstance(statement, ast.Assign | ast.Expr):
+        writes |= {statement.value if isinstance(statement, ast.Expr) else statement.targets[0]}
+    return not any(_changes(part) for part in ast.walk(statement) if part not in writes)
 
 
 def uses(node: ast.AST) -> frozenset[str]:
     """The variables whose values a node may need."""
-    names = {n.id for n in _names(node) if isinstance(n.ctx, ast.Load)}
-    changed = (n.target for n in ast.walk(node) if isinstance(n, ast.AugAssign))
-    return frozenset(names | {target.id for target in changed if isinstance(target, ast.Name)})
+    names = {n.id for n in _names(node) if not isinstance(n.ctx, ast.Store)}
+    return frozenset(names | {name for n in ast.walk(node) if (name := _augmented(n))})
 
 
-def conditional_uses(node: ast.AST) -> tuple[frozenset[str], dict[str, list[ast.expr]]]:
-    """The variables that a node always needs, and those it needs under some conditions."""
+def _augmented(node: ast.AST) -> str:
+    """The variable that `x += f` changes; empty for other code."""
+    match node:
+        case ast.AugAssign(target=ast.Name(id=name)):
+            return name
+        case _:
+            return ""
+
+
+def handed_out(statement: ast.stmt) -> list[ast.Name]:
+    """The variables that a statement returns beside its result, such as `w` in `return y, w`."""
+    match statement:
+        case ast.Return(value=ast.Tuple(elts=[_, *others])):
+            return [other for other in others if isinstance(other, ast.Name)]
+        case _:
+            return []
+
+
+def used_in_functions(tree: ast.FunctionDef) -> frozenset[str]:
+    """The variables that functions defined in a method use when they are called."""
+    functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.Lambda))
+    return frozenset[str]().union(
+        *(uses(function) for function in functions if function is not tree)
+    )
+
+
+def conditional_uses(node: ast.stmt) -> tuple[frozenset[str], dict[str, list[ast.expr]]]:
+    """The variables that a statement always needs, and those it needs under some conditions;
+    without those that it only hands out."""
     found: dict[str, list[list[ast.expr]]] = {}
+    handed = handed_out(node)
 
     def visit(node: ast.AST, tests: list[ast.expr]) -> None:
         if isinstance(node, ast.IfExp) and is_steady(node.test):
@@ -61,13 +215,19 @@ def conditional_uses(node: ast.AST) -> tuple[frozenset[str], dict[str, list[ast.
             visit(node.body, [*tests, node.test])
             visit(node.orelse, [*tests, ast.UnaryOp(ast.Not(), node.test)])
             return
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        if (
+            isinstance(node, ast.Name)
+            and not isinstance(node.ctx, ast.Store)
+            and node not in handed
+        ):
             found.setdefault(node.id, []).append(tests)
+        if name := _augmented(node):
+            found.setdefault(name, []).append(tests)
         for child in ast.iter_child_nodes(node):
             visit(child, tests)
 
     visit(node, [])
-    always = (uses(node) - found.keys()) | {name for name, each in found.items() if [] in each}
+    always = {name for name, each in found.items() if [] in each}
     return frozenset(always), {
         name: [tests[0] if len(tests) == 1 else ast.BoolOp(ast.And(), tests) for tests in each]
         for name, each in found.items()
@@ -77,14 +237,16 @@ def conditional_uses(node: ast.AST) -> tuple[frozenset[str], dict[str, list[ast.
 
 def defines(node: ast.AST) -> frozenset[str]:
     """The variables that a node may set or change."""
+    statements = (n for n in ast.walk(node) if isinstance(n, ast.stmt))
+    written = (name for n in statements if (name := written_by(n)) is not None)
+    return frozenset([*(name.id for name in stored(node)), *written])
+
+
+def stored(node: ast.AST) -> Iterator[ast.Name]:
+    """The names that a node sets, without the variables of comprehensions."""
     loops = (n.target for n in ast.walk(node) if isinstance(n, ast.comprehension))
-    of_comprehensions = {id(name) for target in loops for name in _names(target)}
-    stored = (n for n in _names(node) if isinstance(n.ctx, ast.Store))
-    changed = (name for n in ast.walk(node) if (name := changed_in_place(n)) is not None)
-    items = (n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store))
-    filled = (name for n in items if (name := _of_item(n)) is not None)
-    names = (n.id for n in stored if id(n) not in of_comprehensions)
-    return frozenset([*names, *changed, *filled])
+    of_comprehensions = {name for target in loops for name in _names(target)}
+    return (n for n in _names(node) if isinstance(n.ctx, ast.Store) and n not in of_comprehensions)
 
 
 def surely_defines(statement: ast.stmt) -> frozenset[str]:
@@ -95,26 +257,12 @@ def surely_defines(statement: ast.stmt) -> frozenset[str]:
             for part in (statement.body, statement.orelse)
         ]
         return both[0] & both[1]
+    targets: list[ast.expr] = []
     if isinstance(statement, ast.Assign):
-        return frozenset[str]().union(*map(_stored, statement.targets))
-    if isinstance(statement, ast.AnnAssign | ast.AugAssign) and statement.value is not None:
-        return _stored(statement.target)
-    return frozenset()
-
-
-def _stored(target: ast.expr) -> frozenset[str]:
-    """The variables that an assignment to `target` replaces; an item of one is only changed."""
-    return frozenset(n.id for n in _names(target) if isinstance(n.ctx, ast.Store))
-
-
-def stores_elsewhere(statement: ast.stmt) -> bool:
-    """Whether a statement changes something besides variables and their items."""
-    return any(
-        isinstance(node, ast.Attribute | ast.Subscript)
-        and isinstance(node.ctx, ast.Store)
-        and _of_item(node) is None
-        for node in ast.walk(statement)
-    )
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign | ast.AugAssign) and statement.value is not None:
+        targets = [statement.target]
+    return frozenset(n.id for target in targets for n in stored(target))
 
 
 def _names(node: ast.AST) -> Iterator[ast.Name]:
