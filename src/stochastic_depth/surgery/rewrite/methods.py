@@ -8,6 +8,7 @@ the argument of that call is put under the gate.
 
 import ast
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -149,6 +150,7 @@ def slice_method(
     return compiled(function, tree, names_used)
 
 
+@functools.lru_cache(maxsize=1024)
 def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, ...]]:
     """Whether a closed gate at `edit` skips any call; and parameters that only the branch needs."""
     function = inspect.unwrap(vars(edit.location.cls)[edit.location.method])

@@ -1,6 +1,7 @@
 """The syntax trees of methods, and of expressions in them."""
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def of_gate(gate: str, method: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(function, list(arguments), [])
 
 
+@functools.lru_cache(maxsize=1024)
 def in_loop(location: SourceLocation) -> bool:
     """Whether the expression at `location` is inside a loop of its method."""
     tree = definition(inspect.unwrap(vars(location.cls)[location.method]))
