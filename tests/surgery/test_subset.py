@@ -49,6 +49,22 @@ class Sliced(nn.Module):
         return x + gamma * h
 
 
+class Choosing(nn.Module):
+    """A variable of its branch is set under two conditions, and changed in place at last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.value, self.twice = nn.LayerNorm(N), nn.Linear(N, N), False
+
+    def forward(self, x, mask, condition):
+        if self.twice:
+            h = self.value(self.value(x))
+        if not self.twice:
+            h = self.value(torch.einsum("ts,bsc->btc", mask, self.norm(x)))
+        h += x
+        return h
+
+
 class Looping(nn.Module):
     """Its branch changes a variable from outside in each turn of a loop."""
 
@@ -155,6 +171,7 @@ def one_block(model, n, x, mask, condition):
 
 WAYS = {
     Sliced: "slice",
+    Choosing: "slice",
     Looping: "slice",
     Handing: "call",
     Sourceless: "deferred",

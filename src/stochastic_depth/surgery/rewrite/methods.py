@@ -185,7 +185,7 @@ def _edit(tree: ast.FunctionDef, edit: RewriteEdit, gate: str) -> tuple[Backward
         if any(map(changes_something, later)):
             edit = replace(edit, copies=True)
         opened, closed, branch = edit_statement(node, edit, gate)
-        block[index] = ast.If(is_open(gate), opened, [closed])
+        block[index] = ast.copy_location(ast.If(is_open(gate), opened, [closed]), statement)
     else:
         assert isinstance(node, ast.expr)
         closed = _as_shortcut(copy.deepcopy(statement), edit)
