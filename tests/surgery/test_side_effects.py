@@ -215,7 +215,16 @@ class AppendsInItsAddition(Block):
         return x + g * torch.tanh(self.f(taps.append(x) or x))
 
 
-OF_THE_BRANCH = [AppendsItsBranch, CountsItsBranch, MonitorsInALoop, AppendsInItsAddition]
+class SetsAGlobal(Block):
+    def forward(self, x, taps, seen, g=1.0):
+        global _latest
+        _latest = torch.tanh(self.f(x))
+        return x + g * _latest
+
+
+OF_THE_BRANCH = [
+    AppendsItsBranch, CountsItsBranch, MonitorsInALoop, AppendsInItsAddition, SetsAGlobal,
+]  # fmt: skip
 
 
 class GathersFeatures(Block):

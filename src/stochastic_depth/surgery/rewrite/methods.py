@@ -172,7 +172,9 @@ def _edit(tree: ast.FunctionDef, edit: RewriteEdit, gate: str) -> tuple[Backward
         The code that is under the gate; and the variables that the method needs if it is closed.
     """
     if any(isinstance(node, ast.Global | ast.Nonlocal) for node in ast.walk(tree)):
-        raise UnsupportedBlockError(f"{edit.location}: its method sets variables of others")
+        raise UnsupportedBlockError(
+            f"{edit.location}: its method sets global variables, or those of a function around it"
+        )
     path, needed = _find(tree.body, edit.location, Needed(used_in_functions(tree)))
     later = [part for block, index in path for part in block[index + 1 :]]
     block, index = path.pop()
