@@ -33,6 +33,18 @@ class HandsOut(Block):
         return x + g * h, w
 
 
+class HandsOutIfAsked(Block):
+    """As DeBERTa."""
+
+    def forward(self, x, g=1.0, asked=True):
+        w, h = torch.tanh(self.f(x)).chunk(2, -1)
+        y = x + g * h
+        if asked:
+            return y, w
+        else:  # noqa: RET505
+            return y, None
+
+
 class HandsOutWhatItUses(Block):
     """As an attention layer that adds its shortcut itself."""
 
@@ -315,7 +327,9 @@ def require_exact(kind, way):
     return model, handle
 
 
-@pytest.mark.parametrize("kind", [HandsOut, HandsOutWhatItUses, HandsOutFromTheCaller])
+@pytest.mark.parametrize(
+    "kind", [HandsOut, HandsOutIfAsked, HandsOutWhatItUses, HandsOutFromTheCaller]
+)
 def test_a_side_output_that_is_only_returned_is_none_while_its_block_is_closed(kind):
     model, handle = require_exact(kind, "call" if kind is HandsOutFromTheCaller else "slice")
     called = []

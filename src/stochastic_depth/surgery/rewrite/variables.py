@@ -186,11 +186,12 @@ def _augmented(node: ast.AST) -> str:
 
 def handed_out(statement: ast.stmt) -> list[ast.Name]:
     """The variables that a statement returns beside its result, such as `w` in `return y, w`."""
-    match statement:
-        case ast.Return(value=ast.Tuple(elts=[_, *others])):
-            return [other for other in others if isinstance(other, ast.Name)]
-        case _:
-            return []
+    nodes = list(ast.walk(statement))
+    if any(isinstance(node, ast.FunctionDef) for node in nodes):
+        return []
+    tuples = [node.value for node in nodes if isinstance(node, ast.Return)]
+    others = [v for value in tuples if isinstance(value, ast.Tuple) for v in value.elts[1:]]
+    return [other for other in others if isinstance(other, ast.Name)]
 
 
 def used_in_functions(tree: ast.FunctionDef) -> frozenset[str]:
