@@ -40,8 +40,10 @@ class TrainState:
         self.model, self.handle = build_network(config, runtime, batches)
         self.model.train()
         self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
-        if ranks() > 1 and self.handle is not None and config.distributed.rank_gates:
-            gates_by_rank(self.model)
+        if ranks() > 1 and self.handle is not None:
+            self.handle.parts = ranks()
+            if config.distributed.rank_gates:
+                gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.first_weight = first_convolution(self.model)
         self.step = 0
@@ -113,7 +115,6 @@ class TrainState:
         batch = self.images_of(self.step)
         if self.handle is not None and ranks() > 1:
             self.handle.share = Shard(rank(), ranks()).slice_of(batch).start, batch
-            self.handle.parts = ranks()
         measured = self._engine.step(images, labels, len(labels) * ranks() / batch)
         self.metrics.add(measured, batch)
         if self.step % self._sampled_every == 0:
