@@ -24,9 +24,7 @@ def architecture(
     config: ModelConfig, channels: int, classes: int
 ) -> tuple[type[Network], dict[str, Any]]:
     """The class of the network, and its arguments except those that set its initial weights."""
-    arguments: dict[str, Any] = {"depth": config.depth, "classes": classes}
-    if config.kind != "imagenet-resnet":  # its images have three channels
-        arguments["channels"] = channels
+    arguments: dict[str, Any] = {"depth": config.depth, "classes": classes, "channels": channels}
     if config.kind == "densenet":
         arguments["growth"] = config.growth
         arguments["bottleneck"] = config.bottleneck
