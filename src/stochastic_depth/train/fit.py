@@ -68,7 +68,8 @@ def fit(
         DataError: when something, such as a picture, cannot be read. If there is neither a record
             nor a checkpoint yet, the folder is removed.
         DivergedError: when a loss or a weight is not finite.
-        OutOfMemoryError: when a step or an evaluation needs more memory than there is.
+        OutOfMemoryError: when a step or an evaluation needs more memory than there is, or a process
+            that decodes pictures has died.
         EngineError: when PyTorch's compiler fails.
         Interrupted: when `stop` has returned a signal; in place of the errors that a signal causes.
     """
