@@ -19,6 +19,7 @@ from stochastic_depth.train import (
     SurvivalConfig,
     begin,
     fit,
+    journal,
     open_run,
     reopen,
     trained_model,
@@ -52,6 +53,16 @@ def test_losses_and_errors_are_the_golden_ones(small, path, silent):
     errors = [89.0, 73.6, 65.2, 29.6, 18.0, 11.0, 8.6, 7.6]
     assert [r.train_loss for r in records] == pytest.approx(losses, abs=2e-3)
     assert [r.test_error for r in records] == pytest.approx(errors, abs=1)
+
+
+def test_a_journal_is_not_read_again_for_every_record(small, path, silent, monkeypatch):
+    """Its parsed records would cost more with each interval of a long run."""
+    run, images = begin(small, path)
+    records = [next(going_on := fit(run, images, silent))]
+    monkeypatch.setattr(journal, "_record", lambda _: pytest.fail("read again"))
+    records += going_on
+    monkeypatch.undo()
+    assert run.records() == records
 
 
 def test_blocks_are_counted_as_they_were_drawn(small, path, silent):

@@ -48,8 +48,8 @@ class TrainState:
         self.first_weight = first_convolution(self.model)
         self.step = 0
         self.metrics = IntervalMetrics()
-        interval = config.evaluate_every or batches.steps_per_epoch
-        self._sampled_every = max(1, min(10, interval // 5))
+        self.interval = config.evaluate_every or batches.steps_per_epoch
+        self._sampled_every = max(1, min(10, self.interval // 5))
 
     @cached_property
     def _engine(self) -> Engine:
@@ -62,6 +62,11 @@ class TrainState:
     @property
     def epoch(self) -> float:
         return self.step / self.steps_per_epoch
+
+    @property
+    def begun(self) -> int:
+        """The step with which the current interval began."""
+        return self.step - len(self.metrics.images)
 
     @property
     def learning_rate(self) -> float:
@@ -86,7 +91,7 @@ class TrainState:
         gates, the steps of all processes are counted.
         """
         counts = torch.zeros(self.blocks + 1, dtype=torch.int64)
-        for step in self._interval():
+        for step in range(self.begun, self.step):
             counts += self.gates_at(step).sum(0).reshape(-1).bincount(minlength=self.blocks + 1)
         return total(counts) if self.config.distributed.rank_gates else counts
 
@@ -94,11 +99,8 @@ class TrainState:
         """The sum of p_l, averaged over the steps of the current interval."""
         if self.handle is None:
             return float(self.blocks)
-        return fmean(fsum(self.handle.survival_at(step)) for step in self._interval())
-
-    def _interval(self) -> range:
-        """The steps since the last evaluation."""
-        return range(self.step - len(self.metrics.images), self.step)
+        steps = range(self.begun, self.step)
+        return fmean(fsum(self.handle.survival_at(step)) for step in steps)
 
     def images_of(self, step: int) -> int:
         """The number of images in the mini-batch of a step, over all processes."""
