@@ -60,7 +60,6 @@ class FolderBatches:
         device: torch.device | str,
         workers: int,
         image_size: int = 224,
-        channels_last: bool = False,
         validation: int = 0,
         train: int | None = None,
         augment: bool = True,
@@ -95,7 +94,6 @@ class FolderBatches:
         self.workers = workers
         self.shard = shard
         self.device = torch.device(device)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (torch.tensor(v, device=self.device) for v in (MEAN, STD))
         self._evaluation_view = evaluation_view(image_size)
         self._training_view = training_view(image_size) if augment else self._evaluation_view
@@ -142,7 +140,7 @@ class FolderBatches:
                     break
                 pictures, labels = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
                 batch = normalise(pictures, self.mean, self.std)
-                yield batch.contiguous(memory_format=self.memory_format), labels
+                yield batch.contiguous(memory_format=torch.channels_last), labels
             else:
                 return
         except (ConnectionError, EOFError, RuntimeError) as error:

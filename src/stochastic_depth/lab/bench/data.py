@@ -61,7 +61,6 @@ def open_images(config: Config, runtime: Runtime) -> Batches:
         seed=config.seed,
         device=runtime.device,
         augment=True,
-        channels_last=True,
     )
 
 

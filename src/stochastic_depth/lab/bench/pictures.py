@@ -151,7 +151,6 @@ def _measure_in(
         seed=0,
         device=runtime.device,
         workers=0,
-        channels_last=True,
         train=options.pictures,
     )
     recipe = RECIPES["imagenet-resnet152"]()
