@@ -11,7 +11,7 @@ from torch import Tensor
 from stochastic_depth.errors import RunError
 from stochastic_depth.residual import Residual
 from stochastic_depth.train import Record, Run
-from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.build import apply_survival, build_model
 
 
 def active_distribution(survival: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def survival_of_run(run: Run, record: Record) -> tuple[Callable[[int], tuple[flo
     """(p_1, ..., p_L) as a function of the step, and L."""
     model = build_model(run.config.model, run.shape[0], len(run.classes), run.config.seed)
     steps = round(run.config.epochs * record.step / record.epoch)
-    handle = build_depth(model, run.config.survival, 0, steps)
+    handle = apply_survival(model, run.config.survival, 0, steps)
     if handle is None:
         blocks = sum(isinstance(m, Residual) for m in model.modules())
         return lambda step: (1.0,) * blocks, blocks

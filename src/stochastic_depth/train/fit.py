@@ -28,9 +28,9 @@ from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
 from stochastic_depth.train.weights import read_weights, write_weights
 
-_STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}
-"""How many steps lie between checks of the loss, by type of device. Reading a loss synchronises
-with the GPU, so it is done rarely there."""
+_STEPS_BETWEEN_CHECKS = 50
+"""How many steps lie between checks of the loss on a GPU, with which reading a loss synchronises.
+On a CPU every step is checked."""
 
 
 class Callback(Protocol):
@@ -126,7 +126,7 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
         callback.say(f"{reason}; using the one before it")
     if state is not None:
         threads = torch.get_num_threads()
-        if run.runtime.device == "cpu" and threads != run.runtime.threads:
+        if not run.runtime.on_gpu and threads != run.runtime.threads:
             callback.say(
                 f"begun with {run.runtime.threads} threads, going on with {threads}: sums are "
                 "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
@@ -182,7 +182,7 @@ def _finish_interval(
 ) -> bool:
     """Train up to the next evaluation; returns False if a stop signal comes first."""
     end = min(train_state.steps, train_state.begun + train_state.interval)
-    check_every = _STEPS_BETWEEN_CHECKS.get(torch.device(train_state.runtime.device).type, 1)
+    check_every = _STEPS_BETWEEN_CHECKS if train_state.runtime.on_gpu else 1
     began = time.perf_counter()
     stopping = any_rank(bool(stop()))
     while train_state.step < end and not stopping:
@@ -236,7 +236,7 @@ def _measure(
 
 def peak_memory(runtime: Runtime) -> int:
     """Peak memory in bytes: allocated on the GPU, or resident in this process on a CPU."""
-    if torch.device(runtime.device).type == "cuda":
+    if runtime.on_gpu:
         return torch.cuda.max_memory_allocated(runtime.device)
     return peak_resident()
 

@@ -15,7 +15,6 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
     build_network,
     build_optimizer,
-    first_convolution,
     images_in,
     learning_rate,
 )
@@ -45,7 +44,6 @@ class TrainState:
             if config.distributed.rank_gates:
                 gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
-        self.first_weight = first_convolution(self.model)
         self.step = 0
         self.metrics = IntervalMetrics()
         self.interval = config.evaluate_every or batches.steps_per_epoch
@@ -55,9 +53,7 @@ class TrainState:
     def _engine(self) -> Engine:
         """Built at the first step: it may allocate buffers, capture graphs or compile blocks."""
         shape = (self.config.optimizer.batch, *self._batches.shape)
-        return build_engine(
-            self.model, self.handle, self.optimizer, self.first_weight, self.runtime, shape
-        )
+        return build_engine(self.model, self.handle, self.optimizer, self.runtime, shape)
 
     @property
     def epoch(self) -> float:

@@ -59,7 +59,7 @@ def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
     Args:
         constant: a step at constant depth, by autograd, whose FLOPs are counted.
     """
-    if torch.device(runtime.device).type != "cpu" or library.why_unavailable() is not None:
+    if runtime.on_gpu or library.why_unavailable() is not None:
         return None
     dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
     return MachinePeak(library.peak(dtype, runtime.threads), step_flops(constant))

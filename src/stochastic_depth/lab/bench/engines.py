@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +50,7 @@ def designs(runtime: Runtime) -> tuple[dict[str, Runtime], dict[str, str]]:
 
 
 def _obstacle(engine: EngineName, kernels: KernelsName, runtime: Runtime) -> str | None:
-    on_cpu = torch.device(runtime.device).type == "cpu"
+    on_cpu = not runtime.on_gpu
     if kernels == "native":
         if not on_cpu:
             return "they are for a CPU"

@@ -49,7 +49,7 @@ def operators(step: Step, steps: int) -> dict[str, float]:
 class TimedReplay:
     """A `Replay` that runs the work as it is, and measures how long it takes."""
 
-    keeps = False
+    is_fixed = False
 
     def __init__(self, synchronise: Callable[[], None]) -> None:
         self._synchronise = synchronise

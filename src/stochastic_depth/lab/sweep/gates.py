@@ -20,7 +20,7 @@ from stochastic_depth.lab.sources import read_json
 from stochastic_depth.lab.sweep.folder import Sweep
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config, open_run
-from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.build import apply_survival, build_model
 from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, versions
 
 CONSTANT_GATING = "constant"
@@ -49,7 +49,7 @@ def gating_steps(
     for name in names:
         variant = gatings(config)[name]
         model = build_model(variant.model, channels, classes, config.seed)
-        build_depth(model, variant.survival, config.seed, steps)
+        apply_survival(model, variant.survival, config.seed, steps)
         labels = torch.arange(workload.batch) % classes
         found[name] = training_step(model, workload.images(), labels, runtime)
     return found
