@@ -75,11 +75,11 @@ def test_what_is_no_regular_file_is_neither_read_nor_written(tmp_path, mine, kin
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_where_links_are_allowed_they_lead_to_regular_files(tmp_path, mine, kind):
     put(tmp_path / "f", "link", mine)
-    assert files.read_file(tmp_path / "f", 10, real_parts=0) == b"mine"
+    assert files.read_file(tmp_path / "f", 10, follow_links=True) == b"mine"
     put(tmp_path / "special", kind, mine)
     (tmp_path / "link").symlink_to(tmp_path / "special")
     with pytest.raises(OSError, match=r"it is a (pipe|device), expected a regular file"):
-        files.read_file(tmp_path / "link", 10, real_parts=0)
+        files.read_file(tmp_path / "link", 10, follow_links=True)
 
 
 def test_folders_that_are_links_are_the_users_only_before_the_folder_that_is_worked_in(tmp_path):
@@ -87,22 +87,23 @@ def test_folders_that_are_links_are_the_users_only_before_the_folder_that_is_wor
     (elsewhere / "checkpoints").mkdir(parents=True)
     (elsewhere / "checkpoints" / "f").write_bytes(b"mine")
     (tmp_path / "run").symlink_to(elsewhere)
-    path = tmp_path / "run" / "checkpoints" / "f"
-    assert files.read_file(path, 10, real_parts=2) == b"mine"
-    files.write_whole(path, b"ours", real_parts=2)
+    run = tmp_path / "run"
+    path = run / "checkpoints" / "f"
+    assert files.read_file(path, 10, inside=run) == b"mine"
+    files.write_whole(path, b"ours", inside=run)
     assert path.read_bytes() == b"ours"
     for use in (
-        lambda: files.read_file(path, 10, real_parts=3),
-        lambda: files.names_in(path.parent, real_parts=2),
-        lambda: files.remove_file(path, real_parts=3),
-        lambda: files.make_folder(path.parent, real_parts=2),
-        lambda: files.open_for_appending(path, real_parts=3),
-        lambda: files.remove_unfinished(path.parent, real_parts=2),
+        lambda: files.read_file(path, 10, inside=tmp_path),
+        lambda: files.names_in(path.parent, inside=tmp_path),
+        lambda: files.remove_file(path, inside=tmp_path),
+        lambda: files.make_folder(path.parent, inside=tmp_path),
+        lambda: files.open_for_appending(path, inside=tmp_path),
+        lambda: files.remove_unfinished(path.parent, inside=tmp_path),
     ):
         with pytest.raises(OSError, match="run is a link or a file, expected a folder"):
             use()
     with pytest.raises(RunError, match="run is a link or a file, expected a folder"):
-        files.write_whole(path, b"theirs", real_parts=3)
+        files.write_whole(path, b"theirs", inside=tmp_path)
     assert path.read_bytes() == b"ours"
 
 

@@ -1,7 +1,8 @@
 """Into which published architectures can p_l be folded? python tools/fold_models.py --out FILE
 
-Each architecture of published_models.py that can be made skippable is built without trained
-weights, its zeros and layer scales replaced by random numbers, applied and folded. Told are the
+Each model of timm, torchvision and transformers in `coverage_builders` that can be made skippable
+is built without trained weights, its zeros and layer scales replaced by random numbers, applied and
+folded. Told are the
 largest differences of the outputs, in float64 and in float32, relative to the largest output; and
 why not, where a block cannot take p_l exactly. The last bit: by how much the outputs in float32
 differ when nothing is folded and every weight becomes a neighbouring number, which is the model's
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_models import architectures
+from coverage_builders import BUILDERS, Build
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,8 +28,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import stochastic_depth as sd
 from stochastic_depth.export.exponents import Trace
-from stochastic_depth.models.published import published
+from stochastic_depth.extras import import_torchvision
 from stochastic_depth.surgery.example import caller
+
+import_torchvision()  # before libraries that need it
+LIBRARIES = "torchvision", "timm", "transformers"
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ class Parity:
     reason: str = ""
 
 
-def judge(library: str, name: str, **options: Any) -> Parity:
+def judge(library: str, name: str, build: Build) -> Parity:
     torch.manual_seed(0)
-    model, example = published(f"{library}/{name}", **options)
+    model, example = build()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.abs().max() < 1e-3:
@@ -151,11 +155,12 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     parities = []
-    for library, name, options in architectures():
+    models = ((library, *model) for library in LIBRARIES for model in BUILDERS[library]())
+    for library, name, build in models:
         if asked.only and not {library, f"{library}/{name}"} & set(asked.only):
             continue
         try:
-            parities.append(judge(library, name, **options))
+            parities.append(judge(library, name, build))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             parities.append(Parity(library, name, 0, "broken", reason=reason))

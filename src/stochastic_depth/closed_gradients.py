@@ -1,8 +1,18 @@
 """The gradients of the parameters of closed blocks, whose branches autograd never reaches.
 
-Under skipped="paper" they get zeros when the backward pass reaches the output of their block. If
-DistributedDataParallel waits for them, or if nothing else is trained, they are attached to the
-graph.
+Under skipped="paper" they are zeros, under "freeze" None. When they are given depends on the pass:
+
+- Where the output of a closed block is in the graph: when a gradient reaches it (`hook_output`).
+- Where it is not, as in a checkpoint that runs the block without a graph: when the backward pass
+  reaches anything else of the pass (`give_pending`).
+- Where DistributedDataParallel waits for every parameter, those of a closed block are attached to
+  the output of their block, so that autograd reaches them when it would reach an open branch
+  (`attach`). Under "freeze" they are None again at the end of the backward pass, unless autograd
+  has reached them on another way (`_Reached`).
+- Where no open branch and nothing else is trained, they are attached to the output of the model, so
+  that the step has a graph (`attached`).
+
+Parameters that several branches use are closed only where no open branch leads to them (`Routes`).
 """
 
 import sys

@@ -1,7 +1,6 @@
 """Optional dependencies, imported where they are used."""
 
 import importlib
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -13,20 +12,25 @@ if TYPE_CHECKING:
 NAME = "stochastic-depth"
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import `module`; if that fails, raise an error that names the extra to install.
+def require(module: str, extra: str | None = None) -> ModuleType:
+    """Import `module`; if that fails, raise an error that says what to install.
+
+    Args:
+        extra: the extra of this library that installs it; None for a library that its user chose.
 
     Raises:
         MissingExtraError: with the pip command.
     """
     try:
-        if module.partition(".")[0] == "torchvision":
-            import_torchvision()
+        if extra is None or module.partition(".")[0] == "torchvision":
+            import_torchvision()  # which such libraries may import
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
-        raise MissingExtraError(
-            f"{module} cannot be imported ({error}): {installing(extra, module)}"
-        ) from error
+        if extra is None and not isinstance(error, ModuleNotFoundError):
+            remedy = "it is installed, but not for this PyTorch: install both from the same index"
+        else:
+            remedy = installing(extra, module)
+        raise MissingExtraError(f"{module} cannot be imported ({error}): {remedy}") from error
 
 
 def import_torchvision() -> None:
@@ -54,60 +58,25 @@ _declared: "list[torch.library.Library]" = []
 """Kept alive, because the declarations of a library end when it is deleted."""
 
 
-def installing(extra: str, module: str) -> str:
-    """The command that installs an extra.
+def installing(extra: str | None, module: str) -> str:
+    """The command that installs the packages of an extra, or that of `module` without one.
 
-    It installs from where this library came from, a checkout or a wheel. If that is gone, it names
-    the packages of the extra. pip is never given the name of this library alone, because the
-    package of that name in the index may be another one. Where torchvision is installed, the
-    version of PyTorch is named, which pip would replace by the newest.
+    pip is never given the name of this library, because the package of that name in the index may
+    be another one. Where torchvision is installed, the version of PyTorch is named, which pip would
+    replace by the newest.
     """
     import re  # loaded only where something is missing
     import shlex
     from contextlib import suppress
     from importlib import metadata
 
-    source = _source()
-    if source is not None:
-        return f"pip install {shlex.join([f'{source}[{extra}]', *_kept(extra)])}"
+    needed: list[str] = []
     with suppress(metadata.PackageNotFoundError):
         needed = [
             requirement.partition(";")[0].strip()
             for requirement in metadata.requires(NAME) or ()
             if re.search(rf"extra == ['\"]{extra}['\"]", requirement)
         ]
-        if needed:
-            return f"pip install {shlex.join([*needed, *_kept(extra)])}"
-    return f"pip install {module.partition('.')[0]}"
-
-
-def _kept(extra: str) -> list[str]:
-    """The installed PyTorch as pip writes it, if a package of the extra needs a certain one."""
-    from importlib import metadata
-
-    if extra != "data":
-        return []
-    try:
-        return [f"torch=={metadata.version('torch').partition('+')[0]}"]
-    except metadata.PackageNotFoundError:
-        return []
-
-
-def _source() -> Path | None:
-    """The checkout or the wheel that this library was installed from, if it is still there."""
-    import json
-    from contextlib import suppress
-    from importlib import metadata
-    from urllib.parse import unquote, urlparse
-
-    checkout = Path(__file__).resolve().parents[2]
-    if (checkout / "pyproject.toml").is_file() and (checkout / "src" / "stochastic_depth").is_dir():
-        return checkout
-    with suppress(metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
-        url = urlparse(
-            json.loads(metadata.distribution(NAME).read_text("direct_url.json") or "")["url"]
-        )
-        path = Path(unquote(url.path))
-        if url.scheme == "file" and path.exists():
-            return path
-    return None
+        if needed and extra == "data":
+            needed.append(f"torch=={metadata.version('torch').partition('+')[0]}")
+    return f"pip install {shlex.join(needed or [module.partition('.')[0]])}"

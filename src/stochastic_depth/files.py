@@ -4,10 +4,10 @@ A folder that comes from somebody else may contain anything: a link to one of yo
 that never ends, a device. Only regular files are opened here, and the amount that is read is
 bounded.
 
-`real_parts` is the number of parts at the end of a path that must not be links, because they
-belong to the folder of a run: 1 for the file itself, 2 for its folder as well
-(`checkpoints/step-1.ckpt`). Users may link the parts before them as they like. With 0 the file may
-be a link too, as in data sets.
+A path has to stay `inside` a folder, for example that of a run: nothing in it after that folder may
+be a link. Users may link the folder itself, and those above it, as they like. By default `inside`
+is the folder in which the file is, so that the file alone must not be a link. In data sets it may
+be (`follow_links`).
 """
 
 import errno
@@ -37,27 +37,28 @@ LARGE = 2**30
 """The largest size, in bytes, of a journal, an exported network or a data file that is read."""
 
 
-def open_file(path: Path, real_parts: int = 1) -> BufferedReader:
+def open_file(path: Path, inside: Path | None = None, follow_links: bool = False) -> BufferedReader:
     """Open a regular file for reading.
 
     Raises:
         OSError: when it is not a regular file, cannot be opened, or is reached through a link.
     """
-    return os.fdopen(_open(path, os.O_RDONLY, real_parts), "rb")
+    return os.fdopen(_open(path, os.O_RDONLY, inside, follow_links), "rb")
 
 
-def open_for_appending(path: Path, real_parts: int = 1) -> FileIO:
+def open_for_appending(path: Path, inside: Path | None = None) -> FileIO:
     """Open a regular file for writing at its end, unbuffered; it is created if it does not exist.
 
     Raises:
         OSError: as `open_file`; and when the file has a second name, which would change with it.
     """
-    return os.fdopen(
-        _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, real_parts), "ab", buffering=0
-    )
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    return os.fdopen(_open(path, flags, inside), "ab", buffering=0)
 
 
-def read_file(path: Path, most: int, real_parts: int = 1) -> bytes:
+def read_file(
+    path: Path, most: int, inside: Path | None = None, follow_links: bool = False
+) -> bytes:
     """The whole content of a regular file.
 
     Args:
@@ -66,7 +67,7 @@ def read_file(path: Path, most: int, real_parts: int = 1) -> bytes:
     Raises:
         OSError: as `open_file`; and when there are more bytes than `most`.
     """
-    with open_file(path, real_parts) as file:
+    with open_file(path, inside, follow_links) as file:
         size = os.fstat(file.fileno()).st_size
         # Files of /proc and similar systems claim to be empty, and are not.
         content = file.read(most + 1) if size <= most else b""
@@ -76,16 +77,16 @@ def read_file(path: Path, most: int, real_parts: int = 1) -> bytes:
         return content
 
 
-def require_file(path: Path, real_parts: int = 1) -> None:
+def require_file(path: Path, follow_links: bool = False) -> None:
     """Refuse what `open_file` refuses, before a library opens the file by its path.
 
     Raises:
         OSError: as `open_file`.
     """
-    open_file(path, real_parts).close()
+    open_file(path, follow_links=follow_links).close()
 
 
-def require_writable(path: Path, real_parts: int = 1) -> None:
+def require_writable(path: Path, inside: Path | None = None) -> None:
     """Refuse what `open_for_appending` refuses, before a library opens the file by its path.
 
     A file that does not exist yet is accepted.
@@ -93,8 +94,8 @@ def require_writable(path: Path, real_parts: int = 1) -> None:
     Raises:
         OSError: as `open_for_appending`.
     """
-    with suppress(FileNotFoundError), _folder(path.parent, max(real_parts - 1, 0)) as folder:
-        found = os.stat(path.name, dir_fd=folder, follow_symlinks=not real_parts)
+    with suppress(FileNotFoundError), _folder(path.parent, inside) as folder:
+        found = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
         _require_regular(found, os.O_WRONLY)
 
 
@@ -103,28 +104,31 @@ def is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def names_in(folder: Path, real_parts: int = 1) -> list[str]:
+def names_in(folder: Path, inside: Path | None = None) -> list[str]:
     """The names in a folder, sorted; an empty list if there is no folder.
+
+    Args:
+        inside: by default the folder above it; with `folder`, it may be a link itself.
 
     Raises:
         OSError: when it cannot be read, or is a link.
     """
     try:
-        with _folder(folder, real_parts) as opened:
+        with _folder(folder, inside or folder.parent) as opened:
             return sorted(os.listdir(opened))
     except FileNotFoundError:
         return []
 
 
-def make_folder(path: Path, real_parts: int = 1) -> None:
+def make_folder(path: Path, inside: Path | None = None) -> None:
     """Create the folder `path` in an existing folder, unless it is there already.
 
     Raises:
         OSError: when it cannot be created, or something else is there.
     """
-    with _folder(path.parent, max(real_parts - 1, 0)) as above, suppress(FileExistsError):
+    with _folder(path.parent, inside) as above, suppress(FileExistsError):
         os.mkdir(path.name, dir_fd=above)
-    with _folder(path, real_parts):
+    with _folder(path, inside or path.parent):
         pass
 
 
@@ -142,28 +146,31 @@ def make_folders(path: Path) -> None:
         raise RunError(f"{path} cannot be created: {reason(error)}") from error
 
 
-def remove_file(path: Path, real_parts: int = 1) -> None:
+def remove_file(path: Path, inside: Path | None = None) -> None:
     """Delete a file, if it is there.
 
     Raises:
         OSError: when it cannot be deleted, or its folder is a link.
     """
-    with suppress(FileNotFoundError), _folder(path.parent, max(real_parts - 1, 0)) as folder:
+    with suppress(FileNotFoundError), _folder(path.parent, inside) as folder:
         os.unlink(path.name, dir_fd=folder)
 
 
-def remove_unfinished(folder: Path, real_parts: int = 0) -> None:
+def remove_unfinished(folder: Path, inside: Path | None = None) -> None:
     """Delete the half-written files that killed processes have left in `folder`.
+
+    Args:
+        inside: by default `folder`, which may be a link.
 
     Raises:
         OSError: as `names_in` and `remove_file`.
     """
-    for name in names_in(folder, real_parts):
+    for name in names_in(folder, inside or folder):
         if name.startswith(UNFINISHED):
-            remove_file(folder / name, real_parts + 1)
+            remove_file(folder / name, inside)
 
 
-def write_whole(path: Path, content: bytes, real_parts: int = 1) -> None:
+def write_whole(path: Path, content: bytes, inside: Path | None = None) -> None:
     """Put `content` at `path`, replacing what was there, so that no reader sees half of it.
 
     If `path` is a link, the link is replaced, and the file that it points to stays as it is.
@@ -174,7 +181,7 @@ def write_whole(path: Path, content: bytes, real_parts: int = 1) -> None:
     """
     unfinished = UNFINISHED + secrets.token_hex(8)  # nobody else can know this name
     try:
-        with _folder(path.parent, max(real_parts - 1, 0)) as folder:
+        with _folder(path.parent, inside) as folder:
             _require_replaceable(path.name, folder)
             try:
                 _write_synced(unfinished, content, folder)
@@ -196,7 +203,7 @@ def require_replaceable(path: Path) -> None:
     """
     unfinished = UNFINISHED + secrets.token_hex(8)
     try:
-        with _folder(path.parent, 0) as folder:
+        with _folder(path.parent) as folder:
             _require_replaceable(path.name, folder)
             _write_synced(unfinished, b"", folder)
             os.unlink(unfinished, dir_fd=folder)
@@ -258,14 +265,13 @@ def reading(path: Path | None, error_class: type[Exception]) -> Iterator[None]:
         raise error_class(f"{name} cannot be read: {reason(error)}") from error
 
 
-def _open(path: Path, flags: int, real_parts: int) -> int:
-    with _folder(path.parent, max(real_parts - 1, 0)) as folder:
-        if real_parts:
+def _open(path: Path, flags: int, inside: Path | None, follow_links: bool = False) -> int:
+    with _folder(path.parent, inside) as folder:
+        if not follow_links:
             flags |= os.O_NOFOLLOW
         with suppress(FileNotFoundError):  # checked first: opening a device can have an effect
-            _require_regular(
-                os.stat(path.name, dir_fd=folder, follow_symlinks=not real_parts), flags
-            )
+            found = os.stat(path.name, dir_fd=folder, follow_symlinks=follow_links)
+            _require_regular(found, flags)
         opened = os.open(path.name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
         try:
             _require_regular(os.fstat(opened), flags)
@@ -296,16 +302,13 @@ def _require_replaceable(name: str, folder: int) -> None:
 
 
 @contextmanager
-def _folder(path: Path, real_parts: int) -> Iterator[int]:
-    """A file descriptor of a folder whose last `real_parts` parts are not links."""
-    parts = path.parts[len(path.parts) - real_parts :] if real_parts else ()
-    start = path
-    for _ in parts:
-        start = start.parent
+def _folder(path: Path, inside: Path | None = None) -> Iterator[int]:
+    """A file descriptor of the folder `path`, in which nothing after `inside` is a link."""
+    start = inside or path
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     opened = os.open(start, flags)
     try:
-        for part in parts:
+        for part in path.relative_to(start).parts:
             start = start / part
             try:
                 below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=opened)

@@ -77,7 +77,7 @@ def test_no_question_needs_the_library_of_charts(runs, tmp_path):
 def test_gradients_are_shown_by_kind_epoch_and_block(runs, capsys):
     out = shown(capsys, "gradients", *kinds(runs, "*"), "--epochs", 2, "--blocks", 2)
     assert "constant" in out
-    assert "decay to" in out
+    assert "stochastic" in out
     assert "ratio" in out
     rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert rows == ["2", "1", "3", "1", "3"]  # one epoch; then two of three blocks, twice
@@ -163,6 +163,21 @@ def test_pruning_of_two_kinds_is_side_by_side(runs, capsys):
     out = shown(capsys, "pruning", *kinds(runs, "*"), *QUICK)
     assert "parameters" not in out
     assert out.count("±") > 20
+
+
+def test_a_run_that_has_measured_nothing_is_told_with_what_to_do(runs, capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(runs / "stochastic-seed0" / "config.json", tmp_path / "run")
+    error = refused(capsys, "gradients", runs / "constant-seed0", "run")
+    assert "run has measured nothing yet, its journal is empty: go on with it by " in error
+    assert error.endswith("train --resume run\n")
+
+
+def test_runs_of_different_networks_are_told_apart(runs, capsys):
+    main(["train", "digits", *SMALL, "--model.depth", "14", "--run", "deeper"])
+    out = shown(capsys, "gradients", *kinds(runs, "*"), "deeper")
+    shallow, deep = (out.index(f"ResNet-{depth} on digits, 2 epochs") for depth in (8, 14))
+    assert shallow < out.index("constant depth") < deep < out.rindex("stochastic depth")
 
 
 def test_a_run_and_its_copies_count_once(runs, capsys, tmp_path):

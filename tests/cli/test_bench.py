@@ -8,6 +8,8 @@ from stochastic_depth.cli import main
 from stochastic_depth.cli.bench import BENCHMARKS
 from stochastic_depth.lab.bench.engines import DESIGNS
 from stochastic_depth.lab.options import EngineOptions, StepOptions
+from stochastic_depth.recipes.paper import gatings
+from stochastic_depth.train import Config
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -16,11 +18,9 @@ pytestmark = [
 
 SMALL = ["--batch", "4"]
 ON_CPU = ["--device", "cpu", "--precision", "float32"]
-FIXED_SIZE = {"data", "pictures"}
-"""Benchmarks on the images of a data set."""
-OF_CIFAR_RESNETS = [*BENCHMARKS.keys() - {"closed", "dinov2", "depth", "pictures"}]
+OF_CIFAR_RESNETS = [*BENCHMARKS.keys() - {"depth"}]
 CLOCKS = dict.fromkeys(BENCHMARKS, "perf_counter") | dict.fromkeys(
-    ("skip", "steady", "closed", "dinov2", "peers", "engines"), "process_time"
+    ("skip", "gates", "peers", "engines"), "process_time"
 )
 """By which clock each times its steps on one thread of a CPU."""
 
@@ -68,7 +68,7 @@ def test_overhead(bench):
 
 def test_only_what_an_engine_takes_has_the_option():
     with_engine = {name for name, kind in BENCHMARKS.items() if issubclass(kind, EngineOptions)}
-    assert with_engine == {"skip", "peers", "depth", "data", "profile", "pictures", "busy"}
+    assert with_engine == {"skip", "peers", "depth", "profile"}
     assert [n for n, kind in BENCHMARKS.items() if not issubclass(kind, StepOptions)] == [
         "distributed"
     ]
@@ -78,7 +78,6 @@ def test_only_what_an_engine_takes_has_the_option():
     ("arguments", "said"),
     [
         ("peers --network vit-small --engine program", "autograd takes the steps of vit-small"),
-        ("pictures --engine program", "compiled"),
         ("profile --engine compiled", "program"),
         ("overhead --engine program", "engine"),
         ("distributed --device cuda", "device"),
@@ -91,16 +90,13 @@ def test_only_what_an_engine_takes_has_the_option():
         ),
         *((f"{name} --batch 1", "--batch ") for name in BENCHMARKS),
         *((f"{name} --repeats 1", "--repeats is 1") for name in BENCHMARKS),
-        *((f"{name} --size 0", "--size is 0") for name in BENCHMARKS if name not in FIXED_SIZE),
-        ("steady --final 0", "--final is 0.0: it must be above 0 and at most 1"),
-        ("steady --limit inf", "--limit is inf"),
-        ("closed --final 1.5", "--final is 1.5"),
-        ("dinov2 --width 100", "--width is 100: it must be a multiple of 64"),
-        ("dinov2 --rates", "--rates"),
-        ("dinov2 --blocks 0", "--blocks is 0"),
+        *((f"{name} --size 0", "--size is 0") for name in BENCHMARKS),
+        ("gates --final 0", "--final is 0.0: it must be above 0 and at most 1"),
+        ("gates --gatings loud", "there is no gating 'loud': choose among constant, batch"),
+        ("gates --network gpt2", "--network is gpt2: give cifar-resnet, vit, timm/NAME or"),
+        ("gates --network timm/resnet18 --depth 20", "--depth is not for timm/resnet18"),
+        ("gates --network vit --depth 0", "--depth is 0"),
         ("distributed --ranks 1", "--ranks is 1"),
-        ("pictures --depth 20", "invalid choice '20'"),
-        ("pictures --workers -1 2", "--workers is (-1, 2)"),
     ],
 )
 def test_an_option_that_cannot_be_met_is_a_wrong_command_line(arguments, said, capsys):
@@ -109,20 +105,12 @@ def test_an_option_that_cannot_be_met_is_a_wrong_command_line(arguments, said, c
     assert said in " ".join((shown.out + shown.err).split())
 
 
-def test_steady(bench):
-    printed, result = bench("steady", "--depth", "8", "--size", "8")
+def test_gates(bench):
+    printed, result = bench("gates", "--depth", "8", "--size", "8")
     assert result["runtime"]["engine"] == "eager"
     assert "engine eager: autograd takes the steps" in " ".join(printed.split())
-    assert result["alternatives"].keys() == {
-        "constant depth",
-        "independent gates",
-        "balanced gates",
-    }
-
-
-def test_busy(bench):
-    _, result = bench("busy", "--depth", "8", "--size", "8", repeats=2)
-    assert result["seconds"].keys() == {"quiet", "one core busy"}
+    assert list(result["gatings"]) == list(gatings(Config()))
+    assert set(result["gatings"]["constant"]["relative"].values()) == {1}
 
 
 def test_skip(bench):
@@ -178,16 +166,6 @@ def test_depth(bench, tmp_path):
     assert result["lines"]["memory"]["constant"].keys() == {"slope", "intercept", "r_squared"}
     assert all(count > 0 for of_kind in result["bytes_per_image"].values() for count in of_kind)
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_data(bench, monkeypatch):
-    monkeypatch.setattr("stochastic_depth.lab.bench.data.IMAGES", 40)
-    printed, result = bench("data", "--depth", "8")
-    assert result["images"] == "generated"
-    assert result["steps_per_epoch"] == 10
-    for name, share in result["data_share"].items():
-        assert 0 < share < 1
-        assert f"data are {100 * share:.2f} % of a {name}" in printed
 
 
 def test_distributed(bench):

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from stochastic_depth.cli import main
 from stochastic_depth.cli.export import Export
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.lab.sources import read_run
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import DataConfig, ModelConfig, begin, fit
 from support.runs import SILENT
@@ -32,7 +34,6 @@ COMMANDS = {
     "bench": "bench skip --out FILE",
     "inspect": "inspect timm/resnet18 --out FILE",
     "inspect page": "inspect timm/resnet18 --report FILE",
-    "gates": "sweep gates --plot FILE",
 }
 
 
@@ -103,6 +104,15 @@ def test_a_result_is_written_over_an_earlier_one_of_its_kind(run, capsys):
     assert "net.safetensors is a safetensors file, not a page" in refused(
         capsys, "report RUN --out FILE", run, "net.safetensors"
     )
+
+
+@pytest.mark.parametrize(("here", "given"), [("run", "."), ("run/mine", "..")])
+def test_a_run_that_is_given_without_its_name_has_it(here, given, run, capsys, monkeypatch):
+    Path(here).mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+    assert main(["export", given]) == 0
+    assert capsys.readouterr().out.startswith("run.safetensors (")
+    assert read_run(Path(given)).name == "run"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +192,7 @@ def test_where_the_best_checkpoint_is_damaged_the_last_one_is_a_remedy(run, caps
 def test_a_run_that_has_measured_nothing_is_named(run, capsys):
     (run / "metrics.jsonl").write_bytes(b"")
     assert main(["report", str(run)]) == 0
-    assert f"nothing measured yet in {run}: its journal is empty" in capsys.readouterr().out
+    assert f"No record in the journal yet: {run}.\n" in capsys.readouterr().out
 
 
 def test_a_damaged_onnx_file_is_to_be_exported_again(run, capsys, tmp_path):

@@ -156,10 +156,8 @@ def test_what_cannot_be_swept_is_one_line(arguments, code, shown, capsys):
 
 def test_a_sweep_of_gates_has_a_row_for_each_gating_at_equal_rates(tmp_path, capsys):
     ways = ["constant", "balanced-batch", "forward-only", "early", "balanced-subset"]
-    pytest.importorskip("vl_convert", reason="needs the extra report")
     command = ["sweep", "gates", "digits", *SMALL, "--seeds", "1", "--gatings", *ways, "--quiet"]
-    assert main([*command, "--plot", str(tmp_path / "gates.png")]) == 0
-    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert main(command) == 0
     shown = capsys.readouterr().out
     runs = [open_run(path) for path in (tmp_path / "runs/sweep-gates-digits/runs").iterdir()]
     found = {
@@ -176,15 +174,11 @@ def test_a_sweep_of_gates_has_a_row_for_each_gating_at_equal_rates(tmp_path, cap
     for way in ways:
         assert f"│ {way} " in shown
     folder = tmp_path / "runs/sweep-gates-digits"
-    result = json.loads((folder / "gates.json").read_text())
-    assert list(result["gatings"]) == ways
-    costs = {way: row["relative"] for way, row in result["gatings"].items()}
-    assert set(costs["constant"].values()) == {1}
-    for way in ways[1:]:  # the early schedule drops nothing in the second half
-        assert costs[way]["flops"] < 1
-    assert costs["balanced-batch"]["flops"] < costs["forward-only"]["flops"]
     assert main(["report", str(folder), "-o", str(tmp_path / "page.html")]) == 0
-    assert "Ways of gating" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "Ways of gating" in page
+    for way in ways:
+        assert f"{way}: " in page
 
 
 def test_a_gating_that_is_not_known_and_an_option_that_is_swept_are_named(capsys):

@@ -11,6 +11,7 @@ from scipy import stats
 
 import stochastic_depth as sd
 from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks, active_distribution
+from stochastic_depth.lab.sources import read_run
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import survival_probabilities
 from stochastic_depth.train import ModelConfig, SurvivalConfig, begin, fit
@@ -78,13 +79,35 @@ def test_under_a_schedule_the_distribution_is_the_mean_over_the_steps(tmp_path):
     rows = [
         stats.poisson_binom(1 - min(1, step / 15) * (1 - final)).pmf(range(4)) for step in range(30)
     ]
-    found = active_blocks(run)
+    found = active_blocks([read_run(run.path)])
     np.testing.assert_allclose(found.expected, np.mean(rows, 0), rtol=1e-9, atol=1e-12)
     assert sum(found.counts) == 30
     assert found.p_value() > 1e-3
 
 
+def test_the_steps_of_several_runs_are_counted_together(tmp_path):
+    survival = SurvivalConfig(final=0.2, schedule=ScheduleConfig("warmup", until=0.5))
+    long = read_run(run_of(tmp_path / "run", SILENT, survival).path)
+    short = dataclasses.replace(long, records=long.records[:1])
+    alone, of_short = active_blocks([long]), active_blocks([short])
+    found = active_blocks([short, long])
+    assert found.counts == [a + b for a, b in zip(alone.counts, of_short.counts, strict=True)]
+    assert found.expected == pytest.approx(
+        [(3 * a + b) / 4 for a, b in zip(alone.expected, of_short.expected, strict=True)]
+    )
+
+
+def test_of_many_steps_some_are_enough(tmp_path, monkeypatch):
+    survival = SurvivalConfig(final=0.2, schedule=ScheduleConfig("warmup", until=0.9))
+    run = read_run(run_of(tmp_path / "run", SILENT, survival).path)
+    every = active_blocks([run]).expected
+    monkeypatch.setattr("stochastic_depth.lab.active_blocks.STEPS", 10)
+    found = active_blocks([run]).expected
+    assert found != every
+    assert found == pytest.approx(every, abs=0.002)
+
+
 def test_constant_depth_has_all_blocks_active(pairs):
-    found = active_blocks(pairs["constant"][0])
+    found = active_blocks([read_run(pairs["constant"][0].path)])
     assert found.counts == [0] * 6 + [sum(found.counts)]
     assert found.expected == [0.0] * 6 + [1.0]

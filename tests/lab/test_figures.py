@@ -17,6 +17,7 @@ from stochastic_depth.lab.charts import Figure, _ticks
 from stochastic_depth.lab.drawing import file_svg
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
 from stochastic_depth.lab.gradients_chart import block_gradients
+from stochastic_depth.lab.outcomes import RunOutcome
 from stochastic_depth.lab.pruning_chart import _sentence, pruned_blocks
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep import charts
@@ -77,6 +78,25 @@ def test_active_blocks_are_counted_over_seeds_and_epochs(experiment):
     }
     assert sum(row["probability"] for row in figure.rows) == pytest.approx(1)
     assert "on average 4.10 of 6 blocks ran, where 4.25 are expected" in figure.sentence
+
+
+@pytest.mark.parametrize(
+    "settings", [{"balance": True}, {"schedule": ScheduleConfig("early", until=0.5)}]
+)
+def test_active_blocks_of_balanced_gates_and_under_a_schedule_are_drawn(experiment, settings):
+    series = experiment.stochastic[0]
+    survival = replace(series.survival, **settings)
+    runs = tuple(
+        replace(run, run=replace(run.run, config=replace(run.run.config, survival=survival)))
+        for run in series.runs
+    )
+    figure = active_blocks_figure(replace(series, survival=survival, runs=runs))
+    chances = [row["probability"] for row in figure.rows]
+    assert sum(chances) == pytest.approx(1)
+    if survival.balance:
+        assert {n: p for n, p in enumerate(chances) if p} == pytest.approx({4: 0.75, 5: 0.25})
+    else:
+        assert chances[6] > 0.5  # no block is dropped in the second half
 
 
 def test_gates_for_single_samples_have_no_count_of_blocks(experiment):
@@ -188,6 +208,25 @@ def test_a_survival_sweep_has_the_finished_runs_by_rule_and_p(survival_sweep):
     }
     unfinished = replace(sweep, runs=tuple(replace(run, finished=False) for run in sweep.runs))
     assert charts.survival_sweep(unfinished) is None
+
+
+def test_a_sweep_of_gates_has_the_errors_of_the_finished_runs_by_gating(gates_sweep):
+    (sweep,) = read_sources([gates_sweep]).sweeps
+    figure = charts.gates_sweep(sweep)
+    assert figure is not None
+    errors = {row["gating"]: row["test_error"] for row in figure.rows}
+    assert errors == {
+        "constant" if "constant" in run.name else "batch": RunOutcome.of(
+            run.records
+        ).test_error_best
+        for run in sweep.runs
+    }
+    assert "constant" in figure.sentence
+    constant = replace(sweep, runs=tuple(run for run in sweep.runs if "constant" in run.name))
+    only = charts.gates_sweep(constant)
+    assert only is not None
+    assert [row["gating"] for row in only.rows] == ["constant"]
+    assert charts.gates_sweep(replace(sweep, runs=())) is None
 
 
 def test_a_depth_sweep_has_a_cell_for_each_depth_and_p(depth_sweep):

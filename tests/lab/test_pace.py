@@ -1,17 +1,22 @@
 """What of a comparison fits into a given time, and that it is what is then trained."""
 
+import io
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
+from stochastic_depth.cli.console import PlainConsole
+from stochastic_depth.cli.train import _fit_epochs
 from stochastic_depth.lab import comparison
-from stochastic_depth.lab.comparison import compare_runs, train_pairs
-from stochastic_depth.lab.pace import FEWEST_EPOCHS, Pace, epochs_of, measure_pace
+from stochastic_depth.lab.comparison import compare_runs, first_run, train_pairs
+from stochastic_depth.lab.pace import FEWEST_EPOCHS, Pace, measure_pace
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
+from stochastic_depth.train.display import Display
 from support.runs import unseen
 
 SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=8), epochs=1)
@@ -55,10 +60,10 @@ def test_measuring_takes_steps_with_one_thread_and_with_all_and_leaves_the_bette
 
 
 def test_no_seed_is_begun_that_would_end_too_late_and_a_later_call_goes_on(tmp_path):
-    assert epochs_of(tmp_path, SMALL, [0, 1]) is None
+    assert first_run(tmp_path, [0, 1]) is None
     first = train_pairs(SMALL, [0, 1], tmp_path, unseen(), lambda: None, time.monotonic())
     assert [run.config.seed for run in first["constant"]] == [0]
-    assert epochs_of(tmp_path, replace(SMALL, epochs=20), [0, 1]) == 1
+    assert first_run(tmp_path, [0, 1]).id == first["constant"][0].id
     later = time.monotonic() + 1e6
     second = train_pairs(SMALL, [0, 1], tmp_path, unseen(), lambda: None, later)
     assert [run.config.seed for run in second["stochastic"]] == [0, 1]
@@ -114,3 +119,22 @@ def test_what_was_cut_short_is_compared_as_far_as_it_came_and_goes_on(tmp_path):
     again = train_pairs(two, [0], tmp_path, unseen(), lambda: None, time.monotonic() + 1e6)
     assert [len(run.records()) for of in again.values() for run in of] == [2, 2]
     assert all(run.weights.exists() for of in again.values() for run in of)
+
+
+def test_a_comparison_goes_on_with_the_epochs_and_threads_it_began_with(tmp_path, monkeypatch):
+    console, shown = PlainConsole(file=io.StringIO()), io.StringIO()
+    torch.set_num_threads(1)
+    two = replace(SMALL, epochs=2)
+    train_pairs(two, [0, 1], tmp_path, unseen(), lambda: None, time.monotonic())
+    torch.set_num_threads(2)
+    measured = "stochastic_depth.lab.pace.measure_pace"
+    monkeypatch.setattr(measured, lambda config: pytest.fail("it was measured"))
+    end = time.monotonic() + 1e6
+    config = _fit_epochs(replace(SMALL, epochs=20), [0, 1], tmp_path, end, console)
+    assert config == two
+    with Display(Console(file=shown)) as display:
+        runs = train_pairs(config, [0, 1], tmp_path, display, lambda: None, end)
+    assert "going on at step 10 of 20" in shown.getvalue()
+    assert "rounded differently" not in shown.getvalue()
+    assert {run.runtime.threads for of in runs.values() for run in of} == {1}
+    assert "training for 2 of 20 epochs" in console.file.getvalue()

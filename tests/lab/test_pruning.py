@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,18 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+import stochastic_depth as sd
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.export.depths import parameters_of, without_blocks
 from stochastic_depth.lab.options import PruningOptions
-from stochastic_depth.lab.pruned_network import (
-    PrunedNetwork,
-    errors,
-    measure_statistics,
-    parameters_without,
-    prune,
-    spread,
-)
-from stochastic_depth.lab.pruning import load_or_measure_curves, measure_curves
+from stochastic_depth.lab.pruning import load_or_measure_curves, measure_curves, spread
 from stochastic_depth.lab.sources import load_trained
+from stochastic_depth.tensors import copied
 from stochastic_depth.train import best_record
 from stochastic_depth.train.build import build_model
 from stochastic_depth.train.step import evaluate
@@ -76,35 +70,40 @@ def plain_without(network, removed):
     return model.eval()
 
 
+@pytest.fixture
+def plain(network):
+    """The network with p_l in its weights."""
+    model = copied(network.model)
+    sd.fold(model, next(iter(network.images.evaluate("test")))[0][:4])
+    return model
+
+
 @pytest.mark.parametrize("removed", [(), (5,), (0, 2, 4), (0, 1, 2, 3, 4, 5)])
-def test_a_network_without_blocks_is_the_plain_one_that_never_had_them(network, removed):
+def test_a_network_without_blocks_is_the_plain_one_that_never_had_them(network, plain, removed):
     images, _ = next(iter(network.images.evaluate("test")))
-    plain = plain_without(network, removed)
-    with torch.no_grad(), prune(network, PrunedNetwork(removed, None)):
-        torch.testing.assert_close(network.model(images), plain(images), rtol=1e-4, atol=1e-4)
-    assert parameters_without(network, removed) == sum(p.numel() for p in plain.parameters())
+    pruned, expected = without_blocks(plain, removed), plain_without(network, removed)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(images), expected(images), rtol=1e-4, atol=1e-4)
+    assert parameters_of(pruned) == parameters_of(expected)
 
 
 @pytest.mark.parametrize("removed", [(), (2, 5)])
-def test_recalibration_is_pytorchs_update_bn_on_the_plain_network(network, removed, silent):
-    batches = list(itertools.islice(network.images.train(0), 3))
-    before = copy.deepcopy(network.model.state_dict())
-    step = network.handle.step
-    with prune(network, PrunedNetwork(removed, None)):
-        statistics = measure_statistics(network.model, batches, network.run.runtime)
-    plain = plain_without(network, removed)
-    update_bn([images for images, _ in batches], plain)
+def test_recalibration_is_pytorchs_update_bn_and_leaves_the_network_alone(network, plain, removed):
+    batches = [images for images, _ in itertools.islice(network.images.train(0), 3)]
+    before = copy.deepcopy(plain.state_dict())
+    pruned, expected = without_blocks(plain, removed, batches), plain_without(network, removed)
+    update_bn(batches, expected)
     images, _ = next(iter(network.images.evaluate("test")))
-    pruned = PrunedNetwork(removed, statistics)
-    with torch.no_grad(), prune(network, pruned):
-        torch.testing.assert_close(network.model(images), plain(images), rtol=1e-3, atol=1e-3)
-    expected = evaluate(plain, network.images.evaluate("test"), network.run.runtime).error
-    assert errors(network, [pruned], "test", silent) == pytest.approx([expected], abs=0.21)
-    assert network.handle.step == step
-    assert not any(module.training for module in network.model.modules())
-    assert all(m.momentum == 0.1 for m in network.model.modules() if isinstance(m, nn.BatchNorm2d))
-    for name, value in network.model.state_dict().items():
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(images), expected.eval()(images), rtol=1e-3, atol=1e-3)
+    assert not any(module.training for module in pruned.modules())
+    for name, value in plain.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_networks_without_blocks_share_their_parameters(plain):
+    parameters = {id(parameter) for parameter in plain.parameters()}
+    assert {id(parameter) for parameter in without_blocks(plain, (0, 3)).parameters()} < parameters
 
 
 def test_images_are_spread_evenly_over_batches_of_any_size():
@@ -131,7 +130,7 @@ def test_the_curves_begin_at_the_journals_errors_and_end_without_a_block(network
         assert [point.removed for point in curve.points] == [0, 3, 6]
         assert [len(point.blocks) for point in curve.points] == [0, 3, 6]
         sizes = [point.parameters for point in curve.points]
-        assert sizes == [parameters_without(network, _places(p)) for p in curve.points]
+        assert sizes == [parameters_of(plain_without(network, _places(p))) for p in curve.points]
         assert min(point.seconds_per_image for point in curve.points) > 0
     assert found[0].points[1].blocks == [4, 5, 6]
     for curve in (found[0], found[2]):
@@ -182,9 +181,3 @@ def test_settings_out_of_range_are_named(setting):
         ConfigError, match=f"--{setting.replace('_', '-')} is 0: it must be at least"
     ):
         PruningOptions(**{setting: 0}).check()
-
-
-def test_a_network_without_batch_normalisation_has_nothing_to_recalibrate():
-    model = nn.Sequential(nn.Linear(2, 2)).eval()
-    runtime = SimpleNamespace(autocast=torch.no_grad)
-    assert measure_statistics(model, [(torch.zeros(3, 2), torch.zeros(3))], runtime) == []

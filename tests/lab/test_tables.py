@@ -1,9 +1,11 @@
+import io
 import re
 import statistics
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import ttest_ind
 
 from stochastic_depth.lab.formatting import difference, duration, share
@@ -55,6 +57,10 @@ def test_tables_hold_mean_and_deviation_over_seeds(experiment):
     assert time.rows[0][3] == "1.000"
     assert saving.rows[0][2] == "4.25"
     assert all(len(row) == len(t.head) for t in (error, time, saving) for row in t.rows)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(error.rich())
+    for text in (error.title, *error.head, *error.rows[0], "at the last one"):
+        assert text in console.file.getvalue()
 
 
 def test_the_headline_is_error_time_and_saving_against_the_expected(experiment):
@@ -128,6 +134,13 @@ def test_runs_are_put_together_by_all_but_survival_and_seed(compared, survival_s
     assert swept.main.name == "linear decay to 0.5"
     assert len({series.colour for series in swept.series}) == 5
     assert len(overview([experiment, swept]).rows) == 2
+
+
+def test_constant_depth_alone_is_an_experiment(experiment):
+    (alone,) = experiments(experiment.constant.runs)
+    assert [series.name for series in alone.series] == ["constant depth"]
+    assert [table.title for table in tables(alone)] == ["Test error", "Training time"]
+    assert tiles(alone)[0].label == "Test error, constant depth"
 
 
 def test_schedules_are_named_by_the_settings_that_they_use(experiment):

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from stochastic_depth.lab.page import REFRESH, watch_report, write_report
 from stochastic_depth.lab.report import COMMANDS, build_report
 from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep.folder import open_sweep
-from stochastic_depth.lab.sweep.gates import FILE
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, begin, fit
 from support.runs import SILENT
@@ -80,7 +80,7 @@ def test_the_policy_of_the_page_knows_its_script_alone(html):
 
 def test_names_are_text(html, hostile, hostile_page):
     harmless, shown = Elements(html), Elements(hostile_page.read_text())
-    assert shown.tags <= harmless.tags | {"code"}  # commands of figures that are not there
+    assert shown.tags <= harmless.tags | {"pre", "code"}  # commands for further figures
     assert shown.attributes <= harmless.attributes
     assert hostile[0] in "".join(shown.text)
 
@@ -89,9 +89,9 @@ def test_files_of_figures_are_written_beside(survival_sweep, benchmark_file, tmp
     out, figures = tmp_path / "deep" / "report.html", tmp_path / "figures"
     runs = [str(survival_sweep), str(benchmark_file)]
     assert main(["report", *runs, "-o", str(out), "--figures", str(figures)]) == 0
-    shown = capsys.readouterr().out
-    assert f"{out}: 2 figures" in shown
-    assert COMMANDS["depth-sweep"][1] in shown
+    assert capsys.readouterr().out == f"{out}: 2 figures\n"
+    assert COMMANDS["depth-sweep"] in out.read_text()
+    assert COMMANDS["survival-sweep"] not in out.read_text()
     drawn = {path.stem for path in figures.glob("*.svg")}
     assert drawn == {path.stem for path in figures.glob("*.png")}
     assert drawn == {path.stem for path in figures.glob("*.csv")}
@@ -142,6 +142,27 @@ def test_a_watched_report_is_written_anew_until_every_run_is_finished(tmp_path):
     assert "finished" in out.read_text()
 
 
+@pytest.mark.parametrize("out", ["report.html", "one/report.html"])
+def test_a_watched_report_is_not_written_anew_for_its_own_sake(
+    out, tmp_path, compared, monkeypatch
+):
+    """A page beside the runs, or in the folder of one, changes the time of that folder."""
+    runs, turns = tmp_path / "runs", []
+    shutil.copytree(compared / "constant-seed0", runs / "one")
+    (runs / "one" / "model.safetensors").unlink()
+
+    def sleep(seconds):
+        turns.append(seconds)
+        if len(turns) == 3:
+            shutil.copytree(compared / "stochastic-seed0", runs / "two")
+        if len(turns) == 6:
+            shutil.copy(compared / "constant-seed0" / "model.safetensors", runs / "one")
+
+    monkeypatch.setattr("stochastic_depth.lab.page.time.sleep", sleep)
+    written = [len(turns) for _ in islice(watch_report([runs], runs / out), 4)]
+    assert written == [0, 3, 6]
+
+
 def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_path):
     out = tmp_path / "report.html"
     out.write_text("before")
@@ -155,23 +176,18 @@ def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_p
     assert out.read_text() == "before"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"title": "ResNet-14"}'])
-def test_unreadable_results_of_gatings_are_named(content, gates_sweep, tmp_path):
-    sweep, out = tmp_path / "sweep", tmp_path / "report.html"
-    shutil.copytree(gates_sweep, sweep)
-    (sweep / FILE).unlink()
-    write_report([sweep], out)
-    assert 'id="gates-sweep"' not in out.read_text()
-    (sweep / FILE).write_text(content)
-    with pytest.raises(RunError, match=r"gates.json (cannot be|is not)"):
-        write_report([sweep], out)
-
-
-ALWAYS = {"training-curves", "training-time", "drop-rates", "gradient-strength"}
+ALWAYS = {
+    "training-curves",
+    "training-time",
+    "drop-rates",
+    "gradient-strength",
+    "active-blocks",
+    "block-gradients",
+}
 """Figures that need no command of their own: the journals of any runs hold what they draw."""
 
 
-def test_every_figure_that_can_be_missing_has_a_command():
+def test_every_figure_that_needs_more_than_journals_has_a_command():
     folder = resources.files("stochastic_depth.lab")
     sources = [path.read_text() for path in Path(str(folder)).rglob("*.py")]
     ids = {id for source in sources for id in re.findall(r'\bid="([a-z-]+)"', source)}
@@ -179,29 +195,24 @@ def test_every_figure_that_can_be_missing_has_a_command():
     assert ids - of_inspect - ALWAYS == set(COMMANDS)
 
 
-def test_the_commands_of_missing_figures_are_told(compared):
-    ids = {
-        figure.id
-        for section in build_report(read_sources([compared])).sections
-        for figure in section.figures
-    }
-    shown = {
-        (lacks.title, lacks.command) for lacks in build_report(read_sources([compared])).missing
-    }
-    assert shown == {told for id, told in COMMANDS.items() if id not in ids}
+def test_the_commands_of_figures_that_are_not_drawn_are_told(compared):
+    made = build_report(read_sources([compared]))
+    ids = {figure.id for section in made.sections for figure in section.figures}
+    assert set(made.commands) == {command for id, command in COMMANDS.items() if id not in ids}
 
 
-def test_a_sweep_whose_runs_failed_or_go_on_is_named_in_place_of_its_command(tmp_path, capsys):
+def test_a_sweep_whose_runs_failed_or_go_on_is_told_in_place_of_its_figure(tmp_path, capsys):
     sweep = open_sweep(tmp_path / "sweep", "survival", GRID, SMALL)
     points, out = GRID.points(), tmp_path / "report.html"
-    for point in points:
+    for failed, point in enumerate(points):
         assert main(["report", str(sweep.folder), "-o", str(out)]) == 0
-        assert f"against p_L; {sweep.folder} is not finished yet" in capsys.readouterr().out
+        how = f", {failed} failed, for the reason" if failed else "."
+        assert f"{sweep.folder}: 0 of 6 runs finished{how}" in capsys.readouterr().out
         run, _ = begin(sweep.configs[point], sweep.path(point))
         (run.path / "failed.txt").write_text("the loss is not finite")
     assert main(["report", str(sweep.folder), "-o", str(out)]) == 0
-    why = f"6 of 6 runs of {sweep.folder} failed"
-    assert f"against p_L; {why}" in capsys.readouterr().out
-    assert f"against p_L: {why}" in out.read_text()
+    why = "0 of 6 runs finished, 6 failed, for the reason in the failed.txt of each."
+    assert why in capsys.readouterr().out
+    assert why in out.read_text()
     assert '<p class="state">6 runs, 6 failed. Written' in out.read_text()
     assert len(list(watch_report([sweep.folder / "runs"], out))) == 1

@@ -5,7 +5,6 @@ where one process ends that has all of it.
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,8 +19,6 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import stochastic_depth as sd
 from stochastic_depth.distributed import (
@@ -34,11 +31,14 @@ from stochastic_depth.distributed import (
     skip_closed,
     synchronise_batchnorm,
 )
+from stochastic_depth.lab.bench.distributed import Collectives
 from support.ranks import report
 
 BLOCKS, WIDTH, BATCH, STEPS = 6, 8, 12, 8
-OF_BLOCK = 2 * (WIDTH * WIDTH + WIDTH)
-OF_REST = 2 * (WIDTH * WIDTH + WIDTH)
+OF_BLOCK = OF_REST = 8 * 2 * (WIDTH * WIDTH + WIDTH)
+"""The bytes of a block's parameters, and of the two layers around all blocks."""
+AGREED = 8 * 2
+"""The bytes of the integers by which ranks compare their gates."""
 TOLERANCE = 1e-12
 
 
@@ -105,27 +105,6 @@ def assert_same_end(model: nn.Module, other: nn.Module) -> None:
         assert (p.grad is None) == (q.grad is None), name
 
 
-class Collectives(TorchDispatchMode):
-    """Counts collectives, and the numbers given to them, by kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.numbers: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if operator.namespace == "c10d":
-            kind = operator._opname.strip("_")
-            self.calls[kind] += 1
-            floats = [
-                t for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point()
-            ]
-            self.numbers[kind] += sum(t.numel() for t in floats[:1])
-        return operator(*args, **(kwargs or {}))
-
-
 # two ranks, and four
 
 
@@ -160,8 +139,8 @@ def the_composable_replicate_trains_like_one_process_and_skips_closed_blocks() -
         assert_same_end(model, alone(skipped))
         with Collectives() as collectives:
             train(model, sgd(model), mine, range(1))
-        sent = OF_REST + int(handle.gates.sum()) * OF_BLOCK
-        assert (collectives.numbers["allreduce"] == sent) == skips
+        sent = AGREED + OF_REST + int(handle.gates.sum()) * OF_BLOCK
+        assert (collectives.bytes["allreduce"] == sent) == skips
 
 
 def ddp_that_searches_for_unused_parameters_finds_none() -> None:
@@ -216,7 +195,8 @@ def gradients_of_closed_blocks_are_not_sent() -> None:
                 ddp(mine(mini_batch(step)[0])).sum().backward()
             open_blocks = int(handle.gates.sum())
             seen.add(open_blocks)
-            assert collectives.numbers["allreduce"] == OF_REST + open_blocks * OF_BLOCK
+            sent = AGREED + OF_REST + open_blocks * OF_BLOCK
+            assert collectives.bytes["allreduce"] == sent
         assert len(seen) > 2
 
 

@@ -81,7 +81,7 @@ def spin_count() -> str:
 
     By default they look for milliseconds, in which another program on that core has to wait too.
     This is 0.05 to 0.15 ms: an Intel processor pauses for 140 cycles between two looks, others for
-    about 50. `bench busy` measures what it does.
+    about 50. docs/results/speed.md has what it does on a busy machine.
     """
     try:
         with open("/proc/cpuinfo") as file:

@@ -1,7 +1,6 @@
 """stochastic-depth analyze: one question about runs at a time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,15 +9,14 @@ import tyro
 
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.cli.arguments import Flag, choose, parse, require_run
-from stochastic_depth.errors import ConfigError
+from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.lab.options import PruningOptions
 from stochastic_depth.train.checks import at_least
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
-    from stochastic_depth.export.depths import Progress
+    from stochastic_depth.lab.outcomes import Experiment
     from stochastic_depth.lab.sources import TrainedNetwork
-    from stochastic_depth.train import Run
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,32 @@ class Question:
         if not self.runs:
             raise ConfigError("no RUN is given: name one run folder or several")
 
-    def opened(self) -> list["Run"]:
-        """The opened runs; a run and its copies count once."""
-        from stochastic_depth.train import open_run
+    def experiments(self) -> list["Experiment"]:
+        """The runs in groups; a run and its copies count once.
 
-        runs = {run.id: run for run in map(open_run, reversed(self.runs))}
-        return list(runs.values())[::-1]
+        Raises:
+            RunError: when one of them has no record yet.
+        """
+        from stochastic_depth.lab.outcomes import experiments
+        from stochastic_depth.lab.sources import read_run
+
+        runs = [read_run(path) for path in self.runs]
+        for run in runs:
+            if not run.records:
+                path = run.run.path
+                raise RunError(
+                    f"{path} has measured nothing yet, its journal is empty: go on with it by "
+                    f"stochastic-depth train --resume {path}"
+                )
+        return experiments(runs)
+
+
+def _titled(experiments: list["Experiment"], console: "PlainConsole") -> Iterator["Experiment"]:
+    """Each experiment; if there are several, with its title printed before."""
+    for experiment in experiments:
+        if len(experiments) > 1:
+            console.say(experiment.title)
+        yield experiment
 
 
 @dataclass(frozen=True)
@@ -54,12 +72,13 @@ class NetworkQuestion(Question):
     again: Flag = False
     """Measure the networks again, even if their folders have a result with the same settings."""
 
-    def networks(self, runs: list["Run"]) -> Iterator["TrainedNetwork"]:
+    def networks(self, experiments: list["Experiment"]) -> Iterator["TrainedNetwork"]:
         """The trained networks, one at a time."""
         from stochastic_depth.lab.sources import load_trained
 
-        for run in runs:
-            yield load_trained(run.path, self.data, self.checkpoint)
+        for experiment in experiments:
+            for recorded in experiment.runs:
+                yield load_trained(recorded.run.path, self.data, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -77,19 +96,16 @@ class GradientStrength(Question):
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import gradients as question
-        from stochastic_depth.lab.outcomes import group_runs
 
-        runs = self.opened()
-        epochs = list(self.epochs) or question.spread_epochs(runs)
-        found = {
-            name: question.gradients(of_kind, epochs) for name, of_kind in group_runs(runs).items()
-        }
-        console.print(question.first_table(epochs, found))
-        for name, of_kind in found.items():
-            if all(of_kind.blocks):
-                console.print(question.block_table(name, epochs, of_kind, self.blocks))
-            else:
-                console.say(f"{name}: no gradients of blocks in the journal")
+        for experiment in _titled(self.experiments(), console):
+            epochs = list(self.epochs) or question.spread_epochs(experiment.runs)
+            found = {s.name: question.gradients(s.runs, epochs) for s in experiment.series}
+            console.print(question.first_table(epochs, found))
+            for name, of_kind in found.items():
+                if all(of_kind.blocks):
+                    console.print(question.block_table(name, epochs, of_kind, self.blocks))
+                else:
+                    console.say(f"{name}: no gradients of blocks in the journal")
 
 
 @dataclass(frozen=True)
@@ -99,9 +115,10 @@ class Active(Question):
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab.active_blocks import active_blocks, active_table
 
-        for run in self.opened():
-            found = active_blocks(run)
-            console.print(active_table(str(run.path), found))
+        runs = (run for experiment in self.experiments() for run in experiment.runs)
+        for run in runs:
+            found = active_blocks([run])
+            console.print(active_table(str(run.run.path), found))
             drawn, exact = found.moments()
             console.print(
                 f"mean {drawn[0]:.2f} (exact {exact[0]:.2f}), deviation {drawn[1]:.2f} (exact "
@@ -126,24 +143,25 @@ class Ensemble(NetworkQuestion):
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import ensemble as question
         from stochastic_depth.lab.formatting import runs_text
-        from stochastic_depth.lab.outcomes import group_runs
         from stochastic_depth.lab.sources import analysis_path
 
-        runs = self.opened()
-        for run in runs:
-            question.refuse_constant(run)
+        asked = self.experiments()
+        for recorded in (run for experiment in asked for run in experiment.runs):
+            question.refuse_constant(recorded.run)
         found: dict[str, Any] = {}
-        for network in self.networks(runs):
-            with progress_bar(console, network.run.path.name) as progress:
+        for network in self.networks(asked):
+            with console.progress(network.run.path.name) as progress:
                 found[network.run.id] = question.load_or_measure_ensemble(
                     network, self.subnetworks, self.seed, progress, self.again
                 )
             console.say(str(analysis_path(network.run, "ensemble")))
-        for name, of_kind in group_runs(runs).items():
-            of_runs = [found[run.id] for run in of_kind]
-            alone = len(of_kind) == 1
-            title = str(of_kind[0].path) if alone else f"{name}, {runs_text(len(of_kind))}"
-            console.print(question.ensemble_table(title, of_runs))
+        for experiment in _titled(asked, console):
+            for series in experiment.series:
+                of_runs = [found[run.run.id] for run in series.runs]
+                alone = len(of_runs) == 1
+                title = f"{series.name}, {runs_text(len(of_runs))}"
+                title = str(series.runs[0].run.path) if alone else title
+                console.print(question.ensemble_table(title, of_runs))
 
 
 @dataclass(frozen=True)
@@ -160,22 +178,20 @@ class Pruning(NetworkQuestion):
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import pruning as question
-        from stochastic_depth.lab.outcomes import group_runs
         from stochastic_depth.lab.sources import analysis_path
 
-        runs = self.opened()
+        asked = self.experiments()
         found: dict[str, Any] = {}
-        for network in self.networks(runs):
-            with progress_bar(console, network.run.path.name) as progress:
+        for network in self.networks(asked):
+            with console.progress(network.run.path.name) as progress:
                 found[network.run.id] = question.load_or_measure_curves(
                     network, self.settings, progress, self.again
                 )
             console.say(str(analysis_path(network.run, "pruning")))
-        of_kinds = {
-            name: [found[run.id] for run in of_kind] for name, of_kind in group_runs(runs).items()
-        }
-        for order in question.ORDERS:
-            console.print(question.pruning_table(order, of_kinds))
+        for experiment in _titled(asked, console):
+            curves = {s.name: [found[run.run.id] for run in s.runs] for s in experiment.series}
+            for order in question.ORDERS:
+                console.print(question.pruning_table(order, curves))
 
 
 QUESTIONS = {
@@ -200,27 +216,3 @@ def analyze(arguments: list[str]) -> int:
         import torch  # noqa: F401
     asked.print(console)
     return 0
-
-
-@contextmanager
-def progress_bar(console: "PlainConsole", name: str) -> Iterator["Progress"]:
-    """Show the progress of analysing run `name`: a bar on a terminal, or a line for each stage."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    stage = ""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(name, total=None)
-
-        def tell(doing: str, done: float, total: float) -> None:
-            nonlocal stage
-            if doing != stage:
-                stage = doing
-                bar.reset(task, description=f"{name} {doing}")
-                if not console.is_terminal:
-                    console.say(f"{name}: {doing}")
-            bar.update(task, completed=done, total=total)
-
-        yield tell

@@ -1,16 +1,16 @@
 """Parse sub-commands, recipes and run folders, which several commands take."""
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
-from stochastic_depth.cli.help import READING, help_of, show_help, usage_line, wrap_text
+from stochastic_depth.cli.help import READING, show_choices, wrap_text
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.plain_text import escaped
 from stochastic_depth.recipes import RECIPES, describe_recipe
@@ -48,8 +48,8 @@ def choose(
         if known == name:
             return known, rest
     if name in ("-h", "--help"):
-        default = DEFAULT if DEFAULT in choices else None
-        show_help(program, about, what, choices, default)
+        show_choices(f"{program} [-h] {what.upper()} ...", about, f"{what}s", choices)
+        raise SystemExit(0)
     raise SystemExit(usage_error(what, name, choices))
 
 
@@ -77,8 +77,10 @@ def parse(
     Raises:
         SystemExit: after printing help, or what is wrong.
     """
-    call = partial(
-        tyro.cli,
+    if {"-h", "--help"} & set(arguments):
+        # tyro would join the lines of such a text, and not wrap it.
+        print(wrap_text(inspect.getdoc(kind) or "" if about is None else about), end="\n\n")
+    asked = tyro.cli(
         kind,
         prog=f"stochastic-depth {program}",
         description="",
@@ -86,17 +88,6 @@ def parse(
         default=tyro.MISSING_NONPROP if default is None else default,
         registry=READING,
     )
-    if {"-h", "--help"} & set(arguments):
-        usage, boxes = help_of(call)
-        print(
-            usage_line(usage),
-            wrap_text(str(kind.__doc__) if about is None else about),
-            "",
-            sep="\n",
-        )
-        print(boxes, end="")
-        raise SystemExit(0)
-    asked = call()
     with usage_errors():
         getattr(asked, "check", lambda: None)()
     return asked
@@ -118,7 +109,6 @@ def parse_recipe(
     arguments: list[str],
     defaults: Callable[[Config], Arguments],
     common: Iterable[str],
-    no_recipe: type = object,
 ) -> Arguments:
     """Parse the arguments of a command that takes a recipe and options that change it.
 
@@ -127,7 +117,6 @@ def parse_recipe(
         defaults: returns the arguments of the command for the configuration of a recipe.
         common: for the help without a recipe, the options of the command that are used most; those
             of the configuration are added.
-        no_recipe: for the help, a dataclass of options that need no recipe.
 
     Raises:
         SystemExit: after printing help, or what is wrong.
@@ -139,8 +128,9 @@ def parse_recipe(
             f"Options: stochastic-depth {command} RECIPE --help\n\n"
             f"Those used most: {', '.join((*common, *COMMON))}."
         )
-        program = f"stochastic-depth {command}"
-        show_help(program, about, "recipe", recipes, DEFAULT, after, no_recipe)
+        usage = f"stochastic-depth {command} [-h] [RECIPE] [OPTIONS]"
+        show_choices(usage, about, "recipes", recipes, after)
+        raise SystemExit(0)
     name = DEFAULT
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments

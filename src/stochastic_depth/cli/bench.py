@@ -8,20 +8,15 @@ from stochastic_depth.cli.arguments import choose, parse
 from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.lab.options import (
     BenchOptions,
-    BusyOptions,
-    ClosedOptions,
-    DataOptions,
     DepthOptions,
-    Dinov2Options,
     DistributedOptions,
     EngineOptions,
     EnginesOptions,
+    GatesOptions,
     OverheadOptions,
     PeersOptions,
-    PicturesOptions,
     ProfileOptions,
     SkipOptions,
-    SteadyOptions,
     StepOptions,
 )
 
@@ -31,17 +26,12 @@ if TYPE_CHECKING:
 BENCHMARKS: dict[str, type[BenchOptions]] = {
     "overhead": OverheadOptions,
     "skip": SkipOptions,
-    "steady": SteadyOptions,
-    "closed": ClosedOptions,
-    "dinov2": Dinov2Options,
+    "gates": GatesOptions,
     "peers": PeersOptions,
     "depth": DepthOptions,
     "engines": EnginesOptions,
     "distributed": DistributedOptions,
-    "data": DataOptions,
     "profile": ProfileOptions,
-    "pictures": PicturesOptions,
-    "busy": BusyOptions,
 }
 """The options of each benchmark; the module of its name in `lab.bench` measures it."""
 
@@ -92,6 +82,4 @@ def _runtime(asked: BenchOptions) -> "Runtime":
 
 def _has_block_program(asked: EngineOptions) -> bool:
     """Whether a block program can train the network; if not, the engine auto is autograd."""
-    if isinstance(asked, PeersOptions):
-        return asked.network == "cifar-resnet"
-    return not isinstance(asked, PicturesOptions)
+    return not isinstance(asked, PeersOptions) or asked.network == "cifar-resnet"

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
@@ -12,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from stochastic_depth.plain_text import escaped
+
+if TYPE_CHECKING:
+    from stochastic_depth.export.depths import Progress
 
 
 class PlainConsole(Console):
@@ -58,3 +61,24 @@ class PlainConsole(Console):
             return
         with self.status("loading PyTorch"):
             yield
+
+    @contextmanager
+    def progress(self, name: str) -> Iterator["Progress"]:
+        """Show the progress of what is done with `name`: a bar, or a line for each stage."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        stage = ""
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=self, transient=True, disable=not self.is_terminal) as bar:
+            task = bar.add_task(name, total=None)
+
+            def tell(doing: str, done: float, total: float) -> None:
+                nonlocal stage
+                if doing != stage:
+                    stage = doing
+                    bar.reset(task, description=f"{name} {doing}")
+                    if not self.is_terminal:
+                        self.say(f"{name}: {doing}")
+                bar.update(task, completed=done, total=total)
+
+            yield tell

@@ -1,6 +1,5 @@
 """stochastic-depth export and predict: a trained network as a file, and its predictions."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,12 +11,12 @@ from stochastic_depth.cli.arguments import Flag, parse, require_run
 from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.train.checks import at_least, check_that
+from stochastic_depth.train.layout import with_name
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from stochastic_depth.export.description import Description
-    from stochastic_depth.export.drop_order import Dropped
 
 
 Format = Literal["safetensors", "torch", "onnx"]
@@ -118,7 +117,7 @@ def export(arguments: list[str]) -> int:
     asked = parse(Export, "export", arguments)
     require_run(asked.run)
     form = asked.chosen_format()
-    path = asked.out or Path(asked.run.name + SUFFIX[form])
+    path = asked.out or Path(with_name(asked.run).name + SUFFIX[form])
     require_output(path, form)
     require_output(path.with_name(path.name + ".json"), "description")
     from stochastic_depth.cli.console import PlainConsole
@@ -128,33 +127,17 @@ def export(arguments: list[str]) -> int:
         from stochastic_depth.export import network
         from stochastic_depth.export.write import write_export
         from stochastic_depth.train import reopen
-    from rich.progress import track
-
-    def progress(dropped: "Iterator[Dropped]", count: int) -> "Iterator[Dropped]":
-        evaluations = 0
-        for each in track(
-            dropped,
-            "ordering blocks",
-            count,
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ):
-            evaluations += each.evaluations
-            yield each
-        console.print(
-            f"{count} blocks ordered by validation loss, in {evaluations:,} evaluations",
-        )
-
     run, images = reopen(asked.run, asked.data)
+    with console.progress(run.path.name) as progress:
+        if asked.elastic:
+            plain = network.elastic_network(run, images, asked.checkpoint, progress)
+            plain = network.measured(plain, images, run.runtime, progress)
+        elif asked.depth < 1:
+            plain = network.shallower_network(run, images, asked.checkpoint, asked.depth, progress)
+        else:
+            plain = network.plain_network(run, images, asked.checkpoint)
     if asked.elastic:
-        plain = network.elastic_network(run, images, asked.checkpoint, progress)
-        plain = network.measured(plain, images, run.runtime)
         console.print(choices_table(plain.description))
-    elif asked.depth < 1:
-        plain = network.shallower_network(run, images, asked.checkpoint, asked.depth, progress)
-    else:
-        plain = network.plain_network(run, images, asked.checkpoint)
     difference = write_export(path, plain, form)
     console.say(
         f"{path} ({path.stat().st_size:,} bytes): read back, outputs differ by "

@@ -59,8 +59,7 @@ def report(arguments: list[str]) -> int:
     made = write_report(asked.runs, asked.out, asked.figures)
     drawn = sum(len(section.figures) for section in made.sections)
     console.say(f"{asked.out}: {count_text(drawn, 'figure')}")
-    for path in made.unmeasured:
-        console.say(f"nothing measured yet in {path}: its journal is empty")
-    for figure in made.missing:
-        console.say(f"no data for: {figure.title}; {figure.command or figure.why}")
+    for section in made.sections:
+        if not section.figures:
+            console.say(section.said)
     return 0

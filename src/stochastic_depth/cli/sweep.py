@@ -9,9 +9,8 @@ import tyro
 
 from stochastic_depth.choices import RuleName, SweepKind
 from stochastic_depth.cli.arguments import Flag, choose, parse_recipe, usage_errors
-from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.extras import require
+from stochastic_depth.lab.options import check_gatings
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train.checks import at_least
 from stochastic_depth.train.config import Config
@@ -105,38 +104,17 @@ class GatesSweep(Options):
     """The values of p_L."""
     gatings: tuple[str, ...] = tuple(gatings(Config()))
     """Ways of gating; constant depth among them is trained once for each seed."""
-    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Draw errors and costs as PNG here."""
 
     def grid(self) -> "Grid":
         from stochastic_depth.lab.sweep.folder import Grid
 
         if self.config.survival.rule == "constant":
             raise ConfigError(f"{self.config.recipe} has constant depth: sweep a stochastic one")
-        for name in self.gatings:
-            if name not in gatings(self.config):
-                known = ", ".join(gatings(self.config))
-                raise ConfigError(f"there is no gating {name!r}: choose among {known}")
+        check_gatings(self.gatings)
         if len(self.survival) != 1:
             raise ConfigError("sweep gates compares at equal rates: give --survival one value")
         rule, depth = self.config.survival.rule, self.config.model.depth
         return Grid((rule,), self.survival, (depth,), self.chosen_seeds(), self.gatings)
-
-
-def _compare_gatings(sweep: "Sweep", asked: GatesSweep, console: "PlainConsole") -> None:
-    """Measure what a step of each gating costs, and show the cost beside the errors."""
-    from stochastic_depth.lab.sweep.gates import gates_table, gating_results, write_results
-
-    result = gating_results(sweep, console)
-    write_results(sweep, result)
-    console.print(gates_table(result))
-    if asked.plot is not None:
-        from stochastic_depth.files import write_whole
-        from stochastic_depth.lab.drawing import file_png
-        from stochastic_depth.lab.sweep.charts import gating_figure
-
-        figure = gating_figure(result)
-        write_whole(asked.plot, file_png(figure.title, figure))
 
 
 OPTIONS: dict[SweepKind, type[SurvivalSweep | DepthSweep | GatesSweep]] = {
@@ -156,15 +134,10 @@ def sweep(arguments: list[str]) -> int:
     about = f"{ABOUT}\nThe grid has {KINDS[kind]}."
     common = *COMMON[kind], "--seeds INT", "--workers INT", "--out DIR"
     asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind], common)
-    if isinstance(asked, GatesSweep):
-        require_output(asked.plot, "picture")
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()
     with console.starting():
-        if isinstance(asked, GatesSweep) and asked.plot is not None:
-            for module in ("altair", "vl_convert"):
-                require(module, "report")
         from stochastic_depth.lab.sweep.folder import open_sweep
     folder = asked.out or Path("runs") / f"sweep-{kind}-{asked.config.recipe}"
     with usage_errors():
@@ -196,14 +169,11 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
         progress.look([])
         killed = workers.killed()
     points = sweep.grid.points()
-    failed = [point for point in points if sweep.failure(point)]
-    for point in failed:
-        console.say(f"{point.name} failed: {sweep.failure(point)}")
+    failed = {point: why for point in points if (why := sweep.failure(point)) is not None}
+    for point, why in failed.items():
+        console.say(f"{point.name} failed: {why}")
     left = sum(not sweep.ended(point) for point in points)
-    if isinstance(asked, GatesSweep) and not left and len(failed) < len(points) and not stop():
-        _compare_gatings(sweep, asked, console)
-    else:
-        console.print(sweep_table(sweep))
+    console.print(sweep_table(sweep))
     console.say(str(sweep.folder))
     if left:
         lost = f", {count_text(len(killed), 'worker')} killed" if killed else ""

@@ -1,6 +1,7 @@
 """stochastic-depth train, compare and eval, and the list of recipes."""
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -37,10 +38,12 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 
 TRAIN = """Train one network; everything is written to one run folder.
 
+Go on with a run: stochastic-depth train --resume RUN [--data DIR] [--quiet]
+
 By N processes: torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
 """
 COMPARE = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
-as a table and a picture: errors, seconds, the saving measured and expected.
+in tables and a picture: errors, seconds, the saving measured and expected.
 
 Started again it goes on where it stopped, and trains nothing twice.
 """
@@ -60,10 +63,12 @@ class Begin:
 
 @dataclass(frozen=True)
 class Resume:
+    """Go on with a run that was stopped."""
+
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Resume this run from its newest checkpoint, with the configuration it began with."""
     data: Folder = None
-    """With --resume: where its data is now (none: where it was)."""
+    """Where its data is now (none: where it was)."""
     quiet: Flag = False
     """Print nothing."""
 
@@ -78,7 +83,7 @@ class Compare:
     out: Folder = None
     """The folder for the runs, the picture and the JSON (none: runs/compare-RECIPE)."""
     quiet: Flag = False
-    """Print only the table."""
+    """Print only the tables."""
 
     def check(self) -> None:
         at_least(1, seeds=self.seeds)
@@ -108,14 +113,8 @@ def train(arguments: list[str]) -> int:
         assert asked.resume is not None
         require_run(asked.resume)
         return _in_all_processes(lambda console: _resume(asked, console), asked.quiet)
-    begun = parse_recipe(
-        "train",
-        TRAIN,
-        arguments,
-        Begin,
-        ("--run DIR", "--model.depth INT", "--survival.final FLOAT"),
-        Resume,
-    )
+    common = "--run DIR", "--model.depth INT", "--survival.final FLOAT"
+    begun = parse_recipe("train", TRAIN, arguments, Begin, common)
     refuse_without_effect(begun.config, arguments)
     return _in_all_processes(lambda console: _begin(begun, console), begun.quiet)
 
@@ -236,11 +235,12 @@ def compare(arguments: list[str]) -> int:
             require(module, "report")
         from stochastic_depth.lab import comparison
         from stochastic_depth.lab.pace import SECONDS_AT_END
+        from stochastic_depth.lab.tables import tables
         from stochastic_depth.train.display import Display
         from stochastic_depth.train.signals import StopSignals
     folder = asked.out or Path("runs") / f"compare-{config.recipe}"
     seeds = range(config.seed, config.seed + asked.seeds)
-    end = None
+    end = math.inf
     if asked.minutes is not None:
         end = began + 60 * asked.minutes - SECONDS_AT_END
         config = _fit_epochs(config, seeds, folder, end, console)
@@ -250,8 +250,9 @@ def compare(arguments: list[str]) -> int:
         except Interrupted as interrupted:
             return _say_how_to_resume(console, interrupted, shlex.join(["compare", *arguments]))
     found = comparison.compare_runs(runs)
-    console.print(comparison.comparison_table(found))
-    for remark in comparison.remarks(found, asked.config.epochs, config.epochs, asked.seeds):
+    console.say(found.title)
+    console.print(*(table.rich() for table in tables(found)))
+    for remark in comparison.remarks(found, asked.config.epochs, asked.seeds):
         console.print(remark)
     for path in comparison.write_comparison(folder, found, runs):
         console.say(str(path))
@@ -261,14 +262,19 @@ def compare(arguments: list[str]) -> int:
 def _fit_epochs(
     config: Config, seeds: Sequence[int], folder: Path, end: float, console: "PlainConsole"
 ) -> Config:
-    """`config`, with as many epochs as fit until `end`; prints what was measured and decided."""
-    from stochastic_depth.lab.pace import epochs_of, measure_pace
+    """`config`, with the epochs of the runs that have begun, or with as many as fit until `end`.
 
-    console.print("measuring how long a training step takes here")
-    pace = measure_pace(config)
-    console.print(pace.described())
-    epochs = epochs_of(folder, config, seeds)
-    if epochs is None:
+    Only where none has begun, training steps are timed, which chooses the number of threads too.
+    """
+    from stochastic_depth.lab.comparison import first_run
+    from stochastic_depth.lab.pace import measure_pace
+
+    if begun := first_run(folder, seeds):
+        epochs = begun.config.epochs
+    else:
+        console.print("measuring how long a training step takes here")
+        pace = measure_pace(config)
+        console.print(pace.described())
         epochs = pace.epochs_in(end - time.monotonic(), config.epochs)
     if epochs < config.epochs:
         console.print(

@@ -66,7 +66,7 @@ def read_shard(path: Path, label_columns: tuple[str, ...], side: int) -> tuple[T
     encoded: list[bytes | None] = []
     labels = [torch.empty(0, dtype=torch.int64, device="cpu")]
     try:
-        require_file(path, real_parts=0)
+        require_file(path, follow_links=True)
         with parquet.ParquetFile(path) as file:
             claimed, length = file.metadata.num_rows, path.stat().st_size
             if claimed > length:

@@ -141,7 +141,7 @@ def content_hash(path: Path, most: int) -> bytes:
         most: of a larger file only this many bytes are read, at least two blocks: the first, the
             last, and others at equal distances between them.
     """
-    with reading(path, DataError), open_file(path, real_parts=0) as file:
+    with reading(path, DataError), open_file(path, follow_links=True) as file:
         opened = file.fileno()
         size = os.fstat(opened).st_size
         digest = hashlib.sha256(repr(size).encode())

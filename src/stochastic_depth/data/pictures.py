@@ -157,7 +157,7 @@ def open_picture(path: Path) -> Any:
     """
     image = require("PIL.Image", "data")
     with reading(path, DataError):
-        file = open_file(path, real_parts=0)
+        file = open_file(path, follow_links=True)
     try:
         with file, ignore_warnings(), image.open(file, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:

@@ -20,7 +20,7 @@ def read_data_file(path: Path) -> bytes:
         DataError: when it cannot be read, is a device or a pipe, or is too large.
     """
     with reading(path, DataError):
-        return read_file(path, LARGE, real_parts=0)
+        return read_file(path, LARGE, follow_links=True)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def open_published(path: Path, checksums: Mapping[str, str], instead: str) -> It
     Raises:
         DataError: when it cannot be read, or has another checksum.
     """
-    with reading(path, DataError), open_file(path, real_parts=0) as file:
+    with reading(path, DataError), open_file(path, follow_links=True) as file:
         found, published = hashlib.file_digest(file, "md5").hexdigest(), checksums[path.name]
         if found != published:
             raise DataError(

@@ -2,19 +2,23 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches
-from stochastic_depth.export.depths import errors_of, pruning_order, seconds_of
+from stochastic_depth.export.depths import (
+    Progress,
+    errors_of,
+    parameters_of,
+    pruning_order,
+    seconds_of,
+    without_blocks,
+)
 from stochastic_depth.export.description import (
     Architecture,
     DepthChoice,
@@ -22,9 +26,7 @@ from stochastic_depth.export.description import (
     ImageInput,
     blocks_at,
 )
-from stochastic_depth.export.drop_order import Dropped
 from stochastic_depth.export.fold import fold
-from stochastic_depth.export.remove_blocks import remove_blocks
 from stochastic_depth.export.truncate import truncate
 from stochastic_depth.surgery import handle_of
 from stochastic_depth.surgery.applied import applied_inside
@@ -37,10 +39,6 @@ CHECKED = 32
 """Number of test images used to check a written file."""
 RECALIBRATION = 64
 """Number of training batches that measure the BatchNorm statistics of a shallower network."""
-
-Observer = Callable[[Iterator[Dropped], int], Iterator[Dropped]]
-"""Passes on the blocks as they are dropped, for example to show them; its second argument is their
-number."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def plain_network(run: Run, images: Batches, which: CheckpointName = "best") -> 
 
 
 def shallower_network(
-    run: Run, images: Batches, which: CheckpointName, depth: float, observer: Observer
+    run: Run, images: Batches, which: CheckpointName, depth: float, progress: Progress
 ) -> Plain:
     """As `plain_network`, without the blocks that validation needs least.
 
@@ -77,10 +75,10 @@ def shallower_network(
     model, step = trained_model(run, images, which)
     blocks = len(handle_or_always_open(model).blocks)
     count = blocks - blocks_at(depth, blocks)
-    return _plain(run, images, model, step, _order(run, images, model, count, observer))
+    return _plain(run, images, model, step, _order(run, images, model, count, progress))
 
 
-def elastic_network(run: Run, images: Batches, which: CheckpointName, observer: Observer) -> Plain:
+def elastic_network(run: Run, images: Batches, which: CheckpointName, progress: Progress) -> Plain:
     """As `plain_network`, with the order in which its blocks are needed least.
 
     Raises:
@@ -88,23 +86,19 @@ def elastic_network(run: Run, images: Batches, which: CheckpointName, observer: 
     """
     model, step = trained_model(run, images, which)
     blocks = len(handle_or_always_open(model).blocks)
-    order = _order(run, images, model, blocks - 1, observer)
+    order = _order(run, images, model, blocks - 1, progress)
     last = set(range(blocks)) - set(order)
     plain = _plain(run, images, model, step, ())
     return replace(plain, description=replace(plain.description, order=(*order, *last)))
 
 
 def _order(
-    run: Run, images: Batches, model: nn.Module, count: int, observer: Observer
-) -> tuple[int, ...]:
-    order = pruning_order(model, lambda: images.evaluate("validation"), run.runtime)
-    dropped = itertools.islice(order, count)
-    return tuple(each.block for each in observer(dropped, count))
+    run: Run, images: Batches, model: nn.Module, count: int, progress: Progress
+) -> list[int]:
+    return pruning_order(model, count, lambda: images.evaluate("validation"), run.runtime, progress)
 
 
-def _plain(
-    run: Run, images: Batches, model: nn.Module, step: int, dropped: tuple[int, ...]
-) -> Plain:
+def _plain(run: Run, images: Batches, model: nn.Module, step: int, dropped: Sequence[int]) -> Plain:
     checked = sample(images, CHECKED)
     model = model.cpu().to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
     if dropped:
@@ -159,21 +153,25 @@ BATCH, ROUNDS = 64, 15
 
 
 def measured(
-    plain: Plain, images: Batches, runtime: Runtime, depths: Sequence[float] = DEPTHS
+    plain: Plain,
+    images: Batches,
+    runtime: Runtime,
+    progress: Progress,
+    depths: Sequence[float] = DEPTHS,
 ) -> Plain:
     """Measure the network at each of `depths`: its error, its cost and its BatchNorm statistics.
 
     The statistics of each lower depth come from training images. Times are measured on a batch of
     64 images, in turns.
     """
-    order = plain.description.order
+    order, model = plain.description.order, copy.deepcopy(plain.model)
+    counts = dict.fromkeys(blocks_at(depth, len(order)) for depth in depths)
     networks: dict[int, nn.Module] = {}
-    for blocks in (blocks_at(depth, len(order)) for depth in depths):
-        networks[blocks] = copy.deepcopy(plain.model)
-        remove_blocks(networks[blocks], order[: len(order) - blocks])
-        if blocks < len(order):
-            update_bn(training_batches(images), networks[blocks])
-        networks[blocks].eval()
+    for done, blocks in enumerate(counts):
+        progress("recalibrating", done, len(counts))
+        removed = order[: len(order) - blocks]
+        again = training_batches(images) if removed else None
+        networks[blocks] = without_blocks(model, removed, again)
     batch = sample(images, BATCH)
     flops: list[int] = []
     statistics: dict[str, Tensor] = {}
@@ -187,17 +185,17 @@ def measured(
                 for name, buffer in network.named_buffers()
                 if buffer.is_floating_point()
             }
-    shallower = {str(n): partial(nullcontext, network) for n, network in networks.items()}
+    shallower = list(networks.values())
     on_cpu = replace(runtime, device="cpu", precision="float32")
-    seconds = seconds_of(shallower, batch, on_cpu, ROUNDS)
-    for network in networks.values():
+    seconds = seconds_of(shallower, batch, on_cpu, ROUNDS, progress)
+    for network in shallower:
         network.to(runtime.device)
-    validation = errors_of(list(shallower.values()), images, "validation", runtime)
+    validation = errors_of(shallower, images, "validation", runtime, progress)
     test = validation
     if images.held_out:
-        test = errors_of(list(shallower.values()), images, "test", runtime)
-    sizes = [sum(p.numel() for p in network.parameters()) for network in networks.values()]
-    columns = networks, validation, test, sizes, flops, seconds.values()
+        test = errors_of(shallower, images, "test", runtime, progress)
+    sizes = map(parameters_of, shallower)
+    columns = networks, validation, test, sizes, flops, seconds
     choices = tuple(DepthChoice(*row) for row in zip(*columns, strict=True))
     description = replace(plain.description, choices=choices)
     return replace(plain, description=description, statistics=statistics)

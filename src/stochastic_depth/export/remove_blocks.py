@@ -53,7 +53,7 @@ def blocks_of(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Residual)]
 
 
-def remove_blocks(model: nn.Module, positions: tuple[int, ...]) -> None:
+def remove_blocks(model: nn.Module, positions: Iterable[int]) -> None:
     """Replace the blocks of a plain network at `positions` by their shortcuts, in place."""
     names = blocks_of(model)
     replace_by_shortcuts(model, [names[position] for position in positions])

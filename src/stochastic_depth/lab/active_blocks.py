@@ -1,6 +1,6 @@
 """How many blocks are active: the exact distribution, and the counts of a run."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,9 +8,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from stochastic_depth.errors import RunError
+from stochastic_depth.lab.sources import RecordedRun
 from stochastic_depth.residual import Residual
-from stochastic_depth.train import Record, Run
 from stochastic_depth.train.build import apply_survival, build_model
 
 
@@ -46,13 +45,14 @@ def balanced_distribution(survival: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ActiveBlocks:
-    """How often n = 0..L blocks were active in the steps of a run."""
+    """How often n = 0..L blocks were active in the steps of runs."""
 
     counts: list[int]
     """[L + 1]: in how many steps (or samples, with gates for single samples) n blocks were
     active."""
     expected: list[float]
-    """[L + 1]: the exact probabilities; under a schedule, their means over the steps."""
+    """[L + 1]: the exact probabilities; under a schedule, their means over the steps, of which
+    `STEPS` are computed."""
 
     def moments(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """The mean and the standard deviation, as drawn and exact."""
@@ -80,32 +80,41 @@ class ActiveBlocks:
         return torch.special.gammaincc(*halves).item()
 
 
-def active_blocks(run: Run) -> ActiveBlocks:
-    """The counts of `run` so far, and their exact distribution, from its journal alone.
+STEPS = 1000
+"""At how many steps a distribution that changes over time is computed, at most."""
 
-    Raises:
-        RunError: when the journal has no counts.
+
+def active_blocks(runs: Sequence[RecordedRun]) -> ActiveBlocks:
+    """The counts of runs so far, and their exact distribution, from their journals alone.
+
+    Args:
+        runs: at least one. They have records, and differ only in their seed.
     """
-    records = run.records()
-    if not records:
-        raise RunError(f"{run.path} has measured nothing yet: its journal is empty")
-    survival_at, blocks = survival_of_run(run, records[-1])
+    survival_at, blocks = _survival_of(runs[0])
     counts = [0] * (blocks + 1)
-    for record in records:
-        for active, steps in record.active_counts.items():
-            counts[int(active)] += steps
-    balanced = run.config.survival.balance and run.config.survival.gate == "batch"
+    weights: defaultdict[tuple[float, ...], float] = defaultdict(float)
+    for run in runs:
+        for record in run.records:
+            for active, steps in record.active_counts.items():
+                counts[int(active)] += steps
+        taken = run.records[-1].step
+        shown = min(taken, STEPS)
+        for number in range(shown):  # evenly spread
+            weights[survival_at((2 * number + 1) * taken // (2 * shown))] += taken / shown
+    survival = runs[0].run.config.survival
+    balanced = survival.balance and survival.gate == "batch"
     distribution = balanced_distribution if balanced else active_distribution
-    rows = Counter(survival_at(step) for step in range(records[-1].step))
-    distributions = distribution(torch.tensor(list(rows), dtype=torch.float64))
-    weights = torch.tensor(list(rows.values()), dtype=torch.float64)
-    return ActiveBlocks(counts, (weights @ distributions / records[-1].step).tolist())
+    distributions = distribution(torch.tensor(list(weights), dtype=torch.float64))
+    shares = torch.tensor(list(weights.values()), dtype=torch.float64)
+    return ActiveBlocks(counts, (shares @ distributions / shares.sum()).tolist())
 
 
-def survival_of_run(run: Run, record: Record) -> tuple[Callable[[int], tuple[float, ...]], int]:
+def _survival_of(recorded: RecordedRun) -> tuple[Callable[[int], tuple[float, ...]], int]:
     """(p_1, ..., p_L) as a function of the step, and L."""
-    model = build_model(run.config.model, run.shape[0], len(run.classes), run.config.seed)
-    steps = round(run.config.epochs * record.step / record.epoch)
+    run, last = recorded.run, recorded.records[-1]
+    with torch.device("meta"):
+        model = build_model(run.config.model, run.shape[0], len(run.classes), run.config.seed)
+    steps = round(run.config.epochs * last.step / last.epoch)
     handle = apply_survival(model, run.config.survival, 0, steps)
     if handle is None:
         blocks = sum(isinstance(m, Residual) for m in model.modules())

@@ -1,13 +1,10 @@
 """The figures of active blocks and of drop rates."""
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 
 import altair as alt
-import torch
 
-from stochastic_depth.lab.active_blocks import active_distribution
+from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks
 from stochastic_depth.lab.charts import Figure, Row, chart, colour, keys, layered
 from stochastic_depth.lab.formatting import seeds
 from stochastic_depth.lab.outcomes import Experiment, Series
@@ -16,35 +13,30 @@ from stochastic_depth.lab.style import LIGHT
 
 def active_blocks_figure(series: Series) -> Figure | None:
     """The figure of a series; None if its journals lack counts, or gates are for single samples."""
-    plain = series.survival.schedule.kind == "none" and not series.survival.balance
-    if series.survival.gate != "batch" or not plain:
+    if series.survival.gate != "batch":
         return None
-    counts: Counter[int] = Counter()
-    for run in series.runs:
-        for record in run.records:
-            counts.update({int(n): count for n, count in record.active_counts.items()})
-    if not counts.total():
+    found = active_blocks(series.runs)
+    steps = sum(found.counts)
+    if not steps:
         return None
-    survival = torch.tensor(series.cost.survival, dtype=torch.float64)
-    exact = active_distribution(survival).tolist()
-    steps = counts.total()
     rows: list[Row] = [
         {
             "active_blocks": n,
-            "steps": counts[n],
-            "share_of_steps": counts[n] / steps,
+            "steps": count,
+            "share_of_steps": count / steps,
             "probability": probability,
         }
-        for n, probability in enumerate(exact)
+        for n, (count, probability) in enumerate(zip(found.counts, found.expected, strict=True))
     ]
     return Figure(
         id="active-blocks",
         title="Active blocks in a step",
-        sentence=_sentence(series, counts, exact),
+        sentence=_sentence(series, found),
         rows=rows,
         panels=(_panel(series, rows, steps),),
         note=f"Bars: {steps:,} training steps of {seeds(len(series.runs))} ({series.name}). Line: "
-        f"the Poisson-binomial distribution, exact for these survival probabilities.",
+        "the exact distribution for these survival probabilities (under a schedule, its mean over "
+        "the steps).",
         height=210,
     )
 
@@ -119,16 +111,14 @@ def _panel(series: Series, rows: Sequence[Row], steps: int) -> alt.LayerChart:
     )
 
 
-def _sentence(series: Series, counts: Counter[int], exact: Sequence[float]) -> str:
-    steps = counts.total()
-    mean = sum(n * count for n, count in counts.items()) / steps
-    expected = sum(series.cost.survival)
-    error = math.sqrt(sum(p * (1 - p) for p in series.cost.survival) / steps)
-    apart = abs(mean - expected) / error if error else 0.0
-    distance = sum(abs(counts[n] / steps - p) for n, p in enumerate(exact)) / 2
-    blocks = len(series.cost.survival)
+def _sentence(series: Series, found: ActiveBlocks) -> str:
+    (drawn, _), (expected, _) = found.moments()
+    steps = sum(found.counts)
+    pairs = zip(found.counts, found.expected, strict=True)
+    distance = sum(abs(count / steps - chance) for count, chance in pairs) / 2
     return (
-        f"With {series.name}, on average {mean:.2f} of {blocks} blocks ran, where {expected:.2f} "
-        f"are expected: {apart:.1f} standard errors away. The two distributions differ in "
-        f"{100 * distance:.1f} % of the steps."
+        f"With {series.name}, on average {drawn:.2f} of {len(found.counts) - 1} blocks ran, where "
+        f"{expected:.2f} are expected. The two distributions differ in {100 * distance:.1f} % of "
+        f"the steps; a chi-square test that the one follows the other has p = "
+        f"{found.p_value():.2g}."
     )

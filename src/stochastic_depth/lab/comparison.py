@@ -1,18 +1,19 @@
 """Compare stochastic with constant depth: same network, data, seeds and machine, in turns."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from rich.table import Table
+import torch
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import is_there, write_whole
 from stochastic_depth.lab.drawing import file_png
-from stochastic_depth.lab.formatting import count_text, plus_minus, share, timing_note
+from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.sources import read_run
 from stochastic_depth.lab.training_curves import training_curves, training_time
@@ -37,12 +38,12 @@ def train_pairs(
     folder: Path,
     display: Display,
     stop: Callable[[], int | None],
-    end: float | None = None,
+    end: float = math.inf,
 ) -> dict[str, list[Run]]:
     """Train `config` and its twin of constant depth for each seed, in turns by the epoch.
 
     Other load on the machine then affects both. Finished runs are kept, interrupted ones are
-    resumed.
+    resumed, all with the number of threads that the first one began with.
 
     Args:
         end: a time of `time.monotonic`. Before a turn that would end later, the current runs are
@@ -53,12 +54,13 @@ def train_pairs(
         RunError: when `folder` contains runs of another configuration.
     """
     runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
-    a_pair = 0.0
+    if begun := first_run(folder, seeds):
+        torch.set_num_threads(begun.runtime.threads)  # sums are rounded as before
+    longest = 0.0
     for seed in seeds:
-        begun = (folder / f"{KINDS[0]}-seed{seed}").exists()
-        if end is not None and runs[KINDS[0]] and not begun and time.monotonic() + a_pair > end:
-            break
         began = time.monotonic()
+        if runs[KINDS[0]] and began + longest > end:
+            break
         pair, turns = [], []
         with remove_untrained_on_error(pair):
             for kind, chosen in zip(KINDS, twins(config), strict=True):
@@ -72,17 +74,23 @@ def train_pairs(
                 runs[kind].append(run)
         if not finished:
             break
-        a_pair = max(a_pair, time.monotonic() - began)
+        longest = max(longest, time.monotonic() - began)
     return runs
 
 
-def _take_turns(turns: Sequence[Generator[Record]], epochs: int, end: float | None) -> bool:
+def first_run(folder: Path, seeds: Sequence[int]) -> Run | None:
+    """The first run of a comparison that has begun in `folder`; None if none has."""
+    paths = (folder / f"{kind}-seed{seed}" for seed in seeds for kind in KINDS)
+    return next((open_run(path) for path in paths if is_there(path)), None)
+
+
+def _take_turns(turns: Sequence[Generator[Record]], epochs: int, end: float) -> bool:
     """Train one epoch of each in turn to the last; False if another turn would end after `end`."""
     longest, began = 0.0, time.monotonic()
     for records in zip_longest(*turns):
         longest, began = max(longest, time.monotonic() - began), time.monotonic()
         epoch = max(record.epoch for record in records if record is not None)
-        if end is not None and epoch < epochs and began + longest > end:
+        if epoch < epochs and began + longest > end:
             for turn in turns:
                 turn.close()
             return False
@@ -123,18 +131,15 @@ def _recorded(runs: dict[str, list[Run]]) -> Experiment:
     return experiment
 
 
-def remarks(experiment: Experiment, epochs: int, planned: int, seeds: int) -> Iterator[str]:
-    """What to know about a comparison: why seconds cannot be compared, and where it was stopped.
+def remarks(experiment: Experiment, epochs: int, seeds: int) -> Iterator[str]:
+    """What to know about a comparison that was not trained in full.
 
     Args:
-        epochs: the epochs of the configuration that was asked for.
-        planned: the epochs that were to be trained, which may be fewer.
+        epochs: how many epochs were asked for; the runs may have been begun with fewer.
         seeds: how many seeds were to be trained.
     """
-    if note := timing_note(experiment.runs):
-        yield note
     trained = experiment.series[0].runs
-    reached = trained[0].records[-1].epoch
+    reached, planned = trained[0].records[-1].epoch, experiment.config.epochs
     if reached < epochs / 2:
         yield (
             f"{reached:g} of {count_text(epochs, 'epoch')} are too few to compare errors by: look "
@@ -155,16 +160,11 @@ def write_comparison(
     The picture has the training loss, the test error and the seconds of an epoch. The JSON has the
     results, the curves behind them, and where they were measured.
     """
-    title, picture, results = _title(experiment), folder / "comparison.png", _recorded(runs)
+    picture, results = folder / "comparison.png", _recorded(runs)
+    title = ", ".join(filter(None, (results.title, results.progress)))
     write_whole(picture, file_png(title, training_curves(results), training_time(results)))
     write_whole(folder / "comparison.json", _to_json(experiment, runs))
     return picture, folder / "comparison.json"
-
-
-def _title(experiment: Experiment) -> str:
-    config, epoch = experiment.config, experiment.series[0].runs[0].records[-1].epoch
-    epochs = f"{epoch:g} epoch{'s' * (epoch != 1)}"
-    return f"{config.data.name}, {config.model.kind} {config.model.depth}, {epochs}"
 
 
 def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
@@ -188,38 +188,3 @@ def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
         },
     }
     return json.dumps(content, indent=1).encode() + b"\n"
-
-
-def comparison_table(experiment: Experiment) -> Table:
-    """Constant and stochastic depth, in a column each."""
-    constant, stochastic = experiment.series
-    cost, count = stochastic.cost, len(constant.runs)
-    table = Table(title=_title(experiment), title_justify="left", caption_justify="left")
-    table.add_column("1 seed" if count == 1 else f"mean ± deviation, {count} seeds")
-    table.add_column("constant", justify="right")
-    table.add_column("stochastic", justify="right")
-    for name, field, unit in (
-        ("test error, best validation", "test_error_best", " %"),
-        ("test error, last epoch", "test_error_last", " %"),
-        ("seconds of training", "seconds", " s"),
-        ("active blocks", "active_blocks", ""),
-    ):
-        spreads = (getattr(series.outcome, field) for series in experiment.series)
-        table.add_row(name, *(f"{plus_minus(spread)}{unit}" for spread in spreads))
-    table.add_row("active blocks, expected", f"{len(cost.survival)}", f"{sum(cost.survival):g}")
-    typical = _typical(experiment)
-    each = (f"{series.interval_seconds:.3g} s" for series in experiment.series)
-    table.add_row(f"seconds of the {typical}", *each)
-    table.add_section()
-    saved = experiment.time_saved(stochastic)
-    if saved is not None:
-        table.add_row(f"time saved, ratio of {typical}s", "", share(saved))
-    table.add_row("FLOPs saved, expected", "", share(cost.saving))
-    return table
-
-
-def _typical(experiment: Experiment) -> str:
-    """What `interval_seconds` are the seconds of."""
-    config = experiment.series[-1].runs[0].run.config
-    average = "median" if config.survival.schedule.kind == "none" else "mean"
-    return f"{average} {'epoch' if config.evaluate_every is None else 'interval'}"

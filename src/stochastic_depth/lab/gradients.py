@@ -1,14 +1,15 @@
 """Gradient strength over training and over depth (the paper, section 5 and figure 7)."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.outcomes import CONSTANT, Spread
-from stochastic_depth.train import Record, Run
+from stochastic_depth.lab.sources import RecordedRun
+from stochastic_depth.train import Record
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Gradients:
     convolution or linear layer of its own."""
 
 
-def gradients(runs: Sequence[Run], epochs: Sequence[float]) -> Gradients:
+def gradients(runs: Sequence[RecordedRun], epochs: Sequence[float]) -> Gradients:
     """The gradients in the journals of `runs` at these epochs.
 
     Raises:
@@ -33,47 +34,40 @@ def gradients(runs: Sequence[Run], epochs: Sequence[float]) -> Gradients:
     at = [[record_at(run, epoch) for run in runs] for epoch in epochs]
     return Gradients(
         [Spread.of([record.gradient_mean for record in records]) for records in at],
-        [_blocks(records) for records in at],
+        [block_means(records) for records in at],
     )
 
 
-def record_at(run: Run, epoch: float) -> Record:
+def record_at(recorded: RecordedRun, epoch: float) -> Record:
     """The record that was written at `epoch`, to the digits that tables show.
 
     Raises:
         RunError: when the journal has none; names the epochs that it has.
     """
-    records = {f"{record.epoch:g}": record for record in run.records()}
+    records = {f"{record.epoch:g}": record for record in recorded.records}
     if (shown := f"{epoch:g}") in records:
         return records[shown]
     known = (
         list(records) if len(records) <= 10 else [*list(records)[:3], "...", *list(records)[-1:]]
     )
-    remedy = f"choose --epochs from {', '.join(known)}" if known else "it is empty"
-    raise RunError(f"{run.path} has no epoch {shown} in its journal: {remedy}")
+    path, remedy = recorded.run.path, f"choose --epochs from {', '.join(known)}"
+    raise RunError(f"{path} has no epoch {shown} in its journal: {remedy}")
 
 
-def spread_epochs(runs: Sequence[Run], count: int = 5) -> list[float]:
-    """The first epoch that all `runs` have, the last one, and others evenly between them.
-
-    Raises:
-        RunError: when a run has no record yet.
-    """
-    journals = [run.records() for run in runs]
-    for run, records in zip(runs, journals, strict=True):
-        if not records:
-            raise RunError(f"{run.path} has measured nothing yet: its journal is empty")
-    shortest = min(journals, key=lambda records: records[-1].epoch)
+def spread_epochs(runs: Iterable[RecordedRun], count: int = 5) -> list[float]:
+    """The first epoch that all `runs` have, the last one, and others evenly between them."""
+    shortest = min((run.records for run in runs), key=lambda records: records[-1].epoch)
     last = len(shortest) - 1
     places = {round(i * last / max(1, count - 1)) for i in range(count)}
     return [shortest[place].epoch for place in sorted(places)]
 
 
-def _blocks(records: Sequence[Record]) -> list[float | None]:
-    if not all(record.block_gradients for record in records):
-        return []
-    of_blocks = zip(*(record.block_gradients for record in records), strict=True)
-    known = ([value for value in values if value is not None] for values in of_blocks)
+def block_means(records: Iterable[Record]) -> list[float | None]:
+    """[L]: the gradient of each block, the mean over the records that have one."""
+    of_each = (record.block_gradients for record in records if record.block_gradients)
+    known = (
+        [value for value in values if value is not None] for values in zip(*of_each, strict=True)
+    )
     return [statistics.fmean(values) if values else None for values in known]
 
 

@@ -1,7 +1,6 @@
 """The figures of gradient strength, over training and over depth."""
 
 import statistics
-from collections.abc import Sequence
 
 import altair as alt
 
@@ -17,7 +16,8 @@ from stochastic_depth.lab.charts import (
     log_axis,
 )
 from stochastic_depth.lab.formatting import seeds
-from stochastic_depth.lab.outcomes import Experiment, Series, Spread
+from stochastic_depth.lab.gradients import block_means
+from stochastic_depth.lab.outcomes import Experiment, Series
 
 
 def gradient_strength(experiment: Experiment) -> Figure:
@@ -80,13 +80,8 @@ def block_gradients(experiment: Experiment) -> Figure | None:
     if not rows:
         return None
     epochs = _chosen_epochs(experiment)
-    means = [
-        spread.mean
-        for epoch in epochs
-        for series in experiment.series
-        for _, spread in _of_blocks(series, epoch)
-    ]
-    y = log_axis(means, "mean absolute gradient")
+    shown = [_of_blocks(series, epoch) for epoch in epochs for series in experiment.series]
+    y = log_axis([mean for of_blocks in shown for _, mean in of_blocks], "mean absolute gradient")
     return Figure(
         id="block-gradients",
         title="Gradient strength over depth",
@@ -111,16 +106,10 @@ def _chosen_epochs(experiment: Experiment) -> list[float]:
     return sorted({reached[0], reached[len(reached) // 2], reached[-1]}) if reached else []
 
 
-def _of_blocks(series: Series, epoch: float) -> list[tuple[int, Spread]]:
-    """(block, mean over the seeds in which it was open)."""
-    seen: Sequence[Sequence[float | None]] = [
-        record.block_gradients
-        for run in series.runs
-        for record in run.records
-        if record.epoch == epoch and record.block_gradients
-    ]
-    blocks = [[value for value in values if value] for values in zip(*seen, strict=True)]
-    return [(block, Spread.of(values)) for block, values in enumerate(blocks, start=1) if values]
+def _of_blocks(series: Series, epoch: float) -> list[tuple[int, float]]:
+    """(block, mean over the seeds in which it was open); zero has no place on the axis."""
+    records = [r for run in series.runs for r in run.records if r.epoch == epoch]
+    return [(block, mean) for block, mean in enumerate(block_means(records), start=1) if mean]
 
 
 def _blocks_panel(experiment: Experiment, epoch: float, y: alt.Y) -> alt.LayerChart:
@@ -128,11 +117,11 @@ def _blocks_panel(experiment: Experiment, epoch: float, y: alt.Y) -> alt.LayerCh
         {
             "s": series.name,
             "x": block,
-            "y": spread.mean,
-            "label": f"{series.name}, block {block}, epoch {epoch:g}: {spread.mean:.3g}",
+            "y": mean,
+            "label": f"{series.name}, block {block}, epoch {epoch:g}: {mean:.3g}",
         }
         for series in experiment.series
-        for block, spread in _of_blocks(series, epoch)
+        for block, mean in _of_blocks(series, epoch)
     ]
     base = chart(values).encode(
         x=alt.X("x:Q", title="block", axis=alt.Axis(tickCount=6, tickMinStep=1)).scale(nice=False),
@@ -153,7 +142,7 @@ def _blocks_sentence(experiment: Experiment, epoch: float) -> str:
         if len(gradients) > 1:
             (first, at_first), (last, at_last) = gradients[0], gradients[-1]
             clauses.append(
-                f"{at_last.mean / at_first.mean:.2g} times as strong at block {last} as at block "
+                f"{at_last / at_first:.2g} times as strong at block {last} as at block "
                 f"{first} with {series.name} ({seeds(len(series.runs))})"
             )
     return f"At epoch {epoch:g} the gradient is {'; '.join(clauses)}."

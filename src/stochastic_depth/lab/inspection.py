@@ -73,7 +73,7 @@ def inspection_page(
         tables=(table,),
         code=paste(name),
     )
-    return render(Report((section,), None, ()), f"{name}. Every block was verified.")
+    return render(Report((section,)), f"{name}. Every block was verified.")
 
 
 def paste(name: str) -> str:

@@ -4,7 +4,7 @@ The command line reads this before anything is measured, so nothing here imports
 raises an error for wrong values, which names the option as on the command line.
 """
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +13,9 @@ import tyro
 
 from stochastic_depth.choices import EngineOption, PrecisionOption
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train.checks import at_least, check_that
+from stochastic_depth.train.config import Config
 
 DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 """Layers of the networks of `bench depth`."""
@@ -26,6 +28,14 @@ def check_layers(option: str, layers: int) -> None:
 
 def check_probability(option: str, probability: float) -> None:
     check_that(0 < probability <= 1, option, probability, "above 0 and at most 1")
+
+
+def check_gatings(names: Iterable[str]) -> None:
+    """Raise a ConfigError for a name that is not one of `recipes.paper.gatings`."""
+    known = gatings(Config())
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"there is no gating {name!r}: choose among {', '.join(known)}")
 
 
 NetworkName = Literal["cifar-resnet", "vit-small", "convnext-tiny", "x-transformer"]
@@ -124,71 +134,40 @@ class SkipOptions(ResNetOptions, EngineOptions):
 
 
 @dataclass(frozen=True)
-class SteadyOptions(ResNetOptions):
-    """How steady steps are in time and memory: independent and balanced gates, constant depth."""
+class GatesOptions(ImageOptions):
+    """Time, FLOPs and memory of a step, by each way of gating."""
 
     network: str = "cifar-resnet"
-    """cifar-resnet, of `depth` layers, or the name of a timm model (vit_small_patch16_224)."""
+    """cifar-resnet, vit (the vision transformer of the recipes), timm/NAME, or transformers/TYPE
+    (a language model)."""
+    depth: int | None = None
+    """Layers of cifar-resnet (none: 110), or blocks of vit (none: 6)."""
+    gatings: tuple[str, ...] = tuple(gatings(Config()))
+    """Ways of gating, relative to constant depth."""
     final: float = 0.5
     """p_L of linear decay."""
-    limit: float = 1.0
-    """The memory in GiB into which the largest batch has to fit."""
-
-    def check(self) -> None:
-        super().check()
-        check_probability("--final", self.final)
-        check_that(0 < self.limit < math.inf, "--limit", self.limit, "above 0, in GiB, and finite")
-
-
-@dataclass(frozen=True)
-class ClosedOptions(StepOptions):
-    """What skipped blocks and forward-only blocks save, with equal gates."""
-
-    network: Literal["vit-small", "gpt2"] = "vit-small"
-    """timm's ViT-S/16, or the GPT-2 of transformers."""
-    lora: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Train only adapters of peft, beside frozen weights."""
-    final: float = 0.5
-    """p_L of linear decay."""
-    batch: int = 8
+    lora: tuple[str, ...] = ()
+    """Names of layers that get adapters of peft, beside frozen weights (none: train all)."""
+    batch: int = 128
     """Images or texts in a step."""
-    size: int = 96
+    size: int = 32
     """The height and width of the images in pixels, or tokens in a text."""
 
     def check(self) -> None:
         super().check()
         check_probability("--final", self.final)
-        at_least(2, batch=self.batch)
-        at_least(16, size=self.size)
-
-
-@dataclass(frozen=True)
-class Dinov2Options(StepOptions):
-    """The subset gate against DINOv2's own block."""
-
-    dinov2: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("dinov2")
-    """A checkout of https://github.com/facebookresearch/dinov2."""
-    rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
-    """Drop rates; each is that of every block."""
-    blocks: int = 12
-    """Blocks of the network."""
-    width: int = 384
-    """The width of a token; there is one head for each 64."""
-    batch: int = 16
-    """Sequences in a step."""
-    size: int = 64
-    """Tokens in a sequence."""
-
-    def check(self) -> None:
-        super().check()
-        at_least(2, batch=self.batch, size=self.size)
-        at_least(1, blocks=self.blocks)
-        at_least(64, width=self.width)
-        check_that(self.width % 64 == 0, "--width", self.width, "a multiple of 64")
-        check_that(bool(self.rates), "--rates", self.rates, "one drop rate or several")
-        for rate in self.rates:
-            if not 0 < rate < 1:
-                raise ConfigError(f"--rates has {rate}: a drop rate is above 0 and below 1")
+        check_gatings(self.gatings)
+        ours = self.network in ("cifar-resnet", "vit")
+        if not ours and self.network.partition("/")[0] not in ("timm", "transformers"):
+            raise ConfigError(
+                f"--network is {self.network}: give cifar-resnet, vit, timm/NAME or "
+                "transformers/TYPE"
+            )
+        if self.depth is not None and not ours:
+            raise ConfigError(f"--depth is not for {self.network}, which has its own: leave it out")
+        if self.depth is not None and self.network == "cifar-resnet":
+            check_layers("--depth", self.depth)
+        at_least(1, depth=self.depth)
 
 
 @dataclass(frozen=True)
@@ -277,68 +256,9 @@ class DistributedOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
-class DataOptions(EngineOptions):
-    """The share of a training step that is spent on data."""
-
-    depth: int = 110
-    """Layers of the CIFAR ResNet."""
-    batch: int = 128
-    """Images in a step."""
-    root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder of CIFAR-10 (none: generated images of its shape)."""
-
-    def check(self) -> None:
-        super().check()
-        check_layers("--depth", self.depth)
-        at_least(2, batch=self.batch)
-
-
-@dataclass(frozen=True)
 class ProfileOptions(ResNetOptions, EngineOptions):
     """Where the time of a step at constant depth goes."""
 
     engine: Literal["auto", "eager", "program"] = "auto"
     """Time the operators of autograd alone (eager), or the pieces of the block program too
     (program)."""
-
-
-@dataclass(frozen=True)
-class PicturesOptions(EngineOptions):
-    """How many pictures are decoded in a second, and how many are needed."""
-
-    repeats: int = 5
-    """How many rounds are timed, each of one pass over the pictures with every number of
-    workers."""
-    workers: tuple[int, ...] = (0, 1, 2, 4)
-    """Numbers of processes that decode pictures; 0 decodes them in this process."""
-    depth: Literal[50, 101, 152] = 152
-    """Layers of the ImageNet ResNet."""
-    batch: int = 16
-    """Pictures in a step."""
-    root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder of ImageNet (none: generated pictures of its size)."""
-    pictures: int = 256
-    """How many pictures to read."""
-    engine: Literal["auto", "eager", "compiled"] = "auto"
-    """The engine of the training steps, as for train."""
-
-    def check(self) -> None:
-        super().check()
-        batches = self.pictures // max(1, self.batch)
-        ends = min(self.workers, default=-1), max(self.workers, default=-1)
-        if self.batch < 2 or not 0 <= ends[0] <= ends[1] < batches:
-            raise ConfigError(
-                f"--workers is {self.workers}, --batch {self.batch} and --pictures "
-                f"{self.pictures}: each worker makes a batch of at least 2 before the clock "
-                "starts, and some must be left"
-            )
-
-
-@dataclass(frozen=True)
-class BusyOptions(ResNetOptions, EngineOptions):
-    """A training step while another program keeps one core busy."""
-
-    size: int = 8
-    """The height and width of the images, in pixels."""
-    repeats: int = 10
-    """How many rounds of steps are timed, with a free and with a busy core."""

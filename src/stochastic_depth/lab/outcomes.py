@@ -1,13 +1,12 @@
 """Results of runs: groups that differ only in their seed, and their means and deviations.
 
-Runs are put into groups (`group_runs`, or the `Series` of an `Experiment`), and the journals of a
-group are summed up in an `Outcome`. Every table, chart and sentence of the laboratory takes its
-numbers from here.
+`experiments` puts runs into groups, the `Series` of each `Experiment`, and the journals of a group
+are summed up in an `Outcome`. Every table, chart and sentence about runs takes its numbers from
+here.
 """
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -20,7 +19,7 @@ from stochastic_depth.errors import ApplyError
 from stochastic_depth.lab.sources import RecordedRun
 from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
 from stochastic_depth.surgery import summary
-from stochastic_depth.train import Config, Record, Run, SurvivalConfig, best_record
+from stochastic_depth.train import Config, Record, SurvivalConfig, best_record
 from stochastic_depth.train.build import apply_survival, build_model
 from stochastic_depth.train.config import ModelConfig
 from stochastic_depth.train.schedule_config import ScheduleConfig
@@ -95,23 +94,6 @@ def distinct(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
         if before is None or len(run.records) > len(before.records):
             farthest[run.run.id] = run
     return list(farthest.values())
-
-
-def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each kind, by a short name: "constant depth", "linear decay to 0.5".
-
-    If several kinds would have the same name, because they differ in depth for example, each gets
-    the name of the folder of its first run.
-    """
-    kinds: dict[Config, list[Run]] = {}
-    for run in runs:
-        kinds.setdefault(run.config.without_seed(), []).append(run)
-    names = {kind: survival_name(kind.survival) for kind in kinds}
-    alike = Counter(names.values())
-    return {
-        names[kind] if alike[names[kind]] == 1 else of_kind[0].path.name: of_kind
-        for kind, of_kind in kinds.items()
-    }
 
 
 CONSTANT = "constant depth"
@@ -337,8 +319,8 @@ def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
 
 def _names(stochastic: list[SurvivalConfig]) -> list[str]:
     """A name for each configuration, made from the settings in which they differ."""
-    if len(stochastic) == 1:
-        return ["stochastic depth"]
+    if len(stochastic) < 2:
+        return ["stochastic depth"] * len(stochastic)
     values = [asdict(survival) for survival in stochastic]
     apart = [k for k in values[0] if len({str(value[k]) for value in values}) > 1]
     names = []

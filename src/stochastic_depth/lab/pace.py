@@ -2,17 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 
 import torch
 
 from stochastic_depth.lab.comparison import twins
 from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.outcomes import expected_cost
-from stochastic_depth.train import Config, open_run
+from stochastic_depth.train import Config
 from stochastic_depth.train.open import open_batches
 from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.train_state import TrainState
@@ -92,15 +90,3 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
     pace = Pace(seconds, batches.steps_per_epoch, cost.saving)
     torch.set_num_threads(pace.threads)
     return pace
-
-
-def epochs_of(folder: Path, config: Config, seeds: Sequence[int]) -> int | None:
-    """The epochs of the runs of a comparison in `folder`; None if it has no runs."""
-    for seed in seeds:
-        path = folder / f"constant-seed{seed}"
-        if path.exists():
-            found = open_run(path).config
-            same = replace(twins(config)[0], seed=seed, epochs=found.epochs)
-            if found.without_io() == same.without_io():
-                return found.epochs
-    return None

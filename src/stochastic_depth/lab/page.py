@@ -18,7 +18,7 @@ from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.drawing import NARROW, WIDE, file_png, file_svg, page_svg
 from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.report import Report, build_report
-from stochastic_depth.lab.sources import Sources, read_sources, watched_files
+from stochastic_depth.lab.sources import Sources, read_sources, state_of
 from stochastic_depth.lab.style import style_sheet
 
 
@@ -109,24 +109,23 @@ def write_report(paths: Sequence[Path], out: Path, figures: Path | None = None) 
 def watch_report(
     paths: Sequence[Path], out: Path, figures: Path | None = None, every: float = 2.0
 ) -> Iterator[Report]:
-    """Write the page, and again whenever a journal has changed, until every run is finished.
+    """Write the page, and again whenever a file of a run has changed, until every run is finished.
 
     `out` holds a complete page at any time; the page reloads itself.
 
     Args:
-        every: seconds between looks at the journals.
+        every: seconds between looks at the files.
     """
-    sources, seen = read_sources(paths), None
+    seen = None
     while True:
         # Looked up before reading, so that changes in the meantime are seen next time.
-        now = _changes(sources, paths)
-        if now == seen:
-            time.sleep(every)
-            continue
-        sources, seen = read_sources(paths), now
-        yield _write(sources, out, figures, REFRESH if sources.under_way else None)
-        if not sources.under_way:
-            return
+        now = state_of(paths)
+        if now != seen:
+            sources, seen = read_sources(paths), now
+            yield _write(sources, out, figures, REFRESH if sources.under_way else None)
+            if not sources.under_way:
+                return
+        time.sleep(every)
 
 
 def _write(sources: Sources, out: Path, figures: Path | None, refresh: int | None) -> Report:
@@ -141,15 +140,3 @@ def _write(sources: Sources, out: Path, figures: Path | None, refresh: int | Non
                 write_whole(figures / f"{figure.id}.svg", file_svg(figure.title, figure))
                 write_whole(figures / f"{figure.id}.png", file_png(figure.title, figure))
     return made
-
-
-def _changes(sources: Sources, paths: Sequence[Path]) -> list[tuple[int, int] | None]:
-    """Size and time of every file that a report depends on and that may change."""
-    found = []
-    for path in watched_files(sources, paths):
-        try:
-            status = path.stat()
-            found.append((status.st_size, status.st_mtime_ns))
-        except OSError:
-            found.append(None)
-    return found

@@ -1,27 +1,29 @@
 """Prune a trained network: remove its last blocks, or those that are needed least."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Literal
 
+import torch
 from rich.table import Table
+from torch import nn
 
-from stochastic_depth.export.depths import Progress
+from stochastic_depth.data.batching import Batch
+from stochastic_depth.export.depths import (
+    Progress,
+    errors_of,
+    parameters_of,
+    pruning_order,
+    seconds_of,
+    without_blocks,
+)
+from stochastic_depth.export.fold import fold
 from stochastic_depth.lab.formatting import plus_minus, runs_text
 from stochastic_depth.lab.options import PruningOptions
 from stochastic_depth.lab.outcomes import Spread
-from stochastic_depth.lab.pruned_network import (
-    PrunedNetwork,
-    Removed,
-    choose_order,
-    errors,
-    measure_statistics,
-    parameters_without,
-    prune,
-    seconds_per_image,
-)
 from stochastic_depth.lab.sources import TrainedNetwork, same_analysis, write_analysis
+from stochastic_depth.tensors import copied
 from stochastic_depth.train.runtime import machine
 
 Order = Literal["last", "least needed"]
@@ -84,40 +86,65 @@ def measure_curves(
     network: TrainedNetwork, settings: PruningOptions, progress: Progress
 ) -> list[Curve]:
     """Both orders of removal, each as trained and with recalibrated BatchNorm statistics."""
-    blocks, images = len(network.handle.blocks), network.images
+    blocks, images, runtime = len(network.handle.blocks), network.images, network.run.runtime
     orders: dict[Order, list[int]] = {
         "last": list(range(blocks))[::-1],
-        "least needed": choose_order(network, settings.choose_on, progress),
+        "least needed": _least_needed(network, settings.choose_on, progress),
     }
     counts = sorted({round(i * blocks / (settings.points - 1)) for i in range(settings.points)})
     removals = {tuple(sorted(order[:k])): None for order in orders.values() for k in counts}
     mini_batches = -(-settings.recalibrate_on // network.run.config.optimizer.batch)
-    training_images = list(islice(images.train(0), mini_batches))
-    pruned: dict[tuple[Removed, bool], PrunedNetwork] = {}
+    training_images = [batch for batch, _ in islice(images.train(0), mini_batches)]
+    batch = next(iter(images.evaluate("test")))[0][: settings.batch]
+    plain = copied(network.model)
+    fold(plain, batch[:4])
+    as_it_is: dict[tuple[int, ...], nn.Module] = {}
+    recalibrated: dict[tuple[int, ...], nn.Module] = {}
     for done, removed in enumerate(removals):
         progress("recalibrating", done, len(removals))
-        plain = PrunedNetwork(removed, None)
-        pruned[removed, False] = plain
-        with prune(network, plain):
-            statistics = measure_statistics(network.model, training_images, network.run.runtime)
-        pruned[removed, True] = PrunedNetwork(removed, statistics)
-    of_test = errors(network, pruned.values(), "test", progress)
-    of_validation = errors(network, pruned.values(), "validation", progress)
-    measured = dict(zip(pruned, zip(of_test, of_validation, strict=True), strict=True))
-    seconds = seconds_per_image(network, list(removals), settings.batch, settings.repeats, progress)
+        as_it_is[removed] = without_blocks(plain, removed)
+        with runtime.autocast():
+            recalibrated[removed] = without_blocks(plain, removed, training_images)
+    networks = [*as_it_is.values(), *recalibrated.values()]
+    test = errors_of(networks, images, "test", runtime, progress)
+    validation = errors_of(networks, images, "validation", runtime, progress)
+    errors = dict(zip(networks, zip(test, validation, strict=True), strict=True))
+    networks = list(as_it_is.values())
+    times = seconds_of(networks, batch, runtime, settings.repeats, progress)
+    seconds = dict(zip(as_it_is, times, strict=True))
 
-    def point(order: Sequence[int], k: int, is_recalibrated: bool) -> CurvePoint:
+    def point(order: Sequence[int], k: int, of: dict[tuple[int, ...], nn.Module]) -> CurvePoint:
         removed = tuple(sorted(order[:k]))
-        test, validation = measured[removed, is_recalibrated]
-        left = parameters_without(network, removed)
         numbers = [block + 1 for block in removed]
-        return CurvePoint(k, numbers, test, validation, left, seconds[removed])
+        left = parameters_of(of[removed])
+        return CurvePoint(k, numbers, *errors[of[removed]], left, seconds[removed])
 
     return [
-        Curve(name, is_recalibrated, [point(order, k, is_recalibrated) for k in counts])
+        Curve(name, of is recalibrated, [point(order, k, of) for k in counts])
         for name, order in orders.items()
-        for is_recalibrated in (False, True)
+        for of in (as_it_is, recalibrated)
     ]
+
+
+def _least_needed(network: TrainedNetwork, choose_on: int, progress: Progress) -> list[int]:
+    """All blocks in the order in which to remove them, by the loss on validation images."""
+    validation = network.images.sizes["validation"]
+    few = list(spread(network.images.evaluate("validation"), validation, choose_on))
+    blocks = len(network.handle.blocks)
+    return pruning_order(network.model, blocks, lambda: few, network.run.runtime, progress)
+
+
+def spread(batches: Iterable[Batch], images: int, count: int) -> Iterator[Batch]:
+    """Choose `count` of the `images` in `batches`, evenly: they may be sorted by class."""
+    count = min(count, images)
+    chosen = torch.arange(count) * images // count
+    start = 0
+    for pixels, labels in batches:
+        here = chosen[(chosen >= start) & (chosen < start + len(labels))] - start
+        if len(here):
+            here = here.to(labels.device)
+            yield pixels[here], labels[here]
+        start += len(labels)
 
 
 ORDERS: dict[Order, str] = {

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_rates_figure
@@ -15,22 +14,20 @@ from stochastic_depth.lab.gradients_chart import block_gradients, gradient_stren
 from stochastic_depth.lab.outcomes import Experiment, describe, describe_data, experiments
 from stochastic_depth.lab.pruning_chart import pruned_blocks
 from stochastic_depth.lab.sources import RecordedRun, RecordedSweep, Sources
-from stochastic_depth.lab.sweep.charts import depth_sweep, gating_figure, survival_sweep
-from stochastic_depth.lab.sweep.gates import read_results
+from stochastic_depth.lab.sweep.charts import depth_sweep, gates_sweep, survival_sweep
 from stochastic_depth.lab.tables import ReportTable, Tile, flat, overview, settings, tables, tiles
 from stochastic_depth.lab.training_curves import training_curves, training_time
 
 COMMANDS = {
-    "block-gradients": ("Gradient strength over depth", "stochastic-depth train RECIPE"),
-    "active-blocks": ("Active blocks in a step", "stochastic-depth train RECIPE"),
-    "ensemble": ("The implicit ensemble", "stochastic-depth analyze ensemble RUN"),
-    "pruned-blocks": ("Blocks pruned", "stochastic-depth analyze pruning RUN"),
-    "survival-sweep": ("Error and time against p_L", "stochastic-depth sweep survival RECIPE"),
-    "depth-sweep": ("Error over p_L and depth", "stochastic-depth sweep depth RECIPE"),
-    "gates-sweep": ("Error and cost by way of gating", "stochastic-depth sweep gates RECIPE"),
-    "depth-cost": ("Time and memory against depth", "stochastic-depth bench depth --out FILE"),
+    "ensemble": "stochastic-depth analyze ensemble RUN",
+    "pruned-blocks": "stochastic-depth analyze pruning RUN",
+    "survival-sweep": "stochastic-depth sweep survival RECIPE",
+    "depth-sweep": "stochastic-depth sweep depth RECIPE",
+    "gates-sweep": "stochastic-depth sweep gates RECIPE",
+    "depth-cost": "stochastic-depth bench depth --out FILE",
 }
-"""For figures that lack data: the title, and the command that measures the data."""
+"""The commands that measure the data of a figure, by the id of the figure. All other figures need
+nothing but journals."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +46,14 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Missing:
-    """A figure that lacks data."""
-
-    title: str
-    command: str
-    """Measures the data; empty if that command was given."""
-    why: str = ""
-    """Why there is no data although the command was given."""
-
-
-@dataclass(frozen=True)
 class Report:
     """All sections of a page."""
 
     sections: tuple[Section, ...]
-    overview: ReportTable | None
+    overview: ReportTable | None = None
     """A table of all experiments, if there are several."""
-    missing: tuple[Missing, ...]
-    unmeasured: tuple[Path, ...] = ()
-    """The run folders whose journal is empty."""
+    commands: tuple[str, ...] = ()
+    """The commands that measure the data of further figures."""
 
 
 def build_report(sources: Sources) -> Report:
@@ -82,27 +67,11 @@ def build_report(sources: Sources) -> Report:
         *map(_benchmark, sources.benchmarks),
     ]
     drawn = {figure.id for section in sections for figure in section.figures}
-    missing = tuple(_missing(id, sources) for id in COMMANDS if id not in drawn)
     return Report(
         tuple(_with_distinct_ids(sections)),
         overview(trained) if len(trained) > 1 else None,
-        missing,
-        tuple(run.run.path for run in begun),
+        tuple(command for id, command in COMMANDS.items() if id not in drawn),
     )
-
-
-def _missing(id: str, sources: Sources) -> Missing:
-    title, command = COMMANDS[id]
-    for recorded in sources.sweeps:
-        folder, failed = recorded.sweep.folder, sum(run.failed for run in recorded.runs)
-        if id != f"{recorded.sweep.kind}-sweep":
-            continue
-        if recorded.under_way:
-            return Missing(title, "", f"{folder} is not finished yet")
-        if failed:
-            runs = f"{failed} of {count_text(recorded.size, 'run')} of {folder} failed"
-            return Missing(title, "", f"{runs}, for the reason in the failed.txt of each")
-    return Missing(title, command)
 
 
 def _experiment(experiment: Experiment) -> Section:
@@ -131,7 +100,8 @@ def _experiment(experiment: Experiment) -> Section:
 
 def _begun_section(runs: list[RecordedRun]) -> Section:
     shared, table = settings(runs)
-    said = "Nothing was measured yet."
+    paths = ", ".join(str(run.run.path) for run in runs)
+    said = f"No record in the journal yet: {paths}."
     return Section("Runs that have begun", (), said, settings=tuple(shared), runs=table)
 
 
@@ -143,15 +113,12 @@ def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iter
 
 def _sweep(recorded: RecordedSweep) -> Section:
     sweep = recorded.sweep
-    if sweep.kind == "gates":
-        result = read_results(sweep.folder)
-        drawn = gating_figure(result) if result else None
-    else:
-        drawn = (depth_sweep if sweep.kind == "depth" else survival_sweep)(recorded)
+    draw = {"survival": survival_sweep, "depth": depth_sweep, "gates": gates_sweep}[sweep.kind]
+    drawn = draw(recorded)
     finished = sum(run.finished for run in recorded.runs)
     failed = sum(run.failed for run in recorded.runs)
     said = f"{sweep.folder}: {finished} of {count_text(recorded.size, 'run')} finished"
-    said += f", {failed} failed." if failed else "."
+    said += f", {failed} failed, for the reason in the failed.txt of each." if failed else "."
     if not recorded.runs:
         return Section(f"Sweep {sweep.folder.name}", (), said)
     shared, runs = settings(recorded.runs)

@@ -4,11 +4,12 @@ The results of analyses are written here too, into the folder of their run.
 """
 
 import json
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -131,7 +132,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
         if path.is_file():
             benchmarks[path.resolve()] = _benchmark(path)
             continue
-        here = [path] if _is_known(path) else sorted(filter(_is_known, _folders(path)))
+        here = _known_in(path)
         if not here:
             raise RunError(
                 f"{path} holds no run: give run folders, folders of runs, sweep folders, or files "
@@ -157,16 +158,29 @@ def read_run(path: Path) -> RecordedRun:
     return RecordedRun(run, tuple(run.records()), finished)
 
 
-def watched_files(sources: Sources, paths: Iterable[Path]) -> Iterator[Path]:
-    """The files that change when a run goes on, another one begins, or an analysis ends."""
-    yield from paths
-    for recorded in sources.sweeps:
-        yield recorded.sweep.folder / "runs"
-    for recorded in sources.all_runs():
-        yield recorded.run.journal
-        yield recorded.run.weights
-        yield recorded.run.path / layout.FAILED
-        yield recorded.run.path / layout.ANALYSIS
+def state_of(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | None]:
+    """Size and time of each file that `read_sources` may read; None for those that do not exist.
+
+    It changes when a run goes on or ends, when another one begins, and when an analysis ends. Not
+    when anything else is written into one of the folders, such as the page itself.
+    """
+    files: list[Path] = []
+    for path in paths:
+        known = _known_in(path)
+        runs = [run for folder in known for run in _runs_of(folder)]
+        files += [path] if path.is_file() else known
+        for run in (*known, *runs):
+            files += [run / name for name in (layout.JOURNAL, layout.WEIGHTS, layout.FAILED)]
+            files += [run / layout.ANALYSIS / f"{name}.json" for name in get_args(AnalysisName)]
+    return {file: _status(file) for file in files}
+
+
+def _status(file: Path) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 @dataclass(frozen=True)
@@ -213,7 +227,7 @@ def write_analysis(run: Run, name: AnalysisName, found: dict[str, Any]) -> None:
         make_folder(path.parent)
     except OSError as error:
         raise RunError(f"{path.parent} cannot be made: {reason(error)}") from error
-    write_whole(path, json.dumps(content, indent=1).encode() + b"\n", real_parts=2)
+    write_whole(path, json.dumps(content, indent=1).encode() + b"\n", inside=run.path)
 
 
 def read_analysis(run: Run, name: AnalysisName) -> dict[str, Any]:
@@ -226,7 +240,7 @@ def read_analysis(run: Run, name: AnalysisName) -> dict[str, Any]:
     path = analysis_path(run, name)
     remedy = f"remove it, and measure again by stochastic-depth analyze {name} {run.path}"
     try:
-        content = read_json(path, real_parts=2)
+        content = read_json(path, inside=run.path)
     except RunError as error:
         raise RunError(f"{error}; {remedy}") from error
     if "sha256" not in content:
@@ -253,8 +267,7 @@ def same_analysis(run: Run, name: AnalysisName, settings: dict[str, Any]) -> dic
 
 
 def _sweep(path: Path) -> RecordedSweep:
-    runs = sorted(filter(_is_run, _folders(path / "runs")))
-    return RecordedSweep(read_sweep(path), tuple(map(read_run, runs)))
+    return RecordedSweep(read_sweep(path), tuple(map(read_run, _runs_of(path))))
 
 
 def _benchmark(path: Path) -> dict[str, Any]:
@@ -266,17 +279,17 @@ def _benchmark(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_json(path: Path, real_parts: int = 1) -> dict[str, Any]:
+def read_json(path: Path, inside: Path | None = None) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
-        real_parts: how many of the last parts of `path` must not be links.
+        inside: as for `read_file`.
 
     Raises:
         RunError: when it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(read_file(path, LARGE, real_parts))
+        content = json.loads(read_file(path, LARGE, inside))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
@@ -288,6 +301,15 @@ def read_json(path: Path, real_parts: int = 1) -> dict[str, Any]:
 
 def _folders(path: Path) -> Iterator[Path]:
     return (entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else iter(())
+
+
+def _known_in(path: Path) -> list[Path]:
+    """`path`, if it is a run or a sweep; otherwise those in it."""
+    return [path] if _is_known(path) else sorted(filter(_is_known, _folders(path)))
+
+
+def _runs_of(sweep: Path) -> list[Path]:
+    return sorted(filter(_is_run, _folders(sweep / "runs")))
 
 
 def _is_known(path: Path) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich.table import Table
+
 from stochastic_depth.lab.formatting import (
     count_text,
     duration,
@@ -26,6 +28,16 @@ class ReportTable:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+
+    def rich(self) -> Table:
+        """The same table for a console."""
+        table = Table(title=self.title, title_justify="left")
+        table.caption, table.caption_justify = self.note, "left"
+        for number, name in enumerate(self.head):
+            table.add_column(name, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
 
 
 def tables(experiment: Experiment) -> list[ReportTable]:

@@ -5,14 +5,13 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.errors import ConfigError, MissingExtraError, first_line
-from stochastic_depth.extras import import_torchvision
+from stochastic_depth.errors import ConfigError, first_line
+from stochastic_depth.extras import require
 from stochastic_depth.randomness import generator
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -68,7 +67,7 @@ def _no_model(name: str) -> ConfigError:
 def _timm(
     name: str, batch: int, shape: Shape | None, device: Any, options: dict[str, Any]
 ) -> tuple[nn.Module, Example]:
-    timm = library("timm")
+    timm = require("timm")
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
     model = timm.create_model(name, **options)
@@ -79,7 +78,7 @@ def _timm(
 def _torchvision(
     name: str, batch: int, shape: Shape | None, device: Any, options: dict[str, Any]
 ) -> tuple[nn.Module, Example]:
-    models = library("torchvision.models")
+    models = require("torchvision.models")
     names = models.list_models()
     if name not in names:
         raise _unknown("torchvision", name, names)
@@ -100,7 +99,7 @@ def _torchvision(
 def _transformers(
     name: str, batch: int, shape: Shape | None, device: Any, options: dict[str, Any]
 ) -> tuple[nn.Module, Example]:
-    transformers = library("transformers")
+    transformers = require("transformers")
     types: list[str] = list(transformers.CONFIG_MAPPING.keys())
     if Path(name).suffix == ".json":
         if not Path(name).is_file():
@@ -223,25 +222,6 @@ def _integers(batch: int, shape: Shape, below: int, device: Any) -> Tensor:
         return torch.zeros(batch, *shape, dtype=torch.int64, device=device)
     numbers = torch.randint(below, (batch, *shape), generator=generator("example"), device="cpu")
     return numbers.to(device)
-
-
-def library(name: str) -> ModuleType:
-    """Import a module of another library.
-
-    Raises:
-        MissingExtraError: when it is not installed, or does not work with this version of PyTorch.
-    """
-    package = name.partition(".")[0]
-    try:
-        import_torchvision()
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"{error}: pip install {package}") from error
-    except (ImportError, RuntimeError) as error:
-        raise MissingExtraError(
-            f"{package} is installed, but cannot be imported with torch {torch.__version__} "
-            f"({error}): install torch and torchvision from the same index"
-        ) from error
 
 
 def _unknown(origin: str, name: str, known: Sequence[str]) -> ConfigError:

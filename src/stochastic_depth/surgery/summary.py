@@ -17,7 +17,7 @@ from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.applied import applied_to, handle_of
 from stochastic_depth.surgery.example import Example, caller, preserve_state, total
 from stochastic_depth.surgery.flops import CountFlops
-from stochastic_depth.surgery.install import fingerprint
+from stochastic_depth.surgery.gated_class import fingerprint
 from stochastic_depth.tensors import tensors_in
 
 

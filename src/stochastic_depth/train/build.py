@@ -15,6 +15,7 @@ from stochastic_depth.models import DenseNet, Network
 from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery import apply, handle_of
+from stochastic_depth.surgery.example import Example
 from stochastic_depth.survival import LinearDecay, SurvivalRule, Uniform
 from stochastic_depth.train.config import Config, ModelConfig, OptimizerConfig, SurvivalConfig
 from stochastic_depth.train.runtime import Runtime
@@ -41,12 +42,17 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
 
 
 def apply_survival(
-    model: nn.Module, config: SurvivalConfig, seed: int, steps: int
+    model: nn.Module,
+    config: SurvivalConfig,
+    seed: int,
+    steps: int,
+    example: Example | None = None,
 ) -> Handle | None:
     """Give `model` stochastic depth, unless the rule is constant depth.
 
     Args:
         steps: the number of steps of the training; a schedule is given in fractions of it.
+        example: of the inputs; without it, the model must be built from `Residual` units.
     """
     if config.rule == "constant":
         return None
@@ -57,6 +63,7 @@ def apply_survival(
         model,
         rule,
         schedule=config.schedule.of(steps),
+        example=example,
         gate=config.gate,
         balance=config.balance,
         closed=config.closed,

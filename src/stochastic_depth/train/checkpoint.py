@@ -46,7 +46,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     payload = buffer.getvalue()
     digest = hashlib.sha256(payload).hexdigest().encode()
     try:
-        write_whole(path, MAGIC + digest + b"\n" + payload, real_parts=2)
+        write_whole(path, MAGIC + digest + b"\n" + payload, inside=path.parent.parent)
     except RunError as error:
         raise CheckpointError(str(error)) from error
 
@@ -80,7 +80,7 @@ def _read_payload(path: Path) -> bytes:
         CheckpointError: when the file is not a checkpoint, or is damaged.
         OSError: when it cannot be read.
     """
-    with open_file(path, real_parts=2) as file:
+    with open_file(path, inside=path.parent.parent) as file:
         header = file.read(len(MAGIC) + _DIGEST + 1)
         if not header.startswith(MAGIC) or len(header) < len(MAGIC) + _DIGEST + 1:
             raise CheckpointError(f"{path} is not a checkpoint of this library, or is cut short")
@@ -149,7 +149,7 @@ class Checkpoints:
         for old in past[self.keep :]:
             if old != best:
                 with suppress(OSError):
-                    remove_file(self.path(old), real_parts=2)
+                    remove_file(self.path(old), inside=self.folder.parent)
 
     def load(self, step: int, device: str) -> dict[str, Any]:
         """The state after `step` steps.

@@ -1,5 +1,7 @@
 """The names of the files in a run folder. This module does not need PyTorch."""
 
+from pathlib import Path
+
 CONFIG = "config.json"
 """The configuration and where it runs."""
 JOURNAL = "metrics.jsonl"
@@ -14,3 +16,8 @@ ANALYSIS = "analysis"
 """The folder of results of `analyze`."""
 LOCK = "lock"
 """Held by the process that writes."""
+
+
+def with_name(run: Path) -> Path:
+    """The path of a run folder so that it ends with a name, which `.` and `..` do not."""
+    return run.resolve() if run.name in ("", "..") else run

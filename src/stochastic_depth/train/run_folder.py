@@ -111,7 +111,7 @@ class Run:
         try:
             lock.acquire()
             remove_unfinished(self.path)
-            remove_unfinished(self.checkpoints.folder, real_parts=1)
+            remove_unfinished(self.checkpoints.folder, inside=self.path)
             held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except Timeout:
             raise RunError(
@@ -189,6 +189,7 @@ def open_run(path: Path) -> Run:
     Raises:
         RunError: when `path` contains no run, or its `config.json` is not valid.
     """
+    path = layout.with_name(path)
     described = path / layout.CONFIG
     try:
         text = read_file(described, SMALL)

@@ -1,32 +1,16 @@
-"""What a step costs, and the two benchmarks that compare by it."""
-
-import sys
-
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth.errors import ConfigError
-from stochastic_depth.lab.bench import dinov2
-from stochastic_depth.lab.bench.closed import (
-    CONSTANT,
-    FORWARD_ONLY,
-    SKIPPED,
-    closed_steps,
-    measure,
-)
-from stochastic_depth.lab.bench.costs import StepCost, step_costs
-from stochastic_depth.lab.bench.workload import Workload, saved_for_backward
-from stochastic_depth.lab.options import ClosedOptions, Dinov2Options
+from stochastic_depth.lab.bench.costs import StepCost, step_costs, step_flops
+from stochastic_depth.lab.bench.workload import PlainResNet, Workload, saved_for_backward
 from stochastic_depth.models import VisionTransformer
 from stochastic_depth.train.runtime import Runtime
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = Runtime("cpu", "float32", 1)
 QUIET = Console(quiet=True)
 
@@ -68,66 +52,23 @@ def test_a_graph_that_is_given_up_before_the_backward_pass_is_not_kept():
     assert saved_for_backward(lambda: step(False)) == 2 * x.nbytes
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("network", ["vit-small", "gpt2"])
-def test_forward_only_saves_the_bytes_of_skipped_blocks_but_not_their_forward_pass(network, lora):
-    pytest.importorskip({"vit-small": "timm", "gpt2": "transformers"}[network])
-    if lora:
-        pytest.importorskip("peft", reason="needs peft")
-    build = {
-        "vit-small": {"depth": 4, "embed_dim": 64, "num_heads": 2},
-        "gpt2": {"n_layer": 4, "n_embd": 64, "n_head": 2, "vocab_size": 100},
-    }[network]
-    options = ClosedOptions(network=network, lora=lora, batch=2, size=32, final=0.1)
-    costs = step_costs(lambda: closed_steps(options, CPU, build), 4, CPU, QUIET)
-    whole, skipped, forward_only = (costs[name] for name in (CONSTANT, SKIPPED, FORWARD_ONLY))
-    assert skipped.flops < forward_only.flops < whole.flops
-    assert forward_only.kept == pytest.approx(skipped.kept, rel=0.1)
-    assert forward_only.kept < whole.kept
+def test_flops_of_a_step_are_two_for_each_multiply_add_three_times_but_for_the_stem():
+    batch, side = 2, 16
+    forward = 0
+    for size, into, out, count in ((16, 16, 16, 2), (8, 16, 32, 1), (8, 32, 32, 1)):
+        forward += count * size**2 * 9 * into * out
+    forward += 4**2 * 9 * (32 * 64 + 64 * 64) + 64 * 10
+    stem = side**2 * 9 * 3 * 16  # the gradient of the images is not wanted
+    expected = 2 * batch * (3 * forward + 2 * stem)
+    assert step_flops(Workload(batch, side, 3, CPU).step(PlainResNet(8))) == expected
 
 
-def test_without_peft_there_are_no_adapters(monkeypatch):
-    pytest.importorskip("timm")
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(sd.errors.MissingExtraError, match="pip install peft"):
-        measure(ClosedOptions(lora=True, batch=2, size=32), CPU, QUIET)
+def test_attention_counts_its_two_products_and_two_and_a_half_times_as_much_backward():
+    batch, heads, tokens, width = 2, 3, 5, 8
+    q, k, v = torch.randn(3, batch, heads, tokens, width, requires_grad=True).unbind()
+    product = 2 * batch * heads * tokens**2 * width
 
+    def step():
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
 
-BLOCK = """
-import torch
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self, dim, num_heads, qkv_bias, drop_path):
-        super().__init__()
-        self.attn, self.mlp, self.rate = nn.Linear(dim, dim), nn.Linear(dim, dim), drop_path
-
-    def forward(self, x):
-        for branch in (self.attn, self.mlp):
-            if self.training and self.rate > 0:
-                chosen = torch.randperm(len(x))[: max(1, int(len(x) * (1 - self.rate)))]
-                x = x.index_add(0, chosen, branch(x[chosen]), alpha=len(x) / len(chosen))
-            else:
-                x = x + branch(x)
-        return x
-"""
-
-
-def test_a_block_of_a_checkout_is_held_against_the_subset_gate(tmp_path, monkeypatch):
-    for name in ("dinov2", "dinov2.layers", "dinov2.layers.block"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    (tmp_path / "dinov2/layers").mkdir(parents=True)
-    (tmp_path / "dinov2/layers/block.py").write_text(BLOCK)
-    options = Dinov2Options(
-        dinov2=tmp_path, rates=(0.5,), blocks=2, width=64, batch=4, size=4, repeats=2
-    )
-    found = dinov2.measure(options, CPU, QUIET).to_json()["rates"]["0.5"]
-    for name in (dinov2.THEIRS, dinov2.OURS):
-        assert found[name]["relative"]["flops"] == pytest.approx(0.5, abs=0.02)
-    for name in ("dinov2", "dinov2.layers", "dinov2.layers.block"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-def test_a_folder_that_is_no_checkout_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="give a checkout of https"):
-        dinov2.their_block(tmp_path)
+    assert step_flops(step) == 2 * product + 5 * product

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import shutil
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from stochastic_depth.errors import RunError
+from stochastic_depth.lab.sweep import workers
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.lab.sweep.workers import claim_next, read_claims
 from support.small_sweep import GRID, SMALL
@@ -48,6 +50,7 @@ def test_points_come_in_the_order_of_the_grid_and_are_held(sweep):
 def test_a_point_that_was_let_go_comes_first(sweep):
     first, second = claim_next(sweep), claim_next(sweep)
     second.release()
+    assert read_claims(sweep) == [first.point]
     again, third = claim_next(sweep), claim_next(sweep)
     assert (again.point, third.point) == (second.point, GRID.points()[2])
     assert first.lock.is_locked
@@ -68,8 +71,10 @@ def test_a_point_whose_process_was_killed_comes_back(sweep):
     assert held.wait(60)
     second = claim_next(sweep)
     assert second.point == GRID.points()[1]
+    assert read_claims(sweep) == GRID.points()[:2]
     worker.kill()
     worker.join()
+    assert read_claims(sweep) == GRID.points()[1:2]
     assert claim_next(sweep).point == GRID.points()[0]
 
 
@@ -90,6 +95,31 @@ def test_a_point_that_ended_after_the_first_look_is_not_given(sweep, monkeypatch
 
     monkeypatch.setattr(type(sweep), "ended", ended)
     assert claim_next(sweep).point == GRID.points()[1]
+
+
+def test_a_look_at_the_claims_disturbs_no_worker(sweep, monkeypatch):
+    for point in GRID.points():  # a claim that nobody holds any more
+        (sweep.folder / "claims" / point.name).touch()
+    done, trained = threading.Event(), []
+
+    def train_point(sweep, point, stop):
+        trained.append(point)
+        sweep.path(point).mkdir()
+        sweep.fail(point, "it was not to be")
+
+    def look():
+        while not done.is_set():
+            read_claims(sweep)
+
+    monkeypatch.setattr(workers, "train_point", train_point)
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            workers.work(sweep, lambda: None)
+        finally:
+            done.set()
+        looking.result()
+    assert Counter(trained) == Counter(GRID.points())
 
 
 def test_a_run_that_was_taken_away_is_given_again(sweep):

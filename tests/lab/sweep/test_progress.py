@@ -41,6 +41,43 @@ def test_a_pipe_gets_a_line_for_each_run_that_ends(begun):
     assert re.match(pattern + r"\d+\.\d\d% in \d+\.\d s$", line)
 
 
+def test_a_journal_is_read_only_when_it_has_grown_and_a_failure_once(begun, monkeypatch):
+    first, second, third = begun.grid.points()
+    train_point(begun, first, lambda: None)
+    (begun.path(first) / "model.safetensors").unlink()
+    begun.path(third).mkdir()
+    begun.fail(third, "why")
+    read = []
+    for name in ("records", "failure"):
+        method = getattr(type(begun), name)
+
+        def counted(self, point, name=name, method=method):
+            read.append((name, point))
+            return method(self, point)
+
+        monkeypatch.setattr(type(begun), name, counted)
+    progress = SweepProgress(begun, Console(file=io.StringIO()))
+    for _ in range(3):
+        progress.look([first, second])
+        progress.render()
+    assert read.count(("records", first)) == 1
+    assert progress._shares[first] == 1
+    assert ("records", second) not in read
+    before = read.count(("failure", third))
+    progress.counts()
+    assert read.count(("failure", third)) == before
+    with open(begun.path(first) / "metrics.jsonl", "ab") as journal:
+        journal.write(b'{"ste')  # the next line begins
+    progress.look([first])
+    assert read.count(("records", first)) == 2
+
+
+def test_a_run_that_has_ended_is_not_running_while_its_worker_still_has_it(sweep):
+    progress = SweepProgress(sweep, Console(file=io.StringIO()))
+    progress.look(sweep.grid.points())
+    assert progress.counts() == "1/3 done, 1 running, 1 failed, left -:--:--"
+
+
 def test_what_had_ended_before_is_counted_and_not_told_again(sweep):
     console = Console(file=io.StringIO())
     with SweepProgress(sweep, console) as progress:

@@ -1,68 +1,24 @@
-"""What training steps cost: time, FLOPs, and bytes kept for the backward pass.
-
-`MachinePeak` is the most FLOPs per second that this machine reaches, against which steps are held.
-"""
+"""What training steps cost: time, FLOPs and memory."""
 
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.block_program import library
-from stochastic_depth.lab.bench.results import bench_table, clock, time_in_turns, with_progress
-from stochastic_depth.lab.bench.workload import Step, saved_for_backward
+from stochastic_depth.lab.bench.results import (
+    MEMORY,
+    bench_table,
+    clock,
+    time_in_turns,
+    with_progress,
+)
+from stochastic_depth.lab.bench.workload import Step, step_memory
 from stochastic_depth.surgery.flops import CountFlops
-from stochastic_depth.timing import Timing
 from stochastic_depth.train.runtime import Runtime
-
-AT_PEAK = "at the machine's peak"
-"""The name of the row for a step of constant depth that does nothing but its multiply-adds."""
-
-
-@dataclass(frozen=True)
-class MachinePeak:
-    """The peak of this machine, and the FLOPs of a step at constant depth."""
-
-    flops_per_second: float
-    """FLOPs per second of a loop of independent multiply-adds, on as many threads as the steps."""
-    flops_per_step: int
-    """Forward and backward, counted as 2 per multiply-add."""
-
-    @property
-    def timing(self) -> Timing:
-        """The time of a step that does nothing but its multiply-adds, at peak speed."""
-        seconds = self.flops_per_step / self.flops_per_second
-        return Timing((seconds, seconds))
-
-    def share(self, seconds: float, active: float = 1.0) -> float:
-        """The share of the peak that a step reaches.
-
-        Args:
-            seconds: how long the step takes.
-            active: the share of the FLOPs of constant depth that it spends.
-        """
-        return active * self.flops_per_step / (seconds * self.flops_per_second)
-
-    def to_json(self, seconds: Mapping[str, float]) -> dict[str, Any]:
-        """Both values, and the share of the peak that steps at constant depth reach."""
-        of_the_peak = {name: self.share(value) for name, value in seconds.items()}
-        return {**asdict(self), "of_the_peak": of_the_peak}
-
-
-def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
-    """Measure the peak; None on a GPU, and where no compiler can build the loop.
-
-    Args:
-        constant: a step at constant depth, by autograd, whose FLOPs are counted.
-    """
-    if runtime.on_gpu or library.why_unavailable() is not None:
-        return None
-    dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
-    return MachinePeak(library.peak(dtype, runtime.threads), step_flops(constant))
 
 
 def step_flops(step: Callable[[], object]) -> int:
@@ -84,7 +40,7 @@ class StepCost:
     """Mean seconds of a step, by `clock`."""
     flops: float
     kept: float
-    """Bytes that are kept for the backward pass, without parameters."""
+    """Bytes, as `MEMORY` says."""
     peak_kept: float
     """The bytes of the step that keeps the most."""
 
@@ -119,7 +75,7 @@ def step_costs(
             for name, step in build().items()
         }
 
-    flops, kept = each(step_flops), each(saved_for_backward)
+    flops, kept = each(step_flops), each(partial(step_memory, device=runtime.device, steps=1))
     return {
         name: StepCost(
             statistics.fmean(timed.timings[name].seconds),
@@ -131,7 +87,7 @@ def step_costs(
     }
 
 
-COSTS = "time, FLOPs, bytes kept for backward: means, as shares of {}'s"
+COSTS = f"all as shares of {{}}'s, means of the steps; memory {MEMORY}"
 """The sentence below a table of `costs_table`, with the name of the alternative."""
 
 
@@ -139,7 +95,7 @@ def costs_table(
     title: str, costs: Mapping[str, StepCost], relative_to: str, runtime: Runtime
 ) -> Table:
     """A row for each alternative, relative to one of them."""
-    table = bench_table(title, runtime, "", "step", "time", "FLOPs", "bytes kept", "peak bytes")
+    table = bench_table(title, runtime, "", "step", "time", "FLOPs", "memory", "its peak")
     for name, cost in costs.items():
         shares = (f"{share:.3f}" for share in vars(cost.relative_to(costs[relative_to])).values())
         table.add_row(name, f"{1e3 * cost.seconds:,.1f} ms", *shares)

@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,35 +39,35 @@ from stochastic_depth.train.runtime import Runtime
 
 
 class Collectives(TorchDispatchMode):
-    """While entered, counts collectives and the bytes that this process must send for them.
+    """While entered, counts collectives and the bytes of their tensors, by kind.
 
-    The algorithms that send least are assumed: of n ranks, each sends 2 (n - 1) / n of a tensor
-    that is all-reduced, and (n - 1) / n of one that is gathered or reduced and scattered.
+    The kinds are named as PyTorch names them: allreduce, allgather_base, reduce_scatter_base.
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._passed_on = (ranks - 1) / ranks
-        self.calls = 0
-        self.bytes = 0.0
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        """Bytes of the whole tensors, of which `sent` is what a process sends."""
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if operator.namespace == "c10d":
             kind = operator._opname.strip("_")
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            if kind in ("allreduce", "allreduce_coalesced"):
-                self._count(2 * sum(t.nbytes for t in tensors))
-            elif kind in ("allgather_base", "reduce_scatter_base"):
-                self._count(max(t.nbytes for t in tensors))
-            elif kind == "broadcast":
-                self._count(tensors[0].nbytes)
+            if sizes := [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]:
+                self.calls[kind] += 1
+                self.bytes[kind] += sum(sizes) if kind.startswith("allreduce") else max(sizes)
         return operator(*args, **(kwargs or {}))
 
-    def _count(self, whole: int) -> None:
-        self.calls += 1
-        self.bytes += self._passed_on * whole
+    def sent(self, ranks: int) -> float:
+        """The bytes that each process sends by the algorithms that send least.
+
+        Of n ranks, each sends 2 (n - 1) / n of a tensor that is all-reduced, and (n - 1) / n of one
+        that is gathered, broadcast, or reduced and scattered.
+        """
+        twice = sum(size for kind, size in self.bytes.items() if kind.startswith("allreduce"))
+        return (ranks - 1) / ranks * (self.bytes.total() + twice)
 
 
 def ddp_that_skips(model: nn.Module) -> nn.Module:
@@ -202,11 +203,11 @@ class _Step:
     def count_traffic(self, ranks: int, steps: int) -> Iterator[tuple[float, int, float]]:
         """Yields bytes, collectives, and the share of parameters that are not in a closed block."""
         for _ in range(steps):
-            with Collectives(ranks) as collectives:
+            with Collectives() as collectives:
                 self()
             gates = self._depth.gates.tolist()
             closed = sum(n for n, is_open in zip(self._sizes, gates, strict=True) if not is_open)
-            yield collectives.bytes, collectives.calls, 1 - closed / self._whole
+            yield collectives.sent(ranks), collectives.calls.total(), 1 - closed / self._whole
 
 
 @dataclass(frozen=True)

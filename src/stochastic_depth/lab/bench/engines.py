@@ -2,14 +2,14 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from stochastic_depth.block_program.library import why_unavailable
-from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
+from stochastic_depth.block_program.library import peak, why_unavailable
+from stochastic_depth.lab.bench.costs import step_flops
 from stochastic_depth.lab.bench.results import (
     Rounds,
     bench_table,
@@ -18,7 +18,13 @@ from stochastic_depth.lab.bench.results import (
     time_in_turns,
     with_progress,
 )
-from stochastic_depth.lab.bench.workload import EngineStep, PlainResNet, Workload, active_share
+from stochastic_depth.lab.bench.workload import (
+    EngineStep,
+    PlainResNet,
+    Step,
+    Workload,
+    active_share,
+)
 from stochastic_depth.lab.options import EnginesOptions
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.survival import Uniform
@@ -73,6 +79,32 @@ def engine_steps(
 
 
 @dataclass(frozen=True)
+class MachinePeak:
+    """The peak of this machine, and the FLOPs of a step at constant depth."""
+
+    flops_per_second: float
+    """FLOPs per second of a loop of independent multiply-adds, on as many threads as the steps."""
+    flops_per_step: int
+    """Forward and backward, counted as 2 per multiply-add."""
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of a step that does nothing but its multiply-adds, at peak speed."""
+        return self.flops_per_step / self.flops_per_second
+
+
+def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
+    """Measure the peak; None on a GPU, and where no compiler can build the loop.
+
+    Args:
+        constant: a step at constant depth, by autograd, whose FLOPs are counted.
+    """
+    if runtime.on_gpu or why_unavailable() is not None:
+        return None
+    return MachinePeak(peak(runtime.dtype, runtime.threads), step_flops(constant))
+
+
+@dataclass(frozen=True)
 class EnginesResult:
     """The steps of every design at every share of active blocks, and why others are missing."""
 
@@ -81,12 +113,18 @@ class EnginesResult:
     missing: Mapping[str, str]
     peak: MachinePeak | None
 
+    @property
+    def of_the_peak(self) -> dict[str, float]:
+        """The share of the peak that each design reaches; empty where that was not measured."""
+        if self.peak is None:
+            return {}
+        timings, least = self.timed.timings, self.peak.seconds
+        return {name: least / timings[f"{name} 100 %"].median for name in self.designs}
+
     def to_json(self) -> dict[str, Any]:
-        timings = self.timed.timings
-        full = {name: timings[f"{name} 100 %"].median for name in self.designs}
         return {
             **self.timed.to_json(),
-            "peak": self.peak and self.peak.to_json(full),
+            "peak": self.peak and {**asdict(self.peak), "of_the_peak": self.of_the_peak},
             "missing": dict(self.missing),
             "designs": {
                 name: {"engine": runtime.engine, "kernels": runtime.kernels}
@@ -103,8 +141,8 @@ def measure(options: EnginesOptions, runtime: Runtime, console: Console) -> Engi
     built = with_progress(engine_steps(options.depth, workload, there), count, console, "building")
     steps = {f"{name} {100 * share:.0f} %": step for name, share, step in built}
     timed = time_in_turns(steps, options.repeats, console, clock(runtime))
-    peak = machine_peak(runtime, workload.step(PlainResNet(options.depth)))
-    return EnginesResult(timed, there, absent, peak)
+    reached = machine_peak(runtime, workload.step(PlainResNet(options.depth)))
+    return EnginesResult(timed, there, absent, reached)
 
 
 def tables(
@@ -119,8 +157,8 @@ def tables(
 def _engines_table(result: EnginesResult, options: EnginesOptions, runtime: Runtime) -> Table:
     title = f"A training step of ResNet-{options.depth}, batch {options.batch}"
     shares = [f"{100 * share:.0f} %" for share in SHARES]
-    peak, timings = result.peak, result.timed.timings
-    more = [] if peak is None else ["of the\npeak"]
+    timings, of_the_peak = result.timed.timings, result.of_the_peak
+    more = ["of the\npeak"] if of_the_peak else []
     runtime = replace(runtime, engine_because="and the other engines, a row each")
     table = bench_table(title, runtime, "", *shares, "images/s\nat 100 %", *more)
     for name in result.designs:
@@ -129,9 +167,10 @@ def _engines_table(result: EnginesResult, options: EnginesOptions, runtime: Runt
             name,
             *("{}\n{}-{}".format(*map(milliseconds, (t.median, *t.quartiles))) for t in of_name),
             f"{options.batch / of_name[0].median:,.0f}",
-            *([] if peak is None else [f"{peak.share(of_name[0].median):.2f}"]),
+            *([f"{of_the_peak[name]:.2f}"] if of_the_peak else []),
         )
-    if peak is not None:
-        least = peak.timing.median
-        table.add_row(AT_PEAK, milliseconds(least), "", "", f"{options.batch / least:,.0f}", "1")
+    if result.peak is not None:
+        least = result.peak.seconds
+        row = milliseconds(least), "", "", f"{options.batch / least:,.0f}", "1"
+        table.add_row("at the machine's peak", *row)
     return table

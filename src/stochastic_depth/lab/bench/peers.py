@@ -13,7 +13,7 @@ from torch import nn
 
 from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, MissingExtraError, first_line
-from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
+from stochastic_depth.extras import require
 from stochastic_depth.lab.bench.results import MEMORY, Rounds, clock, table_of, time_in_turns
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
@@ -21,12 +21,12 @@ from stochastic_depth.lab.bench.workload import (
     Workload,
     copy_weights,
     step_memory,
+    timm_model,
     training_step,
 )
 from stochastic_depth.lab.options import NetworkName, PeersOptions
 from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.models.published import library
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform, survival_probabilities
@@ -53,9 +53,9 @@ def cifar_resnet_peers(
     steps: dict[str, Step] = {}
     missing: dict[str, str] = {}
     masks: dict[str, Callable[[], list[nn.Module]]] = {
-        "timm DropPath": lambda: [library("timm.layers").DropPath(rate) for rate in rates],
+        "timm DropPath": lambda: [require("timm.layers").DropPath(rate) for rate in rates],
         "torchvision StochasticDepth": lambda: [
-            library("torchvision.ops").StochasticDepth(rate, "row") for rate in rates
+            require("torchvision.ops").StochasticDepth(rate, "row") for rate in rates
         ],
     }
     if workload.runtime.engine != "eager":
@@ -102,15 +102,11 @@ def timm_peers(name: str, rate: float, workload: Workload) -> dict[str, Step]:
     Raises:
         MissingExtraError: without timm.
     """
-    timm = library("timm")
-    options: dict[str, Any] = {"num_classes": 10, "in_chans": workload.channels}
-    if name.startswith("vit"):
-        options["img_size"] = workload.size
-    constant = timm.create_model(name, **options)
+    constant = timm_model(name, workload.size)
     steps = {}
     gates: dict[str, GateKind | None] = {TIMM: None, OURS: "batch", SUBSET: "subset"}
     for peer, gate in gates.items():
-        model = timm.create_model(name, drop_path_rate=rate, **options)
+        model = timm_model(name, workload.size, drop_path_rate=rate)
         copy_weights(constant, model)
         if gate is not None:
             survival = "own" if rate else Uniform(1.0)
@@ -138,7 +134,7 @@ def x_transformer_peers(
     Raises:
         MissingExtraError: without x-transformers.
     """
-    library("x_transformers")
+    require("x_transformers")
     texts = torch.randint(TOKENS, (batch, length + 1), generator=generator("bench"))
     inputs, labels = texts[:, :-1], texts[:, 1:]
     constant, theirs, ours = _decoder(0.0, length), _decoder(rate, length), _decoder(0.0, length)
@@ -157,7 +153,7 @@ def x_transformer_peers(
 
 
 def _decoder(layer_dropout: float, length: int) -> torch.nn.Module:
-    package = library("x_transformers")
+    package = require("x_transformers")
     layers = package.Decoder(dim=DIMENSION, depth=LAYERS, heads=HEADS, layer_dropout=layer_dropout)
     return package.TransformerWrapper(num_tokens=TOKENS, max_seq_len=length, attn_layers=layers)
 
@@ -221,7 +217,6 @@ class PeersResult:
     batch: int
     size: int
     rate: float
-    peak: MachinePeak | None
     missing: Mapping[str, str]
 
     @property
@@ -237,7 +232,6 @@ class PeersResult:
     def to_json(self) -> dict[str, Any]:
         timings, ours = self.timed.timings, self.ours
         means = {name: statistics.fmean(timing.seconds) for name, timing in timings.items()}
-        constant = {name: t.median for name, t in timings.items() if CONSTANT in name}
         return {
             **self.timed.to_json(),
             "batch": self.batch,
@@ -246,12 +240,10 @@ class PeersResult:
             "libraries": {name: _version(name) for name in self.network.libraries},
             f"{self.network.unit}_per_second": {n: self.count / mean for n, mean in means.items()},
             "memory_bytes": dict(self.memory),
-            "memory": MEMORY,
+            "memory": f"{MEMORY}; mean of 5",
             "ours_is_faster_by": {
                 name: mean / means[ours] for name, mean in means.items() if ours and name != ours
             },
-            "constant": CONSTANT,
-            "peak": self.peak and self.peak.to_json(constant),
             "missing": dict(self.missing),
         }
 
@@ -266,8 +258,7 @@ def measure(options: PeersOptions, runtime: Runtime, console: Console) -> PeersR
     timed = time_in_turns(steps, options.repeats, console, clock(runtime))
     with console.status("memory"):
         memory = {name: step_memory(step, runtime.device) for name, step in steps.items()}
-    peak = machine_peak(runtime, steps[CONSTANT])
-    return PeersResult(timed, memory, network, batch, size, rate, peak, missing)
+    return PeersResult(timed, memory, network, batch, size, rate, missing)
 
 
 def tables(result: PeersResult, options: PeersOptions, runtime: Runtime) -> Iterator[Table | str]:
@@ -276,12 +267,9 @@ def tables(result: PeersResult, options: PeersOptions, runtime: Runtime) -> Iter
         f"{options.network}{of_depth}, drop rate {result.rate:g}, batch {result.batch}, size "
         f"{result.size}"
     )
-    rows = result.timed.timings
-    if result.peak is not None:
-        rows[AT_PEAK] = result.peak.timing
-    unit = result.network.unit
-    yield table_of(title, runtime, rows, result.count, unit, result.memory, result.ours)
-    yield f"memory: {MEMORY}"
+    timings, unit = result.timed.timings, result.network.unit
+    yield table_of(title, runtime, timings, result.count, unit, result.memory, result.ours)
+    yield f"memory: {MEMORY}; mean of 5"
     for name, reason in result.missing.items():
         yield f"{name}: {reason}"
 

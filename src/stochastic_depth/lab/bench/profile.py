@@ -5,13 +5,14 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 from stochastic_depth.block_program import Program
@@ -26,24 +27,33 @@ from stochastic_depth.train.engines import KERNELS
 from stochastic_depth.train.runtime import Runtime
 
 
-def operators(step: Step, steps: int) -> dict[str, float]:
-    """Seconds of `step` in each operator itself, on the GPU if there is one; the longest first."""
+def operators(step: Step, steps: int, on_gpu: bool) -> dict[str, float]:
+    """Seconds of `step` in each operator itself, as from `own_seconds`."""
     step()
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # otherwise the profiler records its start and end
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
+    # Without this the profiler prints when it starts and ends.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as recorded:
         for _ in range(steps):
             step()
-    microseconds = {
-        event.key: event.self_device_time_total or event.self_cpu_time_total
-        for event in recorded.key_averages()
-    }
-    longest = sorted(microseconds, key=microseconds.__getitem__, reverse=True)
-    return {name: 1e-6 * microseconds[name] / steps for name in longest}
+    return own_seconds(recorded.key_averages(), steps, on_gpu)
+
+
+def own_seconds(averages: Iterable[FunctionEventAvg], steps: int, on_gpu: bool) -> dict[str, float]:
+    """Seconds of a step in each operator, without those that it calls; the longest first.
+
+    Args:
+        averages: the events of `steps` steps, by name.
+        on_gpu: whether to count the time of an operator's kernels on the GPU; otherwise it is that
+            of the operator on the CPU. Of kernels there are also events of their own, which do not
+            count again.
+    """
+    seconds: dict[str, float] = {}
+    for event in averages:
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if own > 0 and event.cpu_time_total > 0:  # kernels take no time on the CPU
+            seconds[str(event.key)] = 1e-6 * own / steps
+    return dict(sorted(seconds.items(), key=lambda item: item[1], reverse=True))
 
 
 class TimedReplay:
@@ -123,7 +133,10 @@ class ProgramTimes:
 
 @dataclass(frozen=True)
 class ProfileResult:
-    """The seconds of each operator, and the times of the block program if it was run."""
+    """The seconds of each operator in a step, as from `own_seconds`, on the GPU if there is one.
+
+    And the times of the block program if it was run.
+    """
 
     operators: Mapping[str, float]
     program: ProgramTimes | None
@@ -136,7 +149,8 @@ class ProfileResult:
 def measure(options: ProfileOptions, runtime: Runtime, console: Console) -> ProfileResult:
     """Measure where the time of a step goes, by operator and by piece of the block program."""
     workload = Workload(options.batch, options.size, 3, runtime)
-    by_operator = operators(workload.step(CifarResNet(options.depth)), steps=3)
+    on_gpu = runtime.on_gpu
+    by_operator = operators(workload.step(CifarResNet(options.depth)), 3, on_gpu)
     if runtime.engine != "program":
         return ProfileResult(by_operator, None)
     return ProfileResult(by_operator, _program_times(options, workload, console))

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from stochastic_depth.timing import take_turns
 RATES = (0.1, 0.2, 0.5)
 """Drop rates of the last block, under linear decay."""
 DRAWS = 4
-"""How many sets of gates are timed for each rate."""
+"""How many sets of gates are timed for each rate, each of which closes a block."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,18 @@ def measure_rates(
 ) -> tuple[float, list[Saving]]:
     """The seconds of a training step at full depth, and what each of `RATES` saves.
 
-    Forward and backward passes take turns at full depth and under the gates that training steps
-    draw at each rate. Memory is what a step keeps for its backward pass.
+    Forward and backward passes take turns at full depth and under the gates of the first training
+    steps that close a block at each rate. Memory is what a step keeps for its backward pass.
     """
     handle = handle_of(model)
     blocks = len(costs.blocks)
     rules = {rate: survival_probabilities(LinearDecay(1 - rate), blocks) for rate in RATES}
     patterns: dict[str, Tensor] = {"full": torch.ones(blocks, dtype=torch.bool)}
     for rate, survival in rules.items():
-        for number in range(DRAWS):
-            patterns[f"{rate} {number}"] = draw(0, number, survival)
+        # Steps that close nothing save nothing, and are not timed to learn that.
+        drawn = (gates for step in count() if not (gates := draw(0, step, survival)).all())
+        for number, gates in enumerate(islice(drawn, DRAWS)):
+            patterns[f"{rate} {number}"] = gates
     run = caller(model, example)
     with preserve_state(model):
         model.train()
@@ -69,13 +72,14 @@ def measure_rates(
     savings = []
     for rate, survival in rules.items():
         keys = [f"{rate} {number}" for number in range(DRAWS)]
-        # As there are few draws, time and memory are scaled by expected over drawn FLOPs saved.
-        drawn = statistics.fmean(costs.saving(patterns[key].tolist()) for key in keys)
+        # Time and memory are scaled to the expected FLOPs saved, from those of the steps timed.
+        timed = statistics.fmean(costs.saving(patterns[key].tolist()) for key in keys)
         expected = costs.saving(survival)
         time = 1 - statistics.median(
             statistics.fmean(r[key] for key in keys) / r["full"] for r in rounds
         )
-        memory = 1 - statistics.fmean(kept[key] for key in keys) / kept["full"]
-        scale = expected / drawn if drawn else 0.0
+        saved = kept["full"] - statistics.fmean(kept[key] for key in keys)
+        memory = saved / kept["full"] if kept["full"] else 0.0  # nothing is kept if nothing trains
+        scale = expected / timed if timed else 0.0
         savings.append(Saving(rate, expected, time * scale, memory * scale))
     return statistics.median(r["full"] for r in rounds), savings

@@ -24,7 +24,7 @@ from stochastic_depth.train.runtime import Runtime, machine, versions
 
 T = TypeVar("T")
 
-MEMORY = "of a step: on a GPU its peak, else what is kept for backward; mean of 5"
+MEMORY = "of a step: on a GPU its peak, else what is kept for backward"
 
 
 def with_progress(
@@ -130,7 +130,7 @@ def table_of(
             f"{count / mean:,.0f}",
         ]
         if memory is not None:
-            row.append(f"{memory[name] / 2**20:,.1f}" if name in memory else "")
+            row.append(f"{memory[name] / 2**20:,.1f}")
         if relative_to:
             ours = statistics.fmean(timings[relative_to].seconds)
             row.append("" if name == relative_to else f"{mean / ours:.2f} x")
@@ -144,7 +144,7 @@ def milliseconds(seconds: float) -> str:
 
 def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: Result) -> None:
     """Write the settings, the machine and versions, and the result."""
-    files = ("out", "plot", "root", "dinov2")
+    files = ("out", "plot")
     settings = {name: value for name, value in asdict(options).items() if name not in files}
     content = {
         "settings": settings,

@@ -10,20 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stochastic_depth.handle import Handle
-from stochastic_depth.lab.bench.costs import AT_PEAK, MachinePeak, machine_peak
-from stochastic_depth.lab.bench.results import (
-    bench_table,
-    clock,
-    milliseconds,
-    with_progress,
-)
-from stochastic_depth.lab.bench.workload import (
-    PlainResNet,
-    Step,
-    Workload,
-    active_share,
-    saved_for_backward,
-)
+from stochastic_depth.lab.bench.results import bench_table, clock, with_progress
+from stochastic_depth.lab.bench.workload import Step, Workload, active_share, saved_for_backward
 from stochastic_depth.lab.options import SkipOptions
 from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
@@ -128,21 +116,12 @@ class Skip:
 
 @dataclass(frozen=True)
 class SkipResult:
-    """The steps of each alternative, what they kept, and the machine's peak."""
+    """The steps of each alternative, and what they kept."""
 
     alternatives: Mapping[str, Skipping]
     memory: Mapping[str, tuple[float, float]]
     """As from `Skip.memory`."""
-    peak: MachinePeak | None
     clock: str
-
-    def of_the_peak(self, name: str) -> float | None:
-        """The share of the machine's peak that a step reaches; None where it was not measured."""
-        if self.peak is None:
-            return None
-        found = self.alternatives[name]
-        steps = zip(found.seconds, found.active, strict=True)
-        return statistics.median(self.peak.share(*step) for step in steps)
 
     def to_json(self) -> dict[str, Any]:
         rows: dict[str, Any] = {}
@@ -154,20 +133,15 @@ class SkipResult:
                 "kept_for_backward": kept,
                 "active_blocks": active,
             }
-            if (share := self.of_the_peak(name)) is not None:
-                rows[name]["of_the_peak"] = share
-        peak = self.peak and self.peak.to_json({})
-        return {"clock": self.clock, "alternatives": rows, "peak": peak}
+        return {"clock": self.clock, "alternatives": rows}
 
 
 def measure(options: SkipOptions, runtime: Runtime, console: Console) -> SkipResult:
     """Time constant depth, two p_L and fixed shares of the blocks, in turns."""
     skip = Skip(options.depth, Workload(options.batch, options.size, 3, runtime))
     rounds = list(with_progress(skip.rounds(options.repeats), options.repeats, console))
-    plain = PlainResNet(options.depth, skip.workload.channels)
-    peak = machine_peak(runtime, skip.workload.step(plain))
     memory = {name: skip.memory(name, 3) for name in skip.steps}
-    return SkipResult(skippings(rounds), memory, peak, skip.clock.__name__)
+    return SkipResult(skippings(rounds), memory, skip.clock.__name__)
 
 
 def tables(result: SkipResult, options: SkipOptions, runtime: Runtime) -> Iterator[Table | str]:
@@ -186,13 +160,8 @@ def tables(result: SkipResult, options: SkipOptions, runtime: Runtime) -> Iterat
             f"{kept:.3f}",
             f"{active:.3f}",
         )
-    if result.peak is not None:
-        table.add_row(AT_PEAK, f"{milliseconds(result.peak.timing.median)} ms", *[""] * 5)
     yield table
     yield (
         "time, FLOPs, bytes kept for backward, active blocks: of constant depth's\n"
         "efficiency: time saved over FLOPs saved, median and quartiles of the rounds"
     )
-    if result.peak is not None:
-        reached = ", ".join(f"{result.of_the_peak(name):.2f}" for name in result.alternatives)
-        yield f"of the machine's peak, of which the last row is 1: {reached}"

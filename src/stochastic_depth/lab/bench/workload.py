@@ -3,9 +3,10 @@
 import itertools
 import statistics
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.handle import Handle
 from stochastic_depth.models import CifarResNet
+from stochastic_depth.models.published import published
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import Survival
@@ -193,21 +195,11 @@ def step_memory(step: Step, device: str, steps: int = 5) -> float:
         return statistics.fmean(saved_for_backward(step) for _ in range(steps))
     peaks = []
     for _ in range(steps):
-        with allocator_peak(device) as peak:
-            step()
-        peaks.append(peak())
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
     return statistics.fmean(peaks)
-
-
-@contextmanager
-def allocator_peak(device: str) -> Iterator[Callable[[], int]]:
-    """Yields a function that returns, on leaving, the most bytes allocated on a GPU inside.
-
-    What was allocated before does not count.
-    """
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    yield lambda: torch.cuda.max_memory_allocated(device) - before
 
 
 class PlainBlock(nn.Module):
@@ -251,6 +243,18 @@ class PlainResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.conv(x)), inplace=True)
         return self.head(self.blocks(x).mean((2, 3)))
+
+
+def timm_model(name: str, size: int, **options: Any) -> nn.Module:
+    """A network of timm for ten classes of images of `size` pixels, if it has one size.
+
+    Raises:
+        ConfigError: when there is no such network.
+        MissingExtraError: without timm.
+    """
+    if name.startswith("vit"):
+        options["img_size"] = size
+    return published(f"timm/{name}", num_classes=10, **options)[0]
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

@@ -4,14 +4,13 @@ Test error over p_L and depth is the paper's figure 8.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import altair as alt
 
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered, log_axis
 from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds, timing_note
-from stochastic_depth.lab.outcomes import CONSTANT, RunOutcome, Series, Spread
-from stochastic_depth.lab.sources import RecordedRun, RecordedSweep
+from stochastic_depth.lab.outcomes import CONSTANT, RunOutcome, Series, Spread, experiments
+from stochastic_depth.lab.sources import RecordedSweep
 from stochastic_depth.lab.style import CONSTANT_COLOUR, HEAT, STOCHASTIC
 
 KEYS = {
@@ -70,15 +69,9 @@ def survival_sweep(sweep: RecordedSweep) -> Figure | None:
 
 
 def _points(sweep: RecordedSweep) -> list[Place]:
-    groups: dict[tuple[str, float], list[RecordedRun]] = {}
-    for run in sweep.finished():
-        survival = run.run.config.survival
-        final = 1.0 if survival.rule == "constant" else survival.final
-        groups.setdefault((survival.rule, final), []).append(run)
-    return [
-        (rule, final, Series(rule, "", runs[0].run.config.survival, tuple(runs)))
-        for (rule, final), runs in sorted(groups.items())
-    ]
+    all_series = (s for experiment in experiments(sweep.finished()) for s in experiment.series)
+    points = ((s.survival.rule, 1.0 if s.constant else s.survival.final, s) for s in all_series)
+    return sorted(points, key=lambda point: point[:2])
 
 
 def _legend(points: list[Place]) -> list[Key]:
@@ -234,43 +227,54 @@ def _depth_sentence(cells: Cells) -> str:
     return f"{sentence}; the best p_L is {' and '.join(clauses)}."
 
 
-ERROR = Key("test error: a seed each, mean and deviation", CONSTANT_COLOUR)
-TIME, PEAK = Key("time of a step", STOCHASTIC[0]), Key("peak memory of a step", STOCHASTIC[1])
+ERROR = Key("a seed each, mean and deviation", CONSTANT_COLOUR)
 
 
-def gating_figure(result: Mapping[str, Any]) -> Figure:
-    """The figure of the results of `gating_results`."""
-    gatings = result["gatings"]
-    rows: list[Row] = [
-        {"gating": name, "seed": number, "test_error": error, **row["relative"]}
-        for name, row in gatings.items()
-        for number, error in enumerate(row["test_errors"])
-    ]
+def gates_sweep(sweep: RecordedSweep) -> Figure | None:
+    """The test errors of the finished runs, by gating; None if there are none."""
+    config = sweep.sweep.config
+    points = sweep.sweep.grid.points()
+    names = {point.of(config).survival: str(point.gating) for point in points}
+    errors: dict[str, list[float]] = {name: [] for name in names.values()}
+    rows: list[Row] = []
+    for run in sweep.finished():
+        gating = names.get(run.run.config.survival)
+        if gating is None:  # a run that somebody else put there
+            continue
+        error = RunOutcome.of(run.records).test_error_best
+        errors[gating].append(error)
+        rows.append(
+            {
+                "gating": gating,
+                "seed": run.run.config.seed,
+                "run": run.name,
+                "test_error": error,
+            }
+        )
+    if not rows:
+        return None
+    errors = {name: of_name for name, of_name in errors.items() if of_name}
     return Figure(
         id="gates-sweep",
-        title=f"Ways of gating: {result['title']}",
-        sentence=_gating_sentence(gatings),
+        title="Test error by way of gating",
+        sentence=_gating_sentence(errors),
         rows=rows,
-        panels=(_gating_errors(gatings), _gating_costs(gatings)),
-        legend=(ERROR, TIME, PEAK),
-        note=f"p_L = {result['p_L']:g}. Left: every seed, the mean, and one deviation to each "
-        "side. Right: as shares of constant depth's; memory is what is kept for the backward pass.",
-        height=28 * len(gatings),
+        panels=(_gating_errors(errors),),
+        legend=(ERROR,),
+        note=f"p_L = {sweep.sweep.grid.survival[0]:g}. Test error at the epoch of the best "
+        "validation error. Only finished runs count.",
+        height=28 * len(errors),
         axis=110,
     )
 
 
-def _gating_axis(gatings: Mapping[str, Any]) -> alt.Y:
-    return alt.Y("gating:N", sort=list(gatings), title=None, axis=alt.Axis(grid=True))
-
-
-def _gating_errors(gatings: Mapping[str, Any]) -> alt.LayerChart:
+def _gating_errors(errors: Mapping[str, list[float]]) -> alt.LayerChart:
     points: list[Row] = []
     means: list[Row] = []
-    for name, row in gatings.items():
-        spread = Spread.of(row["test_errors"])
+    for name, of_name in errors.items():
+        spread = Spread.of(of_name)
         deviation = spread.deviation or 0.0
-        points += [{"s": ERROR.name, "gating": name, "x": error} for error in row["test_errors"]]
+        points += [{"s": ERROR.name, "gating": name, "x": error} for error in of_name]
         means.append(
             {
                 "s": ERROR.name,
@@ -278,54 +282,31 @@ def _gating_errors(gatings: Mapping[str, Any]) -> alt.LayerChart:
                 "x": spread.mean,
                 "low": spread.mean - deviation,
                 "high": spread.mean + deviation,
-                "label": f"{name}: {percent(spread)} ({seeds(len(row['test_errors']))})",
+                "label": f"{name}: {percent(spread)} ({seeds(len(of_name))})",
             }
         )
-    y, hue = _gating_axis(gatings), colour((ERROR, TIME, PEAK))
+    y = alt.Y("gating:N", sort=list(errors), title=None, axis=alt.Axis(grid=True))
     x = alt.X("x:Q", title="percent", scale=alt.Scale(zero=False))
+    low = alt.X("low:Q", title="percent", scale=alt.Scale(zero=False))
+    hue = colour((ERROR,))
     base = chart(means).encode(y=y, color=hue)
     return layered(
-        base.mark_rule(strokeWidth=1.4, aria=False).encode(
-            x=alt.X("low:Q", title="percent", scale=alt.Scale(zero=False)), x2="high:Q"
-        ),
+        base.mark_rule(strokeWidth=1.4, aria=False).encode(x=low, x2="high:Q"),
         chart(points).mark_point(opacity=0.5, size=24, aria=False).encode(x=x, y=y, color=hue),
         base.mark_point(filled=True, opacity=1, size=60).encode(x=x, description="label:N"),
-        title="Test error",
     )
 
 
-def _gating_costs(gatings: Mapping[str, Any]) -> alt.LayerChart:
-    values: list[Row] = [
-        {
-            "s": key.name,
-            "gating": name,
-            "x": row["relative"][which],
-            "label": f"{name}: {key.name} {row['relative'][which]:.3f} of constant depth's",
-        }
-        for name, row in gatings.items()
-        for key, which in ((TIME, "seconds"), (PEAK, "peak_kept"))
-    ]
-    x = alt.X("x:Q", title="of constant depth's", scale=alt.Scale(zero=False))
-    return layered(
-        chart(values)
-        .mark_point(filled=True, opacity=1, size=60)
-        .encode(
-            x=x, y=_gating_axis(gatings), color=colour((ERROR, TIME, PEAK)), description="label:N"
-        ),
-        title="Cost of a training step",
-    )
-
-
-def _gating_sentence(gatings: Mapping[str, Any]) -> str:
+def _gating_sentence(errors: Mapping[str, list[float]]) -> str:
     """The best gating, constant depth, and one coin a batch against one a sample."""
-    errors = {name: Spread.of(row["test_errors"]) for name, row in gatings.items()}
-    best = min(errors, key=lambda name: errors[name].mean)
-    clauses = [f"The lowest error has {best}, {percent(errors[best])}"]
-    if best != "constant" and "constant" in errors:
-        clauses.append(f"constant depth has {percent(errors['constant'])}")
-    pair = [f"{name} {percent(errors[name])}" for name in ("batch", "sample") if name in errors]
+    spreads = {name: Spread.of(of_name) for name, of_name in errors.items()}
+    best = min(spreads, key=lambda name: spreads[name].mean)
+    clauses = [f"The lowest error has {best}, {percent(spreads[best])}"]
+    if best != "constant" and "constant" in spreads:
+        clauses.append(f"constant depth has {percent(spreads['constant'])}")
+    pair = [f"{name} {percent(spreads[name])}" for name in ("batch", "sample") if name in spreads]
     if len(pair) == 2:
         clauses.append(f"one coin for all samples or for each: {' and '.join(pair)}")
-    if any(spread.deviation is None for spread in errors.values()):
+    if any(spread.deviation is None for spread in spreads.values()):
         clauses.append("of one seed there is no telling whether that is chance")
     return f"{'; '.join(clauses)}."

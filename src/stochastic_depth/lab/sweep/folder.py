@@ -112,7 +112,7 @@ class Grid:
 
 
 FORMAT = 1
-OWN_FILES = {"sweep.json", "lock", "runs", "claims", "gates.json"}
+OWN_FILES = {"sweep.json", "lock", "runs", "claims"}
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Sweep:
         """The recorded reason why the run of a point cannot be trained, or None."""
         path = self.path(point) / layout.FAILED
         try:
-            return read_file(path, SMALL, real_parts=3).decode().strip()
+            return read_file(path, SMALL, inside=self.folder).decode().strip()
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -150,10 +150,18 @@ class Sweep:
 
     def fail(self, point: Point, sentence: str) -> None:
         """Record why the run of a point cannot be trained."""
-        write_whole(self.path(point) / layout.FAILED, f"{sentence}\n".encode(), real_parts=3)
+        path = self.path(point) / layout.FAILED
+        write_whole(path, f"{sentence}\n".encode(), inside=self.folder)
 
     def ended(self, point: Point) -> bool:
         return self.done(point) or self.failure(point) is not None
+
+    def journal_size(self, point: Point) -> int:
+        """The size in bytes of a point's journal so far."""
+        try:
+            return (self.path(point) / layout.JOURNAL).lstat().st_size
+        except FileNotFoundError:
+            return 0
 
     def records(self, point: Point) -> list[Record]:
         """The records of a point's journal so far."""
@@ -204,7 +212,9 @@ def read_sweep(folder: Path) -> Sweep:
         )
     try:
         grid = Grid(**{name: tuple(values) for name, values in found["grid"].items()})
-        return Sweep(folder, found["kind"], grid, Config.from_json(found["config"]))
+        return Sweep(
+            layout.with_name(folder), found["kind"], grid, Config.from_json(found["config"])
+        )
     except (AttributeError, ConfigError, KeyError, TypeError) as error:
         raise RunError(f"{described} is not of a sweep: {error!r}") from error
 

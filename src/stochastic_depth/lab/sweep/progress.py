@@ -23,34 +23,50 @@ class SweepProgress(LiveDisplay):
         super().__init__(console, quiet)
         self._sweep = sweep
         self._points = sweep.grid.points()
-        self._running: list[Point] = []
+        self._claimed: list[Point] = []
         self._shares = dict.fromkeys(self._points, 0.0)
-        self._ended = {point for point in self._points if sweep.ended(point)}
+        self._sizes: dict[Point, int] = {}
+        self._ended = {point: sweep.failure(point) for point in self._points if sweep.ended(point)}
         self._began, self._work_before = time.monotonic(), 0.0
         self.look([])
         self._work_before = self._work()
 
-    def look(self, running: list[Point]) -> None:
-        """Read how far the runs are, and print those that have ended."""
-        self._running = running
+    def look(self, claimed: list[Point]) -> None:
+        """Read how far the runs are, and print those that have ended.
+
+        Args:
+            claimed: the points that workers hold.
+        """
+        self._claimed = claimed
         for point in self._points:
             if point not in self._ended and self._sweep.ended(point):
-                self._ended.add(point)
+                self._ended[point] = self._sweep.failure(point)
                 self._tell(point)
-        for point in running:
-            records = self._sweep.records(point)
-            self._shares[point] = records[-1].epoch / self._sweep.config.epochs if records else 0.0
+        for point in self._running():
+            size = self._sweep.journal_size(point)
+            if size != self._sizes.get(point, 0):
+                self._sizes[point] = size
+                self._shares[point] = self._share(point)
+
+    def _running(self) -> list[Point]:
+        return [point for point in self._claimed if point not in self._ended]
+
+    def _share(self, point: Point) -> float:
+        """The share of its epochs that a run has trained."""
+        records = self._sweep.records(point)
+        return records[-1].epoch / self._sweep.config.epochs if records else 0.0
 
     def counts(self) -> str:
         """Runs done, running and failed, and the time left."""
-        failed = sum(self._sweep.failure(point) is not None for point in self._ended)
+        failed = sum(failure is not None for failure in self._ended.values())
+        done, running = len(self._ended) - failed, len(self._running())
         return (
-            f"{len(self._ended) - failed}/{len(self._points)} done, {len(self._running)} running, "
+            f"{done}/{len(self._points)} done, {running} running, "
             f"{failed} failed, left {self._left()}"
         )
 
     def _tell(self, point: Point) -> None:
-        failure = self._sweep.failure(point)
+        failure = self._ended[point]
         what = f"failed: {failure}"
         if failure is None:
             found = RunOutcome.of(self._sweep.records(point))
@@ -82,7 +98,7 @@ class SweepProgress(LiveDisplay):
         runs = Table.grid(expand=True, padding=(0, 1))
         for width in (None, 20):
             runs.add_column(no_wrap=True, width=width)
-        for point in self._running:
+        for point in self._running():
             bar = ProgressBar(total=1.0, completed=self._shares[point])
             runs.add_row(Text(point.name, style="dim"), bar)
         return Group(head, runs)

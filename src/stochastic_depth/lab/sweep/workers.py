@@ -54,15 +54,9 @@ def claim_next(sweep: Sweep) -> Claim | None:
     for point in sweep.grid.points():
         if sweep.ended(point):
             continue
-        path = _claim_file(sweep, point)
-        lock = FileLock(path, timeout=0)
-        try:
-            require_writable(path, real_parts=2)
-            lock.acquire()
-        except Timeout:
+        lock = _lock(sweep, point)
+        if lock is None:
             continue
-        except OSError as error:
-            raise RunError(f"{path} cannot be written: {reason(error)}") from error
         if not sweep.ended(point):
             return Claim(point, lock)
         lock.release()  # another worker has ended it in the meantime
@@ -70,12 +64,39 @@ def claim_next(sweep: Sweep) -> Claim | None:
 
 
 def read_claims(sweep: Sweep) -> list[Point]:
-    """The points that a worker trains, or trained when it died."""
-    return [
-        point
-        for point in sweep.grid.points()
-        if _claim_file(sweep, point).exists() and not sweep.ended(point)
-    ]
+    """The points that workers train now.
+
+    Each claim is locked for an instant to see whether a worker holds it. A worker that looks for a
+    point just then takes the next one, or looks again.
+
+    Raises:
+        RunError: as `claim_next`.
+    """
+    return [point for point in sweep.grid.points() if _is_claimed(sweep, point)]
+
+
+def _is_claimed(sweep: Sweep, point: Point) -> bool:
+    if not is_there(_claim_file(sweep, point)):  # which stays when the lock is released
+        return False
+    lock = _lock(sweep, point)
+    if lock is None:
+        return True
+    lock.release()
+    return False
+
+
+def _lock(sweep: Sweep, point: Point) -> FileLock | None:
+    """The lock on the claim of a point; None if it is held already."""
+    path = _claim_file(sweep, point)
+    lock = FileLock(path, timeout=0)
+    try:
+        require_writable(path, inside=sweep.folder)
+        lock.acquire()
+    except Timeout:
+        return None
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {reason(error)}") from error
+    return lock
 
 
 def _claim_file(sweep: Sweep, point: Point) -> Path:

@@ -28,7 +28,7 @@ from stochastic_depth.surgery.edits import (
     RewriteEdit,
 )
 from stochastic_depth.surgery.find.deferred_groups import deferred_edits
-from stochastic_depth.surgery.install import gated_class
+from stochastic_depth.surgery.gated_class import gated_class
 from stochastic_depth.surgery.record.branch_source import Addition
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis, Group
 from stochastic_depth.surgery.rewrite.methods import skipped_when_closed
