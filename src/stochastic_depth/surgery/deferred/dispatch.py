@@ -64,6 +64,9 @@ depends on the values."""
 IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod and or xor pow".split()}
 IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__", "__imatmul__"}
 """Functions that change their first argument, in addition to those whose names end with "_"."""
+RESHAPES = {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_"}
+RESHAPES |= {"resize_as_", "as_strided_", "set_"}
+"""Functions that change the shape of their first argument, and not only its values."""
 SEVERAL = {"chunk", "split", "unbind", "split_with_sizes", "tensor_split", "topk", "sort", "max"}
 SEVERAL |= {"min", "median", "mode", "kthvalue", "cummax", "cummin", "std_mean", "var_mean", "qr"}
 SEVERAL |= {"svd", "eigh", "eig", "lu", "aminmax", "broadcast_tensors", "meshgrid", "frexp"}
@@ -203,7 +206,8 @@ def _change(
     node = Node(target._node.tape, additions, func, args, kwargs, operands((args, kwargs)))
     if func.__name__ == "__setitem__":  # which returns None
         node.function = _set_item
-    node.shapes = shapes_of_tensor(before)
+    if func.__name__ not in RESHAPES:
+        node.shapes = shapes_of_tensor(before)
     node.tape.in_place.append(node)
     node.tape.changes_computed |= target._node.done
     target._node, target._number = node, 0

@@ -303,7 +303,7 @@ class _Twins:
 def _fake_or_copy(tensor: Tensor) -> Tensor:
     """A fake tensor, or a real copy of a very small one; itself if it is of another kind."""
     if isinstance(tensor, Placeholder):
-        return _fake(tensor)
+        return _fake(_fake(tensor))  # which the run may give another shape, unlike the known one
     if not has_content(tensor):
         return tensor
     if _is_small(tensor):
