@@ -247,3 +247,37 @@ def test_shapes_that_are_kept_hold_no_object_of_the_model_and_are_inferred_once(
     assert counts == counts[:1] * 4
     gc.collect()
     assert not alive
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, biases: list[Bias]) -> Tensor:
+        return self.linear(x) * biases[0].tensor
+
+
+class TakesObjects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(Biased() for _ in range(3))
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        for n, branch in enumerate(self.branches):
+            y = branch(x, [Bias(x.sigmoid())])
+            x = x + y if gates is None else x + gates[n] * y
+        return x
+
+
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+def test_a_branch_may_take_its_inputs_in_an_object(gate) -> None:
+    x = torch.randn(5, 6)
+    model = TakesObjects()
+    plain = copy.deepcopy(model)
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, gate=gate)
+    for _ in range(8):
+        out = model(x)
+        gates = handle.gates.float()
+        torch.testing.assert_close(out, plain(x, gates if gates.ndim == 1 else gates[:, :, None]))

@@ -136,4 +136,4 @@ def selected_values(
             tensor = value(tensor)
         return select_drawn(drawn.owner, drawn.gate, tensor, key)
 
-    return map_structure(select, values, site())
+    return map_structure(select, values, site(), objects=2)
