@@ -27,6 +27,11 @@ from stochastic_depth.surgery.frames import CallSite
 from stochastic_depth.tensors import ATOMS, map_structure, tensors_in
 from stochastic_depth.torch_private import changes_of
 
+_SHAPELESS = {nn.Sequential, nn.ModuleList, nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm}
+_SHAPELESS |= {nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU}
+_SHAPELESS |= {nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Softmax, nn.Mish}
+"""Classes whose plain attributes say nothing about the shape of the result, though they may change
+in each step as dropout rates do."""
 _local = threading.local()
 
 
@@ -366,16 +371,18 @@ def _sort(values: Iterable[Any], found: list[Placeholder], computed: list[Tensor
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """The plain attributes of a module and of all modules in it; their modes are among them."""
+    """The plain attributes of a module and of all modules in it, on which the shape of its result
+    may depend; their modes are among them."""
     found: list[Any] = []
     modules = [module]
     for each in modules:
-        for held in each.__dict__.values():
+        own = each.__dict__
+        for held in own.values() if each.__class__ not in _SHAPELESS else ():
             kind = type(held)
             if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, held))):
                 found.append(held)
-        if each._modules:
-            modules += [child for child in each._modules.values() if child is not None]
+        if own["_modules"]:
+            modules += [child for child in own["_modules"].values() if child is not None]
     return tuple(found)
 
 
