@@ -63,15 +63,20 @@ def map_structure(
         key: the key of `value`; inside it, keys are (key, index) and (key, name).
         objects: how many levels of other objects are looked into.
     """
-    if isinstance(value, Tensor):
-        return function(value, key)
     kind = type(value)
+    if kind is tuple or kind is list:
+        parts = [
+            each if type(each) in ATOMS else map_structure(function, each, (key, n), objects)
+            for n, each in enumerate(value)
+        ]
+        return value if all(map(is_, parts, value)) else kind(parts)
     if kind in ATOMS:
         return value
-    if kind is tuple or kind is list:
-        parts = [map_structure(function, each, (key, n), objects) for n, each in enumerate(value)]
-        return value if all(map(is_, parts, value)) else kind(parts)
+    if isinstance(value, Tensor):
+        return function(value, key)
     if kind is dict:
+        if not value:
+            return value
         made = {n: map_structure(function, each, (key, n), objects) for n, each in value.items()}
         return value if all(map(is_, made.values(), value.values())) else made
     if kind is slice:

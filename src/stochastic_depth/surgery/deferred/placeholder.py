@@ -180,6 +180,7 @@ class Node:
         "settings",
         "shapes",
         "tape",
+        "tensors",
         "value",
         "versions",
     )
@@ -221,11 +222,12 @@ class Node:
 
     def run(self) -> Any:
         """As `result`, regardless of other calls on the tape that it does not need."""
-        for node in in_order(self, lambda node: node.done):
-            if node is self:
-                node._make()
-            else:
-                node.result()
+        if not self.done:
+            for node in in_order(self, lambda node: node.done):
+                if node is self:
+                    node._make()
+                else:
+                    node.result()
         return self.value
 
     def _make(self) -> None:
@@ -240,7 +242,7 @@ class Node:
         args, kwargs = with_values((self.args, self.kwargs))
         with under(self.context):
             self.value = self.function(*args, **kwargs)
-        self.done = True
+        self.done, self.tensors = True, tensors_in(self.value)
         del self.args, self.kwargs, self.placeholders, self.versions
 
     @classmethod
@@ -248,7 +250,7 @@ class Node:
         """A node for a tensor that is already computed; it is not put on the tape."""
         node = cls.__new__(cls)
         node.tape, node.additions, node.done, node.value = tape, additions, True, tensor
-        node.results = 1
+        node.results, node.tensors = 1, [tensor]
         return node
 
 
@@ -288,13 +290,13 @@ class Placeholder(Tensor):
 def value(placeholder: Placeholder) -> Tensor:
     """The tensor that `placeholder` stands for, computed now if it was not before."""
     node = placeholder._node
-    results = tensors_in(node.result())
-    if len(results) != node.results:
+    node.result()
+    if len(node.tensors) != node.results:
         raise GateError(
-            f"{_name(node)} in a closed branch returned {len(results)} tensors where "
+            f"{_name(node)} in a closed branch returned {len(node.tensors)} tensors where "
             f"{node.results} were expected: exclude= the block"
         )
-    result = results[placeholder._number]
+    result = node.tensors[placeholder._number]
     if isinstance(result, Placeholder):  # of a function that was given one within an object
         result = value(result)
     if lacks_samples(placeholder, result):
@@ -316,7 +318,7 @@ def lacks_samples(placeholder: Placeholder, computed: Tensor | None = None) -> b
         samples = addition.gate.samples
         if addition.is_over and samples is not None and len(samples) != addition.gate.batch:
             if computed is None:
-                computed = tensors_in(placeholder._node.value)[placeholder._number]
+                computed = placeholder._node.tensors[placeholder._number]
             return computed.shape[:1] == (len(samples),)
     return False
 
