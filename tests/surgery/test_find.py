@@ -1,12 +1,15 @@
 """Which additions make a block, what it is called, and which blocks are left as they are."""
 
+import cProfile
 import itertools
+import pstats
 
 import pytest
 import torch
 from torch import nn
 
 import stochastic_depth as sd
+from stochastic_depth.surgery.find.find_blocks import find_blocks
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -283,3 +286,36 @@ class AppliedAgain(nn.Module):
 @pytest.mark.timeout(60)
 def test_a_layer_that_is_applied_many_times_is_a_block_each_time_and_soon_found():
     assert len(sd.plan(AppliedAgain(60), torch.randn(4, 6)).blocks) == 61
+
+
+class TwiceALayer(nn.Module):
+    """A trunk that makes both additions of each of its layers itself."""
+
+    def __init__(self, layers) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList((nn.Linear(6, 6), nn.Linear(6, 6))) for _ in range(layers)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            first, second = layer.children()
+            x = x + torch.tanh(first(x))
+            x = x + torch.tanh(second(x))
+        return x
+
+
+def calls_to_find(layers: int) -> int:
+    """How many functions are called to find the blocks of a trunk."""
+    profile = cProfile.Profile()
+    model = TwiceALayer(layers).double()
+    found = profile.runcall(
+        find_blocks, model, X, "block", None, (), defer=set[str](), count_flops=False
+    )
+    assert [block.name for block in found.blocks] == [f"layers.{n}" for n in range(layers)]
+    return pstats.Stats(profile).total_calls  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_four_times_the_layers_are_about_four_times_the_work() -> None:
+    calls_to_find(2)  # loads what is loaded once
+    assert calls_to_find(32) < 5 * calls_to_find(8)
