@@ -1,5 +1,6 @@
 """Which additions make a block, what it is called, and which blocks are left as they are."""
 
+import contextlib
 import cProfile
 import itertools
 import pstats
@@ -319,3 +320,30 @@ def calls_to_find(layers: int) -> int:
 def test_four_times_the_layers_are_about_four_times_the_work() -> None:
     calls_to_find(2)  # loads what is loaded once
     assert calls_to_find(32) < 5 * calls_to_find(8)
+
+
+class Attempts(nn.Module):
+    """Does without a module that cannot run on its input."""
+
+    class Wide(nn.Module):
+        def forward(self, *inputs):
+            raise ValueError("it has too few features")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.layer = self.Wide(), nn.Linear(6, 6)
+
+    def forward(self, x):
+        with contextlib.suppress(ValueError):
+            x = self.wide(x)
+        return x + torch.tanh(self.layer(x))
+
+
+@pytest.mark.parametrize("in_hook", [False, True])
+def test_after_an_exception_that_is_caught_an_addition_is_its_callers(in_hook) -> None:
+    model = nn.Sequential(Attempts(), Attempts()).double()
+    if in_hook:
+        for block in model:
+            block.wide.register_forward_pre_hook(block.wide.forward)
+    plan = sd.plan(model, X)
+    assert [block.mechanism for block in plan.blocks] == ["slice", "slice"]

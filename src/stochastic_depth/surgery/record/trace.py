@@ -354,11 +354,13 @@ def _hooks(name: str, module: nn.Module, recording: Recording) -> tuple[Any, Any
         recording.calls.append(call)
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
+        if not recording.calls or recording.calls[-1].module is not module:
+            return  # a hook before `begin` raised an exception
         call = recording.calls.pop()
         call.outputs, call.returned_tensor = recording.numbers(output), isinstance(output, Tensor)
         call.ended = len(recording.values)
 
     return (
         module.register_forward_pre_hook(begin, with_kwargs=True),
-        module.register_forward_hook(end),
+        module.register_forward_hook(end, always_call=True),  # its caller may catch an exception
     )
