@@ -159,8 +159,9 @@ class Recording:
     ) -> None:
         """Record the value that a tensor has after a function has changed it in place.
 
-        If it is a view, the tensor that it is a view of has a new value, too. What the model holds
-        from pass to pass, such as a running mean, keeps its number.
+        If it is a view, the tensor that it is a view of has a new value, too, to which the old one
+        contributes what the view leaves out. What the model holds from pass to pass, such as a
+        running mean, keeps its number.
 
         Args:
             known: whether the function has returned the tensor, and so the value is recorded.
@@ -171,8 +172,8 @@ class Recording:
         if not known:
             self.add(tensor, parents, function, flops)
         if viewed is not tensor:
-            number = self.add(viewed, (self.number(viewed), self.number(tensor)), function)
-            self.add(tensor, (number,), function)
+            kept = () if tensor.numel() == viewed.numel() else (self.number(viewed),)
+            self.add(viewed, (*kept, self.number(tensor)), function)
 
     def numbers(self, values: object) -> set[int]:
         """The numbers of all tensors in `values`."""
