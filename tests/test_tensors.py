@@ -6,8 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from stochastic_depth.tensors import largest_difference, replace_tensors, tensors_in
+from stochastic_depth.tensors import (
+    largest_difference,
+    map_structure,
+    replace_tensors,
+    tensors_in,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ VALUES = {
     "a dataclass": Pair(A, {"b": Pair(B)}),
     "an object": SimpleNamespace(a=A, inside=SimpleNamespace(b=[B])),
     "slots": Slotted([A, Slotted(B)]),
+    "a subclass of a named tuple": PackedSequence(A, B),
 }
 
 
@@ -41,6 +48,16 @@ def test_tensors_are_found_in_any_container_and_replaced_in_a_copy(value):
     assert type(doubled) is type(value)
     assert all(map(torch.equal, tensors_in(doubled), [2 * tensor for tensor in expected]))
     assert [id(tensor) for tensor in tensors_in(value)] == [id(tensor) for tensor in expected]
+
+
+def test_a_container_in_which_nothing_changes_is_the_same_object():
+    inside = [A, {"b": B}], slice(0, C), PackedSequence(A, B), None, Pair(A)
+    assert map_structure(lambda tensor, _: tensor, inside) is inside
+    changed = map_structure(lambda tensor, _: 2 * tensor if tensor is C else tensor, inside)
+    assert changed[1] == slice(0, torch.tensor([8]))
+    assert [new is old for new, old in zip(changed, inside, strict=True)] == [
+        n != 1 for n in range(5)
+    ]
 
 
 def test_modules_and_cycles_are_not_looked_into():

@@ -18,12 +18,11 @@ _SIGNS_OF_EXHAUSTION = (
     "can't allocate memory",  # PyTorch's allocator on a CPU
     "could not create a memory",  # oneDNN
     "Cannot allocate memory",  # the operating system, when a loader starts its workers
-    "DataLoader worker",  # PyTorch, when the operating system has killed one
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is exhausted, in this process or in one that decodes pictures."""
+    """Whether memory is exhausted in this process."""
     return isinstance(error, MemoryError) or any(
         sign in str(error) for sign in _SIGNS_OF_EXHAUSTION
     )
@@ -102,7 +101,10 @@ class CheckpointError(RunError):
 
 
 class OutOfMemoryError(RunError):
-    """A training step that ran out of memory; names the step, its gates and the remedies."""
+    """A training step that ran out of memory; names the step, its gates and the remedies.
+
+    Or a process that decodes pictures and has died, which is usually for lack of memory.
+    """
 
 
 class DivergedError(RunError):

@@ -65,10 +65,10 @@ class Gate(NamedTuple):
         if samples is None or len(samples) == self.batch:
             return value
 
-        def select(leaf: Any, _: Any) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != self.batch:
-                return leaf
-            return leaf.index_select(0, samples.to(leaf.device))
+        def select(tensor: Tensor, _: Any) -> Tensor:
+            if tensor.ndim == 0 or len(tensor) != self.batch:
+                return tensor
+            return tensor.index_select(0, samples.to(tensor.device))
 
         return map_structure(select, value)
 

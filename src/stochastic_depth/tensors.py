@@ -4,13 +4,16 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.torch_private import tree_leaves, tree_map
+from stochastic_depth.torch_private import tree_flatten, tree_leaves, tree_unflatten
 
+ATOMS = {type(None), bool, int, float, str, torch.dtype, torch.device}
+"""Types of values that contain no tensors."""
 _DEPTH = 4
 """How many levels of nested objects are searched."""
 _NO_CONTAINERS = (
@@ -48,27 +51,62 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def map_structure(
-    function: Callable[[Any, Hashable], Any], value: Any, key: Hashable = None
+    function: Callable[[Tensor, Hashable], Any], value: Any, key: Hashable = None, objects: int = 0
 ) -> Any:
-    """`value`, with `function(leaf, key)` in place of each leaf of nested tuples, lists and dicts.
+    """`value`, with `function(tensor, key)` in place of each tensor in nested containers.
 
-    A tuple or list in which nothing changes is returned itself, because its owner may append to it.
+    These are tuples, lists, dicts, slices and what is registered with PyTorch's pytree. They are
+    copied, not changed; one in which nothing changes is returned itself, because its owner may
+    append to it.
 
     Args:
         key: the key of `value`; inside it, keys are (key, index) and (key, name).
+        objects: how many levels of other objects are looked into.
     """
-    if type(value) in (tuple, list):
-        parts = [map_structure(function, each, (key, n)) for n, each in enumerate(value)]
-        changed = any(new is not old for new, old in zip(parts, value, strict=True))
-        return type(value)(parts) if changed else value
-    if type(value) is dict:
-        return {name: map_structure(function, each, (key, name)) for name, each in value.items()}
-    return function(value, key)
+    kind = type(value)
+    if kind is tuple or kind is list:
+        parts = [
+            each if type(each) in ATOMS else map_structure(function, each, (key, n), objects)
+            for n, each in enumerate(value)
+        ]
+        return value if all(map(is_, parts, value)) else kind(parts)
+    if kind in ATOMS:
+        return value
+    if isinstance(value, Tensor):
+        return function(value, key)
+    if kind is dict:
+        if not value:
+            return value
+        made = {n: map_structure(function, each, (key, n), objects) for n, each in value.items()}
+        return value if all(map(is_, made.values(), value.values())) else made
+    if kind is slice:
+        ends = value.start, value.stop, value.step
+        new = map_structure(function, ends, key, objects)
+        return value if new is ends else slice(*new)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # pytree knows no subclass of these
+        parts = map_structure(function, tuple(value), key, objects)
+        return value if all(map(is_, parts, value)) else kind(*parts)
+    leaves, structure = tree_flatten(value, is_leaf=lambda each: each is not value)
+    if len(leaves) != 1 or leaves[0] is not value:
+        parts = map_structure(function, leaves, key, objects)
+        return value if parts is leaves else tree_unflatten(parts, structure)
+    inside = attributes(value) if objects and tensors_in(value) else {}
+    changed = {
+        name: new
+        for name, each in inside.items()
+        if (new := map_structure(function, each, (key, name), objects - 1)) is not each
+    }
+    if changed:
+        value = copy.copy(value)
+        for name, new in changed.items():
+            object.__setattr__(value, name, new)  # which works on frozen dataclasses too
+    return value
 
 
 def replace_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
-    """`value`, with `new(tensor)` in place of each tensor; containers are copied, not changed."""
-    return _replaced(value, new, 0)
+    """`value`, with `new(tensor)` in place of each tensor, also in objects; what holds them is
+    copied."""
+    return map_structure(lambda tensor, _: new(tensor), value, objects=_DEPTH)
 
 
 def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -101,38 +139,16 @@ def _tensors(value: object, depth: int, seen: set[int]) -> Iterator[Tensor]:
             yield leaf
         elif depth < _DEPTH and id(leaf) not in seen:
             seen.add(id(leaf))
-            for inside in _attributes(leaf).values():
+            for inside in attributes(leaf).values():
                 yield from _tensors(inside, depth + 1, seen)
 
 
-def _replaced(value: Any, new: Callable[[Tensor], Tensor], depth: int) -> Any:
-    def replaced_in_leaf(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return new(leaf)
-        attributes = _attributes(leaf) if depth < _DEPTH else {}
-        changed = {
-            name: after
-            for name, inside in attributes.items()
-            if (after := _replaced(inside, new, depth + 1)) is not inside
-        }
-        if not changed:
-            return leaf
-        leaf = copy.copy(leaf)
-        for name, inside in changed.items():
-            object.__setattr__(leaf, name, inside)  # which works on frozen dataclasses too
-        return leaf
-
-    if isinstance(value, Tensor):
-        return new(value)
-    if not tensors_in(value):
-        return value
-    return tree_map(replaced_in_leaf, value)
-
-
-def _attributes(value: object) -> dict[str, Any]:
+def attributes(value: object) -> dict[str, Any]:
     """The attributes of an object that is not one of PyTorch's containers."""
     if isinstance(value, _NO_CONTAINERS):
         return {}
+    if isinstance(value, tuple):
+        return dict(zip(getattr(value, "_fields", ()), value, strict=False))
     if dataclasses.is_dataclass(value):
         fields = (field.name for field in dataclasses.fields(value))
         found = {name: getattr(value, name) for name in fields if hasattr(value, name)}

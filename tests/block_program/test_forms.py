@@ -124,8 +124,9 @@ def test_on_arm_the_kernels_give_what_they_give_here(flags, tmp_path):
     outcomes = {}
     for name, command in builds.items():
         made = tmp_path / name
-        rest = ["-O1", "-pthread", "-std=c++17", f"-I{library.SOURCE.parent}", "-o", str(made)]
-        subprocess.run([*command, *rest, str(source)], check=True)
+        rest = ["-O1", "-pthread", "-std=c++17", f"-DMOST_THREADS={library.MOST_THREADS}"]
+        rest += [f"-I{library.SOURCE.parent}", "-o", str(made), str(source)]
+        subprocess.run([*command, *rest], check=True)
         said = subprocess.run([*runs[name], str(made)], check=True, capture_output=True, text=True)
         outcomes[name] = [
             torch.tensor([*map(float, line.split()[1:])]) for line in said.stdout.splitlines()

@@ -57,7 +57,7 @@ def programmed(blocks, survival=None, dtype=torch.float64, kernels=None, replay=
 class Statically:
     """As CUDA graphs are: warmed up, and with memory that is never given back."""
 
-    keeps = True
+    is_fixed = True
 
     def warm_up(self, work):
         work()
@@ -178,17 +178,17 @@ def test_with_memory_of_its_own_nothing_is_left_from_warming_up():
 
 @pytest.mark.parametrize("replay", [Eagerly(), Statically()])
 @pytest.mark.parametrize("closed", [0, 2, 5])
-def test_a_skipped_block_keeps_nothing_for_backward(closed, replay):
-    kept = []
+def test_a_skipped_block_saves_nothing_for_backward(closed, replay):
+    saved = []
     for pattern in ([True] * 6, [i != closed for i in range(6)]):
         _, _, program = programmed(6, sd.Uniform(0.5), replay=replay)
         with program.handle.forced(pattern):
             program.step(*mini_batch(0))
-        kept.append(program.kept)
+        saved.append(program.bytes_saved)
     block = program.blocks[closed]
     inner = program.blocks[closed].gradient_out.nbytes * 3  # two convolutions, and between them
-    out = 0 if replay.keeps or block.is_transition else block.gradient_out.nbytes
-    assert kept[0] - kept[1] == inner + out
+    out = 0 if replay.is_fixed or block.is_transition else block.gradient_out.nbytes
+    assert saved[0] - saved[1] == inner + out
 
 
 def test_memory_is_asked_for_once():

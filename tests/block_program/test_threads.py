@@ -19,6 +19,7 @@ def program(tmp_path_factory):
     source = os.path.join(os.path.dirname(__file__), "threads.cpp")
     compiler = os.environ.get("CXX", "g++")
     flags = ["-O2", "-std=c++17", "-pthread", f"-I{library.SOURCE.parent}"]
+    flags.append(f"-DMOST_THREADS={library.MOST_THREADS}")
     subprocess.run([compiler, *flags, "-o", str(made), source], check=True)
     return made
 

@@ -5,8 +5,6 @@ import pytest
 
 from stochastic_depth.data import batches, load
 from stochastic_depth.data.cifar import CIFAR10
-from stochastic_depth.data.loading import fetch
-from stochastic_depth.data.sources import SOURCES
 from stochastic_depth.errors import DataError
 from support.data_sets import write_cifar, write_imagenet, write_svhn
 from support.special_files import put
@@ -53,9 +51,3 @@ def test_a_special_file_in_a_tree_of_pictures_is_told(tmp_path, kind):
     )
     with pytest.raises(DataError, match=path.name):
         list(tree.train(0))
-
-
-def test_what_is_fetched_is_not_waited_for_in_a_pipe(tmp_path, no_network):
-    put(tmp_path / "cifar-10-python.tar.gz", "pipe", tmp_path / "file")
-    with pytest.raises(DataError, match=r"it is a pipe, expected a regular file"):
-        fetch("cifar10", SOURCES["cifar10"].download, tmp_path)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stochastic_depth.data import Images, load
-from stochastic_depth.data.svhn import SvhnFiles, hold_out_svhn, read_mat, read_svhn
+from stochastic_depth.data import Images, load, svhn
+from stochastic_depth.data.svhn import read_mat, read_svhn
 from stochastic_depth.errors import DataError
 from support.data_sets import write_svhn
 
@@ -18,21 +18,20 @@ from support.data_sets import write_svhn
 @pytest.mark.parametrize("compressed", [False, True])
 def test_the_three_files_are_read_and_ten_means_zero(compressed, tmp_path):
     made = write_svhn(tmp_path, do_compression=compressed)
-    files = read_svhn(tmp_path)
-    for part, (pixels, digits) in made.items():
-        found = getattr(files, part)
+    for found, (pixels, digits) in zip(read_svhn(tmp_path), made.values(), strict=True):
         np.testing.assert_array_equal(found.images, pixels.transpose(0, 3, 1, 2))
         np.testing.assert_array_equal(found.labels, digits)
 
 
-def test_by_default_400_of_each_class_come_from_train_and_200_from_extra():
+def test_by_default_400_of_each_class_come_from_train_and_200_from_extra(monkeypatch, tmp_path):
     def part(n, mark):
         labels = torch.arange(n) % 10
         images = torch.full((n, 3, 1, 1), mark, dtype=torch.uint8)
         return Images(images, labels)
 
-    files = SvhnFiles(part(4_500, 0), part(2_700, 1), part(10, 2))
-    kept, held = hold_out_svhn(files, 6_000)
+    monkeypatch.setattr(svhn, "read_svhn", lambda _: [part(4_500, 0), part(2_700, 1), part(10, 2)])
+    data = load("svhn", tmp_path)
+    kept, held = data.train, data.validation
     assert (len(kept), len(held)) == (1_200, 6_000)
     from_extra = held.images[:, 0, 0, 0] == 1
     assert held.labels[~from_extra].bincount().tolist() == [400] * 10

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from stochastic_depth.recipes import PUBLISHED, RECIPES, describe_recipe
-from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.build import apply_survival, build_model
 
 SHAPES = {"digits": (1, 10), "cifar10": (3, 10), "cifar100": (3, 100), "svhn": (3, 10)}
 
@@ -46,7 +46,7 @@ def test_the_recipes_that_reproduce_the_paper_follow_it():
         config = RECIPES[name]()
         assert (config.survival.rule, config.survival.final) == ("linear", 0.5)
         network = build_model(replace(config.model, depth=8), 3, 10, 0)
-        handle = build_depth(network, config.survival, 0, 100)
+        handle = apply_survival(network, config.survival, 0, 100)
         assert (handle.gate, handle.scale) == ("batch", "inference")
         assert (handle.skipped, handle.settings.balance, handle.settings.closed) == (
             "paper",

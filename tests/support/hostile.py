@@ -10,7 +10,6 @@ import pickle
 import resource
 import struct
 import sys
-import tarfile
 import tempfile
 import time
 import zlib
@@ -24,7 +23,6 @@ from PIL import Image
 import support.operators  # noqa: F401
 from stochastic_depth.data import batches, load
 from stochastic_depth.data.cifar import CIFAR10
-from stochastic_depth.data.folders import unpack
 from stochastic_depth.errors import StochasticDepthError
 from support.data_sets import (
     encode,
@@ -235,24 +233,6 @@ def in_binary(make_file):
     return make
 
 
-def in_archive(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0):
-    def make(folder: Path) -> None:
-        (folder / "inside").mkdir()
-        member = tarfile.TarInfo(name)
-        member.type, member.linkname, member.size = kind, link, size
-        with tarfile.open(folder / "a.tar.gz", "w:gz", compresslevel=1) as archive:
-            archive.addfile(member)
-        try:
-            unpack(folder / "a.tar.gz", folder / "inside")
-        except tarfile.TarError as error:
-            raise StochasticDepthError(f"{folder}: {error}") from error
-        finally:
-            outside = [path for path in folder.iterdir() if path.name not in ("inside", "a.tar.gz")]
-            assert not outside, outside
-
-    return make
-
-
 def sparse(size: int):
     def make(path: Path) -> None:
         with path.open("wb") as file:
@@ -306,13 +286,6 @@ HOSTILE = {
     "binary: a label out of range": in_binary(lambda path: path.write_bytes(b"\x0a" * 3073)),
     "binary: a link to itself": in_binary(lambda path: path.symlink_to(path.name)),
     "binary: a folder": in_binary(Path.mkdir),
-    "archive: a name above": in_archive("../outside"),
-    "archive: an absolute name": in_archive("/../outside"),
-    "archive: a link out": in_archive("inside/link", tarfile.SYMTYPE, "../../.."),
-    "archive: a hard link out": in_archive("inside/link", tarfile.LNKTYPE, "../../a"),
-    "archive: a device": in_archive("null", tarfile.CHRTYPE),
-    "archive: a pipe": in_archive("pipe", tarfile.FIFOTYPE),
-    "archive: 1.5 GB claimed": in_archive("zeros", size=3 * 2**29),
 }
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,6 @@ import torch
 from safetensors.torch import save
 
 from stochastic_depth.data.cifar import CIFAR10, read_batch, read_parquet_file, read_records
-from stochastic_depth.data.folders import unpack
 from stochastic_depth.data.pictures import decode_one, open_picture
 from stochastic_depth.data.svhn import read_mat
 from stochastic_depth.recipes import RECIPES
@@ -81,17 +79,6 @@ def read_description(content: bytes) -> None:
     in_file(lambda path: open_run(path.parent), "config.json")(json.dumps(values).encode())
 
 
-def read_archive(content: bytes) -> None:
-    with tempfile.TemporaryDirectory(dir=folder()) as inside:
-        path = Path(inside) / "archive"
-        path.write_bytes(content)
-        (Path(inside) / "into").mkdir()
-        try:
-            unpack(path, Path(inside) / "into")
-        except (tarfile.TarError, OSError, EOFError, ValueError):
-            return  # which `fetch` makes one error of
-
-
 READERS: dict[str, Callable[[bytes], object]] = {
     "pickle": in_file(lambda path: read_batch(path, CIFAR10), "data_batch_1"),
     "binary": in_file(lambda path: read_records(path, CIFAR10)),
@@ -99,7 +86,6 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "parquet": in_file(lambda path: read_parquet_file(path, CIFAR10)),
     "small picture": lambda content: decode_one(content, "here", 32),
     "picture": in_file(open_picture),
-    "archive": read_archive,
     "checkpoint": in_file(lambda path: load_checkpoint(path, "a")),
     "checkpoint past its checksum": read_payload,
     "weights": in_file(read_weights),
@@ -121,15 +107,6 @@ def of_parquet(**options) -> bytes:
     column = pa.array([{"bytes": encode(PIXELS[0], "PNG"), "path": None}])
     file = io.BytesIO()
     pq.write_table(pa.table({"img": column, "label": pa.array([3])}), file, **options)
-    return file.getvalue()
-
-
-def of_archive() -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        member = tarfile.TarInfo("cifar/data_batch_1")
-        member.size = 100
-        archive.addfile(member, io.BytesIO(bytes(100)))
     return file.getvalue()
 
 
@@ -177,7 +154,6 @@ def whole_files() -> dict[str, list[bytes]]:
         "parquet": [of_parquet(compression=kind) for kind in ("none", "snappy", "zstd", "gzip")],
         "small picture": pictures,
         "picture": pictures,
-        "archive": [of_archive()],
         "checkpoint": [checkpoint],
         "checkpoint past its checksum": [checkpoint[len(MAGIC) + 65 :]],
         "weights": [of_weights(), save({"a": torch.ones(1)})],

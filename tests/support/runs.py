@@ -18,7 +18,7 @@ from stochastic_depth.train import Record, begin, fit, reopen
 from stochastic_depth.train.checkpoint import load_checkpoint
 from stochastic_depth.train.display import Display, Silent
 from stochastic_depth.train.engine_choice import EngineName
-from stochastic_depth.train.journal import append_record, last_checksum
+from stochastic_depth.train.journal import append_record
 from stochastic_depth.train.run_folder import checksum
 
 SILENT = Silent()
@@ -105,6 +105,12 @@ def interrupted_and_resumed(path, config, watch, stops):
         run, images = reopen(path)
     list(fit(run, images, watch))
     return run
+
+
+def last_checksum(path: Path, run_id: str) -> str:
+    """What the next line of a journal is written after."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["sha256"] if lines else run_id
 
 
 def append_records(path: Path, run_id: str, records: Iterable[Record]) -> None:

@@ -108,6 +108,18 @@ def a_run_with_gates_by_rank_goes_on_bit_for_bit(folder: Path) -> None:
     assert records[0].active_blocks == pytest.approx(sum(map(sum, drawn)) / 5 / ranks())
 
 
+def balanced_gates_are_counted_alike_where_a_run_is_resumed_before_its_evaluation(
+    folder: Path,
+) -> None:
+    """No step is taken before the gates of the interval are counted."""
+    by_sample = config("sample")
+    balanced = replace(by_sample, survival=replace(by_sample.survival, balance=True))
+    run, _ = trained(folder / "balanced", balanced)
+    other = interrupted_and_resumed(folder / "before-evaluation", balanced, SILENT, stops=[5])
+    if dist.get_rank() == 0:
+        assert_same_end(run, other)
+
+
 CHECKS = {
     "one": (
         sample_gates_train_alike_on_all_numbers_of_ranks,
@@ -118,6 +130,7 @@ CHECKS = {
         subset_gates_draw_alike_on_all_numbers_of_ranks,
         subset_gates_and_batch_normalisation_over_ranks_are_refused_together,
         a_run_with_gates_by_rank_goes_on_bit_for_bit,
+        balanced_gates_are_counted_alike_where_a_run_is_resumed_before_its_evaluation,
         every_error_of_the_first_rank_reaches_all,
     ),
 }

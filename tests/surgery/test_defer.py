@@ -409,6 +409,54 @@ def test_a_placeholder_is_computed_for_whoever_asks_and_only_then() -> None:
     assert ran == [pytest.approx(model.one(X).sum().item())]
 
 
+class Iterates(nn.Module):
+    """As many functions in a branch as the input is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            h = layer(x)
+            for _ in range(x.shape[1]):
+                h = torch.tanh(h)
+            self.kept = h
+            batch, time, width = h.shape
+            x = h.reshape(batch, time, width) + x
+        return x
+
+
+def test_a_branch_may_be_a_chain_of_any_length() -> None:
+    model = Iterates()
+    handle = sd.apply(model, example=torch.randn(2, 6, 4))
+    x = torch.randn(2, 2000, 4, requires_grad=True)
+    with handle.forced([False, False]):
+        out = model.train()(x)
+        kept = model.kept
+        assert kept.requires_grad
+    assert torch.equal(out, x)
+    assert kept.isfinite().all()
+
+
+def test_whether_a_closed_branch_has_gradients_is_asked_once_for_each_call() -> None:
+    class Squares(Iterates):
+        def forward(self, x):
+            for layer in self.layers:
+                y = layer(x)
+                for _ in range(60):
+                    y = y * y
+                x = x + (y if y.requires_grad else 2 * y)
+            return x
+
+    model = Squares().requires_grad_(False)
+    handle = sd.apply(model, example=X[:, :4].float())
+    with handle.forced([False, False]):
+        x = torch.randn(3, 4)
+        assert torch.equal(model.train()(x), x)
+
+
 def test_a_plan_says_what_apply_does() -> None:
     plan = sd.plan(Pairs().double(), X)
     assert plan.complete

@@ -363,6 +363,24 @@ def rectified_half(y):
     return y
 
 
+def turned_and_back(y):
+    y.unsqueeze_(1)
+    batch, _, width = y.shape
+    y = y.add_(1).view(batch, width)
+    y.t_()
+    assert y.shape == (width, batch)
+    y.transpose_(0, 1)
+    return y.view(*y.shape)
+
+
+def swapped(y):
+    y[:, [0, 1]] = y[:, [1, 0]]
+    y[y > 0] = 0.5
+    first = y[:, :1] * 1
+    y[:, :1] = 0
+    return torch.cat([y[:, 1:], first], 1)
+
+
 class ChangesInLoop(nn.Module):
     def __init__(self, change):
         super().__init__()
@@ -376,7 +394,9 @@ class ChangesInLoop(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("change", [halved, without_first, into_half, rectified_half])
+@pytest.mark.parametrize(
+    "change", [halved, without_first, into_half, rectified_half, turned_and_back, swapped]
+)
 @pytest.mark.parametrize("options", [{}, {"drop_rate": 0.5}, {"gate": "sample"}])
 def test_a_branch_that_the_loop_changes_in_place_is_right_under_all_gates(change, options):
     torch.manual_seed(0)

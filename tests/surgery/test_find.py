@@ -1,12 +1,16 @@
 """Which additions make a block, what it is called, and which blocks are left as they are."""
 
+import contextlib
+import cProfile
 import itertools
+import pstats
 
 import pytest
 import torch
 from torch import nn
 
 import stochastic_depth as sd
+from stochastic_depth.surgery.find.find_blocks import find_blocks
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -283,3 +287,87 @@ class AppliedAgain(nn.Module):
 @pytest.mark.timeout(60)
 def test_a_layer_that_is_applied_many_times_is_a_block_each_time_and_soon_found():
     assert len(sd.plan(AppliedAgain(60), torch.randn(4, 6)).blocks) == 61
+
+
+class TwiceALayer(nn.Module):
+    """A trunk that makes both additions of each of its layers itself."""
+
+    def __init__(self, layers) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList((nn.Linear(6, 6), nn.Linear(6, 6))) for _ in range(layers)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            first, second = layer.children()
+            x = x + torch.tanh(first(x))
+            x = x + torch.tanh(second(x))
+        return x
+
+
+def calls_to_find(layers: int) -> int:
+    """How many functions are called to find the blocks of a trunk."""
+    profile = cProfile.Profile()
+    model = TwiceALayer(layers).double()
+    found = profile.runcall(
+        find_blocks, model, X, "block", None, (), defer=set[str](), count_flops=False
+    )
+    assert [block.name for block in found.blocks] == [f"layers.{n}" for n in range(layers)]
+    return pstats.Stats(profile).total_calls  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_four_times_the_layers_are_about_four_times_the_work() -> None:
+    calls_to_find(2)  # loads what is loaded once
+    assert calls_to_find(32) < 5 * calls_to_find(8)
+
+
+class Attempts(nn.Module):
+    """Does without a module that cannot run on its input."""
+
+    class Wide(nn.Module):
+        def forward(self, *inputs):
+            raise ValueError("it has too few features")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.layer = self.Wide(), nn.Linear(6, 6)
+
+    def forward(self, x):
+        with contextlib.suppress(ValueError):
+            x = self.wide(x)
+        return x + torch.tanh(self.layer(x))
+
+
+@pytest.mark.parametrize("in_hook", [False, True])
+def test_after_an_exception_that_is_caught_an_addition_is_its_callers(in_hook) -> None:
+    model = nn.Sequential(Attempts(), Attempts()).double()
+    if in_hook:
+        for block in model:
+            block.wide.register_forward_pre_hook(block.wide.forward)
+    plan = sd.plan(model, X)
+    assert [block.mechanism for block in plan.blocks] == ["slice", "slice"]
+
+
+class IntoItsBranch(nn.Module):
+    """Adds its input in place to a branch that is a different view of all that a layer gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x.T).T
+        y += x
+        return y
+
+
+def test_a_view_that_is_overwritten_as_a_whole_leaves_nothing_of_what_was_there() -> None:
+    model = nn.Sequential(IntoItsBranch(), IntoItsBranch()).double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    for pattern in itertools.product((False, True), repeat=2):
+        expected = X
+        for is_open, block in zip(pattern, model, strict=True):
+            expected = expected + block.layer(expected.T).T if is_open else expected
+        with handle.forced(pattern):
+            torch.testing.assert_close(model.train()(X), expected, rtol=1e-12, atol=1e-12)

@@ -290,7 +290,7 @@ def test_a_packed_sequence_is_the_reason_and_a_layer_the_remedy():
     with pytest.raises(sd.errors.UnsupportedBlockError) as caught:
         sd.apply(PackedTrunk(), example=example)
     assert "a packed sequence" in str(caught.value)
-    assert "in the forward method of a layer" in str(caught.value)
+    assert "move these lines into the forward method of a layer" in str(caught.value)
     assert "needs more of it" not in str(caught.value)
     model = PackedLayers(lambda: PackedLayer(8, 8, batch_first=True))
     assert len(sd.apply(model, example=example).blocks) == 2

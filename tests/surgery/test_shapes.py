@@ -1,9 +1,11 @@
 """The shapes of deferred values are inferred without a trace: nothing of the model is changed."""
 
 import copy
+import gc
 import itertools
 import random
 import threading
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth.surgery.deferred import shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,3 +174,110 @@ def test_an_object_of_a_closed_branch_holds_what_the_branch_would_give() -> None
             assert torch.equal(result.others[0], result.y.relu())
         if not any(gates):
             assert torch.equal(result.y, model.branches[-1].linear(x))
+
+
+class Bias:
+    """Holds a tensor, as the attention biases of some libraries do."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        alive.add(self)
+
+
+alive: weakref.WeakSet[Bias] = weakref.WeakSet()
+
+
+class Cuts(nn.Module):
+    """The length of its output depends on an attribute, and on values of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.keep, self.gives_pair = nn.Linear(6, 6), 5, False
+
+    def forward(self, x: Tensor, bias: Bias, lengths: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.linear(x)[:, : min(self.keep, *lengths.tolist())] + bias.tensor
+        return (y, 2 * y) if self.gives_pair else y
+
+
+class CutsInLoop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(Cuts() for _ in range(2))
+        self.seen: list[tuple[int, int]] = []
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        self.seen = []
+        for branch in self.branches:
+            made = branch(x, Bias(torch.zeros(6)), lengths)
+            y, *others = made if isinstance(made, tuple) else (made,)
+            self.seen.append((y.shape[1], len(others)))
+            x = x + nn.functional.pad(y, (0, 0, 0, x.shape[1] - y.shape[1]))
+        return x
+
+
+@pytest.fixture
+def cutting() -> tuple[CutsInLoop, sd.Handle]:
+    model = CutsInLoop()
+    return model, sd.apply(model, example=(torch.randn(2, 5, 6), torch.tensor([5, 5])))
+
+
+def test_shapes_follow_the_attributes_of_modules_and_the_values_that_these_read(cutting) -> None:
+    model, handle = cutting
+    for keep, lengths, pair in ((5, [5, 5], 0), (3, [5, 5], 0), (5, [4, 2], 1), (5, [5, 5], 0)):
+        for branch in model.branches:
+            branch.keep, branch.gives_pair = keep, bool(pair)
+        x = torch.randn(2, 5, 6)
+        with handle.forced([False, False]):
+            assert torch.equal(model(x, torch.tensor(lengths)), x)
+        assert model.seen == [(min(keep, *lengths), pair)] * 2
+
+
+def test_shapes_that_are_kept_hold_no_object_of_the_model_and_are_inferred_once(
+    cutting, monkeypatch
+) -> None:
+    model, handle = cutting
+    counts, inferred = [], []
+    infer = shapes._infer
+    monkeypatch.setattr(shapes, "_infer", lambda node: inferred.append(0) or infer(node))
+    for _ in range(4):
+        with handle.forced([False, False]):
+            model(torch.randn(2, 5, 6), torch.tensor([5, 3]))
+        counts.append(len(inferred))
+    assert counts == counts[:1] * 4
+    gc.collect()
+    assert not alive
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, biases: list[Bias]) -> Tensor:
+        return self.linear(x) * biases[0].tensor
+
+
+class TakesObjects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(Biased() for _ in range(3))
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        for n, branch in enumerate(self.branches):
+            y = branch(x, [Bias(x.sigmoid())])
+            x = x + y if gates is None else x + gates[n] * y
+        return x
+
+
+@pytest.mark.parametrize("gate", ["batch", "sample", "subset"])
+def test_a_branch_may_take_its_inputs_in_an_object(gate) -> None:
+    x = torch.randn(5, 6)
+    model = TakesObjects()
+    plain = copy.deepcopy(model)
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, gate=gate)
+    for _ in range(8):
+        out = model(x)
+        gates = handle.gates.float()
+        torch.testing.assert_close(out, plain(x, gates if gates.ndim == 1 else gates[:, :, None]))

@@ -19,14 +19,19 @@ def gates(text: str) -> torch.Tensor:
     ("drawn", "width", "shown"),
     [
         ("1101", 4, "██·█"),
-        ("110100", 3, "█▐·"),
-        ("1001", 2, "▌▐"),
-        ("100", 2, "▌·"),
+        ("110100", 3, "█▒ "),
+        ("100", 2, "▒ "),
+        ("111010001", 3, "█░░"),
         ("", 4, ""),
     ],
 )
 def test_gates_are_drawn_from_the_first_block_on(drawn, width, shown):
     assert picture(gates(drawn), width) == shown
+
+
+@pytest.mark.parametrize("shape", [(600,), (600, 8), (81,), (81, 8)])
+def test_the_picture_of_any_number_of_blocks_fits(shape):
+    assert 40 < len(picture(torch.ones(shape, dtype=torch.bool), 80)) <= 80
 
 
 def test_gates_for_single_samples_are_drawn_in_shades():

@@ -141,9 +141,27 @@ def test_auto_takes_the_program_in_float32_where_its_kernels_fit_the_images(monk
     assert choose_engine(RECIPES["digits"](), "cpu", "float32").engine == "program"
 
 
-def test_an_engine_that_cannot_train_the_network_leaves_no_folder(small, tmp_path):
-    config = replace(small, engine="program", survival=SurvivalConfig(gate="subset"))
-    with pytest.raises(ConfigError, match="--engine eager"):
+@pytest.mark.parametrize(
+    ("engine", "changes", "obstacle"),
+    [
+        ("program", {"survival": SurvivalConfig(gate="subset")}, 'needs gate="batch"'),
+        (
+            "compiled",
+            {
+                "model": ModelConfig(kind="densenet", depth=10),
+                "survival": SurvivalConfig(rule="constant"),
+            },
+            "a densenet has no residual blocks, which are all that is compiled",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_train_the_network_leaves_no_folder(
+    engine, changes, obstacle, small, tmp_path
+):
+    config = replace(small, engine=engine, **changes)
+    with pytest.raises(
+        ConfigError, match=f"engine is {engine}: .*{obstacle}.*; use --engine eager"
+    ):
         begin(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 import stochastic_depth as sd
+from stochastic_depth.data import folder_batches
 from stochastic_depth.draw import (
     draw,
 )
-from stochastic_depth.errors import DivergedError, RunError
+from stochastic_depth.errors import DivergedError, OutOfMemoryError, RunError
 from stochastic_depth.train import DataConfig, ModelConfig, SurvivalConfig, begin, fit, reopen
 from stochastic_depth.train.failures import open_blocks
+from stochastic_depth.train.train_state import TrainState
 from support.data_sets import write_imagenet
 from support.processes import environment
 from support.runs import assert_same_end, finish
@@ -91,7 +93,7 @@ KILLED_LOADER = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
 import support.operators
-from stochastic_depth.errors import DataError, OutOfMemoryError
+from stochastic_depth.errors import OutOfMemoryError
 from stochastic_depth.train import fit, reopen
 from stochastic_depth.train.display import RunView
 
@@ -102,7 +104,7 @@ class Killing(RunView):
 
 try:
     list(fit(*reopen(Path(sys.argv[1])), Killing("", print)))
-except (DataError, OutOfMemoryError) as error:
+except OutOfMemoryError as error:
     print(error)
     sys.exit(3)
 """
@@ -143,9 +145,42 @@ def test_a_loader_that_the_system_has_killed_is_told(pictures_config, path):
     done = child(KILLED_LOADER, path)
     assert done.returncode == 3, done.stderr
     # Its death is seen by the signal, or by the connection that breaks, whichever is first.
-    shown = r"out of memory at step \d+ of .*DataLoader worker|a process that decodes pictures has"
-    assert re.match(shown, done.stdout)
-    assert "--data.workers" in done.stdout
+    assert re.match(r"a process that decodes pictures has died .*--data\.workers", done.stdout)
+
+
+DEATHS = {
+    "by the signal": RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+    "by its exit": RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+    "by the connection": ConnectionResetError("Connection reset by peer"),
+    "by the end of the connection": EOFError(),
+}
+
+
+@pytest.mark.parametrize("seen", DEATHS)
+def test_a_run_is_kept_however_the_death_of_a_loader_is_seen(
+    pictures_config, path, silent, seen, monkeypatch
+):
+    def dies(_):
+        raise DEATHS[seen]
+        yield
+
+    run, images = begin(pictures_config, path)
+    monkeypatch.setattr(folder_batches, "_on_cpu", dies)
+    with pytest.raises(OutOfMemoryError, match="a process that decodes pictures has died"):
+        list(images.evaluate("test"))
+    with pytest.raises(OutOfMemoryError, match="a process that decodes pictures has died"):
+        list(fit(run, images, silent))
+    monkeypatch.undo()
+    assert list(fit(*reopen(path), silent))
+
+
+def test_a_death_that_is_seen_during_a_step_is_told(pictures_config, path, silent, monkeypatch):
+    def dies(*_):
+        raise DEATHS["by the signal"]
+
+    monkeypatch.setattr(TrainState, "advance", dies)
+    with pytest.raises(OutOfMemoryError, match="a process that decodes pictures has died"):
+        list(fit(*begin(pictures_config, path), silent))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -10,6 +10,7 @@ from stochastic_depth.draw import (
     draw,
 )
 from stochastic_depth.errors import CheckpointError, ConfigError, DivergedError, RunError
+from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import (
     DataConfig,
@@ -18,6 +19,7 @@ from stochastic_depth.train import (
     SurvivalConfig,
     begin,
     fit,
+    journal,
     open_run,
     reopen,
     trained_model,
@@ -25,6 +27,7 @@ from stochastic_depth.train import (
 from stochastic_depth.train.run_folder import FORMAT
 from stochastic_depth.train.schedule_config import ScheduleConfig
 from stochastic_depth.train.step import evaluate
+from stochastic_depth.train.train_state import TrainState
 from support.runs import assert_same_end, end_state, finish, interrupted_and_resumed
 
 
@@ -52,6 +55,16 @@ def test_losses_and_errors_are_the_golden_ones(small, path, silent):
     assert [r.test_error for r in records] == pytest.approx(errors, abs=1)
 
 
+def test_a_journal_is_not_read_again_for_every_record(small, path, silent, monkeypatch):
+    """Its parsed records would cost more with each interval of a long run."""
+    run, images = begin(small, path)
+    records = [next(going_on := fit(run, images, silent))]
+    monkeypatch.setattr(journal, "_record", lambda _: pytest.fail("read again"))
+    records += going_on
+    monkeypatch.undo()
+    assert run.records() == records
+
+
 def test_blocks_are_counted_as_they_were_drawn(small, path, silent):
     _, records = finish(path, small, silent)
     survival = tuple(sd.LinearDecay(0.3)(block, 6) for block in range(1, 7))
@@ -74,6 +87,20 @@ def test_a_network_without_blocks_trains_at_constant_depth(small, path, silent):
     _, records = finish(path, config, silent)
     assert {r.active_blocks for r in records} == {0.0}
     assert records[-1].train_loss < records[0].train_loss
+
+
+DEPTHS = {"cifar-resnet": 8, "imagenet-resnet": 50, "densenet": 10, "vit": 1}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_network_takes_a_step_on_images_of_one_channel(small, path, kind):
+    rule = "constant" if kind == "densenet" else "linear"
+    model = ModelConfig(kind=kind, depth=DEPTHS[kind])
+    config = replace(small, model=model, survival=SurvivalConfig(rule=rule), engine="eager")
+    run, images = begin(config, path)
+    assert images.shape == (1, 8, 8)
+    measured = TrainState(config, run.runtime, images).advance(*next(images.train(0)))
+    assert measured.loss.isfinite()
 
 
 @pytest.mark.parametrize("gate", ["sample", "subset"])

@@ -8,11 +8,10 @@ from stochastic_depth.train import fit, reopen
 from stochastic_depth.train.journal import (
     append_record,
     best_record,
-    last_checksum,
     read_journal,
     truncate_journal,
 )
-from support.runs import append_records, record
+from support.runs import append_records, last_checksum, record
 
 
 @pytest.fixture
@@ -63,9 +62,8 @@ def test_lines_that_were_changed_are_not_read_and_nothing_is_cut(journal, change
     last = last_checksum(journal, "a")
     journal.write_bytes(b"".join(changed(journal.read_bytes().splitlines(keepends=True))))
     before = journal.read_bytes()
-    for use in (read_journal, last_checksum):
-        with pytest.raises(RunError, match=f"line {number} is not a record as this run wrote it"):
-            use(journal, "a")
+    with pytest.raises(RunError, match=f"line {number} is not a record as this run wrote it"):
+        read_journal(journal, "a")
     for kept in ("a", last):
         with pytest.raises(RunError, match=f"line {number} is not a record as this run wrote it"):
             truncate_journal(journal, "a", kept)

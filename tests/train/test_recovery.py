@@ -14,7 +14,7 @@ import torch
 from torch._inductor.exc import CppCompileError
 
 from stochastic_depth.cli import main
-from stochastic_depth.errors import DataError, Interrupted, StochasticDepthError
+from stochastic_depth.errors import Interrupted, StochasticDepthError
 from stochastic_depth.train import Config, begin, fit, open_run, reopen, trained_model
 from stochastic_depth.train.signals import StopSignals
 from stochastic_depth.train.train_state import TrainState
@@ -471,4 +471,4 @@ def _(runs):
 
 
 def died(*_):
-    raise DataError("a process that decodes pictures has died (EOFError)")
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")

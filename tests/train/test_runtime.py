@@ -1,11 +1,12 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import stochastic_depth
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.train import Config
+from stochastic_depth.train import Config, begin, fit, reopen
 from stochastic_depth.train.runtime import machine, resolve_runtime, versions
 
 
@@ -31,6 +32,15 @@ def test_auto_takes_bfloat16_where_the_processor_has_it(processor, precision, mo
 def test_what_is_asked_for_is_taken():
     assert resolve_runtime(Config(device="cpu", precision="float32")).precision == "float32"
     assert resolve_runtime(Config(device="cpu", precision="bfloat16")).precision == "bfloat16"
+
+
+def test_a_run_on_a_numbered_cpu_is_one_on_the_cpu(small, path, silent):
+    run, images = begin(replace(small, device="cpu:0"), path)
+    assert run.runtime.device == "cpu"
+    records = fit(run, images, silent)
+    next(records)
+    records.close()
+    assert len(list(fit(*reopen(path), silent))) == 4
 
 
 def test_a_device_that_fails_without_a_reason_is_named(monkeypatch):

@@ -22,12 +22,15 @@ from stochastic_depth.block_program.kernels import Layer, Linear
 from stochastic_depth.errors import EngineError
 
 SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
-FLAGS = ("-O3", "-march=native", "-mtune=generic", "-pthread", "-shared", "-fPIC", "-std=c++17")
+MOST_THREADS = 64
+"""At most 64, because `threads.h` has a bit for each."""
+FLAGS = (
+    *("-O3", "-march=native", "-mtune=generic", "-pthread", "-shared", "-fPIC", "-std=c++17"),
+    f"-DMOST_THREADS={MOST_THREADS}",
+)
 WITHOUT_TILES = ("-mno-amx-bf16", "-mno-avx512bf16")
 """Used when the operating system denies AMX. On processors with AMX the AVX512-BF16 dot product is
 half as fast as the float32 FMA, so that is disabled too."""
-MOST_THREADS = 64
-"""Must equal MOST_THREADS in `threads.h`."""
 DEFINED = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 """The flags for each type in which images are stored."""
 
@@ -53,10 +56,10 @@ def cpu_capabilities() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
-def peak(dtype: torch.dtype, threads: int = 1, repeats: int = 9) -> float:
+def peak(dtype: torch.dtype, threads: int = 1) -> float:
     """The peak FLOP/s of this processor, measured with a loop of independent multiply-adds.
 
-    A multiply-add counts as 2 FLOPs. It is the best of `repeats` runs of some milliseconds.
+    A multiply-add counts as 2 FLOPs. It is the best of nine runs of some milliseconds.
 
     Args:
         dtype: of images. Products are of bfloat16 if this is bfloat16 and the processor has an
@@ -70,7 +73,7 @@ def peak(dtype: torch.dtype, threads: int = 1, repeats: int = 9) -> float:
         return run_multiply_adds(row.data_ptr(), rounds) / (time.thread_time() - began)
 
     with ThreadPoolExecutor(threads) as pool:
-        return max(sum(pool.map(run, values)) for _ in range(repeats))
+        return max(sum(pool.map(run, values)) for _ in range(9))
 
 
 def _compiler() -> str | None:

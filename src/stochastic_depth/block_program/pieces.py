@@ -70,7 +70,7 @@ class BlockPiece:
     Args:
         gradient: where the backward pass writes the gradient of x.
         gradient_out: where the backward pass finds the gradient of `out`.
-        keeps: whether `saved` is kept after the backward pass, as CUDA graphs need.
+        is_fixed: whether `saved` stays after the backward pass, because the replay is fixed.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class BlockPiece:
         gradient: Tensor,
         gradient_out: Tensor,
         kernels: Kernels,
-        keeps: bool,
+        is_fixed: bool,
     ) -> None:
         self.layers = first, second
         self.x, self.out = x, out
         self.gradient, self.gradient_out = gradient, gradient_out
         self.is_transition = x.shape != out.shape
         self._pooled = torch.empty_like(out) if self.is_transition else out
-        self.kernels, self._keeps = kernels, keeps
+        self.kernels, self._is_fixed = kernels, is_fixed
         self.saved: tuple[Tensor, ...] = ()
-        self.kept = 0
-        """Bytes that an open block keeps for its backward pass, besides x and out."""
+        self.branch_bytes = 0
+        """Bytes that the branch saves for its backward pass, besides x and out."""
 
     def forward(self) -> None:
         shortcut = self.x
@@ -100,13 +100,13 @@ class BlockPiece:
             shortcut = self._pooled
             self.kernels.pool_and_pad(self.x, shortcut)
         self.saved = self.kernels.branch(self.x, *self.layers, shortcut, self.out)
-        self.kept = self.kept or sum(tensor.nbytes for tensor in self.saved)
+        self.branch_bytes = self.branch_bytes or sum(tensor.nbytes for tensor in self.saved)
 
     def backward(self) -> None:
         self.kernels.branch_backward(
             self.saved, self.x, *self.layers, self.out, self.gradient_out, self._grad_shortcut
         )
-        if not self._keeps:
+        if not self._is_fixed:
             self.saved = ()
 
     def skip_forward(self) -> None:
@@ -143,8 +143,9 @@ Work = Callable[[], None]
 class Replay(Protocol):
     """Turns work on static buffers into a callable that repeats it."""
 
-    keeps: bool
-    """Whether the memory that the work allocates stays reserved for it."""
+    is_fixed: bool
+    """Whether the work is repeated on the addresses with which it was first done, so that the
+    memory that it allocates stays reserved for it."""
 
     def warm_up(self, work: Work) -> None:
         """Do all the work once, if that is needed before it can be captured."""
@@ -156,13 +157,17 @@ class Replay(Protocol):
 class Eagerly:
     """Calls the work itself, without capturing it."""
 
-    keeps = False
+    is_fixed = False
 
     def warm_up(self, work: Work) -> None:
         pass
 
     def __call__(self, work: Work) -> Work:
         return work
+
+
+WARM_UP_ROUNDS = 3
+"""How often all work is done before it is captured."""
 
 
 class CudaGraphs:
@@ -173,10 +178,10 @@ class CudaGraphs:
     run, and any of them may be left out of a step.
     """
 
-    keeps = True
+    is_fixed = True
 
-    def __init__(self, device: torch.device, rounds: int = 3) -> None:
-        self._device, self._rounds = device, rounds
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Work) -> None:
@@ -185,7 +190,7 @@ class CudaGraphs:
         aside = torch.cuda.Stream(self._device)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
-            for _ in range(self._rounds):
+            for _ in range(WARM_UP_ROUNDS):
                 work()
         current.wait_stream(aside)
 

@@ -2,10 +2,16 @@
 
     stem -> block 0 -> block 1 -> ... -> block L-1 -> head
 
-A skipped block does nothing: the next block reads the output of the last open one. If pieces are
-captured as CUDA graphs, which work on fixed addresses, it reads a copy, which is made once for any
-number of consecutive skipped blocks. The gradient flows back through one buffer for each
-resolution, which a skipped block leaves unchanged.
+A skipped block does nothing: the next block reads the output of the last open one. The gradient
+flows back through one buffer for each resolution, which a skipped block leaves unchanged.
+
+How outputs get from block to block depends on the `Replay`:
+
+- Usually (`Eagerly`), a block that runs takes a free buffer for its output, which the next one
+  reads in place, and which is given back after the block's backward pass.
+- If it is fixed (`CudaGraphs`, which repeat work on the addresses of its capture), each block has a
+  buffer for its input, into which the block before it writes. After skipped blocks, the input is a
+  copy of what the last open one has written.
 """
 
 from collections.abc import Sequence
@@ -77,7 +83,7 @@ class Program:
         self.images = _zeros(shape, dtype, device)
         self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.gradients = _gradients(model, units, self.images)
-        self._is_fixed, self.buffers = replay.keeps, Buffers()
+        self._is_fixed, self.buffers = replay.is_fixed, Buffers()
         # The outputs of the stem and the blocks. If addresses are not fixed, blocks take buffers
         # of these shapes in every step.
         x = [
@@ -93,12 +99,13 @@ class Program:
             layers = layer_of(conv1, norm1, flat), layer_of(conv2, norm2, flat)
             if handle is not None and handle.scale == "training":
                 layers[1].norm.factor = self.factors[len(self.blocks)]
-            self.blocks.append(BlockPiece(*layers, *x_and_out, *gradients, kernels, replay.keeps))
+            piece = BlockPiece(*layers, *x_and_out, *gradients, kernels, self._is_fixed)
+            self.blocks.append(piece)
         head = linear_of(model.head, flat)
         self.head = Head(head, self.labels, x[-1], self.gradients[-1], kernels)
         self.counters = self._join_counters(model)
-        self.kept = 0
-        """Bytes that the last step kept for its backward pass."""
+        self.bytes_saved = 0
+        """Bytes that the last step saved for its backward pass."""
         self._record(replay)
 
     @torch.no_grad()
@@ -113,7 +120,7 @@ class Program:
         if updates_closed:
             self._clear_closed(is_open)
         self._forward(is_open)
-        self.kept = self._bytes_kept(is_open)
+        self.bytes_saved = self._count_saved(is_open)
         self._head()
         self._backward(is_open)
         counted = torch.tensor([True, *(b for b in is_open for _ in range(2))])
@@ -177,13 +184,12 @@ class Program:
                 self.buffers.give(block.out)
         self._stem_backward()
 
-    def _bytes_kept(self, is_open: Sequence[bool]) -> int:
-        """Bytes that are kept for the backward pass."""
-        kept = self.stem.x.nbytes
+    def _count_saved(self, is_open: Sequence[bool]) -> int:
+        saved = self.stem.x.nbytes
         for block, b in zip(self.blocks, is_open, strict=True):
             written = self._is_fixed or b or block.is_transition
-            kept += written * block.out.nbytes + b * block.kept
-        return kept
+            saved += written * block.out.nbytes + b * block.branch_bytes
+        return saved
 
     def _record(self, replay: Replay) -> None:
         """Make the pieces replayable, in the order in which they run: graphs share memory."""

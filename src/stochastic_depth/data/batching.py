@@ -71,9 +71,9 @@ class Batches(Protocol):
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from step `start` on; of each batch the shard of this process.
 
-        Each is a pair of images, float32 [batch, channels, height, width], normalised, and labels,
-        int64 [batch]. A batch is a pure function of the seed, the epoch and the step, so an epoch
-        can be resumed in the middle.
+        Each is a pair of images, float32 [batch, channels, height, width], channels_last and
+        normalised, and labels, int64 [batch]. A batch is a pure function of the seed, the epoch and
+        the step, so an epoch can be resumed in the middle.
         """
         ...
 
@@ -176,7 +176,6 @@ class TensorBatches:
         augment: bool,
         seed: int,
         device: torch.device | str,
-        channels_last: bool = False,
         shard: Shard = WHOLE,
     ):
         channels, height, width = data.train.images.shape[1:]
@@ -194,7 +193,6 @@ class TensorBatches:
         self.seed = seed
         self.shard = shard
         self.device = torch.device(device)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = data.mean.to(self.device), data.std.to(self.device)
         self._parts = {
             part: (images.images.to(self.device), images.labels.to(self.device))
@@ -213,7 +211,7 @@ class TensorBatches:
                 crops = draw_crops(count, self.padding, "augment", self.seed, epoch, step)
                 rows, columns, flips = (draw[mine].to(self.device) for draw in crops)
                 batch = crop_and_flip(batch, rows, columns, flips, self.padding)
-            yield batch.contiguous(memory_format=self.memory_format), labels[chosen]
+            yield batch.contiguous(memory_format=torch.channels_last), labels[chosen]
 
     def evaluate(self, part: Part) -> Iterator[Batch]:
         images, labels = self._parts[part]
@@ -222,4 +220,4 @@ class TensorBatches:
             chosen = slice(start + mine.start, start + mine.stop)
             if mine.start < mine.stop:
                 batch = normalise(images[chosen], self.mean, self.std)
-                yield batch.contiguous(memory_format=self.memory_format), labels[chosen]
+                yield batch.contiguous(memory_format=torch.channels_last), labels[chosen]

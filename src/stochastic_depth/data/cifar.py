@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import tarfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,19 +13,18 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.data.dataset import Images
-from stochastic_depth.data.folders import (
+from stochastic_depth.data.parquet import read_shard, shards
+from stochastic_depth.data.picture_files import SUFFIXES, picture_names
+from stochastic_depth.data.pictures import decode
+from stochastic_depth.data.published_files import (
     all_files,
     any_file,
     archives,
     contents,
     open_published,
     read_data_file,
-    unpack,
     unpacking,
 )
-from stochastic_depth.data.parquet import read_shard, shards
-from stochastic_depth.data.picture_files import SUFFIXES, picture_names
-from stochastic_depth.data.pictures import decode
 from stochastic_depth.errors import DataError
 
 SIDE = 32
@@ -168,7 +168,8 @@ def fetch_cifar(datasets: Any, variant: Variant, root: Path) -> None:
     """
     published = getattr(datasets, variant.name.upper())
     datasets.utils.download_url(published.url, str(root), published.filename, published.tgz_md5)
-    unpack(root / published.filename, root)
+    with tarfile.open(root / published.filename) as archive:
+        archive.extractall(root, filter="data")
 
 
 def read_pickles(folder: Path, variant: Variant) -> tuple[Images, Images]:
@@ -272,29 +273,24 @@ def read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
         DataError: when a file or a row is missing or not as expected; names it.
         MissingExtraError: when pyarrow or Pillow is not installed.
     """
-    files = tuple(tuple(map(FileKey.of, shards(folder, part))) for part in PARTS)
+    files = tuple(
+        tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in shards(folder, part))
+        for part in PARTS
+    )
     return _decoded(files, variant)
 
 
-@dataclass(frozen=True)
-class FileKey:
-    """Cache key of a file: path, size, modification time."""
-
-    path: Path
-    size: int
-    modified: int
-
-    @classmethod
-    def of(cls, path: Path) -> "FileKey":
-        found = path.stat()
-        return cls(path, found.st_size, found.st_mtime_ns)
-
-
 @functools.lru_cache(maxsize=1)
-def _decoded(files: tuple[tuple[FileKey, ...], ...], variant: Variant) -> tuple[Images, Images]:
-    """Both parts, cached: decoding takes seconds, and the runs of a sweep read the same files."""
+def _decoded(
+    files: tuple[tuple[tuple[Path, int, int], ...], ...], variant: Variant
+) -> tuple[Images, Images]:
+    """Both parts, cached: decoding takes seconds, and the runs of a sweep read the same files.
+
+    Args:
+        files: path, size and modification time of the files of each part.
+    """
     train, test = (
-        Images.join(read_parquet_file(key.path, variant) for key in part) for part in files
+        Images.join(read_parquet_file(path, variant) for path, *_ in part) for part in files
     )
     return train, test
 

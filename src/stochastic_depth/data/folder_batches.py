@@ -18,7 +18,7 @@ from stochastic_depth.data.pictures import (
     shorter_side,
     training_view,
 )
-from stochastic_depth.errors import DataError
+from stochastic_depth.errors import DataError, OutOfMemoryError, first_line
 from stochastic_depth.processes import cores
 from stochastic_depth.randomness import generator
 
@@ -60,7 +60,6 @@ class FolderBatches:
         device: torch.device | str,
         workers: int,
         image_size: int = 224,
-        channels_last: bool = False,
         validation: int = 0,
         train: int | None = None,
         augment: bool = True,
@@ -95,7 +94,6 @@ class FolderBatches:
         self.workers = workers
         self.shard = shard
         self.device = torch.device(device)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (torch.tensor(v, device=self.device) for v in (MEAN, STD))
         self._evaluation_view = evaluation_view(image_size)
         self._training_view = training_view(image_size) if augment else self._evaluation_view
@@ -134,6 +132,7 @@ class FolderBatches:
             # Without this the loader would draw from the global random state.
             generator=generator("workers", self.seed),
         )
+        failure: DataError | OutOfMemoryError
         try:
             for loaded in _on_cpu(loader):
                 if isinstance(loaded, DataError):
@@ -141,19 +140,34 @@ class FolderBatches:
                     break
                 pictures, labels = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
                 batch = normalise(pictures, self.mean, self.std)
-                yield batch.contiguous(memory_format=self.memory_format), labels
+                yield batch.contiguous(memory_format=torch.channels_last), labels
             else:
                 return
-        except (ConnectionError, EOFError) as error:
-            failure = DataError(
-                f"a process that decodes pictures has died ({type(error).__name__}), maybe for "
-                "lack of memory: take fewer processes by --data.workers"
-            )
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_worker_death(error):
+                raise
+            failure = worker_death(error)
         # Raised here, when the last reference to the loader is gone and its workers have stopped.
         raise failure
 
     def _shard_of(self, batch: torch.Tensor) -> list[int]:
         return batch[self.shard.slice_of(len(batch))].tolist()
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether PyTorch says that a process that decodes pictures has died.
+
+    It says so in the loader, or by a signal handler in whatever runs at that moment.
+    """
+    return str(error).startswith("DataLoader worker (pid")
+
+
+def worker_death(error: BaseException) -> OutOfMemoryError:
+    """The error in place of one that follows the death of a process that decodes pictures."""
+    return OutOfMemoryError(
+        f"a process that decodes pictures has died ({first_line(error)[:200]}), maybe for lack of "
+        "memory: resume, or begin a run with fewer --data.workers"
+    )
 
 
 def _on_cpu(loader: DataLoader) -> Iterator[Any]:

@@ -8,7 +8,6 @@ import torch
 from stochastic_depth.data.batching import WHOLE, Batches, Shard, TensorBatches
 from stochastic_depth.data.dataset import DataSet, reduced, subset
 from stochastic_depth.data.folder_batches import FolderBatches
-from stochastic_depth.data.folders import refuse_special
 from stochastic_depth.data.sources import SOURCES, Download, Source
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
@@ -102,7 +101,6 @@ def fetch(name: str, download: Download, folder: Path) -> None:
     datasets = require("torchvision.datasets", "data")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        refuse_special(folder)
         download.fetch(datasets, folder)
     except Exception as error:
         # The remedy is the same, whatever fails between here and the server.
@@ -121,7 +119,6 @@ def batches(
     seed: int,
     device: torch.device | str,
     augment: bool | None = None,
-    channels_last: bool = False,
     validation: int | None = None,
     train: int | None = None,
     size: int | None = None,
@@ -156,7 +153,6 @@ def batches(
             augment=augment,
             seed=seed,
             device=device,
-            channels_last=channels_last,
             shard=shard,
         )
     return FolderBatches(
@@ -165,7 +161,6 @@ def batches(
         seed=seed,
         device=device,
         workers=workers,
-        channels_last=channels_last,
         validation=source.validation if validation is None else validation,
         train=train,
         augment=augment,

@@ -1,14 +1,12 @@
 """Street View House Numbers, cropped digits (Netzer et al., 2011), as MATLAB files."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from stochastic_depth.data.dataset import DataSet, Images, check_count, per_class, stratified
-from stochastic_depth.data.folders import contents, open_published
+from stochastic_depth.data.dataset import DataSet, Images, per_class, split
+from stochastic_depth.data.published_files import contents, open_published
 from stochastic_depth.errors import DataError
 from stochastic_depth.extras import require
 
@@ -23,15 +21,6 @@ MD5 = {
 }
 """Checksums of the published files, the same as in torchvision."""
 CLASSES = tuple("0123456789")
-
-
-@dataclass(frozen=True)
-class SvhnFiles:
-    """The images of the three files; the paper trains on `train` and `extra` together."""
-
-    train: Images
-    extra: Images
-    test: Images
 
 
 def has_svhn(root: Path) -> bool:
@@ -49,17 +38,27 @@ def fetch_svhn(datasets: Any, root: Path) -> None:
 
 
 def split_svhn(root: Path, validation: int) -> DataSet:
-    """SVHN, of which `validation` training images are held out.
+    """SVHN, of which `validation` training images are held out; it trains on train and extra.
+
+    With 6,000 validation images, as in the paper, 400 of each class come from train and 200 from
+    extra (section 4). With another number they are a stratified choice from both together.
 
     Raises:
-        DataError: as `read_svhn` and `hold_out_svhn`.
+        DataError: as `read_svhn`, and when there are too few images.
     """
-    files = read_svhn(root)
-    return DataSet("svhn", CLASSES, *hold_out_svhn(files, validation), files.test)
+    train, extra, test = read_svhn(root)
+    if validation != VALIDATION:
+        return split("svhn", CLASSES, Images.join((train, extra)), test, validation)
+    kept, held = [], []
+    for part, source, each in (("train", train, 400), ("extra", extra, 200)):
+        taken, rest = per_class(source.labels, each, "svhn", part)
+        kept.append(source[rest])
+        held.append(source[taken])
+    return DataSet("svhn", CLASSES, Images.join(kept), Images.join(held), test)
 
 
-def read_svhn(root: Path) -> SvhnFiles:
-    """Read train_32x32.mat, extra_32x32.mat and test_32x32.mat.
+def read_svhn(root: Path) -> list[Images]:
+    """The images of train_32x32.mat, extra_32x32.mat and test_32x32.mat.
 
     Raises:
         DataError: when a file is missing, or is not as it was published; names it.
@@ -71,7 +70,7 @@ def read_svhn(root: Path) -> SvhnFiles:
                 f"of {', '.join(FILES)} are needed (ufldl.stanford.edu/housenumbers, format 2). "
                 f"Found {contents(root)}"
             )
-    return SvhnFiles(*(read_mat(root / name) for name in FILES))
+    return [read_mat(root / name) for name in FILES]
 
 
 def read_mat(path: Path) -> Images:
@@ -86,30 +85,3 @@ def read_mat(path: Path) -> Images:
         arrays = scipy.loadmat(file, variable_names=("X", "y"))
     pixels = torch.from_numpy(arrays["X"]).permute(3, 2, 0, 1).contiguous()
     return Images(pixels, torch.from_numpy(arrays["y"].astype("int64")).flatten() % 10)
-
-
-def hold_out_svhn(files: SvhnFiles, count: int) -> tuple[Images, Images]:
-    """The training images and the validation images.
-
-    With 6,000 validation images, as in the paper, 400 of each class come from `train` and 200 from
-    `extra` (section 4). With another number they are a stratified choice from both together.
-    """
-    sources = (files.train, files.extra)
-    if count == VALIDATION:
-        choices = [
-            per_class(source.labels, each, "svhn", part)
-            for source, each, part in zip(sources, (400, 200), ("train", "extra"), strict=True)
-        ]
-        held, kept = zip(*choices, strict=True)
-        return gather(sources, kept), gather(sources, held)
-    check_count("validation", count, len(files.train) + len(files.extra) - 1)
-    labels = torch.cat([source.labels for source in sources])
-    held, kept = stratified(labels, count, "svhn", "validation")
-    border = len(files.train)
-    split = [(index[index < border], index[index >= border] - border) for index in (kept, held)]
-    return gather(sources, split[0]), gather(sources, split[1])
-
-
-def gather(sources: tuple[Images, ...], indices: tuple[Tensor, ...]) -> Images:
-    """The images of each source at its indices, as one."""
-    return Images.join(source[index] for source, index in zip(sources, indices, strict=True))

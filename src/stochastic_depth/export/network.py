@@ -32,7 +32,7 @@ from stochastic_depth.surgery import handle_of
 from stochastic_depth.surgery.applied import applied_inside
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.train import Run, best_record, trained_model
-from stochastic_depth.train.build import architecture, skippable
+from stochastic_depth.train.build import architecture, handle_or_always_open
 from stochastic_depth.train.runtime import Runtime, versions
 
 CHECKED = 32
@@ -73,7 +73,7 @@ def shallower_network(
         ApplyError: when the network has no residual blocks.
     """
     model, step = trained_model(run, images, which)
-    blocks = len(skippable(model).blocks)
+    blocks = len(handle_or_always_open(model).blocks)
     count = blocks - blocks_at(depth, blocks)
     return _plain(run, images, model, step, _order(run, images, model, count, progress))
 
@@ -85,7 +85,7 @@ def elastic_network(run: Run, images: Batches, which: CheckpointName, progress: 
         ApplyError: when the network has no residual blocks.
     """
     model, step = trained_model(run, images, which)
-    blocks = len(skippable(model).blocks)
+    blocks = len(handle_or_always_open(model).blocks)
     order = _order(run, images, model, blocks - 1, progress)
     last = set(range(blocks)) - set(order)
     plain = _plain(run, images, model, step, ())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stochastic_depth.lab.sources import RecordedRun
 from stochastic_depth.residual import Residual
-from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.build import apply_survival, build_model
 
 
 def active_distribution(survival: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def _survival_of(recorded: RecordedRun) -> tuple[Callable[[int], tuple[float, ..
     with torch.device("meta"):
         model = build_model(run.config.model, run.shape[0], len(run.classes), run.config.seed)
     steps = round(run.config.epochs * last.step / last.epoch)
-    handle = build_depth(model, run.config.survival, 0, steps)
+    handle = apply_survival(model, run.config.survival, 0, steps)
     if handle is None:
         blocks = sum(isinstance(m, Residual) for m in model.modules())
         return lambda step: (1.0,) * blocks, blocks

@@ -20,7 +20,7 @@ from stochastic_depth.lab.sources import RecordedRun
 from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
 from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Record, SurvivalConfig, best_record
-from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.build import apply_survival, build_model
 from stochastic_depth.train.config import ModelConfig
 from stochastic_depth.train.schedule_config import ScheduleConfig
 
@@ -149,7 +149,7 @@ def _cost_at_full_rates(
     model: ModelConfig, survival: SurvivalConfig, shape: tuple[int, int, int], classes: int
 ) -> ExpectedCost:
     network = build_model(model, shape[0], classes, 0)
-    handle = build_depth(network, replace(survival, schedule=ScheduleConfig()), 0, 1)
+    handle = apply_survival(network, replace(survival, schedule=ScheduleConfig()), 0, 1)
     if handle is None:
         raise ApplyError("constant depth drops no block, so that it saves nothing")
     masks = survival.gate == "sample"  # computes every branch
@@ -301,9 +301,7 @@ def describe_data(config: Config) -> str:
 def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
     def survival(run: RecordedRun) -> SurvivalConfig:
         chosen = run.run.config.survival
-        if chosen.rule == "constant":
-            return SurvivalConfig(rule="constant")
-        return replace(chosen, schedule=chosen.schedule.without_unused())
+        return SurvivalConfig(rule="constant") if chosen.rule == "constant" else chosen
 
     def order(run: RecordedRun) -> tuple:
         chosen = survival(run)

@@ -71,7 +71,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
     cost = expected_cost(config, batches.shape, len(batches.classes), batches.steps_per_epoch)
     mini_batches = cycle([next(iter(batches.train(0)))])
     everything = torch.get_num_threads()
-    choices = [1, everything] if everything > 1 and runtime.device == "cpu" else [everything]
+    choices = [1, everything] if everything > 1 and not runtime.on_gpu else [everything]
     timed: dict[int, list[float]] = {threads: [] for threads in choices}
     began = time.monotonic()
     for _ in range(4):

@@ -28,7 +28,7 @@ from stochastic_depth.files import (
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.sweep.folder import Sweep, read_sweep
 from stochastic_depth.train import Record, Run, layout, open_run, reopen, trained_model
-from stochastic_depth.train.build import skippable
+from stochastic_depth.train.build import handle_or_always_open
 from stochastic_depth.train.run_folder import checksum
 from stochastic_depth.train.weights import require_weights_of
 
@@ -206,7 +206,7 @@ def load_trained(
     """
     run, images = reopen(path, data)
     model, step = trained_model(run, images, which)
-    return TrainedNetwork(run, images, model, skippable(model), step)
+    return TrainedNetwork(run, images, model, handle_or_always_open(model), step)
 
 
 def analysis_path(run: Run, name: AnalysisName) -> Path:

@@ -134,13 +134,14 @@ def bottleneck(channels_in: int, width: int, stride: int) -> Residual:
 
 
 class ImageNetResNet(nn.Module):
-    """A ResNet for ImageNet: [batch, 3, height, width] -> logits [batch, classes].
+    """A ResNet for ImageNet: [batch, channels, height, width] -> logits [batch, classes].
 
     Blocks are numbered over the whole network in the order of execution: 16, 33 or 50 of them.
 
     Args:
         depth: 50 (25.6 M parameters), 101 (44.5 M) or 152 (60.2 M).
         classes: number of classes.
+        channels: number of channels of the input image.
         init: "zero-gain" or "he", see `initialise`.
         seed: chooses the initial weights.
 
@@ -152,6 +153,7 @@ class ImageNetResNet(nn.Module):
         self,
         depth: int = 50,
         classes: int = 1000,
+        channels: int = 3,
         init: Initialisation = "zero-gain",
         seed: int = 0,
     ) -> None:
@@ -161,21 +163,21 @@ class ImageNetResNet(nn.Module):
         blocks: list[Residual] = []
         with torch.device("meta"):
             self.stem = nn.Sequential(
-                nn.Conv2d(3, IMAGENET_WIDTHS[0], 7, stride=2, padding=3, bias=False),
+                nn.Conv2d(channels, IMAGENET_WIDTHS[0], 7, stride=2, padding=3, bias=False),
                 nn.BatchNorm2d(IMAGENET_WIDTHS[0]),
                 nn.ReLU(inplace=True),
                 nn.MaxPool2d(3, stride=2, padding=1),
             )
-            channels = IMAGENET_WIDTHS[0]
+            width_in = IMAGENET_WIDTHS[0]
             for stage, (width, count) in enumerate(
                 zip(IMAGENET_WIDTHS, IMAGENET_BLOCKS[depth], strict=True)
             ):
                 for block in range(count):
                     stride = 2 if stage > 0 and block == 0 else 1
-                    blocks.append(bottleneck(channels, width, stride))
-                    channels = EXPANSION * width
+                    blocks.append(bottleneck(width_in, width, stride))
+                    width_in = EXPANSION * width
             self.blocks = nn.Sequential(*blocks)
-            self.head = nn.Linear(channels, classes)
+            self.head = nn.Linear(width_in, classes)
         initialise(self, init, seed)
 
     @staticmethod

@@ -3,58 +3,33 @@
 import inspect
 from collections.abc import Callable
 
-from stochastic_depth.recipes.paper import (
-    PUBLISHED,
-    Published,
-    cifar10_densenet_bc100,
-    cifar10_densenet_bc190,
-    cifar10_resnet110,
-    cifar10_resnet110_constant,
-    cifar10_resnet1202,
-    cifar10_resnet1202_constant,
-    cifar100_densenet_bc100,
-    cifar100_resnet110,
-    cifar100_resnet110_constant,
-    constant_depth,
-    imagenet_resnet50,
-    imagenet_resnet152,
-    imagenet_resnet152_constant,
-    svhn_resnet152,
-    svhn_resnet152_constant,
-)
-from stochastic_depth.recipes.small import (
-    cifar10_small,
-    cifar10_small_constant,
-    cifar10_small_vit,
-    digits,
-    digits_constant,
-    pictures,
-)
+from stochastic_depth.recipes import paper, small
+from stochastic_depth.recipes.paper import PUBLISHED, Published, constant_depth
 from stochastic_depth.train.config import Config
 
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe().recipe: recipe
     for recipe in (
-        digits,
-        digits_constant,
-        cifar10_small,
-        cifar10_small_constant,
-        cifar10_small_vit,
-        pictures,
-        cifar10_resnet110,
-        cifar10_resnet110_constant,
-        cifar100_resnet110,
-        cifar100_resnet110_constant,
-        svhn_resnet152,
-        svhn_resnet152_constant,
-        cifar10_resnet1202,
-        cifar10_resnet1202_constant,
-        imagenet_resnet152,
-        imagenet_resnet152_constant,
-        imagenet_resnet50,
-        cifar10_densenet_bc100,
-        cifar100_densenet_bc100,
-        cifar10_densenet_bc190,
+        small.digits,
+        small.digits_constant,
+        small.cifar10_small,
+        small.cifar10_small_constant,
+        small.cifar10_small_vit,
+        small.pictures,
+        paper.cifar10_resnet110,
+        paper.cifar10_resnet110_constant,
+        paper.cifar100_resnet110,
+        paper.cifar100_resnet110_constant,
+        paper.svhn_resnet152,
+        paper.svhn_resnet152_constant,
+        paper.cifar10_resnet1202,
+        paper.cifar10_resnet1202_constant,
+        paper.imagenet_resnet152,
+        paper.imagenet_resnet152_constant,
+        paper.imagenet_resnet50,
+        paper.cifar10_densenet_bc100,
+        paper.cifar100_densenet_bc100,
+        paper.cifar10_densenet_bc190,
     )
 }
 """Recipes by their name on the command line."""

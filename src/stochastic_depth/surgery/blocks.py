@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
@@ -18,7 +18,7 @@ from stochastic_depth.surgery.edits import (
     RegisteredEdit,
 )
 from stochastic_depth.surgery.example import Example
-from stochastic_depth.surgery.record.branches import AdditionEvent
+from stochastic_depth.surgery.record.branches import Occurrence
 
 Mechanism = Literal["Residual", "registered", "slice", "call", "deferred", "none"]
 """How a block is made skippable; `PlannedBlock.mechanism` explains the names."""
@@ -34,8 +34,8 @@ class Unit:
     """The modules that get the gate, each with the edit that puts the gate into its code."""
     additions: tuple[tuple[nn.Module, AdditionEdit], ...]
     """The modules whose code adds, each with the edit of the addition."""
-    events: tuple[AdditionEvent, ...] = ()
-    """The additions that a deferred unit made in the recorded forward pass."""
+    events: tuple[Occurrence, ...] = ()
+    """The additions that a deferred unit made in the recorded forward passes."""
     modules: frozenset[str] = frozenset()
     """Names of the modules that its branch calls."""
 
@@ -65,14 +65,6 @@ class FoundBlock:
     """Whether the model runs it in training mode only."""
     change: str = ""
     """How its branch changes its shortcut in place; empty if it does not."""
-
-    def without_recording(self) -> "FoundBlock":
-        """This block without the tensors of the recorded pass, to be kept as long as the model."""
-        units = [
-            replace(unit, events=tuple(event.without_recording() for event in unit.events))
-            for unit in self.units
-        ]
-        return replace(self, units=tuple(units))
 
     def names_in_branch(self) -> Collection[str]:
         """Names of the modules in its branches."""

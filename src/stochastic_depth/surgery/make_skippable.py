@@ -152,7 +152,6 @@ class _Attempts:
         except BaseException:
             _undo(self.model, changed)
             raise
-        kept = [block.without_recording() for block in kept]
         return Skippable(kept, probabilities, changed, proved, self.candidates.found.routes)
 
     def _put_and_prove(self, kept: Sequence[FoundBlock]) -> Proved:

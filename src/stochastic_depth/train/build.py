@@ -25,9 +25,7 @@ def architecture(
     config: ModelConfig, channels: int, classes: int
 ) -> tuple[type[Network], dict[str, Any]]:
     """The class of the network, and its arguments except those that set its initial weights."""
-    arguments: dict[str, Any] = {"depth": config.depth, "classes": classes}
-    if config.kind != "imagenet-resnet":  # its images have three channels
-        arguments["channels"] = channels
+    arguments: dict[str, Any] = {"depth": config.depth, "classes": classes, "channels": channels}
     if config.kind == "densenet":
         arguments["growth"] = config.growth
         arguments["bottleneck"] = config.bottleneck
@@ -43,7 +41,7 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
     return kind(**shape, seed=seed)
 
 
-def build_depth(
+def apply_survival(
     model: nn.Module,
     config: SurvivalConfig,
     seed: int,
@@ -69,13 +67,13 @@ def build_depth(
         gate=config.gate,
         balance=config.balance,
         closed=config.closed,
-        scale=None if config.closed == "forward-only" else config.scale or "inference",
+        scale=config.scale,
         skipped=config.skipped,
         seed=seed,
     )
 
 
-def skippable(model: nn.Module) -> Handle:
+def handle_or_always_open(model: nn.Module) -> Handle:
     """The handle of `model`. A model of constant depth gets gates that are always open.
 
     Raises:
@@ -96,7 +94,7 @@ def build_network(
     if ranks() > 1 and config.distributed.sync_batchnorm:
         model = synchronise_batchnorm(model)
     steps = config.epochs * batches.steps_per_epoch
-    return model, build_depth(model, config.survival, config.seed, steps)
+    return model, apply_survival(model, config.survival, config.seed, steps)
 
 
 def require_trainable(config: Config, batches: Batches) -> None:
@@ -115,15 +113,14 @@ def require_trainable(config: Config, batches: Batches) -> None:
     with torch.device("meta"):
         model = build_model(config.model, channels, len(batches.classes), config.seed)
         if not any(isinstance(module, Residual) for module in model.modules()):
-            build_depth(model, config.survival, config.seed, 1)
+            apply_survival(model, config.survival, config.seed, 1)
     if not model.takes(height, width):
         size = next(size for size in count(max(height, width)) if model.takes(size, size))
         raise ConfigError(
             f"the images have {height}x{width} pixels, which no {config.model.kind} takes: "
             f"give --data.size {size}, or leave it out"
         )
-    first = max(0, batches.steps_per_epoch - 2)
-    images = min(images_in(step, config, batches) for step in range(first, batches.steps_per_epoch))
+    images = images_in(batches.steps_per_epoch - 1, config, batches)
     if images // ranks() < 2:
         raise ConfigError(
             f"optimizer.batch is {config.optimizer.batch}: the last mini-batch of an epoch has "

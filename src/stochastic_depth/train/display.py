@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from statistics import fmean
 from typing import Self
 
 from rich.console import Console, Group
@@ -26,17 +27,19 @@ from stochastic_depth.train.train_state import TrainState
 def picture(gates: Tensor, width: int) -> str:
     """The gates of one step as text, the first block first: full where open, a dot where closed.
 
+    Shares are drawn in four shades: of the samples for which a block is open, and of open blocks
+    where there are more of them than characters, so that each stands for several.
+
     Args:
-        gates: bool [L]; or [L, batch], which is drawn in four shades.
-        width: how many characters fit. If there are more blocks, each character stands for two.
+        gates: bool [L]; or [L, batch].
+        width: how many characters fit.
     """
     shares = open_shares(gates).tolist()
-    if gates.ndim == 2:
-        return "".join(" ░▒▓█"[round(4 * share)] for share in shares)
-    if len(shares) <= width:
+    if gates.ndim == 1 and len(shares) <= width:
         return "".join("█" if share else "·" for share in shares)
-    pairs = zip(shares[::2], [*shares[1::2], 0.0][: (len(shares) + 1) // 2], strict=True)
-    return "".join("·▐▌█"[2 * bool(left) + bool(right)] for left, right in pairs)
+    blocks = max(1, -(-len(shares) // width))
+    starts = range(0, len(shares), blocks)
+    return "".join(" ░▒▓█"[round(4 * fmean(shares[i : i + blocks]))] for i in starts)
 
 
 class Silent:

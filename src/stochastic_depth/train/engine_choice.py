@@ -11,6 +11,7 @@ from stochastic_depth.block_program.program import why_unsupported
 from stochastic_depth.data.sources import SOURCES
 from stochastic_depth.distributed.world import ranks
 from stochastic_depth.errors import ConfigError
+from stochastic_depth.models import DenseNet
 from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.train.config import Config
 
@@ -40,8 +41,13 @@ def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
         kernels = "native" if why_unavailable() is None else "reference"
     if config.engine == "program":
         if obstacle is not None:
-            raise ConfigError(f"engine is program: {obstacle}; use --engine eager or compiled")
+            raise ConfigError(f"engine is program: {obstacle}; use --engine eager")
         return EngineChoice("program", kernels, "as asked")
+    if config.engine == "compiled" and NETWORKS[config.model.kind] is DenseNet:
+        raise ConfigError(
+            "engine is compiled: a densenet has no residual blocks, which are all that is "
+            "compiled; use --engine eager"
+        )
     if config.engine == "compiled" and config.distributed.sync_batchnorm:
         raise ConfigError(
             "engine is compiled: PyTorch's compiler cannot compile blocks that wait for other "

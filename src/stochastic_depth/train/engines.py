@@ -1,21 +1,31 @@
 """The engines that take training steps: autograd, compiled blocks, or the block program."""
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.block_program import CudaGraphs, Eagerly, Program
 from stochastic_depth.block_program.compiled import CompiledKernels
 from stochastic_depth.block_program.kernels import Kernels
 from stochastic_depth.block_program.library import private_cache
 from stochastic_depth.block_program.native import NativeKernels
+from stochastic_depth.distributed import skip_closed
+from stochastic_depth.distributed.world import ranks
 from stochastic_depth.handle import Handle
+from stochastic_depth.surgery import compile_blocks
+from stochastic_depth.train.build import (
+    block_convolutions,
+    first_convolution,
+    handle_or_always_open,
+)
 from stochastic_depth.train.engine_choice import KernelsName
 from stochastic_depth.train.runtime import Runtime
-from stochastic_depth.train.step import AutogradEngine, Measured, measured
+from stochastic_depth.train.step import Measured, measured, train_step
 
 KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
     "reference": lambda dtype: Kernels(),
@@ -23,6 +33,11 @@ KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
     "compiled": lambda dtype: CompiledKernels(),
 }
 """The kernels by name. Each is called with the type of activations."""
+
+_OPTION = "forward_sync_buffers"
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_BUFFERS: dict[str, Any] = {_OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False}
+"""BatchNorm statistics are copied between ranks at evaluations, not in every step."""
 
 
 class Engine(Protocol):
@@ -36,6 +51,38 @@ class Engine(Protocol):
         ...
 
 
+class AutogradEngine:
+    """Takes training steps by PyTorch's autograd, with or without compiled blocks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        handle: Handle | None,
+        optimizer: torch.optim.Optimizer,
+        runtime: Runtime,
+        compiled: bool = False,
+    ) -> None:
+        self._model, self._optimizer, self._runtime = model, optimizer, runtime
+        self._first_weight = first_convolution(model)
+        self._convolutions = block_convolutions(model)
+        if compiled:
+            handle_or_always_open(model)  # only blocks are compiled
+            compile_blocks(model)
+        if ranks() > 1:
+            self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, **_BUFFERS)
+            if handle is not None:
+                skip_closed(self._model)
+
+    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
+        return train_step(
+            self._model, self._optimizer, images, labels, self._first_weight, self._runtime, weight
+        )
+
+    @property
+    def block_gradients(self) -> Sequence[Tensor | None]:
+        return [weight.grad for weight in self._convolutions]
+
+
 class ProgramEngine:
     """Runs the block program on full mini-batches, and autograd on a smaller last one."""
 
@@ -44,29 +91,26 @@ class ProgramEngine:
         model: nn.Module,
         handle: Handle | None,
         optimizer: torch.optim.SGD,
-        first_weight: nn.Parameter,
         runtime: Runtime,
         shape: tuple[int, ...],
     ) -> None:
-        device = torch.device(runtime.device)
-        dtype = torch.bfloat16 if runtime.precision == "bfloat16" else first_weight.dtype
         self._shape = torch.Size(shape)
         self._program = Program(
             model,
             handle,
             optimizer,
             shape,
-            dtype,
-            KERNELS[runtime.kernels](dtype),
-            CudaGraphs(device) if device.type == "cuda" else Eagerly(),
+            runtime.dtype,
+            KERNELS[runtime.kernels](runtime.dtype),
+            CudaGraphs(torch.device(runtime.device)) if runtime.on_gpu else Eagerly(),
         )
-        self._autograd = AutogradEngine(model, handle, optimizer, first_weight, runtime)
+        self._autograd = AutogradEngine(model, handle, optimizer, runtime)
         self._was_full = True
 
     @property
-    def kept(self) -> int:
-        """How many bytes the last step kept for its backward pass."""
-        return self._program.kept
+    def bytes_saved(self) -> int:
+        """How many bytes the last step saved for its backward pass."""
+        return self._program.bytes_saved
 
     def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
         self._was_full = images.shape == self._shape
@@ -85,7 +129,6 @@ def build_engine(
     model: nn.Module,
     handle: Handle | None,
     optimizer: torch.optim.SGD,
-    first_weight: nn.Parameter,
     runtime: Runtime,
     shape: tuple[int, ...],
 ) -> Engine:
@@ -98,6 +141,5 @@ def build_engine(
         # By default PyTorch uses a folder in /tmp that another user could guess and create first.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_cache() / "inductor"))
     if runtime.engine == "program":
-        return ProgramEngine(model, handle, optimizer, first_weight, runtime, shape)
-    compiled = runtime.engine == "compiled"
-    return AutogradEngine(model, handle, optimizer, first_weight, runtime, compiled)
+        return ProgramEngine(model, handle, optimizer, runtime, shape)
+    return AutogradEngine(model, handle, optimizer, runtime, runtime.engine == "compiled")

@@ -6,6 +6,7 @@ from itertools import groupby
 
 from torch import Tensor
 
+from stochastic_depth.data.folder_batches import is_worker_death, worker_death
 from stochastic_depth.draw import (
     open_shares,
 )
@@ -41,6 +42,8 @@ def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
+        if is_worker_death(error):
+            raise worker_death(error) from error
         if not is_out_of_memory(error):
             raise
         step, config = train_state.step, train_state.config
@@ -69,7 +72,8 @@ def as_interruption(
     try:
         yield
     except Exception as error:
-        if isinstance(error, RunError) or not (signal := stop()):
+        about_run = isinstance(error, RunError) and not isinstance(error, OutOfMemoryError)
+        if about_run or not (signal := stop()):
             raise
         raise Interrupted(run.path, train_state.step, signal, has_checkpoint=False) from error
 

@@ -28,9 +28,9 @@ from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
 from stochastic_depth.train.weights import read_weights, write_weights
 
-_STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}
-"""How many steps lie between checks of the loss, by type of device. Reading a loss synchronises
-with the GPU, so it is done rarely there."""
+_STEPS_BETWEEN_CHECKS = 50
+"""How many steps lie between checks of the loss on a GPU, with which reading a loss synchronises.
+On a CPU every step is checked."""
 
 
 class Callback(Protocol):
@@ -68,7 +68,8 @@ def fit(
         DataError: when something, such as a picture, cannot be read. If there is neither a record
             nor a checkpoint yet, the folder is removed.
         DivergedError: when a loss or a weight is not finite.
-        OutOfMemoryError: when a step or an evaluation needs more memory than there is.
+        OutOfMemoryError: when a step or an evaluation needs more memory than there is, or a process
+            that decodes pictures has died.
         EngineError: when PyTorch's compiler fails.
         Interrupted: when `stop` has returned a signal; in place of the errors that a signal causes.
     """
@@ -78,26 +79,24 @@ def fit(
         train_state = TrainState(run.config, run.runtime, batches)
         stack.enter_context(as_engine_error())
         stack.enter_context(as_out_of_memory_error(run, train_state))
-        _restore(run, train_state, callback)
+        journal, records = _restore(run, train_state, callback)
         callback.begin(run, train_state)
         stream = _stream(batches, train_state.step)
-        journal = on_primary(run.journal_end)
         while train_state.step < train_state.steps or train_state.metrics.images:
             record = None
             with as_interruption(run, train_state, stop):
                 if _finish_interval(run, train_state, stream, callback, stop):
                     record = _measure(train_state, batches, callback, stop)
             check_lock()
-            # No other process has written to the journal in the meantime.
-            on_primary(partial(truncate_journal, run.journal, run.id, journal))
-            if record is None:
-                _save(run, train_state)
-                raise Interrupted(run.path, train_state.step, stop() or 0)
-            if not record.is_finite:
+            if record is not None and not record.is_finite:
                 raise diverged(run, train_state.step, "an evaluation")
-            journal = on_primary(partial(append_record, run.journal, record, journal))
+            journal = on_primary(partial(_write_record, run, record, journal))
+            if record is None:
+                _save(run, train_state, journal, records)
+                raise Interrupted(run.path, train_state.step, stop() or 0)
+            records.append(record)
             train_state.metrics = IntervalMetrics()
-            _save(run, train_state)
+            _save(run, train_state, journal, records)
             callback.record(record)
             yield record
         check_lock()
@@ -113,7 +112,13 @@ def _writing(run: Run) -> Iterator[Callable[[], None]]:
         yield lambda: on_primary(lambda: checks[0]())
 
 
-def _restore(run: Run, train_state: TrainState, callback: Callback) -> None:
+def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str, list[Record]]:
+    """Load the newest checkpoint and cut the journal after it.
+
+    Returns:
+        The checksum of the journal's last line (the identity of the run if there is none), and the
+        records.
+    """
     # If several processes train, only the first needs access to the folder.
     device = run.runtime.device if ranks() == 1 else "cpu"
     state, refused = on_primary(lambda: run.checkpoints.newest(device))
@@ -121,7 +126,7 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> None:
         callback.say(f"{reason}; using the one before it")
     if state is not None:
         threads = torch.get_num_threads()
-        if run.runtime.device == "cpu" and threads != run.runtime.threads:
+        if not run.runtime.on_gpu and threads != run.runtime.threads:
             callback.say(
                 f"begun with {run.runtime.threads} threads, going on with {threads}: sums are "
                 "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
@@ -136,6 +141,7 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> None:
         on_primary(lambda: _require_begun_only(run))
     last = run.id if state is None else state["journal"]
     on_primary(lambda: truncate_journal(run.journal, run.id, last))
+    return last, on_primary(run.records)
 
 
 def _require_begun_only(run: Run) -> None:
@@ -175,10 +181,8 @@ def _finish_interval(
     stop: Callable[[], int | None],
 ) -> bool:
     """Train up to the next evaluation; returns False if a stop signal comes first."""
-    interval = run.config.evaluate_every or train_state.steps_per_epoch
-    intervals_begun = -(-train_state.step // interval) + (not train_state.metrics.images)
-    end = min(train_state.steps, intervals_begun * interval)
-    check_every = _STEPS_BETWEEN_CHECKS.get(torch.device(train_state.runtime.device).type, 1)
+    end = min(train_state.steps, train_state.begun + train_state.interval)
+    check_every = _STEPS_BETWEEN_CHECKS if train_state.runtime.on_gpu else 1
     began = time.perf_counter()
     stopping = any_rank(bool(stop()))
     while train_state.step < end and not stopping:
@@ -188,7 +192,7 @@ def _finish_interval(
         if is_due or (stop() and ranks() == 1):
             position = train_state.metrics.first_diverged(check_every)
             if position is not None:
-                step = train_state.step - len(train_state.metrics.measured) + position
+                step = train_state.begun + position
                 gates = open_blocks(train_state.gates_at(step))
                 raise diverged(run, step, f"with {gates}, the loss")
             stopping = any_rank(bool(stop()))
@@ -232,25 +236,30 @@ def _measure(
 
 def peak_memory(runtime: Runtime) -> int:
     """Peak memory in bytes: allocated on the GPU, or resident in this process on a CPU."""
-    if torch.device(runtime.device).type == "cuda":
+    if runtime.on_gpu:
         return torch.cuda.max_memory_allocated(runtime.device)
     return peak_resident()
 
 
-def _save(run: Run, train_state: TrainState) -> None:
+def _write_record(run: Run, record: Record | None, journal: str) -> str:
+    """Append a record, if there is one, to a journal that ends with the checksum `journal`.
+
+    Lines that another process has added are cut off; missing ones are an error.
+
+    Returns:
+        The checksum of its last line.
+    """
+    truncate_journal(run.journal, run.id, journal)
+    return journal if record is None else append_record(run.journal, record, journal)
+
+
+def _save(run: Run, train_state: TrainState, journal: str, records: list[Record]) -> None:
     train_state.synchronise_statistics()
     if not train_state.weights_are_finite():
         raise diverged(run, train_state.step, "a weight")
-
-    def write() -> None:
-        records = run.records()
-        run.checkpoints.save(
-            train_state.step,
-            best_record(records).step if records else None,
-            {**train_state.state_dict(), "journal": run.journal_end()},
-        )
-
-    on_primary(write)
+    best = best_record(records).step if records else None
+    state = {**train_state.state_dict(), "journal": journal}
+    on_primary(lambda: run.checkpoints.save(train_state.step, best, state))
 
 
 def _write_weights(run: Run, train_state: TrainState, callback: Callback) -> None:

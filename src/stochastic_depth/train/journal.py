@@ -155,16 +155,6 @@ def read_journal(path: Path, run_id: str) -> list[Record]:
     return records
 
 
-def last_checksum(path: Path, run_id: str) -> str:
-    """The checksum of the last complete line; `run_id` if there is no line.
-
-    Raises:
-        RunError: as `read_journal`.
-    """
-    lines = _read_lines(path, run_id)
-    return lines[-1][1] if lines else run_id
-
-
 def _read_lines(path: Path, run_id: str) -> list[tuple[bytes, str]]:
     """All complete lines and their checksums.
 

@@ -67,7 +67,6 @@ def open_batches(config: Config, runtime: Runtime) -> Batches:
         seed=config.seed,
         device=runtime.device,
         augment=config.data.augment,
-        channels_last=True,
         validation=config.data.validation,
         train=config.data.train,
         size=config.data.size,

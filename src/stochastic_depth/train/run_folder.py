@@ -30,7 +30,7 @@ from stochastic_depth.files import (
 from stochastic_depth.train import layout
 from stochastic_depth.train.checkpoint import Checkpoints
 from stochastic_depth.train.config import Config
-from stochastic_depth.train.journal import Record, last_checksum, read_journal
+from stochastic_depth.train.journal import Record, read_journal
 from stochastic_depth.train.plain_json import restore
 from stochastic_depth.train.runtime import Runtime, machine, versions
 
@@ -67,10 +67,6 @@ class Run:
     def records(self) -> list[Record]:
         """The records of the journal so far."""
         return read_journal(self.journal, self.id)
-
-    def journal_end(self) -> str:
-        """The checksum of the journal's last line; the identity of the run if there is no line."""
-        return last_checksum(self.journal, self.id)
 
     def require_data(self, fingerprint: str) -> None:
         """Refuse data that is not the data on which the run began.

@@ -37,6 +37,15 @@ class Runtime:
             f"{self.device} {self.precision}, engine {self.engine}{kernels}: {self.engine_because}"
         )
 
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
     def autocast(self) -> AbstractContextManager:
         """Computes convolutions and products in `precision`; the weights stay in float32."""
         kind = torch.device(self.device).type
@@ -44,7 +53,7 @@ class Runtime:
 
     def synchronise(self) -> None:
         """Wait until the device has finished all queued work."""
-        if torch.device(self.device).type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
 
@@ -66,6 +75,8 @@ def resolve_runtime(config: Config) -> Runtime:
         raise ConfigError(
             f"device is {device!r}, which cannot be used ({first_line(error)}): choose from {here}"
         ) from error
+    if torch.device(device).type == "cpu":
+        device = "cpu"  # PyTorch cannot load a checkpoint onto cpu:0
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16(device) else "float32"
@@ -88,7 +99,7 @@ def machine(runtime: Runtime) -> dict[str, str | int]:
         "processor": str(cpu_capabilities().get("cpu_name", platform.processor())),
         "threads": runtime.threads,
     }
-    if torch.device(runtime.device).type == "cuda":
+    if runtime.on_gpu:
         described["gpu"] = torch.cuda.get_device_name(runtime.device)
     return described
 

@@ -111,11 +111,6 @@ class ScheduleConfig:
                 words += [setting, f"{value:g}"]
         return " ".join(words)
 
-    def without_unused(self) -> "ScheduleConfig":
-        """The same schedule, with the settings that its kind does not use at their defaults."""
-        used = {setting: getattr(self, setting) for setting in SETTINGS[self.kind]}
-        return ScheduleConfig(self.kind, **used)
-
     def of(self, steps: int) -> Schedule | None:
         """The schedule for a training run of `steps` steps; None where drop rates are constant."""
         until, since, *at = (round(_in_steps(x, steps)) for x in (self.until, self.since, *self.at))

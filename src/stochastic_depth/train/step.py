@@ -1,6 +1,5 @@
 """One training step, one evaluation, and the measurements of the steps of an interval."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,25 +9,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.data import Batches
 from stochastic_depth.data.batching import Part
-from stochastic_depth.distributed import skip_closed
 from stochastic_depth.distributed.world import ranks, total
 from stochastic_depth.draw import (
     open_shares,
 )
-from stochastic_depth.handle import Handle
-from stochastic_depth.surgery import compile_blocks
 from stochastic_depth.torch_private import norms
-from stochastic_depth.train.build import block_convolutions, skippable
 from stochastic_depth.train.runtime import Runtime
-
-_OPTION = "forward_sync_buffers"
-_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
-_BUFFERS: dict[str, Any] = {_OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False}
-"""BatchNorm statistics are copied between ranks at evaluations, not in every step."""
 
 
 class Measured(NamedTuple):
@@ -74,39 +63,6 @@ def measured(loss: Tensor, gradient: Tensor) -> Measured:
     """The results of a step, from its loss and the gradient at the first convolution."""
     gradient = gradient.flatten()
     return Measured(loss, gradient.norm(), gradient.abs().mean())
-
-
-class AutogradEngine:
-    """Takes training steps by PyTorch's autograd, with or without compiled blocks."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        handle: Handle | None,
-        optimizer: torch.optim.Optimizer,
-        first_weight: nn.Parameter,
-        runtime: Runtime,
-        compiled: bool = False,
-    ) -> None:
-        self._model, self._optimizer = model, optimizer
-        self._first_weight, self._runtime = first_weight, runtime
-        self._convolutions = block_convolutions(model)
-        if compiled:
-            skippable(model)  # only blocks are compiled
-            compile_blocks(model)
-        if ranks() > 1:
-            self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, **_BUFFERS)
-            if handle is not None:
-                skip_closed(self._model)
-
-    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
-        return train_step(
-            self._model, self._optimizer, images, labels, self._first_weight, self._runtime, weight
-        )
-
-    @property
-    def block_gradients(self) -> Sequence[Tensor | None]:
-        return [weight.grad for weight in self._convolutions]
 
 
 class Evaluation(NamedTuple):

@@ -15,7 +15,6 @@ from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
     build_network,
     build_optimizer,
-    first_convolution,
     images_in,
     learning_rate,
 )
@@ -40,26 +39,30 @@ class TrainState:
         self.model, self.handle = build_network(config, runtime, batches)
         self.model.train()
         self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
-        if ranks() > 1 and self.handle is not None and config.distributed.rank_gates:
-            gates_by_rank(self.model)
+        if ranks() > 1 and self.handle is not None:
+            self.handle.parts = ranks()
+            if config.distributed.rank_gates:
+                gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
-        self.first_weight = first_convolution(self.model)
         self.step = 0
         self.metrics = IntervalMetrics()
-        interval = config.evaluate_every or batches.steps_per_epoch
-        self._sampled_every = max(1, min(10, interval // 5))
+        self.interval = config.evaluate_every or batches.steps_per_epoch
+        self._sampled_every = max(1, min(10, self.interval // 5))
 
     @cached_property
     def _engine(self) -> Engine:
         """Built at the first step: it may allocate buffers, capture graphs or compile blocks."""
         shape = (self.config.optimizer.batch, *self._batches.shape)
-        return build_engine(
-            self.model, self.handle, self.optimizer, self.first_weight, self.runtime, shape
-        )
+        return build_engine(self.model, self.handle, self.optimizer, self.runtime, shape)
 
     @property
     def epoch(self) -> float:
         return self.step / self.steps_per_epoch
+
+    @property
+    def begun(self) -> int:
+        """The step with which the current interval began."""
+        return self.step - len(self.metrics.images)
 
     @property
     def learning_rate(self) -> float:
@@ -84,7 +87,7 @@ class TrainState:
         gates, the steps of all processes are counted.
         """
         counts = torch.zeros(self.blocks + 1, dtype=torch.int64)
-        for step in self._interval():
+        for step in range(self.begun, self.step):
             counts += self.gates_at(step).sum(0).reshape(-1).bincount(minlength=self.blocks + 1)
         return total(counts) if self.config.distributed.rank_gates else counts
 
@@ -92,11 +95,8 @@ class TrainState:
         """The sum of p_l, averaged over the steps of the current interval."""
         if self.handle is None:
             return float(self.blocks)
-        return fmean(fsum(self.handle.survival_at(step)) for step in self._interval())
-
-    def _interval(self) -> range:
-        """The steps since the last evaluation."""
-        return range(self.step - len(self.metrics.images), self.step)
+        steps = range(self.begun, self.step)
+        return fmean(fsum(self.handle.survival_at(step)) for step in steps)
 
     def images_of(self, step: int) -> int:
         """The number of images in the mini-batch of a step, over all processes."""
@@ -113,7 +113,6 @@ class TrainState:
         batch = self.images_of(self.step)
         if self.handle is not None and ranks() > 1:
             self.handle.share = Shard(rank(), ranks()).slice_of(batch).start, batch
-            self.handle.parts = ranks()
         measured = self._engine.step(images, labels, len(labels) * ranks() / batch)
         self.metrics.add(measured, batch)
         if self.step % self._sampled_every == 0:

@@ -121,12 +121,14 @@ void convolve(const Source& source, Scratch<factor> taps, stored* out, double* s
   part_sums.add_up(sums);
 }
 
-// The gradient of the weight, [Out][9][inputs], from `gradient`, that of the result. `shape` describes the
-// result. For each part of the images, make_visitor(part) returns a function visit(i, padded), which is
-// called with the gradient of each image i of the part in a frame of zeros.
+// The gradient of the weight, [Out][9][inputs], from `gradient`, that of the result, which `shape`
+// describes; fused with other work on the same images. `convolve_backward` computes the gradient of the
+// input there, while an image of `gradient` is in the caches.
+// The work is visit(i, padded), which is called with the gradient of each image i in a frame of zeros. Each
+// part of the images has its own, with memory of its own: make_visitor(part) returns it.
 template <int In, int Out, int STRIDE, class Input, class Result, class MakeVisitor>
-void weight_gradient(const Input& input, const Result& gradient, float* grad_weight, int inputs,
-                     const Shape& shape, const MakeVisitor& make_visitor) {
+void fused_weight_gradient(const Input& input, const Result& gradient, float* grad_weight, int inputs,
+                           const Shape& shape, const MakeVisitor& make_visitor) {
   const int side = shape.side, width = side + 2;
   std::vector<Scratch<float>> part_gradients(shape.threads);
   in_parts(shape.n, shape.threads, [&](int part, int begin, int end) {
@@ -182,6 +184,6 @@ void convolve_backward(const Input& input, const Result& gradient, const stored*
       image_sums.end(shape.pixels(), part_sums.first(part), part_sums.second(part));
     };
   };
-  weight_gradient<In, Out, STRIDE>(input, gradient, grad_weight, In, result, make_input_gradient);
+  fused_weight_gradient<In, Out, STRIDE>(input, gradient, grad_weight, In, result, make_input_gradient);
   part_sums.add_up(sums);
 }

@@ -105,7 +105,7 @@ void convolve_stem_backward(const stored* images, const Layer* layer, const stor
   const Coefficients by = normalise_backward(layer->norm, sums, shape.rows(), 16);
   const Pictures pictures{images, channels};
   const Normalised<16> grad_y{gradient, y, by};
-  weight_gradient<FEW, 16, 1>(pictures, grad_y, layer->grad_weight, channels, shape, [&](int) {
+  fused_weight_gradient<FEW, 16, 1>(pictures, grad_y, layer->grad_weight, channels, shape, [&](int) {
     return [&](int i, const factor*) {
       pictures.fetch(shape.after(i), shape.pixels());
       grad_y.fetch(shape.after(i), shape.pixels());

@@ -80,7 +80,7 @@ struct Normalised {
   }
 };
 
-// Pictures of up to FEW channels; the why_unavailable channels are zeros.
+// Pictures of up to FEW channels; the missing channels are zeros.
 constexpr int FEW = 4;
 struct Pictures {
   static constexpr int CHANNELS = FEW;

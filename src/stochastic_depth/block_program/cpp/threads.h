@@ -18,7 +18,7 @@
 #include <system_error>
 #include <thread>
 
-constexpr int MOST_THREADS = 64;
+static_assert(MOST_THREADS <= 64, "there is one bit for each part");
 
 // Lets threads wait for a condition: they spin for a while, because sleeping and waking take as long as a
 // small part, and then release their core.

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +56,7 @@ def designs(runtime: Runtime) -> tuple[dict[str, Runtime], dict[str, str]]:
 
 
 def _obstacle(engine: EngineName, kernels: KernelsName, runtime: Runtime) -> str | None:
-    on_cpu = torch.device(runtime.device).type == "cpu"
+    on_cpu = not runtime.on_gpu
     if kernels == "native":
         if not on_cpu:
             return "they are for a CPU"
@@ -100,10 +99,9 @@ def machine_peak(runtime: Runtime, constant: Step) -> MachinePeak | None:
     Args:
         constant: a step at constant depth, by autograd, whose FLOPs are counted.
     """
-    if torch.device(runtime.device).type != "cpu" or why_unavailable() is not None:
+    if runtime.on_gpu or why_unavailable() is not None:
         return None
-    dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
-    return MachinePeak(peak(dtype, runtime.threads), step_flops(constant))
+    return MachinePeak(peak(runtime.dtype, runtime.threads), step_flops(constant))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from stochastic_depth.lab.options import GatesOptions
 from stochastic_depth.models import CifarResNet, VisionTransformer
 from stochastic_depth.randomness import generator
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train.build import build_depth
+from stochastic_depth.train.build import apply_survival
 from stochastic_depth.train.config import Config, SurvivalConfig
 from stochastic_depth.train.runtime import Runtime
 
@@ -56,7 +56,7 @@ def gating_steps(options: GatesOptions, runtime: Runtime, **arguments: Any) -> d
             if options.lora:
                 add_adapters(model, options.lora)
         example = inputs[:2] if "/" in options.network else None  # ours need none
-        build_depth(model, gatings(config)[name].survival, 0, options.repeats, example)
+        apply_survival(model, gatings(config)[name].survival, 0, options.repeats, example)
         steps[name] = training_step(model, inputs, labels, runtime)
     return steps
 

@@ -59,7 +59,7 @@ def own_seconds(averages: Iterable[FunctionEventAvg], steps: int, on_gpu: bool) 
 class TimedReplay:
     """A `Replay` that runs the work as it is, and measures how long it takes."""
 
-    keeps = False
+    is_fixed = False
 
     def __init__(self, synchronise: Callable[[], None]) -> None:
         self._synchronise = synchronise
@@ -149,7 +149,7 @@ class ProfileResult:
 def measure(options: ProfileOptions, runtime: Runtime, console: Console) -> ProfileResult:
     """Measure where the time of a step goes, by operator and by piece of the block program."""
     workload = Workload(options.batch, options.size, 3, runtime)
-    on_gpu = torch.device(runtime.device).type == "cuda"
+    on_gpu = runtime.on_gpu
     by_operator = operators(workload.step(CifarResNet(options.depth)), 3, on_gpu)
     if runtime.engine != "program":
         return ProfileResult(by_operator, None)

@@ -46,7 +46,7 @@ def clock(runtime: Runtime) -> Callable[[], float]:
 
     Other programs on the machine then do not count, except through shared caches.
     """
-    alone = runtime.threads == 1 and runtime.device == "cpu"
+    alone = runtime.threads == 1 and not runtime.on_gpu
     return time.process_time if alone else time.perf_counter
 
 

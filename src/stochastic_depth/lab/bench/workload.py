@@ -18,7 +18,7 @@ from stochastic_depth.models.published import published
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply
 from stochastic_depth.survival import Survival
-from stochastic_depth.train.build import build_optimizer, first_convolution
+from stochastic_depth.train.build import build_optimizer
 from stochastic_depth.train.config import OptimizerConfig
 from stochastic_depth.train.engines import ProgramEngine, build_engine
 from stochastic_depth.train.runtime import Runtime
@@ -104,7 +104,6 @@ class EngineStep:
             model,
             handle,
             build_optimizer(OptimizerConfig(), model),
-            first_convolution(model),
             runtime,
             tuple(images.shape),
         )
@@ -180,7 +179,7 @@ def saved_for_backward(step: Step) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, give_back):
         result = step()  # the result keeps its graph alive
     if isinstance(step, EngineStep) and isinstance(step.engine, ProgramEngine):
-        return step.engine.kept  # autograd sees only its head
+        return step.engine.bytes_saved  # autograd sees only its head
     waiting = found[0] if found else total()
     del result
     return waiting

@@ -24,7 +24,7 @@ from stochastic_depth.files import (
 )
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config, Record, layout, open_run
-from stochastic_depth.train.build import build_depth, build_model
+from stochastic_depth.train.build import apply_survival, build_model
 from stochastic_depth.train.engine_choice import on_one_engine
 
 
@@ -105,7 +105,7 @@ class Grid:
             with torch.device("meta"):
                 model = build_model(replace(config.model, depth=depth), 3, 10, 0)
             if self.rules != ("constant",):
-                build_depth(model, replace(config.survival, rule="linear"), 0, 1)
+                apply_survival(model, replace(config.survival, rule="linear"), 0, 1)
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(values) for name, values in asdict(self).items() if values}

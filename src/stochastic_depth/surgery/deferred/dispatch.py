@@ -29,17 +29,16 @@ from stochastic_depth.surgery.deferred.gates import (
 )
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
-    Leaf,
     Node,
     Placeholder,
     Reason,
     Tape,
     because,
+    is_over,
     lacks_samples,
     operands,
     value,
     with_values,
-    without_ended,
 )
 from stochastic_depth.surgery.deferred.shapes import (
     SHAPES,
@@ -49,7 +48,7 @@ from stochastic_depth.surgery.deferred.shapes import (
     shapes_of_tensor,
 )
 from stochastic_depth.surgery.frames import CallSite, call_site_of
-from stochastic_depth.tensors import replace_tensors, tensors_in
+from stochastic_depth.tensors import map_structure, replace_tensors, tensors_in
 from stochastic_depth.torch_private import subclass_of, tree_unflatten
 
 LAZY = {"T", "mT", "H", "mH", "real", "imag", "data"}
@@ -65,6 +64,9 @@ depends on the values."""
 IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod and or xor pow".split()}
 IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__", "__imatmul__"}
 """Functions that change their first argument, in addition to those whose names end with "_"."""
+RESHAPES = {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_"}
+RESHAPES |= {"resize_as_", "as_strided_", "set_"}
+"""Functions that change the shape of their first argument, and not only its values."""
 SEVERAL = {"chunk", "split", "unbind", "split_with_sizes", "tensor_split", "topk", "sort", "max"}
 SEVERAL |= {"min", "median", "mode", "kthvalue", "cummax", "cummin", "std_mean", "var_mean", "qr"}
 SEVERAL |= {"svd", "eigh", "eig", "lu", "aminmax", "broadcast_tensors", "meshgrid", "frexp"}
@@ -87,9 +89,7 @@ class _Dispatching(Placeholder):
     """The class of every placeholder; it answers PyTorch's functions."""
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__":
@@ -100,9 +100,10 @@ class _Dispatching(Placeholder):
                 name = "item"  # for example `grad`, which needs the tensor itself
         if name in SHAPES:
             return answer_from_shape(func, args, kwargs)
-        found, computed = operands((args, kwargs) if kwargs else args)
-        if any(p._node.tape.is_over for p in found):
-            args, kwargs = without_ended(args, kwargs)
+        needs = operands((args, kwargs) if kwargs else args)
+        found = needs[0]
+        if any(map(is_over, found)):
+            args, kwargs = with_values((args, kwargs), is_over)
             return func(*args, **kwargs)
         additions = additions_of(found)
         if name in ADDITIONS and additions:
@@ -113,18 +114,18 @@ class _Dispatching(Placeholder):
                 return add(addition, addition.sites[site], func, name, args, kwargs)
         if name in ASKS or name == "__set__" or not additions:
             with because(Reason(f"the values of its output are needed ({name})")):
-                args, kwargs = with_values(args, kwargs)
+                args, kwargs = with_values((args, kwargs))
             return func(*args, **kwargs)
         in_place = name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
         if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
             return _change(func, additions, found, args, kwargs, _caller())
         if all(p._node.done for p in found) and not any(map(lacks_samples, found)):
-            args, kwargs = selected_values(args, kwargs, additions, _caller)
+            args, kwargs = selected_values((args, kwargs), additions, _caller)
             return mark_as_branch(found[0]._node.tape, additions, func(*args, **kwargs))
-        node = Node(found[0]._node.tape, additions, func, args, kwargs, computed)
+        node = Node(found[0]._node.tape, additions, func, args, kwargs, needs)
         if name in SEVERAL or name == "":
             return defer_call(node)
-        return _placeholder(node, -1)
+        return _placeholder(node, 0)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(value(self))
@@ -142,44 +143,44 @@ def defer_call(node: Node, gives_tensor: bool = False) -> Any:
         shapes = shapes_of(node)
     except Exception:
         if gives_tensor:
-            return _placeholder(node, -1)
+            return _placeholder(node, 0)
         with because(_HIDDEN):
             return mark_as_branch(node.tape, node.additions, node.result())
     return defer_call_as(node, shapes.leaves, shapes.structure)
 
 
 def defer_call_as(node: Node, leaves: list[Any], structure: Any) -> Any:
-    """`defer_call` with a known structure: `leaves` has True in place of tensors."""
-    are_tensors = [leaf is True or isinstance(leaf, Tensor) for leaf in leaves]
-    if are_tensors == [True] and structure.num_nodes == 1:
-        return _placeholder(node, -1)
+    """`defer_call` with a known structure; `leaves` has any tensors in place of the results."""
+    if structure.num_nodes == 1 and isinstance(leaves[0], Tensor):
+        return _placeholder(node, 0)
+    tensors: list[Any] = [leaf for leaf in leaves if leaf is not None]
+    if not all(isinstance(leaf, Tensor) for leaf in tensors):
+        tensors = tensors_in(leaves)
+    node.results = len(tensors)
+    numbers = {id(tensor): n for n, tensor in enumerate(tensors)}
+
+    def placeholder(tensor: Tensor) -> Placeholder:
+        return _placeholder(node, numbers[id(tensor)])
+
     made = [
-        _placeholder(node, n) if is_tensor else _in_object(node, n, leaf)
-        for n, (leaf, is_tensor) in enumerate(zip(leaves, are_tensors, strict=True))
+        placeholder(leaf) if isinstance(leaf, Tensor) else replace_tensors(leaf, placeholder)
+        for leaf in leaves
     ]
     return tree_unflatten(made, structure)
-
-
-def _in_object(node: Node, number: int, leaf: Any) -> Any:
-    """A leaf that is no tensor, with placeholders in place of the tensors in it."""
-    inside = {id(tensor): n for n, tensor in enumerate(tensors_in(leaf))}
-    if not inside:
-        return leaf
-    return replace_tensors(leaf, lambda tensor: _placeholder(node, (number, inside[id(tensor)])))
 
 
 def mark_as_branch(tape: Tape, additions: tuple[GatedAddition, ...], result: Any) -> Any:
     """A computed `result`, with its tensors marked as belonging to the branches of `additions`."""
     if isinstance(result, Tensor):
-        return _placeholder(Node.finished(tape, additions, result), -1)
+        return _placeholder(Node.finished(tape, additions, result), 0)
     if isinstance(result, tuple | list | dict) or dataclasses.is_dataclass(result):
         return replace_tensors(result, lambda tensor: mark_as_branch(tape, additions, tensor))
     return result
 
 
-def _placeholder(node: Node, leaf: Leaf) -> Placeholder:
+def _placeholder(node: Node, number: int) -> Placeholder:
     made = subclass_of(_Dispatching, _NOTHING)
-    made._node, made._leaf = node, leaf
+    made._node, made._number = node, number
     return made
 
 
@@ -197,19 +198,19 @@ def _change(
     """
     target = kwargs.get("out") if kwargs.get("out") is not None else args[0]
     if not isinstance(target, Placeholder) or all(p._node.done for p in found):
-        new_args, new_kwargs = selected_values(args, kwargs, additions, lambda: site)
+        new_args, new_kwargs = selected_values((args, kwargs), additions, lambda: site)
         result = func(*new_args, **new_kwargs)
         return target if result is not None else None
-    before = _placeholder(target._node, target._leaf)
-    args = tuple(before if arg is target else arg for arg in args)
-    kwargs = {name: before if arg is target else arg for name, arg in kwargs.items()}
-    node = Node(target._node.tape, additions, func, args, kwargs, operands((args, kwargs))[1])
+    before = _placeholder(target._node, target._number)
+    args, kwargs = map_structure(lambda t, _: before if t is target else t, (args, kwargs))
+    node = Node(target._node.tape, additions, func, args, kwargs, operands((args, kwargs)))
     if func.__name__ == "__setitem__":  # which returns None
         node.function = _set_item
-    node.shapes = shapes_of_tensor(before)
+    if func.__name__ not in RESHAPES:
+        node.shapes = shapes_of_tensor(before)
     node.tape.in_place.append(node)
     node.tape.changes_computed |= target._node.done
-    target._node, target._leaf = node, -1
+    target._node, target._number = node, 0
     return target
 
 

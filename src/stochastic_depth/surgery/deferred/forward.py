@@ -17,6 +17,7 @@ from functools import cached_property, wraps
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stochastic_depth.errors import (
@@ -27,18 +28,20 @@ from stochastic_depth.errors import (
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.module_snapshot import ModuleSnapshot
 from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
-from stochastic_depth.surgery.deferred.gates import select_inputs
+from stochastic_depth.surgery.deferred.gates import selected_values
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
     Node,
     Placeholder,
     Tape,
+    is_known,
     operands,
-    resolved,
     set_tape,
     tape_of_pass,
+    with_values,
 )
 from stochastic_depth.surgery.edits import NOT_REACHED, BranchCalls, DeferredEdit
+from stochastic_depth.tensors import ATOMS
 from stochastic_depth.torch_private import (
     call_of,
     never_traced,
@@ -144,7 +147,7 @@ def deferring_forward(
                     output = forward(self, *args, **kwargs)
                 session.require_additions_reached()
                 session.refuse_recomputed()
-                return resolved(output, everything=tape is None and is_entry)
+                return with_values(output, None if tape is None and is_entry else is_known)
             finally:
                 set_tape(tape)
                 if tape is None:
@@ -323,43 +326,51 @@ class _Interceptor:
         additions = self.session.gated(mine)
         if not additions:
             return self.forward(*args, **kwargs)
+        is_open = True
         for addition in additions:
             addition.deferred += 1
-        if not all(addition.gate.open for addition in additions):
+            is_open = is_open and addition.gate.open
+        if not is_open:
             return self.defer_call(additions, args, kwargs)
-        owner, gate = additions[0].owner, additions[0].gate
+        gate = additions[0].gate
         alike = all(addition.gate.samples is gate.samples for addition in additions)
         if gate.samples is not None and alike and len(additions) == len(mine):
             key = deferred.name, self.called
-            args, kwargs = select_inputs(owner, gate, frozenset(additions), (args, kwargs), key)
-        args, kwargs = resolved(args), resolved(kwargs) if kwargs else kwargs
+            args, kwargs = selected_values((args, kwargs), additions, lambda: key)
+        else:
+            args, kwargs = with_values((args, kwargs))
         return mark_as_branch(self.tape, additions, self.forward(*args, **kwargs))
 
     def defer_call(
         self, additions: tuple[GatedAddition, ...], args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         deferred = self.deferred
-        reads = operands((args, kwargs) if kwargs else args)[1]
-        node = Node(self.tape, additions, self.forward, args, kwargs, reads, deferred.module)
+        needs = operands((args, kwargs) if kwargs else args)
+        node = Node(self.tape, additions, self.forward, args, kwargs, needs, deferred.module)
         structures = self.session.plan.structures
-        key = deferred.name, deferred.module.training, _form(args), _form(kwargs)
+        key = deferred.name, node.settings, _form(args), _form(kwargs) if kwargs else ()
         known = structures.get(key)
         if known is None:
             made = defer_call(node, deferred.gives_tensor)
             leaves, structure = tree_flatten(made)
             free = all(isinstance(leaf, Tensor) or leaf is None for leaf in leaves)
             if free and not node.done:
-                structures[key] = [isinstance(leaf, Tensor) or None for leaf in leaves], structure
+                if len(structures) > 1000:
+                    structures.clear()
+                like = [None if leaf is None else torch.empty(0) for leaf in leaves]
+                structures[key] = like, structure
             return made
         return defer_call_as(node, *known)
 
 
 def _form(values: Any) -> Any:
     """A key that is equal for arguments that differ only in their tensors."""
+    if type(values) in ATOMS:
+        return values
     if isinstance(values, Tensor):
         return values.ndim if not isinstance(values, Placeholder) else Tensor
     if isinstance(values, tuple | list):
         return tuple(map(_form, values))
     if isinstance(values, Mapping):
         return tuple((name, _form(each)) for name, each in values.items())
-    return values if isinstance(values, bool | int | float | str | None) else type(values)
+    return type(values)

@@ -10,17 +10,15 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stochastic_depth.errors import GateError
-from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.addition_functions import ADD_IN_PLACE, scales_second
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
     Node,
     Placeholder,
     operands,
-    resolved,
     value,
     with_values,
 )
@@ -56,7 +54,7 @@ def _adds_branch(addition: GatedAddition, side: int, args: tuple[Any, ...]) -> b
     if len(args) < 2 or not isinstance(args[side], Tensor):
         return False
     shortcut = args[side]
-    others = [arg for n, arg in enumerate(args) if n != side]
+    others = (arg for n, arg in enumerate(args) if n != side)
     own = isinstance(shortcut, Placeholder) and addition in shortcut._node.additions
     return not own and any(addition in p._node.additions for p in operands(others)[0])
 
@@ -81,7 +79,7 @@ def add(
     shortcut, target = args[side], args[0]
     changes = name in ADD_IN_PLACE
     if addition.gate.open:
-        shortcut = resolved(shortcut)
+        shortcut = with_values(shortcut)
         new = [shortcut if n == side else arg for n, arg in enumerate(args)]
         gate = addition.gate
         for n, operand in enumerate(new):
@@ -99,8 +97,8 @@ def add(
         copies = addition.copies or changes
         result = shortcut.clone() if copies else shortcut
     if changes and isinstance(target, Placeholder):  # from now on it stands for this sum
-        target._node = Node.finished(target._node.tape, (), resolved(result))
-        target._leaf = -1
+        target._node = Node.finished(target._node.tape, (), with_values(result))
+        target._number = 0
     if addition.reached >= len(addition.sites):
         addition.is_over = True
     return result
@@ -117,42 +115,25 @@ def _checkpoints_around(addition: GatedAddition) -> Iterator[Callable[[], bool]]
 
 
 def selected_values(
-    args: Any,
-    kwargs: Mapping[str, Any],
-    additions: tuple[GatedAddition, ...],
-    site: Callable[[], CallSite],
-) -> tuple[Any, Mapping[str, Any]]:
+    values: Any, additions: tuple[GatedAddition, ...], site: Callable[[], Hashable]
+) -> Any:
     """As `with_values`; under a gate for single samples, with the drawn samples only.
 
-    Args:
-        site: returns the call site; called only under such a gate.
-    """
-    for addition in additions:
-        if addition.gate.samples is not None:
-            args, kwargs = select_inputs(
-                addition.owner, addition.gate, frozenset(additions), (args, kwargs), site()
-            )
-            break
-    return with_values(args, kwargs)
-
-
-def select_inputs(
-    owner: nn.Module, gate: Gate, additions: frozenset[GatedAddition], values: Any, key: Hashable
-) -> Any:
-    """`values`, with the drawn samples of every tensor from outside the branches of `additions`.
+    They are selected from every tensor from outside the branches of `additions`.
 
     Args:
-        owner: the module whose code adds.
-        key: identifies the position in the code.
+        site: returns what identifies the position in the code; called only under such a gate.
     """
-    if gate.samples is None:
-        return values
+    drawn = next((each for each in additions if each.gate.samples is not None), None)
+    if drawn is None:
+        return with_values(values)
+    own = frozenset(additions)
 
-    def select(leaf: Any, key: Hashable) -> Any:
-        if isinstance(leaf, Placeholder):
-            if not additions.isdisjoint(leaf._node.additions):
-                return leaf
-            leaf = value(leaf)
-        return select_drawn(owner, gate, leaf, key)
+    def select(tensor: Tensor, key: Hashable) -> Tensor:
+        if isinstance(tensor, Placeholder):
+            if not own.isdisjoint(tensor._node.additions):
+                return value(tensor)
+            tensor = value(tensor)
+        return select_drawn(drawn.owner, drawn.gate, tensor, key)
 
-    return map_structure(select, values, key)
+    return map_structure(select, values, site(), objects=2)

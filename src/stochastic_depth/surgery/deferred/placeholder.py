@@ -2,8 +2,8 @@
 
 While a block is closed, a call that only its branch needs is not made. A `Node` stores the call
 with its arguments. A `Placeholder` stands for a tensor in the result. A `Tape` keeps the nodes of a
-forward pass in program order. `value` and `resolved` return the tensors themselves: they make the
-call, under the gradient mode and autocast in which the model asked for it.
+forward pass in program order. `value` and `with_values` return the tensors themselves: they make
+the call, under the gradient mode and autocast in which the model asked for it.
 
 A placeholder may also stand for a tensor that is already computed, so that the residual addition
 recognises its branch. A `GatedAddition` is one addition during one call of the module that adds.
@@ -24,11 +24,14 @@ from torch import Tensor, nn
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.frames import CallSite
-from stochastic_depth.tensors import tensors_in
-from stochastic_depth.torch_private import changes_of, tree_flatten, tree_unflatten
+from stochastic_depth.tensors import ATOMS, map_structure, tensors_in
+from stochastic_depth.torch_private import changes_of
 
-ATOMS = {type(None), bool, int, float, str, torch.dtype, torch.device}
-"""Types of values that contain no tensors."""
+_SHAPELESS = {nn.Sequential, nn.ModuleList, nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm}
+_SHAPELESS |= {nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU}
+_SHAPELESS |= {nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Softmax, nn.Mish}
+"""Classes whose plain attributes say nothing about the shape of the result, though they may change
+in each step as dropout rates do."""
 _local = threading.local()
 
 
@@ -158,7 +161,7 @@ class Node:
 
     Args:
         additions: the residual additions to whose branches the call belongs.
-        reads: the computed tensors among the arguments.
+        needs: the placeholders, and the computed tensors, among the arguments (`operands`).
         module: the module that is called, if it is one; `function` is then its forward pass.
     """
 
@@ -171,8 +174,13 @@ class Node:
         "function",
         "kwargs",
         "module",
+        "needs_grad",
+        "placeholders",
+        "results",
+        "settings",
         "shapes",
         "tape",
+        "tensors",
         "value",
         "versions",
     )
@@ -184,17 +192,24 @@ class Node:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        reads: list[Tensor],
+        needs: "tuple[list[Placeholder], list[Tensor]]",
         module: nn.Module | None = None,
     ) -> None:
         self.tape, self.additions, self.function, self.module = tape, additions, function, module
         self.args, self.kwargs = args, kwargs
+        self.placeholders, computed = needs
         self.done, self.value = False, None
         self.shapes: Any = None
         """The shapes of the result, once `shapes_of` has inferred them."""
+        self.needs_grad: bool | None = None
+        """Whether autograd would track the result, once `requires_grad` has found out."""
+        self.results = 1
+        """How many tensors the result has."""
+        self.settings = () if module is None else _settings(module)
+        """The plain attributes of the module: its result may depend on them."""
         self.context = _context()
         """The gradient mode and autocast in which the model asked for the call."""
-        self.versions = _versions(reads)
+        self.versions = _versions(computed)
         """The tensors that it reads, each with the number of its changes in place so far."""
         tape.nodes.append(weakref.ref(self))
 
@@ -206,28 +221,58 @@ class Node:
         return self.run()
 
     def run(self) -> Any:
-        """As `result`, regardless of other calls on the tape."""
+        """As `result`, regardless of other calls on the tape that it does not need."""
         if not self.done:
-            for tensor, version in self.versions:
-                if changes_of(tensor) != version:
-                    raise GateError(
-                        f"the output of {_name(self)} in a closed branch is read only now, but its "
-                        f"input (shape {list(tensor.shape)}) was modified in place since, e.g. by "
-                        "optimizer.step(). Read it earlier, or exclude= the block"
-                    )
-            args, kwargs = with_values(self.args, self.kwargs)
-            with under(self.context):
-                self.value = self.function(*args, **kwargs)
-            self.done = True
-            del self.args, self.kwargs, self.versions
+            for node in in_order(self, lambda node: node.done):
+                if node is self:
+                    node._make()
+                else:
+                    node.result()
         return self.value
+
+    def _make(self) -> None:
+        """Make the call, all of whose arguments are known."""
+        for tensor, version in self.versions:
+            if changes_of(tensor) != version:
+                raise GateError(
+                    f"the output of {_name(self)} in a closed branch is read only now, but its "
+                    f"input (shape {list(tensor.shape)}) was modified in place since, e.g. by "
+                    "optimizer.step(). Read it earlier, or exclude= the block"
+                )
+        args, kwargs = with_values((self.args, self.kwargs))
+        with under(self.context):
+            self.value = self.function(*args, **kwargs)
+        self.done, self.tensors = True, tensors_in(self.value)
+        del self.args, self.kwargs, self.placeholders, self.versions
 
     @classmethod
     def finished(cls, tape: Tape, additions: tuple[GatedAddition, ...], tensor: Tensor) -> "Node":
         """A node for a tensor that is already computed; it is not put on the tape."""
         node = cls.__new__(cls)
         node.tape, node.additions, node.done, node.value = tape, additions, True, tensor
+        node.results, node.tensors = 1, [tensor]
         return node
+
+
+def in_order(node: Node, is_ready: Callable[[Node], bool]) -> Iterator[Node]:
+    """`node` and the calls that it needs, each after those that it needs itself.
+
+    Chains of calls are too long for recursion.
+
+    Args:
+        is_ready: whether nothing is to be done for a call. The caller makes each one ready before
+            it takes the next.
+    """
+    pending = [node]
+    while pending:
+        node = pending[-1]
+        if is_ready(node):  # or it was needed twice
+            pending.pop()
+            continue
+        if needed := [p._node for p in node.placeholders if not is_ready(p._node)]:
+            pending += needed
+        else:
+            yield pending.pop()
 
 
 class Placeholder(Tensor):
@@ -238,36 +283,25 @@ class Placeholder(Tensor):
 
     is_deferred = True
     _node: Node
-    _leaf: "Leaf"
-
-
-Leaf = int | tuple[int, int]
-"""The position of a tensor in the result of a call: its number among the leaves of the result; or
-the number of a leaf that is an object, and the number in it; -1 if the result is a tensor."""
-
-
-def at_leaf(result: Any, leaf: Leaf) -> Any:
-    """The tensor at the position `leaf` of a result."""
-    if leaf == -1:
-        return result
-    if isinstance(leaf, tuple):
-        return tensors_in(tree_flatten(result)[0][leaf[0]])[leaf[1]]
-    return tree_flatten(result)[0][leaf]
+    _number: int
+    """Which of `tensors_in` the result of the call it is."""
 
 
 def value(placeholder: Placeholder) -> Tensor:
     """The tensor that `placeholder` stands for, computed now if it was not before."""
-    result = at_leaf(placeholder._node.result(), placeholder._leaf)
+    node = placeholder._node
+    node.result()
+    if len(node.tensors) != node.results:
+        raise GateError(
+            f"{_name(node)} in a closed branch returned {len(node.tensors)} tensors where "
+            f"{node.results} were expected: exclude= the block"
+        )
+    result = node.tensors[placeholder._number]
     if isinstance(result, Placeholder):  # of a function that was given one within an object
         result = value(result)
-    if not isinstance(result, Tensor):
-        raise GateError(
-            f"{_name(placeholder._node)} in a closed branch returned {type(result).__name__} where "
-            "a tensor was expected: exclude= the block"
-        )
     if lacks_samples(placeholder, result):
         raise GateError(
-            f"block {placeholder._node.additions[0].name!r} ran on some of the samples only, but a "
+            f"block {node.additions[0].name!r} ran on some of the samples only, but a "
             f"value of its branch (shape {list(result.shape)}) is used outside of it, unlike on "
             "the example: give sd.apply an example that takes this path, or exclude= the block"
         )
@@ -283,53 +317,35 @@ def lacks_samples(placeholder: Placeholder, computed: Tensor | None = None) -> b
     for addition in placeholder._node.additions:
         samples = addition.gate.samples
         if addition.is_over and samples is not None and len(samples) != addition.gate.batch:
-            tensor = computed
-            if tensor is None:
-                tensor = at_leaf(placeholder._node.value, placeholder._leaf)
-            return isinstance(tensor, Tensor) and tensor.shape[:1] == (len(samples),)
+            if computed is None:
+                computed = placeholder._node.tensors[placeholder._number]
+            return computed.shape[:1] == (len(samples),)
     return False
 
 
-def resolved(output: Any, everything: bool = True) -> Any:
-    """`output`, with tensors in place of placeholders.
+def with_values(values: Any, which: Callable[[Placeholder], bool] | None = None) -> Any:
+    """`values`, with tensors in place of placeholders.
 
     Args:
-        everything: whether to make deferred calls; otherwise their placeholders stay.
+        which: which placeholders; by default all. Deferred calls that these need are made.
     """
 
-    def real(leaf: Any) -> Any:
-        if not isinstance(leaf, Placeholder):
-            return leaf
-        ready = everything or (leaf._node.done and not lacks_samples(leaf))
-        return value(leaf) if ready else leaf
+    def real(tensor: Tensor, _: Any) -> Tensor:
+        if isinstance(tensor, Placeholder) and (which is None or which(tensor)):
+            return value(tensor)
+        return tensor
 
-    if isinstance(output, Tensor):
-        return real(output)
-    if type(output) is tuple and all(isinstance(e, Tensor) or type(e) in ATOMS for e in output):
-        return tuple(map(real, output))
-    leaves, structure = tree_flatten(output)
-    if not any(isinstance(leaf, Placeholder) for leaf in leaves):
-        return output
-    return tree_unflatten(list(map(real, leaves)), structure)
+    return map_structure(real, values)
 
 
-def with_values(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """Arguments, with tensors in place of placeholders."""
-    return mapped(_real, args), mapped(_real, kwargs) if kwargs else kwargs
+def is_known(placeholder: Placeholder) -> bool:
+    """Whether its value is computed already, for all samples."""
+    return placeholder._node.done and not lacks_samples(placeholder)
 
 
-def _real(leaf: Any) -> Any:
-    return value(leaf) if isinstance(leaf, Placeholder) else leaf
-
-
-def without_ended(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """Arguments, with tensors in place of placeholders of forward passes that have ended."""
-
-    def real(leaf: Any) -> Any:
-        ended = isinstance(leaf, Placeholder) and leaf._node.tape.is_over
-        return value(leaf) if ended else leaf
-
-    return mapped(real, args), mapped(real, kwargs)
+def is_over(placeholder: Placeholder) -> bool:
+    """Whether the forward pass that it is of has ended."""
+    return placeholder._node.tape.is_over
 
 
 def operands(values: Iterable[Any]) -> tuple[list[Placeholder], list[Tensor]]:
@@ -356,27 +372,20 @@ def _sort(values: Iterable[Any], found: list[Placeholder], computed: list[Tensor
             _sort((each.start, each.stop, each.step), found, computed)
 
 
-def mapped(function: Callable[[Any], Any], values: Any) -> Any:
-    """`values`, with `function` applied to each tensor and module in it.
-
-    It looks into tuples, lists, dicts and slices. A tuple or list in which nothing changes is
-    returned itself, because its owner may append to it.
-    """
-    kind = type(values)
-    if kind in ATOMS:
-        return values
-    if isinstance(values, (Tensor, nn.Module)):
-        return function(values)
-    if kind is dict:
-        return {name: mapped(function, each) for name, each in values.items()}
-    if kind is slice:
-        return slice(*mapped(function, (values.start, values.stop, values.step)))
-    named = kind is not tuple and isinstance(values, tuple) and hasattr(values, "_fields")
-    if kind is tuple or kind is list or named:
-        parts = [each if type(each) in ATOMS else mapped(function, each) for each in values]
-        if any(new is not old for new, old in zip(parts, values, strict=True)):
-            return kind(*parts) if named else kind(parts)
-    return values
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """The plain attributes of a module and of all modules in it, on which the shape of its result
+    may depend; their modes are among them."""
+    found: list[Any] = []
+    modules = [module]
+    for each in modules:
+        own = each.__dict__
+        for held in own.values() if each.__class__ not in _SHAPELESS else ():
+            kind = type(held)
+            if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, held))):
+                found.append(held)
+        if own["_modules"]:
+            modules += [child for child in own["_modules"].values() if child is not None]
+    return tuple(found)
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
@@ -392,14 +401,12 @@ def _name(node: Node) -> str:
 
 
 def _context() -> tuple[Any, ...]:
-    """The current gradient mode and autocast."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_autocast_dtype("cpu"),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
-    )
+    """The current gradient mode, and the dtype of autocast on each device, or False."""
+    return torch.is_grad_enabled(), _autocast("cpu"), _autocast("cuda")
+
+
+def _autocast(device: str) -> torch.dtype | bool:
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
 
 
 @contextmanager
@@ -416,7 +423,8 @@ def under(context: tuple[Any, ...], grad: bool = True) -> Iterator[None]:
         if grad:
             entered.enter_context(torch.set_grad_enabled(context[0]))
             context = context[1:]
-        for device, enabled, dtype in (("cpu", *context[:2]), ("cuda", *context[2:])):
-            if enabled != torch.is_autocast_enabled(device):
-                entered.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        for device, dtype in zip(("cpu", "cuda"), context, strict=True):
+            if dtype != _autocast(device):
+                on = torch.autocast(device, dtype=dtype or None, enabled=bool(dtype))
+                entered.enter_context(on)
         yield

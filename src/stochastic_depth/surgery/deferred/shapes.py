@@ -2,8 +2,9 @@
 
 A deferred call is made on fake tensors, which have a shape and no values. In place of a module, a
 copy is called that has fake tensors too, no hooks, and containers of its own, so that nothing which
-its forward method changes is that of the module. Results are cached by module or function and by
-the shapes of the arguments.
+its forward method changes is that of the module. Results are cached by module or function, by the
+shapes of the arguments, by the plain attributes of the module, and by the values of small tensors
+if they were asked for.
 """
 
 import copy
@@ -16,15 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.surgery.deferred.placeholder import (
-    ATOMS,
-    Leaf,
     Node,
     Placeholder,
     Reason,
     because,
-    operands,
+    in_order,
     under,
     value,
     with_values,
@@ -35,7 +35,7 @@ from stochastic_depth.surgery.example import (
     is_object,
     preserved_randomness,
 )
-from stochastic_depth.tensors import tensors_in
+from stochastic_depth.tensors import ATOMS, attributes, tensors_in
 from stochastic_depth.torch_private import FakeTensorMode, no_modes, set_call, tree_flatten
 
 SHAPES = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex"}
@@ -46,6 +46,8 @@ SHAPES |= {"is_mkldnn", "is_sparse_csr", "is_same_size", "is_inference", "is_con
 """Methods and attributes that can be answered from the shape and the dtype."""
 _UNKNOWN: Any = object()
 """Cached in place of shapes that cannot be inferred."""
+_BY_VALUES: Any = object()
+"""Cached in place of shapes that depend on the values of small tensors."""
 _MODULES: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _FUNCTIONS: dict[Any, dict[Any, Any]] = {}
 _FEW = 64
@@ -67,65 +69,98 @@ class Shapes:
     Attributes:
         leaves: its leaves, with fake tensors in place of tensors.
         structure: how they are nested.
-        signatures: the `_signature` of each leaf, with which shapes are looked up.
+        tensors: the fake tensors in it.
+        signatures: the `_signature` of each, with which shapes are looked up.
     """
 
     leaves: list[Any]
     structure: Any
+    tensors: list[Tensor]
     signatures: list[Any]
 
     @classmethod
     def of(cls, result: Any) -> "Shapes":
         """The shapes of `result`, whose tensors are fake."""
         leaves, structure = tree_flatten(result)
-        return cls(leaves, structure, [_signature(leaf) for leaf in leaves])
-
-    def fake(self, leaf: Leaf) -> Any:
-        """The fake tensor at a position of the result."""
-        if isinstance(leaf, tuple):
-            return tensors_in(self.leaves[leaf[0]])[leaf[1]]
-        return self.leaves[max(0, leaf)]
-
-    def signature(self, leaf: Leaf) -> Any:
-        """The `_signature` of the tensor at a position of the result."""
-        if isinstance(leaf, tuple):
-            return _signature(self.fake(leaf))
-        return self.signatures[max(0, leaf)]
+        tensors = tensors_in(result)
+        return cls(leaves, structure, tensors, [_signature(tensor) for tensor in tensors])
 
 
 def shapes_of(node: Node) -> Shapes:
     """The shapes of the result of `node`.
 
     Raises:
-        Exception: of any class, when they cannot be inferred.
+        TypeError: when they cannot be inferred.
     """
-    if node.shapes is None:
-        key = (_signature(node.args), _signature(node.kwargs), node.context)
-        if node.module is not None:
-            known = _MODULES.setdefault(node.module, {})
-            key = (node.module.training, *key)
-        else:
-            known = _FUNCTIONS.setdefault(node.function, {})
-        if key not in known:
-            if len(known) > 1000:
-                known.clear()
-            known[key] = _infer(node)
-        node.shapes = known[key]
+    for each in in_order(node, lambda node: node.done or node.shapes is not None):
+        try:
+            each.shapes = _look_up(each)
+        except Exception:
+            each.shapes = _UNKNOWN
     if node.shapes is _UNKNOWN:
         raise TypeError("not known without computing it")
     return node.shapes
 
 
-def _infer(node: Node) -> Any:
+def _look_up(node: Node) -> Any:
+    module = node.module
+    key: Any = (_signature(node.args), _signature(node.kwargs), node.context)
+    if module is None:
+        known = _FUNCTIONS.setdefault(node.function, {})
+    else:
+        known = _MODULES.setdefault(module, {})
+        key = (node.settings, *key)
+    shapes = known.get(key)
+    if shapes is _BY_VALUES:
+        key = key, _values(node)
+        shapes = known.get(key)
+    if shapes is None:
+        if len(known) > 1000:
+            known.clear()
+        shapes, by_values = _infer(node)
+        if by_values:
+            known[key] = _BY_VALUES
+            key = key, _values(node)
+        known[key] = shapes
+    return shapes
+
+
+def _infer(node: Node) -> tuple[Any, bool]:
+    """The shapes of the result of `node`, and whether they depend on values of tensors."""
+    asks = _Asks()
     try:
         with _one_thread, preserved_randomness(node.module or nn.Identity()):
             twin = _Twins().of
             args, kwargs = twin(node.args), twin(node.kwargs)
             function = node.function if node.module is None else twin(node.module)
             with no_modes(), _fake_tensors(), torch.no_grad(), under(node.context[1:], grad=False):
-                return Shapes.of(function(*args, **kwargs))
+                with asks:
+                    result = function(*args, **kwargs)
+                return Shapes.of(result), asks.values
     except Exception:
-        return _UNKNOWN
+        return _UNKNOWN, asks.values
+
+
+class _Asks(TorchFunctionMode):
+    """While entered, notices who asks for the values of a tensor."""
+
+    values = False
+    """Whether anyone has asked."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in {"numpy", "__array__"}:
+            raise TypeError("NumPy cannot read fake tensors")
+        self.values |= name == "tolist"
+        return func(*args, **(kwargs or {}))
+
+
+def _values(node: Node) -> str:
+    """The values of the small tensors that a call may read."""
+    of_module = (list(node.module.parameters()), list(node.module.buffers())) if node.module else ()
+    found = tensors_in((node.args, node.kwargs, of_module))
+    small = [t for t in found if not isinstance(t, Placeholder) and _is_small(t)]
+    return str([tensor.tolist() for tensor in small])
 
 
 def shapes_of_tensor(placeholder: Placeholder) -> Shapes | None:
@@ -146,21 +181,21 @@ def answer_from_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
             inferred = ((_fake(args[0]),), {}) if len(args) == 1 else (twin(args), twin(kwargs))
         except Exception:
             with because(Reason("the shape of its output is needed, and depends on its values")):
-                inferred = with_values(args, kwargs)
+                inferred = with_values((args, kwargs))
         return func(*inferred[0], **inferred[1])
 
 
 def requires_grad(placeholder: Placeholder) -> bool:
     """Whether autograd would track the tensor, as far as is known without computing it."""
     node = placeholder._node
-    if node.done:
-        return value(placeholder).requires_grad
-    if not node.context[0]:
-        return False
-    if node.module is not None and any(p.requires_grad for p in node.module.parameters()):
-        return True
-    found, computed = operands((node.args, node.kwargs))
-    return any(tensor.requires_grad for tensor in computed) or any(map(requires_grad, found))
+    for each in in_order(node, lambda node: node.done or node.needs_grad is not None):
+        reads = [tensor for tensor, _ in each.versions]
+        reads += () if each.module is None else each.module.parameters()
+        each.needs_grad = each.context[0] and (
+            any(tensor.requires_grad for tensor in reads)
+            or any(map(requires_grad, each.placeholders))
+        )
+    return value(placeholder).requires_grad if node.done else bool(node.needs_grad)
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -169,29 +204,39 @@ def _fake(tensor: Tensor) -> Tensor:
         node = tensor._node
         if node.done:
             return _fake(value(tensor))
-        fake = shapes_of(node).fake(tensor._leaf)
-        if not isinstance(fake, Tensor):
-            raise TypeError("not a tensor")
-        return fake
+        return shapes_of(node).tensors[tensor._number]
     with _one_thread, no_modes(), _fake_tensors():
         return torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
 
 
-def _signature(values: Any) -> Any:
-    """A key that is equal for arguments that lead to the same output shapes."""
+def _signature(values: Any, objects: int = 2) -> Any:
+    """A key that is equal for arguments that lead to the same output shapes.
+
+    It refers to objects of others weakly, so that it does not keep them.
+
+    Args:
+        objects: how many levels of objects are looked into.
+    """
+    if type(values) in ATOMS:
+        return type(values), values
     if isinstance(values, Placeholder) and not values._node.done:
-        return shapes_of(values._node).signature(values._leaf)
+        return shapes_of(values._node).signatures[values._number]
     if isinstance(values, Tensor):
         return tuple(values.shape), values.stride(), values.dtype, values.device
     if isinstance(values, tuple | list):
-        return type(values), tuple(_signature(each) for each in values)
+        return type(values), tuple(_signature(each, objects) for each in values)
     if isinstance(values, Mapping):
-        return tuple((name, _signature(each)) for name, each in values.items())
+        return tuple((name, _signature(each, objects)) for name, each in values.items())
     if isinstance(values, slice):
-        return _signature((values.start, values.stop, values.step))
-    return type(values), values
+        return _signature((values.start, values.stop, values.step), objects)
+    if objects and (inside := attributes(values)):
+        return type(values), _signature(inside, objects - 1)
+    try:
+        return weakref.ref(values)
+    except TypeError:  # of a plain value
+        return type(values), values
 
 
 class _Twins:
@@ -221,9 +266,7 @@ class _Twins:
         if isinstance(value, nn.Module):
             return self._module(value)
         if isinstance(value, slice):
-            return slice(
-                *(self.of(each, objects) for each in (value.start, value.stop, value.step))
-            )
+            return slice(*self.of((value.start, value.stop, value.step), objects))
         if isinstance(value, tuple):
             parts = [self.of(each, objects) for each in value]
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -260,10 +303,15 @@ class _Twins:
 def _fake_or_copy(tensor: Tensor) -> Tensor:
     """A fake tensor, or a real copy of a very small one; itself if it is of another kind."""
     if isinstance(tensor, Placeholder):
-        return _fake(tensor)
+        return _fake(_fake(tensor))  # which the run may give another shape, unlike the known one
     if not has_content(tensor):
         return tensor
-    if tensor.numel() <= (1 if tensor.is_floating_point() else _FEW):
+    if _is_small(tensor):
         return tensor.detach().clone()
     fake = _fake(tensor)
     return nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether code may ask for the values of a tensor: it has one, or a few integers."""
+    return has_content(tensor) and tensor.numel() <= (1 if tensor.is_floating_point() else _FEW)

@@ -4,7 +4,7 @@ A parameter belongs to a block if its gradient is known to be zero, or missing, 
 closed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from stochastic_depth.block import Route
 from stochastic_depth.surgery.blocks import CONTAINERS, FoundBlock
+from stochastic_depth.surgery.find.groups import only_needed
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
 
 BlockWithEvents = tuple[FoundBlock, tuple[AdditionEvent, ...]]
@@ -31,7 +32,9 @@ def attribute_parameters(
     first_name = {id(p): name for name, p in model.named_parameters()}
     only = [_only_for(block, events, analysis) for block, events in pairs]
     branches = set[int]().union(*only)
-    users = analysis.users_of_parameters()
+    values = analysis.recording.values
+    used = {n: values[v].children for n, v in analysis.recording.numbers_of_parameters().items()}
+    users = {name: analysis.alive.intersection(by) for name, by in used.items() if by}
     owners: dict[str, set[int]] = {name: set() for name in users}
     for number, (block, _) in enumerate(pairs):
         for name in block.parameters:
@@ -46,13 +49,11 @@ def attribute_parameters(
     ]
 
 
-def _only_for(block: FoundBlock, events: Sequence[AdditionEvent], analysis: Analysis) -> set[int]:
+def _only_for(block: FoundBlock, events: Sequence[AdditionEvent], analysis: Analysis) -> Set[int]:
     """The values that only the branch of a block needs; all of them if it is registered."""
-    branch = set[int]().union(*(event.branch for event in events))
     if block.is_registered:
-        return branch
-    shortcuts = {event.shortcut for event in events}
-    return analysis.exclusive_values(branch - shortcuts, {event.total for event in events})
+        return frozenset[int]().union(*(event.branch for event in events))
+    return only_needed(events, analysis)
 
 
 class NamedRoutes(NamedTuple):
@@ -76,7 +77,7 @@ def routes_of_gradients(
     numbers = {block.name: number for number, block in enumerate(found)}
     events_of = {numbers[block.name]: events for block, events in pairs if block.name in numbers}
     branch_of = {(e.added, e.total): n for n, events in events_of.items() for e in events}
-    routes = analysis.routes(branch_of)
+    routes = _routes(branch_of, analysis)
     blocks = tuple(
         _joined(routes.get(event.total, NOWHERE) for event in events_of[number])
         if number in events_of
@@ -89,6 +90,26 @@ def routes_of_gradients(
         if not route.directly and route.branches:
             by_route.setdefault(route, []).append(name)
     return _where_needed(blocks, by_route)
+
+
+def _routes(branch_of: Mapping[tuple[int, int], int], analysis: Analysis) -> dict[int, Route]:
+    """For each value that an output depends on, how gradients come to it.
+
+    Args:
+        branch_of: the numbers of blocks, by the result of their branch and the sum.
+    """
+    found: dict[int, Route] = {}
+    for number in sorted(analysis.alive, reverse=True):  # what is computed from a value comes later
+        directly, branches = number in analysis.outputs, set[int]()
+        for child in analysis.recording.values[number].children:
+            block = branch_of.get((number, child))
+            if block is not None:
+                branches.add(block)
+            elif child in found:
+                directly |= found[child].directly
+                branches |= found[child].branches
+        found[number] = Route(directly, frozenset(branches))
+    return found
 
 
 def routes_of_units(blocks: Sequence[FoundBlock], model: nn.Module) -> NamedRoutes:

@@ -10,100 +10,93 @@ from torch import nn
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.blocks import repeated_block
 from stochastic_depth.surgery.edits import BranchCalls, DeferredEdit
-from stochastic_depth.surgery.record.branches import (
+from stochastic_depth.surgery.find.groups import (
     MIN_SAVED,
-    AdditionEvent,
-    Analysis,
     Group,
+    group_of,
     mostly_shared,
+    own_calls,
 )
-from stochastic_depth.surgery.record.trace import Call
+from stochastic_depth.surgery.find.residual_additions import outermost
+from stochastic_depth.surgery.frames import CallSite
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
+from stochastic_depth.surgery.record.trace import Call, calls_during
+
+Key = tuple[str, Any]
+"""The name of a block, and the iteration of a loop or call if it is made in several."""
 
 
 def deferred_groups(
     events: Iterable[AdditionEvent], analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> list[Group]:
     """Group additions into blocks: by call of a module, or by iteration of a loop in it."""
-    made_in: dict[int, list[AdditionEvent]] = {}
+    made_in: dict[Call, list[AdditionEvent]] = {}
     for event in events:
-        if event.enclosing is None:
-            analysis.find_enclosing_call(event)
-        assert event.enclosing is not None
-        made_in.setdefault(event.enclosing.serial, []).append(event)
-    blocks: dict[tuple[str, Any], list[AdditionEvent]] = {}
+        made_in.setdefault(event.enclosing, []).append(event)
+    blocks: dict[Key, list[AdditionEvent]] = {}
     for of_call in made_in.values():
         looped = max(Counter(event.site for event in of_call).values()) > 1
-        iterations = analysis.iterations(of_call)
-        for event in of_call:
-            key = (
-                _iteration(event, iterations, analysis)
-                if looped
-                else _call(event, analysis, modules)
-            )
+        keys = (
+            _keys_in_loop(of_call, analysis)
+            if looped
+            else [_key_in_call(event, analysis, modules) for event in of_call]
+        )
+        for event, key in zip(of_call, keys, strict=True):
             blocks.setdefault(key, []).append(event)
     return [
-        analysis.group(name, _outermost(group, analysis)) for (name, _), group in blocks.items()
+        group_of(name, outermost(members, analysis), analysis)
+        for (name, _), members in blocks.items()
     ]
 
 
-def _outermost(events: Sequence[AdditionEvent], analysis: Analysis) -> list[AdditionEvent]:
-    """The events that are not part of the branch of a different event.
-
-    Events whose sums do not reach the outputs are dropped, unless there are no others. The last
-    block, for example, may add to a second stream that nothing reads.
-    """
-    events = [e for e in events if e.total in analysis.alive] or events
-    return [e for e in events if not any(e.total in analysis.exclusive_to(o) for o in events)]
-
-
-def _call(
-    event: AdditionEvent, analysis: Analysis, modules: Mapping[str, nn.Module]
-) -> tuple[str, Any]:
+def _key_in_call(event: AdditionEvent, analysis: Analysis, modules: Mapping[str, nn.Module]) -> Key:
     """The name of the block of an addition outside loops, and the iteration of its call.
 
     Calls that do not depend on each other have the same iteration.
     """
-    assert event.enclosing is not None
     name = repeated_block(event.enclosing.name, modules)
     if not name:  # the model itself is not a block: each of its additions is one
-        return ".".join(_module_path(event, analysis)), (event.site, event.occurrence)
+        path = _module_path(event, own_calls(event, analysis), analysis)
+        return ".".join(path), event.place
     around = (event.enclosing, *event.enclosing.ancestors())
     call = next((call for call in around if call.name == name), event.enclosing)
     return name, analysis.iteration(call)
 
 
-def _iteration(
-    event: AdditionEvent, iterations: Mapping[AdditionEvent, int], analysis: Analysis
-) -> tuple[str, Any]:
-    """The name of the block of an addition in a loop over modules, and its iteration, if needed.
+def _keys_in_loop(events: Sequence[AdditionEvent], analysis: Analysis) -> list[Key]:
+    """For each addition in a loop over modules: the name of its block, and its iteration, if
+    needed.
 
     The block is the outermost module, inside the one that loops, in which no expression adds twice;
     except to values that do not depend on each other, as in the two halves of a siamese network.
-
-    Args:
-        iterations: the iteration of each addition of the loop, see `Analysis.iterations`.
     """
-    assert event.enclosing is not None
-    paths = {other: _module_path(other, analysis, looped=True) for other in iterations}
-    path = paths[event]
-    for length in range(len(_path(event.enclosing.name)) + 1, len(path) + 1):
-        prefix = path[:length]
-        inside = [other for other in iterations if paths[other][:length] == prefix]
-        added = {(other.site, *paths[other], iterations[other]) for other in inside}
-        if len(added) == len({other.site for other in inside}):
-            return ".".join(prefix), None
-    return ".".join(path), iterations[event]
+    iterations = analysis.iterations(events)
+    paths = [
+        _module_path(event, own_calls(event, analysis) or _returns_branch(event), analysis)
+        for event in events
+    ]
+    outer = len(_path(events[0].enclosing.name))
+    around = [[tuple(path[:n]) for n in range(outer + 1, len(path) + 1)] for path in paths]
+    sites: dict[tuple[str, ...], set[CallSite]] = {}
+    added: dict[tuple[str, ...], set[object]] = {}
+    for event, path, prefixes in zip(events, paths, around, strict=True):
+        for prefix in prefixes:
+            sites.setdefault(prefix, set()).add(event.site)
+            added.setdefault(prefix, set()).add((event.site, *path, iterations[event]))
+    keys: list[Key] = []
+    for event, path, prefixes in zip(events, paths, around, strict=True):
+        once = (prefix for prefix in prefixes if len(added[prefix]) == len(sites[prefix]))
+        block = next(once, None)
+        keys.append((".".join(block or path), None if block else iterations[event]))
+    return keys
 
 
-def _module_path(event: AdditionEvent, analysis: Analysis, looped: bool = False) -> list[str]:
-    """The common prefix of the names of the branch's modules; or the name of the largest module.
+def _module_path(event: AdditionEvent, calls: Sequence[Call], analysis: Analysis) -> list[str]:
+    """The common prefix of the names of the modules that are called for a branch; or the name of
+    the largest one.
 
     Modules that several branches call are left out, because they belong to none in particular.
     """
-    assert event.enclosing is not None
-    calls = analysis.group("", [event]).calls or (
-        _returns_branch(event, analysis) if looped else ()
-    )
     once = [call for call in calls if len(analysis.calls_of(call.name)) == 1]
     calls = once or calls or [event.enclosing]
     levels = zip(*(_path(call.name) for call in calls), strict=False)
@@ -119,18 +112,15 @@ def _path(name: str) -> list[str]:
     return name.split(".") if name else []
 
 
-def _returns_branch(event: AdditionEvent, analysis: Analysis) -> tuple[Call, ...]:
+def _returns_branch(event: AdditionEvent) -> list[Call]:
     """The outermost call that returns the last value of a branch, or no call.
 
     One layer may compute the branches of several streams, so that no stream needs it exclusively.
     """
-    assert event.enclosing is not None
-    calls = [
-        (max(outputs & event.branch), -call.serial, call)
-        for call, outputs in analysis.recording.finished
-        if call.is_within(event.enclosing) and outputs & event.branch
-    ]
-    return (max(calls, key=lambda each: each[:2])[2],) if calls else ()
+    inside = calls_during(event.enclosing.children, min(event.branch), event.total)
+    calls = [call for call in inside if call.outputs & event.branch]
+    last = max(calls, key=lambda c: (max(c.outputs & event.branch), -c.serial), default=None)
+    return [] if last is None else [last]
 
 
 def deferred_edits(group: Group, analysis: Analysis) -> list[DeferredEdit]:
@@ -146,9 +136,9 @@ def deferred_edits(group: Group, analysis: Analysis) -> list[DeferredEdit]:
         )
     return [
         DeferredEdit(
-            group.block,
+            group.name,
             number,
-            ((event.site, event.side),),
+            ((event.site, event.place.side),),
             _calls_for(event, group, analysis),
             analysis.recording.is_overwritten(event.total),
         )
@@ -164,7 +154,7 @@ def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[
     """
     by_module: dict[str, list[Call]] = {}
     for call in group.calls:
-        if len(group.events) == 1 or _computes(call, event, analysis):
+        if len(group.events) == 1 or _computes(call, event):
             by_module.setdefault(call.name, []).append(call)
     if not by_module:
         raise UnsupportedBlockError(_NO_MODULE)
@@ -179,10 +169,10 @@ def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[
     return tuple(calls)
 
 
-def _computes(call: Call, event: AdditionEvent, analysis: Analysis) -> bool:
+def _computes(call: Call, event: AdditionEvent) -> bool:
     """Whether a call computes a part of the branch of `event`."""
     computed = range(call.began, call.ended)  # empty if it returns its input
-    return not event.branch.isdisjoint([*computed, *analysis.outputs_of[call.serial]])
+    return not event.branch.isdisjoint([*computed, *call.outputs])
 
 
 _NO_MODULE = "there is no module that only its branch needs"

@@ -27,34 +27,38 @@ from stochastic_depth.surgery.edits import (
     RegisteredEdit,
     RewriteEdit,
 )
+from stochastic_depth.surgery.find.branch_parameters import BlockWithEvents
 from stochastic_depth.surgery.find.deferred_groups import deferred_edits
+from stochastic_depth.surgery.find.groups import Group
 from stochastic_depth.surgery.gated_class import gated_class
 from stochastic_depth.surgery.record.branch_source import Addition
-from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis, Group
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
+from stochastic_depth.surgery.record.trace import Call, Recording
 from stochastic_depth.surgery.rewrite.methods import skipped_when_closed
 
 
 def edited_block(
-    name: str, additions: list[Addition], modules: Mapping[str, nn.Module], analysis: Analysis
+    name: str, additions: list[Addition], modules: Mapping[str, nn.Module], recording: Recording
 ) -> FoundBlock:
     """The block of `additions` with edits of its modules, or with the reason why there are none."""
     module = modules[name]
-    flops = analysis.flops(event for addition in additions for event in addition.events)
+    branch = frozenset[int]().union(*(e.branch for addition in additions for e in addition.events))
+    flops = sum(recording.values[value].flops for value in branch)  # once, if branches share it
     if isinstance(module, Residual):
         return residual_block(name, module, flops)
     units: dict[Any, Unit] = {}
     refusal = ""
     for addition in additions:
         try:
-            edits = edits_of(addition, modules)
+            unit = edited_unit(addition, modules)
         except UnsupportedBlockError as error:
             refusal = refusal or str(error)
             continue
-        before = units.get(edits) or Unit(edits, ())
-        units[edits] = replace(
+        before = units.get(unit.edits) or Unit(unit.edits, ())
+        units[unit.edits] = replace(
             before,
-            additions=before.additions + _addition_edits(addition, modules),
-            modules=before.modules | frozenset(addition.modules),
+            additions=before.additions + unit.additions,
+            modules=before.modules | unit.modules,
         )
     return FoundBlock(
         name,
@@ -68,33 +72,22 @@ def edited_block(
     )
 
 
-def rewritten_unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit:
-    """A unit for one addition whose methods are rewritten.
+def edited_unit(addition: Addition, modules: Mapping[str, nn.Module]) -> Unit:
+    """A unit for one addition in a registered module, or whose methods are rewritten.
 
     Raises:
         UnsupportedBlockError: when they cannot be rewritten.
     """
-    edits = edits_of(addition, modules)
-    return Unit(edits, _addition_edits(addition, modules), modules=frozenset(addition.modules))
-
-
-def edits_of(
-    addition: Addition, modules: Mapping[str, nn.Module]
-) -> tuple[tuple[nn.Module, Edit], ...]:
-    """The modules that get the gate of `addition`, each with its edit; the one that adds is first.
-
-    Args:
-        modules: all modules of the model, by name.
-
-    Raises:
-        UnsupportedBlockError: when its methods cannot be rewritten.
-    """
     whole = registered_around(addition.owner, modules)
-    if whole is not None:
+    if whole is None:
+        edits = _rewrite_edits(addition, modules)
+    else:
         forward = registered(type(modules[whole]))
         assert forward is not None
-        return ((modules[whole], RegisteredEdit(forward)),)
-    return _rewrite_edits(addition, modules)
+        edits = ((modules[whole], RegisteredEdit(forward)),)
+    name, edit = addition.edits[0]
+    known = ((modules[name], edit),) if isinstance(edit, AdditionEdit) else ()
+    return Unit(edits, known, modules=frozenset(addition.modules))
 
 
 def _rewrite_edits(
@@ -141,14 +134,6 @@ def registered_around(owner: str, modules: Mapping[str, nn.Module]) -> str | Non
     return name or None
 
 
-def _addition_edits(
-    addition: Addition, modules: Mapping[str, nn.Module]
-) -> tuple[tuple[nn.Module, AdditionEdit], ...]:
-    """The module that adds and the addition in its source, if that is known."""
-    name, edit = addition.edits[0]
-    return ((modules[name], edit),) if isinstance(edit, AdditionEdit) else ()
-
-
 def clashes(found: FoundBlock, events: Sequence[AdditionEvent]) -> bool:
     """Whether rewriting the methods of `found` would change the call site of one of `events`."""
     for unit in found.units:
@@ -168,28 +153,28 @@ def deferred_block(
     group: Group,
     analysis: Analysis,
     modules: Mapping[str, nn.Module],
-    reasons: Mapping[AdditionEvent, str],
+    refusals: Mapping[AdditionEvent, str],
 ) -> FoundBlock:
     """The deferred block of `group`; refused if too little of its branch is exclusive to it.
 
     Args:
-        reasons: why the methods that make an addition could not be rewritten; empty if they can.
+        refusals: why the methods that make an addition could not be rewritten; empty if they can.
     """
     owner = modules[group.owner.name]
     units: tuple[Unit, ...] = ()
     refusal = ""
     try:
         units = tuple(
-            Unit(((owner, edit),), (), (event,), frozenset(group.modules))
+            Unit(((owner, edit),), (), (event.place,), frozenset(group.modules))
             for edit, event in zip(deferred_edits(group, analysis), group.events, strict=True)
         )
     except UnsupportedBlockError as error:
-        before = next(filter(None, (reasons[event] for event in group.events)), "")
+        before = next(filter(None, (refusals[event] for event in group.events)), "")
         refusal = f"{before}; nor can it be deferred: {error}" if before else str(error)
     shortcuts = dict.fromkeys("identity" if e.identity else "projection" for e in group.events)
     return FoundBlock(
-        group.block,
-        modules[group.block],
+        group.name,
+        modules[group.name],
         ", ".join(shortcuts),
         units,
         group.modules,
@@ -199,7 +184,28 @@ def deferred_block(
     )
 
 
-def numbered(blocks: Iterable[FoundBlock]) -> list[FoundBlock]:
+def change_of_shortcut(events: Iterable[AdditionEvent], recording: Recording) -> str:
+    """How a module in a branch changes the shortcut in place; empty if none does."""
+    for event in events:
+        for change in recording.changes(event.shortcut):
+            around = [change.call, *change.call.ancestors()] if change.call else []
+            inside = around[: around.index(event.enclosing)] if event.enclosing in around else []
+            if any(call.name in event.modules for call in inside):
+                return _in_place(inside[0], change.function)
+    return ""
+
+
+def _in_place(call: Call, function: str) -> str:
+    """The reason why a block whose branch changes its shortcut cannot be closed, and the remedy."""
+    flag = "give it inplace=False, or " if getattr(call.module, "inplace", False) else ""
+    return (
+        f"its branch changes its shortcut in place, in {call.name!r} "
+        f"({type(call.module).__name__}, {function}), which a closed block does not run: {flag}"
+        "write x + f(x.clone())"
+    )
+
+
+def numbered(pairs: Iterable[BlockWithEvents]) -> list[BlockWithEvents]:
     """The blocks, with the deferred additions of each owner numbered from 0."""
     numbers: defaultdict[nn.Module, Iterator[int]] = defaultdict(itertools.count)
 
@@ -208,13 +214,10 @@ def numbered(blocks: Iterable[FoundBlock]) -> list[FoundBlock]:
             edit = replace(edit, number=next(numbers[owner]))
         return owner, edit
 
+    def with_numbers(unit: Unit) -> Unit:
+        return replace(unit, edits=tuple(with_number(*pair) for pair in unit.edits))
+
     return [
-        replace(
-            block,
-            units=tuple(
-                replace(unit, edits=tuple(with_number(*pair) for pair in unit.edits))
-                for unit in block.units
-            ),
-        )
-        for block in blocks
+        (replace(block, units=tuple(map(with_numbers, block.units))), events)
+        for block, events in pairs
     ]

@@ -1,6 +1,6 @@
 """Decide which additions of a forward pass form residual blocks, and why the others do not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import is_repeated, repeated_block
 from stochastic_depth.surgery.record.branch_source import Addition
-from stochastic_depth.surgery.record.branches import Analysis
+from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
 from stochastic_depth.surgery.record.rejected import COUPLING, Rejected
 from stochastic_depth.surgery.rewrite.syntax import in_loop
 
@@ -49,20 +49,18 @@ def without_long_skips(
     return kept, rejected
 
 
-def without_sums(
-    additions: list[Addition], analysis: Analysis
-) -> tuple[list[Addition], list[Rejected]]:
+def without_sums(additions: list[Addition]) -> tuple[list[Addition], list[Rejected]]:
     """The additions that add a branch; and the others, sums of streams or hidden states."""
-    totals = {event.total for addition in additions for event in addition.events}
+    events = {event.total: event for addition in additions for event in addition.events}
     streams = {event.total for a in additions if a.identity for event in a.events}
-    events = {event for addition in additions for event in addition.events}
     kept, rejected = [], []
     for addition in additions:
         if addition.coupled is not None:
-            if addition.coupled not in events:
+            coupled = events.get(addition.coupled)
+            if coupled is None:
                 rejected.append(rejected_as(addition, COUPLING))
                 continue
-            if all(analysis.contains(addition.coupled, event) for event in addition.events):
+            if all(coupled.contains(event.total) for event in addition.events):
                 reason = "a bias: its sum is used only in the branch of a different block"
                 rejected.append(rejected_as(addition, reason))
                 continue
@@ -70,33 +68,23 @@ def without_sums(
         if joins and not addition.identity and not addition.owner:
             reason = "a sum of two streams, one of which has its own residual blocks"
             rejected.append(rejected_as(addition, reason))
-        elif all(
-            event.added in totals and not analysis.exclusive_values(event.branch, {event.total})
-            for event in addition.events
-        ):
+        elif all(event.added in events and not event.exclusive for event in addition.events):
             rejected.append(rejected_as(addition, HIDDEN_STATES))
         else:
             kept.append(addition)
     return kept, rejected
 
 
-def outermost(additions: list[Addition], analysis: Analysis) -> list[Addition]:
-    """The additions under one gate that are not in the branch of a different one of them.
+def outermost(events: Sequence[AdditionEvent], analysis: Analysis) -> list[AdditionEvent]:
+    """The events under one gate that are not in the branch of a different one of them.
 
-    An addition in a branch is skipped with that branch. Additions whose sum no output needs are
-    left out, unless there are no others.
+    An addition in a branch is skipped with that branch. Events whose sum no output needs are left
+    out, unless there are no others. The last block, for example, may add to a second stream that
+    nothing reads.
     """
-    alive = [a for a in additions if any(e.total in analysis.alive for e in a.events)]
-    additions = alive or additions
-    events = [(addition, event) for addition in additions for event in addition.events]
-    return [
-        addition
-        for addition in additions
-        if not all(
-            any(event.total in analysis.exclusive_to(e) for a, e in events if a is not addition)
-            for event in addition.events
-        )
-    ]
+    events = [event for event in events if event.total in analysis.alive] or list(events)
+    inside = set[int]().union(*(event.exclusive for event in events))
+    return [event for event in events if event.total not in inside]
 
 
 def rejected_as(addition: Addition, reason: str) -> Rejected:

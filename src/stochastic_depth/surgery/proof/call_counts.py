@@ -90,7 +90,7 @@ def still_called(block: FoundBlock, usual: CallCounts, called: CallCounts) -> st
         reason = called.why[running[0]]
         why = reason.text if reason else "the model uses its output for more than the addition"
         if reason and reason.hides_structure and block.units[0].edits[0][0] is not block.module:
-            why += "; in the forward method of a layer these lines could be rewritten"
+            why += "; move these lines into the forward method of a layer, which is rewritten"
         return f"{running[0]!r} of its branch must run even when the block is closed: {why}"
     return ""
 

@@ -6,7 +6,7 @@ two values that were computed from the same input of one module (a projection sh
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import CodeType, FrameType
 from typing import Any
@@ -22,7 +22,7 @@ from stochastic_depth.surgery.record.branch_source import (
     locate,
     with_copies,
 )
-from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
+from stochastic_depth.surgery.record.branches import Analysis, Execution, Occurrence
 from stochastic_depth.surgery.record.rejected import (
     COUPLING,
     OTHER_FORMS,
@@ -73,11 +73,8 @@ def discover(
                 f"{first_line(error)}): example= is the inputs of one forward call, a tensor, a "
                 "tuple of arguments, or a mapping of keyword arguments"
             ) from error
-    outputs = search.recording.numbers(output)
-    analysis = Analysis(search.recording, outputs, is_mixing, search.sites, search.functions)
-    analysis.output = output
-    additions = search.result()
-    return additions, analysis, list(search.rejections.rejected.values())
+    analysis = Analysis(search.recording, output, search.sites, search.functions, search.sums)
+    return search.result(analysis), analysis, list(search.rejections.rejected.values())
 
 
 class _Search:
@@ -85,7 +82,8 @@ class _Search:
 
     def __init__(self, recording: Recording, training: bool) -> None:
         self.recording, self.training = recording, training
-        self.found: dict[Key, Addition] = {}
+        self.found: dict[Key, list[tuple[Addition, Execution]]] = {}
+        """The executions of each residual addition, and what each shows of it."""
         self.sums = set[int]()
         """The results of residual additions."""
         self.occurrences: Counter[CallSite] = Counter()
@@ -97,24 +95,32 @@ class _Search:
         function."""
         self.added: dict[tuple[CodeType, int, int], list[int]] = {}
         """For each expression and each value that it has added, the results of these additions."""
-        self.couplings: dict[int, tuple[Addition, Rejected]] = {}
+        self.couplings: dict[int, tuple[Addition, Execution, Rejected]] = {}
         """By result: additions to one stream that are residual only if the other stream is added
         to as well, and the rejection if it is not."""
         self.shortcuts = Shortcuts(recording, self.sums)
-        self.rejections = Rejections(recording, self.shortcuts)
+        self.rejections = Rejections(recording)
 
-    def result(self) -> list[Addition]:
-        """All residual additions, after the model has returned."""
-        for _, rejected in self.couplings.values():
+    def result(self, analysis: Analysis) -> list[Addition]:
+        """All residual additions, after the pass."""
+        for _, _, rejected in self.couplings.values():
             self.rejections.add(rejected)
-        return [
-            replace(
-                addition,
-                edits=with_copies(self.recording, addition.edits, addition.events),
-                is_last=not any(self._is_mixed_later(e.total) for e in addition.events),
-            )
-            for addition in self.found.values()
-        ]
+        return [self._joined(seen, analysis) for seen in self.found.values()]
+
+    def _joined(self, seen: Sequence[tuple[Addition, Execution]], analysis: Analysis) -> Addition:
+        """One addition, from all of its executions."""
+        additions, executions = zip(*seen, strict=True)
+        first = additions[0]
+        return replace(
+            first,
+            edits=with_copies(self.recording, first.edits, executions),
+            begins_elsewhere=any(each.begins_elsewhere for each in additions),
+            modules=tuple(name for each in additions for name in each.modules),
+            parameters=frozenset[str]().union(*(each.parameters for each in additions)),
+            upsamples=any(each.upsamples for each in additions),
+            events=tuple(map(analysis.event, executions)),
+            is_last=not any(self._is_mixed_later(each.total) for each in executions),
+        )
 
     def on_function(
         self,
@@ -145,10 +151,9 @@ class _Search:
         values = self.recording.values
         factors = values[scaled].parents if values[scaled].made_by == PRODUCT else ()
         for operand in (scaled, *factors):
-            reached = [self.recording.reach_within(value, call) for value in (branch, operand)]
-            side = self.shortcuts.side(branch, operand, reached, call)
+            side = self.shortcuts.side(branch, operand, call)
             if side is None:
-                side = self.shortcuts.part(branch, operand, reached, call)
+                side = self.shortcuts.part(branch, operand, call)
             if side == 1:
                 return True
         return False
@@ -162,10 +167,9 @@ class _Search:
         if values[left].tensor.shape != values[right].tensor.shape:
             self.rejections.other_shape(left, right, total, repeated, frame)
             return
-        reached = [self.recording.reach_within(value, call) for value in (left, right)]
-        side = self.shortcuts.side(left, right, reached, call)
+        side = self.shortcuts.side(left, right, call)
         reason = self.rejections.why_not(left, right, side, call)
-        part = self.shortcuts.part(left, right, reached, call) if side is None else None
+        part = self.shortcuts.part(left, right, call) if side is None else None
         if scales_right and self._is_shortcut_of(left, right, call):
             self.rejections.add(self.rejections.described(frame, SCALED))
             return
@@ -173,33 +177,26 @@ class _Search:
             reason = own_backward(function)
             self.functions[call_site_of(frame)] = function
         if side is not None and not reason and (left, right)[side] not in repeated:
-            identity = left in reached[1] or right in reached[0]
-            self._join(self._located(left, right, side, identity, total, frame))
+            identity = self.shortcuts.identity(left, right, call) is not None
+            self._join(*self._located(left, right, side, identity, total, frame))
         elif part is not None and not function:
-            addition = self._located(left, right, part, True, total, frame)
-            if not self._completes_coupling(addition):
-                self.couplings[total] = addition, self.rejections.described(frame, COUPLING)
+            addition, made = self._located(left, right, part, True, total, frame)
+            if not self._completes_coupling(addition, made):
+                rejected = self.rejections.described(frame, COUPLING)
+                self.couplings[total] = addition, made, rejected
         else:
             self.rejections.reject(frame, [left, right], reason or REPEATED)
 
     def _located(
         self, left: int, right: int, side: Side, identity: bool, total: int, frame: FrameType
-    ) -> Addition:
-        """The addition of `left` and `right`, with this execution of it as its event."""
+    ) -> tuple[Addition, Execution]:
+        """The addition of `left` and `right`, and this execution of it."""
         operands = left, right
         site = call_site_of(frame)
-        event = AdditionEvent(
-            operands[side],
-            operands[1 - side],
-            total,
-            side,
-            site,
-            self.occurrences[site] - 1,
-            tuple(self.recording.calls),
-            identity,
-            self.training,
-        )
-        return locate(self.recording, event, frame, self.shortcuts.mixes)
+        place = Occurrence(site, self.occurrences[site] - 1, side, self.training)
+        stack = tuple(self.recording.calls)
+        made = Execution(operands[side], operands[1 - side], total, place, stack, identity)
+        return locate(self.recording, made, frame)
 
     def _added_before(self, left: int, right: int, total: int, frame: FrameType) -> set[int]:
         """The operands that the same expression has added before, such as a bias that layers share.
@@ -215,49 +212,33 @@ class _Search:
             before.append(total)
         return repeated
 
-    def _completes_coupling(self, addition: Addition) -> bool:
+    def _completes_coupling(self, addition: Addition, new: Execution) -> bool:
         """Record a coupling and an earlier one, if each adds to the stream of the other."""
-        (new,) = addition.events
-        for total, (before, _) in self.couplings.items():
-            (old,) = before.events
+        for total, (before, old, _) in self.couplings.items():
             reaches_old = old.shortcut in self.recording.reach(new.added)
             if reaches_old and new.shortcut in self.recording.reach(old.added):
                 del self.couplings[total]
-                self._join(before)
-                self._join(addition)
+                self._join(before, old)
+                self._join(addition, new)
                 return True
         return False
 
-    def _join(self, new: Addition) -> None:
+    def _join(self, addition: Addition, made: Execution) -> None:
         """Record a residual addition, and earlier couplings that are residual because of it."""
-        (event,) = new.events
-        for total in [total for total in self.couplings if total in event.branch]:
-            coupling, _ = self.couplings[total]
-            if event.shortcut in self.recording.reach(coupling.events[0].added):
+        for total in [total for total in self.couplings if total in made.branch_in_owner]:
+            coupling, old, _ = self.couplings[total]
+            if made.shortcut in self.recording.reach(old.added):
                 del self.couplings[total]
-                self._join(replace(coupling, coupled=event))
-        key = new.owner, new.edits
-        before = self.found.get(key)
-        self.found[key] = (
-            new
-            if before is None
-            else replace(
-                before,
-                begins_elsewhere=before.begins_elsewhere or new.begins_elsewhere,
-                modules=before.modules + new.modules,
-                parameters=before.parameters | new.parameters,
-                upsamples=before.upsamples or new.upsamples,
-                events=before.events + new.events,
-            )
-        )
-        self.sums.add(event.total)
+                self._join(replace(coupling, coupled=made.total), old)
+        self.found.setdefault((addition.owner, addition.edits), []).append((addition, made))
+        self.sums.add(made.total)
 
     def _is_mixed_later(self, value: int) -> bool:
         """Whether any function with weights uses a value, or anything that is computed from it."""
         seen, ahead = {value}, [value]
         while ahead:
             for child in self.recording.values[ahead.pop()].children:
-                if self.shortcuts.mixes({child}):
+                if is_mixing(self.recording.values[child].made_by):
                     return True
                 if child not in seen:
                     seen.add(child)

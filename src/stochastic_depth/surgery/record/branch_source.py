@@ -1,11 +1,11 @@
 """Locate a residual addition, and the beginning of its branch, in the source.
 
 While an addition is being made, the methods that lead to it are running. Their frames show which
-expressions to edit.
+expressions to edit, and which variables need not be computed while the branch is closed.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from types import FrameType
 
@@ -18,8 +18,9 @@ from stochastic_depth.surgery.edits import (
     RewriteEdit,
 )
 from stochastic_depth.surgery.frames import Method, SourceLocation, methods_of
-from stochastic_depth.surgery.record.branches import AdditionEvent
-from stochastic_depth.surgery.record.trace import Call, Recording
+from stochastic_depth.surgery.record.branches import AdditionEvent, Execution
+from stochastic_depth.surgery.record.shortcuts import mixing
+from stochastic_depth.surgery.record.trace import Call, Recording, calls_during
 from stochastic_depth.tensors import tensors_in
 
 UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
@@ -48,54 +49,50 @@ class Addition:
     """Names of the parameters inside the owner that the branch uses."""
     events: tuple[AdditionEvent, ...] = ()
     """The executions of the addition in the recorded pass."""
-    coupled: AdditionEvent | None = None
-    """In a reversible network: the addition to the other stream that makes this one residual."""
+    coupled: int | None = None
+    """In a reversible network: the result of the addition to the other stream that makes this one
+    residual."""
     upsamples: bool = False
     """Whether the branch resizes a value to a larger one."""
     is_last: bool = False
     """Whether no function with weights uses its result, as in an output of the model."""
 
 
-def locate(
-    recording: Recording,
-    event: AdditionEvent,
-    frame: FrameType,
-    mixes: Callable[[set[int]], list[str]],
-) -> Addition:
-    """The addition that `event` executes, with the edits that make its branch skippable.
+def locate(recording: Recording, made: Execution, frame: FrameType) -> tuple[Addition, Execution]:
+    """The addition that is executed, with the edits that make its branch skippable; and `made` with
+    its branch.
 
     The search begins at the module that adds, and goes outwards through its callers to the one in
-    whose call the branch begins. `event` gets its branch within that call.
+    whose call the branch begins.
 
     Args:
         frame: the frame of the expression that adds.
-        mixes: returns the functions that mix, among those that computed the given values.
     """
     edits: list[tuple[str, RewriteEdit | None]] = []
     passed: tuple[CallParameter, ...] = ()
-    call = event.stack[-1]
-    for call in reversed(event.stack):
+    call, branch = made.stack[-1], frozenset[int]()
+    for call in reversed(made.stack):
         methods = list(methods_of(call.module, frame))
         edit = (
-            _argument_edit(methods, passed) if edits else _addition_edit(recording, methods, event)
+            _argument_edit(methods, passed) if edits else _addition_edit(recording, methods, made)
         )
         edits.append((call.name, edit))
-        event.branch = event.branch_within(recording, call)
-        passed = _passed_arguments(recording, call, event.branch, event.shortcut, mixes)
+        branch = made.branch_within(recording, call)
+        passed = _passed_arguments(recording, call, branch, made.shortcut)
         if not passed:
             break
-    modules = recording.modules(event.branch, call.began)
-    event.modules = frozenset(modules)
-    return Addition(
+    inside = calls_during(call.children, min(branch, default=made.total), made.total)
+    modules = tuple(each.name for each in inside if each.outputs and each.outputs <= branch)
+    addition = Addition(
         call.name,
         tuple(edits),
-        event.identity,
+        made.identity,
         begins_elsewhere=bool(passed),
         modules=modules,
-        parameters=recording.parameters(event.branch),
-        events=(event,),
-        upsamples=any(_is_upsampled(recording, value) for value in event.branch),
+        parameters=recording.parameters(branch),
+        upsamples=any(_is_upsampled(recording, value) for value in branch),
     )
+    return addition, replace(made, branch_in_owner=branch, modules=frozenset(modules))
 
 
 def _is_upsampled(recording: Recording, number: int) -> bool:
@@ -108,19 +105,19 @@ def _is_upsampled(recording: Recording, number: int) -> bool:
 
 
 def _addition_edit(
-    recording: Recording, methods: list[Method], event: AdditionEvent
+    recording: Recording, methods: list[Method], made: Execution
 ) -> AdditionEdit | None:
     """The edit where the innermost of `methods` adds, or calls a function that adds."""
     location, callers = _locations(methods)
     function = methods[0].called if methods else None
     if location is None or function is None:
-        return location and AdditionEdit(location, event.side, callers=callers)
+        return location and AdditionEdit(location, made.place.side, callers=callers)
     code = function.f_code
     for n, name in enumerate(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
         value = function.f_locals.get(name)
-        if isinstance(value, Tensor) and recording.number(value) == event.shortcut:
+        if isinstance(value, Tensor) and recording.number(value) == made.shortcut:
             position = n if n < code.co_argcount else None
-            return AdditionEdit(location, event.side, (position, name), callers=callers)
+            return AdditionEdit(location, made.place.side, (position, name), callers=callers)
     return None
 
 
@@ -138,11 +135,7 @@ def _locations(methods: list[Method]) -> tuple[SourceLocation | None, tuple[Sour
 
 
 def _passed_arguments(
-    recording: Recording,
-    call: Call,
-    branch: set[int],
-    shortcut: int,
-    mixes: Callable[[set[int]], list[str]],
+    recording: Recording, call: Call, branch: Set[int], shortcut: int
 ) -> tuple[CallParameter, ...]:
     """The arguments of `call` that hold a part of the branch, computed before the call."""
 
@@ -151,7 +144,7 @@ def _passed_arguments(
         if value not in branch or value >= call.began:
             return False
         made = recording.reach(value, shortcut)
-        return shortcut in made and bool(mixes(made - recording.reach(shortcut, shortcut)))
+        return shortcut in made and mixing(recording, made - {shortcut})
 
     positional = [((n, None), value) for n, value in enumerate(call.args)]
     named = [((None, name), value) for name, value in call.kwargs.items()]
@@ -162,9 +155,9 @@ def _passed_arguments(
     )
 
 
-def with_copies(recording: Recording, edits: Edits, events: Sequence[AdditionEvent]) -> Edits:
-    """`edits`, returning a copy of the shortcut if the pass has overwritten the sum of an event."""
-    if not any(recording.is_overwritten(event.total) for event in events):
+def with_copies(recording: Recording, edits: Edits, executions: Sequence[Execution]) -> Edits:
+    """`edits`, returning a copy of the shortcut if the pass has overwritten one of the sums."""
+    if not any(recording.is_overwritten(each.total) for each in executions):
         return edits
     return tuple(
         (name, replace(edit, copies=True) if isinstance(edit, AdditionEdit) else edit)

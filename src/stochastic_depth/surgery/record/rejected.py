@@ -6,7 +6,7 @@ from types import FrameType
 
 from stochastic_depth.surgery.addition_functions import Side
 from stochastic_depth.surgery.frames import methods_of
-from stochastic_depth.surgery.record.shortcuts import Shortcuts
+from stochastic_depth.surgery.record.shortcuts import mixing
 from stochastic_depth.surgery.record.trace import Call, Recording
 
 COUPLING = "a one-sided coupling layer: one half is updated from the other, and never the reverse"
@@ -79,8 +79,8 @@ def own_backward(function: str) -> str:
 class Rejections:
     """Collects the rejected additions of a forward pass while it is recorded."""
 
-    def __init__(self, recording: Recording, shortcuts: Shortcuts) -> None:
-        self.recording, self.shortcuts = recording, shortcuts
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
         self.rejected: dict[tuple[str, str], Rejected] = {}
         """The first rejected addition at each location of each module."""
 
@@ -158,19 +158,18 @@ class Rejections:
                 "projection of a value from which the other was computed too"
             )
         shortcut, added = (left, right) if side == 0 else (right, left)
-        within = self.recording.reach_within
-        if not self.shortcuts.mixes(within(added, call) - within(shortcut, call)):
+        if not mixing(self.recording, self.recording.reach_without(added, shortcut, call)):
             return "its branch mixes nothing: it has no product, convolution or pooling"
         return ""
 
     def _is_branch(self, added: int, shortcut: int) -> bool:
         """Whether `added` was computed from `shortcut`, by functions of which one mixes."""
         made = self.recording.reach(added, shortcut)
-        return shortcut in made and bool(self.shortcuts.mixes(made - {shortcut}))
+        return shortcut in made and mixing(self.recording, made - {shortcut})
 
     def _is_computed(self, number: int) -> bool:
         """Whether a value is an input of the running module, or is computed by mixing inputs."""
         call = self.recording.calls[-1]
         if number in call.inputs:
             return True
-        return bool(self.shortcuts.mixes(self.recording.reach_within(number, call)))
+        return mixing(self.recording, self.recording.reach_within(number, call))

@@ -1,11 +1,11 @@
 """Which operand of an addition is its shortcut, if the addition is residual."""
 
-from collections.abc import Container
+from collections.abc import Container, Set
 
 from torch import nn
 
 from stochastic_depth.surgery.addition_functions import Side
-from stochastic_depth.surgery.record.trace import Call, Recording
+from stochastic_depth.surgery.record.trace import Call, Recording, calls_during
 
 MIXES = (
     "linear",
@@ -57,17 +57,23 @@ class Shortcuts:
     def __init__(self, recording: Recording, sums: Container[int]) -> None:
         self.recording, self.sums = recording, sums
 
-    def side(self, left: int, right: int, reached: list[set[int]], call: Call) -> Side | None:
-        """Which operand is the shortcut, or None if the addition is not residual.
-
-        Args:
-            reached: the values from which the left and the right operand were computed, back to the
-                inputs of `call`.
-        """
-        if left in reached[1]:
+    def identity(self, left: int, right: int, call: Call) -> Side | None:
+        """Which operand the other one was computed from, if it is not from before the inputs of
+        `call`."""
+        if call.earliest <= left and left in self.recording.reach(right, left):
             return 0
-        if right in reached[0]:
+        if call.earliest <= right and right in self.recording.reach(left, right):
             return 1
+        return None
+
+    def side(self, left: int, right: int, call: Call) -> Side | None:
+        """Which operand is the shortcut of an addition that `call` makes; None if it has none."""
+        identity = self.identity(left, right, call)
+        return self._projection(left, right, call) if identity is None else identity
+
+    def _projection(self, left: int, right: int, call: Call) -> Side | None:
+        """Which operand is a projection of a value that the other one was computed from, too."""
+        reached = self._reached(left, right, call)
         if not (call.inputs & reached[0] and call.inputs & reached[1]):
             return None
         if (left in self.sums) != (right in self.sums):  # x + f(x) + g(x)
@@ -79,18 +85,23 @@ class Shortcuts:
             return 1
         return None
 
-    def part(self, left: int, right: int, reached: list[set[int]], call: Call) -> Side | None:
+    def part(self, left: int, right: int, call: Call) -> Side | None:
         """Which operand is an unchanged part of the input of `call`, or one of its streams.
 
         The other operand is computed from the input as well: `a + f(b)`, as in reversible networks.
         """
+        reached = self._reached(left, right, call)
         sides: tuple[Side, Side] = 0, 1
         for side in sides:
             own, others = reached[side], reached[1 - side]
-            mixes = call.inputs & others and self.mixes(others - own)
+            mixes = call.inputs & others and mixing(self.recording, others - own)
             if mixes and self._is_stream((left, right)[side], call):
                 return side
         return None
+
+    def _reached(self, left: int, right: int, call: Call) -> list[Set[int]]:
+        """The values that each operand was computed from, back to the inputs of `call`."""
+        return [self.recording.reach_within(operand, call) for operand in (left, right)]
 
     def _is_stream(self, number: int, call: Call) -> bool:
         """Whether a value is an input of `call`, a residual sum, or a part of one of these."""
@@ -103,7 +114,7 @@ class Shortcuts:
             and all(self._is_stream(parent, call) for parent in value.parents)
         )
 
-    def _is_projection(self, shortcut: set[int], branch: set[int]) -> bool:
+    def _is_projection(self, shortcut: Set[int], branch: Set[int]) -> bool:
         """Whether `shortcut` is a projection of a single value from which `branch` starts too.
 
         - The shortcut must be computed from one value, and any parameters. The carry of a highway
@@ -135,19 +146,22 @@ class Shortcuts:
         changes = values[start].tensor.shape != values[max(own)].tensor.shape
         return changes or any(part in name for name in self._names(own) for part in PROJECTIONS)
 
-    def _names(self, values: set[int]) -> list[str]:
+    def _names(self, values: Set[int]) -> list[str]:
         """The last parts of the names of the modules and parameters that made `values`."""
-        names = [*self.recording.modules(values, 0), *self.recording.parameters(values)]
+        calls = calls_during(self.recording.outermost, min(values), max(values))
+        names = [call.name for call in calls if call.outputs and call.outputs <= values]
+        names += self.recording.parameters(values)
         return [part for name in names for part in name.lower().split(".")[-3:]]
 
-    def mixes(self, values: set[int]) -> list[str]:
-        """The functions that made `values` and mix their arguments; see `MIXES`."""
-        functions = self.recording.functions(values)
-        return list(filter(is_mixing, functions))
-
-    def _convolutions(self, values: set[int]) -> int:
+    def _convolutions(self, values: Set[int]) -> int:
         """How many of `values` were made by a function with weights."""
-        return sum("pool" not in function for function in self.mixes(values))
+        functions = filter(is_mixing, self.recording.functions(values))
+        return sum("pool" not in function for function in functions)
+
+
+def mixing(recording: Recording, values: Set[int]) -> bool:
+    """Whether one of `values` was made by a function that mixes its arguments."""
+    return any(map(is_mixing, recording.functions(values)))
 
 
 def is_mixing(function: str) -> bool:

@@ -1,7 +1,10 @@
 """Record one forward pass: which value is computed from which, in which module, at what cost."""
 
+import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +20,8 @@ from stochastic_depth.torch_private import changes_of
 
 PRODUCT = "product of addcmul"
 """The name recorded for the function that made the product in `addcmul`."""
+_REMEMBERED = 16
+"""How many results of `Recording.reach` are kept: as many as judging one addition asks for."""
 
 
 @dataclass(eq=False)
@@ -34,8 +39,13 @@ class Call:
     serial: int = 0
     """The number of this call in the forward pass."""
     parent: "Call | None" = None
-    ended: int = 0
-    """The number of the first value that is computed after the call."""
+    children: "list[Call]" = field(default_factory=list)
+    """The calls that it makes itself, in order."""
+    ended: int = sys.maxsize
+    """The number of the first value that is computed after the call; larger than all numbers until
+    it returns."""
+    outputs: set[int] = field(default_factory=set)
+    """The numbers of the tensors that it returned."""
     returned_tensor: bool = False
     """Whether it returned a tensor, rather than a tuple or another structure."""
 
@@ -48,6 +58,21 @@ class Call:
 
     def is_within(self, other: "Call") -> bool:
         return any(call is other for call in self.ancestors())
+
+    @property
+    def earliest(self) -> int:
+        """The number of the first of its inputs, and of the values that are computed during it."""
+        return min([self.began, *self.inputs])
+
+
+def calls_during(calls: Sequence[Call], first: int, last: int) -> Iterator[Call]:
+    """Those of `calls`, and the calls within them, that run while any of the values from `first` to
+    `last` is computed; inner calls come before those around them."""
+    start = bisect_right(calls, first, key=lambda call: call.ended)
+    stop = bisect_right(calls, last, key=lambda call: call.began)
+    for call in calls[start:stop]:
+        yield from calls_during(call.children, first, last)
+        yield call
 
 
 @dataclass
@@ -86,13 +111,15 @@ class Recording:
         self.values: list[Value] = []
         self.calls: list[Call] = []
         """The running calls, innermost last."""
-        self.finished: list[tuple[Call, set[int]]] = []
-        """The finished calls, each with the numbers of the values that it returned."""
+        self.outermost: list[Call] = []
+        """The calls that are not made within other calls, in order."""
         self.serial = itertools.count()
         self.may_overwrite = any(getattr(module, "inplace", False) for module in model.modules())
         """Whether any module works in place, even if in training mode only."""
         self._changes: dict[int, list[Change]] = {}
         """For each tensor that was changed in place, by its `id`: the changes, in order."""
+        self._reached: dict[tuple[int, int], frozenset[int]] = {}
+        """What `reach` has returned recently, by its arguments."""
         self._number: dict[int, int] = {}
         self._aliases: list[Tensor] = []
         self._parameters = {id(p): name for name, p in model.named_parameters()}
@@ -132,8 +159,9 @@ class Recording:
     ) -> None:
         """Record the value that a tensor has after a function has changed it in place.
 
-        If it is a view, the tensor that it is a view of has a new value, too. What the model holds
-        from pass to pass, such as a running mean, keeps its number.
+        If it is a view, the tensor that it is a view of has a new value, too, to which the old one
+        contributes what the view leaves out. What the model holds from pass to pass, such as a
+        running mean, keeps its number.
 
         Args:
             known: whether the function has returned the tensor, and so the value is recorded.
@@ -144,8 +172,8 @@ class Recording:
         if not known:
             self.add(tensor, parents, function, flops)
         if viewed is not tensor:
-            number = self.add(viewed, (self.number(viewed), self.number(tensor)), function)
-            self.add(tensor, (number,), function)
+            kept = () if tensor.numel() == viewed.numel() else (self.number(viewed),)
+            self.add(viewed, (*kept, self.number(tensor)), function)
 
     def numbers(self, values: object) -> set[int]:
         """The numbers of all tensors in `values`."""
@@ -161,25 +189,57 @@ class Recording:
             self.values[parent].children.append(number)
         return number
 
-    def reach(self, value: int, until: int = 0) -> set[int]:
+    def reach(self, value: int, until: int = 0) -> frozenset[int]:
         """`value` and the values that it was computed from, back to the value `until`."""
-        seen, ahead = {value}, [value]
-        while ahead:
-            for parent in self.values[ahead.pop()].parents:
-                if parent >= until and parent not in seen:
-                    seen.add(parent)
-                    ahead.append(parent)
-        return seen
+        known = self._reached.get((value, until))
+        if known is None:
+            seen, ahead = {value}, [value]
+            while ahead:
+                for parent in self.values[ahead.pop()].parents:
+                    if parent >= until and parent not in seen:
+                        seen.add(parent)
+                        ahead.append(parent)
+            if len(self._reached) == _REMEMBERED:
+                self._reached.clear()
+            known = self._reached[value, until] = frozenset(seen)
+        return known
 
-    def reach_within(self, value: int, call: Call) -> set[int]:
+    def reach_within(self, value: int, call: Call) -> frozenset[int]:
         """`value` and the values that it was computed from, back to the inputs of `call`."""
-        return self.reach(value, min([call.began, *call.inputs]))
+        return self.reach(value, call.earliest)
 
-    def functions(self, values: set[int]) -> list[str]:
+    def reach_without(self, value: int, other: int, call: Call) -> frozenset[int]:
+        """As `reach_within`, without `other` and the values that it was computed from.
+
+        Values are followed from the latest to the earliest, and no further than to where all are
+        of `other`, so that the work for a branch does not grow with the depth of the model.
+        """
+        until, found, of_other, ahead = call.earliest, set[int](), {other}, [-value, -other]
+        seen, unknown = {value, other}, int(value != other)
+        heapq.heapify(ahead)
+        while unknown:
+            number = -heapq.heappop(ahead)
+            is_of_other = number in of_other
+            if not is_of_other:
+                found.add(number)
+                unknown -= 1
+            for parent in self.values[number].parents:
+                if parent < until:
+                    continue
+                if parent not in seen:
+                    heapq.heappush(ahead, -parent)
+                    seen.add(parent)
+                    unknown += 1
+                if is_of_other and parent not in of_other:
+                    of_other.add(parent)
+                    unknown -= 1
+        return frozenset(found)
+
+    def functions(self, values: Set[int]) -> list[str]:
         """The names of the functions that computed these values."""
         return [self.values[value].made_by for value in values]
 
-    def parameters(self, values: set[int]) -> frozenset[str]:
+    def parameters(self, values: Set[int]) -> frozenset[str]:
         """The names of the parameters among these values and those that they were computed from."""
         parents = {parent for value in values for parent in self.values[value].parents}
         ids = (id(self.values[value].tensor) for value in values | parents)
@@ -189,23 +249,6 @@ class Recording:
         """The number of each parameter that was used, by its name."""
         numbers = ((name, self._number.get(each)) for each, name in self._parameters.items())
         return {name: number for name, number in numbers if number is not None}
-
-    def users_of_parameters(self) -> dict[str, set[int]]:
-        """The values that are computed from each parameter directly, by its name."""
-        numbers = self.numbers_of_parameters().items()
-        return {name: set(self.values[number].children) for name, number in numbers}
-
-    def modules(self, values: set[int], since: int) -> tuple[str, ...]:
-        """Names of the modules whose outputs are all among `values`, one entry for each call.
-
-        Args:
-            since: calls that began before the value of this number do not count.
-        """
-        return tuple(
-            call.name
-            for call, outputs in self.finished
-            if call.began >= since and outputs and outputs <= values
-        )
 
 
 @contextmanager
@@ -308,14 +351,17 @@ def _hooks(name: str, module: nn.Module, recording: Recording) -> tuple[Any, Any
         began = len(recording.values)
         parent = recording.calls[-1] if recording.calls else None
         call = Call(name, module, args, kwargs, inputs, began, next(recording.serial), parent)
+        (recording.outermost if parent is None else parent.children).append(call)
         recording.calls.append(call)
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
+        if not recording.calls or recording.calls[-1].module is not module:
+            return  # a hook before `begin` raised an exception
         call = recording.calls.pop()
-        call.ended, call.returned_tensor = len(recording.values), isinstance(output, Tensor)
-        recording.finished.append((call, recording.numbers(output)))
+        call.outputs, call.returned_tensor = recording.numbers(output), isinstance(output, Tensor)
+        call.ended = len(recording.values)
 
     return (
         module.register_forward_pre_hook(begin, with_kwargs=True),
-        module.register_forward_hook(end),
+        module.register_forward_hook(end, always_call=True),  # its caller may catch an exception
     )

@@ -61,23 +61,21 @@ def select_drawn(module: nn.Module, gate: Gate, value: Any, key: Hashable) -> An
     if samples is None:
         return value
 
-    def select(leaf: Any, key: Hashable) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
+    def select(tensor: Tensor, key: Hashable) -> Tensor:
         seen = None if torch.compiler.is_compiling() else _recording.get()
         if seen is not None:
-            seen.setdefault((module, key), []).append(tuple(leaf.shape))
-            return leaf
-        if leaf.ndim == 0 or len(leaf) != gate.batch or len(samples) == gate.batch:
-            return leaf
+            seen.setdefault((module, key), []).append(tuple(tensor.shape))
+            return tensor
+        if tensor.ndim == 0 or len(tensor) != gate.batch or len(samples) == gate.batch:
+            return tensor
         known = module.__dict__.get(HOLDS_SAMPLES, {})
         if key not in known:
             raise GateError(
-                f"a tensor of shape {list(leaf.shape)} that the example did not have enters a "
+                f"a tensor of shape {list(tensor.shape)} that the example did not have enters a "
                 f"branch of {type(module).__name__}, and it is not known whether its first "
                 f"dimension is the batch ({gate.batch}): give sd.apply an example with this tensor"
             )
-        return leaf.index_select(0, samples.to(leaf.device)) if known[key] else leaf
+        return tensor.index_select(0, samples.to(tensor.device)) if known[key] else tensor
 
     return map_structure(select, value, key)
 

@@ -1,15 +1,14 @@
-"""Find the files of a data set, check, read and unpack them."""
+"""Find the published files of a data set, check and read them."""
 
 import hashlib
 import shlex
-import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from stochastic_depth.errors import DataError
-from stochastic_depth.files import LARGE, names_in, open_file, read_file, reading, require_file
+from stochastic_depth.files import LARGE, open_file, read_file, reading
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 
@@ -90,33 +89,3 @@ def all_files(folder: Path, parts: tuple[tuple[str, ...], ...]) -> list[list[Pat
             "unpack the archive again"
         )
     return found
-
-
-MOST_UNPACKED = 2**30
-"""The most bytes that an archive may unpack to; the published ones unpack to 186 million."""
-
-
-def refuse_special(folder: Path) -> None:
-    """Refuse pipes and devices among the files that torchvision reads to check them.
-
-    Raises:
-        OSError: when a file is a pipe or a device.
-    """
-    for name in names_in(folder, inside=folder):
-        if name.endswith((".gz", ".mat")):
-            require_file(folder / name, follow_links=True)
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar archive into `folder`: no files or links outside of it, and no devices.
-
-    Raises:
-        tarfile.TarError: when it contains anything else, or more than `MOST_UNPACKED` bytes.
-    """
-    room = MOST_UNPACKED
-    with tarfile.open(archive) as members:
-        for member in members:
-            room -= member.size
-            if room < 0:
-                raise tarfile.TarError(f"{archive} unpacks to more than {MOST_UNPACKED:,} bytes")
-            members.extract(member, folder, filter="data")
