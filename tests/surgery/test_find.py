@@ -347,3 +347,27 @@ def test_after_an_exception_that_is_caught_an_addition_is_its_callers(in_hook) -
             block.wide.register_forward_pre_hook(block.wide.forward)
     plan = sd.plan(model, X)
     assert [block.mechanism for block in plan.blocks] == ["slice", "slice"]
+
+
+class IntoItsBranch(nn.Module):
+    """Adds its input in place to a branch that is a different view of all that a layer gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x.T).T
+        y += x
+        return y
+
+
+def test_a_view_that_is_overwritten_as_a_whole_leaves_nothing_of_what_was_there() -> None:
+    model = nn.Sequential(IntoItsBranch(), IntoItsBranch()).double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=X)
+    for pattern in itertools.product((False, True), repeat=2):
+        expected = X
+        for is_open, block in zip(pattern, model, strict=True):
+            expected = expected + block.layer(expected.T).T if is_open else expected
+        with handle.forced(pattern):
+            torch.testing.assert_close(model.train()(X), expected, rtol=1e-12, atol=1e-12)

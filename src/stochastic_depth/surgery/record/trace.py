@@ -159,8 +159,9 @@ class Recording:
     ) -> None:
         """Record the value that a tensor has after a function has changed it in place.
 
-        If it is a view, the tensor that it is a view of has a new value, too. What the model holds
-        from pass to pass, such as a running mean, keeps its number.
+        If it is a view, the tensor that it is a view of has a new value, too, to which the old one
+        contributes what the view leaves out. What the model holds from pass to pass, such as a
+        running mean, keeps its number.
 
         Args:
             known: whether the function has returned the tensor, and so the value is recorded.
@@ -171,7 +172,8 @@ class Recording:
         if not known:
             self.add(tensor, parents, function, flops)
         if viewed is not tensor:
-            number = self.add(viewed, (self.number(viewed), self.number(tensor)), function)
+            kept = () if tensor.numel() == viewed.numel() else (self.number(viewed),)
+            number = self.add(viewed, (*kept, self.number(tensor)), function)
             self.add(tensor, (number,), function)
 
     def numbers(self, values: object) -> set[int]:
@@ -332,10 +334,10 @@ class _Functions(TorchFunctionMode):
             number = self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)
             self.recording.values[number].together = range(first, first + len(tensors))
             flops = 0
-        returned = set(map(id, tensors))
-        for tensor in changed:
-            self.recording.changed(tensor, parents, name, flops, id(tensor) in returned)
         self.on_function(func, operands, out, scales_second(name, kwargs or {}))
+        returned = set(map(id, tensors))
+        for tensor in changed:  # after the result has been judged, under the number that it has now
+            self.recording.changed(tensor, parents, name, flops, id(tensor) in returned)
         return out
 
     def _product(self, factors: Sequence[Tensor]) -> int:
