@@ -173,7 +173,8 @@ class Recording:
             self.add(tensor, parents, function, flops)
         if viewed is not tensor:
             kept = () if tensor.numel() == viewed.numel() else (self.number(viewed),)
-            self.add(viewed, (*kept, self.number(tensor)), function)
+            number = self.add(viewed, (*kept, self.number(tensor)), function)
+            self.add(tensor, (number,), function)
 
     def numbers(self, values: object) -> set[int]:
         """The numbers of all tensors in `values`."""
@@ -333,10 +334,10 @@ class _Functions(TorchFunctionMode):
             number = self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)
             self.recording.values[number].together = range(first, first + len(tensors))
             flops = 0
-        returned = set(map(id, tensors))
-        for tensor in changed:
-            self.recording.changed(tensor, parents, name, flops, id(tensor) in returned)
         self.on_function(func, operands, out, scales_second(name, kwargs or {}))
+        returned = set(map(id, tensors))
+        for tensor in changed:  # after the result has been judged, under the number that it has now
+            self.recording.changed(tensor, parents, name, flops, id(tensor) in returned)
         return out
 
     def _product(self, factors: Sequence[Tensor]) -> int:
