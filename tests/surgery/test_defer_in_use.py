@@ -532,3 +532,72 @@ def test_a_method_that_adds_is_under_the_gates_when_it_is_called_by_itself():
             expected = expected + branch(expected).tanh() if is_open else expected
         torch.testing.assert_close(found, expected)
         model(x).sum().backward()
+
+
+def mixed(kind: str, h: torch.Tensor, before: list[torch.Tensor]) -> torch.Tensor:
+    """The output `h` of a branch with what earlier branches have computed, on long inputs only."""
+    if not before or h.shape[1] <= 6:
+        return h
+    if kind == "last":
+        return h + before[-1] * 0.1
+    if kind == "product":
+        return h * before[-1].sigmoid()
+    return h + torch.stack(before).mean(0)
+
+
+class ReadsEarlierBranches(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before: list[torch.Tensor] = []
+        for layer in self.layers:
+            h = mixed(self.kind, layer(x).tanh(), before)
+            before.append(h)
+            x = x + h
+        return x
+
+    def surviving(self, x: torch.Tensor, gates: tuple[bool, ...]) -> torch.Tensor:
+        before: list[torch.Tensor] = []
+        for layer, is_open in zip(self.layers, gates, strict=True):
+            h = mixed(self.kind, layer(x).tanh(), before)
+            before.append(h)
+            x = x + h if is_open else x
+        return x
+
+
+class Reads(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.f = kind, nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, before: list[torch.Tensor]) -> torch.Tensor:
+        h = mixed(self.kind, self.f(x).tanh(), before)
+        before.append(h)
+        return x + h
+
+
+class BlocksReadEarlierBranches(ReadsEarlierBranches):
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.blocks = nn.ModuleList(Reads(kind) for _ in range(3))
+        self.layers = nn.ModuleList(block.f for block in self.blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before: list[torch.Tensor] = []
+        for block in self.blocks:
+            x = block(x, before)
+        return x
+
+
+@pytest.mark.parametrize("kind", ["last", "product", "all"])
+@pytest.mark.parametrize("network", [ReadsEarlierBranches, BlocksReadEarlierBranches])
+def test_an_open_branch_that_reads_a_closed_one_is_added(network, kind):
+    model = network(kind).double()
+    handle = sd.apply(model, example=torch.randn(2, 5, 8, dtype=torch.float64))
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    for gates in itertools.product([False, True], repeat=3):
+        with handle.forced(list(gates)):
+            torch.testing.assert_close(model(x), model.surviving(x, gates))

@@ -43,9 +43,10 @@ def addition_at(
 ) -> GatedAddition | None:
     """The addition that is made of the operands `args` at `site`, or None.
 
-    Blocks of one class add at the same site. The shortcut may hold a side output of another block.
+    Blocks of one class, or in one loop, add at the same site. The shortcut or the branch may hold a
+    value of another block's branch, whose own addition is made already then.
     """
-    at_site = (addition for addition in additions if site in addition.sites)
+    at_site = (each for each in additions if site in each.sites and not each.is_made)
     return next((each for each in at_site if _adds_branch(each, each.sites[site], args)), None)
 
 

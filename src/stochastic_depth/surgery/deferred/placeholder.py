@@ -77,6 +77,11 @@ class GatedAddition:
         """For each checkpoint around the addition, a function that returns whether it will
         recompute."""
 
+    @property
+    def is_made(self) -> bool:
+        """Whether the sum was made in this call of the owner, or the call has ended."""
+        return self.reached > 0 or self.caller is None
+
 
 class Tape:
     """The calls that a forward pass has deferred, in program order.
@@ -196,6 +201,8 @@ class Node:
         module: nn.Module | None = None,
     ) -> None:
         self.tape, self.additions, self.function, self.module = tape, additions, function, module
+        if module is None:  # a function does not change a list that it is given, but others may
+            args, kwargs = tuple(map(_as_given, args)), {k: _as_given(v) for k, v in kwargs.items()}
         self.args, self.kwargs = args, kwargs
         self.placeholders, computed = needs
         self.done, self.value = False, None
@@ -386,6 +393,12 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
         if own["_modules"]:
             modules += [child for child in own["_modules"].values() if child is not None]
     return tuple(found)
+
+
+def _as_given(argument: Any) -> Any:
+    """`argument`, with copies of the lists in it, to which the model may append later."""
+    kind = type(argument)
+    return kind(map(_as_given, argument)) if kind is list or kind is tuple else argument
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
