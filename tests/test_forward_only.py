@@ -332,3 +332,28 @@ def test_what_else_is_computed_from_a_value_of_a_detached_branch_keeps_its_gradi
             torch.stack([out.pow(3).sum() for out in outputs]).sum().backward()
         for one, other in zip(gradients(model).values(), gradients(plain).values(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor_first: bool) -> None:
+        super().__init__()
+        self.f, self.gamma = nn.Linear(8, 8), nn.Parameter(torch.rand(8))
+        self.factor_first = factor_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = (self.gamma, self.f(x)) if self.factor_first else (self.f(x), self.gamma)
+        return x.addcmul(*factors, value=0.5)
+
+
+@pytest.mark.parametrize("factor_first", [True, False])
+def test_no_gradient_comes_to_either_factor_of_addcmul(factor_first):
+    model = nn.Sequential(*(Scaled(factor_first) for _ in range(3))).double()
+    original = copy.deepcopy(model)
+    handle = sd.apply(model, closed="forward-only", example=X)
+    with handle.forced([True, False, True]):
+        model(X).sum().backward()
+    x = original[0](X)
+    original[2](x + (original[1](x) - x).detach()).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), original.parameters(), strict=True):
+        expected = torch.zeros_like(q) if q.grad is None else q.grad
+        torch.testing.assert_close(p.grad, expected, msg=name)

@@ -89,6 +89,8 @@ def add(
                 new[n] = gate.scale(value(operand)) if of_branch else value(operand)
                 if of_branch:  # a second factor, of `addcmul`, is not multiplied again
                     gate = gate._replace(factor=None)
+            if gate.detached and n != side and isinstance(new[n], Tensor):  # both factors
+                new[n] = new[n].detach()
         if changes and isinstance(target, Placeholder):
             func = {"addcmul_": torch.addcmul}.get(name, torch.add)
         result = func(*new, **kwargs)
