@@ -193,9 +193,10 @@ def with_remedy(
         remedy = "no other block of the model can be skipped"
     else:
         remedy = "no other block of the model can be skipped, as far as was tried"
+    otherwise = "or tell" if rest else "tell"
     advised = UnsupportedBlockError(
-        f"{error}; {remedy}; or tell sd.apply how to skip it, with sd.register_unit, or build it "
-        "from sd.Residual"
+        f"{error}; {remedy}; {otherwise} sd.apply how to skip it, with sd.register_unit, or build "
+        "it from sd.Residual"
     )
     advised.blocks = error.blocks
     return advised
