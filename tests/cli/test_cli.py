@@ -372,11 +372,6 @@ def test_help_says_which_recipe_is_the_default(capsys):
             "where optimizer.milestones is empty",
             "--optimizer.milestones 0.5",
         ),
-        (
-            "digits --optimizer.learning-rate 0.1 --optimizer.warmup-epochs 20",
-            "where optimizer.warmup-epochs is 20 and epochs 20",
-            "--optimizer.warmup-epochs 19",
-        ),
     ],
 )
 def test_an_option_without_effect_is_refused_and_the_remedy_works(

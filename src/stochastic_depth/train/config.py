@@ -201,6 +201,12 @@ class Config:
         positive("epochs", self.epochs)
         positive("evaluate-every", self.evaluate_every)
         positive("keep", self.keep)
+        if self.epochs <= self.optimizer.warmup_epochs:
+            raise ConfigError(
+                f"optimizer.warmup-epochs is {self.optimizer.warmup_epochs:g} and epochs is "
+                f"{self.epochs}: nothing would be trained at optimizer.learning-rate; give fewer "
+                "--optimizer.warmup-epochs, or more --epochs"
+            )
         subsets = self.survival.gate == "subset" and not self.survival.balance
         if self.distributed.sync_batchnorm and subsets:
             raise ConfigError(
@@ -247,10 +253,6 @@ class Config:
         if not optimizer.milestones:
             why, instead = "optimizer.milestones is empty", "give --optimizer.milestones"
             add("optimizer", optimizer, ["divisor"], why, instead)
-        if optimizer.warmup_epochs >= self.epochs:
-            why = f"optimizer.warmup-epochs is {optimizer.warmup_epochs:g} and epochs {self.epochs}"
-            names = ["learning_rate", "milestones", "divisor"]
-            add("optimizer", optimizer, names, why, "give fewer --optimizer.warmup-epochs")
         unused = self.survival.schedule.unused()
         return found | {f"schedule.{name}": problem for name, problem in unused.items()}
 
