@@ -227,6 +227,11 @@ class Config:
                     f"out, or {instead}"
                 )
 
+        why, instead = f"data.name is {self.data.name}", "take a recipe of another data set"
+        if self.data.name == "digits":
+            add("data", self.data, ["download"], f"{why}, which is embedded", instead)
+        if self.data.name not in ("imagenet", "folder"):
+            add("data", self.data, ["workers"], f"{why}, which is read into memory", instead)
         kind, optimizer = f"model.kind is {self.model.kind}", self.optimizer
         if self.model.kind == "densenet":
             add("model", self.model, ["init"], kind, "take a recipe of another network")
