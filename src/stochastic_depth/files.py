@@ -224,9 +224,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        _sync_folder(unfinished)
+        sync_folder(unfinished)
         unfinished.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise RunError(f"{path} cannot be created: {reason(error)}") from error
     finally:
@@ -240,6 +240,15 @@ def write_new(path: Path, content: bytes) -> None:
         OSError: when there is something at `path`, or it cannot be created.
     """
     _write_synced(path, content, None)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed or removed in `folder` survive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def reason(error: OSError) -> str:
@@ -331,12 +340,3 @@ def _write_synced(path: Path | str, content: bytes, folder: int | None) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames and removals in `folder` survive a power cut."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

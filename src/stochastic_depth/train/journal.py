@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.files import LARGE, is_there, open_for_appending, read_file, reading, reason
+from stochastic_depth.files import (
+    LARGE,
+    is_there,
+    open_for_appending,
+    read_file,
+    reading,
+    reason,
+    sync_folder,
+)
 
 _LINE = re.compile(rb'(\{.*), "sha256": "([0-9a-f]{64})"\}')
 
@@ -100,6 +108,8 @@ def append_record(path: Path, record: Record, before: str) -> str:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
+                if length == 0:  # it may be new
+                    sync_folder(path.parent)
             except OSError:
                 os.ftruncate(file.fileno(), length)
                 raise
