@@ -84,15 +84,16 @@ class Run:
         """Remove the folder if nothing was written since it was created."""
         if not is_there(self.path):
             return
-        if set(names_in(self.path)) - {layout.CONFIG, layout.CHECKPOINTS, layout.LOCK}:
-            return
-        if names_in(self.checkpoints.folder):
-            return
-        with self.writing(), suppress(OSError):  # where it cannot be removed, it stays
-            (self.path / layout.CONFIG).unlink()
-            self.checkpoints.folder.rmdir()
-            (self.path / layout.LOCK).unlink()
-            self.path.rmdir()
+        with suppress(OSError):  # where it cannot be removed, or is behind a link, it stays
+            if set(names_in(self.path)) - {layout.CONFIG, layout.CHECKPOINTS, layout.LOCK}:
+                return
+            if names_in(self.checkpoints.folder):
+                return
+            with self.writing():
+                (self.path / layout.CONFIG).unlink()
+                self.checkpoints.folder.rmdir()
+                (self.path / layout.LOCK).unlink()
+                self.path.rmdir()
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[], None]]:
