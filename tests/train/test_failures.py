@@ -125,7 +125,7 @@ def test_a_step_that_needs_more_memory_than_there_is_names_itself_and_the_remedi
     assert re.match(
         r"out of memory at step 0 of \S+run \(blocks 1\S* .*of 27 open\): ", done.stdout
     )
-    assert "there is no checkpoint before it" in done.stdout
+    assert "there is no good checkpoint before it" in done.stdout
     assert "--optimizer.batch (it is 1000)" in done.stdout
 
 
