@@ -18,6 +18,7 @@ from stochastic_depth.train import (
     OptimizerConfig,
     SurvivalConfig,
     begin,
+    checkpoint,
     fit,
     journal,
     open_run,
@@ -279,8 +280,8 @@ def test_the_final_weights_stand_for_a_last_checkpoint_that_is_gone(small, path,
     survival = SurvivalConfig(final=0.3, schedule=ScheduleConfig("warmup", until=2.0 * 20))
     run, records = finish(path, replace(small, survival=survival), silent)
     checkpoints = sorted(run.checkpoints.folder.iterdir())
-    for checkpoint in checkpoints[0 if gone == "all checkpoints" else -1 :]:
-        checkpoint.unlink()
+    for file in checkpoints[0 if gone == "all checkpoints" else -1 :]:
+        file.unlink()
     _, images = reopen(path)
     model, step = trained_model(run, images, "last")
     assert step == records[-1].step
@@ -306,6 +307,34 @@ def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(small, path,
     else:
         with pytest.raises(CheckpointError, match="or use the newest one: --checkpoint last"):
             trained_model(run, images, "best")
+
+
+@pytest.mark.parametrize("killed_at", [4, 20])
+def test_a_record_that_is_best_and_has_no_checkpoint_yet_blocks_nothing(
+    small, path, silent, monkeypatch, killed_at
+):
+    save = checkpoint.save_checkpoint
+
+    def killed(path, state):
+        if state["step"] == killed_at:
+            raise KeyboardInterrupt
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", killed)
+    run, images = begin(small, path)
+    with pytest.raises(KeyboardInterrupt):
+        list(fit(run, images, silent))
+    *before, last = run.records()
+    assert journal.best_record([*before, last]) is last
+    if before:
+        for which, record in (("best", journal.best_record(before)), ("last", before[-1])):
+            assert trained_model(run, images, which)[1] == record.step
+    else:
+        with pytest.raises(CheckpointError, match=r"yet: go on with it by .* --resume"):
+            trained_model(run, images)
+    monkeypatch.undo()
+    list(fit(*reopen(path), silent))
+    assert trained_model(*reopen(path))
 
 
 def test_a_run_without_a_checkpoint_cannot_be_evaluated(small, path):
