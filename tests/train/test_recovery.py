@@ -305,7 +305,9 @@ def _(runs):
     runs.backup()
     whole = journal.read_bytes()
     journal.write_bytes(whole.splitlines(keepends=True)[0])
-    assert "lines are missing" in runs.refused()
+    refused = runs.refused()
+    assert "lines are missing" in refused
+    assert "or delete the checkpoints of steps after 4, and resume" in refused
     max((runs.path / "checkpoints").iterdir()).unlink()
     runs.resume()
     runs.ends_as_if_nothing_had_happened()

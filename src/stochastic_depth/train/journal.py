@@ -133,9 +133,11 @@ def truncate_journal(path: Path, run_id: str, last: str) -> None:
     if last != run_id:
         checksums = [checksum for _, checksum in lines]
         if last not in checksums:
+            left = max((record.step for record in read_journal(path, run_id)), default=0)
             raise RunError(
                 f"{path} does not have the line that was its last one when the checkpoint was "
-                "written: lines are missing. Nothing was changed; put the original back"
+                "written: lines are missing. Nothing was changed; put the original back, or delete "
+                f"the checkpoints of steps after {left}, and resume"
             )
         length = sum(len(line) + 1 for line, _ in lines[: checksums.index(last) + 1])
     if not is_there(path):
