@@ -16,9 +16,7 @@ import torch
 
 import stochastic_depth as sd
 from stochastic_depth.data import folder_batches
-from stochastic_depth.draw import (
-    draw,
-)
+from stochastic_depth.draw import draw
 from stochastic_depth.errors import DivergedError, OutOfMemoryError, RunError
 from stochastic_depth.train import DataConfig, ModelConfig, SurvivalConfig, begin, fit, reopen
 from stochastic_depth.train.failures import open_blocks

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import stochastic_depth as sd
-from stochastic_depth.draw import (
-    draw,
-)
+from stochastic_depth.draw import draw
 from stochastic_depth.errors import CheckpointError, ConfigError, DivergedError, RunError
 from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.recipes import RECIPES

@@ -7,9 +7,7 @@ from itertools import groupby
 from torch import Tensor
 
 from stochastic_depth.data.folder_batches import is_worker_death, worker_death
-from stochastic_depth.draw import (
-    open_shares,
-)
+from stochastic_depth.draw import open_shares
 from stochastic_depth.errors import (
     DivergedError,
     EngineError,
