@@ -108,7 +108,8 @@ def names_in(folder: Path, inside: Path | None = None) -> list[str]:
     """The names in a folder, sorted; an empty list if there is no folder.
 
     Args:
-        inside: by default the folder above it; with `folder`, it may be a link itself.
+        inside: by default the folder above it, so that `folder` must not be a link; give `folder`
+            itself to allow that.
 
     Raises:
         OSError: when it cannot be read, or is a link.

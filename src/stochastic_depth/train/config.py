@@ -34,13 +34,15 @@ class DataConfig:
     root: Path | None = None
     """The folder of the data set, in any of its public layouts."""
     validation: int | None = None
-    """How many training images are held out for validation (none: as many as in the paper)."""
+    """How many training images are held out for validation (none: 5,000 for CIFAR, 6,000 for SVHN,
+    100 for digits, 0 for folders of pictures)."""
     train: int | None = None
     """Train on a fixed random subset of this many images (none: all images)."""
     size: int | None = None
     """Reduce the images to this many pixels a side (none: their own size)."""
     augment: bool | None = None
-    """Randomly crop and flip the training images (none: where the paper does so)."""
+    """Randomly crop and flip the training images (none: those of all data sets but SVHN and
+    digits)."""
     download: bool = False
     """Fetch the data set into `root` if it is not there."""
     workers: int = 4
