@@ -183,7 +183,7 @@ def test_a_finished_run_is_left_as_it_is(small, path, silent):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(small, path, silent):
     config = replace(small, optimizer=OptimizerConfig(learning_rate=1e30))
     run, images = begin(config, path)
-    with pytest.raises(DivergedError, match=r"not finite at step \d+ .*there is no checkpoint"):
+    with pytest.raises(DivergedError, match=r"not finite at step \d+ .*no good checkpoint"):
         list(fit(run, images, silent))
     assert run.checkpoints.steps() == []
 
