@@ -90,6 +90,7 @@ class ForwardHooks:
                     "checkpoint(..., use_reentrant=False)"
                 )
             again.backward_begins()
+            running.recomputed = again
             set_training_gates(self.blocks, again.gates)
             return
         self._refuse_threads()
@@ -174,7 +175,9 @@ class ForwardHooks:
             self.handle.clear_gates()
         else:
             set_training_gates(self.blocks, outer.gates)
-        return output if ended is None else ended.end(output)
+        if ended is not None:
+            return ended.end(output)
+        return output if running.recomputed is None else running.recomputed.attached(output)
 
     def _running(self) -> "ForwardPass | None":
         """The innermost running forward pass that has drawn gates, or None."""
@@ -238,6 +241,8 @@ class _Running:
     thread: int
     drawn: "ForwardPass | None" = None
     """The pass, if gates were drawn for it: not in evaluation, nor in a recomputation."""
+    recomputed: "ForwardPass | None" = None
+    """The pass that is recomputed here, in a backward pass."""
 
     def is_running(self) -> bool:
         """Whether it was not interrupted."""
@@ -271,12 +276,20 @@ class ForwardPass:
         """End the pass; returns its output, to which closed branches are attached where needed."""
         self._closed_gradients.end_forward()
         if torch.is_grad_enabled() and output is not None:
-            output = self._closed_gradients.attached(output)
+            output = self.attached(output)
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:  # a hook on a leaf would never be removed
                     tensor.register_hook(self.backward_begins)
         self.end_node = next_node_number()
         return output
+
+    def attached(self, output: Any) -> Any:
+        """`output`, to which closed branches are attached where DDP or autograd needs them.
+
+        A reentrant checkpoint around the model computes its first output without a graph, so the
+        branches can only be attached to the output that it recomputes.
+        """
+        return self._closed_gradients.attached(output)
 
     def interrupt(self) -> None:
         """End a pass that PyTorch has not ended, as after a KeyboardInterrupt."""
