@@ -127,6 +127,14 @@ def seed_everything(seed: int) -> None:
         numpy.random.seed(seed)
 
 
+def next_random_numbers(model: nn.Module) -> list[float]:
+    """A number from each random number generator; they show whether as much was drawn before."""
+    devices = {torch.device("cpu"), *(parameter.device for parameter in model.parameters())}
+    of_torch = [torch.rand((), device=each).item() for each in sorted(devices, key=str)]
+    numpy = _numpy()
+    return [random.random(), *([] if numpy is None else [numpy.random.random()]), *of_torch]
+
+
 class _ModuleState:
     """The state of one module, without its children."""
 
