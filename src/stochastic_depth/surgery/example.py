@@ -58,6 +58,18 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 
 
 @contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """While entered, `model` is in evaluation mode; afterwards each module has its mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def preserve_state(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore `model` afterwards: modes, tensors, gradients, attributes, hooks; the random state.
 
