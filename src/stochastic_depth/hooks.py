@@ -55,10 +55,9 @@ class ForwardHooks:
     def __init__(self, model: nn.Module, handle: Handle, routes: Routes) -> None:
         self.handle, self.blocks, self.routes = handle, handle.blocks, routes
         self._gate_readers = GateReaders(model, handle.blocks)
-        handle.forward_pass = self.forward_pass
-        for number, block in enumerate(self.blocks):
-            for addition in block.gates:
-                addition.recall = partial(self._recall, number)
+        handle.forward_pass, handle.running_gates = self.forward_pass, self.running_gates
+        self._is_recalled = False
+        """Whether the blocks ask for the gates of a pass that is recomputed."""
         self._stack: list[_Running] = []
         """The running forward passes, nested."""
         self._passes: list[weakref.ref[ForwardPass]] = []
@@ -149,7 +148,17 @@ class ForwardHooks:
                 "(copy.deepcopy(model))"
             )
 
+    def running_gates(self) -> list[Gate] | None:
+        """The gates of the innermost running forward pass that has drawn gates, or None."""
+        running = self._running()
+        return None if running is None else running.gates
+
     def _begin(self, running: "_Running", gates: list[Gate], replicated: bool) -> None:
+        if not self._is_recalled:  # not when copied, so that a copied block holds no other block
+            for number, block in enumerate(self.blocks):
+                for addition in block.gates:
+                    addition.recall = partial(self._recall, number)
+            self._is_recalled = True
         self._in_backward.clear()  # a backward pass that failed may have left an entry
         begun = ForwardPass(self, gates, replicated or gradients_are_awaited(), self._running())
         running.drawn = begun
@@ -170,11 +179,7 @@ class ForwardHooks:
         self._forget([each for each in inside if each.thread == running.thread])
         self._stack.remove(running)
         ended = running.drawn
-        outer = self._running()
-        if outer is None:
-            self.handle.clear_gates()
-        else:
-            set_training_gates(self.blocks, outer.gates)
+        self.handle.restore_gates()
         if ended is not None:
             return ended.end(output)
         return output if running.recomputed is None else running.recomputed.attached(output)
@@ -229,6 +234,7 @@ class ForwardHooks:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has no running passes
         nothing: dict[str, Any] = {"_stack": [], "_passes": [], "_in_backward": {}}
+        nothing["_is_recalled"] = False
         return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
 
 
@@ -302,7 +308,7 @@ class ForwardPass:
         self._closed_gradients.give_pending()
         if any(is_compiled(block.module) for block in self._hooks.blocks):
             set_training_gates(self._hooks.blocks, self.gates)  # compiled code reads them
-            at_end_of_backward(self._hooks.handle.clear_gates)
+            at_end_of_backward(self._hooks.handle.restore_gates)
 
 
 def _only(passes: Sequence[ForwardPass]) -> ForwardPass | None:
