@@ -1,7 +1,10 @@
 import copy
 import json
+import math
 import pickle
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -208,6 +211,42 @@ def test_a_resumed_run_draws_the_same_gates(schedule) -> None:
     assert again.state_dict() == handle.state_dict()
 
 
+def test_a_state_of_one_step_ago_brings_back_the_probabilities_of_then() -> None:
+    model = Net()
+    handle = sd.apply(model, HALF, schedule=sd.Steps({4: 1.0}))
+    for step in range(4):
+        model.train()(batch(step))
+    state, before = handle.state_dict(), handle.survival
+    evaluation = model.eval()(batch(0))
+    model.train()(batch(4))
+    assert handle.survival != before
+    handle.load_state_dict(state)
+    assert handle.survival == before
+    assert torch.equal(model.eval()(batch(0)), evaluation)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A schedule with a field of each kind."""
+
+    first: Callable[[int], float]
+    points: tuple[tuple[int, float], ...]
+    names: dict[str, tuple[int, ...]]
+
+    def __call__(self, step: int) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("first", [sd.Warmup(3), math.exp])
+def test_a_schedule_of_the_users_own_is_saved_as_plain_values(first) -> None:
+    schedule = Product(first, ((0, 0.5), (10, 1.0)), {"a": (1, 2)})
+    handle = sd.apply(Net(), HALF, schedule=schedule)
+    state = json.loads(json.dumps(handle.state_dict()))
+    assert state == handle.state_dict()
+    handle.load_state_dict(state)
+    assert state["schedule"]["points"] == [[0, 0.5], [10, 1.0]]
+
+
 def test_no_gates_are_open_between_a_load_and_the_next_forward_pass() -> None:
     model = Net()
     handle = sd.apply(model, HALF)
@@ -288,6 +327,16 @@ def test_a_copy_of_the_model_draws_the_same_sequence_by_itself(copied) -> None:
     model(batch(0))
     assert handle.step == 13
     assert other_depth.step == 12
+
+
+def test_a_copy_of_a_block_holds_no_other_block() -> None:
+    model = Net()
+    sd.apply(model, HALF)
+    alone = len(pickle.dumps(Net().blocks[0]))
+    model(batch(0)).sum().backward()
+    assert len(pickle.dumps(model.blocks[0])) < 2 * alone
+    copied, x = copy.deepcopy(model.blocks[0]), torch.randn(5, 4, dtype=torch.float64)
+    assert torch.equal(copied.eval()(x), model.blocks[0].eval()(x))
 
 
 @pytest.mark.parametrize("clear", ["before", "between", "never"])

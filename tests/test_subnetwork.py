@@ -125,6 +125,44 @@ def test_training_steps_are_not_concerned_and_a_schedule_goes_on() -> None:
     assert depths[0].survival == pytest.approx(sd.apply(trained(), rule).survival)
 
 
+@pytest.mark.parametrize("inner", ["forced", "full_depth", "model"])
+def test_the_gates_of_a_running_pass_are_in_force_again_after_a_context_in_it(inner) -> None:
+    model, x = trained().train(), torch.randn(3, 16, 8, 8, dtype=torch.float64)
+    handle = sd.apply(model, sd.Uniform(0.5), seed=1)
+    first = model.blocks[0]
+    with handle.draw():
+        expected = first(x)
+        with handle.full_depth() if inner == "full_depth" else handle.forced([False] * BLOCKS):
+            if inner == "model":
+                model(images())  # a pass in the pass leaves the gates that are forced
+            other = first(x)
+        assert torch.equal(first(x), expected)
+        assert not torch.equal(other, expected)
+    assert handle.gates_at(0)[0]
+    with pytest.raises(sd.errors.GateError, match="outside of a forward pass"):
+        first(x)
+
+
+def test_at_full_depth_the_gates_of_evaluation_are_those_of_now() -> None:
+    model, x = trained().train(), torch.randn(3, 16, 8, 8, dtype=torch.float64).relu()
+    handle = sd.apply(model, sd.Uniform(0.5))
+    with handle.full_depth():
+        whole = model.blocks[0](x)
+        with handle.subnetwork([False] * BLOCKS):
+            assert torch.equal(model.blocks[0](x), x)
+        assert torch.equal(model.blocks[0](x), whole)
+
+
+def test_forced_gates_of_samples_open_a_block_that_does_not_run_yet() -> None:
+    model, x = trained(), images()
+    rule = [0.5] * (BLOCKS - 1) + [0.0]
+    handle = sd.apply(model, rule, schedule=sd.Steps({0: 1.0}), gate="sample")
+    with handle.forced([True] * BLOCKS):
+        expected = model(x)
+    with handle.forced(torch.ones(BLOCKS, len(x), dtype=torch.bool)):
+        assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("force", ["subnetwork", "forced"])
 def test_a_copy_has_its_usual_gates(force: str) -> None:
     model = trained()

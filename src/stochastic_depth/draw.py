@@ -26,9 +26,10 @@ def draw(
 ) -> Tensor:
     """Draw the coins of one step: bool [L], or [L, batch] with one coin for each sample.
 
-    Block l is open with probability `survival[l - 1]`, independently of every other block, sample
-    and step. The same arguments give the same coins everywhere. A larger p_l opens a block in more
-    steps, and in all steps in which a smaller one does.
+    Block l is open with probability `survival[l - 1]`, independently of every other step, and
+    unless balanced of every other block and sample. The same arguments give the same coins
+    everywhere. A larger p_l opens a block in more steps, and in all steps in which a smaller one
+    does.
 
     Args:
         min_samples: the smallest number of open samples in each block with p_l > 0. Where the coins

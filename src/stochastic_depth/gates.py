@@ -163,7 +163,7 @@ class BlockGates:
         """A copy is in no forward pass, and no gate is forced in it."""
         evaluation = self.unforced or self.evaluation
         copied = {"training": None, "evaluation": evaluation, "unforced": None}
-        return None, {**copied, "recall": self.recall}
+        return None, {**copied, "recall": None}  # which would bring all other blocks along
 
 
 def training_gates(
@@ -191,8 +191,10 @@ def training_gates(
         return [Gate(b, factor) for b, factor in zip(coins.tolist(), factors, strict=True)]
     if kind == "sample":
         return [
-            Gate(p > 0, factor, keep=keep, batch=len(keep))
-            for keep, factor, p in zip(coins, factors, survival, strict=True)
+            Gate(p > 0 or kept, factor, keep=keep, batch=len(keep))
+            for keep, kept, factor, p in zip(
+                coins, coins.any(1).tolist(), factors, survival, strict=True
+            )
         ]
     subsets = [keep.nonzero().flatten() for keep in coins]
     return [

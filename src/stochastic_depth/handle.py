@@ -12,18 +12,10 @@ from torch import Tensor
 
 from stochastic_depth.block import Block, set_evaluation_gates, set_training_gates
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
-from stochastic_depth.draw import (
-    draw,
-    expected_share,
-    open_shares,
-)
+from stochastic_depth.draw import draw, expected_share, open_shares
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gate_settings import GateSettings
-from stochastic_depth.gates import (
-    Gate,
-    evaluation_gates,
-    training_gates,
-)
+from stochastic_depth.gates import Gate, evaluation_gates, training_gates
 from stochastic_depth.survival import Probabilities
 
 
@@ -78,6 +70,9 @@ class Handle:
         self.forward_pass: Callable[[list[Gate]], AbstractContextManager[None]]
         """Returns a context in which the given gates are in force, as in a forward pass.
         `ForwardHooks` sets it."""
+        self.running_gates: Callable[[], list[Gate] | None]
+        """Returns the gates of the running forward pass, None if none runs. `ForwardHooks` sets
+        it."""
         self.observers: list[Callable[[list[Gate] | None], None]] = []
         """Called when a forward pass begins, with its gates; with None in evaluation."""
         self._coins: Tensor | None = None
@@ -270,13 +265,13 @@ class Handle:
         before = self._in_training, self._in_evaluation
         self._in_training = self._in_evaluation = forced
         self._set_evaluation()
-        self.clear_gates()
+        self.restore_gates()
         try:
             yield
         finally:
             self._in_training, self._in_evaluation = before
             self._set_evaluation()
-            self.clear_gates()
+            self.restore_gates()
 
     @contextmanager
     def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
@@ -318,12 +313,12 @@ class Handle:
         evaluated.
         """
         before, self._in_training = self._in_training, "full depth"
-        self.clear_gates()
+        self.restore_gates()
         try:
             yield
         finally:
             self._in_training = before
-            self.clear_gates()
+            self.restore_gates()
 
     def state_dict(self) -> dict[str, Any]:
         """The state that a checkpoint needs, so that a resumed training run has the same gates."""
@@ -352,9 +347,10 @@ class Handle:
                     f"the saved state has {name}={state.get(name)!r}, this model {mine!r}: "
                     "apply stochastic depth with the settings of the run that is resumed"
                 )
-        self.step, self.seed = state["step"], state["seed"]
+        self._step, self.seed = state["step"], state["seed"]
+        self._set_survival(max(0, self._step - 1))
         self._coins = None
-        self.clear_gates()
+        self.restore_gates()
 
     def _set_survival(self, step: int) -> None:
         survival = self.survival_at(step)
@@ -401,11 +397,12 @@ class Handle:
         return [block.evaluation_gate for block in self.blocks]
 
     @torch.inference_mode(False)  # a factor made in inference mode could not be used in training
-    def clear_gates(self) -> None:
-        """Remove the training gates of all blocks after a forward pass; forced gates stay."""
-        nothing = [None] * len(self.blocks)
+    def restore_gates(self) -> None:
+        """Give all blocks the training gates that are in force: forced ones; or those of the
+        running forward pass; or none."""
         forced = self._in_training is not None
-        set_training_gates(self.blocks, self._gates_while_forced() if forced else nothing)
+        gates = self._gates_while_forced() if forced else self.running_gates()
+        set_training_gates(self.blocks, gates or [None] * len(self.blocks))
 
     @torch.inference_mode(False)
     def _set_evaluation(self) -> None:
@@ -415,6 +412,8 @@ class Handle:
             evaluation_gates(self._survival, self.scale),
             None if forced is None else self._gates_of(forced),
         )
+        if self._in_training == "full depth":
+            self.restore_gates()
 
     def __getstate__(self) -> dict[str, Any]:  # gates that are forced are not forced in a copy
         return {**self.__dict__, "_in_training": None, "_in_evaluation": None, "observers": []}

@@ -55,10 +55,9 @@ class ForwardHooks:
     def __init__(self, model: nn.Module, handle: Handle, routes: Routes) -> None:
         self.handle, self.blocks, self.routes = handle, handle.blocks, routes
         self._gate_readers = GateReaders(model, handle.blocks)
-        handle.forward_pass = self.forward_pass
-        for number, block in enumerate(self.blocks):
-            for addition in block.gates:
-                addition.recall = partial(self._recall, number)
+        handle.forward_pass, handle.running_gates = self.forward_pass, self.running_gates
+        self._is_recalled = False
+        """Whether the blocks ask for the gates of a pass that is recomputed."""
         self._stack: list[_Running] = []
         """The running forward passes, nested."""
         self._passes: list[weakref.ref[ForwardPass]] = []
@@ -90,6 +89,7 @@ class ForwardHooks:
                     "checkpoint(..., use_reentrant=False)"
                 )
             again.backward_begins()
+            running.recomputed = again
             set_training_gates(self.blocks, again.gates)
             return
         self._refuse_threads()
@@ -148,7 +148,17 @@ class ForwardHooks:
                 "(copy.deepcopy(model))"
             )
 
+    def running_gates(self) -> list[Gate] | None:
+        """The gates of the innermost running forward pass that has drawn gates, or None."""
+        running = self._running()
+        return None if running is None else running.gates
+
     def _begin(self, running: "_Running", gates: list[Gate], replicated: bool) -> None:
+        if not self._is_recalled:  # not when copied, so that a copied block holds no other block
+            for number, block in enumerate(self.blocks):
+                for addition in block.gates:
+                    addition.recall = partial(self._recall, number)
+            self._is_recalled = True
         self._in_backward.clear()  # a backward pass that failed may have left an entry
         begun = ForwardPass(self, gates, replicated or gradients_are_awaited(), self._running())
         running.drawn = begun
@@ -169,12 +179,10 @@ class ForwardHooks:
         self._forget([each for each in inside if each.thread == running.thread])
         self._stack.remove(running)
         ended = running.drawn
-        outer = self._running()
-        if outer is None:
-            self.handle.clear_gates()
-        else:
-            set_training_gates(self.blocks, outer.gates)
-        return output if ended is None else ended.end(output)
+        self.handle.restore_gates()
+        if ended is not None:
+            return ended.end(output)
+        return output if running.recomputed is None else running.recomputed.attached(output)
 
     def _running(self) -> "ForwardPass | None":
         """The innermost running forward pass that has drawn gates, or None."""
@@ -226,6 +234,7 @@ class ForwardHooks:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has no running passes
         nothing: dict[str, Any] = {"_stack": [], "_passes": [], "_in_backward": {}}
+        nothing["_is_recalled"] = False
         return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
 
 
@@ -238,6 +247,8 @@ class _Running:
     thread: int
     drawn: "ForwardPass | None" = None
     """The pass, if gates were drawn for it: not in evaluation, nor in a recomputation."""
+    recomputed: "ForwardPass | None" = None
+    """The pass that is recomputed here, in a backward pass."""
 
     def is_running(self) -> bool:
         """Whether it was not interrupted."""
@@ -271,12 +282,20 @@ class ForwardPass:
         """End the pass; returns its output, to which closed branches are attached where needed."""
         self._closed_gradients.end_forward()
         if torch.is_grad_enabled() and output is not None:
-            output = self._closed_gradients.attached(output)
+            output = self.attached(output)
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:  # a hook on a leaf would never be removed
                     tensor.register_hook(self.backward_begins)
         self.end_node = next_node_number()
         return output
+
+    def attached(self, output: Any) -> Any:
+        """`output`, to which closed branches are attached where DDP or autograd needs them.
+
+        A reentrant checkpoint around the model computes its first output without a graph, so the
+        branches can only be attached to the output that it recomputes.
+        """
+        return self._closed_gradients.attached(output)
 
     def interrupt(self) -> None:
         """End a pass that PyTorch has not ended, as after a KeyboardInterrupt."""
@@ -289,7 +308,7 @@ class ForwardPass:
         self._closed_gradients.give_pending()
         if any(is_compiled(block.module) for block in self._hooks.blocks):
             set_training_gates(self._hooks.blocks, self.gates)  # compiled code reads them
-            at_end_of_backward(self._hooks.handle.clear_gates)
+            at_end_of_backward(self._hooks.handle.restore_gates)
 
 
 def _only(passes: Sequence[ForwardPass]) -> ForwardPass | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeGuard
 
 from stochastic_depth.errors import SurvivalError
-from stochastic_depth.schedules import Schedule, Steps, share_at
+from stochastic_depth.schedules import Schedule, share_at
 
 SurvivalRule = Callable[[int, int], float]
 """`rule(l, L) -> p_l`: the survival probability of block l (1-based) of L."""
@@ -83,11 +83,6 @@ class StepDependent:
     positions: tuple[tuple[int, int], ...]
     """(block, blocks) for each block."""
 
-    @property
-    def full(self) -> tuple[float, ...]:
-        """(p_1, ..., p_L) in step 0."""
-        return self.at(0)
-
     def at(self, step: int) -> tuple[float, ...]:
         """(p_1, ..., p_L) in training step `step`.
 
@@ -115,10 +110,17 @@ def _described(function: object) -> dict[str, Any] | None:
     name = f"{kind.__module__}.{kind.__qualname__}"  # type: ignore[attr-defined]
     if not is_dataclass(function) or isinstance(function, type):
         return {"name": name}
-    values = {f.name: getattr(function, f.name) for f in fields(function)}
-    if isinstance(function, Steps):
-        values = {"shares": [list(pair) for pair in function.shares]}
-    return {"name": name.removeprefix(f"{Steps.__module__}."), **values}
+    values = {f.name: _plain(getattr(function, f.name)) for f in fields(function)}
+    return {"name": name.removeprefix(f"{share_at.__module__}."), **values}
+
+
+def _plain(value: object) -> Any:
+    """The value of a field, as a JSON file gives it back."""
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return _described(value) if is_dataclass(value) or callable(value) else value
 
 
 def survival_probabilities(rule: SurvivalRule, blocks: int) -> tuple[float, ...]:

@@ -309,6 +309,23 @@ class Tied(Net):
         self.blocks[2].inner[2].weight = self.blocks[0].inner[2].weight
 
 
+class Masked(nn.Sequential):
+    """A layer, and a buffer that it is multiplied by."""
+
+    def __init__(self, mask):
+        super().__init__(mlp())
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return super().forward(x) * self.mask
+
+
+def with_one_mask() -> nn.Module:
+    """All branches end in one buffer."""
+    mask = torch.rand(WIDTH)
+    return Net(lambda: Masked(mask))
+
+
 class Shown(Net):
     """Also returns what its last branch gives."""
 
@@ -324,9 +341,10 @@ class Shown(Net):
         (lambda: Net(lambda: mlp(nn.ReLU6())), "blocks.0", "passes through hardtanh"),
         (lambda: Net(lambda: mlp(nn.LayerNorm(WIDTH, elementwise_affine=False))), "blocks.0", ""),
         (lambda: Tied(mlp), "blocks.0", "'blocks.0.inner.2.weight' is also used"),
+        (with_one_mask, "blocks.0", "'blocks.0.inner.mask' is also used"),
         (lambda: Shown(mlp), "blocks.2", "is also used by"),
     ],
-    ids=["gelu", "relu6", "no-gain", "tied", "shown"],
+    ids=["gelu", "relu6", "no-gain", "tied", "tied-buffer", "shown"],
 )
 def test_what_cannot_be_folded_exactly_is_refused_and_left_as_it_was(model, block, why):
     model = model().eval()
@@ -338,6 +356,34 @@ def test_what_cannot_be_folded_exactly_is_refused_and_left_as_it_was(model, bloc
     assert sd.handle_of(model) is handle
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
     assert torch.equal(outputs(model, ROW), expected)
+
+
+def test_a_mask_of_integers_takes_no_factor_but_the_layer_before_it_does():
+    assert_folds(Net(lambda: Masked(torch.arange(WIDTH) % 2)), ROW)
+
+
+@pytest.mark.parametrize(
+    ("survival", "schedule"),
+    [([1.0, 0.8, 0.0], sd.Steps({0: 1.0})), (lambda block, _, step: (block < 3) * 0.8, None)],
+    ids=["schedule", "rule"],
+)
+def test_a_block_that_does_not_run_yet_is_refused_and_can_be_left_out(survival, schedule):
+    model = Net(mlp).eval()
+    sd.apply(model, survival, schedule=schedule, example=ROW)
+    expected = outputs(model, ROW)
+    with pytest.raises(sd.errors.FoldError, match=r"'blocks.2' does not run yet.*sd\.truncate"):
+        sd.fold(model, ROW)
+    sd.truncate(model, [0, 1], ROW)
+    torch.testing.assert_close(outputs(model, ROW), expected)
+
+
+def test_forced_gates_are_not_folded():
+    model = Net(mlp).eval()
+    handle = sd.apply(model, example=ROW)
+    expected = outputs(model, ROW)
+    with handle.subnetwork([True, False, True]):
+        sd.fold(model, ROW)
+    torch.testing.assert_close(outputs(model, ROW), expected)
 
 
 def test_a_plain_model_is_told_to_be_applied_first():

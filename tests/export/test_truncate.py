@@ -232,6 +232,16 @@ def test_blocks_are_dropped_in_the_order_that_costs_least_at_each_step():
     assert len(found) == 6
 
 
+def test_a_search_gives_each_module_its_own_mode_back():
+    model = network(14)
+    sd.apply(model)
+    model.train()
+    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    next(sd.drop_order(model, loss))
+    assert model.training
+    assert not frozen.training
+
+
 def test_the_blocks_that_validation_chose_stay_and_lose_what_was_foretold():
     model = network(14)
     sd.apply(model)

@@ -57,6 +57,38 @@ def test_micro_batches_of_a_step_share_gates_and_a_resumed_run_is_the_same(tmp_p
         assert torch.equal(a, b)
 
 
+def test_each_of_two_models_follows_its_own_optimizer_and_has_its_own_state(tmp_path):
+    def prepared():
+        accelerator = accelerate.Accelerator(cpu=True)
+        pairs = []
+        for seed in (1, 2):
+            model = CifarResNet(8)
+            sd.apply(model, seed=seed)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            pairs.append(accelerator.prepare(model, optimizer))
+        return accelerator, [(*pair, follow(accelerator, *pair)) for pair in pairs]
+
+    accelerator, pairs = prepared()
+    for (model, optimizer, _), steps in zip(pairs, (1, 2), strict=True):
+        for _ in range(steps):
+            accelerator.backward(model(IMAGES[0]).sum())
+            optimizer.step()
+    accelerator.save_state(str(tmp_path))
+    accelerator, pairs = prepared()
+    accelerator.load_state(str(tmp_path))
+    assert [(handle.seed, handle.step) for _, _, handle in pairs] == [(1, 1), (2, 2)]
+
+
+def test_of_several_applied_modules_in_a_model_each_is_followed_by_itself():
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = torch.nn.ModuleDict({"encoder": CifarResNet(8), "decoder": CifarResNet(8)})
+    handles = [sd.apply(part) for part in model.values()]
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    with pytest.raises(sd.errors.ApplyError, match=r"\('encoder', 'decoder'\): call follow for"):
+        follow(accelerator, model, optimizer)
+    assert [follow(accelerator, part, optimizer) for part in model.values()] == handles
+
+
 def test_evaluation_in_between_changes_nothing():
     alone, evaluated = Loop(), Loop()
     alone.train(0, 4)

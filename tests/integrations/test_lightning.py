@@ -162,3 +162,9 @@ def test_a_module_of_two_networks_is_asked_which(loader, tmp_path):
     callback = StochasticDepth(network="network")
     trainer(callback, tmp_path, max_epochs=1).fit(module, loader)
     assert callback.handle is sd.handle_of(module.network)
+    sd.apply(module.other)
+    with pytest.raises(sd.errors.ApplyError, match=r"several modules \('network', 'other'\)"):
+        trainer(StochasticDepth(), tmp_path, max_epochs=1).fit(module, loader)
+    callback = StochasticDepth(network="other")
+    trainer(callback, tmp_path, max_epochs=1).fit(module, loader)
+    assert callback.handle is sd.handle_of(module.other)

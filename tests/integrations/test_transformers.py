@@ -121,14 +121,27 @@ def test_a_model_with_a_cache_and_one_that_is_applied_already_are_taken(tmp_path
 
 
 def test_a_model_made_anew_by_model_init_is_applied_to(tmp_path):
-    callback = StochasticDepthCallback(sd.Uniform(0.5))
+    seen = Gates()
+    callback = StochasticDepthCallback(sd.Uniform(0.5), gates_per="pass")
     arguments = hf.TrainingArguments(
         str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, max_steps=1
     )
     made = hf.Trainer(
-        args=arguments, model_init=lambda: gpt2(), train_dataset=DATA, callbacks=[callback]
+        args=arguments, model_init=lambda: gpt2(), train_dataset=DATA, callbacks=[callback, seen]
     )  # fmt: skip
     first = callback.handle
     made.train()
     assert callback.handle is sd.handle_of(made.model)
     assert callback.handle is not first
+    made.train()  # another trial begins where the first one did
+    assert seen.seen[1] == seen.seen[0] == callback.handle.gates_at(0).tolist()
+    assert callback.handle.step == 1
+
+
+def test_a_callback_follows_one_handle(tmp_path):
+    model = gpt2()
+    for layer in model.transformer.h[:2]:
+        layer.mlp = torch.nn.Sequential(sd.Residual(layer.mlp))
+        sd.apply(layer.mlp)
+    with pytest.raises(sd.errors.ApplyError, match=r"modules \('transformer.h.0.mlp', .*stacks="):
+        trainer(model, tmp_path, StochasticDepthCallback())

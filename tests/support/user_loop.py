@@ -19,6 +19,7 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from stochastic_depth.distributed import (
@@ -271,6 +272,65 @@ def accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass() -> None:
                 optimizer.step()
             ends.append(model)
         assert_same_end(*ends)
+
+
+def after_remove_every_gradient_is_sent() -> None:
+    for again in (False, True):
+        ends = []
+        for wrap, share in ((DistributedDataParallel, mine), (lambda model: model, whole)):
+            model, _ = network()
+            net, optimizer = wrap(model), sgd(model)
+            if wrap is DistributedDataParallel:
+                skip_closed(net)
+            train(net, optimizer, share, range(2))
+            sd.remove(model)
+            if again:
+                sd.apply(model, sd.Uniform(0.5))
+            train(net, optimizer, share, range(2, 5))
+            ends.append(model)
+        assert_same_end(*ends)
+
+
+def an_evaluation_with_gradients_on_one_rank_changes_nothing() -> None:
+    model, handle = network()
+    ddp = DistributedDataParallel(model)
+    skip_closed(ddp)
+    optimizer = sgd(model)
+    for step in range(3):
+        if dist.get_rank() == 0:
+            sd.summary(model, mini_batch(0)[0])
+            model.eval()(mini_batch(0)[0])
+            model.train()
+        train(ddp, optimizer, mine, range(step, step + 1))
+        assert not handle.gates.all()
+    assert_same_end(model, alone("paper", range(3)))
+
+
+class Recomputed(nn.Module):
+    """A network behind a layer, recomputed as a whole in the backward pass, or not."""
+
+    def __init__(self, skipped: str, reentrant: bool | None) -> None:
+        super().__init__()
+        self.model, self.handle = network(skipped)
+        self.stem, self.reentrant = nn.Linear(WIDTH, WIDTH).double(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.model(self.stem(x))
+        return checkpoint(self.model, self.stem(x), use_reentrant=self.reentrant)
+
+
+def a_checkpoint_around_the_model_trains_like_one_process() -> None:
+    for skipped, reentrant, skips in itertools.product(
+        ("paper", "freeze"), (True, False), (True, False)
+    ):
+        one, model = Recomputed(skipped, None), Recomputed(skipped, reentrant)
+        ddp = DistributedDataParallel(model)
+        if skips:
+            skip_closed(ddp)
+        train(one, sgd(one), whole)
+        train(ddp, sgd(model), mine)
+        assert_same_end(model, one)
 
 
 def buckets_keep_the_order_of_the_backward_pass() -> None:
@@ -559,6 +619,9 @@ ON_TWO = (
     what_has_a_gradient_is_sent_however_a_pass_begins,
     under_full_depth_every_gradient_is_sent,
     accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass,
+    after_remove_every_gradient_is_sent,
+    an_evaluation_with_gradients_on_one_rank_changes_nothing,
+    a_checkpoint_around_the_model_trains_like_one_process,
     buckets_keep_the_order_of_the_backward_pass,
     buckets_are_sent_while_the_backward_pass_goes_on,
     a_forward_pass_that_fails_leaves_no_hook,

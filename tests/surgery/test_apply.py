@@ -1,5 +1,6 @@
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -307,6 +308,20 @@ def test_statistics_alone_say_that_weights_were_trained() -> None:
     model(torch.randn(8, 4))
     with pytest.warns(UserWarning, match="the weights look trained"):
         sd.apply(model)
+    sd.remove(model)
+    with pytest.warns(UserWarning, match="the weights look trained"):
+        sd.apply(model, lambda block, blocks, step: 1 - min(1, step / 100) / 2)
+
+
+def test_where_warnings_are_errors_the_model_is_applied_nevertheless_and_can_be_restored() -> None:
+    model = Trained(nn.BatchNorm1d(4))
+    model(torch.randn(8, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="the weights look trained"):
+            sd.apply(model)
+    sd.remove(model)
+    sd.apply(model, scale="training")
 
 
 class Scaled(nn.Module):

@@ -331,6 +331,36 @@ def test_noise_in_a_branch_is_named_as_the_cause():
         sd.apply(Trunk(NoisyBranch), example=X)
 
 
+class Listed(Plain):
+    """Lists a loss of its branch for the model, in a method that no gate is in."""
+
+    def listed(self, h, losses):
+        losses.append(h.square().mean())
+        return h
+
+    def forward(self, x, losses):
+        h = self.listed(self.f(x), losses)
+        return x + h
+
+
+class NoisyInput(Trunk):
+    def __init__(self) -> None:
+        super().__init__(Listed)
+
+    def forward(self, x):
+        if self.training:
+            x = x + 0.1 * torch.randn_like(x)
+        losses = [x.square().mean()]
+        for block in self.blocks:
+            x = block(x, losses)
+        return (x, sum(losses)) if self.training else x
+
+
+def test_noise_outside_of_the_branches_excuses_no_other_output_in_training():
+    with pytest.raises(UnsupportedBlockError, match="in training mode"):
+        sd.apply(NoisyInput(), example=X)
+
+
 def test_a_compiled_model_is_refused_with_the_order_that_works():
     with pytest.raises(ApplyError, match=r"sd\.compile_blocks"):
         sd.apply(torch.compile(Trunk(), backend="eager"), example=X)
@@ -405,6 +435,41 @@ def test_a_registered_function_with_other_outputs_is_refused_however_small_they_
     with pytest.raises(UnsupportedBlockError, match=reason):
         sd.apply(model, example=X)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class DetachesClosed(Plain):
+    pass
+
+
+class DetachesOpen(Plain):
+    pass
+
+
+@sd.register_unit(DetachesClosed)
+def detaches_closed(block, gate, x):
+    return x + gate.scale(torch.relu(block.f(gate.select(x)))) if gate.open else x.detach()
+
+
+@sd.register_unit(DetachesOpen)
+def detaches_open(block, gate, x):
+    return x + gate.scale(torch.relu(block.f(gate.select(x.detach())))) if gate.open else x
+
+
+@pytest.mark.parametrize("scale", ["inference", "training"])
+@pytest.mark.parametrize(
+    ("block", "state"), [(DetachesClosed, "closed"), (DetachesOpen, "open")], ids=["closed", "open"]
+)
+def test_a_registered_function_that_loses_a_gradient_is_refused(block, state, scale):
+    with pytest.raises(
+        UnsupportedBlockError, match=rf"'blocks.0' {state} the gradient of 'stem.\w+' is not that"
+    ):
+        sd.apply(Trunk(block), example=X, scale=scale)
+
+
+def test_gates_for_single_samples_are_proved_on_the_cpu_whatever_the_default_device():
+    model = Trunk()
+    with torch.device("meta"):
+        sd.apply(model, example=X, gate="sample")
 
 
 class Zero(Plain):

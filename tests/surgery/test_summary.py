@@ -155,6 +155,23 @@ def test_gating_and_schedule_are_told_where_they_are_not_the_papers():
     assert sd.summary(model, torch.randn(2, 4)).gating == ""
 
 
+def test_masks_for_single_samples_save_nothing():
+    model = deep(3)
+    sd.apply(model, sd.Uniform(0.5), gate="sample")
+    summary = sd.summary(model, torch.randn(2, 4))
+    assert summary.expected_saving == summary.saving([False] * 3) == 0
+    assert "0.0 % saved gates: one coin a sample, whose branches run on all samples" in " ".join(
+        str(summary).split()
+    )
+
+
+def test_a_rule_of_the_step_is_summed_up_as_it_is_now():
+    model = deep(3)
+    handle = sd.apply(model, lambda block, blocks, step: 1 - min(1, step / 100) * block / 6)
+    handle.step = 1000
+    assert sd.summary(model, torch.randn(2, 4)).expected_depth == pytest.approx(2)
+
+
 class Ragged(nn.Module):
     """A branch with a product of nested tensors, of which no formula knows the FLOPs."""
 

@@ -14,7 +14,7 @@ from stochastic_depth.errors import ApplyError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.applied import applied_inside, handle_of
-from stochastic_depth.torch_private import Replicated
+from stochastic_depth.torch_private import Replicated, gradients_are_awaited, is_replicated
 
 
 def skip_closed(ddp: nn.Module) -> None:
@@ -25,7 +25,7 @@ def skip_closed(ddp: nn.Module) -> None:
     Every rank has the same gates, so all ranks leave out the same gradients. The other gradients
     are sent during the backward pass, as usual. With gradient accumulation (`ddp.no_sync()`), the
     gradients of a block are sent when it was open in any of the forward passes. With gates for
-    single samples, and with per-rank gates, every gradient is sent.
+    single samples, with per-rank gates, and after `sd.remove`, every gradient is sent.
 
     Raises:
         ApplyError: when `ddp` is neither, or contains no stochastic depth.
@@ -52,35 +52,41 @@ def skip_closed(ddp: nn.Module) -> None:
 
 
 class _Blocks:
-    """The blocks of one model: their parameters, and which blocks were open."""
+    """The blocks of one model: their parameters, and which blocks were closed."""
 
     def __init__(self, whole: nn.Module, name: str, model: nn.Module) -> None:
         self.handle: Handle = handle_of(model)
-        self._opened = [False] * len(self.handle.blocks)
+        self._whole = whole
+        self._closed: set[int] | None = None
+        """The blocks that were closed in every forward pass since the last reduction; None if no
+        pass was noted, as after `sd.remove`, and then none counts as closed."""
         self._owners = _owners(whole, f"{name}." if name else "", self.handle)
         self.handle.observers.append(self._note)
 
     def _note(self, gates: list[Gate] | None) -> None:
         """Note which branches learn in a forward pass that begins; `gates` is None in evaluation.
 
-        A block of which a part is in evaluation mode runs whatever its gate is.
+        A block of which a part is in evaluation mode runs whatever its gate is. An evaluation that
+        is no forward pass of DDP may be made on one rank alone, and is not noted.
         """
-        if not torch.is_grad_enabled():
-            return
-        if gates is None or self.handle.differs_by_rank:
-            self._opened = [True] * len(self._opened)
-            return
-        for number, (block, gate) in enumerate(zip(self.handle.blocks, gates, strict=True)):
-            if gate.learns or not all(module.training for module in block.gate_readers):
-                self._opened[number] = True
+        if gates is None:
+            in_ddp = gradients_are_awaited() or is_replicated(self._whole)
+            if not (in_ddp and torch.is_grad_enabled()):
+                return
+        closed = set[int]()
+        if gates is not None and not self.handle.differs_by_rank:
+            for number, (block, gate) in enumerate(zip(self.handle.blocks, gates, strict=True)):
+                if not gate.learns and all(module.training for module in block.gate_readers):
+                    closed.add(number)
+        self._closed = closed if self._closed is None else self._closed & closed
 
     def forget(self) -> None:
-        self._opened = [False] * len(self._opened)
+        self._closed = None
 
     def closed(self, parameter: Tensor) -> bool:
         """Whether `parameter` belongs only to blocks that were closed in every forward pass."""
         owners = self._owners.get(parameter)
-        return owners is not None and not any(self._opened[number] for number in owners)
+        return bool(owners and self._closed and self._closed.issuperset(owners))
 
 
 def _owners(whole: nn.Module, prefix: str, handle: Handle) -> dict[Tensor, list[int]]:

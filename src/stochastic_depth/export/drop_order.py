@@ -7,6 +7,7 @@ from torch import nn
 
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.applied import handle_of
+from stochastic_depth.surgery.example import in_evaluation
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ def drop_order(model: nn.Module, loss: Callable[[nn.Module], float]) -> Iterator
 def _dropped(
     model: nn.Module, handle: Handle, loss: Callable[[nn.Module], float]
 ) -> Iterator[Dropped]:
-    was_training = model.training
     left = list(range(len(handle.blocks)))
 
     def without(block: int) -> float:
@@ -63,11 +63,8 @@ def _dropped(
             return loss(model)
 
     while left:
-        model.eval()
-        try:
+        with in_evaluation(model):
             losses = {block: without(block) for block in left}
-        finally:
-            model.train(was_training)
         best = min(left, key=lambda block: losses[block])
         left.remove(best)
         yield Dropped(best, losses[best], len(losses))

@@ -28,7 +28,8 @@ class TracedValue:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """The arguments by name, with values in place of tensors."""
     state: str = ""
-    """Its name in the `state_dict`; empty for other tensors."""
+    """Its name in the `state_dict`; empty for other tensors, and for integers, which cannot be
+    multiplied by p."""
     single: bool = False
     """Whether it is less precise than float64."""
     is_fixed: bool = False
@@ -106,7 +107,8 @@ class Trace(TorchDispatchMode):
         self._kept: list[Tensor] = []
         for name, tensor in model.state_dict(keep_vars=True).items():
             if id(tensor) not in self._values:
-                self._note(tensor, TracedValue(state=name, is_fixed=True))
+                can_change = tensor.is_floating_point() or tensor.is_complex()
+                self._note(tensor, TracedValue(state=name if can_change else "", is_fixed=True))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

@@ -37,8 +37,8 @@ def fold(model: nn.Module, example: Example) -> None:
 
     Raises:
         ApplyError: when `sd.apply` was not called on `model`.
-        FoldError: when a block cannot take p_l exactly; names the block. `model` is then as it was
-            before.
+        FoldError: when a block cannot take p_l exactly, or does not run yet because its p_l is 0;
+            names the block. `model` is then as it was before.
 
     Examples:
         >>> model = sd.models.CifarResNet(8).eval()
@@ -85,10 +85,20 @@ def multipliers(
         0.0 if n in closed else None if each.training_only else _factor(block)
         for n, (block, each) in enumerate(zip(blocks, found, strict=True))
     ]
+    for number, p in enumerate(survival):
+        if p == 0 and number not in closed:
+            raise FoldError(
+                f"block {blocks[number].name!r} does not run yet, its p_l is 0, but a plain model "
+                "has no gates and would run it: sd.truncate(model, keep, example) without it, or "
+                "train until its p_l is above 0"
+            )
     if all(p in (None, 0, 1) for p in survival):
         return {}
     try:
-        twin = copied(model).double()
+        twin = copied(model)
+        for buffer in twin.buffers():  # `.double()` alone would separate those that modules share
+            buffer.data = _double(buffer.data)
+        twin.double()
         run = caller(twin, tree_map_only(Tensor, _double, example))
         before, outputs = _traced(twin, run, survival)
     except RuntimeError as error:  # an operation that does not exist in float64, or mixed types
@@ -140,11 +150,11 @@ def _require_same(
 
 
 def _factor(block: Block) -> float | None:
-    """p_l in evaluation; None where training divides by p_l instead."""
-    if not block.gates[0].evaluation.open:
+    """p_l in evaluation without forced gates; None where training divides by p_l instead."""
+    gate = block.gates[0].unforced or block.evaluation_gate
+    if not gate.open:
         return 0.0  # it does not run yet
-    factor = block.gates[0].evaluation.factor
-    return None if factor is None else factor.item()
+    return None if gate.factor is None else gate.factor.item()
 
 
 def _double(tensor: Tensor) -> Tensor:

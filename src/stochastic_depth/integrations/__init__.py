@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from stochastic_depth.draw import open_shares
-from stochastic_depth.errors import ConfigError, GateError
+from stochastic_depth.errors import ApplyError, ConfigError, GateError
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import handle_of
 from stochastic_depth.surgery.applied import applied_inside
@@ -60,11 +60,24 @@ class Settings:
 
         Args:
             own: the handle from an earlier call with these settings.
+
+        Raises:
+            ApplyError: when there are several.
         """
-        handles = [handle_of(applied) for applied in applied_inside(module).values()]
-        if handles and (handles[0] is own or (self.survival is None and not self.options)):
-            return handles[0]
-        return None
+        inside = applied_inside(module)
+        handles = [handle_of(applied) for applied in inside.values()]
+        if own in handles:
+            return own
+        if not handles or self.survival is not None or self.options:
+            return None
+        if len(handles) > 1:
+            raise ApplyError(
+                f"stochastic depth is applied to several modules ({', '.join(map(repr, inside))}), "
+                "and the callback follows one of them: call sd.apply once, on a module that "
+                "contains all (stacks= counts the blocks in each part), or set handle.step of each "
+                "in the training loop"
+            )
+        return handles[0]
 
     def apply(self, model: nn.Module, example: Any) -> Handle:
         """Call `sd.apply` with the settings, and with the example on the device of the model."""

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,10 @@ from stochastic_depth.surgery import handle_of
 from stochastic_depth.surgery.applied import applied_inside
 
 FILE = "stochastic_depth.json"
-"""The file in the folder of `accelerator.save_state`."""
+"""The file in the folder of `accelerator.save_state`; further models have a number in its name."""
+
+_FOLLOWED: "WeakKeyDictionary[Accelerator, int]" = WeakKeyDictionary()
+"""How often `follow` was called, by accelerator."""
 
 
 def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle:
@@ -27,6 +31,7 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
 
     All micro-batches of a step then run under the same gates, whatever the accumulation.
     `save_state` and `load_state` write and read the state of the gates, in a JSON file of its own.
+    If there are several models, call it for each, in the same order when a run is resumed.
 
     Args:
         model: a model with stochastic depth, as `accelerator.prepare` returned it.
@@ -36,16 +41,23 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
         The handle that `sd.apply` returned.
 
     Raises:
-        ApplyError: when stochastic depth is not applied to `model`.
+        ApplyError: when stochastic depth is not applied to `model`, or to several modules in it.
     """
-    applied = list(applied_inside(model).values())
-    if not applied:
+    inside = applied_inside(model)
+    if not inside:
         raise ApplyError(
             f"{type(model).__name__} has no stochastic depth: sd.apply(model) before "
             "accelerator.prepare"
         )
-    steps = _Steps(accelerator, handle_of(applied[0]))
-    applied[0].register_forward_pre_hook(steps.before_forward, prepend=True)
+    if len(inside) > 1:
+        raise ApplyError(
+            f"stochastic depth is applied to several modules inside {type(model).__name__} "
+            f"({', '.join(map(repr, inside))}): call follow for each of them"
+        )
+    (applied,) = inside.values()
+    number = _FOLLOWED[accelerator] = _FOLLOWED.get(accelerator, 0) + 1
+    steps = _Steps(accelerator, handle_of(applied), number)
+    applied.register_forward_pre_hook(steps.before_forward, prepend=True)
     own: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     own.register_step_post_hook(steps.after_step)
     accelerator.register_save_state_pre_hook(steps.save)
@@ -56,8 +68,9 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
 class _Steps:
     """Counts the steps of an optimizer, and sets the step of the gates to that count."""
 
-    def __init__(self, accelerator: Accelerator, handle: Handle) -> None:
+    def __init__(self, accelerator: Accelerator, handle: Handle, number: int) -> None:
         self._accelerator = accelerator
+        self._file = FILE if number == 1 else f"{Path(FILE).stem}_{number}.json"
         self.handle, self.done = handle, handle.step
 
     def before_forward(self, model: nn.Module, inputs: Any) -> None:
@@ -72,10 +85,10 @@ class _Steps:
         on_each_node = accelerator.project_configuration.save_on_each_node
         if accelerator.is_local_main_process if on_each_node else accelerator.is_main_process:
             state = {**self.handle.state_dict(), "step": self.done}
-            write_whole(Path(folder) / FILE, json.dumps(state).encode())
+            write_whole(Path(folder) / self._file, json.dumps(state).encode())
 
     def load(self, models: list[nn.Module], folder: str) -> None:
-        file = Path(folder) / FILE
+        file = Path(folder) / self._file
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: {folder} was saved without stochastic depth")
         try:

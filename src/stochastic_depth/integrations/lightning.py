@@ -62,7 +62,8 @@ class StochasticDepth(pl.Callback):
         return self._handle
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._handle = self.settings.taken_over(pl_module, self._handle)
+        named = pl_module if self.network is None else pl_module.get_submodule(self.network)
+        self._handle = self.settings.taken_over(named, self._handle)
         if self._handle is None:
             example = pl_module.example_input_array if self.example is None else self.example
             self._handle = self.settings.apply(self._network_of(pl_module), example)

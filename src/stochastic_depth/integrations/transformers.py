@@ -68,7 +68,8 @@ class StochasticDepthCallback(hf.TrainerCallback, ExportableState):
             raise ApplyError("many processes with model_init=: call sd.apply in model_init itself")
         self._apply(model)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if isinstance(saved, dict) and saved["attributes"].get("saved"):
+        resumed = state.global_step > 0  # else `saved` may be of the model before `model_init`
+        if resumed and isinstance(saved, dict) and saved["attributes"].get("saved"):
             self.handle.load_state_dict(saved["attributes"]["saved"])
 
     def _apply(self, model: Any) -> None:

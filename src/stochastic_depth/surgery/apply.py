@@ -27,7 +27,13 @@ from stochastic_depth.surgery.refuse import (
     refuse_wrapped,
 )
 from stochastic_depth.surgery.select_modules import ModuleSelector
-from stochastic_depth.survival import LinearDecay, Probabilities, Survival, probabilities_of
+from stochastic_depth.survival import (
+    LinearDecay,
+    Probabilities,
+    StepDependent,
+    Survival,
+    probabilities_of,
+)
 
 
 def apply(
@@ -106,9 +112,9 @@ def apply(
             samples than p_l; scale="training" divides by that share, and training is unbiased.
         multiple_of: with balanced subsets, their size is rounded to a multiple of this, such as 8.
         closed: what a closed block saves. "skipped" saves all of its branch (the paper).
-            "forward-only" runs the branch without an autograd graph and adds it, and saves only its
-            backward pass and its memory (DropBP, arXiv:2402.17812). Training and evaluation then
-            compute the same function, which suits fine-tuning.
+            "forward-only" runs the branch and adds it without its autograd graph, and saves only
+            its backward pass and its memory (DropBP, arXiv:2402.17812). Training and evaluation
+            then compute the same function, which suits fine-tuning.
         scale: "inference" multiplies by p_l in evaluation (the paper), which fits weights that are
             trained from scratch. "training" divides by p_l in training, as timm and torchvision do,
             and evaluates weights that were trained at constant depth unchanged. By default it is
@@ -186,14 +192,14 @@ def apply(
         scale=settings.scale,
         budget=budget,
     )
-    drops = min(made.probabilities.full) < 1
-    if scale is None and settings.scale == "inference" and drops and look_trained(model):
-        warnings.warn(TRAINED, stacklevel=2)
     handle = Handle(made.proved.blocks, made.probabilities, settings, seed)
     hooks = _hooks(model, handle, made)
     store_applied(
         model, Applied(handle, made.found, made.proved.difference, hooks, made.changed_settings)
     )
+    drops = isinstance(made.probabilities, StepDependent) or min(made.probabilities.full) < 1
+    if scale is None and settings.scale == "inference" and drops and look_trained(model):
+        warnings.warn(TRAINED, stacklevel=2)  # last, because it may be raised as an error
     return handle
 
 

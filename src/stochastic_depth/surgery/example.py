@@ -58,6 +58,18 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 
 
 @contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """While entered, `model` is in evaluation mode; afterwards each module has its mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def preserve_state(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore `model` afterwards: modes, tensors, gradients, attributes, hooks; the random state.
 
@@ -125,6 +137,14 @@ def seed_everything(seed: int) -> None:
     numpy = _numpy()
     if numpy is not None:
         numpy.random.seed(seed)
+
+
+def next_random_numbers(model: nn.Module) -> list[float]:
+    """A number from each random number generator; they show whether as much was drawn before."""
+    devices = {torch.device("cpu"), *(parameter.device for parameter in model.parameters())}
+    of_torch = [torch.rand((), device=each).item() for each in sorted(devices, key=str)]
+    numpy = _numpy()
+    return [random.random(), *([] if numpy is None else [numpy.random.random()]), *of_torch]
 
 
 class _ModuleState:

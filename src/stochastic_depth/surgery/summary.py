@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stochastic_depth.block import Block, force
-from stochastic_depth.choices import Closed
+from stochastic_depth.choices import Closed, GateKind
 from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table, si
@@ -18,6 +18,7 @@ from stochastic_depth.surgery.applied import applied_to, handle_of
 from stochastic_depth.surgery.example import Example, caller, preserve_state, total
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.gated_class import fingerprint
+from stochastic_depth.survival import StepDependent
 from stochastic_depth.tensors import tensors_in
 
 
@@ -52,6 +53,8 @@ class Summary:
     """FLOPs of its backward pass."""
     closed: Closed = "skipped"
     """What a closed block saves."""
+    gate: GateKind = "batch"
+    """What has a gate of its own; masks for single samples save nothing."""
     gating: str = ""
     """How gates are drawn, where this differs from the paper; and the schedule of the drop
     rates."""
@@ -92,6 +95,8 @@ class Summary:
 
         Given the gates of one step, each True or False, it is what that step saves.
         """
+        if self.gate == "sample":
+            return 0.0
         saved = sum(
             (1 - share) * (b.backward + (b.forward if self.closed == "skipped" else 0))
             for b, share in zip(self.blocks, open_shares, strict=True)
@@ -146,6 +151,8 @@ def summary(model: nn.Module, example: Example) -> Summary:
         ...
     """
     handle = handle_of(model)
+    rule = handle.probabilities  # at the full drop rates, or in the last step
+    survival = handle.survival if isinstance(rule, StepDependent) else rule.full
     opened = force(handle.blocks, OPEN)
     found = applied_to(model).found
     training = any(block.training_only for block in found)
@@ -157,7 +164,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
         forward, backward, uncounted = _count(run)
         counted: dict[tuple[str, str, int], tuple[int, int]] = {}
         summaries = []
-        for block, p in zip(handle.blocks, handle.probabilities.full, strict=True):
+        for block, p in zip(handle.blocks, survival, strict=True):
             module = block.module
             alike = fingerprint(module), shapes.get(block.name, block.name), len(block.gates)
             if alike not in counted:
@@ -172,6 +179,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
         forward,
         backward,
         handle.settings.closed,
+        handle.gate,
         _gating(handle),
         dict(uncounted),
     )
@@ -179,6 +187,8 @@ def summary(model: nn.Module, example: Example) -> Summary:
 
 def _gating(handle: Handle) -> str:
     parts = [f"gates: {'balanced, ' if handle.settings.balance else ''}one coin a {handle.gate}"]
+    if handle.gate == "sample":
+        parts[0] += ", whose branches run on all samples"
     if handle.gate == "subset":
         parts = [f"gates: {'balanced ' if handle.settings.balance else ''}subsets of the samples"]
     if parts == ["gates: one coin a batch"]:

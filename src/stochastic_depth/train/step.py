@@ -14,6 +14,7 @@ from stochastic_depth.data import Batches
 from stochastic_depth.data.batching import Part
 from stochastic_depth.distributed.world import ranks, total
 from stochastic_depth.draw import open_shares
+from stochastic_depth.surgery.example import in_evaluation
 from stochastic_depth.torch_private import norms
 from stochastic_depth.train.runtime import Runtime
 
@@ -79,18 +80,16 @@ def evaluate(
     If several processes train, each passes its shard as `batches`, and all get the results over all
     shards. Without any batch, loss and error are nan.
     """
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    for images, labels in batches:
-        with runtime.autocast():
-            logits = model(images)
-        loss = F.cross_entropy(logits.double(), labels, reduction="sum")
-        wrong = (logits.argmax(1) != labels).sum()
-        sums[0] += loss
-        sums[1] += wrong
-        sums[2] += len(labels)
-    model.train(was_training)
+    with in_evaluation(model):
+        for images, labels in batches:
+            with runtime.autocast():
+                logits = model(images)
+            loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+            wrong = (logits.argmax(1) != labels).sum()
+            sums[0] += loss
+            sums[1] += wrong
+            sums[2] += len(labels)
     loss, wrong, seen = total(sums).tolist()
     return Evaluation(loss / seen, 100 * wrong / seen) if seen else Evaluation(math.nan, math.nan)
 

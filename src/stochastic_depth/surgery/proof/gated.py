@@ -86,7 +86,7 @@ class Gated:
         if self.batch is None:
             return Gate(factor=factor)
         if self.gate == "sample":
-            keep = torch.ones(self.batch, dtype=torch.bool)
+            keep = torch.ones(self.batch, dtype=torch.bool, device="cpu")
             return Gate(factor=factor, keep=keep, batch=self.batch)
         samples = torch.arange(self.batch, device="cpu")
         return Gate(factor=factor, samples=samples, batch=self.batch)
