@@ -601,3 +601,68 @@ def test_an_open_branch_that_reads_a_closed_one_is_added(network, kind):
     for gates in itertools.product([False, True], repeat=3):
         with handle.forced(list(gates)):
             torch.testing.assert_close(model(x), model.surviving(x, gates))
+
+
+class Chunks(nn.Module):
+    """Adds in a loop over parts of the input; the branches of a part may all run before it."""
+
+    def __init__(self, first_all: bool) -> None:
+        super().__init__()
+        self.first_all, self.f, self.g = first_all, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = x.split(4, 1)
+        if self.first_all:
+            branches = [self.g(self.f(part).tanh()) for part in parts]
+            return torch.cat([a + b for a, b in zip(parts, branches, strict=True)], 1)
+        return torch.cat([part + self.g(self.f(part).tanh()) for part in parts], 1)
+
+
+@pytest.mark.parametrize("gate", ["batch", "subset"])
+@pytest.mark.parametrize("first_all", [False, True])
+def test_a_loop_that_is_longer_than_on_the_example_adds_under_the_one_gate(first_all, gate):
+    model = nn.Sequential(Chunks(first_all), Chunks(first_all)).double()
+    x = torch.randn(4, 12, 8, dtype=torch.float64)
+    handle = sd.apply(model, sd.Uniform(0.5), example=x[:, :4], gate=gate)
+    assert {found.mechanism for found in applied_to(model).found} == {"deferred"}
+    for _ in range(4):
+        out, expected = model(x), x
+        for weight, block in zip(handle.gates.double(), model, strict=True):
+            expected = expected + weight.view(-1, 1, 1) * block.g(block.f(expected).tanh())
+        torch.testing.assert_close(out, expected)
+    with handle.forced([False, False]):
+        assert torch.equal(model(x), x)
+    expected = x
+    for block in model:
+        expected = expected + 0.5 * block.g(block.f(expected).tanh())
+    torch.testing.assert_close(model.eval()(x), expected)
+
+
+class SharedWithStem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, stem: bool = True, depth: int = 3) -> torch.Tensor:
+        if stem:
+            x = self.f(x)
+        for _ in range(depth):
+            x = x + self.f(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("fewer", [{"stem": False}, {"depth": 2}])
+def test_calls_that_are_counted_are_not_fewer_than_on_the_example(fewer):
+    x = torch.randn(2, 8)
+    model = SharedWithStem()
+    handle = sd.apply(model, example=x)
+    for mode in (True, False):
+        with (
+            handle.forced([False] * 3),
+            pytest.raises(sd.errors.GateError, match=r"'f' is called less often .* \(4 times\)"),
+        ):
+            model.train(mode)(x, **fewer)
+    without = SharedWithStem()
+    handle = sd.apply(without, example={"x": x, "stem": False})
+    with handle.forced([False] * 3):
+        assert torch.equal(without.eval()(x, stem=False, depth=2), without.head(x))

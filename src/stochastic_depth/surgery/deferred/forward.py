@@ -145,6 +145,7 @@ def deferring_forward(
             try:
                 with _Session(self, only, now) as session:
                     output = forward(self, *args, **kwargs)
+                session.require_calls_counted()
                 session.require_additions_reached()
                 session.refuse_recomputed()
                 return with_values(output, None if tape is None and is_entry else is_known)
@@ -199,6 +200,8 @@ class _Session:
             if not gate.is_plain
         }
         self.before: list[tuple[_Switch, Any]] = []
+        self.called: dict[_DeferredModule, int] = {}
+        """How often each module was called so far."""
         self._gated: dict[tuple[int, ...], tuple[GatedAddition, ...]] = {}
 
     def __enter__(self) -> "_Session":
@@ -213,6 +216,7 @@ class _Session:
                 before = switch.here()
                 self.before.append((switch, before))
                 forward = before or switch.otherwise
+                self.called[deferred] = 0
                 switch.switch_to(_Interceptor(self, tape, forward, deferred))
         return self
 
@@ -220,7 +224,7 @@ class _Session:
         for switch, before in self.before:
             switch.switch_to(before)
         for addition in self.additions.values():
-            addition.caller, addition.is_over = None, True
+            addition.caller = None
 
     def gated(self, numbers: tuple[int, ...]) -> tuple[GatedAddition, ...]:
         """Those of the additions with these numbers that have a gate in this call; one object."""
@@ -228,6 +232,13 @@ class _Session:
             additions = tuple(self.additions[n] for n in numbers if n in self.additions)
             self._gated[numbers] = additions
         return self._gated[numbers]
+
+    def require_calls_counted(self) -> None:
+        """Raise `GateError` if a module was called less often than on the example, and some of its
+        calls belong to no branch: these are told from the others by counting."""
+        for deferred, called in self.called.items():
+            if 0 < called < deferred.calls and len(deferred.additions_of) < deferred.calls:
+                raise _count_differs(deferred, "less")
 
     def require_additions_reached(self) -> None:
         """Raise `AdditionNotReachedError` if a branch was deferred and never added.
@@ -309,33 +320,30 @@ class _Interceptor:
         deferred: _DeferredModule,
     ) -> None:
         self.session, self.tape, self.forward, self.deferred = session, tape, forward, deferred
-        self.called = 0
-        """How many calls there were so far, if they differ in their additions."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        deferred, mine = self.deferred, self.deferred.additions_of_every
-        if mine is None:
-            if self.called >= deferred.calls:
-                raise GateError(
-                    f"{deferred.name!r} is called more often than on the example ({deferred.calls} "
-                    "times), so it is not known which block this call belongs to: give sd.apply an "
-                    "example with as many calls"
-                )
-            mine = deferred.additions_of.get(self.called, ())
-            self.called += 1
+        deferred, every = self.deferred, self.deferred.additions_of_every
+        called = self.session.called[deferred]
+        if every is None and called >= deferred.calls:
+            raise _count_differs(deferred, "more")
+        mine = deferred.additions_of.get(called, ()) if every is None else every
+        self.session.called[deferred] = called + 1
         additions = self.session.gated(mine)
         if not additions:
             return self.forward(*args, **kwargs)
         is_open = True
         for addition in additions:
             addition.deferred += 1
+            if every is not None:
+                rounds = called // deferred.calls + 1
+                addition.begun = max(addition.begun, rounds, addition.reached + 1)
             is_open = is_open and addition.gate.open
         if not is_open:
             return self.defer_call(additions, args, kwargs)
         gate = additions[0].gate
         alike = all(addition.gate.samples is gate.samples for addition in additions)
         if gate.samples is not None and alike and len(additions) == len(mine):
-            key = deferred.name, self.called
+            key = deferred.name, called if every is None else 0
             args, kwargs = selected_values((args, kwargs), additions, lambda: key)
         else:
             args, kwargs = with_values((args, kwargs))
@@ -361,6 +369,14 @@ class _Interceptor:
                 structures[key] = like, structure
             return made
         return defer_call_as(node, *known)
+
+
+def _count_differs(deferred: _DeferredModule, how: str) -> GateError:
+    return GateError(
+        f"{deferred.name!r} is called {how} often than on the example ({deferred.calls} times), so "
+        "it is not known which of its calls belong to which block: give sd.apply an example with "
+        "as many calls, or exclude= these blocks"
+    )
 
 
 def _form(values: Any) -> Any:

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -35,52 +36,46 @@ in each step as dropout rates do."""
 _local = threading.local()
 
 
+@dataclass(slots=True, eq=False)
 class GatedAddition:
     """One residual addition during one call of its owner, under a gate that changes the branch.
 
     The owner is the module whose code adds. A placeholder carries the additions to whose branches
     it belongs, so that an addition can find itself among them.
-
-    Args:
-        name: the name of the block, for errors.
-        sites: the call sites of the addition, each with the side of its shortcut.
-        copies: whether a closed addition returns a copy of its shortcut.
     """
 
-    __slots__ = (
-        "caller",
-        "copies",
-        "deferred",
-        "gate",
-        "is_over",
-        "name",
-        "owner",
-        "reached",
-        "recomputed",
-        "sites",
+    name: str
+    """The name of the block, for errors."""
+    sites: Mapping[CallSite, int]
+    """The call sites of the addition, each with the side of its shortcut."""
+    gate: Gate
+    copies: bool
+    """Whether a closed addition returns a copy of its shortcut."""
+    owner: nn.Module
+    caller: FrameType | None = None
+    """The frame that calls the owner's own forward method, while it runs."""
+    deferred: int = 0
+    """How many module calls have returned placeholders of this branch."""
+    begun: int = 1
+    """How often the branch is computed, as far as is known by the calls of its modules: more than
+    once where the model adds in a loop that is longer than on the example."""
+    reached: int = 0
+    """How often the addition was made."""
+    recomputed: list[Callable[[], bool]] | None = field(
+        default_factory=lambda: [] if torch.is_grad_enabled() else None
     )
-
-    def __init__(
-        self, name: str, sites: Mapping[CallSite, int], gate: Gate, copies: bool, owner: nn.Module
-    ) -> None:
-        self.name, self.sites, self.gate, self.copies = name, sites, gate, copies
-        self.owner = owner
-        self.caller: FrameType | None = None
-        """The frame that calls the owner's own forward method, while it runs."""
-        self.deferred = 0
-        """How many module calls have returned placeholders of this branch."""
-        self.reached = 0
-        """How often the addition was made."""
-        self.is_over = False
-        """Whether nothing is added any more, so that what is left of the branch is used outside."""
-        self.recomputed: list[Callable[[], bool]] | None = [] if torch.is_grad_enabled() else None
-        """For each checkpoint around the addition, a function that returns whether it will
-        recompute."""
+    """For each checkpoint around the addition, a function that returns whether it will
+    recompute."""
 
     @property
     def is_made(self) -> bool:
-        """Whether the sum was made in this call of the owner, or the call has ended."""
-        return self.reached > 0 or self.caller is None
+        """Whether the sum of each branch that has begun is made, or the owner's call has ended."""
+        return self.reached >= self.begun or self.caller is None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is added any more, so that what is left of the branch is used outside."""
+        return self.reached >= self.begun * len(self.sites) or self.caller is None
 
 
 class Tape:
@@ -323,7 +318,7 @@ def lacks_samples(placeholder: Placeholder, computed: Tensor | None = None) -> b
     """
     for addition in placeholder._node.additions:
         samples = addition.gate.samples
-        if addition.is_over and samples is not None and len(samples) != addition.gate.batch:
+        if samples is not None and len(samples) != addition.gate.batch and addition.is_over:
             if computed is None:
                 computed = placeholder._node.tensors[placeholder._number]
             return computed.shape[:1] == (len(samples),)
