@@ -1,9 +1,9 @@
 """The syntax trees of methods, and of expressions in them."""
 
 import ast
+import copy
 import functools
 import inspect
-import textwrap
 from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
@@ -88,6 +88,12 @@ def is_open(gate: str) -> ast.expr:
     return ast.Attribute(ast.Name(gate, ast.Load()), "open", ast.Load())
 
 
+def negated(test: ast.expr) -> ast.expr:
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return copy.deepcopy(test.operand)
+    return ast.UnaryOp(ast.Not(), copy.deepcopy(test))
+
+
 def call(function: str, *arguments: ast.expr | str) -> ast.Call:
     values = [ast.Name(a, ast.Load()) if isinstance(a, str) else a for a in arguments]
     return ast.Call(ast.Name(function, ast.Load()), values, [])
@@ -130,18 +136,15 @@ def definition(function: FunctionType) -> ast.FunctionDef:
     """
     try:
         lines, first = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+        within = lines[0][:1].isspace()
+        tree = ast.parse("".join(["if 1:\n", *lines] if within else lines)).body[0]
+        tree = tree.body[0] if isinstance(tree, ast.If) else tree
     except (OSError, TypeError, SyntaxError, IndexError) as error:
         raise UnsupportedBlockError(f"{function.__qualname__} has no source to edit") from error
     if not isinstance(tree, ast.FunctionDef) or not [*tree.args.posonlyargs, *tree.args.args]:
         raise UnsupportedBlockError(f"{function.__qualname__} is not a plain method")
     _Mangle(function.__qualname__).visit(tree)
-    ast.increment_lineno(tree, first - 1)
-    indent = len(lines[0]) - len(lines[0].lstrip())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.stmt | ast.expr) and node.end_col_offset is not None:
-            node.col_offset += indent
-            node.end_col_offset += indent
+    ast.increment_lineno(tree, first - 1 - within)
     return tree
 
 
