@@ -155,10 +155,40 @@ class AsksTheOuterGuardFirst(Block):
         return x
 
 
+def combined(x, h, add=True):
+    return x + h if add else h
+
+
+def combined_inside(x, h, add=True):
+    return combined(x, h, add)
+
+
+def combined_with(x, h, before=None):
+    if before is not None:
+        x = before(x)
+    return x + h
+
+
+class AddsInAFunctionIfAsked(Block):
+    def forward(self, x, g=1.0, other=False):
+        return combined(x, g * self.f(x), not other)
+
+
+class AddsInAFunctionOfAFunction(Block):
+    def forward(self, x, g=1.0, other=False):
+        return combined_inside(x, g * self.f(x), not other)
+
+
+class AddsToAnotherValue(Block):
+    def forward(self, x, g=1.0, other=False):
+        return combined_with(x, g * self.f(x), self.late if other else None)
+
+
 DEFERRED = [
     ChangesTheInnerGuard, ChangesTheInnerGuardBeforeOthers, JoinsIfAsked, JoinsByItsLength,
     JoinsWhatItComputes, ReturnsEarly, ReadsWhatMayBeNone, ComparesWhatMayBeNone,
-    AsksInAComprehension, AsksInAComprehensionOfTheSameName,
+    AsksInAComprehension, AsksInAComprehensionOfTheSameName, AddsInAFunctionIfAsked,
+    AddsInAFunctionOfAFunction, AddsToAnotherValue,
 ]  # fmt: skip
 
 
@@ -205,6 +235,24 @@ def test_an_outer_condition_is_asked_before_an_inner_one():
         block.config = None
     with handle.forced([False, False]):
         assert torch.equal(model(inputs(4))[0], inputs(4))
+
+
+def plain_sum(x, h):
+    h = nn.functional.dropout(h, 0.5, False)
+    return x + h
+
+
+class AddsInAPlainFunction(Block):
+    def forward(self, x):
+        return plain_sum(x, self.f(x))
+
+
+def test_a_function_of_one_path_that_adds_is_called_by_a_rewritten_method():
+    model = nn.Sequential(AddsInAPlainFunction(), AddsInAPlainFunction())
+    handle = sd.apply(model, sd.Uniform(0.5), example=inputs(4))
+    assert {found.mechanism for found in applied_to(model).found} == {"slice"}
+    with handle.forced([False, False]):
+        assert torch.equal(model(inputs(4)), inputs(4))
 
 
 class Other(Block):
