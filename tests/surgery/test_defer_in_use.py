@@ -666,3 +666,47 @@ def test_calls_that_are_counted_are_not_fewer_than_on_the_example(fewer):
     handle = sd.apply(without, example={"x": x, "stem": False})
     with handle.forced([False] * 3):
         assert torch.equal(without.eval()(x, stem=False, depth=2), without.head(x))
+
+
+class Fuses(nn.Module):
+    """Takes a list to which the trunk appends later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, values: list[torch.Tensor]) -> torch.Tensor:
+        return self.f(torch.stack(values).sum(0))
+
+
+class ChangesWhatItGave(nn.Module):
+    """Returns the outputs of its branches if asked; then it changes what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Fuses() for _ in range(2))
+
+    def forward(self, x: torch.Tensor, keep: bool = False) -> tuple[torch.Tensor, ...]:
+        values, kept = [x], []
+        for layer in self.layers:
+            h = layer(values)
+            x = x + h
+            values.append(x)
+            kept.append(h)
+        out = x.clone()
+        if keep and x.is_inference():
+            x.mul_(2)
+        return (out, *kept) if keep else (out,)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_closed_branch_was_given_may_change_before_its_output_is_read(mode):
+    x = torch.randn(3, 8)
+    model = ChangesWhatItGave()
+    handle = sd.apply(model, example=x)
+    assert {found.mechanism for found in applied_to(model).found} == {"deferred"}
+    with mode(), handle.forced([False, False]):
+        out, first, second = model.eval()(x.clone(), keep=True)
+        torch.testing.assert_close(out, x)
+        torch.testing.assert_close(first, model.layers[0].f(x))
+        torch.testing.assert_close(second, model.layers[1].f(2 * x))

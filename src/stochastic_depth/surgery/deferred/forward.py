@@ -17,7 +17,6 @@ from functools import cached_property, wraps
 from threading import get_ident
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stochastic_depth.errors import (
@@ -27,7 +26,7 @@ from stochastic_depth.errors import (
 )
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.module_snapshot import ModuleSnapshot
-from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
+from stochastic_depth.surgery.deferred.dispatch import defer_call, mark_as_branch, placeholder_of
 from stochastic_depth.surgery.deferred.gates import selected_values
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
@@ -35,18 +34,18 @@ from stochastic_depth.surgery.deferred.placeholder import (
     Placeholder,
     Tape,
     is_known,
+    is_plain,
     operands,
     set_tape,
     tape_of_pass,
     with_values,
 )
 from stochastic_depth.surgery.edits import NOT_REACHED, BranchCalls, DeferredEdit
-from stochastic_depth.tensors import ATOMS
+from stochastic_depth.tensors import ATOMS, attributes
 from stochastic_depth.torch_private import (
     call_of,
     never_traced,
     set_call,
-    tree_flatten,
     whole_call,
 )
 
@@ -108,8 +107,9 @@ class _DeferredCalls:
             self.modules.append(module)
             for number in {number for number, calls in pairs if calls.indices}:
                 self.modules_of[number].append(module)
-        self.structures: dict[Any, Any] = {}
-        """The structure of the results of deferred calls, by module and form of the arguments."""
+        self.give_tensor = set[Any]()
+        """The deferred calls whose result is one tensor, by module and form of the arguments. The
+        number of tensors in other results may depend on shapes."""
 
 
 _DEFERRED_CALLS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.WeakKeyDictionary()
@@ -355,20 +355,16 @@ class _Interceptor:
         deferred = self.deferred
         needs = operands((args, kwargs) if kwargs else args)
         node = Node(self.tape, additions, self.forward, args, kwargs, needs, deferred.module)
-        structures = self.session.plan.structures
+        give_tensor = self.session.plan.give_tensor
         key = deferred.name, node.settings, _form(args), _form(kwargs) if kwargs else ()
-        known = structures.get(key)
-        if known is None:
-            made = defer_call(node, deferred.gives_tensor)
-            leaves, structure = tree_flatten(made)
-            free = all(isinstance(leaf, Tensor) or leaf is None for leaf in leaves)
-            if free and not node.done:
-                if len(structures) > 1000:
-                    structures.clear()
-                like = [None if leaf is None else torch.empty(0) for leaf in leaves]
-                structures[key] = like, structure
-            return made
-        return defer_call_as(node, *known)
+        if key in give_tensor:
+            return placeholder_of(node)
+        made = defer_call(node, deferred.gives_tensor)
+        if isinstance(made, Tensor) and not node.done:
+            if len(give_tensor) > 1000:
+                give_tensor.clear()
+            give_tensor.add(key)
+        return made
 
 
 def _count_differs(deferred: _DeferredModule, how: str) -> GateError:
@@ -389,4 +385,4 @@ def _form(values: Any) -> Any:
         return tuple(map(_form, values))
     if isinstance(values, Mapping):
         return tuple((name, _form(each)) for name, each in values.items())
-    return type(values)
+    return type(values), tuple(filter(is_plain, attributes(values).values()))

@@ -13,9 +13,11 @@ recognises its branch. A `GatedAddition` is one addition during one call of the 
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -33,6 +35,8 @@ _SHAPELESS |= {nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.Batc
 _SHAPELESS |= {nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Softmax, nn.Mish}
 """Classes whose plain attributes say nothing about the shape of the result, though they may change
 in each step as dropout rates do."""
+_NO_SETTINGS = {dict, OrderedDict, set}
+"""Types of most attributes of a module, in which no settings are looked for."""
 _local = threading.local()
 
 
@@ -196,9 +200,8 @@ class Node:
         module: nn.Module | None = None,
     ) -> None:
         self.tape, self.additions, self.function, self.module = tape, additions, function, module
-        if module is None:  # a function does not change a list that it is given, but others may
-            args, kwargs = tuple(map(_as_given, args)), {k: _as_given(v) for k, v in kwargs.items()}
-        self.args, self.kwargs = args, kwargs
+        self.args = tuple(map(_as_given, args))
+        self.kwargs = {name: _as_given(each) for name, each in kwargs.items()} if kwargs else kwargs
         self.placeholders, computed = needs
         self.done, self.value = False, None
         self.shapes: Any = None
@@ -375,30 +378,54 @@ def _sort(values: Iterable[Any], found: list[Placeholder], computed: list[Tensor
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """The plain attributes of a module and of all modules in it, on which the shape of its result
-    may depend; their modes are among them."""
+    """The plain attributes of a module, of all modules in it and of the objects that these hold, on
+    which the shape of its result may depend; their modes are among them."""
     found: list[Any] = []
+    objects: dict[int, Any] = {}
     modules = [module]
     for each in modules:
         own = each.__dict__
         for held in own.values() if each.__class__ not in _SHAPELESS else ():
             kind = type(held)
-            if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, held))):
+            if kind in ATOMS:
                 found.append(held)
+            elif kind not in _NO_SETTINGS:
+                if is_plain(held):
+                    found.append(held)
+                elif _has_attributes(kind):
+                    objects[id(held)] = held
         if own["_modules"]:
             modules += [child for child in own["_modules"].values() if child is not None]
+    for each in objects.values():
+        found += filter(is_plain, vars(each).values())
     return tuple(found)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether `value` is a number, a word, a flag or such, or a tuple of these."""
+    kind = type(value)
+    return kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, value)))
+
+
+@cache
+def _has_attributes(kind: type) -> bool:
+    """Whether objects of a class may hold settings, as the configuration of a model does."""
+    library = kind.__module__.partition(".")[0]
+    others = "builtins", "torch", "stochastic_depth", "logging"
+    return library not in others and kind.__dictoffset__ != 0
+
+
 def _as_given(argument: Any) -> Any:
-    """`argument`, with copies of the lists in it, to which the model may append later."""
+    """`argument`, with copies of what may change later unnoticed: of lists, to which the model may
+    append, and of tensors of inference mode, whose changes in place PyTorch does not count."""
     kind = type(argument)
+    if kind is Tensor and argument.is_inference():
+        return argument.clone()
     return kind(map(_as_given, argument)) if kind is list or kind is tuple else argument
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
-    """Each of `tensors` with the number of its changes in place; not those of inference mode,
-    whose changes PyTorch does not count."""
+    """Each of `tensors` with the number of its changes in place, where PyTorch counts them."""
     return [(tensor, changes_of(tensor)) for tensor in tensors if not tensor.is_inference()]
 
 
