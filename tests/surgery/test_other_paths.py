@@ -255,6 +255,24 @@ def test_a_function_of_one_path_that_adds_is_called_by_a_rewritten_method():
         assert torch.equal(model(inputs(4)), inputs(4))
 
 
+class JoinsByDefault(Block):
+    def join(self, x, h, weight=0.5):
+        return x + weight * h
+
+    def forward(self, x):
+        return self.join(x, self.f(x))
+
+
+def test_a_default_of_the_method_that_adds_need_not_be_passed():
+    model = nn.Sequential(JoinsByDefault(), JoinsByDefault())
+    handle = sd.apply(model, sd.Uniform(0.5), example=inputs(4))
+    assert {found.mechanism for found in applied_to(model).found} == {"call"}
+    with handle.forced([False, False]):
+        assert torch.equal(model(inputs(4)), inputs(4))
+    with handle.forced([True, False]):
+        torch.testing.assert_close(model(inputs(4)), inputs(4) + 0.5 * model[0].f(inputs(4)))
+
+
 class Other(Block):
     """Another path than that of the example warns, and leaves alone what the example's does."""
 

@@ -112,7 +112,7 @@ def _exchange_arguments(
             if keyword.arg in names:
                 before.append(keyword.value)
                 keyword.value = exchange(keyword.value)
-    if len(before) != len(edit.arguments):
+    if not before:  # a parameter that is not passed has its default
         raise UnsupportedBlockError(f"{edit.location}: not a plain call of the module that adds")
     return before
 
