@@ -679,6 +679,37 @@ class Fuses(nn.Module):
         return self.f(torch.stack(values).sum(0))
 
 
+class SharesItsActivation(nn.Module):
+    """One branch holds the module that activates the other one, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.last = nn.PReLU(), nn.Linear(8, 8)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.Sequential(nn.Linear(8, 8), self.act), nn.Linear(8, 8)])
+            for _ in range(1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for first, second in self.layers:
+            x = x + first(x)
+            x = x + self.act(second(x))
+        return self.last(x)
+
+
+def test_a_module_inside_of_a_closed_branch_may_be_called_less_often():
+    x = torch.randn(2, 8)
+    model = SharesItsActivation()
+    handle = sd.apply(model, example=x, granularity="unit")
+    for gates in itertools.product([False, True], repeat=len(handle.blocks)):
+        with handle.forced(list(gates)):
+            out, expected = model(x), x
+        for first, second in model.layers:
+            expected = expected + first(expected) if gates[0] else expected
+            expected = expected + model.act(second(expected)) if gates[1] else expected
+        torch.testing.assert_close(out, model.last(expected))
+
+
 class ChangesWhatItGave(nn.Module):
     """Returns the outputs of its branches if asked; then it changes what they were given."""
 

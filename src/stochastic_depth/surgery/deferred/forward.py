@@ -107,6 +107,14 @@ class _DeferredCalls:
             self.modules.append(module)
             for number in {number for number, calls in pairs if calls.indices}:
                 self.modules_of[number].append(module)
+        self.counted = [
+            each
+            for each in self.modules
+            if len(each.additions_of) < each.calls
+            and not any(each.module in m.module.modules() for m in self.modules if m is not each)
+        ]
+        """The modules of which calls that belong to no branch are told from the others by counting;
+        without those inside of others, which are called less often when these are not called."""
         self.give_tensor = set[Any]()
         """The deferred calls whose result is one tensor, by module and form of the arguments. The
         number of tensors in other results may depend on shapes."""
@@ -234,10 +242,10 @@ class _Session:
         return self._gated[numbers]
 
     def require_calls_counted(self) -> None:
-        """Raise `GateError` if a module was called less often than on the example, and some of its
-        calls belong to no branch: these are told from the others by counting."""
-        for deferred, called in self.called.items():
-            if 0 < called < deferred.calls and len(deferred.additions_of) < deferred.calls:
+        """Raise `GateError` if a module whose calls are counted was called less often than on the
+        example."""
+        for deferred in self.plan.counted:
+            if 0 < self.called.get(deferred, 0) < deferred.calls:
                 raise _count_differs(deferred, "less")
 
     def require_additions_reached(self) -> None:
