@@ -329,7 +329,26 @@ class CommentedOut(nn.Module):
         return x + h
 
 
+class WithoutModules(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(WIDTH))
+
+    def forward(self, x):
+        h = x @ self.weight
+#       h = h.relu()
+        return x + h
+
+
 # fmt: on
+
+
+def test_a_branch_of_a_matrix_product_alone_is_skipped():
+    model = nn.Sequential(WithoutModules(), WithoutModules())
+    handle = sd.apply(model, sd.Uniform(0.5), example=inputs(4))
+    assert {found.mechanism for found in applied_to(model).found} == {"slice"}
+    with handle.forced([True, False]):
+        torch.testing.assert_close(model(inputs(4)), 2 * inputs(4))
 
 
 def test_comments_and_texts_at_any_column_are_those_of_the_source():

@@ -154,17 +154,19 @@ def slice_method(
 
 @functools.lru_cache(maxsize=1024)
 def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, ...]]:
-    """Whether a closed gate at `edit` skips any call; and parameters that only the branch needs."""
+    """Whether a closed gate at `edit` skips any call or matrix product; and the parameters that
+    only the branch needs."""
     function = inspect.unwrap(vars(edit.location.cls)[edit.location.method])
     tree = definition(function)
     used = uses(tree)
     back, needed = _edit(tree, edit, "_gate")
     branch = [*back.branch, *back.shared]
-    calls = any(isinstance(node, ast.Call) for part in branch for node in ast.walk(part))
+    parts = (node for part in branch for node in ast.walk(part))
+    works = any(isinstance(node, ast.Call | ast.MatMult) for node in parts)
     positional = [argument.arg for argument in [*tree.args.posonlyargs, *tree.args.args][1:]]
     named = [(None, argument.arg) for argument in tree.args.kwonlyargs]
     parameters = [*enumerate(positional), *named]
-    return calls, tuple((n, name) for n, name in parameters if name in used - needed)
+    return works, tuple((n, name) for n, name in parameters if name in used - needed)
 
 
 def _edit(tree: ast.FunctionDef, edit: RewriteEdit, gate: str) -> tuple[Backward, frozenset[str]]:
