@@ -601,3 +601,143 @@ def test_an_open_branch_that_reads_a_closed_one_is_added(network, kind):
     for gates in itertools.product([False, True], repeat=3):
         with handle.forced(list(gates)):
             torch.testing.assert_close(model(x), model.surviving(x, gates))
+
+
+class Chunks(nn.Module):
+    """Adds in a loop over parts of the input; the branches of a part may all run before it."""
+
+    def __init__(self, first_all: bool) -> None:
+        super().__init__()
+        self.first_all, self.f, self.g = first_all, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = x.split(4, 1)
+        if self.first_all:
+            branches = [self.g(self.f(part).tanh()) for part in parts]
+            return torch.cat([a + b for a, b in zip(parts, branches, strict=True)], 1)
+        return torch.cat([part + self.g(self.f(part).tanh()) for part in parts], 1)
+
+
+@pytest.mark.parametrize("gate", ["batch", "subset"])
+@pytest.mark.parametrize("first_all", [False, True])
+def test_a_loop_that_is_longer_than_on_the_example_adds_under_the_one_gate(first_all, gate):
+    model = nn.Sequential(Chunks(first_all), Chunks(first_all)).double()
+    x = torch.randn(4, 12, 8, dtype=torch.float64)
+    handle = sd.apply(model, sd.Uniform(0.5), example=x[:, :4], gate=gate)
+    assert {found.mechanism for found in applied_to(model).found} == {"deferred"}
+    for _ in range(4):
+        out, expected = model(x), x
+        for weight, block in zip(handle.gates.double(), model, strict=True):
+            expected = expected + weight.view(-1, 1, 1) * block.g(block.f(expected).tanh())
+        torch.testing.assert_close(out, expected)
+    with handle.forced([False, False]):
+        assert torch.equal(model(x), x)
+    expected = x
+    for block in model:
+        expected = expected + 0.5 * block.g(block.f(expected).tanh())
+    torch.testing.assert_close(model.eval()(x), expected)
+
+
+class SharedWithStem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, stem: bool = True, depth: int = 3) -> torch.Tensor:
+        if stem:
+            x = self.f(x)
+        for _ in range(depth):
+            x = x + self.f(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("fewer", [{"stem": False}, {"depth": 2}])
+def test_calls_that_are_counted_are_not_fewer_than_on_the_example(fewer):
+    x = torch.randn(2, 8)
+    model = SharedWithStem()
+    handle = sd.apply(model, example=x)
+    for mode in (True, False):
+        with (
+            handle.forced([False] * 3),
+            pytest.raises(sd.errors.GateError, match=r"'f' is called less often .* \(4 times\)"),
+        ):
+            model.train(mode)(x, **fewer)
+    without = SharedWithStem()
+    handle = sd.apply(without, example={"x": x, "stem": False})
+    with handle.forced([False] * 3):
+        assert torch.equal(without.eval()(x, stem=False, depth=2), without.head(x))
+
+
+class Fuses(nn.Module):
+    """Takes a list to which the trunk appends later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, values: list[torch.Tensor]) -> torch.Tensor:
+        return self.f(torch.stack(values).sum(0))
+
+
+class SharesItsActivation(nn.Module):
+    """One branch holds the module that activates the other one, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.last = nn.PReLU(), nn.Linear(8, 8)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.Sequential(nn.Linear(8, 8), self.act), nn.Linear(8, 8)])
+            for _ in range(1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for first, second in self.layers:
+            x = x + first(x)
+            x = x + self.act(second(x))
+        return self.last(x)
+
+
+def test_a_module_inside_of_a_closed_branch_may_be_called_less_often():
+    x = torch.randn(2, 8)
+    model = SharesItsActivation()
+    handle = sd.apply(model, example=x, granularity="unit")
+    for gates in itertools.product([False, True], repeat=len(handle.blocks)):
+        with handle.forced(list(gates)):
+            out, expected = model(x), x
+        for first, second in model.layers:
+            expected = expected + first(expected) if gates[0] else expected
+            expected = expected + model.act(second(expected)) if gates[1] else expected
+        torch.testing.assert_close(out, model.last(expected))
+
+
+class ChangesWhatItGave(nn.Module):
+    """Returns the outputs of its branches if asked; then it changes what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Fuses() for _ in range(2))
+
+    def forward(self, x: torch.Tensor, keep: bool = False) -> tuple[torch.Tensor, ...]:
+        values, kept = [x], []
+        for layer in self.layers:
+            h = layer(values)
+            x = x + h
+            values.append(x)
+            kept.append(h)
+        out = x.clone()
+        if keep and x.is_inference():
+            x.mul_(2)
+        return (out, *kept) if keep else (out,)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_closed_branch_was_given_may_change_before_its_output_is_read(mode):
+    x = torch.randn(3, 8)
+    model = ChangesWhatItGave()
+    handle = sd.apply(model, example=x)
+    assert {found.mechanism for found in applied_to(model).found} == {"deferred"}
+    with mode(), handle.forced([False, False]):
+        out, first, second = model.eval()(x.clone(), keep=True)
+        torch.testing.assert_close(out, x)
+        torch.testing.assert_close(first, model.layers[0].f(x))
+        torch.testing.assert_close(second, model.layers[1].f(2 * x))

@@ -101,6 +101,63 @@ def test_units_of_their_own_keep_one_gate_in_both_modes():
     assert [block.name for block in handle.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
 
 
+class SecondInTwoWays(nn.Module):
+    """Its second addition differs in training mode, and so does its first one if `both`."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.both = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), both
+
+    def forward(self, x):
+        if self.training and self.both:
+            x = torch.tanh(self.first(x)) + x
+        else:
+            x = x + torch.tanh(self.first(x))
+        if self.training:
+            return torch.tanh(self.second(x)) + x
+        return x + torch.tanh(self.second(x))
+
+
+class SecondInTwoWaysOfALoop(nn.Module):
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.both = both
+        self.blocks = nn.ModuleList(SecondInTwoWays(both) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            if self.training and self.both:
+                x = torch.tanh(block.first(x)) + x
+            else:
+                x = x + torch.tanh(block.first(x))
+            if self.training:
+                x = torch.tanh(block.second(x)) + x
+            else:
+                x = x + torch.tanh(block.second(x))
+        return x
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("way", ["slice", "deferred"])
+def test_a_unit_that_training_mode_adds_differently_keeps_its_own_gate(way, both):
+    x = torch.randn(3, WIDTH)
+    if way == "slice":
+        model = nn.Sequential(SecondInTwoWays(both), SecondInTwoWays(both))
+        blocks = list(model)
+    else:
+        model = SecondInTwoWaysOfALoop(both)
+        blocks = list(model.blocks)
+    parts = [part for block in blocks for part in (block.first, block.second)]
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, granularity="unit")
+    assert [block.mechanism for block in applied_to(model).found] == [way] * 4
+    for training, pattern in itertools.product((True, False), itertools.product((0, 1), repeat=4)):
+        expected = x
+        for is_open, part in zip(pattern, parts, strict=True):
+            expected = expected + torch.tanh(part(expected)) if is_open else expected
+        with handle.forced([bool(is_open) for is_open in pattern]):
+            torch.testing.assert_close(model.train(training)(x), expected)
+
+
 class Branching(nn.Module):
     """A block whose forward method takes another way if there is a mask."""
 

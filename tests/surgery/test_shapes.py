@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.deferred import shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,6 +232,56 @@ def test_shapes_follow_the_attributes_of_modules_and_the_values_that_these_read(
         with handle.forced([False, False]):
             assert torch.equal(model(x, torch.tensor(lengths)), x)
         assert model.seen == [(min(keep, *lengths), pair)] * 2
+
+
+class Options:
+    def __init__(self) -> None:
+        self.gives_weights = False
+
+
+class Optional(nn.Module):
+    """Gives its weights too if its options say so, and as many parts as its input is long."""
+
+    def __init__(self, options: Options | None) -> None:
+        super().__init__()
+        self.linear, self.options = nn.Linear(6, 6), options
+
+    def forward(self, x: Tensor, options: Options | None) -> tuple[Tensor, ...]:
+        h = self.linear(x)
+        asked = options or self.options
+        assert asked is not None
+        weights = (h.softmax(-1),) if asked.gives_weights else ()
+        return (*h.unbind(1), *weights)
+
+
+class OptionsInLoop(nn.Module):
+    def __init__(self, holds: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.options, self.holds = Options(), holds
+        self.layers = nn.ModuleList(Optional(self.options if holds else None) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        weights: tuple[Tensor, ...] = ()
+        for layer in self.layers:
+            parts = layer(x, None if self.holds else self.options)
+            x = x + torch.stack(parts[: x.shape[1]], 1)
+            weights += parts[x.shape[1] :]
+        return x, *weights
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_results_of_a_branch_are_as_many_as_its_options_and_its_inputs_say(holds) -> None:
+    model = OptionsInLoop(holds)
+    handle = sd.apply(model, example=torch.randn(3, 4, 6))
+    assert {found.mechanism for found in applied_to(model).found} == {"deferred"}
+    for length, gives_weights in ((4, False), (6, False), (2, True), (1, False), (4, True)):
+        model.options.gives_weights = gives_weights
+        x = torch.randn(3, length, 6)
+        with handle.forced([False, False]):
+            out, *weights = model(x)
+        assert torch.equal(out, x)
+        assert [each.shape for each in weights] == [x.shape] * (2 * gives_weights)
 
 
 def test_shapes_that_are_kept_hold_no_object_of_the_model_and_are_inferred_once(

@@ -72,8 +72,8 @@ class BranchCalls:
     indices: tuple[int, ...]
     """Which of the module's calls belong to the branch, counted from 0."""
     count: int
-    """How often the module is called in all. If all calls belong to the branch, a later pass may
-    make more or fewer."""
+    """How often the module is called in all. If each belongs to this branch, a later pass may make
+    more; if each belongs to some branch, it may make fewer."""
     return_tensors: bool
     """Whether each of them returned a tensor, rather than a tuple or another structure."""
 

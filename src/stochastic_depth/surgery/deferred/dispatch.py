@@ -48,7 +48,7 @@ from stochastic_depth.surgery.deferred.shapes import (
     shapes_of_tensor,
 )
 from stochastic_depth.surgery.frames import CallSite, call_site_of
-from stochastic_depth.tensors import map_structure, replace_tensors, tensors_in
+from stochastic_depth.tensors import map_structure, replace_tensors
 from stochastic_depth.torch_private import subclass_of, tree_unflatten
 
 LAZY = {"T", "mT", "H", "mH", "real", "imag", "data"}
@@ -125,7 +125,7 @@ class _Dispatching(Placeholder):
         node = Node(found[0]._node.tape, additions, func, args, kwargs, needs)
         if name in SEVERAL or name == "":
             return defer_call(node)
-        return _placeholder(node, 0)
+        return placeholder_of(node)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(value(self))
@@ -143,42 +143,35 @@ def defer_call(node: Node, gives_tensor: bool = False) -> Any:
         shapes = shapes_of(node)
     except Exception:
         if gives_tensor:
-            return _placeholder(node, 0)
+            return placeholder_of(node)
         with because(_HIDDEN):
             return mark_as_branch(node.tape, node.additions, node.result())
-    return defer_call_as(node, shapes.leaves, shapes.structure)
-
-
-def defer_call_as(node: Node, leaves: list[Any], structure: Any) -> Any:
-    """`defer_call` with a known structure; `leaves` has any tensors in place of the results."""
-    if structure.num_nodes == 1 and isinstance(leaves[0], Tensor):
-        return _placeholder(node, 0)
-    tensors: list[Any] = [leaf for leaf in leaves if leaf is not None]
-    if not all(isinstance(leaf, Tensor) for leaf in tensors):
-        tensors = tensors_in(leaves)
-    node.results = len(tensors)
-    numbers = {id(tensor): n for n, tensor in enumerate(tensors)}
+    if shapes.structure.num_nodes == 1 and isinstance(shapes.leaves[0], Tensor):
+        return placeholder_of(node)
+    node.results = len(shapes.tensors)
+    numbers = {id(tensor): n for n, tensor in enumerate(shapes.tensors)}
 
     def placeholder(tensor: Tensor) -> Placeholder:
-        return _placeholder(node, numbers[id(tensor)])
+        return placeholder_of(node, numbers[id(tensor)])
 
     made = [
         placeholder(leaf) if isinstance(leaf, Tensor) else replace_tensors(leaf, placeholder)
-        for leaf in leaves
+        for leaf in shapes.leaves
     ]
-    return tree_unflatten(made, structure)
+    return tree_unflatten(made, shapes.structure)
 
 
 def mark_as_branch(tape: Tape, additions: tuple[GatedAddition, ...], result: Any) -> Any:
     """A computed `result`, with its tensors marked as belonging to the branches of `additions`."""
     if isinstance(result, Tensor):
-        return _placeholder(Node.finished(tape, additions, result), 0)
+        return placeholder_of(Node.finished(tape, additions, result))
     if isinstance(result, tuple | list | dict) or dataclasses.is_dataclass(result):
         return replace_tensors(result, lambda tensor: mark_as_branch(tape, additions, tensor))
     return result
 
 
-def _placeholder(node: Node, number: int) -> Placeholder:
+def placeholder_of(node: Node, number: int = 0) -> Placeholder:
+    """The placeholder for one of the tensors in the result of `node`."""
     made = subclass_of(_Dispatching, _NOTHING)
     made._node, made._number = node, number
     return made
@@ -201,7 +194,7 @@ def _change(
         new_args, new_kwargs = selected_values((args, kwargs), additions, lambda: site)
         result = func(*new_args, **new_kwargs)
         return target if result is not None else None
-    before = _placeholder(target._node, target._number)
+    before = placeholder_of(target._node, target._number)
     args, kwargs = map_structure(lambda t, _: before if t is target else t, (args, kwargs))
     node = Node(target._node.tape, additions, func, args, kwargs, operands((args, kwargs)))
     if func.__name__ == "__setitem__":  # which returns None

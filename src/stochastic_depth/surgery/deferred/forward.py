@@ -17,7 +17,6 @@ from functools import cached_property, wraps
 from threading import get_ident
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stochastic_depth.errors import (
@@ -27,7 +26,7 @@ from stochastic_depth.errors import (
 )
 from stochastic_depth.gates import BlockGates, Gate
 from stochastic_depth.module_snapshot import ModuleSnapshot
-from stochastic_depth.surgery.deferred.dispatch import defer_call, defer_call_as, mark_as_branch
+from stochastic_depth.surgery.deferred.dispatch import defer_call, mark_as_branch, placeholder_of
 from stochastic_depth.surgery.deferred.gates import selected_values
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
@@ -35,18 +34,18 @@ from stochastic_depth.surgery.deferred.placeholder import (
     Placeholder,
     Tape,
     is_known,
+    is_plain,
     operands,
     set_tape,
     tape_of_pass,
     with_values,
 )
 from stochastic_depth.surgery.edits import NOT_REACHED, BranchCalls, DeferredEdit
-from stochastic_depth.tensors import ATOMS
+from stochastic_depth.tensors import ATOMS, attributes
 from stochastic_depth.torch_private import (
     call_of,
     never_traced,
     set_call,
-    tree_flatten,
     whole_call,
 )
 
@@ -108,8 +107,17 @@ class _DeferredCalls:
             self.modules.append(module)
             for number in {number for number, calls in pairs if calls.indices}:
                 self.modules_of[number].append(module)
-        self.structures: dict[Any, Any] = {}
-        """The structure of the results of deferred calls, by module and form of the arguments."""
+        self.counted = [
+            each
+            for each in self.modules
+            if len(each.additions_of) < each.calls
+            and not any(each.module in m.module.modules() for m in self.modules if m is not each)
+        ]
+        """The modules of which calls that belong to no branch are told from the others by counting;
+        without those inside of others, which are called less often when these are not called."""
+        self.give_tensor = set[Any]()
+        """The deferred calls whose result is one tensor, by module and form of the arguments. The
+        number of tensors in other results may depend on shapes."""
 
 
 _DEFERRED_CALLS: weakref.WeakKeyDictionary[nn.Module, _DeferredCalls] = weakref.WeakKeyDictionary()
@@ -145,6 +153,7 @@ def deferring_forward(
             try:
                 with _Session(self, only, now) as session:
                     output = forward(self, *args, **kwargs)
+                session.require_calls_counted()
                 session.require_additions_reached()
                 session.refuse_recomputed()
                 return with_values(output, None if tape is None and is_entry else is_known)
@@ -199,6 +208,8 @@ class _Session:
             if not gate.is_plain
         }
         self.before: list[tuple[_Switch, Any]] = []
+        self.called: dict[_DeferredModule, int] = {}
+        """How often each module was called so far."""
         self._gated: dict[tuple[int, ...], tuple[GatedAddition, ...]] = {}
 
     def __enter__(self) -> "_Session":
@@ -213,6 +224,7 @@ class _Session:
                 before = switch.here()
                 self.before.append((switch, before))
                 forward = before or switch.otherwise
+                self.called[deferred] = 0
                 switch.switch_to(_Interceptor(self, tape, forward, deferred))
         return self
 
@@ -220,7 +232,7 @@ class _Session:
         for switch, before in self.before:
             switch.switch_to(before)
         for addition in self.additions.values():
-            addition.caller, addition.is_over = None, True
+            addition.caller = None
 
     def gated(self, numbers: tuple[int, ...]) -> tuple[GatedAddition, ...]:
         """Those of the additions with these numbers that have a gate in this call; one object."""
@@ -228,6 +240,13 @@ class _Session:
             additions = tuple(self.additions[n] for n in numbers if n in self.additions)
             self._gated[numbers] = additions
         return self._gated[numbers]
+
+    def require_calls_counted(self) -> None:
+        """Raise `GateError` if a module whose calls are counted was called less often than on the
+        example."""
+        for deferred in self.plan.counted:
+            if 0 < self.called.get(deferred, 0) < deferred.calls:
+                raise _count_differs(deferred, "less")
 
     def require_additions_reached(self) -> None:
         """Raise `AdditionNotReachedError` if a branch was deferred and never added.
@@ -309,33 +328,30 @@ class _Interceptor:
         deferred: _DeferredModule,
     ) -> None:
         self.session, self.tape, self.forward, self.deferred = session, tape, forward, deferred
-        self.called = 0
-        """How many calls there were so far, if they differ in their additions."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        deferred, mine = self.deferred, self.deferred.additions_of_every
-        if mine is None:
-            if self.called >= deferred.calls:
-                raise GateError(
-                    f"{deferred.name!r} is called more often than on the example ({deferred.calls} "
-                    "times), so it is not known which block this call belongs to: give sd.apply an "
-                    "example with as many calls"
-                )
-            mine = deferred.additions_of.get(self.called, ())
-            self.called += 1
+        deferred, every = self.deferred, self.deferred.additions_of_every
+        called = self.session.called[deferred]
+        if every is None and called >= deferred.calls:
+            raise _count_differs(deferred, "more")
+        mine = deferred.additions_of.get(called, ()) if every is None else every
+        self.session.called[deferred] = called + 1
         additions = self.session.gated(mine)
         if not additions:
             return self.forward(*args, **kwargs)
         is_open = True
         for addition in additions:
             addition.deferred += 1
+            if every is not None:
+                rounds = called // deferred.calls + 1
+                addition.begun = max(addition.begun, rounds, addition.reached + 1)
             is_open = is_open and addition.gate.open
         if not is_open:
             return self.defer_call(additions, args, kwargs)
         gate = additions[0].gate
         alike = all(addition.gate.samples is gate.samples for addition in additions)
         if gate.samples is not None and alike and len(additions) == len(mine):
-            key = deferred.name, self.called
+            key = deferred.name, called if every is None else 0
             args, kwargs = selected_values((args, kwargs), additions, lambda: key)
         else:
             args, kwargs = with_values((args, kwargs))
@@ -347,20 +363,24 @@ class _Interceptor:
         deferred = self.deferred
         needs = operands((args, kwargs) if kwargs else args)
         node = Node(self.tape, additions, self.forward, args, kwargs, needs, deferred.module)
-        structures = self.session.plan.structures
+        give_tensor = self.session.plan.give_tensor
         key = deferred.name, node.settings, _form(args), _form(kwargs) if kwargs else ()
-        known = structures.get(key)
-        if known is None:
-            made = defer_call(node, deferred.gives_tensor)
-            leaves, structure = tree_flatten(made)
-            free = all(isinstance(leaf, Tensor) or leaf is None for leaf in leaves)
-            if free and not node.done:
-                if len(structures) > 1000:
-                    structures.clear()
-                like = [None if leaf is None else torch.empty(0) for leaf in leaves]
-                structures[key] = like, structure
-            return made
-        return defer_call_as(node, *known)
+        if key in give_tensor:
+            return placeholder_of(node)
+        made = defer_call(node, deferred.gives_tensor)
+        if isinstance(made, Tensor) and not node.done:
+            if len(give_tensor) > 1000:
+                give_tensor.clear()
+            give_tensor.add(key)
+        return made
+
+
+def _count_differs(deferred: _DeferredModule, how: str) -> GateError:
+    return GateError(
+        f"{deferred.name!r} is called {how} often than on the example ({deferred.calls} times), so "
+        "it is not known which of its calls belong to which block: give sd.apply an example with "
+        "as many calls, or exclude= these blocks"
+    )
 
 
 def _form(values: Any) -> Any:
@@ -373,4 +393,4 @@ def _form(values: Any) -> Any:
         return tuple(map(_form, values))
     if isinstance(values, Mapping):
         return tuple((name, _form(each)) for name, each in values.items())
-    return type(values)
+    return type(values), tuple(filter(is_plain, attributes(values).values()))

@@ -74,7 +74,6 @@ def add(
     """
     if side == 1 and scales_second(name, kwargs):
         raise GateError(f"block {addition.name!r}: in this pass {SCALED}")
-    addition.reached += 1
     if addition.recomputed is not None:
         addition.recomputed += _checkpoints_around(addition)
     shortcut, target = args[side], args[0]
@@ -95,15 +94,15 @@ def add(
             func = {"addcmul_": torch.addcmul}.get(name, torch.add)
         result = func(*new, **kwargs)
     elif changes and target is shortcut:
-        return shortcut
+        result = shortcut
     else:
         copies = addition.copies or changes
         result = shortcut.clone() if copies else shortcut
-    if changes and isinstance(target, Placeholder):  # from now on it stands for this sum
+    if changes and isinstance(target, Placeholder) and result is not target:
+        # From now on it stands for this sum.
         target._node = Node.finished(target._node.tape, (), with_values(result))
         target._number = 0
-    if addition.reached >= len(addition.sites):
-        addition.is_over = True
+    addition.reached += 1
     return result
 
 

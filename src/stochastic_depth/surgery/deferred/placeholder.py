@@ -13,8 +13,11 @@ recognises its branch. A `GatedAddition` is one addition during one call of the 
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -32,55 +35,51 @@ _SHAPELESS |= {nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.Batc
 _SHAPELESS |= {nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Softmax, nn.Mish}
 """Classes whose plain attributes say nothing about the shape of the result, though they may change
 in each step as dropout rates do."""
+_NO_SETTINGS = {dict, OrderedDict, set}
+"""Types of most attributes of a module, in which no settings are looked for."""
 _local = threading.local()
 
 
+@dataclass(slots=True, eq=False)
 class GatedAddition:
     """One residual addition during one call of its owner, under a gate that changes the branch.
 
     The owner is the module whose code adds. A placeholder carries the additions to whose branches
     it belongs, so that an addition can find itself among them.
-
-    Args:
-        name: the name of the block, for errors.
-        sites: the call sites of the addition, each with the side of its shortcut.
-        copies: whether a closed addition returns a copy of its shortcut.
     """
 
-    __slots__ = (
-        "caller",
-        "copies",
-        "deferred",
-        "gate",
-        "is_over",
-        "name",
-        "owner",
-        "reached",
-        "recomputed",
-        "sites",
+    name: str
+    """The name of the block, for errors."""
+    sites: Mapping[CallSite, int]
+    """The call sites of the addition, each with the side of its shortcut."""
+    gate: Gate
+    copies: bool
+    """Whether a closed addition returns a copy of its shortcut."""
+    owner: nn.Module
+    caller: FrameType | None = None
+    """The frame that calls the owner's own forward method, while it runs."""
+    deferred: int = 0
+    """How many module calls have returned placeholders of this branch."""
+    begun: int = 1
+    """How often the branch is computed, as far as is known by the calls of its modules: more than
+    once where the model adds in a loop that is longer than on the example."""
+    reached: int = 0
+    """How often the addition was made."""
+    recomputed: list[Callable[[], bool]] | None = field(
+        default_factory=lambda: [] if torch.is_grad_enabled() else None
     )
-
-    def __init__(
-        self, name: str, sites: Mapping[CallSite, int], gate: Gate, copies: bool, owner: nn.Module
-    ) -> None:
-        self.name, self.sites, self.gate, self.copies = name, sites, gate, copies
-        self.owner = owner
-        self.caller: FrameType | None = None
-        """The frame that calls the owner's own forward method, while it runs."""
-        self.deferred = 0
-        """How many module calls have returned placeholders of this branch."""
-        self.reached = 0
-        """How often the addition was made."""
-        self.is_over = False
-        """Whether nothing is added any more, so that what is left of the branch is used outside."""
-        self.recomputed: list[Callable[[], bool]] | None = [] if torch.is_grad_enabled() else None
-        """For each checkpoint around the addition, a function that returns whether it will
-        recompute."""
+    """For each checkpoint around the addition, a function that returns whether it will
+    recompute."""
 
     @property
     def is_made(self) -> bool:
-        """Whether the sum was made in this call of the owner, or the call has ended."""
-        return self.reached > 0 or self.caller is None
+        """Whether the sum of each branch that has begun is made, or the owner's call has ended."""
+        return self.reached >= self.begun or self.caller is None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is added any more, so that what is left of the branch is used outside."""
+        return self.reached >= self.begun * len(self.sites) or self.caller is None
 
 
 class Tape:
@@ -201,9 +200,8 @@ class Node:
         module: nn.Module | None = None,
     ) -> None:
         self.tape, self.additions, self.function, self.module = tape, additions, function, module
-        if module is None:  # a function does not change a list that it is given, but others may
-            args, kwargs = tuple(map(_as_given, args)), {k: _as_given(v) for k, v in kwargs.items()}
-        self.args, self.kwargs = args, kwargs
+        self.args = tuple(map(_as_given, args))
+        self.kwargs = {name: _as_given(each) for name, each in kwargs.items()} if kwargs else kwargs
         self.placeholders, computed = needs
         self.done, self.value = False, None
         self.shapes: Any = None
@@ -323,7 +321,7 @@ def lacks_samples(placeholder: Placeholder, computed: Tensor | None = None) -> b
     """
     for addition in placeholder._node.additions:
         samples = addition.gate.samples
-        if addition.is_over and samples is not None and len(samples) != addition.gate.batch:
+        if samples is not None and len(samples) != addition.gate.batch and addition.is_over:
             if computed is None:
                 computed = placeholder._node.tensors[placeholder._number]
             return computed.shape[:1] == (len(samples),)
@@ -380,30 +378,54 @@ def _sort(values: Iterable[Any], found: list[Placeholder], computed: list[Tensor
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """The plain attributes of a module and of all modules in it, on which the shape of its result
-    may depend; their modes are among them."""
+    """The plain attributes of a module, of all modules in it and of the objects that these hold, on
+    which the shape of its result may depend; their modes are among them."""
     found: list[Any] = []
+    objects: dict[int, Any] = {}
     modules = [module]
     for each in modules:
         own = each.__dict__
         for held in own.values() if each.__class__ not in _SHAPELESS else ():
             kind = type(held)
-            if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, held))):
+            if kind in ATOMS:
                 found.append(held)
+            elif kind not in _NO_SETTINGS:
+                if is_plain(held):
+                    found.append(held)
+                elif _has_attributes(kind):
+                    objects[id(held)] = held
         if own["_modules"]:
             modules += [child for child in own["_modules"].values() if child is not None]
+    for each in objects.values():
+        found += filter(is_plain, vars(each).values())
     return tuple(found)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether `value` is a number, a word, a flag or such, or a tuple of these."""
+    kind = type(value)
+    return kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, value)))
+
+
+@cache
+def _has_attributes(kind: type) -> bool:
+    """Whether objects of a class may hold settings, as the configuration of a model does."""
+    library = kind.__module__.partition(".")[0]
+    others = "builtins", "torch", "stochastic_depth", "logging"
+    return library not in others and kind.__dictoffset__ != 0
+
+
 def _as_given(argument: Any) -> Any:
-    """`argument`, with copies of the lists in it, to which the model may append later."""
+    """`argument`, with copies of what may change later unnoticed: of lists, to which the model may
+    append, and of tensors of inference mode, whose changes in place PyTorch does not count."""
     kind = type(argument)
+    if kind is Tensor and argument.is_inference():
+        return argument.clone()
     return kind(map(_as_given, argument)) if kind is list or kind is tuple else argument
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
-    """Each of `tensors` with the number of its changes in place; not those of inference mode,
-    whose changes PyTorch does not count."""
+    """Each of `tensors` with the number of its changes in place, where PyTorch counts them."""
     return [(tensor, changes_of(tensor)) for tensor in tensors if not tensor.is_inference()]
 
 

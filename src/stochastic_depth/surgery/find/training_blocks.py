@@ -102,26 +102,40 @@ def _with_additions(
     deferred: list[Addition] = []
     for name in dict.fromkeys(name for name, _ in additions):
         own = [addition for block, addition in additions if block == name]
-        numbers = [n for n, block in enumerate(blocks) if block.name == name]
-        if not numbers or any(blocks[n].is_deferred for n in numbers):
-            deferred += own
-            continue
-        if len(numbers) == 1:
-            blocks[numbers[0]] = _with_rewritten(blocks[numbers[0]], own, modules)
-            continue
-        for n, addition in zip(numbers, own, strict=False):
-            blocks[n] = _with_rewritten(blocks[n], [addition], modules)
-        if len(own) != len(numbers):
-            blocks[numbers[-1]] = replace(blocks[numbers[-1]], refusal=_UNLIKE)
+        of_block: dict[int | None, list[Addition]] = {}
+        for addition in own:
+            of_block.setdefault(_most_alike(blocks, name, addition), []).append(addition)
+        for n, its in of_block.items():
+            if n is None or blocks[n].is_deferred:
+                deferred += its
+            else:
+                blocks[n] = _with_rewritten(blocks[n], its, modules)
     unassigned = set[AdditionEvent]()
     events = [event for addition in deferred for event in addition.events]
     for group in deferred_groups(events, analysis, modules):
-        numbers = [n for n, block in enumerate(blocks) if block.name == group.name]
-        for n in numbers[:1]:
-            blocks[n] = _with_deferred(blocks[n], group, analysis, modules)
-        if not numbers:
-            unassigned.update(group.events)
+        if sum(block.name == group.name for block in blocks) == 1:
+            parts = [group]
+        else:
+            parts = [group_of(group.name, [event], analysis) for event in group.events]
+        for part in parts:
+            n = _most_alike(blocks, group.name, part)
+            if n is None:
+                unassigned.update(part.events)
+            else:
+                blocks[n] = _with_deferred(blocks[n], part, analysis, modules)
     return blocks, unassigned
+
+
+def _most_alike(blocks: Sequence[FoundBlock], name: str, added: Addition | Group) -> int | None:
+    """The number of the block of this name that has most modules and parameters of its branch in
+    common with what training mode adds; None if no block has this name."""
+    runs = {*added.modules, *added.parameters}
+    common = {
+        n: len(runs & {*block.modules, *block.parameters})
+        for n, block in enumerate(blocks)
+        if block.name == name
+    }
+    return max(common, key=lambda n: common[n], default=None)
 
 
 def _with_counterparts(
@@ -180,12 +194,6 @@ def _with_training_only(
     return blocks
 
 
-_UNLIKE = (
-    "in training mode its module makes a different number of residual additions than in "
-    'evaluation: granularity="block" gives all of them one gate'
-)
-
-
 def _with_rewritten(
     block: FoundBlock, additions: Sequence[Addition], modules: Mapping[str, nn.Module]
 ) -> FoundBlock:
@@ -204,7 +212,7 @@ def _with_deferred(
     block: FoundBlock, group: Group, analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> FoundBlock:
     """The deferred `block`, with its additions in training mode."""
-    if block.refusal:
+    if not block.is_deferred:
         return block
     units = list(block.units)
     try:

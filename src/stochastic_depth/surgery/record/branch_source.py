@@ -21,6 +21,7 @@ from stochastic_depth.surgery.frames import Method, SourceLocation, methods_of
 from stochastic_depth.surgery.record.branches import AdditionEvent, Execution
 from stochastic_depth.surgery.record.shortcuts import mixing
 from stochastic_depth.surgery.record.trace import Call, Recording, calls_during
+from stochastic_depth.surgery.rewrite.syntax import has_one_path
 from stochastic_depth.tensors import tensors_in
 
 UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
@@ -74,7 +75,9 @@ def locate(recording: Recording, made: Execution, frame: FrameType) -> tuple[Add
     for call in reversed(made.stack):
         methods = list(methods_of(call.module, frame))
         edit = (
-            _argument_edit(methods, passed) if edits else _addition_edit(recording, methods, made)
+            _argument_edit(methods, passed)
+            if edits
+            else _addition_edit(recording, methods, made, frame)
         )
         edits.append((call.name, edit))
         branch = made.branch_within(recording, call)
@@ -105,13 +108,21 @@ def _is_upsampled(recording: Recording, number: int) -> bool:
 
 
 def _addition_edit(
-    recording: Recording, methods: list[Method], made: Execution
+    recording: Recording, methods: list[Method], made: Execution, frame: FrameType
 ) -> AdditionEdit | None:
-    """The edit where the innermost of `methods` adds, or calls a function that adds."""
+    """The edit where the innermost of `methods` adds, or calls a function that adds.
+
+    If such a function could do something else on other inputs, there is none.
+    """
     location, callers = _locations(methods)
     function = methods[0].called if methods else None
     if location is None or function is None:
         return location and AdditionEdit(location, made.place.side, callers=callers)
+    inner = frame
+    while has_one_path(inner.f_code) and inner is not function:
+        inner = inner.f_back or function
+    if not has_one_path(inner.f_code):
+        return None
     code = function.f_code
     for n, name in enumerate(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
         value = function.f_locals.get(name)

@@ -5,11 +5,11 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from stochastic_depth.surgery.rewrite.syntax import negated
 from stochastic_depth.surgery.rewrite.variables import (
     changes_something,
     conditional_uses,
     defines,
-    handed_out,
     is_steady,
     only_assigns,
     own_tensors,
@@ -24,6 +24,8 @@ JUMPS = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 class Needed:
     """The variables that the code after some point of a method needs under a closed gate."""
 
+    module: str
+    """The name of the variable that holds the module."""
     live: frozenset[str] = frozenset()
     """Variables that are always needed."""
     maybe: dict[str, list[ast.expr]] = field(default_factory=dict)
@@ -31,17 +33,19 @@ class Needed:
     handed_out: frozenset[str] = frozenset()
     """Variables that are returned beside the result of the method; None will do."""
 
-    def before(self, statement: ast.stmt, redefined: frozenset[str]) -> None:
+    def before(
+        self, statement: ast.stmt, redefined: frozenset[str], handed: Sequence[ast.Name] = ()
+    ) -> None:
         """Step back over a statement that always runs.
 
         Args:
             redefined: the variables that certainly have a new value after it.
+            handed: the variables that it returns beside the result of the method.
         """
-        always, conditional = conditional_uses(statement)
+        always, conditional = conditional_uses(statement, handed, self.module)
         self.live = always | (self.live - redefined)
         self.maybe = {name: tests for name, tests in self.maybe.items() if name not in redefined}
-        handed = frozenset(name.id for name in handed_out(statement))
-        self.handed_out = handed | (self.handed_out - redefined)
+        self.handed_out = (self.handed_out - redefined).union(name.id for name in handed)
         for name, tests in conditional.items():
             self.only_if([name], tests)
         self.settle(statement)
@@ -54,7 +58,7 @@ class Needed:
 
     def copied(self) -> "Needed":
         maybe = {name: list(tests) for name, tests in self.maybe.items()}
-        return Needed(self.live, maybe, self.handed_out)
+        return Needed(self.module, self.live, maybe, self.handed_out)
 
     def everything(self, statements: Iterable[ast.AST]) -> None:
         """Treat all variables that `statements` use as needed."""
@@ -71,8 +75,8 @@ class Needed:
 class Backward:
     """Collects the code of a branch, statement by statement, backwards."""
 
-    runs: ast.expr
-    """The condition under which it runs."""
+    is_open: ast.expr
+    """The condition that the gate is open."""
     branch: list[ast.AST]
     """The expressions of the branch, and the statements that put others under the gate."""
     module: str
@@ -80,25 +84,35 @@ class Backward:
     shared: list[ast.AST] = field(default_factory=list)
     """Statements that the branch always needs, and that other code needs under a condition."""
     guards: list[ast.expr] = field(default_factory=list)
-    """Conditions under which the addition is reached."""
+    """Conditions under which the addition is reached, outermost first."""
+    otherwise: frozenset[str] = frozenset()
+    """The variables that the method may use if one of them does not hold."""
     wanted: frozenset[str] = field(init=False)
     """The variables that the branch uses from this point on."""
 
     def __post_init__(self) -> None:
         self.wanted = frozenset[str]().union(*map(uses, self.branch))
 
-    def reached_if(self, test: ast.expr) -> None:
-        """Record that, before this point, the addition is reached only if `test` holds."""
-        self.guards.append(test)
-        self.runs = any_of([self.runs, negated(test)])
+    def reached_if(self, test: ast.expr, otherwise: Iterable[ast.AST]) -> None:
+        """Record that, before this point, the addition is reached only if `test` holds.
 
-    def through(self, block: list[ast.stmt], index: int, needed: Needed) -> None:
-        """Step back over the statements before `index` of `block`, which is changed in place."""
+        Args:
+            otherwise: what may run if it does not.
+        """
+        self.guards.insert(0, test)
+        self.otherwise = self.otherwise.union(*map(uses, otherwise))
+
+    def through(self, block: list[ast.stmt], index: int, needed: Needed) -> bool:
+        """Step back over the statements before `index` of `block`, which is changed in place.
+
+        Returns:
+            Whether a statement that is before them may be skipped, too.
+        """
         for i in range(index - 1, -1, -1):
             statement = block[i]
             if _may_change(statement, self.guards):  # before it, they cannot be evaluated yet
                 needed.everything(block[: i + 1])
-                return
+                return False
             needed.settle(statement)
             assigns = only_assigns(statement, own_tensors(block, i, self.module))
             wanted = self.wanted_before(statement) if assigns else None
@@ -107,11 +121,16 @@ class Backward:
             if wanted is not None and others.isdisjoint(defines(statement)):
                 block[i] = self.skipped(statement, needed)
                 self.wanted = wanted
-            elif isinstance(statement, ast.If) and is_steady(statement.test) and not jumps:
+            elif (
+                isinstance(statement, ast.If)
+                and is_steady(statement.test, self.module)
+                and not jumps
+            ):
                 self.through_both(statement, needed)
             else:
                 needed.before(statement, surely_defines(statement))
                 self.wanted -= surely_defines(statement)
+        return True
 
     def wanted_before(self, statement: ast.stmt) -> frozenset[str] | None:
         """The variables that the branch uses from `statement` on, if all of it is for the branch.
@@ -125,6 +144,8 @@ class Backward:
     def skipped(self, statement: ast.stmt, needed: Needed) -> ast.If:
         """Put a statement under the gate; while it is closed, what is only handed out is None."""
         defined, surely = defines(statement), surely_defines(statement)
+        if not self.otherwise.isdisjoint(defined):
+            self.otherwise |= uses(statement)
         beside = defined & needed.handed_out
         needed.handed_out -= beside
         conditions = [test for name in sorted(defined) for test in needed.maybe.get(name, [])]
@@ -132,7 +153,8 @@ class Backward:
         if conditions:
             needed.only_if(uses(statement), conditions)
         nothing: list[ast.stmt] = [assign(name, ast.Constant(None)) for name in sorted(beside)]
-        gated = ast.If(any_of([self.runs, *conditions]), [statement], nothing)
+        runs = any_of([self.is_open, *map(negated, self.guards), *conditions])
+        gated = ast.If(runs, [statement], nothing)
         (self.shared if conditions else self.branch).append(ast.copy_location(gated, statement))
         return gated
 
@@ -194,10 +216,6 @@ def any_of(tests: list[ast.expr]) -> ast.expr:
 
 def all_of(tests: list[ast.expr]) -> ast.expr:
     return _joined(ast.And(), tests)
-
-
-def negated(test: ast.expr) -> ast.expr:
-    return ast.UnaryOp(ast.Not(), copy.deepcopy(test))
 
 
 def assign(name: str, value: ast.expr) -> ast.Assign:

@@ -25,7 +25,7 @@ from stochastic_depth.surgery.edits import (
 )
 from stochastic_depth.surgery.frames import SourceLocation
 from stochastic_depth.surgery.rewrite.bypassed import warn_bypassed, warn_where_bypassed
-from stochastic_depth.surgery.rewrite.liveness import Backward, Needed, assign, negated
+from stochastic_depth.surgery.rewrite.liveness import Backward, Needed, assign
 from stochastic_depth.surgery.rewrite.select_samples import select_drawn, select_in_source
 from stochastic_depth.surgery.rewrite.syntax import (
     call,
@@ -33,6 +33,7 @@ from stochastic_depth.surgery.rewrite.syntax import (
     definition,
     is_open,
     module_of,
+    negated,
     node_at,
     of_gate,
     operands,
@@ -41,6 +42,7 @@ from stochastic_depth.surgery.rewrite.syntax import (
 from stochastic_depth.surgery.rewrite.variables import (
     changes_something,
     defines,
+    handed_out,
     is_steady,
     surely_defines,
     used_in_functions,
@@ -110,7 +112,7 @@ def _exchange_arguments(
             if keyword.arg in names:
                 before.append(keyword.value)
                 keyword.value = exchange(keyword.value)
-    if len(before) != len(edit.arguments):
+    if not before:  # a parameter that is not passed has its default
         raise UnsupportedBlockError(f"{edit.location}: not a plain call of the module that adds")
     return before
 
@@ -152,17 +154,19 @@ def slice_method(
 
 @functools.lru_cache(maxsize=1024)
 def skipped_when_closed(edit: RewriteEdit) -> tuple[bool, tuple[CallParameter, ...]]:
-    """Whether a closed gate at `edit` skips any call; and parameters that only the branch needs."""
+    """Whether a closed gate at `edit` skips any call or matrix product; and the parameters that
+    only the branch needs."""
     function = inspect.unwrap(vars(edit.location.cls)[edit.location.method])
     tree = definition(function)
     used = uses(tree)
     back, needed = _edit(tree, edit, "_gate")
     branch = [*back.branch, *back.shared]
-    calls = any(isinstance(node, ast.Call) for part in branch for node in ast.walk(part))
+    parts = (node for part in branch for node in ast.walk(part))
+    works = any(isinstance(node, ast.Call | ast.MatMult) for node in parts)
     positional = [argument.arg for argument in [*tree.args.posonlyargs, *tree.args.args][1:]]
     named = [(None, argument.arg) for argument in tree.args.kwonlyargs]
     parameters = [*enumerate(positional), *named]
-    return calls, tuple((n, name) for n, name in parameters if name in used - needed)
+    return works, tuple((n, name) for n, name in parameters if name in used - needed)
 
 
 def _edit(tree: ast.FunctionDef, edit: RewriteEdit, gate: str) -> tuple[Backward, frozenset[str]]:
@@ -175,7 +179,8 @@ def _edit(tree: ast.FunctionDef, edit: RewriteEdit, gate: str) -> tuple[Backward
         raise UnsupportedBlockError(
             f"{edit.location}: its method sets global variables, or those of a function around it"
         )
-    path, needed = _find(tree.body, edit.location, Needed(used_in_functions(tree)))
+    module = module_of(tree)
+    path, needed = _find(tree.body, edit.location, Needed(module, used_in_functions(tree)))
     later = [part for block, index in path for part in block[index + 1 :]]
     block, index = path.pop()
     statement = block[index] = _as_assignment(block[index])
@@ -199,23 +204,28 @@ def _edit(tree: ast.FunctionDef, edit: RewriteEdit, gate: str) -> tuple[Backward
         raise UnsupportedBlockError(
             f"{edit.location}: the expression of its branch changes an object or sets a variable"
         )
-    needed.before(closed, defines(closed))
-    back = Backward(is_open(gate), branch, module_of(tree))
-    back.through(block, index, needed)
+    needed.before(closed, defines(closed), handed_out(closed))
+    back = Backward(is_open(gate), branch, module)
+    skips = back.through(block, index, needed)
     while path:
         inner = block
         block, index = path.pop()
         statement = block[index]
         if isinstance(statement, ast.If):
-            if not is_steady(statement.test):
-                break
-            back.reached_if(statement.test if inner is statement.body else negated(statement.test))
+            skips = skips and is_steady(statement.test, module)
             needed.live |= uses(statement.test)
+            if inner is statement.body:
+                back.reached_if(statement.test, [*statement.orelse, *later])
+            else:
+                back.reached_if(negated(statement.test), [*statement.body, *later])
         elif isinstance(statement, ast.With):
             needed.everything(statement.items)
-        back.through(block, index, needed)
+        if skips:
+            skips = back.through(block, index, needed)
+        else:
+            needed.everything(block[:index])
     ast.fix_missing_locations(tree)
-    return back, needed.live | frozenset(needed.maybe) | needed.handed_out
+    return back, needed.live | frozenset(needed.maybe) | needed.handed_out | back.otherwise
 
 
 def _as_shortcut(statement: ast.stmt, edit: AdditionEdit) -> ast.stmt:
@@ -252,7 +262,7 @@ def _find(
         if node_at(location, statement) is None:
             continue
         for later in reversed(block[index + 1 :]):
-            needed.before(later, surely_defines(later))
+            needed.before(later, surely_defines(later), handed_out(later))
         if isinstance(statement, SIMPLE):
             return [(block, index)], needed
         if isinstance(statement, ast.If | ast.With):

@@ -124,15 +124,13 @@ class _SelectInSource(ast.NodeTransformer):
         key = ast.Constant(f"{self.gate}.{name.id}")
         return call("_select", self.module, self.gate, name, key)
 
-    def visit_Assign(self, node: ast.Assign) -> Any:
+    def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> Any:
         self.generic_visit(node)
         self.outside -= defines(node)
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
-        node.value = node.value and self.visit(node.value)
-        self.outside -= defines(node.target)
-        return node
+        return self.visit_Assign(node)  # its annotation is never evaluated
 
     def visit_For(self, node: ast.For) -> list[ast.stmt]:
         node.iter = self.visit(node.iter)

@@ -1,16 +1,21 @@
 """The syntax trees of methods, and of expressions in them."""
 
 import ast
+import copy
 import functools
 import inspect
-import textwrap
 from collections.abc import Callable
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.surgery.edits import AdditionEdit
 from stochastic_depth.surgery.frames import SourceLocation
+
+_NO_SOURCE = (OSError, TypeError, SyntaxError, IndexError)
+"""The errors of looking for a source that is missing."""
+_BRANCHING = (ast.If, ast.IfExp, ast.BoolOp, ast.For, ast.While, ast.comprehension, ast.Try)
+_BRANCHING += (ast.Match,)
 
 
 def operands(node: ast.AST, edit: AdditionEdit) -> tuple[ast.expr, ast.expr]:
@@ -88,6 +93,12 @@ def is_open(gate: str) -> ast.expr:
     return ast.Attribute(ast.Name(gate, ast.Load()), "open", ast.Load())
 
 
+def negated(test: ast.expr) -> ast.expr:
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return copy.deepcopy(test.operand)
+    return ast.UnaryOp(ast.Not(), copy.deepcopy(test))
+
+
 def call(function: str, *arguments: ast.expr | str) -> ast.Call:
     values = [ast.Name(a, ast.Load()) if isinstance(a, str) else a for a in arguments]
     return ast.Call(ast.Name(function, ast.Load()), values, [])
@@ -129,20 +140,33 @@ def definition(function: FunctionType) -> ast.FunctionDef:
         UnsupportedBlockError: when the source is missing, or is not that of a plain method.
     """
     try:
-        lines, first = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError) as error:
+        tree = _parsed(function)
+    except _NO_SOURCE as error:
         raise UnsupportedBlockError(f"{function.__qualname__} has no source to edit") from error
     if not isinstance(tree, ast.FunctionDef) or not [*tree.args.posonlyargs, *tree.args.args]:
         raise UnsupportedBlockError(f"{function.__qualname__} is not a plain method")
     _Mangle(function.__qualname__).visit(tree)
-    ast.increment_lineno(tree, first - 1)
-    indent = len(lines[0]) - len(lines[0].lstrip())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.stmt | ast.expr) and node.end_col_offset is not None:
-            node.col_offset += indent
-            node.end_col_offset += indent
     return tree
+
+
+def _parsed(function: FunctionType | CodeType) -> ast.stmt:
+    lines, first = inspect.getsourcelines(function)
+    within = lines[0][:1].isspace()
+    tree = ast.parse("".join(["if 1:\n", *lines] if within else lines)).body[0]
+    ast.increment_lineno(tree, first - 1 - within)
+    return tree.body[0] if isinstance(tree, ast.If) else tree
+
+
+@functools.lru_cache(maxsize=1024)
+def has_one_path(code: CodeType) -> bool:
+    """Whether a function has no conditions and no loops, so that it does the same in every call."""
+    try:
+        tree = _parsed(code)
+    except _NO_SOURCE:
+        return False
+    return isinstance(tree, ast.FunctionDef) and not any(
+        isinstance(node, _BRANCHING) for node in ast.walk(tree)
+    )
 
 
 def module_of(method: ast.FunctionDef) -> str:

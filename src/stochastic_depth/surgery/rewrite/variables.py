@@ -5,8 +5,13 @@ except where a method writes a new tensor part by part (`own_tensors`).
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from stochastic_depth.surgery.rewrite.syntax import negated
+
+_IDENTITY = (ast.Is, ast.IsNot, ast.Eq, ast.NotEq)
+_STEADY = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.UnaryOp)
+_STEADY += (ast.expr_context, ast.cmpop, ast.unaryop)
 _CHANGES = frozenset(
     """
     append extend insert pop popitem popleft appendleft update setdefault remove clear setattr
@@ -14,6 +19,9 @@ _CHANGES = frozenset(
     """.split()
 )
 """Names of functions and methods that change an object, such as a list."""
+_OWN_VARIABLES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+_OWN_VARIABLES += (ast.FunctionDef,)
+"""Code that has variables of its own."""
 _NEW_TENSORS = frozenset(
     """
     zeros zeros_like ones ones_like empty empty_like full full_like new_zeros new_ones new_empty
@@ -53,6 +61,8 @@ def changes_something(node: ast.AST) -> bool:
 
 def _changes(node: ast.AST) -> bool:
     match node:
+        case ast.Expr(value=ast.Call(func=ast.Name(id="_bypassed"))):  # it only warns
+            return False
         case ast.AugAssign() | ast.Expr(value=ast.Call()):
             return True
         case (
@@ -202,19 +212,28 @@ def used_in_functions(tree: ast.FunctionDef) -> frozenset[str]:
     )
 
 
-def conditional_uses(node: ast.stmt) -> tuple[frozenset[str], dict[str, list[ast.expr]]]:
-    """The variables that a statement always needs, and those it needs under some conditions;
-    without those that it only hands out."""
+def conditional_uses(
+    node: ast.stmt, handed: Sequence[ast.Name], module: str
+) -> tuple[frozenset[str], dict[str, list[ast.expr]]]:
+    """The variables that a statement always needs, and those it needs under some conditions.
+
+    Args:
+        handed: names in it that are not counted.
+        module: the name of the variable that holds the module.
+    """
     found: dict[str, list[list[ast.expr]]] = {}
-    handed = handed_out(node)
 
     def visit(node: ast.AST, tests: list[ast.expr]) -> None:
-        if isinstance(node, ast.IfExp) and is_steady(node.test):
+        if isinstance(node, _OWN_VARIABLES):  # a condition in it may use them
+            for name in uses(node):
+                found.setdefault(name, []).append(tests)
+            return
+        if isinstance(node, ast.IfExp) and is_steady(node.test, module):
             visit(node.test, tests)
             for name in uses(node.body) & uses(node.orelse):
                 found.setdefault(name, []).append(tests)
             visit(node.body, [*tests, node.test])
-            visit(node.orelse, [*tests, ast.UnaryOp(ast.Not(), node.test)])
+            visit(node.orelse, [*tests, negated(node.test)])
             return
         if (
             isinstance(node, ast.Name)
@@ -270,8 +289,25 @@ def _names(node: ast.AST) -> Iterator[ast.Name]:
     return (n for n in ast.walk(node) if isinstance(n, ast.Name))
 
 
-def is_steady(test: ast.expr) -> bool:
-    """Whether a condition may be evaluated at an earlier point, because it calls nothing."""
-    kinds = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp)
-    others = (ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop)
-    return all(isinstance(node, kinds + others) for node in ast.walk(test))
+def is_steady(test: ast.expr, module: str) -> bool:
+    """Whether a condition may be evaluated at an earlier point: it calls nothing and cannot fail.
+
+    `cfg.add` fails if `cfg` is None, for which the code may have an early return. What a module
+    holds is taken to be as the code expects.
+
+    Args:
+        module: the name of the variable that holds the module.
+    """
+    match test:
+        case ast.Name():
+            return True
+        case ast.BoolOp(values=parts):
+            pass
+        case ast.UnaryOp(op=ast.Not(), operand=part):
+            parts = [part]
+        case ast.Compare(ops=ops) if all(isinstance(op, _IDENTITY) for op in ops):
+            parts = [test.left, *test.comparators]
+        case _:
+            of_module = {name.id for name in _names(test)} <= {module}
+            return of_module and all(isinstance(node, _STEADY) for node in ast.walk(test))
+    return all(is_steady(part, module) for part in parts)
